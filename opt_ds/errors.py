@@ -1,0 +1,17 @@
+"""The one exception for a user's mistake, and the "did you mean" that goes with it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message is one line: what is wrong, where, and how to fix it.
+
+    Commands print it without a traceback and exit with code 2 (bad input).
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ' (did you mean "x"?)' for the known word nearest to `word`, or '' when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else ""
