@@ -1,0 +1,376 @@
+"""The run configuration: one frozen tree, its presets, and strict loading (file, then `--set key.path=value`).
+
+Every other file receives a piece of this tree; nobody else holds a default. Rules that span several keys are checked here,
+before anything is loaded; rules that need the store or the hardware are in `opt_ds.engine.preflight`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opt_ds.errors import UserError, did_you_mean
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+
+#: What a sample of a step can be drawn for, and the losses that each draw computes.
+LOSSES_OF_DRAW: dict[str, tuple[str, ...]] = {
+    "mlm": ("mlm",),
+    "mvm": ("mvfr", "mrc"),
+    "mam": ("mafr", "mac"),
+    "modality": ("dtr", "dir"),
+    "matching": ("matching",),
+}
+LOSSES: tuple[str, ...] = tuple(loss for losses in LOSSES_OF_DRAW.values() for loss in losses)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Which stores are read, and how."""
+
+    stores: tuple[str, ...] = ()
+    mix: tuple[float, ...] | None = Field(None, description="weight of each store; None: by its number of samples")
+    train_split: str = "train"
+    valid_split: str = "valid"
+    frame_offset: bool = Field(False, description="draw the first stacked frame's offset anew each epoch (augmentation)")
+    prefetch_batches: int = Field(4, ge=1, description="micro-batches made ahead of the training step")
+    workers: int = Field(1, ge=1, description="threads that pack micro-batches, per rank")
+
+
+class ModelConfig(_Section):
+    """Spec of the network. Defaults are `opt-base`: BERT-base's encoder and the paper's input dimensions."""
+
+    vocab_size: int = Field(30522, ge=8)
+    max_text_tokens: int = Field(126, ge=1, description="WordPieces, without [CLS] and [SEP]")
+    image_feature_dim: int = Field(2048, ge=1)
+    image_num_classes: int = Field(1601, ge=2)
+    max_regions: int = Field(100, ge=1)
+    audio_feature_dim: int = Field(768, ge=1)
+    audio_stack: int = Field(1, ge=1, description="stored frames joined into one model frame")
+    max_frames: int = Field(256, ge=1, description="model frames, that is after stacking")
+    image_codebook_size: int = Field(8192, ge=2)
+    num_image_codes: int = Field(64, ge=1)
+    standardize_features: bool = Field(False, description="by the store's mean and deviation, clamped to ±8")
+    hidden_size: int = Field(768, ge=8)
+    num_layers: int = Field(12, ge=1)
+    num_heads: int = Field(12, ge=1)
+    ffn_size: int = Field(3072, ge=8)
+    text_decoder_layers: int = Field(6, ge=1)
+    image_decoder_layers: int = Field(6, ge=1)
+    norm: Literal["post", "pre"] = "post"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
+    layer_norm_eps: float = Field(1e-12, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+    embedding_range: float | None = Field(None, gt=0, description="deviation of position, type and mask embeddings")
+    bert: str | None = Field(None, description="folder of a Hugging Face BERT to start encoder and words from")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def max_sequence(self) -> int:
+        """Longest packed sequence of one sample: [CLS] text [SEP] regions frames."""
+        return self.max_text_tokens + 2 + self.max_regions + self.max_frames
+
+
+class LossConfig(_Section):
+    weight: float = Field(1.0, ge=0)
+
+
+class MatchingConfig(LossConfig):
+    loss: Literal["bce", "ce"] = "bce"
+    pair_probability: float = Field(0.5, ge=0, le=1, description="share of draws that judge two modalities")
+
+
+class AudioMaskConfig(LossConfig):
+    span: int = Field(3, ge=1, description="consecutive frames masked together")
+
+
+class ContrastiveConfig(LossConfig):
+    temperature: float = Field(0.1, gt=0)
+
+
+class ModalityConfig(LossConfig):
+    drop_probability: float = Field(0.3, gt=0, lt=1)
+    always_drop_target: bool = Field(False, description="the reconstructed modality is never in the input")
+    text_target_share: float = Field(0.5, ge=0, le=1, description="share of text targets, with always_drop_target")
+
+
+class CurriculumPhase(_Section):
+    from_fraction: float = Field(..., gt=0, lt=1, description="of schedule.total_steps")
+    mix: dict[str, float]
+
+
+class TasksConfig(_Section):
+    """The pre-training tasks. A loss's weight is its own times its draw's; a draw without a weighted loss is off."""
+
+    mix: dict[str, float] = Field(default_factory=lambda: dict.fromkeys(LOSSES_OF_DRAW, 1.0))
+    curriculum: tuple[CurriculumPhase, ...] = ()
+    mask_probability: float = Field(0.15, gt=0, lt=1)
+    mlm: LossConfig = LossConfig()
+    mvm: LossConfig = LossConfig()
+    mvfr: LossConfig = LossConfig()
+    mrc: LossConfig = LossConfig()
+    mam: AudioMaskConfig = AudioMaskConfig()
+    mafr: LossConfig = LossConfig()
+    mac: ContrastiveConfig = ContrastiveConfig()
+    modality: ModalityConfig = ModalityConfig()
+    dtr: LossConfig = LossConfig()
+    dir: LossConfig = LossConfig()
+    matching: MatchingConfig = MatchingConfig()
+
+    def loss_weight(self, loss: str) -> float:
+        """Weight of one of `LOSSES` in the total."""
+        draw = next(d for d, losses in LOSSES_OF_DRAW.items() if loss in losses)
+        own = getattr(self, loss).weight
+        return own if draw == loss else own * getattr(self, draw).weight
+
+    @property
+    def active_losses(self) -> tuple[str, ...]:
+        return tuple(loss for loss in LOSSES if self.loss_weight(loss) > 0)
+
+    def mix_at(self, fraction: float) -> dict[str, float]:
+        """Shares of the draws at this fraction of the schedule; draws without a weighted loss have 0. They sum to 1."""
+        mix = self.mix
+        for phase in self.curriculum:
+            if fraction >= phase.from_fraction:
+                mix = phase.mix
+        active = self.active_losses
+        shares = {
+            draw: mix.get(draw, 0.0) if any(loss in active for loss in losses) else 0.0
+            for draw, losses in LOSSES_OF_DRAW.items()
+        }
+        total = sum(shares.values())
+        return {draw: share / total for draw, share in shares.items()} if total else shares
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TasksConfig":
+        for name, mix in [("tasks.mix", self.mix), *(("tasks.curriculum", p.mix) for p in self.curriculum)]:
+            for draw, share in mix.items():
+                if draw not in LOSSES_OF_DRAW:
+                    raise ValueError(f'{name} names no task "{draw}"{did_you_mean(draw, LOSSES_OF_DRAW)}')
+                if share < 0:
+                    raise ValueError(f"{name}.{draw} is {share}: a share cannot be negative")
+        starts = [phase.from_fraction for phase in self.curriculum]
+        if starts != sorted(starts):
+            raise ValueError("tasks.curriculum must be in the order of from_fraction")
+        for fraction in (0.0, *starts):
+            if not any(self.mix_at(fraction).values()):
+                raise ValueError("the weights of tasks and tasks.mix leave no task: give one a positive share and weight")
+        return self
+
+
+class BatchConfig(_Section):
+    size: int = Field(10240, ge=1, description="per optimiser step, over all ranks, in `unit`")
+    unit: Literal["samples", "tokens"] = "samples"
+    max_tokens: int = Field(8192, ge=1, description="encoder plus decoder positions of one micro-batch")
+
+
+class OptimizerConfig(_Section):
+    lr: float = Field(5e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
+
+
+class ScheduleConfig(_Section):
+    total_steps: int = Field(100_000, ge=1, description="where the learning rate reaches 0")
+    warmup_steps: int = Field(10_000, ge=0)
+
+    def lr_factor(self, step: int) -> float:
+        """Linear warm-up, then linear decay to 0 at total_steps; of the 0-based step about to be taken."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
+
+
+class TrainConfig(_Section):
+    max_steps: int | None = Field(None, ge=1, description="stop here; None: at schedule.total_steps")
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(1000, ge=1)
+    validate_samples: int = Field(2048, ge=1, description="validation samples at most")
+    picture_grid: int = Field(8, ge=0, description="samples shown in the picture grid of a validation; 0: none")
+    early_stopping: int = Field(0, ge=0, description="validations without a better loss before stopping; 0: never")
+
+
+class CheckpointConfig(_Section):
+    every_steps: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class ZeroConfig(_Section):
+    stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+
+
+class OpsConfig(_Section):
+    backend: str = Field("auto", description="fused operators: auto, or a name that opt_ds.ops.backend knows")
+
+
+class Config(_Section):
+    """Everything that a run depends on, besides the stores' contents and the number of ranks."""
+
+    preset: str = "opt-base"
+    seed: int = Field(1, ge=0, lt=2**63)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deepspeed_config: str | None = Field(None, description="a DeepSpeed JSON to take further settings from")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    tasks: TasksConfig = TasksConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    zero: ZeroConfig = ZeroConfig()
+    ops: OpsConfig = OpsConfig()
+
+    @property
+    def max_steps(self) -> int:
+        return self.train.max_steps or self.schedule.total_steps
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        if self.schedule.warmup_steps >= self.schedule.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is not below schedule.total_steps "
+                f"{self.schedule.total_steps}"
+            )
+        if self.precision == "fp16" and self.zero.stage == 0:
+            raise ValueError(
+                "precision fp16 with zero.stage 0 trains wrongly in DeepSpeed (the loss is not scaled, the gradient is "
+                "unscaled): use zero.stage=1"
+            )
+        if self.data.mix is not None and len(self.data.mix) != len(self.data.stores):
+            raise ValueError(f"data.mix has {len(self.data.mix)} weights for {len(self.data.stores)} stores")
+        if self.data.mix is not None and min(self.data.mix) <= 0:
+            raise ValueError("data.mix must hold positive weights")
+        decoder = max(self.model.max_text_tokens + 1, 0) + self.model.num_image_codes
+        if self.batch.max_tokens < self.model.max_sequence + decoder:
+            raise ValueError(
+                f"batch.max_tokens {self.batch.max_tokens} cannot hold the longest sample of "
+                f"{self.model.max_sequence + decoder} positions (text, regions, frames and what the decoders write): raise it"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def load_config(source: str | None = None, settings: tuple[str, ...] | list[str] = ()) -> Config:
+    """Build the configuration from a preset's name or a YAML file, then `key.path=value` settings (YAML values).
+
+    A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
+    """
+    tree = _read_source(source or "opt-base")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f'--set "{setting}": write it as key.path=value')
+        _set(tree, key.strip().split("."), _parse_value(key, value))
+    return config_from_dict(tree, where=f"config {source or 'opt-base'}")
+
+
+def config_from_dict(tree: dict[str, Any], where: str) -> Config:
+    """Validate a plain tree (as YAML holds it). Raises UserError naming `where`, the key and the remedy."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as YAML; `load_config` of it gives an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_source(source: str) -> dict[str, Any]:
+    preset = PRESET_FOLDER / f"{source}.yaml"
+    path = preset if preset.is_file() else Path(source)
+    if not path.is_file():
+        raise UserError(
+            f'--config "{source}" is neither a preset ({", ".join(preset_names())}) nor a file'
+            f"{did_you_mean(source, preset_names())}"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
+    if path == preset:
+        tree["preset"] = source
+    elif tree.get("preset") and (PRESET_FOLDER / f"{tree['preset']}.yaml").is_file():
+        tree = _merge(_read_source(tree["preset"]), tree)
+    elif tree.get("preset"):
+        raise UserError(
+            f'{path}: unknown preset "{tree["preset"]}"{did_you_mean(str(tree["preset"]), preset_names())}; '
+            f"known: {', '.join(preset_names())}"
+        )
+    return tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f'--set {".".join(keys)}: "{".".join(keys[: depth + 1])}" is a value, not a section')
+        tree = child
+    tree[keys[-1]] = value
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}={text}: the value is not readable as YAML") from None
+    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first mistake; the others are counted."""
+    mistakes = error.errors(include_url=False)
+    first = mistakes[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(first["loc"][:-1]))}'
+    else:
+        text = f"{key}: {first['msg']}" if key else first["msg"]
+        text = text.replace("Value error, ", "")
+        if key and not isinstance(first["input"], (dict, BaseModel)):
+            text += f" (found {first['input']!r})"
+    return text + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+    return list(getattr(section, "model_fields", {}))
