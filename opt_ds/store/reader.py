@@ -1,0 +1,264 @@
+"""Reads a feature store: samples by index, features by row, without copying where the shards are uncompressed.
+
+Rows are global here: row r of a modality counts through all shards, in shard order (inside a shard file they are local).
+"""
+
+import bisect
+import itertools
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import h5py
+import numpy as np
+
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.store.schema import MISSING, TOKENIZER_FOLDER, ShardDescription, StoreDescription, load_description
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Regions(NamedTuple):
+    """A picture's regions: features float16 [R, Dv], boxes float32 [R, 7], labels int16 [R], scores float16 [R]."""
+
+    features: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+class ShardFile:
+    """One open shard. `array(name)` is a read-only view of the file, or the h5py dataset where it is compressed."""
+
+    def __init__(self, path: Path) -> None:
+        self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
+        # Some network file systems refuse HDF5's lock; a store is never written in place, so none is needed.
+        file = h5py.File(path, "r", locking=False)
+        mapped = np.memmap(path, np.uint8, mode="r")
+        keep_open = False
+        for group in file.values():
+            for dataset in group.values():
+                offset = dataset.id.get_offset()
+                if dataset.size == 0:
+                    array = np.zeros(dataset.shape, dataset.dtype)
+                elif offset is not None:
+                    array = np.ndarray(dataset.shape, dataset.dtype, buffer=mapped, offset=offset)
+                else:
+                    array, keep_open = dataset, True
+                self._arrays[dataset.name.lstrip("/")] = array
+        if not keep_open:
+            file.close()
+
+    def array(self, name: str) -> np.ndarray | h5py.Dataset:
+        """Return dataset `name`; KeyError if the shard lacks it."""
+        return self._arrays[name]
+
+    def names(self) -> list[str]:
+        """Return the names of the datasets, such as "text/tokens"."""
+        return list(self._arrays)
+
+    def item(self, name: str, offsets: str, index: int) -> np.ndarray:
+        """Return item `index` of a ragged dataset."""
+        bounds = self._arrays[offsets]
+        return self._arrays[name][int(bounds[index]) : int(bounds[index + 1])]
+
+
+class FeatureStore:
+    """A feature store opened for reading.
+
+    Raises UserError if the directory is no store, has another schema version, or a shard is missing or cut off.
+    HDF5 files are opened on first use in each process: an instance may be pickled, and used across fork and spawn.
+    Views returned are read-only and stay valid as long as they are referenced.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.description: StoreDescription = load_description(self.path)
+        check_sizes(self.path, self.description)
+        shards = self.description.shards
+        self._sample_starts = _starts([shard.num_samples for shard in shards])
+        self._text_starts = _starts([shard.num_texts for shard in shards])
+        self._image_starts = _starts([shard.num_images for shard in shards])
+        self._audio_starts = _starts([shard.num_audios for shard in shards])
+        self._open: dict[int, ShardFile] = {}
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["path"])
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the store's whole content."""
+        return self.description.fingerprint
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.description.num_samples
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether every picture has its image codes."""
+        return self.description.has_codes
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether every picture has its 64 x 64 pixels."""
+        return self.description.has_pixels
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int64 [N, 3]: the global text, image and audio row of each sample, -1 where it has none."""
+        parts = []
+        for index in range(len(self.description.shards)):
+            local = self._shard(index).array("samples/rows")[:]
+            base = np.array([self._text_starts[index], self._image_starts[index], self._audio_starts[index]])
+            parts.append(np.where(local == MISSING, MISSING, local + base))
+        return _read_only(np.concatenate(parts) if parts else np.zeros((0, 3), "int64"))
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """int64 [N]: code of each sample's group; equal codes must not be each other's donors."""
+        return self._gather("samples/group", "int64")
+
+    @cached_property
+    def split_codes(self) -> np.ndarray:
+        """uint8 [N]: index into description.split_names."""
+        return self._gather("samples/split", "uint8")
+
+    @cached_property
+    def text_lengths(self) -> np.ndarray:
+        """int32, per text row: number of tokens, without [CLS] and [SEP]."""
+        return self._lengths("text/offsets")
+
+    @cached_property
+    def region_counts(self) -> np.ndarray:
+        """int32, per image row: number of regions."""
+        return self._lengths("image/offsets")
+
+    @cached_property
+    def frame_counts(self) -> np.ndarray:
+        """int32, per audio row: number of stored frames."""
+        return self._lengths("audio/offsets")
+
+    def split_samples(self, split: str) -> np.ndarray:
+        """Return the int64 sample indices of a split, ascending. Raises UserError for a split that is not there."""
+        names = self.description.split_names
+        if split not in names:
+            raise UserError(
+                f'{self.path}: no split "{split}"{did_you_mean(split, names)}: it has {", ".join(names) or "none"}'
+            )
+        return np.flatnonzero(self.split_codes == names.index(split)).astype("int64")
+
+    def sample_id(self, index: int) -> str:
+        """Return a sample's id."""
+        shard, local = self._locate(self._sample_starts, index)
+        return shard.item("samples/id", "samples/id_offsets", local).tobytes().decode("utf-8")
+
+    def labels(self, index: int) -> list[str]:
+        """Return a sample's labels, as the manifest ordered them; empty if it has none."""
+        shard, local = self._locate(self._sample_starts, index)
+        codes = shard.item("samples/labels", "samples/label_offsets", local)
+        return [self.description.label_names[code] for code in codes]
+
+    def text(self, row: int) -> np.ndarray:
+        """Return a text row's tokens: int32 [n], without [CLS] and [SEP]."""
+        shard, local = self._locate(self._text_starts, row)
+        return shard.item("text/tokens", "text/offsets", local)
+
+    def caption(self, row: int) -> str:
+        """Return a text row's original string."""
+        shard, local = self._locate(self._text_starts, row)
+        return shard.item("text/utf8", "text/utf8_offsets", local).tobytes().decode("utf-8")
+
+    def regions(self, row: int) -> Regions:
+        """Return an image row's regions."""
+        shard, local = self._locate(self._image_starts, row)
+        names = ("image/features", "image/boxes", "image/labels", "image/scores")
+        return Regions(*(shard.item(name, "image/offsets", local) for name in names))
+
+    def frames(self, row: int) -> np.ndarray:
+        """Return an audio row's frames: float16 [T, Da]."""
+        shard, local = self._locate(self._audio_starts, row)
+        return shard.item("audio/features", "audio/offsets", local)
+
+    def codes(self, row: int) -> np.ndarray:
+        """Return an image row's codes: uint16 [64], row by row of the 8 x 8 grid. UserError if the store has none."""
+        if not self.has_codes:
+            raise UserError(f"{self.path}: the store has no image codes: train a dVAE with `opt-ds train-dvae`")
+        shard, local = self._locate(self._image_starts, row)
+        return shard.array("image/codes")[local]
+
+    def pixels(self, row: int) -> np.ndarray:
+        """Return an image row's picture: uint8 [3, 64, 64] RGB. UserError if the store has none."""
+        if not self.has_pixels:
+            raise UserError(f"{self.path}: the store has no pictures (image/pixels): prepare it with pixels")
+        shard, local = self._locate(self._image_starts, row)
+        return shard.array("image/pixels")[local]
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Load the store's WordPiece tokenizer."""
+        from opt_ds.store.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / TOKENIZER_FOLDER)
+
+    def shard(self, index: int) -> ShardFile:
+        """Return shard `index`, for code that goes through whole shards."""
+        return self._shard(index)
+
+    def _shard(self, index: int) -> ShardFile:
+        if self._process != os.getpid():  # HDF5 handles must not cross a fork
+            self._open, self._process = {}, os.getpid()
+        if index not in self._open:
+            self._open[index] = ShardFile(self.path / self.description.shards[index].file)
+        return self._open[index]
+
+    def _locate(self, starts: list[int], row: int) -> tuple[ShardFile, int]:
+        if not 0 <= row < starts[-1]:
+            raise IndexError(f"row {row} of {starts[-1]}")
+        index = bisect.bisect_right(starts, row) - 1
+        return self._shard(index), int(row) - starts[index]
+
+    def _gather(self, name: str, dtype: str) -> np.ndarray:
+        parts = [self._shard(index).array(name)[:] for index in range(len(self.description.shards))]
+        return _read_only(np.concatenate(parts) if parts else np.zeros(0, dtype))
+
+    def _lengths(self, name: str) -> np.ndarray:
+        parts = [np.diff(self._shard(index).array(name)[:]) for index in range(len(self.description.shards))]
+        return _read_only(np.concatenate(parts).astype("int32") if parts else np.zeros(0, "int32"))
+
+
+def check_sizes(path: Path, description: StoreDescription) -> None:
+    """Raise UserError, naming the file, if a shard is missing or its size is not what `store.json` says."""
+    for shard in description.shards:
+        problem = size_problem(path, shard)
+        if problem:
+            raise UserError(f"{path / shard.file}: {problem}: prepare the store again")
+
+
+def size_problem(path: Path, shard: ShardDescription) -> str | None:
+    """Return what is wrong with a shard file's presence and size, None if nothing."""
+    try:
+        size = (path / shard.file).stat().st_size
+    except OSError:
+        return "shard is missing"
+    return None if size == shard.bytes else f"shard is cut off or foreign ({size} bytes, store.json says {shard.bytes})"
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return list(itertools.accumulate(lengths, initial=0))
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,159 @@
+"""What a feature store is: the datasets of a shard, and the fields of `store.json`. Nothing here reads or writes features.
+
+A store is a directory with `store.json`, a `tokenizer/` folder and `shard-*.h5` files. Ragged modalities are flat arrays
+beside int64 offsets, so that item i of a shard is `array[offsets[i]:offsets[i + 1]]`.
+
+Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; X, I, A text, image and audio rows of the shard.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from opt_ds.errors import UserError
+
+SCHEMA_VERSION = 1
+STORE_FILE = "store.json"
+TOKENIZER_FOLDER = "tokenizer"
+BOX_SIZE = 7  # x1, y1, x2, y2, w, h, w*h; all divided by the picture's size
+CODES_PER_IMAGE = 64  # 8 x 8
+PIXELS_SHAPE = (3, 64, 64)
+MISSING = -1  # in samples/rows: the sample does not have this modality
+MODALITIES = ("text", "image", "audio")  # the column order of samples/rows
+
+# name -> dtype; the comment gives the shape.
+DATASETS: dict[str, str] = {
+    "samples/rows": "int64",  # [N, 3] shard-local text, image, audio row, -1 = missing
+    "samples/id": "uint8",  # UTF-8 bytes of all ids, end to end
+    "samples/id_offsets": "int64",  # [N + 1]
+    "samples/group": "int64",  # [N] see `group_code`
+    "samples/split": "uint8",  # [N] index into store.json's split_names
+    "samples/labels": "int32",  # indices into store.json's label_names, end to end
+    "samples/label_offsets": "int64",  # [N + 1]
+    "text/tokens": "int32",  # [L] without [CLS] and [SEP]
+    "text/offsets": "int64",  # [X + 1]
+    "text/utf8": "uint8",  # UTF-8 bytes of the captions as they came: what evaluation compares with
+    "text/utf8_offsets": "int64",  # [X + 1]
+    "image/offsets": "int64",  # [I + 1]
+    "image/features": "float16",  # [R, Dv]
+    "image/boxes": "float32",  # [R, 7]
+    "image/labels": "int16",  # [R]
+    "image/scores": "float16",  # [R]
+    "image/codes": "uint16",  # [I, 64] optional
+    "image/pixels": "uint8",  # [I, 3, 64, 64] optional
+    "audio/offsets": "int64",  # [A + 1]
+    "audio/features": "float16",  # [T, Da]
+}
+OPTIONAL_DATASETS = ("image/codes", "image/pixels")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dims(_Frozen):
+    """Sizes that a model must agree with. `num_codes` is the dVAE's codebook size, None while the store has no codes."""
+
+    image_feature_dim: int
+    image_num_classes: int
+    audio_feature_dim: int
+    audio_frame_rate_hz: float
+    vocab_size: int
+    num_codes: int | None = None
+
+
+class TokenizerDescription(_Frozen):
+    """The ids of BERT's special tokens in `tokenizer/`, and the hash of its files."""
+
+    pad_id: int
+    unk_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    sha256: str
+
+
+class Statistics(_Frozen):
+    """Mean and standard deviation of each feature dimension over the train split's distinct rows, and how many vectors."""
+
+    mean: list[float]
+    std: list[float]
+    count: int
+
+
+class ShardDescription(_Frozen):
+    """One shard file: its size, checksum and lengths."""
+
+    file: str
+    bytes: int
+    sha256: str
+    num_samples: int
+    num_texts: int
+    num_images: int
+    num_audios: int
+    num_tokens: int
+    num_regions: int
+    num_frames: int
+
+
+class StoreDescription(_Frozen):
+    """`store.json`. `splits_source` says whether the splits came from the manifest or from hashing groups.
+
+    `preparation_key` identifies the inputs and settings that the store was prepared from (see the pipeline).
+    """
+
+    schema_version: int
+    num_samples: int
+    split_names: list[str]
+    split_counts: dict[str, int]
+    splits_source: Literal["manifest", "group hash"]
+    dims: Dims
+    has_codes: bool
+    has_pixels: bool
+    compression: str | None
+    extractors: dict[str, dict[str, Any]]
+    tokenizer: TokenizerDescription
+    label_names: list[str]
+    statistics: dict[str, Statistics]
+    shards: list[ShardDescription]
+    preparation_key: str = ""
+    info: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: str = ""
+
+    def with_fingerprint(self) -> "StoreDescription":
+        """Return a copy whose fingerprint is that of its contents (schema, dims, tokenizer, splits, labels, shards)."""
+        content = self.model_dump(mode="json", exclude={"fingerprint", "info", "preparation_key", "statistics"})
+        text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+        return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def group_code(group: str) -> int:
+    """Return the stable non-negative 63-bit code of a group's name (blake2b), as `samples/group` keeps it."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def load_description(path: Path) -> StoreDescription:
+    """Read `path/store.json`. Raises UserError for a missing, unreadable, foreign-version or malformed file."""
+    file = path / STORE_FILE
+    if not file.is_file():
+        if (path / "partial.json").is_file():
+            raise UserError(f"{path}: unfinished feature store: run the same `opt-ds prepare` again, it resumes")
+        raise UserError(f"{path}: no feature store there ({STORE_FILE} not found): make one with `opt-ds prepare`")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}): prepare the store again") from None
+    version = fields.get("schema_version") if isinstance(fields, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{file}: schema version {version!r}, this opt_ds reads version {SCHEMA_VERSION}: prepare the store again"
+        )
+    try:
+        return StoreDescription.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: field {where}: {first['msg']}: prepare the store again") from None

@@ -1,0 +1,116 @@
+"""A real store of random numbers, through the real writer: for tests and benchmarks of everything that reads one."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from opt_ds.store.schema import BOX_SIZE, CODES_PER_IMAGE, MISSING, PIXELS_SHAPE, Dims, StoreDescription
+from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, save_wordpiece
+from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
+
+
+def write_synthetic_store(
+    path: str | Path,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    text_len: tuple[int, int] = (3, 12),
+    regions: tuple[int, int] = (4, 16),
+    frames: tuple[int, int] = (16, 80),
+    image_feature_dim: int = 32,
+    audio_feature_dim: int = 20,
+    image_num_classes: int = 50,
+    vocab_size: int = 200,
+    num_codes_vocab: int | None = 64,
+    missing: float = 0.0,
+    splits: dict[str, float] | None = None,
+    pixels: bool = True,
+    samples_per_shard: int = 1024,
+    samples_per_group: int = 1,
+    compression: str | None = None,
+) -> StoreDescription:
+    """Write a store of `num_samples` random samples. Ranges are inclusive; equal arguments give equal bytes.
+
+    `num_codes_vocab` is the codebook's size, None for a store without codes. Each modality of a sample is missing with
+    probability `missing`; a sample keeps at least one. `splits` gives each split's share (default 0.8 train, 0.2 valid).
+    Features are standard normal, codes, tokens (never a special one) and labels uniform.
+    """
+    splits = splits or {"train": 0.8, "valid": 0.2}
+    rng = np.random.default_rng(seed)
+    words = [f"w{index}" for index in range(vocab_size - len(SPECIAL_TOKENS))]
+    split_of = _deal_splits(num_samples, splits)
+    dims = Dims(
+        image_feature_dim=image_feature_dim,
+        image_num_classes=image_num_classes,
+        audio_feature_dim=audio_feature_dim,
+        audio_frame_rate_hz=100.0,
+        vocab_size=vocab_size,
+        num_codes=num_codes_vocab,
+    )
+
+    def text() -> TextItem:
+        tokens = rng.integers(len(SPECIAL_TOKENS), vocab_size, rng.integers(text_len[0], text_len[1] + 1))
+        return TextItem(tokens, " ".join(words[token - len(SPECIAL_TOKENS)] for token in tokens))
+
+    def image() -> ImageItem:
+        count = int(rng.integers(regions[0], regions[1] + 1))
+        return ImageItem(
+            features=rng.standard_normal((count, image_feature_dim), "float32").astype("float16"),
+            boxes=_random_boxes(rng, count),
+            labels=rng.integers(0, image_num_classes, count),
+            scores=rng.random(count),
+            pixels=rng.integers(0, 256, PIXELS_SHAPE, "uint8") if pixels else None,
+            codes=rng.integers(0, num_codes_vocab, CODES_PER_IMAGE) if num_codes_vocab else None,
+        )
+
+    def audio() -> np.ndarray:
+        count = int(rng.integers(frames[0], frames[1] + 1))
+        return rng.standard_normal((count, audio_feature_dim), "float32").astype("float16")
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_wordpiece(build_wordpiece([*SPECIAL_TOKENS.values(), *words]), Path(folder))
+        writer = StoreWriter(
+            Path(path),
+            dims=dims,
+            split_names=list(splits),
+            splits_source="manifest",
+            extractors={name: {"name": "random", "seed": seed} for name in ("text", "image", "audio")},
+            tokenizer_folder=Path(folder),
+            label_names=[f"label{index}" for index in range(5)],
+            info={"created_by": "write_synthetic_store"},
+            key=f"synthetic {seed}",
+            compression=compression,
+        )
+    num_shards = -(-num_samples // samples_per_shard)
+    for shard in range(num_shards):
+        content = ShardContent()
+        for index in range(shard * samples_per_shard, min(num_samples, (shard + 1) * samples_per_shard)):
+            kept = rng.random(3) >= missing
+            kept[rng.integers(3)] |= not kept.any()
+            rows = []
+            for keep, items, make in zip(
+                kept, (content.texts, content.images, content.audios), (text, image, audio), strict=True
+            ):
+                rows.append(len(items) if keep else MISSING)
+                if keep:
+                    items.append(make())
+            labels = [f"label{index % 5}"]
+            group = f"group{index // samples_per_group}"
+            content.samples.append(SampleItem(f"sample{index}", tuple(rows), group, split_of[index], labels))
+        writer.write_shard(shard, content)
+    return writer.finish(num_shards)
+
+
+def _deal_splits(num_samples: int, splits: dict[str, float]) -> list[str]:
+    """Deal the splits in blocks of samples, so that each gets its share to within one sample."""
+    bounds = np.rint(np.cumsum(list(splits.values())) / sum(splits.values()) * num_samples).astype(int)
+    return [list(splits)[int(np.searchsorted(bounds, index, side="right"))] for index in range(num_samples)]
+
+
+def _random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    corners = np.sort(rng.random((count, 2, 2), "float32"), axis=1)  # [:, 0] is the upper left corner
+    sizes = corners[:, 1] - corners[:, 0]
+    boxes = np.concatenate([corners.reshape(count, 4), sizes, sizes.prod(1, keepdims=True)], axis=1)
+    assert boxes.shape == (count, BOX_SIZE)
+    return boxes

@@ -1,0 +1,294 @@
+"""Writes a feature store shard by shard. Each shard is whole or absent, `store.json` comes last, and a killed run resumes.
+
+Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.store.files import atomic_file, file_sha256, write_json
+from opt_ds.store.schema import (
+    BOX_SIZE,
+    CODES_PER_IMAGE,
+    DATASETS,
+    MISSING,
+    PIXELS_SHAPE,
+    SCHEMA_VERSION,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    Dims,
+    ShardDescription,
+    Statistics,
+    StoreDescription,
+    group_code,
+)
+from opt_ds.store.tokenizer import describe_tokenizer
+
+PARTIAL_FILE = "partial.json"
+# Aligned datasets make the reader's maps aligned, which numpy and torch handle faster than odd addresses.
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A caption: `tokens` int [L] without [CLS] and [SEP], and the string that they came from."""
+
+    tokens: np.ndarray
+    string: str
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """A picture's regions: features [R, Dv], boxes [R, 7] in 0..1, labels [R], scores [R]; pixels uint8 [3, 64, 64]."""
+
+    features: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    pixels: np.ndarray | None = None
+    codes: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SampleItem:
+    """One sample: rows (text, image, audio) into the shard's lists, -1 for what it lacks."""
+
+    id: str
+    rows: tuple[int, int, int]
+    group: str
+    split: str
+    labels: Sequence[str] = ()
+
+
+@dataclass
+class ShardContent:
+    """Everything of one shard, in memory. `audios` are frames [T, Da]."""
+
+    samples: list[SampleItem] = field(default_factory=list)
+    texts: list[TextItem] = field(default_factory=list)
+    images: list[ImageItem] = field(default_factory=list)
+    audios: list[np.ndarray] = field(default_factory=list)
+
+
+class StoreWriter:
+    """Writes shards in any order, then `store.json`.
+
+    `key` identifies what the store is made from. Opening an unfinished store of the same key resumes it; of another
+    key, or a finished store, is a UserError. `tokenizer_folder` is copied into the store.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dims: Dims,
+        split_names: Sequence[str],
+        splits_source: Literal["manifest", "group hash"],
+        extractors: dict[str, dict[str, Any]],
+        tokenizer_folder: Path,
+        label_names: Sequence[str] = (),
+        info: dict[str, Any] | None = None,
+        key: str = "",
+        train_split: str = "train",
+        compression: Literal["gzip"] | None = None,
+    ) -> None:
+        self.path = path
+        self._dims = dims
+        self._split_codes = {name: code for code, name in enumerate(split_names)}
+        self._label_codes = {name: code for code, name in enumerate(label_names)}
+        self._splits_source = splits_source
+        self._extractors = extractors
+        self._info = info or {}
+        self._key = key
+        self._train_split = train_split
+        self._compression = compression
+        self._begin(tokenizer_folder)
+
+    def has_shard(self, index: int) -> bool:
+        """Whether this shard was completed, now or by an earlier run that was stopped."""
+        journal = self._journal(index)
+        if not journal.is_file():
+            return False
+        fields = json.loads(journal.read_text(encoding="utf-8"))
+        file = self.path / fields["shard"]["file"]
+        return file.is_file() and file.stat().st_size == fields["shard"]["bytes"]
+
+    def write_shard(self, index: int, content: ShardContent) -> None:
+        """Write shard `index`. Values are checked for shape only; `inspect` checks ranges."""
+        file = self.path / f"shard-{index:05d}.h5"
+        arrays = self._arrays(content)
+        with atomic_file(file) as temporary:
+            write_datasets(temporary, arrays, compression=self._compression)
+        write_json(
+            self._journal(index),
+            {
+                "shard": describe_shard(file, arrays).model_dump(),
+                "split_counts": np.bincount(arrays["samples/split"], minlength=len(self._split_codes)).tolist(),
+                "has_pixels": "image/pixels" in arrays,
+                "has_codes": "image/codes" in arrays,
+                "sums": self._train_sums(arrays),
+            },
+        )
+
+    def finish(self, num_shards: int, *, info: dict[str, Any] | None = None) -> StoreDescription:
+        """Write `store.json` over shards 0..num_shards-1 and drop the journals. All of them must have been written."""
+        journals = [json.loads(self._journal(index).read_text(encoding="utf-8")) for index in range(num_shards)]
+        shards = [ShardDescription(**journal["shard"]) for journal in journals]
+        split_counts = np.sum([journal["split_counts"] for journal in journals], axis=0, dtype=int)
+        tokenizer, _ = describe_tokenizer(self.path / TOKENIZER_FOLDER)
+        with_images = [journal for journal in journals if journal["shard"]["num_images"]]
+        description = StoreDescription(
+            schema_version=SCHEMA_VERSION,
+            num_samples=sum(shard.num_samples for shard in shards),
+            split_names=list(self._split_codes),
+            split_counts=dict(zip(self._split_codes, split_counts.tolist(), strict=True)),
+            splits_source=self._splits_source,
+            dims=self._dims,
+            has_codes=bool(with_images) and all(journal["has_codes"] for journal in with_images),
+            has_pixels=bool(with_images) and all(journal["has_pixels"] for journal in with_images),
+            compression=self._compression,
+            extractors=self._extractors,
+            tokenizer=tokenizer,
+            label_names=list(self._label_codes),
+            statistics={
+                name: _statistics([journal["sums"][name] for journal in journals], size)
+                for name, size in (("image", self._dims.image_feature_dim), ("audio", self._dims.audio_feature_dim))
+            },
+            shards=shards,
+            preparation_key=self._key,
+            info={**self._info, **(info or {})},
+        ).with_fingerprint()
+        write_json(self.path / STORE_FILE, description.model_dump(mode="json"))
+        for leftover in [*self.path.glob("shard-*.json"), self.path / PARTIAL_FILE]:
+            leftover.unlink(missing_ok=True)
+        return description
+
+    def _begin(self, tokenizer_folder: Path) -> None:
+        if (self.path / STORE_FILE).exists():
+            raise UserError(f"{self.path}: a finished feature store is there: choose another output or remove it")
+        partial = self.path / PARTIAL_FILE
+        if partial.is_file():
+            if json.loads(partial.read_text(encoding="utf-8"))["key"] != self._key:
+                raise UserError(
+                    f"{self.path}: an unfinished store of other inputs or settings is there: "
+                    "choose another output or remove it"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path}: not empty and not a feature store: choose another output")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(partial, {"key": self._key})
+        (self.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        for file in sorted(tokenizer_folder.iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, self.path / TOKENIZER_FOLDER / file.name)
+
+    def _journal(self, index: int) -> Path:
+        return self.path / f"shard-{index:05d}.json"
+
+    def _arrays(self, content: ShardContent) -> dict[str, np.ndarray]:
+        dims, samples, images = self._dims, content.samples, content.images
+        ids, id_offsets = _join_strings([sample.id for sample in samples])
+        utf8, utf8_offsets = _join_strings([text.string for text in content.texts])
+        labels, label_offsets = _join(
+            [np.array([self._label_codes[label] for label in sample.labels], "int32") for sample in samples], (0,)
+        )
+        tokens, text_offsets = _join([text.tokens for text in content.texts], (0,))
+        features, image_offsets = _join([image.features for image in images], (0, dims.image_feature_dim))
+        frames, audio_offsets = _join(content.audios, (0, dims.audio_feature_dim))
+        arrays = {
+            "samples/rows": np.array([sample.rows for sample in samples]).reshape(-1, 3),
+            "samples/id": ids,
+            "samples/id_offsets": id_offsets,
+            "samples/group": np.array([group_code(sample.group) for sample in samples], "int64"),
+            "samples/split": np.array([self._split_codes[sample.split] for sample in samples], "uint8"),
+            "samples/labels": labels,
+            "samples/label_offsets": label_offsets,
+            "text/tokens": tokens,
+            "text/offsets": text_offsets,
+            "text/utf8": utf8,
+            "text/utf8_offsets": utf8_offsets,
+            "image/offsets": image_offsets,
+            "image/features": features,
+            "image/boxes": _join([image.boxes for image in images], (0, BOX_SIZE))[0],
+            "image/labels": _join([image.labels for image in images], (0,))[0],
+            "image/scores": _join([image.scores for image in images], (0,))[0],
+            "audio/offsets": audio_offsets,
+            "audio/features": frames,
+        }
+        if images and all(image.pixels is not None for image in images):
+            arrays["image/pixels"] = np.stack([image.pixels for image in images]).reshape(-1, *PIXELS_SHAPE)
+        if images and all(image.codes is not None for image in images):
+            arrays["image/codes"] = np.stack([image.codes for image in images]).reshape(-1, CODES_PER_IMAGE)
+        return {name: array.astype(DATASETS[name], copy=False) for name, array in arrays.items()}
+
+    def _train_sums(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Sum and sum of squares of the features that train samples use, each row counted once."""
+        code = self._split_codes.get(self._train_split)
+        rows = arrays["samples/rows"][arrays["samples/split"] == code]
+        sums = {}
+        for column, name in ((1, "image"), (2, "audio")):
+            used = np.unique(rows[:, column])
+            used = used[used != MISSING]
+            lengths = np.diff(arrays[f"{name}/offsets"])
+            chosen = np.repeat(np.isin(np.arange(len(lengths)), used), lengths)
+            features = arrays[f"{name}/features"][chosen].astype("float64")
+            sums[name] = {
+                "count": len(features),
+                "sum": features.sum(0).tolist(),
+                "square_sum": np.square(features).sum(0).tolist(),
+            }
+        return sums
+
+
+def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
+    """Write a shard's arrays as HDF5: contiguous, aligned and free of time stamps, so that equal input gives equal bytes."""
+    with h5py.File(
+        path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
+    ) as shard:
+        for name, array in arrays.items():
+            # HDF5 cannot chunk, hence not compress, what has no elements.
+            options = {"compression": compression, "shuffle": True} if compression and array.size else {}
+            shard.create_dataset(name, data=array, track_times=False, **options)
+
+
+def describe_shard(file: Path, arrays: dict[str, np.ndarray]) -> ShardDescription:
+    """Return the size, checksum and lengths of a shard file that holds these arrays."""
+    return ShardDescription(
+        file=file.name,
+        bytes=file.stat().st_size,
+        sha256=file_sha256(file),
+        num_samples=len(arrays["samples/rows"]),
+        num_texts=len(arrays["text/offsets"]) - 1,
+        num_images=len(arrays["image/offsets"]) - 1,
+        num_audios=len(arrays["audio/offsets"]) - 1,
+        num_tokens=len(arrays["text/tokens"]),
+        num_regions=len(arrays["image/features"]),
+        num_frames=len(arrays["audio/features"]),
+    )
+
+
+def _join(items: Sequence[np.ndarray], empty_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.zeros(len(items) + 1, "int64")
+    np.cumsum([len(item) for item in items], out=offsets[1:])
+    return (np.concatenate(items) if items else np.zeros(empty_shape)), offsets
+
+
+def _join_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    return _join([np.frombuffer(string.encode("utf-8"), "uint8") for string in strings], (0,))
+
+
+def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
+    count = sum(part["count"] for part in sums)
+    if count == 0:
+        return Statistics(mean=[0.0] * size, std=[1.0] * size, count=0)
+    mean = np.sum([part["sum"] for part in sums], axis=0) / count
+    variance = np.sum([part["square_sum"] for part in sums], axis=0) / count - np.square(mean)
+    return Statistics(mean=mean.tolist(), std=np.sqrt(np.maximum(variance, 0)).tolist(), count=count)
