@@ -1,0 +1,72 @@
+"""Donors of the sample-level task: another sample of the same split and another group gives one of its modalities."""
+
+import numpy as np
+
+from opt_ds.data.keyed import keyed_choice
+from opt_ds.store.reader import FeatureStore
+
+_TRIES = 16
+
+
+class DonorPool:
+    """The samples of one split that can give a text, an image or an audio to another sample of it."""
+
+    def __init__(self, store: FeatureStore, samples: np.ndarray) -> None:
+        """`samples`: int64 indices of the split's samples."""
+        self._rows, self._groups = store.rows, store.groups
+        self._givers = [samples[store.rows[samples, modality] >= 0] for modality in range(3)]
+        groups = [np.unique(store.groups[givers]) for givers in self._givers]
+        several_modalities = bool(len(samples)) and bool(((store.rows[samples] >= 0).sum(1) >= 2).any())
+        # "none" wants two donors of two groups besides the sample's own
+        self.usable = several_modalities and all(len(g) == 0 or len(g) >= 3 for g in groups)
+
+    def replace(self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """Rows [B, 3] with the replaced ones taken from donors; no two of a sample's sources share a group or a row."""
+        rows = rows.copy()
+        used = [self._groups[sample]]
+        for modality in range(3):
+            who = np.flatnonzero(replaced[:, modality] & (rows[:, modality] >= 0))
+            group = self._groups[sample].copy()
+            if who.size:
+                donor = self._donors(modality, who, used, rows[who, modality], key[who])
+                rows[who, modality] = self._rows[donor, modality]
+                group[who] = self._groups[donor]
+            used.append(group)
+        return rows
+
+    def _donors(
+        self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray
+    ) -> np.ndarray:
+        givers = self._givers[modality]
+        donor = np.empty(len(who), dtype=np.int64)
+        waiting = np.arange(len(who))
+        place = np.zeros(len(who), dtype=np.int64)
+        for attempt in range(_TRIES):
+            place[waiting] = keyed_choice(len(givers), key[waiting], "donor", modality, attempt)
+            waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
+        for _ in range(len(givers)):  # a split of few groups: walk on to the next sample that will do
+            if not waiting.size:
+                break
+            place[waiting] = (place[waiting] + 1) % len(givers)
+            waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
+        assert not waiting.size, "a pool with three groups always has a donor"
+        return donor
+
+    def _refused(
+        self,
+        givers: np.ndarray,
+        place: np.ndarray,
+        waiting: np.ndarray,
+        modality: int,
+        who: np.ndarray,
+        used: list[np.ndarray],
+        own_row: np.ndarray,
+        donor: np.ndarray,
+    ) -> np.ndarray:
+        """Try the waiting places; keep those whose group is new to the sample, give back those that still wait."""
+        candidate = givers[place[waiting]]
+        good = self._rows[candidate, modality] != own_row[waiting]
+        for groups in used:
+            good &= self._groups[candidate] != groups[who[waiting]]
+        donor[waiting] = candidate
+        return waiting[~good]

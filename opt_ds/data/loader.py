@@ -1,0 +1,73 @@
+"""Micro-batches made ahead of the training step, in the known order, by threads.
+
+Threads suffice: the work is memory-mapped copies and NumPy, which release the interpreter lock for their larger part, and the
+maps stay shared. Order and content do not depend on the number of threads.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.samples import SampleReader
+
+
+class MicroBatchLoader:
+    """One rank's micro-batches of the plan's steps, on the device."""
+
+    def __init__(self, plan: StepPlan, rank: int, world_size: int, device: torch.device) -> None:
+        self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
+        self.wait_s = 0.0  # seconds that the consumer has waited for data so far
+        data = plan.config.data
+        self._ahead = data.prefetch_batches
+        self._reader = SampleReader(plan.config, plan.stores)
+        self._packer = Packer(plan.stores[0].description.tokenizer, plan.config.model)
+        self._threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pack")
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
+        """Steps first … last − 1, each with this rank's micro-batches; consume a step's batches before the next step."""
+        return self._run(self.plan.step(step, self.world_size) for step in range(first, last))
+
+    def validation(self, max_samples: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
+        """The fixed validation pass, chunk by chunk."""
+        return self._run(iter(self.plan.validation(self.world_size, max_samples)))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, planned_steps: Iterator[PlannedStep]) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
+        waiting: deque[tuple[PlannedStep, int, Future[PackedBatch]]] = deque()
+        pending = ((planned, k) for planned in planned_steps for k in range(len(planned.micro_batches[self.rank])))
+
+        def fill() -> None:
+            while len(waiting) < self._ahead and (following := next(pending, None)) is not None:
+                waiting.append((*following, self._threads.submit(self._make, *following)))
+
+        fill()
+        try:
+            while waiting:
+                planned = waiting[0][0]
+
+                def batches(planned: PlannedStep = planned) -> Iterator[PackedBatch]:
+                    while waiting and waiting[0][0] is planned:
+                        future = waiting.popleft()[2]
+                        start = time.perf_counter()
+                        batch = future.result()
+                        self.wait_s += time.perf_counter() - start
+                        fill()
+                        yield batch.to(self.device, non_blocking=True)
+
+                yield planned, batches()
+                assert not waiting or waiting[0][0] is not planned, "a step's micro-batches are all consumed before the next"
+        finally:
+            for _, _, future in waiting:
+                future.cancel()
+
+    def _make(self, planned: PlannedStep, number: int) -> PackedBatch:
+        slots = planned.micro_batches[self.rank][number].slots
+        batch = self._packer.pack([self._reader.read(planned.samples, int(slot)) for slot in slots])
+        return batch.pin_memory() if self.device.type == "cuda" else batch

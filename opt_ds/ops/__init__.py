@@ -1,0 +1,1 @@
+"""Fused operators: the public function, the choice of kernel, and the plain-PyTorch truth beside it."""

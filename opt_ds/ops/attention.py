@@ -1,0 +1,60 @@
+"""Variable-length multi-head attention over packed sequences: self or cross, causal or not.
+
+t: packed query rows; u: packed key rows; h: heads; d: head width; S sequences; L longest of them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from opt_ds.ops.sequences import Sequences
+
+
+def attention(
+    q_thd: torch.Tensor,
+    k_uhd: torch.Tensor,
+    v_uhd: torch.Tensor,
+    queries: Sequences,
+    keys: Sequences,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v within each pair of query and key sequences (Vaswani et al. 2017, eq. 1); [t, h, d].
+
+    `causal` (self-attention only): a query sees keys up to its own place. Dropout acts on the probabilities. A query sequence
+    whose key sequence is empty gets 0. Scores and softmax are fp32 whatever the dtype.
+    """
+    assert len(queries) == len(keys), "each query sequence has its key sequence"
+    assert not causal or queries.max_length == keys.max_length, "causal attention is self-attention"
+    num_heads, head_dim = q_thd.shape[1:]
+    if not queries.total or not keys.total:
+        return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0
+
+    def padded(rows: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        return sequences.pad(rows).transpose(1, 2).flatten(0, 1)  # [S·h, L, d]
+
+    q, k, v = padded(q_thd, queries), padded(k_uhd, keys), padded(v_uhd, keys)
+    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)).float().unflatten(0, (len(queries), num_heads))
+    scores = scores + keys.key_bias[:, None]
+    if causal:
+        above = torch.ones(queries.max_length, keys.max_length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(above, torch.finfo(torch.float32).min / 2)
+    probabilities = torch.softmax(scores, dim=-1).flatten(0, 1)
+    if dropout > 0.0:
+        probabilities = F.dropout(probabilities, dropout, training=True)
+    attended = torch.bmm(probabilities.to(v.dtype), v)
+    output = queries.pack(attended.unflatten(0, (len(queries), num_heads)).transpose(1, 2))
+    if keys.min_length == 0:
+        has_keys = (keys.lengths > 0).repeat_interleave(queries.lengths, output_size=queries.total)
+        output = output * has_keys[:, None, None]
+    return output
+
+
+def cached_attention(
+    q_bhld: torch.Tensor, k_bhld: torch.Tensor, v_bhld: torch.Tensor, key_valid_bl: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of a few new queries over cached keys, for decoding; [b, h, l, d].
+
+    `key_valid_bl`: bool, keys that exist; None: all do.
+    """
+    mask = None if key_valid_bl is None else key_valid_bl[:, None, None, :]
+    return F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=mask)

@@ -1,0 +1,68 @@
+"""Where the sequences of a packed tensor begin and end; the one description that every attention kernel reads."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Sequences:
+    """S sequences laid end to end in a packed tensor of T rows, nothing between them.
+
+    cu_seqlens: int32 [S + 1], the first row of each sequence and T. The other fields are known without asking the device.
+    """
+
+    cu_seqlens: torch.Tensor
+    min_length: int
+    max_length: int
+    total: int
+
+    @classmethod
+    def from_lengths(cls, lengths: np.ndarray | list[int], device: torch.device | str = "cpu") -> "Sequences":
+        lengths = np.asarray(lengths, dtype=np.int64)
+        cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+        return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Sequences":
+        return Sequences(self.cu_seqlens.to(device, non_blocking=non_blocking), self.min_length, self.max_length, self.total)
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """int64 [S]"""
+        return torch.diff(self.cu_seqlens).long()
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """bool [S, L]: places of the padded layout that hold a row."""
+        return torch.arange(self.max_length, device=self.cu_seqlens.device)[None, :] < self.lengths[:, None]
+
+    @cached_property
+    def row_of_place(self) -> torch.Tensor:
+        """int64 [S · L]: packed row of each padded place (row 0 where there is none)."""
+        place = torch.arange(self.max_length, device=self.cu_seqlens.device)[None, :]
+        return torch.where(self.valid, self.cu_seqlens[:-1, None].long() + place, 0).reshape(-1)
+
+    @cached_property
+    def place_of_row(self) -> torch.Tensor:
+        """int64 [T]: padded place, sequence · L + position, of each packed row."""
+        first = torch.arange(len(self), device=self.cu_seqlens.device) * self.max_length - self.cu_seqlens[:-1].long()
+        shift = torch.repeat_interleave(first, self.lengths, output_size=self.total)
+        return shift + torch.arange(self.total, device=self.cu_seqlens.device)
+
+    @cached_property
+    def key_bias(self) -> torch.Tensor:
+        """float32 [S, 1, L]: 0 for a key, a large negative number for padding (finite: a row without keys stays finite)."""
+        return torch.where(self.valid, 0.0, torch.finfo(torch.float32).min / 2)[:, None, :]
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """[T, …] -> [S, L, …]; padding repeats row 0, so mask it."""
+        return rows.index_select(0, self.row_of_place).unflatten(0, (len(self), self.max_length))
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """[S, L, …] -> [T, …]"""
+        return padded.flatten(0, 1).index_select(0, self.place_of_row)
