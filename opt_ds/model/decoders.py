@@ -1,0 +1,83 @@
+"""The text decoder and the image decoder: what they write, token by token or code by code, from the encoder's output."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from opt_ds.config import ModelConfig
+from opt_ds.data.batch import Written
+from opt_ds.model.transformer import Decoder, LayerCache, LayerNorm
+from opt_ds.ops.sequences import Sequences
+
+
+class AutoregressiveDecoder(nn.Module):
+    """Embeds what is already written, attends to the encoder's output, scores what comes next; embedding and scores are tied.
+
+    `begin_id` is what the input begins with; `num_positions` bounds the length.
+    """
+
+    begin_id: int
+    num_positions: int
+
+    def __init__(self, config: ModelConfig, num_layers: int, num_positions: int, num_outputs: int) -> None:
+        super().__init__()
+        self.num_positions = num_positions
+        self.position = nn.Embedding(num_positions, config.hidden_size)
+        self.norm = LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.decoder = Decoder(config, num_layers)
+        self.bias = nn.Parameter(torch.zeros(num_outputs))
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
+        """Scores [w, outputs] of every written position, teacher-forced, given the encoder's packed output."""
+        memory_ue = hidden_te.index_select(0, written.memory_index)
+        hidden_we = self._input(written.input_ids, written.positions)
+        return self._scores(self.decoder(hidden_we, written.sequences, memory_ue, written.memory))
+
+    def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
+        """Caches to begin writing with, one sequence per memory sequence."""
+        return self.decoder.start(memory_ue, memory)
+
+    def decode(self, ids_b: torch.Tensor, position: int, caches: list[LayerCache]) -> torch.Tensor:
+        """Scores [b, outputs] of the next item, given the item written last (at `position`)."""
+        positions_b = torch.full_like(ids_b, position)
+        return self._scores(self.decoder.decode(self._input(ids_b, positions_b), caches))
+
+    def _input(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.norm(self._embed(ids) + self.position(positions)))
+
+
+class TextDecoder(AutoregressiveDecoder):
+    """Writes WordPieces; the word embedding is the text embedder's own. Begins with [CLS], ends with [SEP]."""
+
+    def __init__(self, config: ModelConfig, word: nn.Embedding) -> None:
+        super().__init__(config, config.text_decoder_layers, config.max_text_tokens + 1, config.vocab_size)
+        self.word = word
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.word(ids)
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.word.weight, self.bias)
+
+
+class ImageDecoder(AutoregressiveDecoder):
+    """Writes the dVAE's codes row by row. Begins with −1, which is no code."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, config.image_decoder_layers, config.num_image_codes, config.image_codebook_size)
+        self.code = nn.Embedding(config.image_codebook_size + 1, config.hidden_size)  # row 0: the beginning
+
+    begin_id = -1
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.code(ids + 1)
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.code.weight[1:], self.bias)

@@ -1,0 +1,112 @@
+"""Three embedders, one per modality, into the width of the encoder; `InputEmbeddings` puts their rows in packed order.
+
+Legend: n text rows, r region rows, a frame rows, t packed rows; e width; v feature width.
+"""
+
+import torch
+from torch import nn
+
+from opt_ds.config import ModelConfig
+from opt_ds.data.batch import EncoderInputs
+from opt_ds.model.transformer import LayerNorm
+
+STANDARD_LIMIT = 8.0  # standardised features are clamped to this many deviations
+TEXT_TYPE, IMAGE_TYPE, AUDIO_TYPE = range(3)
+
+
+class FeatureStandardizer(nn.Module):
+    """(x − mean) / deviation, clamped; the identity until statistics are set. The statistics travel with the weights."""
+
+    def __init__(self, feature_dim: int, repeat: int, enabled: bool) -> None:
+        super().__init__()
+        self.repeat, self.enabled = repeat, enabled
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("std", torch.ones(feature_dim))
+
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """mean, std: [v] over the training split. A dimension that never varies keeps its scale."""
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-4, std, 1.0))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 of the same shape; the last dimension is `repeat` stored vectors side by side."""
+        features = features.float()
+        if not self.enabled:
+            return features
+        mean, std = self.mean.float().repeat(self.repeat), self.std.float().repeat(self.repeat)
+        return ((features - mean) / std).clamp(-STANDARD_LIMIT, STANDARD_LIMIT)
+
+
+class TextEmbedder(nn.Module):
+    """Token + position + type -> LN -> dropout (BERT's embedding)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_text_tokens + 2, config.hidden_size)
+        self.norm = LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, token_ids_n: torch.Tensor, positions_n: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.norm(self.word(token_ids_n) + self.position(positions_n) + type_e))
+
+
+class RegionEmbedder(nn.Module):
+    """FC(feature) + FC(box) + type -> LN -> dropout. A masked region's feature is zero, plus a learned vector."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.feature = nn.Linear(config.image_feature_dim, config.hidden_size)
+        self.box = nn.Linear(7, config.hidden_size)
+        self.mask = nn.Parameter(torch.zeros(config.hidden_size))
+        self.norm = LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, features_rv: torch.Tensor, boxes_r7: torch.Tensor, masked_r: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
+        dtype = self.feature.weight.dtype
+        hidden_re = self.feature(features_rv.masked_fill(masked_r[:, None], 0.0).to(dtype)) + self.box(boxes_r7.to(dtype))
+        return self.dropout(self.norm(hidden_re + masked_r[:, None].to(dtype) * self.mask + type_e))
+
+
+class FrameEmbedder(nn.Module):
+    """FC(frame) + position + type -> LN -> dropout. A masked frame is zero, plus a learned vector."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.feature = nn.Linear(config.audio_stack * config.audio_feature_dim, config.hidden_size)
+        self.position = nn.Embedding(config.max_frames, config.hidden_size)
+        self.mask = nn.Parameter(torch.zeros(config.hidden_size))
+        self.norm = LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, frames_av: torch.Tensor, positions_a: torch.Tensor, masked_a: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
+        dtype = self.feature.weight.dtype
+        hidden_ae = self.feature(frames_av.masked_fill(masked_a[:, None], 0.0).to(dtype)) + self.position(positions_a)
+        return self.dropout(self.norm(hidden_ae + masked_a[:, None].to(dtype) * self.mask + type_e))
+
+
+class InputEmbeddings(nn.Module):
+    """All three embedders; gives the packed rows, and the standardised features, which are also the tasks' targets."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.text, self.regions, self.frames = TextEmbedder(config), RegionEmbedder(config), FrameEmbedder(config)
+        self.modality = nn.Embedding(3, config.hidden_size)
+        self.region_standardizer = FeatureStandardizer(config.image_feature_dim, 1, config.standardize_features)
+        self.frame_standardizer = FeatureStandardizer(
+            config.audio_feature_dim, config.audio_stack, config.standardize_features
+        )
+
+    def forward(self, inputs: EncoderInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden_te, and the original features regions_rv and frames_av in float32."""
+        regions_rv = self.region_standardizer(inputs.region_features)
+        frames_av = self.frame_standardizer(inputs.frames)
+        type_3e = self.modality.weight
+        rows_te = torch.cat(
+            [
+                self.text(inputs.token_ids, inputs.token_positions, type_3e[TEXT_TYPE]),
+                self.regions(regions_rv, inputs.region_boxes, inputs.region_masked, type_3e[IMAGE_TYPE]),
+                self.frames(frames_av, inputs.frame_positions, inputs.frame_masked, type_3e[AUDIO_TYPE]),
+            ]
+        )
+        return rows_te.index_select(0, inputs.gather_index), regions_rv, frames_av

@@ -1,0 +1,102 @@
+"""OPT: embedders, cross-modal encoder, decoders and task heads in one module. One encoder pass serves all tasks of a batch."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from opt_ds.config import ModelConfig, TasksConfig
+from opt_ds.data.batch import EncoderInputs, PackedBatch
+from opt_ds.model.decoders import ImageDecoder, TextDecoder
+from opt_ds.model.embeddings import InputEmbeddings
+from opt_ds.model.transformer import Encoder
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import LossTerm
+from opt_ds.tasks.mam import MaskedAudioModeling
+from opt_ds.tasks.matching import Matching
+from opt_ds.tasks.mlm import MaskedLanguageModeling
+from opt_ds.tasks.mvm import MaskedVisionModeling
+from opt_ds.tasks.reconstruct import reconstruction_term
+
+
+class OPT(nn.Module):
+    """The Omni-Perception Pre-Trainer (Liu et al. 2021, §3)."""
+
+    def __init__(self, model: ModelConfig, tasks: TasksConfig) -> None:
+        super().__init__()
+        self.config = model
+        self.embeddings = InputEmbeddings(model)
+        self.encoder = Encoder(model)
+        word = self.embeddings.text.word
+        self.text_decoder = TextDecoder(model, word)
+        self.image_decoder = ImageDecoder(model)
+        self.mlm = MaskedLanguageModeling(model, word)
+        self.mvm = MaskedVisionModeling(model)
+        self.mam = MaskedAudioModeling(model, tasks.mac.temperature)
+        self.matching = Matching(model, tasks.matching)
+        self._initialize()
+
+    def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:
+        """Every loss's term of this micro-batch. Losses without work give 0, with gradients of 0."""
+        hidden_te, regions_rv, frames_av = self._encode(batch.inputs)
+        return {
+            **self.mlm(hidden_te, batch.masked_tokens),
+            **self.mvm(hidden_te, batch.masked_regions, regions_rv),
+            **self.mam(hidden_te, batch.masked_frames, frames_av, batch.inputs.frame_masked),
+            "dtr": reconstruction_term(self.text_decoder, batch.written_text, hidden_te),
+            "dir": reconstruction_term(self.image_decoder, batch.written_image, hidden_te),
+            **self.matching(hidden_te, batch.judged),
+        }
+
+    def encode(self, inputs: EncoderInputs) -> torch.Tensor:
+        """hidden_te, the encoder's packed output for any mixture of modalities."""
+        return self._encode(inputs)[0]
+
+    def _encode(self, inputs: EncoderInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_te, regions_rv, frames_av = self.embeddings(inputs)
+        return self.encoder(hidden_te, inputs.sequences), regions_rv, frames_av
+
+    def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
+        """Take the standardisation from the stores' training statistics, pooled by the number of vectors."""
+        pairs = [
+            ("image/features", self.embeddings.region_standardizer),
+            ("audio/features", self.embeddings.frame_standardizer),
+        ]
+        for name, standardizer in pairs:
+            found = [store.description.statistics[name] for store in stores if name in store.description.statistics]
+            if found:
+                standardizer.set_statistics(*_pooled(found))
+
+    def load_bert(self, folder: str | Path) -> list[str]:
+        """Start encoder, word and position embedding and the MLM head from a Hugging Face BERT folder; gives what was taken."""
+        from opt_ds.model.warm_start import load_bert
+
+        return load_bert(self, Path(folder))
+
+    def _initialize(self) -> None:
+        """BERT's initialisation. With `embedding_range`, all summands of an input embedding begin equally large: tables with
+        that deviation, projections so that features of unit variance come out with it."""
+        config = self.config
+        table_range = config.embedding_range or config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=table_range)
+        for embedder in (self.embeddings.regions, self.embeddings.frames):
+            nn.init.normal_(embedder.mask, std=table_range)
+            if config.embedding_range:
+                for projection in [embedder.feature, *([embedder.box] if hasattr(embedder, "box") else [])]:
+                    nn.init.normal_(projection.weight, std=table_range / math.sqrt(projection.in_features))
+
+
+def _pooled(statistics: list) -> tuple[torch.Tensor, torch.Tensor]:
+    counts = torch.tensor([float(s.count) for s in statistics], dtype=torch.float64)
+    shares = (counts / counts.sum())[:, None]
+    means = torch.tensor([s.mean for s in statistics], dtype=torch.float64)
+    stds = torch.tensor([s.std for s in statistics], dtype=torch.float64)
+    mean = (shares * means).sum(0)
+    variance = (shares * (stds.square() + means.square())).sum(0) - mean.square()
+    return mean.float(), variance.clamp_min(0).sqrt().float()

@@ -1,0 +1,196 @@
+"""Transformer layers over packed sequences, shared by the encoder and both decoders. They call only `opt_ds.ops`.
+
+Legend: t packed query rows, u packed memory rows, e width, h heads, d head width, b sequences decoded side by side.
+
+Norm placement: every sublayer is followed by one LayerNorm. `post` (BERT): the stream is what the norm gives. `pre`: the stream
+stays un-normalised and the next sublayer reads the norm's output; the embedding's own LayerNorm serves the first sublayer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from opt_ds.config import ModelConfig
+from opt_ds.ops.attention import attention, cached_attention
+from opt_ds.ops.layer_norm import add_layer_norm, layer_norm
+from opt_ds.ops.sequences import Sequences
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm through `opt_ds.ops`, alone or with the dropout and residual sum before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.eps, self.probability, self.pre = config.layer_norm_eps, config.dropout, config.norm == "pre"
+
+    def forward(self, x: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream)."""
+        if stream is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        dropout = self.probability if self.training else 0.0
+        normed, total = add_layer_norm(x, stream, self.weight, self.bias, self.eps, dropout)
+        return normed, (total if self.pre else normed)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal, self.probability = config.num_heads, causal, config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _split(self, x_te: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.qkv(x_te).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+
+    def forward(self, x_te: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        q_thd, k_thd, v_thd = self._split(x_te)
+        dropout = self.probability if self.training else 0.0
+        return self.output(attention(q_thd, k_thd, v_thd, sequences, sequences, self.causal, dropout).flatten(-2))
+
+    def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
+        """One new position of each sequence; its key and value join the cache."""
+        q_bhd, k_bhd, v_bhd = self._split(x_be)
+        cache.append(k_bhd, v_bhd)
+        return self.output(cached_attention(q_bhd[:, :, None], cache.keys, cache.values).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a decoder over the encoder's output of the same sample."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.probability = config.num_heads, config.attention_dropout
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_value = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def memory(self, memory_ue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [u, h, d] of the encoder's output."""
+        return self.key_value(memory_ue).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+
+    def forward(self, x_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
+        q_thd = self.query(x_te).unflatten(-1, (self.num_heads, -1))
+        k_uhd, v_uhd = self.memory(memory_ue)
+        dropout = self.probability if self.training else 0.0
+        return self.output(attention(q_thd, k_uhd, v_uhd, sequences, memory, False, dropout).flatten(-2))
+
+    def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
+        q_bhd = self.query(x_be).unflatten(-1, (self.num_heads, -1))
+        attended = cached_attention(q_bhd[:, :, None], cache.memory_keys, cache.memory_values, cache.memory_valid)
+        return self.output(attended.flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.ffn_size)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward; each with its residual and norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = SelfAttention(config, causal=False), LayerNorm(config)
+        self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
+
+    def forward(self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te)
+        return self.ffn_norm(self.ffn(x_te), stream_te)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention, feed-forward; each with its residual and norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = SelfAttention(config, causal=True), LayerNorm(config)
+        self.cross, self.cross_norm = CrossAttention(config), LayerNorm(config)
+        self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
+
+    def forward(
+        self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te)
+        x_te, stream_te = self.cross_norm(self.cross(x_te, sequences, memory_ue, memory), stream_te)
+        return self.ffn_norm(self.ffn(x_te), stream_te)
+
+    def decode(self, x_be: torch.Tensor, stream_be: torch.Tensor, cache: "LayerCache") -> tuple[torch.Tensor, torch.Tensor]:
+        x_be, stream_be = self.attention_norm(self.attention.decode(x_be, cache), stream_be)
+        x_be, stream_be = self.cross_norm(self.cross.decode(x_be, cache), stream_be)
+        return self.ffn_norm(self.ffn(x_be), stream_be)
+
+
+class Encoder(nn.Module):
+    """The cross-modal encoder: a stack of layers over the packed sequences."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+
+    def forward(self, hidden_te: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        stream_te = hidden_te
+        for layer in self.layers:
+            hidden_te, stream_te = layer(hidden_te, stream_te, sequences)
+        return hidden_te
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one decoder layer while it writes: [b, h, l, d], and of the memory [b, h, m, d]."""
+
+    memory_keys: torch.Tensor
+    memory_values: torch.Tensor
+    memory_valid: torch.Tensor  # bool [b, m]
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def append(self, k_bhd: torch.Tensor, v_bhd: torch.Tensor) -> None:
+        k, v = k_bhd[:, :, None], v_bhd[:, :, None]
+        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=2)
+        self.values = v if self.values is None else torch.cat([self.values, v], dim=2)
+
+    def select(self, index: torch.Tensor) -> "LayerCache":
+        """The cache of these sequences (a beam's survivors, a repetition)."""
+        own = [None if x is None else x.index_select(0, index) for x in (self.keys, self.values)]
+        memory = [x.index_select(0, index) for x in (self.memory_keys, self.memory_values, self.memory_valid)]
+        return LayerCache(*memory, *own)
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers: teacher-forced over packed sequences, or one position at a time with a cache."""
+
+    def __init__(self, config: ModelConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(num_layers))
+
+    def forward(self, hidden_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
+        stream_te = hidden_te
+        for layer in self.layers:
+            hidden_te, stream_te = layer(hidden_te, stream_te, sequences, memory_ue, memory)
+        return hidden_te
+
+    def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
+        """Empty caches over the encoder's output of b sequences."""
+        caches = []
+        for layer in self.layers:
+            k_uhd, v_uhd = layer.cross.memory(memory_ue)
+            caches.append(LayerCache(memory.pad(k_uhd).transpose(1, 2), memory.pad(v_uhd).transpose(1, 2), memory.valid))
+        return caches
+
+    def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
+        """Hidden state [b, e] of one new position of each sequence."""
+        stream_be = hidden_be
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden_be, stream_be = layer.decode(hidden_be, stream_be, cache)
+        return hidden_be

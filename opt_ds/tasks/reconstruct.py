@@ -1,0 +1,15 @@
+"""Modality-level reconstruction: the text decoder writes the whole text (DTR), the image decoder the image codes (DIR).
+
+−Σ log P(item | items before, encoder's output), teacher-forced. The text begins with [CLS]; its end, [SEP], is counted.
+"""
+
+import torch
+
+from opt_ds.data.batch import Written
+from opt_ds.model.decoders import AutoregressiveDecoder
+from opt_ds.tasks.base import LossTerm, classification_term
+
+
+def reconstruction_term(decoder: AutoregressiveDecoder, written: Written, hidden_te: torch.Tensor) -> LossTerm:
+    """The decoder's summed cross-entropy over everything that is to be written."""
+    return classification_term(decoder(written, hidden_te), written.target_ids)
