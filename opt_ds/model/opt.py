@@ -60,8 +60,8 @@ class OPT(nn.Module):
     def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
         """Take the standardisation from the stores' training statistics, pooled by the number of vectors."""
         pairs = [
-            ("image/features", self.embeddings.region_standardizer),
-            ("audio/features", self.embeddings.frame_standardizer),
+            ("image", self.embeddings.region_standardizer),
+            ("audio", self.embeddings.frame_standardizer),
         ]
         for name, standardizer in pairs:
             found = [store.description.statistics[name] for store in stores if name in store.description.statistics]

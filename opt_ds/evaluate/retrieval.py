@@ -1,0 +1,124 @@
+"""Zero-shot retrieval in five directions, by the matching head and, where text is one side, by the text decoder's likelihood.
+
+A gallery of seeded candidates serves both as queries and as targets. Equal captions and identical pictures count as right: a
+hit is any candidate whose target is the same text, picture or recording as the query's own.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from opt_ds.data.matching import CASES
+from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.evaluate.evaluator import Evaluator
+
+#: direction -> (query modalities, target modality)
+DIRECTIONS: dict[str, tuple[tuple[int, ...], int]] = {
+    "image_to_text": ((IMAGE,), TEXT),
+    "text_to_image": ((TEXT,), IMAGE),
+    "text_to_audio": ((TEXT,), AUDIO),
+    "audio_to_text": ((AUDIO,), TEXT),
+    "text_audio_to_image": ((TEXT, AUDIO), IMAGE),
+}
+_CASE_OF_PAIR = {frozenset((IMAGE, AUDIO)): 1, frozenset((TEXT, AUDIO)): 2, frozenset((TEXT, IMAGE)): 3}
+RANKS = (1, 5, 10)
+
+
+def retrieval(
+    evaluator: Evaluator, split: str, candidates: int = 200, triple_candidates: int = 100, seed: int = 1
+) -> dict[str, Any]:
+    """R@1/5/10 of each direction and score, beside chance.
+
+    `triple_candidates` is the gallery of text+audio→image, whose every pair is a longer sequence. The likelihood of a text is
+    corrected for how likely the text is anyway (its mean over the queries) where texts are ranked: else short captions win.
+    """
+    result: dict[str, Any] = {"split": split, "seed": seed}
+    gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
+    small = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
+    matching = {
+        frozenset(pair): _matching_matrix(evaluator, gallery, (pair[0],), pair[1]) for pair in ((TEXT, IMAGE), (TEXT, AUDIO))
+    }
+    likelihood = {IMAGE: _likelihood_matrix(evaluator, gallery, IMAGE), AUDIO: _likelihood_matrix(evaluator, gallery, AUDIO)}
+    for direction, (query, target) in DIRECTIONS.items():
+        own = small if len(query) == 2 else gallery
+        same = _same_target(evaluator, own, target)
+        figures: dict[str, Any] = {"candidates": len(own), "chance": _chance(same)}
+        if len(query) == 2:
+            figures["matching"] = recall(_matching_matrix(evaluator, own, query, target), same)
+        else:
+            other = (set(query) | {target} - {TEXT}).difference({TEXT}).pop()
+            matrix_ti = matching[frozenset((TEXT, other))]  # [texts, others]
+            likelihood_it = likelihood[other]  # [others, texts]
+            to_text = target == TEXT
+            figures["matching"] = recall(matrix_ti.T if to_text else matrix_ti, same)
+            corrected_it = likelihood_it - _log_mean_exp(likelihood_it, axis=0) if to_text else likelihood_it
+            figures["likelihood"] = recall(corrected_it if to_text else likelihood_it.T, same)
+        result[direction] = figures
+    return result
+
+
+def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
+    """Share of queries with a right candidate among the k best; scores and same are [queries, candidates].
+
+    The rank of the best right candidate counts the wrong ones that score higher, and half of those that score the same, so that
+    constant scores give chance.
+    """
+    best_right = np.where(same, scores, -np.inf).max(1, keepdims=True)
+    wrong = ~same
+    rank = ((scores > best_right) & wrong).sum(1) + 0.5 * ((scores == best_right) & wrong).sum(1)
+    return {f"R@{k}": float((rank < k).mean()) for k in RANKS}
+
+
+def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int, ...], target: int) -> np.ndarray:
+    """Score [queries, targets] of the case in which just these modalities belong together."""
+    together = frozenset((*query, target))
+    case = _CASE_OF_PAIR.get(together, CASES.index("all"))
+    targets = [evaluator.read(index, (target,)) for index in gallery]
+    scores = np.empty((len(gallery), len(gallery)), dtype=np.float32)
+    for row, index in enumerate(gallery):
+        own = evaluator.read(index, query)
+        pairs = [_joined(own, other) for other in targets]
+        scores[row] = evaluator.matching_scores(pairs)[:, case]
+    return scores
+
+
+def _joined(query: Any, target: Any) -> Any:
+    from dataclasses import replace
+
+    parts = ("token_ids", "region_features", "region_boxes", "region_labels", "frames")
+    taken = {name: getattr(target, name) for name in parts if getattr(target, name) is not None}
+    return replace(query, **taken)
+
+
+def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int) -> np.ndarray:
+    samples = [evaluator.read(index, (modality,)) for index in gallery]
+    texts = [evaluator.read(index, (TEXT,)).token_ids for index in gallery]
+    return evaluator.text_log_likelihood(samples, texts)
+
+
+def _same_target(evaluator: Evaluator, gallery: np.ndarray, target: int) -> np.ndarray:
+    """bool [n, n]: candidate j's target is as good as query i's own."""
+    if target == TEXT:
+        content = [evaluator.caption(index) for index in gallery]
+    else:
+        store, rows = evaluator.store, evaluator.store.rows[gallery, target]
+        content = [store.regions(row).features.tobytes() if target == IMAGE else store.frames(row).tobytes() for row in rows]
+    names = np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
+    return names[:, None] == names[None, :]
+
+
+def _chance(same: np.ndarray) -> dict[str, float]:
+    """R@k of a random order, exact: 1 − C(n − right, k) / C(n, k), averaged over the queries."""
+    n, right = same.shape[1], same.sum(1)
+    chance = {}
+    for k in RANKS:
+        miss = np.ones(len(right))
+        for i in range(min(k, n)):
+            miss = miss * np.maximum(n - right - i, 0) / (n - i)
+        chance[f"R@{k}"] = float((1 - miss).mean())
+    return chance
+
+
+def _log_mean_exp(values: np.ndarray, axis: int) -> np.ndarray:
+    return torch.logsumexp(torch.from_numpy(values), axis, keepdim=True).numpy() - np.log(values.shape[axis])

@@ -1,0 +1,76 @@
+"""Speech recognition and captioning by the text decoder: word error rate, beside what it is without listening.
+
+Normalisation of both sides before comparing: lower case, punctuation away, single spaces.
+"""
+
+import re
+from typing import Any
+
+import jiwer
+import numpy as np
+
+from opt_ds.data.plan import AUDIO, TEXT
+from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
+from opt_ds.model.generation import DecodingConfig
+
+_CONSTANT_CANDIDATES, _CONSTANT_REFERENCES = 200, 300
+
+
+def transcription(
+    evaluator: Evaluator,
+    split: str,
+    inputs: tuple[str, ...] = ("A", "A+I", "I"),
+    limit: int | None = None,
+    seed: int = 1,
+    options: DecodingConfig | None = None,
+) -> dict[str, Any]:
+    """Word error rate of the text written from each input, with the audio of other samples as control, and of one constant
+    caption (the one of the training split that errs least there)."""
+    options = options or DecodingConfig()
+    result: dict[str, Any] = {"split": split, "decoding": options.model_dump()}
+    for name in inputs:
+        modalities = SUBSETS[name]
+        gallery = evaluator.samples_with(split, (TEXT, *modalities), limit, seed)
+        references = [evaluator.caption(index) for index in gallery]
+        samples = [evaluator.read(index, modalities) for index in gallery]
+        written = evaluator.write_text(samples, options)
+        result[name] = {"wer": word_error_rate(references, written), "samples": len(gallery)}
+        if AUDIO in modalities:
+            order = _shuffle(references, seed)
+            for sample, other in zip(samples, order, strict=True):
+                sample.frames = evaluator.read(gallery[other], (AUDIO,)).frames
+            shuffled = evaluator.write_text(samples, options)
+            result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
+    gallery = evaluator.samples_with(split, (TEXT,), limit, seed)
+    constant = constant_caption(evaluator, seed)
+    references = [evaluator.caption(index) for index in gallery]
+    result["constant_caption"] = {"wer": word_error_rate(references, [constant] * len(references)), "text": constant}
+    return result
+
+
+def word_error_rate(references: list[str], written: list[str]) -> float:
+    """Edits over words of the references (jiwer), after normalisation. References that become empty are left out."""
+    pairs = [(normalize(r), normalize(w)) for r, w in zip(references, written, strict=True)]
+    pairs = [(r, w) for r, w in pairs if r]
+    return float(jiwer.wer([r for r, _ in pairs], [w for _, w in pairs]))
+
+
+def normalize(text: str) -> str:
+    """Lower case; letters, digits and apostrophes of any script; single spaces."""
+    return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
+
+
+def constant_caption(evaluator: Evaluator, seed: int) -> str:
+    """The training caption that, said of everything, errs least over a sample of the training captions."""
+    train = evaluator.samples_with(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
+    references = [evaluator.caption(index) for index in train]
+    return min(references[:_CONSTANT_CANDIDATES], key=lambda text: word_error_rate(references, [text] * len(references)))
+
+
+def _shuffle(captions: list[str], seed: int) -> np.ndarray:
+    """A permutation in which (as far as captions allow) nobody hears his own caption."""
+    order = np.random.default_rng(seed).permutation(len(captions))
+    turned = np.roll(order, 1)
+    other = np.empty_like(order)
+    other[order] = turned
+    return other

@@ -1,0 +1,131 @@
+"""Writing with a decoder: greedy, beam search, and sampling with temperature, top-k and top-p; keys and values are cached.
+
+Sampling is a pure function of (seed, key of the sequence, position), so it does not depend on what else is in the batch.
+Legend: b sequences, v outputs.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from opt_ds.data.keyed import keyed_uniform
+from opt_ds.model.decoders import AutoregressiveDecoder
+from opt_ds.ops.sequences import Sequences
+
+
+class DecodingConfig(BaseModel):
+    """How to write. `top_k` 0 and `top_p` 1 leave all outcomes; `length_penalty` as in Wu et al. 2016, eq. 14."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: Literal["greedy", "beam", "sample"] = "greedy"
+    beam_size: int = Field(4, ge=1)
+    length_penalty: float = Field(0.6, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_length: int | None = Field(None, ge=1, description="items at most; None: as many as the decoder has positions")
+    seed: int = Field(1, ge=0)
+
+
+@torch.inference_mode()
+def write(
+    decoder: AutoregressiveDecoder,
+    memory_ue: torch.Tensor,
+    memory: Sequences,
+    begin_id: int,
+    end_id: int | None,
+    options: DecodingConfig,
+    keys: np.ndarray | None = None,
+) -> list[list[int]]:
+    """One list of items per memory sequence, without begin and end. `end_id` None: every sequence has full length.
+
+    keys: int64 [b], the identity of each sequence for sampling; None: 0 … b − 1.
+    """
+    if len(memory) == 0:
+        return []
+    length = min(options.max_length or decoder.num_positions, decoder.num_positions)
+    if options.method == "beam":
+        return _beam(decoder, memory_ue, memory, begin_id, end_id, length, options)
+    keys = np.arange(len(memory)) if keys is None else keys
+    caches = decoder.start(memory_ue, memory)
+    ids_b = torch.full((len(memory),), begin_id, dtype=torch.long, device=memory_ue.device)
+    finished_b = torch.zeros_like(ids_b, dtype=torch.bool)
+    written = []
+    for position in range(length):
+        scores_bv = decoder.decode(ids_b, position, caches).float()
+        if options.method == "greedy":
+            ids_b = scores_bv.argmax(-1)
+        else:
+            uniform_b = torch.from_numpy(keyed_uniform(options.seed, "write", keys, position)).to(scores_bv.device)
+            ids_b = sample_scores(scores_bv, uniform_b, options)
+        written.append(ids_b)
+        if end_id is not None:
+            finished_b |= ids_b == end_id
+            if bool(finished_b.all()):
+                break
+    rows = torch.stack(written, dim=1).tolist()
+    return [_until(row, end_id) for row in rows]
+
+
+def sample_scores(scores_bv: torch.Tensor, uniform_b: torch.Tensor, options: DecodingConfig) -> torch.Tensor:
+    """int64 [b] drawn from softmax(scores / temperature) within the top k and the smallest set of mass top p, by inverting the
+    distribution function at uniform_b in [0, 1)."""
+    sorted_bv, order_bv = torch.sort(scores_bv.double() / options.temperature, dim=-1, descending=True, stable=True)
+    if options.top_k:
+        sorted_bv[:, options.top_k :] = float("-inf")
+    probability_bv = torch.softmax(sorted_bv, dim=-1)
+    before_bv = probability_bv.cumsum(-1) - probability_bv
+    probability_bv = probability_bv.masked_fill(before_bv >= options.top_p, 0.0)  # the first one always stays
+    cumulative_bv = probability_bv.cumsum(-1)
+    target_b1 = (uniform_b[:, None] * cumulative_bv[:, -1:]).to(cumulative_bv.dtype)
+    place_b1 = torch.searchsorted(cumulative_bv, target_b1, right=True)
+    last_b1 = (probability_bv > 0).sum(-1, keepdim=True) - 1
+    return order_bv.gather(1, torch.minimum(place_b1, last_b1)).squeeze(1)
+
+
+def _beam(
+    decoder: AutoregressiveDecoder,
+    memory_ue: torch.Tensor,
+    memory: Sequences,
+    begin_id: int,
+    end_id: int | None,
+    length: int,
+    options: DecodingConfig,
+) -> list[list[int]]:
+    """Beam search; a finished hypothesis competes by log-probability over its length penalty."""
+    batch, beams, device = len(memory), options.beam_size, memory_ue.device
+    first = torch.arange(batch, device=device).repeat_interleave(beams)
+    caches = [cache.select(first) for cache in decoder.start(memory_ue, memory)]
+    ids = torch.full((batch * beams,), begin_id, dtype=torch.long, device=device)
+    total = torch.full((batch, beams), float("-inf"), device=device)
+    total[:, 0] = 0.0  # all beams begin alike: one of them speaks
+    written = torch.empty((batch * beams, 0), dtype=torch.long, device=device)
+    best: list[tuple[float, list[int]]] = [(float("-inf"), []) for _ in range(batch)]
+    for position in range(length):
+        scores = torch.log_softmax(decoder.decode(ids, position, caches).float(), dim=-1)
+        outputs = scores.shape[-1]
+        candidates = (total.reshape(-1, 1) + scores).reshape(batch, -1)
+        top, index = candidates.topk(min(2 * beams, candidates.shape[1]), dim=-1)
+        parent = index // outputs + torch.arange(batch, device=device)[:, None] * beams
+        item = index % outputs
+        penalty = ((5.0 + position + 1) / 6.0) ** options.length_penalty
+        ends = torch.zeros_like(item, dtype=torch.bool) if end_id is None else item == end_id
+        for b, k in ends.nonzero().tolist():
+            if float(top[b, k]) / penalty > best[b][0]:
+                best[b] = (float(top[b, k]) / penalty, written[parent[b, k]].tolist())
+        alive = top.masked_fill(ends, float("-inf"))
+        total, keep = alive.topk(beams, dim=-1)
+        parent, ids = parent.gather(1, keep).reshape(-1), item.gather(1, keep).reshape(-1)
+        written = torch.cat([written.index_select(0, parent), ids[:, None]], dim=1)
+        caches = [cache.select(parent) for cache in caches]
+        best_possible = (total.max(-1).values / ((5.0 + length) / 6.0) ** options.length_penalty).tolist()
+        if end_id is not None and all(score >= possible for (score, _), possible in zip(best, best_possible, strict=True)):
+            break
+    unfinished = written.reshape(batch, beams, -1)[:, 0].tolist()  # beams are in order of their scores
+    return [text if score > float("-inf") else unfinished[b] for b, (score, text) in enumerate(best)]
+
+
+def _until(row: list[int], end_id: int | None) -> list[int]:
+    return row[: row.index(end_id)] if end_id is not None and end_id in row else row
