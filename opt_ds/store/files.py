@@ -18,7 +18,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,7 +44,7 @@ def folder_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     # Without it a power cut may lose the rename although the file's own bytes are on disk.
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -121,8 +121,11 @@ class StoreWriter:
         file = self.path / fields["shard"]["file"]
         return file.is_file() and file.stat().st_size == fields["shard"]["bytes"]
 
-    def write_shard(self, index: int, content: ShardContent) -> None:
-        """Write shard `index`. Values are checked for shape only; `inspect` checks ranges."""
+    def write_shard(self, index: int, content: ShardContent, *, notes: dict[str, Any] | None = None) -> None:
+        """Write shard `index`. Values are checked for shape only; `inspect` checks ranges.
+
+        `notes` (JSON) are kept beside the shard until `finish`, so that a resumed run still has them.
+        """
         file = self.path / f"shard-{index:05d}.h5"
         arrays = self._arrays(content)
         with atomic_file(file) as temporary:
@@ -135,8 +138,13 @@ class StoreWriter:
                 "has_pixels": "image/pixels" in arrays,
                 "has_codes": "image/codes" in arrays,
                 "sums": self._train_sums(arrays),
+                "notes": notes or {},
             },
         )
+
+    def notes(self, index: int) -> dict[str, Any]:
+        """Return the notes of a written shard, before `finish`."""
+        return json.loads(self._journal(index).read_text(encoding="utf-8"))["notes"]
 
     def finish(self, num_shards: int, *, info: dict[str, Any] | None = None) -> StoreDescription:
         """Write `store.json` over shards 0..num_shards-1 and drop the journals. All of them must have been written."""

@@ -1,0 +1,106 @@
+"""`opt-ds corpus`, `opt-ds prepare` and `opt-ds inspect`: arguments in, one call, results out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opt_ds.errors import UserError, did_you_mean
+
+_CORPORA = ("emoji",)
+_Workers = Annotated[int, typer.Option(help="Processes that work at once, each on one thread.", min=1)]
+
+
+def corpus(
+    name: Annotated[str, typer.Argument(help="Which built-in corpus: emoji.")],
+    output: Annotated[Path, typer.Option(help="Folder for manifest.jsonl, images/ and audio/. A stopped run resumes.")],
+    workers: _Workers = 2,
+    limit: Annotated[int | None, typer.Option(help="Take about this many samples, evenly spread.", min=1)] = None,
+) -> None:
+    """Write a built-in corpus as raw files and a manifest, ready for `opt-ds prepare`.
+
+    emoji: 3,944 OpenMoji pictures, their English names, and the names spoken by Piper. About four minutes on two cores.
+    """
+    if name not in _CORPORA:
+        raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')
+    from opt_ds.prepare.importers.emoji import write_emoji_corpus
+
+    manifest = write_emoji_corpus(output, workers=workers, limit=limit, say=typer.echo)
+    typer.echo(f"next: opt-ds prepare --manifest {manifest} --output STORE")
+
+
+def prepare(
+    manifest: Annotated[
+        Path, typer.Option(help="JSONL, one sample a line: id, and any of image, text, audio, labels, group, split.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the new feature store. A stopped run resumes.")],
+    images: Annotated[
+        str, typer.Option(help="Region extractor: grid (cells of a classifier) or faster_rcnn.")
+    ] = "grid",
+    image_weights: Annotated[
+        Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
+    ] = None,
+    image_backbone: Annotated[
+        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights.")
+    ] = None,
+    speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel",
+    speech_weights: Annotated[
+        Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of a WordPiece tokenizer. Default: train one.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer trained on the train split.", min=1)] = 1200,
+    pixels: Annotated[
+        bool, typer.Option(help="Keep each picture at 64 x 64 pixels, for the dVAE and picture grids.")
+    ] = True,
+    pool_frames: Annotated[int, typer.Option(help="Average this many neighbouring speech frames into one.", min=1)] = 1,
+    max_frames: Annotated[
+        int | None, typer.Option(help="Keep at most this many frames (after pooling).", min=1)
+    ] = None,
+    compress: Annotated[bool, typer.Option(help="Compress shards with gzip: for archives, slower to read.")] = False,
+    workers: _Workers = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    strict: Annotated[bool, typer.Option(help="Stop at the first broken file instead of skipping its sample.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
+) -> None:
+    """Extract features from the files that a manifest names, and write them as a feature store.
+
+    Samples with a broken or missing file are skipped and listed in the store's report.json.
+    """
+    from opt_ds.prepare.pipeline import PrepareSettings
+    from opt_ds.prepare.pipeline import prepare as run
+
+    settings = PrepareSettings(
+        images=images,
+        image_weights=image_weights,
+        image_backbone=image_backbone,
+        speech=speech,
+        speech_weights=speech_weights,
+        text=text,
+        vocab_size=vocab_size,
+        pixels=pixels,
+        pool_frames=pool_frames,
+        max_frames=max_frames,
+        compression="gzip" if compress else None,
+    )
+    run(manifest, output, settings, workers=workers, device=device, strict=strict, limit=limit, say=typer.echo)
+
+
+def inspect_store(
+    store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
+) -> None:
+    """Check a feature store (checksums, NaN, ranges, offsets, rows, splits) and print a summary. Exit code 2 on a failure."""
+    from opt_ds.store.inspect import inspect_store as inspect
+
+    inspection = inspect(store)
+    width = max(len(name) for name, _ in inspection.summary)
+    for name, value in inspection.summary:
+        typer.echo(f"{name:<{width}}  {value}")
+    for note in inspection.notes:
+        typer.echo(f"note: {note}")
+    for failure in inspection.failures:
+        typer.echo(f"FAILED {failure}", err=True)
+    if inspection.failures:
+        raise typer.Exit(2)
+    typer.echo("all checks passed")

@@ -1,0 +1,22 @@
+"""Raw pictures, words and recordings -> feature store. Training never imports this package, except to build a default store."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from opt_ds.prepare.pipeline import PrepareSettings, prepare
+from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
+
+__all__ = ["PrepareSettings", "emoji_store", "prepare"]
+
+
+def emoji_store(
+    output: Path, work_dir: Path, *, workers: int = 2, say: Callable[[str], None] = print
+) -> StoreDescription:
+    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it is there; both steps resume."""
+    from opt_ds.prepare.importers.emoji import ATTRIBUTION, write_emoji_corpus
+
+    if (output / STORE_FILE).is_file():
+        say(f"{output}: feature store found")
+        return load_description(output)
+    manifest = write_emoji_corpus(work_dir, workers=workers, say=say)
+    return prepare(manifest, output, workers=workers, info={"attribution": ATTRIBUTION}, say=say)

@@ -1,0 +1,146 @@
+"""Faster R-CNN region features, as "bottom-up attention" gives them: 10 to 100 regions, feature after the box head.
+
+Source of the selection rule: Anderson et al. 2018 (arXiv 1707.07998): confidence 0.2, at least 10, at most 100 regions.
+Shapes: P proposals, K classes (0 = background), R regions.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.ops import batched_nms
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.extractors import load_state_dict, weights_identity
+from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
+
+# (bottleneck blocks?, blocks of the third stage) -> architecture; the four stages differ most in the third.
+_RESNETS = {
+    (False, 2): "resnet18",
+    (False, 6): "resnet34",
+    (True, 6): "resnet50",
+    (True, 23): "resnet101",
+    (True, 36): "resnet152",
+}
+_FPN_CHANNELS = 256
+_NMS_IOU = 0.5
+
+
+class FasterRCNNExtractor:
+    """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size follow from the checkpoint.
+
+    `weights`: a state dict file; Visual Genome models have 1,601 classes, torchvision's COCO ones 91.
+    """
+
+    name = "faster_rcnn"
+
+    def __init__(
+        self,
+        weights: Path | None,
+        *,
+        min_regions: int = 10,
+        max_regions: int = 100,
+        confidence: float = 0.2,
+        min_side: int = 600,
+        max_side: int = 1000,
+        device: str = "cpu",
+    ) -> None:
+        state = load_state_dict(weights, "--image-weights of faster_rcnn")
+        self._model, self._backbone = build_faster_rcnn(state, str(weights), min_side, max_side)
+        self._model.to(device)
+        self._settings = {
+            "min_regions": min_regions,
+            "max_regions": max_regions,
+            "confidence": confidence,
+            "min_side": min_side,
+            "max_side": max_side,
+        }
+        self._device = device
+        self._weights_sha256 = weights_identity(weights)
+        self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
+        self.dim = self._model.roi_heads.box_head.fc7.out_features
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the features depend on."""
+        return {
+            "name": self.name,
+            "backbone": f"torchvision/{self._backbone}_fpn",
+            "package": "torchvision",
+            "version": version("torchvision"),
+            "weights_sha256": self._weights_sha256,
+            **self._settings,
+        }
+
+    @torch.inference_mode()
+    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]:
+        """Return the regions of each picture, best first."""
+        pictures = [
+            torch.from_numpy(np.array(picture)).to(self._device).permute(2, 0, 1).float() / 255 for picture in inputs
+        ]
+        images, _ = self._model.transform(pictures)
+        maps = self._model.backbone(images.tensors)
+        proposals, _ = self._model.rpn(images, maps)
+        heads = self._model.roi_heads
+        features_pc = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
+        logits_pk, deltas = heads.box_predictor(features_pc)
+        boxes_pk4 = heads.box_coder.decode(deltas, proposals)
+        counts = [len(boxes) for boxes in proposals]
+        parts = zip(
+            features_pc.split(counts), logits_pk.softmax(1).split(counts), boxes_pk4.split(counts), images.image_sizes
+        )
+        return [self._select(*part) for part in parts]
+
+    def _select(
+        self, features_pc: torch.Tensor, scores_pk: torch.Tensor, boxes_pk4: torch.Tensor, size: tuple[int, int]
+    ) -> RegionFeatures:
+        height, width = size
+        scale = torch.tensor([width, height, width, height], device=boxes_pk4.device)
+        scores, labels = scores_pk[:, 1:].max(1)
+        labels = labels + 1
+        boxes = boxes_pk4[torch.arange(len(labels)), labels].div(scale).clamp(0, 1)
+        kept = batched_nms(boxes, scores, labels, _NMS_IOU)  # sorted by score, best first
+        confident = int((scores[kept] >= self._settings["confidence"]).sum())
+        kept = kept[: min(max(confident, self._settings["min_regions"]), self._settings["max_regions"])]
+        return RegionFeatures(
+            features_pc[kept].to(torch.float16).cpu().numpy(),
+            boxes_with_size(boxes[kept].cpu().numpy()),
+            labels[kept].to(torch.int16).cpu().numpy(),
+            scores[kept].to(torch.float16).cpu().numpy(),
+        )
+
+
+def build_faster_rcnn(
+    state: dict[str, torch.Tensor], where: str, min_side: int, max_side: int
+) -> tuple[FasterRCNN, str]:
+    """Build the detector that a state dict belongs to and load it; also return the backbone's name."""
+    try:
+        bottleneck = "backbone.body.layer3.0.conv3.weight" in state
+        blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.body.layer3.")})
+        num_classes = len(state["roi_heads.box_predictor.cls_score.bias"])
+        feature_size = len(state["roi_heads.box_head.fc7.bias"])
+        name = _RESNETS[bottleneck, blocks]
+    except KeyError as error:
+        raise UserError(
+            f"{where}: not a torchvision Faster R-CNN with a ResNet FPN backbone (no {error.args[0]})"
+        ) from None
+    backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=0)
+    head = TwoMLPHead(_FPN_CHANNELS * 7 * 7, feature_size)
+    # The head's own predictor belongs to 1024-d features: replaced below by one of this checkpoint's sizes.
+    model = FasterRCNN(backbone, num_classes=num_classes, min_size=min_side, max_size=max_side, box_head=head)
+    predictor = model.roi_heads.box_predictor
+    if predictor.cls_score.in_features != feature_size:
+        model.roi_heads.box_predictor = type(predictor)(feature_size, num_classes)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{where}: does not fit a Faster R-CNN {name} ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    return model.eval(), name

@@ -1,0 +1,71 @@
+"""The one interface of all feature extractors, and the device that they run on.
+
+A new modality or backbone is one class with this interface; the pipeline knows nothing else about it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from opt_ds.errors import UserError
+from opt_ds.store.files import file_sha256
+
+
+class Extractor(Protocol):
+    """Turns decoded inputs (pictures, waveforms) into features. Built inside the worker process that uses it.
+
+    `extract` gets a short list of inputs and returns one result for each, in order; results depend on the list alone.
+    """
+
+    name: str
+    dim: int
+
+    def identity(self) -> dict[str, Any]:
+        """Return name, settings, package and version, and the SHA-256 of the weights: what `store.json` records."""
+        ...
+
+    def extract(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return one feature item per input."""
+        ...
+
+
+def choose_device(device: str) -> str:
+    """Return "cuda" or "cpu" for "auto", "cuda" or "cpu". UserError for another word, or for a GPU that is not there."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f'--device "{device}": choose auto, cpu or cuda')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no GPU: use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def weights_identity(path: Path) -> str:
+    """Return the SHA-256 of a weights file, or of the weight files in a folder."""
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    if not files:
+        raise UserError(f"{path}: no weights there (*.safetensors or *.bin): give a folder saved by Hugging Face")
+    return "+".join(file_sha256(file) for file in files)
+
+
+def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
+    """Load a checkpoint's tensors without running code from it. UserError if it is missing or not a state dict."""
+    import torch
+
+    if path is None:
+        raise UserError(f"{what}: it needs a checkpoint: name its file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file ({what})")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 torch.load raises whatever the broken file provokes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}): save its state_dict") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state dict ({what}): save model.state_dict()")
+    return state

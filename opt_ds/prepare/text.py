@@ -1,0 +1,87 @@
+"""Captions -> WordPiece tokens: a Hugging Face folder's tokenizer, or one trained on the corpus."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, describe_tokenizer, save_wordpiece
+
+
+def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train a lower-casing BERT WordPiece on captions and save it in Hugging Face's layout.
+
+    The result depends on the captions as a bag and the size alone. UserError if the size cannot hold the alphabet.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = list(SPECIAL_TOKENS.values())
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(sorted(captions), trainer)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: the captions' letters alone need {tokenizer.get_vocab_size()}: give more"
+        )
+    # Only the set of pieces matters to WordPiece: sorting them makes the ids independent of the trainer's internals.
+    pieces = sorted(set(tokenizer.get_vocab()) - set(special))
+    save_wordpiece(build_wordpiece([*special, *pieces]), folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of a Hugging Face folder; UserError if there is no fast WordPiece tokenizer in it."""
+    from tokenizers import Tokenizer
+
+    if not source.is_dir():
+        raise UserError(f"--text {source}: no such folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (source / "tokenizer.json").is_file():
+        if not (source / "vocab.txt").is_file():
+            raise UserError(
+                f"--text {source}: neither tokenizer.json nor vocab.txt there: give a Hugging Face BERT folder"
+            )
+        vocabulary = (source / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        lowercase = not any(piece[:1].isupper() for piece in vocabulary)
+        save_wordpiece(build_wordpiece(vocabulary, lowercase=lowercase), folder, lowercase=lowercase)
+        return
+    describe_tokenizer(source)
+    if type(Tokenizer.from_file(str(source / "tokenizer.json")).model).__name__ != "WordPiece":
+        raise UserError(f"--text {source}: not a WordPiece tokenizer: give a BERT one")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+class TextExtractor:
+    """Tokenises captions with a tokenizer folder; [CLS] and [SEP] are left to training."""
+
+    name = "wordpiece"
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._description, self.dim = describe_tokenizer(folder)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the tokens depend on."""
+        return {
+            "name": self.name,
+            "vocab_size": self.dim,
+            "package": "tokenizers",
+            "version": version("tokenizers"),
+            "weights_sha256": self._description.sha256,
+        }
+
+    def extract(self, inputs: Sequence[str]) -> list[np.ndarray]:
+        """Return int32 [L] tokens per caption."""
+        encodings = self._tokenizer.encode_batch(list(inputs), add_special_tokens=False)
+        return [np.array(encoding.ids, "int32") for encoding in encodings]
