@@ -1,0 +1,145 @@
+"""`opt-ds evaluate …`: a checkpoint and a store in, figures out (JSON, and a table where there is one)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from opt_ds.evaluate.evaluator import Evaluator
+    from opt_ds.model.dvae import DiscreteVAE
+
+evaluate = typer.Typer(help="Evaluate a checkpoint: retrieval, transcription, image-generation, or all of a run: summary.",
+                       no_args_is_help=True)  # fmt: skip
+
+_Checkpoint = Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")]
+_Store = Annotated[Path, typer.Option(help="The feature store.")]
+_Output = Annotated[Path, typer.Option(help="JSON file for the figures.")]
+_Split = Annotated[str, typer.Option(help="Split of the store.")]
+_Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
+_Seed = Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0)]
+
+
+@evaluate.command()
+def retrieval(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: _Split = "test_variant",
+    candidates: Annotated[int, typer.Option(help="Gallery of the directions between two modalities.", min=2)] = 200,
+    triple_candidates: Annotated[int, typer.Option(help="Gallery of text+audio→image.", min=2)] = 200,
+    seed: _Seed = 1,
+) -> None:
+    """Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood."""
+    from opt_ds.evaluate.retrieval import retrieval as run
+
+    evaluator = _evaluator(checkpoint, store, split)
+    _write(run(evaluator, split, candidates, triple_candidates, seed), output)
+
+
+@evaluate.command()
+def transcription(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: _Split = "test_variant",
+    limit: _Limit = None,
+    beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 1,
+    seed: _Seed = 1,
+) -> None:
+    """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""
+    from opt_ds.evaluate.transcription import transcription as run
+    from opt_ds.model.generation import DecodingConfig
+
+    options = DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size)
+    evaluator = _evaluator(checkpoint, store, split)
+    _write(run(evaluator, split, limit=limit, seed=seed, options=options), output)
+
+
+@evaluate.command("image-generation")
+def image_generation(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: _Split = "test_variant",
+    limit: _Limit = None,
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
+    pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8,
+    seed: _Seed = 1,
+) -> None:
+    """Bits per image code from text, from audio and from both, and a picture grid."""
+    from PIL import Image
+
+    from opt_ds.evaluate.image_generation import bits_per_code
+    from opt_ds.evaluate.picture_grid import draw_picture_grid
+
+    evaluator = _evaluator(checkpoint, store, split)
+    if not evaluator.store.has_codes:
+        raise UserError(f"store {store}: it has no image codes: write them with opt-ds train-dvae --store {store}")
+    painter = _dvae(evaluator, dvae) if pictures else None
+    figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in ("T", "A", "T+A")}
+    if painter is not None:
+        grid = output.with_suffix(".png")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_picture_grid(evaluator, painter, split, pictures, seed)).save(grid)
+        figures["picture_grid"] = grid.name
+    _write(figures, output)
+
+
+@evaluate.command()
+def summary(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: Annotated[list[str], typer.Option(help="Held-out splits; may be repeated.")] = ["test_variant", "test_concept"],  # noqa: B006
+    candidates: Annotated[int, typer.Option(help="Gallery of the directions between two modalities.", min=2)] = 200,
+    triple_candidates: Annotated[int, typer.Option(help="Gallery of text+audio→image.", min=2)] = 100,
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
+    seed: _Seed = 1,
+) -> None:
+    """What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids."""
+    from opt_ds.evaluate.summary import summarize, table
+
+    evaluator = _evaluator(checkpoint, store, *split)
+    painter = _dvae(evaluator, dvae) if evaluator.store.has_codes and evaluator.store.has_pixels else None
+    figures = summarize(evaluator, painter, split, output.parent, candidates, triple_candidates, seed)
+    _write(figures, output)
+    typer.echo(table(figures))
+    typer.echo(f"\ncheckpoint    {checkpoint}\nfigures       {output}")
+    for name in [figures["splits"][s].get("picture_grid") for s in split]:
+        if name:
+            typer.echo(f"picture grid  {output.parent / name}")
+    typer.echo(f"curves        tensorboard --logdir {checkpoint}")
+
+
+def _evaluator(checkpoint: Path, store_path: Path, *splits: str) -> "Evaluator":
+    """Model and store, checked against each other before anything is computed."""
+    import torch
+
+    from opt_ds.engine.checkpoint import load_model
+    from opt_ds.engine.preflight import check_store
+    from opt_ds.evaluate.evaluator import Evaluator
+    from opt_ds.store.reader import FeatureStore
+
+    store = FeatureStore(store_path)
+    for split in splits:
+        store.split_samples(split)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(checkpoint, device)
+    check_store(config, store)
+    return Evaluator(model, config, store, device)
+
+
+def _dvae(evaluator: "Evaluator", folder: Path | None) -> "DiscreteVAE":
+    from opt_ds.model.dvae import DiscreteVAE
+
+    return DiscreteVAE.from_pretrained(folder or evaluator.store.path / "dvae").to(evaluator.device)
+
+
+def _write(figures: dict[str, Any], output: Path) -> None:
+    from opt_ds.store.files import write_json
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, figures)

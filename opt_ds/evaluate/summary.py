@@ -1,0 +1,113 @@
+"""The end of a pre-training run: one table of everything that was learned, each figure beside its trivial baseline.
+
+`summarize` gives what goes into `result.json`; docs/results.md says what each key means.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.image_generation import bits_per_code
+from opt_ds.evaluate.losses import validate
+from opt_ds.evaluate.picture_grid import draw_picture_grid
+from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, retrieval
+from opt_ds.evaluate.transcription import transcription
+from opt_ds.tasks.baselines import trivial_baselines
+
+if TYPE_CHECKING:
+    from opt_ds.model.dvae import DiscreteVAE
+
+RESULT_SCHEMA = 1
+
+
+def summarize(
+    evaluator: Evaluator,
+    dvae: "DiscreteVAE | None",
+    splits: list[str],
+    output: Path,
+    candidates: int = 200,
+    triple_candidates: int = 100,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`."""
+    started = time.perf_counter()
+    config, store = evaluator.config, evaluator.store
+    result = validate(evaluator.model, config, store, evaluator.device)
+    baselines = trivial_baselines(config, [store])
+    summary: dict[str, Any] = {
+        "schema": RESULT_SCHEMA,
+        "store": {"name": store.name, "fingerprint": store.fingerprint},
+        "validation": {
+            loss: {"loss": value, "baseline": baselines.get(loss), "accuracy": result.accuracies.get(loss)}
+            for loss, value in result.losses.items()
+        },
+        "splits": {},
+    }
+    for split in splits:
+        figures: dict[str, Any] = {
+            "retrieval": retrieval(evaluator, split, candidates, triple_candidates, seed),
+            "transcription": transcription(evaluator, split, seed=seed),
+        }
+        if store.has_codes:
+            figures["image_generation"] = bits_per_code(evaluator, split)
+        if store.has_codes and store.has_pixels and dvae is not None:
+            grid = output / f"picture_grid-{split}.png"
+            _save_picture(draw_picture_grid(evaluator, dvae, split, seed=seed), grid)
+            figures["picture_grid"] = grid.name
+        summary["splits"][split] = figures
+    summary["seconds"] = time.perf_counter() - started
+    return summary
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as text, for a terminal of 100 columns."""
+    lines = ["", "Validation loss            loss   trivial baseline   accuracy"]
+    for loss, row in summary["validation"].items():
+        baseline = "—" if row["baseline"] is None else f"{row['baseline']:.3f}"
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+        below = "" if row["baseline"] is None else ("below" if row["loss"] < row["baseline"] else "NOT BELOW")
+        lines.append(f"  {loss:<20} {row['loss']:>9.3f}   {baseline:>9} {below:<9} {accuracy:>6}")
+    for split, figures in summary["splits"].items():
+        lines += ["", f"Held-out split {split}", *_retrieval_lines(figures["retrieval"]), *_transcription_lines(figures["transcription"])]
+        if "image_generation" in figures:
+            image = figures["image_generation"]
+            lines.append(
+                f"  text→image: {image['bits_per_code']:.2f} bits per image code "
+                f"(training frequencies: {image['unigram_bits_per_code']:.2f})"
+            )
+    return "\n".join(lines)
+
+
+def _retrieval_lines(figures: dict[str, Any]) -> list[str]:
+    heads = "  ".join(f"{f'R@{k}':>6}" for k in RANKS)
+    lines = [f"  retrieval                             {heads}"]
+    for direction in DIRECTIONS:
+        row = figures[direction]
+        for score in ("likelihood", "matching", "chance"):
+            if score in row:
+                name = f"{direction.replace('_to_', '→').replace('_', '+')} of {row['candidates']}" if score != "chance" else ""
+                name = name if score == "likelihood" or "likelihood" not in row else ""
+                label = {"likelihood": "text likelihood", "matching": "matching head", "chance": "chance"}[score]
+                cells = "  ".join(f"{row[score][f'R@{k}']:>6.1%}" for k in RANKS)
+                lines.append(f"    {name:<20}{label:<16}{cells}")
+    return lines
+
+
+def _transcription_lines(figures: dict[str, Any]) -> list[str]:
+    names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
+    lines = ["  word error rate"]
+    for key, name in names.items():
+        row = figures[key]
+        shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
+        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}")
+    constant = figures["constant_caption"]
+    lines.append(f"    {'constant caption':<20}{constant['wer']:>7.1%}   (\"{constant['text']}\")")
+    return lines
+
+
+def _save_picture(picture: Any, path: Path) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
