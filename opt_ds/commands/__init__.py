@@ -1,1 +1,68 @@
-"""The functions behind the `opt-ds` commands, by topic; opt_ds/cli.py registers them."""
+"""Commands: each file holds the functions behind some `opt-ds …` commands. Here: how a command runs and how it fails.
+
+A user's mistake is one line on stderr and exit code 2, never a traceback.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from opt_ds.errors import UserError, did_you_mean
+
+EXIT_BAD_INPUT = 2
+_USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]  # click's, wherever this typer keeps it
+_OTHER_RANKS_WAIT_S = 15
+
+
+def run_program(function: Callable[..., Any], arguments: Sequence[str], name: str, rank: int = 0) -> int:
+    """Run a function with typer's annotations as a program of its own; returns the exit code."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(function)
+    return run_command(typer.main.get_command(app), arguments, name, rank)
+
+
+def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0) -> int:
+    """Run a click command. Mistakes become one line on stderr and exit code 2.
+
+    Of several ranks only rank 0 speaks: the others give it time to, since a launcher ends all at the first one's exit.
+    """
+    try:
+        result = command.main(list(arguments), prog_name=name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _fail(str(error), rank)
+    except _CLICK_ERROR as error:
+        return _fail(_usage_message(error, name), rank)
+    except typer.Exit as exit_request:
+        return exit_request.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ not in ("TrainingError", "CheckpointError"):
+            raise
+        return _fail(str(error), rank, code=1)
+
+
+def _fail(message: str, rank: int, code: int = EXIT_BAD_INPUT) -> int:
+    if rank:
+        time.sleep(_OTHER_RANKS_WAIT_S)  # whoever is still here was not ended by rank 0's exit: then it speaks itself
+    where = f"rank {rank}: " if rank else ""
+    print(f"error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _usage_message(error: Any, name: str) -> str:
+    text = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if option and context is not None:
+        known = [
+            o for parameter in context.command.params for o in getattr(parameter, "opts", []) if not parameter.hidden
+        ]
+        text = f"no option {option}{did_you_mean(option, known)}"
+    path = context.command_path if context is not None else name
+    return f"{text}: see `{path} --help`"

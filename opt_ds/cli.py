@@ -1,0 +1,66 @@
+"""`opt-ds …`: the list of commands. A command's module is imported when the command is called, so `--help` is quick."""
+
+import importlib
+import sys
+from typing import Any, NamedTuple
+
+import typer
+import typer.core
+
+from opt_ds.commands import run_command
+from opt_ds.errors import UserError, did_you_mean
+
+
+class Command(NamedTuple):
+    """Where a command's function is, and its line in `opt-ds --help`."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "corpus": Command("opt_ds.commands.data", "corpus", "Write a built-in corpus: raw pictures, words and speech."),
+    "prepare": Command("opt_ds.commands.data", "prepare", "Make a feature store from a manifest of raw files."),
+    "inspect": Command("opt_ds.commands.data", "inspect_store", "Verify a feature store and summarise it."),
+    "train-dvae": Command(
+        "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
+    ),
+}
+
+
+class _LazyGroup(typer.core.TyperGroup):
+    """Commands of `COMMANDS`, each imported on its first use."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            raise UserError(f'unknown command "{cmd_name}"{did_you_mean(cmd_name, COMMANDS)}: see `opt-ds --help`')
+        command = COMMANDS[cmd_name]
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(cmd_name)(getattr(importlib.import_module(command.module), command.function))
+        return typer.main.get_command(app)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+
+
+def _build() -> Any:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, cls=_LazyGroup, no_args_is_help=True)
+
+    @app.callback()
+    def opt_ds() -> None:
+        """Prepare features for, pre-train, evaluate and serve OPT, a model of text, images and speech.
+
+        Pre-training itself is started by a launcher: deepspeed --num_gpus 4 opt_ds/pretrain.py --help
+        """
+
+    return typer.main.get_command(app)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_command(_build(), sys.argv[1:], "opt-ds"))

@@ -1,0 +1,230 @@
+"""From the run configuration to DeepSpeed's: the only owner of precision, batch arithmetic, clipping and the ZeRO settings.
+
+Facts of DeepSpeed 0.19 that decide here (each is held by a test):
+- `gradient_clipping` is 1.0 when the JSON does not name it, so it is always written; 0.0 is off.
+- Gradients accumulate in the model's dtype unless `data_types.grad_accum_dtype` says fp32; stage 0 cannot, hence the refusals.
+- We own the accumulation boundary (`set_gradient_accumulation_boundary`, `backward(scale_wrt_gas=False)`): the number of
+  micro-batches differs from step to step, so DeepSpeed is told 1 × 1 and never divides.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from opt_ds.config import Config
+from opt_ds.errors import UserError, did_you_mean
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+#: Sections of a DeepSpeed JSON that a run may take over. What is not here has an owner in the run config, or no use.
+_TAKEN_SECTIONS = (
+    "zero_optimization", "fp16", "bf16", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "aio", "compile",
+)  # fmt: skip
+_OWNED = {
+    "train_batch_size": "batch.size",
+    "train_micro_batch_size_per_gpu": "batch.max_tokens",
+    "gradient_accumulation_steps": "batch.size and batch.max_tokens",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "steps_per_print": "train.log_every",
+}
+_MAX_SCALE_POWER = 32
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What decides the precision: the device, its name and, for a GPU, its compute capability."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    capability: tuple[int, int] | None = None
+    architectures: tuple[str, ...] = ()  # that this torch was built for
+
+    @staticmethod
+    def detect() -> "Hardware":
+        """This process's hardware."""
+        import platform
+
+        import torch
+
+        if not torch.cuda.is_available():
+            return Hardware("cpu", _processor_name() or platform.machine())
+        device = torch.cuda.current_device()
+        return Hardware(
+            "cuda",
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+            tuple(torch.cuda.get_arch_list()),
+        )
+
+
+def choose_precision(config: Config, hardware: Hardware) -> Precision:
+    """The precision of the run. `auto`: what the DeepSpeed JSON enables; else bf16 from Ampere on, fp16 on older GPUs, fp32 on CPU.
+
+    Raises UserError for what DeepSpeed cannot do right: fp16 on CPU, half precision with stage 0.
+    """
+    if config.precision != "auto":
+        chosen, why = config.precision, f"precision {config.precision}"
+    else:
+        chosen = _json_precision(config) or _native_precision(hardware)
+        why = f"precision auto, that is {chosen} here,"
+    if chosen == "fp16" and hardware.kind == "cpu":
+        raise UserError(f"{why} does not run on the CPU: use --set precision=fp32 (or bf16)")
+    if chosen != "fp32" and config.zero.stage == 0:
+        raise UserError(f"{why} with zero.stage 0 would not accumulate gradients in fp32: use --set zero.stage=1")
+    if hardware.capability and not _has_kernels(hardware):
+        raise UserError(
+            f"this torch has no kernels for {hardware.name} (sm_{hardware.capability[0]}{hardware.capability[1]}; it has "
+            f"{', '.join(hardware.architectures)}): install one that has, for a V100 from PyTorch's cu126 index"
+        )
+    return chosen
+
+
+def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: int = 1) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run, with the JSON of `deepspeed_config` merged in.
+
+    `num_micro_batches`: of one step on one rank. Losses are divided by their counts over the whole global batch, so each
+    micro-batch's gradient is that much smaller, and fp16's initial scale is that much larger (2¹⁶ for one).
+    Raises UserError, naming the JSON's key and the run config's, where the two disagree.
+    """
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            # DeepSpeed's 500 million elements would reserve 2 GB for gradients on their way.
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+    }
+    if precision == "fp16":
+        power = min(_MAX_SCALE_POWER, 16 + math.ceil(math.log2(max(1, num_micro_batches))))
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": power,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        }
+    if config.zero.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": precision == "fp16"}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW serves; DeepSpeed's own wants a compiler
+    for section, value in _read_json(config).items():
+        settings[section] = _merged(config, precision, section, value, settings.get(section))
+    return settings
+
+
+def _merged(config: Config, precision: Precision, section: str, value: Any, own: Any) -> Any:
+    where = f"{config.deepspeed_config}: {section}"
+    if section in _OWNED:
+        if value != "auto" and not (section == "gradient_clipping" and value == config.optimizer.clip_norm):
+            raise UserError(
+                f"{where} {_short(value)} contradicts {_OWNED[section]} of the run config, which owns it: remove it from the "
+                "JSON"
+                + (f" (optimizer.clip_norm is {config.optimizer.clip_norm})" if section == "gradient_clipping" else "")
+            )
+        return own
+    if section not in _TAKEN_SECTIONS:
+        raise UserError(
+            f"{where} is not taken from a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
+        )
+    if not isinstance(value, dict):
+        return value if value != "auto" else own
+    agreed = {  # key -> (ours, the run config's key)
+        ("zero_optimization", "stage"): (config.zero.stage, "zero.stage"),
+        ("fp16", "enabled"): (precision == "fp16", "precision"),
+        ("bf16", "enabled"): (precision == "bf16", "precision"),
+        ("data_types", "grad_accum_dtype"): ("fp32", "the rule that gradients accumulate in fp32"),
+    }
+    taken = dict(own or {})
+    for key, item in value.items():
+        if item == "auto":
+            continue
+        if section == "zero_optimization" and key == "offload_optimizer":
+            wants = isinstance(item, dict) and item.get("device", "none") != "none"
+            if wants != config.zero.offload_optimizer:
+                raise UserError(
+                    f"{where}.{key} {_short(item)} contradicts zero.offload_optimizer "
+                    f"{config.zero.offload_optimizer} of the run config: change one of them"
+                )
+        expected, name = agreed.get((section, key), (item, ""))
+        if item != expected:
+            ours = precision if name == "precision" else expected
+            raise UserError(
+                f"{where}.{key} {_short(item)} contradicts {name} {ours} of the run config: change one of them"
+            )
+        taken[key] = item
+    return taken
+
+
+def _read_json(config: Config) -> dict[str, Any]:
+    if config.deepspeed_config is None:
+        return {}
+    path = Path(config.deepspeed_config)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"deepspeed_config {path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"deepspeed_config {path}: not readable as JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"deepspeed_config {path}: expected a JSON object")
+    return tree
+
+
+def _json_precision(config: Config) -> Precision | None:
+    tree = _read_json(config)
+    for section in ("fp16", "bf16"):
+        if isinstance(tree.get(section), dict) and tree[section].get("enabled") is True:
+            return section  # type: ignore[return-value]
+    return None
+
+
+def _native_precision(hardware: Hardware) -> Precision:
+    if hardware.capability is None:
+        return "fp32"
+    if hardware.capability >= (8, 0):
+        return "bf16"
+    return "fp16" if hardware.capability >= (7, 0) else "fp32"
+
+
+def _has_kernels(hardware: Hardware) -> bool:
+    """Whether torch's binaries run there: the same major version and no newer a minor one, or PTX to compile from."""
+    assert hardware.capability is not None
+    major, minor = hardware.capability
+    for name in hardware.architectures:
+        digits = "".join(c for c in name.split("_")[-1] if c.isdigit())
+        if not digits:
+            continue
+        built = (int(digits[:-1]), int(digits[-1]))
+        if name.startswith("compute_") and built <= (major, minor):
+            return True
+        if built[0] == major and built[1] <= minor:
+            return True
+    return not hardware.architectures
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,202 @@
+"""Ranks: how they are found under each launcher, how they join, and the few things that they must agree on.
+
+Nothing here imports torch at module level: `find_ranks` runs before anything heavy, so that a mistake is reported at once.
+"""
+
+import os
+import re
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from opt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_JOIN_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all processes of the run, and among those of its node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that speaks and writes."""
+        return self.rank == 0
+
+
+def find_ranks() -> Ranks:
+    """This process's ranks from the environment of `deepspeed`, `torchrun` or `srun`; one process on its own otherwise.
+
+    Completes the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), which torch and DeepSpeed read.
+    Raises UserError when the launcher's variables are incomplete.
+    """
+    env = os.environ
+    if "RANK" in env or "WORLD_SIZE" in env:
+        missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in env]
+        if missing:
+            raise UserError(
+                f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with deepspeed, torchrun or "
+                "srun, or unset them"
+            )
+        rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+        local = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
+        return Ranks(rank, world_size, local_rank, local, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        ranks = _slurm_ranks(env)
+    else:
+        ranks = Ranks()
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    env.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_WORLD_SIZE=str(ranks.local_world_size),
+    )
+    return ranks
+
+
+def _slurm_ranks(env: Any) -> Ranks:
+    """Ranks of a process that `srun` started; all processes of the step derive the same address without talking."""
+    world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+    per_node = tasks_per_node(
+        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    )
+    node = min(int(env.get("SLURM_NODEID", 0)), len(per_node) - 1)
+    if "MASTER_ADDR" not in env:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        env["MASTER_ADDR"] = _first_host(nodes) if world_size > 1 else "127.0.0.1"
+    if "MASTER_PORT" not in env:
+        job, step = int(env.get("SLURM_JOB_ID", 0)), int(env["SLURM_STEP_ID"])
+        env["MASTER_PORT"] = str(15000 + (job * 31 + step) % 20000)
+    return Ranks(int(env["SLURM_PROCID"]), world_size, int(env.get("SLURM_LOCALID", 0)), per_node[node], "srun")
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Expand Slurm's "2(x3),1" to [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise UserError(f'SLURM_TASKS_PER_NODE is "{text}": expected something like 4(x2),2')
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return listed.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            f'cannot expand Slurm\'s node list "{nodes}" with scontrol: set MASTER_ADDR to the first node yourself'
+        ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class ProcessGroup:
+    """The joined ranks: their device, and a small channel (gloo, on the host) for agreeing on things."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        import torch
+
+        self.ranks = ranks
+        self.device = _own_device(ranks)
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # or DeepSpeed guesses, with a warning on a CPU
+
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        _set_threads(ranks)
+        # Otherwise DeepSpeed compiles its shared-memory collectives at first use: half a minute for nothing that we need.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT)
+        self._control = None
+        if backend == "nccl":
+            self._control = torch.distributed.new_group(backend="gloo", timeout=_JOIN_TIMEOUT)
+
+    def any(self, value: bool) -> bool:
+        """Whether any rank says yes."""
+        if self.ranks.world_size == 1:
+            return value
+        import torch
+
+        flag = torch.tensor(int(value))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._control)
+        return bool(flag)
+
+    def sum(self, values: "torch.Tensor") -> "torch.Tensor":
+        """Sum of a tensor over the ranks, on the host; in place where it lies there."""
+        import torch
+
+        values = values.detach().cpu()
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(values, group=self._control)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's small Python value, in the order of ranks."""
+        import torch
+
+        values = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(values, value, group=self._control)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's small Python value."""
+        import torch
+
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        import torch
+
+        torch.distributed.barrier(group=self._control)
+
+    def close(self) -> None:
+        """Leave; the process can end without torch's warning."""
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _own_device(ranks: Ranks) -> "torch.device":
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if ranks.local_rank >= count:
+        raise UserError(
+            f"{ranks.local_world_size} ranks on this node but {count} GPU{'s' * (count != 1)}: start with --num_gpus {count}"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def _set_threads(ranks: Ranks) -> None:
+    """An equal share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))

@@ -1,0 +1,152 @@
+"""What a run tells: TensorBoard, metrics.jsonl, the progress bar and the validation table. Rank 0 only; others get a silent one."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from opt_ds.tasks.base import LossTerm
+
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.json"
+
+
+class TermSums:
+    """Sums of losses and their metrics over micro-batches, kept on the device; one transfer reads them all."""
+
+    def __init__(self) -> None:
+        self._names: list[tuple[str, str]] = []  # (loss, "loss" or a metric)
+        self._total: torch.Tensor | None = None
+        self.counts: dict[str, float] = {}
+
+    def add(self, terms: dict[str, LossTerm]) -> torch.Tensor:
+        """Add a micro-batch's terms; returns its vector, detached."""
+        found = {(loss, "loss"): term.sum.detach() for loss, term in terms.items()}
+        found |= {(loss, name): value for loss, term in terms.items() for name, value in term.metrics.items()}
+        vector = torch.stack([value.double() for value in found.values()])
+        self._names = list(found)
+        self._total = vector if self._total is None else self._total + vector
+        return vector
+
+    def add_counts(self, counts: dict[str, float]) -> None:
+        """Add a step's global counts."""
+        for loss, count in counts.items():
+            self.counts[loss] = self.counts.get(loss, 0.0) + count
+
+    def vector(self) -> torch.Tensor:
+        """This rank's sums."""
+        assert self._total is not None, "no micro-batch was added"
+        return self._total
+
+    def means(self, vector: torch.Tensor) -> dict[tuple[str, str], float]:
+        """(loss, "loss" | metric) -> mean over the counted terms, of a vector of sums over all ranks; uncounted ones are left out.
+
+        The metric "correct" becomes "accuracy".
+        """
+        values = dict(zip(self._names, vector.tolist(), strict=True))
+        return {
+            (loss, "accuracy" if name == "correct" else name): value / self.counts[loss]
+            for (loss, name), value in values.items()
+            if self.counts.get(loss)
+        }
+
+    def non_finite(self, vector: torch.Tensor) -> list[str]:
+        """Losses of a micro-batch's vector that are NaN or infinite."""
+        values = zip(self._names, vector.tolist(), strict=True)
+        return [loss for (loss, name), value in values if name == "loss" and not math.isfinite(value)]
+
+
+class Reporter:
+    """Writes scalars, texts and pictures of one run; says lines on stdout without tearing the progress bar."""
+
+    def __init__(self, output: Path, first_step: int, last_step: int, enabled: bool) -> None:
+        self.enabled, self.output = enabled, output
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        _drop_later_lines(output / METRICS_FILE, first_step)
+        self._jsonl = open(output / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run lasts
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=last_step, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if interactive else 20,
+            maxinterval=1 if interactive else 60, bar_format="{l_bar}{bar:20}{r_bar}",
+        )  # fmt: skip
+
+    def say(self, line: str) -> None:
+        """One line on stdout."""
+        if self.enabled:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def advance(self, status: dict[str, str] | None = None) -> None:
+        """One step done; `status` is shown behind the bar."""
+        if self.enabled:
+            if status is not None:
+                self._bar.set_postfix(status, refresh=False)
+            self._bar.update(1)
+
+    def scalars(self, step: int, values: dict[str, float], kind: str) -> None:
+        """Named values after `step` steps, to TensorBoard and as one JSON line."""
+        if not self.enabled:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        line = {"step": step, "kind": kind, **{k: v if math.isfinite(v) else str(v) for k, v in values.items()}}
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+
+    def text(self, name: str, markdown: str) -> None:
+        """A text tab of TensorBoard."""
+        if self.enabled:
+            self._board.add_text(name, markdown)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """A uint8 [H, W, 3] picture."""
+        if self.enabled:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.enabled:
+            self._bar.close()
+            self._board.close()
+            self._jsonl.close()
+
+
+def validation_table(
+    step: int, losses: dict[str, float], baselines: dict[str, float], accuracies: dict[str, float], total: float
+) -> str:
+    """The losses of a validation beside those of their trivial baselines."""
+    lines = [
+        f"validation after step {step}: weighted loss {total:.4f}",
+        f"  {'task':<10}{'loss':>9}{'baseline':>10}{'accuracy':>10}",
+    ]
+    for loss, value in losses.items():
+        baseline = f"{baselines[loss]:.4f}" if loss in baselines else "–"
+        accuracy = f"{accuracies[loss]:.1%}" if loss in accuracies else ""
+        lines.append(f"  {loss:<10}{value:>9.4f}{baseline:>10}{accuracy:>10}")
+    return "\n".join(lines)
+
+
+def settings_table(values: dict[str, Any]) -> str:
+    """A Markdown table for TensorBoard's text tab."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in values.items())])
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    """Forget what an interrupted run logged beyond the checkpoint that it continues from."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off in the middle of a line
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,113 @@
+"""Weights and Adam moments by parameter name, whatever the ZeRO stage: the one place that knows how DeepSpeed lays them out.
+
+Stages 1 and 2 keep fp32 master weights as one flat partition per parameter group and rank, stage 3 as flat sub-groups of
+every parameter's slices; stage 0 (fp32) has the parameters themselves.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def create_moments(engine: DeepSpeedEngine, adam_steps: int) -> None:
+    """Give Adam its state now instead of at its first step: moments of 0, `adam_steps` updates done."""
+    for master in _flat_masters(engine):
+        engine.basic_optimizer.state[master] = {
+            # float32, and beside the weights: what torch's fused AdamW wants
+            "step": torch.tensor(float(adam_steps), dtype=torch.float32, device=master.device),
+            **{key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS},
+        }
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's links from parameters to these moments
+
+
+def adam_steps(engine: DeepSpeedEngine) -> int:
+    """Updates that Adam has done (steps skipped for an overflow do not count)."""
+    state = engine.basic_optimizer.state[_flat_masters(engine)[0]]
+    return int(state["step"].item())
+
+
+def gather(engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Each parameter's name with its fp32 "weight", "exp_avg" and "exp_avg_sq", whole, on its device. A collective call."""
+    staged = engine.zero_optimization_stage() > 0
+    for name, parameter in engine.module.named_parameters():
+        if staged:
+            state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            yield name, {"weight": safe_get_full_fp32_param(parameter), **state}
+        else:
+            state = {key: engine.basic_optimizer.state[parameter][key] for key in MOMENTS}
+            yield name, {"weight": parameter.detach(), **state}
+
+
+@torch.no_grad()
+def scatter(engine: DeepSpeedEngine, read: Callable[[str, str], torch.Tensor], keys: tuple[str, ...]) -> None:
+    """Set "weight", "exp_avg" or "exp_avg_sq" of every parameter to `read(name, key)`, a whole fp32 tensor.
+
+    Only master weights are set: the module must have been loaded with the same weights before DeepSpeed took it over.
+    """
+    stage = engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        for key in keys:
+            value = read(name, key)
+            if stage == 0:
+                target = parameter if key == "weight" else engine.basic_optimizer.state[parameter][key]
+                target.copy_(value)
+            elif stage == 3:
+                part = _own_slice(parameter, value)
+                if key == "weight":
+                    safe_set_local_fp32_param(parameter, part)
+                else:
+                    safe_set_local_optimizer_state(parameter, part, key)
+            elif key == "weight":
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+
+
+def scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
+    """State of the dynamic loss scale; empty without one."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        return {}
+    return {field: getattr(scaler, field) for field in _SCALER_FIELDS}
+
+
+def set_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
+    """Put a dynamic loss scale back; does nothing when this run, or the saved one, has none."""
+    if scaler_state(engine):
+        for field, value in state.items():
+            setattr(engine.optimizer.loss_scaler, field, value)
+
+
+def loss_scale(engine: DeepSpeedEngine) -> float:
+    """The loss scale in use; 1 without one."""
+    return float(scaler_state(engine).get("cur_scale", 1.0))
+
+
+def _flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The tensors that Adam updates on this rank."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+
+
+def _own_slice(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's slice of a stage-3 parameter; DeepSpeed pads the last one with zeros."""
+    numel = parameter.ds_tensor.numel()
+    start = numel * torch.distributed.get_rank()
+    part = torch.zeros(numel, dtype=value.dtype)
+    flat = value.flatten()[start : start + numel]
+    part[: len(flat)] = flat
+    return part

@@ -1,0 +1,120 @@
+"""A run's output directory: what makes it this run and no other, its lock, and the record of each launch.
+
+config.yaml   the resolved configuration of the last launch
+run.json      identity (what may not change between launches), stores, and one entry per launch: versions, device, …
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import opt_ds
+from opt_ds.config import Config, dump_config
+from opt_ds.errors import UserError
+from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.reader import FeatureStore
+
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+
+#: What a run consists of. All else (batch.max_tokens, zero.*, train.*, checkpoint.*, precision …) may change on resume.
+_IDENTITY = ("seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit", "data.mix", "data.train_split",
+             "data.valid_split", "data.frame_offset")  # fmt: skip
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
+
+
+def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
+    """Flat key -> value of all that makes a run this run."""
+    flat = _flatten(config.model_dump(mode="json"))
+    own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _IDENTITY)}
+    return {**own, "data.stores": [store.fingerprint for store in stores]}
+
+
+def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> None:
+    """Raise UserError, naming the first key that differs, if `output` holds another run; or anything that is no run."""
+    path = output / RUN_FILE
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: name a directory")
+    if not path.is_file():
+        if (output / "checkpoints").exists():
+            raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}): use another --output") from None
+    wanted = json.loads(json.dumps(identity(config, stores)))
+    for key in sorted({*saved, *wanted}):
+        if saved.get(key) != wanted.get(key):
+            was, now = _short(saved.get(key)), _short(wanted.get(key))
+            text = "its stores' contents differ" if key == "data.stores" else f"{key} was {was} there and is {now} now"
+            raise UserError(
+                f"{output} holds another run ({text}): use another --output, or the same settings to resume"
+            )
+
+
+def lock(output: Path) -> IO[str]:
+    """Hold the output directory for this process; keep the file open. Raises UserError if another process trains there."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = open(output / ".lock", "w")  # noqa: SIM115 - open for as long as the run lasts
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{output}: another process is training there: wait for it, or use another --output") from None
+    return file
+
+
+def record_launch(output: Path, config: Config, stores: list[FeatureStore], launch: dict[str, Any]) -> None:
+    """Write config.yaml, and run.json with this launch appended."""
+    with atomic_file(output / CONFIG_FILE) as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+    path = output / RUN_FILE
+    launches = json.loads(path.read_text(encoding="utf-8"))["launches"] if path.is_file() else []
+    described = [
+        {"path": str(s.path), "name": s.name, "fingerprint": s.fingerprint, "num_samples": s.num_samples}
+        for s in stores
+    ]
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(
+        path,
+        {
+            "preset": config.preset,
+            "identity": identity(config, stores),
+            "stores": described,
+            "launches": [*launches, {"started": started, **launch}],
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, its git revision where it is a checkout, Python and the packages that decide the numbers."""
+    found = {"opt_ds": opt_ds.__version__, "git": git_revision(), "python": platform.python_version()}
+    return {**found, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def git_revision() -> str:
+    """Commit of the checkout that this package runs from, with "-dirty" for uncommitted changes; "" outside of one."""
+    folder = Path(opt_ds.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

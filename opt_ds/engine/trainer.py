@@ -1,0 +1,407 @@
+"""The training loop: micro-batches forward and backward, one optimiser step, and what happens at the boundary between steps.
+
+An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from opt_ds.config import Config
+from opt_ds.data.batch import PackedBatch
+from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.engine import checkpoint, optimizer_state, run_folder
+from opt_ds.engine.checkpoint import CheckpointError, TrainState
+from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
+from opt_ds.engine.distributed import ProcessGroup
+from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, TermSums, settings_table, validation_table
+from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.evaluate.losses import validation_losses
+from opt_ds.model.opt import OPT
+from opt_ds.ops import backend
+from opt_ds.store.files import write_json
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import total_loss
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and where the saved state is."""
+
+
+class Trainer:
+    """Trains one model on the ranks of `group`, from the newest checkpoint of `output` or from the beginning."""
+
+    def __init__(
+        self,
+        config: Config,
+        stores: list[FeatureStore],
+        output: Path,
+        group: ProcessGroup,
+        hardware: Hardware,
+        precision: Precision,
+        resume_from: Path | None,
+    ) -> None:
+        self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
+        self.ranks, self.stop = group.ranks, StopRequest()
+        self.plan = StepPlan(config, stores)
+        self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
+        backend.choose(config.ops.backend)
+
+        saved = checkpoint.read_state(resume_from) if resume_from else {}
+        self.state = checkpoint.train_state(saved) if saved else TrainState()
+        first_step = self.plan.step(self.state.step, self.ranks.world_size)
+        settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
+        self.engine = self._build_engine(settings, resume_from)
+        self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
+        self._about = {
+            "plan_version": StepPlan.VERSION,
+            "config": config.model_dump(mode="json"),
+            "stores": [store.fingerprint for store in stores],
+            "versions": run_folder.versions(),
+            "precision": precision,
+            "zero_stage": config.zero.stage,
+            "world_size": self.ranks.world_size,
+        }
+        self._baselines: dict[str, float] | None = None
+        self._saved_step = self.state.step if resume_from else -1
+        self._describe(hardware, settings, first_step, resume_from)
+
+    # ---- the loop
+
+    def train(self) -> int:
+        """Train to `max_steps` or an early stop. Returns the process's exit code: 0, or 75 after a signal."""
+        window = Window(self.loader)
+        self.engine.train()
+        for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
+            self._step(planned, micro_batches, window)
+            self.state.step += 1
+            status = self._log(window) if self._due(self.config.train.log_every) else None
+            self.report.advance(status)
+            if self._due(self.config.train.validate_every):
+                with window.paused():
+                    self.validate()
+            if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
+                with window.paused():
+                    self.save()
+            if self.state.stopped_early:
+                self.report.say(
+                    f"stopped early after step {self.state.step}: no better validation loss since step {self.state.best_step}"
+                )
+                break
+            if self.group.any(bool(self.stop.received)):
+                self.save()
+                name = self.stop.received or "a signal to another rank"
+                self.report.say(
+                    f"{name}: saved after step {self.state.step}; start again with the same --output to go on"
+                )
+                self.close()
+                return REQUEUE_EXIT_CODE
+        self.report.say(f"finished after step {self.state.step}: {self.output}")
+        self.close()
+        return 0
+
+    def _step(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch], window: "Window") -> None:
+        """One optimiser step over the global batch."""
+        self._set_lr(planned.step)
+        sums = window.sums
+        last = len(planned.micro_batches[self.ranks.rank]) - 1
+        losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+        for k, batch in enumerate(micro_batches):
+            backend.seed_dropout(self.config.seed, planned.step, self.ranks.rank, k)
+            self.engine.set_gradient_accumulation_boundary(k == last)
+            terms = self.engine(batch)
+            loss = total_loss(terms, planned.counts, self.config.tasks, self.ranks.world_size)
+            self.engine.backward(loss, scale_wrt_gas=False)
+            losses.append((sums.add(terms), batch.sample_names))
+        sums.add_counts(planned.counts)
+        window.add(planned, self._update_weights(planned.step, sums, losses))
+
+    def _update_weights(self, step: int, sums: TermSums, losses: list[tuple[torch.Tensor, tuple[str, ...]]]) -> Any:
+        """Clip, update, and return the gradient's global norm; ends the run where there is no finite gradient to step with."""
+        if self.config.zero.stage == 0:  # DeepSpeed neither reports a norm there nor looks at it
+            norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+            if not math.isfinite(norm):
+                self._give_up(step, sums, losses)
+        try:
+            self.engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            self._give_up(step, sums, losses)
+        if (
+            not self.engine.was_step_applied() and self.precision != "fp16"
+        ):  # fp16: the loss scale goes down, and on it goes
+            self._give_up(step, sums, losses)
+        return norm if self.config.zero.stage == 0 else self.engine.get_global_grad_norm()
+
+    def _give_up(self, step: int, sums: TermSums, losses: list[tuple[torch.Tensor, tuple[str, ...]]]) -> None:
+        """Save what was before this step, then say which loss of which samples is not finite."""
+        found = [(", ".join(bad), names) for vector, names in losses if (bad := sums.non_finite(vector))]
+        named = [item for items in self.group.gather(found[:1]) for item in items]
+        where = (
+            f"the loss {named[0][0]} of a micro-batch with {', '.join(named[0][1][:8])}" if named else "the gradient"
+        )
+        scale = f" at loss scale {optimizer_state.loss_scale(self.engine):g}" if self.precision == "fp16" else ""
+        folder = self.save()
+        raise TrainingError(
+            f"step {step}: {where} is not finite{scale}; the weights before it are in {folder}: look at these samples, or lower "
+            "optimizer.lr and start with another --output"
+        )
+
+    def _set_lr(self, step: int) -> None:
+        lr = self.config.optimizer.lr * self.config.schedule.lr_factor(step)
+        for parameters in self.engine.basic_optimizer.param_groups:
+            parameters["lr"] = lr
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.config.max_steps
+
+    # ---- between steps
+
+    def _log(self, window: "Window") -> dict[str, str]:
+        """Losses, rates and times since the last log."""
+        means = window.sums.means(self.group.sum(window.sums.vector()))
+        losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
+        total = self._weighted(losses)
+        lr = self.config.optimizer.lr * self.config.schedule.lr_factor(self.state.step - 1)
+        rates = window.rates()
+        self.state.train_seconds += window.seconds()
+        values = {
+            "train/loss": total,
+            **{f"train/{loss}/{name}": value for (loss, name), value in means.items()},
+            "optimizer/lr": lr,
+            "optimizer/gradient_norm": window.gradient_norm(),
+            "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
+            "optimizer/skipped_steps": float(self.engine.skipped_steps),
+            **{f"speed/{name}": value for name, value in rates.items()},
+        }
+        self.report.scalars(self.state.step, values, "train")
+        window.restart()
+        return {"loss": f"{total:.3f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+
+    def validate(self) -> float:
+        """Every task on every validation sample; prints the table, keeps the best. Returns the weighted loss."""
+        found = validation_losses(self.engine, self.config, self.loader, self.group.sum)
+        step, baselines = self.state.step, self._trivial_baselines()
+        self._note_validation(found.weighted)
+        self.report.say(validation_table(step, found.losses, baselines, found.accuracies, found.weighted))
+        values = {f"valid/{loss}/loss": value for loss, value in found.losses.items()}
+        values |= {f"valid/{loss}/accuracy": value for loss, value in found.accuracies.items()}
+        self.report.scalars(step, {"valid/loss": found.weighted, **values}, "valid")
+        if self.ranks.is_main:
+            table = {
+                "step": step,
+                "weighted_loss": found.weighted,
+                "losses": found.losses,
+                "accuracies": found.accuracies,
+            }
+            write_json(self.output / VALIDATION_FILE, {**table, "baselines": baselines})
+        self._draw_pictures()
+        return found.weighted
+
+    def save(self) -> Path:
+        """Write the checkpoint of this step, once; the best one is pointed to."""
+        folder = self.output / checkpoint.FOLDER / checkpoint.folder_name(self.state.step)
+        if self._saved_step != self.state.step:
+            folder = checkpoint.save(
+                self.output, self.engine, self.state, self._about, self.group, self.config.checkpoint.keep
+            )
+            self._saved_step = self.state.step
+            if self.ranks.is_main and self.state.best_step == self.state.step:
+                checkpoint.point_to(self.output, "best", folder)
+        return folder
+
+    def _note_validation(self, total: float) -> None:
+        """Compare with the best so far; the best is saved at once, so that it exists whatever comes."""
+        if self.state.best_loss is None or total < self.state.best_loss:
+            self.state.best_loss, self.state.best_step, self.state.validations_without_gain = total, self.state.step, 0
+            self.save()
+        else:
+            self.state.validations_without_gain += 1
+            patience = self.config.train.early_stopping
+            self.state.stopped_early = bool(patience) and self.state.validations_without_gain >= patience
+
+    def _weighted(self, losses: dict[str, float]) -> float:
+        return sum(self.config.tasks.loss_weight(loss) * value for loss, value in losses.items())
+
+    def _trivial_baselines(self) -> dict[str, float]:
+        if self._baselines is None:
+            from opt_ds.tasks.baselines import trivial_baselines
+
+            self._baselines = trivial_baselines(self.config, self.stores) if self.ranks.is_main else {}
+        return self._baselines
+
+    def _draw_pictures(self) -> None:
+        """The picture grid, by rank 0; a model whose weights are spread over ranks (stage 3) cannot draw alone."""
+        if not (self.ranks.is_main and self.config.train.picture_grid and self.config.zero.stage < 3):
+            return
+        store = next((store for store in self.stores if store.has_codes and store.has_pixels), None)
+        if store is None or not (store.path / "dvae").is_dir():
+            return
+        from opt_ds.evaluate.evaluator import Evaluator
+        from opt_ds.evaluate.picture_grid import draw_picture_grid
+        from opt_ds.model.dvae import DiscreteVAE
+
+        self.engine.eval()
+        evaluator = Evaluator(self.engine.module, self.config, store, self.group.device)
+        dvae = DiscreteVAE.from_pretrained(store.path / "dvae").to(self.group.device)
+        image = draw_picture_grid(evaluator, dvae, self.config.data.valid_split, self.config.train.picture_grid)
+        self.report.picture("valid/pictures", image, self.state.step)
+        self.engine.train()
+
+    def close(self) -> None:
+        """End the threads and files of the run."""
+        self.group.barrier()
+        self.loader.close()
+        self.report.close()
+
+    # ---- building
+
+    def _build_engine(self, settings: dict[str, Any], resume_from: Path | None) -> deepspeed.DeepSpeedEngine:
+        torch.manual_seed(self.config.seed)  # every rank draws the same initial weights
+        model = OPT(self.config.model, self.config.tasks)
+        model.set_feature_statistics(self.stores)
+        if resume_from:
+            checkpoint.load_weights(model, resume_from)
+        elif self.config.model.bert:
+            model.load_bert(self.config.model.bert)
+        if self.ranks.is_main:
+            checkpoint.check_space(self.output, sum(p.numel() for p in model.parameters()))
+        # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.
+        exact = (
+            {n: p.detach().clone() for n, p in model.named_parameters()}
+            if self.precision in _HALF and not resume_from
+            else {}
+        )
+        optimizer = self.config.optimizer
+        adam = torch.optim.AdamW(_parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
+                                 eps=optimizer.eps, fused=True)  # fmt: skip
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
+        if resume_from:
+            checkpoint.load_optimizer(engine, resume_from)
+        else:
+            optimizer_state.create_moments(engine, adam_steps=0)
+            if exact:
+                optimizer_state.scatter(engine, lambda name, key: exact[name], ("weight",))
+        return engine
+
+    def _describe(
+        self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
+    ) -> None:
+        """Say, and store, every choice that was made."""
+        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        launch = {
+            "device": hardware.name,
+            "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
+            "threads": torch.get_num_threads(),
+            "precision": self.precision,
+            "zero_stage": self.config.zero.stage,
+            "kernels": ", ".join(f"{operator}: {kernel}" for operator, kernel in backend.describe().items()),
+            "parameters": numel,
+            "samples_per_step": self.plan.batch_samples,
+            "micro_batches": len(first.micro_batches[0]),
+            "tasks_off": self.plan.off,
+            "resumed_from": resume_from.name if resume_from else None,
+            "versions": run_folder.versions(),
+            "deepspeed": settings,
+        }
+        if self.ranks.is_main:
+            run_folder.record_launch(self.output, self.config, self.stores, launch)
+        say = self.report.say
+        say(
+            f"{hardware.name}: {self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)} of {launch['threads']} "
+            f"thread{'s' * (launch['threads'] > 1)} ({self.ranks.launcher}), {self.precision}, ZeRO stage "
+            f"{self.config.zero.stage}; kernels: {launch['kernels']}"
+        )
+        say(
+            f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
+            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank (fill {first.fill:.0%}); "
+            f"{self.plan.num_samples} training samples from {', '.join(str(s.path) for s in self.stores)}"
+        )
+        for task, reason in self.plan.off.items():
+            say(f"task {task} is off: {reason}")
+        if resume_from:
+            say(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
+        self.report.text("run", settings_table(launch))
+        self.report.text("config", settings_table(run_folder.identity(self.config, self.stores)))
+        self.report.text("state", settings_table(asdict(self.state)))
+
+
+class Window:
+    """What is summed up between two logs."""
+
+    def __init__(self, loader: MicroBatchLoader) -> None:
+        self._loader = loader
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums = TermSums()
+        self._samples = self._tokens = self._steps = 0
+        self._fill = self._balance = 0.0
+        self._norm: Any = None
+        self._start, self._waited = time.perf_counter(), self._loader.wait_s
+
+    def add(self, planned: PlannedStep, norm: Any) -> None:
+        self._steps += 1
+        self._samples += planned.num_samples
+        self._tokens += planned.num_tokens
+        self._fill += planned.fill
+        self._balance += planned.balance
+        self._norm = norm
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping; infinite where it overflowed."""
+        return float(self._norm)
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(self.seconds(), 1e-9)
+        return {
+            "samples_per_s": self._samples / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "seconds_per_step": seconds / self._steps,
+            "fill": self._fill / self._steps,
+            "rank_balance": self._balance / self._steps,
+            "data_wait_share": (self._loader.wait_s - self._waited) / seconds,
+        }
+
+    def paused(self) -> "_Pause":
+        """Time inside does not count as training."""
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, window: Window) -> None:
+        self._window = window
+
+    def __enter__(self) -> None:
+        self._began, self._waited = time.perf_counter(), self._window._loader.wait_s
+
+    def __exit__(self, *exception: object) -> None:
+        self._window._start += time.perf_counter() - self._began
+        self._window._waited += self._window._loader.wait_s - self._waited
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: not for LayerNorm's weights, biases and single vectors."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+__all__ = ["CheckpointError", "Trainer", "TrainingError"]
