@@ -12,7 +12,7 @@ from opt_ds.errors import UserError, did_you_mean
 
 
 class Command(NamedTuple):
-    """Where a command's function is, and its line in `opt-ds --help`."""
+    """Where a command's function (or group of functions) is, and its line in `opt-ds --help`."""
 
     module: str
     function: str
@@ -26,6 +26,7 @@ COMMANDS = {
     "train-dvae": Command(
         "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
     ),
+    "evaluate": Command("opt_ds.commands.evaluate", "evaluate", "Measure a checkpoint on held-out samples."),
 }
 
 
@@ -39,8 +40,14 @@ class _LazyGroup(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             raise UserError(f'unknown command "{cmd_name}"{did_you_mean(cmd_name, COMMANDS)}: see `opt-ds --help`')
         command = COMMANDS[cmd_name]
+        found = getattr(importlib.import_module(command.module), command.function)
+        if isinstance(found, typer.Typer):  # a command with commands of its own
+            found.rich_markup_mode = None
+            built = typer.main.get_group(found)
+            built.name = cmd_name
+            return built
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(cmd_name)(getattr(importlib.import_module(command.module), command.function))
+        app.command(cmd_name)(found)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

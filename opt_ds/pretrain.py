@@ -1,6 +1,6 @@
 """Pre-training: parse, check, and hand over to the engine. Started by path, under any launcher:
 
-deepspeed --num_gpus 4 opt_ds/pretrain.py [--config FILE|PRESET] [--store DIR]... [--output DIR] [--set key.path=value]...
+deepspeed --num_gpus 4 opt_ds/pretrain.py [--config FILE|PRESET] [--store DIR]… [--output DIR] [--set key.path=value]…
 torchrun --nproc_per_node 4 opt_ds/pretrain.py …
 srun python opt_ds/pretrain.py …
 python opt_ds/pretrain.py …                       # one process
@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Started by path: Python put this folder first on its search path, where our modules would shadow others of their names.
+    # Started by path: Python put this folder first on its search path, where our modules would shadow others.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # Before torch is loaded: waiting threads must not spin when several ranks share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,9 @@ from opt_ds.commands import run_program
 from opt_ds.config import Config, load_config
 from opt_ds.engine.distributed import Ranks, find_ranks
 from opt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from opt_ds.engine.checkpoint import TrainState
 
 _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
@@ -51,7 +54,7 @@ def pretrain(
 
 
 def _resolve(source: str | None, stores: list[str], output: Path | None, settings: list[str]) -> tuple[Config, Path]:
-    """The configuration with every default settled, and the output directory; builds the emoji store where it is meant."""
+    """The configuration with every default settled, and the output directory; builds the emoji store if it is meant."""
     from opt_ds.engine import preflight
 
     if source is None:
@@ -123,13 +126,13 @@ def _resumable(config: Config, output: Path) -> Path | None:
     folder = checkpoint.find_resumable(output, _say)
     if folder and (version := checkpoint.read_state(folder)["plan_version"]) != StepPlan.VERSION:
         raise UserError(
-            f"{folder} was written with version {version} of the step plan, this is version {StepPlan.VERSION}, which draws other "
-            "samples: start anew with another --output"
+            f"{folder} was written with version {version} of the step plan, this is version "
+            f"{StepPlan.VERSION}, which draws other samples: start anew with another --output"
         )
     return folder
 
 
-def _finished(config: Config, state: "object") -> bool:
+def _finished(config: Config, state: "TrainState") -> bool:
     return state.step >= config.max_steps or state.stopped_early
 
 

@@ -13,7 +13,7 @@ import typer
 from opt_ds.errors import UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
-_USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]  # click's, wherever this typer keeps it
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
 
 
@@ -35,6 +35,9 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
     except UserError as error:
         return _fail(str(error), rank)
     except _CLICK_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: the help is the message
+            print(error.format_message(), file=sys.stderr)
+            return EXIT_BAD_INPUT
         return _fail(_usage_message(error, name), rank)
     except typer.Exit as exit_request:
         return exit_request.exit_code
@@ -56,13 +59,14 @@ def _fail(message: str, rank: int, code: int = EXIT_BAD_INPUT) -> int:
 
 
 def _usage_message(error: Any, name: str) -> str:
-    text = error.format_message().rstrip(".")
-    context = getattr(error, "ctx", None)
-    option = getattr(error, "option_name", None)
-    if option and context is not None:
-        known = [
-            o for parameter in context.command.params for o in getattr(parameter, "opts", []) if not parameter.hidden
-        ]
+    text = error.format_message().strip().rstrip(".")
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is None:
+        return f"{text}: see `{name} --help`"
+    if option:
+        known = [o for p in context.command.params if not getattr(p, "hidden", False) for o in p.opts]
         text = f"no option {option}{did_you_mean(option, known)}"
-    path = context.command_path if context is not None else name
-    return f"{text}: see `{path} --help`"
+    elif text.startswith("No such command") and hasattr(context.command, "list_commands"):
+        word = text.split("'")[1]
+        text = f'unknown command "{word}"{did_you_mean(word, context.command.list_commands(context))}'
+    return f"{text}: see `{context.command_path} --help`"

@@ -1,14 +1,14 @@
-"""One canonical checkpoint, independent of rank count, ZeRO stage, precision and micro-batching: complete, or not there at all.
+"""One canonical checkpoint, whatever the rank count, ZeRO stage and precision: complete, or not there at all.
 
     <output>/checkpoints/step-00001000/
         model.safetensors     fp32 master weights by parameter name, and the model's buffers
         moments.safetensors   Adam's exp_avg and exp_avg_sq, as "<parameter>.exp_avg"
-        state.json            step, Adam's updates, loss scale, best validation, config, step plan's version, stores, versions
+        state.json            step, Adam's updates, loss scale, best validation, config, plan version, stores, versions
         COMPLETE.json         size and SHA-256 of each of these; written last
     <output>/checkpoints/latest, best    text files that name a folder
 
-A checkpoint is written into a temporary folder, flushed to disk, and renamed. Nothing of a random number generator is in it:
-the plan and dropout are functions of (seed, step).
+A checkpoint is written into a temporary folder, flushed to disk, and renamed. Nothing of a random number generator is
+in it: the plan and dropout are functions of (seed, step).
 """
 
 import json
@@ -24,7 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from opt_ds.config import Config, config_from_dict
-from opt_ds.engine import optimizer_state
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, file_sha256, sync_folder, write_json
@@ -69,6 +68,8 @@ def save(
     `about` (config, plan version, stores, versions) goes into state.json. Keeps the last `keep` and the best.
     Raises CheckpointError on every rank when writing fails.
     """
+    from opt_ds.engine import optimizer_state  # needs DeepSpeed, which reading a checkpoint does not
+
     state.adam_steps, state.scaler = optimizer_state.adam_steps(engine), optimizer_state.scaler_state(engine)
     weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
@@ -110,8 +111,8 @@ def check_space(output: Path, num_parameters: int) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
-            f"{output}: {free / 2**30:.1f} GiB free, one checkpoint takes {needed / 2**30:.1f} GiB: free some, or use another "
-            "--output"
+            f"{output}: {free / 2**30:.1f} GiB free, one checkpoint takes {needed / 2**30:.1f} GiB: free some, or "
+            "use another --output"
         )
 
 
@@ -161,7 +162,7 @@ def all_checkpoints(output: Path) -> list[Path]:
 
 
 def problem_with(folder: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint, None if nothing: a missing or cut-off file, or (with `hashes`) a changed byte."""
+    """What is wrong with a checkpoint, None if nothing: a missing or cut-off file, or (with `hashes`) a changed one."""
     try:
         files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -183,22 +184,20 @@ def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
     Raises UserError when there are checkpoints and all are damaged: starting anew is the user's choice.
     """
     found = all_checkpoints(output)
-    problems = []
+    problems: list[tuple[Path, str]] = []
     for folder in found:
         problem = problem_with(folder)
         if problem is None:
             for other, text in problems:
                 say(f"checkpoint {other} is not usable: {text}; taking {folder.name}, the one before it")
             if not (output / FOLDER / "latest").is_file():
-                say(
-                    f'{output / FOLDER}: the pointer "latest" is missing; taking {folder.name}, the newest that is whole'
-                )
+                say(f'{output / FOLDER}: no pointer "latest"; taking {folder.name}, the newest that is whole')
             return folder
         problems.append((folder, problem))
     if found:
         raise UserError(
-            f"{output / FOLDER}: no checkpoint is usable ({'; '.join(f'{f.name}: {p}' for f, p in problems)}): restore one, or "
-            "start anew with another --output"
+            f"{output / FOLDER}: no checkpoint is usable ({'; '.join(f'{f.name}: {p}' for f, p in problems)}): "
+            "restore one, or start anew with another --output"
         )
     return None
 
@@ -240,8 +239,8 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
             shape = tuple(file.get_slice(name).get_shape()) if name in saved else None
             if shape != tuple(tensor.shape):
                 raise UserError(
-                    f"checkpoint {folder}: {name} is {shape or 'missing'}, the model's is {tuple(tensor.shape)}: it belongs to "
-                    "another model"
+                    f"checkpoint {folder}: {name} is {shape or 'missing'}, the model's is {tuple(tensor.shape)}: it "
+                    "belongs to another model"
                 )
             tensor.copy_(file.get_tensor(name))
 
@@ -251,6 +250,8 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
 
     The engine must have been made from a model that went through `load_weights` with the same folder.
     """
+    from opt_ds.engine import optimizer_state
+
     state = train_state(read_state(folder))
     optimizer_state.create_moments(engine, state.adam_steps)
     with safe_open(folder / MODEL_FILE, "pt") as weights, safe_open(folder / MOMENTS_FILE, "pt") as moments:

@@ -1,10 +1,10 @@
-"""From the run configuration to DeepSpeed's: the only owner of precision, batch arithmetic, clipping and the ZeRO settings.
+"""From the run configuration to DeepSpeed's: the only owner of precision, batch arithmetic, clipping and ZeRO settings.
 
 Facts of DeepSpeed 0.19 that decide here (each is held by a test):
 - `gradient_clipping` is 1.0 when the JSON does not name it, so it is always written; 0.0 is off.
-- Gradients accumulate in the model's dtype unless `data_types.grad_accum_dtype` says fp32; stage 0 cannot, hence the refusals.
-- We own the accumulation boundary (`set_gradient_accumulation_boundary`, `backward(scale_wrt_gas=False)`): the number of
-  micro-batches differs from step to step, so DeepSpeed is told 1 × 1 and never divides.
+- Gradients accumulate in the model's dtype unless `data_types.grad_accum_dtype` says fp32; stage 0 cannot: refused.
+- We own the accumulation boundary (`set_gradient_accumulation_boundary`, `backward(scale_wrt_gas=False)`): the number
+  of micro-batches differs from step to step, so DeepSpeed is told 1 × 1 and never divides.
 """
 
 import json
@@ -21,8 +21,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 #: Sections of a DeepSpeed JSON that a run may take over. What is not here has an owner in the run config, or no use.
 _TAKEN_SECTIONS = (
     "zero_optimization", "fp16", "bf16", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "aio", "compile",
+    "gradient_predivide_factor", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "aio", "compile",
 )  # fmt: skip
 _OWNED = {
     "train_batch_size": "batch.size",
@@ -64,7 +64,8 @@ class Hardware:
 
 
 def choose_precision(config: Config, hardware: Hardware) -> Precision:
-    """The precision of the run. `auto`: what the DeepSpeed JSON enables; else bf16 from Ampere on, fp16 on older GPUs, fp32 on CPU.
+    """The precision of the run. `auto`: what the DeepSpeed JSON enables; else bf16 from Ampere on, fp16 on older GPUs,
+    fp32 on the CPU.
 
     Raises UserError for what DeepSpeed cannot do right: fp16 on CPU, half precision with stage 0.
     """
@@ -79,7 +80,7 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
         raise UserError(f"{why} with zero.stage 0 would not accumulate gradients in fp32: use --set zero.stage=1")
     if hardware.capability and not _has_kernels(hardware):
         raise UserError(
-            f"this torch has no kernels for {hardware.name} (sm_{hardware.capability[0]}{hardware.capability[1]}; it has "
+            f"this torch has no kernels for {hardware.name} (sm_{''.join(map(str, hardware.capability))}; it has "
             f"{', '.join(hardware.architectures)}): install one that has, for a V100 from PyTorch's cu126 index"
         )
     return chosen
@@ -88,8 +89,8 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
 def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: int = 1) -> dict[str, Any]:
     """DeepSpeed's configuration for this run, with the JSON of `deepspeed_config` merged in.
 
-    `num_micro_batches`: of one step on one rank. Losses are divided by their counts over the whole global batch, so each
-    micro-batch's gradient is that much smaller, and fp16's initial scale is that much larger (2¹⁶ for one).
+    `num_micro_batches`: of one step on one rank. Losses are divided by their counts over the whole global batch, so
+    each micro-batch's gradient is that much smaller, and fp16's initial scale is that much larger (2¹⁶ for one).
     Raises UserError, naming the JSON's key and the run config's, where the two disagree.
     """
     settings: dict[str, Any] = {
@@ -132,8 +133,8 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
     if section in _OWNED:
         if value != "auto" and not (section == "gradient_clipping" and value == config.optimizer.clip_norm):
             raise UserError(
-                f"{where} {_short(value)} contradicts {_OWNED[section]} of the run config, which owns it: remove it from the "
-                "JSON"
+                f"{where} {_short(value)} contradicts {_OWNED[section]} of the run config, which owns it: remove it "
+                "from the JSON"
                 + (f" (optimizer.clip_norm is {config.optimizer.clip_norm})" if section == "gradient_clipping" else "")
             )
         return own

@@ -1,12 +1,13 @@
 """Ranks: how they are found under each launcher, how they join, and the few things that they must agree on.
 
-Nothing here imports torch at module level: `find_ranks` runs before anything heavy, so that a mistake is reported at once.
+Nothing here imports torch at module level: `find_ranks` runs before anything heavy, so a mistake is reported at once.
 """
 
 import os
 import re
 import socket
 import subprocess
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -46,8 +47,8 @@ def find_ranks() -> Ranks:
         missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in env]
         if missing:
             raise UserError(
-                f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with deepspeed, torchrun or "
-                "srun, or unset them"
+                f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with deepspeed, torchrun "
+                "or srun, or unset them"
             )
         rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
         local = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
@@ -119,15 +120,18 @@ class ProcessGroup:
         self.device = _own_device(ranks)
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # or DeepSpeed guesses, with a warning on a CPU
 
+        # DeepSpeed 0.19 calls collectives by names that newer versions of torch deprecate, at every step.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
         _set_threads(ranks)
-        # Otherwise DeepSpeed compiles its shared-memory collectives at first use: half a minute for nothing that we need.
+        # Otherwise DeepSpeed compiles shared-memory collectives at first use: half a minute for nothing that we need.
         __compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT)
-        self._control = None
+        self._control: Any = None  # torch's default group
         if backend == "nccl":
             self._control = torch.distributed.new_group(backend="gloo", timeout=_JOIN_TIMEOUT)
 
@@ -188,7 +192,8 @@ def _own_device(ranks: Ranks) -> "torch.device":
     count = torch.cuda.device_count()
     if ranks.local_rank >= count:
         raise UserError(
-            f"{ranks.local_world_size} ranks on this node but {count} GPU{'s' * (count != 1)}: start with --num_gpus {count}"
+            f"{ranks.local_world_size} ranks on this node but {count} GPU{'s' * (count != 1)}: start with "
+            f"--num_gpus {count}"
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl, the progress bar and the validation table. Rank 0 only; others get a silent one."""
+"""What a run tells: TensorBoard, metrics.jsonl, the progress bar and the validation table. Only rank 0 tells it."""
 
 import json
 import math
@@ -43,9 +43,9 @@ class TermSums:
         return self._total
 
     def means(self, vector: torch.Tensor) -> dict[tuple[str, str], float]:
-        """(loss, "loss" | metric) -> mean over the counted terms, of a vector of sums over all ranks; uncounted ones are left out.
+        """(loss, "loss" | metric) -> mean over the counted terms, of a vector of sums over all ranks.
 
-        The metric "correct" becomes "accuracy".
+        Losses with count 0 are left out. The metric "correct" becomes "accuracy".
         """
         values = dict(zip(self._names, vector.tolist(), strict=True))
         return {
@@ -72,11 +72,8 @@ class Reporter:
         _drop_later_lines(output / METRICS_FILE, first_step)
         self._jsonl = open(output / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run lasts
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=last_step, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if interactive else 20,
-            maxinterval=1 if interactive else 60, bar_format="{l_bar}{bar:20}{r_bar}",
-        )  # fmt: skip
+        self._steps = (first_step, last_step)
+        self._bar: tqdm | None = None
 
     def say(self, line: str) -> None:
         """One line on stdout."""
@@ -87,6 +84,8 @@ class Reporter:
     def advance(self, status: dict[str, str] | None = None) -> None:
         """One step done; `status` is shown behind the bar."""
         if self.enabled:
+            if self._bar is None:  # not before the first step, or the lines said until then would tear it
+                self._bar = _progress_bar(*self._steps)
             if status is not None:
                 self._bar.set_postfix(status, refresh=False)
             self._bar.update(1)
@@ -113,9 +112,23 @@ class Reporter:
 
     def close(self) -> None:
         if self.enabled:
-            self._bar.close()
+            if self._bar is not None:
+                self._bar.close()
             self._board.close()
             self._jsonl.close()
+
+
+def _progress_bar(first_step: int, last_step: int) -> tqdm:
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=last_step,
+        initial=first_step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if interactive else 20,
+        maxinterval=1 if interactive else 60,
+        bar_format="{l_bar}{bar:20}{r_bar}",
+    )
 
 
 def validation_table(

@@ -1,7 +1,7 @@
-"""Weights and Adam moments by parameter name, whatever the ZeRO stage: the one place that knows how DeepSpeed lays them out.
+"""Weights and Adam moments by parameter name, whatever the ZeRO stage: the one place that knows DeepSpeed's layout.
 
-Stages 1 and 2 keep fp32 master weights as one flat partition per parameter group and rank, stage 3 as flat sub-groups of
-every parameter's slices; stage 0 (fp32) has the parameters themselves.
+Stages 1 and 2 keep fp32 master weights as one flat partition per parameter group and rank, stage 3 as flat sub-groups
+of every parameter's slices; stage 0 (fp32) has the parameters themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def create_moments(engine: DeepSpeedEngine, adam_steps: int) -> None:
             **{key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS},
         }
     if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's links from parameters to these moments
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_steps(engine: DeepSpeedEngine) -> int:
@@ -40,7 +40,7 @@ def adam_steps(engine: DeepSpeedEngine) -> int:
 
 
 def gather(engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Each parameter's name with its fp32 "weight", "exp_avg" and "exp_avg_sq", whole, on its device. A collective call."""
+    """Each parameter's name with its fp32 "weight", "exp_avg" and "exp_avg_sq", whole. A collective call."""
     staged = engine.zero_optimization_stage() > 0
     for name, parameter in engine.module.named_parameters():
         if staged:
@@ -105,7 +105,7 @@ def _flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
 
 def _own_slice(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     """This rank's slice of a stage-3 parameter; DeepSpeed pads the last one with zeros."""
-    numel = parameter.ds_tensor.numel()
+    numel = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
     start = numel * torch.distributed.get_rank()
     part = torch.zeros(numel, dtype=value.dtype)
     flat = value.flatten()[start : start + numel]

@@ -1,4 +1,4 @@
-"""What must hold between configuration, stores, hardware and disk; checked before the model is built, one line a mistake."""
+"""What must hold between configuration and stores; checked before the model is built, one line a mistake."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ DEFAULT_STORE = Path("data/emoji")
 
 
 def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
-    """(preset, why) for a start without --config: the paper's model on a GPU, the emoji model on a CPU, if the store fits it.
+    """(preset, why) for a start without --config: the paper's model on a GPU, the emoji model on a CPU, if they fit.
 
     Without a store the emoji store is meant, and its preset.
     """
@@ -30,15 +30,13 @@ def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
 def open_stores(config: Config) -> list[FeatureStore]:
     """Open the stores, check them against each other and the configuration, and verify their contents once.
 
-    Raises UserError: a store missing, cut off, of another schema, with NaN; sizes that disagree; a split that is not there.
+    Raises UserError: a store missing, cut off, of another schema, with NaN; sizes that disagree; a split not there.
     """
     stores = [FeatureStore(path) for path in config.data.stores]
     for store in stores:
         check_store(config, store)
         if store.description.tokenizer != stores[0].description.tokenizer:
-            raise UserError(
-                f"{store.path} and {stores[0].path} have different vocabularies: prepare them with the same tokenizer"
-            )
+            raise UserError(f"{store.path} and {stores[0].path} have different vocabularies: use one tokenizer")
         for split in (config.data.train_split, config.data.valid_split):
             if not len(store.split_samples(split)):
                 raise UserError(f'{store.path}: split "{split}" is empty: prepare the store with samples in it')

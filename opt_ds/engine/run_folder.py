@@ -21,7 +21,7 @@ from opt_ds.store.reader import FeatureStore
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 
-#: What a run consists of. All else (batch.max_tokens, zero.*, train.*, checkpoint.*, precision …) may change on resume.
+#: What makes the run. All else (batch.max_tokens, zero.*, train.*, precision …) may change on resume.
 _IDENTITY = ("seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit", "data.mix", "data.train_split",
              "data.valid_split", "data.frame_offset")  # fmt: skip
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
@@ -58,7 +58,7 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
 
 
 def lock(output: Path) -> IO[str]:
-    """Hold the output directory for this process; keep the file open. Raises UserError if another process trains there."""
+    """Hold the output directory while the file returned is open. Raises UserError if another process trains there."""
     output.mkdir(parents=True, exist_ok=True)
     file = open(output / ".lock", "w")  # noqa: SIM115 - open for as long as the run lasts
     try:
@@ -91,7 +91,7 @@ def record_launch(output: Path, config: Config, stores: list[FeatureStore], laun
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, its git revision where it is a checkout, Python and the packages that decide the numbers."""
+    """Versions of this package (and its git revision), of Python and of the packages that decide the numbers."""
     found = {"opt_ds": opt_ds.__version__, "git": git_revision(), "python": platform.python_version()}
     return {**found, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: remembered, agreed upon by all ranks at a step boundary, then the run saves and asks to be requeued.
+"""SIGTERM and SIGINT: remembered, agreed upon by all ranks at a step boundary, then the run saves and ends.
 
 A second signal ends the process at once.
 """

@@ -1,11 +1,10 @@
-"""The training loop: micro-batches forward and backward, one optimiser step, and what happens at the boundary between steps.
+"""The training loop: micro-batches forward and backward, one optimiser step, and what happens between steps.
 
 An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
 """
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -21,11 +20,12 @@ from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.plan import PlannedStep, StepPlan
 from opt_ds.engine import checkpoint, optimizer_state, run_folder
-from opt_ds.engine.checkpoint import CheckpointError, TrainState
+from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, TermSums, settings_table, validation_table
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.engine.window import Window
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import OPT
 from opt_ds.ops import backend
@@ -97,7 +97,7 @@ class Trainer:
                     self.save()
             if self.state.stopped_early:
                 self.report.say(
-                    f"stopped early after step {self.state.step}: no better validation loss since step {self.state.best_step}"
+                    f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
             if self.group.any(bool(self.stop.received)):
@@ -112,7 +112,7 @@ class Trainer:
         self.close()
         return 0
 
-    def _step(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch], window: "Window") -> None:
+    def _step(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch], window: Window) -> None:
         """One optimiser step over the global batch."""
         self._set_lr(planned.step)
         sums = window.sums
@@ -129,7 +129,7 @@ class Trainer:
         window.add(planned, self._update_weights(planned.step, sums, losses))
 
     def _update_weights(self, step: int, sums: TermSums, losses: list[tuple[torch.Tensor, tuple[str, ...]]]) -> Any:
-        """Clip, update, and return the gradient's global norm; ends the run where there is no finite gradient to step with."""
+        """Clip, update, return the gradient's global norm; ends the run where the gradient is not finite."""
         if self.config.zero.stage == 0:  # DeepSpeed neither reports a norm there nor looks at it
             norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
             if not math.isfinite(norm):
@@ -156,8 +156,8 @@ class Trainer:
         scale = f" at loss scale {optimizer_state.loss_scale(self.engine):g}" if self.precision == "fp16" else ""
         folder = self.save()
         raise TrainingError(
-            f"step {step}: {where} is not finite{scale}; the weights before it are in {folder}: look at these samples, or lower "
-            "optimizer.lr and start with another --output"
+            f"step {step}: {where} is not finite{scale}; the weights before it are in {folder}: look at these samples, "
+            "or lower optimizer.lr and start with another --output"
         )
 
     def _set_lr(self, step: int) -> None:
@@ -170,7 +170,7 @@ class Trainer:
 
     # ---- between steps
 
-    def _log(self, window: "Window") -> dict[str, str]:
+    def _log(self, window: Window) -> dict[str, str]:
         """Losses, rates and times since the last log."""
         means = window.sums.means(self.group.sum(window.sums.vector()))
         losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
@@ -328,8 +328,8 @@ class Trainer:
         )
         say(
             f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
-            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank (fill {first.fill:.0%}); "
-            f"{self.plan.num_samples} training samples from {', '.join(str(s.path) for s in self.stores)}"
+            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank ({first.fill:.0%} full)"
+            f"; {self.plan.num_samples} training samples from {', '.join(str(s.path) for s in self.stores)}"
         )
         for task, reason in self.plan.off.items():
             say(f"task {task} is off: {reason}")
@@ -340,68 +340,8 @@ class Trainer:
         self.report.text("state", settings_table(asdict(self.state)))
 
 
-class Window:
-    """What is summed up between two logs."""
-
-    def __init__(self, loader: MicroBatchLoader) -> None:
-        self._loader = loader
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums = TermSums()
-        self._samples = self._tokens = self._steps = 0
-        self._fill = self._balance = 0.0
-        self._norm: Any = None
-        self._start, self._waited = time.perf_counter(), self._loader.wait_s
-
-    def add(self, planned: PlannedStep, norm: Any) -> None:
-        self._steps += 1
-        self._samples += planned.num_samples
-        self._tokens += planned.num_tokens
-        self._fill += planned.fill
-        self._balance += planned.balance
-        self._norm = norm
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def gradient_norm(self) -> float:
-        """Of the last step, before clipping; infinite where it overflowed."""
-        return float(self._norm)
-
-    def rates(self) -> dict[str, float]:
-        seconds = max(self.seconds(), 1e-9)
-        return {
-            "samples_per_s": self._samples / seconds,
-            "tokens_per_s": self._tokens / seconds,
-            "seconds_per_step": seconds / self._steps,
-            "fill": self._fill / self._steps,
-            "rank_balance": self._balance / self._steps,
-            "data_wait_share": (self._loader.wait_s - self._waited) / seconds,
-        }
-
-    def paused(self) -> "_Pause":
-        """Time inside does not count as training."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, window: Window) -> None:
-        self._window = window
-
-    def __enter__(self) -> None:
-        self._began, self._waited = time.perf_counter(), self._window._loader.wait_s
-
-    def __exit__(self, *exception: object) -> None:
-        self._window._start += time.perf_counter() - self._began
-        self._window._waited += self._window._loader.wait_s - self._waited
-
-
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only: not for LayerNorm's weights, biases and single vectors."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-__all__ = ["CheckpointError", "Trainer", "TrainingError"]

