@@ -90,7 +90,10 @@ def prepare(
 def inspect_store(
     store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
 ) -> None:
-    """Check a feature store (checksums, NaN, ranges, offsets, rows, splits) and print a summary. Exit code 2 on a failure."""
+    """Check a feature store and print a summary; exit code 2 on a failure.
+
+    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says.
+    """
     from opt_ds.store.inspect import inspect_store as inspect
 
     inspection = inspect(store)

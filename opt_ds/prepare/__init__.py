@@ -1,4 +1,4 @@
-"""Raw pictures, words and recordings -> feature store. Training never imports this package, except to build a default store."""
+"""Raw pictures, words and recordings -> feature store. Training imports it only to build its default store."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["PrepareSettings", "emoji_store", "prepare"]
 def emoji_store(
     output: Path, work_dir: Path, *, workers: int = 2, say: Callable[[str], None] = print
 ) -> StoreDescription:
-    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it is there; both steps resume."""
+    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it is there. It resumes."""
     from opt_ds.prepare.importers.emoji import ATTRIBUTION, write_emoji_corpus
 
     if (output / STORE_FILE).is_file():

@@ -93,7 +93,11 @@ class FasterRCNNExtractor:
         boxes_pk4 = heads.box_coder.decode(deltas, proposals)
         counts = [len(boxes) for boxes in proposals]
         parts = zip(
-            features_pc.split(counts), logits_pk.softmax(1).split(counts), boxes_pk4.split(counts), images.image_sizes
+            features_pc.split(counts),
+            logits_pk.softmax(1).split(counts),
+            boxes_pk4.split(counts),
+            images.image_sizes,
+            strict=True,
         )
         return [self._select(*part) for part in parts]
 

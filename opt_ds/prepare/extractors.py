@@ -30,7 +30,7 @@ class Extractor(Protocol):
 
 
 def choose_device(device: str) -> str:
-    """Return "cuda" or "cpu" for "auto", "cuda" or "cpu". UserError for another word, or for a GPU that is not there."""
+    """Return "cuda" or "cpu" for "auto", "cuda" or "cpu". UserError for another word or an absent GPU."""
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
@@ -60,7 +60,7 @@ def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
         raise UserError(f"{path}: no such file ({what})")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 torch.load raises whatever the broken file provokes
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}): save its state_dict") from None
     for key in ("model", "state_dict"):

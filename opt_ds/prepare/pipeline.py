@@ -23,7 +23,7 @@ from opt_ds.errors import UserError
 from opt_ds.prepare.extractors import choose_device
 from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.prepare.text import TextExtractor, copy_tokenizer, train_wordpiece
-from opt_ds.store.files import write_json
+from opt_ds.store.files import exclusive_use, write_json
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
 
@@ -84,6 +84,21 @@ def prepare(
     """
     settings = settings or PrepareSettings()
     _check_settings(settings, workers)
+    with exclusive_use(output, say):
+        return _prepare(manifest_path, output, settings, workers, device, strict, limit, info, say)
+
+
+def _prepare(
+    manifest_path: Path,
+    output: Path,
+    settings: PrepareSettings,
+    workers: int,
+    device: str,
+    strict: bool,
+    limit: int | None,
+    info: dict[str, Any] | None,
+    say: Callable[[str], None],
+) -> StoreDescription:
     started = time.monotonic()
     manifest = read_manifest(manifest_path, limit=limit)
     chosen_device = choose_device(device)
@@ -99,7 +114,7 @@ def prepare(
         raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
     _check_files(manifest, strict)
 
-    text_extractor = _tokenizer(manifest, settings, output, key)
+    text_extractor = _tokenizer(manifest, settings, output)
     identities["text"] = text_extractor.identity()
     writer = StoreWriter(
         output,
@@ -177,7 +192,7 @@ def _staging(output: Path) -> Path:
     return output.with_name(f".{output.name}.tokenizer")
 
 
-def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path, key: str) -> TextExtractor:
+def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> TextExtractor:
     """Copy or train the tokenizer beside the output (the writer then takes it in), and return its extractor."""
     folder = _staging(output)
     if settings.text is not None:
@@ -282,7 +297,7 @@ def _decode(kind: str, path: Path) -> Any:
         return _Failure(f"{kind} file is missing: {path.name}")
     try:
         return load_picture(path) if kind == "image" else load_recording(path)
-    except Exception as error:  # noqa: BLE001 decoders raise whatever a broken file provokes; it is reported
+    except Exception as error:
         return _Failure(f"{kind} file is broken: {path.name}: {' '.join(str(error).split()) or type(error).__name__}")
 
 

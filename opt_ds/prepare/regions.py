@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class RegionFeatures(NamedTuple):
-    """features float16 [R, C], boxes float32 [R, 7] (x1, y1, x2, y2, w, h, w*h in 0..1), labels int16 [R], scores [R]."""
+    """features float16 [R, C], boxes float32 [R, 7] (x1, y1, x2, y2, w, h, w*h in 0..1), labels [R], scores [R]."""
 
     features: np.ndarray
     boxes: np.ndarray
@@ -63,7 +63,7 @@ def build_region_extractor(
 
 
 def boxes_with_size(corners_r4: np.ndarray) -> np.ndarray:
-    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height and area, as UNITER gives them."""
+    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height, area, as in UNITER."""
     corners_r4 = np.clip(corners_r4.astype("float32"), 0, 1)
     width = corners_r4[:, 2] - corners_r4[:, 0]
     height = corners_r4[:, 3] - corners_r4[:, 1]

@@ -21,7 +21,7 @@ SAMPLE_RATE_HZ = 16_000
 
 
 class SpeechExtractor(Protocol):
-    """An extractor (see extractors.py) of frames float16 [T, C] from mono 16 kHz waveforms, `frame_rate_hz` a second."""
+    """An extractor (see extractors.py) of frames float16 [T, C], `frame_rate_hz` a second, from mono 16 kHz audio."""
 
     name: str
     dim: int

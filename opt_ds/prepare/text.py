@@ -4,12 +4,15 @@ import shutil
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, describe_tokenizer, save_wordpiece
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -23,8 +26,12 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = list(SPECIAL_TOKENS.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(sorted(captions), trainer)
+    captions = sorted(captions)
+    # The trainer breaks ties by piece number, and numbers "##x" in the order of a randomly seeded hash table: naming
+    # those pieces beforehand makes training reproducible.
+    inner = _inner_letters(captions, tokenizer)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *inner], show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"--vocab-size {vocab_size}: the captions' letters alone need {tokenizer.get_vocab_size()}: give more"
@@ -32,6 +39,15 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
     # Only the set of pieces matters to WordPiece: sorting them makes the ids independent of the trainer's internals.
     pieces = sorted(set(tokenizer.get_vocab()) - set(special))
     save_wordpiece(build_wordpiece([*special, *pieces]), folder)
+
+
+def _inner_letters(captions: Iterable[str], tokenizer: "Tokenizer") -> list[str]:
+    """Return "##x" for every letter x that stands inside a word, sorted."""
+    letters: set[str] = set()
+    for caption in captions:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
+            letters.update(word[1:])
+    return sorted(f"##{letter}" for letter in letters)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -47,6 +63,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
                 f"--text {source}: neither tokenizer.json nor vocab.txt there: give a Hugging Face BERT folder"
             )
         vocabulary = (source / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        for token in SPECIAL_TOKENS.values():
+            if token not in vocabulary:
+                raise UserError(f"--text {source}: {token} is not in the vocabulary: use a BERT WordPiece tokenizer")
         lowercase = not any(piece[:1].isupper() for piece in vocabulary)
         save_wordpiece(build_wordpiece(vocabulary, lowercase=lowercase), folder, lowercase=lowercase)
         return

@@ -1,9 +1,10 @@
 """Files that are either whole or absent: atomic writes, flushed to disk, and hashes of files."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_use(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold `path` (a folder to be written) for this process; wait, and say so, while another one holds it.
+
+    The lock is a file beside `path`, locked by flock: it ends with the process, however that ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{path}: another process is writing it: waiting")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # The former holder removed its file: a lock on a removed file excludes nobody.
+            if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Is a store whole? Checksums, finite numbers, ranges, offsets, rows, splits; and the summary that `opt-ds inspect` prints.
+"""Is a store whole? Checksums, finite numbers, ranges, offsets, rows, splits; and the summary for `opt-ds inspect`.
 
 A problem is one line naming the shard and the dataset. Shards are read in blocks, so memory stays bounded.
 """
@@ -71,7 +71,7 @@ def inspect_store(path: str | Path) -> Inspection:
 
 
 def verify_store(path: str | Path) -> None:
-    """Raise UserError, naming shard and dataset, unless the store is whole. What a trainer calls before it builds a model.
+    """Raise UserError, naming shard and dataset, unless the store is whole. Training calls it before it builds a model.
 
     Sizes are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside `store.json` remembers the
     fingerprint and the shards' sizes and times of last change; without leave to write there, every call checks.

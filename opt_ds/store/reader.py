@@ -1,6 +1,6 @@
 """Reads a feature store: samples by index, features by row, without copying where the shards are uncompressed.
 
-Rows are global here: row r of a modality counts through all shards, in shard order (inside a shard file they are local).
+Rows are global here: row r of a modality counts through all shards in their order (in a shard file they are local).
 """
 
 import bisect

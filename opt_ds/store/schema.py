@@ -1,7 +1,7 @@
-"""What a feature store is: the datasets of a shard, and the fields of `store.json`. Nothing here reads or writes features.
+"""What a feature store is: the datasets of a shard, and the fields of `store.json`. No features are read here.
 
-A store is a directory with `store.json`, a `tokenizer/` folder and `shard-*.h5` files. Ragged modalities are flat arrays
-beside int64 offsets, so that item i of a shard is `array[offsets[i]:offsets[i + 1]]`.
+A store is a directory with `store.json`, a `tokenizer/` folder and `shard-*.h5` files. Ragged modalities are flat
+arrays beside int64 offsets, so that item i of a shard is `array[offsets[i]:offsets[i + 1]]`.
 
 Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; X, I, A text, image and audio rows of the shard.
 """
@@ -55,7 +55,7 @@ class _Frozen(BaseModel):
 
 
 class Dims(_Frozen):
-    """Sizes that a model must agree with. `num_codes` is the dVAE's codebook size, None while the store has no codes."""
+    """Sizes that a model must agree with. `num_codes` is the dVAE's codebook size, None without codes."""
 
     image_feature_dim: int
     image_num_classes: int
@@ -77,7 +77,7 @@ class TokenizerDescription(_Frozen):
 
 
 class Statistics(_Frozen):
-    """Mean and standard deviation of each feature dimension over the train split's distinct rows, and how many vectors."""
+    """Mean and standard deviation of each feature dimension over the train split's distinct rows; how many."""
 
     mean: list[float]
     std: list[float]

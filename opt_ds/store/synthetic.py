@@ -33,7 +33,7 @@ def write_synthetic_store(
     """Write a store of `num_samples` random samples. Ranges are inclusive; equal arguments give equal bytes.
 
     `num_codes_vocab` is the codebook's size, None for a store without codes. Each modality of a sample is missing with
-    probability `missing`; a sample keeps at least one. `splits` gives each split's share (default 0.8 train, 0.2 valid).
+    probability `missing`; one stays at least. `splits` gives the splits' shares (default 0.8 train, 0.2 valid).
     Features are standard normal, codes, tokens (never a special one) and labels uniform.
     """
     splits = splits or {"train": 0.8, "valid": 0.2}

@@ -22,7 +22,7 @@ SPECIAL_TOKENS = {
 
 
 def build_wordpiece(vocabulary: list[str], *, lowercase: bool = True) -> "Tokenizer":
-    """Return a BERT WordPiece tokenizer (normaliser, splitter, decoder) over a vocabulary that has the special tokens."""
+    """Return a BERT WordPiece tokenizer (normaliser, splitter, decoder) over a vocabulary with the special tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     ids = {token: index for index, token in enumerate(vocabulary)}

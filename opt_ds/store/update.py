@@ -1,4 +1,4 @@
-"""Adds image codes to a finished store. Killed at any moment it leaves the old store or the new one, never a mixture."""
+"""Adds image codes to a finished store. A kill at any moment leaves the old store or the new one, no mixture."""
 
 import re
 from pathlib import Path
@@ -63,7 +63,7 @@ def _next_name(file: str) -> str:
 
 
 def _remove_unlisted(path: Path, description: StoreDescription) -> None:
-    """Remove shards that `store.json` does not list: an earlier update was killed before or after it replaced the file."""
+    """Remove shards that `store.json` does not list: left by an update killed before or after it replaced it."""
     listed = {shard.file for shard in description.shards}
     for file in path.glob("shard-*.h5"):
         if _REVISION.match(file.name) and file.name not in listed:

@@ -1,4 +1,4 @@
-"""Writes a feature store shard by shard. Each shard is whole or absent, `store.json` comes last, and a killed run resumes.
+"""Writes a feature store shard by shard. A shard is whole or absent, `store.json` comes last, a killed run resumes.
 
 Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
 """
@@ -257,7 +257,7 @@ class StoreWriter:
 
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
-    """Write a shard's arrays as HDF5: contiguous, aligned and free of time stamps, so that equal input gives equal bytes."""
+    """Write a shard's arrays as HDF5: contiguous, aligned, without time stamps: equal input, equal bytes."""
     with h5py.File(
         path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
     ) as shard:

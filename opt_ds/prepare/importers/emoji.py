@@ -18,7 +18,7 @@ from typing import Any
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.importers.speech_synthesis import SpeechJob, check_piper, speak_all
-from opt_ds.store.files import write_json
+from opt_ds.store.files import exclusive_use, write_json
 
 ATTRIBUTION = {
     "corpus": "emoji",
@@ -88,6 +88,11 @@ def write_emoji_corpus(
     Returns the manifest's path. Raises UserError if a package is missing or Piper fails.
     """
     check_piper()
+    with exclusive_use(output, say):
+        return _write_corpus(output, workers, limit, say)
+
+
+def _write_corpus(output: Path, workers: int, limit: int | None, say: Callable[[str], None]) -> Path:
     samples = collect_samples()
     if limit is not None:
         samples = samples[:: -(-len(samples) // limit)]
@@ -218,7 +223,7 @@ def _merge_identical_pictures(samples: list[EmojiSample]) -> list[EmojiSample]:
 
 
 def _labels(identifier: str, concept: str, categories: dict[str, tuple[str, str]]) -> tuple[str, ...]:
-    """Category and subcategory (of the emoji or else its concept), skin tones, genders: what classification predicts."""
+    """Category and subcategory (of the emoji or else its concept), skin tones, genders: classification's targets."""
     points = identifier.split("-")
     found = categories.get(identifier) or categories.get(concept) or categories.get(points[0]) or ()
     tones = sorted({_TONES[point] for point in points if point in _TONES and len(points) > 1})

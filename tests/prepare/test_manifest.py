@@ -1,0 +1,88 @@
+"""Manifests: what is wrong is named with its line; shards keep samples of one picture together; splits keep groups."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
+
+
+def write(path: Path, lines: list[dict | str]) -> Path:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "the manifest has no lines"),
+        (["{broken"], "line 1: not JSON"),
+        (["[1]"], "line 1: not a JSON object"),
+        (
+            [{"id": "a", "text": "x"}, {"id": "b", "txet": "x"}],
+            r'line 2: unknown field "txet" \(did you mean "text"\?\)',
+        ),
+        ([{"text": "x"}], "line 1: field id: Field required"),
+        ([{"id": 7, "text": "x"}], "line 1: field id"),
+        ([{"id": "a"}], "line 1: none of image, text, audio"),
+        ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], 'line 2: id "a" is also on line 1'),
+        ([{"id": "a", "text": "x", "split": "train"}, {"id": "b", "text": "y"}], 'id "b" has no "split"'),
+        ([{"id": "a", "text": "x", "labels": "cat"}], "field labels"),
+    ],
+)
+def test_a_bad_manifest_gives_one_line_that_names_the_place(tmp_path: Path, lines: list, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_manifest(write(tmp_path / "m.jsonl", lines))
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such manifest"):
+        read_manifest(tmp_path / "m.jsonl")
+    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_manifest(tmp_path / "m.jsonl")
+
+
+def test_byte_order_marks_and_blank_lines_are_no_trouble(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a", "text": "x"}\n\n{"id": "b", "text": "y"}\n')
+    assert [line.id for line in read_manifest(tmp_path / "m.jsonl").lines] == ["a", "b"]
+
+
+def test_unnamed_splits_follow_the_group(tmp_path: Path) -> None:
+    lines = [{"id": str(index), "text": "x", "group": f"g{index // 4}"} for index in range(4000)]
+    manifest = read_manifest(write(tmp_path / "m.jsonl", lines))
+    assert manifest.splits_source == "group hash"
+    assert groups_across_splits(manifest) == 0
+    assert 0.03 < Counter(manifest.splits)["valid"] / 4000 < 0.07
+
+
+def test_named_splits_may_divide_a_group_and_say_so(tmp_path: Path) -> None:
+    lines = [{"id": split, "text": "x", "group": "g", "split": split} for split in ("test", "train", "valid")]
+    manifest = read_manifest(write(tmp_path / "m.jsonl", lines))
+    assert manifest.split_names == ["train", "test", "valid"]
+    assert groups_across_splits(manifest) == 1
+
+
+@given(images=st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=40), size=st.integers(1, 9))
+def test_shards_hold_every_line_once_and_never_part_a_picture(images: list[int | None], size: int) -> None:
+    from opt_ds.prepare.manifest import ManifestLine
+
+    lines = [
+        ManifestLine(id=str(index), text="x", image=None if image is None else f"{image}.png")
+        for index, image in enumerate(images)
+    ]
+    manifest = Manifest(Path("m"), lines, ["train"] * len(lines), ["train"], "manifest", "")
+    shards = manifest.shards(size)
+    assert sorted(index for shard in shards for index in shard) == list(range(len(lines)))
+    for image in set(images) - {None}:
+        assert sum(any(images[index] == image for index in shard) for shard in shards) == 1
+    most_shared = max(Counter(image for image in images if image is not None).values(), default=1)
+    assert all(len(shard) < size + most_shared for shard in shards)
+    assert all(len(shard) >= size for shard in shards[:-1])

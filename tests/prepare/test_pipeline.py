@@ -1,0 +1,178 @@
+"""Manifest -> store: what is good is kept, what is broken is reported, and the bytes do not depend on how it ran."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opt_ds.errors import UserError
+from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare.pictures import load_picture
+from opt_ds.prepare.pipeline import REPORT_FILE
+from opt_ds.prepare.regions import GridExtractor
+from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.store.files import exclusive_use
+
+SETTINGS = PrepareSettings(samples_per_shard=3, vocab_size=80)
+
+
+@pytest.fixture(scope="module")
+def prepared(messy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("prepared") / "store"
+    prepare(messy_manifest, output, SETTINGS, workers=2, device="cpu", say=lambda _: None)
+    return output
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(store)): file.read_bytes()
+        for file in store.rglob("*")
+        if file.is_file() and file.name != REPORT_FILE  # it tells the seconds
+    }
+
+
+def test_good_samples_are_kept_and_the_store_passes_inspection(prepared: Path) -> None:
+    store = FeatureStore(prepared)
+    assert inspect_store(prepared).failures == []
+    index = {store.sample_id(number): number for number in range(store.num_samples)}
+    assert sorted(index) == [f"ok-{number}" for number in range(1, 8)]
+    rows = {name: store.rows[number].tolist() for name, number in index.items()}
+    assert rows["ok-1"][1] == rows["ok-3"][1]  # one picture, one row
+    assert rows["ok-4"][:2] == [-1, -1]
+    assert rows["ok-5"][::2] == [-1, -1]
+    assert store.groups[index["ok-1"]] == store.groups[index["ok-3"]] != store.groups[index["ok-2"]]
+    assert store.labels(index["ok-1"]) == ["b", "a"]
+    assert store.caption(rows["ok-2"][0]) == "naïve café 猫"
+    assert store.tokenizer().decode(store.text(rows["ok-1"][0])) == "a red thing"
+    assert store.frame_counts[rows["ok-1"][2]] == 151  # 12,000 samples at 8 kHz, 100 frames a second
+    assert store.split_samples("valid").tolist() == [index["ok-6"]]
+    assert store.pixels(rows["ok-5"][1])[:, 28, 28].tolist() == [0, 0, 255]
+    assert store.description.extractors["image"]["backbone"] == "efficientnet-lite0"
+
+
+def test_what_is_broken_is_counted_with_its_reason(prepared: Path) -> None:
+    report = json.loads((prepared / REPORT_FILE).read_text())
+    assert (report["kept"], report["skipped"]) == (7, 5)
+    reasons = {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
+    assert reasons["bad-picture"].startswith("image file is broken: cut.jpg")
+    assert reasons["no-picture"] == "image file is missing: gone.png"
+    assert reasons["bad-audio"].startswith("audio file is broken: noise.wav")
+    assert reasons["no-audio"] == "audio file is missing: gone.wav"
+    assert reasons["empty"] == "the text has no tokens"
+
+
+def test_stored_features_are_the_extractors(prepared: Path, messy_manifest: Path) -> None:
+    store = FeatureStore(prepared)
+    sample = next(number for number in range(store.num_samples) if store.sample_id(number) == "ok-6")
+    (regions,) = GridExtractor().extract([load_picture(messy_manifest.parent / "grey.png")])
+    stored = store.regions(store.rows[sample, 1])
+    assert np.abs(stored.features.astype(float) - regions.features).max() < 0.01
+    assert (stored.boxes == regions.boxes).all()
+
+
+def test_bytes_do_not_depend_on_workers_or_on_being_killed(
+    prepared: Path, messy_manifest: Path, tmp_path: Path
+) -> None:
+    """A first process is killed as soon as a shard is whole; a second one ends the work."""
+    program = (
+        "import sys; from pathlib import Path; from opt_ds.prepare import PrepareSettings, prepare\n"
+        "if __name__ == '__main__':\n"
+        "    prepare(Path(sys.argv[1]), Path(sys.argv[2]), PrepareSettings(samples_per_shard=3, vocab_size=80),"
+        " workers=1, device='cpu')"
+    )
+    script, output = tmp_path / "run.py", tmp_path / "store"
+    script.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, script, messy_manifest, output],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (output / "shard-00000.json").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "store.json").exists()
+    whole = (output / "shard-00000.h5").stat().st_mtime_ns
+    with pytest.raises(UserError, match="unfinished store of other inputs"):
+        other = PrepareSettings(samples_per_shard=3, vocab_size=70)
+        prepare(messy_manifest, output, other, workers=1, device="cpu", say=lambda _: None)
+    prepare(messy_manifest, output, SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    assert (output / "shard-00000.h5").stat().st_mtime_ns == whole
+    assert contents(output) == contents(prepared)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.py", "store"]
+
+
+def test_a_finished_store_of_the_same_inputs_is_returned_another_is_refused(
+    prepared: Path, messy_manifest: Path
+) -> None:
+    before, said = contents(prepared), []
+    prepare(messy_manifest, prepared, SETTINGS, device="cpu", say=said.append)
+    assert "already prepared" in said[-1]
+    with pytest.raises(UserError, match="another finished feature store is there"):
+        prepare(messy_manifest, prepared, SETTINGS, device="cpu", limit=3, say=said.append)
+    assert contents(prepared) == before
+
+
+def test_strict_and_hopeless_runs_stop_with_one_line(messy_manifest: Path, tmp_path: Path) -> None:
+    quiet = {"device": "cpu", "workers": 1, "say": lambda _: None}
+    with pytest.raises(UserError, match=r"1 of 7 image files are missing, the first is .*gone.png"):
+        prepare(messy_manifest, tmp_path / "s", strict=True, **quiet)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(json.dumps({"id": "x", "image": str(messy_manifest.parent / "cut.jpg")}))
+    with pytest.raises(UserError, match=r'sample "x": image file is broken: cut.jpg.*--strict'):
+        prepare(cut, tmp_path / "t", PrepareSettings(vocab_size=9), strict=True, **quiet)
+    for settings, message in (
+        (PrepareSettings(images="gird"), "did you mean"),
+        (PrepareSettings(speech="wav2vec2"), "it needs a checkpoint"),
+        (PrepareSettings(text=tmp_path / "none"), "no such folder"),
+        (PrepareSettings(pool_frames=0), "--pool-frames 0: must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(messy_manifest, tmp_path / "u", settings, **quiet)
+    assert not (tmp_path / "u").exists()
+
+
+def test_frames_are_pooled_then_cut(messy_manifest: Path, prepared: Path, tmp_path: Path) -> None:
+    only = tmp_path / "one.jsonl"
+    only.write_text(
+        json.dumps({"id": "x", "text": "a a", "audio": str(messy_manifest.parent / "mono.wav"), "split": "train"})
+    )
+    settings = PrepareSettings(pool_frames=4, max_frames=30, vocab_size=9)
+    description = prepare(only, tmp_path / "s", settings, workers=1, device="cpu", say=lambda _: None)
+    assert description.dims.audio_frame_rate_hz == 25
+    plain = FeatureStore(prepared)
+    row = next(plain.rows[number, 2] for number in range(plain.num_samples) if plain.sample_id(number) == "ok-1")
+    frames = FeatureStore(tmp_path / "s").frames(0)
+    assert frames.shape == (30, 80)
+    assert np.allclose(frames[3], plain.frames(row)[12:16].astype(float).mean(0), atol=0.01)
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    said: list[str] = []
+    order: list[str] = []
+    entered = threading.Event()
+
+    def second() -> None:
+        with exclusive_use(tmp_path / "s", said.append):
+            order.append("second")
+
+    with exclusive_use(tmp_path / "s", said.append):
+        thread = threading.Thread(target=second)
+        thread.start()
+        entered.wait(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert len(said) == 1
+    assert "another process is writing it" in said[0]
+    assert list(tmp_path.iterdir()) == []

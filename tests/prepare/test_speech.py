@@ -1,0 +1,131 @@
+"""Speech extractors: log-mel against its formula, wav2vec 2.0 against the models, recordings of every kind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.speech import SAMPLE_RATE_HZ, build_speech_extractor, load_recording
+
+
+def tone(hz: float, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate_hz)) / rate_hz)).astype("float32")
+
+
+def test_logmel_has_the_right_rate_and_shows_the_pitch() -> None:
+    extractor = build_speech_extractor("logmel")
+    low, high, silent, short = extractor.extract(
+        [tone(300, 1), tone(3000, 0.5), np.zeros(1600, "float32"), tone(300, 0.001)]
+    )
+    assert low.shape == (101, 80)
+    assert low.dtype == np.float16
+    assert high.shape == (51, 80)
+    assert low.mean(0).argmax() < high.mean(0).argmax() - 20
+    assert np.allclose(silent, np.log(1e-5), atol=0.01)
+    assert len(short) >= 1
+    assert np.isfinite(short).all()
+
+
+def test_logmel_equals_its_formula() -> None:
+    waveform = np.random.default_rng(0).standard_normal(4000).astype("float32") * 0.1
+    (frames,) = build_speech_extractor("logmel").extract([waveform])
+    start = 10 * 160 - 256  # frame 10 is centred on sample 1600
+    window = np.zeros(512)
+    window[56:456] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    power = np.abs(np.fft.rfft(waveform[start : start + 512] * window)) ** 2
+    corners = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 82) / 2595) - 1)
+    bins = np.linspace(0, 8000, 257)
+    rise = (bins[None] - corners[:-2, None]) / np.diff(corners)[:-1, None]
+    fall = (corners[2:, None] - bins[None]) / np.diff(corners)[1:, None]
+    energies = np.maximum(0, np.minimum(rise, fall)) @ power
+    assert np.allclose(frames[10], np.log(np.maximum(energies, 1e-5)), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate_hz", "channels"),
+    [("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 22050, 1), ("a.ogg", 48000, 2), ("a.mp3", 32000, 1)],
+)
+def test_recordings_of_every_kind_become_mono_16_khz(tmp_path: Path, name: str, rate_hz: int, channels: int) -> None:
+    samples = np.repeat(tone(440, 0.5, rate_hz)[:, None], channels, 1)
+    soundfile.write(tmp_path / name, samples, rate_hz)
+    mono = load_recording(tmp_path / name)
+    assert mono.dtype == np.float32
+    assert len(mono) == pytest.approx(8000, abs=1500 if name.endswith("mp3") else 2)
+    spectrum = np.abs(np.fft.rfft(mono))
+    assert np.argmax(spectrum) * SAMPLE_RATE_HZ / len(mono) == pytest.approx(440, abs=4)
+
+
+def test_broken_recordings_are_errors(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, "float32"), 16000, subtype="FLOAT")
+    (tmp_path / "text.wav").write_text("not a recording")
+    with pytest.raises(ValueError, match="no samples"):
+        load_recording(tmp_path / "empty.wav")
+    with pytest.raises(ValueError, match="NaN"):
+        load_recording(tmp_path / "nan.wav")
+    with pytest.raises(soundfile.LibsndfileError):
+        load_recording(tmp_path / "text.wav")
+
+
+def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    model = Wav2Vec2Model(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    plain = build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+    waveforms = [tone(300, 1), tone(500, 0.01)]
+    frames, short = plain.extract(waveforms)
+    assert plain.dim == 32
+    assert plain.frame_rate_hz == 50
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(waveforms[0])[None]).last_hidden_state[0].numpy()
+    assert frames.shape == (49, 32)
+    assert np.abs(frames - expected).max() < 5e-3
+    assert short.shape == (1, 32)
+    (tmp_path / "hf" / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    normal = build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+    assert np.abs(normal.extract([waveforms[0] * 0.1])[0] - normal.extract([waveforms[0]])[0]).max() < 0.02
+    assert normal.identity() != plain.identity()
+
+
+def test_wav2vec2_from_a_torchaudio_state_dict(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torchaudio.models.wav2vec2_base(aux_num_out=5).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    extractor = build_speech_extractor("wav2vec2", weights=tmp_path / "w.pt")
+    waveform = tone(300, 0.5)
+    with torch.inference_mode():
+        expected = model.extract_features(torch.from_numpy(waveform)[None])[0][-1][0].numpy()
+    (frames,) = extractor.extract([waveform])
+    assert extractor.dim == 768
+    assert np.abs(frames - expected).max() < 5e-3
+
+
+def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    (tmp_path / "folder").mkdir()
+    for arguments, message in (
+        ({"name": "logmle"}, r'did you mean "logmel"'),
+        ({"name": "logmel", "weights": tmp_path}, "logmel has no weights"),
+        ({"name": "wav2vec2"}, "it needs a checkpoint"),
+        ({"name": "wav2vec2", "weights": tmp_path / "none.pt"}, "no such file"),
+        ({"name": "wav2vec2", "weights": tmp_path / "other.pt"}, "not a torchaudio wav2vec"),
+        ({"name": "wav2vec2", "weights": tmp_path / "folder"}, "not a wav2vec 2.0 folder"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            build_speech_extractor(**arguments)
+        assert "\n" not in str(error.value)

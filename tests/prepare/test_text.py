@@ -1,0 +1,71 @@
+"""Tokenizers: trained ones are reproducible, foreign ones are Hugging Face's own, unfit ones are refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.text import TextExtractor, copy_tokenizer, train_wordpiece
+from opt_ds.store.files import folder_sha256
+from opt_ds.store.tokenizer import load_tokenizer
+
+CAPTIONS = [
+    f"the {colour} {thing} is éclair-like" for colour in ("red", "green", "blue") for thing in ("cat", "cart", "car")
+]
+
+
+def test_training_is_reproducible_in_other_processes_and_orders(tmp_path: Path) -> None:
+    train_wordpiece(CAPTIONS, 60, tmp_path / "here")
+    program = (
+        "import sys; from pathlib import Path; from opt_ds.prepare.text import train_wordpiece\n"
+        "train_wordpiece(eval(sys.argv[1])[::-1], 60, Path(sys.argv[2]))"
+    )
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", program, repr(CAPTIONS), str(tmp_path / name)], check=True)
+        assert folder_sha256(tmp_path / name) == folder_sha256(tmp_path / "here")
+
+
+def test_trained_tokens_round_trip_and_any_unicode_is_taken(tmp_path: Path) -> None:
+    train_wordpiece(CAPTIONS, 80, tmp_path / "tok")
+    extractor = TextExtractor(tmp_path / "tok")
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    tokens, odd, empty = extractor.extract(["The RED cat", "猫 \u202e 🐈 \x00 a", "  "])
+    assert tokenizer.decode(tokens) == "the red cat"
+    assert tokens.dtype == "int32"
+    assert set(odd) <= set(range(extractor.dim))
+    assert len(empty) == 0
+    assert tokenizer("the red cat").input_ids[0] != tokenizer.cls_token_id  # [CLS] and [SEP] are training's to add
+    assert extractor.dim <= 80
+
+
+def test_a_vocabulary_too_small_for_the_letters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="letters alone need"):
+        train_wordpiece(CAPTIONS, 8, tmp_path / "tok")
+
+
+def test_a_bert_folder_gives_hugging_faces_tokens(tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b", "un", "##aff", "##able", ",", "é"]
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "vocab.txt").write_text("\n".join(words) + "\n")
+    copy_tokenizer(tmp_path / "hf", tmp_path / "from_vocab")
+    theirs = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
+    theirs.save_pretrained(tmp_path / "saved")
+    copy_tokenizer(tmp_path / "saved", tmp_path / "from_saved")
+    for text in ("Unaffable, AB é zzz", "[MASK] a"):
+        expected = theirs(text, add_special_tokens=False).input_ids
+        for folder in ("from_vocab", "from_saved"):
+            assert TextExtractor(tmp_path / folder).extract([text])[0].tolist() == expected
+
+
+def test_unfit_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        copy_tokenizer(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(UserError, match=r"neither tokenizer.json nor vocab.txt"):
+        copy_tokenizer(tmp_path, tmp_path / "out")
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"\[PAD\] is not in the vocabulary"):
+        copy_tokenizer(tmp_path, tmp_path / "out")
