@@ -1,5 +1,7 @@
 """Pictures to image codes with a trained dVAE: the extractor, a whole store's codes, and how good they are."""
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from opt_ds.errors import UserError
 from opt_ds.model.dvae import NUM_POSITIONS, DiscreteVAE, psnr_db
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.update import set_codes
 
 BATCH = 256
+DVAE_FOLDER = "dvae"  # inside a store: the dVAE that made and paints its codes
 
 
 class CodeExtractor:
@@ -104,14 +108,29 @@ def reconstruction_grid(
 
 
 def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
-    """Write the pictures' codes into the store unless this very dVAE's are there; returns whether it wrote."""
+    """Write the pictures' codes, and the dVAE itself, into the store unless they are there; returns whether it wrote.
+
+    The store then paints its own codes: `DiscreteVAE.from_pretrained(store / "dvae")`.
+    """
     store = FeatureStore(store_path)
-    if store.has_codes and store.description.extractors.get("codes") == extractor.identity():
+    folder = store_path / DVAE_FOLDER
+    if store.has_codes and store.description.extractors.get("codes") == extractor.identity() == _identity_in(folder):
         print(f"dVAE: {store_path} already has this dVAE's codes")
         return False
     set_codes(store_path, encode_store(extractor, store), extractor.identity())
+    temporary = folder.with_name(f".{DVAE_FOLDER}.{os.getpid()}.tmp")
+    extractor.dvae.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
     print(f"dVAE: wrote the codes of {num_images(store)} pictures into {store_path}")
     return True
+
+
+def _identity_in(folder: Path) -> dict[str, Any] | None:
+    try:
+        return DiscreteVAE.from_pretrained(folder).identity()
+    except UserError:  # missing, or cut off while it was written: written again
+        return None
 
 
 def num_images(store: FeatureStore) -> int:

@@ -1,0 +1,55 @@
+"""The command `opt-ds train-dvae`: options in, one call."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opt_ds.commands import run_program
+
+
+def train_dvae(
+    store: Annotated[Path, typer.Option(help="Feature store with pictures (image/pixels).")],
+    output: Annotated[Path, typer.Option(help="Directory of the run; the same one again resumes it.")],
+    preset: Annotated[
+        str | None, typer.Option(help="dvae-base (8,192 codes), dvae-emoji (1,024), dvae-tiny; default: by store size.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of `key: value` that changes the preset.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; shorthand for --set steps=N.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Weights, batches and noise follow from it.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
+    train_split: Annotated[str, typer.Option(help="Split to train on; all others are measured.")] = "train",
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    codes: Annotated[bool, typer.Option(help="Write the codes into the store at the end.")] = True,
+) -> None:
+    """Train the discrete VAE (stage 1 of the image decoder) on a store's pictures, write its codes into the store."""
+    # Before torch is loaded: threads that spin while they wait cost several times the work when the cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # PyTorch takes seconds to import: not for --help.
+    from opt_ds.train_dvae import train_dvae as run
+
+    run(
+        store,
+        output,
+        preset=preset,
+        config_file=config,
+        settings=tuple(set_ or ()),
+        steps=steps,
+        seed=seed,
+        device=device,
+        precision=precision,
+        train_split=train_split,
+        checkpoint_every=checkpoint_every,
+        write_codes=codes,
+    )
+
+
+def main() -> None:
+    """Run the command as a program of its own, as `python opt_ds/train_dvae.py` does, and exit with its code."""
+    sys.exit(run_program(train_dvae, sys.argv[1:], "train_dvae.py"))

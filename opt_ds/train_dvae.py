@@ -1,0 +1,409 @@
+"""Train the dVAE (stage 1 of the image decoder) on a store's pictures, then write its codes into the store.
+
+Started by path (`python opt_ds/train_dvae.py --store DIR --output DIR`) or as `opt-ds train-dvae`. A step is a pure
+function of (weights, moments, seed, step), so a run that was cut off continues bit-exactly from its last checkpoint,
+with the same device, precision and number of threads.
+
+The output directory: run.json (what the run is), config.json + model.safetensors (`DiscreteVAE.from_pretrained`),
+result.json (PSNR by split, codebook use, time), reconstructions.png (upper rows true, lower rows reconstructed),
+tensorboard/, and checkpoint.pt while the run is unfinished.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    # Started by path: Python put this folder first on its search path, where our modules would shadow others.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # Before torch is loaded: threads that spin while they wait cost several times the work when the cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from opt_ds.data.keyed import keyed_hash, permute
+from opt_ds.errors import UserError
+from opt_ds.model.dvae import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
+from opt_ds.model.dvae_config import StepSettings, load_dvae_config, schedule
+from opt_ds.prepare.codes import (
+    CodeExtractor,
+    codebook_use,
+    encode_store,
+    num_images,
+    read_pixels,
+    reconstruction_grid,
+    reconstruction_quality,
+    split_image_rows,
+    write_missing_codes,
+)
+from opt_ds.prepare.extractors import choose_device
+from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.reader import FeatureStore
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
+CHECKPOINT_FILE = "checkpoint.pt"
+GRID_FILE = "reconstructions.png"
+GRID_PICTURES = 16
+LOG_EVERY = 20
+# Below this many pictures a codebook of 8,192 has fewer than about 150 patches a code.
+MIN_PICTURES_FOR_BASE = 20_000
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how a run computes; part of what makes a resumed run bit-exact."""
+
+    device: str
+    precision: str
+    threads: int
+
+
+def train_dvae(
+    store_path: Path,
+    output: Path,
+    *,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    settings: tuple[str, ...] = (),
+    steps: int | None = None,
+    seed: int = 1,
+    device: str = "auto",
+    precision: str = "auto",
+    train_split: str = "train",
+    checkpoint_every: int = 200,
+    write_codes: bool = True,
+) -> dict[str, Any]:
+    """Train (or finish training) a dVAE in `output`, write the codes into the store, and return result.json's content.
+
+    UserError for a store that is missing or has no pixels, an unknown preset or key, or the output of another run.
+    """
+    store = FeatureStore(store_path)
+    if not store.has_pixels:
+        raise UserError(f"{store_path}: the store has no pictures (image/pixels): prepare it with pixels")
+    rows = split_image_rows(store, train_split)
+    if not len(rows):
+        raise UserError(f'{store_path}: split "{train_split}" has no pictures: name another with --train-split')
+    preset = preset or default_preset(len(rows), config_file)
+    config = load_dvae_config(preset, config_file, settings, steps)
+    hardware = choose_hardware(device, precision)
+    claim_output(output, run_description(store, rows, config, seed, train_split))
+    if (output / RESULT_FILE).is_file():
+        result = json.loads((output / RESULT_FILE).read_text(encoding="utf-8"))
+        print(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
+    else:
+        print(
+            f"dVAE: {preset}, {len(rows)} pictures of split {train_split}, {config.steps} steps, {hardware.device}, "
+            f"{hardware.precision}, {hardware.threads} threads"
+        )
+        result = Training(store, rows, config, seed, hardware, output, train_split, checkpoint_every).run()
+        print(summary(result))
+    if write_codes:
+        write_missing_codes(store_path, CodeExtractor.from_pretrained(output, hardware.device))
+    return result
+
+
+def default_preset(num_pictures: int, config_file: Path | None) -> str:
+    """Return the preset for a store of this size, aloud; the base of a config file's keys is dvae-base."""
+    preset = "dvae-base" if config_file or num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
+    reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} pictures"
+    print(f"dVAE: preset {preset} ({reason}); choose another with --preset")
+    return preset
+
+
+def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
+    """Resolve "auto": a GPU if there is one, bf16 autocast where the hardware has it. Sets PyTorch's threads."""
+    device = choose_device(device)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f'--precision "{precision}": choose auto, fp32 or bf16')
+    if precision == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+        precision = "bf16" if has_bf16 else "fp32"
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Convolutions on an 8×8 grid are too small to feed more.
+        torch.set_num_threads(min(8, len(os.sched_getaffinity(0))))
+    return Hardware(device, precision, torch.get_num_threads())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 (AVX-512 BF16), which halves a convolution's time; False if unknown."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def run_description(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed: int, split: str) -> dict[str, Any]:
+    """Return what makes a run this run: configuration, seed and pictures.
+
+    The store's fingerprint cannot tell: it changes when the codes are written. Some of its pictures can.
+    """
+    some = rows[permute(np.arange(min(256, len(rows))), len(rows), "pictures")]
+    pictures = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
+    return {
+        "config": config.model_dump(),
+        "seed": seed,
+        "train_split": split,
+        "num_pictures": len(rows),
+        "pictures_sha256": pictures,
+    }
+
+
+def claim_output(output: Path, description: dict[str, Any]) -> None:
+    """Make the output directory this run's own. UserError if it holds another run, or other things."""
+    file = output / RUN_FILE
+    if not file.is_file():
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output}: not empty and no dVAE run ({RUN_FILE} not found): choose another --output")
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(file, description)
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file}: not readable as JSON: remove {output} or choose another --output") from None
+    difference = _first_difference(found, description)
+    if difference:
+        raise UserError(f"{output}: output of another run ({difference}): choose another --output")
+
+
+class Training:
+    """One run of the training loop, from its start or its checkpoint."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        rows: np.ndarray,
+        config: DVAEConfig,
+        seed: int,
+        hardware: Hardware,
+        output: Path,
+        train_split: str,
+        checkpoint_every: int,
+    ) -> None:
+        self.store, self.rows, self.config, self.seed = store, rows, config, seed
+        self.hardware, self.output, self.train_split = hardware, output, train_split
+        self.checkpoint_every = checkpoint_every
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(keyed_hash(seed, "weights")) % 2**63)
+            self.dvae = DiscreteVAE(config)
+        self.dvae.to(hardware.device)
+        self.optimizer = torch.optim.AdamW(
+            self.dvae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        self.start_psnr_db: float | None = None
+        self.train_codes_ns: Tensor | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the result."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        began, cpu_began = time.monotonic(), time.process_time()
+        if not self.resume():
+            self.start_codebook()
+        elapsed, cpu_elapsed = self.seconds, self.cpu_seconds
+        writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step)
+        bar = tqdm(total=self.config.steps, initial=self.step, desc="dVAE", unit="step")
+        while self.step < self.config.steps:
+            losses, settings = self.train_step()
+            self.step += 1
+            bar.update()
+            if self.step % LOG_EVERY == 0 or self.step == self.config.steps:
+                self.log(writer, bar, losses, settings)
+            self.seconds = elapsed + time.monotonic() - began
+            self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
+            if self.step % self.checkpoint_every == 0 and self.step < self.config.steps:
+                self.save_checkpoint()
+        bar.close()
+        result = self.finish(writer)
+        writer.close()
+        return result
+
+    def start_codebook(self) -> None:
+        """Put the codebook at k-means centroids of distinct training patches, and measure that plain quantiser."""
+        config = self.config
+        chosen = permute(np.arange(min(config.kmeans_pictures, len(self.rows))), len(self.rows), self.seed, "kmeans")
+        patches_ndyx = fold(torch.from_numpy(read_pixels(self.store, self.rows[chosen])))
+        # Distinct patches: else half of the codebook would go to shades of the blank margin.
+        levels_md = (patches_ndyx.flatten(2).transpose(1, 2).flatten(0, 1) + 0.5).mul(255).round().byte().numpy()
+        distinct_m = np.unique(np.ascontiguousarray(levels_md).view(f"V{levels_md.shape[1]}"))
+        distinct_md = distinct_m.view("uint8").reshape(len(distinct_m), -1)
+        if len(distinct_md) < config.codebook_size:
+            raise UserError(
+                f"{self.store.path}: {len(distinct_md)} distinct patches cannot fill a codebook of "
+                f"{config.codebook_size}: --set codebook_size={2 ** int(math.log2(len(distinct_md)))}"
+            )
+        generator = torch.Generator().manual_seed(int(keyed_hash(self.seed, "codebook")) % 2**63)
+        kept = torch.randperm(len(distinct_md), generator=generator)[: config.kmeans_patches]
+        patches_md = torch.from_numpy(distinct_md[kept.numpy()]).float() / 255 - 0.5
+        self.dvae.start_from_patches(patches_md.to(self.hardware.device), generator)
+        self.start_psnr_db = self.psnr_of(self.sample_rows(self.rows, 256))
+
+    def train_step(self) -> tuple[DVAELosses, StepSettings]:
+        """One optimiser step on the pictures that (seed, step) chooses."""
+        settings = schedule(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate
+        index = self.batch_index(self.step)
+        pixels_nchw = torch.from_numpy(read_pixels(self.store, self.rows[index])).to(self.hardware.device)
+        with torch.autocast(self.hardware.device, torch.bfloat16, enabled=self.hardware.precision == "bf16"):
+            if settings.soft:
+                noise = torch.Generator(self.hardware.device)
+                noise.manual_seed(int(keyed_hash(self.seed, "gumbel", self.step)) % 2**63)
+                losses = self.dvae(
+                    pixels_nchw, settings.temperature, settings.kl_weight, noise, settings.straight_through
+                )
+            else:
+                codes_ns = self.frozen_codes()[index].to(self.hardware.device).long()
+                losses = self.dvae.decoder_losses(pixels_nchw, codes_ns)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.dvae.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        return losses, settings
+
+    def batch_index(self, step: int) -> np.ndarray:
+        """Return which training pictures a step takes: each once an epoch, in a keyed order; batches cross epochs."""
+        position = step * self.config.batch_size + np.arange(self.config.batch_size)
+        return permute(position % len(self.rows), len(self.rows), self.seed, "batch", position // len(self.rows))
+
+    def frozen_codes(self) -> Tensor:
+        """Return the training pictures' argmax codes, int32 [n, 64], made once: the encoder no longer changes."""
+        if self.train_codes_ns is None:
+            for parameter in self.dvae.encoder_parameters():
+                parameter.requires_grad_(False)
+            codes_ns = encode_store(self.extractor(), self.store, self.rows)
+            self.dvae.train()
+            self.train_codes_ns = torch.from_numpy(codes_ns.astype("int32"))
+        return self.train_codes_ns
+
+    def extractor(self) -> CodeExtractor:
+        return CodeExtractor(self.dvae, self.hardware.device)
+
+    def psnr_of(self, rows: np.ndarray) -> float:
+        """PSNR in dB of argmax codes on some image rows, in fp32."""
+        with torch.autocast(self.hardware.device, enabled=False):
+            return reconstruction_quality(self.extractor(), self.store, rows).psnr_db
+
+    def sample_rows(self, rows: np.ndarray, count: int) -> np.ndarray:
+        """Return `count` of the rows (or all), drawn by the seed, ascending."""
+        chosen = permute(np.arange(min(count, len(rows))), len(rows), self.seed, "sample")
+        return rows[np.sort(chosen)]
+
+    def held_out(self) -> dict[str, np.ndarray]:
+        """Return each other split's image rows, without the pictures that were trained on."""
+        splits = [name for name in self.store.description.split_names if name != self.train_split]
+        rows_of = {name: np.setdiff1d(split_image_rows(self.store, name), self.rows) for name in splits}
+        return {name: rows for name, rows in rows_of.items() if len(rows)}
+
+    def log(self, writer: "SummaryWriter", bar: tqdm, losses: DVAELosses, settings: StepSettings) -> None:
+        loss, mse, kl = (value.item() for value in losses)
+        if not math.isfinite(loss):
+            raise UserError(f"{self.output}: loss {loss} at step {self.step}: lower learning_rate with --set")
+        phase = f"temperature {settings.temperature:.2f}" if settings.soft else "argmax codes"
+        bar.set_postfix_str(f"{psnr_db(mse):.2f} dB, {phase}")
+        scalars = {"loss": loss, "psnr_db": psnr_db(mse), "learning_rate": settings.learning_rate}
+        if settings.soft:
+            scalars |= {"kl_nats": kl, "kl_weight": settings.kl_weight, "temperature": settings.temperature}
+        for name, value in scalars.items():
+            writer.add_scalar(f"dvae/{name}", value, self.step)
+
+    def save_checkpoint(self) -> None:
+        """Write everything that the rest of the run depends on, atomically."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "start_psnr_db": self.start_psnr_db,
+            "dvae": self.dvae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with atomic_file(self.output / CHECKPOINT_FILE) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint, if there is one. UserError if it cannot be read."""
+        file = self.output / CHECKPOINT_FILE
+        if not file.is_file():
+            return False
+        try:
+            state = torch.load(file, map_location=self.hardware.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file}: damaged checkpoint ({reason}): remove it to start the run again") from None
+        self.dvae.load_state_dict(state["dvae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.start_psnr_db = state["step"], state["start_psnr_db"]
+        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
+        print(f"dVAE: resuming at step {self.step} of {self.config.steps}")
+        return True
+
+    def finish(self, writer: "SummaryWriter") -> dict[str, Any]:
+        """Measure the trained model, save it, draw the grid, and write result.json last."""
+        extractor, held_out = self.extractor(), self.held_out()
+        splits = {self.train_split: self.sample_rows(self.rows, 1024)} | held_out
+        quality = {name: asdict(reconstruction_quality(extractor, self.store, rows)) for name, rows in splits.items()}
+        codes_ns = encode_store(extractor, self.store)
+        result = {
+            "reconstruction": quality,
+            "codebook": codebook_use(codes_ns, self.config.codebook_size),
+            "kmeans_start_psnr_db": self.start_psnr_db,
+            "steps": self.step,
+            "train_seconds": round(self.seconds, 1),
+            "train_cpu_seconds": round(self.cpu_seconds, 1),
+            "hardware": asdict(self.hardware),
+            "num_pictures": num_images(self.store),
+            "identity": self.dvae.identity(),
+        }
+        self.dvae.save_pretrained(self.output)
+        shown = self.sample_rows(np.concatenate(list(held_out.values()) or [self.rows]), GRID_PICTURES)
+        grid_hwc = reconstruction_grid(extractor, read_pixels(self.store, shown))
+        Image.fromarray(grid_hwc).save(self.output / GRID_FILE)
+        writer.add_image("dvae/true_above_reconstructed", grid_hwc, self.step, dataformats="HWC")
+        for name, values in quality.items():
+            writer.add_scalar(f"dvae/psnr_db_{name}", values["psnr_db"], self.step)
+        write_json(self.output / RESULT_FILE, result)
+        (self.output / CHECKPOINT_FILE).unlink(missing_ok=True)
+        return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the result in one line."""
+    quality = ", ".join(f"{name} {values['psnr_db']:.2f} dB" for name, values in result["reconstruction"].items())
+    use = result["codebook"]
+    return (
+        f"dVAE: PSNR {quality} (k-means start {result['kmeans_start_psnr_db']:.2f} dB); "
+        f"{use['codes_used']} codes used ({use['fraction_used']:.0%}); {result['train_seconds']:.0f} s"
+    )
+
+
+def _first_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    for key in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = _first_difference(old, new, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif old != new:
+            return f"{prefix}{key} is {old} there, {new} here"
+    return ""
+
+
+if __name__ == "__main__":
+    from opt_ds.commands.dvae import main
+
+    main()

@@ -1,0 +1,172 @@
+"""Training the dVAE on a store: it learns, resumes bit-exactly, writes codes, and names bad input in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import opt_ds.train_dvae as program
+from opt_ds.errors import UserError
+from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE, psnr_db
+from opt_ds.prepare.codes import CodeExtractor, codebook_use, reconstruction_quality, split_image_rows
+from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.store.synthetic import write_synthetic_store
+from opt_ds.train_dvae import Training, train_dvae
+
+NUM_SAMPLES = 24
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_synthetic_store(tmp_path / "store", NUM_SAMPLES, num_codes_vocab=None, samples_per_shard=10, missing=0.2)
+    return tmp_path / "store"
+
+
+def train(store: Path, output: Path, **options) -> dict:
+    return train_dvae(store, output, preset="dvae-tiny", device="cpu", **{"write_codes": False, **options})
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path, tmp_path: Path) -> None:
+    result = train(store, tmp_path / "run", write_codes=True)
+    opened = FeatureStore(store)
+    assert inspect_store(store).failures == []
+    dvae = DiscreteVAE.from_pretrained(tmp_path / "run")
+    assert opened.description.extractors["codes"] == dvae.identity() == result["identity"]
+    assert opened.description.dims.num_codes == 32
+    num_images = len(opened.region_counts)
+    assert num_images < NUM_SAMPLES  # some samples have no picture
+    for row in range(num_images):
+        expected = dvae.encode(torch.from_numpy(np.array(opened.pixels(row)))[None])[0]
+        assert (opened.codes(row) == expected.numpy()).all()
+    assert DiscreteVAE.from_pretrained(store / "dvae").identity() == dvae.identity()
+    for file in ("run.json", "result.json", "reconstructions.png", "tensorboard"):
+        assert (tmp_path / "run" / file).exists()
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written == result and set(written["reconstruction"]) == {"train", "valid"}
+    assert written["codebook"]["codes_used"] <= 32
+
+
+def test_training_lowers_the_loss_of_relaxed_and_of_argmax_codes(store: Path, tmp_path: Path) -> None:
+    settings = ("learning_rate=3e-3", "steps=60", "batch_size=8")
+    result = train(store, tmp_path / "run", settings=settings)
+    assert result["reconstruction"]["train"]["psnr_db"] > result["kmeans_start_psnr_db"] + 0.02
+
+
+@pytest.mark.parametrize("cut", [3, 9])  # with relaxed codes; with the decoder alone
+def test_a_run_that_was_cut_off_resumes_bit_equal(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    train(store, tmp_path / "whole")
+    real_step = Training.train_step
+
+    def dying_step(self: Training):
+        if self.step == cut + 1:  # past its last checkpoint
+            raise KeyboardInterrupt
+        return real_step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "train_step", dying_step)
+        train(store, tmp_path / "cut", checkpoint_every=cut)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    started: list[int] = []
+    monkeypatch.setattr(Training, "train_step", lambda self: (started.append(self.step), real_step(self))[1])
+    train(store, tmp_path / "cut", checkpoint_every=cut)
+    assert started[0] == cut
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "cut") != _weights_of_other_seed(store, tmp_path)
+
+
+def _weights_of_other_seed(store: Path, tmp_path: Path) -> bytes:
+    train(store, tmp_path / "other", seed=2)
+    return weights(tmp_path / "other")
+
+
+def test_a_complete_run_only_writes_missing_codes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(store, tmp_path / "run")
+    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained again"))
+    assert train(store, tmp_path / "run", write_codes=True) == result
+    assert "is complete" in capsys.readouterr().out
+    fingerprint = FeatureStore(store).fingerprint
+    train(store, tmp_path / "run", write_codes=True)  # the store's new fingerprint is no other run
+    assert "already has this dVAE's codes" in capsys.readouterr().out
+    assert FeatureStore(store).fingerprint == fingerprint
+    (store / "dvae" / "config.json").unlink()
+    train(store, tmp_path / "run", write_codes=True)
+    DiscreteVAE.from_pretrained(store / "dvae")
+
+
+def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
+    rows = split_image_rows(FeatureStore(store), "train")
+    hardware = program.Hardware("cpu", "fp32", 1)
+    run = Training(FeatureStore(store), rows, DVAE_PRESETS["dvae-tiny"], 5, hardware, tmp_path, "train", 1)
+    drawn = np.concatenate([run.batch_index(step) for step in range(len(rows))])
+    epochs = drawn[: 4 * len(rows)].reshape(4, len(rows))
+    assert all((np.sort(epoch) == np.arange(len(rows))).all() for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_quality_is_the_formula_on_the_store_s_pictures(store: Path) -> None:
+    torch.manual_seed(0)
+    extractor, opened = CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])), FeatureStore(store)
+    rows = np.arange(5)
+    true = np.stack([opened.pixels(row) for row in rows]) / 255.0
+    painted = extractor.reconstruct(np.stack([opened.pixels(row) for row in rows])).astype("float64")
+    quality = reconstruction_quality(extractor, opened, rows)
+    assert quality.psnr_db == pytest.approx(10 * np.log10(1 / np.mean((true - painted) ** 2)), abs=1e-6)
+    own = [psnr_db(float(np.mean((t - p) ** 2))) for t, p in zip(true, painted, strict=True)]
+    assert quality.mean_psnr_db == pytest.approx(np.mean(own), abs=1e-6)
+    use = codebook_use(np.array([[0, 0, 3, 3]]), 8)
+    assert use == {"codes_used": 2, "fraction_used": 0.25, "perplexity": pytest.approx(2.0)}
+
+
+def test_bad_input_is_named(store: Path, tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "blind", 4, num_codes_vocab=None, pixels=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    train(store, tmp_path / "run")
+    for message, arguments, options in [
+        ("no feature store there", (tmp_path / "gone", tmp_path / "o"), {}),
+        ("no pictures", (tmp_path / "blind", tmp_path / "o"), {}),
+        ('no split "trian" .did you mean "train"', (store, tmp_path / "o"), {"train_split": "trian"}),
+        ("another run .seed is 1 there, 2 here", (store, tmp_path / "run"), {"seed": 2}),
+        ("another run .config.steps is 12 there, 13 here", (store, tmp_path / "run"), {"steps": 13}),
+        ("not empty and no dVAE run", (store, tmp_path / "full"), {}),
+        ('--precision "int3"', (store, tmp_path / "o"), {"precision": "int3"}),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            train(*arguments, **options)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_started_by_path_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
+    script = str(Path(program.__file__))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, script, "--store", str(tmp_path / "gone"), "--output", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "no feature store there" in done.stderr
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0 and "--checkpoint-every" in shown.stdout
