@@ -26,9 +26,10 @@ def masked_items(length: int, count: int, *keys: int | str) -> np.ndarray:
 
 
 def masked_spans(length: int, count: int, span: int, *keys: int | str) -> np.ndarray:
-    """bool [length] with exactly `count` ones in runs of `span` (the last run may be shorter, runs may touch)."""
+    """bool [length] with exactly `count` ones in runs of `span` (runs may touch; one may be shorter, the remainder)."""
     masked = np.zeros(length, dtype=bool)
-    for start in np.argsort(keyed_hash(*keys, np.arange(length)), kind="stable"):
+    num_starts = max(1, length - span + 1)  # the end cuts no run off: a lone frame is copied from its neighbour
+    for start in np.argsort(keyed_hash(*keys, np.arange(num_starts)), kind="stable"):
         free = np.flatnonzero(~masked[start : start + span])[: count - int(masked.sum())]
         masked[start + free] = True
         if masked.sum() == count:

@@ -346,6 +346,8 @@ class StepPlan:
         image_ok = present[:, IMAGE].any() and "dir" in active and self._has_codes.any()
         if not (text_ok or image_ok) or not (present.sum(1) >= needed).any():
             off.setdefault("modality", "no sample has a modality to write and one to write it from")
+        if not present[:, TEXT].any() and "dtr" in active:
+            off["dtr"] = "no sample has text"
         if not self._has_codes.any() and "dir" in active:
             off["dir"] = "no store has image codes (opt-ds train-dvae writes them)"
         return off

@@ -1,0 +1,100 @@
+"""Sample-level draws: five cases in equal shares, donors of other groups of the same split, labels that are true."""
+
+import numpy as np
+import pytest
+
+from opt_ds.data.matching import CASES
+from opt_ds.data.plan import MATCHING, PlannedSamples, StepPlan
+from opt_ds.store import FeatureStore
+from tests.tiny import make_config, make_store
+
+PAIRS = {(1, 2): "image_audio", (0, 2): "text_audio", (0, 1): "text_image"}
+
+
+def matching_samples(store: FeatureStore, pair_probability: float, size: int = 10_000) -> PlannedSamples:
+    tasks = {"mix": {"matching": 1.0}, "matching": {"pair_probability": pair_probability}}
+    samples = StepPlan(make_config(tasks=tasks, batch={"size": size, "max_tokens": 8192}), [store]).step(0).samples
+    keep = samples.draw == MATCHING
+    return PlannedSamples(**{n: getattr(samples, n)[keep] for n in PlannedSamples.__dataclass_fields__})
+
+
+def true_case(store: FeatureStore, owners: list[dict[int, int]], rows: np.ndarray) -> str:
+    """The label as a reader of the store would give it: which inputs come from samples of one group."""
+    inputs = [m for m in range(3) if rows[m] >= 0]
+    groups = {m: int(store.groups[owners[m][int(rows[m])]]) for m in inputs}
+    agreeing = [pair for pair in PAIRS if set(pair) <= set(inputs) and groups[pair[0]] == groups[pair[1]]]
+    if len(inputs) == 3 and len(agreeing) == 3:
+        return "all"
+    assert len(agreeing) <= 1
+    return PAIRS[agreeing[0]] if agreeing else "none"
+
+
+def owners_of(store: FeatureStore) -> list[dict[int, int]]:
+    """Per modality: row -> the sample that has it (each row of these stores has one)."""
+    return [{int(row): i for i, row in enumerate(store.rows[:, m]) if row >= 0} for m in range(3)]
+
+
+@pytest.mark.parametrize("name", ["complete", "grouped"])
+def test_five_cases_in_equal_shares_and_the_label_is_right(request: pytest.FixtureRequest, name: str) -> None:
+    store = request.getfixturevalue(name)
+    s, owners = matching_samples(store, 0.0), owners_of(store)
+    assert len(s) == 10_000 and (s.input_rows >= 0).all()
+    counts = np.bincount(s.case, minlength=5)
+    assert len(counts) == 5 and ((counts - 2000.0) ** 2 / 2000.0).sum() < 25.0
+    assert all(CASES[c] == true_case(store, owners, rows) for c, rows in zip(s.case, s.input_rows, strict=True))
+    own = s.input_rows == s.source_rows
+    kept = {"all": 3, "image_audio": 2, "text_audio": 2, "text_image": 2, "none": 1}
+    assert all(own[i].sum() == kept[CASES[c]] for i, c in enumerate(s.case))
+    none = own[s.case == 4]
+    assert np.abs(none.mean(0) - 1 / 3).max() < 0.05, "any of the three stays its own where nothing matches"
+
+
+@pytest.mark.parametrize("name", ["complete", "grouped", "ragged"])
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_donors_are_of_other_groups_of_the_same_split(
+    request: pytest.FixtureRequest, name: str, probability: float
+) -> None:
+    store = request.getfixturevalue(name)
+    s, owners = matching_samples(store, probability, 3000), owners_of(store)
+    train = set(store.split_samples("train").tolist())
+    for sample, source, rows in zip(s.sample, s.source_rows, s.input_rows, strict=True):
+        donors = [owners[m][int(rows[m])] for m in range(3) if rows[m] >= 0 and rows[m] != source[m]]
+        groups = [int(store.groups[d]) for d in donors]
+        assert set(donors) <= train
+        assert int(store.groups[sample]) not in groups
+        assert len(set(groups)) == len(groups) == len(set(donors)), "two donors are two samples of two groups"
+        assert all(rows[m] < 0 for m in range(3) if source[m] < 0), "a donor gives no modality that the sample has not"
+
+
+def test_pairs_are_labelled_with_their_case_or_none(complete: FeatureStore) -> None:
+    s, owners = matching_samples(complete, 1.0), owners_of(complete)
+    assert ((s.input_rows >= 0).sum(1) == 2).all()
+    assert np.abs((s.input_rows < 0).mean(0) - 1 / 3).max() < 0.02
+    assert all(CASES[c] == true_case(complete, owners, rows) for c, rows in zip(s.case, s.input_rows, strict=True))
+    assert not (s.case == 0).any()
+    assert (s.case == 4).mean() == pytest.approx(0.6, abs=0.02)  # all and one of the three pairs leave it whole
+
+
+def test_half_of_the_draws_judge_a_pair(complete: FeatureStore, ragged: FeatureStore) -> None:
+    s = matching_samples(complete, 0.5)
+    assert ((s.input_rows >= 0).sum(1) == 2).mean() == pytest.approx(0.5, abs=0.02)
+    r, owners = matching_samples(ragged, 0.0), owners_of(ragged)
+    two = (r.source_rows >= 0).sum(1) == 2
+    assert two.any() and ((r.input_rows[two] >= 0) == (r.source_rows[two] >= 0)).all()
+    assert all(CASES[c] == true_case(ragged, owners, rows) for c, rows in zip(r.case, r.input_rows, strict=True))
+
+
+def test_validation_donors_are_of_the_valid_split(complete: FeatureStore) -> None:
+    valid, owners = set(complete.split_samples("valid").tolist()), owners_of(complete)
+    for step in StepPlan(make_config(), [complete]).validation():
+        rows = step.samples.input_rows[step.samples.draw == MATCHING]
+        assert {owners[m][int(row)] for m in range(3) for row in rows[:, m] if row >= 0} <= valid
+
+
+def test_the_fewest_groups_that_serve(tmp_path) -> None:
+    three = make_store(tmp_path / "three", 12, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
+    s, owners = matching_samples(three, 0.0, 500), owners_of(three)
+    assert len(s) == 500
+    assert all(CASES[c] == true_case(three, owners, rows) for c, rows in zip(s.case, s.input_rows, strict=True))
+    two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
+    assert "no donor" in StepPlan(make_config(), [two]).off["matching"]

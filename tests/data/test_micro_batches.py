@@ -1,0 +1,57 @@
+"""Spreading a step over ranks and micro-batches: each sample once, within the budget, equally many and equally full."""
+
+import time
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opt_ds.data.micro_batches import distribute
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), max_size=80),
+    world_size=st.integers(1, 5),
+    budget=st.integers(100, 400),
+)
+@settings(max_examples=150, deadline=None)
+def test_each_sample_once_within_the_budget_equally_many_per_rank(
+    lengths: list[int], world_size: int, budget: int
+) -> None:
+    slots, num_tokens = 3 * np.arange(len(lengths)), np.array(lengths, dtype=np.int64)
+    ranks = distribute(slots, num_tokens, world_size, budget)
+    assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1
+    every = [micro_batch for rank in ranks for micro_batch in rank]
+    taken = np.concatenate([m.slots for m in every])
+    assert sorted(taken) == slots.tolist()
+    for m in every:
+        assert m.num_tokens == num_tokens[m.slots // 3].sum() <= budget
+        assert (np.diff(m.slots) > 0).all()
+    empty = sum(len(m.slots) == 0 for m in every)
+    assert empty == max(0, len(every) - len(lengths)), "none is empty while there are samples enough"
+    assert len(ranks[0]) <= 1 + 2 * num_tokens.sum() // (world_size * budget), "no more rounds than half-full ones"
+
+
+def test_ranks_carry_equal_loads() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 2000)
+    for world_size in (2, 4, 7):
+        ranks = distribute(np.arange(2000), lengths, world_size, 8192)
+        loads = np.array([sum(m.num_tokens for m in rank) for rank in ranks])
+        assert loads.max() / loads.mean() < 1.002
+        sizes = np.array([m.num_tokens for rank in ranks for m in rank])
+        assert sizes.max() - sizes.min() <= 300
+
+
+def test_the_result_is_a_function_of_the_arguments() -> None:
+    lengths = np.random.default_rng(1).integers(1, 50, 300)
+    first, second = (distribute(np.arange(300), lengths, 3, 500) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert [m.slots.tolist() for m in a] == [m.slots.tolist() for m in b]
+
+
+def test_a_huge_step_of_samples_that_fill_badly_is_planned_quickly() -> None:
+    lengths = np.random.default_rng(2).integers(70, 110, 10_240)
+    start = time.process_time()
+    ranks = distribute(np.arange(10_240), lengths, 2, 256)
+    assert time.process_time() - start < 5.0
+    assert len(ranks[0]) < 1.02 * 10_240 / 2 / 2, "two to a micro-batch"

@@ -1,0 +1,286 @@
+"""The step plan: a pure function of the step, every sample once an epoch, draws in their shares, counts that hold."""
+
+import numpy as np
+import pytest
+
+from opt_ds.data.plan import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples, StepPlan, stacked_length
+from opt_ds.store import FeatureStore
+from tests.tiny import make_batches, make_config, make_model, make_store
+
+FIELDS = tuple(PlannedSamples.__dataclass_fields__)
+
+
+def equal(a: PlannedSamples, b: PlannedSamples) -> bool:
+    return all((getattr(a, name) == getattr(b, name)).all() for name in FIELDS)
+
+
+def taken(plan: StepPlan, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    parts = [plan.step(step).samples for step in range(steps)]
+    return tuple(np.concatenate([getattr(p, name) for p in parts]) for name in ("epoch", "store", "sample"))
+
+
+def test_a_step_is_a_pure_function_of_the_step(ragged: FeatureStore) -> None:
+    config = make_config()
+    plan, other = StepPlan(config, [ragged]), StepPlan(config, [FeatureStore(ragged.path)])
+    later = plan.step(7)
+    for step in (3, 7, 0):
+        other.step(step)
+    for world_size in (1, 2, 3):
+        planned = other.step(7, world_size)
+        assert equal(planned.samples, later.samples) and planned.counts == later.counts
+        assert len(planned.micro_batches) == world_size
+        slots = np.concatenate([m.slots for rank in planned.micro_batches for m in rank])
+        assert sorted(slots) == np.flatnonzero(later.samples.draw >= 0).tolist()
+    assert not equal(plan.step(8).samples, later.samples)
+    assert not equal(StepPlan(make_config(seed=2), [ragged]).step(7).samples, later.samples)
+
+
+@pytest.mark.parametrize("size", [1, 7, 33, 200])
+def test_every_sample_once_an_epoch_and_batches_cross_epochs(complete: FeatureStore, size: int) -> None:
+    plan = StepPlan(make_config(batch={"size": size}), [complete])
+    epoch, _, sample = taken(plan, -(-240 // size))
+    own = complete.split_samples("train")
+    for number in range(3):
+        assert sorted(sample[epoch == number]) == own.tolist()
+    assert (sample[:80] != sample[80:160]).any(), "each epoch has its own order"
+    assert (np.diff(epoch) >= 0).all()
+    if 80 % size:
+        assert any(len(np.unique(plan.step(step).samples.epoch)) > 1 for step in range(-(-240 // size)))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
+def test_stores_of_few_samples(tmp_path, num_samples: int) -> None:
+    store = make_store(tmp_path / "s", num_samples, splits={"train": 1.0, "valid": 0.0})
+    plan = StepPlan(make_config(batch={"size": 5}), [store])
+    epoch, _, sample = taken(plan, 4)
+    for number in range(20 // num_samples):
+        assert sorted(sample[epoch == number]) == list(range(num_samples))
+    assert ("matching" in plan.off) == (num_samples < 3)
+    if num_samples < 3:
+        assert not (plan.step(0).samples.draw == MATCHING).any()
+
+
+def test_two_stores_are_one_without_weights(complete: FeatureStore, ragged: FeatureStore) -> None:
+    plan = StepPlan(make_config(batch={"size": 80}), [complete, ragged])
+    epoch, store, sample = taken(plan, 4)
+    for number in range(2):
+        for which, source in enumerate((complete, ragged)):
+            assert sorted(sample[(epoch == number) & (store == which)]) == source.split_samples("train").tolist()
+
+
+def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(
+    complete: FeatureStore, no_codes: FeatureStore
+) -> None:
+    config = make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 4096})
+    plan = StepPlan(config, [complete, no_codes])
+    epoch, store, sample = taken(plan, 2)
+    for half in (store[:4096], store[4096:]):
+        assert np.bincount(half).tolist() == [2867, 1229]
+    for which, source in enumerate((complete, no_codes)):
+        own = source.split_samples("train")
+        epochs = epoch[store == which]
+        whole = np.sum(store == which) // len(own)
+        for number in range(whole):
+            assert sorted(sample[(store == which) & (epoch == number)]) == own.tolist()
+        assert epochs.max() == whole
+    small = StepPlan(
+        make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes]
+    )
+    assert (taken(small, 128)[2] == sample).all(), "the order does not depend on the batch"
+    share = np.mean(store[:200] == 0)
+    assert 0.5 < share < 0.9, "the stores alternate from the start"
+
+
+def test_draws_come_in_the_mix(complete: FeatureStore) -> None:
+    mix = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
+    plan = StepPlan(make_config(tasks={"mix": mix}, batch={"size": 20_000, "max_tokens": 8192}), [complete])
+    draw = plan.step(0).samples.draw
+    # an impossible draw (an utterance too short for MAM) gives its share to the others: judge by samples that allow all
+    long_enough = plan.step(0).samples.input_lengths
+    allowed = (long_enough[:, AUDIO] >= 2) | (plan.step(0).samples.input_rows[:, AUDIO] < 0)
+    shares = np.bincount(draw[allowed], minlength=5) / allowed.sum()
+    assert np.abs(shares - list(mix.values())).max() < 0.03
+    again = plan.step(1).samples
+    assert (again.draw >= 0).all()
+
+
+def test_a_curriculum_changes_the_mix(complete: FeatureStore) -> None:
+    tasks = {"mix": {"mlm": 1.0}, "curriculum": [{"from_fraction": 0.5, "mix": {"matching": 1.0}}]}
+    plan = StepPlan(make_config(tasks=tasks), [complete])
+    assert set(plan.step(49).samples.draw) == {DRAWS.index("mlm")}
+    assert set(plan.step(50).samples.draw) == {DRAWS.index("matching")}
+
+
+def test_a_loss_weight_of_0_switches_off(complete: FeatureStore) -> None:
+    plan = StepPlan(make_config(tasks={"mvm": {"weight": 0}, "dir": {"weight": 0}}, batch={"size": 500}), [complete])
+    planned = plan.step(0)
+    assert not (planned.samples.draw == DRAWS.index("mvm")).any()
+    assert not planned.samples.writes_image.any() and planned.samples.writes_text.any()
+    assert set(planned.counts) == {"mlm", "mafr", "mac", "dtr", "matching"}
+    assert plan.off == {"mvm": "its weight is 0"}
+
+
+def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStore) -> None:
+    plan = StepPlan(make_config(batch={"size": 20_000, "max_tokens": 8192}), [ragged])
+    s = plan.step(0).samples
+    assert plan.off == {}
+    present = s.source_rows >= 0
+    for subset in np.unique(present, axis=0):
+        own = (present == subset).all(1)
+        lengths = plan._input_lengths(s.store[own], s.source_rows[own])
+        draws = {DRAWS[d] for d in np.unique(s.draw[own]) if d >= 0}
+        text, image, audio = subset
+        expected = {"modality"} if text or image else set()
+        expected |= {"mlm"} if text else set()
+        expected |= {"mvm"} if image else set()
+        expected |= {"mam"} if audio and (lengths[:, AUDIO] >= 2).any() else set()
+        expected |= {"matching"} if subset.sum() >= 2 else set()
+        assert draws == expected, subset
+        if expected - {"mam"}:
+            assert (s.draw[own] >= 0).all()
+
+
+def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> None:
+    assert set(StepPlan(make_config(), [no_codes]).off) == {"dir"}
+    assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.writes_image.any()
+    text_only = make_store(tmp_path / "t", 20, regions=(0, 0), frames=(0, 0), num_codes_vocab=None)
+    rows = text_only.rows.copy()
+    rows[:, 1:] = -1
+    text_only.__dict__["rows"] = rows
+    assert set(StepPlan(make_config(), [text_only]).off) == {"mvm", "mam", "matching", "dir"}
+    rows = rows.copy()
+    rows[:] = [-1, -1, 0]
+    text_only.__dict__["rows"] = rows
+    off = StepPlan(make_config(), [text_only]).off
+    assert set(off) == {"mlm", "mvm", "matching", "modality", "dtr", "dir"}
+
+
+@pytest.mark.parametrize("missing", ["complete", "ragged"])
+def test_counts_are_those_of_the_batches(request: pytest.FixtureRequest, missing: str) -> None:
+    store = request.getfixturevalue(missing)
+    config = make_config(batch={"size": 60})
+    plan, model = StepPlan(config, [store]), make_model(config)
+    for step in range(3):
+        planned = plan.step(step, world_size=2)
+        terms = [model(batch) for rank in make_batches(config, [store], planned) for batch in rank]
+        assert planned.counts == {loss: sum(t[loss].count for t in terms) for loss in planned.counts}
+        assert all(count > 0 for count in planned.counts.values())
+
+
+def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
+    config = make_config(batch={"size": 60})
+    planned = StepPlan(config, [ragged]).step(0, world_size=3)
+    batches = make_batches(config, [ragged], planned)
+    assert [[m.num_tokens for m in rank] for rank in planned.micro_batches] == [
+        [b.num_tokens for b in r] for r in batches
+    ]
+    total = sum(b.num_tokens for rank in batches for b in rank)
+    assert planned.num_tokens == total
+    assert planned.fill == pytest.approx(total / (3 * len(batches[0]) * 256)) and planned.fill <= 1
+    assert planned.balance == pytest.approx(max(sum(b.num_tokens for b in rank) for rank in batches) / (total / 3))
+    assert planned.balance < 1.1
+
+
+def test_a_batch_in_tokens(complete: FeatureStore) -> None:
+    config = make_config(batch={"size": 2000, "unit": "tokens"})
+    plan = StepPlan(config, [complete])
+    seen = [int(plan.step(step).samples.source_rows.shape[0]) for step in range(3)]
+    assert len(set(seen)) == 1 and seen[0] == plan.batch_samples
+    lengths = plan._input_lengths(np.zeros(80, int), complete.rows[complete.split_samples("train")]).sum(1) + 2
+    assert plan.batch_samples == round(2000 / lengths.mean())
+
+
+def test_validation_has_every_task_on_every_sample_and_stays_fixed(ragged: FeatureStore) -> None:
+    config = make_config()
+    plan = StepPlan(config, [ragged])
+    steps = plan.validation(chunk=16)
+    assert all(step.num_samples == 16 for step in steps[:-1])
+    again = StepPlan(config, [ragged]).validation(world_size=2, chunk=16)
+    assert all(equal(a.samples, b.samples) for a, b in zip(steps, again, strict=True))
+    pairs = [(int(s), int(d)) for step in steps for s, d in zip(step.samples.sample, step.samples.draw, strict=True)]
+    assert len(pairs) == len(set(pairs))
+    for sample in ragged.split_samples("valid"):
+        rows = ragged.rows[sample]
+        text, image, audio = rows >= 0
+        frames = stacked_length(ragged.frame_counts[rows[AUDIO]], 2) if audio else 0
+        expected = {0} if text else set()
+        expected |= {1} if image else set()
+        expected |= {2} if frames >= 2 else set()
+        expected |= {MODALITY} if text or image else set()
+        expected |= {MATCHING} if (rows >= 0).sum() >= 2 else set()
+        assert {d for s, d in pairs if s == sample} == expected
+    first = ragged.split_samples("valid")[:5]
+    few = plan.validation(max_samples=5)
+    assert set(np.concatenate([step.samples.sample for step in few])) <= set(first)
+
+
+def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dropped(complete: FeatureStore) -> None:
+    config = make_config(tasks={"modality": {"always_drop_target": True}})
+    (step,) = StepPlan(config, [complete]).validation()
+    s = step.samples
+    own = set(complete.split_samples("valid"))
+    assert set(s.sample[s.writes_text]) == own == set(s.sample[s.writes_image])
+    assert (s.input_rows[s.writes_text, TEXT] == -1).all() and (s.input_rows[s.writes_image, IMAGE] == -1).all()
+
+
+# ---- modality dropping
+
+
+def modality_samples(store: FeatureStore, **options) -> PlannedSamples:
+    config = make_config(
+        tasks={"mix": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192}
+    )
+    samples = StepPlan(config, [store]).step(0).samples
+    keep = samples.draw == MODALITY
+    return PlannedSamples(**{name: getattr(samples, name)[keep] for name in FIELDS})
+
+
+def test_each_modality_is_dropped_with_its_probability_and_never_all(complete: FeatureStore) -> None:
+    s = modality_samples(complete)
+    dropped = s.input_rows < 0
+    assert not dropped.all(1).any()
+    p, all_go = 0.3, 0.3**3
+    marginal = (p - all_go) / (1 - all_go)  # 0.2806: what is left of 0.3 after the redraw
+    assert marginal == pytest.approx(0.28, abs=0.001)
+    assert np.abs(dropped.mean(0) - marginal).max() < 0.01
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        both = (dropped[:, first] & dropped[:, second]).mean()
+        assert both == pytest.approx((p**2 - all_go) / (1 - all_go), abs=0.008)
+    assert s.writes_text.all() and s.writes_image.all(), "both decoders work whatever is dropped"
+    assert (s.text_target_length == np.minimum(complete.text_lengths[s.source_rows[:, TEXT]], 8)).all()
+    kept = ~dropped
+    assert (s.input_rows[kept] == s.source_rows[kept]).all(), "what stays is the sample's own"
+
+
+def test_two_modalities_and_one(ragged: FeatureStore) -> None:
+    s = modality_samples(ragged)
+    present, dropped = s.source_rows >= 0, (s.input_rows < 0) & (s.source_rows >= 0)
+    two = (present.sum(1) == 2) & present[:, :2].any(1)
+    marginal = (0.3 - 0.09) / (1 - 0.09)
+    assert dropped[two].sum() / present[two].sum() == pytest.approx(marginal, abs=0.01)
+    assert not ((s.input_rows < 0).all(1)).any()
+    one = present.sum(1) == 1
+    assert one.any() and not dropped[one].any()
+    assert (s.writes_text == present[:, TEXT]).all() and (s.writes_image == present[:, IMAGE]).all()
+
+
+def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged: FeatureStore) -> None:
+    s = modality_samples(complete, always_drop_target=True, text_target_share=0.7)
+    dropped = s.input_rows < 0
+    assert (s.writes_text == dropped[:, TEXT]).all() and (s.writes_image == dropped[:, IMAGE]).all()
+    assert (s.writes_text | s.writes_image).all() and not dropped.all(1).any()
+    by_chance = (0.3 - 0.09) / (1 - 0.09)  # of the two others, never both
+    expected = [0.7 + 0.3 * by_chance, 0.3 + 0.7 * by_chance, by_chance]
+    assert dropped.mean(0) == pytest.approx(expected, abs=0.01)
+    r = modality_samples(ragged, always_drop_target=True)
+    present, left = r.source_rows >= 0, r.input_rows >= 0
+    assert (present.sum(1) >= 2).all() and left.any(1).all(), "something must be left to write from"
+    assert (r.writes_text == present[:, TEXT] & ~left[:, TEXT]).all()
+    assert (r.writes_image == present[:, IMAGE] & ~left[:, IMAGE]).all()
+    assert (r.writes_text | r.writes_image).all()
+
+
+def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
+    for options in ({}, {"always_drop_target": True}):
+        s = modality_samples(no_codes, **options)
+        assert s.writes_text.all() and not s.writes_image.any()

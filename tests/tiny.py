@@ -1,0 +1,80 @@
+"""A model of a few thousand weights and the stores that fit it: what the tests of data, model and tasks build on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opt_ds.config import Config, config_from_dict
+from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.samples import Sample, SampleReader
+from opt_ds.model.opt import OPT
+from opt_ds.store import FeatureStore
+from opt_ds.store.synthetic import write_synthetic_store
+
+STORE = {
+    "text_len": (1, 10),
+    "regions": (1, 8),
+    "frames": (1, 16),
+    "image_feature_dim": 8,
+    "audio_feature_dim": 6,
+    "image_num_classes": 7,
+    "vocab_size": 40,
+    "num_codes_vocab": 16,
+    "pixels": False,
+}
+MODEL = {
+    "vocab_size": 40, "max_text_tokens": 8, "image_feature_dim": 8, "image_num_classes": 7, "max_regions": 6,
+    "audio_feature_dim": 6, "audio_stack": 2, "max_frames": 8, "image_codebook_size": 16, "hidden_size": 16,
+    "num_heads": 2, "num_layers": 2, "ffn_size": 32, "text_decoder_layers": 2, "image_decoder_layers": 1,
+    "dropout": 0.0, "attention_dropout": 0.0, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def make_store(path: Path, num_samples: int = 60, **changes: Any) -> FeatureStore:
+    write_synthetic_store(path, num_samples, **{**STORE, **changes})
+    return FeatureStore(path)
+
+
+def make_config(**sections: Any) -> Config:
+    """The tiny configuration; each section's keys are laid over it: make_config(model={"norm": "pre"}, seed=3)."""
+    tree: dict[str, Any] = {
+        "model": MODEL,
+        "batch": {"size": 24, "max_tokens": 256},
+        "schedule": {"total_steps": 100, "warmup_steps": 5},
+        "data": {},
+    }
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return config_from_dict(tree, where="test")
+
+
+def make_model(config: Config, seed: int = 0) -> OPT:
+    """An initialised model whose biases and norms are random too, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    model = OPT(config.model, config.tasks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def read_samples(config: Config, stores: list[FeatureStore], step: int = 0) -> list[Sample]:
+    """All samples of one training step, in the order of their slots."""
+    planned, reader = StepPlan(config, stores).step(step), SampleReader(config, stores)
+    return [reader.read(planned.samples, slot) for slot in range(planned.num_samples)]
+
+
+def make_packer(config: Config, stores: list[FeatureStore]) -> Packer:
+    return Packer(stores[0].description.tokenizer, config.model)
+
+
+def make_batches(config: Config, stores: list[FeatureStore], planned: PlannedStep) -> list[list[PackedBatch]]:
+    """[rank][k], the micro-batches as the plan distributes them."""
+    reader, packer = SampleReader(config, stores), make_packer(config, stores)
+    return [
+        [packer.pack([reader.read(planned.samples, int(slot)) for slot in m.slots]) for m in rank]
+        for rank in planned.micro_batches
+    ]
