@@ -126,7 +126,7 @@ def stack_frames(frames: np.ndarray, stack: int, offset: int) -> np.ndarray:
     """[T, v] -> [a, stack · v]: `stack` frames side by side; the first frame is repeated `offset` times before, the last one
     after, as needed. a does not depend on the offset (0 <= offset < stack)."""
     if stack == 1 or not len(frames):
-        return frames.reshape(len(frames), -1)
+        return frames.reshape(len(frames), stack * frames.shape[1])
     count = int(stacked_length(len(frames), stack))
     place = np.clip(np.arange(count * stack) - offset, 0, len(frames) - 1)
     return frames[place].reshape(count, -1)

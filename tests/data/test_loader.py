@@ -1,0 +1,101 @@
+"""The loader: the same micro-batches whatever the threads, bounded look-ahead, errors that arrive, no hanging."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from opt_ds.data.batch import PackedBatch
+from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.data.plan import StepPlan
+from opt_ds.store import FeatureStore
+from tests.tiny import make_batches, make_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loaders() -> Iterator[list[MicroBatchLoader]]:
+    made: list[MicroBatchLoader] = []
+    yield made
+    for loader in made:
+        loader.close()
+
+
+def make_loader(loaders: list, store: FeatureStore, rank: int = 0, world_size: int = 1, **data) -> MicroBatchLoader:
+    config = make_config(data=data, batch={"size": 40})
+    loaders.append(MicroBatchLoader(StepPlan(config, [store]), rank, world_size, CPU))
+    return loaders[-1]
+
+
+def same(a: PackedBatch, b: PackedBatch) -> bool:
+    pairs = [(a.inputs.token_ids, b.inputs.token_ids), (a.inputs.frames, b.inputs.frames),
+             (a.inputs.region_masked, b.inputs.region_masked), (a.inputs.gather_index, b.inputs.gather_index),
+             (a.written_image.target_ids, b.written_image.target_ids), (a.judged.cases, b.judged.cases)]  # fmt: skip
+    return a.sample_names == b.sample_names and all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_planned_micro_batches_arrive_in_order(loaders: list, ragged: FeatureStore, workers: int) -> None:
+    loader = make_loader(loaders, ragged, rank=1, world_size=2, workers=workers, prefetch_batches=5)
+    plan = loader.plan
+    for step, (planned, batches) in enumerate(loader.steps(3, 7), start=3):
+        expected = make_batches(plan.config, [ragged], plan.step(step, 2))[1]
+        got = list(batches)
+        assert planned.step == step and len(got) == len(expected)
+        assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+    assert step == 6
+    passes = [[b for _, batches in loader.validation(10) for b in batches] for _ in range(2)]
+    assert passes[0] and all(same(a, b) for a, b in zip(*passes, strict=True))
+
+
+def test_an_abandoned_iterator_does_not_hang(loaders: list, ragged: FeatureStore) -> None:
+    loader = make_loader(loaders, ragged, workers=2)
+    steps = loader.steps(0, 1000)
+    _, batches = next(steps)
+    next(batches)
+    steps.close()
+    for planned, batches in loader.steps(5, 6):  # and the loader still serves
+        assert planned.step == 5 and list(batches)
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    closing.join(timeout=10)
+    assert not closing.is_alive()
+
+
+def test_look_ahead_is_bounded(loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make_loader(loaders, ragged, workers=3, prefetch_batches=3)
+    made = []
+    make = loader._make
+    monkeypatch.setattr(loader, "_make", lambda *arguments: (made.append(1), make(*arguments))[1])
+    taken = 0
+    for _, batches in loader.steps(0, 4):
+        for _ in batches:
+            taken += 1
+            time.sleep(0.02)
+            assert len(made) <= taken + 3
+    assert len(made) == taken
+
+
+def test_an_error_in_a_worker_reaches_the_caller(
+    loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader(loaders, ragged, workers=2)
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loader._reader, "read", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        for _, batches in loader.steps(0, 2):
+            list(batches)
+
+
+def test_waiting_for_data_is_measured(loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make_loader(loaders, ragged)
+    make = loader._make
+    monkeypatch.setattr(loader, "_make", lambda *arguments: (time.sleep(0.02), make(*arguments))[1])
+    count = sum(len(list(batches)) for _, batches in loader.steps(0, 2))
+    assert loader.wait_s > 0.015 * count

@@ -1,0 +1,157 @@
+"""Packing: `[CLS] text [SEP] regions frames` end to end, nothing lost, every index pointing at what it names."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.samples import Sample
+from opt_ds.store import FeatureStore
+from opt_ds.store.schema import TokenizerDescription
+from tests.tiny import make_config, make_packer, read_samples
+
+CLS, SEP = 2, 3
+SUBSETS = [(bool(n & 1), bool(n & 2), bool(n & 4)) for n in range(1, 8)]
+TOKENIZER = TokenizerDescription(pad_id=0, unk_id=1, cls_id=CLS, sep_id=SEP, mask_id=4, sha256="")
+
+
+def packer() -> Packer:
+    return Packer(TOKENIZER, make_config().model)
+
+
+def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sample:
+    """A sample of these modalities, masked somewhere, with every target that it can have."""
+    rng = np.random.default_rng(seed)
+    n, r, a = rng.integers(1, 9), rng.integers(1, 7), rng.integers(1, 9)
+    sample = Sample(name=str(seed), slot=slot)
+    if subset[0]:
+        sample.token_ids, sample.mlm_targets = rng.integers(5, 40, n), rng.integers(5, 40, n)
+        sample.mlm_masked = rng.random(n) < 0.4
+    if subset[1]:
+        sample.region_features = rng.standard_normal((r, 8)).astype("float16")
+        sample.region_boxes = rng.random((r, 7)).astype("float32")
+        sample.region_labels, sample.region_masked = rng.integers(0, 7, r), rng.random(r) < 0.4
+        sample.predict_regions = bool(rng.random() < 0.7)
+    if subset[2]:
+        sample.frames = rng.standard_normal((a, 12)).astype("float16")
+        sample.frame_masked = rng.random(a) < 0.4
+        sample.predict_frames = bool(rng.random() < 0.7)
+    if rng.random() < 0.5:
+        sample.written_text = rng.integers(5, 40, rng.integers(0, 9))
+    if rng.random() < 0.5:
+        sample.written_codes = rng.integers(0, 16, 64)
+    sample.case = int(rng.integers(-1, 5))
+    return sample
+
+
+def expected_rows(sample: Sample) -> list[tuple[str, object]]:
+    """The layout written down: one entry per packed position."""
+    rows: list[tuple[str, object]] = [("token", CLS)]
+    if sample.token_ids is not None:
+        rows += [("token", int(t)) for t in sample.token_ids] + [("token", SEP)]
+    if sample.region_features is not None:
+        rows += [("region", f.tolist()) for f in sample.region_features]
+    if sample.frames is not None:
+        rows += [("frame", f.tolist()) for f in sample.frames]
+    return rows
+
+
+def packed_rows(batch: PackedBatch) -> list[tuple[str, object]]:
+    inputs = batch.inputs
+    rows = [("token", int(t)) for t in inputs.token_ids]
+    rows += [("region", f.tolist()) for f in inputs.region_features]
+    rows += [("frame", f.tolist()) for f in inputs.frames]
+    return [rows[i] for i in inputs.gather_index.tolist()]
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_the_layout_of_each_subset_of_modalities(subset: tuple[bool, bool, bool]) -> None:
+    sample = make_sample(subset, seed=11)
+    batch = packer().pack([sample])
+    assert packed_rows(batch) == expected_rows(sample)
+    assert batch.inputs.token_positions.tolist() == list(range(len(batch.inputs.token_ids)))
+    assert batch.inputs.sequences.cu_seqlens.tolist() == [0, len(expected_rows(sample))]
+    if sample.frames is not None:
+        assert batch.inputs.frame_positions.tolist() == list(range(len(sample.frames)))
+
+
+@given(kinds=st.lists(st.tuples(st.sampled_from(SUBSETS), st.integers(0, 10_000)), max_size=8))
+@settings(max_examples=80, deadline=None)
+def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bool], int]]) -> None:
+    samples = [make_sample(subset, seed, slot=7 * i) for i, (subset, seed) in enumerate(kinds)]
+    batch = packer().pack(samples)
+    inputs, total = batch.inputs, batch.inputs.sequences.total
+    assert sorted(inputs.gather_index.tolist()) == list(range(total))
+    index = torch.cat([inputs.token_index, inputs.region_index, inputs.frame_index])
+    assert (inputs.gather_index[index] == torch.arange(total)).all()
+    rows, bounds = packed_rows(batch), inputs.sequences.cu_seqlens.tolist()
+    assert len(inputs.sequences) == len(samples) == batch.num_samples and bounds[-1] == total
+    for i, sample in enumerate(samples):
+        assert rows[bounds[i] : bounds[i + 1]] == expected_rows(sample)
+        assert inputs.cls_index[i] == bounds[i] and inputs.slots[i] == sample.slot
+    check_targets(batch, samples, bounds)
+
+
+def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) -> None:
+    """Every index of every task points at the item that it names, sample by sample, in order."""
+    inputs = batch.inputs
+    tokens, regions, frames, sizes, judged = [], [], [], [], []
+    for i, s in enumerate(samples):
+        num_text = 1 if s.token_ids is None else len(s.token_ids) + 2
+        num_regions = 0 if s.region_features is None else len(s.region_features)
+        if s.mlm_masked is not None:
+            tokens += [(bounds[i] + 1 + p, int(s.mlm_targets[p])) for p in np.flatnonzero(s.mlm_masked)]
+        if s.predict_regions:
+            regions += [(bounds[i] + num_text + p, s.region_features[p].tolist(), int(s.region_labels[p]))
+                        for p in np.flatnonzero(s.region_masked)]  # fmt: skip
+        if s.predict_frames:
+            places = np.flatnonzero(s.frame_masked)
+            frames += [(bounds[i] + num_text + num_regions + p, s.frames[p].tolist(), int(p)) for p in places]
+            sizes.append((len(places), s.frames.tolist()))
+        if s.case >= 0:
+            judged.append((bounds[i], s.case))
+    t, r, f = batch.masked_tokens, batch.masked_regions, batch.masked_frames
+    assert list(zip(t.index.tolist(), t.targets.tolist(), strict=True)) == tokens
+    assert (
+        list(zip(r.index.tolist(), inputs.region_features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
+    )
+    assert inputs.region_masked[r.rows].all() and inputs.frame_masked[f.rows].all()
+    assert list(zip(f.index.tolist(), inputs.frames[f.rows].tolist(), f.places.tolist(), strict=True)) == frames
+    assert f.sequences.lengths.tolist() == [count for count, _ in sizes]
+    utterances = torch.split(inputs.frames[f.utterance_rows], f.utterances.lengths.tolist())
+    assert [u.tolist() for u in utterances] == [whole for _, whole in sizes]
+    assert list(zip(batch.judged.index.tolist(), batch.judged.cases.tolist(), strict=True)) == judged
+    for written, name, begin, end in (
+        (batch.written_text, "written_text", CLS, [SEP]),
+        (batch.written_image, "written_codes", -1, []),
+    ):
+        who = [i for i, s in enumerate(samples) if getattr(s, name) is not None]
+        assert len(written.sequences) == len(written.memory) == len(who)
+        bounds_w, bounds_m = written.sequences.cu_seqlens.tolist(), written.memory.cu_seqlens.tolist()
+        for k, i in enumerate(who):
+            own = slice(bounds_w[k], bounds_w[k + 1])
+            items = getattr(samples[i], name).tolist()
+            assert written.target_ids[own].tolist() == items + end
+            assert written.input_ids[own].tolist() == [begin, *items, *end][:-1]
+            assert written.positions[own].tolist() == list(range(len(items + end)))
+            memory = written.memory_index[bounds_m[k] : bounds_m[k + 1]].tolist()
+            assert memory == list(range(bounds[i], bounds[i + 1])), "a decoder sees its own sample, all of it"
+
+
+def test_a_micro_batch_of_no_samples() -> None:
+    batch = packer().pack([])
+    assert batch.num_samples == batch.num_tokens == 0
+    assert batch.inputs.region_features.shape == (0, 8) and batch.inputs.frames.shape == (0, 12)
+    assert batch.inputs.region_boxes.shape == (0, 7)
+
+
+def test_a_batch_moves_as_one(ragged: FeatureStore) -> None:
+    config = make_config()
+    batch = make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
+    moved = batch.to("meta")
+    for part in (moved.inputs.token_ids, moved.inputs.sequences.cu_seqlens, moved.masked_frames.utterances.cu_seqlens,
+                 moved.written_image.memory_index, moved.judged.cases):  # fmt: skip
+        assert part.device.type == "meta"
+    assert moved.inputs.sequences.total == batch.inputs.sequences.total and moved.sample_names == batch.sample_names

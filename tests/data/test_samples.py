@@ -1,0 +1,139 @@
+"""Planned samples made concrete: the store's own values, masked as the plan counted, targets untouched."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opt_ds.data.masking import num_masked, num_masked_frames
+from opt_ds.data.plan import AUDIO, IMAGE, MAM, MLM, MODALITY, MVM, TEXT, StepPlan, stacked_length
+from opt_ds.data.samples import SampleReader, stack_frames
+from opt_ds.store import FeatureStore, set_codes
+from tests.tiny import make_config, make_packer, make_store
+
+
+@given(num_frames=st.integers(0, 40), stack=st.integers(1, 9), data=st.data())
+def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(
+    num_frames: int, stack: int, data: st.DataObject
+) -> None:
+    offset = data.draw(st.integers(0, stack - 1))
+    frames = np.arange(num_frames * 3, dtype="float16").reshape(num_frames, 3)
+    stacked = stack_frames(frames, stack, offset)
+    assert stacked.shape == (int(stacked_length(num_frames, stack)), 3 * stack)
+    assert stacked.shape == stack_frames(frames, stack, 0).shape, "the count does not depend on the offset"
+    if num_frames:
+        flat = stacked.reshape(-1, 3)
+        assert (flat[offset : offset + num_frames] == frames).all()
+        assert (flat[:offset] == frames[0]).all() and (flat[offset + num_frames :] == frames[-1]).all()
+        assert stacked_length(num_frames, stack) * stack < num_frames + 2 * stack, (
+            "no whole frame of repetition too many"
+        )
+
+
+def test_an_empty_recording_has_no_frames(tmp_path) -> None:
+    store = make_store(tmp_path / "s", 10, frames=(0, 2))
+    config = make_config(batch={"size": 40})
+    planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
+    shapes = {
+        reader.read(planned.samples, slot).frames.shape
+        for slot in range(40)
+        if planned.samples.input_rows[slot, AUDIO] >= 0
+    }
+    assert (0, 12) in shapes and all(width == 12 for _, width in shapes)
+
+
+def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: FeatureStore) -> None:
+    config = make_config(batch={"size": 400})
+    planned, reader = StepPlan(config, [ragged]).step(0), SampleReader(config, [ragged])
+    s, special = planned.samples, set(range(5))
+    for slot in range(400):
+        sample, draw, lengths = reader.read(s, slot), s.draw[slot], s.input_lengths[slot]
+        parts = (sample.token_ids, sample.region_features, sample.frames)
+        assert [0 if part is None else len(part) for part in parts] == lengths.tolist()
+        counts = (num_masked(lengths[0], 0.15), num_masked(lengths[1], 0.15), num_masked_frames(lengths[2], 0.15))
+        for modality, masked in ((IMAGE, sample.region_masked), (AUDIO, sample.frame_masked)):
+            expected = draw == (MLM, MVM, MAM)[modality] or draw == MODALITY
+            found = None if parts[modality] is None else (0 if masked is None else masked.sum())
+            assert found is None or found == (counts[modality] if expected else 0)
+        if sample.token_ids is not None:
+            original = ragged.text(s.input_rows[slot, TEXT])[:8]
+            changed = sample.token_ids != original
+            assert changed.sum() <= (counts[TEXT] if draw in (MLM, MODALITY) else 0)
+            assert not set(original.tolist()) & special
+            assert set(sample.token_ids[changed].tolist()) <= {4, *range(5, 40)}
+            if draw == MLM:
+                assert sample.mlm_masked.sum() == counts[TEXT] and not changed[~sample.mlm_masked].any()
+                assert (sample.mlm_targets == original).all()
+        assert (sample.mlm_masked is not None) == (draw == MLM)
+        assert sample.predict_regions == (draw == MVM) and sample.predict_frames == (draw == MAM)
+        if sample.region_features is not None:
+            stored = ragged.regions(s.input_rows[slot, IMAGE])
+            assert (sample.region_features == stored.features[:6]).all() and (
+                sample.region_boxes == stored.boxes[:6]
+            ).all()
+            assert (sample.region_labels == stored.labels[:6]).all()
+        if sample.frames is not None:
+            assert (sample.frames == stack_frames(ragged.frames(s.input_rows[slot, AUDIO]), 2, 0)[:8]).all()
+
+
+def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) -> None:
+    """Masks hang on (seed, epoch, sample), not on the batch's size or the slot."""
+    large, small = make_config(batch={"size": 60}), make_config(batch={"size": 20})
+    big = StepPlan(large, [ragged]).step(0).samples
+    for step in range(3):
+        part = StepPlan(small, [ragged]).step(step).samples
+        for slot in range(20):
+            a = SampleReader(large, [ragged]).read(big, 20 * step + slot)
+            b = SampleReader(small, [ragged]).read(part, slot)
+            for name in ("token_ids", "region_masked", "frame_masked", "written_text", "written_codes"):
+                left, right = getattr(a, name), getattr(b, name)
+                assert (left is None and right is None) or (left == right).all()
+            assert (a.name, a.case) == (b.name, b.case)
+
+
+def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: FeatureStore) -> None:
+    config = make_config(data={"frame_offset": True}, batch={"size": 200}, tasks={"mix": {"mlm": 1.0}})
+    plan, reader = StepPlan(config, [complete]), SampleReader(config, [complete])
+    planned = plan.step(0).samples
+    offsets = []
+    for slot in range(200):
+        frames = complete.frames(planned.input_rows[slot, AUDIO])
+        found = [o for o in (0, 1) if (reader.read(planned, slot).frames == stack_frames(frames, 2, o)[:8]).all()]
+        assert found
+        offsets += found if len(found) == 1 else []
+    assert 0.3 < np.mean(offsets) < 0.7
+    for step in plan.validation():
+        for slot in range(step.num_samples):
+            row = step.samples.input_rows[slot, AUDIO]
+            if row >= 0:
+                read = reader.read(step.samples, slot).frames
+                assert (read == stack_frames(complete.frames(row), 2, 0)[:8]).all()
+
+
+def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> None:
+    store = make_store(tmp_path / "s", 128, splits={"train": 1.0, "valid": 0.0}, num_codes_vocab=None, regions=(1, 2))
+    codes = np.random.default_rng(0).permutation(8192).reshape(128, 64)
+    set_codes(store.path, codes, {"name": "dvae", "num_codes": 8192})
+    store = FeatureStore(store.path)
+    config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
+    planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
+    written = (
+        make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)]).written_image
+    )
+    targets = written.target_ids.reshape(128, 64).numpy()
+    assert (targets == codes[planned.samples.source_rows[:, IMAGE]]).all()
+    assert sorted(targets.reshape(-1)) == list(range(8192)), "code 0 and code 8191 are there, none is shifted"
+    inputs = written.input_ids.reshape(128, 64).numpy()
+    assert (inputs[:, 0] == -1).all() and (inputs[:, 1:] == targets[:, :-1]).all()
+    assert (written.positions.reshape(128, 64).numpy() == np.arange(64)).all()
+
+
+@pytest.mark.parametrize("modalities", [(TEXT,), (IMAGE, AUDIO), (TEXT, IMAGE, AUDIO)])
+def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple[int, ...]) -> None:
+    sample = SampleReader(make_config(), [complete]).whole(0, 5, modalities)
+    there = [sample.token_ids is not None, sample.region_features is not None, sample.frames is not None]
+    assert there == [m in modalities for m in range(3)]
+    if TEXT in modalities:
+        assert (sample.token_ids == complete.text(complete.rows[5, TEXT])[:8]).all()
+    assert sample.case == -1 and sample.written_text is None
+    assert sample.region_masked is None and sample.frame_masked is None and sample.mlm_masked is None
