@@ -22,8 +22,10 @@ from opt_ds.store.reader import FeatureStore
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 
 #: What makes the run. All else (batch.max_tokens, zero.*, train.*, precision …) may change on resume.
-_IDENTITY = ("seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit", "data.mix", "data.train_split",
-             "data.valid_split", "data.frame_offset")  # fmt: skip
+_IDENTITY = (
+    "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
+    "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
+)  # fmt: skip
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
 

@@ -263,7 +263,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the threads and files of the run."""
-        self.group.barrier()
+        self.group.barrier()  # a launcher ends all ranks at the first one's exit
+        self.stop.restore()
         self.loader.close()
         self.report.close()
 
@@ -328,8 +329,8 @@ class Trainer:
         )
         say(
             f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
-            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank ({first.fill:.0%} full)"
-            f"; {self.plan.num_samples} training samples from {', '.join(str(s.path) for s in self.stores)}"
+            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank, "
+            f"{first.fill:.0%} full; {self.plan.num_samples} training samples from {', '.join(str(s.path) for s in self.stores)}"
         )
         for task, reason in self.plan.off.items():
             say(f"task {task} is off: {reason}")
