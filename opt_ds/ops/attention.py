@@ -21,7 +21,7 @@ def attention(
     """softmax(q kᵀ / √d) v within each pair of query and key sequences (Vaswani et al. 2017, eq. 1); [t, h, d].
 
     `causal` (self-attention only): a query sees keys up to its own place. Dropout acts on the probabilities. A query sequence
-    whose key sequence is empty gets 0. Scores and softmax are fp32 whatever the dtype.
+    whose key sequence is empty gets 0. Scores come in the inputs' dtype; their softmax is fp32 whatever that is.
     """
     assert len(queries) == len(keys), "each query sequence has its key sequence"
     assert not causal or queries.max_length == keys.max_length, "causal attention is self-attention"
