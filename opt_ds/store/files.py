@@ -24,6 +24,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove temporary files that killed processes left behind for files matching the pattern `names`."""
+    for file in folder.glob(f".{names}.*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 @contextmanager
 def exclusive_use(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold `path` (a folder to be written) for this process; wait, and say so, while another one holds it.

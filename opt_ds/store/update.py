@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, StoreDescription, load_description
 from opt_ds.store.writer import describe_shard, write_datasets
@@ -64,6 +64,8 @@ def _next_name(file: str) -> str:
 
 def _remove_unlisted(path: Path, description: StoreDescription) -> None:
     """Remove shards that `store.json` does not list: left by an update killed before or after it replaced it."""
+    for names in ("shard-*", STORE_FILE):
+        remove_leftovers(path, names)
     listed = {shard.file for shard in description.shards}
     for file in path.glob("shard-*.h5"):
         if _REVISION.match(file.name) and file.name not in listed:

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import atomic_file, file_sha256, write_json
+from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
 from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
@@ -192,6 +192,8 @@ class StoreWriter:
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path}: not empty and not a feature store: choose another output")
         self.path.mkdir(parents=True, exist_ok=True)
+        for names in ("shard-*", STORE_FILE, PARTIAL_FILE):
+            remove_leftovers(self.path, names)
         write_json(partial, {"key": self._key})
         (self.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
         for file in sorted(tokenizer_folder.iterdir()):

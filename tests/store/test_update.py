@@ -79,6 +79,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(store: Path) -> None:
     assert outcomes.count(False) > 8
     assert outcomes.count(True) > 2  # also killed between the new store.json and the removal of the old files
     assert len(list(store.glob("*.h5"))) == 3
+    assert not list(store.glob(".*"))
 
 
 def _die_at(moment: int) -> None:

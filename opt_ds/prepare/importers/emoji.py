@@ -98,6 +98,8 @@ def _write_corpus(output: Path, workers: int, limit: int | None, say: Callable[[
         samples = samples[:: -(-len(samples) // limit)]
     for folder in ("images", "audio"):
         (output / folder).mkdir(parents=True, exist_ok=True)
+    for leftover in (output / "audio").glob("*.tmp"):
+        leftover.unlink()
     for sample in samples:
         target = output / "images" / f"{sample.id}.svg"
         if not target.is_file() or target.stat().st_size != sample.svg.stat().st_size:
