@@ -88,6 +88,7 @@ class Written(_Movable):
     sequences: Sequences
     memory_index: torch.Tensor  # int64 [m], packed positions of the samples that write
     memory: Sequences
+    readers: Sequences | None = None  # written rows by the memory that they look at, where several sequences share one
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.batch import PackedBatch, Packer, Written
 from opt_ds.data.plan import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.model.generation import DecodingConfig, write
@@ -121,11 +121,15 @@ class Evaluator:
         self, ids: torch.Tensor, positions: torch.Tensor, texts: Sequences, memory_ue: torch.Tensor
     ) -> torch.Tensor:
         """Scores [w, vocabulary] of all texts against one sample's memory, which the texts share."""
-        from opt_ds.data.batch import Written
-
-        memory_index = torch.arange(len(memory_ue), device=self.device).repeat(len(texts))
-        memory = Sequences.from_lengths([len(memory_ue)] * len(texts), device=self.device)
-        written = Written(ids, ids, positions, texts, memory_index, memory)
+        written = Written(
+            ids,
+            ids,
+            positions,
+            texts,
+            memory_index=torch.arange(len(memory_ue), device=self.device),
+            memory=Sequences.from_lengths([len(memory_ue)], device=self.device),
+            readers=Sequences.from_lengths([texts.total], device=self.device),
+        )
         return self.model.text_decoder(written, memory_ue)
 
     def decode_text(self, ids: Sequence[int]) -> str:

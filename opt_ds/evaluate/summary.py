@@ -69,7 +69,8 @@ def table(summary: dict[str, Any]) -> str:
         below = "" if row["baseline"] is None else ("below" if row["loss"] < row["baseline"] else "NOT BELOW")
         lines.append(f"  {loss:<20} {row['loss']:>9.3f}   {baseline:>9} {below:<9} {accuracy:>6}")
     for split, figures in summary["splits"].items():
-        lines += ["", f"Held-out split {split}", *_retrieval_lines(figures["retrieval"]), *_transcription_lines(figures["transcription"])]
+        lines += ["", f"Held-out split {split}", *_retrieval_lines(figures["retrieval"])]
+        lines += _transcription_lines(figures["transcription"])
         if "image_generation" in figures:
             image = figures["image_generation"]
             lines.append(

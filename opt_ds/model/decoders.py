@@ -38,7 +38,7 @@ class AutoregressiveDecoder(nn.Module):
         """Scores [w, outputs] of every written position, teacher-forced, given the encoder's packed output."""
         memory_ue = hidden_te.index_select(0, written.memory_index)
         hidden_we = self._input(written.input_ids, written.positions)
-        return self._scores(self.decoder(hidden_we, written.sequences, memory_ue, written.memory))
+        return self._scores(self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers))
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
         """Caches to begin writing with, one sequence per memory sequence."""

@@ -62,7 +62,9 @@ class RegionEmbedder(nn.Module):
         self.norm = LayerNorm(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, features_rv: torch.Tensor, boxes_r7: torch.Tensor, masked_r: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features_rv: torch.Tensor, boxes_r7: torch.Tensor, masked_r: torch.Tensor, type_e: torch.Tensor
+    ) -> torch.Tensor:
         dtype = self.feature.weight.dtype
         hidden_re = self.feature(features_rv.masked_fill(masked_r[:, None], 0.0).to(dtype)) + self.box(boxes_r7.to(dtype))
         return self.dropout(self.norm(hidden_re + masked_r[:, None].to(dtype) * self.mask + type_e))
@@ -79,7 +81,9 @@ class FrameEmbedder(nn.Module):
         self.norm = LayerNorm(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, frames_av: torch.Tensor, positions_a: torch.Tensor, masked_a: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, frames_av: torch.Tensor, positions_a: torch.Tensor, masked_a: torch.Tensor, type_e: torch.Tensor
+    ) -> torch.Tensor:
         dtype = self.feature.weight.dtype
         hidden_ae = self.feature(frames_av.masked_fill(masked_a[:, None], 0.0).to(dtype)) + self.position(positions_a)
         return self.dropout(self.norm(hidden_ae + masked_a[:, None].to(dtype) * self.mask + type_e))

@@ -119,10 +119,16 @@ class DecoderLayer(nn.Module):
         self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
 
     def forward(
-        self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences
+        self,
+        x_te: torch.Tensor,
+        stream_te: torch.Tensor,
+        sequences: Sequences,
+        readers: Sequences,
+        memory_ue: torch.Tensor,
+        memory: Sequences,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te)
-        x_te, stream_te = self.cross_norm(self.cross(x_te, sequences, memory_ue, memory), stream_te)
+        x_te, stream_te = self.cross_norm(self.cross(x_te, readers, memory_ue, memory), stream_te)
         return self.ffn_norm(self.ffn(x_te), stream_te)
 
     def decode(self, x_be: torch.Tensor, stream_be: torch.Tensor, cache: "LayerCache") -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,10 +180,20 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(num_layers))
 
-    def forward(self, hidden_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_te: torch.Tensor,
+        sequences: Sequences,
+        memory_ue: torch.Tensor,
+        memory: Sequences,
+        readers: Sequences | None = None,
+    ) -> torch.Tensor:
+        """`readers`: the rows grouped by the memory sequence that they look at, where several sequences share one; None: each
+        sequence has its own."""
         stream_te = hidden_te
+        readers = sequences if readers is None else readers
         for layer in self.layers:
-            hidden_te, stream_te = layer(hidden_te, stream_te, sequences, memory_ue, memory)
+            hidden_te, stream_te = layer(hidden_te, stream_te, sequences, readers, memory_ue, memory)
         return hidden_te
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:

@@ -59,7 +59,8 @@ class _Frequencies:
 
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         model = config.model
-        tokens, classes, codes = np.zeros(model.vocab_size), np.zeros(model.image_num_classes), np.zeros(model.image_codebook_size)
+        tokens, classes = np.zeros(model.vocab_size), np.zeros(model.image_num_classes)
+        codes = np.zeros(model.image_codebook_size)
         num_texts = 0
         for store in stores:
             rows = store.rows[store.split_samples(config.data.train_split)[:_TRAIN_ROWS]]

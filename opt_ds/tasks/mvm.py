@@ -9,7 +9,10 @@ from opt_ds.tasks.base import LossTerm, classification_term
 
 
 class MaskedVisionModeling(nn.Module):
-    """MVFR: FC to the input's dimension, squared error averaged over dimensions. MRC: FC, cross-entropy with the detector's class."""
+    """MVFR: FC to the input's dimension, squared error averaged over dimensions.
+
+    MRC: FC, cross-entropy with the detector's class.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
