@@ -78,3 +78,20 @@ def make_batches(config: Config, stores: list[FeatureStore], planned: PlannedSte
         [packer.pack([reader.read(planned.samples, int(slot)) for slot in m.slots]) for m in rank]
         for rank in planned.micro_batches
     ]
+
+
+def positions_of(samples: list[Sample]) -> list[tuple[int, range, range, range]]:
+    """Packed positions of each sample's [CLS], WordPieces, regions and frames, counted out from the layout
+    `[CLS] text [SEP] regions frames`."""
+    positions, at = [], 0
+    for sample in samples:
+        num_words, num_regions, num_frames = (
+            0 if items is None else len(items) for items in (sample.token_ids, sample.region_features, sample.frames)
+        )
+        words = range(at + 1, at + 1 + num_words)
+        first_region = words.stop + (sample.token_ids is not None)  # [SEP] ends a text
+        regions = range(first_region, first_region + num_regions)
+        frames = range(regions.stop, regions.stop + num_frames)
+        positions.append((at, words, regions, frames))
+        at = frames.stop
+    return positions

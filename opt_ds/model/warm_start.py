@@ -38,9 +38,9 @@ _MLM_HEAD = {
 def load_bert(model: torch.nn.Module, folder: Path) -> list[str]:
     """Copy BERT's weights into an `OPT`; gives the names that were set.
 
-    Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; the MLM head is taken where the
-    folder has it. Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder weight is
-    missing or a file is not readable.
+    Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; the MLM head is taken where
+    the folder has it. Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
+    weight is missing or a file is not readable.
     """
     _check_heads(model.config, folder)
     bert = {name.removeprefix("bert."): value for name, value in _read(folder).items()}

@@ -1,0 +1,155 @@
+"""The decoders: teacher-forced scores are those of a plain float64 decoder, and a cache gives the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opt_ds.data.batch import PackedBatch, Written
+from opt_ds.data.samples import SampleReader
+from opt_ds.model.decoders import AutoregressiveDecoder
+from opt_ds.model.opt import OPT
+from opt_ds.ops.sequences import Sequences
+from opt_ds.store import FeatureStore
+from tests.tiny import make_config, make_model, make_packer, read_samples
+
+PARTS = ("written_text", "written_image")
+
+
+def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, torch.Tensor]:
+    config = make_config(model={"norm": norm}, tasks={"mix": {"modality": 1.0}}, batch={"size": 12})
+    model = make_model(config)
+    batch = make_packer(config, [store]).pack(read_samples(config, [store]))
+    with torch.no_grad():
+        return model, batch, model.encode(batch.inputs)
+
+
+def decoder_of(model: OPT, part: str) -> AutoregressiveDecoder:
+    return model.text_decoder if part == "written_text" else model.image_decoder
+
+
+def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Scores of one sequence, written out in float64."""
+    w = {name: value.detach().double() for name, value in decoder.named_parameters()}
+    heads, eps = 2, decoder.norm.eps
+    words, shift = (w["word.weight"], 0) if "word.weight" in w else (w["code.weight"], 1)
+
+    def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores + torch.full(scores.shape[1:], float("-inf"), dtype=torch.float64).triu(1)
+        return (torch.softmax(scores, dim=-1) @ v).transpose(0, 1).flatten(1)
+
+    x = layer_norm(words[ids + shift] + w["position.weight"][: len(ids)], "norm")
+    stream, memory = x, memory.double()
+    for i in range(len(decoder.decoder.layers)):
+        at = f"decoder.layers.{i}"
+
+        def self_attention(x: torch.Tensor, at: str = at) -> torch.Tensor:
+            return linear(attend(*linear(x, f"{at}.attention.qkv").chunk(3, -1), True), f"{at}.attention.output")
+
+        def cross_attention(x: torch.Tensor, at: str = at) -> torch.Tensor:
+            k, v = linear(memory, f"{at}.cross.key_value").chunk(2, -1)
+            return linear(attend(linear(x, f"{at}.cross.query"), k, v, False), f"{at}.cross.output")
+
+        def feed(x: torch.Tensor, at: str = at) -> torch.Tensor:
+            return linear(F.gelu(linear(x, f"{at}.ffn.up")), f"{at}.ffn.down")
+
+        for sublayer, after in (
+            (self_attention, "attention_norm"),
+            (cross_attention, "cross_norm"),
+            (feed, "ffn_norm"),
+        ):
+            total = stream + sublayer(x)
+            x = layer_norm(total, f"{at}.{after}")
+            stream = total if norm == "pre" else x
+    return x @ words[shift:].T + w["bias"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("part", PARTS)
+def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str, norm: str) -> None:
+    model, batch, hidden = setup(ragged, norm)
+    decoder, written = decoder_of(model, part), getattr(batch, part)
+    found = decoder(written, hidden).split(written.sequences.lengths.tolist())
+    ids = written.input_ids.split(written.sequences.lengths.tolist())
+    memories = hidden[written.memory_index].split(written.memory.lengths.tolist())
+    assert len(found) > 3 and len({len(m) for m in memories}) > 3, "ragged memories"
+    for own, own_ids, memory in zip(found, ids, memories, strict=True):
+        assert (own - reference(decoder, norm, own_ids, memory)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("part", PARTS)
+def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureStore, part: str, norm: str) -> None:
+    model, batch, hidden = setup(ragged, norm)
+    decoder, written = decoder_of(model, part), getattr(batch, part)
+    truth = decoder(written, hidden)
+    caches = decoder.start(hidden[written.memory_index], written.memory)
+    inputs, valid = written.sequences.pad(written.input_ids), written.sequences.valid
+    steps = [decoder.decode(inputs[:, place], place, caches) for place in range(inputs.shape[1])]
+    found = torch.stack(steps, dim=1)[valid]
+    assert (found - truth).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", PARTS)
+def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
+    """A beam's survivors: sequence 2 twice, then sequence 0."""
+    model, batch, hidden = setup(ragged)
+    decoder, written = decoder_of(model, part), getattr(batch, part)
+    count = len(written.memory)
+    begin = torch.full((count,), int(written.input_ids[0]))
+    caches = decoder.start(hidden[written.memory_index], written.memory)
+    decoder.decode(begin, 0, caches)
+    second = torch.arange(count) % 10 + 5
+    truth = decoder.decode(second, 1, [cache.select(torch.arange(count)) for cache in caches])
+    survivors = torch.tensor([2, 2, 0])
+    found = decoder.decode(second[survivors], 1, [cache.select(survivors) for cache in caches])
+    assert (found - truth[survivors]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_written_later_is_not_seen(ragged: FeatureStore, part: str) -> None:
+    model, batch, hidden = setup(ragged)
+    decoder, written = decoder_of(model, part), getattr(batch, part)
+    before = decoder(written, hidden)
+    last = written.sequences.cu_seqlens[1:].long() - 1
+    earlier = torch.ones(len(before), dtype=torch.bool)
+    earlier[last] = False
+    written.input_ids[last] = (written.input_ids[last] + 3).clamp(max=15)
+    after = decoder(written, hidden)
+    assert torch.equal(before[earlier], after[earlier]) and not torch.allclose(before[last], after[last])
+
+
+@torch.no_grad()
+def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) -> None:
+    config = make_config()
+    model, reader = make_model(config), SampleReader(config, [complete])
+    samples = [reader.whole(0, i) for i in (1, 2, 3)]
+    inputs = make_packer(config, [complete]).pack(samples).inputs
+    hidden = model.encode(inputs)
+    memory_index = torch.arange(len(hidden))
+    lengths = inputs.sequences.lengths.tolist()
+    written = Written(
+        input_ids=torch.tensor([2, 7, 2, 7, 2, 7]), target_ids=torch.zeros(6, dtype=torch.long),
+        positions=torch.tensor([0, 1] * 3), sequences=Sequences.from_lengths([2, 2, 2]),
+        memory_index=memory_index, memory=inputs.sequences,
+    )  # fmt: skip
+    before = model.text_decoder(written, hidden)
+    for modality in (inputs.token_index, inputs.region_index, inputs.frame_index):
+        own = modality[(modality >= lengths[0]) & (modality < lengths[0] + lengths[1])]
+        changed = hidden.clone()
+        changed[own] += 1.0
+        after = model.text_decoder(written, changed)
+        assert not torch.allclose(after[2:4], before[2:4])
+        assert torch.equal(after[:2], before[:2]) and torch.equal(after[4:], before[4:])

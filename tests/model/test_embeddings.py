@@ -1,0 +1,95 @@
+"""The embedders: what their sums hold, what a mask hides, how features are standardised."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opt_ds.data.batch import PackedBatch
+from opt_ds.model.embeddings import STANDARD_LIMIT, FeatureStandardizer
+from opt_ds.model.opt import OPT
+from opt_ds.store import FeatureStore
+from tests.tiny import make_config, make_model, make_packer, make_store, read_samples
+
+
+@pytest.fixture(scope="module")
+def batch(ragged: FeatureStore) -> PackedBatch:
+    config = make_config(batch={"size": 60})
+    return make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
+
+
+@torch.no_grad()
+def test_every_row_is_the_norm_of_its_sum(batch: PackedBatch) -> None:
+    model, inputs = make_model(make_config()), batch.inputs
+    e, found = model.embeddings, model.embeddings(inputs)[0]
+
+    def norm(rows: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        return F.layer_norm(rows, (16,), layer.weight, layer.bias, layer.eps)
+
+    types = e.modality.weight
+    text = e.text.word.weight[inputs.token_ids] + e.text.position.weight[inputs.token_positions] + types[0]
+    region_shown = inputs.region_features.float() * ~inputs.region_masked[:, None]
+    regions = region_shown @ e.regions.feature.weight.T + e.regions.feature.bias
+    regions = regions + inputs.region_boxes @ e.regions.box.weight.T + e.regions.box.bias + types[1]
+    regions = regions + inputs.region_masked[:, None] * e.regions.mask
+    frame_shown = inputs.frames.float() * ~inputs.frame_masked[:, None]
+    frames = frame_shown @ e.frames.feature.weight.T + e.frames.feature.bias + types[2]
+    frames = frames + e.frames.position.weight[inputs.frame_positions] + inputs.frame_masked[:, None] * e.frames.mask
+    assert inputs.region_masked.any() and inputs.frame_masked.any()
+    for index, rows, layer in (
+        (inputs.token_index, text, e.text.norm),
+        (inputs.region_index, regions, e.regions.norm),
+        (inputs.frame_index, frames, e.frames.norm),
+    ):
+        assert (found[index] - norm(rows, layer)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_masked_feature_never_reaches_the_encoder(batch: PackedBatch, standardize: bool) -> None:
+    model = make_model(make_config(model={"standardize_features": standardize}))
+    before = model.encode(batch.inputs)
+    for features, masked in (
+        (batch.inputs.region_features, batch.inputs.region_masked),
+        (batch.inputs.frames, batch.inputs.frame_masked),
+    ):
+        kept = features.clone()
+        features[masked] = 777.0
+        assert torch.equal(model.encode(batch.inputs), before)
+        features[masked] = float("inf")
+        assert torch.equal(model.encode(batch.inputs), before)
+        features.copy_(kept)
+        features[~masked] += 1.0
+        assert not torch.allclose(model.encode(batch.inputs), before)
+        features.copy_(kept)
+
+
+def test_standardised_features_have_mean_0_and_deviation_1_and_are_clamped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(5000, 4, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 0.0]) + torch.tensor(
+        [3.0, -2, 0, 7]
+    )
+    standardizer = FeatureStandardizer(4, repeat=2, enabled=True)
+    assert torch.equal(standardizer(torch.ones(1, 8)), torch.ones(1, 8)), "the identity until statistics are set"
+    standardizer.set_statistics(stored.mean(0), stored.std(0))
+    found = standardizer(torch.cat([stored, stored.flip(0)], dim=1))
+    assert found.mean(0).abs().max() < 1e-3
+    assert torch.allclose(found.std(0), torch.tensor([1.0, 1, 1, 0] * 2), atol=1e-2)
+    assert standardizer(stored.new_full((1, 8), 1e6))[0, 0] == STANDARD_LIMIT
+    assert set(standardizer.state_dict()) == {"mean", "std"}, "they travel with the weights"
+    half = standardizer(stored.new_full((1, 8), 2.0).half())
+    assert half.dtype == torch.float32
+
+
+def test_statistics_of_several_stores_are_pooled(tmp_path, complete: FeatureStore) -> None:
+    small = make_store(tmp_path / "s", 12, seed=9)
+    config = make_config(model={"standardize_features": True})
+    model = OPT(config.model, config.tasks)
+    model.set_feature_statistics([complete, small])
+    own = []
+    for store in (complete, small):
+        samples = store.split_samples("train")
+        own += [torch.from_numpy(store.regions(row).features.copy()).double() for row in store.rows[samples, 1]]
+    vectors = torch.cat(own)
+    standardizer = model.embeddings.region_standardizer
+    assert torch.allclose(standardizer.mean.double(), vectors.mean(0), atol=1e-4)
+    assert torch.allclose(standardizer.std.double(), vectors.std(0, unbiased=False), atol=1e-3)

@@ -1,0 +1,165 @@
+"""The whole model in a step: every parameter learns, idle parts stay harmless, and how a batch is cut is all one."""
+
+import pytest
+import torch
+
+from opt_ds.config import Config
+from opt_ds.data.batch import PackedBatch
+from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.samples import SampleReader
+from opt_ds.model.opt import OPT
+from opt_ds.store import FeatureStore
+from opt_ds.tasks.base import total_loss
+from tests.tiny import make_batches, make_config, make_model, make_packer, read_samples
+
+#: Gradients of these are 0 in exact arithmetic: a key's bias shifts all scores of a softmax alike.
+WITHOUT_EFFECT = ("qkv.bias", "key_value.bias")
+
+
+def gradients(model: OPT, config: Config, batches: list[PackedBatch], counts: dict, world_size: int = 1) -> float:
+    """Accumulate the gradient of a rank's micro-batches; gives the sum of their losses."""
+    total = 0.0
+    for batch in batches:
+        loss = total_loss(model(batch), counts, config.tasks, world_size)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_every_parameter_learns_from_a_mixed_batch(ragged: FeatureStore, norm: str) -> None:
+    config = make_config(model={"norm": norm}, batch={"size": 80})
+    model, planned = make_model(config), StepPlan(config, [ragged]).step(0)
+    gradients(model, config, make_batches(config, [ragged], planned)[0], planned.counts)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > (0 if name.endswith(WITHOUT_EFFECT) else 1e-7), name
+
+
+HEADS = {  # draw -> the parts that only it trains
+    "mlm": ("mlm.",),
+    "mvm": ("mvm.",),
+    "mam": ("mam.",),
+    "modality": ("text_decoder.", "image_decoder."),
+    "matching": ("matching.",),
+}
+
+
+@pytest.mark.parametrize("draw", HEADS)
+def test_a_head_without_work_has_gradients_of_zero(complete: FeatureStore, draw: str) -> None:
+    config = make_config(tasks={"mix": {draw: 1.0}})
+    model, planned = make_model(config), StepPlan(config, [complete]).step(0)
+    gradients(model, config, make_batches(config, [complete], planned)[0], planned.counts)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        others = [part for other, parts in HEADS.items() if other != draw for part in parts]
+        if name.startswith(tuple(others)) and ".word." not in name:
+            assert not parameter.grad.any(), name
+    for part in HEADS[draw]:
+        assert any(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n.startswith(part))
+
+
+@pytest.mark.parametrize("modality", [0, 1, 2])
+def test_a_micro_batch_of_one_modality(complete: FeatureStore, modality: int) -> None:
+    """As evaluation packs it: nothing to learn, embedders without rows."""
+    config = make_config()
+    model, reader = make_model(config), SampleReader(config, [complete])
+    batch = make_packer(config, [complete]).pack([reader.whole(0, i, (modality,)) for i in range(3)])
+    loss = total_loss(model(batch), dict.fromkeys(config.tasks.active_losses, 5.0), config.tasks, 1)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_micro_batch_of_no_samples(complete: FeatureStore, training: bool) -> None:
+    config = make_config(model={"dropout": 0.1, "attention_dropout": 0.1})
+    model = make_model(config).train(training)
+    batch = make_packer(config, [complete]).pack([])
+    terms = model(batch)
+    assert set(terms) == set(config.tasks.active_losses) and all(t.count == 0 and t.sum.item() == 0 for t in terms.values())
+    total_loss(terms, dict.fromkeys(terms, 3.0), config.tasks, 2).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_infinite_scores_elsewhere_do_not_reach_a_head_without_work(complete: FeatureStore) -> None:
+    """0 · NaN is NaN: the anchor of an idle head must be an empty sum, not a product with 0."""
+    config = make_config(tasks={"mix": {"mlm": 1.0}})
+    model, planned = make_model(config), StepPlan(config, [complete]).step(0)
+    with torch.no_grad():
+        for idle in (model.mvm, model.mam, model.matching, model.image_decoder):
+            for parameter in idle.parameters():
+                parameter.fill_(float("inf"))
+    loss = total_loss(model(make_batches(config, [complete], planned)[0][0]), planned.counts, config.tasks, 1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    shared = [p for n, p in model.named_parameters() if n.startswith(("embeddings.", "encoder."))]
+    assert all(torch.isfinite(p.grad).all() for p in shared)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("store", ["complete", "ragged"])
+def test_ranks_and_micro_batches_do_not_change_loss_and_gradients(request: pytest.FixtureRequest, store: str, norm: str) -> None:
+    """1 rank × 1 micro-batch, 1 × 8, 2 × 3: what DeepSpeed's mean over ranks and our global counts make of each."""
+    stores = [request.getfixturevalue(store)]
+    found = {}
+    for world_size, rounds in ((1, 1), (1, 8), (2, 3)):
+        config, planned = planned_with(stores, norm, world_size, rounds)
+        model = make_model(config)
+        losses = [gradients(model, config, rank, planned.counts, world_size) for rank in make_batches(config, stores, planned)]
+        loss = sum(losses) / world_size
+        found[world_size, rounds] = (loss, {n: p.grad / world_size for n, p in model.named_parameters()})
+    loss, truth = found.pop((1, 1))
+    size = torch.cat([g.flatten() for g in truth.values()]).norm()
+    assert loss > 1 and size > 0.1
+    for other, grads in found.values():
+        assert other == pytest.approx(loss, rel=1e-5)
+        difference = torch.cat([(grads[n] - truth[n]).flatten() for n in truth]).norm()
+        assert difference <= 1e-5 * size
+        for name, gradient in grads.items():
+            allowed = 1e-5 * max(truth[name].norm().item(), 1e-2 * size.item())
+            assert (gradient - truth[name]).norm() <= allowed, name
+
+
+def planned_with(stores: list[FeatureStore], norm: str, world_size: int, rounds: int) -> tuple[Config, PlannedStep]:
+    """The same step cut into so many micro-batches a rank, by the least token budget that does it."""
+    budget = 100
+    while True:
+        config = make_config(model={"norm": norm}, batch={"size": 48, "max_tokens": budget})
+        planned = StepPlan(config, stores).step(0, world_size)
+        if len(planned.micro_batches[0]) <= rounds:
+            assert all(len(rank) == rounds for rank in planned.micro_batches)
+            return config, planned
+        budget = int(budget * 1.06)
+
+
+def test_losses_are_bit_equal_when_repeated(ragged: FeatureStore) -> None:
+    config = make_config()
+    model = make_model(config)
+    batch = make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
+    first, second = model(batch), model(batch)
+    assert all(first[loss].sum.item() == second[loss].sum.item() for loss in first)
+
+
+def test_dropout_acts_in_training_only(ragged: FeatureStore) -> None:
+    config = make_config(model={"dropout": 0.1, "attention_dropout": 0.1})
+    model = make_model(config)
+    inputs = make_packer(config, [ragged]).pack(read_samples(config, [ragged])).inputs
+    with torch.no_grad():
+        assert not torch.equal(model.encode(inputs), model.encode(inputs))
+        model.eval()
+        assert torch.equal(model.encode(inputs), model.encode(inputs))
+
+
+def test_initialisation_makes_the_summands_of_an_embedding_equally_large() -> None:
+    wide = {"hidden_size": 256, "image_feature_dim": 512, "audio_feature_dim": 64, "embedding_range": 0.07}
+    config = make_config(model=wide)
+    torch.manual_seed(0)
+    model = OPT(config.model, config.tasks)
+    e = model.embeddings
+    unit = torch.randn(400, 512), torch.randn(400, 128)
+    with torch.no_grad():
+        summands = [e.regions.feature(unit[0]), e.frames.feature(unit[1]), e.frames.position.weight, e.modality.weight,
+                    e.text.word.weight, e.regions.mask, e.frames.mask]  # fmt: skip
+    assert all(s.std().item() == pytest.approx(0.07, rel=0.2) for s in summands)
+    assert model.encoder.layers[0].ffn.up.weight.std().item() == pytest.approx(0.2, rel=0.05)

@@ -1,0 +1,57 @@
+"""Modality-level reconstruction: the whole text with its end, all 64 codes, each given what stands before it."""
+
+import numpy as np
+import pytest
+import torch
+
+from opt_ds.data.batch import Written
+from opt_ds.ops.sequences import Sequences
+from opt_ds.store import FeatureStore
+from tests.tiny import make_config, make_model, make_packer, read_samples
+
+
+@pytest.mark.parametrize("always_drop_target", [False, True])
+@torch.no_grad()
+def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target: bool) -> None:
+    """Written one sample at a time, one item at a time: each score is taken from a decoder that has seen no more."""
+    options = {"mix": {"modality": 0.8, "mlm": 0.2}, "modality": {"always_drop_target": always_drop_target}}
+    config = make_config(tasks=options, batch={"size": 14})
+    model, packer = make_model(config), make_packer(config, [ragged])
+    samples = read_samples(config, [ragged])
+    terms = model(packer.pack(samples))
+    sep = ragged.description.tokenizer.sep_id
+    for loss, name, begin, end, decoder in (
+        ("dtr", "written_text", ragged.description.tokenizer.cls_id, [sep], model.text_decoder),
+        ("dir", "written_codes", -1, [], model.image_decoder),
+    ):
+        total, count, correct = 0.0, 0, 0
+        for sample in samples:
+            items = getattr(sample, name)
+            if items is None:
+                continue
+            hidden = model.encode(packer.pack([sample]).inputs)
+            targets = [*items.tolist(), *end]
+            for n in range(0, len(targets), 9 if loss == "dir" else 1):
+                scores = last_scores(decoder, [begin, *targets[:n]], hidden).double().numpy()
+                total -= scores[targets[n]] - np.log(np.exp(scores).sum())
+                correct += int(scores.argmax() == targets[n])
+                count += 1
+        if loss == "dtr":
+            assert terms[loss].count == count > 10 and terms[loss].metrics["correct"] == correct
+            assert terms[loss].sum.item() == pytest.approx(total, rel=1e-5)
+        else:  # every ninth code, beside the same codes of the packed pass
+            packed = model.image_decoder(packer.pack(samples).written_image, model.encode(packer.pack(samples).inputs))
+            written = packer.pack(samples).written_image
+            losses = -torch.log_softmax(packed.double(), -1).gather(1, written.target_ids[:, None])[:, 0]
+            assert losses.unflatten(0, (-1, 64))[:, ::9].sum().item() == pytest.approx(total, rel=1e-5)
+            assert terms[loss].sum.item() == pytest.approx(losses.sum().item(), rel=1e-5)
+            assert terms[loss].count == len(losses) == 64 * sum(s.written_codes is not None for s in samples)
+
+
+def last_scores(decoder: torch.nn.Module, ids: list[int], hidden: torch.Tensor) -> torch.Tensor:
+    written = Written(
+        input_ids=torch.tensor(ids), target_ids=torch.zeros(len(ids), dtype=torch.long),
+        positions=torch.arange(len(ids)), sequences=Sequences.from_lengths([len(ids)]),
+        memory_index=torch.arange(len(hidden)), memory=Sequences.from_lengths([len(hidden)]),
+    )  # fmt: skip
+    return decoder(written, hidden)[-1]
