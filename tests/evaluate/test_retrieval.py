@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.retrieval import DIRECTIONS, _chance, recall, retrieval
+
+
+def test_recall_counts_the_rank_of_the_best_right_candidate() -> None:
+    scores = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.9, 0.5, 0.1]])
+    found = recall(scores, np.eye(3, dtype=bool))
+    assert found == {"R@1": pytest.approx(1 / 3), "R@5": 1.0, "R@10": 1.0}
+
+
+def test_equal_targets_count_as_right() -> None:
+    scores = np.array([[0.1, 0.9], [0.2, 0.8]])
+    same = np.ones((2, 2), dtype=bool)
+    assert recall(scores, same)["R@1"] == 1.0
+
+
+def test_constant_scores_are_no_better_than_chance() -> None:
+    same = np.eye(100, dtype=bool)
+    assert recall(np.zeros((100, 100)), same) == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
+
+
+def test_chance_is_the_recall_of_random_orders() -> None:
+    same = np.eye(20, dtype=bool)
+    same[0, 1] = same[1, 0] = True
+    random = np.random.default_rng(0)
+    mean = np.mean([recall(random.random((20, 20)), same)["R@5"] for _ in range(800)])
+    assert _chance(same)["R@5"] == pytest.approx(mean, abs=0.01)
+
+
+def test_five_directions_by_both_scores(evaluator: Evaluator) -> None:
+    found = retrieval(evaluator, "train", candidates=6, triple_candidates=4)
+    for direction in DIRECTIONS:
+        assert found[direction]["candidates"] == (4 if direction == "text_audio_to_image" else 6)
+        assert ("likelihood" in found[direction]) == (direction != "text_audio_to_image")
+        assert all(0 <= value <= 1 for value in found[direction]["matching"].values())
+
+
+def test_a_model_that_knows_the_answer_has_full_recall(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices are turned the right way: likelihood of text j given sample i is 0 on the diagonal only."""
+    monkeypatch.setattr(Evaluator, "text_log_likelihood", lambda self, samples, texts: np.eye(len(samples)) * 50.0 - 60.0)
+    found = retrieval(evaluator, "train", candidates=5, triple_candidates=2)
+    for direction in ("image_to_text", "text_to_image", "text_to_audio", "audio_to_text"):
+        assert found[direction]["likelihood"]["R@1"] == 1.0

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.transcription import _shuffle, normalize, transcription, word_error_rate
+
+
+def test_word_error_rate_counts_edits_after_normalisation() -> None:
+    assert word_error_rate(["Woman: running fast"], ["woman running"]) == pytest.approx(1 / 3)
+    assert word_error_rate(["a b", "c d e"], ["a b", "c d"]) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"), [("Côte d’Ivoire!", "côte d ivoire"), ("Man's  HAT.", "man's hat"), ("日本 旗", "日本 旗")]
+)
+def test_normalisation_keeps_letters_of_any_script(text: str, normal: str) -> None:
+    assert normalize(text) == normal
+
+
+def test_shuffled_audio_is_never_one_s_own() -> None:
+    other = _shuffle([str(i) for i in range(50)], seed=1)
+    assert sorted(other) == list(range(50))
+    assert (other != np.arange(50)).all()
+
+
+def test_perfect_writing_has_no_errors(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(self: Evaluator, samples: list, options: object) -> list[str]:
+        captions = {self.store.sample_id(int(i)): self.caption(i) for i in self.store.split_samples("train")}
+        return [captions[sample.name.partition("/")[2]] for sample in samples]
+
+    monkeypatch.setattr(Evaluator, "write_text", told)
+    found = transcription(evaluator, "train")
+    assert found["A"]["wer"] == found["A+I"]["wer"] == 0.0
+    assert found["constant_caption"]["wer"] > 0.5
+
+
+def test_figures_are_all_there(evaluator: Evaluator) -> None:
+    found = transcription(evaluator, "train", limit=5)
+    assert found["A"]["samples"] == 5
+    assert set(found["A"]) == {"wer", "samples", "wer_shuffled_audio"}
+    assert "wer_shuffled_audio" not in found["I"]
