@@ -28,8 +28,8 @@ $(VENV)/.installed: requirements.txt setup.py | $(VENV)/bin/python
 	touch $@
 
 $(STORE)/store.json: | install
-	$(BIN)/opt-ds corpus emoji --output $(STORE)-work
-	$(BIN)/opt-ds prepare --manifest $(STORE)-work/manifest.jsonl --output $(STORE)
+	$(BIN)/opt-ds corpus emoji --output $(STORE)-corpus
+	$(BIN)/opt-ds prepare --manifest $(STORE)-corpus/manifest.jsonl --output $(STORE)
 
 # Every step resumes, and is quick when it is already done.
 pretrain: install $(STORE)/store.json

