@@ -79,9 +79,7 @@ def test_look_ahead_is_bounded(loaders: list, ragged: FeatureStore, monkeypatch:
     assert len(made) == taken
 
 
-def test_an_error_in_a_worker_reaches_the_caller(
-    loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_a_worker_reaches_the_caller(loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = make_loader(loaders, ragged, workers=2)
 
     def fail(*_: object) -> None:

@@ -51,9 +51,7 @@ def test_five_cases_in_equal_shares_and_the_label_is_right(request: pytest.Fixtu
 
 @pytest.mark.parametrize("name", ["complete", "grouped", "ragged"])
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_donors_are_of_other_groups_of_the_same_split(
-    request: pytest.FixtureRequest, name: str, probability: float
-) -> None:
+def test_donors_are_of_other_groups_of_the_same_split(request: pytest.FixtureRequest, name: str, probability: float) -> None:
     store = request.getfixturevalue(name)
     s, owners = matching_samples(store, probability, 3000), owners_of(store)
     train = set(store.split_samples("train").tolist())

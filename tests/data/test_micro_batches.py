@@ -15,9 +15,7 @@ from opt_ds.data.micro_batches import distribute
     budget=st.integers(100, 400),
 )
 @settings(max_examples=150, deadline=None)
-def test_each_sample_once_within_the_budget_equally_many_per_rank(
-    lengths: list[int], world_size: int, budget: int
-) -> None:
+def test_each_sample_once_within_the_budget_equally_many_per_rank(lengths: list[int], world_size: int, budget: int) -> None:
     slots, num_tokens = 3 * np.arange(len(lengths)), np.array(lengths, dtype=np.int64)
     ranks = distribute(slots, num_tokens, world_size, budget)
     assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1

@@ -114,9 +114,7 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
             judged.append((bounds[i], s.case))
     t, r, f = batch.masked_tokens, batch.masked_regions, batch.masked_frames
     assert list(zip(t.index.tolist(), t.targets.tolist(), strict=True)) == tokens
-    assert (
-        list(zip(r.index.tolist(), inputs.region_features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
-    )
+    assert list(zip(r.index.tolist(), inputs.region_features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
     assert inputs.region_masked[r.rows].all() and inputs.frame_masked[f.rows].all()
     assert list(zip(f.index.tolist(), inputs.frames[f.rows].tolist(), f.places.tolist(), strict=True)) == frames
     assert f.sequences.lengths.tolist() == [count for count, _ in sizes]

@@ -68,9 +68,7 @@ def test_two_stores_are_one_without_weights(complete: FeatureStore, ragged: Feat
             assert sorted(sample[(epoch == number) & (store == which)]) == source.split_samples("train").tolist()
 
 
-def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(
-    complete: FeatureStore, no_codes: FeatureStore
-) -> None:
+def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(complete: FeatureStore, no_codes: FeatureStore) -> None:
     config = make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 4096})
     plan = StepPlan(config, [complete, no_codes])
     epoch, store, sample = taken(plan, 2)
@@ -83,9 +81,7 @@ def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(
         for number in range(whole):
             assert sorted(sample[(store == which) & (epoch == number)]) == own.tolist()
         assert epochs.max() == whole
-    small = StepPlan(
-        make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes]
-    )
+    small = StepPlan(make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes])
     assert (taken(small, 128)[2] == sample).all(), "the order does not depend on the batch"
     share = np.mean(store[:200] == 0)
     assert 0.5 < share < 0.9, "the stores alternate from the start"
@@ -171,9 +167,7 @@ def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
     config = make_config(batch={"size": 60})
     planned = StepPlan(config, [ragged]).step(0, world_size=3)
     batches = make_batches(config, [ragged], planned)
-    assert [[m.num_tokens for m in rank] for rank in planned.micro_batches] == [
-        [b.num_tokens for b in r] for r in batches
-    ]
+    assert [[m.num_tokens for m in rank] for rank in planned.micro_batches] == [[b.num_tokens for b in r] for r in batches]
     total = sum(b.num_tokens for rank in batches for b in rank)
     assert planned.num_tokens == total
     assert planned.fill == pytest.approx(total / (3 * len(batches[0]) * 256)) and planned.fill <= 1
@@ -227,9 +221,7 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
 
 
 def modality_samples(store: FeatureStore, **options) -> PlannedSamples:
-    config = make_config(
-        tasks={"mix": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192}
-    )
+    config = make_config(tasks={"mix": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192})
     samples = StepPlan(config, [store]).step(0).samples
     keep = samples.draw == MODALITY
     return PlannedSamples(**{name: getattr(samples, name)[keep] for name in FIELDS})

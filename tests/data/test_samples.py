@@ -13,9 +13,7 @@ from tests.tiny import make_config, make_packer, make_store
 
 
 @given(num_frames=st.integers(0, 40), stack=st.integers(1, 9), data=st.data())
-def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(
-    num_frames: int, stack: int, data: st.DataObject
-) -> None:
+def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(num_frames: int, stack: int, data: st.DataObject) -> None:
     offset = data.draw(st.integers(0, stack - 1))
     frames = np.arange(num_frames * 3, dtype="float16").reshape(num_frames, 3)
     stacked = stack_frames(frames, stack, offset)
@@ -25,9 +23,7 @@ def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(
         flat = stacked.reshape(-1, 3)
         assert (flat[offset : offset + num_frames] == frames).all()
         assert (flat[:offset] == frames[0]).all() and (flat[offset + num_frames :] == frames[-1]).all()
-        assert stacked_length(num_frames, stack) * stack < num_frames + 2 * stack, (
-            "no whole frame of repetition too many"
-        )
+        assert stacked_length(num_frames, stack) * stack < num_frames + 2 * stack, "no whole frame of repetition too many"
 
 
 def test_an_empty_recording_has_no_frames(tmp_path) -> None:
@@ -35,9 +31,7 @@ def test_an_empty_recording_has_no_frames(tmp_path) -> None:
     config = make_config(batch={"size": 40})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
     shapes = {
-        reader.read(planned.samples, slot).frames.shape
-        for slot in range(40)
-        if planned.samples.input_rows[slot, AUDIO] >= 0
+        reader.read(planned.samples, slot).frames.shape for slot in range(40) if planned.samples.input_rows[slot, AUDIO] >= 0
     }
     assert (0, 12) in shapes and all(width == 12 for _, width in shapes)
 
@@ -68,9 +62,7 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
         assert sample.predict_regions == (draw == MVM) and sample.predict_frames == (draw == MAM)
         if sample.region_features is not None:
             stored = ragged.regions(s.input_rows[slot, IMAGE])
-            assert (sample.region_features == stored.features[:6]).all() and (
-                sample.region_boxes == stored.boxes[:6]
-            ).all()
+            assert (sample.region_features == stored.features[:6]).all() and (sample.region_boxes == stored.boxes[:6]).all()
             assert (sample.region_labels == stored.labels[:6]).all()
         if sample.frames is not None:
             assert (sample.frames == stack_frames(ragged.frames(s.input_rows[slot, AUDIO]), 2, 0)[:8]).all()
@@ -117,9 +109,7 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
     store = FeatureStore(store.path)
     config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    written = (
-        make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)]).written_image
-    )
+    written = make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)]).written_image
     targets = written.target_ids.reshape(128, 64).numpy()
     assert (targets == codes[planned.samples.source_rows[:, IMAGE]]).all()
     assert sorted(targets.reshape(-1)) == list(range(8192)), "code 0 and code 8191 are there, none is shifted"
@@ -137,3 +127,15 @@ def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple
         assert (sample.token_ids == complete.text(complete.rows[5, TEXT])[:8]).all()
     assert sample.case == -1 and sample.written_text is None
     assert sample.region_masked is None and sample.frame_masked is None and sample.mlm_masked is None
+
+
+def test_random_replacements_are_ordinary_tokens_of_the_vocabulary(complete: FeatureStore) -> None:
+    config = make_config(tasks={"mix": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
+    planned, reader = StepPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
+    samples = [reader.read(planned, slot) for slot in range(3000)]
+    shown = np.concatenate([s.token_ids[s.mlm_masked] for s in samples])
+    original = np.concatenate([s.mlm_targets[s.mlm_masked] for s in samples])
+    assert len(shown) >= 3000 and np.mean(shown == 4) == pytest.approx(0.8, abs=0.03), "id 4 is [MASK]"
+    random = shown[(shown != 4) & (shown != original)]
+    assert len(random) / len(shown) == pytest.approx(0.1, abs=0.02)
+    assert set(random.tolist()) == set(range(5, 40)), "every ordinary token, no [PAD], [UNK], [CLS], [SEP] or [MASK]"
