@@ -130,7 +130,17 @@ class ProcessGroup:
         # Otherwise DeepSpeed compiles shared-memory collectives at first use: half a minute for nothing that we need.
         __compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT)
+        try:
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT
+            )
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} is taken, perhaps by another run on this machine: choose one with the "
+                "launcher's --master_port"
+            ) from None
         self._control: Any = None  # torch's default group
         if backend == "nccl":
             self._control = torch.distributed.new_group(backend="gloo", timeout=_JOIN_TIMEOUT)

@@ -25,7 +25,7 @@ from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settin
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, TermSums, settings_table, validation_table
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
-from opt_ds.engine.window import Window
+from opt_ds.engine.window import MemoryKeeper, Window, peak_memory_gib
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import OPT
 from opt_ds.ops import backend
@@ -56,6 +56,7 @@ class Trainer:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
         self.ranks, self.stop = group.ranks, StopRequest()
         self.plan = StepPlan(config, stores)
+        self.memory = MemoryKeeper(stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend)
 
@@ -125,6 +126,7 @@ class Trainer:
             loss = total_loss(terms, planned.counts, self.config.tasks, self.ranks.world_size)
             self.engine.backward(loss, scale_wrt_gas=False)
             losses.append((sums.add(terms), batch.sample_names))
+            self.memory.after_micro_batch(k)
         sums.add_counts(planned.counts)
         window.add(planned, self._update_weights(planned.step, sums, losses))
 
@@ -186,6 +188,7 @@ class Trainer:
             "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
             "optimizer/skipped_steps": float(self.engine.skipped_steps),
             **{f"speed/{name}": value for name, value in rates.items()},
+            "memory/peak_gib": peak_memory_gib(self.group.device),
         }
         self.report.scalars(self.state.step, values, "train")
         window.restart()
@@ -330,7 +333,7 @@ class Trainer:
         say(
             f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
             f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank, "
-            f"{first.fill:.0%} full; {self.plan.num_samples} training samples from {', '.join(str(s.path) for s in self.stores)}"
+            f"{first.fill:.0%} full; {self.plan.num_samples} training samples"
         )
         for task, reason in self.plan.off.items():
             say(f"task {task} is off: {reason}")

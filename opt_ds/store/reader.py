@@ -5,6 +5,7 @@ Rows are global here: row r of a modality counts through all shards in their ord
 
 import bisect
 import itertools
+import mmap
 import os
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ class ShardFile:
         self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
         # Some network file systems refuse HDF5's lock; a store is never written in place, so none is needed.
         file = h5py.File(path, "r", locking=False)
-        mapped = np.memmap(path, np.uint8, mode="r")
+        self._mapped = mapped = np.memmap(path, np.uint8, mode="r")
         keep_open = False
         for group in file.values():
             for dataset in group.values():
@@ -50,6 +51,10 @@ class ShardFile:
                 self._arrays[dataset.name.lstrip("/")] = array
         if not keep_open:
             file.close()
+
+    def release_pages(self) -> None:
+        """Take the pages read so far out of this process's memory; they stay in the system's cache, views stay valid."""
+        self._mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def array(self, name: str) -> np.ndarray | h5py.Dataset:
         """Return dataset `name`; KeyError if the shard lacks it."""
@@ -211,6 +216,11 @@ class FeatureStore:
         from opt_ds.store.tokenizer import load_tokenizer
 
         return load_tokenizer(self.path / TOKENIZER_FOLDER)
+
+    def release_pages(self) -> None:
+        """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""
+        for file in list(self._open.values()):
+            file.release_pages()
 
     def shard(self, index: int) -> ShardFile:
         """Return shard `index`, for code that goes through whole shards."""
