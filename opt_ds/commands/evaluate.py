@@ -28,15 +28,15 @@ def retrieval(
     store: _Store,
     output: _Output,
     split: _Split = "test_variant",
-    candidates: Annotated[int, typer.Option(help="Gallery of the directions between two modalities.", min=2)] = 200,
-    triple_candidates: Annotated[int, typer.Option(help="Gallery of text+audio→image.", min=2)] = 200,
+    candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
+    matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 200,
     seed: _Seed = 1,
 ) -> None:
     """Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood."""
     from opt_ds.evaluate.retrieval import retrieval as run
 
     evaluator = _evaluator(checkpoint, store, split)
-    _write(run(evaluator, split, candidates, triple_candidates, seed), output)
+    _write(run(evaluator, split, candidates, matching_candidates, seed), output)
 
 
 @evaluate.command()
@@ -94,8 +94,8 @@ def summary(
     store: _Store,
     output: _Output,
     split: Annotated[list[str], typer.Option(help="Held-out splits; may be repeated.")] = ["test_variant", "test_concept"],  # noqa: B006
-    candidates: Annotated[int, typer.Option(help="Gallery of the directions between two modalities.", min=2)] = 200,
-    triple_candidates: Annotated[int, typer.Option(help="Gallery of text+audio→image.", min=2)] = 100,
+    candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
+    matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 100,
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     seed: _Seed = 1,
 ) -> None:
@@ -104,7 +104,7 @@ def summary(
 
     evaluator = _evaluator(checkpoint, store, *split)
     painter = _dvae(evaluator, dvae) if evaluator.store.has_codes and evaluator.store.has_pixels else None
-    figures = summarize(evaluator, painter, split, output.parent, candidates, triple_candidates, seed)
+    figures = summarize(evaluator, painter, split, output.parent, candidates, matching_candidates, seed)
     _write(figures, output)
     typer.echo(table(figures))
     typer.echo(f"\ncheckpoint    {checkpoint}\nfigures       {output}")

@@ -26,36 +26,35 @@ RANKS = (1, 5, 10)
 
 
 def retrieval(
-    evaluator: Evaluator, split: str, candidates: int = 200, triple_candidates: int = 100, seed: int = 1
+    evaluator: Evaluator, split: str, candidates: int = 200, matching_candidates: int = 100, seed: int = 1
 ) -> dict[str, Any]:
-    """R@1/5/10 of each direction and score, beside chance.
+    """R@1/5/10 of each direction, beside chance: `likelihood` over a gallery of `candidates` samples, `matching` over one of
+    `matching_candidates`, since the matching head must encode every pair.
 
-    `triple_candidates` is the gallery of text+audio→image, whose every pair is a longer sequence. The likelihood of a text is
-    corrected for how likely the text is anyway (its mean over the queries) where texts are ranked: else short captions win.
+    Where texts are ranked, a text's likelihood is divided by its mean over the queries: else short captions win.
     """
     result: dict[str, Any] = {"split": split, "seed": seed}
     gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
-    small = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
-    matching = {
-        frozenset(pair): _matching_matrix(evaluator, gallery, (pair[0],), pair[1]) for pair in ((TEXT, IMAGE), (TEXT, AUDIO))
-    }
-    likelihood = {IMAGE: _likelihood_matrix(evaluator, gallery, IMAGE), AUDIO: _likelihood_matrix(evaluator, gallery, AUDIO)}
+    small = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), matching_candidates, seed)
+    likelihood = {other: _likelihood_matrix(evaluator, gallery, other) for other in (IMAGE, AUDIO)}
+    pairs = {other: _matching_matrix(evaluator, small, (TEXT,), other) for other in (IMAGE, AUDIO)}
     for direction, (query, target) in DIRECTIONS.items():
-        own = small if len(query) == 2 else gallery
-        same = _same_target(evaluator, own, target)
-        figures: dict[str, Any] = {"candidates": len(own), "chance": _chance(same)}
-        if len(query) == 2:
-            figures["matching"] = recall(_matching_matrix(evaluator, own, query, target), same)
+        figures: dict[str, Any] = {}
+        if len(query) == 1:
+            (other,) = {*query, target} - {TEXT}
+            by_other = likelihood[other]  # [others, texts]
+            scores = by_other - _log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
+            figures["likelihood"] = _figures(scores, _same_target(evaluator, gallery, target))
+            scores = pairs[other].T if target == TEXT else pairs[other]
         else:
-            other = (set(query) | {target} - {TEXT}).difference({TEXT}).pop()
-            matrix_ti = matching[frozenset((TEXT, other))]  # [texts, others]
-            likelihood_it = likelihood[other]  # [others, texts]
-            to_text = target == TEXT
-            figures["matching"] = recall(matrix_ti.T if to_text else matrix_ti, same)
-            corrected_it = likelihood_it - _log_mean_exp(likelihood_it, axis=0) if to_text else likelihood_it
-            figures["likelihood"] = recall(corrected_it if to_text else likelihood_it.T, same)
+            scores = _matching_matrix(evaluator, small, query, target)
+        figures["matching"] = _figures(scores, _same_target(evaluator, small, target))
         result[direction] = figures
     return result
+
+
+def _figures(scores: np.ndarray, same: np.ndarray) -> dict[str, Any]:
+    return {"candidates": len(scores), **recall(scores, same), "chance": _chance(same)}
 
 
 def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:

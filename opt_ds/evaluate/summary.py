@@ -27,7 +27,7 @@ def summarize(
     splits: list[str],
     output: Path,
     candidates: int = 200,
-    triple_candidates: int = 100,
+    matching_candidates: int = 100,
     seed: int = 1,
 ) -> dict[str, Any]:
     """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`."""
@@ -46,7 +46,7 @@ def summarize(
     }
     for split in splits:
         figures: dict[str, Any] = {
-            "retrieval": retrieval(evaluator, split, candidates, triple_candidates, seed),
+            "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed),
             "transcription": transcription(evaluator, split, seed=seed),
         }
         if store.has_codes:
@@ -81,17 +81,16 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _retrieval_lines(figures: dict[str, Any]) -> list[str]:
-    heads = "  ".join(f"{f'R@{k}':>6}" for k in RANKS)
-    lines = [f"  retrieval                             {heads}"]
+    lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
     for direction in DIRECTIONS:
-        row = figures[direction]
-        for score in ("likelihood", "matching", "chance"):
-            if score in row:
-                name = f"{direction.replace('_to_', '→').replace('_', '+')} of {row['candidates']}" if score != "chance" else ""
-                name = name if score == "likelihood" or "likelihood" not in row else ""
-                label = {"likelihood": "text likelihood", "matching": "matching head", "chance": "chance"}[score]
-                cells = "  ".join(f"{row[score][f'R@{k}']:>6.1%}" for k in RANKS)
-                lines.append(f"    {name:<20}{label:<16}{cells}")
+        name = direction.replace("_to_", "→").replace("_", "+")
+        for score, label in (("likelihood", "text likelihood"), ("matching", "matching head")):
+            if score in figures[direction]:
+                row = figures[direction][score]
+                cells = "".join(f"{row[f'R@{k}']:>8.1%}" for k in RANKS)
+                chance = f"   chance {row['chance']['R@1']:.1%}"
+                lines.append(f"    {name:<20}{label:<16}of {row['candidates']:<11}{cells}{chance}")
+                name = ""
     return lines
 
 

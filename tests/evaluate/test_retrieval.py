@@ -31,16 +31,17 @@ def test_chance_is_the_recall_of_random_orders() -> None:
 
 
 def test_five_directions_by_both_scores(evaluator: Evaluator) -> None:
-    found = retrieval(evaluator, "train", candidates=6, triple_candidates=4)
+    found = retrieval(evaluator, "train", candidates=6, matching_candidates=4)
     for direction in DIRECTIONS:
-        assert found[direction]["candidates"] == (4 if direction == "text_audio_to_image" else 6)
-        assert ("likelihood" in found[direction]) == (direction != "text_audio_to_image")
-        assert all(0 <= value <= 1 for value in found[direction]["matching"].values())
+        assert found[direction]["matching"]["candidates"] == 4
+        assert found[direction]["matching"]["chance"]["R@1"] == pytest.approx(1 / 4)
+        if direction != "text_audio_to_image":
+            assert found[direction]["likelihood"]["candidates"] == 6
 
 
 def test_a_model_that_knows_the_answer_has_full_recall(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrices are turned the right way: likelihood of text j given sample i is 0 on the diagonal only."""
     monkeypatch.setattr(Evaluator, "text_log_likelihood", lambda self, samples, texts: np.eye(len(samples)) * 50.0 - 60.0)
-    found = retrieval(evaluator, "train", candidates=5, triple_candidates=2)
+    found = retrieval(evaluator, "train", candidates=5, matching_candidates=2)
     for direction in ("image_to_text", "text_to_image", "text_to_audio", "audio_to_text"):
         assert found[direction]["likelihood"]["R@1"] == 1.0

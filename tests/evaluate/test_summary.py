@@ -49,7 +49,7 @@ def test_the_picture_grid_shows_the_true_pictures(evaluator: Evaluator, dvae: Di
 
 
 def test_the_summary_is_plain_json_and_its_table_names_all(evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path) -> None:
-    figures = summarize(evaluator, dvae, ["valid"], tmp_path, candidates=4, triple_candidates=3)
+    figures = summarize(evaluator, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)
     assert json.loads(json.dumps(figures)) == figures
     assert (tmp_path / figures["splits"]["valid"]["picture_grid"]).is_file()
     text = table(figures)
