@@ -53,6 +53,7 @@ class FasterRCNNExtractor:
         device: str = "cpu",
     ) -> None:
         state = load_state_dict(weights, "--image-weights of faster_rcnn")
+        assert weights is not None, "load_state_dict refuses None"
         self._model, self._backbone = build_faster_rcnn(state, str(weights), min_side, max_side)
         self._model.to(device)
         self._settings = {

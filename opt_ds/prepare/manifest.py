@@ -78,7 +78,8 @@ def read_manifest(path: Path, *, limit: int | None = None) -> Manifest:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such manifest")
-    lines, seen = [], {}
+    lines: list[ManifestLine] = []
+    seen: dict[str, int] = {}  # id -> line number
     digest = hashlib.sha256()
     with open(path, encoding="utf-8-sig") as file:
         for number, text in enumerate(_decoded(file, path), 1):

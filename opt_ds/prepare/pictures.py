@@ -20,7 +20,7 @@ def load_picture(path: Path) -> Image.Image:
 
         # Without system fonts a drawing is the same on every machine (and nine times faster).
         drawn = resvg_py.svg_to_bytes(svg_path=str(path), width=SVG_SIDE, skip_system_fonts=True)
-        picture = Image.open(io.BytesIO(bytes(drawn)))
+        picture: Image.Image = Image.open(io.BytesIO(bytes(drawn)))
     else:
         picture = Image.open(path)
     picture = ImageOps.exif_transpose(picture)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -47,7 +47,7 @@ class PrepareSettings:
     pool_frames: int = 1
     max_frames: int | None = None
     samples_per_shard: int = 1024
-    compression: str | None = None
+    compression: Literal["gzip"] | None = None
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,8 @@ def _image_item(feature: Any, picture: Any, settings: PrepareSettings) -> ImageI
         return _Failure("no region was found in the picture")
     if not np.isfinite(feature.features).all():
         return _Failure("region features are not finite")
-    return ImageItem(*feature, pixels=to_pixels(picture) if settings.pixels else None)
+    pixels = to_pixels(picture) if settings.pixels else None
+    return ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
 
 
 def _audio_item(frames: np.ndarray, _: Any, settings: PrepareSettings) -> np.ndarray | _Failure:
@@ -326,13 +327,13 @@ def _assemble(
     """Put a shard together; return it and what was skipped. Lines that name the same file share its row."""
     content, skipped = ShardContent(), []
     rows: dict[str, dict[str, int]] = {"image": {}, "audio": {}}
-    targets = {"image": content.images, "audio": content.audios}
+    targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios}
     for index in lines:
         line = manifest.lines[index]
         parts = {kind: items[kind][name] for kind in rows if (name := getattr(line, kind)) is not None}
-        tokens = text_extractor.extract([line.text])[0] if line.text is not None else None
+        text = TextItem(text_extractor.extract([line.text])[0], line.text) if line.text is not None else None
         reason = next((part.reason for part in parts.values() if isinstance(part, _Failure)), None)
-        if reason is None and tokens is not None and not len(tokens):
+        if reason is None and text is not None and not len(text.tokens):
             reason = "the text has no tokens"
         if reason is not None:
             skipped.append({"id": line.id, "reason": reason})
@@ -343,12 +344,11 @@ def _assemble(
             if row == len(targets[kind]):
                 targets[kind].append(part)
             sample_rows[kind] = row
-        if tokens is not None:
+        if text is not None:
             sample_rows["text"] = len(content.texts)
-            content.texts.append(TextItem(tokens, line.text))
-        content.samples.append(
-            SampleItem(line.id, tuple(sample_rows.values()), line.group_name, manifest.splits[index], line.labels)
-        )
+            content.texts.append(text)
+        own_rows = (sample_rows["text"], sample_rows["image"], sample_rows["audio"])
+        content.samples.append(SampleItem(line.id, own_rows, line.group_name, manifest.splits[index], line.labels))
     return content, skipped
 
 

@@ -171,7 +171,7 @@ def _efficientnet_lite0(side: int) -> tuple[Stage, Stage, dict[str, Any]]:
 def _fold_batch_norms(network: nn.Module) -> None:
     # Four times faster on a CPU together with channels_last and in-place activations; equal to about 3e-5.
     pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
-    for block in [network, *network._blocks]:
+    for block in [network, *network.get_submodule("_blocks").children()]:
         if block is not network:
             pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
         for convolution, norm in pairs:
@@ -190,6 +190,7 @@ def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage
     if name not in known:
         raise UserError(f'--image-backbone "{name}": not a torchvision classifier{did_you_mean(name, known)}')
     state = load_state_dict(weights, f"--image-weights of {name}")
+    assert weights is not None, "load_state_dict refuses None"
     network = models.get_model(name, weights=None, num_classes=_num_classes(state))
     try:
         network.load_state_dict(state)

@@ -159,7 +159,8 @@ class Wav2Vec2Extractor:
 
     def _load_torchaudio(self, file: Path) -> None:
         state = load_state_dict(file, "--speech-weights of wav2vec2")
-        width = state.get("encoder.feature_projection.projection.bias")
+        bias = state.get("encoder.feature_projection.projection.bias")
+        width = 0 if bias is None else len(bias)
         # The lv60k models normalise every convolution's output, the others only the first one's.
         layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
         builders = {
@@ -167,7 +168,7 @@ class Wav2Vec2Extractor:
             (1024, False): "wav2vec2_large",
             (1024, True): "wav2vec2_large_lv60k",
         }
-        builder = builders.get((0 if width is None else len(width), layer_norms))
+        builder = builders.get((width, layer_norms))
         if builder is None:
             raise UserError(f"{file}: not a torchaudio wav2vec 2.0 base, large or large-lv60k state dict")
         aux = state.get("aux.bias")
@@ -181,5 +182,5 @@ class Wav2Vec2Extractor:
         model.eval().to(self._device)
         self._normalise = layer_norms
         self._package = "torchaudio"
-        self.dim = len(width)
+        self.dim = width
         self._hidden = lambda waveforms: model.extract_features(waveforms)[0][-1]

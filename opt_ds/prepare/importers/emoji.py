@@ -165,7 +165,7 @@ def spoken_caption(name: str, identifier: str) -> str:
 
 def concept_of(identifier: str) -> str:
     """Return the code points of an emoji without skin tone, gender and joiners: equal for all variants of a concept."""
-    points = []
+    points: list[str] = []
     for point in identifier.split("-"):
         if point in _TONES or point in _GENDER_SIGNS or point in (_JOINER, _VARIATION_SELECTOR):
             continue

@@ -64,7 +64,9 @@ def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
 
 def _serve(waiting: "queue.SimpleQueue[SpeechJob]", failures: dict[Path, str], progress: tqdm) -> None:
     """Feed one worker process with jobs until none is left or the process ends."""
-    folder = Path(next(iter(find_spec(VOICE_PACKAGE.replace("-", "_")).submodule_search_locations))) / "data"
+    package = find_spec(VOICE_PACKAGE.replace("-", "_"))
+    assert package is not None and package.submodule_search_locations, "check_piper has found the voice's package"
+    folder = Path(next(iter(package.submodule_search_locations))) / "data"
     model = next(folder.glob("*.onnx"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -74,18 +76,20 @@ def _serve(waiting: "queue.SimpleQueue[SpeechJob]", failures: dict[Path, str], p
         text=True,
         env=environment,
     )
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None and answers is not None, "both are pipes"
     with process:
         while True:
             try:
                 job = waiting.get_nowait()
             except queue.Empty:
-                process.stdin.close()
+                requests.close()
                 return
             try:
                 line = {"text": job.text, "length_scale": job.length_scale, "path": str(job.path)}
-                process.stdin.write(json.dumps(line) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
+                requests.write(json.dumps(line) + "\n")
+                requests.flush()
+                answer = answers.readline()
             except BrokenPipeError:
                 answer = ""
             if not answer:
