@@ -94,7 +94,7 @@ class FeatureStore:
         return {"path": self.path}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["path"])
+        FeatureStore.__init__(self, state["path"])
 
     @property
     def name(self) -> str:

@@ -2,12 +2,15 @@
 
 import tempfile
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from opt_ds.store.schema import BOX_SIZE, CODES_PER_IMAGE, MISSING, PIXELS_SHAPE, Dims, StoreDescription
 from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, save_wordpiece
 from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
+
+_Item = TypeVar("_Item")
 
 
 def write_synthetic_store(
@@ -28,7 +31,7 @@ def write_synthetic_store(
     pixels: bool = True,
     samples_per_shard: int = 1024,
     samples_per_group: int = 1,
-    compression: str | None = None,
+    compression: Literal["gzip"] | None = None,
 ) -> StoreDescription:
     """Write a store of `num_samples` random samples. Ranges are inclusive; equal arguments give equal bytes.
 
@@ -88,18 +91,22 @@ def write_synthetic_store(
         for index in range(shard * samples_per_shard, min(num_samples, (shard + 1) * samples_per_shard)):
             kept = rng.random(3) >= missing
             kept[rng.integers(3)] |= not kept.any()
-            rows = []
-            for keep, items, make in zip(
-                kept, (content.texts, content.images, content.audios), (text, image, audio), strict=True
-            ):
-                rows.append(len(items) if keep else MISSING)
-                if keep:
-                    items.append(make())
+            rows = (
+                _add(content.texts, text()) if kept[0] else MISSING,
+                _add(content.images, image()) if kept[1] else MISSING,
+                _add(content.audios, audio()) if kept[2] else MISSING,
+            )
             labels = [f"label{index % 5}"]
             group = f"group{index // samples_per_group}"
-            content.samples.append(SampleItem(f"sample{index}", tuple(rows), group, split_of[index], labels))
+            content.samples.append(SampleItem(f"sample{index}", rows, group, split_of[index], labels))
         writer.write_shard(shard, content)
     return writer.finish(num_shards)
+
+
+def _add(items: list[_Item], item: _Item) -> int:
+    """Append the item and return its row."""
+    items.append(item)
+    return len(items) - 1
 
 
 def _deal_splits(num_samples: int, splits: dict[str, float]) -> list[str]:

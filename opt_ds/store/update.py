@@ -58,7 +58,9 @@ def set_codes(store_path: str | Path, codes_nc: np.ndarray, extractor: dict[str,
 
 
 def _next_name(file: str) -> str:
-    stem, revision = _REVISION.match(file).groups()
+    match = _REVISION.match(file)
+    assert match is not None, f"{file} is not a shard's name"
+    stem, revision = match.groups()
     return f"{stem}-r{int(revision or 0) + 1}.h5"
 
 

@@ -233,10 +233,12 @@ class StoreWriter:
             "audio/offsets": audio_offsets,
             "audio/features": frames,
         }
-        if images and all(image.pixels is not None for image in images):
-            arrays["image/pixels"] = np.stack([image.pixels for image in images]).reshape(-1, *PIXELS_SHAPE)
-        if images and all(image.codes is not None for image in images):
-            arrays["image/codes"] = np.stack([image.codes for image in images]).reshape(-1, CODES_PER_IMAGE)
+        pixels = [image.pixels for image in images if image.pixels is not None]
+        if images and len(pixels) == len(images):
+            arrays["image/pixels"] = np.stack(pixels).reshape(-1, *PIXELS_SHAPE)
+        codes = [image.codes for image in images if image.codes is not None]
+        if images and len(codes) == len(images):
+            arrays["image/codes"] = np.stack(codes).reshape(-1, CODES_PER_IMAGE)
         return {name: array.astype(DATASETS[name], copy=False) for name, array in arrays.items()}
 
     def _train_sums(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
