@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from opt_ds.config import ModelConfig
-from opt_ds.data.samples import Sample
+from opt_ds.data.samples import Sample, given
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
 
 
+@dataclass
 class _Movable:
     """Moves its tensors, and what holds tensors, to a device."""
 
@@ -169,13 +170,13 @@ class Packer:
             token_ids=_join(tokens, np.int64),
             token_positions=_join([np.arange(len(t)) for t in tokens], np.int64),
             token_index=torch.from_numpy(token_index),
-            region_features=_join([s.region_features for s in regions], np.float16, (self.image_feature_dim,)),
-            region_boxes=_join([s.region_boxes for s in regions], np.float32, (7,)),
-            region_masked=_join([_or_none_masked(s.region_masked, len(s.region_features)) for s in regions], bool),
+            region_features=_join([given(s.region_features) for s in regions], np.float16, (self.image_feature_dim,)),
+            region_boxes=_join([given(s.region_boxes) for s in regions], np.float32, (7,)),
+            region_masked=_join([_or_none_masked(s.region_masked, given(s.region_features)) for s in regions], bool),
             region_index=torch.from_numpy(region_index),
-            frames=_join([s.frames for s in frames], np.float16, (self.frame_dim,)),
-            frame_positions=_join([np.arange(len(s.frames)) for s in frames], np.int64),
-            frame_masked=_join([_or_none_masked(s.frame_masked, len(s.frames)) for s in frames], bool),
+            frames=_join([given(s.frames) for s in frames], np.float16, (self.frame_dim,)),
+            frame_positions=_join([np.arange(len(given(s.frames))) for s in frames], np.int64),
+            frame_masked=_join([_or_none_masked(s.frame_masked, given(s.frames)) for s in frames], bool),
             frame_index=torch.from_numpy(frame_index),
             gather_index=torch.from_numpy(gather),
         )
@@ -227,27 +228,27 @@ class _Layout:
 
 def _masked_tokens(samples: list[Sample], layout: _Layout) -> MaskedTokens:
     who = [i for i, s in enumerate(samples) if s.mlm_masked is not None]
-    places = [np.flatnonzero(samples[i].mlm_masked) for i in who]
+    places = [np.flatnonzero(given(samples[i].mlm_masked)) for i in who]
     return MaskedTokens(
         index=_join([layout.first[i, 0] + 1 + p for i, p in zip(who, places, strict=True)], np.int64),
-        targets=_join([samples[i].mlm_targets[p] for i, p in zip(who, places, strict=True)], np.int64),
+        targets=_join([given(samples[i].mlm_targets)[p] for i, p in zip(who, places, strict=True)], np.int64),
     )
 
 
 def _masked_regions(samples: list[Sample], layout: _Layout) -> MaskedRegions:
     who = [i for i, s in enumerate(samples) if s.predict_regions]
-    places = [np.flatnonzero(samples[i].region_masked) for i in who]
+    places = [np.flatnonzero(given(samples[i].region_masked)) for i in who]
     pairs = list(zip(who, places, strict=True))
     return MaskedRegions(
         index=_join([layout.first[i, 1] + p for i, p in pairs], np.int64),
         rows=_join([layout.row_start[i, 1] + p for i, p in pairs], np.int64),
-        labels=_join([samples[i].region_labels[p] for i, p in pairs], np.int64),
+        labels=_join([given(samples[i].region_labels)[p] for i, p in pairs], np.int64),
     )
 
 
 def _masked_frames(samples: list[Sample], layout: _Layout) -> MaskedFrames:
     who = [i for i, s in enumerate(samples) if s.predict_frames]
-    places = [np.flatnonzero(samples[i].frame_masked) for i in who]
+    places = [np.flatnonzero(given(samples[i].frame_masked)) for i in who]
     pairs = list(zip(who, places, strict=True))
     return MaskedFrames(
         index=_join([layout.first[i, 2] + p for i, p in pairs], np.int64),
@@ -264,8 +265,8 @@ def _judged(samples: list[Sample], layout: _Layout) -> Judged:
     return Judged(index=_long(layout.starts[who]), cases=_long([samples[i].case for i in who]))
 
 
-def _or_none_masked(masked: np.ndarray | None, length: int) -> np.ndarray:
-    return np.zeros(length, dtype=bool) if masked is None else masked
+def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:
+    return np.zeros(len(items), dtype=bool) if masked is None else masked
 
 
 def _join(parts: list[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> torch.Tensor:

@@ -20,7 +20,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def keyed_hash(*keys: int | str | np.ndarray) -> np.ndarray:
     """64 well-mixed bits for each combination of the (broadcast) keys; uint64. A word is a key too (a purpose's name)."""
     with np.errstate(over="ignore"):
-        state = np.uint64(0x243F6A8885A308D3)
+        state = np.array(0x243F6A8885A308D3, dtype=np.uint64)
         for key in keys:
             if isinstance(key, str):
                 key = int.from_bytes(key.encode()[:8].ljust(8, b"\0"), "little")

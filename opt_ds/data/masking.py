@@ -7,13 +7,13 @@ from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # the rest stays as it is (Devlin et al. 2019, §3.1)
 
 
-def num_masked(lengths: np.ndarray, probability: float) -> np.ndarray:
+def num_masked(lengths: np.ndarray | int, probability: float) -> np.ndarray:
     """Exactly max(1, round(probability · n)) of n items, 0 of 0 items; int64, elementwise. Halves round to even."""
     lengths = np.asarray(lengths, dtype=np.int64)
     return np.where(lengths > 0, np.maximum(1, np.rint(probability * lengths)), 0).astype(np.int64)
 
 
-def num_masked_frames(lengths: np.ndarray, probability: float) -> np.ndarray:
+def num_masked_frames(lengths: np.ndarray | int, probability: float) -> np.ndarray:
     """As `num_masked`, but at least one frame of an utterance stays: it is the evidence, and MAC's negative."""
     return np.minimum(num_masked(lengths, probability), np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0))
 

@@ -96,21 +96,24 @@ class StepPlan:
 
     def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed = self.config.seed
-        if self.config.data.mix is None or len(self.stores) == 1:
+        weights = self.config.data.mix
+        if weights is None or len(self.stores) == 1:
             epoch = positions // self.num_samples
             place = permute(positions % self.num_samples, self.num_samples, seed, "order", epoch)
             store = np.searchsorted(self._starts, place, side="right") - 1
             place = place - self._starts[store]
         else:
-            epoch, store, place = self._weighted_samples_at(positions)
+            epoch, store, place = self._weighted_samples_at(positions, weights)
         sample = np.empty_like(place)
         for number, rows in enumerate(self._train):
             sample[store == number] = rows[place[store == number]]
         return epoch, store, sample
 
-    def _weighted_samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _weighted_samples_at(
+        self, positions: np.ndarray, weights: tuple[float, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Blocks in which each store has exactly its share of places; a store's own epoch advances at its own pace."""
-        shares = np.array(self.config.data.mix) / sum(self.config.data.mix)
+        shares = np.array(weights) / sum(weights)
         quota = np.floor(shares * _MIX_BLOCK).astype(np.int64)
         quota[np.argsort(quota - shares * _MIX_BLOCK)[: _MIX_BLOCK - quota.sum()]] += 1
         starts = np.cumsum([0, *quota])
@@ -364,7 +367,7 @@ def _model_lengths(config: Config, store: FeatureStore) -> list[np.ndarray]:
     ]
 
 
-def stacked_length(num_frames: np.ndarray, stack: int) -> np.ndarray:
+def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
     """Model frames of so many stored frames: enough for every offset 0 … stack − 1 (0 frames give 0)."""
     num_frames = np.asarray(num_frames, dtype=np.int64)
     return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)

@@ -47,6 +47,12 @@ class Sample:
     case: int = -1  # matching case
 
 
+def given(part: np.ndarray | None) -> np.ndarray:
+    """An optional part of a sample where its modality or task says that it is there."""
+    assert part is not None, "the sample lacks a part that its modality or task needs"
+    return part
+
+
 class SampleReader:
     """Makes `Sample`s of a plan's slots. Holds the stores and the keys, no state."""
 
@@ -73,13 +79,13 @@ class SampleReader:
                 sample.mlm_masked, sample.mlm_targets = masked, tokens
         if rows[IMAGE] >= 0:
             self.read_regions(sample, store, rows[IMAGE])
-            sample.region_masked = self._masked(planned, slot, IMAGE, len(sample.region_features), key)
+            sample.region_masked = self._masked(planned, slot, IMAGE, len(given(sample.region_features)), key)
             sample.predict_regions = draw == MVM
         if rows[AUDIO] >= 0:
             training = epoch < VALIDATION_EPOCH
             offset = int(keyed_choice(self.config.model.audio_stack, key, "offset")) if training and self.config.data.frame_offset else 0
             self.read_frames(sample, store, rows[AUDIO], offset)
-            sample.frame_masked = self._masked(planned, slot, AUDIO, len(sample.frames), key)
+            sample.frame_masked = self._masked(planned, slot, AUDIO, len(given(sample.frames)), key)
             sample.predict_frames = draw == MAM
         if planned.writes_text[slot]:
             sample.written_text = self._tokens(store, planned.source_rows[slot, TEXT])

@@ -25,7 +25,7 @@ class Sequences:
         cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
         return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()))
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Sequences":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Sequences":
         return Sequences(self.cu_seqlens.to(device, non_blocking=non_blocking), self.min_length, self.max_length, self.total)
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ class LossTerm(NamedTuple):
     """
 
     sum: torch.Tensor
-    count: float
+    count: float  # type: ignore[assignment]  # the field hides tuple.count
     metrics: dict[str, torch.Tensor]
 
 

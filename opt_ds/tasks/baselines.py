@@ -10,7 +10,7 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.matching import NUM_CASES
 from opt_ds.data.plan import IMAGE, TEXT, StepPlan
-from opt_ds.data.samples import SampleReader
+from opt_ds.data.samples import SampleReader, given
 from opt_ds.model.embeddings import STANDARD_LIMIT
 from opt_ds.store.reader import FeatureStore
 
@@ -33,14 +33,14 @@ def trivial_baselines(config: Config, stores: list[FeatureStore]) -> dict[str, f
         for slot in range(planned.num_samples):
             sample, number = reader.read(planned.samples, slot), int(planned.samples.store[slot])
             if sample.mlm_masked is not None:
-                add("mlm", frequencies.text[sample.mlm_targets[sample.mlm_masked]])
+                add("mlm", frequencies.text[given(sample.mlm_targets)[sample.mlm_masked]])
             if sample.predict_regions:
-                masked = sample.region_masked
-                add("mvfr", frequencies.mean_error(sample.region_features[masked], number, "image", 1))
-                add("mrc", frequencies.classes[sample.region_labels[masked]])
+                masked = given(sample.region_masked)
+                add("mvfr", frequencies.mean_error(given(sample.region_features)[masked], number, "image", 1))
+                add("mrc", frequencies.classes[given(sample.region_labels)[masked]])
             if sample.predict_frames:
-                masked = sample.frame_masked
-                add("mafr", frequencies.mean_error(sample.frames[masked], number, "audio", config.model.audio_stack))
+                masked = given(sample.frame_masked)
+                add("mafr", frequencies.mean_error(given(sample.frames)[masked], number, "audio", config.model.audio_stack))
                 add("mac", np.full(masked.sum(), np.log(1 + (~masked).sum())))
             if sample.written_text is not None:
                 add("dtr", frequencies.text_with_end[np.append(sample.written_text, -1)])
