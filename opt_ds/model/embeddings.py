@@ -17,6 +17,9 @@ TEXT_TYPE, IMAGE_TYPE, AUDIO_TYPE = range(3)
 class FeatureStandardizer(nn.Module):
     """(x − mean) / deviation, clamped; the identity until statistics are set. The statistics travel with the weights."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, feature_dim: int, repeat: int, enabled: bool) -> None:
         super().__init__()
         self.repeat, self.enabled = repeat, enabled

@@ -85,10 +85,11 @@ class OPT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=table_range)
-        for embedder in (self.embeddings.regions, self.embeddings.frames):
-            nn.init.normal_(embedder.mask, std=table_range)
+        regions, frames = self.embeddings.regions, self.embeddings.frames
+        for mask, projections in ((regions.mask, [regions.feature, regions.box]), (frames.mask, [frames.feature])):
+            nn.init.normal_(mask, std=table_range)
             if config.embedding_range:
-                for projection in [embedder.feature, *([embedder.box] if hasattr(embedder, "box") else [])]:
+                for projection in projections:
                     nn.init.normal_(projection.weight, std=table_range / math.sqrt(projection.in_features))
 
 

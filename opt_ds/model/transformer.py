@@ -6,6 +6,7 @@ Norm placement: every sublayer is followed by one LayerNorm. `post` (BERT): the 
 stays un-normalised and the next sublayer reads the norm's output; the embedding's own LayerNorm serves the first sublayer.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,8 @@ class SelfAttention(nn.Module):
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
         """One new position of each sequence; its key and value join the cache."""
         q_bhd, k_bhd, v_bhd = self._split(x_be)
-        cache.append(k_bhd, v_bhd)
-        return self.output(cached_attention(q_bhd[:, :, None], cache.keys, cache.values).flatten(1))
+        keys, values = cache.append(k_bhd, v_bhd)
+        return self.output(cached_attention(q_bhd[:, :, None], keys, values).flatten(1))
 
 
 class CrossAttention(nn.Module):
@@ -161,10 +162,12 @@ class LayerCache:
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
-    def append(self, k_bhd: torch.Tensor, v_bhd: torch.Tensor) -> None:
+    def append(self, k_bhd: torch.Tensor, v_bhd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one position; gives all keys and values so far."""
         k, v = k_bhd[:, :, None], v_bhd[:, :, None]
         self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=2)
         self.values = v if self.values is None else torch.cat([self.values, v], dim=2)
+        return self.keys, self.values
 
     def select(self, index: torch.Tensor) -> "LayerCache":
         """The cache of these sequences (a beam's survivors, a repetition)."""
@@ -199,7 +202,7 @@ class Decoder(nn.Module):
     def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
         """Empty caches over the encoder's output of b sequences."""
         caches = []
-        for layer in self.layers:
+        for layer in self._decoder_layers():
             k_uhd, v_uhd = layer.cross.memory(memory_ue)
             caches.append(LayerCache(memory.pad(k_uhd).transpose(1, 2), memory.pad(v_uhd).transpose(1, 2), memory.valid))
         return caches
@@ -207,6 +210,11 @@ class Decoder(nn.Module):
     def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
         """Hidden state [b, e] of one new position of each sequence."""
         stream_be = hidden_be
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self._decoder_layers(), caches, strict=True):
             hidden_be, stream_be = layer.decode(hidden_be, stream_be, cache)
         return hidden_be
+
+    def _decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer), "a ModuleList does not know the type of its items"
+            yield layer

@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from opt_ds.config import ModelConfig
 from opt_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from opt_ds.model.opt import OPT
+
 #: our name -> BERT's names (several: joined along the first dimension). {i}: layer.
-_EMBEDDINGS = {
+_EMBEDDINGS: dict[str, tuple[str, ...]] = {
     "embeddings.text.word.weight": ("embeddings.word_embeddings.weight",),
     "embeddings.text.position.weight": ("embeddings.position_embeddings.weight",),
     "embeddings.text.norm.weight": ("embeddings.LayerNorm.weight",),
@@ -26,7 +30,7 @@ _LAYER = {
     "ffn.down": ("output.dense",),
     "ffn_norm": ("output.LayerNorm",),
 }
-_MLM_HEAD = {
+_MLM_HEAD: dict[str, tuple[str, ...]] = {
     "mlm.transform.weight": ("cls.predictions.transform.dense.weight",),
     "mlm.transform.bias": ("cls.predictions.transform.dense.bias",),
     "mlm.norm.weight": ("cls.predictions.transform.LayerNorm.weight",),
@@ -35,7 +39,7 @@ _MLM_HEAD = {
 }
 
 
-def load_bert(model: torch.nn.Module, folder: Path) -> list[str]:
+def load_bert(model: "OPT", folder: Path) -> list[str]:
     """Copy BERT's weights into an `OPT`; gives the names that were set.
 
     Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; the MLM head is taken where
