@@ -105,8 +105,8 @@ class Evaluator:
         Each sample is encoded once; its keys and values serve all texts.
         """
         likelihood = np.empty((len(samples), len(texts)))
-        tokens = _teacher_forced(texts, self.packer.cls_id, self.packer.sep_id)
-        ids, targets, text_sequences = (part.to(self.device) for part in tokens)
+        begin, end = self.packer.cls_id, self.packer.sep_id
+        ids, targets, text_sequences = _teacher_forced(texts, begin, end, self.device)
         positions = torch.cat([torch.arange(len(text) + 1) for text in texts]).to(self.device)
         for places, batch, hidden_te in self.batches(samples):
             starts = batch.inputs.sequences.cu_seqlens.tolist()
@@ -133,7 +133,9 @@ class Evaluator:
         return self.model.text_decoder(written, memory_ue)
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str), "one list of ids gives one text"
+        return text
 
 
 def _length(sample: Sample) -> int:
@@ -141,7 +143,10 @@ def _length(sample: Sample) -> int:
     return 3 + sum(len(part) for part in parts if part is not None)
 
 
-def _teacher_forced(texts: Sequence[np.ndarray], begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
+def _teacher_forced(
+    texts: Sequence[np.ndarray], begin: int, end: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
     ids = torch.from_numpy(np.concatenate([np.append(begin, text) for text in texts]).astype(np.int64))
     targets = torch.from_numpy(np.concatenate([np.append(text, end) for text in texts]).astype(np.int64))
-    return ids, targets, Sequences.from_lengths([len(text) + 1 for text in texts])
+    sequences = Sequences.from_lengths([len(text) + 1 for text in texts], device=device)
+    return ids.to(device), targets.to(device), sequences

@@ -55,7 +55,8 @@ def _draw(pictures: list[np.ndarray], texts: list[tuple[str, list[str]]]) -> np.
     for sample in range(num_samples):
         top = _LINE + _MARGIN + sample * step
         for column in range(columns):
-            tile = Image.fromarray(pictures[column][sample].transpose(1, 2, 0)).resize((_PICTURE, _PICTURE), Image.NEAREST)
+            tile = Image.fromarray(pictures[column][sample].transpose(1, 2, 0))
+            tile = tile.resize((_PICTURE, _PICTURE), Image.Resampling.NEAREST)
             left = _MARGIN + column * step
             canvas.paste(tile, (left, top))
             draw.rectangle((left, top, left + _PICTURE, top + _PICTURE), outline="#dddddd")

@@ -11,6 +11,7 @@ import torch
 
 from opt_ds.data.matching import CASES
 from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.samples import given
 from opt_ds.evaluate.evaluator import Evaluator
 
 #: direction -> (query modalities, target modality)
@@ -92,12 +93,13 @@ def _joined(query: Any, target: Any) -> Any:
 
 def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int) -> np.ndarray:
     samples = [evaluator.read(index, (modality,)) for index in gallery]
-    texts = [evaluator.read(index, (TEXT,)).token_ids for index in gallery]
+    texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
     return evaluator.text_log_likelihood(samples, texts)
 
 
 def _same_target(evaluator: Evaluator, gallery: np.ndarray, target: int) -> np.ndarray:
     """bool [n, n]: candidate j's target is as good as query i's own."""
+    content: list[str] | list[bytes]
     if target == TEXT:
         content = [evaluator.caption(index) for index in gallery]
     else:
