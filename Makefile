@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STORE := data/emoji
 RUN := runs/emoji
 # One rank a GPU; without a GPU, two ranks on the CPU.
-NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
+NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
 
 .PHONY: install pretrain test test-faults test-gpu lint
 .DELETE_ON_ERROR:

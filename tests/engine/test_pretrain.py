@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,17 @@ def test_bad_settings_end_with_one_line(
     assert run_program(pretrain, arguments(store, tmp_path / "run", *settings), "pretrain.py") == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+def test_a_taken_port_is_one_line(store: Path, tmp_path: Path) -> None:
+    with socket.socket() as other_run:
+        other_run.bind(("", 0))
+        other_run.listen()
+        port = other_run.getsockname()[1]
+        process = start(*arguments(store, tmp_path / "run"), rank=0, world_size=2, port=port)
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert f"port {port} is taken" in error and "Traceback" not in error
 
 
 def test_an_output_directory_of_another_run_is_refused_and_a_finished_one_said(
