@@ -22,7 +22,7 @@ $(VENV)/bin/python:
 
 # The stamp makes the second call quick; a changed pin or entry point makes it work again.
 $(VENV)/.installed: requirements.txt setup.py | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	touch $@

@@ -36,7 +36,7 @@ def retrieval(
     from opt_ds.evaluate.retrieval import retrieval as run
 
     evaluator = _evaluator(checkpoint, store, split)
-    _write(run(evaluator, split, candidates, matching_candidates, seed), output)
+    _write(run(evaluator, split, candidates, matching_candidates, matching_candidates, seed), output)
 
 
 @evaluate.command()
@@ -46,7 +46,7 @@ def transcription(
     output: _Output,
     split: _Split = "test_variant",
     limit: _Limit = None,
-    beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 1,
+    beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
     seed: _Seed = 1,
 ) -> None:
     """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""

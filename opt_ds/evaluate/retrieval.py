@@ -27,10 +27,15 @@ RANKS = (1, 5, 10)
 
 
 def retrieval(
-    evaluator: Evaluator, split: str, candidates: int = 200, matching_candidates: int = 100, seed: int = 1
+    evaluator: Evaluator,
+    split: str,
+    candidates: int = 200,
+    matching_candidates: int = 100,
+    triple_candidates: int = 50,
+    seed: int = 1,
 ) -> dict[str, Any]:
     """R@1/5/10 of each direction, beside chance: `likelihood` over a gallery of `candidates` samples, `matching` over one of
-    `matching_candidates`, since the matching head must encode every pair.
+    `matching_candidates`, since the matching head must encode every pair (of `triple_candidates` where a pair is a triple).
 
     Where texts are ranked, a text's likelihood is divided by its mean over the queries: else short captions win.
     """
@@ -41,6 +46,7 @@ def retrieval(
     pairs = {other: _matching_matrix(evaluator, small, (TEXT,), other) for other in (IMAGE, AUDIO)}
     for direction, (query, target) in DIRECTIONS.items():
         figures: dict[str, Any] = {}
+        ranked = small
         if len(query) == 1:
             (other,) = {*query, target} - {TEXT}
             by_other = likelihood[other]  # [others, texts]
@@ -48,8 +54,9 @@ def retrieval(
             figures["likelihood"] = _figures(scores, _same_target(evaluator, gallery, target))
             scores = pairs[other].T if target == TEXT else pairs[other]
         else:
-            scores = _matching_matrix(evaluator, small, query, target)
-        figures["matching"] = _figures(scores, _same_target(evaluator, small, target))
+            ranked = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
+            scores = _matching_matrix(evaluator, ranked, query, target)
+        figures["matching"] = _figures(scores, _same_target(evaluator, ranked, target))
         result[direction] = figures
     return result
 

@@ -46,7 +46,7 @@ def summarize(
     }
     for split in splits:
         figures: dict[str, Any] = {
-            "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed),
+            "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
             "transcription": transcription(evaluator, split, seed=seed),
         }
         if store.has_codes:

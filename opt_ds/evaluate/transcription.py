@@ -13,6 +13,8 @@ from opt_ds.data.plan import AUDIO, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.model.generation import DecodingConfig
 
+#: What texts are written with where nothing else is asked for.
+DEFAULT_DECODING = DecodingConfig(method="beam", beam_size=4)
 _CONSTANT_CANDIDATES, _CONSTANT_REFERENCES = 200, 300
 
 
@@ -26,7 +28,7 @@ def transcription(
 ) -> dict[str, Any]:
     """Word error rate of the text written from each input, with the audio of other samples as control, and of one constant
     caption (the one of the training split that errs least there)."""
-    options = options or DecodingConfig()
+    options = options or DEFAULT_DECODING
     result: dict[str, Any] = {"split": split, "decoding": options.model_dump()}
     for name in inputs:
         modalities = SUBSETS[name]

@@ -31,10 +31,11 @@ def test_chance_is_the_recall_of_random_orders() -> None:
 
 
 def test_five_directions_by_both_scores(evaluator: Evaluator) -> None:
-    found = retrieval(evaluator, "train", candidates=6, matching_candidates=4)
+    found = retrieval(evaluator, "train", candidates=6, matching_candidates=4, triple_candidates=3)
     for direction in DIRECTIONS:
-        assert found[direction]["matching"]["candidates"] == 4
-        assert found[direction]["matching"]["chance"]["R@1"] == pytest.approx(1 / 4)
+        gallery = 3 if direction == "text_audio_to_image" else 4
+        assert found[direction]["matching"]["candidates"] == gallery
+        assert found[direction]["matching"]["chance"]["R@1"] == pytest.approx(1 / gallery)
         if direction != "text_audio_to_image":
             assert found[direction]["likelihood"]["candidates"] == 6
 
