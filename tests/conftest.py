@@ -1,7 +1,44 @@
-"""For every test: one thread a process, since several test processes share few cores."""
+"""For every test: one thread a process, since several test processes share few cores; and the stores that many tests read."""
 
 import os
+from typing import TYPE_CHECKING
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if TYPE_CHECKING:
+    from opt_ds.store import FeatureStore
+
+
+@pytest.fixture(scope="session")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
+    """Every sample has all three modalities."""
+    from tests.tiny import make_store
+
+    return make_store(tmp_path_factory.mktemp("stores") / "complete", 100, samples_per_shard=30)
+
+
+@pytest.fixture(scope="session")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
+    """Samples of every subset of modalities."""
+    from tests.tiny import make_store
+
+    return make_store(tmp_path_factory.mktemp("stores") / "ragged", 100, missing=0.4, seed=1)
+
+
+@pytest.fixture(scope="session")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
+    """Four samples a group: a donor must come from another group, not only be another sample."""
+    from tests.tiny import make_store
+
+    return make_store(tmp_path_factory.mktemp("stores") / "grouped", 80, samples_per_group=4, seed=2)
+
+
+@pytest.fixture(scope="session")
+def no_codes(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
+    from tests.tiny import make_store
+
+    return make_store(tmp_path_factory.mktemp("stores") / "no_codes", 40, num_codes_vocab=None, seed=3)

@@ -149,7 +149,7 @@ class StepPlan:
                     mix={DRAWS[draw]: 1.0}, text_target=text_target,
                 )  # fmt: skip
                 parts.append(samples)
-        samples = _select(_concatenate(parts), None)
+        samples = _concatenate(parts)
         kept = np.flatnonzero(samples.draw >= 0)
         return [
             self._planned_step(place, _select(samples, kept[start : start + chunk]), world_size)
@@ -387,7 +387,5 @@ def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
     return PlannedSamples(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _select(samples: PlannedSamples, index: np.ndarray | None) -> PlannedSamples:
-    if index is None:
-        return samples
+def _select(samples: PlannedSamples, index: np.ndarray) -> PlannedSamples:
     return PlannedSamples(**{name: getattr(samples, name)[index] for name in PlannedSamples.__dataclass_fields__})

@@ -13,10 +13,9 @@ from opt_ds.ops.sequences import Sequences
 class AutoregressiveDecoder(nn.Module):
     """Embeds what is already written, attends to the encoder's output, scores what comes next; embedding and scores are tied.
 
-    `begin_id` is what the input begins with; `num_positions` bounds the length.
+    `num_positions` bounds the length.
     """
 
-    begin_id: int
     num_positions: int
 
     def __init__(self, config: ModelConfig, num_layers: int, num_positions: int, num_outputs: int) -> None:
