@@ -204,11 +204,26 @@ class TrainConfig(_Section):
     validate_samples: int = Field(2048, ge=1, description="validation samples at most")
     picture_grid: int = Field(8, ge=0, description="samples shown in the picture grid of a validation; 0: none")
     early_stopping: int = Field(0, ge=0, description="validations without a better loss before stopping; 0: never")
+    preemption_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCONT", "SIGTERM"] = Field(
+        "SIGUSR1", description="beside SIGTERM and SIGINT: save, and exit with 75"
+    )
 
 
 class CheckpointConfig(_Section):
     every_steps: int = Field(1000, ge=1)
     keep: int = Field(2, ge=1)
+
+
+class GuardConfig(_Section):
+    """When a run warns, skips a step, or stops; see `opt_ds.engine.guard`."""
+
+    skip_budget: int = Field(3, ge=0, description="steps that are not finite and may be skipped, per skip_window")
+    skip_window: int = Field(1000, ge=1, description="steps")
+    spike_zscore: float = Field(8.0, ge=0, description="warn of a loss or gradient norm so far above its mean; 0: never")
+    spike_window: int = Field(100, ge=20, description="steps that the mean and deviation are taken over")
+    skip_spikes: bool = Field(False, description="do not take a step whose loss is a spike (it counts to skip_budget)")
+    compare_ranks_every: int = Field(100, ge=0, description="steps between comparisons of the ranks' weights; 0: never")
+    rank_timeout_s: float = Field(1800.0, gt=0, description="a rank that answers no collective for so long is lost")
 
 
 class ZeroConfig(_Section):
@@ -235,6 +250,7 @@ class Config(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     zero: ZeroConfig = ZeroConfig()
     ops: OpsConfig = OpsConfig()
 

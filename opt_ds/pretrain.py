@@ -29,6 +29,7 @@ from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
     from opt_ds.engine.checkpoint import TrainState
+    from opt_ds.engine.signals import StopRequest
 
 _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
@@ -41,6 +42,7 @@ def pretrain(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Fail if --output has no checkpoint to go on from.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> int:
     """Pre-train OPT on one or several feature stores.
@@ -50,7 +52,10 @@ def pretrain(
     """
     resolved, output = _resolve(config, store or [], output, settings or [])
     _say(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
-    return _train(resolved, output)
+    from opt_ds.engine.signals import StopRequest
+
+    with StopRequest(resolved.train.preemption_signal) as stop:
+        return _train(resolved, output, resume, stop)
 
 
 def _resolve(source: str | None, stores: list[str], output: Path | None, settings: list[str]) -> tuple[Config, Path]:
@@ -90,7 +95,7 @@ def _default_store(path: Path) -> str:
     return str(path)
 
 
-def _train(config: Config, output: Path) -> int:
+def _train(config: Config, output: Path, must_resume: bool, stop: "StopRequest") -> int:
     from opt_ds.engine import checkpoint, preflight, run_folder
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
 
@@ -100,19 +105,31 @@ def _train(config: Config, output: Path) -> int:
     precision = choose_precision(config, hardware)
     deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
     resume_from = _resumable(config, output)
+    if must_resume and resume_from is None:
+        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
     if resume_from and _finished(config, checkpoint.train_state(checkpoint.read_state(resume_from))):
         _say(f"{output} is finished ({resume_from.name}): nothing to do; a larger --set train.max_steps goes on")
         return 0
 
-    from opt_ds.engine.distributed import ProcessGroup
+    from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
 
     held = run_folder.lock(output) if _RANKS.is_main else None
-    group = ProcessGroup(_RANKS)
+    group = ProcessGroup(_RANKS, config.guard.rank_timeout_s)
     try:
         from opt_ds.engine.trainer import Trainer
 
         resume_from = group.from_main(resume_from)
-        return Trainer(config, stores, output, group, hardware, precision, resume_from).train()
+        return Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        from opt_ds.engine.guard import TrainingError
+
+        reason = str(error).splitlines()[0][:200]
+        raise TrainingError(
+            f"rank {_RANKS.rank} lost contact with another rank, whose log says why ({reason}): start again with the same "
+            "--output to go on"
+        ) from None
     finally:
         group.close()
         if held:

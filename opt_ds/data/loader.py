@@ -6,7 +6,7 @@ maps stay shared. Order and content do not depend on the number of threads.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -35,6 +35,14 @@ class MicroBatchLoader:
     def validation(self, max_samples: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
         """The fixed validation pass, chunk by chunk."""
         return self._run(iter(self.plan.validation(self.world_size, max_samples)))
+
+    def batch_of(self, planned: PlannedStep, slots: Iterable[int]) -> PackedBatch:
+        """These samples of a step in one batch, on the host."""
+        return self._packer.pack([self._reader.read(planned.samples, int(slot)) for slot in slots])
+
+    def sample_names(self, planned: PlannedStep) -> list[str]:
+        """Names of this rank's samples of a step."""
+        return [name for m in planned.micro_batches[self.rank] for name in self.batch_of(planned, m.slots).sample_names]
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -68,6 +76,5 @@ class MicroBatchLoader:
                 future.cancel()
 
     def _make(self, planned: PlannedStep, number: int) -> PackedBatch:
-        slots = planned.micro_batches[self.rank][number].slots
-        batch = self._packer.pack([self._reader.read(planned.samples, int(slot)) for slot in slots])
+        batch = self.batch_of(planned, planned.micro_batches[self.rank][number].slots)
         return batch.pin_memory() if self.device.type == "cuda" else batch

@@ -7,26 +7,22 @@
         COMPLETE.json         size and SHA-256 of each of these; written last
     <output>/checkpoints/latest, best    text files that name a folder
 
-A checkpoint is written into a temporary folder, flushed to disk, and renamed. Nothing of a random number generator is
-in it: the plan and dropout are functions of (seed, step).
+Here: which checkpoints there are, whether they are whole, and reading them; `checkpoint_writer` writes them. Nothing of a
+random number generator is in one: the plan and dropout are functions of (seed, step).
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from opt_ds.config import Config, config_from_dict
-from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.errors import UserError
-from opt_ds.store.files import atomic_file, file_sha256, sync_folder, write_json
+from opt_ds.store.files import file_sha256
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -36,7 +32,17 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 COMPLETE = "COMPLETE.json"
 MODEL_FILE, MOMENTS_FILE, STATE_FILE = "model.safetensors", "moments.safetensors", "state.json"
-_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
+
+
+@dataclass
+class GuardState:
+    """The history that the guard's decisions depend on."""
+
+    losses: list[float] = field(default_factory=list)  # of the last `spike_window` steps
+    gradient_norms: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # steps not taken, within the last `skip_window`
+    num_skipped: int = 0
+    num_spikes: int = 0
 
 
 @dataclass
@@ -51,109 +57,12 @@ class TrainState:
     train_seconds: float = 0.0
     adam_steps: int = 0  # less than step where an overflow skipped the update
     scaler: dict[str, float] = field(default_factory=dict)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the ones before it are untouched."""
-
-
-# ---- writing
-
-
-def save(
-    output: Path, engine: "DeepSpeedEngine", state: TrainState, about: dict[str, Any], group: ProcessGroup, keep: int
-) -> Path:
-    """Write the checkpoint of `state.step` and point `latest` to it. A collective call; rank 0 writes.
-
-    `about` (config, plan version, stores, versions) goes into state.json. Keeps the last `keep` and the best.
-    Raises CheckpointError on every rank when writing fails.
-    """
-    from opt_ds.engine import optimizer_state  # needs DeepSpeed, which reading a checkpoint does not
-
-    state.adam_steps, state.scaler = optimizer_state.adam_steps(engine), optimizer_state.scaler_state(engine)
-    weights: dict[str, torch.Tensor] = {}
-    moments: dict[str, torch.Tensor] = {}
-    for name, tensors in optimizer_state.gather(engine):
-        if group.ranks.is_main:
-            weights[name] = tensors["weight"].float().cpu().contiguous()
-            moments.update({f"{name}.{key}": tensors[key].cpu().contiguous() for key in optimizer_state.MOMENTS})
-    target, problem = output / FOLDER / folder_name(state.step), None
-    if group.ranks.is_main:
-        try:
-            weights.update({name: buffer.cpu().contiguous() for name, buffer in _buffers(engine.module).items()})
-            _write(target, weights, moments, {**asdict(state), **about})
-            point_to(output, "latest", target)
-            _prune(output, keep)
-        except OSError as error:
-            problem = (
-                f"checkpoint {target} could not be written ({error.strerror or error}): free space, then start again"
-            )
-    problem = group.from_main(problem)
-    if problem:
-        raise CheckpointError(problem)
-    return target
+    guard: GuardState = field(default_factory=GuardState)
 
 
 def folder_name(step: int) -> str:
     """Name of the checkpoint folder after so many steps."""
     return f"step-{step:08d}"
-
-
-def point_to(output: Path, pointer: str, target: Path) -> None:
-    """Make `checkpoints/<pointer>` name this checkpoint, in one atomic replacement."""
-    with atomic_file(output / FOLDER / pointer) as temporary:
-        temporary.write_text(target.name + "\n", encoding="utf-8")
-
-
-def check_space(output: Path, num_parameters: int) -> None:
-    """Raise UserError when the disk cannot hold one more checkpoint of a model of this size."""
-    needed = num_parameters * _BYTES_PER_PARAMETER * 1.05
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise UserError(
-            f"{output}: {free / 2**30:.1f} GiB free, one checkpoint takes {needed / 2**30:.1f} GiB: free some, or "
-            "use another --output"
-        )
-
-
-def _write(
-    target: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: dict[str, Any]
-) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _save_tensors(weights, temporary / MODEL_FILE)
-        _save_tensors(moments, temporary / MOMENTS_FILE)
-        write_json(temporary / STATE_FILE, state)
-        names = (MODEL_FILE, MOMENTS_FILE, STATE_FILE)
-        files = {n: {"bytes": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in names}
-        write_json(temporary / COMPLETE, {"step": state["step"], "files": files})
-        if target.exists():  # the same step again, after a damaged or interrupted run
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except Exception as error:  # safetensors wraps the system's errors in its own type
-        raise OSError(f"{path.name}: {error}") from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _prune(output: Path, keep: int) -> None:
-    best = _pointed(output, "best")
-    for old in all_checkpoints(output)[keep:]:
-        if old != best:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-# ---- reading
 
 
 def all_checkpoints(output: Path) -> list[Path]:
@@ -210,7 +119,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     folder: Path | None = path
     if not (path / COMPLETE).is_file():
-        folder = _pointed(path, "best") or _pointed(path, "latest") or next(iter(all_checkpoints(path)), None)
+        folder = pointed(path, "best") or pointed(path, "latest") or next(iter(all_checkpoints(path)), None)
     if folder is None or not folder.is_dir():
         raise UserError(f"{path}: neither a checkpoint nor a run's output directory with one: train first")
     problem = problem_with(folder, hashes=False)
@@ -226,13 +135,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def train_state(saved: dict[str, Any]) -> TrainState:
     """The TrainState in a state.json."""
-    return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    values = {name: saved[name] for name in TrainState.__dataclass_fields__}
+    return TrainState(**{**values, "guard": GuardState(**saved["guard"])})
 
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Copy a checkpoint's weights and buffers into a model of the same shape. Raises UserError for another shape."""
-    own = {**dict(model.named_parameters()), **_buffers(model)}
+    own = {**dict(model.named_parameters()), **buffers_of(model)}
     with safe_open(folder / MODEL_FILE, "pt") as file:
         saved = set(file.keys())
         for name, tensor in own.items():
@@ -274,13 +184,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["O
     return model.to(device).eval(), config
 
 
-def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def buffers_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Persistent buffers by name."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if not isinstance(value, torch.nn.Parameter)}
 
 
-def _pointed(output: Path, pointer: str) -> Path | None:
+def pointed(output: Path, pointer: str) -> Path | None:
+    """The checkpoint that `checkpoints/<pointer>` names; None where there is none."""
     try:
         folder = output / FOLDER / (output / FOLDER / pointer).read_text(encoding="utf-8").strip()
     except OSError:

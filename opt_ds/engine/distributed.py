@@ -17,8 +17,6 @@ from opt_ds.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-_JOIN_TIMEOUT = timedelta(minutes=30)
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -113,7 +111,8 @@ def _free_port() -> int:
 class ProcessGroup:
     """The joined ranks: their device, and a small channel (gloo, on the host) for agreeing on things."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, timeout_s: float = 1800.0) -> None:
+        """Join. `timeout_s`: a collective that takes longer fails: another rank is lost."""
         import torch
 
         self.ranks = ranks
@@ -129,10 +128,11 @@ class ProcessGroup:
         _set_threads(ranks)
         # Otherwise DeepSpeed compiles shared-memory collectives at first use: half a minute for nothing that we need.
         __compatible_ops__["deepspeed_shm_comm"] = False
+        timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_JOIN_TIMEOUT
+                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
             )
         except torch.distributed.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
@@ -143,17 +143,17 @@ class ProcessGroup:
             ) from None
         self._control: Any = None  # torch's default group
         if backend == "nccl":
-            self._control = torch.distributed.new_group(backend="gloo", timeout=_JOIN_TIMEOUT)
+            self._control = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
-    def any(self, value: bool) -> bool:
-        """Whether any rank says yes."""
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values."""
         if self.ranks.world_size == 1:
             return value
         import torch
 
-        flag = torch.tensor(int(value))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._control)
-        return bool(flag)
+        largest = torch.tensor(value)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._control)
+        return int(largest)
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
         """Sum of a tensor over the ranks, on the host; in place where it lies there."""
@@ -192,6 +192,13 @@ class ProcessGroup:
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank ended, or did not answer in time."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error) or "NCCL" in str(error)
 
 
 def _own_device(ranks: Ranks) -> "torch.device":

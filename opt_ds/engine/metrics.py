@@ -37,10 +37,16 @@ class TermSums:
         for loss, count in counts.items():
             self.counts[loss] = self.counts.get(loss, 0.0) + count
 
+    def include(self, other: "TermSums") -> None:
+        """Add another sum's micro-batches and counts."""
+        if other._total is not None:
+            self._names = other._names
+            self._total = other._total if self._total is None else self._total + other._total
+        self.add_counts(other.counts)
+
     def vector(self) -> torch.Tensor:
-        """This rank's sums."""
-        assert self._total is not None, "no micro-batch was added"
-        return self._total
+        """This rank's sums; empty while nothing was added."""
+        return torch.zeros(0, dtype=torch.float64) if self._total is None else self._total
 
     def means(self, vector: torch.Tensor) -> dict[tuple[str, str], float]:
         """(loss, "loss" | metric) -> mean over the counted terms, of a vector of sums over all ranks.

@@ -5,6 +5,8 @@ of every parameter's slices; stage 0 (fp32) has the parameters themselves.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -94,6 +96,65 @@ def set_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
 def loss_scale(engine: DeepSpeedEngine) -> float:
     """The loss scale in use; 1 without one."""
     return float(scaler_state(engine).get("cur_scale", 1.0))
+
+
+def least_loss_scale(engine: DeepSpeedEngine) -> float:
+    """The scale below which it does not go; 1 without one."""
+    return float(engine.optimizer.loss_scaler.min_scale) if scaler_state(engine) else 1.0
+
+
+def take_step(engine: DeepSpeedEngine) -> bool:
+    """`engine.step()`; gives whether the weights were updated (not so when the gradient is not finite).
+
+    DeepSpeed grows the loss scale before it divides by it: in that step the gradient would come out halved. So the growth
+    waits for the step's end. At the smallest scale it would raise; here the step is just not taken.
+    """
+    if not scaler_state(engine):
+        engine.step()
+        return engine.was_step_applied()
+    scaler = engine.optimizer.loss_scaler
+    scaler.raise_error_at_min_scale = False
+    shrink = {"_update_scale": lambda has_overflow=False: scaler.update_scale(True) if has_overflow else None}
+    with _changed(engine.optimizer, shrink):
+        engine.step()
+    if engine.was_step_applied():
+        scaler.update_scale(False)
+    return engine.was_step_applied()
+
+
+def discard_gradients(engine: DeepSpeedEngine) -> None:
+    """Drop what the step's micro-batches accumulated: DeepSpeed's own way with an overflow, but the loss scale stays."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+
+    def overflow(*_: object, **__: object) -> None:
+        optimizer.overflow = True
+
+    if stage == 0:
+        engine.zero_grad()
+        return
+    changes: dict[str, Any]
+    if hasattr(optimizer, "get_grads_for_norm"):  # bf16 at stage 1
+        infinite = torch.full((1,), torch.inf, device=engine.device)
+        changes = {"get_grads_for_norm": lambda for_clipping=False: ([infinite], {})}
+    else:
+        check = "_overflow_check_and_loss_scale_update" if stage == 3 else "check_overflow"
+        changes = {check: overflow, "check_grad_overflow": True, "_update_scale": lambda has_overflow=False: None}
+    with _changed(optimizer, changes):
+        engine.step()
+
+
+@contextmanager
+def _changed(thing: Any, changes: dict[str, Any]) -> Iterator[None]:
+    """Give an object other attributes for a while."""
+    own = vars(thing)
+    before = {name: own[name] for name in changes if name in own}
+    own.update(changes)
+    try:
+        yield
+    finally:
+        for name in changes:
+            del own[name]
+        own.update(before)
 
 
 def _flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:

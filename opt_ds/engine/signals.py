@@ -1,24 +1,35 @@
-"""SIGTERM and SIGINT: remembered, agreed upon by all ranks at a step boundary, then the run saves and ends.
-
-A second signal ends the process at once.
+"""SIGTERM, SIGINT and the scheduler's pre-emption signal: remembered, agreed upon by all ranks at a step boundary, then
+the run saves and ends. A second signal ends the process at once.
 """
 
 import os
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
 
 REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
 
 
 class StopRequest:
-    """Installs the handlers; `received` is the first signal's name, '' while there is none."""
+    """While entered, `received` is the name of the first signal that asked to stop, '' while there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, preemption_signal: str = "SIGUSR1") -> None:
         self.received = ""
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.numbers = {signal.SIGTERM, signal.SIGINT, signal.Signals[preemption_signal]}
+        self._before: dict[int, signal._HANDLER] = {}
 
-    def restore(self) -> None:
-        """Put the former handlers back."""
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._handle) for number in self.numbers}
+        _entered.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _entered.remove(self)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Give the signals their former handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -26,3 +37,28 @@ class StopRequest:
         if self.received:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
+
+
+# A forked worker must not inherit the handlers, or whoever ends it with SIGTERM would wait for it for ever. From before the
+# fork until the child has its former handlers back the signals are blocked: Python forgets those that arrive in between.
+_entered: list[StopRequest] = []
+_masks: list[set[int]] = []
+
+
+def _before_fork() -> None:
+    if _entered:
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, _entered[-1].numbers))
+
+
+def _after_fork_in_parent() -> None:
+    if _masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
+def _after_fork_in_child() -> None:
+    while _entered:
+        _entered.pop().put_back()
+    _after_fork_in_parent()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

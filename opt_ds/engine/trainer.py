@@ -3,9 +3,7 @@
 An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
 """
 
-import math
 import os
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -16,28 +14,26 @@ import torch
 from torch import nn
 
 from opt_ds.config import Config
-from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.plan import PlannedStep, StepPlan
 from opt_ds.engine import checkpoint, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
+from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
 from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
 from opt_ds.engine.distributed import ProcessGroup
-from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, TermSums, settings_table, validation_table
+from opt_ds.engine.guard import Guard, TrainingError, differing_parameter
+from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.engine.step import SkipBudgetError, Stepper
 from opt_ds.engine.window import MemoryKeeper, Window, peak_memory_gib
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import OPT
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
-from opt_ds.tasks.base import total_loss
 
+_STOP, _WRITE_FAILED = 1, 2  # what a rank can ask of all at a step's end
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and where the saved state is."""
 
 
 class Trainer:
@@ -52,11 +48,11 @@ class Trainer:
         hardware: Hardware,
         precision: Precision,
         resume_from: Path | None,
+        stop: StopRequest,
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
-        self.ranks, self.stop = group.ranks, StopRequest()
+        self.ranks, self.stop = group.ranks, stop
         self.plan = StepPlan(config, stores)
-        self.memory = MemoryKeeper(stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend)
 
@@ -66,7 +62,7 @@ class Trainer:
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
         self.engine = self._build_engine(settings, resume_from)
         self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
-        self._about = {
+        about = {
             "plan_version": StepPlan.VERSION,
             "config": config.model_dump(mode="json"),
             "stores": [store.fingerprint for store in stores],
@@ -75,6 +71,11 @@ class Trainer:
             "zero_stage": config.zero.stage,
             "world_size": self.ranks.world_size,
         }
+        self.writer = CheckpointWriter(output, group, config.checkpoint.keep, about)
+        self.stepper = Stepper(
+            config, self.engine, group, self.loader, Guard(config.guard, self.state.guard), MemoryKeeper(stores), output,
+            self.report.say,
+        )  # fmt: skip
         self._baselines: dict[str, float] | None = None
         self._saved_step = self.state.step if resume_from else -1
         self._describe(hardware, settings, first_step, resume_from)
@@ -82,90 +83,69 @@ class Trainer:
     # ---- the loop
 
     def train(self) -> int:
-        """Train to `max_steps` or an early stop. Returns the process's exit code: 0, or 75 after a signal."""
+        """Train to `max_steps` or an early stop. Returns the process's exit code: 0, or 75 after a signal.
+
+        Raises TrainingError when it cannot go on, CheckpointError when the disk cannot take a checkpoint.
+        """
+        try:
+            stopped = self._run()
+            self.writer.wait()
+            if stopped:
+                self.report.say(
+                    f"{stopped}: saved after step {self.state.step}; start again with the same --output to go on"
+                )
+            else:
+                self.report.say(f"finished after step {self.state.step}: {self.output}")
+            self.group.barrier()  # a launcher ends all ranks at the first one's exit
+            return REQUEUE_EXIT_CODE if stopped else 0
+        except SkipBudgetError as error:
+            folder = self.save()
+            self.writer.wait()
+            raise TrainingError(
+                f"{error}; the weights before it are in {folder}: look at these samples, or lower optimizer.lr and start "
+                "with another --output, or allow more with guard.skip_budget"
+            ) from None
+        finally:
+            self.close()
+
+    def _run(self) -> str:
+        """The steps. Gives what asked the run to stop before its end, saved by then; '' when it is finished."""
         window = Window(self.loader)
         self.engine.train()
         for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
-            self._step(planned, micro_batches, window)
+            window.add(planned, self.stepper.take(planned, micro_batches))
             self.state.step += 1
             status = self._log(window) if self._due(self.config.train.log_every) else None
             self.report.advance(status)
-            if self._due(self.config.train.validate_every):
-                with window.paused():
+            with window.paused():
+                self._compare_ranks()
+                if self._due(self.config.train.validate_every):
                     self.validate()
-            if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
-                with window.paused():
+                if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
                     self.save()
             if self.state.stopped_early:
                 self.report.say(
                     f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
-            if self.group.any(bool(self.stop.received)):
+            request = self.group.max(_WRITE_FAILED if self.writer.has_failed else _STOP if self.stop.received else 0)
+            if request == _WRITE_FAILED:
+                self.writer.wait()  # raises
+            if request == _STOP:
                 self.save()
-                name = self.stop.received or "a signal to another rank"
-                self.report.say(
-                    f"{name}: saved after step {self.state.step}; start again with the same --output to go on"
-                )
-                self.close()
-                return REQUEUE_EXIT_CODE
-        self.report.say(f"finished after step {self.state.step}: {self.output}")
-        self.close()
-        return 0
+                return self.stop.received or "a signal to another rank"
+        return ""
 
-    def _step(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch], window: Window) -> None:
-        """One optimiser step over the global batch."""
-        self._set_lr(planned.step)
-        sums = window.sums
-        last = len(planned.micro_batches[self.ranks.rank]) - 1
-        losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []
-        for k, batch in enumerate(micro_batches):
-            backend.seed_dropout(self.config.seed, planned.step, self.ranks.rank, k)
-            self.engine.set_gradient_accumulation_boundary(k == last)
-            terms = self.engine(batch)
-            loss = total_loss(terms, planned.counts, self.config.tasks, self.ranks.world_size)
-            self.engine.backward(loss, scale_wrt_gas=False)
-            losses.append((sums.add(terms), batch.sample_names))
-            self.memory.after_micro_batch(k)
-        sums.add_counts(planned.counts)
-        window.add(planned, self._update_weights(planned.step, sums, losses))
-
-    def _update_weights(self, step: int, sums: TermSums, losses: list[tuple[torch.Tensor, tuple[str, ...]]]) -> Any:
-        """Clip, update, return the gradient's global norm; ends the run where the gradient is not finite."""
-        if self.config.zero.stage == 0:  # DeepSpeed neither reports a norm there nor looks at it
-            norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
-            if not math.isfinite(norm):
-                self._give_up(step, sums, losses)
-        try:
-            self.engine.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            self._give_up(step, sums, losses)
-        if (
-            not self.engine.was_step_applied() and self.precision != "fp16"
-        ):  # fp16: the loss scale goes down, and on it goes
-            self._give_up(step, sums, losses)
-        return norm if self.config.zero.stage == 0 else self.engine.get_global_grad_norm()
-
-    def _give_up(self, step: int, sums: TermSums, losses: list[tuple[torch.Tensor, tuple[str, ...]]]) -> None:
-        """Save what was before this step, then say which loss of which samples is not finite."""
-        found = [(", ".join(bad), names) for vector, names in losses if (bad := sums.non_finite(vector))]
-        named = [item for items in self.group.gather(found[:1]) for item in items]
-        where = (
-            f"the loss {named[0][0]} of a micro-batch with {', '.join(named[0][1][:8])}" if named else "the gradient"
-        )
-        scale = f" at loss scale {optimizer_state.loss_scale(self.engine):g}" if self.precision == "fp16" else ""
-        folder = self.save()
-        raise TrainingError(
-            f"step {step}: {where} is not finite{scale}; the weights before it are in {folder}: look at these samples, "
-            "or lower optimizer.lr and start with another --output"
-        )
-
-    def _set_lr(self, step: int) -> None:
-        lr = self.config.optimizer.lr * self.config.schedule.lr_factor(step)
-        for parameters in self.engine.basic_optimizer.param_groups:
-            parameters["lr"] = lr
+    def _compare_ranks(self) -> None:
+        every = self.config.guard.compare_ranks_every
+        if not every or self.state.step % every or self.ranks.world_size == 1 or self.config.zero.stage == 3:
+            return
+        name = differing_parameter(self.engine.module, self.group)
+        if name:
+            raise TrainingError(
+                f"after step {self.state.step} the ranks' weights differ ({name}): memory or network is faulty; start again "
+                f"from a checkpoint at least {every} steps back (remove the newer ones)"
+            )
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.config.max_steps
@@ -181,18 +161,22 @@ class Trainer:
         rates = window.rates()
         self.state.train_seconds += window.seconds()
         values = {
-            "train/loss": total,
+            **({"train/loss": total} if losses else {}),  # no loss where no step of the window was taken
             **{f"train/{loss}/{name}": value for (loss, name), value in means.items()},
             "optimizer/lr": lr,
             "optimizer/gradient_norm": window.gradient_norm(),
             "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
-            "optimizer/skipped_steps": float(self.engine.skipped_steps),
+            "optimizer/skipped_steps": float(self.state.step - optimizer_state.adam_steps(self.engine)),
+            "guard/not_finite": float(self.state.guard.num_skipped),
+            "guard/spikes": float(self.state.guard.num_spikes),
+            "checkpoint/stall_s": self.writer.stall_s,
+            "checkpoint/write_s": self.writer.write_s,
             **{f"speed/{name}": value for name, value in rates.items()},
             "memory/peak_gib": peak_memory_gib(self.group.device),
         }
         self.report.scalars(self.state.step, values, "train")
         window.restart()
-        return {"loss": f"{total:.3f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+        return {"loss": f"{total:.3f}" if losses else "–", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
 
     def validate(self) -> float:
         """Every task on every validation sample; prints the table, keeps the best. Returns the weighted loss."""
@@ -215,16 +199,11 @@ class Trainer:
         return found.weighted
 
     def save(self) -> Path:
-        """Write the checkpoint of this step, once; the best one is pointed to."""
-        folder = self.output / checkpoint.FOLDER / checkpoint.folder_name(self.state.step)
+        """Begin to write the checkpoint of this step, once; the best one is pointed to."""
         if self._saved_step != self.state.step:
-            folder = checkpoint.save(
-                self.output, self.engine, self.state, self._about, self.group, self.config.checkpoint.keep
-            )
+            self.writer.save(self.engine, self.state, best=self.state.best_step == self.state.step)
             self._saved_step = self.state.step
-            if self.ranks.is_main and self.state.best_step == self.state.step:
-                checkpoint.point_to(self.output, "best", folder)
-        return folder
+        return self.output / checkpoint.FOLDER / checkpoint.folder_name(self.state.step)
 
     def _note_validation(self, total: float) -> None:
         """Compare with the best so far; the best is saved at once, so that it exists whatever comes."""
@@ -265,10 +244,9 @@ class Trainer:
         self.engine.train()
 
     def close(self) -> None:
-        """End the threads and files of the run."""
-        self.group.barrier()  # a launcher ends all ranks at the first one's exit
-        self.stop.restore()
+        """End the threads and files of the run, whatever ended it."""
         self.loader.close()
+        self.writer.close()
         self.report.close()
 
     # ---- building
@@ -282,7 +260,7 @@ class Trainer:
         elif self.config.model.bert:
             model.load_bert(self.config.model.bert)
         if self.ranks.is_main:
-            checkpoint.check_space(self.output, sum(p.numel() for p in model.parameters()))
+            check_space(self.output, sum(p.numel() for p in model.parameters()))
         # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.
         exact = (
             {n: p.detach().clone() for n, p in model.named_parameters()}

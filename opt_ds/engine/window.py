@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.plan import PlannedStep
 from opt_ds.engine.metrics import TermSums
 from opt_ds.store.reader import FeatureStore
+
+if TYPE_CHECKING:
+    from opt_ds.engine.step import StepResult
 
 
 class Window:
@@ -26,23 +29,26 @@ class Window:
         self.sums = TermSums()
         self._samples = self._tokens = self._steps = 0
         self._fill = self._balance = 0.0
-        self._norm: Any = None
+        self._norm = float("nan")
         self._start, self._waited = time.perf_counter(), self._loader.wait_s
 
-    def add(self, planned: PlannedStep, norm: Any) -> None:
+    def add(self, planned: PlannedStep, result: "StepResult") -> None:
+        """Count a step; losses that are not finite are left out."""
+        if result.sums is not None:
+            self.sums.include(result.sums)
         self._steps += 1
         self._samples += planned.num_samples
         self._tokens += planned.num_tokens
         self._fill += planned.fill
         self._balance += planned.balance
-        self._norm = norm
+        self._norm = result.gradient_norm
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
     def gradient_norm(self) -> float:
         """Of the last step, before clipping; infinite where it overflowed."""
-        return float(self._norm)
+        return self._norm
 
     def rates(self) -> dict[str, float]:
         seconds = max(self.seconds(), 1e-9)

@@ -39,6 +39,7 @@ def train(config: Config, output: Path, group: Any, precision: str | None = None
     """What pretrain.py does once the ranks have joined; `precision` skips the hardware's check. Gives the exit code."""
     from opt_ds.engine import checkpoint, preflight, run_folder
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision
+    from opt_ds.engine.signals import StopRequest
     from opt_ds.engine.trainer import Trainer
 
     stores = preflight.open_stores(config)
@@ -47,7 +48,8 @@ def train(config: Config, output: Path, group: Any, precision: str | None = None
     output.mkdir(parents=True, exist_ok=True)
     resume_from = group.from_main(checkpoint.find_resumable(output, print))
     precision = precision or choose_precision(config, hardware)
-    return Trainer(config, stores, output, group, hardware, precision, resume_from).train()
+    with StopRequest(config.train.preemption_signal) as stop:
+        return Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
 
 
 def hashes(output: Path, step: int) -> dict[str, str]:
@@ -67,7 +69,7 @@ def tensors(output: Path, step: int, name: str) -> dict[str, Any]:
 def losses(output: Path) -> dict[int, float]:
     """Step -> training loss, from metrics.jsonl."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if line["kind"] == "train"}
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opt_ds.engine import checkpoint
-from opt_ds.engine.checkpoint import CheckpointError
+from opt_ds.engine.checkpoint_writer import CheckpointError, check_space
 from opt_ds.errors import UserError
 from tests.engine.runs import hashes, tensors, tiny_config, train
 
@@ -110,9 +110,9 @@ def test_a_failed_save_is_said_and_leaves_the_last_one_usable(run: Path, store: 
 
 
 def test_too_little_space_is_refused_before_training(tmp_path: Path) -> None:
-    checkpoint.check_space(tmp_path, 1000)
+    check_space(tmp_path, 1000)
     with pytest.raises(UserError, match="GiB free, one checkpoint takes"):
-        checkpoint.check_space(tmp_path, 10**15)
+        check_space(tmp_path, 10**15)
 
 
 def test_the_model_comes_back_from_a_checkpoint_alone(finished: Path, store: Path) -> None:

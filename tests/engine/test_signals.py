@@ -1,0 +1,57 @@
+"""A request to stop is remembered, a second one ends the process, and neither a forked child nor what follows a run keeps it."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from opt_ds.engine.signals import StopRequest
+
+
+def child(actions: "list[int]", preemption_signal: str = "SIGUSR1") -> int:
+    """Wait status of a forked process that sends itself these signals within a StopRequest; 7 when it survives them."""
+    process = os.fork()
+    if process == 0:
+        try:
+            with StopRequest(preemption_signal) as stop:
+                for number in actions:
+                    os.kill(os.getpid(), number)
+                os._exit(7 if stop.received == signal.Signals(actions[0]).name else 8)
+        finally:
+            os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_signal_is_remembered_and_the_second_ends_the_process(number: int) -> None:
+    assert child([number]) == 7
+    assert child([number, number]) == 128 + number
+
+
+def test_the_preemption_signal_is_a_choice() -> None:
+    assert child([signal.SIGUSR2], "SIGUSR2") == 7
+    assert child([signal.SIGUSR1], "SIGUSR2") == -signal.SIGUSR1, "another one keeps its default action"
+
+
+def test_handlers_are_put_back_also_after_an_error() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with pytest.raises(ValueError, match="broken"), StopRequest():
+        assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+        raise ValueError("broken")
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_forked_worker_can_be_terminated() -> None:
+    with StopRequest() as stop:
+        for delay_s in (0.0, 0.0, 0.001, 0.05):  # a signal may come before the child is itself
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            time.sleep(delay_s)
+            os.kill(worker, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+        assert not stop.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == "SIGTERM", "forking leaves the parent's handlers as they were"
