@@ -1,12 +1,15 @@
 """SIGTERM, SIGINT and the scheduler's pre-emption signal: remembered, agreed upon by all ranks at a step boundary, then
-the run saves and ends. A second signal ends the process at once.
+the run saves and ends. A second signal ends the process at once, unless it belongs to the first: a Ctrl-C under a launcher
+arrives as SIGINT from the terminal and, moments later, as SIGTERM from the launcher.
 """
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
+SAME_REQUEST_S = 2.0  # a signal so soon after the first says nothing new
 
 
 class StopRequest:
@@ -14,6 +17,7 @@ class StopRequest:
 
     def __init__(self, preemption_signal: str = "SIGUSR1") -> None:
         self.received = ""
+        self._received_at = 0.0
         self.numbers = {signal.SIGTERM, signal.SIGINT, signal.Signals[preemption_signal]}
         self._before: dict[int, signal._HANDLER] = {}
 
@@ -34,9 +38,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._received_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._received_at > SAME_REQUEST_S:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
 
 
 # A forked worker must not inherit the handlers, or whoever ends it with SIGTERM would wait for it for ever. From before the

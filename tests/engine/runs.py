@@ -66,6 +66,23 @@ def tensors(output: Path, step: int, name: str) -> dict[str, Any]:
     return load_file(output / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
 
+def zero_moments(output: Path, step: int) -> None:
+    """Make a checkpoint forget Adam's moments, as a broken resume would."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from opt_ds.engine import checkpoint
+    from opt_ds.store.files import file_sha256, write_json
+
+    folder = output / checkpoint.FOLDER / checkpoint.folder_name(step)
+    path = folder / checkpoint.MOMENTS_FILE
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+    state = checkpoint.read_state(folder)
+    files = {n: folder / n for n in (checkpoint.MODEL_FILE, checkpoint.MOMENTS_FILE, checkpoint.STATE_FILE)}
+    described = {n: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for n, p in files.items()}
+    write_json(folder / checkpoint.COMPLETE, {"step": state["step"], "files": described})
+
+
 def losses(output: Path) -> dict[int, float]:
     """Step -> training loss, from metrics.jsonl."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
-"""Two ranks: the same step and curve as one, whatever the micro-batching. They are started once for this whole file."""
+"""Two and four ranks: the same step and curve as one, whatever the micro-batching. They are started once for this whole file."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.plan import StepPlan
 from opt_ds.store.reader import FeatureStore
-from tests.engine.runs import CURVE, free_port, hashes, losses, rank_environment, tensors, tiny_config, train
+from tests.engine.runs import CURVE, free_port, hashes, losses, rank_environment, tensors, tiny_config, train, zero_moments
+
+pytestmark = pytest.mark.timeout(900)
 
 QUIET = ("model.dropout=0", "model.attention_dropout=0")
 # Widths cut so that a micro-batch can be small: the longest sample has 24 + 2 + 8 + 4 + 25 + 64 positions.
@@ -24,30 +27,50 @@ def curve(store: Path, steps: int, *more: str) -> Config:
     return tiny_config(store, *CURVE, f"train.max_steps={steps}", *more)
 
 
+STAGES = (1, 2, 3)
+SWITCH_EVERY = 8  # steps; on one rank, two, four, and one again
+
+
 @pytest.fixture(scope="module")
 def folder(store: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory, group: Any) -> Path:
-    """Every run of this file: those of one rank made here, those of two by `two_ranks.py`."""
+    """Every run of this file: those of one rank made here, those of more by `job_ranks.py`."""
     folder = tmp_path_factory.mktemp("ranks")
+
+    def switched(part: int) -> list[tuple[Config, str]]:
+        """The runs that change their ranks, up to the end of this part."""
+        steps = SWITCH_EVERY * part
+        return [(curve(learnable, steps, f"zero.stage={stage}"), f"switched-{stage}") for stage in STAGES]
+
     train(tiny_config(store, *ONE_STEP, "batch.max_tokens=4096"), folder / "1x1", group)
     train(tiny_config(store, *ONE_STEP, "batch.max_tokens=155"), folder / "1x8", group)
-    train(curve(learnable, 12), folder / "one", group)
-    train(curve(learnable, 4), folder / "1-2-1", group)
+    train(curve(learnable, 4 * SWITCH_EVERY), folder / "one", group)
+    for config, name in switched(1):
+        train(config, folder / name, group)
+    shutil.copytree(folder / "switched-1", folder / "control")
+    zero_moments(folder / "control", SWITCH_EVERY)
     two = [
         (tiny_config(store, *ONE_STEP, "batch.max_tokens=200"), "2x3"),
-        (curve(learnable, 8, "zero.stage=3"), "1-2-1"),
         (tiny_config(store, "train.max_steps=6"), "two straight"),
         (tiny_config(store, "train.max_steps=3"), "two cut"),
         (tiny_config(store, "train.max_steps=6"), "two cut"),
+        (curve(learnable, 2 * SWITCH_EVERY), "control"),
+        *switched(2),
     ]
+    _start_ranks(2, two, folder)
+    _start_ranks(4, switched(3), folder)
+    for config, name in switched(4):
+        train(config, folder / name, group)
+    return folder
+
+
+def _start_ranks(world_size: int, runs: list[tuple[Config, str]], folder: Path) -> None:
     jobs = folder / "jobs.json"
-    described = [{"config": config.model_dump(mode="json"), "output": str(folder / name)} for config, name in two]
+    described = [{"config": config.model_dump(mode="json"), "output": str(folder / name)} for config, name in runs]
     jobs.write_text(json.dumps(described))
     port = free_port()
-    command = [sys.executable, "-m", "tests.engine.two_ranks", str(jobs)]
-    ranks = [subprocess.Popen(command, env=rank_environment(rank, 2, port)) for rank in range(2)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    train(curve(learnable, 12), folder / "1-2-1", group)
-    return folder
+    command = [sys.executable, "-m", "tests.engine.job_ranks", str(jobs)]
+    ranks = [subprocess.Popen(command, env=rank_environment(rank, world_size, port)) for rank in range(world_size)]
+    assert [rank.wait(timeout=280) for rank in ranks] == [0] * world_size
 
 
 def test_loss_and_gradients_do_not_depend_on_ranks_and_micro_batches(store: Path, folder: Path) -> None:
@@ -66,10 +89,19 @@ def test_loss_and_gradients_do_not_depend_on_ranks_and_micro_batches(store: Path
                 assert error <= 1e-5 * max(expected_moment.norm(), 1e-3 * norm), name
 
 
-def test_the_curve_goes_on_from_one_rank_to_two_at_stage_three_and_back(folder: Path) -> None:
-    expected, found = losses(folder / "one"), losses(folder / "1-2-1")
-    assert found.keys() == expected.keys()
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_curve_goes_on_from_one_rank_to_two_to_four_and_back(folder: Path, stage: int) -> None:
+    expected, found = losses(folder / "one"), losses(folder / f"switched-{stage}")
+    assert list(found) == list(expected) == list(range(1, 4 * SWITCH_EVERY + 1))
+    assert expected[4 * SWITCH_EVERY] < 0.8 * expected[1], "the loss must fall, or equal curves would show nothing"
     assert max(abs(found[step] / expected[step] - 1) for step in expected) <= 1e-4
+    launches = json.loads((folder / f"switched-{stage}" / "run.json").read_text())["launches"]
+    assert [launch["ranks"][0] for launch in launches] == ["1", "2", "4", "1"]
+
+
+def test_moments_lost_at_a_switch_would_show(folder: Path) -> None:
+    expected, found = losses(folder / "one"), losses(folder / "control")
+    assert max(abs(found[step] / expected[step] - 1) for step in found) > 1e-3
 
 
 def test_two_ranks_resume_bit_exactly_with_dropout(folder: Path) -> None:

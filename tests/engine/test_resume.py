@@ -5,11 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from opt_ds.engine import checkpoint
-from opt_ds.store.files import file_sha256, write_json
-from tests.engine.runs import CURVE, hashes, losses, tensors, tiny_config, train
+from tests.engine.runs import CURVE, hashes, losses, tensors, tiny_config, train, zero_moments
 
 
 @pytest.mark.parametrize(
@@ -53,17 +50,7 @@ def test_another_stage_continues_the_same_curve_and_zeroed_moments_do_not(
     assert expected[16] < 0.8 * expected[1], "the loss must fall, or equal curves would show nothing"
 
     run("control", 1, 4)
-    _zero_moments(tmp_path / "control", 4)
+    zero_moments(tmp_path / "control", 4)
     run("control", 1, 16)
     control = losses(tmp_path / "control")
     assert max(abs(control[step] / expected[step] - 1) for step in expected) > 1e-3
-
-
-def _zero_moments(output: Path, step: int) -> None:
-    folder = output / checkpoint.FOLDER / checkpoint.folder_name(step)
-    path = folder / checkpoint.MOMENTS_FILE
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
-    state = checkpoint.read_state(folder)
-    files = {n: folder / n for n in (checkpoint.MODEL_FILE, checkpoint.MOMENTS_FILE, checkpoint.STATE_FILE)}
-    described = {n: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for n, p in files.items()}
-    write_json(folder / checkpoint.COMPLETE, {"step": state["step"], "files": described})

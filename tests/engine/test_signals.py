@@ -6,17 +6,18 @@ import time
 
 import pytest
 
-from opt_ds.engine.signals import StopRequest
+from opt_ds.engine.signals import SAME_REQUEST_S, StopRequest
 
 
-def child(actions: "list[int]", preemption_signal: str = "SIGUSR1") -> int:
-    """Wait status of a forked process that sends itself these signals within a StopRequest; 7 when it survives them."""
+def child(actions: list[int], preemption_signal: str = "SIGUSR1", pause_s: float = 0.0) -> int:
+    """Exit code of a forked process that sends itself these signals within a StopRequest; 7 when it survives them."""
     process = os.fork()
     if process == 0:
         try:
             with StopRequest(preemption_signal) as stop:
                 for number in actions:
                     os.kill(os.getpid(), number)
+                    time.sleep(pause_s)
                 os._exit(7 if stop.received == signal.Signals(actions[0]).name else 8)
         finally:
             os._exit(9)
@@ -26,7 +27,11 @@ def child(actions: "list[int]", preemption_signal: str = "SIGUSR1") -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_first_signal_is_remembered_and_the_second_ends_the_process(number: int) -> None:
     assert child([number]) == 7
-    assert child([number, number]) == 128 + number
+    assert child([number, number], pause_s=SAME_REQUEST_S + 0.1) == 128 + number
+
+
+def test_a_launchers_sigterm_on_the_heels_of_ctrl_c_is_the_same_request() -> None:
+    assert child([signal.SIGINT, signal.SIGTERM, signal.SIGTERM]) == 7
 
 
 def test_the_preemption_signal_is_a_choice() -> None:

@@ -1,4 +1,4 @@
-"""One of the two ranks that test_ranks.py starts: a list of runs, one after another (joining costs seconds)."""
+"""One of the ranks that test_ranks.py starts: a list of runs, one after another (joining costs seconds)."""
 
 import json
 import sys

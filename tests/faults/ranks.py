@@ -1,0 +1,68 @@
+"""Two real ranks of a tiny run as processes of their own, without a launcher that would tidy up after them."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.engine.runs import FITTED, free_port, rank_environment
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"fp32": ROOT / "opt_ds" / "pretrain.py", "fp16": ROOT / "tests" / "faults" / "fp16_on_cpu.py"}
+PATIENCE_S = 240
+
+
+class Ranks:
+    """The processes of one start; their output goes to `log`, which grows from start to start."""
+
+    def __init__(self, store: Path, output: Path, settings: tuple[str, ...], precision: str = "fp32", num: int = 2) -> None:
+        self.output = output
+        options = [part for setting in (*FITTED, *settings) for part in ("--set", setting)]
+        given = ["--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        port = free_port()
+        self.logs = [output.parent / f"{output.name}.rank{rank}.log" for rank in range(num)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            with open(log, "w") as file:
+                command = [sys.executable, str(SCRIPTS[precision]), *given]
+                environment = rank_environment(rank, num, port)
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+                )
+
+    def said(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+    def until(self, condition: Callable[[], bool]) -> bool:
+        """Wait for the condition; False if the run ended before."""
+        began = time.monotonic()
+        while not condition():
+            if any(process.poll() is not None for process in self.processes):
+                return False
+            assert time.monotonic() - began < PATIENCE_S, self.said(0)
+            time.sleep(0.0005)
+        return True
+
+    def wait(self) -> list[int]:
+        """The exit codes."""
+        return [process.wait(timeout=PATIENCE_S) for process in self.processes]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def ranks(
+    store: Path, output: Path, settings: tuple[str, ...], precision: str = "fp32", num: int = 2
+) -> Iterator[Ranks]:
+    """Start them; whatever is left at the end is killed."""
+    started = Ranks(store, output, settings, precision, num)
+    try:
+        yield started
+    finally:
+        started.end()

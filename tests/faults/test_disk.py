@@ -1,0 +1,98 @@
+"""A disk that fills up, and files that are damaged behind the run's back: one line says it, and no more than the last is lost."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from opt_ds.engine import checkpoint
+from tests.engine.runs import hashes
+from tests.engine.test_checkpoint import flip_byte
+from tests.faults.ranks import ranks
+
+pytestmark = pytest.mark.timeout(900)
+
+SETTINGS = ("schedule.total_steps=100", "checkpoint.every_steps=2", "checkpoint.keep=20", "train.max_steps=12")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A file system of its own, and a function that sets its size in KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(kib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(folder)], check=True, capture_output=True)
+
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a full disk needs the right to mount a tmpfs: {made.stderr.strip()}")
+    yield folder, resize
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def straight(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run never disturbed."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    with ranks(store, output, SETTINGS, num=1) as run:
+        assert run.wait() == [0], run.said(0)
+    return output
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_the_last_checkpoint_serves(
+    store: Path, straight: Path, small_disk: tuple[Path, Callable[[int], None]]
+) -> None:
+    disk, resize = small_disk
+    one = sum(file.stat().st_size for file in checkpoint.all_checkpoints(straight)[0].iterdir())
+    output = disk / "run"
+    with ranks(store, output, (*SETTINGS, "train.max_steps=6"), num=1) as run:
+        assert run.wait() == [0], run.said(0)
+    used = shutil.disk_usage(disk).used
+    resize((used + int(0.6 * one)) // 1024)
+    with ranks(store, output, SETTINGS, num=1) as run:  # refused at the start: not even one more fits
+        assert run.wait() == [2], run.said(0)
+        assert "GiB free, one checkpoint takes" in run.said(0) and "Traceback" not in run.said(0)
+    resize((used + int(2.2 * one)) // 1024)
+    with ranks(store, output, SETTINGS, num=1) as run:  # two more fit
+        assert run.wait() == [1], run.said(0)
+        assert "error: checkpoint" in run.said(0) or "GiB free" in run.said(0), run.said(0)
+        assert "Traceback" not in run.said(0), run.said(0)
+    newest = checkpoint.find_resumable(output, print)
+    assert newest is not None and newest.name in ("step-00000008", "step-00000010")
+    resize(65536)
+    with ranks(store, output, SETTINGS, num=1) as run:
+        assert run.wait() == [0], run.said(0)
+        assert f"resuming from {newest}" in run.said(0)
+    assert hashes(output, 12) == hashes(straight, 12)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda newest: os.truncate(newest / "model.safetensors", 100),
+    "damaged": lambda newest: flip_byte(newest / "moments.safetensors"),
+    "missing": lambda newest: (newest / "state.json").unlink(),
+    'no pointer "latest"': lambda newest: (newest.parent / "latest").unlink(),
+}
+
+
+def test_damaged_files_are_named_and_the_one_before_is_taken(store: Path, straight: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(straight, tmp_path / "run"))
+    newest, *_ = checkpoint.all_checkpoints(output)
+    for word, damage in DAMAGES.items():
+        shutil.rmtree(output)
+        shutil.copytree(straight, output)
+        damage(newest)
+        said: list[str] = []
+        found = checkpoint.find_resumable(output, said.append)
+        expected = "step-00000012" if "pointer" in word else "step-00000010"
+        assert found is not None and found.name == expected and word in said[0], (word, said)
+    shutil.rmtree(output)
+    shutil.copytree(straight, output)
+    DAMAGES["damaged"](newest)
+    with ranks(store, output, SETTINGS, num=1) as run:
+        assert run.wait() == [0], run.said(0)
+        assert "step-00000012 is not usable: moments.safetensors is damaged" in run.said(0)
+    assert hashes(output, 12) == hashes(straight, 12)

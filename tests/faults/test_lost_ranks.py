@@ -1,0 +1,25 @@
+"""A rank that hangs: the others notice in bounded time and say so (that of a killed one is in test_kills.py)."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from opt_ds.engine import checkpoint
+from tests.faults.ranks import ranks
+
+pytestmark = pytest.mark.timeout(900)
+
+SETTINGS = ("train.max_steps=100000", "schedule.total_steps=100000", "checkpoint.every_steps=2", "guard.rank_timeout_s=10")
+
+
+def test_a_hung_rank_does_not_hang_the_others(store: Path, tmp_path: Path) -> None:
+    with ranks(store, tmp_path / "run", SETTINGS) as run:
+        assert run.until(lambda: (tmp_path / "run" / "checkpoints" / "latest").is_file()), run.said(0)
+        run.processes[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert run.processes[0].wait(timeout=120) == 1, run.said(0)
+        assert time.monotonic() - began < 60
+        assert "error: rank 0 lost contact with another rank" in run.said(0)
+    assert checkpoint.find_resumable(tmp_path / "run", print) is not None
