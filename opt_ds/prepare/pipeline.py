@@ -313,11 +313,9 @@ def _image_item(feature: Any, picture: Any, settings: PrepareSettings) -> ImageI
 
 
 def _audio_item(frames: np.ndarray, _: Any, settings: PrepareSettings) -> np.ndarray | _Failure:
-    if settings.pool_frames > 1:
-        starts = np.arange(0, len(frames), settings.pool_frames)
-        counts = np.diff(np.append(starts, len(frames)))[:, None]
-        frames = (np.add.reduceat(frames.astype("float32"), starts) / counts).astype("float16")
-    frames = frames[: settings.max_frames]
+    from opt_ds.prepare.speech import pool_frames
+
+    frames = pool_frames(frames, settings.pool_frames)[: settings.max_frames]
     return frames if np.isfinite(frames).all() else _Failure("speech features are not finite")
 
 
