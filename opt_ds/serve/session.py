@@ -85,8 +85,8 @@ class Session(ModelRunner):
         pictures = [Image.fromarray(np.ascontiguousarray(picture)) for picture in painted]
         if count == 1:
             return [(pictures[0], None)]
-        scored = [(picture, self._belongs(sample, picture)) for picture in pictures]
-        return sorted(scored, key=lambda pair: -pair[1])
+        scores = [self._belongs(sample, picture) for picture in pictures]
+        return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
         """Probability of each matching case (see data.matching); what two or three given inputs allow."""
