@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": Command("opt_ds.commands.evaluate", "evaluate", "Measure a checkpoint on held-out samples."),
     "generate": Command("opt_ds.commands.serve", "generate", "Write a text or paint a picture from raw input."),
     "export": Command("opt_ds.commands.serve", "export", "Write a checkpoint in Hugging Face's layout."),
+    "serve": Command("opt_ds.commands.serve", "serve", "A web page and a JSON API around a trained model."),
 }
 
 

@@ -1,4 +1,4 @@
-"""`opt-ds generate` and `opt-ds export`: a trained model for use."""
+"""`opt-ds generate`, `opt-ds export` and `opt-ds serve`: a trained model for use."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +66,43 @@ def export(
     from opt_ds.serve.export import export as run
 
     typer.echo(f"exported to {run(checkpoint, output)}")
+
+
+def serve(
+    checkpoint: _Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
+    store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
+    split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
+    image_weights: _ImageWeights = None,
+    speech_weights: _SpeechWeights = None,
+    device: _Device = "auto",
+) -> None:
+    """A web page to try the model on, and a JSON API (see /api/docs)."""
+    try:
+        import uvicorn
+
+        from opt_ds.serve.app import build_app
+    except ImportError as error:
+        raise UserError(f"opt-ds serve needs {error.name}: pip install 'opt_ds[web]'") from None
+    from opt_ds.serve.neighbours import Neighbours, evaluator_beside
+
+    session = _session(checkpoint, image_weights, speech_weights, device)
+    neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
+    listening = _listen(host, port)
+    typer.echo(f"http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+    server = uvicorn.Server(uvicorn.Config(build_app(session, neighbours), log_level="warning", timeout_keep_alive=5))
+    server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> Any:
+    import socket
+
+    try:
+        listening = socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}: choose another one, or --port 0") from None
+    return listening
 
 
 def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path | None, device: str) -> Any:

@@ -93,11 +93,7 @@ def _label_matrices(
 
 def _cls(evaluator: Evaluator, samples: np.ndarray, subset: str) -> np.ndarray:
     """float32 [n, e], the encoder's [CLS] of the samples' subset."""
-    read = [evaluator.read(index, SUBSETS[subset]) for index in samples]
-    cls_ne = np.empty((len(read), evaluator.config.model.hidden_size), dtype=np.float32)
-    for places, batch, hidden_te in evaluator.batches(read):
-        cls_ne[places] = hidden_te.index_select(0, batch.inputs.cls_index).float().cpu().numpy()
-    return cls_ne
+    return evaluator.cls_vectors([evaluator.read(index, SUBSETS[subset]) for index in samples])
 
 
 def _probe(

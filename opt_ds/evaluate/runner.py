@@ -47,6 +47,13 @@ class ModelRunner:
             yield places, batch, self.model.encode(batch.inputs)
             start = stop
 
+    def cls_vectors(self, samples: Sequence[Sample]) -> np.ndarray:
+        """The encoder's [CLS] of each sample; float32 [samples, e]."""
+        cls_se = np.empty((len(samples), self.config.model.hidden_size), dtype=np.float32)
+        for places, batch, hidden_te in self.batches(samples):
+            cls_se[places] = hidden_te.index_select(0, batch.inputs.cls_index).float().cpu().numpy()
+        return cls_se
+
     def write_text(self, samples: Sequence[Sample], options: DecodingConfig) -> list[str]:
         """What the text decoder writes for each sample, decoded to words."""
         texts = [""] * len(samples)

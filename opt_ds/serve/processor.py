@@ -1,6 +1,7 @@
 """Raw text, pictures and recordings -> model inputs, with the very extractors that the model was trained on."""
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ class OPTProcessor:
         if audio is not None:
             sample.frames = self._frames(audio)
         return sample
+
+    def with_notes(self, warn: Callable[[str], None]) -> "OPTProcessor":
+        """The same processor, whose warnings go somewhere else."""
+        other = copy(self)
+        other._warn = warn
+        return other
 
     def _tokens(self, text: str) -> np.ndarray:
         tokens = self._text.extract([text])[0].astype(np.int64)
@@ -132,11 +139,11 @@ class OPTProcessor:
 
 def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
     if not path.is_file():
-        raise UserError(f"--{kind} {path}: no such file")
+        raise UserError(f"{kind} {path}: no such file")
     try:
         return load(path)
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--{kind} {path}: cannot be read ({reason}): give another file") from None
+        reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__
+        raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None
