@@ -204,6 +204,17 @@ class TrainConfig(_Section):
     validate_samples: int = Field(2048, ge=1, description="validation samples at most")
     picture_grid: int = Field(8, ge=0, description="samples shown in the picture grid of a validation; 0: none")
     early_stopping: int = Field(0, ge=0, description="validations without a better loss before stopping; 0: never")
+    time_limit_minutes: float | None = Field(
+        None, gt=0, description="of one launch; then it saves and exits with 75. None: what Slurm grants, if that is known"
+    )
+    time_reserve_s: float = Field(120, ge=0, description="time for saving, kept free before the limit beside the longest step")
+
+
+class ProfileConfig(_Section):
+    """A trace by torch's profiler, under <output>/profile."""
+
+    steps: int = Field(0, ge=0, description="steps to trace; 0: none")
+    skip: int = Field(2, ge=0, description="steps of this launch before the first traced one")
 
 
 class CheckpointConfig(_Section):
@@ -237,6 +248,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
     ops: OpsConfig = OpsConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def max_steps(self) -> int:

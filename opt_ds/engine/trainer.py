@@ -23,8 +23,11 @@ from opt_ds.engine import checkpoint, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
 from opt_ds.engine.distributed import ProcessGroup
+from opt_ds.engine.hardware import peak_flops
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, TermSums, settings_table, validation_table
+from opt_ds.engine.profile import StepProfiler
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.engine.time_limit import TimeLimit
 from opt_ds.engine.window import MemoryKeeper, Window, peak_memory_gib
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import OPT
@@ -66,6 +69,8 @@ class Trainer:
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
         self.engine = self._build_engine(settings, resume_from)
         self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
+        self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
+        self.peak = peak_flops(hardware, precision)
         self._about = {
             "plan_version": StepPlan.VERSION,
             "config": config.model_dump(mode="json"),
@@ -83,11 +88,14 @@ class Trainer:
 
     def train(self) -> int:
         """Train to `max_steps` or an early stop. Returns the process's exit code: 0, or 75 after a signal."""
-        window = Window(self.loader)
+        window, time_limit = Window(self.config, self.loader, self.peak), TimeLimit(self.config.train)
+        if time_limit.source:
+            self.report.say(time_limit.describe())
         self.engine.train()
         for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
             self._step(planned, micro_batches, window)
             self.state.step += 1
+            self.profiler.step_done(self.state.step)
             status = self._log(window) if self._due(self.config.train.log_every) else None
             self.report.advance(status)
             if self._due(self.config.train.validate_every):
@@ -101,9 +109,10 @@ class Trainer:
                     f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
-            if self.group.any(bool(self.stop.received)):
+            out_of_time = time_limit.is_near()
+            if self.group.any(bool(self.stop.received) or out_of_time):
                 self.save()
-                name = self.stop.received or "a signal to another rank"
+                name = self.stop.received or ("time limit" if out_of_time else "a signal to another rank")
                 self.report.say(
                     f"{name}: saved after step {self.state.step}; start again with the same --output to go on"
                 )
@@ -269,6 +278,7 @@ class Trainer:
         self.group.barrier()  # a launcher ends all ranks at the first one's exit
         self.stop.restore()
         self.loader.close()
+        self.profiler.close()
         self.report.close()
 
     # ---- building
