@@ -17,6 +17,7 @@ def cluster() -> Iterator[LocalCluster]:
     except SlurmMissingError as error:
         pytest.skip(str(error))
     with local:
+        local.environment["OPT_DS_DOCTOR"] = "0"  # one test has it; it takes seconds
         yield local
 
 

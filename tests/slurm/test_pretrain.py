@@ -22,6 +22,7 @@ def straight(cluster: LocalCluster, store: Path, tmp_path_factory: pytest.TempPa
 
 def test_a_signal_in_mid_run_changes_nothing(cluster: LocalCluster, store: Path, tmp_path: Path) -> None:
     """Two nodes to the end, with the environment report; and the same cut by a signal."""
+    cluster.environment["OPT_DS_DOCTOR"] = "1"
     whole = PretrainJob(cluster, store, tmp_path / "whole", SHORT)
     expected = whole.finish()
     text = whole.text()
@@ -45,10 +46,6 @@ def test_a_signal_in_mid_run_changes_nothing(cluster: LocalCluster, store: Path,
 
 @pytest.mark.faults
 class TestCampaign:
-    @pytest.fixture(autouse=True)
-    def without_report(self, cluster: LocalCluster) -> None:
-        cluster.environment["OPT_DS_DOCTOR"] = "0"
-
     def test_requeue(self, cluster: LocalCluster, store: Path, tmp_path: Path, straight: dict[str, str]) -> None:
         job = PretrainJob(cluster, store, tmp_path / "run", LONG)
         job.wait_for_step(60)
