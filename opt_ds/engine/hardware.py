@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU. Rates in operations or bytes a second; `link` is one direction of NVLink, of one GPU."""
+    """A kind of GPU. Memory as its driver reports it; rates in operations or bytes a second; `link`: NVLink, one direction."""
 
     name: str
     memory_gib: float
@@ -29,11 +29,11 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("V100-16GB", 16, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
-        Gpu("V100-32GB", 32, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
-        Gpu("A100-40GB", 40, (8, 0), 312e12, 19.5e12, 1555e9, 300e9),
-        Gpu("A100-80GB", 80, (8, 0), 312e12, 19.5e12, 2039e9, 300e9),
-        Gpu("H100-80GB", 80, (9, 0), 989e12, 67e12, 3350e9, 450e9),
+        Gpu("V100-16GB", 15.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
+        Gpu("V100-32GB", 31.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
+        Gpu("A100-40GB", 39.5, (8, 0), 312e12, 19.5e12, 1555e9, 300e9),
+        Gpu("A100-80GB", 79.2, (8, 0), 312e12, 19.5e12, 2039e9, 300e9),
+        Gpu("H100-80GB", 79.6, (9, 0), 989e12, 67e12, 3350e9, 450e9),
     )
 }
 
@@ -44,6 +44,14 @@ def find_gpu(name: str) -> Gpu:
         if known.lower().startswith(name.lower()):
             return gpu
     raise UserError(f'GPU "{name}": unknown{did_you_mean(name, GPUS)}: choose {", ".join(GPUS)}, or custom')
+
+
+def this_machine() -> Gpu:
+    """This machine's processor as one more kind: all its memory, its measured peak, and loopback as the link."""
+    import os
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Gpu("cpu", memory, (0, 0), _measured_peak("cpu", "bf16"), _measured_peak("cpu", "fp32"), 20e9, 2e9)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,11 @@ class ActivationTracer:
                 self.model = OPT(config.model, config.tasks).train()
         finally:
             torch.set_default_dtype(former)
-        for parameter in self.model.parameters():  # the engine takes each gradient as soon as it is there
+        # The word embedding is used three times. PyTorch adds its gradients up in place, from the backward's beginning to its
+        # end; fake tensors would be copied, so this one gradient is left out of the trace and added to it.
+        self._word = self.model.embeddings.text.word.weight
+        self._traced = [parameter for parameter in self.model.parameters() if parameter is not self._word]
+        for parameter in self._traced:  # the engine takes each gradient as soon as it is there
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def peak_bytes(self, batch: PackedBatch) -> int:
@@ -84,8 +88,8 @@ class ActivationTracer:
                 terms = self.model(on_device)
                 total = sum(term.sum for term in terms.values())
                 assert isinstance(total, torch.Tensor)
-                total.backward()
-        return counter.peak
+                total.backward(inputs=self._traced)
+        return counter.peak + self._word.numel() * self._word.element_size()
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
