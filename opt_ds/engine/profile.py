@@ -22,10 +22,11 @@ class StepProfiler:
     def __init__(self, config: ProfileConfig, output: Path, rank: int, say: Callable[[str], None]) -> None:
         self._folder, self._rank, self._say, self._step = output / FOLDER, rank, say, 0
         self._profile: profile | None = None
+        warmup = min(1, config.skip)  # the profiler's own, whose events are thrown away
         if config.steps and rank == 0:
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
-                schedule=schedule(wait=config.skip, warmup=0, active=config.steps, repeat=1),
+                schedule=schedule(wait=config.skip - warmup, warmup=warmup, active=config.steps, repeat=1),
                 on_trace_ready=self._write,
                 record_shapes=True,
                 profile_memory=True,

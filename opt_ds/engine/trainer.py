@@ -109,8 +109,8 @@ class Trainer:
                     f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
-            out_of_time = time_limit.is_near()
-            if self.group.any(bool(self.stop.received) or out_of_time):
+            out_of_time, done = time_limit.is_near(), self.state.step == self.config.max_steps
+            if not done and self.group.any(bool(self.stop.received) or out_of_time):
                 self.save()
                 name = self.stop.received or ("time limit" if out_of_time else "a signal to another rank")
                 self.report.say(

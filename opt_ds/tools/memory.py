@@ -13,8 +13,9 @@ from opt_ds.engine.deepspeed_config import Precision, deepspeed_settings
 
 #: Python, PyTorch and DeepSpeed on the host, or a CUDA context with cuBLAS' workspace and NCCL's buffers on a GPU (not measured).
 PROCESS_BYTES = {"cpu": 0.70 * 2**30, "cuda": 1.2 * 2**30}
-#: A caching allocator does not fit its pieces together perfectly; on the CPU the C library's is meant.
-FRAGMENTATION = {"cpu": 0.03, "cuda": 0.06}
+#: No allocator fits its pieces together perfectly. On the CPU, the C library's: seen from 0.1 to 0.4; on a GPU not measured.
+FRAGMENTATION = {"cpu": 0.3, "cuda": 0.06}
+_MAX_LIVE_PARAMETERS = 1e9  # DeepSpeed's default: a smaller model stays gathered at stage 3
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RankMemory:
     weights: float
     gradients: float  # fp32 accumulation, and half-precision gradients on their way to it
     optimizer: float  # fp32 master weights and Adam's moments
-    communication: float  # reduction and gathering buffers
+    communication: float  # what is gathered (stage 3), and buffers of reductions that backward does
     activations: float
     step: float  # what an optimiser step needs where that is more than the activations, which it does not see
     workspace: float  # the process itself, and the allocator's losses
@@ -33,6 +34,11 @@ class RankMemory:
     @property
     def total(self) -> float:
         return sum(value for name, value in asdict(self).items() if name != "host")
+
+    @property
+    def tensors(self) -> float:
+        """The total without the workspace."""
+        return self.total - self.workspace
 
 
 def rank_memory(
@@ -49,9 +55,11 @@ def rank_memory(
     host = 0.0
     if config.zero.offload_optimizer:
         host, optimizer = optimizer, 0.0
-    communication = _communication(config, precision, p, world_size)
-    # Stages 1 and 2 reduce into a rank's partition, and flatten it, when the activations are gone.
-    step = p * 4 * share * (2 if stage == 1 and precision != "bf16" else 1) if stage >= 1 else 0.0
+    buffers = _reduction_buffers(config, precision, p)
+    gathered = min(p, _MAX_LIVE_PARAMETERS) * b if stage == 3 else 0.0
+    # Stage 1 reduces and flattens a rank's partition when the activations are gone; later stages reduce during backward.
+    step = p * 4 * share * (2 if precision != "bf16" else 1) + buffers if stage == 1 else p * 4 * share * (stage > 1)
+    communication = gathered + (0.0 if stage == 1 else buffers)
     held = weights + accumulated + on_the_way + optimizer + communication
     step = max(0.0, step - activation_bytes)
     workspace = PROCESS_BYTES[device] + FRAGMENTATION[device] * (held + activation_bytes)
@@ -60,7 +68,7 @@ def rank_memory(
     )
 
 
-def _communication(config: Config, precision: Precision, parameters: float, world_size: int) -> float:
+def _reduction_buffers(config: Config, precision: Precision, parameters: float) -> float:
     if config.zero.stage == 0:
         return 0.0
     zero = deepspeed_settings(config, precision)["zero_optimization"]

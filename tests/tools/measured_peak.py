@@ -1,6 +1,6 @@
-"""A training run of two steps in a process of its own; prints how much memory it took beyond a run of a model of no size.
+"""Training runs of two steps in this process; prints how much memory each took beyond what the process had before it.
 
-python -m tests.tools.measured_peak TINY.yaml CONFIG.yaml FOLDER     with ENVIRONMENT
+python -m tests.tools.measured_peak FOLDER TINY.yaml CONFIG.yaml…     with ENVIRONMENT
 """
 
 import gc
@@ -25,23 +25,30 @@ ENVIRONMENT = {
 }
 
 
-def _status_bytes(key: str) -> int:
+def _resident_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
+
+
+def _measured(source: str, output: Path, group: ProcessGroup) -> int:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    baseline, config = _resident_bytes(), load_config(source)
+    train(config, output, group, config.precision)
+    if not group.ranks.is_main:
+        return 0
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[STEPS - 1])
+    assert last["step"] == STEPS, "before validation and the checkpoint, which the model of memory leaves out"
+    return round(last["memory/peak_gib"] * 2**30) - baseline
 
 
 def main() -> None:
-    tiny, config, folder = load_config(sys.argv[1]), load_config(sys.argv[2]), Path(sys.argv[3])
+    folder, tiny, *configs = sys.argv[1:]
     group = ProcessGroup(find_ranks())
-    train(tiny, folder / "tiny", group, "fp32")  # what is loaded at first use is loaded now
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    baseline = _status_bytes("VmRSS")
-    train(config, folder / "run", group, config.precision)
+    train(load_config(tiny), Path(folder) / "tiny", group, "fp32")  # what is loaded at first use is loaded now
+    peaks = [_measured(source, Path(folder) / Path(source).stem, group) for source in configs]
     if group.ranks.is_main:
-        last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[STEPS - 1])
-        assert last["step"] == STEPS, "before validation and the checkpoint, which the model of memory leaves out"
-        print(json.dumps({"baseline": baseline, "peak": round(last["memory/peak_gib"] * 2**30)}), flush=True)
+        print(json.dumps(peaks), flush=True)
     os._exit(0)
 
 
