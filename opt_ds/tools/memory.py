@@ -25,7 +25,7 @@ class RankMemory:
     weights: float
     gradients: float  # fp32 accumulation, and half-precision gradients on their way to it
     optimizer: float  # fp32 master weights and Adam's moments
-    communication: float  # what is gathered (stage 3), and buffers of reductions that backward does
+    communication: float  # what stage 3 gathers, and buckets for reductions
     activations: float
     step: float  # what an optimiser step needs where that is more than the activations, which it does not see
     workspace: float  # the process itself, and the allocator's losses
@@ -55,11 +55,11 @@ def rank_memory(
     host = 0.0
     if config.zero.offload_optimizer:
         host, optimizer = optimizer, 0.0
-    buffers = _reduction_buffers(config, precision, p)
+    buffers = _reduction_buffers(config, precision, device, p)
     gathered = min(p, _MAX_LIVE_PARAMETERS) * b if stage == 3 else 0.0
-    # Stage 1 reduces and flattens a rank's partition when the activations are gone; later stages reduce during backward.
-    step = p * 4 * share * (2 if precision != "bf16" else 1) + buffers if stage == 1 else p * 4 * share * (stage > 1)
-    communication = gathered + (0.0 if stage == 1 else buffers)
+    # A rank's reduced partition is flattened when the activations are gone; stage 1 reduces only then too.
+    step = p * 4 * share if stage >= 1 else 0.0
+    communication = gathered + buffers
     held = weights + accumulated + on_the_way + optimizer + communication
     step = max(0.0, step - activation_bytes)
     workspace = PROCESS_BYTES[device] + FRAGMENTATION[device] * (held + activation_bytes)
@@ -68,9 +68,14 @@ def rank_memory(
     )
 
 
-def _reduction_buffers(config: Config, precision: Precision, parameters: float) -> float:
-    if config.zero.stage == 0:
+def _reduction_buffers(config: Config, precision: Precision, device: str, parameters: float) -> float:
+    """DeepSpeed reserves whole buckets for backward: of fp32 at stage 1, of the run's precision later. On a CPU only what is
+    written to takes memory, which at stage 1 is when the activations are gone."""
+    stage = config.zero.stage
+    if stage == 0 or (stage == 1 and device == "cpu"):
         return 0.0
     zero = deepspeed_settings(config, precision)["zero_optimization"]
-    elements = min(float(zero["reduce_bucket_size"]), parameters)
-    return elements * 4 * (2 if zero.get("overlap_comm") else 1)
+    elements = float(zero["reduce_bucket_size"])
+    if device == "cpu":
+        elements = min(elements, parameters)
+    return elements * (4 if stage == 1 or precision == "fp32" else 2) * (2 if zero.get("overlap_comm", stage == 3) else 1)

@@ -67,9 +67,12 @@ def predicted(config: Config, world_size: int) -> RankMemory:
     precision = config.precision
     assert precision in ("fp32", "bf16")
     tracer = ActivationTracer(config, precision, "cpu")
-    step = StepPlan(config, stores).step(0, world_size)
-    largest = max(step.micro_batches[0], key=lambda batch: batch.num_tokens)
-    activations = tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in largest.slots]))
+    plan = StepPlan(config, stores)
+    activations = max(
+        tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
+        for step in (plan.step(number, world_size) for number in range(STEPS))
+        for batch in step.micro_batches[0]
+    )
     parameters = sum(p.numel() for p in tracer.model.parameters())
     return rank_memory(config, precision, parameters, world_size, "cpu", activations)
 
