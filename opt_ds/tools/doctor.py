@@ -43,6 +43,18 @@ class Question:
     output: Path | None = None
 
 
+def default_config(stores: list[str]) -> str:
+    """The preset that a start of pretrain.py without --config takes here; opt-base where that cannot be told."""
+    try:
+        import torch
+
+        from opt_ds.engine.preflight import default_preset
+
+        return default_preset(stores, torch.cuda.is_available())[0]
+    except (ImportError, UserError):
+        return "opt-base"  # the report says what is wrong
+
+
 def examine(question: Question) -> Iterator[Finding]:
     """Every finding, as soon as it is there."""
     for check in CHECKS:

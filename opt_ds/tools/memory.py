@@ -57,8 +57,12 @@ def rank_memory(
         host, optimizer = optimizer, 0.0
     buffers = _reduction_buffers(config, precision, device, p)
     gathered = min(p, _MAX_LIVE_PARAMETERS) * b if stage == 3 else 0.0
-    # A rank's reduced partition is flattened when the activations are gone; stage 1 reduces only then too.
-    step = p * 4 * share if stage >= 1 else 0.0
+    # When the activations are gone: the gradients of all weights (stage 1), then a rank's reduced partition, flattened;
+    # BF16_Optimizer flattens bucket by bucket.
+    step = max(p * 4 * share, p * b if stage == 1 else 0.0) if stage >= 1 else 0.0
+    if on_the_way:
+        bucket = float(deepspeed_settings(config, precision)["zero_optimization"]["reduce_bucket_size"])
+        step = 2 * 4 * min(bucket, p)
     communication = gathered + buffers
     held = weights + accumulated + on_the_way + optimizer + communication
     step = max(0.0, step - activation_bytes)

@@ -26,9 +26,9 @@ COMMON = (
     "checkpoint.every_steps=1000",
 )  # fmt: skip
 #: 38 million weights and a handful of samples: weights, gradients, optimiser.
-WIDE = ("model.hidden_size=768", "model.num_layers=3", "batch.size=32", "batch.max_tokens=680")
+WIDE = ("model.hidden_size=768", "model.num_layers=3", "batch.size=16", "batch.max_tokens=680")
 #: 3 million weights and long micro-batches: activations.
-LONG = ("model.hidden_size=192", "model.num_heads=3", "model.ffn_size=768", "model.num_layers=4", "batch.size=96",
+LONG = ("model.hidden_size=192", "model.num_heads=3", "model.ffn_size=768", "model.num_layers=4", "batch.size=64",
         "batch.max_tokens=5000", "zero.stage=0")  # fmt: skip
 
 
@@ -67,13 +67,14 @@ def predicted(config: Config, world_size: int) -> RankMemory:
     precision = config.precision
     assert precision in ("fp32", "bf16")
     tracer = ActivationTracer(config, precision, "cpu")
-    plan = StepPlan(config, stores)
-    activations = max(
-        tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
-        for step in (plan.step(number, world_size) for number in range(STEPS))
-        for batch in step.micro_batches[0]
-    )
     parameters = sum(p.numel() for p in tracer.model.parameters())
+    gradients = rank_memory(config, precision, parameters, world_size, "cpu", 0).gradients
+    plan, activations = StepPlan(config, stores), 0.0
+    for step in (plan.step(number, world_size) for number in range(STEPS)):
+        for number, batch in enumerate(step.micro_batches[0]):
+            found = tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
+            # The first of a step finds no gradients yet; in a long accumulation that makes no difference.
+            activations = max(activations, found - (gradients if number == 0 else 0))
     return rank_memory(config, precision, parameters, world_size, "cpu", activations)
 
 
@@ -81,9 +82,8 @@ def predicted(config: Config, world_size: int) -> RankMemory:
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [
-        (1, {"activations": (*LONG, "precision=fp32"), "stage 1": (*WIDE, "precision=fp32")}),
-        (2, {"stage 1 of 2": (*WIDE, "precision=fp32"), "stage 2 of 2": (*WIDE, "precision=fp32", "zero.stage=2"),
-             "bf16": (*WIDE, "precision=bf16")}),
+        (1, {"activations": (*LONG, "precision=fp32"), "bf16": (*WIDE, "precision=bf16")}),
+        (2, {"stage 1 of 2": (*WIDE, "precision=fp32"), "stage 2 of 2": (*WIDE, "precision=fp32", "zero.stage=2")}),
     ],
 )  # fmt: skip
 def test_predicted_memory_is_within_15_percent_of_measured_peaks(
