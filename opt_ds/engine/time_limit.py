@@ -43,9 +43,14 @@ class TimeLimit:
         """One line for the run's beginning; '' without a limit."""
         if not self.source:
             return ""
-        minutes = (self.end - self._clock()) / 60
+        left_s = self.end - self._clock()
+        if left_s <= self._reserve_s:
+            return (
+                f"warning: {left_s:.0f} s to the time limit ({self.source}), {self._reserve_s:g} s of them kept for saving: "
+                "one step, then a requeue; ask for more time, or lower train.time_reserve_s"
+            )
         return (
-            f"time limit: {minutes:.0f} minutes from now ({self.source}); the run saves and asks to be requeued "
+            f"time limit: {left_s / 60:.0f} minutes from now ({self.source}); the run saves and asks to be requeued "
             f"{self._reserve_s:g} s and its longest step before that"
         )
 

@@ -20,10 +20,11 @@ from opt_ds.model.flops import step_flops
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools.activations import ActivationTracer
 from opt_ds.tools.assumed_store import AssumedStore
-from opt_ds.tools.memory import RankMemory, rank_memory
+from opt_ds.tools.memory import FRAGMENTATION, RankMemory, rank_memory
 
 _BUDGET_STEP = 256  # budgets are given in multiples of it
-_MOST_ROUNDS = 6  # traces until a budget fits
+_MOST_ROUNDS = 6  # traces in the search for the largest one
+_AIM, _NEAR = 0.99, 1.02  # below the limit, and near enough to it: micro-batches differ in their padding
 _OTHER_BYTES = 64 * 2 + 8  # image codes and the sample's own numbers
 
 
@@ -161,19 +162,21 @@ class _Planner:
         least = model.max_sequence + model.max_text_tokens + 1 + model.num_image_codes
         # More than a whole step on one rank is never used.
         most = max(least, sum(m.num_tokens for m in self._planned(wanted).micro_batches[0]))
+        fits, fails = 0, most + _BUDGET_STEP  # budgets: the largest known to fit, the smallest known not to
         budget, memory = wanted, at_wanted
         for _ in range(_MOST_ROUNDS):
-            free = self.limit - (memory.total - memory.activations)
-            guess = int(budget * 0.995 * free / memory.activations) // _BUDGET_STEP * _BUDGET_STEP
-            guess = max(least, min(guess, most))
-            if free <= 0:
-                return 0
-            if memory.total <= self.limit and guess <= budget * 1.02:
-                return budget
+            if memory.total <= self.limit:
+                fits = max(fits, budget)
+            else:
+                fails = min(fails, budget)
+            growing = memory.activations * (1 + FRAGMENTATION[self.cluster.device])
+            guess = budget * (self.limit - (memory.total - growing)) / growing * _AIM
+            guess = int(min(guess, most) if fits < guess < fails else (fits + fails) / 2) // _BUDGET_STEP * _BUDGET_STEP
+            guess = max(least, guess)
+            if guess <= fits * _NEAR or guess >= fails:
+                break
             budget, memory = guess, self._memory(guess)
-            if memory.total > self.limit and budget == least:
-                return 0
-        return budget if memory.total <= self.limit else 0
+        return fits
 
     def _bytes_per_sample(self) -> float:
         """Mean bytes read from the stores for one training sample."""

@@ -42,6 +42,7 @@ def test_the_nearer_of_two_limits_counts() -> None:
     assert make(clock, {END_TIME_VARIABLE: "1600"}, time_limit_minutes=5).source == "train.time_limit_minutes"
     assert make(clock, {END_TIME_VARIABLE: "1100"}, time_limit_minutes=5).source == "Slurm"
     assert "10 minutes from now (Slurm)" in make(clock, {END_TIME_VARIABLE: "1600"}).describe()
+    assert "lower train.time_reserve_s" in make(clock, {END_TIME_VARIABLE: "1100"}).describe()
 
 
 def test_an_unreadable_end_is_refused() -> None:
