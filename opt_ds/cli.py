@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "corpus": Command("opt_ds.commands.data", "corpus", "Write a built-in corpus: raw pictures, words and speech."),
     "prepare": Command("opt_ds.commands.data", "prepare", "Make a feature store from a manifest of raw files."),
+    "merge": Command("opt_ds.commands.data", "merge", "Join the parts that a job array prepared into one store."),
     "inspect": Command("opt_ds.commands.data", "inspect_store", "Verify a feature store and summarise it."),
     "train-dvae": Command(
         "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
@@ -30,6 +31,8 @@ COMMANDS = {
     "generate": Command("opt_ds.commands.serve", "generate", "Write a text or paint a picture from raw input."),
     "export": Command("opt_ds.commands.serve", "export", "Write a checkpoint in Hugging Face's layout."),
     "serve": Command("opt_ds.commands.serve", "serve", "A web page and a JSON API around a trained model."),
+    "doctor": Command("opt_ds.commands.doctor", "doctor", "Check this machine, a line a fact: ok, or how to mend it."),
+    "plan": Command("opt_ds.commands.plan", "plan", "Say what a run will need: memory, micro-batches, traffic, time."),
 }
 
 
