@@ -1,7 +1,8 @@
 """The memory of one rank: what it holds all the time, and what a micro-batch and an optimiser step add to it.
 
-Bytes a parameter follow from DeepSpeed 0.19's optimisers as `engine/deepspeed_config.py` sets them up (fp32 accumulation); the
-figures were found by measuring on a CPU, where tests hold them to 15 %. Activations come from `activations.py`.
+Bytes a parameter follow from DeepSpeed 0.19's optimisers as `engine/deepspeed_config.py` sets them up (fp32 accumulation);
+the figures were found by measuring on a CPU, where a test holds fp32's to 15 %; half precision takes some 0.2 GiB more there
+(oneDNN's buffers). Activations come from `activations.py`.
 
 N: ranks; b: bytes of a weight in the run's precision.
 """
