@@ -1,7 +1,8 @@
 """The memory of one rank: what it holds all the time, and what a micro-batch and an optimiser step add to it.
 
-Bytes a parameter follow from DeepSpeed 0.19's optimisers as `engine/deepspeed_config.py` sets them up (fp32 accumulation); the
-figures were found by measuring on a CPU, where tests hold them to 15 %. Activations come from `activations.py`.
+Bytes a parameter follow from DeepSpeed 0.19's optimisers as `engine/deepspeed_config.py` sets them up (fp32 accumulation);
+the figures were found by measuring on a CPU, where a test holds fp32's to 15 %; half precision takes some 0.2 GiB more there
+(oneDNN's buffers). Activations come from `activations.py`.
 
 N: ranks; b: bytes of a weight in the run's precision.
 """
@@ -55,7 +56,7 @@ def rank_memory(
     host = 0.0
     if config.zero.offload_optimizer:
         host, optimizer = optimizer, 0.0
-    buffers = _reduction_buffers(config, precision, device, p)
+    buffers = _reduction_buffers(config, precision, device)
     gathered = min(p, _MAX_LIVE_PARAMETERS) * b if stage == 3 else 0.0
     # When the activations are gone: the gradients of all weights (stage 1), then a rank's reduced partition, flattened;
     # BF16_Optimizer flattens bucket by bucket.
@@ -72,14 +73,12 @@ def rank_memory(
     )
 
 
-def _reduction_buffers(config: Config, precision: Precision, device: str, parameters: float) -> float:
-    """DeepSpeed reserves whole buckets for backward: of fp32 at stage 1, of the run's precision later. On a CPU only what is
-    written to takes memory, which at stage 1 is when the activations are gone."""
+def _reduction_buffers(config: Config, precision: Precision, device: str) -> float:
+    """DeepSpeed reserves whole buckets for backward, of fp32 at stage 1, of the run's precision later. On a CPU only what is
+    written to takes memory, and most of that when the activations are gone."""
     stage = config.zero.stage
-    if stage == 0 or (stage == 1 and device == "cpu"):
+    if stage == 0 or device == "cpu":
         return 0.0
     zero = deepspeed_settings(config, precision)["zero_optimization"]
-    elements = float(zero["reduce_bucket_size"])
-    if device == "cpu":
-        elements = min(elements, parameters)
-    return elements * (4 if stage == 1 or precision == "fp32" else 2) * (2 if zero.get("overlap_comm", stage == 3) else 1)
+    size = 4 if stage == 1 or precision == "fp32" else 2
+    return float(zero["reduce_bucket_size"]) * size * (2 if zero.get("overlap_comm", stage == 3) else 1)

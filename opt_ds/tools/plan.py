@@ -152,8 +152,11 @@ class _Planner:
             self.tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
             for batch in ([fullest] if fullest is by_padding else [fullest, by_padding])
         ]
+        # Micro-batches of a step are equal, so they may be well below the budget; those of another batch size may fill it.
+        full = max_tokens / fullest.num_tokens if len(step.micro_batches[0]) > 1 else 1.0
+        activations = max(traced) * full
         return rank_memory(
-            self.config, self.precision, self.parameters, self.cluster.num_gpus, self.cluster.device, float(max(traced))
+            self.config, self.precision, self.parameters, self.cluster.num_gpus, self.cluster.device, activations
         )
 
     def _largest_budget(self, wanted: int, at_wanted: RankMemory) -> int:
