@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run that began well cannot go on. The message says, in one line, why, and where its saved state is. Exit code 1."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean "x"?)' for the known word nearest to `word`, or '' when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

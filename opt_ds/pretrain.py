@@ -18,6 +18,7 @@ if __package__ in (None, ""):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import time
+import traceback
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,11 +26,11 @@ import typer
 from opt_ds.commands import run_program
 from opt_ds.config import Config, load_config
 from opt_ds.engine.distributed import Ranks, find_ranks
-from opt_ds.errors import UserError
+from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from opt_ds.engine.checkpoint import TrainState
-    from opt_ds.engine.signals import StopRequest
 
 _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
@@ -52,8 +53,6 @@ def pretrain(
     """
     resolved, output = _resolve(config, store or [], output, settings or [])
     _say(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
-    from opt_ds.engine.signals import StopRequest
-
     with StopRequest(resolved.train.preemption_signal) as stop:
         return _train(resolved, output, resume, stop)
 
@@ -95,7 +94,7 @@ def _default_store(path: Path) -> str:
     return str(path)
 
 
-def _train(config: Config, output: Path, must_resume: bool, stop: "StopRequest") -> int:
+def _train(config: Config, output: Path, must_resume: bool, stop: StopRequest) -> int:
     from opt_ds.engine import checkpoint, preflight, run_folder
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
 
@@ -119,19 +118,18 @@ def _train(config: Config, output: Path, must_resume: bool, stop: "StopRequest")
         from opt_ds.engine.trainer import Trainer
 
         resume_from = group.from_main(resume_from)
-        return Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
+        code = Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
+        group.close()
+        return code
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        from opt_ds.engine.guard import TrainingError
-
         reason = str(error).splitlines()[0][:200]
-        raise TrainingError(
+        raise RunError(
             f"rank {_RANKS.rank} lost contact with another rank, whose log says why ({reason}): start again with the same "
             "--output to go on"
         ) from None
     finally:
-        group.close()
         if held:
             held.close()
 
@@ -174,10 +172,19 @@ def main() -> int:
         return run_program(pretrain, sys.argv[1:], name="pretrain.py", rank=_RANKS.rank)
 
     try:
-        return run()
+        code = run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code not in (0, REQUEUE_EXIT_CODE):
+        # Leaving a process group whose other ranks are lost or hang can hang as well; what had to be written is.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from opt_ds.errors import UserError, did_you_mean
+from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
@@ -44,9 +44,7 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        if type(error).__name__ not in ("TrainingError", "CheckpointError"):
-            raise
+    except RunError as error:
         return _fail(str(error), rank, code=1)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from opt_ds.errors import UserError
+from opt_ds.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -128,22 +128,33 @@ class ProcessGroup:
         _set_threads(ranks)
         # Otherwise DeepSpeed compiles shared-memory collectives at first use: half a minute for nothing that we need.
         __compatible_ops__["deepspeed_shm_comm"] = False
-        timeout = timedelta(seconds=timeout_s)
+        self._timeout = timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             deepspeed.init_distributed(
                 dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
             )
-        except torch.distributed.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise UserError(
-                f"port {os.environ.get('MASTER_PORT')} is taken, perhaps by another run on this machine: choose one with the "
-                "launcher's --master_port"
+        except torch.distributed.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            if "EADDRINUSE" in str(error):
+                raise UserError(
+                    f"port {os.environ.get('MASTER_PORT')} is taken, perhaps by another run on this machine: choose one with "
+                    "the launcher's --master_port"
+                ) from None
+            raise RunError(
+                f"rank {ranks.rank} could not join the other ranks at {address} ({str(error).splitlines()[0][:200]}): look at "
+                "their logs, or at the network between the nodes"
             ) from None
         self._control: Any = None  # torch's default group
         if backend == "nccl":
             self._control = torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+    def bound_all_collectives(self) -> None:
+        """Give groups that others made since (DeepSpeed's have half an hour) this one's timeout."""
+        from torch.distributed import distributed_c10d
+
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def max(self, value: int) -> int:
         """The largest of the ranks' values."""

@@ -16,6 +16,7 @@ from opt_ds.config import GuardConfig
 from opt_ds.data.batch import PackedBatch
 from opt_ds.engine.checkpoint import GuardState
 from opt_ds.engine.distributed import ProcessGroup
+from opt_ds.errors import RunError
 from opt_ds.store.files import atomic_file, write_json
 
 FOLDER = "guard"
@@ -24,8 +25,8 @@ _LEAST_HISTORY = 20  # values before a z-score says anything
 Verdict = Literal["fine", "spike", "not finite"]
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and where the saved state is."""
+class TrainingError(RunError):
+    """Training itself cannot go on."""
 
 
 class Guard:

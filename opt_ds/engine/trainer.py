@@ -64,6 +64,7 @@ class Trainer:
         first_step = self.plan.step(self.state.step, self.ranks.world_size)
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
         self.engine = self._build_engine(settings, resume_from)
+        group.bound_all_collectives()
         self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
         self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
         self.peak = peak_flops(hardware, precision)

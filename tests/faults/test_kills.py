@@ -5,6 +5,7 @@ A survivor of a killed rank ends by itself, soon and with a message. `make test`
 
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def campaign(store: Path, folder: Path, precision: str, num_kills: int, seed: in
     while found["kills"] < num_kills:
         moment = chance.choice(["starting", "running", "running", "saving", "saving"])
         victims = chance.choice(VICTIMS[moment])
+        left_behind = _being_written(cut)
         with ranks(store, cut, settings, precision) as run:
             began = _newest_step(cut)
             if moment == "starting":
@@ -40,14 +42,14 @@ def campaign(store: Path, folder: Path, precision: str, num_kills: int, seed: in
                 assert run.until(lambda before=began: _logged_steps(cut) > before), run.said(0)
                 time.sleep(chance.uniform(0.0, 0.8))
             else:
-                assert run.until(lambda: any((cut / "checkpoints").glob(".step-*.tmp"))), run.said(0)
+                assert run.until(lambda before=left_behind: _being_written(cut) - before), run.said(0)
                 time.sleep(chance.uniform(0.0, 0.004))
             assert all(process.poll() is None for process in run.processes), f"ended before the kill: {run.said(0)}"
             for victim in victims:
                 run.processes[victim].kill()
             if 0 in victims:
                 run.processes[0].wait()
-                found["inside a save"] += any((cut / "checkpoints").glob(".step-*.tmp"))
+                found["inside a save"] += bool(_being_written(cut) - left_behind)
             if len(victims) == 1:
                 survivor = 1 - victims[0]
                 assert run.wait()[survivor] == 1, run.said(survivor)
@@ -66,6 +68,15 @@ def campaign(store: Path, folder: Path, precision: str, num_kills: int, seed: in
 def _newest_step(output: Path) -> int:
     whole = [f for f in checkpoint.all_checkpoints(output) if checkpoint.problem_with(f) is None]
     return int(whole[0].name[5:]) if whole else 0
+
+
+def _being_written(output: Path) -> set[tuple[str, int]]:
+    """Temporary folders of checkpoints, with their inodes: those of a killed process lie there until the next one starts."""
+    found = set()
+    for folder in (output / "checkpoints").glob(".step-*.tmp"):
+        with suppress(FileNotFoundError):
+            found.add((folder.name, folder.stat().st_ino))
+    return found
 
 
 def _logged_steps(output: Path) -> int:

@@ -23,3 +23,10 @@ def test_a_hung_rank_does_not_hang_the_others(store: Path, tmp_path: Path) -> No
         assert time.monotonic() - began < 60
         assert "error: rank 0 lost contact with another rank" in run.said(0)
     assert checkpoint.find_resumable(tmp_path / "run", print) is not None
+
+
+def test_a_rank_that_nobody_joins_says_so(store: Path, tmp_path: Path) -> None:
+    with ranks(store, tmp_path / "run", (*SETTINGS, "guard.rank_timeout_s=5")) as run:
+        run.processes[0].kill()
+        assert run.processes[1].wait(timeout=240) == 1, run.said(1)
+        assert "error: rank 1: rank 1 could not join the other ranks at 127.0.0.1:" in run.said(1)
