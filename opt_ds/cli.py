@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "corpus": Command("opt_ds.commands.data", "corpus", "Write a built-in corpus: raw pictures, words and speech."),
     "prepare": Command("opt_ds.commands.data", "prepare", "Make a feature store from a manifest of raw files."),
+    "merge": Command("opt_ds.commands.data", "merge", "Join the parts that a job array prepared into one store."),
     "inspect": Command("opt_ds.commands.data", "inspect_store", "Verify a feature store and summarise it."),
     "train-dvae": Command(
         "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."

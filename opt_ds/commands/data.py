@@ -1,4 +1,4 @@
-"""`opt-ds corpus`, `opt-ds prepare` and `opt-ds inspect`: arguments in, one call, results out."""
+"""`opt-ds corpus`, `prepare`, `merge` and `inspect`: arguments in, one call, results out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,13 +63,19 @@ def prepare(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     strict: Annotated[bool, typer.Option(help="Stop at the first broken file instead of skipping its sample.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: only part i (from 0) of n, for a job array; opt-ds merge joins the parts.")
+    ] = None,
 ) -> None:
     """Extract features from the files that a manifest names, and write them as a feature store.
 
     Samples with a broken or missing file are skipped and listed in the store's report.json.
     """
+    from opt_ds.prepare.finish import parse_share
     from opt_ds.prepare.pipeline import PrepareSettings
     from opt_ds.prepare.pipeline import prepare as run
+
+    share = parse_share(shard) if shard is not None else None
 
     settings = PrepareSettings(
         images=images,
@@ -84,7 +90,29 @@ def prepare(
         max_frames=max_frames,
         compression="gzip" if compress else None,
     )
-    run(manifest, output, settings, workers=workers, device=device, strict=strict, limit=limit, say=typer.echo)
+    run(
+        manifest,
+        output,
+        settings,
+        workers=workers,
+        device=device,
+        strict=strict,
+        limit=limit,
+        share=share,
+        say=typer.echo,
+    )
+
+
+def merge(
+    store: Annotated[Path, typer.Argument(help="The store whose parts (STORE.part-…) lie beside it.")],
+) -> None:
+    """Join the parts that `opt-ds prepare --shard i/n` made into one feature store, and remove them.
+
+    The store is the one that a single `opt-ds prepare` would have made, byte for byte.
+    """
+    from opt_ds.prepare.finish import merge_parts
+
+    merge_parts(store, say=typer.echo)
 
 
 def inspect_store(

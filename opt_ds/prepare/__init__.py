@@ -19,4 +19,6 @@ def emoji_store(
         say(f"{output}: feature store found")
         return load_description(output)
     manifest = write_emoji_corpus(work_dir, workers=workers, say=say)
-    return prepare(manifest, output, workers=workers, info={"attribution": ATTRIBUTION}, say=say)
+    description = prepare(manifest, output, workers=workers, info={"attribution": ATTRIBUTION}, say=say)
+    assert description is not None, "only a share of a store has none"
+    return description

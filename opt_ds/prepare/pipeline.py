@@ -7,8 +7,9 @@ cut into fixed chunks, each chunk runs on one thread, and results are taken in o
 import hashlib
 import json
 import multiprocessing
+import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -21,13 +22,13 @@ from tqdm import tqdm
 from opt_ds import __version__
 from opt_ds.errors import UserError
 from opt_ds.prepare.extractors import choose_device
+from opt_ds.prepare.finish import StoreFacts, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.prepare.text import TextExtractor, copy_tokenizer, train_wordpiece
-from opt_ds.store.files import exclusive_use, write_json
+from opt_ds.store.files import exclusive_use
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
 
-REPORT_FILE = "report.json"
 _CHUNK = {"image": 16, "audio": 32}
 _AHEAD_PER_WORKER = 4
 
@@ -74,18 +75,23 @@ def prepare(
     strict: bool = False,
     limit: int | None = None,
     info: dict[str, Any] | None = None,
+    share: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
-) -> StoreDescription:
+) -> StoreDescription | None:
     """Make the feature store `output` from a manifest, resuming an unfinished one of the same inputs and settings.
 
     A sample with a broken or missing file is skipped and listed in the store's report.json; with `strict` it stops the
     run. `info` goes into store.json as it is. Returns the description; a finished store of the same inputs is returned
     as it is. Raises UserError for a bad manifest, setting, checkpoint or output before any feature is made.
+
+    `share` (i, n): only the i-th of n parts (i from 0), into a folder of its own beside `output`; gives None. When all n are
+    there, `merge_parts` makes the very store of them that one call without `share` makes.
     """
     settings = settings or PrepareSettings()
     _check_settings(settings, workers)
-    with exclusive_use(output, say):
-        return _prepare(manifest_path, output, settings, workers, device, strict, limit, info, say)
+    folder = output if share is None else part_folder(output, *share)
+    with exclusive_use(folder, say):
+        return _prepare(manifest_path, folder, settings, workers, device, strict, limit, info, share, say)
 
 
 def _prepare(
@@ -97,8 +103,9 @@ def _prepare(
     strict: bool,
     limit: int | None,
     info: dict[str, Any] | None,
+    share: tuple[int, int] | None,
     say: Callable[[str], None],
-) -> StoreDescription:
+) -> StoreDescription | None:
     started = time.monotonic()
     manifest = read_manifest(manifest_path, limit=limit)
     chosen_device = choose_device(device)
@@ -112,31 +119,43 @@ def _prepare(
             say(f"{output}: already prepared from these inputs")
             return description
         raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
+    if share is not None and is_finished_part(output, key):
+        say(f"{output}: this part is already prepared from these inputs")
+        return None
     _check_files(manifest, strict)
 
     text_extractor = _tokenizer(manifest, settings, output)
     identities["text"] = text_extractor.identity()
-    writer = StoreWriter(
-        output,
-        dims=Dims(
-            image_feature_dim=extractors["image"].dim,
-            image_num_classes=extractors["image"].num_classes,
-            audio_feature_dim=extractors["audio"].dim,
-            audio_frame_rate_hz=extractors["audio"].frame_rate_hz / settings.pool_frames,
-            vocab_size=text_extractor.dim,
-        ),
+    dims = Dims(
+        image_feature_dim=extractors["image"].dim,
+        image_num_classes=extractors["image"].num_classes,
+        audio_feature_dim=extractors["audio"].dim,
+        audio_frame_rate_hz=extractors["audio"].frame_rate_hz / settings.pool_frames,
+        vocab_size=text_extractor.dim,
+    )
+    about = StoreFacts(
+        dims=dims,
         split_names=manifest.split_names,
         splits_source=manifest.splits_source,
         extractors=identities,
-        tokenizer_folder=_staging(output),
         label_names=manifest.label_names,
         info={"created_by": f"opt_ds {__version__}", "manifest_sha256": manifest.sha256, **(info or {})},
         key=key,
         compression=settings.compression,
+        num_shards=len(manifest.shards(settings.samples_per_shard)),
+        num_lines=len(manifest.lines),
+        groups_across_splits=groups_across_splits(manifest),
     )
+    writer = about.writer(output, _staging(output))
     del extractors  # the workers build their own
-    _extract_shards(manifest, settings, writer, text_extractor, workers, chosen_device, strict)
-    return _finish(manifest, settings, writer, output, started, say)
+    _extract_shards(manifest, settings, writer, text_extractor, workers, chosen_device, strict, share or (0, 1))
+    seconds = round(time.monotonic() - started, 1)
+    shutil.rmtree(_staging(output))
+    if share is None:
+        return finish_store(about, writer, output, seconds, say)
+    finish_part(about, output, share, seconds)
+    say(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
+    return None
 
 
 def _check_settings(settings: PrepareSettings, workers: int) -> None:
@@ -213,9 +232,11 @@ def _extract_shards(
     workers: int,
     device: str,
     strict: bool,
+    share: tuple[int, int],
 ) -> None:
+    own, of = share
     shards = [_Shard(index, lines) for index, lines in enumerate(manifest.shards(settings.samples_per_shard))]
-    todo = [shard for shard in shards if not writer.has_shard(shard.index)]
+    todo = [shard for shard in shards if shard.index % of == own and not writer.has_shard(shard.index)]
     for shard in todo:
         for kind in _CHUNK:
             names = (getattr(manifest.lines[line], kind) for line in shard.lines)
@@ -350,42 +371,3 @@ def _assemble(
         own_rows = (sample_rows["text"], sample_rows["image"], sample_rows["audio"])
         content.samples.append(SampleItem(line.id, own_rows, line.group_name, manifest.splits[index], line.labels))
     return content, skipped
-
-
-def _finish(
-    manifest: Manifest,
-    settings: PrepareSettings,
-    writer: StoreWriter,
-    output: Path,
-    started: float,
-    say: Callable[[str], None],
-) -> StoreDescription:
-    num_shards = len(manifest.shards(settings.samples_per_shard))
-    skipped = [entry for index in range(num_shards) for entry in writer.notes(index)["skipped"]]
-    kept = len(manifest.lines) - len(skipped)
-    if not kept:
-        raise UserError(f'{manifest.path}: no sample could be used; "{skipped[0]["id"]}": {skipped[0]["reason"]}')
-    crossing = groups_across_splits(manifest)
-    seconds = round(time.monotonic() - started, 1)
-    reasons = Counter(entry["reason"].split(":")[0] for entry in skipped)
-    write_json(
-        output / REPORT_FILE,
-        {
-            "kept": kept,
-            "skipped": len(skipped),
-            "reasons": dict(reasons),
-            "skipped_samples": skipped,
-            "groups_across_splits": crossing,
-            "seconds": seconds,
-        },
-    )
-    description = writer.finish(num_shards)
-    for file in _staging(output).iterdir():
-        file.unlink()
-    _staging(output).rmdir()
-    say(f"{output}: {kept} samples kept, {len(skipped)} skipped, in {seconds:.0f} s (see {REPORT_FILE})")
-    for entry in skipped[:10]:
-        say(f'  skipped "{entry["id"]}": {entry["reason"]}')
-    if crossing:
-        say(f"  note: {crossing} groups lie in several splits, as the manifest says")
-    return description

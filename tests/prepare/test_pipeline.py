@@ -14,8 +14,8 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare.finish import REPORT_FILE
 from opt_ds.prepare.pictures import load_picture
-from opt_ds.prepare.pipeline import REPORT_FILE
 from opt_ds.prepare.regions import GridExtractor
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.files import exclusive_use

@@ -1,0 +1,159 @@
+"""The end of preparation: a store of its shards, or one part of n for a job array, and the store of such parts.
+
+    <store>.part-2-of-16/    shards 2, 18, 34 … with their journals, the tokenizer, and part.json: written last
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from opt_ds.errors import UserError
+from opt_ds.store.files import exclusive_use, write_json
+from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, StoreDescription, load_description
+from opt_ds.store.writer import StoreWriter
+
+REPORT_FILE, PART_FILE = "report.json", "part.json"
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What a store is made of besides its shards; equal in all parts of one store."""
+
+    dims: Dims
+    split_names: list[str]
+    splits_source: Literal["manifest", "group hash"]
+    extractors: dict[str, dict[str, Any]]
+    label_names: list[str]
+    info: dict[str, Any]
+    key: str
+    compression: Literal["gzip"] | None
+    num_shards: int
+    num_lines: int
+    groups_across_splits: int
+
+    def writer(self, path: Path, tokenizer_folder: Path) -> StoreWriter:
+        """Begin, or resume, a store at `path`."""
+        return StoreWriter(
+            path, dims=self.dims, split_names=self.split_names, splits_source=self.splits_source, extractors=self.extractors,
+            tokenizer_folder=tokenizer_folder, label_names=self.label_names, info=self.info, key=self.key,
+            compression=self.compression,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "dims": self.dims.model_dump()}
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any]) -> "StoreFacts":
+        return StoreFacts(**{**fields, "dims": Dims(**fields["dims"])})
+
+
+def finish_store(
+    facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float, say: Callable[[str], None]
+) -> StoreDescription:
+    """Write report.json and store.json over the shards that `writer` has. UserError if no sample could be used."""
+    skipped = [entry for index in range(facts.num_shards) for entry in writer.notes(index)["skipped"]]
+    kept = facts.num_lines - len(skipped)
+    if not kept:
+        raise UserError(f'{output}: no sample could be used; "{skipped[0]["id"]}": {skipped[0]["reason"]}')
+    report = {
+        "kept": kept,
+        "skipped": len(skipped),
+        "reasons": dict(Counter(entry["reason"].split(":")[0] for entry in skipped)),
+        "skipped_samples": skipped,
+        "groups_across_splits": facts.groups_across_splits,
+        "seconds": seconds,
+    }
+    write_json(output / REPORT_FILE, report)
+    description = writer.finish(facts.num_shards)
+    say(f"{output}: {kept} samples kept, {len(skipped)} skipped, in {seconds:.0f} s (see {REPORT_FILE})")
+    for entry in skipped[:_SHOWN]:
+        say(f'  skipped "{entry["id"]}": {entry["reason"]}')
+    if facts.groups_across_splits:
+        say(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
+    return description
+
+
+def part_folder(output: Path, index: int, count: int) -> Path:
+    """Where part `index` of `count` of the store `output` is made."""
+    return output.with_name(f"{output.name}.part-{index}-of-{count}")
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """ "2/16" -> (2, 16). Raises UserError for anything but i/n with 0 <= i < n."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f'--shard "{text}": write i/n with i from 0 to n - 1, such as 0/16')
+    return int(index), int(count)
+
+
+def finish_part(facts: StoreFacts, folder: Path, share: tuple[int, int], seconds: float) -> None:
+    """Mark a part as whole."""
+    write_json(folder / PART_FILE, {"index": share[0], "count": share[1], "seconds": seconds, "facts": facts.as_dict()})
+
+
+def is_finished_part(folder: Path, key: str) -> bool:
+    """Whether the part was made, of these inputs and settings."""
+    return (folder / PART_FILE).is_file() and _read_part(folder)["facts"]["key"] == key
+
+
+def merge_parts(output: Path, say: Callable[[str], None] = print) -> StoreDescription:
+    """Make the store `output` of its parts, which lie beside it, and remove them. Stopped, it goes on when called again.
+
+    Raises UserError when a part is missing or unfinished, or parts are of different inputs.
+    """
+    with exclusive_use(output, say):
+        folders = sorted(output.parent.glob(f"{output.name}.part-*-of-*"))
+        if (output / STORE_FILE).is_file() and not folders:
+            say(f"{output}: already a feature store")
+            return load_description(output)
+        parts = _whole_set(output, folders)
+        facts = StoreFacts.from_dict(parts[0]["facts"])
+        if (output / STORE_FILE).is_file():
+            description = load_description(output)
+            if description.preparation_key != facts.key:
+                raise UserError(f"{output}: another finished feature store is there: remove it, or move the parts")
+        else:
+            writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
+            for folder in folders:
+                _take_shards(folder, output)
+            missing = [index for index in range(facts.num_shards) if not writer.has_shard(index)]
+            if missing:
+                raise UserError(f"{output}: shard {missing[0]} is in none of the parts: prepare its part again")
+            description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts), say)
+        for folder in folders:
+            shutil.rmtree(folder)
+        return description
+
+
+def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
+    if not folders:
+        raise UserError(f"{output}: no parts beside it ({output.name}.part-…): make them with opt-ds prepare --shard i/n")
+    unfinished = [folder for folder in folders if not (folder / PART_FILE).is_file()]
+    if unfinished:
+        raise UserError(f"{unfinished[0]}: unfinished: run its opt-ds prepare --shard again, it resumes")
+    parts = [_read_part(folder) for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
+        if part["count"] != parts[0]["count"] or part["facts"] != parts[0]["facts"]:
+            raise UserError(f"{folder}: of other inputs, settings or number of parts than {folders[0].name}: remove one of them")
+    absent = sorted(set(range(parts[0]["count"])) - {part["index"] for part in parts})
+    if absent:
+        raise UserError(f"{output}: part {absent[0]} of {parts[0]['count']} is missing: opt-ds prepare --shard {absent[0]}/…")
+    return parts
+
+
+def _take_shards(folder: Path, output: Path) -> None:
+    """Move each shard, then its journal: a shard counts only with its journal beside it."""
+    for journal in sorted(folder.glob("shard-*.json")):
+        shard = json.loads(journal.read_text(encoding="utf-8"))["shard"]["file"]
+        if (folder / shard).is_file():
+            (folder / shard).replace(output / shard)
+        journal.replace(output / journal.name)
+
+
+def _read_part(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / PART_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,75 @@
+"""Parts of a store, made apart as a job array makes them: joined they are the store that one process makes, byte for byte."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opt_ds.errors import UserError
+from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare.finish import REPORT_FILE, merge_parts, parse_share, part_folder
+from tests.prepare.test_pipeline import SETTINGS, contents
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def make_part(manifest: Path, output: Path, index: int, settings: PrepareSettings = SETTINGS) -> None:
+    assert prepare(manifest, output, settings, workers=1, device="cpu", share=(index, 2), say=silent) is None
+
+
+@pytest.fixture(scope="module")
+def parts(messy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store's two parts."""
+    folder = tmp_path_factory.mktemp("parts")
+    for index in (1, 0):
+        make_part(messy_manifest, folder / "store", index)
+    return folder
+
+
+def test_merged_parts_are_the_store(parts: Path, messy_manifest: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts, tmp_path / "apart")
+    prepare(messy_manifest, tmp_path / "whole", SETTINGS, workers=1, device="cpu", say=silent)
+    store = tmp_path / "apart" / "store"
+    merged = merge_parts(store, silent)
+    assert contents(store) == contents(tmp_path / "whole")
+    assert merged.num_samples == 7
+    assert "bad-picture" in (store / REPORT_FILE).read_text()
+    assert [path.name for path in store.parent.iterdir()] == ["store"], "the parts are gone"
+    assert merge_parts(store, silent) == merged
+
+
+def test_a_merge_that_was_stopped_goes_on(parts: Path, messy_manifest: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts, tmp_path / "apart")
+    store = tmp_path / "apart" / "store"
+    whole = merge_parts(store, silent)
+    shutil.rmtree(tmp_path / "apart")
+    shutil.copytree(parts, tmp_path / "apart")
+    moved = part_folder(store, 0, 2)
+    with pytest.raises(RuntimeError):
+        merge_parts(store, lambda line: (_ for _ in ()).throw(RuntimeError("killed when the store is there")))
+    assert moved.is_dir()
+    assert merge_parts(store, silent) == whole
+    assert not moved.exists()
+
+
+def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts, tmp_path / "apart")
+    store = tmp_path / "apart" / "store"
+    shutil.move(part_folder(store, 1, 2), tmp_path / "aside")
+    with pytest.raises(UserError, match="part 1 of 2 is missing"):
+        merge_parts(store, silent)
+    (tmp_path / "aside" / "part.json").rename(tmp_path / "part.json")
+    shutil.move(tmp_path / "aside", part_folder(store, 1, 2))
+    with pytest.raises(UserError, match="unfinished"):
+        merge_parts(store, silent)
+    with pytest.raises(UserError, match="no parts beside it"):
+        merge_parts(tmp_path / "other", silent)
+
+
+@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/"])
+def test_a_share_is_i_of_n(text: str) -> None:
+    with pytest.raises(UserError, match="--shard"):
+        parse_share(text)
+    assert parse_share("0/1") == (0, 1)
