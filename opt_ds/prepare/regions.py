@@ -32,7 +32,10 @@ class RegionFeatures(NamedTuple):
 
 
 class RegionExtractor(Protocol):
-    """An extractor (see extractors.py) of RegionFeatures from RGB pictures, with `num_classes` region classes."""
+    """An extractor (see extractors.py) of RegionFeatures, with `num_classes` region classes.
+
+    From RGB pictures, or, with an attribute `reads_files`, from paths.
+    """
 
     name: str
     dim: int
@@ -40,10 +43,10 @@ class RegionExtractor(Protocol):
 
     def identity(self) -> dict[str, Any]: ...
 
-    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]: ...
+    def extract(self, inputs: Sequence[Any]) -> list[RegionFeatures | None]: ...
 
 
-REGION_EXTRACTORS = ("grid", "faster_rcnn")
+REGION_EXTRACTORS = ("grid", "faster_rcnn", "npz")
 
 
 def build_region_extractor(
@@ -56,9 +59,15 @@ def build_region_extractor(
         from opt_ds.prepare.detector import FasterRCNNExtractor
 
         return FasterRCNNExtractor(weights, device=device)
+    if name == "npz":
+        from opt_ds.prepare.npz_regions import NpzExtractor
+
+        if weights is not None:
+            raise UserError("--image-weights: npz files have their features already: leave it out")
+        return NpzExtractor()
     raise UserError(
         f'--images "{name}": unknown extractor{did_you_mean(name, REGION_EXTRACTORS)}: '
-        f"choose {' or '.join(REGION_EXTRACTORS)}"
+        f"choose {', '.join(REGION_EXTRACTORS)}"
     )
 
 
@@ -110,10 +119,11 @@ class GridExtractor:
         return {"name": self.name, "side": self._side, "cells": self._cells, **self._source}
 
     @torch.inference_mode()
-    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]:
+    def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
         """Return cells x cells regions per picture, row by row. The picture is squashed to a square."""
         size = (self._side, self._side)
-        pixels = np.stack([np.asarray(picture.resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
+        hole = Image.new("RGB", size)  # a batch of another size could give other last bits
+        pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (
             torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
@@ -125,13 +135,15 @@ class GridExtractor:
         scores, labels = logits.float().softmax(1).max(1)
         count = self._cells * self._cells
         return [
-            RegionFeatures(
+            None
+            if picture is None
+            else RegionFeatures(
                 cells_nrc[index].to(torch.float16).cpu().numpy(),
                 self._boxes_r7,
                 labels[index * count : (index + 1) * count].to(torch.int16).cpu().numpy(),
                 scores[index * count : (index + 1) * count].to(torch.float16).cpu().numpy(),
             )
-            for index in range(len(inputs))
+            for index, picture in enumerate(inputs)
         ]
 
     def _to_device(self, device: str) -> None:

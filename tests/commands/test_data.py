@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from opt_ds.commands import data
+from opt_ds.commands import data, stores
 from opt_ds.errors import UserError
 from opt_ds.store.synthetic import write_synthetic_store
 
@@ -15,7 +15,7 @@ def run(*arguments: str | Path) -> Result:
     app = typer.Typer()
     app.command("corpus")(data.corpus)
     app.command("prepare")(data.prepare)
-    app.command("inspect")(data.inspect_store)
+    app.command("inspect")(stores.inspect_store)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

@@ -38,7 +38,7 @@ def write(path: Path, lines: list[dict | str]) -> Path:
 )
 def test_a_bad_manifest_gives_one_line_that_names_the_place(tmp_path: Path, lines: list, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        read_manifest(write(tmp_path / "m.jsonl", lines))
+        read_manifest(write(tmp_path / "m.jsonl", lines), strict=True)
     assert "\n" not in str(error.value)
 
 

@@ -9,7 +9,8 @@ import torch
 import torchaudio
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.speech import SAMPLE_RATE_HZ, build_speech_extractor, load_recording
+from opt_ds.prepare.recordings import SAMPLE_RATE_HZ, load_recording, trim_silence
+from opt_ds.prepare.speech import build_speech_extractor
 
 
 def tone(hz: float, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
@@ -69,6 +70,21 @@ def test_broken_recordings_are_errors(tmp_path: Path) -> None:
         load_recording(tmp_path / "nan.wav")
     with pytest.raises(soundfile.LibsndfileError):
         load_recording(tmp_path / "text.wav")
+
+
+def test_rates_without_a_common_divisor_are_resampled_in_little_memory(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "odd.wav", tone(440, 2, 44057), 44057)
+    mono = load_recording(tmp_path / "odd.wav")
+    assert len(mono) == pytest.approx(32000, abs=3)
+    assert np.argmax(np.abs(np.fft.rfft(mono))) / 2 == pytest.approx(440, abs=1)
+
+
+def test_silence_at_the_ends_is_trimmed() -> None:
+    silence = np.random.default_rng(0).standard_normal(16000).astype("float32") * 1e-4
+    trimmed = trim_silence(np.concatenate([silence, tone(300, 1), silence]))
+    assert 16000 + 2 * 1600 <= len(trimmed) <= 16000 + 2 * 1600 + 640
+    assert len(trim_silence(np.zeros(5000, "float32"))) == 5000
+    assert len(trim_silence(tone(300, 0.01))) == 160
 
 
 def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Visual Genome (Krishna et al. 2017): region_descriptions.json, and image_data.json for the pictures' files.
+
+Each region's phrase is a sample with the whole picture, as UNITER takes it; the phrases of a picture share its row.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opt_ds.prepare.importers.common import Files, read_json, read_json_array, sample, write_import
+from opt_ds.prepare.manifest import ManifestLine, Skipped
+
+
+def import_visual_genome(
+    annotations: Path,
+    output: Path,
+    *,
+    images: Path,
+    image_data: Path | None = None,
+    leave_out: Path | None = None,
+    max_phrases: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the manifest `output`. `images`: the folder that holds VG_100K and VG_100K_2, or all pictures.
+
+    `image_data`: needed for `leave_out`, a Karpathy COCO split whose validation and test pictures are left out (half of
+    Visual Genome's pictures are COCO's). `max_phrases`: at most so many of a picture, evenly spread.
+    """
+    pictures = Files(images, output, "image")
+    coco_ids = _coco_ids(image_data) if image_data is not None else {}
+    held_out = _held_out(leave_out) if leave_out is not None else set()
+    entries = _entries(annotations, pictures, coco_ids, held_out, max_phrases)
+    return write_import(output, entries, say, source=str(annotations))
+
+
+def _entries(
+    annotations: Path,
+    pictures: Files,
+    coco_ids: dict[int, int],
+    held_out: set[int],
+    max_phrases: int | None,
+) -> Iterator[ManifestLine | Skipped]:
+    for number, picture in enumerate(read_json_array(annotations)):
+        regions: Any = picture.get("regions") if isinstance(picture, dict) else None
+        if not isinstance(regions, list) or "id" not in picture:
+            yield Skipped(f"entry {number}", f"no id or regions: {annotations.name} entry {number}")
+            continue
+        image_id = picture["id"]
+        if coco_ids.get(image_id) in held_out:
+            yield Skipped(f"image {image_id}", "held out for COCO's evaluation")
+            continue
+        file = pictures.by_stem(str(image_id))
+        if file is None:
+            yield Skipped(f"image {image_id}", f"image file is missing: {image_id}.jpg")
+            continue
+        step = 1 if max_phrases is None else max(1, -(-len(regions) // max_phrases))
+        for region in regions[::step]:
+            id = f"region {region.get('region_id')}"
+            files: dict[str, tuple[str, str | None] | None] = {"image": (str(image_id), file)}
+            yield sample(id, text=str(region.get("phrase", "")), files=files, group=f"image {image_id}")
+
+
+def _coco_ids(image_data: Path) -> dict[int, int]:
+    return {entry["image_id"]: entry["coco_id"] for entry in read_json(image_data) if entry.get("coco_id") is not None}
+
+
+def _held_out(karpathy: Path) -> set[int]:
+    return {entry["cocoid"] for entry in read_json(karpathy)["images"] if entry["split"] in ("val", "test")}
