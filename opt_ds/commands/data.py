@@ -47,6 +47,8 @@ def prepare(
     image_backbone: Annotated[
         str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights.")
     ] = None,
+    image_min_side: Annotated[int, typer.Option(help="faster_rcnn: pixels that the shorter side is scaled to.", min=1)] = 600,
+    image_max_side: Annotated[int, typer.Option(help="faster_rcnn: unless the longer side then exceeds this.", min=1)] = 1000,
     speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel",
     speech_weights: Annotated[
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
@@ -72,6 +74,9 @@ def prepare(
     max_frames: Annotated[
         int | None, typer.Option(help="Keep at most this many frames (after pooling).", min=1)
     ] = None,
+    samples_per_shard: Annotated[
+        int, typer.Option(help="Samples a file of the store; a stopped run resumes at the last whole one.", min=1)
+    ] = 1024,
     compress: Annotated[bool, typer.Option(help="Compress shards with gzip: for archives, slower to read.")] = False,
     workers: _Workers = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -97,6 +102,8 @@ def prepare(
         images=images,
         image_weights=image_weights,
         image_backbone=image_backbone,
+        image_min_side=image_min_side,
+        image_max_side=image_max_side,
         speech=speech,
         speech_weights=speech_weights,
         text=text,
@@ -112,6 +119,7 @@ def prepare(
         pixels=pixels,
         pool_frames=pool_frames,
         max_frames=max_frames,
+        samples_per_shard=samples_per_shard,
         compression="gzip" if compress else None,
     )
     run(

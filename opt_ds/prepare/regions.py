@@ -50,15 +50,21 @@ REGION_EXTRACTORS = ("grid", "faster_rcnn", "npz")
 
 
 def build_region_extractor(
-    name: str, *, weights: Path | None = None, backbone: str | None = None, device: str = "cpu"
+    name: str,
+    *,
+    weights: Path | None = None,
+    backbone: str | None = None,
+    min_side: int = 600,
+    max_side: int = 1000,
+    device: str = "cpu",
 ) -> RegionExtractor:
-    """Build an extractor by name. Raises UserError for an unknown name, or missing or unfit weights."""
+    """Build an extractor by name; the sides are faster_rcnn's. UserError for an unknown name, missing or unfit weights."""
     if name == "grid":
         return GridExtractor(weights=weights, backbone=backbone, device=device)
     if name == "faster_rcnn":
         from opt_ds.prepare.detector import FasterRCNNExtractor
 
-        return FasterRCNNExtractor(weights, device=device)
+        return FasterRCNNExtractor(weights, min_side=min_side, max_side=max_side, device=device)
     if name == "npz":
         from opt_ds.prepare.npz_regions import NpzExtractor
 

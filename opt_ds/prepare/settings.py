@@ -7,7 +7,16 @@ from typing import Literal
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.prepare.text import UNICODE_FORMS
 
-_AT_LEAST_ONE = ("pool_frames", "max_frames", "vocab_size", "max_tokens", "max_pixels", "samples_per_shard")
+_AT_LEAST_ONE = (
+    "pool_frames",
+    "max_frames",
+    "vocab_size",
+    "max_tokens",
+    "max_pixels",
+    "samples_per_shard",
+    "image_min_side",
+    "image_max_side",
+)
 
 
 @dataclass(frozen=True)
@@ -16,12 +25,15 @@ class PrepareSettings:
 
     `max_tokens`, `max_frames`: longer texts and recordings are cut, and counted in the report. `max_pixels`,
     `max_seconds`: larger files are refused before they are decoded. `speech_layer`: 1 is the first Transformer layer's
-    output, None the last one's. `speech_window_s`, `speech_overlap_s`: see Wav2Vec2Extractor.
+    output, None the last one's. `image_min_side`, `image_max_side`: faster_rcnn scales the shorter side to the one unless
+    the longer then exceeds the other. `speech_window_s`, `speech_overlap_s`: see Wav2Vec2Extractor.
     """
 
     images: str = "grid"
     image_weights: Path | None = None
     image_backbone: str | None = None
+    image_min_side: int = 600
+    image_max_side: int = 1000
     max_pixels: int = 100_000_000
     pixels: bool = True
     speech: str = "logmel"

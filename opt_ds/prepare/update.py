@@ -146,8 +146,7 @@ def _replace(arrays: Arrays, kind: str, names: list[str | None], found: dict[str
         rows[sample, MODALITIES.index(kind)] = row_of[name]
     kept = {key: array for key, array in arrays.items() if not key.startswith(_OF_KIND[kind])}
     new = _image_arrays(items, dims.image_feature_dim) if kind == "image" else _audio_arrays(items, dims.audio_feature_dim)
-    merged = {**kept, "samples/rows": rows, **{key: array.astype(DATASETS[key], copy=False) for key, array in new.items()}}
-    return {key: merged[key] for key in DATASETS if key in merged}
+    return {**kept, "samples/rows": rows, **{key: array.astype(DATASETS[key], copy=False) for key, array in new.items()}}
 
 
 def _audio_arrays(items: list[np.ndarray], dim: int) -> Arrays:

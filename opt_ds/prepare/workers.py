@@ -60,7 +60,12 @@ def build_extractor(kind: str, settings: PrepareSettings, device: str) -> Any:
         from opt_ds.prepare.regions import build_region_extractor
 
         return build_region_extractor(
-            settings.images, weights=settings.image_weights, backbone=settings.image_backbone, device=device
+            settings.images,
+            weights=settings.image_weights,
+            backbone=settings.image_backbone,
+            min_side=settings.image_min_side,
+            max_side=settings.image_max_side,
+            device=device,
         )
     from opt_ds.prepare.speech import build_speech_extractor
 

@@ -57,8 +57,8 @@ def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Imag
     from matplotlib.figure import Figure
 
     _, image, audio = store.rows[index]
-    panels: list[str] = ["boxes"] * (image != MISSING)
-    panels += ["pixels"] * (image != MISSING and store.has_pixels) + ["frames"] * (audio != MISSING)
+    shown = {"boxes": image != MISSING, "pixels": image != MISSING and store.has_pixels, "frames": audio != MISSING}
+    panels = [name for name, is_there in shown.items() if is_there]
     figure = Figure(figsize=(5 * max(1, len(panels)), 5), layout="constrained")
     figure.suptitle(store.sample_id(index)[:80])
     for number, panel in enumerate(panels):

@@ -243,11 +243,15 @@ class StoreWriter:
 
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
-    """Write a shard's arrays as HDF5: contiguous, aligned, without time stamps: equal input, equal bytes."""
+    """Write a shard's arrays as HDF5: contiguous, aligned, in one order, without time stamps: equal input, equal bytes."""
+    assert arrays.keys() <= DATASETS.keys(), f"no datasets of a store: {arrays.keys() - DATASETS.keys()}"
     with h5py.File(
         path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
     ) as shard:
-        for name, array in arrays.items():
+        for name in DATASETS:
+            if name not in arrays:
+                continue
+            array = arrays[name]
             # HDF5 cannot chunk, hence not compress, what has no elements.
             options = {"compression": compression, "shuffle": True} if compression and array.size else {}
             shard.create_dataset(name, data=array, track_times=False, **options)
