@@ -10,8 +10,9 @@ from opt_ds.errors import UserError
 if TYPE_CHECKING:
     from opt_ds.evaluate.evaluator import Evaluator
     from opt_ds.model.dvae import DiscreteVAE
+    from opt_ds.model.generation import DecodingConfig
 
-evaluate = typer.Typer(help="Evaluate a checkpoint: retrieval, transcription, image-generation, or all of a run: summary.",
+evaluate = typer.Typer(help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary.",
                        no_args_is_help=True)  # fmt: skip
 
 _Checkpoint = Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")]
@@ -51,11 +52,52 @@ def transcription(
 ) -> None:
     """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""
     from opt_ds.evaluate.transcription import transcription as run
-    from opt_ds.model.generation import DecodingConfig
 
-    options = DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size)
     evaluator = _evaluator(checkpoint, store, split)
-    _write(run(evaluator, split, limit=limit, seed=seed, options=options), output)
+    _write(run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size)), output)
+
+
+@evaluate.command()
+def classification(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: _Split = "test_variant",
+    train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train",
+    min_positives: Annotated[int, typer.Option(help="Training samples that a label needs.", min=1)] = 10,
+    regularisation: Annotated[float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6)] = 1.0,
+    limit: _Limit = None,
+    seed: _Seed = 1,
+) -> None:
+    """mAP of a linear probe on the frozen model, for each of the seven modality subsets."""
+    from opt_ds.evaluate.classification import classification as run
+    from opt_ds.evaluate.classification import table
+    from opt_ds.evaluate.evaluator import SUBSETS
+
+    evaluator = _evaluator(checkpoint, store, split, train_split)
+    figures = run(evaluator, split, train_split, tuple(SUBSETS), min_positives, regularisation, limit, seed)
+    _write(figures, output)
+    typer.echo(table(figures))
+
+
+@evaluate.command()
+def captioning(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: _Split = "test_variant",
+    limit: _Limit = None,
+    beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
+    seed: _Seed = 1,
+) -> None:
+    """BLEU-4 and CIDEr of captions written from pictures, beside a constant caption and another picture's."""
+    from opt_ds.evaluate.captioning import captioning as run
+
+    evaluator = _evaluator(checkpoint, store, split)
+    figures = run(evaluator, split, limit, seed, _text_decoding(beam_size))
+    _write(figures, output)
+    for name, row in (("written", figures), *((n, figures[n]) for n in ("another_picture", "constant_caption"))):
+        typer.echo(f"  {name.replace('_', ' '):<20}BLEU-4 {row['bleu_4']:>6.1f}   CIDEr {row['cider']:>6.3f}")
 
 
 @evaluate.command("image-generation")
@@ -130,6 +172,12 @@ def _evaluator(checkpoint: Path, store_path: Path, *splits: str) -> "Evaluator":
     model, config = load_model(checkpoint, device)
     check_store(config, store)
     return Evaluator(model, config, store, device)
+
+
+def _text_decoding(beam_size: int) -> "DecodingConfig":
+    from opt_ds.model.generation import DecodingConfig
+
+    return DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size)
 
 
 def _dvae(evaluator: "Evaluator", folder: Path | None) -> "DiscreteVAE":

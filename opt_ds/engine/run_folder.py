@@ -2,6 +2,7 @@
 
 config.yaml   the resolved configuration of the last launch
 run.json      identity (what may not change between launches), stores, and one entry per launch: versions, device, …
+processor/    what the model needs to read raw files (see store/processor_files.py)
 """
 
 import fcntl
@@ -17,6 +18,7 @@ import opt_ds
 from opt_ds.config import Config, dump_config
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.reader import FeatureStore
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
@@ -71,7 +73,8 @@ def lock(output: Path) -> IO[str]:
 
 
 def record_launch(output: Path, config: Config, stores: list[FeatureStore], launch: dict[str, Any]) -> None:
-    """Write config.yaml, and run.json with this launch appended."""
+    """Write config.yaml and processor/, and run.json with this launch appended."""
+    copy_processor_files(stores[0], output / PROCESSOR_FOLDER)
     with atomic_file(output / CONFIG_FILE) as temporary:
         temporary.write_text(dump_config(config), encoding="utf-8")
     path = output / RUN_FILE

@@ -36,7 +36,11 @@ def transcription(
         references = [evaluator.caption(index) for index in gallery]
         samples = [evaluator.read(index, modalities) for index in gallery]
         written = evaluator.write_text(samples, options)
-        result[name] = {"wer": word_error_rate(references, written), "samples": len(gallery)}
+        result[name] = {
+            "wer": word_error_rate(references, written),
+            "cer": character_error_rate(references, written),
+            "samples": len(gallery),
+        }
         if AUDIO in modalities:
             order = _shuffle(references, seed)
             for sample, other in zip(samples, order, strict=True):
@@ -52,9 +56,18 @@ def transcription(
 
 def word_error_rate(references: list[str], written: list[str]) -> float:
     """Edits over words of the references (jiwer), after normalisation. References that become empty are left out."""
+    return float(jiwer.wer(*_normalized_pairs(references, written)))
+
+
+def character_error_rate(references: list[str], written: list[str]) -> float:
+    """The same over characters."""
+    return float(jiwer.cer(*_normalized_pairs(references, written)))
+
+
+def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[str], list[str]]:
     pairs = [(normalize(r), normalize(w)) for r, w in zip(references, written, strict=True)]
     pairs = [(r, w) for r, w in pairs if r]
-    return float(jiwer.wer([r for r, _ in pairs], [w for _, w in pairs]))
+    return [r for r, _ in pairs], [w for _, w in pairs]
 
 
 def normalize(text: str) -> str:

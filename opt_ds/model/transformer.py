@@ -46,17 +46,18 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def _split(self, x_te: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def project(self, x_te: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values [t, h, d]."""
         return self.qkv(x_te).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x_te: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        q_thd, k_thd, v_thd = self._split(x_te)
+        q_thd, k_thd, v_thd = self.project(x_te)
         dropout = self.probability if self.training else 0.0
         return self.output(attention(q_thd, k_thd, v_thd, sequences, sequences, self.causal, dropout).flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
         """One new position of each sequence; its key and value join the cache."""
-        q_bhd, k_bhd, v_bhd = self._split(x_be)
+        q_bhd, k_bhd, v_bhd = self.project(x_be)
         keys, values = cache.append(k_bhd, v_bhd)
         return self.output(cached_attention(q_bhd[:, :, None], keys, values).flatten(1))
 

@@ -16,9 +16,8 @@ PIXELS_SIDE = 64
 MAX_PIXELS = 100_000_000
 # Pillow would also open PostScript (by starting Ghostscript) and dozens of formats that nobody trains on.
 Image.init()
-_FORMATS = [
-    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN
-]
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_FORMATS: list[str] = [name for name in _WANTED if name in Image.OPEN]
 # Our own limit, a setting, is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 

@@ -88,6 +88,8 @@ def _prepare(
     say(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
     extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
     identities = {name: extractor.identity() for name, extractor in extractors.items()}
+    if settings.trim_silence:
+        identities["audio"]["trim_silence"] = True  # whoever serves the model must trim too
     key = _preparation_key(manifest, settings, identities)
     if (output / STORE_FILE).exists():
         description = load_description(output)
@@ -204,8 +206,8 @@ def _extract_shards(
     todo = [shard for shard in shards if shard.index % of == own and not writer.has_shard(shard.index)]
     for shard in todo:
         for kind in _FILES:
-            names = (getattr(manifest.lines[line], kind) for line in shard.lines)
-            shard.files[kind] = list(dict.fromkeys(name for name in names if name is not None))
+            wanted = (getattr(manifest.lines[line], kind) for line in shard.lines)
+            shard.files[kind] = list(dict.fromkeys(name for name in wanted if name is not None))
     total = sum(len(files) for shard in todo for files in shard.files.values())
     with (
         extraction(todo, manifest.folder, settings, workers, device) as results,

@@ -56,6 +56,15 @@ def build_speech_extractor(
     )
 
 
+def pool_frames(frames_tc: np.ndarray, size: int) -> np.ndarray:
+    """Return float16 [ceil(T / size), C]: means of `size` frames each, the last of what is left."""
+    if size == 1:
+        return frames_tc
+    starts = np.arange(0, len(frames_tc), size)
+    counts = np.diff(np.append(starts, len(frames_tc)))[:, None]
+    return (np.add.reduceat(frames_tc.astype("float32"), starts) / counts).astype("float16")
+
+
 class LogMelExtractor:
     """Natural logarithm of 80 mel energies: 25 ms window, 10 ms hop, frames centred on multiples of the hop."""
 

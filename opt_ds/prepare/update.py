@@ -49,6 +49,8 @@ def update_modality(
         chosen_device = choose_device(device)
         extractor = build_extractor(kind, settings, chosen_device)
         identity, dims = extractor.identity(), _dims(store, extractor, kind, settings)
+        if settings.trim_silence:
+            identity["trim_silence"] = True
         del extractor
         shards = _shards(store, files, kind)
         lost: list[str] = []

@@ -47,6 +47,7 @@ class Wav2Vec2Extractor:
         self._device = device
         self._hidden: Callable[[torch.Tensor], torch.Tensor]
         self._layer = layer
+        self._window_s, self._overlap_s = window_s, overlap_s
         self._window = max(1, round(window_s * self.frame_rate_hz))
         self._margin = round(overlap_s * self.frame_rate_hz / 2)
         if weights.is_dir():
@@ -60,8 +61,8 @@ class Wav2Vec2Extractor:
         return {
             "name": self.name,
             "layer": self._layer,
-            "window_frames": self._window,
-            "margin_frames": self._margin,
+            "window_s": self._window_s,
+            "overlap_s": self._overlap_s,
             "normalise": self._normalise,
             "package": self._package,
             "version": version(self._package),

@@ -224,10 +224,9 @@ def _image_item(feature: Any, picture: Any, settings: PrepareSettings, digest: s
 
 
 def _audio_item(frames: np.ndarray, _: Any, settings: PrepareSettings, digest: str) -> Extracted | Failure:
-    if settings.pool_frames > 1:
-        starts = np.arange(0, len(frames), settings.pool_frames)
-        counts = np.diff(np.append(starts, len(frames)))[:, None]
-        frames = (np.add.reduceat(frames.astype("float32"), starts) / counts).astype("float16")
+    from opt_ds.prepare.speech import pool_frames
+
+    frames = pool_frames(frames, settings.pool_frames)
     kept = frames[: settings.max_frames]
     if not np.isfinite(kept).all():
         return Failure("speech features are not finite")

@@ -34,9 +34,10 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
     lines.append(("labels", ", ".join(store.labels(index)) or "none"))
     if text != MISSING:
         tokens = store.text(text)
-        pieces = store.tokenizer().convert_ids_to_tokens(tokens.tolist())
-        lines += [("caption", store.caption(text)), (f"{len(tokens)} tokens", " ".join(pieces))]
-        lines.append(("decoded", store.tokenizer().decode(tokens)))
+        tokenizer = store.tokenizer()
+        pieces = " ".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
+        lines += [("caption", store.caption(text)), (f"{len(tokens)} tokens", pieces)]
+        lines.append(("decoded", str(tokenizer.decode(tokens))))
     if image != MISSING:
         regions = store.regions(image)
         lines.append(("regions", f"{len(regions.features)}, features {_spread(regions.features)}"))

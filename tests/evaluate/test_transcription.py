@@ -37,5 +37,5 @@ def test_perfect_writing_has_no_errors(evaluator: Evaluator, monkeypatch: pytest
 def test_figures_are_all_there(evaluator: Evaluator) -> None:
     found = transcription(evaluator, "train", limit=5)
     assert found["A"]["samples"] == 5
-    assert set(found["A"]) == {"wer", "samples", "wer_shuffled_audio"}
+    assert set(found["A"]) == {"wer", "cer", "samples", "wer_shuffled_audio"}
     assert "wer_shuffled_audio" not in found["I"]

@@ -152,10 +152,13 @@ def open_text(path: Path) -> Any:
 def read_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
     """Yield the rows of a CSV or TSV file. Tabs separate without quoting, as the published TSV files have it."""
     csv.field_size_limit(sys.maxsize)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with open_text(path) as file:
         try:
-            yield from csv.reader((line.replace("\0", "") for line in file), delimiter=delimiter, quoting=quoting)
+            lines = (line.replace("\0", "") for line in file)
+            if delimiter == "\t":
+                yield from csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            else:
+                yield from csv.reader(lines, delimiter=delimiter)
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not readable as a table ({error})") from None
 

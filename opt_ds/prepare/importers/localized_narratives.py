@@ -35,10 +35,14 @@ def import_localized_narratives(
     """
     pictures = Files(images, output, "image")
     sounds = files_of(recordings, output, "audio")
-    wanted = {entry.get("image_id") for path in annotations for _, entry in read_json_lines(path) if isinstance(entry, dict)}
-    labels_of = read_image_labels(labels, label_names, wanted)
+    labels_of = read_image_labels(labels, label_names, _image_ids(annotations)) if labels else {}
     entries = _entries(annotations, pictures, sounds, labels_of, keep_incomplete)
     return write_import(output, entries, say, source=", ".join(map(str, annotations)))
+
+
+def _image_ids(annotations: Sequence[Path]) -> set[str]:
+    entries = (entry for path in annotations for _, entry in read_json_lines(path))
+    return {str(entry.get("image_id")) for entry in entries if isinstance(entry, dict)}
 
 
 def _entries(

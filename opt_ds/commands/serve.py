@@ -1,0 +1,125 @@
+"""`opt-ds generate`, `opt-ds export` and `opt-ds serve`: a trained model for use."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opt_ds.errors import UserError, did_you_mean
+
+_Checkpoint = Annotated[
+    Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported folder.")
+]
+_ImageWeights = Annotated[Path | None, typer.Option(help="Weights of the image extractor, if no package brings them.")]
+_SpeechWeights = Annotated[Path | None, typer.Option(help="Weights of the speech extractor, if it has any.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def generate(
+    checkpoint: _Checkpoint,
+    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG.")],
+    to: Annotated[str, typer.Option(help="text or image.")],
+    text: Annotated[str | None, typer.Option(help="Input text.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Input recording: WAV, FLAC, OGG, MP3.")] = None,
+    beam_size: Annotated[int, typer.Option(help="Of the text; 1: greedy.", min=1)] = 4,
+    candidates: Annotated[int, typer.Option(help="Pictures to paint; the one that the model matches best is kept.", min=1)] = 1,
+    top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32,
+    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3)] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0)] = 1,
+    image_weights: _ImageWeights = None,
+    speech_weights: _SpeechWeights = None,
+    device: _Device = "auto",
+) -> None:
+    """Write a text, or paint a 64×64 picture, from a text, a picture, a recording or any mixture of them.
+
+    The raw input goes through the very extractors that the model was trained with.
+    """
+    from opt_ds.model.generation import DecodingConfig
+
+    if to not in ("text", "image"):
+        raise UserError(f'--to "{to}": choose text or image{did_you_mean(to, ("text", "image"))}')
+    if text is None and image is None and audio is None:
+        raise UserError("no input: give --text, --image, --audio, or several of them")
+    session = _session(checkpoint, image_weights, speech_weights, device)
+    sample = session.processor(text, image, audio)
+    if to == "text":
+        written = session.text(sample, DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size))
+        _replace(output, lambda path: path.write_text(written + "\n", encoding="utf-8"))
+        typer.echo(written)
+        return
+    options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
+    picture, score = session.pictures(sample, candidates, options)[0]
+    _replace(output, lambda path: picture.save(path, format="PNG"))
+    typer.echo(str(output) + ("" if score is None else f" (matching {score:.3f}, the best of {candidates})"))
+
+
+def export(
+    checkpoint: _Checkpoint, output: Annotated[Path, typer.Option(help="New folder for the exported model.")]
+) -> None:
+    """Write safetensors, configuration, tokenizer, extractors' identities, dVAE and a model card.
+
+    The folder loads with OPTModel.from_pretrained (opt_ds.serve.pretrained), and with transformers' AutoModel once that module
+    is imported.
+    """
+    from opt_ds.serve.export import export as run
+
+    typer.echo(f"exported to {run(checkpoint, output)}")
+
+
+def serve(
+    checkpoint: _Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
+    store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
+    split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
+    image_weights: _ImageWeights = None,
+    speech_weights: _SpeechWeights = None,
+    device: _Device = "auto",
+) -> None:
+    """A web page to try the model on, and a JSON API (see /api/docs)."""
+    try:
+        import uvicorn
+
+        from opt_ds.serve.app import build_app
+    except ImportError as error:
+        raise UserError(f"opt-ds serve needs {error.name}: pip install 'opt_ds[web]'") from None
+    from opt_ds.serve.neighbours import Neighbours, evaluator_beside
+
+    session = _session(checkpoint, image_weights, speech_weights, device)
+    neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
+    listening = _listen(host, port)
+    typer.echo(f"http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+    server = uvicorn.Server(uvicorn.Config(build_app(session, neighbours), log_level="warning", timeout_keep_alive=5))
+    server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> Any:
+    import socket
+
+    try:
+        listening = socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}: choose another one, or --port 0") from None
+    return listening
+
+
+def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path | None, device: str) -> Any:
+    from opt_ds.prepare.extractors import choose_device
+    from opt_ds.serve.session import Session
+
+    def warn(line: str) -> None:
+        typer.echo(f"note: {line}", err=True)
+
+    return Session.load(
+        checkpoint, image_weights=image_weights, speech_weights=speech_weights, device=choose_device(device), warn=warn
+    )
+
+
+def _replace(output: Path, write: Any) -> None:
+    from opt_ds.store.files import atomic_file
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output) as temporary:
+        write(temporary)

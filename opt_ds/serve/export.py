@@ -1,0 +1,89 @@
+"""A trained model as a folder of its own, in Hugging Face's layout.
+
+    <folder>/config.json, model.safetensors    `OPTModel.from_pretrained`, `AutoModel.from_pretrained`
+    <folder>/processor/                        tokenizer, extractors' identities, dVAE (store/processor_files.py)
+    <folder>/README.md                         the model card, with the run's figures
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opt_ds.config import Config, DataConfig, config_from_dict
+from opt_ds.errors import UserError
+from opt_ds.store.processor_files import PROCESSOR_FOLDER
+
+if TYPE_CHECKING:
+    from opt_ds.model.opt import OPT
+
+MODEL_TYPE = "opt_ds"
+_CONFIG_FILE = "config.json"
+
+
+def export(checkpoint: Path, output: Path) -> Path:
+    """Write the folder. UserError if it exists and is not empty; whole or not at all."""
+    from opt_ds.engine.checkpoint import load_model, read_state, resolve_checkpoint
+    from opt_ds.serve.pretrained import OmniPerceptionConfig, OPTModel
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is there already: name a new folder")
+    folder = resolve_checkpoint(checkpoint)
+    run = folder.parent.parent
+    if not (run / PROCESSOR_FOLDER).is_dir():
+        raise UserError(f"{run / PROCESSOR_FOLDER}: not there: start the run once more, it writes it")
+    model, config = load_model(checkpoint)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    portable = config.model_copy(update={"data": DataConfig(), "deepspeed_config": None})  # paths mean nothing elsewhere
+    hub_config = OmniPerceptionConfig(opt_ds_config=portable.model_dump(mode="json"))
+    OPTModel(hub_config, model).save_pretrained(temporary)
+    shutil.copytree(run / PROCESSOR_FOLDER, temporary / PROCESSOR_FOLDER)
+    result = run / "result.json"
+    figures = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+    card = _model_card(config, read_state(folder), sum(p.numel() for p in model.parameters()), figures)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    if output.exists():
+        output.rmdir()
+    temporary.rename(output)
+    return output
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `export` wrote this folder."""
+    try:
+        return json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError):
+        return False
+
+
+def load_exported(path: Path) -> tuple["OPT", Config]:
+    """Model (fp32, in evaluation mode) and configuration of an exported folder."""
+    from opt_ds.serve.pretrained import OPTModel
+
+    loaded = OPTModel.from_pretrained(path)
+    return loaded.opt.eval(), config_from_dict(loaded.config.opt_ds_config, where=str(path / _CONFIG_FILE))
+
+
+def _model_card(config: Config, state: dict[str, Any], num_parameters: int, figures: dict[str, Any] | None) -> str:
+    model = config.model
+    lines = [
+        "---", "library_name: opt_ds", "tags: [multimodal, speech, image-to-text, text-to-image, automatic-speech-recognition]",
+        "---", "", f"# OPT, {config.preset}", "",
+        "A model of text, images and speech, after the Omni-Perception Pre-Trainer (Liu et al. 2021, arXiv 2107.00249), trained "
+        "with opt_ds.", "",
+        f"{num_parameters / 1e6:.1f} million parameters: encoder of {model.num_layers} layers, {model.hidden_size} wide, "
+        f"{model.num_heads} heads; text decoder of {model.text_decoder_layers}, image decoder of {model.image_decoder_layers} "
+        f"layers. {state['step']} steps of {config.batch.size} {config.batch.unit}, seed {config.seed}, {state['precision']}, "
+        f"versions: {', '.join(f'{name} {version}' for name, version in state['versions'].items() if version)}.", "",
+        "```python", "from opt_ds.serve.pretrained import OPTModel", 'model = OPTModel.from_pretrained("this/folder")',
+        'session = model.session("this/folder")', 'print(session.text(session.processor(image=Path("photo.jpg"))))', "```", "",
+    ]  # fmt: skip
+    if figures is None:
+        lines.append("The run was not evaluated (`opt-ds evaluate summary` writes the figures).")
+    else:
+        from opt_ds.evaluate.summary import table
+
+        lines += ["```", table(figures).strip(), "```"]
+    return "\n".join(lines) + "\n"

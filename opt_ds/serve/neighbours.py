@@ -1,0 +1,62 @@
+"""Nearest samples of a store: cosine of frozen [CLS] vectors, computed once when the server starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.samples import Sample
+from opt_ds.errors import UserError
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.runner import ModelRunner
+from opt_ds.serve.session import Session
+from opt_ds.store.reader import FeatureStore
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A sample of the store, its caption ('' without one) and its cosine."""
+
+    index: int
+    name: str
+    caption: str
+    cosine: float
+
+
+class Neighbours:
+    """Vectors of a split's samples, all modalities together."""
+
+    def __init__(self, evaluator: Evaluator, split: str, limit: int = 2000) -> None:
+        self._evaluator = evaluator
+        self.samples = evaluator.samples_with(split, (), limit)
+        self._unit_ne = unit_cls(evaluator, [evaluator.read(i, (TEXT, IMAGE, AUDIO)) for i in self.samples])
+
+    def nearest(self, sample: Sample, count: int = 5) -> list[Neighbour]:
+        """The nearest first."""
+        cosine_n = self._unit_ne @ unit_cls(self._evaluator, [sample])[0]
+        store = self._evaluator.store
+        found = []
+        for place in np.argsort(-cosine_n)[:count]:
+            index = int(self.samples[place])
+            caption = self._evaluator.caption(index) if store.rows[index, TEXT] >= 0 else ""
+            found.append(Neighbour(index, store.sample_id(index), caption, float(cosine_n[place])))
+        return found
+
+
+def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
+    """The session's model on a store of the same tokenizer and extractors. Raises UserError for another one."""
+    store = FeatureStore(store_path)
+    own, there = session.processor.description, store.description
+    if own.tokenizer.sha256 != there.tokenizer.sha256:
+        raise UserError(f"{store_path}: its vocabulary is not the model's: use the store that the model was trained on")
+    for kind in ("image", "audio"):
+        if own.extractors[kind] != there.extractors[kind]:
+            raise UserError(f"{store_path}: its {kind} features come from another extractor than the model's")
+    return Evaluator(session.model, session.config, store, session.device)
+
+
+def unit_cls(runner: ModelRunner, samples: list[Sample]) -> np.ndarray:
+    """float32 [n, e], the samples' [CLS] of length 1."""
+    cls_ne = runner.cls_vectors(samples)
+    return cls_ne / np.maximum(np.linalg.norm(cls_ne, axis=1, keepdims=True), 1e-12)

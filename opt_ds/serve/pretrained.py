@@ -1,0 +1,66 @@
+"""OPT as a Hugging Face model: `OPTModel.from_pretrained(folder)`, and `AutoModel.from_pretrained` once this is imported."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from opt_ds.config import config_from_dict
+from opt_ds.data.batch import EncoderInputs
+from opt_ds.model.opt import OPT
+from opt_ds.serve.export import MODEL_TYPE
+from opt_ds.store.processor_files import PROCESSOR_FOLDER
+
+if TYPE_CHECKING:
+    from opt_ds.serve.session import Session
+
+
+class OmniPerceptionConfig(PretrainedConfig):
+    """Holds the run's whole configuration, as `opt_ds.config.Config` dumps it, under `opt_ds_config`.
+
+    (transformers has an OPTConfig already, of Meta's OPT.)
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, opt_ds_config: dict[str, Any] | None = None, **others: Any) -> None:
+        self.opt_ds_config = opt_ds_config or {}
+        super().__init__(**others)
+
+
+class OPTModel(PreTrainedModel):
+    """The pre-trained network. `forward` gives the encoder's packed output; `session` reads raw files and writes."""
+
+    config_class = OmniPerceptionConfig
+    base_model_prefix = "opt_ds"
+    # The word embedding is one tensor with three uses.
+    _tied_weights_keys = {  # noqa: RUF012 - transformers reads it as it is
+        "opt.text_decoder.word.weight": "opt.embeddings.text.word.weight",
+        "opt.mlm.word.weight": "opt.embeddings.text.word.weight",
+    }
+
+    def __init__(self, config: OmniPerceptionConfig, opt: OPT | None = None) -> None:
+        super().__init__(config)
+        settings = config_from_dict(config.opt_ds_config, where="config.json")
+        self.opt = opt or OPT(settings.model, settings.tasks)
+        self.post_init()
+
+    def forward(self, inputs: EncoderInputs) -> torch.Tensor:
+        """hidden_te [packed positions, width] of packed inputs with any mixture of modalities."""
+        return self.opt.encode(inputs)
+
+    def session(self, folder: str | Path, **options: Any) -> "Session":
+        """This model with the processor in its folder; options as `OPTProcessor`'s."""
+        from opt_ds.serve.processor import OPTProcessor
+        from opt_ds.serve.session import Session
+
+        settings = config_from_dict(self.config.opt_ds_config, where="config.json")
+        return Session(self.opt, settings, OPTProcessor(Path(folder) / PROCESSOR_FOLDER, settings.model, **options), self.device)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: OPT initialises itself."""
+
+
+AutoConfig.register(MODEL_TYPE, OmniPerceptionConfig)
+AutoModel.register(OmniPerceptionConfig, OPTModel)

@@ -1,0 +1,159 @@
+"""Raw text, pictures and recordings -> model inputs, with the very extractors that the model was trained on."""
+
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from opt_ds.config import ModelConfig
+from opt_ds.data.samples import Sample, stack_frames
+from opt_ds.errors import UserError
+from opt_ds.prepare.pictures import load_picture
+from opt_ds.store.processor_files import load_processor_description
+from opt_ds.store.schema import TOKENIZER_FOLDER
+
+# Of an identity: what changes no more than the last bits, and what is no matter of the extractor.
+_MAY_DIFFER = ("version", "package", "precision", "trim_silence")
+_SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
+
+
+class OPTProcessor:
+    """Makes samples of raw inputs. Extractors are built when first needed, and must be those of the training store.
+
+    `folder`: what `copy_processor_files` wrote. `image_weights`, `speech_weights`: files of extractors whose weights no package
+    brings; `warn` hears of what does not fit into the model and is cut off.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        image_weights: Path | None = None,
+        speech_weights: Path | None = None,
+        device: str = "cpu",
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        from opt_ds.prepare.text import TextExtractor
+
+        self.folder, self.config, self._device, self._warn = folder, config, device, warn
+        self.description = load_processor_description(folder)
+        self._weights = {"image": image_weights, "audio": speech_weights}
+        form = self.description.extractors["text"].get("unicode_form", "none")
+        self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
+        self._extractors: dict[str, Any] = {}
+
+    def __call__(
+        self, text: str | None = None, image: Path | Image.Image | None = None, audio: Path | np.ndarray | None = None
+    ) -> Sample:
+        """A sample of any one, two or three of: a text, a picture (file or RGB), a recording (file or mono float32 at 16 kHz).
+
+        Raises UserError for no input at all, an empty text, a broken file, an extractor that is not the training store's.
+        """
+        if text is None and image is None and audio is None:
+            raise UserError("nothing to read: give a text, an image, a recording, or several of them")
+        sample = Sample(name="raw input")
+        if text is not None:
+            sample.token_ids = self._tokens(text)
+        if image is not None:
+            self._read_regions(sample, image)
+        if audio is not None:
+            sample.frames = self._frames(audio)
+        return sample
+
+    def with_notes(self, warn: Callable[[str], None]) -> "OPTProcessor":
+        """The same processor, whose warnings go somewhere else."""
+        other = copy(self)
+        other._warn = warn
+        return other
+
+    def _tokens(self, text: str) -> np.ndarray:
+        tokens = self._text.extract([text])[0].astype(np.int64)
+        if not len(tokens):
+            raise UserError("the text is empty: give words, or leave it out")
+        return self._cut(tokens, self.config.max_text_tokens, "the text", "word pieces")
+
+    def _read_regions(self, sample: Sample, image: Path | Image.Image) -> None:
+        picture = _decoded(load_picture, image, "image") if isinstance(image, Path) else image.convert("RGB")
+        found = self._extractor("image").extract([picture])[0]
+        if not len(found.features):
+            raise UserError("no region was found in the image: give another picture")
+        limit = self.config.max_regions
+        sample.region_features, sample.region_boxes = found.features[:limit], found.boxes[:limit]
+        sample.region_labels = found.labels[:limit].astype(np.int64)
+
+    def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
+        from opt_ds.prepare.recordings import load_recording, trim_silence
+        from opt_ds.prepare.speech import pool_frames
+
+        waveform = _decoded(load_recording, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
+        if self.description.extractors["audio"].get("trim_silence"):
+            waveform = trim_silence(waveform)
+        extractor = self._extractor("audio")
+        pooled = round(extractor.frame_rate_hz / self.description.dims.audio_frame_rate_hz)
+        frames = stack_frames(pool_frames(extractor.extract([waveform])[0], pooled), self.config.audio_stack, 0)
+        rate_hz = self.description.dims.audio_frame_rate_hz / self.config.audio_stack
+        seconds = f"{len(waveform) / 16_000:.1f} s, the model hears {self.config.max_frames / rate_hz:.1f} s"
+        return self._cut(frames, self.config.max_frames, f"the recording ({seconds})", "frames")
+
+    def _cut(self, items: np.ndarray, limit: int, what: str, unit: str) -> np.ndarray:
+        if len(items) > limit:
+            self._warn(f"{what} has {len(items)} {unit}: only the first {limit} are read")
+        return items[:limit]
+
+    def _extractor(self, kind: str) -> Any:
+        if kind not in self._extractors:
+            self._extractors[kind] = self._build(kind, self.description.extractors[kind])
+        return self._extractors[kind]
+
+    def _build(self, kind: str, identity: dict[str, Any]) -> Any:
+        name, weights = identity["name"], self._weights[kind]
+        if kind == "image":
+            from opt_ds.prepare.regions import build_region_extractor
+
+            backbone = str(identity.get("backbone", ""))
+            torchvision_name = backbone.removeprefix("torchvision/") if backbone.startswith("torchvision/") else None
+            if name == "npz":
+                raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
+            needs = name != "grid" or torchvision_name is not None
+            self._check_given(kind, name, weights, needs)
+            sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
+            extractor: Any = build_region_extractor(
+                name, weights=weights, backbone=torchvision_name, device=self._device, **sides
+            )
+        else:
+            from opt_ds.prepare.speech import build_speech_extractor
+
+            self._check_given(kind, name, weights, needs=name != "logmel")
+            how = {key: identity[key] for key in ("layer", "window_s", "overlap_s") if key in identity}
+            extractor = build_speech_extractor(name, weights=weights, device=self._device, **how)
+        found = extractor.identity()
+        for key in identity.keys() | found.keys():
+            if key not in _MAY_DIFFER and identity.get(key) != found.get(key):
+                raise UserError(
+                    f"{kind} extractor {name}: its {key} is {found.get(key)}, the model was trained with {identity.get(key)}: "
+                    "use the same"
+                )
+        return extractor
+
+    def _check_given(self, kind: str, name: str, weights: Path | None, needs: bool) -> None:
+        if needs and weights is None:
+            raise UserError(
+                f"the model reads {kind}s with {name}, whose weights are not stored with it: name their file with "
+                f"{_SETTINGS[kind]}"
+            )
+
+
+def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{kind} {path}: no such file")
+    try:
+        return load(path)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__
+        raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None

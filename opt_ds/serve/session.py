@@ -1,0 +1,123 @@
+"""A trained model that reads raw input and answers: writes a text, paints pictures, says what belongs together."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opt_ds.config import Config
+from opt_ds.data.matching import CASES
+from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.samples import Sample
+from opt_ds.errors import UserError
+from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, to_uint8
+from opt_ds.evaluate.runner import ModelRunner
+from opt_ds.evaluate.transcription import DEFAULT_DECODING
+from opt_ds.model.dvae import DiscreteVAE
+from opt_ds.model.generation import DecodingConfig
+from opt_ds.model.opt import OPT
+from opt_ds.serve.processor import OPTProcessor
+from opt_ds.store.processor_files import DVAE_FOLDER, PROCESSOR_FOLDER
+from opt_ds.store.schema import TOKENIZER_FOLDER
+
+#: modality -> the part of a Sample that is there with it
+_PART = {TEXT: "token_ids", IMAGE: "region_features", AUDIO: "frames"}
+_CASE_OF_MODALITIES = {
+    frozenset((IMAGE, AUDIO)): "image_audio", frozenset((TEXT, AUDIO)): "text_audio", frozenset((TEXT, IMAGE)): "text_image",
+    frozenset((TEXT, IMAGE, AUDIO)): "all",
+}  # fmt: skip
+
+
+class Session(ModelRunner):
+    """A model, its processor and its dVAE."""
+
+    def __init__(self, model: OPT, config: Config, processor: OPTProcessor, device: torch.device | str = "cpu") -> None:
+        super().__init__(model, config, processor.description.tokenizer, processor.folder / TOKENIZER_FOLDER, device)
+        self.processor = processor
+        self._dvae: DiscreteVAE | None = None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path,
+        *,
+        image_weights: Path | None = None,
+        speech_weights: Path | None = None,
+        device: str = "cpu",
+        warn: Callable[[str], None] = print,
+    ) -> "Session":
+        """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
+        from opt_ds.serve.export import is_exported, load_exported
+
+        if is_exported(checkpoint):
+            model, config = load_exported(checkpoint)
+            folder = checkpoint / PROCESSOR_FOLDER
+        else:
+            from opt_ds.engine.checkpoint import load_model, resolve_checkpoint
+
+            model, config = load_model(checkpoint)
+            folder = resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER
+        processor = OPTProcessor(
+            folder, config.model, image_weights=image_weights, speech_weights=speech_weights, device=device, warn=warn
+        )
+        return cls(model.to(device), config, processor, device)
+
+    def text(self, sample: Sample, options: DecodingConfig = DEFAULT_DECODING) -> str:
+        """What the text decoder writes. Raises UserError when the model never learned to write."""
+        self._check_learned("dtr", "write text")
+        return self.write_text([sample], options)[0]
+
+    def pictures(
+        self, sample: Sample, count: int = 1, options: DecodingConfig = DEFAULT_SAMPLING
+    ) -> list[tuple[Image.Image, float | None]]:
+        """`count` sampled 64 × 64 pictures, the best first, each with the matching head's probability that it belongs to the
+        input (None for one picture alone, which nothing is compared with).
+
+        Raises UserError when the model never learned to paint.
+        """
+        self._check_learned("dir", "paint pictures")
+        with torch.inference_mode():  # each place in the list draws anew
+            codes = torch.from_numpy(self.write_codes([sample] * count, options)).to(self.device)
+            painted = to_uint8(self.dvae.decode(codes)).transpose(0, 2, 3, 1)
+        pictures = [Image.fromarray(np.ascontiguousarray(picture)) for picture in painted]
+        if count == 1:
+            return [(pictures[0], None)]
+        scores = [self._belongs(sample, picture) for picture in pictures]
+        return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
+
+    def matching(self, sample: Sample) -> dict[str, float]:
+        """Probability of each matching case (see data.matching); what two or three given inputs allow."""
+        given = [m for m, part in _PART.items() if getattr(sample, part) is not None]
+        if len(given) < 2:
+            raise UserError("matching compares two or three inputs: give another one")
+        scores = torch.from_numpy(self.matching_scores([sample])[0])
+        values = torch.sigmoid(scores) if self.config.tasks.matching.loss == "bce" else torch.softmax(scores, 0)
+        named = dict(zip(CASES, values.tolist(), strict=True))
+        possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= set(given)} | {"none"}
+        return {case: value for case, value in named.items() if case in possible}
+
+    @property
+    def dvae(self) -> DiscreteVAE:
+        """The dVAE that the model's image codes belong to."""
+        if self._dvae is None:
+            folder = self.processor.folder / DVAE_FOLDER
+            if not folder.is_dir():
+                raise UserError(f"{folder}: the model has no dVAE, it was trained on a store without image codes")
+            self._dvae = DiscreteVAE.from_pretrained(folder).to(self.device).eval()
+        return self._dvae
+
+    def _belongs(self, sample: Sample, picture: Image.Image) -> float:
+        own = replace(sample, region_features=None, region_boxes=None, region_labels=None)
+        seen = self.processor(image=picture)
+        pair = replace(
+            own, region_features=seen.region_features, region_boxes=seen.region_boxes, region_labels=seen.region_labels
+        )
+        given = frozenset(m for m, part in _PART.items() if getattr(pair, part) is not None)
+        return self.matching(pair)[_CASE_OF_MODALITIES[given]] if len(given) > 1 else 0.0
+
+    def _check_learned(self, loss: str, what: str) -> None:
+        if loss not in self.config.tasks.active_losses:
+            raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")

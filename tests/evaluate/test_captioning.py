@@ -1,0 +1,36 @@
+"""BLEU-4 and CIDEr as their libraries count them; a perfect writer gets the most, a constant one next to nothing."""
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from opt_ds.evaluate.captioning import bleu_4, captioning, cider
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.model.generation import DecodingConfig
+
+REFERENCES = [
+    ["a red cat on a mat", "a cat on the mat"], ["two dogs run in the snow"], ["a boat at sea", "a ship at sea", "the sea"]
+]  # fmt: skip
+WRITTEN = ["a red cat on the mat", "two dogs run in snow", "a boat"]
+
+
+def test_bleu_is_sacrebleus_with_ragged_references() -> None:
+    columns = [["a red cat on a mat", "two dogs run in the snow", "a boat at sea"],
+               ["a cat on the mat", None, "a ship at sea"], [None, None, "the sea"]]  # fmt: skip
+    expected = sacrebleu.corpus_bleu(WRITTEN, columns, tokenize="none", smooth_method="none").score  # type: ignore[arg-type]
+    assert bleu_4(REFERENCES, WRITTEN) == pytest.approx(expected)
+    assert bleu_4(REFERENCES, [texts[0] for texts in REFERENCES]) == pytest.approx(100)
+
+
+def test_cider_prefers_the_right_words_and_rare_ones() -> None:
+    right, constant = [texts[0] for texts in REFERENCES], ["a cat on the mat"] * 3
+    assert cider(REFERENCES, right) > cider(REFERENCES, WRITTEN) > cider(REFERENCES, constant) > 0
+    one = [["red circle"], ["blue square"]]
+    assert cider(one, ["red circle", "blue square"]) == pytest.approx(5.0), "n-grams of 1 and 2 of the four lengths, times ten"
+
+
+def test_a_models_captions_are_scored_a_picture_once(evaluator: Evaluator) -> None:
+    figures = captioning(evaluator, "valid", options=DecodingConfig())
+    gallery = evaluator.samples_with("valid", (0, 1))
+    assert figures["pictures"] == len(np.unique(evaluator.store.rows[gallery, 1]))
+    assert {"bleu_4", "cider", "constant_caption", "another_picture"} <= set(figures)

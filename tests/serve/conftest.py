@@ -1,0 +1,75 @@
+"""A run as users have it: raw files, prepared, codes written, two steps trained with the real program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.serve.session import Session
+from opt_ds.store import FeatureStore
+from opt_ds.train_dvae import train_dvae
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (30, 30, 220), "yellow": (230, 220, 40)}
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a manifest of twelve samples with all three modalities: a coloured square, its name, a tone."""
+    folder = tmp_path_factory.mktemp("raw")
+    random = np.random.default_rng(1)
+    lines = []
+    for number in range(12):
+        name = list(COLOURS)[number % len(COLOURS)]
+        pixels = np.clip(np.array(COLOURS[name]) + random.integers(-20, 20, (32, 32, 3)), 0, 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        time_s = np.arange(16000) / 16000
+        soundfile.write(folder / f"{number}.wav", 0.2 * np.sin(2 * np.pi * (200 + 100 * (number % 4)) * time_s), 16000)
+        lines.append(
+            {"id": str(number), "image": f"{number}.png", "text": f"a {name} square", "audio": f"{number}.wav",
+             "labels": [name], "split": "valid" if number >= 8 else "train"}
+        )  # fmt: skip
+    (folder / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw_store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `raw`, with image codes."""
+    folder = tmp_path_factory.mktemp("store")
+    prepare(raw / "manifest.jsonl", folder / "s", PrepareSettings(vocab_size=60), workers=1, device="cpu", say=lambda _: None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    train_dvae(folder / "s", folder / "dvae", preset="dvae-tiny", device="cpu", precision="fp32", steps=4)
+    return folder / "s"
+
+
+def start_run(store: Path, output: Path, *settings: str) -> None:
+    """Two steps of pretrain.py on the store."""
+    dims = FeatureStore(store).description.dims
+    given = (
+        f"model.vocab_size={dims.vocab_size}", f"model.image_codebook_size={dims.num_codes}", "train.max_steps=2",
+        "batch.size=8", "train.picture_grid=0", *settings,
+    )  # fmt: skip
+    options = [part for setting in given for part in ("--set", setting)]
+    script = Path(__file__).parents[2] / "opt_ds" / "pretrain.py"
+    command = [sys.executable, str(script), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def run(raw_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a finished run."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    start_run(raw_store, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def session(run: Path) -> Session:
+    return Session.load(run)

@@ -1,0 +1,114 @@
+"""The web API: what it answers, what it refuses and with which status, and that it lives on."""
+
+import base64
+import io
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from PIL import Image
+
+from opt_ds.errors import UserError
+from opt_ds.serve.app import MAX_UPLOAD_MIB, build_app
+from opt_ds.serve.neighbours import Neighbours, evaluator_beside
+from opt_ds.serve.session import Session
+
+
+@pytest.fixture(scope="module")
+def address(session: Session, raw_store: Path) -> "str":
+    """A real server on a free port of this machine."""
+    app = build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> httpx.Client:
+    with httpx.Client(base_url=address, timeout=120) as client:
+        yield client
+
+
+def test_any_mixture_is_described(client: httpx.Client, raw: Path) -> None:
+    files = {"image": (raw / "0.png").read_bytes(), "audio": (raw / "0.wav").read_bytes()}
+    answer = client.post("/api/describe", data={"text": "a red square"}, files=files).json()
+    assert isinstance(answer["text"], str) and answer["notes"] == []
+    assert set(answer["matching"]) == {"all", "image_audio", "text_audio", "text_image", "none"}
+    assert len(answer["neighbours"]) == 5 and answer["neighbours"][0]["cosine"] >= answer["neighbours"][4]["cosine"]
+    assert [len(word["regions"]) for word in answer["attention"]] == [16] * len(answer["attention"])
+    assert all(max(word["frames"]) == 1.0 for word in answer["attention"])
+    alone = client.post("/api/describe", files={"image": files["image"]}).json()
+    assert "matching" not in alone and "attention" not in alone
+
+
+def test_a_drawn_svg_is_read_and_nothing_outside_is_fetched(client: httpx.Client) -> None:
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><image href="/etc/hostname"/><circle r="4"/></svg>'
+    assert client.post("/api/describe", files={"image": svg}).status_code == 200
+
+
+def test_pictures_are_painted(client: httpx.Client) -> None:
+    answer = client.post("/api/paint", data={"text": "a red square", "count": 2}).json()
+    images = [Image.open(io.BytesIO(base64.b64decode(p["png"].split(",")[1]))) for p in answer["pictures"]]
+    assert [image.size for image in images] == [(64, 64)] * 2
+    assert answer["pictures"][0]["matching"] >= answer["pictures"][1]["matching"]
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "status", "expected"),
+    [
+        ({}, {}, 422, "nothing to read"),
+        ({"text": "x" * 20_000}, {}, 422, ""),
+        ({}, {"image": b"no picture"}, 422, "cannot be read"),
+        ({}, {"audio": b"RIFF no sound"}, 422, "cannot be read"),
+        ({}, {"image": b"x" * (MAX_UPLOAD_MIB * 2**20 + 1)}, 413, "are allowed"),
+        ({"text": "a", "count": 100}, {}, 422, ""),
+    ],
+)
+def test_bad_requests_get_a_status_and_a_reason(
+    data: dict[str, object], files: dict[str, bytes], status: int, expected: str, client: httpx.Client
+) -> None:
+    reply = client.post("/api/paint", data=data, files=files)
+    assert reply.status_code == status
+    assert expected in str(reply.json()["detail"]) and "/tmp" not in reply.text
+    assert client.get("/api/about").status_code == 200, "it lives on"
+
+
+def test_an_upload_without_a_size_is_refused(client: httpx.Client) -> None:
+    assert client.post("/api/paint", content=iter([b"a" * 10])).status_code == 411
+
+
+def test_fifty_requests_at_once_are_answered_or_sent_away(address: str) -> None:
+    def ask(number: int) -> int:
+        with httpx.Client(base_url=address, timeout=240) as own:
+            return own.post("/api/describe", data={"text": f"a red square {number}"}).status_code
+
+    with ThreadPoolExecutor(50) as threads:
+        statuses = list(threads.map(ask, range(50)))
+    assert set(statuses) <= {200, 503} and statuses.count(200) >= 10
+    assert ask(0) == 200
+
+
+def test_a_client_that_hangs_up_takes_nothing_down(address: str, client: httpx.Client) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    for part in (b"POST /api/describe HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nabc", b"GET / HT"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(part)
+    time.sleep(0.2)
+    assert client.post("/api/describe", data={"text": "a red square"}).status_code == 200
+
+
+def test_another_store_is_refused_by_identity(session: Session, tmp_path: Path) -> None:
+    from opt_ds.store.synthetic import write_synthetic_store
+
+    write_synthetic_store(tmp_path / "other", 10)
+    with pytest.raises(UserError, match="its vocabulary is not the model's"):
+        evaluator_beside(session, tmp_path / "other")

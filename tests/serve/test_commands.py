@@ -1,0 +1,45 @@
+"""`opt-ds generate` and `export`, as typed."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from opt_ds.cli import _build
+from opt_ds.commands import run_command
+
+
+def opt_ds(*arguments: object) -> int:
+    return run_command(_build(), [str(argument) for argument in arguments], "opt-ds")
+
+
+def test_text_and_picture_are_written(run: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "out" / "a.txt"
+    assert opt_ds("generate", "--checkpoint", run, "--image", raw / "0.png", "--to", "text", "--output", text) == 0
+    assert text.read_text().strip() == capsys.readouterr().out.strip()
+    picture = tmp_path / "a.png"
+    given = ("--text", "a red square", "--to", "image", "--candidates", 2, "--output", picture)
+    assert opt_ds("generate", "--checkpoint", run, *given) == 0
+    assert Image.open(picture).size == (64, 64) and "the best of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--to", "img", "--text", "a"), 'choose text or image (did you mean "image"?)'),
+        (("--to", "text"), "no input"),
+        (("--to", "text", "--image", "/nowhere.png"), "no such file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    given: tuple[str, ...], expected: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert opt_ds("generate", "--checkpoint", run, "--output", tmp_path / "x", *given) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_export_then_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opt_ds("export", "--checkpoint", run, "--output", tmp_path / "model") == 0
+    given = ("--text", "a red square", "--to", "text", "--output", tmp_path / "a.txt")
+    assert opt_ds("generate", "--checkpoint", tmp_path / "model", *given) == 0

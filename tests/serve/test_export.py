@@ -1,0 +1,54 @@
+"""An exported folder loads through Hugging Face's doors and gives bit-equal results; tied weights stay one tensor."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opt_ds.engine.checkpoint import load_model
+from opt_ds.errors import UserError
+from opt_ds.serve.export import export, is_exported
+from opt_ds.serve.session import Session
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(run, tmp_path_factory.mktemp("exported") / "model")
+
+
+def test_every_weight_comes_back_bit_for_bit(run: Path, exported: Path) -> None:
+    from transformers import AutoModel
+
+    from opt_ds.serve.pretrained import OPTModel
+
+    expected = load_model(run)[0].state_dict()
+    for loaded in (OPTModel.from_pretrained(exported), AutoModel.from_pretrained(exported)):
+        assert type(loaded) is OPTModel
+        found = loaded.opt.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        word = loaded.opt.embeddings.text.word.weight
+        assert loaded.opt.text_decoder.word.weight is word and loaded.opt.mlm.word.weight is word
+
+
+def test_answers_are_those_of_the_run(session: Session, exported: Path, raw: Path) -> None:
+    other = Session.load(exported)
+    for given in ({"text": "a red square"}, {"image": raw / "2.png", "audio": raw / "2.wav"}):
+        sample, same = session.processor(**given), other.processor(**given)
+        assert session.text(sample) == other.text(same)
+        assert session.pictures(sample)[0][0].tobytes() == other.pictures(same)[0][0].tobytes()
+
+
+def test_the_folder_names_no_path_of_the_machine_and_has_a_card(exported: Path, raw_store: Path) -> None:
+    text = (exported / "config.json").read_text() + (exported / "README.md").read_text()
+    assert str(raw_store) not in text and "arXiv 2107.00249" in text
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "opt_ds"
+    assert is_exported(exported) and not is_exported(exported / "processor")
+
+
+def test_an_existing_folder_is_left_alone(run: Path, exported: Path) -> None:
+    before = sorted(exported.rglob("*"))
+    with pytest.raises(UserError, match="is there already"):
+        export(run, exported)
+    assert sorted(exported.rglob("*")) == before
