@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +76,21 @@ def run(raw_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def session(run: Path) -> Session:
     return Session.load(run)
+
+
+@pytest.fixture(scope="session")
+def address(session: Session, raw_store: Path) -> Iterator[str]:
+    """A real server on a free port of this machine."""
+    import uvicorn
+
+    from opt_ds.serve.app import build_app
+    from opt_ds.serve.neighbours import Neighbours, evaluator_beside
+
+    app = build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=30)

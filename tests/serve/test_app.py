@@ -3,33 +3,18 @@
 import base64
 import io
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.serve.app import MAX_UPLOAD_MIB, build_app
-from opt_ds.serve.neighbours import Neighbours, evaluator_beside
+from opt_ds.serve.app import MAX_UPLOAD_MIB
+from opt_ds.serve.neighbours import evaluator_beside
 from opt_ds.serve.session import Session
-
-
-@pytest.fixture(scope="module")
-def address(session: Session, raw_store: Path) -> "str":
-    """A real server on a free port of this machine."""
-    app = build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(timeout=30)
 
 
 @pytest.fixture(scope="module")

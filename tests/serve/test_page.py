@@ -1,0 +1,93 @@
+"""The page in a real browser: upload a picture and speech, read the text, see pictures; what goes wrong is shown.
+
+A screenshot is kept as artifacts/page.png. Chromium and its driver are installed from Debian's packages where they are missing.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARTIFACTS = Path(__file__).parents[2] / "artifacts"
+_QUIET = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required", "--window-size=1000,1300",
+)  # fmt: skip
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            pytest.skip("no chromium and chromedriver here, and no right to install them")
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["apt-get", "update", "-qq"], check=True, env=environment)
+        packages = ["chromium", "chromium-driver"]
+        subprocess.run(["apt-get", "install", "-yqq", "--no-install-recommends", *packages], check=True, env=environment)
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for argument in (*_QUIET, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def test_a_person_uploads_a_picture_and_speech_and_gets_a_text_and_pictures(browser: Any, address: str, raw: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(browser, 120)
+    browser.get(address)
+    wait.until(lambda page: "million parameters" in page.find_element(By.ID, "about").text)
+    browser.find_element(By.ID, "image").send_keys(str(raw / "0.png"))
+    browser.find_element(By.ID, "audio").send_keys(str(raw / "0.wav"))
+    played = browser.execute_async_script(
+        "const done = arguments[0], player = document.getElementById('player');"
+        "player.play().then(() => done(player.duration), error => done(String(error)));"
+    )
+    assert played == pytest.approx(1.0, abs=0.05), "the speech plays"
+    browser.find_element(By.ID, "text").send_keys("a red square")
+    browser.find_element(By.ID, "describe").click()
+    wait.until(lambda page: page.find_elements(By.ID, "written"))
+    shown = browser.find_element(By.ID, "answer").text
+    assert "What belongs together" in shown and "text + image" in shown and "Nearest in the store" in shown
+    words = browser.find_elements(By.CSS_SELECTOR, ".word")
+    words[1].click()
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".cells i")) == 16
+    assert browser.find_elements(By.CSS_SELECTOR, ".frames i")
+    ARTIFACTS.mkdir(exist_ok=True)
+    browser.save_screenshot(str(ARTIFACTS / "page.png"))
+
+    browser.find_element(By.ID, "paint").click()
+    wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, ".pictures img")) == 4)
+    image = browser.find_element(By.CSS_SELECTOR, ".pictures img")
+    wait.until(lambda page: page.execute_script("return arguments[0].naturalWidth", image) == 64)
+    wrong = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
+    assert not wrong, wrong
+
+
+def test_a_drawing_is_an_image_too_and_an_empty_form_says_so(browser: Any, address: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(browser, 120)
+    browser.get(address)
+    browser.find_element(By.ID, "describe").click()
+    wait.until(lambda page: "nothing to read" in page.find_element(By.ID, "answer").text)
+    browser.find_element(By.TAG_NAME, "summary").click()
+    canvas = browser.find_element(By.ID, "canvas")
+    ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(30, 20).release().perform()
+    browser.find_element(By.ID, "describe").click()
+    wait.until(lambda page: page.find_elements(By.ID, "written"))
