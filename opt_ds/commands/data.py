@@ -45,7 +45,7 @@ def prepare(
         Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
     ] = None,
     image_backbone: Annotated[
-        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights.")
+        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME.")
     ] = None,
     image_min_side: Annotated[int, typer.Option(help="faster_rcnn: pixels that the shorter side is scaled to.", min=1)] = 600,
     image_max_side: Annotated[int, typer.Option(help="faster_rcnn: unless the longer side then exceeds this.", min=1)] = 1000,

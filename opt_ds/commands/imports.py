@@ -39,7 +39,7 @@ def localized_narratives(
 @imports.command("conceptual-captions")
 def conceptual_captions(
     annotations: Annotated[list[str], typer.Option(help="TSV of caption and URL, as FILE or SPLIT=FILE; several times.")],
-    images: _Images,
+    images: Annotated[list[Path], typer.Option(help="Folder of the pictures; once for each --annotations.")],
     output: _Output,
     pattern: Annotated[str, typer.Option(help="A picture's name: {index}, {crc32}, {md5} of its URL.")] = "{index:09d}",
     url_first: Annotated[bool, typer.Option("--url-first", help="The URL comes before the caption (CC12M).")] = False,

@@ -21,6 +21,7 @@ from opt_ds.errors import UserError
 from opt_ds.prepare import detectron2
 from opt_ds.prepare.extractors import load_state_dict, weights_identity
 from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
+from opt_ds.store.schema import BOX_SIZE
 
 # (bottleneck blocks?, blocks of the third stage) -> architecture; the four stages differ most in the third.
 _RESNETS = {
@@ -70,6 +71,7 @@ class FasterRCNNExtractor:
         self._weights_sha256 = weights_identity(weights)
         self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
         self.dim = self._model.roi_heads.box_head.fc7.out_features
+        self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
 
     def identity(self) -> dict[str, Any]:
         """Return what the features depend on."""
@@ -108,8 +110,9 @@ class FasterRCNNExtractor:
             heads = self._model.roi_heads
             features_pc = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
             logits_pk, deltas = heads.box_predictor(features_pc)
-        boxes_pk4 = heads.box_coder.decode(deltas.float(), proposals)
         counts = [len(boxes) for boxes in proposals]
+        # The decoder cannot tell the shape of no boxes at all.
+        boxes_pk4 = heads.box_coder.decode(deltas.float(), proposals) if sum(counts) else deltas.reshape(0, 1, 4)
         parts = zip(
             features_pc.split(counts),
             logits_pk.float().softmax(1).split(counts),
@@ -122,6 +125,8 @@ class FasterRCNNExtractor:
     def _select(
         self, features_pc: torch.Tensor, scores_pk: torch.Tensor, boxes_pk4: torch.Tensor, size: tuple[int, int]
     ) -> RegionFeatures:
+        if not len(features_pc):  # nothing was proposed
+            return RegionFeatures(*(np.zeros((0, *tail), kind) for tail, kind in self._empty))
         height, width = size
         scale = torch.tensor([width, height, width, height], device=boxes_pk4.device)
         scores, labels = scores_pk[:, 1:].max(1)

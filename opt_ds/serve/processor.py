@@ -115,14 +115,14 @@ class OPTProcessor:
             from opt_ds.prepare.regions import build_region_extractor
 
             backbone = str(identity.get("backbone", ""))
-            torchvision_name = backbone.removeprefix("torchvision/") if backbone.startswith("torchvision/") else None
+            own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
             if name == "npz":
                 raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
-            needs = name != "grid" or torchvision_name is not None
+            needs = name != "grid" or own_name is not None
             self._check_given(kind, name, weights, needs)
             sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
             extractor: Any = build_region_extractor(
-                name, weights=weights, backbone=torchvision_name, device=self._device, **sides
+                name, weights=weights, backbone=own_name, device=self._device, **sides
             )
         else:
             from opt_ds.prepare.speech import build_speech_extractor

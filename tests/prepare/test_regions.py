@@ -70,6 +70,29 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     assert whole.extract([noise(2)])[0].scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False, num_classes=7).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    whole = GridExtractor(weights=tmp_path / "model.safetensors", backbone=f"timm/{name}", side=64, cells=1)
+    assert whole.num_classes == 7
+    assert whole.identity()["backbone"] == f"timm/{name}"
+    pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.inference_mode():
+        scores = network(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32)).softmax(1)
+    (regions,) = whole.extract([noise(2)])
+    assert regions.features.shape == (1, whole.dim)
+    assert regions.scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
+    for backbone, message in (("timm/resent18", "did you mean"), ("timm/vit_tiny_patch16_224", "does not fit|no feature map")):
+        with pytest.raises(UserError, match=message):
+            GridExtractor(weights=tmp_path / "model.safetensors", backbone=backbone)
+
+
 def random_detector(path: Path, num_classes: int = 11, feature_size: int = 24) -> None:
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=0)
@@ -93,6 +116,14 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     assert (regions.boxes[:, 2] >= regions.boxes[:, 0]).all()
     assert set(regions.labels) <= set(range(1, 11))
     assert (np.diff(regions.scores) <= 0).all()
+
+
+def test_a_picture_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
+    random_detector(tmp_path / "d.pt")
+    extractor = FasterRCNNExtractor(tmp_path / "d.pt", min_side=96, max_side=128)
+    extractor._model.rpn.min_size = 1e6
+    (regions,) = extractor.extract([noise(0)])
+    assert [array.shape for array in regions] == [(0, 24), (0, 7), (0,), (0,)]
 
 
 def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ def import_conceptual_captions(
     annotations: Sequence[str],
     output: Path,
     *,
-    images: Path,
+    images: Sequence[Path],
     pattern: str = DEFAULT_PATTERN,
     url_first: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the manifest `output`. `annotations`: TSV files, each perhaps as SPLIT=FILE.
+    """Write the manifest `output`. `annotations`: TSV files, each perhaps as SPLIT=FILE; `images`: the folder of each.
 
+    One folder may serve several files if `pattern` tells their pictures apart, which an index alone does not.
     `pattern`: the file's name without ending, of {index} (from 0), {crc32} and {md5} of the URL. `url_first`: CC12M has
     the URL before the caption.
     """
@@ -34,15 +35,22 @@ def import_conceptual_captions(
         pattern.format(index=0, crc32=0, md5="")
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f'--pattern "{pattern}": {error!r}: use {{index}}, {{crc32}} and {{md5}}') from None
-    pictures = Files(images, output, "image")
+    if len(images) == 1 and ("{crc32}" in pattern or "{md5}" in pattern):
+        images = [images[0]] * len(annotations)
+    if len(images) != len(annotations):
+        raise UserError(
+            f"--annotations: {len(annotations)} files, --images: {len(images)} folders: indices begin anew in each file, "
+            "so give a folder for each"
+        )
+    pictures = [Files(folder, output, "image") for folder in images]
     entries = _entries([split_and_file(each) for each in annotations], pictures, pattern, url_first)
     return write_import(output, entries, say, source=", ".join(annotations))
 
 
 def _entries(
-    annotations: Sequence[tuple[str | None, Path]], pictures: Files, pattern: str, url_first: bool
+    annotations: Sequence[tuple[str | None, Path]], pictures: Sequence[Files], pattern: str, url_first: bool
 ) -> Iterator[ManifestLine | Skipped]:
-    for split, path in annotations:
+    for (split, path), files in zip(annotations, pictures, strict=True):
         for index, row in enumerate(read_rows(path, "\t")):
             id = f"{path.stem}/{index}"
             if len(row) < 2:
@@ -51,4 +59,4 @@ def _entries(
             url, caption = (row[0], row[1]) if url_first else (row[1], row[0])
             raw = url.encode()
             name = pattern.format(index=index, crc32=zlib.crc32(raw), md5=hashlib.md5(raw).hexdigest())
-            yield sample(id, text=caption, files={"image": (f"{name} ({url})", pictures.by_stem(name))}, split=split)
+            yield sample(id, text=caption, files={"image": (f"{name} ({url})", files.by_stem(name))}, split=split)

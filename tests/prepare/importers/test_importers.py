@@ -133,7 +133,7 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     tsv.write_text("".join(f"{caption}\t{url.format(index)}\n" for index, caption in enumerate(rows)) + "no url\n")
     touch(*(tmp_path / "images" / "00000" / f"{index:09d}.jpg" for index in (0, 1, 3)))
     manifest = tmp_path / "manifest.jsonl"
-    import_conceptual_captions([f"valid={tsv}"], manifest, images=tmp_path / "images", say=silent)
+    import_conceptual_captions([f"valid={tsv}"], manifest, images=[tmp_path / "images"], say=silent)
     samples = lines_of(manifest)
     assert {line.text for line in samples.values()} == {'a "quoted" caption', "a very typical bus station"}
     assert samples["Train_GCC-training/1"].image == "images/00000/000000001.jpg"
@@ -149,14 +149,16 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     import_conceptual_captions(
         [str(tmp_path / "cc12m.tsv.gz")],
         manifest,
-        images=tmp_path / "other",
+        images=[tmp_path / "other"],
         pattern="{index}_{crc32}",
         url_first=True,
         say=silent,
     )
     assert [line.text for line in lines_of(manifest).values()] == ["a caption"]
     with pytest.raises(UserError, match=r"use .index., .crc32. and .md5."):
-        import_conceptual_captions([str(tsv)], manifest, images=tmp_path, pattern="{number}", say=silent)
+        import_conceptual_captions([str(tsv)], manifest, images=[tmp_path], pattern="{number}", say=silent)
+    with pytest.raises(UserError, match="indices begin anew in each file"):
+        import_conceptual_captions([str(tsv), str(tsv)], manifest, images=[tmp_path], say=silent)
 
 
 def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -> None:
@@ -332,9 +334,9 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
 def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("a caption\thttp://a.b\n")
     with pytest.raises(UserError, match=r"no sample could be taken; .*image file is missing"):
-        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=tmp_path, say=silent)
+        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=[tmp_path], say=silent)
     with pytest.raises(UserError, match="no such folder"):
-        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=tmp_path / "none", say=silent)
+        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=[tmp_path / "none"], say=silent)
     with pytest.raises(UserError, match="no such file"):
         import_karpathy(tmp_path / "none.json", tmp_path / "m.jsonl", images=tmp_path, say=silent)
     (tmp_path / "bad.json").write_text('[{"id": 1}, {"id"')
