@@ -1,4 +1,4 @@
-# make install | pretrain | test | test-faults | test-gpu | lint
+# make install | pretrain | test | test-faults | test-gpu | lint | wheelhouse
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,7 +10,7 @@ RUN := runs/emoji
 # One rank a GPU; without a GPU, two ranks on the CPU.
 NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
 
-.PHONY: install pretrain test test-faults test-gpu lint
+.PHONY: install pretrain test test-faults test-gpu lint wheelhouse
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -49,3 +49,7 @@ test-gpu: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every wheel that `make install` needs, for a machine without internet: PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make install
+wheelhouse: | $(VENV)/bin/python
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q --wheel-dir wheelhouse -r requirements.txt

@@ -35,6 +35,8 @@ COMMANDS = {
     "generate": Command("opt_ds.commands.serve", "generate", "Write a text or paint a picture from raw input."),
     "export": Command("opt_ds.commands.serve", "export", "Write a checkpoint in Hugging Face's layout."),
     "serve": Command("opt_ds.commands.serve", "serve", "A web page and a JSON API around a trained model."),
+    "doctor": Command("opt_ds.commands.doctor", "doctor", "Check this machine, a line a fact: ok, or how to mend it."),
+    "plan": Command("opt_ds.commands.plan", "plan", "Say what a run will need: memory, micro-batches, traffic, time."),
 }
 
 

@@ -207,6 +207,17 @@ class TrainConfig(_Section):
     preemption_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCONT", "SIGTERM"] = Field(
         "SIGUSR1", description="beside SIGTERM and SIGINT: save, and exit with 75"
     )
+    time_limit_minutes: float | None = Field(
+        None, gt=0, description="of one launch; then it saves and exits with 75. None: what Slurm grants, if that is known"
+    )
+    time_reserve_s: float = Field(120, ge=0, description="time for saving, kept free before the limit beside the longest step")
+
+
+class ProfileConfig(_Section):
+    """A trace by torch's profiler, under <output>/profile."""
+
+    steps: int = Field(0, ge=0, description="steps to trace; 0: none")
+    skip: int = Field(2, ge=0, description="steps of this launch before the first traced one")
 
 
 class CheckpointConfig(_Section):
@@ -253,6 +264,7 @@ class Config(_Section):
     guard: GuardConfig = GuardConfig()
     zero: ZeroConfig = ZeroConfig()
     ops: OpsConfig = OpsConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def max_steps(self) -> int:

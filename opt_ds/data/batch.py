@@ -122,14 +122,15 @@ class PackedBatch(_Movable):
 
     def pin_memory(self) -> "PackedBatch":
         """Page-locked copies, for asynchronous transfer."""
-        return _map_tensors(self, torch.Tensor.pin_memory)
+        return map_tensors(self, torch.Tensor.pin_memory)
 
 
-def _map_tensors(value: Any, function: Any) -> Any:
+def map_tensors(value: Any, function: Any) -> Any:
+    """The same batch, or part of one, with the function applied to each of its tensors."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, (_Movable, Sequences)):
-        fields = {f.name: _map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        fields = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
 

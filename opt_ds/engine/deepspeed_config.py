@@ -78,7 +78,7 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
         raise UserError(f"{why} does not run on the CPU: use --set precision=fp32 (or bf16)")
     if chosen != "fp32" and config.zero.stage == 0:
         raise UserError(f"{why} with zero.stage 0 would not accumulate gradients in fp32: use --set zero.stage=1")
-    if hardware.capability and not _has_kernels(hardware):
+    if hardware.capability and not has_kernels(hardware):
         raise UserError(
             f"this torch has no kernels for {hardware.name} (sm_{''.join(map(str, hardware.capability))}; it has "
             f"{', '.join(hardware.architectures)}): install one that has, for a V100 from PyTorch's cu126 index"
@@ -202,7 +202,7 @@ def _native_precision(hardware: Hardware) -> Precision:
     return "fp16" if hardware.capability >= (7, 0) else "fp32"
 
 
-def _has_kernels(hardware: Hardware) -> bool:
+def has_kernels(hardware: Hardware) -> bool:
     """Whether torch's binaries run there: the same major version and no newer a minor one, or PTX to compile from."""
     assert hardware.capability is not None
     major, minor = hardware.capability

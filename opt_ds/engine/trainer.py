@@ -22,9 +22,12 @@ from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
 from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.guard import Guard, TrainingError, differing_parameter
+from opt_ds.engine.hardware import peak_flops
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
+from opt_ds.engine.profile import StepProfiler
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
 from opt_ds.engine.step import SkipBudgetError, Stepper
+from opt_ds.engine.time_limit import TimeLimit
 from opt_ds.engine.window import MemoryKeeper, Window, peak_memory_gib
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import OPT
@@ -62,6 +65,8 @@ class Trainer:
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
         self.engine = self._build_engine(settings, resume_from)
         self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
+        self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
+        self.peak = peak_flops(hardware, precision)
         about = {
             "plan_version": StepPlan.VERSION,
             "config": config.model_dump(mode="json"),
@@ -110,11 +115,14 @@ class Trainer:
 
     def _run(self) -> str:
         """The steps. Gives what asked the run to stop before its end, saved by then; '' when it is finished."""
-        window = Window(self.loader)
+        window, time_limit = Window(self.config, self.loader, self.peak), TimeLimit(self.config.train)
+        if time_limit.source:
+            self.report.say(time_limit.describe())
         self.engine.train()
         for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
             window.add(planned, self.stepper.take(planned, micro_batches))
             self.state.step += 1
+            self.profiler.step_done(self.state.step)
             status = self._log(window) if self._due(self.config.train.log_every) else None
             self.report.advance(status)
             with window.paused():
@@ -128,12 +136,14 @@ class Trainer:
                     f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
-            request = self.group.max(_WRITE_FAILED if self.writer.has_failed else _STOP if self.stop.received else 0)
+            out_of_time, done = time_limit.is_near(), self.state.step == self.config.max_steps
+            asks_to_stop = not done and (self.stop.received or out_of_time)
+            request = self.group.max(_WRITE_FAILED if self.writer.has_failed else _STOP if asks_to_stop else 0)
             if request == _WRITE_FAILED:
                 self.writer.wait()  # raises
             if request == _STOP:
                 self.save()
-                return self.stop.received or "a signal to another rank"
+                return self.stop.received or ("time limit" if out_of_time else "a signal to another rank")
         return ""
 
     def _compare_ranks(self) -> None:
@@ -247,6 +257,7 @@ class Trainer:
         """End the threads and files of the run, whatever ended it."""
         self.loader.close()
         self.writer.close()
+        self.profiler.close()
         self.report.close()
 
     # ---- building

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from opt_ds.config import Config
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.plan import PlannedStep
+from opt_ds.data.plan import DRAWS, PlannedStep
+from opt_ds.engine.hardware import PeakFlops
 from opt_ds.engine.metrics import TermSums
+from opt_ds.model.flops import step_flops
 from opt_ds.store.reader import FeatureStore
 
 if TYPE_CHECKING:
@@ -21,13 +25,14 @@ if TYPE_CHECKING:
 class Window:
     """What is summed up between two logs."""
 
-    def __init__(self, loader: MicroBatchLoader) -> None:
-        self._loader = loader
+    def __init__(self, config: Config, loader: MicroBatchLoader, peak: PeakFlops) -> None:
+        self._config, self._loader, self._peak = config, loader, peak
         self.restart()
 
     def restart(self) -> None:
         self.sums = TermSums()
         self._samples = self._tokens = self._steps = 0
+        self._flops, self._draws = 0.0, np.zeros(len(DRAWS))
         self._fill = self._balance = 0.0
         self._norm = float("nan")
         self._start, self._waited = time.perf_counter(), self._loader.wait_s
@@ -39,6 +44,9 @@ class Window:
         self._steps += 1
         self._samples += planned.num_samples
         self._tokens += planned.num_tokens
+        self._flops += step_flops(self._config, planned.samples).total
+        draw = planned.samples.draw
+        self._draws += np.bincount(draw[draw >= 0], minlength=len(DRAWS))
         self._fill += planned.fill
         self._balance += planned.balance
         self._norm = result.gradient_norm
@@ -51,10 +59,17 @@ class Window:
         return self._norm
 
     def rates(self) -> dict[str, float]:
+        """Over all ranks, but `tflops_per_rank`; `flops_utilisation` is its share of the device's peak (model FLOPs: padding and
+        recomputation do not count)."""
         seconds = max(self.seconds(), 1e-9)
+        flops = self._flops / seconds / self._loader.world_size
+        drawn = {draw: count for draw, count in zip(DRAWS, self._draws.tolist(), strict=True) if count}
         return {
             "samples_per_s": self._samples / seconds,
             "tokens_per_s": self._tokens / seconds,
+            **{f"samples_per_s/{draw}": count / seconds for draw, count in drawn.items()},
+            "tflops_per_rank": flops / 1e12,
+            "flops_utilisation": flops / self._peak.flops_per_s,
             "seconds_per_step": seconds / self._steps,
             "fill": self._fill / self._steps,
             "rank_balance": self._balance / self._steps,

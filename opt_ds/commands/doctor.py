@@ -1,0 +1,32 @@
+"""`opt-ds doctor`: this machine's fitness, a line a fact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    config: Annotated[
+        str | None, typer.Option(help="A preset's name, or a YAML file. Default: what pretrain.py would take.")
+    ] = None,
+    store: Annotated[list[str] | None, typer.Option(help="A feature store to try; may be given several times.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory of the run: can it be written, is there room.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
+    ] = None,
+) -> None:
+    """Check versions, GPUs, compilers, communication, memory, kernels and stores; takes what pretrain.py takes.
+
+    A line a fact: ok, warn or FAIL, and how to mend it. Exit code 1 if something fails.
+    """
+    from opt_ds.config import load_config
+    from opt_ds.tools.doctor import Question, default_config, examine
+
+    config = config or default_config(store or [])
+    resolved = load_config(config, [*(settings or []), *([f"data.stores={list(store)!r}"] if store else [])])
+    failed = False
+    for finding in examine(Question(resolved, output)):
+        typer.echo(f"{finding.level:<4}  {finding.subject:<12}  {finding.text}")
+        failed |= finding.level == "FAIL"
+    raise typer.Exit(int(failed))

@@ -1,0 +1,74 @@
+"""`opt-ds plan`: what a run will need, before it is started."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from opt_ds.engine.hardware import Gpu
+
+
+def plan(
+    config: Annotated[str, typer.Option(help="A preset's name, or a YAML file.")] = "opt-base",
+    gpu: Annotated[str, typer.Option(help="V100-16GB, V100-32GB, A100-40GB, A100-80GB, H100-80GB, cpu, custom.")] = "V100-16GB",
+    num_gpus: Annotated[int, typer.Option(help="GPUs of the whole run.", min=1)] = 4,
+    store: Annotated[list[str] | None, typer.Option(help="A feature store; may be given several times.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
+    ] = None,
+    text: Annotated[int, typer.Option(help="Without --store: mean WordPieces a sample.", min=1)] = 40,
+    regions: Annotated[int, typer.Option(help="Without --store: mean regions a sample.", min=1)] = 36,
+    frames: Annotated[int, typer.Option(help="Without --store: mean stored speech frames a sample.", min=1)] = 65,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs that share fast links.", min=1)] = 8,
+    network_gbit: Annotated[float, typer.Option(help="A node's network, Gbit/s, where there are several.")] = 100.0,
+    utilisation: Annotated[float, typer.Option(help="Share of the data sheet's peak that is assumed to be reached.")] = 0.35,
+    memory_gib: Annotated[float | None, typer.Option(help="--gpu custom: memory of one GPU.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="--gpu custom: peak of its half-precision matrix products.")] = None,
+    link_gbyte: Annotated[float, typer.Option(help="--gpu custom: one direction of its link, GB/s.")] = 16.0,
+    capability: Annotated[str, typer.Option(help="--gpu custom: compute capability.")] = "8.0",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there; - for stdout.")] = None,
+) -> None:
+    """Say what a run will need: memory a GPU, the largest micro-batch, accumulation, operations, traffic, reading, time.
+
+    Nothing is computed on a GPU: the model runs on tensors without content. Times assume --utilisation.
+    """
+    import json
+
+    from opt_ds.config import load_config
+    from opt_ds.engine.preflight import check_store
+    from opt_ds.store.reader import FeatureStore
+    from opt_ds.tools.assumed_store import AssumedStore
+    from opt_ds.tools.plan import Cluster, parse_cluster, plan_run, plan_text
+
+    resolved = load_config(config, [*(settings or []), *([f"data.stores={list(store)!r}"] if store else [])])
+    stores = [FeatureStore(path) for path in resolved.data.stores]
+    for opened in stores:
+        check_store(resolved, opened)
+    kind = _gpu(gpu, memory_gib, tflops, link_gbyte, capability)
+    cluster = parse_cluster(Cluster(kind, num_gpus, gpus_per_node, network_gbit * 1e9 / 8, utilisation))
+    result = plan_run(resolved, cluster, stores or AssumedStore(resolved.model, text, regions, frames))
+    if json_file is not None and str(json_file) != "-":
+        from opt_ds.store.files import write_json
+
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, result.as_dict())
+    typer.echo(json.dumps(result.as_dict(), indent=1) if str(json_file) == "-" else plan_text(result))
+
+
+def _gpu(name: str, memory_gib: float | None, tflops: float | None, link_gbyte: float, capability: str) -> "Gpu":
+    from opt_ds.engine.hardware import Gpu, find_gpu, this_machine
+
+    if name == "cpu":
+        return this_machine()
+    if name != "custom":
+        return find_gpu(name)
+    if memory_gib is None or tflops is None:
+        raise UserError("--gpu custom: give --memory-gib and --tflops")
+    try:
+        major, minor = (int(part) for part in capability.split("."))
+    except ValueError:
+        raise UserError(f'--capability "{capability}": expected two numbers such as 8.0') from None
+    return Gpu("custom", memory_gib, (major, minor), tflops * 1e12, tflops * 1e12 / 8, 0.0, link_gbyte * 1e9)

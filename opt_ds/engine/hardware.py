@@ -1,0 +1,89 @@
+"""What devices can do: the GPUs that people train on, and this machine's own peak.
+
+Figures are the makers' data sheets (dense, without sparsity): NVIDIA V100, A100 and H100 Tensor Core GPU data sheets.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opt_ds.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from opt_ds.engine.deepspeed_config import Hardware, Precision
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU. Memory as its driver reports it; rates in operations or bytes a second; `link`: NVLink, one direction."""
+
+    name: str
+    memory_gib: float
+    capability: tuple[int, int]
+    half_flops: float  # fp16 (and bf16, from Ampere on) matrix products
+    fp32_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("V100-16GB", 15.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
+        Gpu("V100-32GB", 31.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
+        Gpu("A100-40GB", 39.5, (8, 0), 312e12, 19.5e12, 1555e9, 300e9),
+        Gpu("A100-80GB", 79.2, (8, 0), 312e12, 19.5e12, 2039e9, 300e9),
+        Gpu("H100-80GB", 79.6, (9, 0), 989e12, 67e12, 3350e9, 450e9),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The kind of this name ("V100" alone takes the first that fits). Raises UserError for an unknown one."""
+    for known, gpu in GPUS.items():
+        if known.lower().startswith(name.lower()):
+            return gpu
+    raise UserError(f'GPU "{name}": unknown{did_you_mean(name, GPUS)}: choose {", ".join(GPUS)}, or custom')
+
+
+def this_machine() -> Gpu:
+    """This machine's processor as one more kind: all its memory, its measured peak, and loopback as the link."""
+    import os
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Gpu("cpu", memory, (0, 0), _measured_peak("cpu", "bf16"), _measured_peak("cpu", "fp32"), 20e9, 2e9)
+
+
+@dataclass(frozen=True)
+class PeakFlops:
+    """The most matrix operations a second that a rank's device does, and where the figure comes from."""
+
+    flops_per_s: float
+    source: str
+
+
+def peak_flops(hardware: "Hardware", precision: "Precision") -> PeakFlops:
+    """Of this rank's device: the data sheet's for a known GPU, else that of a matrix product measured now, in a moment."""
+    for kind in ("V100", "A100", "H100"):
+        if hardware.kind == "cuda" and kind in hardware.name:
+            gpu = find_gpu(kind)
+            return PeakFlops(gpu.fp32_flops if precision == "fp32" else gpu.half_flops, f"{kind}'s data sheet")
+    return PeakFlops(_measured_peak(hardware.kind, precision), "a matrix product measured at the start")
+
+
+def _measured_peak(device: str, precision: "Precision") -> float:
+    import torch
+
+    if device == "cpu" and precision == "fp16":  # software, a hundred times slower: no peak to compare with
+        precision = "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size, repeats = (768, 3) if device == "cpu" else (8192, 5)
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -1,0 +1,62 @@
+"""When this launch must end: what the scheduler grants it, or `train.time_limit_minutes`. Before that, the run saves and asks to
+be requeued.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+
+from opt_ds.config import TrainConfig
+from opt_ds.errors import UserError
+
+END_TIME_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970; Slurm sets it from 23.02 on, slurm/pretrain.sh before
+
+
+class TimeLimit:
+    """The moment of a launch's end, and the longest time between two looks at it: a step with what follows it.
+
+    Each rank looks at its own clock; the trainer lets them agree. Without a limit the end is infinitely far.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        environment: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._reserve_s, self._clock = config.time_reserve_s, clock
+        self._longest_round_s, self._last_look = 0.0, clock()
+        self.end, self.source = float("inf"), ""
+        granted = environment.get(END_TIME_VARIABLE)
+        if granted:
+            self.end, self.source = _seconds(granted), "Slurm"
+        if config.time_limit_minutes is not None and clock() + config.time_limit_minutes * 60 < self.end:
+            self.end, self.source = clock() + config.time_limit_minutes * 60, "train.time_limit_minutes"
+
+    def is_near(self) -> bool:
+        """Whether another step may not end, and be saved, in time. Call it once after every step."""
+        now = self._clock()
+        self._longest_round_s, self._last_look = max(self._longest_round_s, now - self._last_look), now
+        return now + self._longest_round_s + self._reserve_s >= self.end
+
+    def describe(self) -> str:
+        """One line for the run's beginning; '' without a limit."""
+        if not self.source:
+            return ""
+        left_s = self.end - self._clock()
+        if left_s <= self._reserve_s:
+            return (
+                f"warning: {left_s:.0f} s to the time limit ({self.source}), {self._reserve_s:g} s of them kept for saving: "
+                "one step, then a requeue; ask for more time, or lower train.time_reserve_s"
+            )
+        return (
+            f"time limit: {left_s / 60:.0f} minutes from now ({self.source}); the run saves and asks to be requeued "
+            f"{self._reserve_s:g} s and its longest step before that"
+        )
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f'{END_TIME_VARIABLE} is "{text}": expected seconds since 1970; unset it, or set it right') from None

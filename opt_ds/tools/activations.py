@@ -1,0 +1,96 @@
+"""Memory of a micro-batch's forward and backward pass, found by running the real model on tensors without content.
+
+Nothing is computed: fake tensors have shapes and dtypes only, and what PyTorch would allocate is added up, operator by operator.
+The tensors pretend to be on the CPU, since autograd does not run for a GPU that is not there; what a GPU holds otherwise
+(dropout's masks are a byte an element there) is put right.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from opt_ds.config import Config
+from opt_ds.data.batch import PackedBatch, map_tensors
+from opt_ds.model.opt import OPT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered: bytes of the tensors made here that are still referenced, and the most there were."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._on_gpu = device == "cuda"
+        self._alignment = 512 if self._on_gpu else 64  # the allocator hands out multiples of it
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._on_gpu and func is torch.ops.aten.bernoulli_.float:
+            self._resize(result, result.numel())
+        else:
+            tree_map_only(torch.Tensor, self._note, result)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            self._references[key] = weakref.ref(storage, lambda _: self._free(key))
+            self._resize(tensor, storage.nbytes())
+
+    def _resize(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        key = tensor.untyped_storage()._cdata
+        size = -(-num_bytes // self._alignment) * self._alignment
+        self.live += size - self._sizes[key]
+        self._sizes[key] = size
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+        del self._references[key]
+
+
+class ActivationTracer:
+    """Traces micro-batches through one model, as they would be on `device`, "cpu" or "cuda"."""
+
+    def __init__(self, config: Config, precision: str, device: str) -> None:
+        self._device = device
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        former = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[precision])  # a fake model cannot change its dtype afterwards
+        try:
+            with self._mode:
+                self.model = OPT(config.model, config.tasks).train()
+        finally:
+            torch.set_default_dtype(former)
+        # The word embedding is used three times. PyTorch adds its gradients up in place, from the backward's beginning to its
+        # end; fake tensors would be copied, so this one gradient is left out of the trace and added to it.
+        self._word = self.model.embeddings.text.word.weight
+        self._traced = [parameter for parameter in self.model.parameters() if parameter is not self._word]
+        for parameter in self._traced:  # the engine takes each gradient as soon as it is there
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+    def peak_bytes(self, batch: PackedBatch) -> int:
+        """Most bytes held at a time, beside weights and accumulated gradients, from the batch's arrival to the backward's end."""
+        with self._mode:
+            counter = LiveBytes(self._device)
+            with counter:
+                on_device = map_tensors(batch, torch.empty_like)
+                terms = self.model(on_device)
+                total = sum(term.sum for term in terms.values())
+                assert isinstance(total, torch.Tensor)
+                total.backward(inputs=self._traced)
+        return counter.peak + self._word.numel() * self._word.element_size()
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,89 @@
+"""A store that is not there: lengths as one assumes them, features of zeros. For planning before anything is prepared."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from opt_ds.config import ModelConfig
+from opt_ds.store.reader import Regions
+from opt_ds.store.schema import CODES_PER_IMAGE, Dims, StoreDescription, TokenizerDescription
+
+_SAMPLES = 4096
+_VALID_SHARE = 0.05
+_SPREAD = 0.5  # lengths are spread evenly over this share around their means
+
+
+class AssumedStore:
+    """Looks like a `FeatureStore` to the step plan and the sample reader; every sample has all three modalities.
+
+    `text`, `regions`, `frames`: mean items a sample (WordPieces, regions, stored speech frames).
+    """
+
+    has_codes = has_pixels = True
+
+    def __init__(self, model: ModelConfig, text: int, regions: int, frames: int) -> None:
+        self._model, self._means = model, (text, regions, frames)
+        self.path = Path(f"assumed samples of {text} WordPieces, {regions} regions, {frames} frames")
+        self.fingerprint, self.name, self.num_samples = "assumed", "assumed", _SAMPLES
+        self.rows = np.repeat(np.arange(_SAMPLES, dtype=np.int64)[:, None], 3, axis=1)
+        self.groups = np.arange(_SAMPLES, dtype=np.int64)
+        special = TokenizerDescription(pad_id=0, unk_id=1, cls_id=2, sep_id=3, mask_id=4, sha256="")
+        dims = Dims(
+            image_feature_dim=model.image_feature_dim, image_num_classes=model.image_num_classes,
+            audio_feature_dim=model.audio_feature_dim, audio_frame_rate_hz=50.0, vocab_size=model.vocab_size,
+            num_codes=model.image_codebook_size,
+        )  # fmt: skip
+        self.description = StoreDescription(
+            schema_version=1, num_samples=_SAMPLES, split_names=["train", "valid"], split_counts={}, splits_source="manifest",
+            dims=dims, has_codes=True, has_pixels=True, compression=None, extractors={}, tokenizer=special, label_names=[],
+            statistics={}, shards=[],
+        )  # fmt: skip
+
+    @cached_property
+    def text_lengths(self) -> np.ndarray:
+        return self._spread(0)
+
+    @cached_property
+    def region_counts(self) -> np.ndarray:
+        return self._spread(1)
+
+    @cached_property
+    def frame_counts(self) -> np.ndarray:
+        return self._spread(2)
+
+    def split_samples(self, split: str) -> np.ndarray:
+        """The last samples are the valid split's; any other name gives the rest."""
+        start = int(_SAMPLES * (1 - _VALID_SHARE))
+        return np.arange(start, _SAMPLES) if split == "valid" else np.arange(start)
+
+    def sample_id(self, index: int) -> str:
+        return str(index)
+
+    def text(self, row: int) -> np.ndarray:
+        return np.full(int(self.text_lengths[row]), self._model.vocab_size - 1, dtype=np.int32)
+
+    def regions(self, row: int) -> Regions:
+        count = int(self.region_counts[row])
+        return Regions(
+            np.zeros((count, self._model.image_feature_dim), np.float16),
+            np.zeros((count, 7), np.float32),
+            np.zeros(count, np.int16),
+            np.zeros(count, np.float16),
+        )
+
+    def frames(self, row: int) -> np.ndarray:
+        return np.zeros((int(self.frame_counts[row]), self._model.audio_feature_dim), np.float16)
+
+    def codes(self, row: int) -> np.ndarray:
+        return np.zeros(CODES_PER_IMAGE, np.uint16)
+
+    def release_pages(self) -> None:
+        pass
+
+    def _spread(self, modality: int) -> np.ndarray:
+        mean = self._means[modality]
+        low, high = max(1, round(mean * (1 - _SPREAD))), round(mean * (1 + _SPREAD))
+        # A fixed shuffle of evenly spread lengths, another one for each modality.
+        lengths = np.rint(np.linspace(low, high, _SAMPLES)).astype(np.int32)
+        return lengths[np.random.default_rng(modality).permutation(_SAMPLES)]

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Evaluation under Slurm: sbatch slurm/evaluate.sh [what opt-ds evaluate takes]
+#
+#   sbatch slurm/evaluate.sh summary --checkpoint runs/base --store /data/store --output runs/base/result.json
+#
+# Settings by environment: common.sh. Manual: docs/cluster.md.
+
+#SBATCH --job-name=opt_ds-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+
+# Slurm runs a copy of this script: the checkout is where the submitted one lies.
+submitted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
+export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}
+source "$OPT_DS_HOME/slurm/common.sh"
+
+say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: evaluate $*"
+srun "${PYTHON[@]}" -m opt_ds evaluate "$@"

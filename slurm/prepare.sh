@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Feature extraction under Slurm, one array task a share of the store, then one task that joins them:
+#
+#   slurm/prepare.sh --manifest my/manifest.jsonl --output /data/store …        # submits both; on a login node
+#   SHARES=64 SBATCH_PARTITION=gpu slurm/prepare.sh --manifest …
+#
+# Arguments are those of opt-ds prepare. A share that stops resumes when the same command is given again.
+# Settings by environment: common.sh, SHARES (default 16), and sbatch's own SBATCH_… variables. Manual: docs/cluster.md.
+
+#SBATCH --job-name=opt_ds-prepare
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+
+set -euo pipefail
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves
+  output=""
+  for ((i = 1; i <= $#; i++)); do
+    [[ ${!i} == --output=* ]] && output=${!i#--output=}
+    [[ ${!i} == --output ]] && next=$((i + 1)) && output=${!next:-}
+  done
+  [[ -n $output ]] || { echo "error: --output missing: slurm/prepare.sh --manifest FILE --output STORE" >&2; exit 2; }
+  shares=$(sbatch --parsable --array="0-$((${SHARES:-16} - 1))" "$0" "$@")
+  merge=$(sbatch --parsable --dependency="afterok:$shares" --kill-on-invalid-dep=yes --array=0 --gpus-per-node=0 \
+    --job-name=opt_ds-merge "$0" merge "$output")
+  echo "shares: job $shares (${SHARES:-16} tasks); then merge: job $merge"
+  exit
+fi
+
+# Slurm runs a copy of this script: the checkout is where the submitted one lies.
+submitted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
+export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}
+source "$OPT_DS_HOME/slurm/common.sh"
+
+if [[ ${1:-} == merge ]]; then
+  srun "${PYTHON[@]}" -m opt_ds merge "${@:2}"
+else
+  say "share $SLURM_ARRAY_TASK_ID of $SLURM_ARRAY_TASK_COUNT: prepare $*"
+  srun "${PYTHON[@]}" -m opt_ds prepare --shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" --workers "$SRUN_CPUS_PER_TASK" "$@"
+fi

@@ -1,0 +1,107 @@
+"""`opt-ds plan`: the budget that it finds is the largest that fits, and its figures follow from each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opt_ds.config import load_config
+from opt_ds.engine.hardware import Gpu, find_gpu
+from opt_ds.errors import UserError
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tools.assumed_store import AssumedStore
+from opt_ds.tools.plan import Cluster, communication_bytes, plan_run, plan_text
+from tests.engine.runs import FITTED, make_store
+
+SMALL = (
+    "batch.size=1024", "batch.max_tokens=2048", "model.num_layers=2", "model.text_decoder_layers=1",
+    "model.image_decoder_layers=1", "model.vocab_size=4000",
+)  # fmt: skip
+LITTLE = Gpu("little", 2.5, (7, 0), 10e12, 1e12, 100e9, 10e9)
+
+
+def plan(*settings: str, gpu: Gpu = LITTLE, num_gpus: int = 4):
+    config = load_config("opt-small", [*SMALL, *settings])
+    return plan_run(config, Cluster(gpu, num_gpus), AssumedStore(config.model, 40, 36, 65))
+
+
+@pytest.fixture(scope="module")
+def little():
+    return plan()
+
+
+def test_the_largest_budget_fits_and_a_larger_one_does_not(little) -> None:
+    assert little.fits
+    assert little.precision == "fp16"
+    assert little.largest_budget > 2048
+    at_largest = plan(f"batch.max_tokens={little.largest_budget}")
+    assert 0.93 * at_largest.memory_limit < at_largest.memory.total <= at_largest.memory_limit
+    beyond = plan(f"batch.max_tokens={round(little.largest_budget * 1.08)}")
+    assert not beyond.fits
+    assert beyond.max_tokens == pytest.approx(little.largest_budget, rel=0.05), "figures are then for what fits"
+
+
+def test_what_does_not_fit_at_all_is_said() -> None:
+    tiny = Gpu("tiny", 1.0, (7, 0), 10e12, 1e12, 100e9, 10e9)
+    hopeless = plan(gpu=tiny)
+    assert (hopeless.fits, hopeless.largest_budget) == (False, 0)
+    assert "use a higher zero.stage" in plan_text(hopeless)
+
+
+def test_figures_follow_from_each_other(little) -> None:
+    assert 130 < little.accumulation * 4 * 2048 * little.fill / 1024 < 180, "positions of a sample"
+    assert little.compute_s == pytest.approx(little.flops_per_step / 4 / (10e12 * 0.35))
+    assert little.total_s == pytest.approx(100_000 * (little.compute_s + little.communication_s))
+    assert little.bytes_per_sample == pytest.approx(36 * 2048 * 2 + 65 * 768 * 2, rel=0.05)
+    assert little.read_rate == pytest.approx(little.bytes_per_sample * 1024 / little.step_s)
+    one = plan(num_gpus=1)
+    assert one.compute_s == pytest.approx(4 * little.compute_s)
+    assert one.communication_bytes == 0
+    assert one.memory.optimizer == 4 * little.memory.optimizer
+
+
+def test_stages_and_offload_move_memory_and_traffic(little) -> None:
+    third = plan("zero.stage=3")
+    assert third.memory.optimizer == little.memory.optimizer
+    assert third.memory.gradients < little.memory.gradients
+    assert third.communication_bytes > 2 * little.communication_bytes
+    offload = plan("zero.stage=2", "zero.offload_optimizer=true")
+    assert offload.memory.optimizer == 0
+    assert offload.memory.host == little.memory.optimizer
+
+
+def test_traffic_is_that_of_ring_algorithms() -> None:
+    base = load_config("opt-base")
+    assert communication_bytes(base, "fp16", 100, 4, 8) == pytest.approx(75 * (4 + 2))
+    second = load_config("opt-base", ["zero.stage=2"])
+    assert communication_bytes(second, "fp16", 100, 4, 8) == pytest.approx(75 * (4 * 8 + 2))
+
+
+def test_a_slow_network_becomes_the_bound() -> None:
+    config = load_config("opt-small", SMALL)
+    slow = Cluster(LITTLE, 16, gpus_per_node=4, network_bandwidth=1e9 / 8)
+    result = plan_run(config, slow, AssumedStore(config.model, 40, 36, 65))
+    assert result.bound == "communication"
+    assert "bound by communication" in plan_text(result)
+
+
+def test_a_precision_that_the_gpu_cannot_do_right_is_refused() -> None:
+    with pytest.raises(UserError, match=r"zero\.stage"):
+        plan("zero.stage=0")
+
+
+def test_the_command_reads_a_store_and_writes_json(tmp_path: Path) -> None:
+
+    from opt_ds.cli import _build
+    from opt_ds.commands import run_command
+
+    store = make_store(tmp_path / "store")
+    settings = [word for setting in FITTED for word in ("--set", setting)]
+    command = ["plan", "--config", "opt-tiny", "--gpu", "V100", "--store", str(store), "--json", str(tmp_path / "plan.json")]
+    assert run_command(_build(), [*command, *settings], "opt-ds") == 0
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["memory"]["total"] == pytest.approx(sum(v for k, v in figures["memory"].items() if k not in ("total", "host")))
+    assert figures["gpu"] == find_gpu("V100").name
+    assert str(FeatureStore(store).path) == figures["samples"]
+    assert run_command(_build(), ["plan", "--gpu", "V200"], "opt-ds") == 2
+    assert run_command(_build(), ["plan", "--gpu", "custom"], "opt-ds") == 2
