@@ -14,7 +14,6 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
-from opt_ds.prepare.finish import REPORT_FILE
 from opt_ds.prepare.pictures import load_picture
 from opt_ds.prepare.regions import GridExtractor
 from opt_ds.prepare.report import REPORT_FILE
