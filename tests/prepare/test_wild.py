@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_ds.errors import UserError
@@ -152,6 +152,7 @@ def whole_file(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["plain.jpg", "palette.png", "animated.webp", "low.wav", "music.ogg", "alaw.wav"])
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_is_an_error_or_readable_never_a_crash(name: str, data: st.DataObject, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("damaged")

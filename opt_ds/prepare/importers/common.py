@@ -34,7 +34,10 @@ class Files:
     def get(self, name: str) -> str | None:
         """Return `folder/name` relative to the manifest; None if there is no such file."""
         path = self.folder / name
-        return self._relative(path) if path.is_file() else None
+        try:
+            return self._relative(path) if path.is_file() else None
+        except OSError:  # a name longer than any file's
+            return None
 
     def by_stem(self, stem: str) -> str | None:
         """Return the file called `stem` with any ending, in any folder below; None if there is none."""
@@ -82,7 +85,7 @@ def write_import(
             yield entry
         if not ids:
             first = f'; "{skipped[0].id}": {skipped[0].reason}' if skipped else ""
-            raise UserError(f"{source}: no sample could be taken{first}")
+            raise UserError(" ".join(f"{source}: no sample could be taken{first}".split()))
 
     count = write_manifest(output, samples())
     reasons = Counter(entry.reason.split(":")[0] for entry in skipped)
@@ -101,6 +104,14 @@ def write_import(
     if len(skipped) > _SHOWN:
         say(f"  and {len(skipped) - _SHOWN} more in {report_path(output).name}")
     return output
+
+
+def guarded(place: str, make: Callable[[], Iterable[ManifestLine | Skipped]]) -> Iterator[ManifestLine | Skipped]:
+    """Yield what `make` gives of one entry of the annotations; an entry that is not as published is skipped as a whole."""
+    try:
+        yield from list(make())
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        yield Skipped(place, f"not as published: {place}: {type(error).__name__} {' '.join(str(error).split())[:100]}")
 
 
 def report_path(manifest: Path) -> Path:
@@ -122,6 +133,8 @@ def sample(
 
     A file that was not found leaves the sample out; with `keep_incomplete` only the file.
     """
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"the text is {type(text).__name__}")
     found: dict[str, str] = {}
     for kind, wanted in files.items():
         if wanted is None:
@@ -131,12 +144,13 @@ def sample(
             found[kind] = path
         elif not keep_incomplete:
             return Skipped(id, f"{kind} file is missing: {name}")
+    id = id.encode("utf-8", "replace").decode()
     if text is not None and not text.strip():
         return Skipped(id, "the text is empty")
     if not found and text is None:
         return Skipped(id, "nothing is left of the sample")
-    if not all(map(is_encodable, (id, text or "", *found.values(), *labels))):
-        return Skipped(id.encode("utf-8", "replace").decode(), "half of a surrogate pair in it is no text")
+    if not all(map(is_encodable, (text or "", group or "", split or "", *found.values(), *labels))):
+        return Skipped(id, "half of a surrogate pair in it is no text")
     return ManifestLine(id=id, text=text, labels=labels, group=group, split=split, **found)  # type: ignore[arg-type]
 
 

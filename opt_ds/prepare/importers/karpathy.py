@@ -4,9 +4,10 @@ and Flickr30k's own token file (`1000092795.jpg#0`, tab, caption). Each caption 
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import Files, read_json, read_rows, sample, write_import
+from opt_ds.prepare.importers.common import Files, guarded, read_json, read_rows, sample, write_import
 from opt_ds.prepare.manifest import ManifestLine, Skipped
 
 _SPLITS = {"train": "train", "restval": "train", "val": "valid", "test": "test"}
@@ -28,23 +29,22 @@ def _entries(annotations: Path, pictures: Files) -> Iterator[ManifestLine | Skip
     content = read_json(annotations)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(f'{annotations}: no list "images": give a Karpathy split JSON')
-    for number, picture in enumerate(content["images"]):
-        try:
-            name, split, sentences = picture["filename"], picture["split"], picture["sentences"]
-            captions = [(sentence["sentid"], sentence["raw"]) for sentence in sentences]
-        except (KeyError, TypeError) as error:
-            yield Skipped(f"image {number}", f"not as published: no {error.args[0]}")
-            continue
+
+    def captions(picture: dict[str, Any]) -> Iterator[ManifestLine | Skipped]:
+        name, split = picture["filename"], picture["split"]
         below = f"{picture['filepath']}/{name}" if picture.get("filepath") else name
         file = pictures.get(below) or pictures.get(name) or pictures.by_stem(Path(name).stem)
-        for identifier, caption in captions:
+        for sentence in picture["sentences"]:
             yield sample(
-                f"sentence {identifier}",
-                text=caption,
+                f"sentence {sentence['sentid']}",
+                text=sentence["raw"],
                 files={"image": (below, file)},
                 group=f"image {name}",
                 split=_SPLITS.get(split, split),
             )
+
+    for number, picture in enumerate(content["images"]):
+        yield from guarded(f"image {number}", lambda picture=picture: captions(picture))  # type: ignore[misc]
 
 
 def _token_entries(annotations: Path, pictures: Files) -> Iterator[ManifestLine | Skipped]:

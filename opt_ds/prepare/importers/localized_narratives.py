@@ -8,9 +8,10 @@ Flickr30k name their files so, COCO pads the id to twelve digits.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import Files, files_of, read_json_lines, read_rows, sample, write_import
+from opt_ds.prepare.importers.common import Files, files_of, guarded, read_json_lines, read_rows, sample, write_import
 from opt_ds.prepare.manifest import ManifestLine, Skipped
 
 _SPLITS = {"train": "train", "validation": "valid", "val": "valid", "val2017": "valid", "train2017": "train", "test": "test"}
@@ -53,31 +54,31 @@ def _entries(
     keep_incomplete: bool,
 ) -> Iterator[ManifestLine | Skipped]:
     seen: Counter[str] = Counter()
+
+    def narrative(entry: dict[str, Any]) -> ManifestLine | Skipped:
+        dataset, image_id = str(entry["dataset_id"]), str(entry["image_id"])
+        id = f"{dataset}/{image_id}/{entry['annotator_id']}"
+        seen[id] += 1
+        recording = entry.get("voice_recording")
+        return sample(
+            id if seen[id] == 1 else f"{id}/{seen[id]}",
+            text=entry["caption"],
+            files={
+                "image": (image_id, _picture(pictures, image_id)),
+                "audio": (str(recording), sounds.get(recording) if recording else None) if sounds else None,
+            },
+            labels=labels_of.get(image_id, ()),
+            group=f"{dataset}/{image_id}",
+            split=_SPLITS.get(dataset.rsplit("_", 1)[-1], "train"),
+            keep_incomplete=keep_incomplete,
+        )
+
     for path in annotations:
         for number, entry in read_json_lines(path):
             if isinstance(entry, Skipped):
                 yield entry
-                continue
-            missing = [name for name in ("dataset_id", "image_id", "annotator_id", "caption") if name not in entry]
-            if missing:
-                yield Skipped(f"line {number}", f"no {missing[0]}: {path.name} line {number}")
-                continue
-            dataset, image_id = str(entry["dataset_id"]), str(entry["image_id"])
-            id = f"{dataset}/{image_id}/{entry['annotator_id']}"
-            seen[id] += 1
-            recording = entry.get("voice_recording")
-            yield sample(
-                id if seen[id] == 1 else f"{id}/{seen[id]}",
-                text=str(entry["caption"]),
-                files={
-                    "image": (image_id, _picture(pictures, image_id)),
-                    "audio": (str(recording), sounds.get(str(recording)) if recording else None) if sounds else None,
-                },
-                labels=labels_of.get(image_id, ()),
-                group=f"{dataset}/{image_id}",
-                split=_SPLITS.get(dataset.rsplit("_", 1)[-1], "train"),
-                keep_incomplete=keep_incomplete,
-            )
+            else:
+                yield from guarded(f"{path.name} line {number}", lambda entry=entry: [narrative(entry)])  # type: ignore[misc]
 
 
 def _picture(pictures: Files, image_id: str) -> str | None:
@@ -101,7 +102,12 @@ def read_image_labels(
         if absent:
             raise UserError(f"{path}: no column {absent[0]}: give Open Images' image-level labels (its first line: {header})")
         image, label, confidence = (header.index(name) for name in needed)
-        for row in rows:
-            if (wanted is None or row[image] in wanted) and float(row[confidence]) >= _LEAST_CONFIDENCE:
-                found[row[image]].setdefault(name_of.get(row[label], row[label]))
+        for number, row in enumerate(rows, 2):
+            if not any(row):
+                continue
+            try:
+                if (wanted is None or row[image] in wanted) and float(row[confidence]) >= _LEAST_CONFIDENCE:
+                    found[row[image]].setdefault(name_of.get(row[label], row[label]))
+            except (IndexError, ValueError):
+                raise UserError(f"{path} row {number}: not image, label and confidence: {row}"[:300]) from None
     return {image: tuple(labels) for image, labels in found.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from opt_ds.prepare.importers.common import Files, read_json, read_json_array, sample, write_import
+from opt_ds.prepare.importers.common import Files, guarded, read_json, read_json_array, sample, write_import
 from opt_ds.prepare.manifest import ManifestLine, Skipped
 
 
@@ -40,24 +40,22 @@ def _entries(
     held_out: set[int],
     max_phrases: int | None,
 ) -> Iterator[ManifestLine | Skipped]:
-    for number, picture in enumerate(read_json_array(annotations)):
-        regions: Any = picture.get("regions") if isinstance(picture, dict) else None
-        if not isinstance(regions, list) or "id" not in picture:
-            yield Skipped(f"entry {number}", f"no id or regions: {annotations.name} entry {number}")
-            continue
-        image_id = picture["id"]
+    def phrases(picture: dict[str, Any]) -> Iterator[ManifestLine | Skipped]:
+        image_id, regions = picture["id"], picture["regions"]
+        file = pictures.by_stem(str(image_id))
         if coco_ids.get(image_id) in held_out:
             yield Skipped(f"image {image_id}", "held out for COCO's evaluation")
-            continue
-        file = pictures.by_stem(str(image_id))
-        if file is None:
+        elif file is None:
             yield Skipped(f"image {image_id}", f"image file is missing: {image_id}.jpg")
-            continue
-        step = 1 if max_phrases is None else max(1, -(-len(regions) // max_phrases))
-        for region in regions[::step]:
-            id = f"region {region.get('region_id')}"
-            files: dict[str, tuple[str, str | None] | None] = {"image": (str(image_id), file)}
-            yield sample(id, text=str(region.get("phrase", "")), files=files, group=f"image {image_id}")
+        else:
+            step = 1 if max_phrases is None else max(1, -(-len(regions) // max_phrases))
+            for region in regions[::step]:
+                id = f"region {region['region_id']}"
+                files: dict[str, tuple[str, str | None] | None] = {"image": (str(image_id), file)}
+                yield sample(id, text=region["phrase"], files=files, group=f"image {image_id}")
+
+    for number, picture in enumerate(read_json_array(annotations)):
+        yield from guarded(f"{annotations.name} entry {number}", lambda picture=picture: phrases(picture))  # type: ignore[misc]
 
 
 def _coco_ids(image_data: Path) -> dict[int, int]:

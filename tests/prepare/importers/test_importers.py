@@ -113,7 +113,7 @@ def test_localized_narratives_with_recordings_and_labels(tmp_path: Path) -> None
     reasons = left_out(manifest)
     assert reasons["mscoco_val2017/139/1"] == "audio file is missing: gone.ogg"
     assert reasons["open_images_train/lost/7"] == "image file is missing: lost"
-    assert reasons["line 7"].startswith("no image_id")
+    assert "KeyError 'image_id'" in reasons[f"{narratives.name} line 7"]
     assert reasons["line 8"].startswith("not JSON")
     assert reasons["open_images_train/0b2/3"] == "the text is empty"
     import_localized_narratives([narratives], manifest, keep_incomplete=True, **options)
@@ -195,7 +195,7 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
     assert reasons == {
         "region 99": "the text is empty",
         "image 3": "image file is missing: 3.jpg",
-        "entry 3": "no id or regions: region_descriptions.json entry 3",
+        "region_descriptions.json entry 3": "not as published: region_descriptions.json entry 3: KeyError 'id'",
     }
     import_visual_genome(
         annotations,
@@ -241,7 +241,7 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
     assert samples["sentence 1"].group == samples["sentence 2"].group
     assert left_out(manifest) == {
         "sentence 4": "image file is missing: train2014/COCO_train2014_000000000010.jpg",
-        "image 3": "not as published: no split",
+        "image 3": "not as published: image 3: KeyError 'split'",
     }
     (tmp_path / "dataset_coco.json").write_text("[]")
     with pytest.raises(UserError, match='no list "images"'):
