@@ -4,7 +4,6 @@ The bytes written depend on the manifest, the extractors and the settings alone,
 cut into fixed chunks (see workers.py) and results are taken in order.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -24,12 +23,11 @@ from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifes
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.prepare.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
 from opt_ds.prepare.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
-from opt_ds.store.files import exclusive_use
+from opt_ds.store.files import exclusive_use, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.writer import SampleItem, ShardContent, StoreWriter, TextItem
 
 _FILES = ("image", "audio")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def prepare(
@@ -68,7 +66,7 @@ def prepare(
         with exclusive_use(folder, say):
             return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, started, say)
     except OSError as error:
-        if error.errno in _NO_SPACE or "No space left on device" in str(error):  # HDF5 tells it in words only
+        if is_disk_full(error):
             raise UserError(f"{folder}: the disk is full: free space and run the same command again, it resumes") from None
         raise
 

@@ -76,3 +76,13 @@ def test_every_option_is_explained(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--" in result.output
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from opt_ds.commands import run_program
+
+    def write() -> None:
+        raise OSError(28, "No space left on device", "shard-00000.h5")
+
+    assert run_program(write, [], "opt-ds convert") == 1
+    assert capsys.readouterr().err.startswith("error: the disk is full ([Errno 28] No space left on device")
