@@ -58,7 +58,7 @@ def finish_store(
     facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float, say: Callable[[str], None]
 ) -> StoreDescription:
     """Write report.json, lengths.png and store.json over the shards that `writer` has. UserError if no sample was kept."""
-    notes = [writer.notes(index) for index in range(facts.num_shards)]
+    notes = (writer.notes(index) for index in range(facts.num_shards))
     lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
     report = build_report(facts.num_lines, facts.rejected, notes, lengths)
     report["groups_across_splits"] = facts.groups_across_splits

@@ -208,6 +208,11 @@ def _is_inside(name: str, folder: Path) -> bool:
     return os.path.abspath(os.path.join(top, name)).startswith(top.rstrip(os.sep) + os.sep)
 
 
+def visible(text: str) -> str:
+    """Return the text with control and direction characters written out: an id must not repaint the terminal."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+
+
 def is_encodable(text: str) -> bool:
     """Whether the text has no half of a surrogate pair: no file or terminal takes one."""
     return text == _shown(text)

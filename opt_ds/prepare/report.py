@@ -4,12 +4,13 @@ A shard's notes (kept in its journal until the store is whole): `skipped` [{id, 
 `digests` {text, image, audio: [[hash of the content, split, id of the first sample that uses it], … by row]}.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from opt_ds.prepare.manifest import visible
 from opt_ds.store.lengths import UNITS, length_summary
 from opt_ds.store.schema import MODALITIES
 
@@ -18,19 +19,29 @@ _SHOWN = 10
 
 
 def build_report(
-    num_lines: int, rejected: Sequence[dict[str, str]], notes: Sequence[dict[str, Any]], lengths: dict[str, np.ndarray]
+    num_lines: int, rejected: Sequence[dict[str, str]], notes: Iterable[dict[str, Any]], lengths: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return report.json's content. `rejected`: manifest lines that are no samples; `lengths`: see store/lengths.py."""
-    skipped = [*rejected, *(entry for note in notes for entry in note["skipped"])]
+    """Return report.json's content. `rejected`: manifest lines that are no samples; `lengths`: see store/lengths.py.
+
+    `notes` are gone through once, shard by shard.
+    """
+    skipped = list(rejected)
+    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    duplicates = {kind: _Duplicates() for kind in MODALITIES}
+    for note in notes:
+        skipped += note["skipped"]
+        for kind, ids in note["cut"].items():
+            cut[kind] += ids
+        for kind, rows in note["digests"].items():
+            for digest, split, id in rows:
+                duplicates[kind].add(digest, split, id)
     return {
         "kept": num_lines + len(rejected) - len(skipped),
         "skipped": len(skipped),
         "reasons": dict(Counter(entry["reason"].split(":")[0] for entry in skipped).most_common()),
         "skipped_samples": skipped,
-        "cut": {kind: [id for note in notes for id in note["cut"][kind]] for kind in ("text", "audio")},
-        "duplicates": {
-            kind: _duplicates([row for note in notes for row in note["digests"][kind]]) for kind in MODALITIES
-        },
+        "cut": cut,
+        "duplicates": {kind: found.summary() for kind, found in duplicates.items()},
         "lengths": {kind: length_summary(lengths[kind]) for kind in MODALITIES},
     }
 
@@ -53,25 +64,30 @@ def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     for entry in report["skipped_samples"][:_SHOWN]:
-        lines.append(f'  skipped "{_visible(entry["id"])}": {_visible(entry["reason"])}')
+        lines.append(f'  skipped "{visible(entry["id"])}": {visible(entry["reason"])}')
     more = report["skipped"] - _SHOWN
     return [*lines, f"  and {more} more in {REPORT_FILE}"] if more > 0 else lines
 
 
-def _duplicates(rows: list[list[str]]) -> dict[str, Any]:
-    ids, splits = defaultdict(list), defaultdict(set)
-    for digest, split, id in rows:
-        ids[digest].append(id)
-        splits[digest].add(split)
-    repeated = {digest: names for digest, names in ids.items() if len(names) > 1}
-    largest = sorted(repeated.values(), key=len, reverse=True)[:_SHOWN]
-    return {
-        "repeated": sum(len(names) - 1 for names in repeated.values()),
-        "across_splits": sum(len(splits[digest]) > 1 for digest in repeated),
-        "largest": [names[:_SHOWN] for names in largest],
-    }
+class _Duplicates:
+    """Counts rows of equal content, keeping names only of those that have an equal."""
 
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, str]] = {}  # digest -> split and id
+        self._repeated: dict[str, tuple[list[str], set[str]]] = {}  # digest -> all ids and splits
 
-def _visible(text: str) -> str:
-    # A control or direction character in an id must not repaint the terminal.
-    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+    def add(self, digest: str, split: str, id: str) -> None:
+        first = self._first.setdefault(digest, (split, id))
+        if first[1] == id:
+            return
+        ids, splits = self._repeated.setdefault(digest, ([first[1]], {first[0]}))
+        ids.append(id)
+        splits.add(split)
+
+    def summary(self) -> dict[str, Any]:
+        largest = sorted(self._repeated.values(), key=lambda found: len(found[0]), reverse=True)[:_SHOWN]
+        return {
+            "repeated": sum(len(ids) - 1 for ids, _ in self._repeated.values()),
+            "across_splits": sum(len(splits) > 1 for _, splits in self._repeated.values()),
+            "largest": [ids[:_SHOWN] for ids, _ in largest],
+        }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.manifest import ManifestLine, Skipped, is_encodable, write_manifest
+from opt_ds.prepare.manifest import ManifestLine, Skipped, is_encodable, visible, write_manifest
 from opt_ds.store.files import write_json
 
 _SHOWN = 10
@@ -100,7 +100,7 @@ def write_import(
     for reason, number in reasons.most_common():
         say(f"  {reason}: {number}")
     for entry in skipped[:_SHOWN]:
-        say(f'  left out "{entry.id}": {entry.reason}')
+        say(f'  left out "{visible(entry.id)}": {visible(entry.reason)}')
     if len(skipped) > _SHOWN:
         say(f"  and {len(skipped) - _SHOWN} more in {report_path(output).name}")
     return output
