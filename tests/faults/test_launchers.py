@@ -1,4 +1,4 @@
-"""What a signal to each launcher's process does to a run: the table of docs/cluster.md, tried."""
+"""What a signal to each launcher's process does to a run: the table of docs/cluster.md, tried (srun's row in tests/slurm)."""
 
 import os
 import signal
@@ -60,6 +60,23 @@ def test_the_ranks_save_and_leave(
         assert f"saved after step {int(saved.name[5:])}" in said, said
         print(process.returncode)
         assert code is None or process.returncode == code, said
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.faults
+def test_sigterm_to_the_deepspeed_command_alone_does_not_reach_the_ranks(store: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start([*DEEPSPEED, str(free_port())], store, output)
+    try:
+        process.terminate()
+        assert process.wait(timeout=PATIENCE_S) == -signal.SIGTERM
+        before = checkpoint.all_checkpoints(output)[0]
+        began = time.monotonic()
+        while checkpoint.all_checkpoints(output)[0] == before:
+            assert time.monotonic() - began < PATIENCE_S, "the ranks go on and save again"
+            time.sleep(0.1)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
