@@ -28,7 +28,7 @@ def length_summary(values: np.ndarray) -> dict[str, Any]:
     """Return rows, min, median, mean, p95, max and a histogram (counts, edges)."""
     if not len(values):
         return {"rows": 0}
-    counts, edges = np.histogram(values, bins=_num_bins(values))
+    counts, edges = np.histogram(values, bins=_edges(values))
     return {
         "rows": len(values),
         "min": int(values.min()),
@@ -36,7 +36,7 @@ def length_summary(values: np.ndarray) -> dict[str, Any]:
         "mean": round(float(values.mean()), 3),
         "p95": float(np.percentile(values, 95)),
         "max": int(values.max()),
-        "histogram": {"counts": counts.tolist(), "edges": np.round(edges, 3).tolist()},
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
     }
 
 
@@ -49,10 +49,13 @@ def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
         axes.set_title(f"{kind}: {len(values)} rows")
         axes.set_xlabel(f"{UNITS[kind]} a row")
         if len(values):
-            axes.hist(values, bins=_num_bins(values), color="#4c72b0")
+            axes.hist(values, bins=_edges(values), color="#4c72b0")
             axes.axvline(float(np.median(values)), color="black", linewidth=1)
     figure.savefig(path, dpi=100, format="png", metadata={"Software": None})
 
 
-def _num_bins(values: np.ndarray) -> int:
-    return min(_MOST_BINS, int(values.max()) - int(values.min()) + 1)
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Return bin edges of whole lengths, so that no bin holds more lengths than another."""
+    low, high = int(values.min()), int(values.max())
+    width = -(-(high - low + 1) // _MOST_BINS)
+    return np.arange(low, high + width + 1, width)

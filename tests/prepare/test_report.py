@@ -37,3 +37,15 @@ def test_ids_cannot_repaint_the_terminal_and_long_lists_end() -> None:
     table = report_table(report, {"max_tokens": None, "max_frames": None})
     assert all(line.isprintable() for line in table)
     assert table[-1] == "  and 2 more in report.json"
+
+
+def test_histograms_have_bins_of_whole_lengths() -> None:
+    from opt_ds.store.lengths import length_summary
+
+    for values in ([5], [1, 2, 2, 9], list(range(3, 1003))):
+        histogram = length_summary(np.array(values))["histogram"]
+        assert sum(histogram["counts"]) == len(values)
+        widths = set(np.diff(histogram["edges"]).tolist())
+        assert len(widths) == 1 and all(width == int(width) for width in widths)
+        assert len(histogram["counts"]) <= 51
+    assert set(histogram["counts"][:-1]) == {20}
