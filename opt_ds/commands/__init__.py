@@ -41,6 +41,12 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
         return _fail(_usage_message(error, name), rank)
     except typer.Exit as exit_request:
         return exit_request.exit_code
+    except OSError as error:
+        from opt_ds.store.files import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, code=1)
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         return 130

@@ -31,26 +31,42 @@ def corpus(
 
 def prepare(
     manifest: Annotated[
-        Path, typer.Option(help="JSONL, one sample a line: id, and any of image, text, audio, labels, group, split.")
+        Path,
+        typer.Option(
+            help="JSONL, one sample a line: id, and any of image, text, audio, labels, group, split. "
+            "Or a folder of name.jpg, name.txt, name.wav."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the new feature store. A stopped run resumes.")],
     images: Annotated[
-        str, typer.Option(help="Region extractor: grid (cells of a classifier) or faster_rcnn.")
+        str, typer.Option(help="Region extractor: grid (cells of a classifier), faster_rcnn, or npz (files made by one).")
     ] = "grid",
     image_weights: Annotated[
         Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
     ] = None,
     image_backbone: Annotated[
-        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights.")
+        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME.")
     ] = None,
+    image_min_side: Annotated[int, typer.Option(help="faster_rcnn: pixels that the shorter side is scaled to.", min=1)] = 600,
+    image_max_side: Annotated[int, typer.Option(help="faster_rcnn: unless the longer side then exceeds this.", min=1)] = 1000,
     speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel",
     speech_weights: Annotated[
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
     ] = None,
+    speech_layer: Annotated[
+        int | None, typer.Option(help="wav2vec2: the Transformer layer whose output is taken, from 1. Default: the last.")
+    ] = None,
+    speech_window: Annotated[float, typer.Option(help="wav2vec2: seconds of a window of a longer recording.")] = 30.0,
+    speech_overlap: Annotated[float, typer.Option(help="wav2vec2: seconds that neighbouring windows share.")] = 2.0,
+    trim_silence: Annotated[bool, typer.Option(help="Cut the silence at both ends of recordings.")] = False,
     text: Annotated[
         Path | None, typer.Option(help="Hugging Face folder of a WordPiece tokenizer. Default: train one.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer trained on the train split.", min=1)] = 1200,
+    unicode_form: Annotated[str, typer.Option(help="Unicode normal form of texts: NFC, NFKC, NFD, NFKD or none.")] = "NFC",
+    max_tokens: Annotated[int, typer.Option(help="Cut texts after this many tokens; the report counts them.", min=1)] = 510,
+    max_pixels: Annotated[int, typer.Option(help="Refuse larger pictures, before decoding them.", min=1)] = 100_000_000,
+    max_seconds: Annotated[float, typer.Option(help="Refuse longer recordings, before decoding them.")] = 3600.0,
     pixels: Annotated[
         bool, typer.Option(help="Keep each picture at 64 x 64 pixels, for the dVAE and picture grids.")
     ] = True,
@@ -58,10 +74,14 @@ def prepare(
     max_frames: Annotated[
         int | None, typer.Option(help="Keep at most this many frames (after pooling).", min=1)
     ] = None,
+    samples_per_shard: Annotated[
+        int, typer.Option(help="Samples a file of the store; a stopped run resumes at the last whole one.", min=1)
+    ] = 1024,
     compress: Annotated[bool, typer.Option(help="Compress shards with gzip: for archives, slower to read.")] = False,
     workers: _Workers = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    strict: Annotated[bool, typer.Option(help="Stop at the first broken file instead of skipping its sample.")] = False,
+    strict: Annotated[bool, typer.Option(help="Stop at the first sample that cannot be used, instead of skipping it.")] = False,
+    allow_outside: Annotated[bool, typer.Option(help="Take files outside the manifest's folder too.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: only part i (from 0) of n, for a job array; opt-ds merge joins the parts.")
@@ -69,11 +89,12 @@ def prepare(
 ) -> None:
     """Extract features from the files that a manifest names, and write them as a feature store.
 
-    Samples with a broken or missing file are skipped and listed in the store's report.json.
+    Samples that cannot be used are skipped and listed in the store's report.json. docs/data.md has recipes.
     """
+    from opt_ds.prepare import PrepareSettings
+    from opt_ds.prepare import prepare as run
     from opt_ds.prepare.finish import parse_share
-    from opt_ds.prepare.pipeline import PrepareSettings
-    from opt_ds.prepare.pipeline import prepare as run
+    from opt_ds.prepare.importers.folder import folder_manifest
 
     share = parse_share(shard) if shard is not None else None
 
@@ -81,23 +102,35 @@ def prepare(
         images=images,
         image_weights=image_weights,
         image_backbone=image_backbone,
+        image_min_side=image_min_side,
+        image_max_side=image_max_side,
         speech=speech,
         speech_weights=speech_weights,
         text=text,
+        speech_layer=speech_layer,
+        speech_window_s=speech_window,
+        speech_overlap_s=speech_overlap,
+        trim_silence=trim_silence,
         vocab_size=vocab_size,
+        unicode_form=unicode_form,
+        max_tokens=max_tokens,
+        max_pixels=max_pixels,
+        max_seconds=max_seconds,
         pixels=pixels,
         pool_frames=pool_frames,
         max_frames=max_frames,
+        samples_per_shard=samples_per_shard,
         compression="gzip" if compress else None,
     )
     run(
-        manifest,
+        folder_manifest(manifest, say=typer.echo) if manifest.is_dir() else manifest,
         output,
         settings,
         workers=workers,
         device=device,
         strict=strict,
         limit=limit,
+        allow_outside=allow_outside,
         share=share,
         say=typer.echo,
     )
@@ -113,25 +146,3 @@ def merge(
     from opt_ds.prepare.finish import merge_parts
 
     merge_parts(store, say=typer.echo)
-
-
-def inspect_store(
-    store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
-) -> None:
-    """Check a feature store and print a summary; exit code 2 on a failure.
-
-    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says.
-    """
-    from opt_ds.store.inspect import inspect_store as inspect
-
-    inspection = inspect(store)
-    width = max(len(name) for name, _ in inspection.summary)
-    for name, value in inspection.summary:
-        typer.echo(f"{name:<{width}}  {value}")
-    for note in inspection.notes:
-        typer.echo(f"note: {note}")
-    for failure in inspection.failures:
-        typer.echo(f"FAILED {failure}", err=True)
-    if inspection.failures:
-        raise typer.Exit(2)
-    typer.echo("all checks passed")

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from opt_ds.prepare.pipeline import PrepareSettings, prepare
+from opt_ds.prepare.pipeline import prepare
+from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
 
 __all__ = ["PrepareSettings", "emoji_store", "prepare"]

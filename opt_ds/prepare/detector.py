@@ -18,8 +18,10 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import batched_nms
 
 from opt_ds.errors import UserError
+from opt_ds.prepare import detectron2
 from opt_ds.prepare.extractors import load_state_dict, weights_identity
 from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
+from opt_ds.store.schema import BOX_SIZE
 
 # (bottleneck blocks?, blocks of the third stage) -> architecture; the four stages differ most in the third.
 _RESNETS = {
@@ -31,12 +33,14 @@ _RESNETS = {
 }
 _FPN_CHANNELS = 256
 _NMS_IOU = 0.5
+_GPU_BATCH = 8
 
 
 class FasterRCNNExtractor:
     """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size follow from the checkpoint.
 
-    `weights`: a state dict file; Visual Genome models have 1,601 classes, torchvision's COCO ones 91.
+    `weights`: a state dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models 1,601)
+    or in Detectron2's FPN layout (see detectron2.py). fp16 on a GPU, fp32 on a CPU.
     """
 
     name = "faster_rcnn"
@@ -67,6 +71,7 @@ class FasterRCNNExtractor:
         self._weights_sha256 = weights_identity(weights)
         self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
         self.dim = self._model.roi_heads.box_head.fc7.out_features
+        self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
 
     def identity(self) -> dict[str, Any]:
         """Return what the features depend on."""
@@ -76,26 +81,41 @@ class FasterRCNNExtractor:
             "package": "torchvision",
             "version": version("torchvision"),
             "weights_sha256": self._weights_sha256,
+            "precision": "fp32" if self._device == "cpu" else "fp16",
             **self._settings,
         }
 
     @torch.inference_mode()
-    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]:
-        """Return the regions of each picture, best first."""
-        pictures = [
-            torch.from_numpy(np.array(picture)).to(self._device).permute(2, 0, 1).float() / 255 for picture in inputs
+    def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
+        """Return the regions of each picture, best first.
+
+        On a GPU pictures of one size share a batch. On a CPU, where it would gain nothing, each one runs alone, so that
+        its features do not depend on its neighbours.
+        """
+        results: list[RegionFeatures | None] = [None] * len(inputs)
+        for indices in _batches(inputs, 1 if self._device == "cpu" else _GPU_BATCH):
+            pictures = [picture for index in indices if (picture := inputs[index]) is not None]
+            for index, regions in zip(indices, self._regions(pictures), strict=True):
+                results[index] = regions
+        return results
+
+    def _regions(self, pictures: Sequence[Image.Image]) -> list[RegionFeatures]:
+        tensors = [
+            torch.from_numpy(np.array(picture)).to(self._device).permute(2, 0, 1).float() / 255 for picture in pictures
         ]
-        images, _ = self._model.transform(pictures)
-        maps = self._model.backbone(images.tensors)
-        proposals, _ = self._model.rpn(images, maps)
-        heads = self._model.roi_heads
-        features_pc = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
-        logits_pk, deltas = heads.box_predictor(features_pc)
-        boxes_pk4 = heads.box_coder.decode(deltas, proposals)
+        images, _ = self._model.transform(tensors)
+        with torch.autocast(torch.device(self._device).type, torch.float16, enabled=self._device != "cpu"):
+            maps = self._model.backbone(images.tensors)
+            proposals, _ = self._model.rpn(images, maps)
+            heads = self._model.roi_heads
+            features_pc = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
+            logits_pk, deltas = heads.box_predictor(features_pc)
         counts = [len(boxes) for boxes in proposals]
+        # The decoder cannot tell the shape of no boxes at all.
+        boxes_pk4 = heads.box_coder.decode(deltas.float(), proposals) if sum(counts) else deltas.reshape(0, 1, 4)
         parts = zip(
             features_pc.split(counts),
-            logits_pk.softmax(1).split(counts),
+            logits_pk.float().softmax(1).split(counts),
             boxes_pk4.split(counts),
             images.image_sizes,
             strict=True,
@@ -105,6 +125,8 @@ class FasterRCNNExtractor:
     def _select(
         self, features_pc: torch.Tensor, scores_pk: torch.Tensor, boxes_pk4: torch.Tensor, size: tuple[int, int]
     ) -> RegionFeatures:
+        if not len(features_pc):  # nothing was proposed
+            return RegionFeatures(*(np.zeros((0, *tail), kind) for tail, kind in self._empty))
         height, width = size
         scale = torch.tensor([width, height, width, height], device=boxes_pk4.device)
         scores, labels = scores_pk[:, 1:].max(1)
@@ -121,10 +143,22 @@ class FasterRCNNExtractor:
         )
 
 
+def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]:
+    """Return the indices of the pictures that share a batch: those of one size, at most so many."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, picture in enumerate(inputs):
+        if picture is not None:
+            by_size.setdefault(picture.size, []).append(index)
+    return [group[start : start + most] for group in by_size.values() for start in range(0, len(group), most)]
+
+
 def build_faster_rcnn(
     state: dict[str, torch.Tensor], where: str, min_side: int, max_side: int
 ) -> tuple[FasterRCNN, str]:
     """Build the detector that a state dict belongs to and load it; also return the backbone's name."""
+    foreign = detectron2.is_detectron2(state)
+    if foreign:
+        state = detectron2.to_torchvision(state, where)
     try:
         bottleneck = "backbone.body.layer3.0.conv3.weight" in state
         blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.body.layer3.")})
@@ -148,4 +182,6 @@ def build_faster_rcnn(
         raise UserError(
             f"{where}: does not fit a Faster R-CNN {name} ({str(error).splitlines()[-1].strip()})"
         ) from None
+    if foreign:
+        detectron2.adapt(model)
     return model.eval(), name

@@ -15,6 +15,8 @@ class Extractor(Protocol):
     """Turns decoded inputs (pictures, waveforms) into features. Built inside the worker process that uses it.
 
     `extract` gets a short list of inputs and returns one result for each, in order; results depend on the list alone.
+    None among the inputs is a hole, a file that could not be read: it gives None, and the others' results are the same
+    bytes as if it were a file.
     """
 
     name: str
@@ -25,7 +27,7 @@ class Extractor(Protocol):
         ...
 
     def extract(self, inputs: Sequence[Any]) -> list[Any]:
-        """Return one feature item per input."""
+        """Return one feature item per input, None for None."""
         ...
 
 
@@ -59,6 +61,10 @@ def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file ({what})")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

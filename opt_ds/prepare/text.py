@@ -1,6 +1,8 @@
 """Captions -> WordPiece tokens: a Hugging Face folder's tokenizer, or one trained on the corpus."""
 
 import shutil
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +16,21 @@ from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, describe_tok
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD", "none")
+# A letter that few captions have may become [UNK], so that one caption of many scripts does not stop a corpus.
+_RARE_SHARE = 0.005
+
+
+def normalise_unicode(text: str, form: str) -> str:
+    """Return the text in a Unicode normal form; "none" leaves it alone."""
+    return text if form == "none" else unicodedata.normalize(form, text)  # type: ignore[arg-type]
+
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train a lower-casing BERT WordPiece on captions and save it in Hugging Face's layout.
 
-    The result depends on the captions as a bag and the size alone. UserError if the size cannot hold the alphabet.
+    The result depends on the captions as a bag and the size alone. Letters that do not fit into half of the vocabulary
+    are left out, the rarest first; UserError if they are more than 0.5 % of all letters.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -29,6 +41,7 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
     captions = sorted(captions)
     # The trainer breaks ties by piece number, and numbers "##x" in the order of a randomly seeded hash table: naming
     # those pieces beforehand makes training reproducible.
+    captions = _without_rare_letters(captions, tokenizer, vocab_size)
     inner = _inner_letters(captions, tokenizer)
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *inner], show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
@@ -39,6 +52,19 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
     # Only the set of pieces matters to WordPiece: sorting them makes the ids independent of the trainer's internals.
     pieces = sorted(set(tokenizer.get_vocab()) - set(special))
     save_wordpiece(build_wordpiece([*special, *pieces]), folder)
+
+
+def _without_rare_letters(captions: list[str], tokenizer: "Tokenizer", vocab_size: int) -> list[str]:
+    """Return the captions as the tokenizer normalises them, a space in place of each letter too rare to be kept."""
+    plain = [tokenizer.normalizer.normalize_str(caption) for caption in captions]
+    counts = Counter("".join(plain))
+    counts.pop(" ", None)
+    most = max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4)  # a letter takes two pieces, x and ##x
+    ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
+    rare = ranked[most:]
+    if not rare or sum(counts[letter] for letter in rare) > _RARE_SHARE * counts.total():
+        return captions
+    return [text.translate({ord(letter): " " for letter in rare}) for text in plain]
 
 
 def _inner_letters(captions: Iterable[str], tokenizer: "Tokenizer") -> list[str]:
@@ -78,12 +104,17 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 class TextExtractor:
-    """Tokenises captions with a tokenizer folder; [CLS] and [SEP] are left to training."""
+    """Tokenises captions, brought into a Unicode normal form, with a tokenizer folder.
+
+    [CLS] and [SEP] are left to training, and so is cutting: the pipeline cuts and counts.
+    """
 
     name = "wordpiece"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unicode_form: str = "NFC") -> None:
         from tokenizers import Tokenizer
+
+        self._form = unicode_form
 
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
@@ -95,6 +126,7 @@ class TextExtractor:
         return {
             "name": self.name,
             "vocab_size": self.dim,
+            "unicode_form": self._form,
             "package": "tokenizers",
             "version": version("tokenizers"),
             "weights_sha256": self._description.sha256,
@@ -102,5 +134,6 @@ class TextExtractor:
 
     def extract(self, inputs: Sequence[str]) -> list[np.ndarray]:
         """Return int32 [L] tokens per caption."""
-        encodings = self._tokenizer.encode_batch(list(inputs), add_special_tokens=False)
+        texts = [normalise_unicode(text, self._form) for text in inputs]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, "int32") for encoding in encodings]

@@ -15,6 +15,8 @@ from opt_ds.prepare.pictures import load_picture
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
+# Of an identity: what changes no more than the last bits, and what is no matter of the extractor.
+_MAY_DIFFER = ("version", "package", "precision", "trim_silence")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
 
@@ -40,7 +42,8 @@ class OPTProcessor:
         self.folder, self.config, self._device, self._warn = folder, config, device, warn
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
-        self._text = TextExtractor(folder / TOKENIZER_FOLDER)
+        form = self.description.extractors["text"].get("unicode_form", "none")
+        self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
         self._extractors: dict[str, Any] = {}
 
     def __call__(
@@ -83,9 +86,12 @@ class OPTProcessor:
         sample.region_labels = found.labels[:limit].astype(np.int64)
 
     def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
-        from opt_ds.prepare.speech import load_recording, pool_frames
+        from opt_ds.prepare.recordings import load_recording, trim_silence
+        from opt_ds.prepare.speech import pool_frames
 
         waveform = _decoded(load_recording, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
+        if self.description.extractors["audio"].get("trim_silence"):
+            waveform = trim_silence(waveform)
         extractor = self._extractor("audio")
         pooled = round(extractor.frame_rate_hz / self.description.dims.audio_frame_rate_hz)
         frames = stack_frames(pool_frames(extractor.extract([waveform])[0], pooled), self.config.audio_stack, 0)
@@ -109,20 +115,24 @@ class OPTProcessor:
             from opt_ds.prepare.regions import build_region_extractor
 
             backbone = str(identity.get("backbone", ""))
-            torchvision_name = backbone.removeprefix("torchvision/") if backbone.startswith("torchvision/") else None
-            needs = name != "grid" or torchvision_name is not None
+            own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
+            if name == "npz":
+                raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
+            needs = name != "grid" or own_name is not None
             self._check_given(kind, name, weights, needs)
+            sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
             extractor: Any = build_region_extractor(
-                name, weights=weights, backbone=torchvision_name, device=self._device
+                name, weights=weights, backbone=own_name, device=self._device, **sides
             )
         else:
             from opt_ds.prepare.speech import build_speech_extractor
 
             self._check_given(kind, name, weights, needs=name != "logmel")
-            extractor = build_speech_extractor(name, weights=weights, device=self._device)
+            how = {key: identity[key] for key in ("layer", "window_s", "overlap_s") if key in identity}
+            extractor = build_speech_extractor(name, weights=weights, device=self._device, **how)
         found = extractor.identity()
         for key in identity.keys() | found.keys():
-            if key not in ("version", "package") and identity.get(key) != found.get(key):
+            if key not in _MAY_DIFFER and identity.get(key) != found.get(key):
                 raise UserError(
                     f"{kind} extractor {name}: its {key} is {found.get(key)}, the model was trained with {identity.get(key)}: "
                     "use the same"

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic writes, flushed to disk, and hashes of files."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -8,6 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an error says that there is no space left; HDF5 tells it in words only."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 @contextmanager

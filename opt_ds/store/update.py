@@ -1,6 +1,7 @@
-"""Adds image codes to a finished store. A kill at any moment leaves the old store or the new one, no mixture."""
+"""Changes a finished store in place. A kill at any moment leaves the old store or the new one, no mixture."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,53 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
-from opt_ds.store.reader import FeatureStore
+from opt_ds.store.reader import FeatureStore, ShardFile
 from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, StoreDescription, load_description
+from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
 from opt_ds.store.writer import describe_shard, write_datasets
 
+Arrays = dict[str, np.ndarray]
+
 _REVISION = re.compile(r"^(shard-\d+)(?:-r(\d+))?\.h5$")
+
+
+def rewrite_shards(
+    store: FeatureStore,
+    change: Callable[[int, Arrays], Arrays],
+    fields: Callable[[], dict[str, Any]],
+    *,
+    new_statistics: bool = True,
+) -> StoreDescription:
+    """Replace every shard by `change(index, its arrays)` and return the new description.
+
+    `fields()`, asked when all shards are written, gives what else changes in `store.json`. Shards are written under new
+    names, then `store.json` is replaced, then the old files go. `new_statistics`: features or splits have changed.
+    """
+    path, description = store.path, store.description
+    _remove_unlisted(path, description)
+    shards, per_shard = [], []
+    for index, old in enumerate(description.shards):
+        file = store.shard(index)
+        arrays = change(index, {name: np.asarray(file.array(name)[:]) for name in file.names()})
+        target = path / _next_name(old.file)
+        with atomic_file(target) as temporary:
+            write_datasets(temporary, arrays, compression=description.compression)
+        shards.append(describe_shard(target, arrays))
+        per_shard.append(arrays["samples/split"])
+    updated = description.model_copy(update={"shards": shards, **fields()})
+    if new_statistics:
+        updated = updated.model_copy(update=_counts_and_statistics(path, updated, per_shard))
+    updated = updated.with_fingerprint()
+    write_json(path / STORE_FILE, updated.model_dump(mode="json"))
+    _remove_unlisted(path, updated)
+    return load_description(path)
 
 
 def set_codes(store_path: str | Path, codes_nc: np.ndarray, extractor: dict[str, Any]) -> StoreDescription:
     """Add or replace `image/codes` and return the new description.
 
     `codes_nc`: [image rows, 64] in global row order. `extractor` is recorded under extractors.codes; its "num_codes" is
-    the codebook's size. Shards are rewritten under new names, then `store.json` is replaced, then the old files go.
-    Raises UserError if the shape or a value is wrong.
+    the codebook's size. Raises UserError if the shape or a value is wrong.
     """
     path = Path(store_path)
     store = FeatureStore(path)
@@ -33,28 +68,37 @@ def set_codes(store_path: str | Path, codes_nc: np.ndarray, extractor: dict[str,
         )
     if codes_nc.size and not 0 <= int(codes_nc.min()) <= int(codes_nc.max()) < num_codes:
         raise UserError(f"{path}: codes {codes_nc.min()}..{codes_nc.max()} do not fit a codebook of {num_codes}")
-    _remove_unlisted(path, description)
-    shards, start = [], 0
-    for index, old in enumerate(description.shards):
-        file = store.shard(index)
-        arrays = {name: np.asarray(file.array(name)[:]) for name in file.names()}
-        arrays["image/codes"] = codes_nc[start : start + old.num_images].astype("uint16")
-        start += old.num_images
-        target = path / _next_name(old.file)
-        with atomic_file(target) as temporary:
-            write_datasets(temporary, arrays, compression=description.compression)
-        shards.append(describe_shard(target, arrays))
-    updated = description.model_copy(
-        update={
-            "shards": shards,
+    ends = np.cumsum([shard.num_images for shard in description.shards])
+
+    def change(index: int, arrays: Arrays) -> Arrays:
+        start = ends[index] - description.shards[index].num_images
+        return {**arrays, "image/codes": codes_nc[start : ends[index]].astype("uint16")}
+
+    return rewrite_shards(
+        store,
+        change,
+        lambda: {
             "has_codes": True,
             "dims": description.dims.model_copy(update={"num_codes": num_codes}),
             "extractors": {**description.extractors, "codes": extractor},
-        }
-    ).with_fingerprint()
-    write_json(path / STORE_FILE, updated.model_dump(mode="json"))
-    _remove_unlisted(path, updated)
-    return load_description(path)
+        },
+        new_statistics=False,
+    )
+
+
+def _counts_and_statistics(path: Path, updated: StoreDescription, splits: list[np.ndarray]) -> dict[str, Any]:
+    names = updated.split_names
+    counts = np.sum([np.bincount(codes, minlength=len(names)) for codes in splits], axis=0, dtype=int)
+    train = names.index(TRAIN_SPLIT) if TRAIN_SPLIT in names else None
+    sums = []
+    for shard in updated.shards:
+        file = ShardFile(path / shard.file)
+        wanted = ("samples/rows", "samples/split", "image/offsets", "image/features", "audio/offsets", "audio/features")
+        sums.append(train_sums({name: np.asarray(file.array(name)[:]) for name in wanted}, train))
+    return {
+        "split_counts": dict(zip(names, counts.tolist(), strict=True)),
+        "statistics": statistics_of(sums, updated.dims),
+    }
 
 
 def _next_name(file: str) -> str:

@@ -19,17 +19,16 @@ from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
     DATASETS,
-    MISSING,
     PIXELS_SHAPE,
     SCHEMA_VERSION,
     STORE_FILE,
     TOKENIZER_FOLDER,
     Dims,
     ShardDescription,
-    Statistics,
     StoreDescription,
     group_code,
 )
+from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
 from opt_ds.store.tokenizer import describe_tokenizer
 
 PARTIAL_FILE = "partial.json"
@@ -97,7 +96,7 @@ class StoreWriter:
         label_names: Sequence[str] = (),
         info: dict[str, Any] | None = None,
         key: str = "",
-        train_split: str = "train",
+        train_split: str = TRAIN_SPLIT,
         compression: Literal["gzip"] | None = None,
     ) -> None:
         self.path = path
@@ -137,10 +136,14 @@ class StoreWriter:
                 "split_counts": np.bincount(arrays["samples/split"], minlength=len(self._split_codes)).tolist(),
                 "has_pixels": "image/pixels" in arrays,
                 "has_codes": "image/codes" in arrays,
-                "sums": self._train_sums(arrays),
+                "sums": train_sums(arrays, self._split_codes.get(self._train_split)),
                 "notes": notes or {},
             },
         )
+
+    def shard_file(self, index: int) -> Path:
+        """Return the file of a written shard, before `finish`."""
+        return self.path / json.loads(self._journal(index).read_text(encoding="utf-8"))["shard"]["file"]
 
     def notes(self, index: int) -> dict[str, Any]:
         """Return the notes of a written shard, before `finish`."""
@@ -166,10 +169,7 @@ class StoreWriter:
             extractors=self._extractors,
             tokenizer=tokenizer,
             label_names=list(self._label_codes),
-            statistics={
-                name: _statistics([journal["sums"][name] for journal in journals], size)
-                for name, size in (("image", self._dims.image_feature_dim), ("audio", self._dims.audio_feature_dim))
-            },
+            statistics=statistics_of([journal["sums"] for journal in journals], self._dims),
             shards=shards,
             preparation_key=self._key,
             info={**self._info, **(info or {})},
@@ -241,31 +241,17 @@ class StoreWriter:
             arrays["image/codes"] = np.stack(codes).reshape(-1, CODES_PER_IMAGE)
         return {name: array.astype(DATASETS[name], copy=False) for name, array in arrays.items()}
 
-    def _train_sums(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Sum and sum of squares of the features that train samples use, each row counted once."""
-        code = self._split_codes.get(self._train_split)
-        rows = arrays["samples/rows"][arrays["samples/split"] == code]
-        sums = {}
-        for column, name in ((1, "image"), (2, "audio")):
-            used = np.unique(rows[:, column])
-            used = used[used != MISSING]
-            lengths = np.diff(arrays[f"{name}/offsets"])
-            chosen = np.repeat(np.isin(np.arange(len(lengths)), used), lengths)
-            features = arrays[f"{name}/features"][chosen].astype("float64")
-            sums[name] = {
-                "count": len(features),
-                "sum": features.sum(0).tolist(),
-                "square_sum": np.square(features).sum(0).tolist(),
-            }
-        return sums
-
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
-    """Write a shard's arrays as HDF5: contiguous, aligned, without time stamps: equal input, equal bytes."""
+    """Write a shard's arrays as HDF5: contiguous, aligned, in one order, without time stamps: equal input, equal bytes."""
+    assert arrays.keys() <= DATASETS.keys(), f"no datasets of a store: {arrays.keys() - DATASETS.keys()}"
     with h5py.File(
         path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
     ) as shard:
-        for name, array in arrays.items():
+        for name in DATASETS:
+            if name not in arrays:
+                continue
+            array = arrays[name]
             # HDF5 cannot chunk, hence not compress, what has no elements.
             options = {"compression": compression, "shuffle": True} if compression and array.size else {}
             shard.create_dataset(name, data=array, track_times=False, **options)
@@ -295,12 +281,3 @@ def _join(items: Sequence[np.ndarray], empty_shape: tuple[int, ...]) -> tuple[np
 
 def _join_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return _join([np.frombuffer(string.encode("utf-8"), "uint8") for string in strings], (0,))
-
-
-def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
-    count = sum(part["count"] for part in sums)
-    if count == 0:
-        return Statistics(mean=[0.0] * size, std=[1.0] * size, count=0)
-    mean = np.sum([part["sum"] for part in sums], axis=0) / count
-    variance = np.sum([part["square_sum"] for part in sums], axis=0) / count - np.square(mean)
-    return Statistics(mean=mean.tolist(), std=np.sqrt(np.maximum(variance, 0)).tolist(), count=count)

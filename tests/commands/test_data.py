@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from opt_ds.commands import data
+from opt_ds.commands import data, stores
 from opt_ds.errors import UserError
 from opt_ds.store.synthetic import write_synthetic_store
 
@@ -15,7 +15,9 @@ def run(*arguments: str | Path) -> Result:
     app = typer.Typer()
     app.command("corpus")(data.corpus)
     app.command("prepare")(data.prepare)
-    app.command("inspect")(data.inspect_store)
+    app.command("inspect")(stores.inspect_store)
+    for name in ("split", "update", "convert"):
+        app.command(name)(getattr(stores, name))
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -37,6 +39,13 @@ def test_inspect_prints_a_summary_and_fails_by_name(tmp_path: Path) -> None:
         (["corpus", "emojis", "--output", "x"], 'did you mean "emoji"'),
         (["prepare", "--manifest", "none.jsonl", "--output", "x"], "none.jsonl: no such manifest"),
         (["inspect", "nowhere"], "nowhere: no feature store there"),
+        (["split", "nowhere"], "give one of --ratio, --ids and --groups"),
+        (["split", "nowhere", "--ratio", "train=1"], "nowhere: no feature store there"),
+        (["update", "nowhere", "--modality", "imgae"], 'did you mean "image"'),
+        (["update", "nowhere", "--modality", "audio"], "name the manifest"),
+        (["update", "nowhere", "--modality", "codes"], "--weights"),
+        (["convert", "nowhere", "--output", "y"], "nowhere: no feature store there"),
+        (["prepare", "--manifest", ".", "--output", "x"], "no picture, recording or .txt file there"),
     ],
 )
 def test_mistakes_are_user_errors(
@@ -48,8 +57,32 @@ def test_mistakes_are_user_errors(
     assert message in str(result.exception)
 
 
-@pytest.mark.parametrize("command", ["corpus", "prepare", "inspect"])
+def test_the_tools_change_a_store_and_say_what_it_is_now(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    write_synthetic_store(store, 60)
+    result = run("split", store, "--ratio", "train=0.5", "--ratio", "test=0.5")
+    assert result.exit_code == 0, result.output
+    assert "train 3" in result.output or "train 2" in result.output
+    result = run("convert", store, "--output", tmp_path / "packed", "--compress")
+    assert "60 samples" in result.output and "compression gzip" in result.output
+    result = run("inspect", tmp_path / "packed", "--sample", "sample7", "--pictures", tmp_path / "look")
+    assert result.exit_code == 0, result.output
+    assert "caption" in result.output
+    assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["lengths.png", "sample-7.png"]
+
+
+@pytest.mark.parametrize("command", ["corpus", "prepare", "inspect", "split", "update", "convert"])
 def test_every_option_is_explained(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--" in result.output
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from opt_ds.commands import run_program
+
+    def write() -> None:
+        raise OSError(28, "No space left on device", "shard-00000.h5")
+
+    assert run_program(write, [], "opt-ds convert") == 1
+    assert capsys.readouterr().err.startswith("error: the disk is full ([Errno 28] No space left on device")

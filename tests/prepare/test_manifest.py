@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_ds.errors import UserError
@@ -38,7 +38,7 @@ def write(path: Path, lines: list[dict | str]) -> Path:
 )
 def test_a_bad_manifest_gives_one_line_that_names_the_place(tmp_path: Path, lines: list, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        read_manifest(write(tmp_path / "m.jsonl", lines))
+        read_manifest(write(tmp_path / "m.jsonl", lines), strict=True)
     assert "\n" not in str(error.value)
 
 
@@ -70,6 +70,7 @@ def test_named_splits_may_divide_a_group_and_say_so(tmp_path: Path) -> None:
     assert groups_across_splits(manifest) == 1
 
 
+@settings(deadline=None)
 @given(images=st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=40), size=st.integers(1, 9))
 def test_shards_hold_every_line_once_and_never_part_a_picture(images: list[int | None], size: int) -> None:
     from opt_ds.prepare.manifest import ManifestLine

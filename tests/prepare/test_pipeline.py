@@ -14,9 +14,9 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
-from opt_ds.prepare.finish import REPORT_FILE
 from opt_ds.prepare.pictures import load_picture
 from opt_ds.prepare.regions import GridExtractor
+from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.files import exclusive_use
 
@@ -34,7 +34,7 @@ def contents(store: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(store)): file.read_bytes()
         for file in store.rglob("*")
-        if file.is_file() and file.name != REPORT_FILE  # it tells the seconds
+        if file.is_file()
     }
 
 
@@ -132,7 +132,7 @@ def test_strict_and_hopeless_runs_stop_with_one_line(messy_manifest: Path, tmp_p
     cut = tmp_path / "cut.jsonl"
     cut.write_text(json.dumps({"id": "x", "image": str(messy_manifest.parent / "cut.jpg")}))
     with pytest.raises(UserError, match=r'sample "x": image file is broken: cut.jpg.*--strict'):
-        prepare(cut, tmp_path / "t", PrepareSettings(vocab_size=9), strict=True, **quiet)
+        prepare(cut, tmp_path / "t", PrepareSettings(vocab_size=9), strict=True, allow_outside=True, **quiet)
     for settings, message in (
         (PrepareSettings(images="gird"), "did you mean"),
         (PrepareSettings(speech="wav2vec2"), "it needs a checkpoint"),
@@ -150,7 +150,9 @@ def test_frames_are_pooled_then_cut(messy_manifest: Path, prepared: Path, tmp_pa
         json.dumps({"id": "x", "text": "a a", "audio": str(messy_manifest.parent / "mono.wav"), "split": "train"})
     )
     settings = PrepareSettings(pool_frames=4, max_frames=30, vocab_size=9)
-    description = prepare(only, tmp_path / "s", settings, workers=1, device="cpu", say=lambda _: None)
+    description = prepare(
+        only, tmp_path / "s", settings, workers=1, device="cpu", allow_outside=True, say=lambda _: None
+    )
     assert description.dims.audio_frame_rate_hz == 25
     plain = FeatureStore(prepared)
     row = next(plain.rows[number, 2] for number in range(plain.num_samples) if plain.sample_id(number) == "ok-1")

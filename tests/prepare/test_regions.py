@@ -70,6 +70,29 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     assert whole.extract([noise(2)])[0].scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False, num_classes=7).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    whole = GridExtractor(weights=tmp_path / "model.safetensors", backbone=f"timm/{name}", side=64, cells=1)
+    assert whole.num_classes == 7
+    assert whole.identity()["backbone"] == f"timm/{name}"
+    pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.inference_mode():
+        scores = network(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32)).softmax(1)
+    (regions,) = whole.extract([noise(2)])
+    assert regions.features.shape == (1, whole.dim)
+    assert regions.scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
+    for backbone, message in (("timm/resent18", "did you mean"), ("timm/vit_tiny_patch16_224", "does not fit|no feature map")):
+        with pytest.raises(UserError, match=message):
+            GridExtractor(weights=tmp_path / "model.safetensors", backbone=backbone)
+
+
 def random_detector(path: Path, num_classes: int = 11, feature_size: int = 24) -> None:
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=0)
@@ -95,6 +118,14 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     assert (np.diff(regions.scores) <= 0).all()
 
 
+def test_a_picture_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
+    random_detector(tmp_path / "d.pt")
+    extractor = FasterRCNNExtractor(tmp_path / "d.pt", min_side=96, max_side=128)
+    extractor._model.rpn.min_size = 1e6
+    (regions,) = extractor.extract([noise(0)])
+    assert [array.shape for array in regions] == [(0, 24), (0, 7), (0,), (0,)]
+
+
 def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> None:
     from opt_ds.prepare.detector import build_faster_rcnn
 
@@ -111,6 +142,107 @@ def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> N
         same = (np.abs(theirs_boxes - box[:4]).max(1) < 2e-3) & (theirs["labels"].numpy() == label)
         assert same.any()
         assert np.abs(theirs["scores"].numpy()[same] - float(score)).min() < 2e-3
+
+
+def test_faster_rcnn_features_are_torchvisions_intermediate_tensors(tmp_path: Path) -> None:
+    """A hook on the box head of the very network, run as torchvision runs it: every region's feature is one of its rows."""
+    random_detector(tmp_path / "d.pt")
+    extractor = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.0, max_regions=20, min_side=96, max_side=128)
+    pictures = [noise(3), noise(4, 60, 90), None, noise(5)]
+    regions = extractor.extract(pictures)
+    assert regions[2] is None
+    model, seen = extractor._model, []
+    handle = model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for picture, ours in zip(pictures, regions, strict=True):
+        if picture is None or ours is None:
+            continue
+        with torch.inference_mode():
+            model([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255])
+        theirs = {row.tobytes() for row in seen.pop().to(torch.float16).numpy()}
+        assert len(ours.features) == 20
+        assert all(row.tobytes() in theirs for row in ours.features)
+    handle.remove()
+
+
+def test_detectron2s_layout_is_the_same_network(tmp_path: Path) -> None:
+    """A checkpoint written as Detectron2 names and orders its tensors, by a map of the test's own, is loaded back."""
+    from opt_ds.prepare.detector import build_faster_rcnn
+
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=0)
+    model = FasterRCNN(backbone, num_classes=12)
+    own = model.state_dict()
+    names = {"backbone.body.conv1": "backbone.bottom_up.stem.conv1", "backbone.body.bn1": "backbone.bottom_up.stem.conv1.norm",
+             "rpn.head.conv.0.0": "proposal_generator.rpn_head.conv",
+             "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
+             "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
+             "roi_heads.box_head.fc6": "roi_heads.box_head.fc1", "roi_heads.box_head.fc7": "roi_heads.box_head.fc2"}  # fmt: skip
+    for level in range(4):
+        names[f"backbone.fpn.inner_blocks.{level}.0"] = f"backbone.fpn_lateral{level + 2}"
+        names[f"backbone.fpn.layer_blocks.{level}.0"] = f"backbone.fpn_output{level + 2}"
+    for layer, blocks in enumerate((3, 4, 6, 3), 1):
+        for block in range(blocks):
+            ours, theirs = f"backbone.body.layer{layer}.{block}", f"backbone.bottom_up.res{layer + 1}.{block}"
+            names |= {f"{ours}.downsample.0": f"{theirs}.shortcut", f"{ours}.downsample.1": f"{theirs}.shortcut.norm"}
+            for number in (1, 2, 3):
+                names |= {f"{ours}.conv{number}": f"{theirs}.conv{number}", f"{ours}.bn{number}": f"{theirs}.conv{number}.norm"}
+    state = {}
+    for key, tensor in own.items():
+        stem, _, part = key.rpartition(".")
+        state[f"{names.get(stem, stem)}.{part}"] = tensor
+    state["backbone.bottom_up.stem.conv1.weight"] = own["backbone.body.conv1.weight"][:, [2, 1, 0]]
+    for part in ("weight", "bias"):
+        scores, deltas = (own[f"roi_heads.box_predictor.{name}.{part}"] for name in ("cls_score", "bbox_pred"))
+        state[f"roi_heads.box_predictor.cls_score.{part}"] = torch.cat([scores[1:], scores[:1]])
+        state[f"roi_heads.box_predictor.bbox_pred.{part}"] = deltas[4:]
+    state["roi_heads.box_predictor.attr_score.weight"] = torch.zeros(400, 1024)
+    state["pixel_mean"] = torch.zeros(3, 1, 1)
+    loaded, name = build_faster_rcnn(state, "here", 96, 128)
+    assert name == "resnet50"
+    for key, tensor in loaded.state_dict().items():
+        expected = own[key].clone()
+        if "bbox_pred" in key and "roi_heads" in key:
+            expected[:4] = 0
+        assert torch.equal(tensor, expected), key
+    assert loaded.transform.image_std == [1 / 255] * 3
+    assert loaded.backbone.body.layer2[0].conv1.stride == (2, 2)
+    torch.save({"model": state}, tmp_path / "d2.pth")
+    (regions,) = FasterRCNNExtractor(tmp_path / "d2.pth", min_side=96, max_side=128).extract([noise(3)])
+    assert regions is not None and 1 <= len(regions.features) <= 10
+    c4 = {key: value for key, value in state.items() if "fpn" not in key} | {"roi_heads.res5.0.conv1.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match="a Detectron2 model without FPN"):
+        build_faster_rcnn(c4, "here", 96, 128)
+
+
+def test_detectron2s_pooling_is_shifted_by_half_a_pixel() -> None:
+    """On a ramp a box's bins are the ramp's values at their centres, in pixels whose centres are at half numbers."""
+    from opt_ds.prepare.detectron2 import _AlignedPooler
+
+    ramp = torch.arange(64.0).expand(1, 1, 64, 64).contiguous()
+    maps = {key: ramp for key in "0123"}
+    pooled = _AlignedPooler()(maps, [torch.tensor([[40.0, 40.0, 96.0, 96.0]])], [(256, 256)])
+    centres = (40 + (torch.arange(7) + 0.5) * 8) / 4 - 0.5  # level 2: a fourth of the picture's size
+    assert torch.allclose(pooled[0, 0, 3], centres, atol=1e-4)
+
+
+def test_torchvisions_own_coco_layout_is_loaded(tmp_path: Path) -> None:
+    """The published COCO file has keys of torchvision's first versions, without metadata."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+    torch.manual_seed(0)
+    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    published = {}
+    for key, tensor in model.state_dict().items():
+        key = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        for name in ("inner_blocks", "layer_blocks"):
+            for level in range(4):
+                key = key.replace(f"{name}.{level}.0.", f"{name}.{level}.")
+        published[key] = tensor
+    torch.save(published, tmp_path / "coco.pth")
+    extractor = FasterRCNNExtractor(tmp_path / "coco.pth", min_side=64, max_side=96)
+    assert (extractor.num_classes, extractor.dim) == (91, 1024)
+    assert torch.equal(extractor._model.rpn.head.conv[0][0].weight, published["rpn.head.conv.weight"])
+    assert extractor.extract([noise(1)])[0].features.shape[1] == 1024
 
 
 def test_unfit_extractors_are_refused(tmp_path: Path) -> None:

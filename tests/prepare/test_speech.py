@@ -9,7 +9,9 @@ import torch
 import torchaudio
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.speech import SAMPLE_RATE_HZ, build_speech_extractor, load_recording
+from opt_ds.prepare.recordings import SAMPLE_RATE_HZ, load_recording, trim_silence
+from opt_ds.prepare.speech import build_speech_extractor
+from opt_ds.prepare.wav2vec2 import windows
 
 
 def tone(hz: float, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
@@ -71,6 +73,21 @@ def test_broken_recordings_are_errors(tmp_path: Path) -> None:
         load_recording(tmp_path / "text.wav")
 
 
+def test_rates_without_a_common_divisor_are_resampled_in_little_memory(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "odd.wav", tone(440, 2, 44057), 44057)
+    mono = load_recording(tmp_path / "odd.wav")
+    assert len(mono) == pytest.approx(32000, abs=3)
+    assert np.argmax(np.abs(np.fft.rfft(mono))) / 2 == pytest.approx(440, abs=1)
+
+
+def test_silence_at_the_ends_is_trimmed() -> None:
+    silence = np.random.default_rng(0).standard_normal(16000).astype("float32") * 1e-4
+    trimmed = trim_silence(np.concatenate([silence, tone(300, 1), silence]))
+    assert 16000 + 2 * 1600 <= len(trimmed) <= 16000 + 2 * 1600 + 640
+    assert len(trim_silence(np.zeros(5000, "float32"))) == 5000
+    assert len(trim_silence(tone(300, 0.01))) == 160
+
+
 def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
@@ -102,17 +119,76 @@ def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
     assert normal.identity() != plain.identity()
 
 
-def test_wav2vec2_from_a_torchaudio_state_dict(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small wav2vec 2.0 with random weights, saved as Hugging Face publishes one."""
+    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("hf")
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer", do_stable_layer_norm=True,
+    )  # fmt: skip
+    Wav2Vec2Model(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, None])
+def test_each_layer_is_hugging_faces_own(hugging_face: Path, layer: int | None) -> None:
+    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    waveform = tone(300, 1.3) + 0.1
+    extractor = build_speech_extractor("wav2vec2", weights=hugging_face, layer=layer)
+    inputs = Wav2Vec2FeatureExtractor.from_pretrained(hugging_face)(waveform, sampling_rate=16000, return_tensors="pt")
+    with torch.inference_mode():
+        model = Wav2Vec2Model.from_pretrained(hugging_face).eval()
+        expected = model(inputs.input_values, output_hidden_states=True).hidden_states[layer or 3][0]
+    (frames,) = extractor.extract([waveform])
+    assert np.array_equal(frames, expected.to(torch.float16).numpy())
+
+
+def test_layers_that_are_not_there_are_refused(hugging_face: Path) -> None:
+    for layer in (0, 4, -1):
+        with pytest.raises(UserError, match=r"--speech-layer .*: the checkpoint has layers 1 to 3"):
+            build_speech_extractor("wav2vec2", weights=hugging_face, layer=layer)
+    with pytest.raises(UserError, match="--speech-layer: logmel has no weights"):
+        build_speech_extractor("logmel", layer=2)
+
+
+@pytest.mark.parametrize("seconds", [0.9, 1.0, 1.02, 2.5, 5.0])
+def test_windows_cover_every_frame_once(hugging_face: Path, seconds: float) -> None:
+    """As many frames as in one pass; in a window's middle, far from its edges, nearly the same ones."""
+    random = np.random.default_rng(0).standard_normal(int(seconds * 16000)).astype("float32") * 0.1
+    whole = build_speech_extractor("wav2vec2", weights=hugging_face, layer=1)
+    parts = build_speech_extractor("wav2vec2", weights=hugging_face, layer=1, window_s=1.0, overlap_s=0.4)
+    (expected,), (frames,) = whole.extract([random]), parts.extract([random])
+    assert frames.shape == expected.shape
+    if len(expected) <= 50:
+        assert np.array_equal(frames, expected)
+    similar = [np.corrcoef(ours, theirs)[0, 1] for ours, theirs in zip(frames, expected, strict=True)]
+    assert min(similar) > 0.9
+
+
+@pytest.mark.parametrize(("count", "window", "margin"), [(1, 50, 10), (50, 50, 10), (51, 50, 10), (500, 50, 24), (97, 3, 1)])
+def test_windows_are_no_longer_than_asked(count: int, window: int, margin: int) -> None:
+    cut = windows(count, window, margin)
+    kept = [frame for _, _, start, stop in cut for frame in range(start, stop)]
+    assert kept == list(range(count))
+    assert all(first <= start < stop <= last and last - first <= window for first, last, start, stop in cut)
+
+
+def test_wav2vec2_layers_are_torchaudios_own(tmp_path: Path) -> None:
+    torch.manual_seed(2)
     model = torchaudio.models.wav2vec2_base(aux_num_out=5).eval()
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    extractor = build_speech_extractor("wav2vec2", weights=tmp_path / "w.pt")
-    waveform = tone(300, 0.5)
+    waveform = tone(300, 0.6)
     with torch.inference_mode():
-        expected = model.extract_features(torch.from_numpy(waveform)[None])[0][-1][0].numpy()
-    (frames,) = extractor.extract([waveform])
-    assert extractor.dim == 768
-    assert np.abs(frames - expected).max() < 5e-3
+        expected = model.extract_features(torch.from_numpy(waveform)[None])[0]
+    for layer in (1, 12):
+        (frames,) = build_speech_extractor("wav2vec2", weights=tmp_path / "w.pt", layer=layer).extract([waveform])
+        assert np.array_equal(frames, expected[layer - 1][0].to(torch.float16).numpy())
 
 
 def test_unfit_extractors_are_refused(tmp_path: Path) -> None:

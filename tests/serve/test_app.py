@@ -35,9 +35,12 @@ def test_any_mixture_is_described(client: httpx.Client, raw: Path) -> None:
     assert "matching" not in alone and "attention" not in alone
 
 
-def test_a_drawn_svg_is_read_and_nothing_outside_is_fetched(client: httpx.Client) -> None:
-    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><image href="/etc/hostname"/><circle r="4"/></svg>'
-    assert client.post("/api/describe", files={"image": svg}).status_code == 200
+def test_a_drawn_svg_is_read_and_one_that_names_other_files_is_refused(client: httpx.Client) -> None:
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">%s<circle r="4"/></svg>'
+    assert client.post("/api/describe", files={"image": svg % b""}).status_code == 200
+    answer = client.post("/api/describe", files={"image": svg % b'<image href="/etc/hostname"/>'})
+    assert answer.status_code == 422
+    assert "other files are never fetched" in answer.text
 
 
 def test_pictures_are_painted(client: httpx.Client) -> None:

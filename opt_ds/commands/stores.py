@@ -1,0 +1,164 @@
+"""`opt-ds inspect`, `split`, `update` and `convert`: tools for a feature store that is there."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opt_ds.errors import UserError, did_you_mean
+
+_Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
+
+
+def inspect_store(
+    store: _Store,
+    sample: Annotated[str | None, typer.Option(help="Show this sample in full: its id, or #7 for the seventh but one.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="With --sample: where its picture is named, to draw boxes on.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the sample's PNG.")] = None,
+) -> None:
+    """Check a feature store and print a summary; exit code 2 on a failure.
+
+    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says.
+    """
+    from opt_ds.store.inspect import inspect_store as inspect
+
+    inspection = inspect(store)
+    _print(inspection.summary)
+    for note in inspection.notes:
+        typer.echo(f"note: {note}")
+    for failure in inspection.failures:
+        typer.echo(f"FAILED {failure}", err=True)
+    if inspection.failures:
+        raise typer.Exit(2)
+    typer.echo("all checks passed")
+    if pictures is not None:
+        _draw_lengths(store, pictures)
+    if sample is not None:
+        _show_sample(store, sample, manifest, pictures)
+
+
+def _print(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _draw_lengths(store: Path, pictures: Path) -> None:
+    from opt_ds.store.files import atomic_file
+    from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
+    from opt_ds.store.schema import load_description
+
+    pictures.mkdir(parents=True, exist_ok=True)
+    with atomic_file(pictures / LENGTHS_FILE) as temporary:
+        draw_lengths(shard_lengths([store / shard.file for shard in load_description(store).shards]), temporary)
+    typer.echo(f"wrote {pictures / LENGTHS_FILE}")
+
+
+def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path | None) -> None:
+    from opt_ds.prepare.manifest import read_manifest
+    from opt_ds.prepare.pictures import load_picture
+    from opt_ds.store import FeatureStore
+    from opt_ds.store.show import describe_sample, draw_sample, find_sample
+
+    opened = FeatureStore(store)
+    index = find_sample(opened, name)
+    _print(describe_sample(opened, index))
+    if pictures is None:
+        return
+    picture = None
+    if manifest is not None:
+        lines = read_manifest(manifest, allow_outside=True).lines
+        file = next((line.image for line in lines if line.id == opened.sample_id(index)), None)
+        picture = load_picture(manifest.parent / file) if file is not None else None
+    target = pictures / f"sample-{index}.png"
+    draw_sample(opened, index, target, picture)
+    typer.echo(f"wrote {target}")
+
+
+def split(
+    store: _Store,
+    ratio: Annotated[list[str] | None, typer.Option(help="SPLIT=SHARE, such as train=0.9; several times; they sum to 1.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of sample id and split; others stay where they are.")] = None,
+    groups: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of group and split; others stay where they are.")] = None,
+    seed: Annotated[int, typer.Option(help="With --ratio: another seed deals the groups otherwise.")] = 0,
+) -> None:
+    """Deal a store's samples to other splits: by ratio (groups stay whole), by ids or by groups."""
+    from opt_ds.store.files import exclusive_use
+    from opt_ds.store.split import parse_ratios, split_by_list, split_by_ratio
+
+    given = [option for option in (ratio, ids, groups) if option]
+    if len(given) != 1:
+        raise UserError("opt-ds split: give one of --ratio, --ids and --groups")
+    ratios = parse_ratios(ratio) if ratio else {}
+    with exclusive_use(store, typer.echo):
+        if ratio:
+            description = split_by_ratio(store, ratios, seed)
+        else:
+            description = split_by_list(store, (ids or groups), by_group=groups is not None)  # type: ignore[arg-type]
+    typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")
+
+
+def update(
+    store: _Store,
+    modality: Annotated[str, typer.Option(help="What to add or replace: image, audio or codes.")],
+    manifest: Annotated[Path | None, typer.Option(help="image, audio: the manifest that names the samples' files.")] = None,
+    extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The extractor's weights; codes: the dVAE's folder.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
+    layer: Annotated[int | None, typer.Option(help="wav2vec2: the Transformer layer, from 1. Default: the last.")] = None,
+    pool_frames: Annotated[int, typer.Option(help="audio: average this many neighbouring frames into one.", min=1)] = 1,
+    max_frames: Annotated[int | None, typer.Option(help="audio: keep at most this many frames.", min=1)] = None,
+    pixels: Annotated[bool, typer.Option(help="image: keep each picture at 64 x 64 pixels.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes that work at once.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    strict: Annotated[bool, typer.Option(help="Stop at the first file that cannot be used.")] = False,
+    allow_outside: Annotated[bool, typer.Option(help="Take files outside the manifest's folder too.")] = False,
+) -> None:
+    """Add or replace one modality of a store; the features of the others are kept as they are."""
+    known = ("image", "audio", "codes")
+    if modality not in known:
+        raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')
+    if modality == "codes":
+        from opt_ds.prepare.codes import CodeExtractor, write_missing_codes
+        from opt_ds.prepare.extractors import choose_device
+
+        if weights is None:
+            raise UserError("--modality codes: name the dVAE that opt-ds train-dvae wrote with --weights")
+        write_missing_codes(store, CodeExtractor.from_pretrained(weights, choose_device(device)))
+        return
+    from opt_ds.prepare.settings import PrepareSettings
+    from opt_ds.prepare.update import update_modality
+
+    if manifest is None:
+        raise UserError(f"--modality {modality}: name the manifest of the samples' files with --manifest")
+    if modality == "image":
+        settings = PrepareSettings(
+            images=extractor or "grid", image_weights=weights, image_backbone=backbone, pixels=pixels
+        )
+    else:
+        settings = PrepareSettings(
+            speech=extractor or "logmel",
+            speech_weights=weights,
+            speech_layer=layer,
+            pool_frames=pool_frames,
+            max_frames=max_frames,
+        )
+    update_modality(store, manifest, modality, settings, workers=workers, device=device, strict=strict,
+                    allow_outside=allow_outside, say=typer.echo)  # fmt: skip
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A feature store, or a folder with UNITER's LMDB of image features.")],
+    output: Annotated[Path, typer.Option(help="The new store; of an LMDB, the folder of .npz files.")],
+    compress: Annotated[bool, typer.Option(help="Compress the new store with gzip: for archives, slower to read.")] = False,
+) -> None:
+    """Copy a store, compressed or uncompressed; or take image features out of UNITER's LMDB."""
+    from opt_ds.prepare.importers.uniter import export_lmdb, is_lmdb
+    from opt_ds.store.convert import copy_store
+
+    if is_lmdb(source):
+        export_lmdb(source, output, say=typer.echo)
+        return
+    description = copy_store(source, output, "gzip" if compress else None)
+    size = sum(shard.bytes for shard in description.shards) / 2**20
+    typer.echo(f"{output}: {description.num_samples} samples, {size:.1f} MiB, compression {description.compression}")

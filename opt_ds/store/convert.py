@@ -1,0 +1,46 @@
+"""Copies a finished store into another form: compressed for an archive, or contiguous again for reading."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.store.files import write_json
+from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
+from opt_ds.store.writer import describe_shard, write_datasets
+
+_OWN = {STORE_FILE, "verified.json"}
+
+
+def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) -> StoreDescription:
+    """Write `output`, a store of the same content with this compression. It is there as a whole or not at all."""
+    if output.exists():
+        raise UserError(f"{output}: it is there already: choose another --output or remove it")
+    store = FeatureStore(source)
+    listed = {shard.file for shard in store.description.shards}
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for entry in sorted(source.iterdir()):
+            if entry.is_dir():
+                shutil.copytree(entry, temporary / entry.name)
+            elif entry.name not in listed | _OWN and not entry.name.startswith("."):
+                shutil.copyfile(entry, temporary / entry.name)
+        shards = []
+        for index, shard in enumerate(store.description.shards):
+            file = store.shard(index)
+            arrays = {name: np.asarray(file.array(name)[:]) for name in file.names()}
+            write_datasets(temporary / shard.file, arrays, compression=compression)
+            shards.append(describe_shard(temporary / shard.file, arrays))
+            store.release_pages()
+        updated = store.description.model_copy(update={"shards": shards, "compression": compression}).with_fingerprint()
+        write_json(temporary / STORE_FILE, updated.model_dump(mode="json"))
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return load_description(output)

@@ -1,0 +1,95 @@
+"""Deals a finished store's samples to other splits: by ratio (groups stay whole), or as a list of ids or groups says."""
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import StoreDescription, group_code
+from opt_ds.store.statistics import TRAIN_SPLIT
+from opt_ds.store.update import Arrays, rewrite_shards
+
+
+def parse_ratios(arguments: list[str]) -> dict[str, float]:
+    """ ["train=0.9", "valid=0.1"] -> shares that sum to 1. UserError for anything else."""
+    ratios: dict[str, float] = {}
+    for each in arguments:
+        name, equals, share = each.partition("=")
+        try:
+            ratios[name] = float(share)
+        except ValueError:
+            equals = ""
+        if not (name and equals and ratios[name] > 0):
+            raise UserError(f'--ratio "{each}": write SPLIT=SHARE, such as train=0.9')
+    total = sum(ratios.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"--ratio: the shares sum to {total:g}, not to 1")
+    return ratios
+
+
+def split_by_ratio(path: Path, ratios: dict[str, float], seed: int = 0) -> StoreDescription:
+    """Deal the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number."""
+    store = FeatureStore(path)
+    bounds = np.cumsum(list(ratios.values()))
+    names = list(ratios)
+    split_of = {
+        code: names[min(int(np.searchsorted(bounds, _uniform(seed, code), side="right")), len(names) - 1)]
+        for code in np.unique(store.groups).tolist()
+    }
+    return _deal(store, [split_of[code] for code in store.groups.tolist()], "group hash")
+
+
+def split_by_list(path: Path, file: Path, *, by_group: bool = False) -> StoreDescription:
+    """Deal the samples as a CSV or TSV file of id (or group) and split says; what it does not name stays where it is.
+
+    UserError for a name that is not in the store.
+    """
+    store = FeatureStore(path)
+    named = _read_list(file)
+    if by_group:
+        keys = {group_code(name): name for name in named}
+        of_sample = [keys.get(code) for code in store.groups.tolist()]
+    else:
+        of_sample = [name if (name := store.sample_id(index)) in named else None for index in range(store.num_samples)]
+    unknown = set(named) - set(of_sample)
+    if unknown:
+        what = "groups" if by_group else "ids"
+        raise UserError(f'{file}: {len(unknown)} {what} are not in {path}, such as "{min(unknown)}"')
+    present = [store.description.split_names[code] for code in store.split_codes.tolist()]
+    return _deal(
+        store, [own if name is None else named[name] for name, own in zip(of_sample, present, strict=True)], "manifest"
+    )
+
+
+def _deal(store: FeatureStore, splits: list[str], source: str) -> StoreDescription:
+    names = sorted(set(splits), key=lambda name: (name != TRAIN_SPLIT, name))
+    if TRAIN_SPLIT not in names:
+        raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: leave some there")
+    codes = np.array([names.index(split) for split in splits], "uint8")
+    ends = np.cumsum([shard.num_samples for shard in store.description.shards])
+
+    def change(index: int, arrays: Arrays) -> Arrays:
+        start = ends[index] - store.description.shards[index].num_samples
+        return {**arrays, "samples/split": codes[start : ends[index]]}
+
+    return rewrite_shards(store, change, lambda: {"split_names": names, "splits_source": source})
+
+
+def _uniform(seed: int, code: int) -> float:
+    digest = hashlib.blake2b(f"split {seed} {code}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _read_list(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    named: dict[str, str] = {}
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 1):
+            if len(row) != 2 or not all(row):
+                raise UserError(f"{file} line {number}: write a name and a split, separated by a comma (a tab in .tsv)")
+            named[row[0]] = row[1]
+    return named

@@ -1,0 +1,107 @@
+"""One modality of a finished store replaced, the others untouched; UNITER's files taken in."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opt_ds.errors import UserError
+from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare.importers.uniter import export_lmdb, is_lmdb
+from opt_ds.prepare.npz_regions import NpzExtractor
+from opt_ds.prepare.update import update_modality
+from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.store.update import set_codes
+from tests.prepare.test_pipeline import SETTINGS
+
+
+def uniter_arrays(seed: int, count: int = 30, dim: int = 2048) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    corners = np.sort(random.random((count, 2, 2), "float32"), axis=1)
+    sizes = corners[:, 1] - corners[:, 0]
+    return {
+        "features": random.standard_normal((count, dim)).astype("float16"),
+        "norm_bb": np.concatenate([corners.reshape(count, 4), sizes], 1).astype("float16"),
+        "conf": np.sort(random.random(count).astype("float16"))[::-1],
+        "soft_labels": random.random((count, 1601)).astype("float16"),
+    }
+
+
+def test_audio_and_images_are_replaced_and_the_rest_is_kept(messy_manifest: Path, tmp_path: Path) -> None:
+    """One call prepares, two update: frames pooled by four; then regions from UNITER's files."""
+    path = tmp_path / "s"
+    prepare(messy_manifest, path, SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    before = FeatureStore(path)
+    codes = np.zeros((len(before.region_counts), 64), "uint16")
+    set_codes(path, codes, {"name": "dvae", "num_codes": 8})
+    said: list[str] = []
+    pooled = PrepareSettings(pool_frames=4)
+    update_modality(path, messy_manifest, "audio", pooled, workers=1, device="cpu", say=said.append)
+    after = FeatureStore(path)
+    assert inspect_store(path).failures == []
+    assert after.description.dims.audio_frame_rate_hz == 25
+    assert after.has_codes
+    assert np.array_equal(after.rows, before.rows)
+    assert (after.frame_counts == -(-before.frame_counts // 4)).all()
+    assert np.allclose(after.frames(0)[3], before.frames(0)[12:16].astype("float32").mean(0), atol=0.01)
+    assert after.caption(0) == before.caption(0)
+
+    named = []
+    for line in map(json.loads, messy_manifest.read_text(encoding="utf-8").splitlines()):
+        if line["id"].startswith("ok") and "image" in line and line["id"] != "ok-5":
+            np.savez(tmp_path / f"{line['id']}.npz", **uniter_arrays(len(named)))
+            line["image"] = f"{line['id']}.npz"
+        named.append(line)
+    manifest = tmp_path / "npz.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, named)), encoding="utf-8")
+    with pytest.raises(UserError, match='sample "ok-5" would be left with nothing'):
+        update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+    assert FeatureStore(path).fingerprint == after.fingerprint
+    np.savez(tmp_path / "drawn.svg.npz", **uniter_arrays(99))
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace("drawn.svg", "drawn.svg.npz"), encoding="utf-8")
+    update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+    last = FeatureStore(path)
+    assert inspect_store(path).failures == []
+    assert not last.has_codes
+    assert not last.has_pixels
+    assert any("opt-ds train-dvae" in line for line in said)
+    sample = next(index for index in range(last.num_samples) if last.sample_id(index) == "ok-1")
+    regions = last.regions(last.rows[sample, 1])
+    arrays = uniter_arrays(0)
+    kept = max(10, int((arrays["conf"] > 0.2).sum()))
+    assert np.array_equal(regions.features, arrays["features"][:kept])
+    assert np.array_equal(regions.labels, arrays["soft_labels"].argmax(1)[:kept])
+    assert np.allclose(regions.boxes[:, :6], arrays["norm_bb"][:kept], atol=2e-3)
+    assert np.array_equal(last.frames(0), after.frames(0))
+
+
+def test_uniter_databases_become_files(tmp_path: Path) -> None:
+    import lmdb
+    import msgpack
+
+    def packed(array: np.ndarray) -> dict[bytes, object]:  # as msgpack_numpy writes an array
+        return {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
+
+    arrays, buffer = uniter_arrays(1), io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    with lmdb.open(str(tmp_path / "db"), map_size=1 << 26) as environment, environment.begin(write=True) as writing:
+        writing.put(b"coco_val_000000000139.npz", buffer.getvalue())
+        plain = {name: packed(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        writing.put(b"coco_val_000000000285.npz", msgpack.packb(plain, use_bin_type=True))
+        writing.put(b"__keys__", b"[]")
+    assert is_lmdb(tmp_path / "db")
+    assert export_lmdb(tmp_path / "db", tmp_path / "out", say=lambda _: None) == 2
+    names = ["coco_val_000000000139.npz", "coco_val_000000000285.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    ours, theirs = NpzExtractor().extract([tmp_path / "out" / name for name in names])
+    assert np.array_equal(ours.features, theirs.features)
+    assert np.array_equal(ours.boxes, theirs.boxes)
+    np.savez(tmp_path / "odd.npz", features=np.zeros((3, 5)), norm_bb=np.zeros((3, 6)), conf=np.zeros(3))
+    with pytest.raises(ValueError, match=r"features of shape \[3, 5\], not \[R, 2048\]"):
+        NpzExtractor().extract([tmp_path / "odd.npz"])
+    with lmdb.open(str(tmp_path / "bad"), map_size=1 << 20) as environment, environment.begin(write=True) as writing:
+        writing.put(b"a.npz", b"nonsense")
+    with pytest.raises(UserError, match="neither NPZ nor msgpack"):
+        export_lmdb(tmp_path / "bad", tmp_path / "out", say=lambda _: None)
