@@ -1,0 +1,261 @@
+// Attention, backward, deterministic: no atomics. With P = softmax(scale * q k^T), M the dropout mask (0 or 1) and c its scale:
+//     delta = sum_d d_out * out                       one number a query and head
+//     d_v = c * (M P)^T d_out     dS = P * (c * M * (d_out v^T) - delta)     d_q = scale * dS k     d_k = scale * dS^T q
+// P comes again from q, k and the stored lse; M from the counters that drew it. One kernel owns queries and streams (k, v) to make
+// d_q; one owns keys and streams (q, d_out) to make d_k and d_v. Both compute the scores and d_out v^T: seven products where five
+// would do, the price of summing in a fixed order without a workspace for d_q. They are one template:
+//     scores = own1 stream1^T     gradients = own2 stream2^T     acc2 += dS stream1     keys: acc1 += (M P) stream2
+// The factor c is taken out of the sums: delta is stored divided by c, and results are multiplied by c at the end.
+#include "opt_ds/attention_block.h"
+
+namespace opt_ds {
+
+template <int kHeadSize>
+struct BackwardMemory {  // in elements
+  static constexpr int kOwn = BlockShape<kHeadSize>::kBlockRows * kHeadSize, kTile = kTileRows * kHeadSize;
+  static constexpr int kBuffers = kHeadSize <= 64 ? 2 : 1;  // 128: two blocks on a multiprocessor hide more than a second buffer
+  static constexpr int kTotal = 2 * kOwn + 2 * kBuffers * kTile;
+};
+
+// delta / c: eight lanes a row.
+template <class T, int kHeadSize>
+__global__ void __launch_bounds__(256)
+attention_delta(const T* __restrict__ out, const T* __restrict__ d_out, float* __restrict__ delta, int num_heads, int total_queries,
+                float factor) {
+  const int row = blockIdx.x * 32 + threadIdx.x / 8, head = blockIdx.y;
+  float sum = 0.f;
+  if (row < total_queries) {
+    const size_t begin = ((size_t)row * num_heads + head) * kHeadSize;
+#pragma unroll
+    for (int d = threadIdx.x % 8 * 8; d < kHeadSize; d += 64) {
+      float x[8], y[8];
+      load8(out + begin + d, x);
+      load8(d_out + begin + d, y);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += x[i] * y[i];
+    }
+  }
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  if (row < total_queries && threadIdx.x % 8 == 0) delta[(size_t)head * total_queries + row] = sum * factor;
+}
+
+template <class T, int kHeadSize, bool kKeys, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+attention_backward(const AttentionShape shape, const Dropout dropout, const T* __restrict__ own1, const T* __restrict__ own2,
+                   const T* __restrict__ stream1, const T* __restrict__ stream2, long long own1_stride, long long own2_stride,
+                   long long stream1_stride, long long stream2_stride, const float* __restrict__ lse, const float* __restrict__ delta,
+                   T* __restrict__ grad1, T* __restrict__ grad2) {
+  using M = Mma<T>;
+  if constexpr (M::kSupported) {
+    using Shape = BlockShape<kHeadSize>;
+    using Memory = BackwardMemory<kHeadSize>;
+    constexpr int kRowTiles = Shape::kRowTiles, kSteps = kHeadSize / M::kStepDims, kTile = Memory::kTile, kOwn = Memory::kOwn;
+    constexpr int kGroups = kKeys && kRowTiles == 2 ? 1 : 2;  // groups of 16 columns at a time: what fits 255 registers
+    OPT_DS_SHARED_MEMORY(shared);
+    T* own = reinterpret_cast<T*>(shared);  // [own1, own2][block rows][head size]
+    T* tiles = own + 2 * kOwn;              // [buffer][stream1, stream2][32][head size]
+
+    const int sequence = blockIdx.z, head = blockIdx.y, block_row = blockIdx.x * Shape::kBlockRows;
+    const int* cu_own = kKeys ? shape.cu_keys : shape.cu_queries;
+    const int* cu_stream = kKeys ? shape.cu_queries : shape.cu_keys;
+    const int first_own = cu_own[sequence], num_own = cu_own[sequence + 1] - first_own;
+    const int first_stream = cu_stream[sequence], num_stream = cu_stream[sequence + 1] - first_stream;
+    if (block_row >= num_own) return;
+    const long long grad_stride = (long long)shape.num_heads * kHeadSize;
+    own1 += first_own * own1_stride + head * kHeadSize;
+    own2 += first_own * own2_stride + head * kHeadSize;
+    stream1 += first_stream * stream1_stride + head * kHeadSize;
+    stream2 += first_stream * stream2_stride + head * kHeadSize;
+    grad2 += first_own * grad_stride + head * kHeadSize;
+    if (kKeys) grad1 += first_own * grad_stride + head * kHeadSize;
+    const size_t first_query = (size_t)head * shape.total_queries + (kKeys ? first_stream : first_own);
+    lse += first_query;
+    delta += first_query;
+
+    const M mma;
+    const int warp = warp_number(), warp_row = block_row + warp * Shape::kWarpRows;
+    const int row = warp_row + mma.acc_row();
+    const float scale2 = shape.scale * kLog2E;
+    const unsigned slot = kDropout ? shape.slots[sequence] : 0;
+
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(own, own1, own1_stride, block_row, num_own);
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(own + kOwn, own2, own2_stride, block_row, num_own);
+
+    // A query past the end gets lse = +inf: its P is 0 and it contributes nothing.
+    float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // own rows are queries
+    if (!kKeys) {
+#pragma unroll
+      for (int mt = 0; mt < kRowTiles; ++mt)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int query = row + 16 * mt + M::kRowStep * r;
+          row_lse[mt][r] = query < num_own ? lse[query] * kLog2E : -negative_infinity();
+          row_delta[mt][r] = query < num_own ? delta[query] : 0.f;
+        }
+    }
+    float acc1[kRowTiles][kHeadSize / 16][8], acc2[kRowTiles][kHeadSize / 16][8];
+    set_zero(acc1);
+    set_zero(acc2);
+
+    // The streamed rows that meet this block's rows at all.
+    const int begin = kKeys && shape.causal ? block_row : 0;
+    const int end = !kKeys && shape.causal ? min(num_stream, block_row + Shape::kBlockRows) : num_stream;
+    TileInFlight<T, kHeadSize, kTileRows> next1, next2;
+    next1.load(stream1, stream1_stride, begin, num_stream);
+    next2.load(stream2, stream2_stride, begin, num_stream);
+    next1.store(tiles);
+    next2.store(tiles + kTile);
+    __syncthreads();  // BARRIER first_tile
+
+    int buffer = 0;
+    for (int tile0 = begin; tile0 < end; tile0 += kTileRows) {
+      const bool more = tile0 + kTileRows < end;
+      if (more) {
+        next1.load(stream1, stream1_stride, tile0 + kTileRows, num_stream);
+        next2.load(stream2, stream2_stride, tile0 + kTileRows, num_stream);
+      }
+      const bool meets = !shape.causal || (kKeys ? tile0 + kTileRows > warp_row : tile0 < warp_row + Shape::kWarpRows);
+      const bool edge = (!kKeys && tile0 + kTileRows > num_stream) ||
+                        (shape.causal && (kKeys ? tile0 < warp_row + Shape::kWarpRows - 1 : tile0 + kTileRows - 1 > warp_row));
+      if (meets) {
+        const T *tile1 = tiles + 2 * buffer * kTile, *tile2 = tile1 + kTile;
+        unsigned keep = 0;
+        if (kDropout && kKeys) {
+          keep = mma.deal_to_keys(keep_word(dropout, warp_row / 32, tile0 + mma.drawn_column(), slot, head));  // MUTATE counter
+          if (kRowTiles == 1) keep >>= warp_row & 16;
+        }
+        if (kDropout && !kKeys) {
+          const int query = warp_row + mma.template drawn_query<kRowTiles>();
+          keep = mma.template deal_to_queries<kRowTiles>(keep_word(dropout, tile0 / 32, query, slot, head));
+        }
+#pragma unroll 1
+        for (int j0 = 0; j0 < 2; j0 += kGroups) {  // unrolled, it would spill
+          float scores[kRowTiles][kGroups][8], gradients[kRowTiles][kGroups][8], column_lse[kGroups][4];
+          set_zero(scores);
+          set_zero(gradients);
+          if (kKeys) {
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int query = tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
+                column_lse[j][e] = query < num_stream ? lse[query] * kLog2E : -negative_infinity();
+              }
+          }
+#pragma unroll
+          for (int which = 0; which < 2; ++which)
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+              uint4 rows[kRowTiles], columns[kGroups];
+#pragma unroll
+              for (int mt = 0; mt < kRowTiles; ++mt)
+                rows[mt] = mma.template load_rows<kHeadSize>(own + which * kOwn, warp * Shape::kWarpRows + 16 * mt, step);
+#pragma unroll
+              for (int j = 0; j < kGroups; ++j)
+                columns[j] = mma.template load_columns<kHeadSize>(which ? tile2 : tile1, 16 * (j0 + j), step);
+              multiply<M>(which ? gradients : scores, rows, columns);
+            }
+
+          float column_delta[kGroups][4];
+          if (kKeys) {  // here, not above: fewer registers during the products
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int query = tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
+                column_delta[j][e] = query < num_stream ? delta[query] : 0.f;
+              }
+          }
+          const unsigned keep_group = kGroups == 2 ? keep : kKeys ? keep >> M::keep_bit_of_keys(0, 1, 0) * j0
+                                                                  : keep >> M::keep_bit_of_queries(0, 1, 0) * j0;
+#pragma unroll
+          for (int mt = 0; mt < kRowTiles; ++mt)
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+              for (int i = 0; i < 8; ++i) {
+                const int e = (i & 1) + (i >> 2 << 1), r = i >> 1 & 1;
+                float p = exp2_approximate(scores[mt][j][i] * scale2 - (kKeys ? column_lse[j][e] : row_lse[mt][r]));
+                if (edge) {
+                  const int own_row = row + 16 * mt + M::kRowStep * r, other = tile0 + 16 * (j0 + j) + mma.acc_column(i);
+                  if (kKeys ? own_row > other : other >= num_stream || (shape.causal && other > own_row)) p = 0.f;
+                }
+                float gradient = gradients[mt][j][i], kept = p;
+                if (kDropout && !(keep_group >> (kKeys ? M::keep_bit_of_keys(mt, j, i) : M::keep_bit_of_queries(mt, j, i)) & 1))
+                  gradient = kept = 0.f;
+                scores[mt][j][i] = kept;
+                gradients[mt][j][i] = p * (gradient - (kKeys ? column_delta[j][e] : row_delta[mt][r]));
+              }
+#pragma unroll
+          for (int which = kKeys ? 0 : 1; which < 2; ++which)
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j) {
+              typename M::RowOperand operand[kRowTiles];
+#pragma unroll
+              for (int mt = 0; mt < kRowTiles; ++mt) operand[mt] = mma.to_operand(which ? gradients[mt][j] : scores[mt][j]);
+              mma.template accumulate<kHeadSize, kRowTiles>(which ? acc2 : acc1, operand, which ? tile1 : tile2, 16 * (j0 + j));
+            }
+        }
+      }
+      if (Memory::kBuffers == 1) __syncthreads();  // BARRIER single_buffer
+      if (Memory::kBuffers == 2) buffer ^= 1;
+      if (more) {
+        next1.store(tiles + 2 * buffer * kTile);
+        next2.store(tiles + 2 * buffer * kTile + kTile);
+      }
+      __syncthreads();  // BARRIER tile
+    }
+
+    const float c = kDropout ? dropout.scale : 1.f;
+    const float factor1[2] = {c, c}, factor2[2] = {c * shape.scale, c * shape.scale};
+#pragma unroll
+    for (int mt = 0; mt < kRowTiles; ++mt) {
+      mma.template store<kHeadSize>(grad2, grad_stride, warp_row + 16 * mt, num_own, acc2[mt], factor2);
+      if (kKeys) mma.template store<kHeadSize>(grad1, grad_stride, warp_row + 16 * mt, num_own, acc1[mt], factor1);
+    }
+  }
+}
+
+#ifndef __CUDACC_RTC__
+template <class T, int kHeadSize, bool kDropout>
+int launch_attention_backward(const OptDsAttentionBackward& b, void* stream) {
+  const OptDsAttention& a = b.forward;
+  const AttentionShape shape = shape_of(a);
+  const Dropout dropout = make_dropout(a.dropout);
+  constexpr int kBlockRows = BlockShape<kHeadSize>::kBlockRows, kBytes = BackwardMemory<kHeadSize>::kTotal * sizeof(T);
+  const dim3 grid_queries((a.max_queries + kBlockRows - 1) / kBlockRows, a.num_heads, a.num_sequences);
+  const dim3 grid_keys((a.max_keys + kBlockRows - 1) / kBlockRows, a.num_heads, a.num_sequences);
+  const T *q = (const T*)a.q, *k = (const T*)a.k, *v = (const T*)a.v, *out = (const T*)a.out, *d_out = (const T*)b.d_out;
+  T *d_q = (T*)b.d_q, *d_k = (T*)b.d_k, *d_v = (T*)b.d_v, *none = nullptr;
+  const float* lse = a.lse;
+  float* delta = b.delta;
+  const long long q_stride = a.q_stride, k_stride = a.k_stride, v_stride = a.v_stride, out_stride = (long long)a.num_heads * kHeadSize;
+  const float delta_factor = kDropout ? 1.f / dropout.scale : 1.f;
+  const int num_heads = a.num_heads, total_queries = a.total_queries;
+  if (total_queries)
+    OPT_DS_LAUNCH((attention_delta<T, kHeadSize>), dim3((total_queries + 31) / 32, num_heads), 256, 0, stream, out, d_out, delta,
+                  num_heads, total_queries, delta_factor);
+  if (a.total_keys)
+    OPT_DS_LAUNCH((attention_backward<T, kHeadSize, true, kDropout>), grid_keys, kAttentionThreads, kBytes, stream, shape, dropout, k, v,
+                  q, d_out, k_stride, v_stride, q_stride, out_stride, lse, delta, d_v, d_k);
+  if (total_queries)
+    OPT_DS_LAUNCH((attention_backward<T, kHeadSize, false, kDropout>), grid_queries, kAttentionThreads, kBytes, stream, shape, dropout,
+                  q, d_out, k, v, q_stride, out_stride, k_stride, v_stride, lse, delta, none, d_q);
+  return last_error();
+}
+#endif
+
+}  // namespace opt_ds
+
+#ifndef __CUDACC_RTC__
+extern "C" int opt_ds_attention_backward(const OptDsAttentionBackward* b, void* stream) {
+  using namespace opt_ds;
+  if (!tensor_cores_take(b->forward)) return plain_attention_backward(*b, stream);
+  return with_mma_kernel(b->forward, [&](auto element, auto size) {
+    using T = decltype(element);
+    return b->forward.dropout.probability > 0 ? launch_attention_backward<T, decltype(size)::value, true>(*b, stream)
+                                              : launch_attention_backward<T, decltype(size)::value, false>(*b, stream);
+  });
+}
+#endif
