@@ -9,12 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
+#include "opt_ds/qualifiers.h"
 #define __restrict__ __restrict
-#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;

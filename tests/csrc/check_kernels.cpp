@@ -242,8 +242,9 @@ void check_attention(const std::vector<int>& query_lengths, const std::vector<in
   int at = snprintf(what, sizeof what, "attention %s D=%d %s, dropout %.2f, amplitude %g, lengths", name_of<T>(), head_size,
                     causal ? "causal" : fused ? "full" : "cross", probability, amplitude);
   for (int s = 0; s < sequences && at < 250; ++s) at += snprintf(what + at, sizeof what - at, " %d", query_lengths[s]);
+  // dS is as exact as delta, a sum of stored outputs, even where it is all but 0 (one-hot softmax); d_k is dS times scale * q.
   // A rounding of the inputs' products moves a score by about rounding * |score|: only the stored types' rounding is allowed for.
-  report(what, {error(out, o), error(g_q[0], d_q), error(g_k[0], d_k), error(g_v[0], d_v), lse_ok ? 0 : NAN},
+  report(what, {error(out, o), error(g_q[0], d_q), error(g_k[0], d_k, amplitude * scale), error(g_v[0], d_v), lse_ok ? 0 : NAN},
          8 * std::max(rounding<T>(), 2e-7 * largest_score), same(g_q[0], g_q[1]) && same(g_k[0], g_k[1]) && same(g_v[0], g_v[1]));
 }
 

@@ -3,7 +3,7 @@
 //
 // 1. Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"; 7 is the paper's smallest
 //    crush-resistant number). Key: 64 bits of (seed, step). Counter, 4 x 32 bits:
-//        [0] 4 * (column / 32) + call      column: of the row, or the key position of an attention probability
+//        [0] calls * (column / 32) + call     column: of the row, or the key position of an attention probability
 //        [1] position of the row (or query) in its sequence
 //        [2] slot: the sample's place in the global batch, whatever rank holds it
 //        [3] site + 65536 * head           site: which dropout of the model
@@ -14,7 +14,7 @@
 //
 // The probability is rounded to 1/65536 and survivors are scaled by the rounded one: the mean is exact.
 #pragma once
-#include "opt_ds/device.h"
+#include "opt_ds/qualifiers.h"
 
 namespace opt_ds {
 
@@ -51,7 +51,8 @@ __host__ __device__ __forceinline__ void multiply_wide(unsigned a, unsigned b, u
   low = (unsigned)product;
 }
 
-__host__ __device__ __forceinline__ uint4 philox(const Dropout& dropout, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
+__host__ __device__ __forceinline__ void philox(const Dropout& dropout, unsigned c0, unsigned c1, unsigned c2, unsigned c3,
+                                                unsigned (&random)[4]) {
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
     unsigned high0, low0, high1, low1;
@@ -62,7 +63,7 @@ __host__ __device__ __forceinline__ uint4 philox(const Dropout& dropout, unsigne
     c2 = high0 ^ c3 ^ dropout.round_keys[round][1];
     c3 = low0;
   }
-  return uint4{c0, c1, c2, c3};
+  random[0] = c0, random[1] = c1, random[2] = c2, random[3] = c3;
 }
 
 // Bit j: column 32 * block + j of this row (of this head) is kept.
@@ -71,8 +72,8 @@ __host__ __device__ __forceinline__ unsigned keep_word(const Dropout& dropout, u
   unsigned below = 0;
 #pragma unroll
   for (int call = 0; call < kDropoutBits / 4; ++call) {
-    const uint4 random = philox(dropout, 4 * block + call, position, slot, dropout.site + (head << 16));
-    const unsigned words[4] = {random.x, random.y, random.z, random.w};
+    unsigned words[4];
+    philox(dropout, kDropoutBits / 4 * block + call, position, slot, dropout.site + (head << 16), words);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const unsigned t = dropout.threshold_bits[4 * call + i];

@@ -1,5 +1,6 @@
 // What the launchers share. Host code: NVRTC, which compiles kernels alone, skips it.
 #pragma once
+#include "opt_ds/device.h"
 #include "opt_ds/dropout.h"
 #include "opt_ds/launchers.h"
 
