@@ -11,8 +11,8 @@
 namespace opt_ds {
 
 template <int kHeadSize>
-struct BackwardMemory {  // in elements
-  static constexpr int kOwn = BlockShape<kHeadSize>::kBlockRows * kHeadSize, kTile = kTileRows * kHeadSize;
+struct BackwardMemory {  // bytes: [own1, own2][block rows], then [buffer][stream1, stream2][tile]
+  static constexpr int kOwn = BlockShape<kHeadSize>::kBlockRows * Tile<kHeadSize>::kRowBytes, kTile = Tile<kHeadSize>::kBytes;
   static constexpr int kBuffers = kHeadSize <= 64 ? 2 : 1;  // 128: two blocks on a multiprocessor hide more than a second buffer
   static constexpr int kTotal = 2 * kOwn + 2 * kBuffers * kTile;
 };
@@ -46,15 +46,17 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
                    const T* __restrict__ stream1, const T* __restrict__ stream2, long long own1_stride, long long own2_stride,
                    long long stream1_stride, long long stream2_stride, const float* __restrict__ lse, const float* __restrict__ delta,
                    T* __restrict__ grad1, T* __restrict__ grad2) {
-  using M = Mma<T>;
+  using M = Mma<T, kHeadSize>;
   if constexpr (M::kSupported) {
     using Shape = BlockShape<kHeadSize>;
     using Memory = BackwardMemory<kHeadSize>;
     constexpr int kRowTiles = Shape::kRowTiles, kSteps = kHeadSize / M::kStepDims, kTile = Memory::kTile, kOwn = Memory::kOwn;
-    constexpr int kGroups = kKeys && kRowTiles == 2 ? 1 : 2;  // groups of 16 columns at a time: what fits 255 registers
+    constexpr int kGroups = kKeys ? 1 : 2;  // groups of 16 columns at a time: what fits 255 registers
+    // The next tiles wait in registers while the warp computes, where there are registers; else they are fetched after that, and
+    // the multiprocessor's other block has to hide it.
+    constexpr bool kEarly1 = M::kTilesWaitInRegisters && Memory::kBuffers == 2, kEarly2 = kEarly1 && !(kKeys && kDropout && kHeadSize == 64);
+    constexpr bool kEarlyLse = kEarly1 && !kDropout;
     OPT_DS_SHARED_MEMORY(shared);
-    T* own = reinterpret_cast<T*>(shared);  // [own1, own2][block rows][head size]
-    T* tiles = own + 2 * kOwn;              // [buffer][stream1, stream2][32][head size]
 
     const int sequence = blockIdx.z, head = blockIdx.y, block_row = blockIdx.x * Shape::kBlockRows;
     const int* cu_own = kKeys ? shape.cu_keys : shape.cu_queries;
@@ -62,13 +64,10 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
     const int first_own = cu_own[sequence], num_own = cu_own[sequence + 1] - first_own;
     const int first_stream = cu_stream[sequence], num_stream = cu_stream[sequence + 1] - first_stream;
     if (block_row >= num_own) return;
-    const long long grad_stride = (long long)shape.num_heads * kHeadSize;
     own1 += first_own * own1_stride + head * kHeadSize;
     own2 += first_own * own2_stride + head * kHeadSize;
     stream1 += first_stream * stream1_stride + head * kHeadSize;
     stream2 += first_stream * stream2_stride + head * kHeadSize;
-    grad2 += first_own * grad_stride + head * kHeadSize;
-    if (kKeys) grad1 += first_own * grad_stride + head * kHeadSize;
     const size_t first_query = (size_t)head * shape.total_queries + (kKeys ? first_stream : first_own);
     lse += first_query;
     delta += first_query;
@@ -77,10 +76,9 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
     const int warp = warp_number(), warp_row = block_row + warp * Shape::kWarpRows;
     const int row = warp_row + mma.acc_row();
     const float scale2 = shape.scale * kLog2E;
-    const unsigned slot = kDropout ? shape.slots[sequence] : 0;
 
-    copy_tile<T, kHeadSize, Shape::kBlockRows>(own, own1, own1_stride, block_row, num_own);
-    copy_tile<T, kHeadSize, Shape::kBlockRows>(own + kOwn, own2, own2_stride, block_row, num_own);
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, 0, own1, own1_stride, block_row, num_own);
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, kOwn, own2, own2_stride, block_row, num_own);
 
     // A query past the end gets lse = +inf: its P is 0 and it contributes nothing.
     float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // own rows are queries
@@ -104,25 +102,24 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
     TileInFlight<T, kHeadSize, kTileRows> next1, next2;
     next1.load(stream1, stream1_stride, begin, num_stream);
     next2.load(stream2, stream2_stride, begin, num_stream);
-    next1.store(tiles);
-    next2.store(tiles + kTile);
+    const unsigned store_place = next1.place(), own_place = warp * Shape::kWarpRows * Tile<kHeadSize>::kRowBytes;
+    unsigned tile1 = 2 * kOwn;  // offset of the tile pair at hand
+    next1.store(shared, tile1 + store_place);
+    next2.store(shared, tile1 + store_place + kTile);
     __syncthreads();  // BARRIER first_tile
 
-    int buffer = 0;
     for (int tile0 = begin; tile0 < end; tile0 += kTileRows) {
       const bool more = tile0 + kTileRows < end;
-      if (more) {
-        next1.load(stream1, stream1_stride, tile0 + kTileRows, num_stream);
-        next2.load(stream2, stream2_stride, tile0 + kTileRows, num_stream);
-      }
+      if (more && kEarly1) next1.load(stream1, stream1_stride, tile0 + kTileRows, num_stream);
+      if (more && kEarly2) next2.load(stream2, stream2_stride, tile0 + kTileRows, num_stream);
       const bool meets = !shape.causal || (kKeys ? tile0 + kTileRows > warp_row : tile0 < warp_row + Shape::kWarpRows);
       const bool edge = (!kKeys && tile0 + kTileRows > num_stream) ||
                         (shape.causal && (kKeys ? tile0 < warp_row + Shape::kWarpRows - 1 : tile0 + kTileRows - 1 > warp_row));
       if (meets) {
-        const T *tile1 = tiles + 2 * buffer * kTile, *tile2 = tile1 + kTile;
         unsigned keep = 0;
+        const unsigned slot = kDropout ? shape.slots[opaque(blockIdx.z)] : 0;  // read again: a register fewer
         if (kDropout && kKeys) {
-          keep = mma.deal_to_keys(keep_word(dropout, warp_row / 32, tile0 + mma.drawn_column(), slot, head));  // MUTATE counter
+          keep = mma.deal_to_keys(keep_word(dropout, opaque(warp_row / 32), tile0 + mma.drawn_column(), slot, head));  // MUTATE counter
           if (kRowTiles == 1) keep >>= warp_row & 16;
         }
         if (kDropout && !kKeys) {
@@ -131,17 +128,20 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
         }
 #pragma unroll 1
         for (int j0 = 0; j0 < 2; j0 += kGroups) {  // unrolled, it would spill
-          float scores[kRowTiles][kGroups][8], gradients[kRowTiles][kGroups][8], column_lse[kGroups][4];
+          float scores[kRowTiles][kGroups][8], gradients[kRowTiles][kGroups][8];
           set_zero(scores);
           set_zero(gradients);
-          if (kKeys) {
+          float column_lse[kGroups][4], column_delta[kGroups][4];  // own rows are keys
+          auto load_columns_of = [&](float(&values)[4], const float* from, int j, float factor, float missing) {
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j)
+            for (int e = 0; e < 4; ++e) {
+              const int query = tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
+              values[e] = query < num_stream ? from[query] * factor : missing;
+            }
+          };
+          if (kKeys && kEarlyLse) {
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int query = tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
-                column_lse[j][e] = query < num_stream ? lse[query] * kLog2E : -negative_infinity();
-              }
+            for (int j = 0; j < kGroups; ++j) load_columns_of(column_lse[j], lse, j, kLog2E, -negative_infinity());
           }
 #pragma unroll
           for (int which = 0; which < 2; ++which)
@@ -150,29 +150,21 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
               uint4 rows[kRowTiles], columns[kGroups];
 #pragma unroll
               for (int mt = 0; mt < kRowTiles; ++mt)
-                rows[mt] = mma.template load_rows<kHeadSize>(own + which * kOwn, warp * Shape::kWarpRows + 16 * mt, step);
+                rows[mt] = mma.load_rows(shared, own_place + which * kOwn + 16 * mt * Tile<kHeadSize>::kRowBytes, step);
 #pragma unroll
               for (int j = 0; j < kGroups; ++j)
-                columns[j] = mma.template load_columns<kHeadSize>(which ? tile2 : tile1, 16 * (j0 + j), step);
+                columns[j] = mma.load_columns(shared, tile1 + which * kTile + (j0 + j) * (kTile / 2), step);
               multiply<M>(which ? gradients : scores, rows, columns);
             }
 
-          float column_delta[kGroups][4];
-          if (kKeys) {  // here, not above: fewer registers during the products
-#pragma unroll
-            for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int query = tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
-                column_delta[j][e] = query < num_stream ? delta[query] : 0.f;
-              }
-          }
           const unsigned keep_group = kGroups == 2 ? keep : kKeys ? keep >> M::keep_bit_of_keys(0, 1, 0) * j0
                                                                   : keep >> M::keep_bit_of_queries(0, 1, 0) * j0;
 #pragma unroll
-          for (int mt = 0; mt < kRowTiles; ++mt)
+          for (int j = 0; j < kGroups; ++j) {
+            if (kKeys && !kEarlyLse) load_columns_of(column_lse[j], lse, j, kLog2E, -negative_infinity());
+            if (kKeys) load_columns_of(column_delta[j], delta, j, 1.f, 0.f);  // here, not above: fewer registers during the products
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j)
+            for (int mt = 0; mt < kRowTiles; ++mt)
 #pragma unroll
               for (int i = 0; i < 8; ++i) {
                 const int e = (i & 1) + (i >> 2 << 1), r = i >> 1 & 1;
@@ -188,31 +180,37 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
                 gradients[mt][j][i] = p * (gradient - (kKeys ? column_delta[j][e] : row_delta[mt][r]));
               }
 #pragma unroll
-          for (int which = kKeys ? 0 : 1; which < 2; ++which)
-#pragma unroll
-            for (int j = 0; j < kGroups; ++j) {
+            for (int which = kKeys ? 0 : 1; which < 2; ++which) {
               typename M::RowOperand operand[kRowTiles];
 #pragma unroll
               for (int mt = 0; mt < kRowTiles; ++mt) operand[mt] = mma.to_operand(which ? gradients[mt][j] : scores[mt][j]);
-              mma.template accumulate<kHeadSize, kRowTiles>(which ? acc2 : acc1, operand, which ? tile1 : tile2, 16 * (j0 + j));
+              mma.template accumulate<kRowTiles>(which ? acc2 : acc1, operand, shared,
+                                                 tile1 + (which ? 0 : kTile) + (j0 + j) * (kTile / 2));
             }
+          }
         }
       }
+      if (more && !kEarly1) next1.load(stream1, stream1_stride, tile0 + kTileRows, num_stream);
+      if (more && !kEarly2) next2.load(stream2, stream2_stride, tile0 + kTileRows, num_stream);
       if (Memory::kBuffers == 1) __syncthreads();  // BARRIER single_buffer
-      if (Memory::kBuffers == 2) buffer ^= 1;
+      if (Memory::kBuffers == 2) tile1 = 4 * kOwn + 2 * kTile - tile1;  // the other pair
       if (more) {
-        next1.store(tiles + 2 * buffer * kTile);
-        next2.store(tiles + 2 * buffer * kTile + kTile);
+        next1.store(shared, tile1 + store_place);
+        next2.store(shared, tile1 + store_place + kTile);
       }
       __syncthreads();  // BARRIER tile
     }
 
+    // Where the results go is worked out only now: it would occupy registers all through the loop.
+    const int own_begin = cu_own[opaque(blockIdx.z)], own_rows = cu_own[opaque(blockIdx.z) + 1] - own_begin;
+    const long long grad_stride = (long long)shape.num_heads * kHeadSize;
+    const long long grad_begin = own_begin * grad_stride + opaque(blockIdx.y) * kHeadSize;
     const float c = kDropout ? dropout.scale : 1.f;
     const float factor1[2] = {c, c}, factor2[2] = {c * shape.scale, c * shape.scale};
 #pragma unroll
     for (int mt = 0; mt < kRowTiles; ++mt) {
-      mma.template store<kHeadSize>(grad2, grad_stride, warp_row + 16 * mt, num_own, acc2[mt], factor2);
-      if (kKeys) mma.template store<kHeadSize>(grad1, grad_stride, warp_row + 16 * mt, num_own, acc1[mt], factor1);
+      mma.store(grad2 + grad_begin, grad_stride, warp_row + 16 * mt, own_rows, acc2[mt], factor2);
+      if (kKeys) mma.store(grad1 + grad_begin, grad_stride, warp_row + 16 * mt, own_rows, acc1[mt], factor1);
     }
   }
 }
@@ -223,7 +221,7 @@ int launch_attention_backward(const OptDsAttentionBackward& b, void* stream) {
   const OptDsAttention& a = b.forward;
   const AttentionShape shape = shape_of(a);
   const Dropout dropout = make_dropout(a.dropout);
-  constexpr int kBlockRows = BlockShape<kHeadSize>::kBlockRows, kBytes = BackwardMemory<kHeadSize>::kTotal * sizeof(T);
+  constexpr int kBlockRows = BlockShape<kHeadSize>::kBlockRows, kBytes = BackwardMemory<kHeadSize>::kTotal;
   const dim3 grid_queries((a.max_queries + kBlockRows - 1) / kBlockRows, a.num_heads, a.num_sequences);
   const dim3 grid_keys((a.max_keys + kBlockRows - 1) / kBlockRows, a.num_heads, a.num_sequences);
   const T *q = (const T*)a.q, *k = (const T*)a.k, *v = (const T*)a.v, *out = (const T*)a.out, *d_out = (const T*)b.d_out;

@@ -7,9 +7,9 @@
 namespace opt_ds {
 
 template <int kHeadSize>
-struct ForwardMemory {  // in elements; the queries pass through the space of the tiles once, before the first tile
-  static constexpr int kTile = kTileRows * kHeadSize;
-  static constexpr int kQueries = BlockShape<kHeadSize>::kBlockRows * kHeadSize;
+struct ForwardMemory {  // bytes: [buffer][K, V][tile]; the queries pass through the same space once, before the first tile
+  static constexpr int kTile = Tile<kHeadSize>::kBytes;
+  static constexpr int kQueries = BlockShape<kHeadSize>::kBlockRows * Tile<kHeadSize>::kRowBytes;
   static constexpr int kTotal = 4 * kTile > kQueries ? 4 * kTile : kQueries;
 };
 
@@ -18,12 +18,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 attention_forward(const AttentionShape shape, const Dropout dropout, const T* __restrict__ q, const T* __restrict__ k,
                   const T* __restrict__ v, long long q_stride, long long k_stride, long long v_stride, T* __restrict__ out,
                   float* __restrict__ lse) {
-  using M = Mma<T>;
+  using M = Mma<T, kHeadSize>;
   if constexpr (M::kSupported) {
     using Shape = BlockShape<kHeadSize>;
     constexpr int kRowTiles = Shape::kRowTiles, kSteps = kHeadSize / M::kStepDims, kTile = ForwardMemory<kHeadSize>::kTile;
     OPT_DS_SHARED_MEMORY(shared);
-    T* tiles = reinterpret_cast<T*>(shared);  // [buffer][K, V][32][head size]
 
     const int sequence = blockIdx.z, head = blockIdx.y, block_row = blockIdx.x * Shape::kBlockRows;
     const int first_query = shape.cu_queries[sequence], num_queries = shape.cu_queries[sequence + 1] - first_query;
@@ -41,14 +40,14 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
     const int row = warp_row + mma.acc_row();  // accumulator rows: row + 16 * mt + kRowStep * r
     const unsigned slot = kDropout ? shape.slots[sequence] : 0;
 
-    copy_tile<T, kHeadSize, Shape::kBlockRows>(tiles, q, q_stride, block_row, num_queries);
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, 0, q, q_stride, block_row, num_queries);
     __syncthreads();  // BARRIER queries
     uint4 queries[kSteps][kRowTiles];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int mt = 0; mt < kRowTiles; ++mt)
-        queries[step][mt] = mma.template load_rows<kHeadSize>(tiles, warp * Shape::kWarpRows + 16 * mt, step);
+        queries[step][mt] = mma.load_rows(shared, (warp * Shape::kWarpRows + 16 * mt) * Tile<kHeadSize>::kRowBytes, step);
     __syncthreads();  // BARRIER queries_read
 
     float acc[kRowTiles][kHeadSize / 16][8], row_max[kRowTiles][2], row_sum[kRowTiles][2];  // row_sum: this lane's share
@@ -63,26 +62,24 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
     TileInFlight<T, kHeadSize, kTileRows> next_k, next_v;
     next_k.load(k, k_stride, 0, num_keys);
     next_v.load(v, v_stride, 0, num_keys);
-    next_k.store(tiles);
-    next_v.store(tiles + kTile);
+    const unsigned store_place = next_k.place();
+    next_k.store(shared, store_place);
+    next_v.store(shared, store_place + kTile);
     __syncthreads();  // BARRIER first_tile
 
-    int buffer = 0;
-    for (int key0 = 0; key0 < end_key; key0 += kTileRows, buffer ^= 1) {
+    unsigned tile_k = 0;  // offset of the tile pair at hand: 0 and 2 * kTile in turn
+    for (int key0 = 0; key0 < end_key; key0 += kTileRows, tile_k ^= 2 * kTile) {
       const bool more = key0 + kTileRows < end_key;
       if (more) {  // on their way during the products below
         next_k.load(k, k_stride, key0 + kTileRows, num_keys);
         next_v.load(v, v_stride, key0 + kTileRows, num_keys);
       }
       if (!shape.causal || key0 < warp_row + Shape::kWarpRows) {  // the whole warp takes the same branch
-        const T *tile_k = tiles + 2 * buffer * kTile, *tile_v = tile_k + kTile;
-
         float scores[kRowTiles][2][8];
         set_zero(scores);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          const uint4 columns[2] = {mma.template load_columns<kHeadSize>(tile_k, 0, step),
-                                    mma.template load_columns<kHeadSize>(tile_k, 16, step)};
+          const uint4 columns[2] = {mma.load_columns(shared, tile_k, step), mma.load_columns(shared, tile_k + kTile / 2, step)};
           multiply<M>(scores, queries[step], columns);
         }
 
@@ -141,11 +138,11 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
           for (int j = 0; j < 2; ++j) probabilities[j][mt] = mma.to_operand(scores[mt][j]);
         }
 #pragma unroll
-        for (int j = 0; j < 2; ++j) mma.template accumulate<kHeadSize, kRowTiles>(acc, probabilities[j], tile_v, 16 * j);
+        for (int j = 0; j < 2; ++j) mma.template accumulate<kRowTiles>(acc, probabilities[j], shared, tile_k + kTile + j * (kTile / 2));
       }
       if (more) {
-        next_k.store(tiles + 2 * (buffer ^ 1) * kTile);
-        next_v.store(tiles + 2 * (buffer ^ 1) * kTile + kTile);
+        next_k.store(shared, (tile_k ^ 2 * kTile) + store_place);
+        next_v.store(shared, (tile_k ^ 2 * kTile) + store_place + kTile);
       }
       __syncthreads();  // BARRIER tile
     }
@@ -163,7 +160,7 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
         if (mma.lane % (2 * M::kRowLanesB) / M::kRowLanesA == 0 && query < num_queries)
           lse[query] = sum > 0.f ? row_max[mt][r] * shape.scale + logf(sum) : negative_infinity();
       }
-      mma.template store<kHeadSize>(out, out_stride, warp_row + 16 * mt, num_queries, acc[mt], factor);
+      mma.store(out, out_stride, warp_row + 16 * mt, num_queries, acc[mt], factor);
     }
   }
 }
@@ -179,7 +176,7 @@ int launch_attention_forward(const OptDsAttention& a, void* stream) {
   T* out = (T*)a.out;
   float* lse = a.lse;
   const long long q_stride = a.q_stride, k_stride = a.k_stride, v_stride = a.v_stride;
-  OPT_DS_LAUNCH((attention_forward<T, kHeadSize, kDropout>), grid, kAttentionThreads, ForwardMemory<kHeadSize>::kTotal * sizeof(T),
+  OPT_DS_LAUNCH((attention_forward<T, kHeadSize, kDropout>), grid, kAttentionThreads, ForwardMemory<kHeadSize>::kTotal,
                 stream, shape, dropout, q, k, v, q_stride, k_stride, v_stride, out, lse);
   return last_error();
 }

@@ -104,6 +104,15 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
+// The same value, of which the compiler knows nothing: what is computed from it inside a loop stays there, instead of occupying
+// registers all through the loop.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- sums over a warp: a butterfly, so that every lane ends with the same bits
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

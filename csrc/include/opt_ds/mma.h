@@ -1,4 +1,4 @@
-// Mma<T>: the tensor-core instructions of the architecture being compiled, for element type T.
+// Mma<T, head size>: the tensor-core instructions of the architecture being compiled, for element type T.
 #pragma once
 #include "opt_ds/launch.h"
 #include "opt_ds/mma_sm70.h"
@@ -7,7 +7,7 @@
 namespace opt_ds {
 
 struct NoMma { static constexpr bool kSupported = false; };
-template <class T> struct MmaOf { using Type = NoMma; };
+template <class T, int kHeadSize> struct MmaOf { using Type = NoMma; };
 
 #if defined(__CUDA_ARCH__)
 #define OPT_DS_ARCH (__CUDA_ARCH__ / 10)
@@ -16,14 +16,14 @@ template <class T> struct MmaOf { using Type = NoMma; };
 #endif
 
 #if OPT_DS_ARCH >= 80
-template <> struct MmaOf<half> { using Type = MmaSm75<half, 16>; };
-template <> struct MmaOf<bfloat16> { using Type = MmaSm75<bfloat16, 16>; };
+template <int kHeadSize> struct MmaOf<half, kHeadSize> { using Type = MmaSm75<half, kHeadSize, 16>; };
+template <int kHeadSize> struct MmaOf<bfloat16, kHeadSize> { using Type = MmaSm75<bfloat16, kHeadSize, 16>; };
 #elif OPT_DS_ARCH >= 75
-template <> struct MmaOf<half> { using Type = MmaSm75<half, 8>; };
+template <int kHeadSize> struct MmaOf<half, kHeadSize> { using Type = MmaSm75<half, kHeadSize, 8>; };
 #else
-template <> struct MmaOf<half> { using Type = MmaSm70; };
+template <int kHeadSize> struct MmaOf<half, kHeadSize> { using Type = MmaSm70<kHeadSize>; };
 #endif
 
-template <class T> using Mma = typename MmaOf<T>::Type;
+template <class T, int kHeadSize> using Mma = typename MmaOf<T, kHeadSize>::Type;
 
 }  // namespace opt_ds

@@ -17,18 +17,25 @@
 
 namespace opt_ds {
 
+template <int kHeadSize>
 struct MmaSm70 {
   using Element = half;
   static constexpr bool kSupported = true;
+  static constexpr bool kTilesWaitInRegisters = true;      // the backward kernel's next tiles, while it computes
   static constexpr int kStepDims = 8;                      // inner dimensions of an operand (four registers): two instructions
   static constexpr int kRowStep = 2;                       // an accumulator's element i lies in row acc_row + kRowStep * (i / 2 % 2)
   static constexpr int kRowLanesA = 2, kRowLanesB = 4;     // lanes that differ in these bits hold the same rows
   struct RowOperand { unsigned r[4][2]; };                 // 16 rows x 16 inner: own half's inner 0-3, 4-7, the partner half's
 
   int lane, quad, right, lower, high;
+  unsigned row_place, column_place, value_place[2];  // this lane's bytes in a tile, in each of the roles below
   __device__ __forceinline__ MmaSm70() {
     lane = threadIdx.x % kWarp;
     quad = lane & 3, right = lane >> 2 & 1, lower = lane >> 3 & 1, high = lane >> 4;
+    row_place = Tile<kHeadSize>::place(quad + 4 * high + 8 * lower, 0);
+    column_place = Tile<kHeadSize>::place(quad + 4 * right + 8 * high, 0);
+#pragma unroll
+    for (int who = 0; who < 2; ++who) value_place[who] = Tile<kHeadSize>::place(4 * (right ^ who) + quad, right + 2 * high);
   }
   __device__ __forceinline__ int acc_row() const { return (lane & 1) + 4 * high + 8 * lower; }
   __device__ __forceinline__ int acc_column(int i) const { return (lane & 2) + (i & 1) + 2 * (i & 4) + 4 * right; }
@@ -50,15 +57,13 @@ struct MmaSm70 {
 #endif
   }
 
-  // Operand A: 16 rows from `row` on, 8 dims (chunk `step`): a lane's own row. Operand B for a product with the tile's transpose:
-  // 16 rows as columns.
-  template <int kHeadSize>
-  __device__ __forceinline__ uint4 load_rows(const half* tile, int row, int step) const {
-    return *reinterpret_cast<const uint4*>(tile + tile_offset<kHeadSize>(row + quad + 4 * high + 8 * lower, step));
+  // Operand A: 16 rows, 8 dims (chunk `step`); a lane reads its own row. Operand B for a product with the transpose: 16 rows as
+  // columns. `at`: offset of the first of these rows.
+  __device__ __forceinline__ uint4 load_rows(const unsigned char* shared, unsigned at, int step) const {
+    return load_chunk(shared, (row_place + at) ^ 16 * step);
   }
-  template <int kHeadSize>
-  __device__ __forceinline__ uint4 load_columns(const half* tile, int row, int step) const {
-    return *reinterpret_cast<const uint4*>(tile + tile_offset<kHeadSize>(row + quad + 4 * right + 8 * high, step));
+  __device__ __forceinline__ uint4 load_columns(const unsigned char* shared, unsigned at, int step) const {
+    return load_chunk(shared, (column_place + at) ^ 16 * step);
   }
   // c += a b^T over the operands' dims, in two parts, so that the caller can put other products between them.
   static __device__ __forceinline__ void multiply_part(float (&c)[8], const uint4& a, const uint4& b, int part) {
@@ -91,19 +96,18 @@ struct MmaSm70 {
     return operand;
   }
 
-  // acc[.][dims] += p[.] (16 rows x 16 keys) times 16 rows of the tile. Each half multiplies its own keys first and its partner's
+  // acc[.][dims] += p[.] (16 rows x 16 keys) times 16 rows of a tile, at `at`. Each half multiplies its own keys first and its partner's
   // next: only the row that a lane reads depends on it.
-  template <int kHeadSize, int kRowTiles>
+  template <int kRowTiles>
   __device__ __forceinline__ void accumulate(float (&acc)[kRowTiles][kHeadSize / 16][8], const RowOperand (&p)[kRowTiles],
-                                             const half* tile, int row) const {
+                                             const unsigned char* shared, unsigned at) const {
 #pragma unroll
     for (int who = 0; who < 2; ++who)
 #pragma unroll
       for (int g = 0; g < 2; ++g)
 #pragma unroll
         for (int pair = 0; pair < kHeadSize / 32; ++pair) {
-          const int key = row + 8 * g + 4 * (right ^ who) + quad;
-          const uint4 b = *reinterpret_cast<const uint4*>(tile + tile_offset<kHeadSize>(key, right + 2 * high + 4 * pair));
+          const uint4 b = load_chunk(shared, ((value_place[who] + at) ^ 64 * pair) + 8 * g * Tile<kHeadSize>::kRowBytes);
 #pragma unroll
           for (int mt = 0; mt < kRowTiles; ++mt) {
             const unsigned(&a)[2] = p[mt].r[2 * who + g];
@@ -114,7 +118,6 @@ struct MmaSm70 {
   }
 
   // 16 rows of accumulators, times a factor for each of a lane's two rows, to 16-bit rows in global memory.
-  template <int kHeadSize>
   __device__ __forceinline__ void store(half* rows, long long stride, int row, int num_rows, float (&acc)[kHeadSize / 16][8],
                                         const float (&factor)[2]) const {
     row += quad + 4 * high + 8 * lower;

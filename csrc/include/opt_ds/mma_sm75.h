@@ -10,17 +10,23 @@
 namespace opt_ds {
 
 // kInner: 8 (m16n8k8) or 16 (m16n8k16).
-template <class T, int kInner>
+template <class T, int kHeadSize, int kInner>
 struct MmaSm75 {
   using Element = T;
   static constexpr bool kSupported = true;
+  static constexpr bool kTilesWaitInRegisters = false;  // ldmatrix fills registers well ahead; there are none to spare
   static constexpr int kStepDims = 16;
   static constexpr int kRowStep = 8;
   static constexpr int kRowLanesA = 1, kRowLanesB = 2;
   struct RowOperand { uint4 a; };
 
   int lane;
-  __device__ __forceinline__ MmaSm75() { lane = threadIdx.x % kWarp; }
+  unsigned row_place, column_place;  // the row that this lane names to ldmatrix, in each of the roles below
+  __device__ __forceinline__ MmaSm75() {
+    lane = threadIdx.x % kWarp;
+    row_place = Tile<kHeadSize>::place(lane % 16, lane / 16);                                  // 8x8 blocks: down, then right
+    column_place = Tile<kHeadSize>::place(lane % 8 + 8 * (lane / 16), lane / 8 % 2);           // right, then down
+  }
   __device__ __forceinline__ int acc_row() const { return lane / 4; }
   __device__ __forceinline__ int acc_column(int i) const { return 2 * (lane % 4) + (i & 1) + 2 * (i & 4); }
 
@@ -50,7 +56,7 @@ struct MmaSm75 {
   }
 
   template <bool kTransposed>
-  static __device__ __forceinline__ uint4 ldmatrix(const T* row) {
+  static __device__ __forceinline__ uint4 ldmatrix(const unsigned char* row) {
     uint4 x;
 #ifdef __CUDACC__
     const unsigned address = (unsigned)__cvta_generic_to_shared(row);
@@ -66,13 +72,11 @@ struct MmaSm75 {
     return x;
   }
 
-  template <int kHeadSize>
-  __device__ __forceinline__ uint4 load_rows(const T* tile, int row, int step) const {  // 8x8 blocks: down, then right
-    return ldmatrix<false>(tile + tile_offset<kHeadSize>(row + lane % 16, 2 * step + lane / 16));
+  __device__ __forceinline__ uint4 load_rows(const unsigned char* shared, unsigned at, int step) const {
+    return ldmatrix<false>(shared + ((row_place + at) ^ 32 * step));
   }
-  template <int kHeadSize>
-  __device__ __forceinline__ uint4 load_columns(const T* tile, int row, int step) const {  // right, then down
-    return ldmatrix<false>(tile + tile_offset<kHeadSize>(row + lane % 8 + 8 * (lane / 16), 2 * step + lane / 8 % 2));
+  __device__ __forceinline__ uint4 load_columns(const unsigned char* shared, unsigned at, int step) const {
+    return ldmatrix<false>(shared + ((column_place + at) ^ 32 * step));
   }
   static __device__ __forceinline__ void multiply_part(float (&c)[8], const uint4& a, const uint4& b, int part) {
     if (part == 0) instruction(c, a, b.x, b.y);
@@ -83,12 +87,12 @@ struct MmaSm75 {
     return {uint4{pack<T>(c[0], c[1]), pack<T>(c[2], c[3]), pack<T>(c[4], c[5]), pack<T>(c[6], c[7])}};
   }
 
-  template <int kHeadSize, int kRowTiles>
+  template <int kRowTiles>
   __device__ __forceinline__ void accumulate(float (&acc)[kRowTiles][kHeadSize / 16][8], const RowOperand (&p)[kRowTiles],
-                                             const T* tile, int row) const {
+                                             const unsigned char* shared, unsigned at) const {
 #pragma unroll
     for (int n = 0; n < kHeadSize / 16; ++n) {
-      const uint4 b = ldmatrix<true>(tile + tile_offset<kHeadSize>(row + lane % 16, 2 * n + lane / 16));
+      const uint4 b = ldmatrix<true>(shared + ((row_place + at) ^ 32 * n));
 #pragma unroll
       for (int mt = 0; mt < kRowTiles; ++mt) {
         instruction(acc[mt][n], p[mt].a, b.x, b.y);
@@ -98,7 +102,6 @@ struct MmaSm75 {
   }
 
   // The four lanes of a row hold two columns of each 8-column chunk; they transpose 4 x 4 words, so that each stores one chunk.
-  template <int kHeadSize>
   __device__ __forceinline__ void store(T* rows, long long stride, int row, int num_rows, float (&acc)[kHeadSize / 16][8],
                                         const float (&factor)[2]) const {
 #pragma unroll
