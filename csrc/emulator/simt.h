@@ -84,7 +84,7 @@ T __shfl_xor_sync(unsigned mask, T value, int flipped) {
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
 inline float __int_as_float(int x) { return simt::from_bits<float>((unsigned)x); }
 

@@ -155,7 +155,7 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
         float sum = row_sum[mt][r];
         sum += __shfl_xor_sync(kAllLanes, sum, M::kRowLanesA);
         sum += __shfl_xor_sync(kAllLanes, sum, M::kRowLanesB);
-        factor[r] = sum > 0.f ? (kDropout ? dropout.scale : 1.f) / sum : 0.f;
+        factor[r] = sum > 0.f ? __fdividef(kDropout ? dropout.scale : 1.f, sum) : 0.f;  // IEEE division is a call
         const int query = row + 16 * mt + M::kRowStep * r;
         if (mma.lane % (2 * M::kRowLanesB) / M::kRowLanesA == 0 && query < num_queries)
           lse[query] = sum > 0.f ? row_max[mt][r] * shape.scale + logf(sum) : negative_infinity();

@@ -9,7 +9,7 @@
 namespace opt_ds {
 
 template <class T, class Layout>
-__global__ void __launch_bounds__(Layout::kBlockThreads)
+__global__ void __launch_bounds__(Layout::kBlockThreads, 256 / Layout::kBlockThreads)
 layer_norm_backward(const T* __restrict__ d_normed, const T* __restrict__ d_total, const T* __restrict__ total,
                     const float* __restrict__ mean, const float* __restrict__ rstd, const T* __restrict__ weight,
                     const int* __restrict__ row_keys, const Dropout dropout, T* __restrict__ d_residual, T* __restrict__ d_x,
@@ -73,15 +73,31 @@ layer_norm_backward(const T* __restrict__ d_normed, const T* __restrict__ d_tota
     }
   }
 
-  // The rows of a block side by side: one partial row for each of them, [sum][block, row in block][width].
-  const size_t part = blockIdx.x * Layout::kRowsPerBlock + Layout::row_in_block(), parts = gridDim.x * Layout::kRowsPerBlock;
+  // [sum][block][width]. Where several warps share a block they pass their sums on through shared memory, in order; the last writes.
+  float* passed = scratch + 32;  // [3][width]
 #pragma unroll
-  for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-    const int column = Layout::column(chunk);
-    if (column >= width) continue;
-    store8(partials + part * width + column, sum_weight[chunk]);
-    store8(partials + (parts + part) * width + column, sum_bias[chunk]);
-    if (num_sums == 3) store8(partials + (2 * parts + part) * width + column, sum_x[chunk]);
+  for (int turn = 0; turn < Layout::kRowsPerBlock; ++turn) {
+    if (Layout::row_in_block() == turn) {
+#pragma unroll
+      for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+        const int column = Layout::column(chunk);
+        if (column >= width) continue;
+        auto pass_on = [&](float(&sum)[8], int which) {
+          if (turn > 0) {
+            float before[8];
+            load8(passed + which * width + column, before);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum[i] += before[i];
+          }
+          const bool last = turn == Layout::kRowsPerBlock - 1;
+          store8(last ? partials + ((size_t)which * gridDim.x + blockIdx.x) * width + column : passed + which * width + column, sum);
+        };
+        pass_on(sum_weight[chunk], 0);
+        pass_on(sum_bias[chunk], 1);
+        if (num_sums == 3) pass_on(sum_x[chunk], 2);
+      }
+    }
+    if (turn + 1 < Layout::kRowsPerBlock) __syncthreads();  // BARRIER pass_on
   }
 }
 
@@ -167,11 +183,11 @@ int num_blocks(int rows, int rows_per_block) {
   return wanted < most ? wanted : most;
 }
 
-int rows_per_block(int width) { return width % 8 == 0 && width <= opt_ds::kNarrowWidth ? 4 : 1; }
-
 }  // namespace
 
-extern "C" int opt_ds_layer_norm_parts(int rows, int width) { return num_blocks(rows, rows_per_block(width)) * rows_per_block(width); }
+extern "C" int opt_ds_layer_norm_parts(int rows, int width) {
+  return num_blocks(rows, width % 8 == 0 && width <= opt_ds::kNarrowWidth ? 4 : 1);
+}
 
 extern "C" int opt_ds_layer_norm_backward(const OptDsLayerNormBackward* a, void* stream) {
   using namespace opt_ds;
@@ -196,8 +212,9 @@ extern "C" int opt_ds_layer_norm_backward(const OptDsLayerNormBackward* a, void*
       } else {
         with_row_layout(width, [&](auto layout) {
           using Layout = decltype(layout);
-          OPT_DS_LAUNCH((layer_norm_backward<T, Layout>), parts / Layout::kRowsPerBlock, Layout::kBlockThreads, 128, stream, d_normed,
-                        d_total, total, mean, rstd, weight, row_keys, dropout, d_residual, d_x, partials, num_sums, rows, width);
+          const int shared_bytes = 128 + (Layout::kRowsPerBlock > 1 ? 3 * width * (int)sizeof(float) : 0);
+          OPT_DS_LAUNCH((layer_norm_backward<T, Layout>), parts, Layout::kBlockThreads, shared_bytes, stream, d_normed, d_total, total,
+                        mean, rstd, weight, row_keys, dropout, d_residual, d_x, partials, num_sums, rows, width);
         });
       }
     }

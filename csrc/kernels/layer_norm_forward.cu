@@ -8,7 +8,7 @@
 namespace opt_ds {
 
 template <class T, class Layout>
-__global__ void __launch_bounds__(Layout::kBlockThreads)
+__global__ void __launch_bounds__(Layout::kBlockThreads, 512 / Layout::kBlockThreads)
 layer_norm_forward(const T* __restrict__ x, const T* __restrict__ input_bias, const T* __restrict__ residual,
                    const int* __restrict__ row_keys, const T* __restrict__ weight, const T* __restrict__ bias, float eps,
                    const Dropout dropout, T* __restrict__ total, T* __restrict__ normed, float* __restrict__ mean,
