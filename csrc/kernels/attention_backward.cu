@@ -64,21 +64,18 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
     const int first_own = cu_own[sequence], num_own = cu_own[sequence + 1] - first_own;
     const int first_stream = cu_stream[sequence], num_stream = cu_stream[sequence + 1] - first_stream;
     if (block_row >= num_own) return;
-    own1 += first_own * own1_stride + head * kHeadSize;
-    own2 += first_own * own2_stride + head * kHeadSize;
-    stream1 += first_stream * stream1_stride + head * kHeadSize;
-    stream2 += first_stream * stream2_stride + head * kHeadSize;
-    const size_t first_query = (size_t)head * shape.total_queries + (kKeys ? first_stream : first_own);
-    lse += first_query;
-    delta += first_query;
+    // Pointers stay where they are, in constant memory; rows are counted from the beginning of the tensor.
+    const int last_stream = first_stream + num_stream;
+    const int statistics = head * shape.total_queries + first_own;  // own rows are queries: where their lse and delta begin
+    auto of_head = [&](const T* tensor) { return tensor + opaque(blockIdx.y) * kHeadSize; };
 
     const M mma;
     const int warp = warp_number(), warp_row = block_row + warp * Shape::kWarpRows;
     const int row = warp_row + mma.acc_row();
     const float scale2 = shape.scale * kLog2E;
 
-    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, 0, own1, own1_stride, block_row, num_own);
-    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, kOwn, own2, own2_stride, block_row, num_own);
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, 0, of_head(own1), own1_stride, first_own + block_row, first_own + num_own);
+    copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, kOwn, of_head(own2), own2_stride, first_own + block_row, first_own + num_own);
 
     // A query past the end gets lse = +inf: its P is 0 and it contributes nothing.
     float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // own rows are queries
@@ -88,8 +85,8 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int query = row + 16 * mt + M::kRowStep * r;
-          row_lse[mt][r] = query < num_own ? lse[query] * kLog2E : -negative_infinity();
-          row_delta[mt][r] = query < num_own ? delta[query] : 0.f;
+          row_lse[mt][r] = query < num_own ? lse[statistics + query] * kLog2E : -negative_infinity();
+          row_delta[mt][r] = query < num_own ? delta[statistics + query] : 0.f;
         }
     }
     float acc1[kRowTiles][kHeadSize / 16][8], acc2[kRowTiles][kHeadSize / 16][8];
@@ -100,8 +97,8 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
     const int begin = kKeys && shape.causal ? block_row : 0;
     const int end = !kKeys && shape.causal ? min(num_stream, block_row + Shape::kBlockRows) : num_stream;
     TileInFlight<T, kHeadSize, kTileRows> next1, next2;
-    next1.load(stream1, stream1_stride, begin, num_stream);
-    next2.load(stream2, stream2_stride, begin, num_stream);
+    next1.load(of_head(stream1), stream1_stride, first_stream + begin, last_stream);
+    next2.load(of_head(stream2), stream2_stride, first_stream + begin, last_stream);
     const unsigned store_place = next1.place(), own_place = warp * Shape::kWarpRows * Tile<kHeadSize>::kRowBytes;
     unsigned tile1 = 2 * kOwn;  // offset of the tile pair at hand
     next1.store(shared, tile1 + store_place);
@@ -110,16 +107,16 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
 
     for (int tile0 = begin; tile0 < end; tile0 += kTileRows) {
       const bool more = tile0 + kTileRows < end;
-      if (more && kEarly1) next1.load(stream1, stream1_stride, tile0 + kTileRows, num_stream);
-      if (more && kEarly2) next2.load(stream2, stream2_stride, tile0 + kTileRows, num_stream);
+      if (more && kEarly1) next1.load(of_head(stream1), stream1_stride, first_stream + tile0 + kTileRows, last_stream);
+      if (more && kEarly2) next2.load(of_head(stream2), stream2_stride, first_stream + tile0 + kTileRows, last_stream);
       const bool meets = !shape.causal || (kKeys ? tile0 + kTileRows > warp_row : tile0 < warp_row + Shape::kWarpRows);
-      const bool edge = (!kKeys && tile0 + kTileRows > num_stream) ||
+      const bool edge = (!kKeys && first_stream + tile0 + kTileRows > last_stream) ||
                         (shape.causal && (kKeys ? tile0 < warp_row + Shape::kWarpRows - 1 : tile0 + kTileRows - 1 > warp_row));
       if (meets) {
         unsigned keep = 0;
         const unsigned slot = kDropout ? shape.slots[opaque(blockIdx.z)] : 0;  // read again: a register fewer
         if (kDropout && kKeys) {
-          keep = mma.deal_to_keys(keep_word(dropout, opaque(warp_row / 32), tile0 + mma.drawn_column(), slot, head));  // MUTATE counter
+          keep = mma.deal_to_keys(keep_word(dropout, opaque(warp_row / 32), tile0 + mma.drawn_column(), slot, opaque(blockIdx.y)));  // MUTATE counter
           if (kRowTiles == 1) keep >>= warp_row & 16;
         }
         if (kDropout && !kKeys) {
@@ -135,8 +132,8 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
           auto load_columns_of = [&](float(&values)[4], const float* from, int j, float factor, float missing) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const int query = tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
-              values[e] = query < num_stream ? from[query] * factor : missing;
+              const int query = first_stream + tile0 + 16 * (j0 + j) + mma.acc_column((e & 1) + 2 * (e & 2));
+              values[e] = query < last_stream ? from[opaque(blockIdx.y) * shape.total_queries + query] * factor : missing;
             }
           };
           if (kKeys && kEarlyLse) {
@@ -145,7 +142,7 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
           }
 #pragma unroll
           for (int which = 0; which < 2; ++which)
-#pragma unroll
+#pragma unroll M::kStepsAtOnce
             for (int step = 0; step < kSteps; ++step) {
               uint4 rows[kRowTiles], columns[kGroups];
 #pragma unroll
@@ -171,7 +168,7 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
                 float p = exp2_approximate(scores[mt][j][i] * scale2 - (kKeys ? column_lse[j][e] : row_lse[mt][r]));
                 if (edge) {
                   const int own_row = row + 16 * mt + M::kRowStep * r, other = tile0 + 16 * (j0 + j) + mma.acc_column(i);
-                  if (kKeys ? own_row > other : other >= num_stream || (shape.causal && other > own_row)) p = 0.f;
+                  if (kKeys ? own_row > other : first_stream + other >= last_stream || (shape.causal && other > own_row)) p = 0.f;
                 }
                 float gradient = gradients[mt][j][i], kept = p;
                 if (kDropout && !(keep_group >> (kKeys ? M::keep_bit_of_keys(mt, j, i) : M::keep_bit_of_queries(mt, j, i)) & 1))
@@ -190,8 +187,8 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
           }
         }
       }
-      if (more && !kEarly1) next1.load(stream1, stream1_stride, tile0 + kTileRows, num_stream);
-      if (more && !kEarly2) next2.load(stream2, stream2_stride, tile0 + kTileRows, num_stream);
+      if (more && !kEarly1) next1.load(of_head(stream1), stream1_stride, first_stream + tile0 + kTileRows, last_stream);
+      if (more && !kEarly2) next2.load(of_head(stream2), stream2_stride, first_stream + tile0 + kTileRows, last_stream);
       if (Memory::kBuffers == 1) __syncthreads();  // BARRIER single_buffer
       if (Memory::kBuffers == 2) tile1 = 4 * kOwn + 2 * kTile - tile1;  // the other pair
       if (more) {

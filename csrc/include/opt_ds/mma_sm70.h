@@ -21,6 +21,7 @@ template <int kHeadSize>
 struct MmaSm70 {
   using Element = half;
   static constexpr bool kSupported = true;
+  static constexpr int kStepsAtOnce = 16;                  // steps of the inner dimension unrolled in the backward kernel: all
   static constexpr bool kTilesWaitInRegisters = true;      // the backward kernel's next tiles, while it computes
   static constexpr int kStepDims = 8;                      // inner dimensions of an operand (four registers): two instructions
   static constexpr int kRowStep = 2;                       // an accumulator's element i lies in row acc_row + kRowStep * (i / 2 % 2)

@@ -14,6 +14,7 @@ template <class T, int kHeadSize, int kInner>
 struct MmaSm75 {
   using Element = T;
   static constexpr bool kSupported = true;
+  static constexpr int kStepsAtOnce = kInner == 8 ? 2 : 8;  // fewer loads ahead of their use where registers are short
   static constexpr bool kTilesWaitInRegisters = false;  // ldmatrix fills registers well ahead; there are none to spare
   static constexpr int kStepDims = 16;
   static constexpr int kRowStep = 8;
