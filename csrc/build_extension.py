@@ -24,7 +24,7 @@ EMULATED_ARCHITECTURE = "70"  # V100; `make test-kernels` emulates the others to
 SUPPORTED_ARCHITECTURES = ("70", "75", "80", "86", "89", "90", "100", "120")
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """A part cannot be built here; the message says why."""
 
 
@@ -41,7 +41,7 @@ class BuildKernels(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._build(record)
-        except NotBuilt as reason:
+        except NotBuiltError as reason:
             record.update(cpu=str(reason), emulator=str(reason))
             record["cuda"] = record["cuda"] or str(reason)
         (folder / "_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ class BuildKernels(build_ext):
         torch = _torch()
         compiler = shutil.which(os.environ.get("CXX", "g++"))
         if compiler is None:
-            raise NotBuilt("no C++ compiler: install g++, or set CXX")
+            raise NotBuiltError("no C++ compiler: install g++, or set CXX")
         objects = Path(self.build_temp).resolve() / "opt_ds"
         objects.mkdir(parents=True, exist_ok=True)
         jobs = _Jobs(objects)
@@ -70,7 +70,7 @@ class BuildKernels(build_ext):
         try:
             nvcc, architectures = _nvcc(torch.cuda), None
             architectures = _architectures(nvcc)
-        except NotBuilt as reason:
+        except NotBuiltError as reason:
             record["cuda"] = str(reason)
         with_cuda = ["-DOPT_DS_WITH_CUDA"] if architectures else []
         jobs.add("binding.o", [*with_torch, *with_cuda, str(CSRC / "binding.cpp")])
@@ -121,39 +121,46 @@ def _torch() -> _Torch:
     try:
         return _Torch()
     except ImportError:
-        raise NotBuilt("torch was not there when opt_ds was built: install torch first, then pip install --no-build-isolation") from None
+        raise NotBuiltError(
+            "torch was not there when opt_ds was built: install torch first, then pip install --no-build-isolation"
+        ) from None
 
 
 def _nvcc(torch_cuda: str | None) -> str:
     if torch_cuda is None:
-        raise NotBuilt("this torch is a CPU build")
+        raise NotBuiltError("this torch is a CPU build")
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:
-        raise NotBuilt(f"no nvcc on PATH: install the CUDA {torch_cuda} toolkit, or set CUDACXX")
+        raise NotBuiltError(f"no nvcc on PATH: install the CUDA {torch_cuda} toolkit, or set CUDACXX")
     found = re.search(r"release (\d+)\.(\d+)", _run([nvcc, "--version"]))
     if found is None or found[1] != torch_cuda.split(".")[0]:
         version = f"{found[1]}.{found[2]}" if found else "unknown"
-        raise NotBuilt(f"{nvcc} is CUDA {version}, torch was built with CUDA {torch_cuda}: their major versions must agree")
+        raise NotBuiltError(f"{nvcc} is CUDA {version}, torch was built with CUDA {torch_cuda}: their major versions must agree")
     return nvcc
 
 
 def _architectures(nvcc: str) -> list[str]:
     wanted = os.environ.get("OPT_DS_CUDA_ARCHITECTURES", "").strip()
     if wanted.lower() == "none":
-        raise NotBuilt("OPT_DS_CUDA_ARCHITECTURES is none")
+        raise NotBuiltError("OPT_DS_CUDA_ARCHITECTURES is none")
     if wanted:
-        architectures = sorted({a.strip().removeprefix("sm_").replace(".", "") for a in re.split(r"[,; ]+", wanted) if a.strip()}, key=int)
+        architectures = sorted(
+            {a.strip().removeprefix("sm_").replace(".", "") for a in re.split(r"[,; ]+", wanted) if a.strip()}, key=int
+        )
     else:
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         architectures = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(count)}, key=int)
         if not architectures:
-            raise NotBuilt(f"no GPU on this machine: set OPT_DS_CUDA_ARCHITECTURES (of {','.join(SUPPORTED_ARCHITECTURES)}) to build for another")
+            raise NotBuiltError(
+                "no GPU on this machine: to build for another, set OPT_DS_CUDA_ARCHITECTURES "
+                f"(of {','.join(SUPPORTED_ARCHITECTURES)})"
+            )
     able = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
     for architecture in architectures:
         if architecture not in able:
-            raise NotBuilt(f"this nvcc does not compile for sm_{architecture} (it knows {', '.join(sorted(able, key=int))})")
+            raise NotBuiltError(f"this nvcc does not compile for sm_{architecture} (it knows {', '.join(sorted(able, key=int))})")
     return architectures
 
 
@@ -183,5 +190,5 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if "error" in line.lower()] or ["no message"]
         print(" ".join(command), done.stderr[-4000:], sep="\n", file=sys.stderr)
-        raise NotBuilt(f"{Path(command[0]).name} failed: {lines[0].strip()}")
+        raise NotBuiltError(f"{Path(command[0]).name} failed: {lines[0].strip()}")
     return done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """What a kernel may use, and a table of what it uses: registers, spills, shared memory, blocks on a multiprocessor, machine code.
 
-    python csrc/verify/budget.py [ARCHITECTURE ...]        compiles, checks, prints the table (NVRTC; about a minute each)
+python csrc/verify/budget.py [ARCHITECTURE ...]        compiles, checks, prints the table (NVRTC; about a minute each)
 """
 
 import os
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import sass  # noqa: E402
-import static_model  # noqa: E402
-import toolchain  # noqa: E402
-from toolchain import Resources  # noqa: E402
+import sass
+import static_model
+import toolchain
+from toolchain import Resources
 
 #: Kernel (a prefix of its short name) -> (registers at most, blocks of a multiprocessor of sm_70 at least). Attention owns its
 #: registers: two blocks of four warps, so that one computes while the other loads. LayerNorm wants many rows in flight.
@@ -51,7 +51,9 @@ class Measured:
 
     def blocks(self) -> int:
         """Of a multiprocessor of the V100 (whatever the architecture compiled for: the tightest of the three)."""
-        return static_model.blocks_per_multiprocessor(static_model.GPUS[0], self.resources.registers, self.threads, self.shared_bytes)
+        return static_model.blocks_per_multiprocessor(
+            static_model.GPUS[0], self.resources.registers, self.threads, self.shared_bytes
+        )
 
     def faults(self) -> list[str]:
         """How this kernel breaks its budget or does not contain what it should."""
@@ -112,8 +114,10 @@ def measure(architecture: str, files: tuple[str, ...] = toolchain.FILES, nvcc: s
 
 
 def table(measured: list[Measured]) -> str:
-    lines = ["| kernel | sm | registers | spills | shared bytes | blocks (V100) | tensor / 128-bit loads / local | bound of tensor peak |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| kernel | sm | registers | spills | shared bytes | blocks (V100) | tensor / 128-bit / local | bound of tensor peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for m in measured:
         code, bound = "", ""
         if m.code:
@@ -123,8 +127,8 @@ def table(measured: list[Measured]) -> str:
             if units:
                 share, unit = sass.tensor_bound(units)
                 bound = f"{share:.0%} ({unit})"
-        lines.append(f"| {m.name} | {m.architecture} | {m.resources.registers} | {m.resources.spilled_bytes} | {m.shared_bytes} | "
-                     f"{m.blocks()} | {code} | {bound} |")  # fmt: skip
+        used = f"{m.resources.registers} | {m.resources.spilled_bytes} | {m.shared_bytes} | {m.blocks()}"
+        lines.append(f"| {m.name} | {m.architecture} | {used} | {code} | {bound} |")
     return "\n".join(lines)
 
 

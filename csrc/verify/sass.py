@@ -1,11 +1,12 @@
 """Reads machine code (nvdisasm's listing of a cubin): which instructions a kernel has, and how busy they keep each unit of sm_70.
 
 The bound is static: cycles of each unit for one trip through the tile loop of one warp, four warps side by side on the four
-sub-cores of a multiprocessor, which share its memory unit. No latency and no scheduling: what no run can beat, not what it reaches.
-Rates of sm_70 per sub-core and cycle (Jia et al. 2018, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking"; CUDA
-programming guide, table of arithmetic throughput): one instruction issued; 16 lanes of fp32 and integer multiply, 16 of integer and
-logic; 4 lanes of special functions; a tensor instruction of m8n8k4 is four steps of two cycles. Shared memory serves a multiprocessor
-128 bytes a cycle: a 16-byte access of a warp is four of these "wavefronts", and a shuffle one.
+sub-cores of a multiprocessor, which share its memory unit. No latency and no scheduling: what no run can beat, not what it
+reaches. Rates of sm_70 per sub-core and cycle (Jia et al. 2018, "Dissecting the NVIDIA Volta GPU Architecture via
+Microbenchmarking"; CUDA programming guide, table of arithmetic throughput): one instruction issued; 16 lanes of fp32 and
+integer multiply, 16 of integer and logic; 4 lanes of special functions; a tensor instruction of m8n8k4 is four steps of two
+cycles. Shared memory serves a multiprocessor 128 bytes a cycle: a 16-byte access of a warp is four of these "wavefronts", and a
+shuffle one.
 """
 
 import re
@@ -58,7 +59,25 @@ TENSOR = ("HMMA",)
 _SHARED = ("LDS", "STS", "SHFL", "LDSM")
 _SPECIAL = ("MUFU", "F2F", "I2F", "F2I")
 _MULTIPLY = ("FFMA", "FMUL", "FADD", "IMAD", "HADD2", "HMUL2", "HFMA2")
-_LOGIC = ("LOP", "IADD", "ISETP", "FSETP", "FSEL", "SEL", "SHF", "PRMT", "FMNMX", "IMNMX", "R2P", "P2R", "LEA", "MOV", "PLOP3", "I2I", "BFE")
+_LOGIC = (
+    "LOP",
+    "IADD",
+    "ISETP",
+    "FSETP",
+    "FSEL",
+    "SEL",
+    "SHF",
+    "PRMT",
+    "FMNMX",
+    "IMNMX",
+    "R2P",
+    "P2R",
+    "LEA",
+    "MOV",
+    "PLOP3",
+    "I2I",
+    "BFE",
+)
 
 
 def _weights(code: list[Instruction], times: Counter[int]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What the kernels must move and compute, counted from their definitions, beside the same counts for PyTorch's unfused sequence.
 
 Bytes are those that pass between a kernel and device memory: every tensor that a kernel reads or writes once, counted in full; a
-matrix that several kernels share is counted for each, since at these sizes (hundreds of megabytes) caches hold none of it. The time
-is a bound: the larger of bytes / bandwidth and FLOPs / peak, times nothing. No GPU has been measured here.
+matrix that several kernels share is counted for each, since at these sizes (hundreds of megabytes) caches hold none of it. The
+time is a bound: the larger of bytes / bandwidth and FLOPs / peak, times nothing. No GPU has been measured here.
 
     python csrc/verify/static_model.py        prints the tables of benchmarks/README.md
 """
@@ -79,15 +79,17 @@ def layer_norm_unfused(rows: int, width: int) -> tuple[Cost, Cost]:
     accumulate = 3 * matrix  # the stream's gradient joins
     dropout_backward = 2 * matrix + mask
     bias_backward = matrix  # a sum over rows
-    return Cost(dropout + add + norm), Cost(norm_input_backward + norm_weight_backward + accumulate + dropout_backward + bias_backward)
+    return Cost(dropout + add + norm), Cost(
+        norm_input_backward + norm_weight_backward + accumulate + dropout_backward + bias_backward
+    )
 
 
 # ---- attention: batch sequences of L queries and L keys, heads of `size` in fp16, dropout on
 
 
 def attention_fused(batch: int, heads: int, length: int, size: int) -> tuple[Cost, Cost]:
-    """Ours. Keys and values are read again by every block of 128 (64 for size 128) queries of a head; after the first time they lie
-    in the L2 cache (6 MB on V100; a head has at most 128 KB of them here), so memory sees them once."""
+    """Ours. Keys and values are read again by every block of 128 (64 for size 128) queries of a head; after the first time they
+    lie in the L2 cache (6 MB on V100; a head has at most 128 KB of them here), so memory sees them once."""
     rows = batch * length * heads
     matrix, statistics = rows * size * FP16, rows * FP32
     product = 2.0 * batch * heads * length * length * size  # FLOPs of one L x L x size product
@@ -99,7 +101,8 @@ def attention_fused(batch: int, heads: int, length: int, size: int) -> tuple[Cos
 
 
 def attention_unfused(batch: int, heads: int, length: int, size: int) -> tuple[Cost, Cost]:
-    """The sequence of `ops.backend=torch` without padding: scale, matmul, float, mask, softmax, dropout, cast, matmul; and back."""
+    """The sequence of `ops.backend=torch` without padding: scale, matmul, float, mask, softmax, dropout, cast, matmul; and
+    back."""
     rows = batch * length * heads
     matrix, scores = rows * size * FP16, float(rows) * length
     product = 2.0 * batch * heads * length * length * size
@@ -150,12 +153,14 @@ def attention_shared_bytes(size: int, backward: bool) -> int:
 # ---- tables
 
 LAYER_NORM_SHAPES = ((8192, 768), (8192, 1024), (8192, 384))
-ATTENTION_SHAPES = tuple((32, 12, length, 64) for length in (128, 256, 512)) + ((32, 8, 256, 128),)
+ATTENTION_SHAPES = ((32, 12, 128, 64), (32, 12, 256, 64), (32, 12, 512, 64), (32, 8, 256, 128))
 
 
 def tables() -> str:
-    lines = ["| LayerNorm, rows x width | least MB | ours MB (ours / least) | PyTorch eager MB (eager / ours) | bound V100 / A100 / H100, us |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| LayerNorm, rows x width | least MB | ours MB (/ least) | PyTorch eager MB (/ ours) | bound V100 / A100 / H100, us |",
+        "|---|---|---|---|---|",
+    ]
     for rows, width in LAYER_NORM_SHAPES:
         least = sum((c.bytes for c in layer_norm_least(rows, width)), 0.0)
         ours = [layer_norm_fused(rows, width, gpu) for gpu in GPUS]
@@ -164,15 +169,22 @@ def tables() -> str:
         times = " / ".join(f"{(f + b).bound_us(gpu):.0f}" for (f, b), gpu in zip(ours, GPUS, strict=True))
         lines.append(f"| {rows} x {width}, forward + backward | {least / 1e6:.1f} | {own / 1e6:.1f} ({own / least:.3f}) | "
                      f"{eager / 1e6:.1f} ({eager / own:.2f}) | {times} |")  # fmt: skip
-    lines += ["", "| attention, sequences x heads x L x D | ours MB, forward + backward | PyTorch eager MB (eager / ours) | "
-              "GFLOP ours (eager) | bound V100 / A100 / H100, us: ours | the same, eager |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "| attention, sequences x heads x L x D, forward + backward | ours MB | PyTorch eager MB (/ ours) | GFLOP ours (eager) | "
+        "bound V100 / A100 / H100, us: ours | the same, eager |",
+        "|---|---|---|---|---|---|",
+    ]
     for shape in ATTENTION_SHAPES:
         ours, eager = sum(attention_fused(*shape), Cost(0)), sum(attention_unfused(*shape), Cost(0))
         # kernels of eager run one after the other: their bounds add up
-        own_us, eager_us = ([sum(c.bound_us(gpu) for c in costs(*shape)) for gpu in GPUS] for costs in (attention_fused, attention_unfused))
-        lines.append(f"| {' x '.join(map(str, shape))} | {ours.bytes / 1e6:.0f} | {eager.bytes / 1e6:.0f} ({eager.bytes / ours.bytes:.1f}) | "
-                     f"{ours.flops / 1e9:.0f} ({eager.flops / 1e9:.0f}) | {' / '.join(f'{t:.0f}' for t in own_us)} | "
-                     f"{' / '.join(f'{t:.0f}' for t in eager_us)} |")  # fmt: skip
+        own_us, eager_us = (
+            [sum(c.bound_us(gpu) for c in costs(*shape)) for gpu in GPUS] for costs in (attention_fused, attention_unfused)
+        )
+        moved = f"{ours.bytes / 1e6:.0f} | {eager.bytes / 1e6:.0f} ({eager.bytes / ours.bytes:.1f})"
+        own_times, eager_times = (" / ".join(f"{t:.0f}" for t in times) for times in (own_us, eager_us))
+        flops = f"{ours.flops / 1e9:.0f} ({eager.flops / 1e9:.0f})"
+        lines.append(f"| {' x '.join(map(str, shape))} | {moved} | {flops} | {own_times} | {eager_times} |")
     return "\n".join(lines)
 
 

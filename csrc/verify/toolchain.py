@@ -1,8 +1,8 @@
 """Compiles kernel files for a GPU that is not here, and reads what the assembler says of them.
 
 Two compilers: nvcc where it is on PATH (the architectures that it knows), and NVRTC from PyPI in an environment of its own, which
-CI can always have and which still compiles for sm_70. NVRTC compiles kernels alone, so the instances are named to it; the names are
-those that the launchers make (`INSTANCES`).
+CI can always have and which still compiles for sm_70. NVRTC compiles kernels alone, so the instances are named to it; the names
+are those that the launchers make (`INSTANCES`).
 """
 
 import ctypes
@@ -25,7 +25,9 @@ NVRTC_ARCHITECTURES = ("70", "75", "80", "90")
 
 def _row_instances(kernel: str, *more: str) -> list[str]:
     layouts = [f"opt_ds::RowLayout<{threads}, {chunks}>" for threads, chunks in product((32, 256), (1, 2, 3, 4))]
-    return [f"opt_ds::{kernel}<{t}, {layout}>" for t, layout in product(_TYPES, layouts)] + [f"opt_ds::{m}<{t}>" for m in more for t in _TYPES]
+    return [f"opt_ds::{kernel}<{t}, {layout}>" for t, layout in product(_TYPES, layouts)] + [
+        f"opt_ds::{m}<{t}>" for m in more for t in _TYPES
+    ]
 
 
 _TYPES, _FLAGS, _SIZES = ("float", "half", "__nv_bfloat16"), ("true", "false"), (32, 64, 128)
@@ -43,7 +45,10 @@ def instances(file: str, architecture: str) -> list[str]:
     if file == "attention_forward":
         return [f"opt_ds::attention_forward<{t}, {d}, {drop}>" for t, d, drop in product(tensor_types, _SIZES, _FLAGS)]
     if file == "attention_backward":
-        both = [f"opt_ds::attention_backward<{t}, {d}, {keys}, {drop}>" for t, d, keys, drop in product(tensor_types, _SIZES, _FLAGS, _FLAGS)]
+        both = [
+            f"opt_ds::attention_backward<{t}, {d}, {keys}, {drop}>"
+            for t, d, keys, drop in product(tensor_types, _SIZES, _FLAGS, _FLAGS)
+        ]
         return both + [f"opt_ds::attention_delta<{t}, {d}>" for t, d in product(tensor_types, _SIZES)]
     kernels = ("forward", "backward_queries", "backward_keys")
     return [f"opt_ds::attention_plain_{k}<{t}>" for k, t in product(kernels, _TYPES)]
@@ -84,7 +89,13 @@ def demangled(name: str) -> str:
     if m is None:
         return text
     kernel, arguments = m[1], (m[2] or "").replace("__half", "half").replace("__nv_bfloat16", "bf16").replace("float", "fp32")
-    arguments = arguments.replace("half", "fp16").replace("opt_ds::RowLayout<", "").replace(">", "").replace("(bool)1", "true").replace("(bool)0", "false")
+    arguments = (
+        arguments.replace("half", "fp16")
+        .replace("opt_ds::RowLayout<", "")
+        .replace(">", "")
+        .replace("(bool)1", "true")
+        .replace("(bool)0", "false")
+    )
     parts = [part.strip() for part in arguments.split(",")]
     if kernel == "attention_backward":
         parts[2] = "keys" if parts[2] == "true" else "queries"
@@ -143,7 +154,13 @@ def _nvrtc_main(source: str, architecture: str, cubin: str, names: str) -> int:
     for name in names.split(";"):
         nvrtc.nvrtcAddNameExpression(program, name.encode())
     include = [nvidia / part / "include" for part in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")] + [CSRC / "include"]
-    options = [f"--gpu-architecture={architecture}", "-std=c++17", "-default-device", "--ptxas-options=-v", *(f"-I{i}" for i in include)]
+    options = [
+        f"--gpu-architecture={architecture}",
+        "-std=c++17",
+        "-default-device",
+        "--ptxas-options=-v",
+        *(f"-I{i}" for i in include),
+    ]
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
 
     def get(what: str) -> bytes:

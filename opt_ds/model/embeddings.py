@@ -90,7 +90,8 @@ class FrameEmbedder(nn.Module):
 
 
 class InputEmbeddings(nn.Module):
-    """All three embedders, then dropout; gives the packed rows, and the standardised features, which are also the tasks' targets."""
+    """All three embedders, then dropout; gives the packed rows, and the standardised features, which are also the tasks'
+    targets."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -33,7 +33,8 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, stream: torch.Tensor | None = None, rows: Sequences | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream). `rows`: the packed rows' sequences, for the dropout."""
+        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream). `rows`: the packed rows' sequences, for the
+        dropout."""
         if stream is None:
             return layer_norm(x, self.weight, self.bias, self.eps)
         probability = self.probability if self.training else 0.0
@@ -54,7 +55,7 @@ class Dropout(nn.Module):
 
 def number_dropout_sites(model: nn.Module) -> None:
     """Give every dropout of the model its own number, which keys its bits."""
-    sites = [module for module in model.modules() if hasattr(module, "dropout_site")]
+    sites = (m for m in model.modules() if isinstance(m, (LayerNorm, Dropout, SelfAttention, CrossAttention)))
     for number, module in enumerate(sites):
         module.dropout_site = number
 

@@ -6,8 +6,8 @@
     apex       NVIDIA's apex for LayerNorm, where it is installed (CUDA only)
     emulator   ours, the CUDA kernels run on the CPU thread by thread: to see the kernels drive a model, slowly
 
-`auto` takes, operator by operator, the fastest that is there and right for the device: on a GPU fused, then apex, then torch; on the
-CPU torch (measured: benchmarks/README.md).
+`auto` takes, operator by operator, the fastest that is there and right for the device: on a GPU fused, then apex, then torch;
+on the CPU torch (measured: benchmarks/README.md).
 """
 
 import functools
@@ -63,8 +63,8 @@ def library(operator: str) -> str | None:
 
 
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
-    """Make the dropout of the coming forward pass a pure function: PyTorch's of (seed, step, rank, micro-batch), ours of (seed, step)
-    and of the place in the global batch."""
+    """Make the dropout of the coming forward pass a pure function: PyTorch's of (seed, step, rank, micro-batch), ours of (seed,
+    step) and of the place in the global batch."""
     global _dropout_key
     from opt_ds.data.keyed import keyed_hash
 
@@ -85,7 +85,9 @@ def _parse(name: str) -> dict[str, str]:
     for part in name.split(","):
         operator, _, backend = part.strip().partition("=")
         if operator not in OPERATORS:
-            raise UserError(f'ops.backend names no operator "{operator}"{did_you_mean(operator, OPERATORS)}: use {", ".join(OPERATORS)}')
+            raise UserError(
+                f'ops.backend names no operator "{operator}"{did_you_mean(operator, OPERATORS)}: use {", ".join(OPERATORS)}'
+            )
         wanted[operator] = _known(backend, ("auto", *BACKENDS))
     return wanted
 
@@ -137,5 +139,7 @@ def apex_missing() -> str:
         importlib.import_module("fused_layer_norm_cuda")
         importlib.import_module("apex.normalization")
     except ImportError:
-        return "the installed apex is not NVIDIA's, or was built without its CUDA extensions: build it from github.com/NVIDIA/apex"
+        return (
+            "the installed apex is not NVIDIA's, or was built without its CUDA extensions: build it from github.com/NVIDIA/apex"
+        )
     return ""

@@ -43,7 +43,7 @@ def load(library: str = "opt_ds") -> str:
 
 
 def missing_on(device: torch.device) -> str:
-    """"" if the fused operators run on this device, else the reason why they do not."""
+    """ "" if the fused operators run on this device, else the reason why they do not."""
     reason = load()
     if reason or device.type != "cuda":
         return reason

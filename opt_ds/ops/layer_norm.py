@@ -34,8 +34,8 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """total = residual + dropout(x); gives (LayerNorm(total), total): post-norm uses the first, pre-norm both.
 
-    `rows`: the sequences that x's rows belong to; `site`: which dropout of the model this is. A compiled backend keys its dropout by
-    them; PyTorch's draws from its generator.
+    `rows`: the sequences that x's rows belong to; `site`: which dropout of the model this is. A compiled backend keys its
+    dropout by them; PyTorch's draws from its generator.
     """
     library = backend.library("layer_norm")
     if library is not None:

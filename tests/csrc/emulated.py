@@ -20,12 +20,15 @@ _RUNTIME_DEFINE = {"plain": [], "asan": ["-DSIMT_ASAN"], "tsan": ["-DSIMT_TSAN"]
 
 
 class Builder:
-    """Compiles into one folder; a file that was compiled already (same flags, same content of all sources) is taken from there."""
+    """Compiles into one folder; a file that was compiled already (same flags, same content of all sources) is taken from
+    there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def build(self, program: str = "check_kernels", checker: str = "plain", arch: int = 70, csrc: Path = CSRC, changed: str = "") -> Path:
+    def build(
+        self, program: str = "check_kernels", checker: str = "plain", arch: int = 70, csrc: Path = CSRC, changed: str = ""
+    ) -> Path:
         """`changed`: the file under csrc/ that differs from the real sources; only what includes it is compiled again."""
         objects = self.folder / f"{checker}-{arch}"
         objects.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,9 @@ def run(binary: Path, *arguments: str, seed: int = 1) -> subprocess.CompletedPro
         "SIMT_SEED": str(seed), "ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1",
     }  # fmt: skip
     unrandomised = ["setarch", "-R"] if shutil.which("setarch") else []
-    return subprocess.run([*unrandomised, str(binary), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=1500)
+    return subprocess.run(
+        [*unrandomised, str(binary), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=1500
+    )
 
 
 def _includes(source: Path, name: str, csrc: Path, seen: set[Path] | None = None) -> bool:

@@ -1,6 +1,6 @@
-"""The kernels compiled for GPUs that are not here: within their budget of registers and shared memory, without spills, and made of
-the instructions that they are written for. NVRTC compiles for all four architectures (its environment is made on first use, from
-PyPI); nvcc, where it is on PATH, for its own, and links the extension."""
+"""The kernels compiled for GPUs that are not here: within their budget of registers and shared memory, without spills, and made
+of the instructions that they are written for. NVRTC compiles for all four architectures (its environment is made on first use,
+from PyPI); nvcc, where it is on PATH, for its own, and links the extension."""
 
 import json
 import os
@@ -28,7 +28,9 @@ LEAST_BOUND = {"64": 0.85, "128": 0.60}
 def test_kernels_stay_within_their_budget(architecture: str) -> None:
     measured = budget.measure(architecture)
     print(budget.table(measured))
-    assert len(measured) >= sum(len(toolchain.instances(file, architecture)) for file in toolchain.FILES), "every instance is looked at"
+    assert len(measured) >= sum(len(toolchain.instances(file, architecture)) for file in toolchain.FILES), (
+        "every instance is looked at"
+    )
     assert {f"{m.name}: {fault}" for m in measured for fault in m.faults()} == set()
     if architecture == "70":
         bounds = {m.name: sass.tensor_bound(sass.tile_loop(m.code))[0] for m in measured if m.code and sass.tile_loop(m.code)}
@@ -61,7 +63,13 @@ def test_the_extension_links_and_imports_with_the_cuda_objects_in(tmp_path: Path
         else:
             shutil.copy(source, target)
     environment = os.environ | {"OPT_DS_CUDA_ARCHITECTURES": "80", "CUDACXX": NVCC or ""}
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
     record = json.loads((tmp_path / "opt_ds" / "_build.json").read_text())
     assert record == {"cpu": "built", "cuda": "built", "architectures": ["80"], "emulator": "built"}, record
     code = (
@@ -79,11 +87,11 @@ def test_an_architecture_that_nvcc_does_not_know_is_named() -> None:
     import build_extension
 
     if NVCC is None:
-        with pytest.raises(build_extension.NotBuilt, match="no nvcc on PATH"):
+        with pytest.raises(build_extension.NotBuiltError, match="no nvcc on PATH"):
             build_extension._nvcc("13.0")
         return
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(build_extension.NotBuilt, match="does not compile for sm_42"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(build_extension.NotBuiltError, match="does not compile for sm_42"):
         patch.setenv("OPT_DS_CUDA_ARCHITECTURES", "42")
         build_extension._architectures(NVCC)
-    with pytest.raises(build_extension.NotBuilt, match="their major versions must agree"):
+    with pytest.raises(build_extension.NotBuiltError, match="their major versions must agree"):
         build_extension._nvcc("10.1")

@@ -22,7 +22,9 @@ def test_layer_norm_moves_hardly_more_than_it_must(gpu: model.Gpu, shape: tuple[
 
 @pytest.mark.parametrize("length", [128, 256, 512])
 def test_attention_moves_a_quarter_of_the_unfused_sequence_at_most(length: int) -> None:
-    ours, eager = (sum((c.bytes for c in count(32, 12, length, 64)), 0.0) for count in (model.attention_fused, model.attention_unfused))
+    ours, eager = (
+        sum((c.bytes for c in count(32, 12, length, 64)), 0.0) for count in (model.attention_fused, model.attention_unfused)
+    )
     assert 4 * ours <= eager
 
 
@@ -40,7 +42,13 @@ def test_the_tables_in_the_benchmarks_are_these() -> None:
 
 def test_a_loop_is_weighed_by_its_units() -> None:
     """Two tensor steps, a wide load, a special function and an edge-only mask, in a loop."""
-    code = [("HMMA.884.F32.F32.STEP0", ""), ("HMMA.884.F32.F32.STEP1", ""), ("LDS.U.128", ""), ("MUFU.EX2", ""), ("IMAD.WIDE", "")]
+    code = [
+        ("HMMA.884.F32.F32.STEP0", ""),
+        ("HMMA.884.F32.F32.STEP1", ""),
+        ("LDS.U.128", ""),
+        ("MUFU.EX2", ""),
+        ("IMAD.WIDE", ""),
+    ]
     code += [("BRA", " `(.L_2)")] + [("FSEL", "")] * 24 + [("FADD", ""), ("BRA", " `(.L_1)")]
     kernel = sass.Kernel("k", [sass.Instruction(o, rest, False) for o, rest in code], {".L_1": 0, ".L_2": 30})
     units = sass.tile_loop(kernel)

@@ -149,4 +149,6 @@ def test_our_dropout_is_a_function_of_seed_and_step_alone() -> None:
     assert not torch.equal(draw(2, 2, 3, 4), first) and not torch.equal(draw(1, 3, 3, 4), first)
     backend.seed_dropout(1, 2, 0, 0)
     elsewhere = dropout(torch.ones(9, 64), 0.5, Sequences.from_lengths([2, 3, 4], slots=[5, 2, 8]))
-    assert torch.equal(elsewhere[5:], first[:4]) and torch.equal(elsewhere[2:5], first[4:]), "a sample keeps its bits wherever it lies"
+    assert torch.equal(elsewhere[5:], first[:4]) and torch.equal(elsewhere[2:5], first[4:]), (
+        "a sample keeps its bits wherever it lies"
+    )

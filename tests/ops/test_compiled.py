@@ -1,4 +1,5 @@
-"""The compiled operators: their CPU reference against autograd in float64, the emulated kernels against the reference and PyTorch."""
+"""The compiled operators: their CPU reference against autograd in float64, the emulated kernels against the reference and
+PyTorch."""
 
 import math
 
@@ -54,7 +55,17 @@ def run_attention(
     queries, keys = (Sequences.from_lengths(n, slots=range(4, 4 + len(n))) for n in (ql, kl))
     scale = inputs[0].shape[-1] ** -0.5
     out, _ = getattr(torch.ops, library).attention(
-        *inputs, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, scale, causal, queries.slots, dropout, KEY, SITE
+        *inputs,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_length,
+        keys.max_length,
+        scale,
+        causal,
+        queries.slots,
+        dropout,
+        KEY,
+        SITE,
     )
     gradients = torch.autograd.grad((out * draw(*out.shape, seed=9).to(out.dtype)).sum(), inputs)
     return [x.detach().double() for x in (out, *gradients)]
@@ -113,7 +124,8 @@ def test_attention_drops_the_same_probabilities_in_every_tiling(library: str, si
 
 
 def test_the_mask_depends_on_key_site_slot_position_and_head_alone() -> None:
-    def mask(key: int = KEY, site: int = SITE, keys: torch.Tensor = row_keys([4])) -> torch.Tensor:
+    def mask(key: int = KEY, site: int = SITE, keys: torch.Tensor | None = None) -> torch.Tensor:
+        keys = row_keys([4]) if keys is None else keys
         return torch.ops.opt_ds.dropout(torch.ones(4, 64), keys, 0.5, key, site) != 0
 
     other_slot = torch.tensor([[4, i] for i in range(4)], dtype=torch.int32)
@@ -162,8 +174,8 @@ def test_attention_passes_gradcheck(ql: list[int], kl: list[int], causal: bool, 
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.ops.opt_ds.attention(
-            q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, 0.6, causal, queries.slots_or_numbers,
-            dropout, KEY, SITE,
+            q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, 0.6, causal,
+            queries.slots_or_numbers, dropout, KEY, SITE,
         )[0]  # fmt: skip
 
     assert torch.autograd.gradcheck(function, attention_inputs(ql, kl, 4, torch.float64))
@@ -217,7 +229,9 @@ def test_layer_norm_is_as_exact_as_pytorchs(library: str, dtype: torch.dtype, wi
     torchs = unfused_layer_norm(inputs, mask.to(dtype))
     found = run_layer_norm(library, inputs, 0.1)
     for which, (true, own, yardstick) in enumerate(zip(truth, found, torchs, strict=True)):
-        allowed = (3 if which > 1 else 2) * (yardstick - true).abs().max().item() + torch.finfo(dtype).eps * true.abs().max().item() / 4
+        allowed = (3 if which > 1 else 2) * (yardstick - true).abs().max().item() + torch.finfo(
+            dtype
+        ).eps * true.abs().max().item() / 4
         assert (own - true).abs().max().item() <= allowed, which
 
 
@@ -252,7 +266,9 @@ def test_attention_is_as_exact_as_pytorchs(library: str, dtype: torch.dtype, siz
     torchs = unfused_attention(inputs, ql, kl, causal)
     found = run_attention(library, inputs, ql, kl, causal, 0.0)
     for which, (true, own, yardstick) in enumerate(zip(truth, found, torchs, strict=True)):
-        allowed = (3 if which else 2) * (yardstick - true).abs().max().item() + torch.finfo(dtype).eps * true.abs().max().item() / 4
+        allowed = (3 if which else 2) * (yardstick - true).abs().max().item() + torch.finfo(
+            dtype
+        ).eps * true.abs().max().item() / 4
         assert (own - true).abs().max().item() <= allowed, ("out", "d_q", "d_k", "d_v")[which]
 
 
