@@ -20,8 +20,8 @@ from toolchain import Resources
 #: registers: two blocks of four warps, so that one computes while the other loads. LayerNorm wants many rows in flight.
 BUDGET = {
     "layer_norm_forward": (128, 2),
-    "layer_norm_backward": (244, 1),
-    "sum_partials": (40, 4),
+    "layer_norm_backward": (252, 1),
+    "sum_partials": (56, 4),
     "dropout_rows": (64, 4),
     "attention_forward": (255, 2),
     "attention_backward": (255, 2),

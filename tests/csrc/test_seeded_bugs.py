@@ -52,7 +52,7 @@ BUGS = [
     ("dropout bits dealt to the wrong lanes", SM70, "trade_bits<3, 3>", "trade_bits<3, 4>", "plain", "attention"),
     ("dropout of the wrong head", FORWARD, "query, slot, head)", "query, slot, 0)", "plain", "attention"),
     ("delta forgotten", BACKWARD, "column_delta[j][e] : row_delta[mt][r]", "0.f : row_delta[mt][r]", "plain", "attention"),
-    ("causal edge off by one", BACKWARD, "own_row > other : other", "own_row >= other : other", "plain", "attention"),
+    ("causal edge off by one", BACKWARD, "own_row > other :", "own_row >= other :", "plain", "attention"),
     ("accumulator layout of another instruction", SIMT, "n = (i & 4) + (lane & 2) + (i & 1)", "n = i", "plain", "attention"),
 ]  # fmt: skip
 # Found by the emulator of a later architecture.
