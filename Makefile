@@ -1,4 +1,4 @@
-# make install | pretrain | test | test-faults | test-gpu | lint | wheelhouse
+# make install | pretrain | test | test-faults | test-kernels | test-gpu | lint | wheelhouse
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,7 +10,7 @@ RUN := runs/emoji
 # One rank a GPU; without a GPU, two ranks on the CPU.
 NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
 
-.PHONY: install pretrain test test-faults test-gpu lint wheelhouse
+.PHONY: install pretrain test test-faults test-kernels test-gpu lint wheelhouse
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -21,7 +21,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamp makes the second call quick; a changed pin or entry point makes it work again.
-$(VENV)/.installed: requirements.txt setup.py | $(VENV)/bin/python
+$(VENV)/.installed: requirements.txt setup.py $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.* csrc/*/*/*.h) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
@@ -38,13 +38,18 @@ pretrain: install $(STORE)/store.json
 	$(BIN)/opt-ds evaluate summary --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not gpu and not kernels"
 
 test-faults: install
 	$(BIN)/python -m pytest -m faults
 
+# Everything that can be said of the kernels without a GPU, with its tables: about 25 minutes on two cores.
+test-kernels: install
+	$(BIN)/python -m pytest -n 2 --dist load tests/csrc tests/ops -m "not gpu" -rP
+
+# For a machine with a GPU: the kernels on the device. benchmarks/kernels.py times them.
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,11 +1,15 @@
 """Packaging of opt_ds. The ranges admit what users have (a V100 needs torch's cu126 builds)."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 _HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE / "csrc"))
+from build_extension import BuildKernels, kernel_extensions  # noqa: E402
+
 _VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
@@ -15,7 +19,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_ds", "opt_ds.*"]),
-    package_data={"opt_ds": ["presets/*.yaml", "serve/page.html"]},
+    package_data={"opt_ds": ["presets/*.yaml", "serve/page.html", "_build.json"]},
+    ext_modules=kernel_extensions(),  # OPT_DS_CUDA_ARCHITECTURES=70,80 builds for GPUs that are not here; see csrc/README.md
+    cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

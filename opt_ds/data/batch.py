@@ -166,7 +166,7 @@ class Packer:
         gather = np.empty(layout.total, dtype=np.int64)
         gather[np.concatenate([token_index, region_index, frame_index])] = np.arange(layout.total)
         return EncoderInputs(
-            sequences=Sequences.from_lengths(layout.lengths.sum(1)),
+            sequences=Sequences.from_lengths(layout.lengths.sum(1), slots=[s.slot for s in samples]),
             slots=_long([s.slot for s in samples]),
             token_ids=_join(tokens, np.int64),
             token_positions=_join([np.arange(len(t)) for t in tokens], np.int64),
@@ -193,7 +193,7 @@ class Packer:
             input_ids=_join([np.append(begin, target[:-1]) for target in targets], np.int64),
             target_ids=_join(targets, np.int64),
             positions=_join([np.arange(len(target)) for target in targets], np.int64),
-            sequences=Sequences.from_lengths([len(target) for target in targets]),
+            sequences=Sequences.from_lengths([len(target) for target in targets], slots=[samples[i].slot for i in writing]),
             memory_index=_join(memory, np.int64),
             memory=Sequences.from_lengths([len(positions) for positions in memory]),
         )

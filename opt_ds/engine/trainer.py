@@ -57,7 +57,7 @@ class Trainer:
         self.ranks, self.stop = group.ranks, stop
         self.plan = StepPlan(config, stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
-        backend.choose(config.ops.backend)
+        backend.choose(config.ops.backend, group.device)
 
         saved = checkpoint.read_state(resume_from) if resume_from else {}
         self.state = checkpoint.train_state(saved) if saved else TrainState()
@@ -304,6 +304,7 @@ class Trainer:
             "precision": self.precision,
             "zero_stage": self.config.zero.stage,
             "kernels": ", ".join(f"{operator}: {kernel}" for operator, kernel in backend.describe().items()),
+            "kernels_not_used": backend.reasons(),
             "parameters": numel,
             "samples_per_step": self.plan.batch_samples,
             "micro_batches": len(first.micro_batches[0]),
@@ -325,6 +326,8 @@ class Trainer:
             f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank, "
             f"{first.fill:.0%} full; {self.plan.num_samples} training samples"
         )
+        for reason in backend.reasons():
+            say(reason)
         for task, reason in self.plan.off.items():
             say(f"task {task} is off: {reason}")
         if resume_from:

@@ -6,7 +6,7 @@ from torch import nn
 
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import Written
-from opt_ds.model.transformer import Decoder, LayerCache, LayerNorm
+from opt_ds.model.transformer import Decoder, Dropout, LayerCache, LayerNorm
 from opt_ds.ops.sequences import Sequences
 
 
@@ -23,7 +23,7 @@ class AutoregressiveDecoder(nn.Module):
         self.num_positions = num_positions
         self.position = nn.Embedding(num_positions, config.hidden_size)
         self.norm = LayerNorm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.decoder = Decoder(config, num_layers)
         self.bias = nn.Parameter(torch.zeros(num_outputs))
 
@@ -36,7 +36,7 @@ class AutoregressiveDecoder(nn.Module):
     def forward(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
         """Scores [w, outputs] of every written position, teacher-forced, given the encoder's packed output."""
         memory_ue = hidden_te.index_select(0, written.memory_index)
-        hidden_we = self._input(written.input_ids, written.positions)
+        hidden_we = self._input(written.input_ids, written.positions, written.sequences)
         return self._scores(self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers))
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
@@ -48,8 +48,8 @@ class AutoregressiveDecoder(nn.Module):
         positions_b = torch.full_like(ids_b, position)
         return self._scores(self.decoder.decode(self._input(ids_b, positions_b), caches))
 
-    def _input(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.norm(self._embed(ids) + self.position(positions)))
+    def _input(self, ids: torch.Tensor, positions: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        return self.dropout(self.norm(self._embed(ids) + self.position(positions)), sequences)
 
 
 class TextDecoder(AutoregressiveDecoder):

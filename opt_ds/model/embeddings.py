@@ -8,7 +8,7 @@ from torch import nn
 
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import EncoderInputs
-from opt_ds.model.transformer import LayerNorm
+from opt_ds.model.transformer import Dropout, LayerNorm
 
 STANDARD_LIMIT = 8.0  # standardised features are clamped to this many deviations
 TEXT_TYPE, IMAGE_TYPE, AUDIO_TYPE = range(3)
@@ -41,21 +41,20 @@ class FeatureStandardizer(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Token + position + type -> LN -> dropout (BERT's embedding)."""
+    """Token + position + type -> LN (BERT's embedding)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_text_tokens + 2, config.hidden_size)
         self.norm = LayerNorm(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, token_ids_n: torch.Tensor, positions_n: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.norm(self.word(token_ids_n) + self.position(positions_n) + type_e))
+        return self.norm(self.word(token_ids_n) + self.position(positions_n) + type_e)
 
 
 class RegionEmbedder(nn.Module):
-    """FC(feature) + FC(box) + type -> LN -> dropout. A masked region's feature is zero, plus a learned vector."""
+    """FC(feature) + FC(box) + type -> LN. A masked region's feature is zero, plus a learned vector."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,18 +62,17 @@ class RegionEmbedder(nn.Module):
         self.box = nn.Linear(7, config.hidden_size)
         self.mask = nn.Parameter(torch.zeros(config.hidden_size))
         self.norm = LayerNorm(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, features_rv: torch.Tensor, boxes_r7: torch.Tensor, masked_r: torch.Tensor, type_e: torch.Tensor
     ) -> torch.Tensor:
         dtype = self.feature.weight.dtype
         hidden_re = self.feature(features_rv.masked_fill(masked_r[:, None], 0.0).to(dtype)) + self.box(boxes_r7.to(dtype))
-        return self.dropout(self.norm(hidden_re + masked_r[:, None].to(dtype) * self.mask + type_e))
+        return self.norm(hidden_re + masked_r[:, None].to(dtype) * self.mask + type_e)
 
 
 class FrameEmbedder(nn.Module):
-    """FC(frame) + position + type -> LN -> dropout. A masked frame is zero, plus a learned vector."""
+    """FC(frame) + position + type -> LN. A masked frame is zero, plus a learned vector."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,23 +80,24 @@ class FrameEmbedder(nn.Module):
         self.position = nn.Embedding(config.max_frames, config.hidden_size)
         self.mask = nn.Parameter(torch.zeros(config.hidden_size))
         self.norm = LayerNorm(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, frames_av: torch.Tensor, positions_a: torch.Tensor, masked_a: torch.Tensor, type_e: torch.Tensor
     ) -> torch.Tensor:
         dtype = self.feature.weight.dtype
         hidden_ae = self.feature(frames_av.masked_fill(masked_a[:, None], 0.0).to(dtype)) + self.position(positions_a)
-        return self.dropout(self.norm(hidden_ae + masked_a[:, None].to(dtype) * self.mask + type_e))
+        return self.norm(hidden_ae + masked_a[:, None].to(dtype) * self.mask + type_e)
 
 
 class InputEmbeddings(nn.Module):
-    """All three embedders; gives the packed rows, and the standardised features, which are also the tasks' targets."""
+    """All three embedders, then dropout; gives the packed rows, and the standardised features, which are also the tasks'
+    targets."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.text, self.regions, self.frames = TextEmbedder(config), RegionEmbedder(config), FrameEmbedder(config)
         self.modality = nn.Embedding(3, config.hidden_size)
+        self.dropout = Dropout(config.dropout)
         self.region_standardizer = FeatureStandardizer(config.image_feature_dim, 1, config.standardize_features)
         self.frame_standardizer = FeatureStandardizer(
             config.audio_feature_dim, config.audio_stack, config.standardize_features
@@ -116,4 +115,4 @@ class InputEmbeddings(nn.Module):
                 self.frames(frames_av, inputs.frame_positions, inputs.frame_masked, type_3e[AUDIO_TYPE]),
             ]
         )
-        return rows_te.index_select(0, inputs.gather_index), regions_rv, frames_av
+        return self.dropout(rows_te.index_select(0, inputs.gather_index), inputs.sequences), regions_rv, frames_av

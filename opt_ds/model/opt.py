@@ -10,7 +10,7 @@ from opt_ds.config import ModelConfig, TasksConfig
 from opt_ds.data.batch import EncoderInputs, PackedBatch
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
-from opt_ds.model.transformer import Encoder
+from opt_ds.model.transformer import Encoder, number_dropout_sites
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import LossTerm
 from opt_ds.tasks.mam import MaskedAudioModeling
@@ -35,6 +35,7 @@ class OPT(nn.Module):
         self.mvm = MaskedVisionModeling(model)
         self.mam = MaskedAudioModeling(model, tasks.mac.temperature)
         self.matching = Matching(model, tasks.matching)
+        number_dropout_sites(self)
         self._initialize()
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from opt_ds.config import ModelConfig
 from opt_ds.ops.attention import attention, cached_attention
+from opt_ds.ops.dropout import dropout
 from opt_ds.ops.layer_norm import add_layer_norm, layer_norm
 from opt_ds.ops.sequences import Sequences
 
@@ -27,14 +28,36 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.eps, self.probability, self.pre = config.layer_norm_eps, config.dropout, config.norm == "pre"
+        self.dropout_site = 0
 
-    def forward(self, x: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream)."""
+    def forward(
+        self, x: torch.Tensor, stream: torch.Tensor | None = None, rows: Sequences | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream). `rows`: the packed rows' sequences, for the
+        dropout."""
         if stream is None:
             return layer_norm(x, self.weight, self.bias, self.eps)
-        dropout = self.probability if self.training else 0.0
-        normed, total = add_layer_norm(x, stream, self.weight, self.bias, self.eps, dropout)
+        probability = self.probability if self.training else 0.0
+        normed, total = add_layer_norm(x, stream, self.weight, self.bias, self.eps, probability, rows, self.dropout_site)
         return normed, (total if self.pre else normed)
+
+
+class Dropout(nn.Module):
+    """Dropout of packed rows."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability, self.dropout_site = probability, 0
+
+    def forward(self, x_te: torch.Tensor, rows: Sequences | None) -> torch.Tensor:
+        return dropout(x_te, self.probability if self.training else 0.0, rows, self.dropout_site)
+
+
+def number_dropout_sites(model: nn.Module) -> None:
+    """Give every dropout of the model its own number, which keys its bits."""
+    sites = (m for m in model.modules() if isinstance(m, (LayerNorm, Dropout, SelfAttention, CrossAttention)))
+    for number, module in enumerate(sites):
+        module.dropout_site = number
 
 
 class SelfAttention(nn.Module):
@@ -43,6 +66,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
         self.num_heads, self.causal, self.probability = config.num_heads, causal, config.attention_dropout
+        self.dropout_site = 0
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -52,8 +76,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_te: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         q_thd, k_thd, v_thd = self.project(x_te)
-        dropout = self.probability if self.training else 0.0
-        return self.output(attention(q_thd, k_thd, v_thd, sequences, sequences, self.causal, dropout).flatten(-2))
+        probability = self.probability if self.training else 0.0
+        attended = attention(q_thd, k_thd, v_thd, sequences, sequences, self.causal, probability, self.dropout_site)
+        return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
         """One new position of each sequence; its key and value join the cache."""
@@ -67,7 +92,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.probability = config.num_heads, config.attention_dropout
+        self.num_heads, self.probability, self.dropout_site = config.num_heads, config.attention_dropout, 0
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key_value = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
@@ -79,8 +104,9 @@ class CrossAttention(nn.Module):
     def forward(self, x_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
         q_thd = self.query(x_te).unflatten(-1, (self.num_heads, -1))
         k_uhd, v_uhd = self.memory(memory_ue)
-        dropout = self.probability if self.training else 0.0
-        return self.output(attention(q_thd, k_uhd, v_uhd, sequences, memory, False, dropout).flatten(-2))
+        probability = self.probability if self.training else 0.0
+        attended = attention(q_thd, k_uhd, v_uhd, sequences, memory, False, probability, self.dropout_site)
+        return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
         q_bhd = self.query(x_be).unflatten(-1, (self.num_heads, -1))
@@ -107,8 +133,8 @@ class EncoderLayer(nn.Module):
         self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
 
     def forward(self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te)
-        return self.ffn_norm(self.ffn(x_te), stream_te)
+        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te, sequences)
+        return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
 
 
 class DecoderLayer(nn.Module):
@@ -129,9 +155,9 @@ class DecoderLayer(nn.Module):
         memory_ue: torch.Tensor,
         memory: Sequences,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te)
-        x_te, stream_te = self.cross_norm(self.cross(x_te, readers, memory_ue, memory), stream_te)
-        return self.ffn_norm(self.ffn(x_te), stream_te)
+        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te, sequences)
+        x_te, stream_te = self.cross_norm(self.cross(x_te, readers, memory_ue, memory), stream_te, sequences)
+        return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
 
     def decode(self, x_be: torch.Tensor, stream_be: torch.Tensor, cache: "LayerCache") -> tuple[torch.Tensor, torch.Tensor]:
         x_be, stream_be = self.attention_norm(self.attention.decode(x_be, cache), stream_be)

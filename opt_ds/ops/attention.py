@@ -6,6 +6,7 @@ t: packed query rows; u: packed key rows; h: heads; d: head width; S sequences; 
 import torch
 import torch.nn.functional as F
 
+from opt_ds.ops import backend
 from opt_ds.ops.sequences import Sequences
 
 
@@ -17,14 +18,36 @@ def attention(
     keys: Sequences,
     causal: bool = False,
     dropout: float = 0.0,
+    site: int = 0,
 ) -> torch.Tensor:
     """softmax(q kᵀ / √d) v within each pair of query and key sequences (Vaswani et al. 2017, eq. 1); [t, h, d].
 
-    `causal` (self-attention only): a query sees keys up to its own place. Dropout acts on the probabilities. A query sequence
-    whose key sequence is empty gets 0. Scores come in the inputs' dtype; their softmax is fp32 whatever that is.
+    `causal` (self-attention only): a query sees keys up to its own place. Dropout acts on the probabilities; `site` says which
+    dropout of the model it is (a compiled backend keys its bits by it). A query sequence whose key sequence is empty gets 0.
+    The softmax is fp32 whatever the inputs' dtype; torch's backend rounds the scores to it.
     """
     assert len(queries) == len(keys), "each query sequence has its key sequence"
     assert not causal or queries.max_length == keys.max_length, "causal attention is self-attention"
+    library = backend.library("attention")
+    if library is None:
+        return _torch_attention(q_thd, k_uhd, v_uhd, queries, keys, causal, dropout)
+    slots, key = (queries.slots_or_numbers, backend.dropout_key()) if dropout > 0.0 else (None, 0)
+    return getattr(torch.ops, library).attention(
+        q_thd, k_uhd, v_uhd, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, q_thd.shape[-1] ** -0.5,
+        causal, slots, dropout, key, site,
+    )[0]  # fmt: skip
+
+
+def _torch_attention(
+    q_thd: torch.Tensor,
+    k_uhd: torch.Tensor,
+    v_uhd: torch.Tensor,
+    queries: Sequences,
+    keys: Sequences,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """Padded, with the scores written out: the reference, and on the CPU the fastest."""
     num_heads, head_dim = q_thd.shape[1:]
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0

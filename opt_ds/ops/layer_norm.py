@@ -6,9 +6,19 @@ Shapes: rows of any leading shape [..., E]; weight and bias [E].
 import torch
 import torch.nn.functional as F
 
+from opt_ds.ops import backend
+from opt_ds.ops.sequences import Sequences
+
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """LayerNorm over the last dimension (Ba et al. 2016), in x's dtype with fp32 statistics."""
+    library = backend.library("layer_norm")
+    if library is not None:
+        return getattr(torch.ops, library).layer_norm(x, None, None, weight, bias, eps, None, 0.0, 0, 0)[0]
+    if backend.chosen("layer_norm") == "apex":
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+        return fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -19,8 +29,22 @@ def add_layer_norm(
     bias: torch.Tensor,
     eps: float,
     dropout: float = 0.0,
+    rows: Sequences | None = None,
+    site: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """total = residual + dropout(x); gives (LayerNorm(total), total): post-norm uses the first, pre-norm both."""
+    """total = residual + dropout(x); gives (LayerNorm(total), total): post-norm uses the first, pre-norm both.
+
+    `rows`: the sequences that x's rows belong to; `site`: which dropout of the model this is. A compiled backend keys its
+    dropout by them; PyTorch's draws from its generator.
+    """
+    library = backend.library("layer_norm")
+    if library is not None:
+        assert rows is not None or dropout == 0.0, "dropout of a compiled backend is keyed by the rows' sequences"
+        row_keys = rows.row_keys if dropout > 0.0 and rows is not None else None
+        key = backend.dropout_key() if dropout > 0.0 else 0
+        operator = getattr(torch.ops, library).layer_norm
+        normed, total, _, _ = operator(x, None, residual, weight, bias, eps, row_keys, dropout, key, site)
+        return normed, total
     if dropout > 0.0:
         x = F.dropout(x, dropout, training=True)
     total = residual + x

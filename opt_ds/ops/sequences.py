@@ -1,6 +1,6 @@
 """Where the sequences of a packed tensor begin and end; the one description that every attention kernel reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,22 +11,31 @@ import torch
 class Sequences:
     """S sequences laid end to end in a packed tensor of T rows, nothing between them.
 
-    cu_seqlens: int32 [S + 1], the first row of each sequence and T. The other fields are known without asking the device.
+    cu_seqlens: int32 [S + 1], the first row of each sequence and T. min_length, max_length and total are known without asking the
+    device. slots: int32 [S], the samples' places in the global batch, which key the dropout; None: 0, 1, 2, …
     """
 
     cu_seqlens: torch.Tensor
     min_length: int
     max_length: int
     total: int
+    slots: torch.Tensor | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: np.ndarray | list[int], device: torch.device | str = "cpu") -> "Sequences":
+    def from_lengths(
+        cls,
+        lengths: np.ndarray | list[int],
+        device: torch.device | str = "cpu",
+        slots: np.ndarray | list[int] | None = None,
+    ) -> "Sequences":
         lengths = np.asarray(lengths, dtype=np.int64)
+        places = None if slots is None else torch.from_numpy(np.asarray(slots, dtype=np.int32)).to(device)
         cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
-        return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()))
+        return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()), places)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Sequences":
-        return Sequences(self.cu_seqlens.to(device, non_blocking=non_blocking), self.min_length, self.max_length, self.total)
+        slots = None if self.slots is None else self.slots.to(device, non_blocking=non_blocking)
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking), slots=slots)
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -53,6 +62,22 @@ class Sequences:
         first = torch.arange(len(self), device=self.cu_seqlens.device) * self.max_length - self.cu_seqlens[:-1].long()
         shift = torch.repeat_interleave(first, self.lengths, output_size=self.total)
         return shift + torch.arange(self.total, device=self.cu_seqlens.device)
+
+    @cached_property
+    def slots_or_numbers(self) -> torch.Tensor:
+        """int32 [S]"""
+        if self.slots is not None:
+            return self.slots
+        return torch.arange(len(self), dtype=torch.int32, device=self.cu_seqlens.device)
+
+    @cached_property
+    def row_keys(self) -> torch.Tensor:
+        """int32 [T, 2]: slot and position of each packed row, which key its dropout."""
+        lengths = self.lengths
+        first = torch.repeat_interleave(self.cu_seqlens[:-1], lengths, output_size=self.total)
+        slot = torch.repeat_interleave(self.slots_or_numbers, lengths, output_size=self.total)
+        row = torch.arange(self.total, dtype=torch.int32, device=self.cu_seqlens.device)
+        return torch.stack([slot, row - first], dim=1)
 
     @cached_property
     def key_bias(self) -> torch.Tensor:

@@ -1,0 +1,141 @@
+"""The compiled operators (csrc/): loads them, and tells autograd and torch.compile about them.
+
+Two libraries with the same operators: `torch.ops.opt_ds` (the CUDA kernels on a GPU, their plain reference on the CPU) and
+`torch.ops.opt_ds_emulator` (the CUDA kernels run on the CPU, thread by thread; slow). `csrc/binding.cpp` has the schemas.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LIBRARIES = {"opt_ds": "_C", "opt_ds_emulator": "_emulator"}
+
+
+@functools.cache
+def build_record() -> dict[str, Any]:
+    """What the build says of itself: `cpu`, `cuda`, `emulator` ("built" or the reason why not) and `architectures`."""
+    try:
+        return json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "the extension was not built: run pip install --no-build-isolation . (or -e .)"
+        return {"cpu": reason, "cuda": reason, "emulator": reason, "architectures": []}
+
+
+@functools.cache
+def load(library: str = "opt_ds") -> str:
+    """Load one of the two libraries; gives "" or the reason why it is not there."""
+    part = "cpu" if library == "opt_ds" else "emulator"
+    if build_record()[part] != "built":
+        return build_record()[part]
+    files = list(_PACKAGE.glob(f"{_LIBRARIES[library]}.*.so"))
+    if not files:
+        return f"opt_ds/{_LIBRARIES[library]}.*.so is missing: run pip install --no-build-isolation . (or -e .)"
+    try:
+        torch.ops.load_library(files[0])
+    except OSError as error:  # built against another torch
+        return f"{files[0].name} does not load ({' '.join(str(error).split())[:200]}): install opt_ds again"
+    _register(library)
+    return ""
+
+
+def missing_on(device: torch.device) -> str:
+    """ "" if the fused operators run on this device, else the reason why they do not."""
+    reason = load()
+    if reason or device.type != "cuda":
+        return reason
+    record = build_record()
+    if record["cuda"] != "built":
+        return record["cuda"]
+    major, minor = torch.cuda.get_device_capability(device)
+    # Machine code of one architecture runs on later ones of the same generation.
+    if not any(int(a) // 10 == major and int(a) % 10 <= minor for a in record["architectures"]):
+        built = ", ".join(f"sm_{a}" for a in record["architectures"])
+        return f"built for {built}, this GPU is sm_{major}{minor}: install again with OPT_DS_CUDA_ARCHITECTURES={major}{minor}"
+    return ""
+
+
+def _statistics(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _register(library: str) -> None:
+    """Shapes (for torch.compile) and gradients of one library's operators."""
+    ops = getattr(torch.ops, library)
+
+    @torch.library.register_fake(f"{library}::layer_norm")
+    def _(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site):
+        has_total = input_bias is not None or residual is not None or dropout > 0
+        mean = x.new_empty(x.numel() // x.shape[-1], dtype=_statistics(x))
+        normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return normed, torch.empty_like(normed) if has_total else x.new_empty(0), mean, torch.empty_like(mean)
+
+    @torch.library.register_fake(f"{library}::layer_norm_backward")
+    def _(d_normed, d_total, total, mean, rstd, weight, row_keys, dropout, key, site, with_input_bias):
+        d_residual = torch.empty_like(total, memory_format=torch.contiguous_format)
+        d_x = torch.empty_like(d_residual) if dropout > 0 else total.new_empty(0)
+        width = total.shape[-1]
+        d_input_bias = weight.new_empty(width if with_input_bias else 0)
+        return d_residual, d_x, weight.new_empty(width), weight.new_empty(width), d_input_bias
+
+    @torch.library.register_fake(f"{library}::dropout")
+    def _(x, row_keys, dropout, key, site):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake(f"{library}::attention")
+    def _(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, dropout, key, site):
+        return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_statistics(q))
+
+    @torch.library.register_fake(f"{library}::attention_backward")
+    def _(d_out, q, k, v, out, lse, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, dropout, key, site):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def layer_norm_setup(ctx, inputs, output):
+        x, input_bias, residual, weight, _, _, row_keys, ctx.dropout, ctx.key, ctx.site = inputs
+        _, total, mean, rstd = output
+        ctx.has_input_bias, ctx.has_residual = input_bias is not None, residual is not None
+        ctx.has_total = total.numel() == x.numel() and (ctx.has_input_bias or ctx.has_residual or ctx.dropout > 0)
+        ctx.save_for_backward(total if ctx.has_total else x, mean, rstd, weight, row_keys)
+        ctx.set_materialize_grads(False)
+
+    def layer_norm_backward(ctx, d_normed, d_total, _mean, _rstd):
+        total, mean, rstd, weight, row_keys = ctx.saved_tensors
+        if d_normed is None:
+            d_normed = torch.zeros_like(total)
+        d_residual, d_x, d_weight, d_bias, d_input_bias = ops.layer_norm_backward(
+            d_normed, d_total if ctx.has_total else None, total, mean, rstd, weight, row_keys, ctx.dropout, ctx.key, ctx.site,
+            ctx.has_input_bias,
+        )  # fmt: skip
+        d_x = d_x if ctx.dropout > 0 else d_residual
+        return (d_x, d_input_bias if ctx.has_input_bias else None, d_residual if ctx.has_residual else None, d_weight, d_bias,
+                None, None, None, None, None)  # fmt: skip
+
+    torch.library.register_autograd(f"{library}::layer_norm", layer_norm_backward, setup_context=layer_norm_setup)
+
+    def dropout_setup(ctx, inputs, output):
+        _, row_keys, *ctx.how = inputs
+        ctx.save_for_backward(row_keys)
+
+    def dropout_backward(ctx, d_y):
+        return ops.dropout(d_y, ctx.saved_tensors[0], *ctx.how), None, None, None, None
+
+    torch.library.register_autograd(f"{library}::dropout", dropout_backward, setup_context=dropout_setup)
+
+    def attention_setup(ctx, inputs, output):
+        q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, *dropout = inputs
+        ctx.save_for_backward(q, k, v, *output, cu_queries, cu_keys, slots)
+        ctx.how = (max_queries, max_keys, scale, causal), dropout
+        ctx.set_materialize_grads(False)
+
+    def attention_backward(ctx, d_out, _lse):
+        q, k, v, out, lse, cu_queries, cu_keys, slots = ctx.saved_tensors
+        if d_out is None:
+            return (None,) * 13
+        shape, dropout = ctx.how
+        gradients = ops.attention_backward(d_out, q, k, v, out, lse, cu_queries, cu_keys, *shape, slots, *dropout)
+        return *gradients, *(None,) * 10
+
+    torch.library.register_autograd(f"{library}::attention", attention_backward, setup_context=attention_setup)
