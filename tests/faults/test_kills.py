@@ -33,13 +33,16 @@ def campaign(store: Path, folder: Path, precision: str, num_kills: int, seed: in
     while found["kills"] < num_kills:
         moment = chance.choice(["starting", "running", "running", "saving", "saving"])
         victims = chance.choice(VICTIMS[moment])
-        left_behind = _being_written(cut)
+        left_behind, last_write = _being_written(cut), _last_write(cut)
         with ranks(store, cut, settings, precision) as run:
             began = _newest_step(cut)
             if moment == "starting":
                 time.sleep(chance.uniform(0.1, 5.0))
             elif moment == "running":
-                assert run.until(lambda before=began: _logged_steps(cut) > before), run.said(0)
+                # Steps logged after the last checkpoint are still in the file: it is rewritten first.
+                assert run.until(
+                    lambda step=began, then=last_write: _last_write(cut) > then and _logged_steps(cut) > step
+                ), run.said(0)
                 time.sleep(chance.uniform(0.0, 0.8))
             else:
                 assert run.until(lambda before=left_behind: _being_written(cut) - before), run.said(0)
@@ -77,6 +80,13 @@ def _being_written(output: Path) -> set[tuple[str, int]]:
         with suppress(FileNotFoundError):
             found.add((folder.name, folder.stat().st_ino))
     return found
+
+
+def _last_write(output: Path) -> int:
+    try:
+        return (output / "metrics.jsonl").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _logged_steps(output: Path) -> int:

@@ -18,6 +18,7 @@ from opt_ds.prepare import PrepareSettings, prepare
 from opt_ds.serve.session import Session
 from opt_ds.store import FeatureStore
 from opt_ds.train_dvae import train_dvae
+from tests.engine.runs import rank_environment
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (30, 30, 220), "yellow": (230, 220, 40)}
 
@@ -62,7 +63,8 @@ def start_run(store: Path, output: Path, *settings: str) -> None:
     options = [part for setting in given for part in ("--set", setting)]
     script = Path(__file__).parents[2] / "opt_ds" / "pretrain.py"
     command = [sys.executable, str(script), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, env=rank_environment(0, 1, 0), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")

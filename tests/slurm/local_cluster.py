@@ -48,6 +48,9 @@ SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdParameters=config_overrides
 """
 
+#: What a launcher, or a test in the same process that joined a process group, left in the environment.
+_NOT_INHERITED = ("SLURM", "SBATCH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
+
 
 class SlurmMissingError(RuntimeError):
     """Slurm is not installed and cannot be; the message says why."""
@@ -81,7 +84,7 @@ class LocalCluster:
         (self.folder / "state").mkdir()
         self._write_configuration()
         # The cluster's processes begin with a clean slate: no rank of a run around us, no Slurm of another cluster.
-        own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RANK", "WORLD_SIZE"))}
+        own = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
         self.environment = own | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         try:
             self._start_munge()

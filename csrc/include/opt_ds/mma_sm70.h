@@ -6,7 +6,7 @@
 //     B column-major  B[k = e][n = o]            B row-major  B[k = quad][n = e + 4 * high]
 //     accumulator i   C[m = (lane & 1) + (i & 2) + 4 * high][n = (i & 4) + (lane & 2) + (i & 1)]
 // Sources: PTX ISA, "Matrix Fragments for mma.m8n8k4 with .f16 floating point type"; the same facts are CuTe's layouts in
-// cutlass/include/cute/atom/mma_traits_sm70.hpp. The software routine that ptxas emits for sm_80 was run through them as well.
+// cutlass/include/cute/atom/mma_traits_sm70.hpp.
 //
 // A 16x16 tile takes four quad pairs: lane bit 3 (`lower`) picks rows + 8, lane bit 2 (`right`) the column half. Rows are natural;
 // columns are permuted so that shared memory is read without bank conflicts, which is free as long as everybody agrees:
