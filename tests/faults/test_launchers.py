@@ -58,7 +58,6 @@ def test_the_ranks_save_and_leave(
         saved = checkpoint.find_resumable(tmp_path / "run", print)
         assert saved is not None
         assert f"saved after step {int(saved.name[5:])}" in said, said
-        print(process.returncode)
         assert code is None or process.returncode == code, said
     finally:
         with suppress(ProcessLookupError):
