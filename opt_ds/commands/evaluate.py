@@ -48,13 +48,17 @@ def transcription(
     split: _Split = "test_variant",
     limit: _Limit = None,
     beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
+    ignore_words: Annotated[str, typer.Option(help="A second word error rate leaves these out: words, spaces between.")] = "",
     seed: _Seed = 1,
 ) -> None:
     """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""
+    from opt_ds.evaluate.transcription import normalize
     from opt_ds.evaluate.transcription import transcription as run
 
     evaluator = _evaluator(checkpoint, store, split)
-    _write(run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size)), output)
+    ignored = frozenset(normalize(ignore_words).split())
+    figures = run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size), ignored_words=ignored)
+    _write(figures, output)
 
 
 @evaluate.command()

@@ -39,3 +39,14 @@ def test_figures_are_all_there(evaluator: Evaluator) -> None:
     assert found["A"]["samples"] == 5
     assert set(found["A"]) == {"wer", "cer", "samples", "wer_shuffled_audio"}
     assert "wer_shuffled_audio" not in found["I"]
+    assert "ignored_words" not in found
+
+
+def test_ignored_words_count_on_neither_side(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = iter(["woman firefighter: dark skin tone", "man walking"])
+    monkeypatch.setattr(Evaluator, "caption", lambda self, index: next(captions, "man walking"))
+    monkeypatch.setattr(Evaluator, "write_text", lambda self, samples, options: ["man astronaut light skin tone", "walking"])
+    ignored = frozenset(["woman", "man", "dark", "light", "skin", "tone"])
+    found = transcription(evaluator, "train", inputs=("I",), limit=2, ignored_words=ignored)
+    assert found["I"]["wer"] == pytest.approx(4 / 7)
+    assert found["I"]["wer_of_other_words"] == pytest.approx(1 / 2)

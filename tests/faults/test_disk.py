@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,11 @@ from opt_ds.engine import checkpoint
 from tests.engine.runs import hashes
 from tests.engine.test_checkpoint import flip_byte
 from tests.faults.ranks import ranks
+from tests.small_disk import SmallDisk
 
 pytestmark = pytest.mark.timeout(900)
 
 SETTINGS = ("schedule.total_steps=100", "checkpoint.every_steps=2", "checkpoint.keep=20", "train.max_steps=12")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
-    """A file system of its own, and a function that sets its size in KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def resize(kib: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(folder)], check=True, capture_output=True)
-
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a full disk needs the right to mount a tmpfs: {made.stderr.strip()}")
-    yield folder, resize
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +28,25 @@ def straight(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_the_last_checkpoint_serves(
-    store: Path, straight: Path, small_disk: tuple[Path, Callable[[int], None]]
+    store: Path, straight: Path, small_disk: SmallDisk
 ) -> None:
-    disk, resize = small_disk
     one = sum(file.stat().st_size for file in checkpoint.all_checkpoints(straight)[0].iterdir())
-    output = disk / "run"
+    output = small_disk.folder / "run"
     with ranks(store, output, (*SETTINGS, "train.max_steps=6"), num=1) as run:
         assert run.wait() == [0], run.said(0)
-    used = shutil.disk_usage(disk).used
-    resize((used + int(0.6 * one)) // 1024)
+    used = shutil.disk_usage(small_disk.folder).used
+    small_disk.resize((used + int(0.6 * one)) // 1024)
     with ranks(store, output, SETTINGS, num=1) as run:  # refused at the start: not even one more fits
         assert run.wait() == [2], run.said(0)
         assert "GiB free, one checkpoint takes" in run.said(0) and "Traceback" not in run.said(0)
-    resize((used + int(2.2 * one)) // 1024)
+    small_disk.resize((used + int(2.2 * one)) // 1024)
     with ranks(store, output, SETTINGS, num=1) as run:  # two more fit
         assert run.wait() == [1], run.said(0)
         assert "error: checkpoint" in run.said(0) or "GiB free" in run.said(0), run.said(0)
         assert "Traceback" not in run.said(0), run.said(0)
     newest = checkpoint.find_resumable(output, print)
     assert newest is not None and newest.name in ("step-00000008", "step-00000010")
-    resize(65536)
+    small_disk.resize(65536)
     with ranks(store, output, SETTINGS, num=1) as run:
         assert run.wait() == [0], run.said(0)
         assert f"resuming from {newest}" in run.said(0)

@@ -14,6 +14,7 @@ from opt_ds.prepare import prepare
 from opt_ds.store import inspect_store
 from opt_ds.store import writer as writer_module
 from tests.prepare.test_pipeline import SETTINGS, contents
+from tests.small_disk import SmallDisk
 
 _PROGRAM = """
 import sys
@@ -56,28 +57,21 @@ def test_no_space_is_one_line_and_the_same_call_goes_on(
 
 
 @pytest.mark.faults
-def test_a_real_full_disk(messy_manifest: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a full disk needs the right to mount a tmpfs: {made.stderr.strip()}")
-    try:
-        script = tmp_path / "run.py"
-        script.write_text(_PROGRAM)
-        command = [sys.executable, str(script), "--manifest", str(messy_manifest), "--output", str(disk / "store"), "--device",
-                   "cpu", "--workers", "1", "--samples-per-shard", "3", "--vocab-size", "80"]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        full = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert full.returncode == 2, full.stderr
-        assert "the disk is full" in full.stderr
-        assert "Traceback" not in full.stderr
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu", say=lambda _: None)
-        assert contents(disk / "store") == contents(tmp_path / "undisturbed")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def test_a_real_full_disk(messy_manifest: Path, tmp_path: Path, small_disk: SmallDisk) -> None:
+    small_disk.resize(400)
+    script, output = tmp_path / "run.py", small_disk.folder / "store"
+    script.write_text(_PROGRAM)
+    command = [sys.executable, str(script), "--manifest", str(messy_manifest), "--output", str(output), "--device",
+               "cpu", "--workers", "1", "--samples-per-shard", "3", "--vocab-size", "80"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    full = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    assert "the disk is full" in full.stderr
+    assert "Traceback" not in full.stderr
+    small_disk.resize(65536)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    assert contents(output) == contents(tmp_path / "undisturbed")
 
 
 def test_a_worker_that_is_killed_is_one_line(messy_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
