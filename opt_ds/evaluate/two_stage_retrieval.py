@@ -1,7 +1,7 @@
 """Retrieval in two stages: a dual projection of the frozen [CLS] ranks all candidates, the model itself re-ranks the best K.
 
 Ranking N candidates for N queries by the model alone takes N² runs: of the encoder by the matching head, of the text decoder by
-likelihood. In two stages it takes 2 N + K N.
+likelihood. In two stages it takes 2 N + K N, and by likelihood N more of the encoder.
 
 Legend: q queries, c candidates, k shortlisted candidates.
 """
@@ -56,9 +56,11 @@ class TwoStages:
     _projections: dict[str, DualProjection] = field(default_factory=dict)
     _cls: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
-    def figures(self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int) -> dict[str, Any]:
-        """Recalls and costs of one direction; queries and gallery are sample indices."""
-        query, target = DIRECTIONS[direction]
+    def figures(
+        self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that there are."""
+        target = DIRECTIONS[direction][1]
         names = target_names(self.evaluator, np.concatenate([queries, gallery]), target)
         same_qc = names[: len(queries), None] == names[None, len(queries) :]
         first_qc = self.first_stage(direction, queries, gallery)
@@ -67,16 +69,21 @@ class TwoStages:
             "chance": chance(same_qc), "projection": recall(first_qc, same_qc),
             "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
         }  # fmt: skip
-        encoded, pairs, all_pairs = len(queries) + len(gallery), best_qk.size, first_qc.size
-        by_matching = reranked(first_qc, best_qk, self.matching(direction, queries, gallery, best_qk))
-        found["matching"] = {**recall(by_matching, same_qc), **_cost(encoded + pairs, 0, all_pairs)}
-        if len(query) == 1 and TEXT in (*query, target):
-            by_likelihood = reranked(first_qc, best_qk, self.likelihood(direction, queries, gallery, best_qk))
-            others, decoded = len(np.unique(best_qk)), pairs
-            if target == TEXT:
-                inputs = len(self._prior_inputs(query[0]))
-                others, decoded = len(queries) + inputs, decoded + inputs * len(gallery)
-            found["likelihood"] = {**recall(by_likelihood, same_qc), **_cost(encoded + others, decoded, all_pairs)}
+        encoded, pairs = len(queries) + len(gallery), best_qk.size
+        for score in scores or ("matching", "likelihood"):
+            if score == "matching":
+                second_qk, encoder_runs, decoder_runs = self.matching(direction, queries, gallery, best_qk), encoded + pairs, 0
+            elif _has_likelihood(direction):
+                second_qk = self.likelihood(direction, queries, gallery, best_qk)
+                again, prior = self._likelihood_runs(direction, best_qk)
+                encoder_runs, decoder_runs = encoded + again, pairs + prior
+            else:
+                continue
+            found[score] = {
+                **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
+                "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_share": encoder_runs / first_qc.size,
+                "decoder_share": decoder_runs / first_qc.size,
+            }  # fmt: skip
         return found
 
     def first_stage(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -101,17 +108,27 @@ class TwoStages:
         read, texts_of = self.evaluator.read, self._texts
         if target == TEXT:
             samples = [read(index, query) for index in queries]
-            texts = texts_of(gallery)
-            found = self.evaluator.text_log_likelihood_of(samples, texts, list(best_qk))
-            return np.stack(found) - self._log_priors(query[0], texts)[best_qk]
+            ranked, places = np.unique(best_qk, return_inverse=True)  # the texts that are in a shortlist at all
+            texts, wanted = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
+            found = self.evaluator.text_log_likelihood_of(samples, texts, list(wanted))
+            return np.stack(found) - self._log_priors(query[0], texts)[wanted]
         samples = [read(index, (target,)) for index in gallery]
         rows, columns = np.divmod(np.arange(best_qk.size), best_qk.shape[1])
-        wanted = [np.flatnonzero(best_qk.reshape(-1) == place) for place in range(len(gallery))]
-        found = self.evaluator.text_log_likelihood_of(samples, texts_of(queries), [rows[flat] for flat in wanted])
+        pairs_of = [np.flatnonzero(best_qk.reshape(-1) == place) for place in range(len(gallery))]
+        found = self.evaluator.text_log_likelihood_of(samples, texts_of(queries), [rows[flat] for flat in pairs_of])
         scores_qk = np.empty(best_qk.shape)
-        for flat, values in zip(wanted, found, strict=True):
+        for flat, values in zip(pairs_of, found, strict=True):
             scores_qk[rows[flat], columns[flat]] = values
         return scores_qk
+
+    def _likelihood_runs(self, direction: str, best_qk: np.ndarray) -> tuple[int, int]:
+        """Encoder runs of `likelihood`, and the decoder runs of its priors."""
+        query, target = DIRECTIONS[direction]
+        ranked = len(np.unique(best_qk))
+        if target != TEXT:
+            return ranked, 0
+        inputs = len(self._prior_inputs(query[0]))
+        return len(best_qk) + inputs, inputs * ranked
 
     def _log_priors(self, modality: int, texts: list[np.ndarray]) -> np.ndarray:
         """log of each text's mean likelihood over a seeded choice of training inputs; float64 [texts]."""
@@ -165,20 +182,21 @@ def table(result: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [
         f"{result['candidates']} candidates of {result['split']}, the best {result['shortlist']} re-ranked",
-        f"  {'':<22}{'':<14}" + "".join(f"{f'R@{k}':>8}" for k in RANKS) + "   runs, of all pairs",
+        f"  {'':<22}{'':<14}" + "".join(f"{f'R@{k}':>8}" for k in RANKS) + "   encoder, decoder runs of all pairs",
     ]
     for direction in (name for name in DIRECTIONS if name in result):
         found, name = result[direction], direction.replace("_to_", "→").replace("_", "+")
         for stage in ("projection", "matching", "likelihood"):
             if stage in found:
                 cells = "".join(f"{found[stage][f'R@{k}']:>8.1%}" for k in RANKS)
-                cost = f"{found[stage]['share_of_all_pairs']:>10.2%}" if "share_of_all_pairs" in found[stage] else ""
+                shares = (found[stage].get(f"{part}_share") for part in ("encoder", "decoder"))
+                cost = "".join("" if share is None else f"{share:>10.2%}" for share in shares)
                 lines.append(f"  {name:<22}{stage:<14}{cells}{cost}")
                 name = ""
         lines.append(f"  {'':<22}in shortlist  {found['shortlist_recall']:>7.1%}   (chance R@1 {found['chance']['R@1']:.2%})")
     return "\n".join(lines)
 
 
-def _cost(encoder_runs: int, decoder_runs: int, all_pairs: int) -> dict[str, Any]:
-    share = (encoder_runs + decoder_runs) / all_pairs
-    return {"encoder_runs": encoder_runs, "decoder_runs": decoder_runs, "all_pairs": all_pairs, "share_of_all_pairs": share}
+def _has_likelihood(direction: str) -> bool:
+    query, target = DIRECTIONS[direction]
+    return len(query) == 1 and TEXT in (*query, target)

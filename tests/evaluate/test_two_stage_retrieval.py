@@ -90,7 +90,7 @@ def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pyt
         found = stages.figures(direction, gallery, gallery, 4)
         matching, likelihood = found["matching"], found.get("likelihood")
         assert matching["encoder_runs"] == 2 * 20 + 4 * 20 and matching["all_pairs"] == 400
-        assert matching["share_of_all_pairs"] == pytest.approx(0.3)
+        assert matching["encoder_share"] == pytest.approx(0.3)
         second = 0 if likelihood is None else likelihood["encoder_runs"] - 2 * 20
         assert sum(encoded) == matching["encoder_runs"] + second
 

@@ -67,7 +67,8 @@ def test_an_array_of_ablation_rows_leaves_one_table(cluster: LocalCluster, store
     assert submitted.returncode == 0, submitted.stderr
     assert "2 rows: no-sample-level no-token-level" in submitted.stdout
     job = submitted.stdout.split("job ")[1].split(",")[0]
-    cluster.wait(lambda: not cluster.run("squeue", "--noheader", "--array", f"--jobs={job}").strip(), 400, "the array does not end")
+    left = ("squeue", "--noheader", "--array", f"--jobs={job}")
+    cluster.wait(lambda: not cluster.run(*left).strip(), 400, "the array does not end")
     logs = "\n".join(file.read_text() for file in tmp_path.glob("*.log"))
     assert (output / "ablation.json").is_file(), logs
     rows = {row["row"]: row["losses"] for row in json.loads((output / "ablation.json").read_text())["rows"]}
