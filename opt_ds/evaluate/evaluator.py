@@ -16,6 +16,17 @@ from opt_ds.store.schema import TOKENIZER_FOLDER
 __all__ = ["SUBSETS", "Evaluator"]
 
 
+def samples_with(
+    store: FeatureStore, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1
+) -> np.ndarray:
+    """int64: samples of the split that have these modalities; with a limit, a seeded choice of them, in store order."""
+    samples = store.split_samples(split)
+    samples = samples[(store.rows[samples][:, list(modalities)] >= 0).all(1)]
+    if limit is not None and len(samples) > limit:
+        samples = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
+    return samples
+
+
 class Evaluator(ModelRunner):
     """Evaluation of one model on one store."""
 
@@ -25,12 +36,8 @@ class Evaluator(ModelRunner):
         self.reader = SampleReader(config, [store])
 
     def samples_with(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
-        """int64: samples of the split that have these modalities; with a limit, a seeded choice of them, in store order."""
-        samples = self.store.split_samples(split)
-        samples = samples[(self.store.rows[samples][:, list(modalities)] >= 0).all(1)]
-        if limit is not None and len(samples) > limit:
-            samples = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
-        return samples
+        """As the function of this name, of the evaluator's store."""
+        return samples_with(self.store, split, modalities, limit, seed)
 
     def read(self, index: int, modalities: Sequence[int]) -> Sample:
         """A sample of the store, whole, with just these modalities."""

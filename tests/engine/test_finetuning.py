@@ -99,5 +99,5 @@ def test_what_does_not_fit_is_one_line(
 
 def test_a_checkpoint_that_never_learned_to_write_is_refused(learnable: Path, tmp_path: Path, group: Any) -> None:
     train(tiny_config(learnable, "train.max_steps=1", "tasks.dtr.weight=0"), tmp_path / "run", group)
-    with pytest.raises(UserError, match="trained without dtr .tasks.dtr.weight is 0., which transcription fine-tunes"):
+    with pytest.raises(UserError, match=r"trained without dtr \(tasks.dtr.weight is 0\), which transcription fine-tunes"):
         finetune_config("transcription", tmp_path / "run", [str(learnable)])
