@@ -99,6 +99,8 @@ class LossConfig(_Section):
 class MatchingConfig(LossConfig):
     loss: Literal["bce", "ce"] = "bce"
     pair_probability: float = Field(0.5, ge=0, le=1, description="share of draws that judge two modalities")
+    near_donor_share: float = Field(0.0, ge=0, le=1, description="share of training's donors that are hard negatives")
+    near_donor_candidates: int = Field(16, ge=2, description="donors drawn for each of them; the nearest text is taken")
 
 
 class AudioMaskConfig(LossConfig):

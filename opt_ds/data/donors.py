@@ -1,8 +1,13 @@
-"""Donors of the sample-level task: another sample of the same split and another group gives one of its modalities."""
+"""Donors of the sample-level task: another sample of the same split and another group gives one of its modalities.
+
+A share of them may be hard negatives: of several donors drawn alike, the one whose text is nearest to the sample's own.
+"""
 
 import numpy as np
 
-from opt_ds.data.keyed import keyed_choice
+from opt_ds.config import MatchingConfig
+from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
+from opt_ds.data.nearness import Nearness
 from opt_ds.store.reader import FeatureStore
 
 _TRIES = 16
@@ -11,14 +16,18 @@ _TRIES = 16
 class DonorPool:
     """The samples of one split that can give a text, an image or an audio to another sample of it."""
 
-    def __init__(self, store: FeatureStore, samples: np.ndarray) -> None:
-        """`samples`: int64 indices of the split's samples."""
+    def __init__(self, store: FeatureStore, samples: np.ndarray, options: MatchingConfig | None = None) -> None:
+        """`samples`: int64 indices of the split's samples. Without options all donors are drawn evenly."""
         self._rows, self._groups = store.rows, store.groups
         self._givers = [samples[store.rows[samples, modality] >= 0] for modality in range(3)]
         groups = [np.unique(store.groups[givers]) for givers in self._givers]
         several_modalities = bool(len(samples)) and bool(((store.rows[samples] >= 0).sum(1) >= 2).any())
         # "none" wants two donors of two groups besides the sample's own
         self.usable = several_modalities and all(len(g) == 0 or len(g) >= 3 for g in groups)
+        self._near_share, self._candidates, self._nearness = 0.0, 1, None
+        if options is not None and options.near_donor_share and self.usable:
+            self._near_share, self._candidates = options.near_donor_share, options.near_donor_candidates
+            self._nearness = Nearness(store, samples)
 
     def replace(self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Rows [B, 3] with the replaced ones taken from donors; no two of a sample's sources share a group or a row."""
@@ -29,14 +38,28 @@ class DonorPool:
             group = self._groups[sample].copy()
             if who.size:
                 donor = self._donors(modality, who, used, rows[who, modality], key[who])
+                near = keyed_uniform(key[who], "near donor", modality) < self._near_share
+                if near.any():
+                    donor[near] = self._nearest(modality, who[near], used, rows[who[near], modality], key[who[near]], sample)
                 rows[who, modality] = self._rows[donor, modality]
                 group[who] = self._groups[donor]
             used.append(group)
         return rows
 
-    def _donors(
-        self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray
+    def _nearest(
+        self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray, sample: np.ndarray
     ) -> np.ndarray:
+        """Of several donors drawn evenly, the one of the nearest text; never one of the same text or picture, if there is another."""
+        assert self._nearness is not None
+        number = np.tile(np.arange(self._candidates), len(who))
+        several = keyed_hash(np.repeat(key, self._candidates), "candidate", number)
+        drawn = self._donors(modality, np.repeat(who, self._candidates), used, np.repeat(own_row, self._candidates), several)
+        candidate = drawn.reshape(len(who), self._candidates)
+        near = self._nearness.of(sample[who], candidate)
+        near[self._nearness.same_content(sample[who], candidate)] = -np.inf
+        return np.take_along_axis(candidate, near.argmax(1)[:, None], axis=1)[:, 0]
+
+    def _donors(self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray) -> np.ndarray:
         givers = self._givers[modality]
         donor = np.empty(len(who), dtype=np.int64)
         waiting = np.arange(len(who))

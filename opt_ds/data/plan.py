@@ -35,7 +35,8 @@ class StepPlan(Plan):
 
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         super().__init__(config, stores)
-        self._train_donors = [DonorPool(store, rows) for store, rows in zip(stores, self._train, strict=True)]
+        matching = config.tasks.matching
+        self._train_donors = [DonorPool(store, rows, matching) for store, rows in zip(stores, self._train, strict=True)]
         self._has_codes = np.array([store.has_codes for store in stores])
         self.off = self._tasks_off()
 

@@ -148,7 +148,9 @@ class Plan(ABC):
         epoch, place = within // sizes, within % sizes
         for number in range(len(self.stores)):
             own = store == number
-            place[own] = permute(place[own], int(sizes[own][0]), self.config.seed, "order", number, epoch[own]) if own.any() else 0
+            place[own] = (
+                permute(place[own], int(sizes[own][0]), self.config.seed, "order", number, epoch[own]) if own.any() else 0
+            )
         return epoch, store, place
 
     # ---- lengths, counts, micro-batches

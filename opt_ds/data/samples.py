@@ -71,7 +71,9 @@ class SampleReader:
         store, rows, draw = self.stores[number], planned.input_rows[slot], int(planned.draw[slot])
         epoch = int(planned.epoch[slot])
         key = int(keyed_hash(self.config.seed, "masks", epoch, number, int(planned.sample[slot])))
-        sample = Sample(name=f"{store.name}/{store.sample_id(int(planned.sample[slot]))}", slot=slot, case=int(planned.case[slot]))
+        sample = Sample(
+            name=f"{store.name}/{store.sample_id(int(planned.sample[slot]))}", slot=slot, case=int(planned.case[slot])
+        )
         if rows[TEXT] >= 0:
             tokens = self._tokens(store, rows[TEXT])
             masked = self._masked(planned, slot, TEXT, len(tokens), key)
@@ -87,7 +89,11 @@ class SampleReader:
             sample.predict_regions = draw == MVM
         if rows[AUDIO] >= 0:
             training = epoch < VALIDATION_EPOCH
-            offset = int(keyed_choice(self.config.model.audio_stack, key, "offset")) if training and self.config.data.frame_offset else 0
+            offset = (
+                int(keyed_choice(self.config.model.audio_stack, key, "offset"))
+                if training and self.config.data.frame_offset
+                else 0
+            )
             self.read_frames(sample, store, rows[AUDIO], offset)
             sample.frame_masked = self._masked(planned, slot, AUDIO, len(given(sample.frames)), key)
             sample.predict_frames = draw == MAM

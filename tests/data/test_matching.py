@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from opt_ds.data.matching import CASES
+from opt_ds.data.nearness import Nearness
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import MATCHING, PlannedSamples
 from opt_ds.store import FeatureStore
@@ -97,3 +98,26 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
     assert all(CASES[c] == true_case(three, owners, rows) for c, rows in zip(s.case, s.input_rows, strict=True))
     two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
     assert "no donor" in StepPlan(make_config(), [two]).off["matching"]
+
+
+def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore) -> None:
+    matching = {"pair_probability": 0.0, "near_donor_share": 1.0}
+    tasks = {"mix": {"matching": 1.0}}
+    size = {"batch": {"size": 1000, "max_tokens": 8192}}
+    owners, train = owners_of(grouped), grouped.split_samples("train")
+    nearness, mean = Nearness(grouped, train), {}
+    for share in (0.0, 1.0):
+        plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"near_donor_share": share}}, **size), [grouped])
+        s = plan.step(0).samples
+        assert (s.draw == MATCHING).all() and np.bincount(s.case, minlength=5).min() > 100
+        assert all(CASES[c] == true_case(grouped, owners, rows) for c, rows in zip(s.case, s.input_rows, strict=True))
+        given = [
+            (sample, owners[m][int(rows[m])])
+            for sample, source, rows in zip(s.sample, s.source_rows, s.input_rows, strict=True)
+            for m in range(3)
+            if rows[m] != source[m]
+        ]
+        sample, donor = np.array(given).T
+        assert not nearness.same_content(sample, donor[:, None]).any()
+        mean[share] = nearness.of(sample, donor[:, None]).mean()
+    assert mean[1.0] > mean[0.0] + 0.1
