@@ -49,7 +49,7 @@ def _torch_attention(
     causal: bool,
     dropout: float,
 ) -> torch.Tensor:
-    """Sequences of about equal length together, padded, with the scores written out: the reference, and on the CPU the fastest."""
+    """Sequences of like length together, padded, with the scores written out: the reference, and on the CPU the fastest."""
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0
     layout = PaddedGroups.of(queries, keys)
@@ -58,7 +58,9 @@ def _torch_attention(
         (k_uhd, (layout.key_rows, layout.key_sizes)),
         (v_uhd, (layout.key_rows, layout.key_sizes)),
     )]  # fmt: skip
-    attended = [_padded_attention(*part, group, causal, dropout) for *part, group in zip(*parts, layout.groups, strict=True)]
+    attended = [
+        _padded_attention(q, k, v, group, causal, dropout) for q, k, v, group in zip(*parts, layout.groups, strict=True)
+    ]
     output = torch.cat(attended).index_select(0, layout.place_of_row)
     if keys.min_length == 0:
         has_keys = (keys.lengths > 0).repeat_interleave(queries.lengths, output_size=queries.total)

@@ -1,6 +1,6 @@
 """How attention in plain PyTorch pads: sequences of about equal length together, so that little of the padding is computed.
 
-Padded to the longest of a micro-batch, samples of 46 to 190 positions cost 2.3 times the products that they need; so grouped, 1.15.
+Padded to the longest of a micro-batch, samples of 46 to 190 positions cost 2.3 times what they need; so grouped, 1.13 times.
 
 T: packed query rows; U: packed key rows.
 """
@@ -17,7 +17,7 @@ _FINEST = 16  # below so many positions a step of length saves less than another
 
 @dataclass(frozen=True)
 class PaddedGroup:
-    """Sequences that are padded to the same lengths. key_bias: float32 [S, 1, keys], as `Sequences.key_bias`; None: no padding."""
+    """Sequences padded to the same lengths. key_bias: float32 [S, 1, keys], as `Sequences.key_bias`; None: no padding."""
 
     num_sequences: int
     key_bias: torch.Tensor | None
@@ -44,10 +44,10 @@ class PaddedGroups:
 
 
 def rounded_length(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded up to a multiple of 16, from 129 on to an eighth of the next power of two; int64."""
+    """Lengths rounded up to a multiple of 16, from 257 on to a sixteenth of the next power of two; int64."""
     lengths = np.asarray(lengths, dtype=np.int64)
     power = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    step = np.maximum(_FINEST, power // 8)
+    step = np.maximum(_FINEST, power // 16)
     return -(-lengths // step) * step
 
 
@@ -56,7 +56,9 @@ def _make(queries: Sequences, keys: Sequences) -> PaddedGroups:
     lengths = np.stack([queries.host_lengths, keys.host_lengths])
     starts = np.cumsum(lengths, axis=1) - lengths
     _, number = np.unique(rounded_length(lengths), axis=1, return_inverse=True)
-    groups, rows, sizes = [], ([], []), ([], [])
+    groups: list[PaddedGroup] = []
+    rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    sizes: tuple[list[int], list[int]] = ([], [])
     place_of_row, first = np.empty(queries.total, dtype=np.int64), 0
     for group in range(int(number.max()) + 1):
         members = np.flatnonzero(number == group)

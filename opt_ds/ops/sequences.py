@@ -11,8 +11,9 @@ import torch
 class Sequences:
     """S sequences laid end to end in a packed tensor of T rows, nothing between them.
 
-    cu_seqlens: int32 [S + 1], the first row of each sequence and T. min_length, max_length, total and host_lengths (int64 [S]) are
-    known without asking the device. slots: int32 [S], the samples' places in the global batch, which key the dropout; None: 0, 1, 2, …
+    cu_seqlens: int32 [S + 1], the first row of each sequence and T. min_length, max_length, total and host_lengths (int64 [S])
+    are known without asking the device. slots: int32 [S], the samples' places in the global batch, which key the dropout;
+    None: 0, 1, 2, …
     """
 
     cu_seqlens: torch.Tensor
