@@ -32,6 +32,7 @@ COMMANDS = {
         "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
     ),
     "evaluate": Command("opt_ds.commands.evaluate", "evaluate", "Measure a checkpoint on held-out samples."),
+    "ablate": Command("opt_ds.commands.ablate", "ablate", "Pre-train without each task and level, probe, one table."),
     "generate": Command("opt_ds.commands.serve", "generate", "Write a text or paint a picture from raw input."),
     "export": Command("opt_ds.commands.serve", "export", "Write a checkpoint in Hugging Face's layout."),
     "serve": Command("opt_ds.commands.serve", "serve", "A web page and a JSON API around a trained model."),

@@ -30,7 +30,7 @@ from opt_ds.engine.step import SkipBudgetError, Stepper
 from opt_ds.engine.time_limit import TimeLimit
 from opt_ds.engine.window import MemoryKeeper, Window, peak_memory_gib
 from opt_ds.evaluate.losses import validation_losses
-from opt_ds.model.opt import OPT
+from opt_ds.model.opt import initial_model
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
@@ -264,13 +264,9 @@ class Trainer:
     # ---- building
 
     def _build_engine(self, settings: dict[str, Any], resume_from: Path | None) -> deepspeed.DeepSpeedEngine:
-        torch.manual_seed(self.config.seed)  # every rank draws the same initial weights
-        model = OPT(self.config.model, self.config.tasks)
-        model.set_feature_statistics(self.stores)
+        model = initial_model(self.config, self.stores, warm_start=not resume_from)
         if resume_from:
             checkpoint.load_weights(model, resume_from)
-        elif self.config.model.bert:
-            model.load_bert(self.config.model.bert)
         if self.ranks.is_main:
             check_space(self.output, sum(p.numel() for p in model.parameters()))
         # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.

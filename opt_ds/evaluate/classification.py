@@ -16,7 +16,8 @@ from sklearn.preprocessing import StandardScaler
 
 from opt_ds.data.plan import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
-from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, samples_with
+from opt_ds.store.reader import FeatureStore
 
 _ITERATIONS = 2000
 
@@ -37,9 +38,8 @@ def classification(
     `min_positives` training samples have it, and a test sample. `regularisation` is scikit-learn's C. Raises UserError when no
     label is left. `chance` is the mAP of scores without information: the labels' shares.
     """
-    train = evaluator.samples_with(train_split, (TEXT, IMAGE, AUDIO), limit, seed)
-    test = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), limit, seed)
-    names, y_train_nc, y_test_nc = _label_matrices(evaluator, train, test, min_positives)
+    train, test = (samples_with(evaluator.store, name, (TEXT, IMAGE, AUDIO), limit, seed) for name in (train_split, split))
+    names, y_train_nc, y_test_nc = label_matrices(evaluator.store, train, test, min_positives)
     figures: dict[str, Any] = {}
     for subset in subsets:
         x_train_ne, x_test_ne = (_cls(evaluator, samples, subset) for samples in (train, test))
@@ -66,11 +66,13 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _label_matrices(
-    evaluator: Evaluator, train: np.ndarray, test: np.ndarray, min_positives: int
+def label_matrices(
+    store: FeatureStore, train: np.ndarray, test: np.ndarray, min_positives: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names of the labels that count; bool [n, c] of the training and of the test samples."""
-    store = evaluator.store
+    """Names of the labels that count (see `classification`); bool [n, c] of the training and of the test samples.
+
+    Raises UserError when no label is left.
+    """
     all_names = store.description.label_names
     column = {name: number for number, name in enumerate(all_names)}
 

@@ -11,28 +11,34 @@ from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import TOKENIZER_FOLDER
 
 #: Inputs by the letters that tables use.
 SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
            "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip
 
 
+def samples_with(
+    store: FeatureStore, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1
+) -> np.ndarray:
+    """int64: samples of the split that have these modalities; with a limit, a seeded choice of them, in store order."""
+    samples = store.split_samples(split)
+    samples = samples[(store.rows[samples][:, list(modalities)] >= 0).all(1)]
+    if limit is not None and len(samples) > limit:
+        samples = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
+    return samples
+
+
 class Evaluator(ModelRunner):
     """Evaluation of one model on one store."""
 
     def __init__(self, model: OPT, config: Config, store: FeatureStore, device: torch.device | str = "cpu") -> None:
-        super().__init__(model, config, store.description.tokenizer, store.path / TOKENIZER_FOLDER, device)
+        super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device)
         self.store = store
         self.reader = SampleReader(config, [store])
 
     def samples_with(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
-        """int64: samples of the split that have these modalities; with a limit, a seeded choice of them, in store order."""
-        samples = self.store.split_samples(split)
-        samples = samples[(self.store.rows[samples][:, list(modalities)] >= 0).all(1)]
-        if limit is not None and len(samples) > limit:
-            samples = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
-        return samples
+        """As the function of this name, of the evaluator's store."""
+        return samples_with(self.store, split, modalities, limit, seed)
 
     def read(self, index: int, modalities: Sequence[int]) -> Sample:
         """A sample of the store, whole, with just these modalities."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from opt_ds.config import ModelConfig, TasksConfig
+from opt_ds.config import Config, ModelConfig, TasksConfig
 from opt_ds.data.batch import EncoderInputs, PackedBatch
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
@@ -92,6 +92,17 @@ class OPT(nn.Module):
             if config.embedding_range:
                 for projection in projections:
                     nn.init.normal_(projection.weight, std=table_range / math.sqrt(projection.in_features))
+
+
+def initial_model(config: Config, stores: list[FeatureStore], warm_start: bool = True) -> OPT:
+    """The model that a run begins with: weights drawn from `seed` (on every rank the same), the stores' standardisation, and,
+    with `warm_start`, what `model.bert` gives."""
+    torch.manual_seed(config.seed)
+    model = OPT(config.model, config.tasks)
+    model.set_feature_statistics(stores)
+    if warm_start and config.model.bert:
+        model.load_bert(config.model.bert)
+    return model
 
 
 def _pooled(statistics: list) -> tuple[torch.Tensor, torch.Tensor]:

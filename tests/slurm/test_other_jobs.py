@@ -1,4 +1,4 @@
-"""slurm/prepare.sh and slurm/evaluate.sh on a real local Slurm."""
+"""slurm/prepare.sh, slurm/evaluate.sh and slurm/ablate.sh on a real local Slurm."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opt_ds.prepare import prepare
+from tests.engine.runs import FITTED
 from tests.prepare.test_pipeline import contents
 from tests.slurm.jobs import ROOT, PretrainJob
 from tests.slurm.local_cluster import LocalCluster
@@ -49,3 +50,28 @@ def test_evaluation_of_a_run(cluster: LocalCluster, store: Path, tmp_path: Path)
     cluster.wait(lambda: cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 180, "evaluation")
     assert cluster.job(job)["JobState"] == "COMPLETED", (tmp_path / "evaluate.log").read_text()
     assert json.loads((tmp_path / "retrieval.json").read_text())
+
+
+def test_an_array_of_ablation_rows_leaves_one_table(cluster: LocalCluster, store: Path, tmp_path: Path) -> None:
+    cluster.environment |= {
+        "OPT_DS_PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+        "SBATCH_OPTIONS": "--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1",
+    }  # fmt: skip
+    output, settings = tmp_path / "ablation", [*FITTED, "train.max_steps=3"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    command = [
+        str(ROOT / "slurm" / "ablate.sh"), "--config", "opt-tiny", "--store", str(store), "--output", str(output),
+        "--split", "valid", "--min-positives", "5", "--row", "no-token-level", "--row", "no-sample-level", *options,
+    ]  # fmt: skip
+    submitted = subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=120)
+    assert submitted.returncode == 0, submitted.stderr
+    assert "2 rows: no-sample-level no-token-level" in submitted.stdout
+    job = submitted.stdout.split("job ")[1].split(",")[0]
+    left = ("squeue", "--noheader", "--array", f"--jobs={job}")
+    cluster.wait(lambda: not cluster.run(*left).strip(), 400, "the array does not end")
+    logs = "\n".join(file.read_text() for file in tmp_path.glob("*.log"))
+    assert (output / "ablation.json").is_file(), logs
+    rows = {row["row"]: row["losses"] for row in json.loads((output / "ablation.json").read_text())["rows"]}
+    assert list(rows) == ["no-sample-level", "no-token-level"], logs
+    assert "matching" not in rows["no-sample-level"] and "mlm" not in rows["no-token-level"]
+    assert (output / "ablation.png").is_file()

@@ -1,0 +1,80 @@
+"""`opt-ds ablate`: pre-train without each task or level, probe, and make one table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opt_ds.errors import UserError, did_you_mean
+
+
+def ablate(
+    output: Annotated[Path, typer.Option(help="Folder of the ablation: a run a row, and the tables.")],
+    config: Annotated[str | None, typer.Option(help="A preset's name, or a YAML file: of the full run.")] = None,
+    store: Annotated[list[str] | None, typer.Option(help="A feature store; may be repeated. The first one is probed on.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting of every run.")
+    ] = None,
+    row: Annotated[list[str] | None, typer.Option(help="A row to make; may be repeated. Default: all that differ.")] = None,
+    split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test_variant",
+    train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train",
+    subset: Annotated[
+        list[str] | None, typer.Option(help="Input of the probe, such as T+A+I; may be repeated. Default: T+A+I.")
+    ] = None,
+    min_positives: Annotated[int, typer.Option(help="Training samples that a label needs.", min=1)] = 10,
+    regularisation: Annotated[float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6)] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="Samples of the probe at most, a seeded choice.", min=1)] = None,
+    num_ranks: Annotated[int | None, typer.Option(help="Ranks of each run. Default: a GPU each, else 1.", min=1)] = None,
+    task: Annotated[int | None, typer.Option(help="Only this one of the rows, from 0: a task of a job array.", min=0)] = None,
+    list_rows: Annotated[bool, typer.Option("--list", help="Print the rows' names, and do nothing.")] = False,
+    arguments: Annotated[bool, typer.Option("--arguments", help="Print pretrain.py's arguments for --task.")] = False,
+) -> int:
+    """The paper's ablation: the same seed and budget without each task and level, a linear probe of each, one table.
+
+    Rows that are done are skipped, and one that was cut resumes, when the same command is given again. Exit codes as
+    pretrain.py's: 75 after a signal, saved.
+    """
+    import torch
+
+    from opt_ds.config import load_config
+    from opt_ds.engine import preflight, run_folder
+    from opt_ds.evaluate import ablation, ablation_table
+    from opt_ds.evaluate.evaluator import SUBSETS
+
+    for name in subset or ():
+        if name not in SUBSETS:
+            raise UserError(f'--subset "{name}": choose of {", ".join(SUBSETS)}{did_you_mean(name, SUBSETS)}')
+    given = list(settings or [])
+    source = config or preflight.default_preset(store or [], torch.cuda.is_available())[0]
+    paths = store or list(load_config(source, given).data.stores) or [str(preflight.DEFAULT_STORE)]
+    given.append(f"data.stores={paths!r}")
+    stores = preflight.open_stores(load_config(source, given))
+    rows = ablation.plan_rows(source, given, stores, row or ())
+    if task is not None:
+        if task >= len(rows):
+            raise UserError(f"--task {task}: there are {len(rows)} rows, numbered from 0")
+        rows = [rows[task]]
+    if list_rows:
+        typer.echo("\n".join(planned.name for planned in rows))
+        return 0
+    if arguments:
+        if len(rows) != 1:
+            raise UserError("--arguments: name one row with --task (or one --row)")
+        typer.echo("\n".join(ablation.pretrain_arguments(source, rows[0], output)))
+        return 0
+    probe = ablation.Probe(split, train_split, tuple(subset or ("T+A+I",)), min_positives, regularisation, limit)
+    ablation.check_labels(stores[0], probe, rows[0].config.seed)
+    for planned in rows:
+        run_folder.check_same_run(output / planned.name, planned.config, stores)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = num_ranks or max(1, torch.cuda.device_count())
+    names = ", ".join(planned.name for planned in rows)
+    typer.echo(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
+    code = ablation.make_rows(source, rows, output, stores[0], probe, ranks, device, typer.echo)
+    if code:
+        return code
+    figures = ablation.write_tables(output, stores[0], rows[0].config, probe)
+    typer.echo("\n" + ablation_table.ablation_markdown(figures))
+    typer.echo(f"table   {output / ablation_table.MARKDOWN_FILE}, {output / ablation_table.JSON_FILE}")
+    typer.echo(f"chart   {output / ablation_table.CHART_FILE}")
+    return 0

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The ablation under Slurm, one array task a row: pre-training, then its probe. The last one to finish leaves the whole table.
+#
+#   slurm/ablate.sh --config opt-base --store /data/store --output /data/ablation        # submits the array; on a login node
+#   SBATCH_OPTIONS="--nodes=2 --partition=gpu" slurm/ablate.sh …
+#
+# Arguments are those of opt-ds ablate. A task comes back as slurm/pretrain.sh's job does; the same command goes on.
+# Settings by environment: common.sh, and SBATCH_OPTIONS, which overrides the lines below. Manual: docs/cluster.md.
+
+#SBATCH --job-name=opt_ds-ablate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=4
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+#SBATCH --signal=TERM@120
+
+set -uo pipefail
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves, a task for each row
+  export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$(realpath "$0")")")}
+  source "$OPT_DS_HOME/slurm/common.sh"
+  rows=$("${PYTHON[@]}" -m opt_ds ablate "$@" --list) || exit
+  read -ra options <<<"${SBATCH_OPTIONS:-}"
+  job=$(sbatch --parsable "${options[@]}" --array="0-$(($(wc -l <<<"$rows") - 1))" "$0" "$@") || exit
+  echo "ablation: job $job, $(wc -l <<<"$rows") rows:" $rows
+  exit
+fi
+
+# Slurm runs a copy of this script: the checkout is where the submitted one lies.
+submitted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
+export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}
+source "$OPT_DS_HOME/slurm/common.sh"
+source "$OPT_DS_HOME/slurm/ranks.sh"
+
+row=$("${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --list) || exit
+say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)): row $row of ablate $*"
+
+if [[ $row != untrained ]]; then
+  arguments=$("${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --arguments) || exit
+  mapfile -t arguments <<<"$arguments"
+  pretrain "${arguments[@]}" || exit
+fi
+# The run is finished: this finds it so, probes it, and writes the table of all rows that are there.
+srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --num-ranks 1

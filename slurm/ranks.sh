@@ -1,0 +1,48 @@
+# Sourced, after common.sh, by the job scripts that pre-train: pretrain.sh and ablate.sh.
+
+readonly DONE=0 BAD_INPUT=2 REQUEUE=75 ENDED_BY_TERM=143 ENDED_BY_USR1=138
+
+requeue() {
+  say "requeue: $1"
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
+  say "error: Slurm did not requeue the job: submit it again with the same --output" >&2
+  exit 1
+}
+
+# Whether Slurm still reaches every node of the job: a command on each of them.
+nodes_answer() {
+  timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
+    --cpus-per-task=1 --gres=none true 2>/dev/null
+}
+
+# pretrain ARGUMENTS…: opt_ds/pretrain.py on the job's tasks. Returns its exit code, after saying what it means; requeues the job
+# where that goes on with the run, and does not return then.
+pretrain() {
+  local code end first_node address
+  if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+    SLURM_JOB_END_TIME=$(date --date="$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME || unset SLURM_JOB_END_TIME
+  fi
+
+  # The first node's address, asked of Slurm here because a container has no scontrol.
+  first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  address=$(scontrol show node -o "$first_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  export MASTER_ADDR=${MASTER_ADDR:-${address:-$first_node}}
+
+  # One task a GPU. Of a task that dies, Slurm ends the others a minute later, if they have not noticed themselves. (At once would
+  # also kill ranks that are just about to exit with 75 as the first one did.)
+  srun --kill-on-bad-exit=0 --wait=60 "${PYTHON[@]}" "$OPT_DS_HOME/opt_ds/pretrain.py" "$@"
+  code=$?
+  case $code in
+    "$DONE") say "finished" ;;
+    "$REQUEUE") requeue "saved and stopped" ;;
+    "$ENDED_BY_TERM" | "$ENDED_BY_USR1") requeue "stopped before it could save" ;; # by a signal while it was starting
+    "$BAD_INPUT") say "error: bad input, see above; not requeued" >&2 ;;
+    *)
+      # The ranks of the other nodes fail as soon as one node dies, long before Slurm knows of it.
+      nodes_answer || requeue "a node of $SLURM_JOB_NODELIST does not answer (exit code $code)"
+      say "error: exit code $code, see above; submit again with the same --output to go on" >&2
+      ;;
+  esac
+  return "$code"
+}
