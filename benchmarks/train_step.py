@@ -33,7 +33,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from benchmarks.measure import CLOCKS, interleaved, machine, matmul, median_ratio, print_table, write_result  # noqa: E402
 from opt_ds.config import Config, load_config  # noqa: E402
 from opt_ds.data.batch import PackedBatch, Packer  # noqa: E402
-from opt_ds.data.plan import PlannedSamples, PlannedStep, StepPlan  # noqa: E402
+from opt_ds.data.plan import StepPlan  # noqa: E402
+from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402

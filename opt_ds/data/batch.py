@@ -107,6 +107,12 @@ class Judged(_Movable):
 
 
 @dataclass
+class Labelled(_Movable):
+    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] where no sample is labelled
+
+
+@dataclass
 class PackedBatch(_Movable):
     """One micro-batch. Every part is always there; a part without work has length 0."""
 
@@ -118,6 +124,7 @@ class PackedBatch(_Movable):
     written_text: Written
     written_image: Written
     judged: Judged
+    labelled: Labelled
     sample_names: tuple[str, ...] = ()
 
     @property
@@ -158,8 +165,9 @@ class Packer:
             _masked_tokens(samples, layout), _masked_regions(samples, layout), _masked_frames(samples, layout)
         )  # fmt: skip
         text, image = self._written(samples, layout, "written_text"), self._written(samples, layout, "written_codes")
-        judged = _judged(samples, layout)
-        readers = [tokens.index, regions.index, frames.index, text.memory_index, image.memory_index, judged.index]
+        judged, labelled = _judged(samples, layout), _labelled(samples, layout)
+        readers = [part.index for part in (tokens, regions, frames, judged, labelled)]
+        readers += [text.memory_index, image.memory_index]
         return PackedBatch(
             inputs=self._inputs(samples, layout),
             read=_read_rows(samples, layout, readers),
@@ -169,6 +177,7 @@ class Packer:
             written_text=text,
             written_image=image,
             judged=judged,
+            labelled=labelled,
             sample_names=tuple(sample.name for sample in samples),
         )
 
@@ -286,6 +295,12 @@ def _masked_frames(samples: list[Sample], layout: _Layout) -> MaskedFrames:
 def _judged(samples: list[Sample], layout: _Layout) -> Judged:
     who = [i for i, s in enumerate(samples) if s.case >= 0]
     return Judged(index=_long(layout.starts[who]), cases=_long([samples[i].case for i in who]))
+
+
+def _labelled(samples: list[Sample], layout: _Layout) -> Labelled:
+    who = [i for i, s in enumerate(samples) if s.label_targets is not None]
+    targets = np.stack([given(samples[i].label_targets) for i in who]) if who else np.empty((0, 0))
+    return Labelled(index=_long(layout.starts[who]), targets=torch.from_numpy(targets.astype(np.float32)))
 
 
 def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from opt_ds.data.plan import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples, StepPlan, stacked_length
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples, stacked_length
 from opt_ds.store import FeatureStore
 from tests.tiny import make_batches, make_config, make_model, make_store
 
