@@ -223,7 +223,8 @@ class Trainer:
         self.report.scalars(self.state.step, figures, "evaluate")
         self.report.say(f"evaluation after step {self.state.step}, on {self.config.evaluate.split}")
         for name, value in figures.items():
-            self.report.say(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
+            if name.rpartition("/")[2] in ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy"):  # the others are in the files
+                self.report.say(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
         return figures
 
     def save(self) -> Path:
