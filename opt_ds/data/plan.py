@@ -14,6 +14,7 @@ import numpy as np
 from opt_ds.config import LOSSES_OF_DRAW, Config
 from opt_ds.data.donors import DonorPool
 from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform, permute
+from opt_ds.data.lengths import model_lengths
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
@@ -76,7 +77,7 @@ class StepPlan:
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         self.config, self.stores = config, stores
         self._train = [store.split_samples(config.data.train_split) for store in stores]
-        self._lengths = [_model_lengths(config, store) for store in stores]
+        self._lengths = [model_lengths(config.model, store) for store in stores]
         self._train_donors = [DonorPool(store, rows) for store, rows in zip(stores, self._train, strict=True)]
         self._has_codes = np.array([store.has_codes for store in stores])
         self.num_samples = sum(len(rows) for rows in self._train)
@@ -332,8 +333,8 @@ class StepPlan:
 
     def _tasks_off(self) -> dict[str, str]:
         """Draw -> why no sample of these stores can take it, or why the config has none of it."""
-        rows = np.concatenate([store.rows[own] for store, own in zip(self.stores, self._train, strict=True)])
-        present = rows >= 0
+        subsets = sum(store.split_subsets(self.config.data.train_split) for store in self.stores)
+        present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0  # a row for each subset of modalities that occurs
         everywhere = {MLM: "text", MVM: "image", MAM: "audio"}
         active = self.config.tasks.active_losses
         off = {}
@@ -354,23 +355,6 @@ class StepPlan:
         if not self._has_codes.any() and "dir" in active:
             off["dir"] = "no store has image codes (opt-ds train-dvae writes them)"
         return off
-
-
-def _model_lengths(config: Config, store: FeatureStore) -> list[np.ndarray]:
-    """Per modality, the items that the model sees of each row: truncated, and frames stacked; int64."""
-    model = config.model
-    frames = store.frame_counts.astype(np.int64)
-    return [
-        np.minimum(store.text_lengths.astype(np.int64), model.max_text_tokens),
-        np.minimum(store.region_counts.astype(np.int64), model.max_regions),
-        np.minimum(stacked_length(frames, model.audio_stack), model.max_frames),
-    ]
-
-
-def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
-    """Model frames of so many stored frames: enough for every offset 0 … stack − 1 (0 frames give 0)."""
-    num_frames = np.asarray(num_frames, dtype=np.int64)
-    return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)
 
 
 def _choose_draw(key: np.ndarray, mix: dict[str, float], possible: np.ndarray) -> np.ndarray:

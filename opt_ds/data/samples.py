@@ -9,6 +9,7 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.keyed import keyed_choice, keyed_hash
+from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
 from opt_ds.data.plan import (
     AUDIO,
@@ -20,7 +21,6 @@ from opt_ds.data.plan import (
     TEXT,
     VALIDATION_EPOCH,
     PlannedSamples,
-    stacked_length,
 )
 from opt_ds.store.reader import FeatureStore
 
