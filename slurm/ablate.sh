@@ -36,14 +36,13 @@ export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}
 source "$OPT_DS_HOME/slurm/common.sh"
 source "$OPT_DS_HOME/slurm/ranks.sh"
 
-rows=$("${PYTHON[@]}" -m opt_ds ablate "$@" --list) || exit
-row=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$rows")
+row=$("${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --list) || exit
 say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)): row $row of ablate $*"
 
 if [[ $row != untrained ]]; then
-  arguments=$("${PYTHON[@]}" -m opt_ds ablate "$@" --row "$row" --arguments) || exit
+  arguments=$("${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --arguments) || exit
   mapfile -t arguments <<<"$arguments"
   pretrain "${arguments[@]}" || exit
 fi
 # The run is finished: this finds it so, probes it, and writes the table of all rows that are there.
-srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${PYTHON[@]}" -m opt_ds ablate "$@" --row "$row" --num-ranks 1
+srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --num-ranks 1

@@ -25,8 +25,9 @@ def ablate(
     regularisation: Annotated[float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6)] = 1.0,
     limit: Annotated[int | None, typer.Option(help="Samples of the probe at most, a seeded choice.", min=1)] = None,
     num_ranks: Annotated[int | None, typer.Option(help="Ranks of each run. Default: a GPU each, else 1.", min=1)] = None,
+    task: Annotated[int | None, typer.Option(help="Only this one of the rows, from 0: a task of a job array.", min=0)] = None,
     list_rows: Annotated[bool, typer.Option("--list", help="Print the rows' names, and do nothing.")] = False,
-    arguments: Annotated[bool, typer.Option("--arguments", help="Print pretrain.py's arguments for one --row.")] = False,
+    arguments: Annotated[bool, typer.Option("--arguments", help="Print pretrain.py's arguments for --task.")] = False,
 ) -> int:
     """The paper's ablation: the same seed and budget without each task and level, a linear probe of each, one table.
 
@@ -49,12 +50,16 @@ def ablate(
     given.append(f"data.stores={paths!r}")
     stores = preflight.open_stores(load_config(source, given))
     rows = ablation.plan_rows(source, given, stores, row or ())
+    if task is not None:
+        if task >= len(rows):
+            raise UserError(f"--task {task}: there are {len(rows)} rows, numbered from 0")
+        rows = [rows[task]]
     if list_rows:
         typer.echo("\n".join(planned.name for planned in rows))
         return 0
     if arguments:
         if len(rows) != 1:
-            raise UserError("--arguments: name one row with --row")
+            raise UserError("--arguments: name one row with --task (or one --row)")
         typer.echo("\n".join(ablation.pretrain_arguments(source, rows[0], output)))
         return 0
     probe = ablation.Probe(split, train_split, tuple(subset or ("T+A+I",)), min_positives, regularisation, limit)
@@ -68,7 +73,7 @@ def ablate(
     code = ablation.make_rows(source, rows, output, stores[0], probe, ranks, device, typer.echo)
     if code:
         return code
-    figures = ablation.write_tables(output, stores[0], rows[0].config)
+    figures = ablation.write_tables(output, stores[0], rows[0].config, probe)
     typer.echo("\n" + ablation_table.ablation_markdown(figures))
     typer.echo(f"table   {output / ablation_table.MARKDOWN_FILE}, {output / ablation_table.JSON_FILE}")
     typer.echo(f"chart   {output / ablation_table.CHART_FILE}")

@@ -31,12 +31,25 @@ def retrieval(
     split: _Split = "test_variant",
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
     matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 200,
+    shortlist: Annotated[
+        int | None, typer.Option(help="In two stages: a projection of [CLS] ranks all, the model re-ranks so many.", min=1)
+    ] = None,
     seed: _Seed = 1,
 ) -> None:
-    """Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood."""
+    """Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood.
+
+    With --shortlist a small projection, fitted on the frozen [CLS] of the training split, ranks the --candidates, and the model
+    scores only the best with the query: for galleries of thousands.
+    """
     from opt_ds.evaluate.retrieval import retrieval as run
+    from opt_ds.evaluate.two_stage_retrieval import table, two_stage_retrieval
 
     evaluator = _evaluator(checkpoint, store, split)
+    if shortlist is not None:
+        figures = two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
+        _write(figures, output)
+        typer.echo(table(figures))
+        return
     _write(run(evaluator, split, candidates, matching_candidates, matching_candidates, seed), output)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,9 @@ def check_labels(store: FeatureStore, probe: Probe, seed: int) -> None:
 
 
 def is_done(row: Row, folder: Path, probe: Probe) -> bool:
-    """Whether the row's figures are there, of the same run and probe."""
+    """Whether the row's figures are there, of the same budget and probe."""
     found = read_row(folder / row.name)
-    return found is not None and found["steps"] == row.steps and found["probe"] == _probe_settings(row, probe)
+    return found is not None and _is_of(found, row.config, probe)
 
 
 def read_row(folder: Path) -> dict[str, Any] | None:
@@ -153,7 +153,7 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
     )  # fmt: skip
     found = {
         "row": row.name, "without": list(ROWS[row.name]), "losses": list(ran), "steps": row.steps, "train_seconds": seconds,
-        "probe": _probe_settings(row, probe), "classification": figures,
+        "probe": _probe_settings(row.config, probe), "classification": figures,
     }  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / ROW_FILE, found)
@@ -193,7 +193,7 @@ def make_rows(
             if code:
                 raise RunError(f"row {row.name}: pretrain.py ended with code {code}, see above; the same command goes on")
             probe_row(row, folder, store, probe, device)
-            write_tables(folder, store, row.config)
+            write_tables(folder, store, row.config, probe)
     return 0
 
 
@@ -212,13 +212,14 @@ def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
     return code
 
 
-def write_tables(folder: Path, store: FeatureStore, config: Config) -> dict[str, Any]:
-    """The table of all rows in `folder` (see ablation_table); gives its figures.
+def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe) -> dict[str, Any]:
+    """The table of all rows in `folder` of this budget and probe (see ablation_table); gives its figures.
 
     One process at a time: of an array's tasks the last one to write has read every row.
     """
     with exclusive_use(folder / "ablation", lambda _: None):
-        rows = [found for name in ROWS if (found := read_row(folder / name)) is not None]
+        found = [row for name in ROWS if (row := read_row(folder / name)) is not None]
+        rows = [row for row in found if _is_of(row, config, probe)]
         figures = {
             "schema": ABLATION_SCHEMA, "store": {"name": store.name, "fingerprint": store.fingerprint}, "preset": config.preset,
             "seed": config.seed, "batch": config.batch.model_dump(include={"size", "unit"}), "rows": rows,
@@ -227,5 +228,10 @@ def write_tables(folder: Path, store: FeatureStore, config: Config) -> dict[str,
     return figures
 
 
-def _probe_settings(row: Row, probe: Probe) -> dict[str, Any]:
-    return {**json.loads(json.dumps(probe.__dict__)), "seed": row.config.seed}
+def _is_of(found: dict[str, Any], config: Config, probe: Probe) -> bool:
+    steps = 0 if found["row"] == UNTRAINED else config.max_steps
+    return found["steps"] == steps and found["probe"] == _probe_settings(config, probe)
+
+
+def _probe_settings(config: Config, probe: Probe) -> dict[str, Any]:
+    return {**json.loads(json.dumps(asdict(probe))), "seed": config.seed}

@@ -4,6 +4,7 @@ A gallery of seeded candidates serves both as queries and as targets. Equal capt
 hit is any candidate whose target is the same text, picture or recording as the query's own.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from opt_ds.data.matching import CASES
 from opt_ds.data.plan import AUDIO, IMAGE, TEXT
-from opt_ds.data.samples import given
+from opt_ds.data.samples import Sample, given
 from opt_ds.evaluate.evaluator import Evaluator
 
 #: direction -> (query modalities, target modality)
@@ -50,7 +51,7 @@ def retrieval(
         if len(query) == 1:
             (other,) = {*query, target} - {TEXT}
             by_other = likelihood[other]  # [others, texts]
-            scores = by_other - _log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
+            scores = by_other - log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
             figures["likelihood"] = _figures(scores, _same_target(evaluator, gallery, target))
             scores = pairs[other].T if target == TEXT else pairs[other]
         else:
@@ -62,7 +63,7 @@ def retrieval(
 
 
 def _figures(scores: np.ndarray, same: np.ndarray) -> dict[str, Any]:
-    return {"candidates": len(scores), **recall(scores, same), "chance": _chance(same)}
+    return {"candidates": len(scores), **recall(scores, same), "chance": chance(same)}
 
 
 def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
@@ -79,20 +80,23 @@ def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
 
 def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int, ...], target: int) -> np.ndarray:
     """Score [queries, targets] of the case in which just these modalities belong together."""
-    together = frozenset((*query, target))
-    case = _CASE_OF_PAIR.get(together, CASES.index("all"))
+    case = case_of(query, target)
     targets = [evaluator.read(index, (target,)) for index in gallery]
     scores = np.empty((len(gallery), len(gallery)), dtype=np.float32)
     for row, index in enumerate(gallery):
         own = evaluator.read(index, query)
-        pairs = [_joined(own, other) for other in targets]
+        pairs = [joined(own, other) for other in targets]
         scores[row] = evaluator.matching_scores(pairs)[:, case]
     return scores
 
 
-def _joined(query: Any, target: Any) -> Any:
-    from dataclasses import replace
+def case_of(query: tuple[int, ...], target: int) -> int:
+    """Place, among the matching head's scores, of the case in which just these modalities belong together."""
+    return _CASE_OF_PAIR.get(frozenset((*query, target)), CASES.index("all"))
 
+
+def joined(query: Sample, target: Sample) -> Sample:
+    """The query's sample with the target's modalities added."""
     parts = ("token_ids", "region_features", "region_boxes", "region_labels", "frames")
     taken = {name: getattr(target, name) for name in parts if getattr(target, name) is not None}
     return replace(query, **taken)
@@ -106,17 +110,22 @@ def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int)
 
 def _same_target(evaluator: Evaluator, gallery: np.ndarray, target: int) -> np.ndarray:
     """bool [n, n]: candidate j's target is as good as query i's own."""
-    content: list[str] | list[bytes]
-    if target == TEXT:
-        content = [evaluator.caption(index) for index in gallery]
-    else:
-        store, rows = evaluator.store, evaluator.store.rows[gallery, target]
-        content = [store.regions(row).features.tobytes() if target == IMAGE else store.frames(row).tobytes() for row in rows]
-    names = np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
+    names = target_names(evaluator, gallery, target)
     return names[:, None] == names[None, :]
 
 
-def _chance(same: np.ndarray) -> dict[str, float]:
+def target_names(evaluator: Evaluator, samples: np.ndarray, target: int) -> np.ndarray:
+    """int64 [n], equal where two samples' captions, pictures or recordings are."""
+    content: list[str] | list[bytes]
+    if target == TEXT:
+        content = [evaluator.caption(index) for index in samples]
+    else:
+        store, rows = evaluator.store, evaluator.store.rows[samples, target]
+        content = [store.regions(row).features.tobytes() if target == IMAGE else store.frames(row).tobytes() for row in rows]
+    return np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
+
+
+def chance(same: np.ndarray) -> dict[str, float]:
     """R@k of a random order, exact: 1 − C(n − right, k) / C(n, k), averaged over the queries."""
     n, right = same.shape[1], same.sum(1)
     chance = {}
@@ -128,5 +137,6 @@ def _chance(same: np.ndarray) -> dict[str, float]:
     return chance
 
 
-def _log_mean_exp(values: np.ndarray, axis: int) -> np.ndarray:
+def log_mean_exp(values: np.ndarray, axis: int) -> np.ndarray:
+    """log of the mean of exp(values) along the axis, which stays with length 1."""
     return torch.logsumexp(torch.from_numpy(values), axis, keepdim=True).numpy() - np.log(values.shape[axis])

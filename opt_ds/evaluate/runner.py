@@ -19,6 +19,7 @@ from opt_ds.store.schema import TokenizerDescription
 from opt_ds.store.tokenizer import load_tokenizer
 
 _POSITIONS_PER_BATCH = 8192
+_SCORES_AT_ONCE = 1 << 24  # 64 MiB in fp32
 
 
 class ModelRunner:
@@ -84,39 +85,51 @@ class ModelRunner:
             scores[places] = self.model.matching.score(cls_se).float().cpu().numpy()
         return scores
 
-    @torch.inference_mode()
     def text_log_likelihood(self, samples: Sequence[Sample], texts: Sequence[np.ndarray]) -> np.ndarray:
         """log P(text | sample) for every pair, [SEP] included; float64 [samples, texts]. The texts are WordPiece ids.
 
         Each sample is encoded once; its keys and values serve all texts.
         """
-        likelihood = np.empty((len(samples), len(texts)))
-        begin, end = self.packer.cls_id, self.packer.sep_id
-        ids, targets, text_sequences = _teacher_forced(texts, begin, end, self.device)
-        positions = torch.cat([torch.arange(len(text) + 1) for text in texts]).to(self.device)
-        for places, batch, hidden_te in self.batches(samples):
+        found = self.text_log_likelihood_of(samples, texts, [np.arange(len(texts))] * len(samples))
+        return np.stack(found) if found else np.empty((0, len(texts)))
+
+    @torch.inference_mode()
+    def text_log_likelihood_of(
+        self, samples: Sequence[Sample], texts: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """The same for chosen pairs: of sample i with the texts whose places are wanted[i]; float64 [wanted[i]] each."""
+        found = [np.empty(len(places)) for places in wanted]
+        chosen = [i for i, places in enumerate(wanted) if len(places)]
+        for inner, batch, hidden_te in self.batches([samples[i] for i in chosen]):
+            pairs = [(k, i, n) for k, i in enumerate(chosen[k] for k in inner) for n in range(len(wanted[i]))]
             starts = batch.inputs.sequences.cu_seqlens.tolist()
-            for k, place in enumerate(places):
-                scores = self._score_texts(ids, positions, text_sequences, hidden_te[starts[k] : starts[k + 1]])
-                item = torch.log_softmax(scores.float(), -1).gather(1, targets[:, None]).squeeze(1)
-                padded = text_sequences.pad(item) * text_sequences.valid
-                likelihood[place] = padded.double().sum(1).cpu().numpy()
-        return likelihood
+            for part in _parts([len(texts[wanted[i][n]]) + 1 for _, i, n in pairs], self.config.model.vocab_size):
+                ks, scored = [k for k, _, _ in pairs[part]], [texts[wanted[i][n]] for _, i, n in pairs[part]]
+                values = self._score_texts(scored, ks, hidden_te, starts)
+                for (_, i, n), value in zip(pairs[part], values, strict=True):
+                    found[i][n] = value
+        return found
 
     def _score_texts(
-        self, ids: torch.Tensor, positions: torch.Tensor, texts: Sequences, memory_ue: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores [w, vocabulary] of all texts against one sample's memory, which the texts share."""
+        self, texts: Sequence[np.ndarray], ks: Sequence[int], hidden_te: torch.Tensor, starts: list[int]
+    ) -> list[float]:
+        """log P of each text given the sample at starts[k], in the order of the samples; texts of one sample share its memory."""
+        ids, targets, sequences = _teacher_forced(texts, self.packer.cls_id, self.packer.sep_id, self.device)
+        rows = np.array([len(text) + 1 for text in texts])
+        read = sorted(set(ks))
+        memory = [range(starts[k], starts[k + 1]) for k in read]
         written = Written(
             ids,
-            ids,
-            positions,
-            texts,
-            memory_index=torch.arange(len(memory_ue), device=self.device),
-            memory=Sequences.from_lengths([len(memory_ue)], device=self.device),
-            readers=Sequences.from_lengths([texts.total], device=self.device),
+            targets,
+            torch.cat([torch.arange(n) for n in rows.tolist()]).to(self.device),
+            sequences,
+            memory_index=torch.tensor([row for some in memory for row in some], device=self.device),
+            memory=Sequences.from_lengths([len(some) for some in memory], device=self.device),
+            readers=Sequences.from_lengths([int(rows[np.array(ks) == k].sum()) for k in read], device=self.device),
         )
-        return self.model.text_decoder(written, memory_ue)
+        scores = self.model.text_decoder(written, hidden_te).float()
+        item = -torch.nn.functional.cross_entropy(scores, targets, reduction="none")
+        return (sequences.pad(item) * sequences.valid).double().sum(1).tolist()
 
     def decode_text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -127,6 +140,18 @@ class ModelRunner:
 def _length(sample: Sample) -> int:
     parts = (sample.token_ids, sample.region_features, sample.frames)
     return 3 + sum(len(part) for part in parts if part is not None)
+
+
+def _parts(rows: Sequence[int], outputs: int) -> Iterator[slice]:
+    """Consecutive parts of the texts whose scores [rows, outputs] take no more than a bounded memory."""
+    start, total = 0, 0
+    for place, count in enumerate(rows):
+        if place > start and (total + count) * outputs > _SCORES_AT_ONCE:
+            yield slice(start, place)
+            start, total = place, 0
+        total += count
+    if rows:
+        yield slice(start, len(rows))
 
 
 def _teacher_forced(

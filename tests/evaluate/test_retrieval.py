@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.evaluate.retrieval import DIRECTIONS, _chance, recall, retrieval
+from opt_ds.evaluate.retrieval import DIRECTIONS, chance, recall, retrieval
 
 
 def test_recall_counts_the_rank_of_the_best_right_candidate() -> None:
@@ -17,17 +17,17 @@ def test_equal_targets_count_as_right() -> None:
     assert recall(scores, same)["R@1"] == 1.0
 
 
-def test_constant_scores_are_no_better_than_chance() -> None:
+def test_constant_scores_are_no_better_thanchance() -> None:
     same = np.eye(100, dtype=bool)
     assert recall(np.zeros((100, 100)), same) == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
 
 
-def test_chance_is_the_recall_of_random_orders() -> None:
+def testchance_is_the_recall_of_random_orders() -> None:
     same = np.eye(20, dtype=bool)
     same[0, 1] = same[1, 0] = True
     random = np.random.default_rng(0)
     mean = np.mean([recall(random.random((20, 20)), same)["R@5"] for _ in range(800)])
-    assert _chance(same)["R@5"] == pytest.approx(mean, abs=0.01)
+    assert chance(same)["R@5"] == pytest.approx(mean, abs=0.01)
 
 
 def test_five_directions_by_both_scores(evaluator: Evaluator) -> None:

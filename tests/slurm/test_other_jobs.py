@@ -66,9 +66,12 @@ def test_an_array_of_ablation_rows_leaves_one_table(cluster: LocalCluster, store
     submitted = subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=120)
     assert submitted.returncode == 0, submitted.stderr
     assert "2 rows: no-sample-level no-token-level" in submitted.stdout
-    log = lambda: "\n".join(file.read_text() for file in tmp_path.glob("*.log"))  # noqa: E731
-    found = output / "ablation.json"
-    cluster.wait(lambda: found.is_file() and len(json.loads(found.read_text())["rows"]) == 2, 400, log())
-    rows = {row["row"]: row["losses"] for row in json.loads(found.read_text())["rows"]}
-    assert "matching" not in rows["no-sample-level"] and "mlm" not in rows["no-token-level"], log()
+    job = submitted.stdout.split("job ")[1].split(",")[0]
+    left = ("squeue", "--noheader", "--array", f"--jobs={job}")
+    cluster.wait(lambda: not cluster.run(*left).strip(), 400, "the array does not end")
+    logs = "\n".join(file.read_text() for file in tmp_path.glob("*.log"))
+    assert (output / "ablation.json").is_file(), logs
+    rows = {row["row"]: row["losses"] for row in json.loads((output / "ablation.json").read_text())["rows"]}
+    assert list(rows) == ["no-sample-level", "no-token-level"], logs
+    assert "matching" not in rows["no-sample-level"] and "mlm" not in rows["no-token-level"]
     assert (output / "ablation.png").is_file()

@@ -1,0 +1,202 @@
+"""Retrieval in two stages: a dual projection of the frozen [CLS] ranks all candidates, the model itself re-ranks the best K.
+
+Ranking N candidates for N queries by the model alone takes N² runs: of the encoder by the matching head, of the text decoder by
+likelihood. In two stages it takes 2 N + K N, and by likelihood N more of the encoder.
+
+Legend: q queries, c candidates, k shortlisted candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.samples import given
+from opt_ds.errors import UserError
+from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_projection
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, joined, log_mean_exp, recall, target_names
+
+#: Training inputs whose mean likelihood stands for a text's prior, where texts are ranked.
+PRIOR_INPUTS = 32
+
+
+def two_stage_retrieval(
+    evaluator: Evaluator,
+    split: str,
+    shortlist: int,
+    candidates: int | None = None,
+    directions: Sequence[str] = tuple(DIRECTIONS),
+    seed: int = 1,
+) -> dict[str, Any]:
+    """R@1/5/10 of each direction over a gallery of `candidates` samples of the split (None: all), each query and candidate.
+
+    Per direction: `projection`, the first stage alone; `shortlist_recall`, the share of queries with a right candidate among the
+    `shortlist` best of it; `matching` and (where text is one side) `likelihood`, the re-ranked order, with the runs that it took
+    of encoder and decoder beside those of all pairs. Raises UserError if the shortlist is not shorter than the gallery.
+    """
+    stages = TwoStages(evaluator, seed)
+    gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
+    if shortlist >= len(gallery):
+        raise UserError(f"--shortlist {shortlist}: the gallery has {len(gallery)} samples: give fewer, or leave it away")
+    result: dict[str, Any] = {"split": split, "seed": seed, "candidates": len(gallery), "shortlist": shortlist}
+    for direction in directions:
+        result[direction] = stages.figures(direction, gallery, gallery, shortlist)
+    return result
+
+
+@dataclass
+class TwoStages:
+    """The two stages of one model on one store; [CLS] vectors and projections are made once."""
+
+    evaluator: Evaluator
+    seed: int = 1
+    _projections: dict[str, DualProjection] = field(default_factory=dict)
+    _cls: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def figures(
+        self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that there are."""
+        target = DIRECTIONS[direction][1]
+        names = target_names(self.evaluator, np.concatenate([queries, gallery]), target)
+        same_qc = names[: len(queries), None] == names[None, len(queries) :]
+        first_qc = self.first_stage(direction, queries, gallery)
+        best_qk = shortlisted(first_qc, shortlist)
+        found: dict[str, Any] = {
+            "chance": chance(same_qc), "projection": recall(first_qc, same_qc),
+            "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
+        }  # fmt: skip
+        encoded, pairs = len(queries) + len(gallery), best_qk.size
+        for score in scores or ("matching", "likelihood"):
+            if score == "matching":
+                second_qk, encoder_runs, decoder_runs = self.matching(direction, queries, gallery, best_qk), encoded + pairs, 0
+            elif _has_likelihood(direction):
+                second_qk = self.likelihood(direction, queries, gallery, best_qk)
+                again, prior = self._likelihood_runs(direction, best_qk)
+                encoder_runs, decoder_runs = encoded + again, pairs + prior
+            else:
+                continue
+            found[score] = {
+                **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
+                "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_share": encoder_runs / first_qc.size,
+                "decoder_share": decoder_runs / first_qc.size,
+            }  # fmt: skip
+        return found
+
+    def first_stage(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        """Scores [q, c] of the dual projection."""
+        query, target = DIRECTIONS[direction]
+        return self._projection(direction).scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
+
+    def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> np.ndarray:
+        """The matching head's scores [q, k] of the shortlisted pairs: an encoder run each."""
+        query, target = DIRECTIONS[direction]
+        case = case_of(query, target)
+        scores_qk = np.empty(best_qk.shape, dtype=np.float32)
+        for row, index in enumerate(queries):
+            own = self.evaluator.read(index, query)
+            pairs = [joined(own, self.evaluator.read(gallery[place], (target,))) for place in best_qk[row]]
+            scores_qk[row] = self.evaluator.matching_scores(pairs)[:, case]
+        return scores_qk
+
+    def likelihood(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> np.ndarray:
+        """log P(text | other side) [q, k] of the shortlisted pairs; over the text's prior where texts are ranked."""
+        query, target = DIRECTIONS[direction]
+        read, texts_of = self.evaluator.read, self._texts
+        if target == TEXT:
+            samples = [read(index, query) for index in queries]
+            ranked, places = np.unique(best_qk, return_inverse=True)  # the texts that are in a shortlist at all
+            texts, wanted = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
+            found = self.evaluator.text_log_likelihood_of(samples, texts, list(wanted))
+            return np.stack(found) - self._log_priors(query[0], texts)[wanted]
+        samples = [read(index, (target,)) for index in gallery]
+        rows, columns = np.divmod(np.arange(best_qk.size), best_qk.shape[1])
+        pairs_of = [np.flatnonzero(best_qk.reshape(-1) == place) for place in range(len(gallery))]
+        found = self.evaluator.text_log_likelihood_of(samples, texts_of(queries), [rows[flat] for flat in pairs_of])
+        scores_qk = np.empty(best_qk.shape)
+        for flat, values in zip(pairs_of, found, strict=True):
+            scores_qk[rows[flat], columns[flat]] = values
+        return scores_qk
+
+    def _likelihood_runs(self, direction: str, best_qk: np.ndarray) -> tuple[int, int]:
+        """Encoder runs of `likelihood`, and the decoder runs of its priors."""
+        query, target = DIRECTIONS[direction]
+        ranked = len(np.unique(best_qk))
+        if target != TEXT:
+            return ranked, 0
+        inputs = len(self._prior_inputs(query[0]))
+        return len(best_qk) + inputs, inputs * ranked
+
+    def _log_priors(self, modality: int, texts: list[np.ndarray]) -> np.ndarray:
+        """log of each text's mean likelihood over a seeded choice of training inputs; float64 [texts]."""
+        samples = [self.evaluator.read(index, (modality,)) for index in self._prior_inputs(modality)]
+        return log_mean_exp(self.evaluator.text_log_likelihood(samples, texts), axis=0)[0]
+
+    def _prior_inputs(self, modality: int) -> np.ndarray:
+        return self.evaluator.samples_with(self.evaluator.config.data.train_split, (modality,), PRIOR_INPUTS, self.seed)
+
+    def _projection(self, direction: str) -> DualProjection:
+        if direction not in self._projections:
+            query, target = DIRECTIONS[direction]
+            data = self.evaluator.config.data
+            fitted_on = []
+            for split in (data.train_split, data.valid_split):
+                samples = self.evaluator.samples_with(split, (*query, target))
+                if not len(samples):
+                    raise UserError(f"{self.evaluator.store.path}: split {split} has no sample to fit {direction} on")
+                names = target_names(self.evaluator, samples, target)
+                fitted_on.append(Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names))
+            self._projections[direction] = fit_dual_projection(fitted_on[0], fitted_on[1], seed=self.seed)
+        return self._projections[direction]
+
+    def _vectors(self, samples: np.ndarray, modalities: tuple[int, ...]) -> np.ndarray:
+        """float32 [samples, e]: [CLS] of these modalities; each sample is encoded once."""
+        width, store = self.evaluator.config.model.hidden_size, self.evaluator.store
+        empty = (np.empty((store.num_samples, width), np.float32), np.zeros(store.num_samples, bool))
+        vectors, known = self._cls.setdefault(modalities, empty)
+        new = np.unique(samples[~known[samples]])
+        vectors[new] = self.evaluator.cls_vectors([self.evaluator.read(index, modalities) for index in new])
+        known[new] = True
+        return vectors[samples]
+
+    def _texts(self, samples: np.ndarray) -> list[np.ndarray]:
+        return [given(self.evaluator.read(index, (TEXT,)).token_ids) for index in samples]
+
+
+def shortlisted(first_qc: np.ndarray, shortlist: int) -> np.ndarray:
+    """int64 [q, k]: places of the best candidates of the first stage, in their order in the gallery."""
+    return np.sort(np.argpartition(-first_qc, shortlist - 1, axis=1)[:, :shortlist], axis=1)
+
+
+def reranked(first_qc: np.ndarray, best_qk: np.ndarray, second_qk: np.ndarray) -> np.ndarray:
+    """Scores [q, c] that put the shortlist first, in the second stage's order, and leave the others in the first stage's."""
+    scores_qc = first_qc.astype(np.float64) - first_qc.max(1, keepdims=True)
+    np.put_along_axis(scores_qc, best_qk, second_qk - second_qk.min(1, keepdims=True) + 1, axis=1)
+    return scores_qc
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"{result['candidates']} candidates of {result['split']}, the best {result['shortlist']} re-ranked",
+        f"  {'':<22}{'':<14}" + "".join(f"{f'R@{k}':>8}" for k in RANKS) + "   encoder, decoder runs of all pairs",
+    ]
+    for direction in (name for name in DIRECTIONS if name in result):
+        found, name = result[direction], direction.replace("_to_", "→").replace("_", "+")
+        for stage in ("projection", "matching", "likelihood"):
+            if stage in found:
+                cells = "".join(f"{found[stage][f'R@{k}']:>8.1%}" for k in RANKS)
+                shares = (found[stage].get(f"{part}_share") for part in ("encoder", "decoder"))
+                cost = "".join("" if share is None else f"{share:>10.2%}" for share in shares)
+                lines.append(f"  {name:<22}{stage:<14}{cells}{cost}")
+                name = ""
+        lines.append(f"  {'':<22}in shortlist  {found['shortlist_recall']:>7.1%}   (chance R@1 {found['chance']['R@1']:.2%})")
+    return "\n".join(lines)
+
+
+def _has_likelihood(direction: str) -> bool:
+    query, target = DIRECTIONS[direction]
+    return len(query) == 1 and TEXT in (*query, target)

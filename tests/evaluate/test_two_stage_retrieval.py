@@ -1,0 +1,104 @@
+"""Two-stage retrieval: what the projection learns, that re-ranking scores just the shortlist, and what it says it cost."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import opt_ds.evaluate.runner as runner
+from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.samples import given
+from opt_ds.errors import UserError
+from opt_ds.evaluate.dual_projection import Pairs, fit_dual_projection
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.retrieval import DIRECTIONS, _likelihood_matrix, _matching_matrix, recall
+from opt_ds.evaluate.two_stage_retrieval import TwoStages, reranked, shortlisted, table, two_stage_retrieval
+
+
+def related(n: int, seed: int, noise: float = 0.05) -> Pairs:
+    """Queries and targets that a linear map relates, every target twice."""
+    random, relation = np.random.default_rng(seed), np.random.default_rng(0).normal(size=(12, 12))
+    query = random.normal(size=(n, 12))
+    query[1::2] = query[::2]
+    target = query @ relation + noise * random.normal(size=(n, 12))
+    return Pairs(query.astype("f4"), target.astype("f4"), np.arange(n) // 2)
+
+
+def test_a_projection_finds_a_linear_relation_and_is_chance_where_there_is_none() -> None:
+    held_out = related(200, 3)
+    same = held_out.target_names[:, None] == held_out.target_names[None, :]
+    learned = fit_dual_projection(related(400, 1), related(100, 2), width=16, steps=300)
+    assert recall(learned.scores(held_out.query_ne, held_out.target_ne), same)["R@1"] > 0.95
+    unrelated = fit_dual_projection(related(400, 1, noise=1e3), related(100, 2, noise=1e3), width=16, steps=300)
+    assert recall(unrelated.scores(held_out.query_ne, held_out.target_ne), same)["R@1"] < 0.1
+    again = fit_dual_projection(related(400, 1), related(100, 2), width=16, steps=300)
+    assert (again.scores(held_out.query_ne, held_out.target_ne) == learned.scores(held_out.query_ne, held_out.target_ne)).all()
+
+
+def test_the_shortlist_comes_first_in_the_second_order_and_the_rest_stays_in_the_first() -> None:
+    first = np.array([[0.1, 0.9, 0.5, 0.7]])
+    best = shortlisted(first, 2)
+    assert best.tolist() == [[1, 3]]
+    assert np.argsort(-reranked(first, best, np.array([[-5.0, 2.0]]))).tolist() == [[3, 1, 2, 0]]
+    assert np.argsort(-reranked(first, best, np.array([[2.0, -5.0]]))).tolist() == [[1, 3, 2, 0]]
+
+
+def test_chosen_pairs_have_the_likelihood_that_all_pairs_have(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = evaluator.samples_with("train", (TEXT, AUDIO), 7)
+    samples = [evaluator.read(index, (AUDIO,)) for index in gallery]
+    texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
+    everything = evaluator.text_log_likelihood(samples, texts)
+    wanted = [np.array(places, dtype=int) for places in ([1, 4], [], [0], [6, 2, 3], [5], [], [0, 1, 2, 3, 4, 5, 6])]
+    for limit in (1 << 24, 500):  # the second: a few texts at a time
+        monkeypatch.setattr(runner, "_SCORES_AT_ONCE", limit)
+        found = evaluator.text_log_likelihood_of(samples, texts, wanted)
+        for row, places in enumerate(wanted):
+            assert found[row] == pytest.approx(everything[row, places], abs=1e-4)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_re_ranking_scores_are_those_of_all_pairs(evaluator: Evaluator, direction: str) -> None:
+    query, target = DIRECTIONS[direction]
+    gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 6)
+    stages = TwoStages(evaluator)
+    best = shortlisted(stages.first_stage(direction, gallery, gallery), 3)
+    found = stages.matching(direction, gallery, gallery, best)
+    assert found == pytest.approx(np.take_along_axis(_matching_matrix(evaluator, gallery, query, target), best, 1), abs=1e-4)
+    if direction in ("text_to_image", "text_to_audio"):
+        everything = _likelihood_matrix(evaluator, gallery, target).T
+        found_likelihood = stages.likelihood(direction, gallery, gallery, best)
+        assert found_likelihood == pytest.approx(np.take_along_axis(everything, best, 1), abs=1e-4)
+    if direction == "image_to_text":
+        everything = _likelihood_matrix(evaluator, gallery, IMAGE)
+        texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
+        over_prior = everything - stages._log_priors(IMAGE, texts)
+        found_likelihood = stages.likelihood(direction, gallery, gallery, best)
+        assert found_likelihood == pytest.approx(np.take_along_axis(over_prior, best, 1), abs=1e-4)
+
+
+def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 20)
+    encoded: list[int] = []
+    batches = Evaluator.batches
+    monkeypatch.setattr(Evaluator, "batches", lambda self, samples: (encoded.append(len(samples)), batches(self, samples))[1])
+    for direction in ("image_to_text", "text_to_audio", "text_audio_to_image"):
+        stages = TwoStages(evaluator)
+        stages.first_stage(direction, gallery[:1], gallery[:1])  # fits the projection, once for all galleries
+        stages._cls.clear()
+        encoded.clear()
+        found = stages.figures(direction, gallery, gallery, 4)
+        matching, likelihood = found["matching"], found.get("likelihood")
+        assert matching["encoder_runs"] == 2 * 20 + 4 * 20 and matching["all_pairs"] == 400
+        assert matching["encoder_share"] == pytest.approx(0.3)
+        second = 0 if likelihood is None else likelihood["encoder_runs"] - 2 * 20
+        assert sum(encoded) == matching["encoder_runs"] + second
+
+
+def test_figures_are_plain_and_a_long_shortlist_is_refused(evaluator: Evaluator, tmp_path: Path) -> None:
+    result = two_stage_retrieval(evaluator, "valid", 3, directions=("text_to_image", "text_audio_to_image"))
+    assert json.loads(json.dumps(result)) == result
+    assert result["text_to_image"]["likelihood"]["R@1"] <= result["text_to_image"]["shortlist_recall"] <= 1
+    assert "text+audio→image" in table(result) and "likelihood" in table(result)
+    with pytest.raises(UserError, match="--shortlist 12: the gallery has 12 samples"):
+        two_stage_retrieval(evaluator, "valid", 12)
