@@ -93,6 +93,15 @@ class SampleReader:
             sample.written_codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
         return sample
 
+    def read_ahead(self, planned: PlannedSamples, slots: np.ndarray) -> int:
+        """Have the features of these samples read from the disk soon, without waiting; returns their bytes."""
+        total = 0
+        for number, (_, image, audio) in zip(planned.store[slots].tolist(), planned.input_rows[slots].tolist(), strict=True):
+            store = self.stores[number]
+            total += store.read_ahead("image", image) if image >= 0 else 0
+            total += store.read_ahead("audio", audio) if audio >= 0 else 0
+        return total
+
     def whole(self, number: int, index: int, modalities: tuple[int, ...] = (TEXT, IMAGE, AUDIO)) -> Sample:
         """A store's sample uncorrupted, with just these modalities (those that it has): for evaluation."""
         store = self.stores[number]

@@ -58,7 +58,7 @@ class FeatureStore:
     def __setstate__(self, state: dict) -> None:
         FeatureStore.__init__(self, state["path"])
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name
