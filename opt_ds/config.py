@@ -4,6 +4,7 @@ Every other file receives a piece of this tree; nobody else holds a default. Rul
 before anything is loaded; rules that need the store or the hardware are in `opt_ds.engine.preflight`.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,12 @@ LOSSES_OF_DRAW: dict[str, tuple[str, ...]] = {
     "matching": ("matching",),
 }
 LOSSES: tuple[str, ...] = tuple(loss for losses in LOSSES_OF_DRAW.values() for loss in losses)
+#: The loss of fine-tuning's classification head.
+LABELS_LOSS = "labels"
+ALL_LOSSES = (*LOSSES, LABELS_LOSS)
+
+#: Modality subsets by the letters that tables use.
+Subset = Literal["T", "I", "A", "T+I", "T+A", "A+I", "T+A+I"]
 
 
 class _Section(BaseModel):
@@ -103,6 +110,13 @@ class ContrastiveConfig(LossConfig):
     temperature: float = Field(0.1, gt=0)
 
 
+class LabelsConfig(LossConfig):
+    """Fine-tuning's classification head on [CLS], a score a name."""
+
+    names: tuple[str, ...] = Field(..., min_length=1)
+    answers: bool = Field(False, description="a name's target is min(times given / 3, 1) (VQA), else 1 if it is given")
+
+
 class ModalityConfig(LossConfig):
     drop_probability: float = Field(0.3, gt=0, lt=1)
     always_drop_target: bool = Field(False, description="the reconstructed modality is never in the input")
@@ -131,16 +145,19 @@ class TasksConfig(_Section):
     dtr: LossConfig = LossConfig()
     dir: LossConfig = LossConfig()
     matching: MatchingConfig = MatchingConfig()
+    labels: LabelsConfig | None = Field(None, description="set by opt-ds finetune classification and vqa")
 
     def loss_weight(self, loss: str) -> float:
-        """Weight of one of `LOSSES` in the total."""
+        """Weight of one of `ALL_LOSSES` in the total."""
+        if loss == LABELS_LOSS:
+            return self.labels.weight if self.labels else 0.0
         draw = next(d for d, losses in LOSSES_OF_DRAW.items() if loss in losses)
         own = getattr(self, loss).weight
         return own if draw == loss else own * getattr(self, draw).weight
 
     @property
     def active_losses(self) -> tuple[str, ...]:
-        return tuple(loss for loss in LOSSES if self.loss_weight(loss) > 0)
+        return tuple(loss for loss in ALL_LOSSES if self.loss_weight(loss) > 0)
 
     def mix_at(self, fraction: float) -> dict[str, float]:
         """Shares of the draws at this fraction of the schedule; draws without a weighted loss have 0. They sum to 1."""
@@ -168,9 +185,24 @@ class TasksConfig(_Section):
         if starts != sorted(starts):
             raise ValueError("tasks.curriculum must be in the order of from_fraction")
         for fraction in (0.0, *starts):
-            if not any(self.mix_at(fraction).values()):
+            if not self.labels and not any(self.mix_at(fraction).values()):
                 raise ValueError("the weights of tasks and tasks.mix leave no task: give one a positive share and weight")
         return self
+
+
+class FineTuneConfig(_Section):
+    """What `opt-ds finetune` trains, from which checkpoint. It also switches the other tasks off."""
+
+    task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"]
+    checkpoint: str = Field(..., description="folder of the checkpoint that the weights come from")
+    weights_sha256: str = Field(..., description="of that checkpoint's weights")
+    learned: tuple[str, ...] = Field((), description="losses that it was trained with")
+    inputs: tuple[Subset, ...] = Field(..., min_length=1, description="modalities that go in; several: drawn for each sample")
+    negative_share: float = Field(0.5, gt=0, lt=1, description="retrieval: share of samples with a donor's part")
+    donor_candidates: int = Field(32, ge=1, description="retrieval: donors drawn, of which the nearest text is taken")
+    same_group_donors: bool = Field(
+        False, description="retrieval: half of the drawn donors are of the sample's own group, with another text and image"
+    )
 
 
 class BatchConfig(_Section):
@@ -266,6 +298,13 @@ class Config(_Section):
     zero: ZeroConfig = ZeroConfig()
     ops: OpsConfig = OpsConfig()
     profile: ProfileConfig = ProfileConfig()
+    finetune: FineTuneConfig | None = Field(None, description="set by opt-ds finetune")
+
+    @property
+    def learned_losses(self) -> tuple[str, ...]:
+        """What the model was trained with, by this run or by the one that it was fine-tuned from."""
+        before = self.finetune.learned if self.finetune else ()
+        return tuple(loss for loss in ALL_LOSSES if loss in before or loss in self.tasks.active_losses)
 
     @property
     def max_steps(self) -> int:
@@ -305,17 +344,17 @@ def load_config(source: str | None = None, settings: tuple[str, ...] | list[str]
 
     A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
     """
-    tree = _read_source(source or "opt-base")
+    return config_from_dict(_read_source(source or "opt-base"), where=f"config {source or 'opt-base'}", settings=settings)
+
+
+def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
+    """Validate a plain tree (as YAML holds it), with settings laid over it. UserError names `where`, key and remedy."""
+    tree = copy.deepcopy(tree)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f'--set "{setting}": write it as key.path=value')
         _set(tree, key.strip().split("."), _parse_value(key, value))
-    return config_from_dict(tree, where=f"config {source or 'opt-base'}")
-
-
-def config_from_dict(tree: dict[str, Any], where: str) -> Config:
-    """Validate a plain tree (as YAML holds it). Raises UserError naming `where`, the key and the remedy."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

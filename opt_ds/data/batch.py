@@ -99,6 +99,12 @@ class Judged(_Movable):
 
 
 @dataclass
+class Labelled(_Movable):
+    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] where no sample is labelled
+
+
+@dataclass
 class PackedBatch(_Movable):
     """One micro-batch. Every part is always there; a part without work has length 0."""
 
@@ -109,6 +115,7 @@ class PackedBatch(_Movable):
     written_text: Written
     written_image: Written
     judged: Judged
+    labelled: Labelled
     sample_names: tuple[str, ...] = ()
 
     @property
@@ -153,6 +160,7 @@ class Packer:
             written_text=self._written(samples, layout, "written_text"),
             written_image=self._written(samples, layout, "written_codes"),
             judged=_judged(samples, layout),
+            labelled=_labelled(samples, layout),
             sample_names=tuple(sample.name for sample in samples),
         )
 
@@ -264,6 +272,12 @@ def _masked_frames(samples: list[Sample], layout: _Layout) -> MaskedFrames:
 def _judged(samples: list[Sample], layout: _Layout) -> Judged:
     who = [i for i, s in enumerate(samples) if s.case >= 0]
     return Judged(index=_long(layout.starts[who]), cases=_long([samples[i].case for i in who]))
+
+
+def _labelled(samples: list[Sample], layout: _Layout) -> Labelled:
+    who = [i for i, s in enumerate(samples) if s.label_targets is not None]
+    targets = np.stack([given(samples[i].label_targets) for i in who]) if who else np.empty((0, 0))
+    return Labelled(index=_long(layout.starts[who]), targets=torch.from_numpy(targets.astype(np.float32)))
 
 
 def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:

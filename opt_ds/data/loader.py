@@ -14,15 +14,15 @@ from contextlib import contextmanager
 import torch
 
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.plan import PlannedStep, StepPlan
 from opt_ds.data.plan_ahead import PlanAhead
+from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.samples import SampleReader
 
 
 class MicroBatchLoader:
     """One rank's micro-batches of the plan's steps, on the device."""
 
-    def __init__(self, plan: StepPlan, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, plan: Plan, rank: int, world_size: int, device: torch.device) -> None:
         self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
         self.wait_s = 0.0  # seconds that the consumer has waited for data so far
         data = plan.config.data

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opt_ds.data.plan import PlannedSamples, PlannedStep
+from opt_ds.data.planned import PlannedSamples, PlannedStep
 
 _MOST_MICRO_BATCHES = 64  # ahead, however few bytes they have
 

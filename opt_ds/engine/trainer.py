@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from opt_ds.config import Config
+from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.planned import PlannedStep
 from opt_ds.engine import checkpoint, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
@@ -55,7 +56,7 @@ class Trainer:
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
         self.ranks, self.stop = group.ranks, stop
-        self.plan = StepPlan(config, stores)
+        self.plan = make_plan(config, stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend, group.device)
 
@@ -69,7 +70,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
         self.peak = peak_flops(hardware, precision)
         about = {
-            "plan_version": StepPlan.VERSION,
+            "plan_version": self.plan.VERSION,
             "config": config.model_dump(mode="json"),
             "stores": [store.fingerprint for store in stores],
             "versions": run_folder.versions(),
@@ -267,6 +268,8 @@ class Trainer:
         model = initial_model(self.config, self.stores, warm_start=not resume_from)
         if resume_from:
             checkpoint.load_weights(model, resume_from)
+        elif self.config.finetune:
+            checkpoint.load_start(model, self.config)
         if self.ranks.is_main:
             check_space(self.output, sum(p.numel() for p in model.parameters()))
         # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.

@@ -6,15 +6,13 @@ import numpy as np
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import SUBSETS, TEXT
 from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
 
-#: Inputs by the letters that tables use.
-SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
-           "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip
+__all__ = ["SUBSETS", "Evaluator"]
 
 
 def samples_with(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opt_ds.data.plan import IMAGE
+from opt_ds.data.planned import IMAGE
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.model.generation import DecodingConfig
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from opt_ds.data.matching import CASES
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample, given
 from opt_ds.evaluate.evaluator import Evaluator
 

@@ -12,7 +12,7 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.matching import NUM_CASES
-from opt_ds.data.plan import AUDIO, IMAGE, MAM, MATCHING, MLM, MVM, TEXT, PlannedSamples
+from opt_ds.data.planned import AUDIO, IMAGE, LABELS, MAM, MATCHING, MLM, MVM, TEXT, PlannedSamples
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,14 @@ def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
     regions = float(num_masked(lengths[draw == MVM, IMAGE], p).sum())
     utterances = lengths[draw == MAM, AUDIO]
     frames = num_masked_frames(utterances, p).astype(np.float64)
+    num_labels = len(config.tasks.labels.names) if config.tasks.labels else 0
     heads = 2 * (
         words * (width**2 + width * model.vocab_size)
         + regions * width * (model.image_feature_dim + model.image_num_classes)
         + frames.sum() * width * 2 * frame_dim
         + (frames * utterances).sum() * frame_dim
         + float((draw == MATCHING).sum()) * width * NUM_CASES
+        + float((draw == LABELS).sum()) * (width**2 + width * num_labels)
     )
     embeddings = 2.0 * width * (
         lengths[:, IMAGE].sum() * (model.image_feature_dim + 7) + lengths[:, AUDIO].sum() * frame_dim

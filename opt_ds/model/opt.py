@@ -13,6 +13,7 @@ from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.model.transformer import Encoder, number_dropout_sites
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import LossTerm
+from opt_ds.tasks.labels import LabelHead
 from opt_ds.tasks.mam import MaskedAudioModeling
 from opt_ds.tasks.matching import Matching
 from opt_ds.tasks.mlm import MaskedLanguageModeling
@@ -35,6 +36,7 @@ class OPT(nn.Module):
         self.mvm = MaskedVisionModeling(model)
         self.mam = MaskedAudioModeling(model, tasks.mac.temperature)
         self.matching = Matching(model, tasks.matching)
+        self.labels = LabelHead(model, tasks.labels) if tasks.labels else None  # fine-tuning's
         number_dropout_sites(self)
         self._initialize()
 
@@ -48,6 +50,7 @@ class OPT(nn.Module):
             "dtr": reconstruction_term(self.text_decoder, batch.written_text, hidden_te),
             "dir": reconstruction_term(self.image_decoder, batch.written_image, hidden_te),
             **self.matching(hidden_te, batch.judged),
+            **(self.labels(hidden_te, batch.labelled) if self.labels else {}),
         }
 
     def encode(self, inputs: EncoderInputs) -> torch.Tensor:

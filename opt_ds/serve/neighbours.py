@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator

@@ -10,7 +10,7 @@ from PIL import Image
 
 from opt_ds.config import Config
 from opt_ds.data.matching import CASES
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, to_uint8

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from opt_ds.data.lengths import stacked_length
-from opt_ds.data.plan import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples
 from opt_ds.store import FeatureStore
 from opt_ds.store.index import count_subsets
 from tests.tiny import make_batches, make_config, make_model, make_store

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.model.generation import DecodingConfig
 

@@ -5,7 +5,8 @@ import torch
 
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
-from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
