@@ -17,20 +17,16 @@ class DonorPool:
     def __init__(self, store: FeatureStore, samples: np.ndarray) -> None:
         """`samples`: int64 indices of the split's samples."""
         self._rows, self._groups = store.rows, store.groups
-        self._givers = [self._with(samples, modality) for modality in range(3)]
+        self._givers = [self._with(store, samples, modality) for modality in range(3)]
         several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
         # "none" wants two donors of two groups besides the sample's own
         self.usable = several_modalities and all(not len(givers) or self._has_three_groups(givers) for givers in self._givers)
 
-    def _with(self, samples: np.ndarray, modality: int) -> np.ndarray:
+    def _with(self, store: FeatureStore, samples: np.ndarray, modality: int) -> np.ndarray:
         """The samples that have the modality; where all have it the very array, which may be a map of 10^8 samples."""
-        parts, all_have = [], True
-        for block in _blocks(samples):
-            has = self._rows[block, modality] >= 0
-            if all_have and not has.all():
-                all_have = False
-            parts.append(block if has.all() else block[has])
-        return samples if all_have else np.concatenate(parts)
+        if store.all_have(modality):
+            return samples
+        return np.concatenate([samples[:0], *(block[self._rows[block, modality] >= 0] for block in _blocks(samples))])
 
     def _has_three_groups(self, givers: np.ndarray) -> bool:
         found: set[int] = set()

@@ -133,6 +133,11 @@ class FeatureStore:
         """Return int64 [8]: how many samples of a split have which modalities; bit 0 of the place is text, 1 image, 2 audio."""
         return self.index.subsets[self._split_place(split)]
 
+    def all_have(self, modality: int) -> bool:
+        """Whether every sample of the store has text (0), an image (1) or audio (2)."""
+        without = np.arange(self.index.subsets.shape[1]) >> modality & 1 == 0
+        return not self.index.subsets[:, without].any()
+
     def _split_place(self, split: str) -> int:
         names = self.description.split_names
         if split not in names:
@@ -166,8 +171,9 @@ class FeatureStore:
         """Return an image row's regions."""
         shard, local = self._locate(self._image_starts, row)
         offsets = shard.array("image/offsets")
-        start, stop = int(offsets[local]), int(offsets[local + 1])
-        return Regions(*(shard.array(name)[start:stop] for name in _REGIONS))
+        kept = slice(int(offsets[local]), int(offsets[local + 1]))
+        features, boxes, labels, scores = map(shard.array, _REGIONS)
+        return Regions(features[kept], boxes[kept], labels[kept], scores[kept])
 
     def frames(self, row: int) -> np.ndarray:
         """Return an audio row's frames: float16 [T, Da]."""
@@ -195,16 +201,10 @@ class FeatureStore:
         return load_tokenizer(self.tokenizer_folder)
 
     def read_ahead(self, modality: str, row: int) -> int:
-        """Ask the system to read an image or audio row's features from the disk now; returns their bytes. It does not wait."""
-        if modality == "image":
-            shard, local = self._locate(self._image_starts, row)
-            names: tuple[str, ...] = _REGIONS[:2]
-        else:
-            shard, local = self._locate(self._audio_starts, row)
-            names = ("audio/features",)
+        """Ask the system to read an "image" or "audio" row's features from the disk now, without waiting; returns their bytes."""
+        shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
         offsets = shard.array(f"{modality}/offsets")
-        start, stop = int(offsets[local]), int(offsets[local + 1])
-        return sum(shard.will_need(name, start, stop) for name in names)
+        return shard.will_need(f"{modality}/features", int(offsets[local]), int(offsets[local + 1]))
 
     def release_pages(self) -> None:
         """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""

@@ -115,7 +115,7 @@ def test_maps_hold_no_file_open_and_views_outlive_them(path: Path) -> None:
 def test_reading_ahead_counts_bytes_and_changes_nothing(path: Path) -> None:
     store, index = FeatureStore(path), 0
     regions, frames = store.regions(index), store.frames(index)
-    assert store.read_ahead("image", index) == regions.features.nbytes + regions.boxes.nbytes
+    assert store.read_ahead("image", index) == regions.features.nbytes
     assert store.read_ahead("audio", index) == frames.nbytes
     store.release_pages()
     assert np.array_equal(store.frames(index), frames)
