@@ -55,6 +55,14 @@ class EncoderInputs(_Movable):
 
 
 @dataclass
+class ReadRows(_Movable):
+    """Packed positions whose encoding some head or decoder reads: the encoder's last layer is computed at no others."""
+
+    index: torch.Tensor  # int64 [R], ascending
+    sequences: Sequences  # of each sample
+
+
+@dataclass
 class MaskedTokens(_Movable):
     index: torch.Tensor  # int64 [m], packed positions
     targets: torch.Tensor  # int64 [m]
@@ -109,6 +117,7 @@ class PackedBatch(_Movable):
     """One micro-batch. Every part is always there; a part without work has length 0."""
 
     inputs: EncoderInputs
+    read: ReadRows
     masked_tokens: MaskedTokens
     masked_regions: MaskedRegions
     masked_frames: MaskedFrames
@@ -152,15 +161,23 @@ class Packer:
     def pack(self, samples: list[Sample]) -> PackedBatch:
         """One micro-batch of the samples, in their order."""
         layout = _Layout(samples)
+        tokens, regions, frames = (
+            _masked_tokens(samples, layout), _masked_regions(samples, layout), _masked_frames(samples, layout)
+        )  # fmt: skip
+        text, image = self._written(samples, layout, "written_text"), self._written(samples, layout, "written_codes")
+        judged, labelled = _judged(samples, layout), _labelled(samples, layout)
+        readers = [part.index for part in (tokens, regions, frames, judged, labelled)]
+        readers += [text.memory_index, image.memory_index]
         return PackedBatch(
             inputs=self._inputs(samples, layout),
-            masked_tokens=_masked_tokens(samples, layout),
-            masked_regions=_masked_regions(samples, layout),
-            masked_frames=_masked_frames(samples, layout),
-            written_text=self._written(samples, layout, "written_text"),
-            written_image=self._written(samples, layout, "written_codes"),
-            judged=_judged(samples, layout),
-            labelled=_labelled(samples, layout),
+            read=_read_rows(samples, layout, readers),
+            masked_tokens=tokens,
+            masked_regions=regions,
+            masked_frames=frames,
+            written_text=text,
+            written_image=image,
+            judged=judged,
+            labelled=labelled,
             sample_names=tuple(sample.name for sample in samples),
         )
 
@@ -233,6 +250,12 @@ class _Layout:
         """int64, packed position of each of the modality's rows."""
         shift = np.repeat(self.first[:, modality] - self.row_start[:-1, modality], self.lengths[:, modality])
         return shift + np.arange(len(shift))
+
+
+def _read_rows(samples: list[Sample], layout: _Layout, readers: list[torch.Tensor]) -> ReadRows:
+    index = np.unique(torch.cat(readers).numpy())
+    lengths = np.diff(np.searchsorted(index, layout.starts))
+    return ReadRows(torch.from_numpy(index), Sequences.from_lengths(lengths, slots=[s.slot for s in samples]))
 
 
 def _masked_tokens(samples: list[Sample], layout: _Layout) -> MaskedTokens:

@@ -296,7 +296,7 @@ class Trainer:
             else {}
         )
         optimizer = self.config.optimizer
-        adam = torch.optim.AdamW(_parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
+        adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
                                  eps=optimizer.eps, fused=True)  # fmt: skip
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
@@ -353,7 +353,7 @@ class Trainer:
         self.report.text("state", settings_table(asdict(self.state)))
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only: not for LayerNorm's weights, biases and single vectors."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]

@@ -27,7 +27,7 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
         sample.written_codes = target
     total, count = 0.0, 0
     for _, batch, hidden_te in evaluator.batches(samples):
-        scores = evaluator.model.image_decoder(batch.written_image, hidden_te).float()
+        scores = evaluator.model.image_decoder.scores(batch.written_image, hidden_te).float()
         targets = batch.written_image.target_ids
         total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
         count += len(targets)

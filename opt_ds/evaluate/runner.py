@@ -188,7 +188,7 @@ class ModelRunner:
             memory=Sequences.from_lengths([len(some) for some in memory], device=self.device),
             readers=Sequences.from_lengths([int(rows[np.array(ks) == k].sum()) for k in read], device=self.device),
         )
-        scores = self.model.text_decoder(written, hidden_te).float()
+        scores = self.model.text_decoder.scores(written, hidden_te).float()
         item = -torch.nn.functional.cross_entropy(scores, targets, reduction="none")
         return (sequences.pad(item) * sequences.valid).double().sum(1).tolist()
 

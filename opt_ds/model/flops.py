@@ -43,7 +43,10 @@ def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
     positions = (1 + lengths.sum(1) + (samples.input_rows[used, TEXT] >= 0)).astype(np.float64)
 
     per_position = 2 * (4 * width**2 + 2 * width * ffn)
-    encoder = model.num_layers * (per_position * positions.sum() + 4 * width * np.square(positions).sum())
+    encoder = (model.num_layers - 1) * (per_position * positions.sum() + 4 * width * np.square(positions).sum())
+    read = _read_positions(config, samples)[used]  # the last layer is computed where something reads it
+    keys_and_values = 4 * width**2
+    encoder += keys_and_values * positions.sum() + ((per_position - keys_and_values) + 4 * width * positions) @ read
 
     written_text = np.where(samples.writes_text, samples.text_target_length + 1, 0)[used]
     written_codes = np.where(samples.writes_image, model.num_image_codes, 0)[used]
@@ -76,3 +79,14 @@ def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
         lengths[:, IMAGE].sum() * (model.image_feature_dim + 7) + lengths[:, AUDIO].sum() * frame_dim
     )
     return StepFlops(float(embeddings), float(encoder), float(decoders), float(heads))
+
+
+def _read_positions(config: Config, samples: PlannedSamples) -> np.ndarray:
+    """float64 [B]: positions of the encoder's output that a head or a decoder reads."""
+    p, lengths = config.tasks.mask_probability, samples.input_lengths
+    positions = 1 + lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)
+    read = np.where(samples.writes_text | samples.writes_image, positions, 0)
+    read = np.where(samples.draw == MLM, num_masked(lengths[:, TEXT], p), read)
+    read = np.where(samples.draw == MVM, num_masked(lengths[:, IMAGE], p), read)
+    read = np.where(samples.draw == MAM, num_masked_frames(lengths[:, AUDIO], p), read)
+    return np.where((samples.draw == MATCHING) | (samples.draw == LABELS), 1, read).astype(np.float64)

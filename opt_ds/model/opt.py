@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opt_ds.config import Config, ModelConfig, TasksConfig
-from opt_ds.data.batch import EncoderInputs, PackedBatch
+from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.model.transformer import Encoder, number_dropout_sites
@@ -42,7 +42,7 @@ class OPT(nn.Module):
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:
         """Every loss's term of this micro-batch. Losses without work give 0, with gradients of 0."""
-        hidden_te, regions_rv, frames_av = self._encode(batch.inputs)
+        hidden_te, regions_rv, frames_av = self._encode(batch.inputs, batch.read)
         return {
             **self.mlm(hidden_te, batch.masked_tokens),
             **self.mvm(hidden_te, batch.masked_regions, regions_rv),
@@ -57,9 +57,9 @@ class OPT(nn.Module):
         """hidden_te, the encoder's packed output for any mixture of modalities."""
         return self._encode(inputs)[0]
 
-    def _encode(self, inputs: EncoderInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _encode(self, inputs: EncoderInputs, read: ReadRows | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_te, regions_rv, frames_av = self.embeddings(inputs)
-        return self.encoder(hidden_te, inputs.sequences), regions_rv, frames_av
+        return self.encoder(hidden_te, inputs.sequences, read), regions_rv, frames_av
 
     def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
         """Take the standardisation from the stores' training statistics, pooled by the number of vectors."""
