@@ -45,6 +45,7 @@ class DataConfig(_Section):
     valid_split: str = "valid"
     frame_offset: bool = Field(False, description="draw the first stacked frame's offset anew each epoch (augmentation)")
     prefetch_batches: int = Field(4, ge=1, description="micro-batches made ahead of the training step")
+    read_ahead_mib: int = Field(64, ge=0, description="features read from the disk ahead of that, per rank; 0: none")
     workers: int = Field(1, ge=1, description="threads that pack micro-batches, per rank")
 
 

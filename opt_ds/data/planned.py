@@ -15,6 +15,7 @@ import numpy as np
 
 from opt_ds.config import LOSSES_OF_DRAW, Config
 from opt_ds.data.keyed import permute
+from opt_ds.data.lengths import model_lengths
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.store.reader import FeatureStore
@@ -76,7 +77,7 @@ class Plan(ABC):
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         self.config, self.stores = config, stores
         self._train = [self._usable(store, config.data.train_split) for store in stores]
-        self._lengths = [_model_lengths(config, store) for store in stores]
+        self._lengths = [model_lengths(config.model, store) for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
         self.batch_samples = self._batch_samples()
         self._starts = np.cumsum([0, *(len(rows) for rows in self._train)])
@@ -216,23 +217,6 @@ class Plan(ABC):
             if len(lengths[m])
         )
         return max(1, round(self.config.batch.size / (2 + tokens / self.num_samples)))
-
-
-def _model_lengths(config: Config, store: FeatureStore) -> list[np.ndarray]:
-    """Per modality, the items that the model sees of each row: truncated, and frames stacked; int64."""
-    model = config.model
-    frames = store.frame_counts.astype(np.int64)
-    return [
-        np.minimum(store.text_lengths.astype(np.int64), model.max_text_tokens),
-        np.minimum(store.region_counts.astype(np.int64), model.max_regions),
-        np.minimum(stacked_length(frames, model.audio_stack), model.max_frames),
-    ]
-
-
-def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
-    """Model frames of so many stored frames: enough for every offset 0 … stack − 1 (0 frames give 0)."""
-    num_frames = np.asarray(num_frames, dtype=np.int64)
-    return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)
 
 
 def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
