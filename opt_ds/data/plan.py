@@ -179,8 +179,8 @@ class StepPlan(Plan):
 
     def _tasks_off(self) -> dict[str, str]:
         """Draw -> why no sample of these stores can take it, or why the config has none of it."""
-        rows = np.concatenate([store.rows[own] for store, own in zip(self.stores, self._train, strict=True)])
-        present = rows >= 0
+        subsets = sum(store.split_subsets(self.config.data.train_split) for store in self.stores)
+        present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0  # a row for each subset of modalities that occurs
         everywhere = {MLM: "text", MVM: "image", MAM: "audio"}
         active = self.config.tasks.active_losses
         off = {}

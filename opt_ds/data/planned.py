@@ -15,6 +15,7 @@ import numpy as np
 
 from opt_ds.config import LOSSES_OF_DRAW, Config
 from opt_ds.data.keyed import permute
+from opt_ds.data.lengths import model_lengths
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.store.reader import FeatureStore
@@ -60,7 +61,7 @@ class PlannedStep:
     micro_batches: list[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
     num_tokens: int
     fill: float  # positions used, as a share of the micro-batches' budget
-    balance: float  # the most loaded rank's positions over the mean rank's
+    balance: float  # the most loaded rank's operations over the mean rank's
 
     @property
     def num_samples(self) -> int:
@@ -76,7 +77,7 @@ class Plan(ABC):
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         self.config, self.stores = config, stores
         self._train = [self._usable(store, config.data.train_split) for store in stores]
-        self._lengths = [_model_lengths(config, store) for store in stores]
+        self._lengths = [model_lengths(config.model, store) for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
         self.batch_samples = self._batch_samples()
         self._starts = np.cumsum([0, *(len(rows) for rows in self._train)])
@@ -183,13 +184,17 @@ class Plan(ABC):
         return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
 
     def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
+        from opt_ds.data.flops import sample_flops  # it knows this file's samples and draws
+
         positions = 1 + samples.input_lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)  # [CLS] … [SEP] with text
         positions = positions + np.where(samples.writes_text, samples.text_target_length + 1, 0)
         positions = positions + np.where(samples.writes_image, self.config.model.num_image_codes, 0)
         useful = np.flatnonzero(samples.draw >= 0)
-        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens)
-        loads = [sum(m.num_tokens for m in rank) for rank in micro_batches]
-        total, mean = sum(loads), sum(loads) / world_size
+        costs = sample_flops(self.config, samples)[useful]
+        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs)
+        total = sum(m.num_tokens for rank in micro_batches for m in rank)
+        loads = [sum(m.cost for m in rank) for rank in micro_batches]
+        mean = sum(loads) / world_size
         budget = world_size * len(micro_batches[0]) * self.config.batch.max_tokens
         return PlannedStep(
             step, samples, self._counts(samples), micro_batches, num_tokens=total, fill=total / budget,
@@ -214,23 +219,6 @@ class Plan(ABC):
             if len(lengths[m])
         )
         return max(1, round(self.config.batch.size / (2 + tokens / self.num_samples)))
-
-
-def _model_lengths(config: Config, store: FeatureStore) -> list[np.ndarray]:
-    """Per modality, the items that the model sees of each row: truncated, and frames stacked; int64."""
-    model = config.model
-    frames = store.frame_counts.astype(np.int64)
-    return [
-        np.minimum(store.text_lengths.astype(np.int64), model.max_text_tokens),
-        np.minimum(store.region_counts.astype(np.int64), model.max_regions),
-        np.minimum(stacked_length(frames, model.audio_stack), model.max_frames),
-    ]
-
-
-def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
-    """Model frames of so many stored frames: enough for every offset 0 … stack − 1 (0 frames give 0)."""
-    num_frames = np.asarray(num_frames, dtype=np.int64)
-    return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)
 
 
 def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:

@@ -9,6 +9,7 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.keyed import keyed_choice, keyed_hash
+from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
 from opt_ds.data.planned import (
     AUDIO,
@@ -21,7 +22,6 @@ from opt_ds.data.planned import (
     TEXT,
     VALIDATION_EPOCH,
     PlannedSamples,
-    stacked_length,
 )
 from opt_ds.store.reader import FeatureStore
 
@@ -104,6 +104,15 @@ class SampleReader:
         if draw == LABELS:
             sample.label_targets = self.label_targets(number, int(planned.sample[slot]))
         return sample
+
+    def read_ahead(self, planned: PlannedSamples, slots: np.ndarray) -> int:
+        """Have the features of these samples read from the disk soon, without waiting; returns their bytes."""
+        total = 0
+        for number, (_, image, audio) in zip(planned.store[slots].tolist(), planned.input_rows[slots].tolist(), strict=True):
+            store = self.stores[number]
+            total += store.read_ahead("image", image) if image >= 0 else 0
+            total += store.read_ahead("audio", audio) if audio >= 0 else 0
+        return total
 
     def label_targets(self, number: int, index: int) -> np.ndarray:
         """float32 [names of the label head]: 1 for a sample's labels; for answers min(times given / 3, 1) (Antol et al. 2015)."""

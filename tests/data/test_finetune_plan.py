@@ -10,7 +10,7 @@ from opt_ds.data.planned import AUDIO, IMAGE, LABELS, MATCHING, MODALITIES, TEXT
 from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
-from tests.tiny import make_config
+from tests.tiny import index_with, make_config
 
 
 def config(task: str, *inputs: str, labels: dict | None = None, size: int = 200, **options: object) -> Config:
@@ -139,6 +139,7 @@ def test_every_validation_sample_is_judged_once_matching_and_once_with_each_side
 
 
 def test_a_store_without_a_fitting_sample_is_refused_in_one_line(no_codes: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(no_codes, "rows", np.where(np.arange(3) == AUDIO, -1, no_codes.rows))
+    without_audio = np.where(np.arange(3) == AUDIO, -1, no_codes.rows)
+    monkeypatch.setitem(no_codes.__dict__, "index", index_with(no_codes, without_audio))
     with pytest.raises(UserError, match=r"no sample of split \"train\" has A or A\+I and text to write: choose other --inputs"):
         FineTunePlan(config("transcription", "A", "A+I"), [no_codes])
