@@ -54,7 +54,14 @@ setup(
         ],
         "timm": ["timm>=1"],
         "tables": ["pyarrow>=17", "lmdb>=1.4", "msgpack>=1"],
-        "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "pycocoevalcap>=1.2", "matplotlib>=3.8"],
+        "downstream": [
+            "scikit-learn>=1.4",
+            "jiwer>=3",
+            "sacrebleu>=2.4",
+            "pycocoevalcap>=1.2",
+            "torch-fidelity>=0.3",
+            "Jinja2>=3",
+        ],
         "web": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
         "test": [
             "pytest>=8",
