@@ -40,6 +40,7 @@ setup(
         "soundfile>=0.12",
         "matplotlib>=3.8",
         "pillow>=10",
+        "pi-heif>=0.20",  # pictures of phones (HEIC); reads only
         "resvg_py>=0.2",
     ],
     extras_require={

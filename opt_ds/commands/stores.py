@@ -100,14 +100,23 @@ def split(
 
 def update(
     store: _Store,
-    modality: Annotated[str, typer.Option(help="What to add or replace: image, audio or codes.")],
-    manifest: Annotated[Path | None, typer.Option(help="image, audio: the manifest that names the samples' files.")] = None,
+    modality: Annotated[str, typer.Option(help="What to add or replace: text, image, audio or codes.")],
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="image, audio: the manifest that names the samples' files. text: new texts. Default: the store's own."),
+    ] = None,
     extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="The extractor's weights; codes: the dVAE's folder.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The extractor's weights; codes: the dVAE's folder; text: a tokenizer's. Default: train one."),
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
     layer: Annotated[int | None, typer.Option(help="wav2vec2: the Transformer layer, from 1. Default: the last.")] = None,
     pool_frames: Annotated[int, typer.Option(help="audio: average this many neighbouring frames into one.", min=1)] = 1,
     max_frames: Annotated[int | None, typer.Option(help="audio: keep at most this many frames.", min=1)] = None,
+    vocab_size: Annotated[int, typer.Option(help="text: size of the tokenizer trained on the train split.", min=1)] = 1200,
+    unicode_form: Annotated[str, typer.Option(help="text: Unicode normal form, NFC, NFKC, NFD, NFKD or none.")] = "NFC",
+    max_tokens: Annotated[int, typer.Option(help="text: cut after this many tokens; the report counts them.", min=1)] = 510,
     pixels: Annotated[bool, typer.Option(help="image: keep each picture at 64 x 64 pixels.")] = True,
     workers: Annotated[int, typer.Option(help="Processes that work at once.", min=1)] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -115,7 +124,7 @@ def update(
     allow_outside: Annotated[bool, typer.Option(help="Take files outside the manifest's folder too.")] = False,
 ) -> None:
     """Add or replace one modality of a store; the features of the others are kept as they are."""
-    known = ("image", "audio", "codes")
+    known = ("text", "image", "audio", "codes")
     if modality not in known:
         raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')
     if modality == "codes":
@@ -128,6 +137,13 @@ def update(
         return
     from opt_ds.prepare.settings import PrepareSettings
     from opt_ds.prepare.update import update_modality
+
+    if modality == "text":
+        from opt_ds.prepare.update_text import update_text
+
+        settings = PrepareSettings(text=weights, vocab_size=vocab_size, unicode_form=unicode_form, max_tokens=max_tokens)
+        update_text(store, manifest, settings, strict=strict, allow_outside=allow_outside, say=typer.echo)
+        return
 
     if manifest is None:
         raise UserError(f"--modality {modality}: name the manifest of the samples' files with --manifest")

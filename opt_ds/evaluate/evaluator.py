@@ -11,7 +11,6 @@ from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import TOKENIZER_FOLDER
 
 #: Inputs by the letters that tables use.
 SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
@@ -33,7 +32,7 @@ class Evaluator(ModelRunner):
     """Evaluation of one model on one store."""
 
     def __init__(self, model: OPT, config: Config, store: FeatureStore, device: torch.device | str = "cpu") -> None:
-        super().__init__(model, config, store.description.tokenizer, store.path / TOKENIZER_FOLDER, device)
+        super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device)
         self.store = store
         self.reader = SampleReader(config, [store])
 

@@ -1,4 +1,4 @@
-"""Picture files of any usual kind as RGB: JPEG, PNG, WebP, SVG and more; palette, grey and transparent ones on white.
+"""Picture files of any usual kind as RGB: JPEG, PNG, WebP, HEIC, SVG and more; palette, grey, transparent ones on white.
 
 A file is not trusted: its size is read before a pixel is decoded, and a drawing's references to other files are refused.
 """
@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import pi_heif
 from PIL import Image, ImageOps
 
 SVG_SIDE = 256  # an SVG has no size of its own in pixels
@@ -16,7 +17,8 @@ PIXELS_SIDE = 64
 MAX_PIXELS = 100_000_000
 # Pillow would also open PostScript (by starting Ghostscript) and dozens of formats that nobody trains on.
 Image.init()
-_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+pi_heif.register_heif_opener()
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
 _FORMATS: list[str] = [name for name in _WANTED if name in Image.OPEN]
 # Our own limit, a setting, is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None

@@ -4,15 +4,19 @@ A shard's notes (kept in its journal until the store is whole): `skipped` [{id, 
 `digests` {text, image, audio: [[hash of the content, split, id of the first sample that uses it], … by row]}.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opt_ds.prepare.manifest import visible
-from opt_ds.store.lengths import UNITS, length_summary
-from opt_ds.store.schema import MODALITIES
+from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.lengths import LENGTHS_FILE, UNITS, draw_lengths, length_summary, shard_lengths
+from opt_ds.store.schema import MODALITIES, StoreDescription
 
 REPORT_FILE = "report.json"
 _SHOWN = 10
@@ -44,6 +48,44 @@ def build_report(
         "duplicates": {kind: found.summary() for kind, found in duplicates.items()},
         "lengths": {kind: length_summary(lengths[kind]) for kind in MODALITIES},
     }
+
+
+@dataclass
+class ModalityNotes:
+    """What an update of one modality has to report. `digests`: as in a shard's notes."""
+
+    kind: str
+    lost: list[dict[str, str]] = field(default_factory=list)  # samples that are left without this modality: id and reason
+    cut: list[str] = field(default_factory=list)
+    digests: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def shown(self) -> list[str]:
+        """Return the first few losses as lines, and how many more there are."""
+        lines = [f'  "{visible(entry["id"])}": {visible(entry["reason"])}' for entry in self.lost[:_SHOWN]]
+        more = len(self.lost) - _SHOWN
+        return [*lines, f"  and {more} more in {REPORT_FILE}"] if more > 0 else lines
+
+
+def refresh_report(path: Path, description: StoreDescription, notes: ModalityNotes) -> None:
+    """Make report.json and lengths.png of the store `path` true again after an update of one modality.
+
+    Its `cut`, `duplicates` and the lengths are new; `lost` names the samples that are left without it. What was skipped when
+    the store was made stays. A store that came without a report gets lengths.png alone.
+    """
+    lengths = shard_lengths([path / shard.file for shard in description.shards])
+    with atomic_file(path / LENGTHS_FILE) as temporary:
+        draw_lengths(lengths, temporary)
+    if not (path / REPORT_FILE).is_file():
+        return
+    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    duplicates = _Duplicates()
+    for digest, split, id in notes.digests:
+        duplicates.add(digest, split, id)
+    report["cut"] = {**report["cut"], **({notes.kind: notes.cut} if notes.kind in report["cut"] else {})}
+    report["duplicates"][notes.kind] = duplicates.summary()
+    report["lost"] = {**report.get("lost", {}), notes.kind: notes.lost}
+    report["lengths"] = {kind: length_summary(lengths[kind]) for kind in MODALITIES}
+    write_json(path / REPORT_FILE, report)
 
 
 def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[str]:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.extractors import choose_device
-from opt_ds.prepare.manifest import read_manifest
+from opt_ds.prepare.manifest import Manifest, ManifestLine, read_manifest
+from opt_ds.prepare.report import ModalityNotes, refresh_report
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.prepare.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
 from opt_ds.store.files import exclusive_use
@@ -53,7 +54,8 @@ def update_modality(
             identity["trim_silence"] = True
         del extractor
         shards = _shards(store, files, kind)
-        lost: list[str] = []
+        notes = ModalityNotes(kind)
+        splits = [store.description.split_names[code] for code in store.split_codes.tolist()]
         pixels: list[bool] = []
         total = sum(len(shard.files[kind]) for shard in shards)
         with (
@@ -63,14 +65,13 @@ def update_modality(
 
             def change(index: int, arrays: Arrays) -> Arrays:
                 found = _take(results, shards[index].files[kind], progress)
-                for name, value in found.items():
-                    if isinstance(value, Failure):
-                        if strict:
-                            raise UserError(f"{name}: {value.reason} (--strict stops at the first)")
-                        lost.append(value.reason)
+                failed = next((value for value in found.values() if isinstance(value, Failure)), None)
+                if strict and failed:
+                    raise UserError(f"{failed.reason} (--strict stops at the first)")
                 names = [files[sample] for sample in shards[index].lines]
+                _note(notes, store, shards[index].lines, names, found, splits)
                 changed = _replace(arrays, kind, names, found, dims)
-                _refuse_empty(store, shards[index].lines, changed["samples/rows"])
+                refuse_empty(store, shards[index].lines, changed["samples/rows"])
                 if len(changed["image/offsets"]) > 1:
                     pixels.append("image/pixels" in changed)
                 return changed
@@ -83,22 +84,28 @@ def update_modality(
                 return new
 
             description = rewrite_shards(store, change, fields)
-        say(f"{path}: {kind} features of {total - len(lost)} files by {identity['name']}; {len(lost)} could not be used")
-        for reason in lost[:10]:
-            say(f"  {reason}")
+        refresh_report(path, description, notes)
+        say(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples are left without")
+        for line in notes.shown():
+            say(line)
         if kind == "image" and store.has_codes:
             say("  the image codes are gone with the old pictures: make them again with opt-ds train-dvae")
         return description
 
 
+def sample_lines(store: FeatureStore, manifest: Manifest) -> list[ManifestLine]:
+    """Return the manifest's line of each of the store's samples. UserError for a sample that is not in it."""
+    line_of = {line.id: line for line in manifest.lines}
+    ids = [store.sample_id(index) for index in range(store.num_samples)]
+    absent = [id for id in ids if id not in line_of]
+    if absent:
+        raise UserError(f'{manifest.path}: {len(absent)} samples of {store.path} are not in it, such as "{absent[0]}"')
+    return [line_of[id] for id in ids]
+
+
 def _files_of_samples(store: FeatureStore, manifest_path: Path, kind: str, allow_outside: bool) -> list[str | None]:
     manifest = read_manifest(manifest_path, allow_outside=allow_outside)
-    file_of = {line.id: getattr(line, kind) for line in manifest.lines}
-    ids = [store.sample_id(index) for index in range(store.num_samples)]
-    absent = [id for id in ids if id not in file_of]
-    if absent:
-        raise UserError(f'{manifest_path}: {len(absent)} samples of {store.path} are not in it, such as "{absent[0]}"')
-    files = [file_of[id] for id in ids]
+    files = [getattr(line, kind) for line in sample_lines(store, manifest)]
     if not any(files):
         raise UserError(f'{manifest_path}: no line of the store\'s samples names an "{kind}" file')
     return files
@@ -130,6 +137,27 @@ def _take(results: Iterator[tuple[str, list[str], list[Any]]], names: list[str],
         found.update(zip(chunk, values, strict=True))
         progress.update(len(chunk))
     return found
+
+
+def _note(
+    notes: ModalityNotes,
+    store: FeatureStore,
+    samples: list[int],
+    names: list[str | None],
+    found: dict[str, Any],
+    splits: list[str],
+) -> None:
+    seen: set[str] = set()
+    for sample, name in zip(samples, names, strict=True):
+        if name is None:
+            continue
+        value, id = found[name], store.sample_id(sample)
+        if isinstance(value, Failure):
+            notes.lost.append({"id": id, "reason": value.reason})
+        elif name not in seen:
+            notes.digests.append((value.digest, splits[sample], id))
+            notes.cut += [id] if value.was_cut else []
+        seen.add(name)
 
 
 def _replace(arrays: Arrays, kind: str, names: list[str | None], found: dict[str, Any], dims: Any) -> Arrays:
@@ -173,7 +201,8 @@ def _offsets(items: list[np.ndarray]) -> np.ndarray:
     return np.cumsum([0, *map(len, items)], dtype="int64")
 
 
-def _refuse_empty(store: FeatureStore, samples: list[int], rows: np.ndarray) -> None:
+def refuse_empty(store: FeatureStore, samples: list[int], rows: np.ndarray) -> None:
+    """Raise UserError if one of the samples would have no modality left. `rows`: int64 [n, 3], theirs."""
     empty = np.flatnonzero((rows == MISSING).all(1))
     if len(empty):
         id = store.sample_id(samples[int(empty[0])])

@@ -24,7 +24,6 @@ from opt_ds.store.schema import (
     MODALITIES,
     OPTIONAL_DATASETS,
     PIXELS_SHAPE,
-    TOKENIZER_FOLDER,
     ShardDescription,
     StoreDescription,
     load_description,
@@ -134,14 +133,15 @@ class _Samples:
 
 
 def _tokenizer_failures(path: Path, description: StoreDescription) -> list[str]:
-    folder = path / TOKENIZER_FOLDER
+    name = description.tokenizer_folder
+    folder = path / name
     if not (folder / "tokenizer.json").is_file():
-        return [f"{TOKENIZER_FOLDER}/tokenizer.json: missing"]
+        return [f"{name}/tokenizer.json: missing"]
     if folder_sha256(folder) != description.tokenizer.sha256:
-        return [f"{TOKENIZER_FOLDER}: files differ from store.json's checksum"]
+        return [f"{name}: files differ from store.json's checksum"]
     size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     if size != description.dims.vocab_size:
-        return [f"{TOKENIZER_FOLDER}: {size} tokens, store.json says {description.dims.vocab_size}"]
+        return [f"{name}: {size} tokens, store.json says {description.dims.vocab_size}"]
     return []
 
 

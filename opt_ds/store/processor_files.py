@@ -34,9 +34,9 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name in (TOKENIZER_FOLDER, DVAE_FOLDER):
-        if (store.path / name).is_dir():
-            shutil.copytree(store.path / name, temporary / name)
+    shutil.copytree(store.tokenizer_folder, temporary / TOKENIZER_FOLDER)
+    if (store.path / DVAE_FOLDER).is_dir():
+        shutil.copytree(store.path / DVAE_FOLDER, temporary / DVAE_FOLDER)
     description = store.description
     kept = ProcessorDescription(dims=description.dims, tokenizer=description.tokenizer, extractors=description.extractors)
     write_json(temporary / PROCESSOR_FILE, kept.model_dump(mode="json"))

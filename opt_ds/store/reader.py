@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.store.schema import MISSING, TOKENIZER_FOLDER, ShardDescription, StoreDescription, load_description
+from opt_ds.store.schema import MISSING, ShardDescription, StoreDescription, load_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,6 +110,11 @@ class FeatureStore:
     def num_samples(self) -> int:
         """N."""
         return self.description.num_samples
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the WordPiece tokenizer's files lie."""
+        return self.path / self.description.tokenizer_folder
 
     @property
     def has_codes(self) -> bool:
@@ -215,7 +220,7 @@ class FeatureStore:
         """Load the store's WordPiece tokenizer."""
         from opt_ds.store.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.path / TOKENIZER_FOLDER)
+        return load_tokenizer(self.tokenizer_folder)
 
     def release_pages(self) -> None:
         """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""

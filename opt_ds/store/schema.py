@@ -103,6 +103,7 @@ class StoreDescription(_Frozen):
     """`store.json`. `splits_source` says whether the splits came from the manifest or from hashing groups.
 
     `preparation_key` identifies the inputs and settings that the store was prepared from (see the pipeline).
+    `tokenizer_folder` has another name once texts were tokenised anew; what is in it counts, not the name.
     """
 
     schema_version: int
@@ -119,13 +120,16 @@ class StoreDescription(_Frozen):
     label_names: list[str]
     statistics: dict[str, Statistics]
     shards: list[ShardDescription]
+    tokenizer_folder: str = TOKENIZER_FOLDER
     preparation_key: str = ""
     info: dict[str, Any] = Field(default_factory=dict)
     fingerprint: str = ""
 
     def with_fingerprint(self) -> "StoreDescription":
         """Return a copy whose fingerprint is that of its contents (schema, dims, tokenizer, splits, labels, shards)."""
-        content = self.model_dump(mode="json", exclude={"fingerprint", "info", "preparation_key", "statistics"})
+        content = self.model_dump(
+            mode="json", exclude={"fingerprint", "info", "preparation_key", "statistics", "tokenizer_folder"}
+        )
         text = json.dumps(content, sort_keys=True, ensure_ascii=True)
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 

@@ -1,6 +1,7 @@
 """Changes a finished store in place. A kill at any moment leaves the old store or the new one, no mixture."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.reader import FeatureStore, ShardFile
-from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, StoreDescription, load_description
+from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, TOKENIZER_FOLDER, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
 from opt_ds.store.writer import describe_shard, write_datasets
 
@@ -25,14 +26,16 @@ def rewrite_shards(
     fields: Callable[[], dict[str, Any]],
     *,
     new_statistics: bool = True,
+    new_tokenizer: str = "",
 ) -> StoreDescription:
     """Replace every shard by `change(index, its arrays)` and return the new description.
 
     `fields()`, asked when all shards are written, gives what else changes in `store.json`. Shards are written under new
-    names, then `store.json` is replaced, then the old files go. `new_statistics`: features or splits have changed.
+    names, then `store.json` is replaced, then the old files go. `new_statistics`: features or splits have changed;
+    `new_tokenizer`: the name of a tokenizer's folder that is there already and that `fields()` will name.
     """
     path, description = store.path, store.description
-    _remove_unlisted(path, description)
+    remove_unlisted(path, description, new_tokenizer)
     shards, per_shard = [], []
     for index, old in enumerate(description.shards):
         file = store.shard(index)
@@ -47,7 +50,7 @@ def rewrite_shards(
         updated = updated.model_copy(update=_counts_and_statistics(path, updated, per_shard))
     updated = updated.with_fingerprint()
     write_json(path / STORE_FILE, updated.model_dump(mode="json"))
-    _remove_unlisted(path, updated)
+    remove_unlisted(path, updated)
     return load_description(path)
 
 
@@ -108,10 +111,14 @@ def _next_name(file: str) -> str:
     return f"{stem}-r{int(revision or 0) + 1}.h5"
 
 
-def _remove_unlisted(path: Path, description: StoreDescription) -> None:
-    """Remove shards that `store.json` does not list: left by an update killed before or after it replaced it."""
+def remove_unlisted(path: Path, description: StoreDescription, new_tokenizer: str = "") -> None:
+    """Remove shards and tokenizers that `store.json` does not name: left by an update killed before or after it replaced it."""
+    kept = (description.tokenizer_folder, new_tokenizer)
     for names in ("shard-*", STORE_FILE):
         remove_leftovers(path, names)
+    for folder in [*path.glob(f"{TOKENIZER_FOLDER}*"), *path.glob(f".{TOKENIZER_FOLDER}*.tmp")]:
+        if folder.is_dir() and folder.name not in kept:
+            shutil.rmtree(folder)
     listed = {shard.file for shard in description.shards}
     for file in path.glob("shard-*.h5"):
         if _REVISION.match(file.name) and file.name not in listed:

@@ -205,14 +205,14 @@ class StoreWriter:
 
     def _arrays(self, content: ShardContent) -> dict[str, np.ndarray]:
         dims, samples, images = self._dims, content.samples, content.images
-        ids, id_offsets = _join_strings([sample.id for sample in samples])
-        utf8, utf8_offsets = _join_strings([text.string for text in content.texts])
-        labels, label_offsets = _join(
+        ids, id_offsets = join_strings([sample.id for sample in samples])
+        utf8, utf8_offsets = join_strings([text.string for text in content.texts])
+        labels, label_offsets = join_items(
             [np.array([self._label_codes[label] for label in sample.labels], "int32") for sample in samples], (0,)
         )
-        tokens, text_offsets = _join([text.tokens for text in content.texts], (0,))
-        features, image_offsets = _join([image.features for image in images], (0, dims.image_feature_dim))
-        frames, audio_offsets = _join(content.audios, (0, dims.audio_feature_dim))
+        tokens, text_offsets = join_items([text.tokens for text in content.texts], (0,))
+        features, image_offsets = join_items([image.features for image in images], (0, dims.image_feature_dim))
+        frames, audio_offsets = join_items(content.audios, (0, dims.audio_feature_dim))
         arrays = {
             "samples/rows": np.array([sample.rows for sample in samples]).reshape(-1, 3),
             "samples/id": ids,
@@ -227,9 +227,9 @@ class StoreWriter:
             "text/utf8_offsets": utf8_offsets,
             "image/offsets": image_offsets,
             "image/features": features,
-            "image/boxes": _join([image.boxes for image in images], (0, BOX_SIZE))[0],
-            "image/labels": _join([image.labels for image in images], (0,))[0],
-            "image/scores": _join([image.scores for image in images], (0,))[0],
+            "image/boxes": join_items([image.boxes for image in images], (0, BOX_SIZE))[0],
+            "image/labels": join_items([image.labels for image in images], (0,))[0],
+            "image/scores": join_items([image.scores for image in images], (0,))[0],
             "audio/offsets": audio_offsets,
             "audio/features": frames,
         }
@@ -273,11 +273,13 @@ def describe_shard(file: Path, arrays: dict[str, np.ndarray]) -> ShardDescriptio
     )
 
 
-def _join(items: Sequence[np.ndarray], empty_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def join_items(items: Sequence[np.ndarray], empty_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the items end to end, and their int64 offsets [n + 1]; without items, zeros of `empty_shape`."""
     offsets = np.zeros(len(items) + 1, "int64")
     np.cumsum([len(item) for item in items], out=offsets[1:])
     return (np.concatenate(items) if items else np.zeros(empty_shape)), offsets
 
 
-def _join_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    return _join([np.frombuffer(string.encode("utf-8"), "uint8") for string in strings], (0,))
+def join_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the strings' UTF-8 bytes end to end, uint8, and their int64 offsets [n + 1]."""
+    return join_items([np.frombuffer(string.encode("utf-8"), "uint8") for string in strings], (0,))

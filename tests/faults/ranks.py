@@ -11,7 +11,7 @@ from tests.engine.runs import FITTED, free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"fp32": ROOT / "opt_ds" / "pretrain.py", "fp16": ROOT / "tests" / "faults" / "fp16_on_cpu.py"}
-PATIENCE_S = 240
+PATIENCE_S = 600  # a busy machine is not a fault
 
 
 class Ranks:

@@ -1,6 +1,7 @@
 """A small corpus of files as people have them: every kind of picture and recording, and some that are broken."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 import soundfile
 from PIL import Image
 
+from opt_ds.prepare import PrepareSettings, prepare
+
+SETTINGS = PrepareSettings(samples_per_shard=3, vocab_size=80)
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="4" fill="#00f"/></svg>'
 
 
@@ -47,3 +51,18 @@ def messy_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     return manifest
+
+
+@pytest.fixture(scope="session")
+def messy_store(messy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of those samples, for reading only."""
+    output = tmp_path_factory.mktemp("messy_store") / "store"
+    prepare(messy_manifest, output, SETTINGS, workers=2, device="cpu", say=lambda _: None)
+    return output
+
+
+@pytest.fixture
+def own_store(messy_store: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    shutil.copytree(messy_store, tmp_path / "s")
+    return tmp_path / "s"

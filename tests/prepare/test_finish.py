@@ -9,7 +9,8 @@ from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
 from opt_ds.prepare.finish import merge_parts, parse_share, part_folder
 from opt_ds.prepare.report import REPORT_FILE
-from tests.prepare.test_pipeline import SETTINGS, contents
+from tests.prepare.conftest import SETTINGS
+from tests.prepare.test_pipeline import contents
 
 
 def silent(_: str) -> None:

@@ -13,7 +13,8 @@ from opt_ds.errors import UserError
 from opt_ds.prepare import prepare
 from opt_ds.store import inspect_store
 from opt_ds.store import writer as writer_module
-from tests.prepare.test_pipeline import SETTINGS, contents
+from tests.prepare.conftest import SETTINGS
+from tests.prepare.test_pipeline import contents
 from tests.small_disk import SmallDisk
 
 _PROGRAM = """

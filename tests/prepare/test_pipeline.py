@@ -19,15 +19,12 @@ from opt_ds.prepare.regions import GridExtractor
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.files import exclusive_use
+from tests.prepare.conftest import SETTINGS
 
-SETTINGS = PrepareSettings(samples_per_shard=3, vocab_size=80)
 
-
-@pytest.fixture(scope="module")
-def prepared(messy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("prepared") / "store"
-    prepare(messy_manifest, output, SETTINGS, workers=2, device="cpu", say=lambda _: None)
-    return output
+@pytest.fixture
+def prepared(messy_store: Path) -> Path:
+    return messy_store
 
 
 def contents(store: Path) -> dict[str, bytes]:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from opt_ds.errors import UserError
-from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare import PrepareSettings
 from opt_ds.prepare.importers.uniter import export_lmdb, is_lmdb
 from opt_ds.prepare.npz_regions import NpzExtractor
+from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.prepare.update import update_modality
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.update import set_codes
-from tests.prepare.test_pipeline import SETTINGS
+from tests.prepare.conftest import SETTINGS
 
 
 def uniter_arrays(seed: int, count: int = 30, dim: int = 2048) -> dict[str, np.ndarray]:
@@ -29,10 +30,9 @@ def uniter_arrays(seed: int, count: int = 30, dim: int = 2048) -> dict[str, np.n
     }
 
 
-def test_audio_and_images_are_replaced_and_the_rest_is_kept(messy_manifest: Path, tmp_path: Path) -> None:
-    """One call prepares, two update: frames pooled by four; then regions from UNITER's files."""
-    path = tmp_path / "s"
-    prepare(messy_manifest, path, SETTINGS, workers=1, device="cpu", say=lambda _: None)
+def test_audio_and_images_are_replaced_and_the_rest_is_kept(messy_manifest: Path, own_store: Path, tmp_path: Path) -> None:
+    """Frames pooled by four; then regions from UNITER's files."""
+    path = own_store
     before = FeatureStore(path)
     codes = np.zeros((len(before.region_counts), 64), "uint16")
     set_codes(path, codes, {"name": "dvae", "num_codes": 8})
@@ -47,6 +47,9 @@ def test_audio_and_images_are_replaced_and_the_rest_is_kept(messy_manifest: Path
     assert (after.frame_counts == -(-before.frame_counts // 4)).all()
     assert np.allclose(after.frames(0)[3], before.frames(0)[12:16].astype("float32").mean(0), atol=0.01)
     assert after.caption(0) == before.caption(0)
+    report = json.loads((path / REPORT_FILE).read_text())
+    assert report["lengths"]["audio"]["max"] == after.frame_counts.max()
+    assert report["lost"] == {"audio": []}
 
     named = []
     for line in map(json.loads, messy_manifest.read_text(encoding="utf-8").splitlines()):
@@ -105,3 +108,22 @@ def test_uniter_databases_become_files(tmp_path: Path) -> None:
         writing.put(b"a.npz", b"nonsense")
     with pytest.raises(UserError, match="neither NPZ nor msgpack"):
         export_lmdb(tmp_path / "bad", tmp_path / "out", say=lambda _: None)
+
+
+def test_the_report_names_who_lost_what(messy_manifest: Path, own_store: Path) -> None:
+    path = own_store
+    text = messy_manifest.read_text(encoding="utf-8")
+    manifest = messy_manifest.parent / "two.jsonl"
+    manifest.write_text(text.replace("stereo.flac", "noise.wav").replace("mono.wav", "a.ogg"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"audio file is broken: noise.wav.*--strict"):
+        update_modality(path, manifest, "audio", SETTINGS, workers=1, device="cpu", strict=True, say=lambda _: None)
+    said: list[str] = []
+    cut = PrepareSettings(max_frames=5)
+    update_modality(path, manifest, "audio", cut, workers=1, device="cpu", say=said.append)
+    report = json.loads((path / REPORT_FILE).read_text())
+    assert [entry["id"] for entry in report["lost"]["audio"]] == ["ok-3"]
+    assert "audio file is broken: noise.wav" in report["lost"]["audio"][0]["reason"]
+    assert any(line.startswith('  "ok-3": audio file is broken') for line in said)
+    assert report["cut"]["audio"] == ["ok-1", "ok-4"]
+    assert report["lengths"]["audio"]["rows"] == 2
+    assert report["duplicates"]["audio"]["repeated"] == 1  # one file in two shards

@@ -11,6 +11,7 @@ import soundfile
 from PIL import Image
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 8 8">{}</svg>'
+HEIC = Path(__file__).parent / "files" / "turned.heic"  # as a phone saves it: 64 x 32 pixels, left red, right blue, turned
 _random = np.random.default_rng(7)
 
 
@@ -101,6 +102,7 @@ WILD = [
     Wild("animated.gif", animated),
     Wild("animated.webp", animated),
     Wild("rotated.jpg", rotated),
+    Wild("phone.heic", lambda path: path.write_bytes(HEIC.read_bytes())),
     Wild("lab.tiff", lambda path: noise().convert("LAB").save(path)),
     Wild("named.jpg", lambda path: noise().save(path, "PNG")),
     Wild("link.svg", lambda path: path.write_text(SVG.format('<a href="http://a.b"><rect width="4" height="4"/></a>'))),
@@ -108,6 +110,7 @@ WILD = [
     Wild("cut.jpg", cut("JPEG", 900), "image file is broken: cut.jpg"),
     Wild("cut.png", cut("PNG", 900), "image file is broken: cut.png"),
     Wild("cut.webp", cut("WEBP", 300), "image file is broken: cut.webp"),
+    Wild("cut.heic", lambda path: path.write_bytes(HEIC.read_bytes()[:300]), "image file is broken: cut.heic"),
     Wild("huge.png", huge_png, "20000 x 20000 pixels are more than 100000000"),
     Wild("float.tiff", float32, "no fixed range"),
     Wild("empty.jpg", lambda path: path.write_bytes(b""), "image file is broken"),

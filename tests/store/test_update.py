@@ -63,7 +63,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(store: Path) -> None:
     for moment in range(1, 200):
         child = os.fork()
         if child == 0:
-            _die_at(moment)
+            die_at(moment)
             set_codes(store, random_codes(moment), EXTRACTOR)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -82,7 +82,8 @@ def test_a_kill_at_any_moment_leaves_old_or_new(store: Path) -> None:
     assert not list(store.glob(".*"))
 
 
-def _die_at(moment: int) -> None:
+def die_at(moment: int) -> None:
+    """End this process at its `moment`-th file operation."""
     calls = 0
 
     def deadly(real):

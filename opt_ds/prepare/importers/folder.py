@@ -14,7 +14,7 @@ from opt_ds.prepare.manifest import ManifestLine, Skipped
 
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = {
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".ppm", ".avif", ".jp2"),
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".ppm", ".avif", ".heic", ".jp2"),
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
     "text": (".txt",),
 }

@@ -1,16 +1,22 @@
-"""Tables with a row a sample: CSV, TSV (with a header) and Parquet. Columns are called as the manifest's fields, or named."""
+"""Tables with a row a sample: CSV, TSV (with a header) and Parquet. Columns are called as the manifest's fields, or named.
 
+Parquet may hold the pictures and recordings themselves, and classes as numbers, as Hugging Face `datasets` writes it.
+"""
+
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.prepare.importers.common import Files, read_rows, sample, write_import
+from opt_ds.prepare.importers.embedded import EmbeddedFiles, is_embedded, path_of
 from opt_ds.prepare.manifest import ManifestLine, Skipped
 
 _FIELDS = tuple(ManifestLine.model_fields)
+_FILES: tuple[str, ...] = ("image", "audio")
 _LABEL_SEPARATOR = "|"
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 64  # rows may hold whole pictures
 
 
 def import_table(
@@ -23,12 +29,15 @@ def import_table(
 ) -> Path:
     """Write the manifest `output`. `columns`: FIELD=COLUMN for columns of other names; `files`: what paths are relative to.
 
-    Without an id column the row's number is the id. Labels are a list (Parquet) or separated by "|".
+    Without an id column the row's number is the id. Labels are a list (Parquet) or separated by "|". Files inside a Parquet
+    table (see importers/embedded.py) are written to `<name>-files/` beside the manifest; a label that is a number of its
+    ClassLabel feature becomes the class's name.
     """
     rows = _parquet_rows(table) if table.suffix.lower() == ".parquet" else _text_rows(table)
     column_of = _columns(columns)
     found = Files(table.parent if files is None else files, output, "named")
-    return write_import(output, _entries(rows, column_of, table, found), say, source=str(table))
+    embedded = EmbeddedFiles(output)
+    return write_import(output, _entries(rows, column_of, table, found, embedded), say, source=str(table))
 
 
 def _columns(columns: Sequence[str]) -> dict[str, str]:
@@ -42,7 +51,7 @@ def _columns(columns: Sequence[str]) -> dict[str, str]:
 
 
 def _entries(
-    rows: Iterator[dict[str, Any]], column_of: dict[str, str], table: Path, files: Files
+    rows: Iterator[dict[str, Any]], column_of: dict[str, str], table: Path, files: Files, embedded: EmbeddedFiles
 ) -> Iterator[ManifestLine | Skipped]:
     for number, row in enumerate(rows):
         if number == 0:
@@ -50,19 +59,32 @@ def _entries(
         given = {field: row.get(column) for field, column in column_of.items()}
         given = {field: value for field, value in given.items() if value is not None and value != ""}
         id = str(given.get("id", f"row {number}"))
-        plain = {field: value for field, value in given.items() if field != "labels"}
+        where = {kind: _file(given[kind], files, embedded) for kind in _FILES if kind in given}
+        plain = {field: value for field, value in given.items() if field != "labels" and where.get(field) is None}
         odd = next((field for field, value in plain.items() if isinstance(value, dict | list | bytes)), None)
         if odd is not None:
-            yield Skipped(id, f"column {column_of[odd]} holds no plain value: give paths and texts")
+            what = "files or paths" if odd in where else "plain values"
+            yield Skipped(id, f"column {column_of[odd]} does not hold {what}")
             continue
         yield sample(
             id,
             text=str(given["text"]) if "text" in given else None,
-            files={kind: (str(given[kind]), files.get(str(given[kind]))) for kind in ("image", "audio") if kind in given},
+            files=where,
             labels=_labels(given.get("labels")),
             group=str(given["group"]) if "group" in given else None,
             split=str(given["split"]) if "split" in given else None,
         )
+
+
+def _file(value: Any, files: Files, embedded: EmbeddedFiles) -> tuple[str, str | None] | None:
+    """Return (name, where it lies, None if it is missing) of a picture or recording; None for a value that is neither."""
+    if is_embedded(value):
+        written = embedded.take(value)
+        if written is not None:
+            return written, written
+        name = path_of(value)
+        return ("no bytes and no path", None) if name is None else (name, files.get(name))
+    return (str(value), files.get(str(value))) if not isinstance(value, dict | list) else None
 
 
 def _check_columns(row: dict[str, Any], column_of: dict[str, str], table: Path) -> None:
@@ -77,7 +99,7 @@ def _check_columns(row: dict[str, Any], column_of: dict[str, str], table: Path) 
 def _labels(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    parts = value.split(_LABEL_SEPARATOR) if isinstance(value, str) else value
+    parts = value.split(_LABEL_SEPARATOR) if isinstance(value, str) else value if isinstance(value, list) else [value]
     return tuple(str(part).strip() for part in parts)
 
 
@@ -100,7 +122,27 @@ def _parquet_rows(table: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{table}: no such file")
     try:
         with ParquetFile(table) as file:
+            names = _class_names(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(_BATCH_ROWS):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield {column: _named(value, names.get(column)) for column, value in row.items()}
     except ArrowInvalid as error:
         raise UserError(f"{table}: not a Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Column -> names of its classes, from what Hugging Face `datasets` notes in a Parquet file's schema."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        inner = {column: feature.get("feature") or feature for column, feature in features.items()}
+        return {column: feature["names"] for column, feature in inner.items() if feature.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _named(value: Any, names: list[str] | None) -> Any:
+    if names is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None  # -1: no label

@@ -331,6 +331,56 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
         import_table(table, manifest, columns=["txt=caption"], say=silent)
 
 
+def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
+    """Pictures and recordings inside the table, classes as numbers; a name in it is never a path."""
+    import pyarrow
+    from pyarrow import parquet
+
+    picture, drawing, sound = b"\xff\xd8picture", b"<svg xmlns='x'/>", b"RIFFsound"
+    touch(tmp_path / "there.png")
+    rows = [
+        {"id": "a", "image": {"bytes": picture, "path": "../../a.JPG"}, "audio": {"bytes": sound, "path": None}, "label": 1},
+        {"id": "b", "image": {"bytes": picture, "path": "b.exe"}, "audio": None, "label": -1},
+        {"id": "c", "image": {"bytes": drawing, "path": None}, "audio": None, "label": 0},
+        {"id": "d", "image": {"bytes": None, "path": "there.png"}, "audio": None, "label": None},
+        {"id": "e", "image": {"bytes": b"", "path": None}, "audio": None, "label": 0},
+        {"id": "f", "image": {"bytes": None, "path": "gone.png"}, "audio": None, "label": 0},
+    ]
+    cell = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    schema = pyarrow.schema({"id": pyarrow.string(), "image": cell, "audio": cell, "label": pyarrow.int64()})
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    table, manifest = tmp_path / "train.parquet", tmp_path / "out" / "manifest.jsonl"
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), table)
+    import_table(table, manifest, columns=["labels=label"], say=silent)
+    samples = lines_of(manifest)
+    folder = manifest.parent / "manifest-files"
+    assert (manifest.parent / samples["a"].image).read_bytes() == picture
+    assert (manifest.parent / samples["a"].audio).read_bytes() == sound
+    assert samples["a"].image.endswith(".jpg") and samples["c"].image.endswith(".svg")
+    assert {(manifest.parent / line.image).parent for line in samples.values() if line.id in "abc"} == {folder}
+    assert samples["d"].image == "../there.png"
+    assert [samples[id].labels for id in "abcd"] == [("dog",), (), ("cat",), ()]
+    assert left_out(manifest) == {"e": "image file is missing: no bytes and no path", "f": "image file is missing: gone.png"}
+    assert len(list(folder.iterdir())) == 4  # a.jpg and b, of one content, have different endings
+    stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    import_table(table, manifest, columns=["labels=label"], say=silent)
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
+
+
+def test_a_plain_binary_column_is_files_and_lists_are_not(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    manifest = tmp_path / "manifest.jsonl"
+    parquet.write_table(pyarrow.table({"image": [b"x", b"y"]}), tmp_path / "t.parquet")
+    import_table(tmp_path / "t.parquet", manifest, say=silent)
+    assert [(tmp_path / line.image).read_bytes() for line in lines_of(manifest).values()] == [b"x", b"y"]
+    parquet.write_table(pyarrow.table({"image": [[b"x"]], "text": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="column image does not hold files or paths"):
+        import_table(tmp_path / "t.parquet", manifest, say=silent)
+
+
 def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("a caption\thttp://a.b\n")
     with pytest.raises(UserError, match=r"no sample could be taken; .*image file is missing"):
