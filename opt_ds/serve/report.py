@@ -222,7 +222,7 @@ def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _grids(run: Path, found: dict[str, Any]) -> list[dict[str, str]]:
     """Picture grids of the evaluation as data URLs."""
     splits = found.get("summary", {}).get("splits", {})
-    named = {f"unseen: {split}": figures.get("picture_grid") for split, figures in splits.items()}
+    named = {f"Held-out split {split}": figures.get("picture_grid") for split, figures in splits.items()}
     named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("picture_grid")
     return [
         {"title": title, "url": _data_url(run / file)} for title, file in named.items() if file and (run / file).is_file()
