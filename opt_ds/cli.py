@@ -1,13 +1,14 @@
 """`opt-ds …`: the list of commands. A command's module is imported when the command is called, so `--help` is quick."""
 
 import importlib
+import os
 import sys
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import typer.core
 
-from opt_ds.commands import run_command
+from opt_ds.commands import rank_of_environment, run_command
 from opt_ds.errors import UserError, did_you_mean
 
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "train-dvae": Command(
         "opt_ds.commands.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
     ),
+    "finetune": Command("opt_ds.commands.finetune", "finetune", "Train a checkpoint further, for one task."),
     "evaluate": Command("opt_ds.commands.evaluate", "evaluate", "Measure a checkpoint on held-out samples."),
     "ablate": Command("opt_ds.commands.ablate", "ablate", "Pre-train without each task and level, probe, one table."),
     "report": Command("opt_ds.commands.report", "report", "One HTML page of a run: curves, tables, pictures, cost."),
@@ -71,7 +73,7 @@ def _build() -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, cls=_LazyGroup, no_args_is_help=True)
 
     @app.callback()
-    def opt_ds() -> None:
+    def opt_ds(local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1) -> None:
         """Prepare features for, pre-train, evaluate and serve OPT, a model of text, images and speech.
 
         Pre-training itself is started by a launcher: deepspeed --num_gpus 4 opt_ds/pretrain.py --help
@@ -82,4 +84,9 @@ def _build() -> Any:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run_command(_build(), sys.argv[1:], "opt-ds"))
+    code = run_command(_build(), sys.argv[1:], "opt-ds", rank_of_environment())
+    if code == 1 and "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # leaving a process group whose other ranks are lost can hang
+    sys.exit(code)

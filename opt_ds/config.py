@@ -4,15 +4,14 @@ Every other file receives a piece of this tree; nobody else holds a default. Rul
 before anything is loaded; rules that need the store or the hardware are in `opt_ds.engine.preflight`.
 """
 
-from pathlib import Path
+import copy
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from opt_ds.config_sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
-
-PRESET_FOLDER = Path(__file__).parent / "presets"
 
 #: What a sample of a step can be drawn for, and the losses that each draw computes.
 LOSSES_OF_DRAW: dict[str, tuple[str, ...]] = {
@@ -23,6 +22,12 @@ LOSSES_OF_DRAW: dict[str, tuple[str, ...]] = {
     "matching": ("matching",),
 }
 LOSSES: tuple[str, ...] = tuple(loss for losses in LOSSES_OF_DRAW.values() for loss in losses)
+#: The loss of fine-tuning's classification head.
+LABELS_LOSS = "labels"
+ALL_LOSSES = (*LOSSES, LABELS_LOSS)
+
+#: Modality subsets by the letters that tables use.
+Subset = Literal["T", "I", "A", "T+I", "T+A", "A+I", "T+A+I"]
 
 
 class _Section(BaseModel):
@@ -38,6 +43,7 @@ class DataConfig(_Section):
     valid_split: str = "valid"
     frame_offset: bool = Field(False, description="draw the first stacked frame's offset anew each epoch (augmentation)")
     prefetch_batches: int = Field(4, ge=1, description="micro-batches made ahead of the training step")
+    read_ahead_mib: int = Field(64, ge=0, description="features read from the disk ahead of that, per rank; 0: none")
     workers: int = Field(1, ge=1, description="threads that pack micro-batches, per rank")
 
 
@@ -102,6 +108,13 @@ class ContrastiveConfig(LossConfig):
     temperature: float = Field(0.1, gt=0)
 
 
+class LabelsConfig(LossConfig):
+    """Fine-tuning's classification head on [CLS], a score a name."""
+
+    names: tuple[str, ...] = Field(..., min_length=1)
+    answers: bool = Field(False, description="a name's target is min(times given / 3, 1) (VQA), else 1 if it is given")
+
+
 class ModalityConfig(LossConfig):
     drop_probability: float = Field(0.3, gt=0, lt=1)
     always_drop_target: bool = Field(False, description="the reconstructed modality is never in the input")
@@ -130,16 +143,19 @@ class TasksConfig(_Section):
     dtr: LossConfig = LossConfig()
     dir: LossConfig = LossConfig()
     matching: MatchingConfig = MatchingConfig()
+    labels: LabelsConfig | None = Field(None, description="set by opt-ds finetune classification and vqa")
 
     def loss_weight(self, loss: str) -> float:
-        """Weight of one of `LOSSES` in the total."""
+        """Weight of one of `ALL_LOSSES` in the total."""
+        if loss == LABELS_LOSS:
+            return self.labels.weight if self.labels else 0.0
         draw = next(d for d, losses in LOSSES_OF_DRAW.items() if loss in losses)
         own = getattr(self, loss).weight
         return own if draw == loss else own * getattr(self, draw).weight
 
     @property
     def active_losses(self) -> tuple[str, ...]:
-        return tuple(loss for loss in LOSSES if self.loss_weight(loss) > 0)
+        return tuple(loss for loss in ALL_LOSSES if self.loss_weight(loss) > 0)
 
     def mix_at(self, fraction: float) -> dict[str, float]:
         """Shares of the draws at this fraction of the schedule; draws without a weighted loss have 0. They sum to 1."""
@@ -167,9 +183,24 @@ class TasksConfig(_Section):
         if starts != sorted(starts):
             raise ValueError("tasks.curriculum must be in the order of from_fraction")
         for fraction in (0.0, *starts):
-            if not any(self.mix_at(fraction).values()):
+            if not self.labels and not any(self.mix_at(fraction).values()):
                 raise ValueError("the weights of tasks and tasks.mix leave no task: give one a positive share and weight")
         return self
+
+
+class FineTuneConfig(_Section):
+    """What `opt-ds finetune` trains, from which checkpoint. It also switches the other tasks off."""
+
+    task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"]
+    checkpoint: str = Field(..., description="folder of the checkpoint that the weights come from")
+    weights_sha256: str = Field(..., description="of that checkpoint's weights")
+    learned: tuple[str, ...] = Field((), description="losses that it was trained with")
+    inputs: tuple[Subset, ...] = Field(..., min_length=1, description="modalities that go in; several: drawn for each sample")
+    negative_share: float = Field(0.5, gt=0, lt=1, description="retrieval: share of samples with a donor's part")
+    donor_candidates: int = Field(32, ge=1, description="retrieval: donors drawn, of which the nearest text is taken")
+    same_group_donors: bool = Field(
+        False, description="retrieval: half of the drawn donors are of the sample's own group, with another text and image"
+    )
 
 
 class BatchConfig(_Section):
@@ -242,6 +273,17 @@ class ZeroConfig(_Section):
     offload_optimizer: bool = False
 
 
+class EvaluateConfig(_Section):
+    """Experiments on the model in training: JSON lines and TensorBoard."""
+
+    every_steps: int = Field(0, ge=0, description="and at the end of the run; 0: never")
+    experiments: tuple[Literal["retrieval", "transcription", "captioning", "image-generation", "vqa"], ...] = (
+        "transcription", "retrieval",
+    )  # fmt: skip
+    split: str = Field("valid", description="of the first store")
+    limit: int = Field(200, ge=2, description="samples of an experiment at most, a seeded choice")
+
+
 class OpsConfig(_Section):
     backend: str = Field("auto", description="fused operators: auto, or a name that opt_ds.ops.backend knows")
 
@@ -265,6 +307,14 @@ class Config(_Section):
     zero: ZeroConfig = ZeroConfig()
     ops: OpsConfig = OpsConfig()
     profile: ProfileConfig = ProfileConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    finetune: FineTuneConfig | None = Field(None, description="set by opt-ds finetune")
+
+    @property
+    def learned_losses(self) -> tuple[str, ...]:
+        """What the model was trained with, by this run or by the one that it was fine-tuned from."""
+        before = self.finetune.learned if self.finetune else ()
+        return tuple(loss for loss in ALL_LOSSES if loss in before or loss in self.tasks.active_losses)
 
     @property
     def max_steps(self) -> int:
@@ -282,6 +332,11 @@ class Config(_Section):
                 "precision fp16 with zero.stage 0 trains wrongly in DeepSpeed (the loss is not scaled, the gradient is "
                 "unscaled): use zero.stage=1"
             )
+        if self.evaluate.every_steps and self.zero.stage == 3:
+            raise ValueError(
+                "evaluate.every_steps runs the model on each rank alone, which zero.stage 3 does not allow: use a lower stage, "
+                "or evaluate the checkpoints"
+            )
         if self.data.mix is not None and len(self.data.mix) != len(self.data.stores):
             raise ValueError(f"data.mix has {len(self.data.mix)} weights for {len(self.data.stores)} stores")
         if self.data.mix is not None and min(self.data.mix) <= 0:
@@ -295,26 +350,22 @@ class Config(_Section):
         return self
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
-
-
 def load_config(source: str | None = None, settings: tuple[str, ...] | list[str] = ()) -> Config:
     """Build the configuration from a preset's name or a YAML file, then `key.path=value` settings (YAML values).
 
     A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
     """
-    tree = _read_source(source or "opt-base")
+    return config_from_dict(read_source(source or "opt-base"), where=f"config {source or 'opt-base'}", settings=settings)
+
+
+def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
+    """Validate a plain tree (as YAML holds it), with settings laid over it. UserError names `where`, key and remedy."""
+    tree = copy.deepcopy(tree)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f'--set "{setting}": write it as key.path=value')
-        _set(tree, key.strip().split("."), _parse_value(key, value))
-    return config_from_dict(tree, where=f"config {source or 'opt-base'}")
-
-
-def config_from_dict(tree: dict[str, Any], where: str) -> Config:
-    """Validate a plain tree (as YAML holds it). Raises UserError naming `where`, the key and the remedy."""
+        set_value(tree, key.strip().split("."), parse_value(key, value))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -324,62 +375,6 @@ def config_from_dict(tree: dict[str, Any], where: str) -> Config:
 def dump_config(config: Config) -> str:
     """The whole tree as YAML; `load_config` of it gives an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_source(source: str) -> dict[str, Any]:
-    preset = PRESET_FOLDER / f"{source}.yaml"
-    path = preset if preset.is_file() else Path(source)
-    if not path.is_file():
-        raise UserError(
-            f'--config "{source}" is neither a preset ({", ".join(preset_names())}) nor a file'
-            f"{did_you_mean(source, preset_names())}"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
-    if path == preset:
-        tree["preset"] = source
-    elif tree.get("preset") and (PRESET_FOLDER / f"{tree['preset']}.yaml").is_file():
-        tree = _merge(_read_source(tree["preset"]), tree)
-    elif tree.get("preset"):
-        raise UserError(
-            f'{path}: unknown preset "{tree["preset"]}"{did_you_mean(str(tree["preset"]), preset_names())}; '
-            f"known: {', '.join(preset_names())}"
-        )
-    return tree
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise UserError(f'--set {".".join(keys)}: "{".".join(keys[: depth + 1])}" is a value, not a section')
-        tree = child
-    tree[keys[-1]] = value
-
-
-def _parse_value(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}={text}: the value is not readable as YAML") from None
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(error: ValidationError) -> str:

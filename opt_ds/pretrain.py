@@ -19,18 +19,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import time
 import traceback
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from opt_ds.commands import run_program
 from opt_ds.config import Config, load_config
 from opt_ds.engine.distributed import Ranks, find_ranks
+from opt_ds.engine.launch import run_training
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
-from opt_ds.errors import RunError, UserError
-
-if TYPE_CHECKING:
-    from opt_ds.engine.checkpoint import TrainState
+from opt_ds.errors import UserError
 
 _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
@@ -54,7 +52,7 @@ def pretrain(
     resolved, output = _resolve(config, store or [], output, settings or [])
     _say(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
     with StopRequest(resolved.train.preemption_signal) as stop:
-        return _train(resolved, output, resume, stop)
+        return run_training(resolved, output, _RANKS, stop, _say, must_resume=resume)
 
 
 def _resolve(source: str | None, stores: list[str], output: Path | None, settings: list[str]) -> tuple[Config, Path]:
@@ -92,63 +90,6 @@ def _default_store(path: Path) -> str:
             )
         time.sleep(1)
     return str(path)
-
-
-def _train(config: Config, output: Path, must_resume: bool, stop: StopRequest) -> int:
-    from opt_ds.engine import checkpoint, preflight, run_folder
-    from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
-
-    stores = preflight.open_stores(config)
-    run_folder.check_same_run(output, config, stores)
-    hardware = Hardware.detect()
-    precision = choose_precision(config, hardware)
-    deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
-    resume_from = _resumable(config, output)
-    if must_resume and resume_from is None:
-        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
-    if resume_from and _finished(config, checkpoint.train_state(checkpoint.read_state(resume_from))):
-        _say(f"{output} is finished ({resume_from.name}): nothing to do; a larger --set train.max_steps goes on")
-        return 0
-
-    from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
-
-    held = run_folder.lock(output) if _RANKS.is_main else None
-    group = ProcessGroup(_RANKS, config.guard.rank_timeout_s)
-    try:
-        from opt_ds.engine.trainer import Trainer
-
-        resume_from = group.from_main(resume_from)
-        code = Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
-        group.close()
-        return code
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        reason = str(error).splitlines()[0][:200]
-        raise RunError(
-            f"rank {_RANKS.rank} lost contact with another rank, whose log says why ({reason}): start again with the same "
-            "--output to go on"
-        ) from None
-    finally:
-        if held:
-            held.close()
-
-
-def _resumable(config: Config, output: Path) -> Path | None:
-    from opt_ds.data.plan import StepPlan
-    from opt_ds.engine import checkpoint
-
-    folder = checkpoint.find_resumable(output, _say)
-    if folder and (version := checkpoint.read_state(folder)["plan_version"]) != StepPlan.VERSION:
-        raise UserError(
-            f"{folder} was written with version {version} of the step plan, this is version "
-            f"{StepPlan.VERSION}, which draws other samples: start anew with another --output"
-        )
-    return folder
-
-
-def _finished(config: Config, state: "TrainState") -> bool:
-    return state.step >= config.max_steps or state.stopped_early
 
 
 def _has_gpu() -> bool:

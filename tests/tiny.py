@@ -1,16 +1,20 @@
 """A model of a few thousand weights and the stores that fit it: what the tests of data, model and tasks build on."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from opt_ds.config import Config, config_from_dict
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
+from opt_ds.store.index import StoreIndex, count_subsets
 from opt_ds.store.synthetic import write_synthetic_store
 
 STORE = {
@@ -35,6 +39,12 @@ MODEL = {
 def make_store(path: Path, num_samples: int = 60, **changes: Any) -> FeatureStore:
     write_synthetic_store(path, num_samples, **{**STORE, **changes})
     return FeatureStore(path)
+
+
+def index_with(store: FeatureStore, rows: np.ndarray) -> StoreIndex:
+    """The store's index as if its samples had these rows: laid into `store.__dict__["index"]`, a store with other modalities."""
+    subsets = count_subsets(rows, store.split_codes, len(store.description.split_names))
+    return dataclasses.replace(store.index, rows=rows, subsets=subsets)
 
 
 def make_config(**sections: Any) -> Config:

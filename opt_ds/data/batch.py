@@ -55,6 +55,14 @@ class EncoderInputs(_Movable):
 
 
 @dataclass
+class ReadRows(_Movable):
+    """Packed positions whose encoding some head or decoder reads: the encoder's last layer is computed at no others."""
+
+    index: torch.Tensor  # int64 [R], ascending
+    sequences: Sequences  # of each sample
+
+
+@dataclass
 class MaskedTokens(_Movable):
     index: torch.Tensor  # int64 [m], packed positions
     targets: torch.Tensor  # int64 [m]
@@ -99,16 +107,24 @@ class Judged(_Movable):
 
 
 @dataclass
+class Labelled(_Movable):
+    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] where no sample is labelled
+
+
+@dataclass
 class PackedBatch(_Movable):
     """One micro-batch. Every part is always there; a part without work has length 0."""
 
     inputs: EncoderInputs
+    read: ReadRows
     masked_tokens: MaskedTokens
     masked_regions: MaskedRegions
     masked_frames: MaskedFrames
     written_text: Written
     written_image: Written
     judged: Judged
+    labelled: Labelled
     sample_names: tuple[str, ...] = ()
 
     @property
@@ -145,14 +161,23 @@ class Packer:
     def pack(self, samples: list[Sample]) -> PackedBatch:
         """One micro-batch of the samples, in their order."""
         layout = _Layout(samples)
+        tokens, regions, frames = (
+            _masked_tokens(samples, layout), _masked_regions(samples, layout), _masked_frames(samples, layout)
+        )  # fmt: skip
+        text, image = self._written(samples, layout, "written_text"), self._written(samples, layout, "written_codes")
+        judged, labelled = _judged(samples, layout), _labelled(samples, layout)
+        readers = [part.index for part in (tokens, regions, frames, judged, labelled)]
+        readers += [text.memory_index, image.memory_index]
         return PackedBatch(
             inputs=self._inputs(samples, layout),
-            masked_tokens=_masked_tokens(samples, layout),
-            masked_regions=_masked_regions(samples, layout),
-            masked_frames=_masked_frames(samples, layout),
-            written_text=self._written(samples, layout, "written_text"),
-            written_image=self._written(samples, layout, "written_codes"),
-            judged=_judged(samples, layout),
+            read=_read_rows(samples, layout, readers),
+            masked_tokens=tokens,
+            masked_regions=regions,
+            masked_frames=frames,
+            written_text=text,
+            written_image=image,
+            judged=judged,
+            labelled=labelled,
             sample_names=tuple(sample.name for sample in samples),
         )
 
@@ -227,6 +252,12 @@ class _Layout:
         return shift + np.arange(len(shift))
 
 
+def _read_rows(samples: list[Sample], layout: _Layout, readers: list[torch.Tensor]) -> ReadRows:
+    index = np.unique(torch.cat(readers).numpy())
+    lengths = np.diff(np.searchsorted(index, layout.starts))
+    return ReadRows(torch.from_numpy(index), Sequences.from_lengths(lengths, slots=[s.slot for s in samples]))
+
+
 def _masked_tokens(samples: list[Sample], layout: _Layout) -> MaskedTokens:
     who = [i for i, s in enumerate(samples) if s.mlm_masked is not None]
     places = [np.flatnonzero(given(samples[i].mlm_masked)) for i in who]
@@ -264,6 +295,12 @@ def _masked_frames(samples: list[Sample], layout: _Layout) -> MaskedFrames:
 def _judged(samples: list[Sample], layout: _Layout) -> Judged:
     who = [i for i, s in enumerate(samples) if s.case >= 0]
     return Judged(index=_long(layout.starts[who]), cases=_long([samples[i].case for i in who]))
+
+
+def _labelled(samples: list[Sample], layout: _Layout) -> Labelled:
+    who = [i for i, s in enumerate(samples) if s.label_targets is not None]
+    targets = np.stack([given(samples[i].label_targets) for i in who]) if who else np.empty((0, 0))
+    return Labelled(index=_long(layout.starts[who]), targets=torch.from_numpy(targets.astype(np.float32)))
 
 
 def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Donors of the sample-level task: another sample of the same split and another group gives one of its modalities."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from opt_ds.data.keyed import keyed_choice
 from opt_ds.store.reader import FeatureStore
 
 _TRIES = 16
+_BLOCK = 65_536
 
 
 class DonorPool:
@@ -14,11 +17,24 @@ class DonorPool:
     def __init__(self, store: FeatureStore, samples: np.ndarray) -> None:
         """`samples`: int64 indices of the split's samples."""
         self._rows, self._groups = store.rows, store.groups
-        self._givers = [samples[store.rows[samples, modality] >= 0] for modality in range(3)]
-        groups = [np.unique(store.groups[givers]) for givers in self._givers]
-        several_modalities = bool(len(samples)) and bool(((store.rows[samples] >= 0).sum(1) >= 2).any())
+        self._givers = [self._with(store, samples, modality) for modality in range(3)]
+        several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
         # "none" wants two donors of two groups besides the sample's own
-        self.usable = several_modalities and all(len(g) == 0 or len(g) >= 3 for g in groups)
+        self.usable = several_modalities and all(not len(givers) or self._has_three_groups(givers) for givers in self._givers)
+
+    def _with(self, store: FeatureStore, samples: np.ndarray, modality: int) -> np.ndarray:
+        """The samples that have the modality; where all have it the very array, which may be a map of 10^8 samples."""
+        if store.all_have(modality):
+            return samples
+        return np.concatenate([samples[:0], *(block[self._rows[block, modality] >= 0] for block in _blocks(samples))])
+
+    def _has_three_groups(self, givers: np.ndarray) -> bool:
+        found: set[int] = set()
+        for block in _blocks(givers):
+            found.update(np.unique(self._groups[block])[:3].tolist())
+            if len(found) >= 3:
+                return True
+        return False
 
     def replace(self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Rows [B, 3] with the replaced ones taken from donors; no two of a sample's sources share a group or a row."""
@@ -70,3 +86,7 @@ class DonorPool:
             good &= self._groups[candidate] != groups[who[waiting]]
         donor[waiting] = candidate
         return waiting[~good]
+
+
+def _blocks(samples: np.ndarray) -> Iterator[np.ndarray]:
+    return (samples[start : start + _BLOCK] for start in range(0, len(samples), _BLOCK))

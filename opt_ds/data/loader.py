@@ -1,29 +1,32 @@
 """Micro-batches made ahead of the training step, in the known order, by threads.
 
-Threads suffice: the work is memory-mapped copies and NumPy, which release the interpreter lock for their larger part, and the
-maps stay shared. Order and content do not depend on the number of threads.
+A thread plans and reads ahead (see `plan_ahead`), others pack. Threads suffice: the work is memory-mapped copies and NumPy, which
+release the interpreter lock for their larger part, and the maps stay shared. Order and content do not depend on the number of
+threads.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.plan_ahead import PlanAhead
+from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.samples import SampleReader
 
 
 class MicroBatchLoader:
     """One rank's micro-batches of the plan's steps, on the device."""
 
-    def __init__(self, plan: StepPlan, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, plan: Plan, rank: int, world_size: int, device: torch.device) -> None:
         self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
         self.wait_s = 0.0  # seconds that the consumer has waited for data so far
         data = plan.config.data
-        self._ahead = data.prefetch_batches
+        self._ahead, self._read_ahead_bytes = data.prefetch_batches, data.read_ahead_mib * 2**20
         self._reader = SampleReader(plan.config, plan.stores)
         self._packer = Packer(plan.stores[0].description.tokenizer, plan.config.model)
         self._threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pack")
@@ -48,32 +51,46 @@ class MicroBatchLoader:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, planned_steps: Iterator[PlannedStep]) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
-        waiting: deque[tuple[PlannedStep, int, Future[PackedBatch]]] = deque()
-        pending = ((planned, k) for planned in planned_steps for k in range(len(planned.micro_batches[self.rank])))
+        ahead = PlanAhead(planned_steps, self.rank, self._reader.read_ahead, self._read_ahead_bytes)
+        waiting: deque[tuple[PlannedStep, Future[PackedBatch]]] = deque()
+        left = 0  # micro-batches of the step that the consumer is at
 
-        def fill() -> None:
-            while len(waiting) < self._ahead and (following := next(pending, None)) is not None:
-                waiting.append((*following, self._threads.submit(self._make, *following)))
+        def fill(*, wait: bool) -> None:
+            """Have the next micro-batches packed; `wait` for the plan if there is none at all."""
+            while len(waiting) < self._ahead and (following := ahead.take(wait=wait and not waiting)) is not None:
+                planned, place, _ = following
+                waiting.append((planned, self._threads.submit(self._make, planned, place)))
 
-        fill()
+        def batches() -> Iterator[PackedBatch]:
+            nonlocal left
+            while left:
+                left -= 1
+                with self._waited():
+                    fill(wait=True)
+                    batch = waiting.popleft()[1].result()
+                fill(wait=False)
+                yield batch.to(self.device, non_blocking=True)
+
         try:
-            while waiting:
+            while True:
+                with self._waited():
+                    fill(wait=True)
+                if not waiting:
+                    return
                 planned = waiting[0][0]
-
-                def batches(planned: PlannedStep = planned) -> Iterator[PackedBatch]:
-                    while waiting and waiting[0][0] is planned:
-                        future = waiting.popleft()[2]
-                        start = time.perf_counter()
-                        batch = future.result()
-                        self.wait_s += time.perf_counter() - start
-                        fill()
-                        yield batch.to(self.device, non_blocking=True)
-
+                left = len(planned.micro_batches[self.rank])
                 yield planned, batches()
-                assert not waiting or waiting[0][0] is not planned, "a step's micro-batches are all consumed before the next"
+                assert not left, "a step's micro-batches are all consumed before the next"
         finally:
-            for _, _, future in waiting:
+            ahead.close()
+            for _, future in waiting:
                 future.cancel()
+
+    @contextmanager
+    def _waited(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - start
 
     def _make(self, planned: PlannedStep, number: int) -> PackedBatch:
         batch = self.batch_of(planned, planned.micro_batches[self.rank][number].slots)

@@ -1,160 +1,62 @@
-"""The step plan: which samples a step takes, what each is drawn for, what is dropped or replaced, and who computes it.
+"""The plan of pre-training: what each sample of a step is drawn for, and which of its modalities are dropped or replaced.
 
-A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed permutation of
-(p mod N). Every rank computes the whole step's plan, so the counts that normalise the losses need no communication.
-What a single sample's masks are is decided later, by `data.samples`, from the same keys.
-
-B: samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere.
+Draws, drops and donors are hashes of (seed, epoch, store, sample); the order of samples is that of `data.planned`.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from opt_ds.config import LOSSES_OF_DRAW, Config
 from opt_ds.data.donors import DonorPool
-from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform, permute
-from opt_ds.data.masking import num_masked, num_masked_frames
+from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
-from opt_ds.data.micro_batches import MicroBatchPlan, distribute
+from opt_ds.data.planned import (
+    AUDIO,
+    DRAWS,
+    IMAGE,
+    MAM,
+    MATCHING,
+    MLM,
+    MODALITY,
+    MVM,
+    TEXT,
+    VALIDATION_EPOCH,
+    Plan,
+    PlannedSamples,
+)
 from opt_ds.store.reader import FeatureStore
 
-TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
-DRAWS = tuple(LOSSES_OF_DRAW)
-MLM, MVM, MAM, MODALITY, MATCHING = range(5)
-VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
-_MIX_BLOCK = 4096  # positions in which several weighted stores take exactly their shares
 _REDRAWS = 32
 
 
-@dataclass(frozen=True)
-class PlannedSamples:
-    """A step's samples as arrays of length B. Rows are global rows of the sample's store; -1: not there."""
+class StepPlan(Plan):
+    """The pre-training tasks, drawn by `tasks.mix`."""
 
-    epoch: np.ndarray  # int64
-    store: np.ndarray  # int64, index into the run's stores
-    sample: np.ndarray  # int64, index into the store
-    draw: np.ndarray  # int8, index into DRAWS; -1: nothing can be learned from this sample
-    source_rows: np.ndarray  # int64 [B, 3], the sample's own
-    input_rows: np.ndarray  # int64 [B, 3], after dropping and donors
-    input_lengths: np.ndarray  # int64 [B, 3], items after truncation and stacking
-    writes_text: np.ndarray  # bool, the text decoder reconstructs
-    writes_image: np.ndarray  # bool, the image decoder reconstructs
-    text_target_length: np.ndarray  # int64, WordPieces of the reconstructed text (without [SEP])
-    case: np.ndarray  # int8, matching case (see data.matching); -1: not judged
-
-    def __len__(self) -> int:
-        return len(self.draw)
-
-    def masked(self, modality: int) -> np.ndarray:
-        """bool [B]: items of this input modality are masked."""
-        return (self.draw == (MLM, MVM, MAM)[modality]) | ((self.draw == MODALITY) & (self.input_rows[:, modality] >= 0))
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One optimiser step: its samples, the losses' counts over the whole global batch, and each rank's micro-batches."""
-
-    step: int
-    samples: PlannedSamples
-    counts: dict[str, float]
-    micro_batches: list[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
-    num_tokens: int
-    fill: float  # positions used, as a share of the micro-batches' budget
-    balance: float  # the most loaded rank's positions over the mean rank's
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.samples)
-
-
-class StepPlan:
-    """Plans every step of a run over the train split, and the fixed validation pass over the valid split."""
-
-    VERSION = 1  # part of a checkpoint: a plan that draws otherwise must not continue an older run
+    VERSION = 1
 
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
-        self.config, self.stores = config, stores
-        self._train = [store.split_samples(config.data.train_split) for store in stores]
-        self._lengths = [_model_lengths(config, store) for store in stores]
+        super().__init__(config, stores)
         self._train_donors = [DonorPool(store, rows) for store, rows in zip(stores, self._train, strict=True)]
         self._has_codes = np.array([store.has_codes for store in stores])
-        self.num_samples = sum(len(rows) for rows in self._train)
         self.off = self._tasks_off()
-        self.batch_samples = self._batch_samples()
-        self._starts = np.cumsum([0, *(len(rows) for rows in self._train)])
 
-    # ---- training
-
-    def step(self, step: int, world_size: int = 1) -> PlannedStep:
-        """Plan of optimiser step `step` (0-based) for this many ranks; the samples do not depend on the ranks."""
-        positions = step * self.batch_samples + np.arange(self.batch_samples, dtype=np.int64)
-        epoch, store, sample = self._samples_at(positions)
+    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> PlannedSamples:
         fraction = step / self.config.schedule.total_steps
-        samples = self._draw(epoch, store, sample, self._train_donors, mix=self.config.tasks.mix_at(fraction))
-        return self._planned_step(step, samples, world_size)
+        return self._draw(epoch, store, sample, self._train_donors, mix=self.config.tasks.mix_at(fraction))
 
-    def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        seed = self.config.seed
-        weights = self.config.data.mix
-        if weights is None or len(self.stores) == 1:
-            epoch = positions // self.num_samples
-            place = permute(positions % self.num_samples, self.num_samples, seed, "order", epoch)
-            store = np.searchsorted(self._starts, place, side="right") - 1
-            place = place - self._starts[store]
-        else:
-            epoch, store, place = self._weighted_samples_at(positions, weights)
-        sample = np.empty_like(place)
-        for number, rows in enumerate(self._train):
-            sample[store == number] = rows[place[store == number]]
-        return epoch, store, sample
-
-    def _weighted_samples_at(
-        self, positions: np.ndarray, weights: tuple[float, ...]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Blocks in which each store has exactly its share of places; a store's own epoch advances at its own pace."""
-        shares = np.array(weights) / sum(weights)
-        quota = np.floor(shares * _MIX_BLOCK).astype(np.int64)
-        quota[np.argsort(quota - shares * _MIX_BLOCK)[: _MIX_BLOCK - quota.sum()]] += 1
-        starts = np.cumsum([0, *quota])
-        block = positions // _MIX_BLOCK
-        slot = permute(positions % _MIX_BLOCK, _MIX_BLOCK, self.config.seed, "mix", block)
-        store = np.searchsorted(starts, slot, side="right") - 1
-        within = block * quota[store] + slot - starts[store]
-        sizes = np.diff(self._starts)[store]
-        epoch, place = within // sizes, within % sizes
-        for number in range(len(self.stores)):
-            own = store == number
-            place[own] = permute(place[own], int(sizes[own][0]), self.config.seed, "order", number, epoch[own]) if own.any() else 0
-        return epoch, store, place
-
-    # ---- validation
-
-    def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> list[PlannedStep]:
-        """The fixed validation pass: every possible draw on every sample of the valid split (the first `max_samples`).
-
-        Each PlannedStep holds up to `chunk` samples; its `step` is its place in the list.
-        """
-        parts = []
-        for number, store in enumerate(self.stores):
-            valid = store.split_samples(self.config.data.valid_split)[:max_samples]
-            donors = [DonorPool(s, valid if s is store else np.empty(0, np.int64)) for s in self.stores]
-            for draw, text_target in ((MLM, None), (MVM, None), (MAM, None), (MODALITY, True), (MODALITY, False), (MATCHING, None)):
-                if DRAWS[draw] in self.off:
-                    continue
-                if draw == MODALITY and text_target is False and not self.config.tasks.modality.always_drop_target:
-                    continue  # without always_drop_target one draw has both targets
-                samples = self._draw(
-                    np.full(len(valid), VALIDATION_EPOCH), np.full(len(valid), number), valid, donors,
-                    mix={DRAWS[draw]: 1.0}, text_target=text_target,
-                )  # fmt: skip
-                parts.append(samples)
-        samples = _concatenate(parts)
-        kept = np.flatnonzero(samples.draw >= 0)
-        return [
-            self._planned_step(place, _select(samples, kept[start : start + chunk]), world_size)
-            for place, start in enumerate(range(0, len(kept), chunk))
-        ]
+    def _validation_samples(self, number: int, valid: np.ndarray) -> list[PlannedSamples]:
+        parts, store = [], self.stores[number]
+        donors = [DonorPool(s, valid if s is store else np.empty(0, np.int64)) for s in self.stores]
+        for draw, text_target in ((MLM, None), (MVM, None), (MAM, None), (MODALITY, True), (MODALITY, False), (MATCHING, None)):
+            if DRAWS[draw] in self.off:
+                continue
+            if draw == MODALITY and text_target is False and not self.config.tasks.modality.always_drop_target:
+                continue  # without always_drop_target one draw has both targets
+            samples = self._draw(
+                np.full(len(valid), VALIDATION_EPOCH), np.full(len(valid), number), valid, donors,
+                mix={DRAWS[draw]: 1.0}, text_target=text_target,
+            )  # fmt: skip
+            parts.append(samples)
+        return parts
 
     # ---- what each sample is drawn for
 
@@ -168,10 +70,7 @@ class StepPlan:
         text_target: bool | None = None,
     ) -> PlannedSamples:
         key = keyed_hash(self.config.seed, "sample", epoch, store, sample)
-        source_rows = np.empty((len(sample), 3), dtype=np.int64)
-        for number, feature_store in enumerate(self.stores):
-            own = store == number
-            source_rows[own] = feature_store.rows[sample[own]]
+        source_rows = self._source_rows(store, sample)
         present = source_rows >= 0
         can_write_image = present[:, IMAGE] & self._has_codes[store]
         source_lengths = self._input_lengths(store, source_rows)
@@ -275,69 +174,16 @@ class StepPlan:
         rows[chosen] = new_rows
         return case
 
-    # ---- lengths, counts, micro-batches
-
-    def _input_lengths(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        lengths = np.zeros_like(rows)
-        for number, per_row in enumerate(self._lengths):
-            for modality in MODALITIES:
-                there = (store == number) & (rows[:, modality] >= 0)
-                lengths[there, modality] = per_row[modality][rows[there, modality]]
-        return lengths
-
-    def _counts(self, s: PlannedSamples) -> dict[str, float]:
-        """Terms of each loss over the step: masked items, written tokens and codes, judged samples."""
-        p = self.config.tasks.mask_probability
-        frames = s.input_lengths[s.draw == MAM, AUDIO]
-        regions = int(num_masked(s.input_lengths[s.draw == MVM, IMAGE], p).sum())
-        masked_frames = num_masked_frames(frames, p)
-        counts = {
-            "mlm": int(num_masked(s.input_lengths[s.draw == MLM, TEXT], p).sum()),
-            "mvfr": regions,
-            "mrc": regions,
-            "mafr": int(masked_frames.sum()),
-            "mac": int(masked_frames[frames > masked_frames].sum()),  # a frame without negatives is not counted
-            "dtr": int((s.text_target_length[s.writes_text] + 1).sum()),  # [SEP] ends the text and is counted
-            "dir": int(s.writes_image.sum()) * self.config.model.num_image_codes,
-            "matching": int((s.draw == MATCHING).sum()),
-        }
-        return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
-
-    def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
-        positions = 1 + samples.input_lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)  # [CLS] … [SEP] with text
-        positions = positions + np.where(samples.writes_text, samples.text_target_length + 1, 0)
-        positions = positions + np.where(samples.writes_image, self.config.model.num_image_codes, 0)
-        useful = np.flatnonzero(samples.draw >= 0)
-        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens)
-        loads = [sum(m.num_tokens for m in rank) for rank in micro_batches]
-        total, mean = sum(loads), sum(loads) / world_size
-        budget = world_size * len(micro_batches[0]) * self.config.batch.max_tokens
-        return PlannedStep(
-            step, samples, self._counts(samples), micro_batches, num_tokens=total, fill=total / budget,
-            balance=max(loads) / mean if mean else 1.0,
-        )  # fmt: skip
-
     # ---- facts of the stores
-
-    def _batch_samples(self) -> int:
-        if self.config.batch.unit == "samples":
-            return self.config.batch.size
-        tokens = sum(
-            float(np.where(store.rows[rows, m] >= 0, lengths[m][np.maximum(store.rows[rows, m], 0)], 0).sum())
-            for store, rows, lengths in zip(self.stores, self._train, self._lengths, strict=True)
-            for m in MODALITIES
-            if len(lengths[m])
-        )
-        return max(1, round(self.config.batch.size / (2 + tokens / self.num_samples)))
 
     def _tasks_off(self) -> dict[str, str]:
         """Draw -> why no sample of these stores can take it, or why the config has none of it."""
-        rows = np.concatenate([store.rows[own] for store, own in zip(self.stores, self._train, strict=True)])
-        present = rows >= 0
+        subsets = sum(store.split_subsets(self.config.data.train_split) for store in self.stores)
+        present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0  # a row for each subset of modalities that occurs
         everywhere = {MLM: "text", MVM: "image", MAM: "audio"}
         active = self.config.tasks.active_losses
         off = {}
-        for number, draw in enumerate(DRAWS):
+        for number, draw in enumerate(LOSSES_OF_DRAW):
             if not any(loss in active for loss in LOSSES_OF_DRAW[draw]):
                 off[draw] = "its weight is 0"
             elif number in everywhere and not present[:, number].any():
@@ -356,36 +202,10 @@ class StepPlan:
         return off
 
 
-def _model_lengths(config: Config, store: FeatureStore) -> list[np.ndarray]:
-    """Per modality, the items that the model sees of each row: truncated, and frames stacked; int64."""
-    model = config.model
-    frames = store.frame_counts.astype(np.int64)
-    return [
-        np.minimum(store.text_lengths.astype(np.int64), model.max_text_tokens),
-        np.minimum(store.region_counts.astype(np.int64), model.max_regions),
-        np.minimum(stacked_length(frames, model.audio_stack), model.max_frames),
-    ]
-
-
-def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
-    """Model frames of so many stored frames: enough for every offset 0 … stack − 1 (0 frames give 0)."""
-    num_frames = np.asarray(num_frames, dtype=np.int64)
-    return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)
-
-
 def _choose_draw(key: np.ndarray, mix: dict[str, float], possible: np.ndarray) -> np.ndarray:
     """int8 [B]: a draw with the mix's shares among the possible ones (an impossible one's share goes to the others)."""
-    shares = np.array([mix.get(draw, 0.0) for draw in DRAWS])[None, :] * possible
+    shares = np.array([mix.get(draw, 0.0) for draw in LOSSES_OF_DRAW])[None, :] * possible
     cumulative = np.cumsum(shares, axis=1)
     total = cumulative[:, -1]
     drawn = (keyed_uniform(key, "draw") * total)[:, None] >= cumulative
     return np.where(total > 0, drawn.sum(1), -1).astype(np.int8)
-
-
-def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
-    names = PlannedSamples.__dataclass_fields__
-    return PlannedSamples(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-
-def _select(samples: PlannedSamples, index: np.ndarray) -> PlannedSamples:
-    return PlannedSamples(**{name: getattr(samples, name)[index] for name in PlannedSamples.__dataclass_fields__})

@@ -9,10 +9,12 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.keyed import keyed_choice, keyed_hash
+from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
-from opt_ds.data.plan import (
+from opt_ds.data.planned import (
     AUDIO,
     IMAGE,
+    LABELS,
     MAM,
     MLM,
     MODALITY,
@@ -20,7 +22,6 @@ from opt_ds.data.plan import (
     TEXT,
     VALIDATION_EPOCH,
     PlannedSamples,
-    stacked_length,
 )
 from opt_ds.store.reader import FeatureStore
 
@@ -45,6 +46,7 @@ class Sample:
     written_text: np.ndarray | None = field(default=None)  # int64 [n], the text decoder's target
     written_codes: np.ndarray | None = field(default=None)  # int64 [64], the image decoder's target
     case: int = -1  # matching case
+    label_targets: np.ndarray | None = None  # float32 [names of the label head], 0 … 1
 
 
 def given(part: np.ndarray | None) -> np.ndarray:
@@ -60,6 +62,8 @@ class SampleReader:
         self.config, self.stores = config, stores
         self._tokenizers = [store.description.tokenizer for store in stores]
         self._ordinary = [_ordinary_ids(store) for store in stores]
+        labels = config.tasks.labels
+        self._label_places = {name: place for place, name in enumerate(labels.names)} if labels else {}
 
     def read(self, planned: PlannedSamples, slot: int) -> Sample:
         """The sample in this slot of the step, masked as its key says."""
@@ -91,7 +95,28 @@ class SampleReader:
             sample.written_text = self._tokens(store, planned.source_rows[slot, TEXT])
         if planned.writes_image[slot]:
             sample.written_codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
+        if draw == LABELS:
+            sample.label_targets = self.label_targets(number, int(planned.sample[slot]))
         return sample
+
+    def read_ahead(self, planned: PlannedSamples, slots: np.ndarray) -> int:
+        """Have the features of these samples read from the disk soon, without waiting; returns their bytes."""
+        total = 0
+        for number, (_, image, audio) in zip(planned.store[slots].tolist(), planned.input_rows[slots].tolist(), strict=True):
+            store = self.stores[number]
+            total += store.read_ahead("image", image) if image >= 0 else 0
+            total += store.read_ahead("audio", audio) if audio >= 0 else 0
+        return total
+
+    def label_targets(self, number: int, index: int) -> np.ndarray:
+        """float32 [names of the label head]: 1 for a sample's labels; for answers min(times given / 3, 1) (Antol et al. 2015)."""
+        labels = self.config.tasks.labels
+        assert labels is not None, "the model has no label head"
+        times = np.zeros(len(labels.names), dtype=np.float32)
+        for name in self.stores[number].labels(index):
+            if name in self._label_places:
+                times[self._label_places[name]] += 1
+        return np.minimum(times / (3 if labels.answers else 1), 1)
 
     def whole(self, number: int, index: int, modalities: tuple[int, ...] = (TEXT, IMAGE, AUDIO)) -> Sample:
         """A store's sample uncorrupted, with just these modalities (those that it has): for evaluation."""

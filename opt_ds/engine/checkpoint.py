@@ -139,10 +139,25 @@ def train_state(saved: dict[str, Any]) -> TrainState:
     return TrainState(**{**values, "guard": GuardState(**saved["guard"])})
 
 
+def load_start(model: "OPT", config: Config) -> None:
+    """Copy the weights that fine-tuning starts from; a head for other labels than that checkpoint's stays as it is."""
+    assert config.finetune is not None, "pre-training starts from no checkpoint"
+    folder = Path(config.finetune.checkpoint)
+    had = read_state(folder)["config"]["tasks"].get("labels")
+    labels = config.tasks.labels
+    same_head = bool(had and labels and had["names"] == list(labels.names))
+    load_weights(model, folder, leave="" if same_head else "labels.")
+
+
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Copy a checkpoint's weights and buffers into a model of the same shape. Raises UserError for another shape."""
+def load_weights(model: torch.nn.Module, folder: Path, leave: str = "") -> None:
+    """Copy a checkpoint's weights and buffers into a model of the same shape. Raises UserError for another shape.
+
+    What has a name that begins with `leave` is left as it is.
+    """
     own = {**dict(model.named_parameters()), **buffers_of(model)}
+    if leave:
+        own = {name: tensor for name, tensor in own.items() if not name.startswith(leave)}
     with safe_open(folder / MODEL_FILE, "pt") as file:
         saved = set(file.keys())
         for name, tensor in own.items():

@@ -27,6 +27,8 @@ RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 _IDENTITY = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
     "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
+    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.donor_candidates",
+    "finetune.same_group_donors",
 )  # fmt: skip
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 

@@ -13,7 +13,7 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.plan import PlannedStep
+from opt_ds.data.planned import PlannedStep
 from opt_ds.engine import guard, optimizer_state
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.guard import Guard

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from opt_ds.config import Config
+from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.planned import PlannedStep
 from opt_ds.engine import checkpoint, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
@@ -55,7 +56,7 @@ class Trainer:
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
         self.ranks, self.stop = group.ranks, stop
-        self.plan = StepPlan(config, stores)
+        self.plan = make_plan(config, stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend, group.device)
 
@@ -69,7 +70,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
         self.peak = peak_flops(hardware, precision)
         about = {
-            "plan_version": StepPlan.VERSION,
+            "plan_version": self.plan.VERSION,
             "config": config.model_dump(mode="json"),
             "stores": [store.fingerprint for store in stores],
             "versions": run_folder.versions(),
@@ -130,6 +131,8 @@ class Trainer:
                 self._compare_ranks()
                 if self._due(self.config.train.validate_every):
                     self.validate()
+                if self.config.evaluate.every_steps and self._due(self.config.evaluate.every_steps):
+                    self.evaluate()
                 if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
                     self.save()
             if self.state.stopped_early:
@@ -209,6 +212,21 @@ class Trainer:
         self._draw_pictures()
         return found.weighted
 
+    def evaluate(self) -> dict[str, float]:
+        """The experiments of `evaluate.experiments`, shared by the ranks; gives and reports their figures by name."""
+        from opt_ds.evaluate.during_training import figures_during_training
+        from opt_ds.evaluate.evaluator import Evaluator
+
+        evaluator = Evaluator(self.engine.module, self.config, self.stores[0], self.group.device, self.group)
+        figures = figures_during_training(evaluator, self.config.evaluate, self.config.seed)
+        self.engine.train()
+        self.report.scalars(self.state.step, figures, "evaluate")
+        self.report.say(f"evaluation after step {self.state.step}, on {self.config.evaluate.split}")
+        for name, value in figures.items():
+            if name.rpartition("/")[2] in ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy"):  # the others are in the files
+                self.report.say(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
+        return figures
+
     def save(self) -> Path:
         """Begin to write the checkpoint of this step, once; the best one is pointed to."""
         if self._saved_step != self.state.step:
@@ -268,6 +286,8 @@ class Trainer:
         model = initial_model(self.config, self.stores, warm_start=not resume_from)
         if resume_from:
             checkpoint.load_weights(model, resume_from)
+        elif self.config.finetune:
+            checkpoint.load_start(model, self.config)
         if self.ranks.is_main:
             check_space(self.output, sum(p.numel() for p in model.parameters()))
         # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.
@@ -277,7 +297,7 @@ class Trainer:
             else {}
         )
         optimizer = self.config.optimizer
-        adam = torch.optim.AdamW(_parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
+        adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
                                  eps=optimizer.eps, fused=True)  # fmt: skip
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
@@ -334,7 +354,7 @@ class Trainer:
         self.report.text("state", settings_table(asdict(self.state)))
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only: not for LayerNorm's weights, biases and single vectors."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import sacrebleu
 
-from opt_ds.data.plan import IMAGE, TEXT
+from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.transcription import DEFAULT_DECODING, constant_caption, normalize
 from opt_ds.model.generation import DecodingConfig

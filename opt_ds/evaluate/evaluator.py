@@ -1,20 +1,22 @@
 """A trained model beside the store that it is evaluated on."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import SUBSETS, TEXT
 from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
 
-#: Inputs by the letters that tables use.
-SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
-           "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip
+if TYPE_CHECKING:
+    from opt_ds.engine.distributed import ProcessGroup
+
+__all__ = ["SUBSETS", "Evaluator"]
 
 
 def samples_with(
@@ -31,8 +33,15 @@ def samples_with(
 class Evaluator(ModelRunner):
     """Evaluation of one model on one store."""
 
-    def __init__(self, model: OPT, config: Config, store: FeatureStore, device: torch.device | str = "cpu") -> None:
-        super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device)
+    def __init__(
+        self,
+        model: OPT,
+        config: Config,
+        store: FeatureStore,
+        device: torch.device | str = "cpu",
+        group: "ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device, group)
         self.store = store
         self.reader = SampleReader(config, [store])
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from opt_ds.data.plan import IMAGE, TEXT
+from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.retrieval import chance, recall, target_names
@@ -34,10 +34,11 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
         sample.written_codes = target
     total, count = 0.0, 0
     for _, batch, hidden_te in evaluator.batches(samples):
-        scores = evaluator.model.image_decoder(batch.written_image, hidden_te).float()
+        scores = evaluator.model.image_decoder.scores(batch.written_image, hidden_te).float()
         targets = batch.written_image.target_ids
         total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
         count += len(targets)
+    total, count = evaluator.over_ranks(total), round(evaluator.over_ranks(count))
     unigram = _unigram_bits(evaluator, codes)
     return {"split": split, "inputs": inputs, "bits_per_code": total / count / np.log(2), "unigram_bits_per_code": unigram,
             "samples": len(gallery)}  # fmt: skip

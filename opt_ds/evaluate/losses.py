@@ -1,14 +1,18 @@
 """Validation loss per task: the fixed validation pass, every task on every sample, summed over ranks."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from opt_ds.config import LOSSES, Config
+from opt_ds.config import ALL_LOSSES, Config
+from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.plan import StepPlan
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+
+if TYPE_CHECKING:
+    from opt_ds.engine.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     """
     was_training = model.training
     model.eval()
-    table = torch.zeros(len(LOSSES), 3, dtype=torch.float64)  # sum, count, correct (negative: no accuracy)
+    table = torch.zeros(len(ALL_LOSSES), 3, dtype=torch.float64)  # sum, count, correct (negative: no accuracy)
     classifies = set()
     for _, batches in loader.validation(config.train.validate_samples):
         for batch in batches:
             for loss, term in model(batch).items():
-                row = table[LOSSES.index(loss)]
+                row = table[ALL_LOSSES.index(loss)]
                 row[0] += float(term.sum)
                 row[1] += term.count
                 if "correct" in term.metrics:
@@ -42,17 +46,24 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     model.train(was_training)
     if reduce is not None:
         reduce(table)
-    rows = {loss: table[i].tolist() for i, loss in enumerate(LOSSES)}
+    rows = {loss: table[i].tolist() for i, loss in enumerate(ALL_LOSSES)}
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}
     accuracies = {loss: rows[loss][2] / rows[loss][1] for loss in active if loss in classifies}
     return ValidationResult(losses, accuracies, sum(config.tasks.loss_weight(loss) * losses[loss] for loss in losses))
 
 
-def validate(model: OPT, config: Config, store: FeatureStore, device: torch.device | str = "cpu") -> ValidationResult:
-    """The same for a model on one store, in this process alone."""
-    loader = MicroBatchLoader(StepPlan(config, [store]), 0, 1, torch.device(device))
+def validate(
+    model: OPT,
+    config: Config,
+    store: FeatureStore,
+    device: torch.device | str = "cpu",
+    group: "ProcessGroup | None" = None,
+) -> ValidationResult:
+    """The same for a model on one store; `group`: the ranks that share the work, None for this process alone."""
+    rank, world_size = (group.ranks.rank, group.ranks.world_size) if group else (0, 1)
+    loader = MicroBatchLoader(make_plan(config, [store]), rank, world_size, torch.device(device))
     try:
-        return validation_losses(model, config, loader)
+        return validation_losses(model, config, loader, group.sum if group else None)
     finally:
         loader.close()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.image_generation import Painter, to_uint8
 from opt_ds.model.generation import DecodingConfig

@@ -9,7 +9,7 @@ from typing import Any
 import jiwer
 import numpy as np
 
-from opt_ds.data.plan import AUDIO, TEXT
+from opt_ds.data.planned import AUDIO, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.model.generation import DecodingConfig
 

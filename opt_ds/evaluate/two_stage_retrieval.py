@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_projection

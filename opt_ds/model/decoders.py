@@ -7,6 +7,7 @@ from torch import nn
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import Written
 from opt_ds.model.transformer import Decoder, Dropout, LayerCache, LayerNorm
+from opt_ds.ops.linear_cross_entropy import linear_cross_entropy
 from opt_ds.ops.sequences import Sequences
 
 
@@ -30,14 +31,23 @@ class AutoregressiveDecoder(nn.Module):
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [outputs, e] and bias [outputs] of the scores."""
         raise NotImplementedError
 
-    def forward(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
-        """Scores [w, outputs] of every written position, teacher-forced, given the encoder's packed output."""
+    def forward(self, written: Written, hidden_te: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(summed cross-entropy of everything to be written, how many items score highest), teacher-forced, given the encoder's
+        packed output; fp32 scalars."""
+        return linear_cross_entropy(self._hidden(written, hidden_te), *self._output(), written.target_ids)
+
+    def scores(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
+        """Scores [w, outputs] of every written position, teacher-forced."""
+        return F.linear(self._hidden(written, hidden_te), *self._output())
+
+    def _hidden(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
         memory_ue = hidden_te.index_select(0, written.memory_index)
         hidden_we = self._input(written.input_ids, written.positions, written.sequences)
-        return self._scores(self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers))
+        return self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers)
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
         """Caches to begin writing with, one sequence per memory sequence."""
@@ -46,7 +56,7 @@ class AutoregressiveDecoder(nn.Module):
     def decode(self, ids_b: torch.Tensor, position: int, caches: list[LayerCache]) -> torch.Tensor:
         """Scores [b, outputs] of the next item, given the item written last (at `position`)."""
         positions_b = torch.full_like(ids_b, position)
-        return self._scores(self.decoder.decode(self._input(ids_b, positions_b), caches))
+        return F.linear(self.decoder.decode(self._input(ids_b, positions_b), caches), *self._output())
 
     def _input(self, ids: torch.Tensor, positions: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
         return self.dropout(self.norm(self._embed(ids) + self.position(positions)), sequences)
@@ -62,8 +72,8 @@ class TextDecoder(AutoregressiveDecoder):
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.word(ids)
 
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.word.weight, self.bias)
+    def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.word.weight, self.bias
 
 
 class ImageDecoder(AutoregressiveDecoder):
@@ -78,5 +88,5 @@ class ImageDecoder(AutoregressiveDecoder):
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.code(ids + 1)
 
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.code.weight[1:], self.bias)
+    def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.code.weight[1:], self.bias

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from opt_ds.config import Config, ModelConfig, TasksConfig
-from opt_ds.data.batch import EncoderInputs, PackedBatch
+from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.model.transformer import Encoder, number_dropout_sites
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import LossTerm
+from opt_ds.tasks.labels import LabelHead
 from opt_ds.tasks.mam import MaskedAudioModeling
 from opt_ds.tasks.matching import Matching
 from opt_ds.tasks.mlm import MaskedLanguageModeling
@@ -35,12 +36,13 @@ class OPT(nn.Module):
         self.mvm = MaskedVisionModeling(model)
         self.mam = MaskedAudioModeling(model, tasks.mac.temperature)
         self.matching = Matching(model, tasks.matching)
+        self.labels = LabelHead(model, tasks.labels) if tasks.labels else None  # fine-tuning's
         number_dropout_sites(self)
         self._initialize()
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:
         """Every loss's term of this micro-batch. Losses without work give 0, with gradients of 0."""
-        hidden_te, regions_rv, frames_av = self._encode(batch.inputs)
+        hidden_te, regions_rv, frames_av = self._encode(batch.inputs, batch.read)
         return {
             **self.mlm(hidden_te, batch.masked_tokens),
             **self.mvm(hidden_te, batch.masked_regions, regions_rv),
@@ -48,15 +50,16 @@ class OPT(nn.Module):
             "dtr": reconstruction_term(self.text_decoder, batch.written_text, hidden_te),
             "dir": reconstruction_term(self.image_decoder, batch.written_image, hidden_te),
             **self.matching(hidden_te, batch.judged),
+            **(self.labels(hidden_te, batch.labelled) if self.labels else {}),
         }
 
     def encode(self, inputs: EncoderInputs) -> torch.Tensor:
         """hidden_te, the encoder's packed output for any mixture of modalities."""
         return self._encode(inputs)[0]
 
-    def _encode(self, inputs: EncoderInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _encode(self, inputs: EncoderInputs, read: ReadRows | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_te, regions_rv, frames_av = self.embeddings(inputs)
-        return self.encoder(hidden_te, inputs.sequences), regions_rv, frames_av
+        return self.encoder(hidden_te, inputs.sequences, read), regions_rv, frames_av
 
     def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
         """Take the standardisation from the stores' training statistics, pooled by the number of vectors."""

@@ -1,6 +1,7 @@
 """Transformer layers over packed sequences, shared by the encoder and both decoders. They call only `opt_ds.ops`.
 
-Legend: t packed query rows, u packed memory rows, e width, h heads, d head width, b sequences decoded side by side.
+Legend: t packed query rows, r those of them that are read, u packed memory rows, e width, h heads, d head width, b sequences
+decoded side by side.
 
 Norm placement: every sublayer is followed by one LayerNorm. `post` (BERT): the stream is what the norm gives. `pre`: the stream
 stays un-normalised and the next sublayer reads the norm's output; the embedding's own LayerNorm serves the first sublayer.
@@ -8,12 +9,14 @@ stays un-normalised and the next sublayer reads the norm's output; the embedding
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from opt_ds.config import ModelConfig
+from opt_ds.data.batch import ReadRows
 from opt_ds.ops.attention import attention, cached_attention
 from opt_ds.ops.dropout import dropout
 from opt_ds.ops.layer_norm import add_layer_norm, layer_norm
@@ -60,6 +63,21 @@ def number_dropout_sites(model: nn.Module) -> None:
         module.dropout_site = number
 
 
+class FusedProjection(nn.Linear):
+    """Queries, keys and values in one product."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+
+    def forward(self, x_te: torch.Tensor, rows_r: torch.Tensor | None = None) -> Any:
+        """[t, 3e]; with `rows_r` a pair: queries [r, e] of these rows alone, keys and values [t, 2e] of all."""
+        if rows_r is None:
+            return super().forward(x_te)
+        sizes = [self.in_features, 2 * self.in_features]
+        (query, key_value), (query_bias, key_value_bias) = self.weight.split(sizes), self.bias.split(sizes)
+        return F.linear(x_te.index_select(0, rows_r), query, query_bias), F.linear(x_te, key_value, key_value_bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
 
@@ -67,17 +85,24 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.causal, self.probability = config.num_heads, causal, config.attention_dropout
         self.dropout_site = 0
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = FusedProjection(config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def project(self, x_te: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values [t, h, d]."""
         return self.qkv(x_te).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
-    def forward(self, x_te: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        q_thd, k_thd, v_thd = self.project(x_te)
+    def forward(self, x_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
+        """[t, e]; with `read`: [r, e], what its rows see of all rows."""
+        queries = sequences if read is None else read.sequences
+        if read is None:
+            q_thd, k_thd, v_thd = self.project(x_te)
+        else:
+            q_re, kv_te = self.qkv(x_te, read.index)
+            q_thd = q_re.unflatten(-1, (self.num_heads, -1))
+            k_thd, v_thd = kv_te.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         probability = self.probability if self.training else 0.0
-        attended = attention(q_thd, k_thd, v_thd, sequences, sequences, self.causal, probability, self.dropout_site)
+        attended = attention(q_thd, k_thd, v_thd, queries, sequences, self.causal, probability, self.dropout_site)
         return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
@@ -132,8 +157,14 @@ class EncoderLayer(nn.Module):
         self.attention, self.attention_norm = SelfAttention(config, causal=False), LayerNorm(config)
         self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
 
-    def forward(self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te, sequences)
+    def forward(
+        self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows see all rows; with `read` only its rows come out, [r, e]."""
+        attended = self.attention(x_te, sequences, read)
+        if read is not None:
+            stream_te, sequences = stream_te.index_select(0, read.index), read.sequences
+        x_te, stream_te = self.attention_norm(attended, stream_te, sequences)
         return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
 
 
@@ -172,11 +203,16 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
-    def forward(self, hidden_te: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def forward(self, hidden_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
+        """[t, e]. With `read` the last layer is computed at its rows only; the others come out 0."""
         stream_te = hidden_te
-        for layer in self.layers:
+        *lower, last = self.layers
+        for layer in lower:
             hidden_te, stream_te = layer(hidden_te, stream_te, sequences)
-        return hidden_te
+        if read is None:
+            return last(hidden_te, stream_te, sequences)[0]
+        hidden_re, _ = last(hidden_te, stream_te, sequences, read)
+        return torch.zeros_like(hidden_te).index_copy(0, read.index, hidden_re)
 
 
 @dataclass

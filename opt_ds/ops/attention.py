@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from opt_ds.ops import backend
+from opt_ds.ops.dropout import generator_dropout
+from opt_ds.ops.padded_groups import PaddedGroup, PaddedGroups
 from opt_ds.ops.sequences import Sequences
 
 
@@ -47,29 +49,45 @@ def _torch_attention(
     causal: bool,
     dropout: float,
 ) -> torch.Tensor:
-    """Padded, with the scores written out: the reference, and on the CPU the fastest."""
-    num_heads, head_dim = q_thd.shape[1:]
+    """Sequences of like length together, padded, with the scores written out: the reference, and on the CPU the fastest."""
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0
-
-    def padded(rows: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        return sequences.pad(rows).transpose(1, 2).flatten(0, 1)  # [S·h, L, d]
-
-    q, k, v = padded(q_thd, queries), padded(k_uhd, keys), padded(v_uhd, keys)
-    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)).float().unflatten(0, (len(queries), num_heads))
-    scores = scores + keys.key_bias[:, None]
-    if causal:
-        above = torch.ones(queries.max_length, keys.max_length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(above, torch.finfo(torch.float32).min / 2)
-    probabilities = torch.softmax(scores, dim=-1).flatten(0, 1)
-    if dropout > 0.0:
-        probabilities = F.dropout(probabilities, dropout, training=True)
-    attended = torch.bmm(probabilities.to(v.dtype), v)
-    output = queries.pack(attended.unflatten(0, (len(queries), num_heads)).transpose(1, 2))
+    layout = PaddedGroups.of(queries, keys)
+    parts = [x.index_select(0, index).split(sizes) for x, (index, sizes) in (
+        (q_thd, (layout.query_rows, layout.query_sizes)),
+        (k_uhd, (layout.key_rows, layout.key_sizes)),
+        (v_uhd, (layout.key_rows, layout.key_sizes)),
+    )]  # fmt: skip
+    attended = [
+        _padded_attention(q, k, v, group, causal, dropout) for q, k, v, group in zip(*parts, layout.groups, strict=True)
+    ]
+    output = torch.cat(attended).index_select(0, layout.place_of_row)
     if keys.min_length == 0:
         has_keys = (keys.lengths > 0).repeat_interleave(queries.lengths, output_size=queries.total)
         output = output * has_keys[:, None, None]
     return output
+
+
+def _padded_attention(
+    q_phd: torch.Tensor, k_phd: torch.Tensor, v_phd: torch.Tensor, group: PaddedGroup, causal: bool, dropout: float
+) -> torch.Tensor:
+    """Attention of one group's padded rows; [padded query rows, h, d]."""
+    num_heads, head_dim = q_phd.shape[1:]
+
+    def heads_first(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (group.num_sequences, -1)).transpose(1, 2).flatten(0, 1)  # [S·h, L, d]
+
+    q, k, v = heads_first(q_phd), heads_first(k_phd), heads_first(v_phd)
+    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)).float().unflatten(0, (-1, num_heads))
+    if group.key_bias is not None:
+        scores = scores + group.key_bias[:, None]
+    if causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(above, torch.finfo(torch.float32).min / 2)
+    probabilities = torch.softmax(scores, dim=-1).flatten(0, 1).to(v.dtype)
+    if dropout > 0.0:
+        probabilities = generator_dropout(probabilities, dropout)
+    return torch.bmm(probabilities, v).unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(0, 1)
 
 
 def cached_attention(

@@ -1,10 +1,15 @@
-"""Dropout of packed rows."""
+"""Dropout of packed rows, and PyTorch's dropout made fast on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
 from opt_ds.ops import backend
 from opt_ds.ops.sequences import Sequences
+
+_device_to_act_as: str | None = None
 
 
 def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, site: int = 0) -> torch.Tensor:
@@ -16,6 +21,31 @@ def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, site
         return x_te
     library = backend.library("dropout")
     if library is None:
-        return F.dropout(x_te, probability, training=True)
+        return generator_dropout(x_te, probability)
     assert rows is not None, "dropout of a compiled backend is keyed by the rows' sequences"
     return getattr(torch.ops, library).dropout(x_te, rows.row_keys, probability, backend.dropout_key(), site)
+
+
+def generator_dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
+    """Dropout whose bits PyTorch's generator draws; any shape.
+
+    On the CPU PyTorch draws a double an element, a tenth of a training step. Here 16 bits an element decide, so the probability
+    is a multiple of 2⁻¹⁶; the scale is that of the multiple.
+    """
+    if (_device_to_act_as or x.device.type) != "cpu":
+        return F.dropout(x, probability, training=True)
+    kept = 2**16 - round(probability * 2**16)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)
+    noise = (bits[: x.numel()].view(x.shape) < kept - 2**15).to(x.dtype).mul_(2**16 / kept)
+    return x * noise
+
+
+@contextmanager
+def acting_as(device: str) -> Iterator[None]:
+    """While entered, drop out as on this kind of device: for fake tensors that stand for a GPU's."""
+    global _device_to_act_as
+    former, _device_to_act_as = _device_to_act_as, device
+    try:
+        yield
+    finally:
+        _device_to_act_as = former

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from opt_ds.ops import backend
+from opt_ds.ops.dropout import generator_dropout
 from opt_ds.ops.sequences import Sequences
 
 
@@ -46,6 +47,6 @@ def add_layer_norm(
         normed, total, _, _ = operator(x, None, residual, weight, bias, eps, row_keys, dropout, key, site)
         return normed, total
     if dropout > 0.0:
-        x = F.dropout(x, dropout, training=True)
+        x = generator_dropout(x, dropout)
     total = residual + x
     return layer_norm(total, weight, bias, eps), total

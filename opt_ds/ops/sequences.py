@@ -11,14 +11,16 @@ import torch
 class Sequences:
     """S sequences laid end to end in a packed tensor of T rows, nothing between them.
 
-    cu_seqlens: int32 [S + 1], the first row of each sequence and T. min_length, max_length and total are known without asking the
-    device. slots: int32 [S], the samples' places in the global batch, which key the dropout; None: 0, 1, 2, …
+    cu_seqlens: int32 [S + 1], the first row of each sequence and T. min_length, max_length, total and host_lengths (int64 [S])
+    are known without asking the device. slots: int32 [S], the samples' places in the global batch, which key the dropout;
+    None: 0, 1, 2, …
     """
 
     cu_seqlens: torch.Tensor
     min_length: int
     max_length: int
     total: int
+    host_lengths: np.ndarray
     slots: torch.Tensor | None = None
 
     @classmethod
@@ -31,7 +33,7 @@ class Sequences:
         lengths = np.asarray(lengths, dtype=np.int64)
         places = None if slots is None else torch.from_numpy(np.asarray(slots, dtype=np.int32)).to(device)
         cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
-        return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()), places)
+        return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()), lengths, places)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Sequences":
         slots = None if self.slots is None else self.slots.to(device, non_blocking=non_blocking)

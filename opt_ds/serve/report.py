@@ -14,7 +14,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from opt_ds.config import LOSSES, config_from_dict, load_config, preset_names
+from opt_ds.config import LOSSES, config_from_dict, load_config
+from opt_ds.config_sources import preset_names
 from opt_ds.engine import checkpoint
 from opt_ds.engine.metrics import METRICS_FILE, VALIDATION_FILE
 from opt_ds.engine.run_folder import CONFIG_FILE, RUN_FILE

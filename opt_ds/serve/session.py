@@ -10,7 +10,7 @@ from PIL import Image
 
 from opt_ds.config import Config
 from opt_ds.data.matching import CASES
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
@@ -67,7 +67,7 @@ class Session(ModelRunner):
 
     def text(self, sample: Sample, options: DecodingConfig = DEFAULT_DECODING) -> str:
         """What the text decoder writes. Raises UserError when the model never learned to write."""
-        self._check_learned("dtr", "write text")
+        self.require("dtr", "write text")
         return self.write_text([sample], options)[0]
 
     def pictures(
@@ -78,7 +78,7 @@ class Session(ModelRunner):
 
         Raises UserError when the model never learned to paint.
         """
-        self._check_learned("dir", "paint pictures")
+        self.require("dir", "paint pictures")
         painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
         pictures = [to_picture(pixels) for pixels in painted]
         if count == 1:
@@ -122,7 +122,3 @@ class Session(ModelRunner):
         features = self.processor(image=picture).region_features
         assert features is not None, "a picture has regions"
         return np.asarray(features, dtype=np.float32).mean(0)
-
-    def _check_learned(self, loss: str, what: str) -> None:
-        if loss not in self.config.tasks.active_losses:
-            raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")

@@ -9,11 +9,12 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import write_json
+from opt_ds.store.index import INDEX_FILE, write_index
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
 from opt_ds.store.writer import describe_shard, write_datasets
 
-_OWN = {STORE_FILE, "verified.json"}
+_OWN = {STORE_FILE, INDEX_FILE, "verified.json"}
 
 
 def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) -> StoreDescription:
@@ -38,6 +39,7 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
             shards.append(describe_shard(temporary / shard.file, arrays))
             store.release_pages()
         updated = store.description.model_copy(update={"shards": shards, "compression": compression}).with_fingerprint()
+        write_index(temporary, updated)
         write_json(temporary / STORE_FILE, updated.model_dump(mode="json"))
         temporary.rename(output)
     except BaseException:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import file_sha256, folder_sha256, write_json
-from opt_ds.store.reader import ShardFile, check_sizes, size_problem
+from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index, write_index
+from opt_ds.store.reader import check_sizes, size_problem
 from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
@@ -58,7 +59,9 @@ def inspect_store(path: str | Path) -> Inspection:
         if problem is None or "checksum" in problem:
             failures.extend(_shard_failures(path, shard, description, samples))
     failures.extend(samples.failures(description))
-    notes = []
+    notes: list[str] = []
+    if not failures:
+        failures.extend(_index_failures(path, description, notes))
     crossing = samples.groups_across_splits()
     if crossing:
         line = f"{crossing} groups have samples in several splits"
@@ -73,7 +76,8 @@ def verify_store(path: str | Path) -> None:
     """Raise UserError, naming shard and dataset, unless the store is whole. Training calls it before it builds a model.
 
     Sizes are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside `store.json` remembers the
-    fingerprint and the shards' sizes and times of last change; without leave to write there, every call checks.
+    fingerprint and the shards' sizes and times of last change; without leave to write there, every call checks. A store
+    without `index.h5` gets one.
     """
     path = Path(path)
     description = load_description(path)
@@ -86,6 +90,7 @@ def verify_store(path: str | Path) -> None:
     memory = path / VERIFIED_FILE
     try:
         if json.loads(memory.read_text(encoding="utf-8")) == state:
+            _write_missing_index(path, description)
             return
     except (OSError, ValueError):
         pass  # never verified, or a broken note: verify again
@@ -97,8 +102,15 @@ def verify_store(path: str | Path) -> None:
             problem = _not_finite(file.array(name))
             if problem is not None:
                 raise UserError(f"{path / shard.file}: {name}: {problem}: prepare the store again")
+    _write_missing_index(path, description)
     if os.access(path, os.W_OK):
         write_json(memory, state)
+
+
+def _write_missing_index(path: Path, description: StoreDescription) -> None:
+    """Only over verified shards: the index of damaged ones would outlive their repair."""
+    if read_index(path, description) is None and os.access(path, os.W_OK):
+        write_index(path, description)
 
 
 class _Samples:
@@ -130,6 +142,16 @@ class _Samples:
         counts = {name: self._split_counts[code] for code, name in enumerate(description.split_names)}
         wrong = counts != description.split_counts
         return self._repeated + (["store.json: split_counts differ from samples/split"] if wrong else [])
+
+
+def _index_failures(path: Path, description: StoreDescription, notes: list[str]) -> list[str]:
+    index = read_index(path, description)
+    if index is None:
+        notes.append(f"no {INDEX_FILE} of this store: it opens more slowly; training writes one")
+        return []
+    own = build_index(path, description)
+    wrong = [name for name in FIELDS if not np.array_equal(getattr(index, name), getattr(own, name))]
+    return [f"{INDEX_FILE}: {', '.join(wrong)} differ from the shards: remove it"] if wrong else []
 
 
 def _tokenizer_failures(path: Path, description: StoreDescription) -> list[str]:

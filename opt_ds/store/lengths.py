@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.store.reader import ShardFile
+from opt_ds.store.index import ShardFile
 from opt_ds.store.schema import MODALITIES
 
 LENGTHS_FILE = "lengths.png"

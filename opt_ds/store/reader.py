@@ -5,20 +5,22 @@ Rows are global here: row r of a modality counts through all shards in their ord
 
 import bisect
 import itertools
-import mmap
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import h5py
 import numpy as np
 
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.store.schema import MISSING, ShardDescription, StoreDescription, load_description
+from opt_ds.store.index import ShardFile, StoreIndex, build_index, read_index
+from opt_ds.store.schema import ShardDescription, StoreDescription, load_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_REGIONS = ("image/features", "image/boxes", "image/labels", "image/scores")
 
 
 class Regions(NamedTuple):
@@ -28,46 +30,6 @@ class Regions(NamedTuple):
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
-
-
-class ShardFile:
-    """One open shard. `array(name)` is a read-only view of the file, or the h5py dataset where it is compressed."""
-
-    def __init__(self, path: Path) -> None:
-        self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
-        # Some network file systems refuse HDF5's lock; a store is never written in place, so none is needed.
-        file = h5py.File(path, "r", locking=False)
-        self._mapped = mapped = np.memmap(path, np.uint8, mode="r")
-        keep_open = False
-        for group in file.values():
-            for dataset in group.values():
-                offset = dataset.id.get_offset()
-                if dataset.size == 0:
-                    array = np.zeros(dataset.shape, dataset.dtype)
-                elif offset is not None:
-                    array = np.ndarray(dataset.shape, dataset.dtype, buffer=mapped, offset=offset)
-                else:
-                    array, keep_open = dataset, True
-                self._arrays[dataset.name.lstrip("/")] = array
-        if not keep_open:
-            file.close()
-
-    def release_pages(self) -> None:
-        """Take the pages read so far out of this process's memory; they stay in the system's cache, views stay valid."""
-        self._mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-
-    def array(self, name: str) -> np.ndarray | h5py.Dataset:
-        """Return dataset `name`; KeyError if the shard lacks it."""
-        return self._arrays[name]
-
-    def names(self) -> list[str]:
-        """Return the names of the datasets, such as "text/tokens"."""
-        return list(self._arrays)
-
-    def item(self, name: str, offsets: str, index: int) -> np.ndarray:
-        """Return item `index` of a ragged dataset."""
-        bounds = self._arrays[offsets]
-        return self._arrays[name][int(bounds[index]) : int(bounds[index + 1])]
 
 
 class FeatureStore:
@@ -96,7 +58,7 @@ class FeatureStore:
     def __setstate__(self, state: dict) -> None:
         FeatureStore.__init__(self, state["path"])
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name
@@ -127,48 +89,62 @@ class FeatureStore:
         return self.description.has_pixels
 
     @cached_property
+    def index(self) -> StoreIndex:
+        """What is known of all samples at once: mapped from `index.h5`, or made of the shards where there is none."""
+        return read_index(self.path, self.description) or build_index(self.path, self.description)
+
+    @property
     def rows(self) -> np.ndarray:
         """int64 [N, 3]: the global text, image and audio row of each sample, -1 where it has none."""
-        parts = []
-        for index in range(len(self.description.shards)):
-            local = self._shard(index).array("samples/rows")[:]
-            base = np.array([self._text_starts[index], self._image_starts[index], self._audio_starts[index]])
-            parts.append(np.where(local == MISSING, MISSING, local + base))
-        return _read_only(np.concatenate(parts) if parts else np.zeros((0, 3), "int64"))
+        return self.index.rows
 
-    @cached_property
+    @property
     def groups(self) -> np.ndarray:
         """int64 [N]: code of each sample's group; equal codes must not be each other's donors."""
-        return self._gather("samples/group", "int64")
+        return self.index.groups
 
-    @cached_property
+    @property
     def split_codes(self) -> np.ndarray:
         """uint8 [N]: index into description.split_names."""
-        return self._gather("samples/split", "uint8")
+        return self.index.splits
 
-    @cached_property
+    @property
     def text_lengths(self) -> np.ndarray:
         """int32, per text row: number of tokens, without [CLS] and [SEP]."""
-        return self._lengths("text/offsets")
+        return self.index.text_lengths
 
-    @cached_property
+    @property
     def region_counts(self) -> np.ndarray:
         """int32, per image row: number of regions."""
-        return self._lengths("image/offsets")
+        return self.index.region_counts
 
-    @cached_property
+    @property
     def frame_counts(self) -> np.ndarray:
         """int32, per audio row: number of stored frames."""
-        return self._lengths("audio/offsets")
+        return self.index.frame_counts
 
     def split_samples(self, split: str) -> np.ndarray:
         """Return the int64 sample indices of a split, ascending. Raises UserError for a split that is not there."""
+        place = self._split_place(split)
+        ends = np.cumsum(self.index.subsets.sum(1))
+        return self.index.by_split[ends[place] - self.index.subsets[place].sum() : ends[place]]
+
+    def split_subsets(self, split: str) -> np.ndarray:
+        """Return int64 [8]: how many samples of a split have which modalities; bit 0 of the place is text, 1 image, 2 audio."""
+        return self.index.subsets[self._split_place(split)]
+
+    def all_have(self, modality: int) -> bool:
+        """Whether every sample of the store has text (0), an image (1) or audio (2)."""
+        without = np.arange(self.index.subsets.shape[1]) >> modality & 1 == 0
+        return not self.index.subsets[:, without].any()
+
+    def _split_place(self, split: str) -> int:
         names = self.description.split_names
         if split not in names:
             raise UserError(
                 f'{self.path}: no split "{split}"{did_you_mean(split, names)}: it has {", ".join(names) or "none"}'
             )
-        return np.flatnonzero(self.split_codes == names.index(split)).astype("int64")
+        return names.index(split)
 
     def sample_id(self, index: int) -> str:
         """Return a sample's id."""
@@ -194,8 +170,10 @@ class FeatureStore:
     def regions(self, row: int) -> Regions:
         """Return an image row's regions."""
         shard, local = self._locate(self._image_starts, row)
-        names = ("image/features", "image/boxes", "image/labels", "image/scores")
-        return Regions(*(shard.item(name, "image/offsets", local) for name in names))
+        offsets = shard.array("image/offsets")
+        kept = slice(int(offsets[local]), int(offsets[local + 1]))
+        features, boxes, labels, scores = map(shard.array, _REGIONS)
+        return Regions(features[kept], boxes[kept], labels[kept], scores[kept])
 
     def frames(self, row: int) -> np.ndarray:
         """Return an audio row's frames: float16 [T, Da]."""
@@ -222,6 +200,12 @@ class FeatureStore:
 
         return load_tokenizer(self.tokenizer_folder)
 
+    def read_ahead(self, modality: str, row: int) -> int:
+        """Ask the system to read an "image" or "audio" row's features from the disk now, without waiting; returns their bytes."""
+        shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
+        offsets = shard.array(f"{modality}/offsets")
+        return shard.will_need(f"{modality}/features", int(offsets[local]), int(offsets[local + 1]))
+
     def release_pages(self) -> None:
         """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""
         for file in list(self._open.values()):
@@ -235,7 +219,8 @@ class FeatureStore:
         if self._process != os.getpid():  # HDF5 handles must not cross a fork
             self._open, self._process = {}, os.getpid()
         if index not in self._open:
-            self._open[index] = ShardFile(self.path / self.description.shards[index].file)
+            file = self.path / self.description.shards[index].file
+            self._open[index] = ShardFile(file, self.index.layout[index], self.description)
         return self._open[index]
 
     def _locate(self, starts: list[int], row: int) -> tuple[ShardFile, int]:
@@ -243,14 +228,6 @@ class FeatureStore:
             raise IndexError(f"row {row} of {starts[-1]}")
         index = bisect.bisect_right(starts, row) - 1
         return self._shard(index), int(row) - starts[index]
-
-    def _gather(self, name: str, dtype: str) -> np.ndarray:
-        parts = [self._shard(index).array(name)[:] for index in range(len(self.description.shards))]
-        return _read_only(np.concatenate(parts) if parts else np.zeros(0, dtype))
-
-    def _lengths(self, name: str) -> np.ndarray:
-        parts = [np.diff(self._shard(index).array(name)[:]) for index in range(len(self.description.shards))]
-        return _read_only(np.concatenate(parts).astype("int32") if parts else np.zeros(0, "int32"))
 
 
 def check_sizes(path: Path, description: StoreDescription) -> None:
@@ -272,8 +249,3 @@ def size_problem(path: Path, shard: ShardDescription) -> str | None:
 
 def _starts(lengths: list[int]) -> list[int]:
     return list(itertools.accumulate(lengths, initial=0))
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array

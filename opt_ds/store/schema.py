@@ -134,6 +134,19 @@ class StoreDescription(_Frozen):
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 
 
+def tail_shape(name: str, dims: Dims) -> tuple[int, ...]:
+    """Return what follows the first dimension of a dataset's shape."""
+    tails: dict[str, tuple[int, ...]] = {
+        "samples/rows": (len(MODALITIES),),
+        "image/features": (dims.image_feature_dim,),
+        "image/boxes": (BOX_SIZE,),
+        "image/codes": (CODES_PER_IMAGE,),
+        "image/pixels": PIXELS_SHAPE,
+        "audio/features": (dims.audio_feature_dim,),
+    }
+    return tails.get(name, ())
+
+
 def group_code(group: str) -> int:
     """Return the stable non-negative 63-bit code of a group's name (blake2b), as `samples/group` keeps it."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") >> 1

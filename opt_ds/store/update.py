@@ -10,7 +10,8 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
-from opt_ds.store.reader import FeatureStore, ShardFile
+from opt_ds.store.index import INDEX_FILE, ShardFile, write_index
+from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, TOKENIZER_FOLDER, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
 from opt_ds.store.writer import describe_shard, write_datasets
@@ -49,6 +50,7 @@ def rewrite_shards(
     if new_statistics:
         updated = updated.model_copy(update=_counts_and_statistics(path, updated, per_shard))
     updated = updated.with_fingerprint()
+    write_index(path, updated)
     write_json(path / STORE_FILE, updated.model_dump(mode="json"))
     remove_unlisted(path, updated)
     return load_description(path)
@@ -114,7 +116,7 @@ def _next_name(file: str) -> str:
 def remove_unlisted(path: Path, description: StoreDescription, new_tokenizer: str = "") -> None:
     """Remove shards and tokenizers that `store.json` does not name: left by an update killed before or after it replaced it."""
     kept = (description.tokenizer_folder, new_tokenizer)
-    for names in ("shard-*", STORE_FILE):
+    for names in ("shard-*", INDEX_FILE, STORE_FILE):
         remove_leftovers(path, names)
     for folder in [*path.glob(f"{TOKENIZER_FOLDER}*"), *path.glob(f".{TOKENIZER_FOLDER}*.tmp")]:
         if folder.is_dir() and folder.name not in kept:

@@ -15,6 +15,7 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
+from opt_ds.store.index import write_index
 from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
@@ -174,6 +175,7 @@ class StoreWriter:
             preparation_key=self._key,
             info={**self._info, **(info or {})},
         ).with_fingerprint()
+        write_index(self.path, description)
         write_json(self.path / STORE_FILE, description.model_dump(mode="json"))
         for leftover in [*self.path.glob("shard-*.json"), self.path / PARTIAL_FILE]:
             leftover.unlink(missing_ok=True)

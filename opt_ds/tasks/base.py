@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from opt_ds.config import TasksConfig
+from opt_ds.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class LossTerm(NamedTuple):
@@ -23,6 +24,14 @@ def classification_term(scores: torch.Tensor, targets: torch.Tensor) -> LossTerm
     """Summed cross-entropy of fp32 scores [m, classes] against targets [m]; counts the correct ones."""
     loss = F.cross_entropy(scores.float(), targets, reduction="sum")
     correct = (scores.detach().argmax(-1) == targets).sum().float() if len(targets) else torch.zeros((), device=scores.device)
+    return LossTerm(loss, float(len(targets)), {"correct": correct})
+
+
+def vocabulary_term(
+    hidden_me: torch.Tensor, weight_ve: torch.Tensor, bias_v: torch.Tensor, targets: torch.Tensor
+) -> LossTerm:
+    """As `classification_term` of hidden · weightᵀ + bias, over so many classes that the scores are not kept."""
+    loss, correct = linear_cross_entropy(hidden_me, weight_ve, bias_v, targets)
     return LossTerm(loss, float(len(targets)), {"correct": correct})
 
 

@@ -1,15 +1,17 @@
 """The loss that each task has without learning anything: what a validation loss must fall below to mean something.
 
 mlm, dtr: unigram of the training texts. mvfr, mafr: the training mean. mrc: the classes' training frequencies. mac: log K, all
-candidates alike. dir: the codes' training frequencies. matching: the frequency of each case in the validation plan.
+candidates alike. dir: the codes' training frequencies. matching: the frequency of each case in the validation plan. labels: each
+label's training frequency.
 Frequencies are smoothed by one half, so that an unseen item has a finite loss.
 """
 
 import numpy as np
 
 from opt_ds.config import Config
+from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.matching import NUM_CASES
-from opt_ds.data.plan import IMAGE, TEXT, StepPlan
+from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.data.samples import SampleReader, given
 from opt_ds.model.embeddings import STANDARD_LIMIT
 from opt_ds.store.reader import FeatureStore
@@ -19,11 +21,12 @@ _TRAIN_ROWS = 20_000  # training rows that the frequencies are counted over, at 
 
 def trivial_baselines(config: Config, stores: list[FeatureStore]) -> dict[str, float]:
     """Loss -> mean validation loss of its trivial baseline, over exactly the validation pass's terms."""
-    plan, reader = StepPlan(config, stores), SampleReader(config, stores)
+    plan, reader = make_plan(config, stores), SampleReader(config, stores)
     frequencies = _Frequencies(config, stores)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     cases = np.zeros(NUM_CASES)
+    label_shares = _label_shares(config, stores, reader)
 
     def add(loss: str, values: np.ndarray) -> None:
         sums[loss] = sums.get(loss, 0.0) + float(np.sum(values))
@@ -46,6 +49,8 @@ def trivial_baselines(config: Config, stores: list[FeatureStore]) -> dict[str, f
                 add("dtr", frequencies.text_with_end[np.append(sample.written_text, -1)])
             if sample.written_codes is not None:
                 add("dir", frequencies.codes[sample.written_codes])
+            if sample.label_targets is not None:
+                add("labels", np.array([_cross_entropy(sample.label_targets, label_shares)]))
             if sample.case >= 0:
                 cases[sample.case] += 1
     baselines = {loss: sums[loss] / counts[loss] for loss in sums}
@@ -85,6 +90,23 @@ class _Frequencies:
         if self._standardize:
             error = np.clip(error / np.where(std > 1e-4, std, 1.0), -STANDARD_LIMIT, STANDARD_LIMIT)
         return np.square(error).mean(-1)
+
+
+def _label_shares(config: Config, stores: list[FeatureStore], reader: SampleReader) -> np.ndarray:
+    """float64 [names of the label head], mean target over the training samples that have labels; empty without the head."""
+    if config.tasks.labels is None:
+        return np.empty(0)
+    total, count = np.zeros(len(config.tasks.labels.names)), 0
+    for number, store in enumerate(stores):
+        for index in store.split_samples(config.data.train_split)[:_TRAIN_ROWS]:
+            if store.labels(int(index)):
+                total += reader.label_targets(number, int(index))
+                count += 1
+    return (total + 0.5) / (count + 1)
+
+
+def _cross_entropy(targets: np.ndarray, shares: np.ndarray) -> float:
+    return float(-(targets * np.log(shares) + (1 - targets) * np.log(1 - shares)).sum())
 
 
 def _negative_log(counts: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from torch import nn
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import MaskedTokens
 from opt_ds.model.transformer import LayerNorm
-from opt_ds.tasks.base import LossTerm, classification_term
+from opt_ds.tasks.base import LossTerm, vocabulary_term
 
 
 class MaskedLanguageModeling(nn.Module):
@@ -22,7 +22,11 @@ class MaskedLanguageModeling(nn.Module):
 
     def scores(self, hidden_me: torch.Tensor) -> torch.Tensor:
         """[m, e] -> [m, vocabulary]"""
-        return F.linear(self.norm(F.gelu(self.transform(hidden_me))), self.word.weight, self.bias)
+        return F.linear(self._transformed(hidden_me), self.word.weight, self.bias)
 
     def forward(self, hidden_te: torch.Tensor, masked: MaskedTokens) -> dict[str, LossTerm]:
-        return {"mlm": classification_term(self.scores(hidden_te.index_select(0, masked.index)), masked.targets)}
+        hidden_me = self._transformed(hidden_te.index_select(0, masked.index))
+        return {"mlm": vocabulary_term(hidden_me, self.word.weight, self.bias, masked.targets)}
+
+    def _transformed(self, hidden_me: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.gelu(self.transform(hidden_me)))

@@ -7,9 +7,10 @@ import torch
 
 from opt_ds.data.batch import Written
 from opt_ds.model.decoders import AutoregressiveDecoder
-from opt_ds.tasks.base import LossTerm, classification_term
+from opt_ds.tasks.base import LossTerm
 
 
 def reconstruction_term(decoder: AutoregressiveDecoder, written: Written, hidden_te: torch.Tensor) -> LossTerm:
     """The decoder's summed cross-entropy over everything that is to be written."""
-    return classification_term(decoder(written, hidden_te), written.target_ids)
+    loss, correct = decoder(written, hidden_te)
+    return LossTerm(loss, float(len(written.target_ids)), {"correct": correct})

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, map_tensors
 from opt_ds.model.opt import OPT
+from opt_ds.ops.dropout import acting_as
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +84,7 @@ class ActivationTracer:
         """Most bytes held at a time, beside weights and accumulated gradients, from the batch's arrival to the backward's end."""
         with self._mode:
             counter = LiveBytes(self._device)
-            with counter:
+            with counter, acting_as(self._device):
                 on_device = map_tensors(batch, torch.empty_like)
                 terms = self.model(on_device)
                 total = sum(term.sum for term in terms.values())

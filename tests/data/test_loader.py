@@ -10,6 +10,7 @@ import torch
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.plan import StepPlan
+from opt_ds.data.samples import SampleReader
 from opt_ds.store import FeatureStore
 from tests.tiny import make_batches, make_config
 
@@ -97,3 +98,59 @@ def test_waiting_for_data_is_measured(loaders: list, ragged: FeatureStore, monke
     monkeypatch.setattr(loader, "_make", lambda *arguments: (time.sleep(0.02), make(*arguments))[1])
     count = sum(len(list(batches)) for _, batches in loader.steps(0, 2))
     assert loader.wait_s > 0.015 * count
+
+
+def test_planning_and_reading_ahead_stay_bounded(loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the consumer sleeps at its first micro-batch: no more than the limit and one micro-batch is asked for."""
+    asked: list[int] = []
+    read_ahead = SampleReader.read_ahead
+
+    def counted(reader: SampleReader, planned, slots) -> int:
+        asked.append(read_ahead(reader, planned, slots))
+        return 2**19  # as if every micro-batch had half a mebibyte
+
+    monkeypatch.setattr(SampleReader, "read_ahead", counted)
+    loader = make_loader(loaders, ragged, prefetch_batches=1, read_ahead_mib=2)
+    steps = loader.steps(0, 1000)
+    _, batches = next(steps)
+    next(batches)
+    time.sleep(0.3)
+    assert len(asked) == 1 + 1 + 4  # consumed, packed, asked for
+    assert all(size > 0 for size in asked)
+    steps.close()
+
+
+def test_without_reading_ahead_the_batches_are_the_same(loaders: list, ragged: FeatureStore) -> None:
+    with_it, without = (make_loader(loaders, ragged, read_ahead_mib=limit) for limit in (1, 0))
+    ours, theirs = ([b for _, batches in loader.steps(0, 3) for b in batches] for loader in (with_it, without))
+    assert len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_later_steps_are_planned_while_one_is_trained(
+    loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader(loaders, ragged, prefetch_batches=1)
+    step, third = loader.plan.step, threading.Event()
+    monkeypatch.setattr(loader.plan, "step", lambda number, world: (third.set() if number == 3 else None, step(number, world))[1])
+    steps = loader.steps(0, 5)
+    _, batches = next(steps)
+    next(batches)
+    assert third.wait(60)  # this thread, which trains, does nothing
+    steps.close()
+
+
+def test_an_error_in_the_plan_reaches_the_caller(loaders: list, ragged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make_loader(loaders, ragged)
+    step = loader.plan.step
+
+    def fail(number: int, world_size: int):
+        if number == 2:
+            raise OSError("the disk is gone")
+        return step(number, world_size)
+
+    monkeypatch.setattr(loader.plan, "step", fail)
+    seen = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for planned, batches in loader.steps(0, 5):
+            seen.append((planned.step, len(list(batches))))
+    assert [number for number, count in seen if count] == [0, 1]

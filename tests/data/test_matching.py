@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from opt_ds.data.matching import CASES
-from opt_ds.data.plan import MATCHING, PlannedSamples, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import MATCHING, PlannedSamples
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_store
 

@@ -92,6 +92,13 @@ def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bo
         assert rows[bounds[i] : bounds[i + 1]] == expected_rows(sample)
         assert inputs.cls_index[i] == bounds[i] and inputs.slots[i] == sample.slot
     check_targets(batch, samples, bounds)
+    parts = (batch.masked_tokens.index, batch.masked_regions.index, batch.masked_frames.index, batch.judged.index,
+             batch.written_text.memory_index, batch.written_image.memory_index)  # fmt: skip
+    read = sorted({position for part in parts for position in part.tolist()})
+    assert batch.read.index.tolist() == read, "what some task reads, once"
+    assert batch.read.sequences.lengths.tolist() == [
+        sum(first <= position < end for position in read) for first, end in zip(bounds, bounds[1:], strict=False)
+    ]
 
 
 def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) -> None:

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from opt_ds.data.plan import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples, StepPlan, stacked_length
+from opt_ds.data.flops import sample_flops
+from opt_ds.data.lengths import stacked_length
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples
 from opt_ds.store import FeatureStore
-from tests.tiny import make_batches, make_config, make_model, make_store
+from tests.tiny import index_with, make_batches, make_config, make_model, make_store
 
 FIELDS = tuple(PlannedSamples.__dataclass_fields__)
 
@@ -142,11 +145,11 @@ def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> 
     text_only = make_store(tmp_path / "t", 20, regions=(0, 0), frames=(0, 0), num_codes_vocab=None)
     rows = text_only.rows.copy()
     rows[:, 1:] = -1
-    text_only.__dict__["rows"] = rows
+    text_only.__dict__["index"] = index_with(text_only, rows)
     assert set(StepPlan(make_config(), [text_only]).off) == {"mvm", "mam", "matching", "dir"}
     rows = rows.copy()
     rows[:] = [-1, -1, 0]
-    text_only.__dict__["rows"] = rows
+    text_only.__dict__["index"] = index_with(text_only, rows)
     off = StepPlan(make_config(), [text_only]).off
     assert set(off) == {"mlm", "mvm", "matching", "modality", "dtr", "dir"}
 
@@ -171,7 +174,9 @@ def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
     total = sum(b.num_tokens for rank in batches for b in rank)
     assert planned.num_tokens == total
     assert planned.fill == pytest.approx(total / (3 * len(batches[0]) * 256)) and planned.fill <= 1
-    assert planned.balance == pytest.approx(max(sum(b.num_tokens for b in rank) for rank in batches) / (total / 3))
+    costs = sample_flops(config, planned.samples)
+    ranks = [sum(costs[m.slots].sum() for m in rank) for rank in planned.micro_batches]
+    assert planned.balance == pytest.approx(max(ranks) / (sum(ranks) / 3))
     assert planned.balance < 1.1
 
 

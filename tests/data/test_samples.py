@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import num_masked, num_masked_frames
-from opt_ds.data.plan import AUDIO, IMAGE, MAM, MLM, MODALITY, MVM, TEXT, StepPlan, stacked_length
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import AUDIO, IMAGE, MAM, MLM, MODALITY, MVM, TEXT
 from opt_ds.data.samples import SampleReader, stack_frames
 from opt_ds.store import FeatureStore, set_codes
 from tests.tiny import make_config, make_packer, make_store

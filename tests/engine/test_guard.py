@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from opt_ds.config import GuardConfig
-from opt_ds.data.plan import IMAGE, PlannedSamples, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import IMAGE, PlannedSamples
 from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.engine import checkpoint
 from opt_ds.engine.guard import Guard, TrainingError, differing_parameter

@@ -12,6 +12,7 @@ import torch
 
 from opt_ds.config import Config
 from opt_ds.data.plan import StepPlan
+from opt_ds.engine.finetuning import finetune_config
 from opt_ds.store.reader import FeatureStore
 from tests.engine.runs import CURVE, free_port, hashes, losses, rank_environment, tensors, tiny_config, train, zero_moments
 
@@ -21,6 +22,13 @@ QUIET = ("model.dropout=0", "model.attention_dropout=0")
 # Widths cut so that a micro-batch can be small: the longest sample has 24 + 2 + 8 + 4 + 25 + 64 positions.
 ONE_STEP = (*QUIET, "model.max_regions=8", "model.max_frames=4", "batch.size=40", "optimizer.clip_norm=0",
             "train.max_steps=1")  # fmt: skip
+
+
+def tuned(store: Path, start: Path) -> Config:
+    """Fine-tuning for retrieval: hard negatives, drawn by every rank alike."""
+    more = (*QUIET, "train.max_steps=4", "train.log_every=1", "batch.size=12", "optimizer.clip_norm=0",
+            "evaluate.every_steps=2", "evaluate.limit=6")  # fmt: skip
+    return finetune_config("retrieval", start, [str(store)], settings=more)
 
 
 def curve(store: Path, steps: int, *more: str) -> Config:
@@ -44,6 +52,8 @@ def folder(store: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactor
     train(tiny_config(store, *ONE_STEP, "batch.max_tokens=4096"), folder / "1x1", group)
     train(tiny_config(store, *ONE_STEP, "batch.max_tokens=155"), folder / "1x8", group)
     train(curve(learnable, 4 * SWITCH_EVERY), folder / "one", group)
+    train(tiny_config(store, "train.max_steps=1"), folder / "start", group)
+    train(tuned(store, folder / "start"), folder / "tuned one", group)
     for config, name in switched(1):
         train(config, folder / name, group)
     shutil.copytree(folder / "switched-1", folder / "control")
@@ -54,6 +64,7 @@ def folder(store: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactor
         (tiny_config(store, "train.max_steps=3"), "two cut"),
         (tiny_config(store, "train.max_steps=6"), "two cut"),
         (curve(learnable, 2 * SWITCH_EVERY), "control"),
+        (tuned(store, folder / "start"), "tuned two"),
         *switched(2),
     ]
     _start_ranks(2, two, folder)
@@ -106,6 +117,24 @@ def test_moments_lost_at_a_switch_would_show(folder: Path) -> None:
 
 def test_two_ranks_resume_bit_exactly_with_dropout(folder: Path) -> None:
     assert hashes(folder / "two cut", 6) == hashes(folder / "two straight", 6)
+
+
+def test_fine_tuning_is_the_same_on_two_ranks(folder: Path) -> None:
+    expected, found = losses(folder / "tuned one"), losses(folder / "tuned two")
+    assert list(found) == [1, 2, 3, 4]
+    assert max(abs(found[step] / expected[step] - 1) for step in expected) <= 1e-4
+
+
+def test_experiments_during_training_give_the_same_figures_on_two_ranks(folder: Path) -> None:
+    def evaluations(output: Path) -> dict[int, dict[str, float]]:
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return {line.pop("step"): line for line in lines if line.pop("kind") == "evaluate"}
+
+    expected, found = evaluations(folder / "tuned one"), evaluations(folder / "tuned two")
+    assert list(expected) == list(found) == [2, 4]
+    for step, figures in expected.items():
+        assert {"evaluate/transcription/A+I/wer", "evaluate/retrieval/text_to_image/matching/R@1"} <= set(figures)
+        assert found[step] == pytest.approx(figures, abs=1e-6)
 
 
 def test_only_rank_zero_writes(folder: Path) -> None:

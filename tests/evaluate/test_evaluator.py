@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.model.generation import DecodingConfig
 
@@ -36,7 +36,7 @@ def test_text_log_likelihood_is_the_sum_of_the_decoder_s_log_probabilities(evalu
             sample.written_text = text
             batch = evaluator.packer.pack([sample])
             with torch.inference_mode():
-                scores = evaluator.model.text_decoder(batch.written_text, evaluator.model.encode(batch.inputs)).double()
+                scores = evaluator.model.text_decoder.scores(batch.written_text, evaluator.model.encode(batch.inputs)).double()
             expected = torch.log_softmax(scores, -1).gather(1, batch.written_text.target_ids[:, None]).sum()
             assert likelihood[i, j] == pytest.approx(float(expected), abs=1e-4)
 

@@ -78,7 +78,7 @@ def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memo
 def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str, norm: str) -> None:
     model, batch, hidden = setup(ragged, norm)
     decoder, written = decoder_of(model, part), getattr(batch, part)
-    found = decoder(written, hidden).split(written.sequences.lengths.tolist())
+    found = decoder.scores(written, hidden).split(written.sequences.lengths.tolist())
     ids = written.input_ids.split(written.sequences.lengths.tolist())
     memories = hidden[written.memory_index].split(written.memory.lengths.tolist())
     assert len(found) > 3 and len({len(m) for m in memories}) > 3, "ragged memories"
@@ -92,7 +92,7 @@ def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str
 def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureStore, part: str, norm: str) -> None:
     model, batch, hidden = setup(ragged, norm)
     decoder, written = decoder_of(model, part), getattr(batch, part)
-    truth = decoder(written, hidden)
+    truth = decoder.scores(written, hidden)
     caches = decoder.start(hidden[written.memory_index], written.memory)
     inputs, valid = written.sequences.pad(written.input_ids), written.sequences.valid
     steps = [decoder.decode(inputs[:, place], place, caches) for place in range(inputs.shape[1])]
@@ -122,12 +122,12 @@ def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
 def test_what_is_written_later_is_not_seen(ragged: FeatureStore, part: str) -> None:
     model, batch, hidden = setup(ragged)
     decoder, written = decoder_of(model, part), getattr(batch, part)
-    before = decoder(written, hidden)
+    before = decoder.scores(written, hidden)
     last = written.sequences.cu_seqlens[1:].long() - 1
     earlier = torch.ones(len(before), dtype=torch.bool)
     earlier[last] = False
     written.input_ids[last] = (written.input_ids[last] + 3).clamp(max=15)
-    after = decoder(written, hidden)
+    after = decoder.scores(written, hidden)
     assert torch.equal(before[earlier], after[earlier]) and not torch.allclose(before[last], after[last])
 
 
@@ -145,11 +145,11 @@ def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) 
         positions=torch.tensor([0, 1] * 3), sequences=Sequences.from_lengths([2, 2, 2]),
         memory_index=memory_index, memory=inputs.sequences,
     )  # fmt: skip
-    before = model.text_decoder(written, hidden)
+    before = model.text_decoder.scores(written, hidden)
     for modality in (inputs.token_index, inputs.region_index, inputs.frame_index):
         own = modality[(modality >= lengths[0]) & (modality < lengths[0] + lengths[1])]
         changed = hidden.clone()
         changed[own] += 1.0
-        after = model.text_decoder(written, changed)
+        after = model.text_decoder.scores(written, changed)
         assert not torch.allclose(after[2:4], before[2:4])
         assert torch.equal(after[:2], before[:2]) and torch.equal(after[4:], before[4:])

@@ -1,13 +1,17 @@
 """The whole model in a step: every parameter learns, idle parts stay harmless, and how a batch is cut is all one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.batch import PackedBatch
-from opt_ds.data.plan import PlannedStep, StepPlan
+from opt_ds.data.batch import PackedBatch, ReadRows
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
+from opt_ds.ops import backend
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.base import total_loss
 from tests.tiny import make_batches, make_config, make_model, make_packer, read_samples
@@ -34,6 +38,30 @@ def test_every_parameter_learns_from_a_mixed_batch(ragged: FeatureStore, norm: s
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > (0 if name.endswith(WITHOUT_EFFECT) else 1e-7), name
+
+
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_the_last_layer_at_the_rows_that_are_read_is_the_whole_layer(
+    ragged: FeatureStore, norm: str, kernels: str, request: pytest.FixtureRequest
+) -> None:
+    """Losses and gradients; samples of which nothing is read lie between the others."""
+    backend.choose(kernels, "cpu")
+    request.addfinalizer(lambda: backend.choose("auto", "cpu"))
+    config = make_config(model={"norm": norm}, batch={"size": 40})
+    model, samples = make_model(config), read_samples(config, [ragged])
+    samples[3:3] = [SampleReader(config, [ragged]).whole(0, i) for i in range(2)]
+    batch = make_packer(config, [ragged]).pack(samples)
+    assert batch.read.sequences.min_length == 0 and 0 < len(batch.read.index) < batch.inputs.sequences.total
+    everything = ReadRows(torch.arange(batch.inputs.sequences.total), batch.inputs.sequences)
+    counts = dict.fromkeys(config.tasks.active_losses, 10.0)
+    found = []
+    for read in (batch.read, everything):
+        model.zero_grad()
+        loss = gradients(model, config, [replace(batch, read=read)], counts)
+        found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert (found[0][1] - found[1][1]).norm() <= 1e-5 * found[1][1].norm()
 
 
 HEADS = {  # draw -> the parts that only it trains

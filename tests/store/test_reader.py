@@ -139,8 +139,8 @@ def test_compressed_and_plain_stores_read_the_same(
 def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_synthetic_store(tmp_path / name, 12, samples_per_shard=5)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "one").glob("*.h5")} == {
-        file.name: file.read_bytes() for file in (tmp_path / "two").glob("*.h5")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "one").glob("shard-*.h5")} == {
+        file.name: file.read_bytes() for file in (tmp_path / "two").glob("shard-*.h5")
     }
     assert FeatureStore(tmp_path / "one").fingerprint == FeatureStore(tmp_path / "two").fingerprint
 

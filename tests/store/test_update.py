@@ -41,7 +41,7 @@ def test_codes_are_added_and_replaced(store: Path) -> None:
         assert description.extractors["codes"] == EXTRACTOR
         assert (all_codes(store) == random_codes(seed)).all()
         assert inspect_store(store).failures == []
-        assert len(list(store.glob("*.h5"))) == 3
+        assert len(list(store.glob("shard-*.h5"))) == 3
         fingerprints.append(description.fingerprint)
     assert len(set(fingerprints)) == 3
     assert all((FeatureStore(store).frames(row) == frames[row]).all() for row in range(9))
@@ -78,7 +78,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(store: Path) -> None:
     assert code == 0
     assert outcomes.count(False) > 8
     assert outcomes.count(True) > 2  # also killed between the new store.json and the removal of the old files
-    assert len(list(store.glob("*.h5"))) == 3
+    assert len(list(store.glob("shard-*.h5"))) == 3
     assert not list(store.glob(".*"))
 
 

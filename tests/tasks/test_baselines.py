@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from opt_ds.data.matching import NUM_CASES
-from opt_ds.data.plan import MATCHING, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import MATCHING
 from opt_ds.data.samples import SampleReader
 from opt_ds.evaluate.losses import validate
 from opt_ds.store import FeatureStore

@@ -40,7 +40,7 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target
             assert terms[loss].count == count > 10 and terms[loss].metrics["correct"] == correct
             assert terms[loss].sum.item() == pytest.approx(total, rel=1e-5)
         else:  # every ninth code, beside the same codes of the packed pass
-            packed = model.image_decoder(packer.pack(samples).written_image, model.encode(packer.pack(samples).inputs))
+            packed = model.image_decoder.scores(packer.pack(samples).written_image, model.encode(packer.pack(samples).inputs))
             written = packer.pack(samples).written_image
             losses = -torch.log_softmax(packed.double(), -1).gather(1, written.target_ids[:, None])[:, 0]
             assert losses.unflatten(0, (-1, 64))[:, ::9].sum().item() == pytest.approx(total, rel=1e-5)
@@ -54,4 +54,4 @@ def last_scores(decoder: torch.nn.Module, ids: list[int], hidden: torch.Tensor) 
         positions=torch.arange(len(ids)), sequences=Sequences.from_lengths([len(ids)]),
         memory_index=torch.arange(len(hidden)), memory=Sequences.from_lengths([len(hidden)]),
     )  # fmt: skip
-    return decoder(written, hidden)[-1]
+    return decoder.scores(written, hidden)[-1]

@@ -1,0 +1,74 @@
+"""What the benchmarks share: interleaved timing, the machine in words, the measured matmul peak, JSON beside a table."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: `wall`: what a user waits for. `cpu`: processor time of this process, for ratios on a machine that others use (one thread).
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[int], object]], repeats: int, clock: str = "wall"
+) -> dict[str, list[float]]:
+    """Seconds of each call, [repeat], of every contender in turn: what else the machine does meets all of them.
+
+    Each contender is called with the repeat's number; −1 once before, to warm up. `clock`: one of CLOCKS.
+    """
+    now = CLOCKS[clock]
+    for step in contenders.values():
+        step(-1)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats):
+        for name, step in contenders.items():
+            began = now()
+            step(repeat)
+            seconds[name].append(now() - began)
+    return seconds
+
+
+def matmul(dtype: torch.dtype, size: int = 2048) -> tuple[Callable[[int], object], float]:
+    """A square matrix product to be timed, and its operations."""
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return lambda _: torch.mm(left, right), 2.0 * size**3
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median over the repeats of one contender's time over another's in the same repeat."""
+    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    from opt_ds.engine.deepspeed_config import Hardware
+
+    return {
+        "processor": Hardware.detect().name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "system": platform.platform(terse=True),
+    }
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """The figures as JSON, where a file is asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {path}")

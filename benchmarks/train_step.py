@@ -1,0 +1,398 @@
+"""Time of a training step on this machine: ours, its peers, and our own loop without DeepSpeed.
+
+    python benchmarks/train_step.py [--precision fp32 bf16] [--mix long emoji] [--output FILE.json]
+
+All contenders have `opt-base`'s width (768, 12 heads, FFN 3,072), 4 layers, a vocabulary of 30,522, dropout 0.1, the same
+embedders of regions and frames, the same samples and masks, fp32 accumulation of gradients and one fused AdamW:
+
+    hf       transformers' BertForMaskedLM (SDPA), random batches, padded; the vocabulary's scores at every position
+    uniter   transformers' BertModel (SDPA) as UNITER trains: buckets of equal length, padded; scores at masked positions only
+    ours     packed; scores at masked positions only
+
+They are timed micro-batch by micro-batch in turn; a step is 8 of them and an update. `engine` is our whole optimiser step (all
+tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and micro-batches in a plain PyTorch loop.
+Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py: no padding, no position that nothing
+reads) over those of a large matrix product timed in the same turns.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from benchmarks.measure import CLOCKS, interleaved, machine, matmul, median_ratio, print_table, write_result  # noqa: E402
+from opt_ds.config import Config, load_config  # noqa: E402
+from opt_ds.data.batch import PackedBatch, Packer  # noqa: E402
+from opt_ds.data.flops import step_flops  # noqa: E402
+from opt_ds.data.plan import StepPlan  # noqa: E402
+from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
+from opt_ds.data.samples import SampleReader  # noqa: E402
+from opt_ds.engine.trainer import parameter_groups  # noqa: E402
+from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
+from opt_ds.model.opt import OPT  # noqa: E402
+from opt_ds.ops import backend  # noqa: E402
+from opt_ds.store.reader import FeatureStore  # noqa: E402
+from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
+from opt_ds.tasks.base import total_loss  # noqa: E402
+
+ACCUMULATION = 8
+POOL = 32  # micro-batches' worth of samples that UNITER's buckets sort
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Lengths of the samples, and how many make a micro-batch."""
+
+    text: tuple[int, int]
+    regions: tuple[int, int]
+    frames: tuple[int, int]  # as stored, before stacking
+    samples: int
+    model: tuple[str, ...] = ()
+
+
+MIXES = {
+    # 46–190 items, as narratives over detected regions have them
+    "long": Mix((6, 54), (10, 56), (30, 80), 16),
+    # names of emoji: a few words, 16 grid cells, 8 log-mel frames side by side
+    "emoji": Mix((2, 9), (16, 16), (70, 200), 40,
+                 ("model.image_feature_dim=1280", "model.audio_feature_dim=80", "model.audio_stack=8", "model.max_regions=16")),
+}  # fmt: skip
+
+
+class MixData:
+    """A synthetic store of a mix, and micro-batches of its samples as each contender makes them."""
+
+    def __init__(self, folder: Path, mix: Mix, settings: list[str]) -> None:
+        longest = 2 + mix.text[1] + mix.regions[1] + mix.frames[1]
+        self.config = load_config("opt-base", [
+            "model.num_layers=4", "model.text_decoder_layers=1", "model.image_decoder_layers=1",
+            f"batch.size={POOL * mix.samples}", f"batch.max_tokens={100 * longest}", "train.picture_grid=0",
+            f"data.stores=[{folder}]", *mix.model, *settings,
+        ])  # fmt: skip
+        model = self.config.model
+        if not folder.exists():
+            write_synthetic_store(
+                folder, int(POOL * mix.samples * 1.25) + 8, text_len=mix.text, regions=mix.regions, frames=mix.frames,
+                image_feature_dim=model.image_feature_dim, audio_feature_dim=model.audio_feature_dim,
+                image_num_classes=model.image_num_classes, vocab_size=model.vocab_size,
+                num_codes_vocab=model.image_codebook_size, pixels=False,
+            )  # fmt: skip
+        self.stores = [FeatureStore(folder)]
+        self.planned = StepPlan(self.config, self.stores).step(0)
+        self.lengths = (2 + self.planned.samples.input_lengths.sum(1)).astype(np.int64)
+        self._reader = SampleReader(self.config, self.stores)
+        self._packer = Packer(self.stores[0].description.tokenizer, model)
+
+    def pack(self, slots: np.ndarray) -> PackedBatch:
+        return self._packer.pack([self._reader.read(self.planned.samples, int(slot)) for slot in slots])
+
+    def flops(self, slots: np.ndarray) -> float:
+        """Needed operations of a forward and backward pass on these samples."""
+        samples = PlannedSamples(
+            **{f.name: getattr(self.planned.samples, f.name)[slots] for f in fields(PlannedSamples)}
+        )
+        return step_flops(self.config, samples).total
+
+    def tokens(self, slots: np.ndarray) -> int:
+        return int(self.lengths[slots].sum())
+
+
+class Accumulator:
+    """Gradients of several micro-batches in fp32, clipped, and one fused AdamW on fp32 masters: what DeepSpeed does, plainly."""
+
+    def __init__(self, model: nn.Module, config: Config, dtype: torch.dtype) -> None:
+        self.model, self.clip_norm = model.to(dtype).train(), config.optimizer.clip_norm
+        self.weights = list(model.parameters())
+        masters = {p: p if dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.weights}
+        self.masters = [masters[p] for p in self.weights]
+        self._half = dtype != torch.float32
+        groups = parameter_groups(model, config.optimizer.weight_decay)
+        for group in groups:
+            group["params"] = [masters[p] for p in group["params"]]
+        self._adam = torch.optim.AdamW(groups, lr=1e-5, betas=config.optimizer.betas, fused=True)
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        if self._half:
+            found = [(master.grad, p.grad) for master, p in zip(self.masters, self.weights, strict=True) if p.grad is not None]
+            torch._foreach_add_([f for f, _ in found], [h for _, h in found])
+            for p in self.weights:
+                p.grad = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.masters, self.clip_norm, foreach=True)
+        self._adam.step()
+        torch._foreach_zero_([master.grad for master in self.masters])
+        if self._half:
+            torch._foreach_copy_(self.weights, self.masters)
+
+
+class Contender:
+    """One way to train: its model, and the micro-batches that it makes of the samples."""
+
+    def __init__(self, data: MixData, dtype: torch.dtype) -> None:
+        self.data, self.slots = data, self.micro_batches(data)
+        torch.manual_seed(1)
+        self.batches = [data.pack(slots) for slots in self.slots[:ACCUMULATION]]
+        self.trained = Accumulator(self.build(data.config), data.config, dtype)
+
+    def micro_batches(self, data: MixData) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def build(self, config: Config) -> nn.Module:
+        raise NotImplementedError
+
+    def loss(self, batch: PackedBatch) -> torch.Tensor:
+        raise NotImplementedError
+
+    def micro_batch(self, repeat: int) -> None:
+        """Forward and backward of one micro-batch."""
+        self.trained.backward(self.loss(self.batches[repeat % len(self.batches)]))
+
+    def update(self, _: int) -> None:
+        self.trained.update()
+
+
+class Ours(Contender):
+    def micro_batches(self, data: MixData) -> list[np.ndarray]:
+        return data_of_plan(data, POOL)
+
+    def build(self, config: Config) -> nn.Module:
+        return OPT(config.model, config.tasks)
+
+    def loss(self, batch: PackedBatch) -> torch.Tensor:
+        return total_loss(self.trained.model(batch), self.data.planned.counts, self.data.config.tasks, 1)
+
+
+def data_of_plan(data: MixData, rounds: int) -> list[np.ndarray]:
+    """The plan's samples in so many micro-batches of equal load, as a run would deal them."""
+    from opt_ds.data.micro_batches import distribute
+
+    budget = int(data.lengths.sum() / rounds * 1.01) + 1
+    return [m.slots for m in distribute(np.arange(len(data.lengths)), data.lengths, 1, budget)[0]]
+
+
+class PaddedBert(nn.Module):
+    """transformers' BERT over our embedders' rows, padded; the vocabulary's scores at masked positions or at all."""
+
+    def __init__(self, config: Config, everywhere: bool) -> None:
+        from transformers import BertConfig, BertForMaskedLM
+
+        super().__init__()
+        model = config.model
+        self.embeddings, self.everywhere = InputEmbeddings(model), everywhere
+        self.bert = BertForMaskedLM._from_config(
+            BertConfig(
+                vocab_size=model.vocab_size, hidden_size=model.hidden_size, num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_heads, intermediate_size=model.ffn_size, hidden_dropout_prob=model.dropout,
+                attention_probs_dropout_prob=model.attention_dropout,
+            ),
+            attn_implementation="sdpa",
+        )  # fmt: skip
+        self.bert.set_input_embeddings(self.embeddings.text.word)  # one table for words and scores, as ours
+        self.bert.tie_weights()
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        sequences, masked = batch.inputs.sequences, batch.masked_tokens
+        rows_ble = sequences.pad(self.embeddings(batch.inputs)[0])
+        valid_bl = sequences.valid.long()
+        places = sequences.place_of_row[masked.index]
+        if self.everywhere:
+            labels = torch.full((valid_bl.numel(),), -100).index_copy_(0, places, masked.targets)
+            return self.bert(inputs_embeds=rows_ble, attention_mask=valid_bl, labels=labels.view_as(valid_bl)).loss
+        hidden_ble = self.bert.bert(inputs_embeds=rows_ble, attention_mask=valid_bl).last_hidden_state
+        scores = self.bert.cls(hidden_ble.flatten(0, 1).index_select(0, places))
+        return F.cross_entropy(scores.float(), masked.targets)
+
+
+class HuggingFace(Contender):
+    everywhere = True
+
+    def micro_batches(self, data: MixData) -> list[np.ndarray]:
+        return np.array_split(np.arange(len(data.lengths)), POOL)
+
+    def build(self, config: Config) -> nn.Module:
+        return PaddedBert(config, self.everywhere)
+
+    def loss(self, batch: PackedBatch) -> torch.Tensor:
+        return self.trained.model(batch)
+
+
+class Uniter(HuggingFace):
+    everywhere = False
+
+    def micro_batches(self, data: MixData) -> list[np.ndarray]:
+        """Sorted by length and cut where the padded positions reach the others' positions; then in random order."""
+        budget = data.lengths.sum() / POOL
+        batches, current = [], []
+        for slot in np.argsort(data.lengths, kind="stable"):
+            if current and data.lengths[slot] * (len(current) + 1) > budget:
+                batches.append(np.array(current))
+                current = []
+            current.append(slot)
+        batches.append(np.array(current))
+        order = np.random.default_rng(1).permutation(len(batches))
+        return [batches[k] for k in order]
+
+
+PEERS: dict[str, type[Contender]] = {"hf": HuggingFace, "uniter": Uniter, "ours": Ours}
+
+
+def compare_peers(folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str]) -> dict[str, Any]:
+    """Masked language modelling by all contenders; tokens a second, and needed operations over the matmul peak."""
+    data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings])
+    built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
+    product, product_flops = matmul(DTYPES[precision])
+    calls: dict[str, Callable[[int], object]] = {"matmul": product}
+    calls |= {name: contender.micro_batch for name, contender in built.items()}
+    calls |= {f"{name} update": contender.update for name, contender in built.items()}
+    seconds = interleaved(calls, repeats, clock)
+    peak = product_flops / statistics.median(seconds["matmul"])
+    figures: dict[str, Any] = {"peak_gflops": peak / 1e9}
+    for name, contender in built.items():
+        slots = [contender.slots[k % ACCUMULATION] for k in range(repeats)]
+        update = statistics.median(seconds[f"{name} update"]) / ACCUMULATION
+        times = [s + update for s in seconds[name]]
+        rates = [data.tokens(own) / s for own, s in zip(slots, times, strict=True)]
+        padded = sum(len(own) * data.lengths[own].max() for own in slots)
+        figures[name] = {
+            "tokens_per_s": statistics.median(rates),
+            "seconds_per_micro_batch": statistics.median(times),
+            "fill": 1.0 if name == "ours" else sum(map(data.tokens, slots)) / padded,
+            "utilisation": statistics.median(data.flops(own) / s for own, s in zip(slots, times, strict=True)) / peak,
+        }
+        figures[name]["rates"] = rates
+    for name in ("hf", "uniter"):
+        figures[f"ours_over_{name}"] = median_ratio(figures["ours"]["rates"], figures[name]["rates"])
+    return figures
+
+
+def compare_engine(folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str]) -> dict[str, Any]:
+    """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
+    from opt_ds.engine.deepspeed_config import Hardware
+    from opt_ds.engine.distributed import ProcessGroup, find_ranks
+    from opt_ds.engine.signals import StopRequest
+    from opt_ds.engine.trainer import Trainer
+
+    data = MixData(folder, mix, [f"batch.size={ACCUMULATION * mix.samples}", "guard.spike_zscore=0", *settings])
+    slots = data_of_plan(data, ACCUMULATION)
+    batches = [data.pack(own) for own in slots]
+    config = data.config
+    torch.manual_seed(1)
+    loop = Accumulator(OPT(config.model, config.tasks), config, DTYPES[precision])
+
+    def loop_step(_: int) -> float:
+        total = torch.zeros(())
+        for k, batch in enumerate(batches):
+            backend.seed_dropout(1, 0, 0, k)
+            loss = total_loss(loop.model(batch), data.planned.counts, config.tasks, 1)
+            loop.backward(loss)
+            total += loss.detach()
+        loop.update()
+        return float(total)
+
+    with tempfile.TemporaryDirectory() as output, StopRequest("SIGUSR1") as stop:
+        group = ProcessGroup(find_ranks())
+        trainer = Trainer(config, data.stores, Path(output), group, Hardware.detect(), precision, None, stop)
+        trainer.engine.train()
+        planned = _with_micro_batches(data.planned, slots, data.lengths)
+
+        def engine_step(_: int) -> None:
+            trainer.stepper.take(planned, iter(batches))
+
+        product, product_flops = matmul(DTYPES[precision])
+        seconds = interleaved({"matmul": product, "loop": loop_step, "engine": engine_step}, repeats, clock)
+        trainer.close()
+        group.close()
+    peak = product_flops / statistics.median(seconds["matmul"])
+    flops = data.flops(np.arange(len(data.lengths)))
+    return {
+        "peak_gflops": peak / 1e9,
+        "positions": sum(batch.num_tokens for batch in batches),
+        "engine_over_loop": median_ratio(seconds["engine"], seconds["loop"]),
+        **{
+            name: {
+                "seconds_per_step": statistics.median(seconds[name]),
+                "tokens_per_s": sum(batch.num_tokens for batch in batches) / statistics.median(seconds[name]),
+                "utilisation": flops / statistics.median(seconds[name]) / peak,
+                "seconds": seconds[name],
+            }
+            for name in ("loop", "engine")
+        },
+    }
+
+
+def _with_micro_batches(planned: PlannedStep, slots: list[np.ndarray], lengths: np.ndarray) -> PlannedStep:
+    import dataclasses
+
+    from opt_ds.data.micro_batches import MicroBatchPlan
+
+    return dataclasses.replace(planned, micro_batches=[[MicroBatchPlan(own, int(lengths[own].sum())) for own in slots]])
+
+
+def report(name: str, precision: str, peers: dict[str, Any] | None, engine: dict[str, Any] | None) -> None:
+    if peers:
+        print(f"\n{name} mix, {precision}, masked language modelling; matmul {peers['peak_gflops']:.0f} GFLOP/s\n")
+        print_table(
+            ["", "tokens/s", "fill", "needed operations over the matmul peak", "ours is faster by"],
+            [
+                [key, f"{peers[key]['tokens_per_s']:.0f}", f"{peers[key]['fill']:.0%}", f"{peers[key]['utilisation']:.0%}",
+                 f"{peers[f'ours_over_{key}']:.2f}" if f"ours_over_{key}" in peers else ""]
+                for key in PEERS
+            ],
+        )  # fmt: skip
+    if engine:
+        print(f"\n{name} mix, {precision}, all tasks, {engine['positions']} positions in {ACCUMULATION} micro-batches\n")
+        print_table(
+            ["", "seconds a step", "tokens/s", "needed operations over the matmul peak", "over the loop"],
+            [
+                [key, f"{engine[key]['seconds_per_step']:.2f}", f"{engine[key]['tokens_per_s']:.0f}",
+                 f"{engine[key]['utilisation']:.0%}", f"{engine['engine_over_loop']:.3f}" if key == "engine" else ""]
+                for key in ("loop", "engine")
+            ],
+        )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Time of a training step: ours, its peers, and the engine's own overhead.")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--mix", nargs="+", choices=list(MIXES), default=list(MIXES))
+    parser.add_argument("--part", nargs="+", choices=["peers", "engine"], default=["peers", "engine"])
+    parser.add_argument("--repeats", type=int, default=8, help="of each contender, in turn; at least 5")
+    parser.add_argument("--threads", type=int, help="None: as many as PyTorch takes")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu, with --threads 1, where others use the cores")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY.PATH=VALUE", dest="settings")
+    parser.add_argument("--output", type=Path, help="the figures as JSON")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
+    print(result["machine"])
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.mix:
+            for precision in arguments.precision:
+                common = (Path(folder) / name, MIXES[name], precision, arguments.repeats, arguments.clock, arguments.settings)
+                peers = compare_peers(*common) if "peers" in arguments.part else None
+                engine = compare_engine(*common) if "engine" in arguments.part else None
+                report(name, precision, peers, engine)
+                result[f"{name} {precision}"] = {"peers": peers, "engine": engine}
+    write_result(arguments.output, result)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,228 @@
+"""What every plan of steps shares: the order of samples, their lengths, the losses' counts, the micro-batches.
+
+A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed permutation of
+(p mod N). Every rank computes the whole step's plan, so the counts that normalise the losses need no communication.
+What a sample is drawn for is up to the plan: `data.plan` for pre-training, `data.finetune_plan` for fine-tuning. What a single
+sample's masks are is decided later, by `data.samples`, from the same keys.
+
+B: samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from opt_ds.config import LOSSES_OF_DRAW, Config
+from opt_ds.data.keyed import permute
+from opt_ds.data.lengths import model_lengths
+from opt_ds.data.masking import num_masked, num_masked_frames
+from opt_ds.data.micro_batches import MicroBatchPlan, distribute
+from opt_ds.store.reader import FeatureStore
+
+TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
+#: Inputs by the letters that tables use.
+SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
+           "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip
+#: What a sample can be drawn for: in pre-training; in fine-tuning, beside matching, to write its text or to give its labels.
+DRAWS = (*LOSSES_OF_DRAW, "write", "labels")
+MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS = range(7)
+VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
+_MIX_BLOCK = 4096  # positions in which several weighted stores take exactly their shares
+
+
+@dataclass(frozen=True)
+class PlannedSamples:
+    """A step's samples as arrays of length B. Rows are global rows of the sample's store; -1: not there."""
+
+    epoch: np.ndarray  # int64
+    store: np.ndarray  # int64, index into the run's stores
+    sample: np.ndarray  # int64, index into the store
+    draw: np.ndarray  # int8, index into DRAWS; -1: nothing can be learned from this sample
+    source_rows: np.ndarray  # int64 [B, 3], the sample's own
+    input_rows: np.ndarray  # int64 [B, 3], after dropping and donors
+    input_lengths: np.ndarray  # int64 [B, 3], items after truncation and stacking
+    writes_text: np.ndarray  # bool, the text decoder reconstructs
+    writes_image: np.ndarray  # bool, the image decoder reconstructs
+    text_target_length: np.ndarray  # int64, WordPieces of the reconstructed text (without [SEP])
+    case: np.ndarray  # int8, matching case (see data.matching); -1: not judged
+
+    def __len__(self) -> int:
+        return len(self.draw)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimiser step: its samples, the losses' counts over the whole global batch, and each rank's micro-batches."""
+
+    step: int
+    samples: PlannedSamples
+    counts: dict[str, float]
+    micro_batches: list[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
+    num_tokens: int
+    fill: float  # positions used, as a share of the micro-batches' budget
+    balance: float  # the most loaded rank's operations over the mean rank's
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+
+class Plan(ABC):
+    """Plans every step of a run over the train split, and the fixed validation pass over the valid split."""
+
+    VERSION: int  # part of a checkpoint: a plan that draws otherwise must not continue an older run
+    off: dict[str, str]  # draw or loss -> why no sample of these stores can take it, or why the config has none of it
+
+    def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
+        self.config, self.stores = config, stores
+        self._train = [self._usable(store, config.data.train_split) for store in stores]
+        self._lengths = [model_lengths(config.model, store) for store in stores]
+        self.num_samples = sum(len(rows) for rows in self._train)
+        self.batch_samples = self._batch_samples()
+        self._starts = np.cumsum([0, *(len(rows) for rows in self._train)])
+
+    # ---- what a plan decides itself
+
+    def _usable(self, store: FeatureStore, split: str) -> np.ndarray:
+        """int64, the split's samples that the plan deals out."""
+        return store.split_samples(split)
+
+    @abstractmethod
+    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> "PlannedSamples":
+        """What these samples are drawn for in a training step."""
+
+    @abstractmethod
+    def _validation_samples(self, number: int, valid: np.ndarray) -> "list[PlannedSamples]":
+        """Every draw of these samples of store `number`, for the validation pass."""
+
+    # ---- steps
+
+    def step(self, step: int, world_size: int = 1) -> "PlannedStep":
+        """Plan of optimiser step `step` (0-based) for this many ranks; the samples do not depend on the ranks."""
+        positions = step * self.batch_samples + np.arange(self.batch_samples, dtype=np.int64)
+        return self._planned_step(step, self._training_samples(step, *self._samples_at(positions)), world_size)
+
+    def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> "list[PlannedStep]":
+        """The fixed validation pass: every possible draw on every sample of the valid split (the first `max_samples`).
+
+        Each PlannedStep holds up to `chunk` samples; its `step` is its place in the list.
+        """
+        parts: list[PlannedSamples] = []
+        for number, store in enumerate(self.stores):
+            parts += self._validation_samples(number, self._usable(store, self.config.data.valid_split)[:max_samples])
+        samples = _concatenate(parts)
+        kept = np.flatnonzero(samples.draw >= 0)
+        return [
+            self._planned_step(place, _select(samples, kept[start : start + chunk]), world_size)
+            for place, start in enumerate(range(0, len(kept), chunk))
+        ]
+
+    def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        seed = self.config.seed
+        weights = self.config.data.mix
+        if weights is None or len(self.stores) == 1:
+            epoch = positions // self.num_samples
+            place = permute(positions % self.num_samples, self.num_samples, seed, "order", epoch)
+            store = np.searchsorted(self._starts, place, side="right") - 1
+            place = place - self._starts[store]
+        else:
+            epoch, store, place = self._weighted_samples_at(positions, weights)
+        sample = np.empty_like(place)
+        for number, rows in enumerate(self._train):
+            sample[store == number] = rows[place[store == number]]
+        return epoch, store, sample
+
+    def _weighted_samples_at(
+        self, positions: np.ndarray, weights: tuple[float, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Blocks in which each store has exactly its share of places; a store's own epoch advances at its own pace."""
+        shares = np.array(weights) / sum(weights)
+        quota = np.floor(shares * _MIX_BLOCK).astype(np.int64)
+        quota[np.argsort(quota - shares * _MIX_BLOCK)[: _MIX_BLOCK - quota.sum()]] += 1
+        starts = np.cumsum([0, *quota])
+        block = positions // _MIX_BLOCK
+        slot = permute(positions % _MIX_BLOCK, _MIX_BLOCK, self.config.seed, "mix", block)
+        store = np.searchsorted(starts, slot, side="right") - 1
+        within = block * quota[store] + slot - starts[store]
+        sizes = np.diff(self._starts)[store]
+        epoch, place = within // sizes, within % sizes
+        for number in range(len(self.stores)):
+            own = store == number
+            place[own] = permute(place[own], int(sizes[own][0]), self.config.seed, "order", number, epoch[own]) if own.any() else 0
+        return epoch, store, place
+
+    # ---- lengths, counts, micro-batches
+
+    def _input_lengths(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        lengths = np.zeros_like(rows)
+        for number, per_row in enumerate(self._lengths):
+            for modality in MODALITIES:
+                there = (store == number) & (rows[:, modality] >= 0)
+                lengths[there, modality] = per_row[modality][rows[there, modality]]
+        return lengths
+
+    def _counts(self, s: PlannedSamples) -> dict[str, float]:
+        """Terms of each loss over the step: masked items, written tokens and codes, judged samples."""
+        p = self.config.tasks.mask_probability
+        frames = s.input_lengths[s.draw == MAM, AUDIO]
+        regions = int(num_masked(s.input_lengths[s.draw == MVM, IMAGE], p).sum())
+        masked_frames = num_masked_frames(frames, p)
+        counts = {
+            "mlm": int(num_masked(s.input_lengths[s.draw == MLM, TEXT], p).sum()),
+            "mvfr": regions,
+            "mrc": regions,
+            "mafr": int(masked_frames.sum()),
+            "mac": int(masked_frames[frames > masked_frames].sum()),  # a frame without negatives is not counted
+            "dtr": int((s.text_target_length[s.writes_text] + 1).sum()),  # [SEP] ends the text and is counted
+            "dir": int(s.writes_image.sum()) * self.config.model.num_image_codes,
+            "matching": int((s.draw == MATCHING).sum()),
+            "labels": int((s.draw == LABELS).sum()),
+        }
+        return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
+
+    def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
+        from opt_ds.data.flops import sample_flops  # it knows this file's samples and draws
+
+        positions = 1 + samples.input_lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)  # [CLS] … [SEP] with text
+        positions = positions + np.where(samples.writes_text, samples.text_target_length + 1, 0)
+        positions = positions + np.where(samples.writes_image, self.config.model.num_image_codes, 0)
+        useful = np.flatnonzero(samples.draw >= 0)
+        costs = sample_flops(self.config, samples)[useful]
+        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs)
+        total = sum(m.num_tokens for rank in micro_batches for m in rank)
+        loads = [sum(m.cost for m in rank) for rank in micro_batches]
+        mean = sum(loads) / world_size
+        budget = world_size * len(micro_batches[0]) * self.config.batch.max_tokens
+        return PlannedStep(
+            step, samples, self._counts(samples), micro_batches, num_tokens=total, fill=total / budget,
+            balance=max(loads) / mean if mean else 1.0,
+        )  # fmt: skip
+
+    def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """int64 [B, 3], the samples' own rows."""
+        rows = np.empty((len(sample), 3), dtype=np.int64)
+        for number, feature_store in enumerate(self.stores):
+            own = store == number
+            rows[own] = feature_store.rows[sample[own]]
+        return rows
+
+    def _batch_samples(self) -> int:
+        if self.config.batch.unit == "samples":
+            return self.config.batch.size
+        tokens = sum(
+            float(np.where(store.rows[rows, m] >= 0, lengths[m][np.maximum(store.rows[rows, m], 0)], 0).sum())
+            for store, rows, lengths in zip(self.stores, self._train, self._lengths, strict=True)
+            for m in MODALITIES
+            if len(lengths[m])
+        )
+        return max(1, round(self.config.batch.size / (2 + tokens / self.num_samples)))
+
+
+def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
+    names = PlannedSamples.__dataclass_fields__
+    return PlannedSamples(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def _select(samples: PlannedSamples, index: np.ndarray) -> PlannedSamples:
+    return PlannedSamples(**{name: getattr(samples, name)[index] for name in PlannedSamples.__dataclass_fields__})

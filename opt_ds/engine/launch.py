@@ -1,0 +1,73 @@
+"""From a settled configuration to a finished run, the same for pre-training and fine-tuning: check, join, resume, train."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from opt_ds.config import Config
+from opt_ds.engine.distributed import Ranks
+from opt_ds.engine.signals import StopRequest
+from opt_ds.errors import RunError, UserError
+
+
+def run_training(
+    config: Config, output: Path, ranks: Ranks, stop: StopRequest, say: Callable[[str], None], must_resume: bool = False
+) -> int:
+    """Train in `output`, from its newest checkpoint if it has one. Gives the exit code: 0 finished, 75 stopped and saved.
+
+    Raises UserError for what is wrong with stores, settings or `output`, before anything is written; RunError for a lost rank.
+    """
+    from opt_ds.engine import checkpoint, preflight, run_folder
+    from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
+    from opt_ds.evaluate.during_training import check_experiments
+
+    stores = preflight.open_stores(config)
+    check_experiments(config, stores[0])
+    run_folder.check_same_run(output, config, stores)
+    hardware = Hardware.detect()
+    precision = choose_precision(config, hardware)
+    deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
+    resume_from = _resumable(config, output, say)
+    if must_resume and resume_from is None:
+        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
+    if resume_from:
+        state = checkpoint.train_state(checkpoint.read_state(resume_from))
+        if state.step >= config.max_steps or state.stopped_early:
+            say(f"{output} is finished ({resume_from.name}): nothing to do; a larger --set train.max_steps goes on")
+            return 0
+
+    from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
+
+    held = run_folder.lock(output) if ranks.is_main else None
+    group = ProcessGroup(ranks, config.guard.rank_timeout_s)
+    try:
+        from opt_ds.engine.trainer import Trainer
+
+        resume_from = group.from_main(resume_from)
+        code = Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
+        group.close()
+        return code
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise RunError(
+            f"rank {ranks.rank} lost contact with another rank, whose log says why ({reason}): start again with the same "
+            "--output to go on"
+        ) from None
+    finally:
+        if held:
+            held.close()
+
+
+def _resumable(config: Config, output: Path, say: Callable[[str], None]) -> Path | None:
+    from opt_ds.data.finetune_plan import plan_class
+    from opt_ds.engine import checkpoint
+
+    wanted = plan_class(config).VERSION
+    folder = checkpoint.find_resumable(output, say)
+    if folder and (version := checkpoint.read_state(folder)["plan_version"]) != wanted:
+        raise UserError(
+            f"{folder} was written with version {version} of the step plan, this is version {wanted}, which draws other "
+            "samples: start anew with another --output"
+        )
+    return folder

@@ -1,0 +1,82 @@
+"""How attention in plain PyTorch pads: sequences of about equal length together, so that little of the padding is computed.
+
+Padded to the longest of a micro-batch, samples of 46 to 190 positions cost 2.3 times what they need; so grouped, 1.13 times.
+
+T: packed query rows; U: packed key rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from opt_ds.ops.sequences import Sequences
+
+_FINEST = 16  # below so many positions a step of length saves less than another group costs
+
+
+@dataclass(frozen=True)
+class PaddedGroup:
+    """Sequences padded to the same lengths. key_bias: float32 [S, 1, keys], as `Sequences.key_bias`; None: no padding."""
+
+    num_sequences: int
+    key_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PaddedGroups:
+    """The groups of one pair of query and key sequences, and the rows of all groups one after another."""
+
+    groups: list[PaddedGroup]
+    query_rows: torch.Tensor  # int64, packed row of each padded place (row 0 where there is none)
+    query_sizes: list[int]  # padded places of each group
+    key_rows: torch.Tensor
+    key_sizes: list[int]
+    place_of_row: torch.Tensor  # int64 [T], padded place of each packed query row
+
+    @staticmethod
+    def of(queries: Sequences, keys: Sequences) -> "PaddedGroups":
+        """Made once for a pair of sequences; every layer attends in the same groups."""
+        made = queries.__dict__.setdefault("_padded_groups", {})  # as functools.cached_property keeps what it made
+        if id(keys) not in made:
+            made[id(keys)] = (keys, _make(queries, keys))
+        return made[id(keys)][1]
+
+
+def rounded_length(lengths: np.ndarray) -> np.ndarray:
+    """Lengths rounded up to a multiple of 16, from 257 on to a sixteenth of the next power of two; int64."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    power = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    step = np.maximum(_FINEST, power // 16)
+    return -(-lengths // step) * step
+
+
+def _make(queries: Sequences, keys: Sequences) -> PaddedGroups:
+    device = queries.cu_seqlens.device
+    lengths = np.stack([queries.host_lengths, keys.host_lengths])
+    starts = np.cumsum(lengths, axis=1) - lengths
+    _, number = np.unique(rounded_length(lengths), axis=1, return_inverse=True)
+    groups: list[PaddedGroup] = []
+    rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    sizes: tuple[list[int], list[int]] = ([], [])
+    place_of_row, first = np.empty(queries.total, dtype=np.int64), 0
+    for group in range(int(number.max()) + 1):
+        members = np.flatnonzero(number == group)
+        own = lengths[:, members]
+        longest = own.max(axis=1)
+        if not longest[0]:  # nobody asks
+            continue
+        valid = [np.arange(longest[side]) < own[side][:, None] for side in (0, 1)]
+        for side in (0, 1):
+            row = starts[side][members][:, None] + np.arange(longest[side])
+            rows[side].append(np.where(valid[side], row, 0).reshape(-1))
+            sizes[side].append(row.size)
+        place = first + np.arange(valid[0].size).reshape(valid[0].shape)
+        place_of_row[rows[0][-1].reshape(valid[0].shape)[valid[0]]] = place[valid[0]]
+        first += valid[0].size
+        bias = None
+        if not valid[1].all():
+            bias = torch.from_numpy(np.where(valid[1], 0.0, np.finfo(np.float32).min / 2).astype(np.float32))[:, None].to(device)
+        groups.append(PaddedGroup(len(members), bias))
+    joined = [torch.from_numpy(np.concatenate(part)).to(device) for part in rows]
+    return PaddedGroups(groups, joined[0], sizes[0], joined[1], sizes[1], torch.from_numpy(place_of_row).to(device))

@@ -1,0 +1,188 @@
+"""`index.h5`: what a reader must know of all samples at once, and where each shard's datasets lie.
+
+It is made of the shards and can be made again; with it a store of a million samples opens in a fraction of a second and is
+mapped, page by page as it is used. It holds for one fingerprint, its attribute.
+
+N samples, S shards; X, I, A text, image and audio rows of the store.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from opt_ds.store.files import atomic_file
+from opt_ds.store.mapped import MappedFile
+from opt_ds.store.schema import DATASETS, MISSING, MODALITIES, StoreDescription, tail_shape
+
+INDEX_FILE = "index.h5"
+NOT_MAPPABLE, ABSENT = -1, -2  # in `layout`: compressed, so that HDF5 must read it; not in the shard
+_SUBSETS = 2 ** len(MODALITIES)
+
+
+@dataclass(frozen=True)
+class StoreIndex:
+    """Arrays over all samples, rows and shards."""
+
+    rows: np.ndarray  # int64 [N, 3], global
+    groups: np.ndarray  # int64 [N]
+    splits: np.ndarray  # uint8 [N]
+    by_split: np.ndarray  # int64 [N], the samples split by split, ascending in each
+    subsets: np.ndarray  # int64 [splits, 8], samples by the modalities that they have: bit 0 text, 1 image, 2 audio
+    text_lengths: np.ndarray  # int32 [X]
+    region_counts: np.ndarray  # int32 [I]
+    frame_counts: np.ndarray  # int32 [A]
+    layout: np.ndarray  # int64 [S, datasets of the schema, 2]: byte offset (or one of the constants above), first dimension
+
+
+FIELDS = tuple(StoreIndex.__dataclass_fields__)
+
+
+class ShardFile:
+    """One open shard. `array(name)` is a read-only view of the file, or the h5py dataset where it is compressed."""
+
+    def __init__(self, path: Path, layout: np.ndarray | None = None, description: StoreDescription | None = None) -> None:
+        """`layout`: the shard's row of the index, with the store's description; without it the file's own directory is read."""
+        self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
+        self._offsets: dict[str, int] = {}
+        self._mapped = MappedFile(path)
+        if layout is None or description is None or (layout[:, 0] == NOT_MAPPABLE).any():
+            self._open(path)
+            return
+        for (name, dtype), (offset, count) in zip(DATASETS.items(), layout.tolist(), strict=True):
+            if offset == ABSENT:
+                continue
+            shape = (count, *tail_shape(name, description.dims))
+            self._add(name, dtype, shape, offset)
+
+    def _open(self, path: Path) -> None:
+        # Some network file systems refuse HDF5's lock; a store is never written in place, so none is needed.
+        file = h5py.File(path, "r", locking=False)
+        keep_open = False
+        for group in file.values():
+            for dataset in group.values():
+                name, offset = dataset.name.lstrip("/"), dataset.id.get_offset()
+                if dataset.size == 0 or offset is not None:
+                    self._add(name, dataset.dtype, dataset.shape, offset or 0)
+                else:
+                    self._arrays[name], keep_open = dataset, True
+        if not keep_open:
+            file.close()
+
+    def _add(self, name: str, dtype: str | np.dtype, shape: tuple[int, ...], offset: int) -> None:
+        if 0 in shape:
+            self._arrays[name] = np.zeros(shape, dtype)
+            return
+        self._arrays[name], self._offsets[name] = self._mapped.array(str(np.dtype(dtype)), shape, offset), offset
+
+    def layout(self) -> np.ndarray:
+        """Return this shard's row of the index's `layout`."""
+        rows = []
+        for name in DATASETS:
+            array = self._arrays.get(name)
+            if array is None:
+                rows.append((ABSENT, 0))
+            else:
+                empty = array.size == 0
+                rows.append((0 if empty else self._offsets.get(name, NOT_MAPPABLE), len(array)))
+        return np.array(rows, "int64")
+
+    def array(self, name: str) -> np.ndarray | h5py.Dataset:
+        """Return dataset `name`; KeyError if the shard lacks it."""
+        return self._arrays[name]
+
+    def names(self) -> list[str]:
+        """Return the names of the datasets, such as "text/tokens"."""
+        return list(self._arrays)
+
+    def item(self, name: str, offsets: str, index: int) -> np.ndarray:
+        """Return item `index` of a ragged dataset."""
+        bounds = self._arrays[offsets]
+        return self._arrays[name][int(bounds[index]) : int(bounds[index + 1])]
+
+    def will_need(self, name: str, start: int, stop: int) -> int:
+        """Ask for the rows start … stop − 1 of a dataset to be read from the disk now; returns their bytes (0: compressed)."""
+        array, offset = self._arrays[name], self._offsets.get(name)
+        if offset is None:
+            return 0
+        size = array.nbytes // len(array)
+        self._mapped.will_need(offset + start * size, offset + stop * size)
+        return (stop - start) * size
+
+    def release_pages(self) -> None:
+        """Take the pages read so far out of this process's memory; they stay in the system's cache, views stay valid."""
+        self._mapped.release()
+
+
+def build_index(path: Path, description: StoreDescription) -> StoreIndex:
+    """Make the index of the shards, in memory."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in FIELDS}
+    base = np.zeros(3, "int64")
+    for shard in description.shards:
+        file = ShardFile(path / shard.file)
+        local = np.asarray(file.array("samples/rows")[:])
+        parts["rows"].append(np.where(local == MISSING, MISSING, local + base))
+        parts["groups"].append(np.asarray(file.array("samples/group")[:]))
+        parts["splits"].append(np.asarray(file.array("samples/split")[:]))
+        for name, offsets in (("text_lengths", "text"), ("region_counts", "image"), ("frame_counts", "audio")):
+            parts[name].append(np.diff(file.array(f"{offsets}/offsets")[:]).astype("int32"))
+        parts["layout"].append(file.layout()[None])
+        base += (shard.num_texts, shard.num_images, shard.num_audios)
+    rows = _join(parts["rows"], np.zeros((0, 3), "int64"))
+    splits = _join(parts["splits"], np.zeros(0, "uint8"))
+    return StoreIndex(
+        rows=rows,
+        groups=_join(parts["groups"], np.zeros(0, "int64")),
+        splits=splits,
+        by_split=np.argsort(splits, kind="stable").astype("int64"),
+        subsets=count_subsets(rows, splits, len(description.split_names)),
+        **{name: _join(parts[name], np.zeros(0, "int32")) for name in ("text_lengths", "region_counts", "frame_counts")},
+        layout=_join(parts["layout"], np.zeros((0, len(DATASETS), 2), "int64")),
+    )
+
+
+def count_subsets(rows: np.ndarray, splits: np.ndarray, num_splits: int) -> np.ndarray:
+    """Return int64 [splits, 8], see `StoreIndex.subsets`."""
+    subset = (rows != MISSING) @ (1 << np.arange(len(MODALITIES)))
+    counts = np.bincount(splits.astype("int64") * _SUBSETS + subset, minlength=num_splits * _SUBSETS)
+    return counts.reshape(num_splits, _SUBSETS)
+
+
+def write_index(path: Path, description: StoreDescription) -> None:
+    """Write `path/index.h5` of a store whose `store.json` is this description. Whole or not at all."""
+    index = build_index(path, description)
+    with (
+        atomic_file(path / INDEX_FILE) as temporary,
+        h5py.File(temporary, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=64) as file,
+    ):
+        file.attrs["fingerprint"] = description.fingerprint
+        for name in FIELDS:
+            file.create_dataset(name, data=getattr(index, name), track_times=False)
+
+
+def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
+    """Map `path/index.h5`; None if there is none of this description's fingerprint."""
+    try:
+        with h5py.File(path / INDEX_FILE, "r", locking=False) as file:
+            if file.attrs.get("fingerprint") != description.fingerprint:
+                return None
+            places = {name: (file[name].dtype, file[name].shape, file[name].id.get_offset()) for name in FIELDS}
+    except (OSError, KeyError):
+        return None
+    mapped = MappedFile(path / INDEX_FILE)
+    ends = [(offset or 0) + dtype.itemsize * int(np.prod(shape)) for dtype, shape, offset in places.values()]
+    if max(ends) > mapped.size:  # cut off
+        return None
+    arrays = {
+        name: np.zeros(shape, dtype) if 0 in shape else mapped.array(str(dtype), shape, offset)
+        for name, (dtype, shape, offset) in places.items()
+    }
+    return StoreIndex(**arrays)
+
+
+def _join(parts: Sequence[np.ndarray], empty: np.ndarray) -> np.ndarray:
+    joined = np.concatenate(parts) if parts else empty
+    joined.flags.writeable = False
+    return joined

@@ -1,0 +1,61 @@
+"""A file mapped into memory for reading, without holding it open.
+
+Python's own mmap keeps a file descriptor for each map: a store of a thousand shards would use up the 1,024 that a process
+usually may have.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class MappedFile:
+    """`bytes`: the file as read-only uint8 [size]; it and views of it stay valid as long as one of them is referenced."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.size = os.fstat(descriptor).st_size
+            address = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0) if self.size else None
+            if address == _FAILED:
+                code = ctypes.get_errno()
+                raise OSError(code, f"cannot be mapped into memory ({os.strerror(code)})", str(path))
+        finally:
+            os.close(descriptor)
+        self._address = address
+        if address is None:
+            self.bytes = np.zeros(0, np.uint8)
+        else:
+            buffer = (ctypes.c_ubyte * self.size).from_address(address)
+            # Not at the interpreter's end: a thread may still read.
+            weakref.finalize(buffer, _libc.munmap, address, self.size).atexit = False
+            self.bytes = np.ctypeslib.as_array(buffer)
+        self.bytes.flags.writeable = False
+
+    def array(self, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        """Return the array that begins at byte `offset`, without a copy."""
+        return np.ndarray(shape, dtype, buffer=self.bytes, offset=offset)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the system to read these bytes from the disk now, without waiting for it."""
+        start -= start % mmap.PAGESIZE
+        self._advise(start, stop - start, mmap.MADV_WILLNEED)
+
+    def release(self) -> None:
+        """Take the pages out of this process's memory; they stay in the system's cache."""
+        self._advise(0, self.size, mmap.MADV_DONTNEED)
+
+    def _advise(self, start: int, length: int, advice: int) -> None:
+        if self._address is not None and length > 0:
+            _libc.madvise(self._address + start, length, advice)  # advice: the answer does not matter
