@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_ds", "opt_ds.*"]),
-    package_data={"opt_ds": ["presets/*.yaml", "serve/page.html", "_build.json"]},
+    package_data={"opt_ds": ["presets/*.yaml", "serve/page.html", "serve/report.html", "_build.json"]},
     ext_modules=kernel_extensions(),  # OPT_DS_CUDA_ARCHITECTURES=70,80 builds for GPUs that are not here; see csrc/README.md
     cmdclass={"build_ext": BuildKernels},
     install_requires=[
@@ -40,6 +40,7 @@ setup(
         "soundfile>=0.12",
         "matplotlib>=3.8",
         "pillow>=10",
+        "Jinja2>=3",
         "pi-heif>=0.20",  # pictures of phones (HEIC); reads only
         "resvg_py>=0.2",
     ],
@@ -55,7 +56,13 @@ setup(
         ],
         "timm": ["timm>=1"],
         "tables": ["pyarrow>=17", "lmdb>=1.4", "msgpack>=1"],
-        "downstream": ["scikit-learn>=1.4", "jiwer>=3", "sacrebleu>=2.4", "pycocoevalcap>=1.2", "matplotlib>=3.8"],
+        "downstream": [
+            "scikit-learn>=1.4",
+            "jiwer>=3",
+            "sacrebleu>=2.4",
+            "pycocoevalcap>=1.2",
+            "torch-fidelity>=0.3",
+        ],
         "web": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
         "test": [
             "pytest>=8",

@@ -35,6 +35,7 @@ COMMANDS = {
     "finetune": Command("opt_ds.commands.finetune", "finetune", "Train a checkpoint further, for one task."),
     "evaluate": Command("opt_ds.commands.evaluate", "evaluate", "Measure a checkpoint on held-out samples."),
     "ablate": Command("opt_ds.commands.ablate", "ablate", "Pre-train without each task and level, probe, one table."),
+    "report": Command("opt_ds.commands.report", "report", "One HTML page of a run: curves, tables, pictures, cost."),
     "generate": Command("opt_ds.commands.serve", "generate", "Write a text or paint a picture from raw input."),
     "export": Command("opt_ds.commands.serve", "export", "Write a checkpoint in Hugging Face's layout."),
     "serve": Command("opt_ds.commands.serve", "serve", "A web page and a JSON API around a trained model."),

@@ -164,22 +164,56 @@ def image_generation(
     limit: _Limit = None,
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8,
+    paint: Annotated[int, typer.Option(help="Samples to paint and judge, for each input; 0: none.", min=0)] = 100,
+    candidates: Annotated[int, typer.Option(help="Pictures a sample; the one that the model matches best is kept.", min=1)] = 1,
+    top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32,
+    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3)] = 0.8,
+    inception: Annotated[
+        Path | None, typer.Option(help="Weights of torch-fidelity's Inception-v3: Fréchet inception distance.")
+    ] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face CLIP: CLIP score.")] = None,
+    image_weights: Annotated[
+        Path | None, typer.Option(help="Weights of the image extractor, if no package brings them.")
+    ] = None,
     seed: _Seed = 1,
     force: _Force = False,
 ) -> None:
-    """Bits per image code from text, from audio and from both, and a picture grid."""
+    """Bits per image code from text, from audio and from both; pictures painted from each, judged, and a picture grid.
+
+    Paintings are judged by the features of the model's own image extractor: whether the true picture is the nearest. --inception
+    and --clip add what other networks say.
+    """
     from PIL import Image
 
-    from opt_ds.evaluate.image_generation import bits_per_code
+    from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, table
+    from opt_ds.evaluate.image_networks import ClipScore, check_inception
     from opt_ds.evaluate.picture_grid import draw_picture_grid
+    from opt_ds.model.generation import DecodingConfig
+    from opt_ds.serve.session import Session
 
     evaluator = _evaluator(checkpoint, store, force, split)
     evaluator.require("dir", "paint pictures")
     if not evaluator.store.has_codes:
         raise UserError(f"store {store}: it has no image codes: write them with opt-ds train-dvae --store {store}")
-    painter = _dvae(evaluator, dvae) if pictures else None
+    if (pictures or paint) and not evaluator.store.has_pixels:
+        raise UserError(f"store {store}: it has no pixels to judge pictures by: give --paint 0 --pictures 0")
+    if inception is not None:
+        check_inception(inception)
+    if clip is not None:
+        ClipScore(clip)
+    options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
+    painter = look = None
+    if pictures or paint:
+        session = Session.load(checkpoint, image_weights=image_weights, device=str(evaluator.device), warn=lambda _: None)
+        painter = Painter(_dvae(evaluator, dvae), options, candidates, session.belongs)
+        look = session.look
     figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in ("T", "A", "T+A")}
-    if painter is not None:
+    if painter is not None and paint:
+        count = min(paint, limit or paint)
+        for name, row in figures.items():
+            row["painted"] = painted_figures(evaluator, split, name, painter, count, seed, look, inception, clip)
+    if painter is not None and pictures:
         grid = output.with_suffix(".png")
         drawn = draw_picture_grid(evaluator, painter, split, pictures, seed)
         if evaluator.is_main:
@@ -187,6 +221,7 @@ def image_generation(
             Image.fromarray(drawn).save(grid)
         figures["picture_grid"] = grid.name
     _write(figures, output)
+    typer.echo(table(figures))
 
 
 @evaluate.command()

@@ -262,13 +262,14 @@ class Trainer:
         if store is None or not (store.path / "dvae").is_dir():
             return
         from opt_ds.evaluate.evaluator import Evaluator
+        from opt_ds.evaluate.image_generation import Painter
         from opt_ds.evaluate.picture_grid import draw_picture_grid
         from opt_ds.model.dvae import DiscreteVAE
 
         self.engine.eval()
         evaluator = Evaluator(self.engine.module, self.config, store, self.group.device)
         dvae = DiscreteVAE.from_pretrained(store.path / "dvae").to(self.group.device)
-        image = draw_picture_grid(evaluator, dvae, self.config.data.valid_split, self.config.train.picture_grid)
+        image = draw_picture_grid(evaluator, Painter(dvae), self.config.data.valid_split, self.config.train.picture_grid)
         self.report.picture("valid/pictures", image, self.state.step)
         self.engine.train()
 

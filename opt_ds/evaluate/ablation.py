@@ -16,7 +16,8 @@ from typing import Any
 
 import opt_ds
 from opt_ds.config import LOSSES, LOSSES_OF_DRAW, Config, load_config
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT, StepPlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.engine import checkpoint
 from opt_ds.engine.metrics import METRICS_FILE
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opt_ds.evaluate import paper
 from opt_ds.store.files import atomic_file, write_json
 
 ABLATION_SCHEMA = 1
 FULL, UNTRAINED = "full", "untrained"
-#: Change of classification mAP that the paper reports, in per cent (Liu et al. 2021, its ablation).
-PAPER = {"no-sample-level": -7.4, "no-modality-level": -7.0}
 JSON_FILE, MARKDOWN_FILE, CHART_FILE = "ablation.json", "ablation.md", "ablation.png"
 
 
@@ -31,12 +30,12 @@ def ablation_markdown(figures: dict[str, Any]) -> str:
     lines = [_cells(columns), _cells(["---"] * len(columns))]
     for row in rows:
         own = [row["classification"]["subsets"][subset]["mAP"] for subset in subsets]
-        change = paper = ""
+        change = in_paper = ""
         if full is not None and row is not full:
             change = f"{100 * (own[-1] / full['classification']['subsets'][subsets[-1]]['mAP'] - 1):+.1f} %"
-            paper = f"{PAPER[row['row']]:+.1f} %" if row["row"] in PAPER else ""
+            in_paper = f"{paper.ABLATION[row['row']]:+.1f} %" if row["row"] in paper.ABLATION else ""
         values = [f"{100 * value:.1f}" for value in own]
-        lines.append(_cells([row["row"], ", ".join(row["losses"]) or "none", *values, change, paper]))
+        lines.append(_cells([row["row"], ", ".join(row["losses"]) or "none", *values, change, in_paper]))
     first = rows[0]["classification"]
     lines += [
         "",

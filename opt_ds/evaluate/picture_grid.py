@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint, to_uint8
+from opt_ds.evaluate.image_generation import Painter, to_uint8
 from opt_ds.model.generation import DecodingConfig
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _COLUMNS = ("true image", "dVAE of it", "from text", "from audio")
 
 
 def draw_picture_grid(
-    evaluator: Evaluator, dvae: "DiscreteVAE", split: str, num_samples: int = 8, seed: int = 1
+    evaluator: Evaluator, painter: Painter, split: str, num_samples: int = 8, seed: int = 1
 ) -> np.ndarray:
     """uint8 [H, W, 3]: a row a sample: true image | what the dVAE can show of it | image from text | image from audio |
     the caption, and the texts written from image, from audio, from both."""
@@ -26,10 +26,10 @@ def draw_picture_grid(
     rows = evaluator.store.rows[gallery, IMAGE]
     true = np.stack([evaluator.store.pixels(int(row)) for row in rows])
     codes = np.stack([evaluator.store.codes(int(row)) for row in rows]).astype(np.int64)
-    pictures = [true, to_uint8(_decode(dvae, codes))]
+    pictures = [true, to_uint8(_decode(painter.dvae, codes))]
     for name in ("T", "A"):
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
-        pictures.append(paint(evaluator, dvae, samples, DEFAULT_SAMPLING))
+        pictures.append(painter.paint(evaluator, samples)[0])
     texts = [("caption", [evaluator.caption(index) for index in gallery])]
     for name, label in (("I", "from image"), ("A", "from audio"), ("A+I", "from both")):
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.evaluate.image_generation import bits_per_code
+from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import validate
 from opt_ds.evaluate.picture_grid import draw_picture_grid
 from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, retrieval
@@ -53,7 +53,7 @@ def summarize(
             figures["image_generation"] = bits_per_code(evaluator, split)
         if store.has_codes and store.has_pixels and dvae is not None:
             grid = output / f"picture_grid-{split}.png"
-            drawn = draw_picture_grid(evaluator, dvae, split, seed=seed)
+            drawn = draw_picture_grid(evaluator, Painter(dvae), split, seed=seed)
             if evaluator.is_main:
                 _save_picture(drawn, grid)
             figures["picture_grid"] = grid.name

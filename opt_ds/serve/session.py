@@ -13,7 +13,7 @@ from opt_ds.data.matching import CASES
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
-from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, to_uint8
+from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.evaluate.transcription import DEFAULT_DECODING
 from opt_ds.model.dvae import DiscreteVAE
@@ -79,13 +79,11 @@ class Session(ModelRunner):
         Raises UserError when the model never learned to paint.
         """
         self.require("dir", "paint pictures")
-        with torch.inference_mode():  # each place in the list draws anew
-            codes = torch.from_numpy(self.write_codes([sample] * count, options)).to(self.device)
-            painted = to_uint8(self.dvae.decode(codes)).transpose(0, 2, 3, 1)
-        pictures = [Image.fromarray(np.ascontiguousarray(picture)) for picture in painted]
+        painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
+        pictures = [to_picture(pixels) for pixels in painted]
         if count == 1:
             return [(pictures[0], None)]
-        scores = [self._belongs(sample, picture) for picture in pictures]
+        scores = [self.belongs(sample, picture) for picture in pictures]
         return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
@@ -109,7 +107,8 @@ class Session(ModelRunner):
             self._dvae = DiscreteVAE.from_pretrained(folder).to(self.device).eval()
         return self._dvae
 
-    def _belongs(self, sample: Sample, picture: Image.Image) -> float:
+    def belongs(self, sample: Sample, picture: Image.Image) -> float:
+        """The matching head's probability that the picture belongs to the sample's text and recording."""
         own = replace(sample, region_features=None, region_boxes=None, region_labels=None)
         seen = self.processor(image=picture)
         pair = replace(
@@ -117,3 +116,9 @@ class Session(ModelRunner):
         )
         given = frozenset(m for m, part in _PART.items() if getattr(pair, part) is not None)
         return self.matching(pair)[_CASE_OF_MODALITIES[given]] if len(given) > 1 else 0.0
+
+    def look(self, picture: Image.Image) -> np.ndarray:
+        """The mean feature vector of a picture's regions, by the model's image extractor."""
+        features = self.processor(image=picture).region_features
+        assert features is not None, "a picture has regions"
+        return np.asarray(features, dtype=np.float32).mean(0)

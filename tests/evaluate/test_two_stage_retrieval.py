@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import opt_ds.evaluate.runner as runner
-from opt_ds.data.plan import AUDIO, IMAGE, TEXT
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import Pairs, fit_dual_projection

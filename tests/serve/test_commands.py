@@ -1,5 +1,6 @@
-"""`opt-ds generate` and `export`, as typed."""
+"""`opt-ds generate`, `export` and `evaluate image-generation`, as typed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,19 @@ def test_export_then_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert opt_ds("export", "--checkpoint", run, "--output", tmp_path / "model") == 0
     given = ("--text", "a red square", "--to", "text", "--output", tmp_path / "a.txt")
     assert opt_ds("generate", "--checkpoint", tmp_path / "model", *given) == 0
+
+
+def test_pictures_are_painted_and_judged_by_the_models_own_extractor(
+    run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out" / "images.json"
+    given = ("--checkpoint", run, "--store", raw_store, "--split", "valid", "--output", output, "--paint", 3, "--candidates", 2)
+    assert opt_ds("evaluate", "image-generation", *given, "--pictures", 2, "--top-p", 0.9, "--temperature", 1.2) == 0
+    figures = json.loads(output.read_text())
+    for name in ("T", "A", "T+A"):
+        painted = figures[name]["painted"]
+        assert painted["samples"] == 3 and painted["sampling"]["top_p"] == 0.9
+        assert painted["matching"]["kept"] >= painted["matching"]["first"] and 0 <= painted["nearest"]["R@1"] <= 1
+    assert "best of 2" in capsys.readouterr().out and Image.open(output.with_suffix(".png")).width > 500
+    assert opt_ds("evaluate", "image-generation", *given, "--inception", tmp_path / "none.pth") == 2
+    assert "no such file" in capsys.readouterr().err

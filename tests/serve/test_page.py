@@ -1,46 +1,16 @@
 """The page in a real browser: upload a picture and speech, read the text, see pictures; what goes wrong is shown.
 
-A screenshot is kept as artifacts/page.png. Chromium and its driver are installed from Debian's packages where they are missing.
+A screenshot is kept as artifacts/page.png.
 """
 
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
-_QUIET = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required", "--window-size=1000,1300",
-)  # fmt: skip
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        if os.geteuid() != 0 or not shutil.which("apt-get"):
-            pytest.skip("no chromium and chromedriver here, and no right to install them")
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "update", "-qq"], check=True, env=environment)
-        packages = ["chromium", "chromium-driver"]
-        subprocess.run(["apt-get", "install", "-yqq", "--no-install-recommends", *packages], check=True, env=environment)
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for argument in (*_QUIET, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def test_a_person_uploads_a_picture_and_speech_and_gets_a_text_and_pictures(browser: Any, address: str, raw: Path) -> None:

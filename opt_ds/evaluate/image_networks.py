@@ -1,0 +1,102 @@
+"""Judgements of pictures by networks whose weights the user names: Fréchet inception distance and CLIP score.
+
+Nothing is downloaded. FID (Heusel et al. 2017) is torch-fidelity's, with its Inception-v3 (the TensorFlow weights of 2015); CLIP
+score (Hessel et al. 2021) is 100 · max(cos, 0), as torchmetrics scales it, of a Hugging Face CLIP.
+"""
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opt_ds.errors import UserError
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """uint8 [n, 3, H, W], as torch-fidelity reads pictures."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return torch.from_numpy(self.pixels[place])
+
+
+def frechet_inception_distance(painted: np.ndarray, true: np.ndarray, weights: Path) -> float:
+    """FID of uint8 [n, 3, H, W] pictures; it falls with n, so compare figures of equal n only.
+
+    Raises UserError for weights that are missing or not those of torch-fidelity's Inception-v3, and for fewer than two pictures.
+    """
+    check_inception(weights)
+    from torch_fidelity import calculate_metrics
+
+    if min(len(painted), len(true)) < 2:
+        raise UserError("--inception: the distance is between distributions: give two samples at least")
+    try:
+        found = calculate_metrics(
+            input1=_Pictures(painted), input2=_Pictures(true), fid=True, feature_extractor_weights_path=str(weights),
+            cuda=torch.cuda.is_available(), batch_size=min(64, len(painted)), save_cpu_ram=True, cache=False, verbose=False,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise UserError(f"--inception {weights}: {_NOT_INCEPTION}") from None
+    return float(found["frechet_inception_distance"])
+
+
+_NOT_INCEPTION = "not the weights of torch-fidelity's Inception-v3 (weights-inception-2015-12-05-6726825d.pth of its releases)"
+
+
+def check_inception(weights: Path) -> None:
+    """Raise UserError unless the file is a dictionary of tensors: torch-fidelity itself unpickles whatever it is given."""
+    if not weights.is_file():
+        raise UserError(f"--inception {weights}: no such file: give {_NOT_INCEPTION.removeprefix('not ')}")
+    try:
+        state = torch.load(weights, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"--inception {weights}: {_NOT_INCEPTION} ({str(error).splitlines()[0][:80]})") from None
+    if not isinstance(state, dict) or "Mixed_7c.branch_pool.conv.weight" not in state:
+        raise UserError(f"--inception {weights}: {_NOT_INCEPTION}")
+
+
+class ClipScore:
+    """A Hugging Face CLIP in a local folder (model and processor, as save_pretrained writes them).
+
+    Raises UserError for a folder that is none.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--clip {folder}: no config.json there: give a folder that Hugging Face's CLIP was saved to")
+        try:
+            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+            self.processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--clip {folder}: not readable as CLIP ({str(error).splitlines()[0][:120]})") from None
+        self.model, self.device = model.to(device).eval(), device
+
+    def mean(self, pictures: np.ndarray, captions: Sequence[str]) -> float:
+        """Mean score of uint8 [n, 3, H, W] pictures beside their captions, 0 … 100."""
+        return float(np.mean(self.scores(pictures, captions)))
+
+    @torch.inference_mode()
+    def scores(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """float32 [n]; captions are cut to what the model reads."""
+        found = []
+        for start in range(0, len(pictures), 64):
+            part = slice(start, start + 64)
+            given = self.processor(
+                text=list(captions[part]), images=list(pictures[part]), return_tensors="pt", padding=True, truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings, input_data_format="channels_first",
+            ).to(self.device)  # fmt: skip
+            output = self.model(**given)
+            found.append(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds).clamp_min(0))
+        return 100 * torch.cat(found).cpu().numpy()
