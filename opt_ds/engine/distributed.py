@@ -17,6 +17,9 @@ from opt_ds.errors import RunError, UserError
 if TYPE_CHECKING:
     import torch
 
+#: What `deepspeed` and `torchrun` tell a rank by its environment.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Ranks:

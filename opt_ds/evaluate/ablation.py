@@ -5,6 +5,7 @@ that are there, so rows may come from several processes and at different times.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from opt_ds.config import LOSSES, LOSSES_OF_DRAW, Config, load_config
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.engine import checkpoint
+from opt_ds.engine.distributed import RANK_VARIABLES
 from opt_ds.engine.metrics import METRICS_FILE
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
 from opt_ds.errors import RunError, UserError, did_you_mean
@@ -202,8 +204,12 @@ def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
     """Run pretrain.py, pass on what asks this process to stop, and return its exit code."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     script = Path(opt_ds.__file__).parent / "pretrain.py"
+    # A rank of a job that we ourselves may be is none of the run's.
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     # In a session of its own: a Ctrl-C in the terminal reaches it once, through us.
-    with subprocess.Popen([sys.executable, *launcher, str(script), *arguments], start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, *launcher, str(script), *arguments], env=environment, start_new_session=True
+    ) as process:
         passed_on = False
         while (code := process.poll()) is None:
             if stop.received and not passed_on:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.config import Config, load_config
+from opt_ds.engine.distributed import RANK_VARIABLES
 from opt_ds.store.synthetic import write_synthetic_store
 
 FITTED = (
@@ -91,8 +92,7 @@ def losses(output: Path) -> dict[int, float]:
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """Environment of one rank, as a launcher gives it; without ranks of this process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    own = {name: value for name, value in os.environ.items() if name not in names}
+    own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     if world_size == 1:
         return own
     return own | {
