@@ -49,9 +49,9 @@ class AutoregressiveDecoder(nn.Module):
         hidden_we = self._input(written.input_ids, written.positions, written.sequences)
         return self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers)
 
-    def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
-        """Caches to begin writing with, one sequence per memory sequence."""
-        return self.decoder.start(memory_ue, memory)
+    def start(self, memory_ue: torch.Tensor, memory: Sequences, length: int | None = None) -> list[LayerCache]:
+        """Caches to begin writing with, one sequence per memory sequence, of `length` items at most (None: of all positions)."""
+        return self.decoder.start(memory_ue, memory, length or self.num_positions)
 
     def decode(self, ids_b: torch.Tensor, position: int, caches: list[LayerCache]) -> torch.Tensor:
         """Scores [b, outputs] of the next item, given the item written last (at `position`)."""

@@ -14,6 +14,9 @@ from opt_ds.data.keyed import keyed_uniform
 from opt_ds.model.decoders import AutoregressiveDecoder
 from opt_ds.ops.sequences import Sequences
 
+#: Items between two looks at which sequences have ended; a GPU would wait at each.
+_LOOK_EVERY = {"cuda": 8}
+
 
 class DecodingConfig(BaseModel):
     """How to write. `top_k` 0 and `top_p` 1 leave all outcomes; `length_penalty` as in Wu et al. 2016, eq. 14."""
@@ -49,24 +52,28 @@ def write(
     if options.method == "beam":
         return _beam(decoder, memory_ue, memory, begin_id, end_id, length, options)
     keys = np.arange(len(memory)) if keys is None else keys
-    caches = decoder.start(memory_ue, memory)
-    ids_b = torch.full((len(memory),), begin_id, dtype=torch.long, device=memory_ue.device)
-    finished_b = torch.zeros_like(ids_b, dtype=torch.bool)
-    written = []
+    device = memory_ue.device
+    caches = decoder.start(memory_ue, memory, length)
+    ids_b = torch.full((len(memory),), begin_id, dtype=torch.long, device=device)
+    going_b = torch.arange(len(memory), device=device)  # the sequences that are still written
+    written_sl = torch.full((len(memory), length), -1 if end_id is None else end_id, dtype=torch.long, device=device)
     for position in range(length):
         scores_bv = decoder.decode(ids_b, position, caches).float()
         if options.method == "greedy":
             ids_b = scores_bv.argmax(-1)
         else:
-            uniform_b = torch.from_numpy(keyed_uniform(options.seed, "write", keys, position)).to(scores_bv.device)
+            uniform_b = torch.from_numpy(keyed_uniform(options.seed, "write", keys, position)).to(device)
             ids_b = sample_scores(scores_bv, uniform_b, options)
-        written.append(ids_b)
-        if end_id is not None:
-            finished_b |= ids_b == end_id
-            if bool(finished_b.all()):
-                break
-    rows = torch.stack(written, dim=1).tolist()
-    return [_until(row, end_id) for row in rows]
+        written_sl[going_b, position] = ids_b
+        if end_id is None or (position + 1) % _LOOK_EVERY.get(device.type, 1):
+            continue
+        kept_k = (written_sl[going_b, : position + 1] != end_id).all(1).nonzero().squeeze(1)
+        if not len(kept_k):
+            break
+        if 2 * len(kept_k) <= len(going_b):  # fewer would not pay for the copy of the caches
+            caches = [cache.select(kept_k) for cache in caches]
+            ids_b, going_b, keys = ids_b[kept_k], going_b[kept_k], keys[kept_k.cpu().numpy()]
+    return [_until(row, end_id) for row in written_sl.tolist()]
 
 
 def sample_scores(scores_bv: torch.Tensor, uniform_b: torch.Tensor, options: DecodingConfig) -> torch.Tensor:
@@ -97,7 +104,7 @@ def _beam(
     """Beam search; a finished hypothesis competes by log-probability over its length penalty."""
     batch, beams, device = len(memory), options.beam_size, memory_ue.device
     first = torch.arange(batch, device=device).repeat_interleave(beams)
-    caches = [cache.select(first) for cache in decoder.start(memory_ue, memory)]
+    caches = [cache.select(first) for cache in decoder.start(memory_ue, memory, length)]
     ids = torch.full((batch * beams,), begin_id, dtype=torch.long, device=device)
     total = torch.full((batch, beams), float("-inf"), device=device)
     total[:, 0] = 0.0  # all beams begin alike: one of them speaks
@@ -119,7 +126,8 @@ def _beam(
         total, keep = alive.topk(beams, dim=-1)
         parent, ids = parent.gather(1, keep).reshape(-1), item.gather(1, keep).reshape(-1)
         written = torch.cat([written.index_select(0, parent), ids[:, None]], dim=1)
-        caches = [cache.select(parent) for cache in caches]
+        for cache in caches:
+            cache.reorder(parent)
         best_possible = (total.max(-1).values / ((5.0 + length) / 6.0) ** options.length_penalty).tolist()
         if end_id is not None and all(score >= possible for (score, _), possible in zip(best, best_possible, strict=True)):
             break

@@ -221,22 +221,39 @@ class LayerCache:
 
     memory_keys: torch.Tensor
     memory_values: torch.Tensor
-    memory_valid: torch.Tensor  # bool [b, m]
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    memory_valid: torch.Tensor | None  # bool [b, m]; None: no memory is padded
+    keys: torch.Tensor  # room for all positions that may come
+    values: torch.Tensor
+    length: int = 0  # positions written
+
+    @staticmethod
+    def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, room: int) -> "LayerCache":
+        """Over memory keys and values [u, h, d] of b sequences, with room for so many positions."""
+        keys, values = memory.pad(keys_ume).transpose(1, 2), memory.pad(values_ume).transpose(1, 2)
+        shape = (len(memory), keys.shape[1], room, keys.shape[3])
+        valid = None if memory.min_length == memory.max_length else memory.valid
+        return LayerCache(keys, values, valid, keys.new_empty(shape), keys.new_empty(shape))
 
     def append(self, k_bhd: torch.Tensor, v_bhd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one position; gives all keys and values so far."""
-        k, v = k_bhd[:, :, None], v_bhd[:, :, None]
-        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=2)
-        self.values = v if self.values is None else torch.cat([self.values, v], dim=2)
-        return self.keys, self.values
+        self.keys[:, :, self.length] = k_bhd
+        self.values[:, :, self.length] = v_bhd
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, index: torch.Tensor) -> "LayerCache":
-        """The cache of these sequences (a beam's survivors, a repetition)."""
-        own = [None if x is None else x.index_select(0, index) for x in (self.keys, self.values)]
-        memory = [x.index_select(0, index) for x in (self.memory_keys, self.memory_values, self.memory_valid)]
-        return LayerCache(*memory, *own)
+        """The cache of these sequences (those that go on, a repetition)."""
+        keys, values = (x.new_empty(len(index), *x.shape[1:]) for x in (self.keys, self.values))
+        for chosen, x in ((keys, self.keys), (values, self.values)):
+            chosen[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
+        valid = None if self.memory_valid is None else self.memory_valid.index_select(0, index)
+        memory_keys, memory_values = (x.index_select(0, index) for x in (self.memory_keys, self.memory_values))
+        return LayerCache(memory_keys, memory_values, valid, keys, values, self.length)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Sequence i goes on from what sequence index[i] wrote, over the same memory (a beam's survivors)."""
+        for x in (self.keys, self.values):
+            x[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
 
 
 class Decoder(nn.Module):
@@ -262,13 +279,9 @@ class Decoder(nn.Module):
             hidden_te, stream_te = layer(hidden_te, stream_te, sequences, readers, memory_ue, memory)
         return hidden_te
 
-    def start(self, memory_ue: torch.Tensor, memory: Sequences) -> list[LayerCache]:
-        """Empty caches over the encoder's output of b sequences."""
-        caches = []
-        for layer in self._decoder_layers():
-            k_uhd, v_uhd = layer.cross.memory(memory_ue)
-            caches.append(LayerCache(memory.pad(k_uhd).transpose(1, 2), memory.pad(v_uhd).transpose(1, 2), memory.valid))
-        return caches
+    def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:
+        """Empty caches over the encoder's output of b sequences, with room for so many positions."""
+        return [LayerCache.empty(*layer.cross.memory(memory_ue), memory, room) for layer in self._decoder_layers()]
 
     def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
         """Hidden state [b, e] of one new position of each sequence."""

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from opt_ds.model import generation
 from opt_ds.model.generation import DecodingConfig, sample_scores, write
 from opt_ds.model.opt import OPT
 from opt_ds.ops.sequences import Sequences
@@ -43,6 +44,29 @@ def test_greedy_takes_the_best_item_each_time(model: OPT, memory: tuple) -> None
             with torch.inference_mode():
                 assert int(model.text_decoder.decode(torch.tensor([last]), position, caches).argmax()) == item
             last = item
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_sequences_that_end_early_leave_the_batch_and_the_others_go_on(
+    model: OPT, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each is written alone, whatever is written beside it and whenever somebody looks."""
+    monkeypatch.setattr(generation, "_LOOK_EVERY", {"cpu": looks})
+    torch.manual_seed(3)
+    lengths = [3, 5, 2, 4, 4, 1, 6, 2, 3, 5]
+    rows, options = 3 * torch.randn(sum(lengths), 16), DecodingConfig(method="sample", seed=2, temperature=0.5)
+    with torch.no_grad():
+        bias = model.text_decoder.bias.clone()
+        model.text_decoder.bias[END] += 2.5
+    try:
+        together = write(model.text_decoder, rows, Sequences.from_lengths(lengths), BEGIN, END, options)
+        for number, own in enumerate(rows.split(lengths)):
+            one, key = Sequences.from_lengths([len(own)]), np.array([number])
+            assert write(model.text_decoder, own, one, BEGIN, END, options, key) == [together[number]]
+    finally:
+        with torch.no_grad():
+            model.text_decoder.bias.copy_(bias)
+    assert len({len(text) for text in together}) >= 3, "some end early, some late"
 
 
 def test_a_wide_beam_finds_the_most_likely_text(model: OPT, memory: tuple) -> None:
