@@ -99,7 +99,6 @@ def resident_mib() -> tuple[float, float]:
 
 def open_store(path: Path) -> dict[str, float]:
     """In a new process: open, plan, read."""
-    from opt_ds.data.batch import Packer
     from opt_ds.data.samples import SampleReader
 
     config = store_config()
@@ -107,8 +106,9 @@ def open_store(path: Path) -> dict[str, float]:
     store = FeatureStore(path)
     plan = StepPlan(config, [store])
     planned = plan.step(0)
-    reader, packer = SampleReader(config, [store]), Packer(store.description.tokenizer, config.model)
-    packer.pack([reader.read(planned.samples, int(slot)) for slot in planned.micro_batches[0][0].slots])
+    reader = SampleReader(config, [store])
+    samples = [reader.read(planned.samples, int(slot)) for slot in planned.micro_batches[0][0].slots]
+    assert samples
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
     after = resident_mib()
     return {"wall_s": wall, "busy_s": busy, "anonymous_mib": after[0] - before[0], "mapped_mib": after[1] - before[1],
