@@ -11,7 +11,7 @@ embedders of regions and frames, the same samples and masks, fp32 accumulation o
 
 They are timed micro-batch by micro-batch in turn; a step is 8 of them and an update. `engine` is our whole optimiser step (all
 tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and micro-batches in a plain PyTorch loop.
-Tokens are positions with content; utilisation is needed operations (opt_ds/model/flops.py: no padding, no position that nothing
+Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py: no padding, no position that nothing
 reads) over those of a large matrix product timed in the same turns.
 """
 
@@ -33,12 +33,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from benchmarks.measure import CLOCKS, interleaved, machine, matmul, median_ratio, print_table, write_result  # noqa: E402
 from opt_ds.config import Config, load_config  # noqa: E402
 from opt_ds.data.batch import PackedBatch, Packer  # noqa: E402
+from opt_ds.data.flops import step_flops  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
-from opt_ds.model.flops import step_flops  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
 from opt_ds.ops import backend  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 import typer.core
 
-from opt_ds.commands import run_command
+from opt_ds.commands import rank_of_environment, run_command
 from opt_ds.errors import UserError, did_you_mean
 
 
@@ -83,8 +83,7 @@ def _build() -> Any:
 
 def main() -> None:
     """Entry point of the console script."""
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)  # of several, one speaks
-    code = run_command(_build(), sys.argv[1:], "opt-ds", rank)
+    code = run_command(_build(), sys.argv[1:], "opt-ds", rank_of_environment())
     if code == 1 and "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,15 +5,13 @@ before anything is loaded; rules that need the store or the hardware are in `opt
 """
 
 import copy
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from opt_ds.config_sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
-
-PRESET_FOLDER = Path(__file__).parent / "presets"
 
 #: What a sample of a step can be drawn for, and the losses that each draw computes.
 LOSSES_OF_DRAW: dict[str, tuple[str, ...]] = {
@@ -275,6 +273,17 @@ class ZeroConfig(_Section):
     offload_optimizer: bool = False
 
 
+class EvaluateConfig(_Section):
+    """Experiments on the model in training: JSON lines and TensorBoard."""
+
+    every_steps: int = Field(0, ge=0, description="and at the end of the run; 0: never")
+    experiments: tuple[Literal["retrieval", "transcription", "captioning", "image-generation", "vqa"], ...] = (
+        "transcription", "retrieval",
+    )  # fmt: skip
+    split: str = Field("valid", description="of the first store")
+    limit: int = Field(200, ge=2, description="samples of an experiment at most, a seeded choice")
+
+
 class OpsConfig(_Section):
     backend: str = Field("auto", description="fused operators: auto, or a name that opt_ds.ops.backend knows")
 
@@ -298,6 +307,7 @@ class Config(_Section):
     zero: ZeroConfig = ZeroConfig()
     ops: OpsConfig = OpsConfig()
     profile: ProfileConfig = ProfileConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     finetune: FineTuneConfig | None = Field(None, description="set by opt-ds finetune")
 
     @property
@@ -322,6 +332,11 @@ class Config(_Section):
                 "precision fp16 with zero.stage 0 trains wrongly in DeepSpeed (the loss is not scaled, the gradient is "
                 "unscaled): use zero.stage=1"
             )
+        if self.evaluate.every_steps and self.zero.stage == 3:
+            raise ValueError(
+                "evaluate.every_steps runs the model on each rank alone, which zero.stage 3 does not allow: use a lower stage, "
+                "or evaluate the checkpoints"
+            )
         if self.data.mix is not None and len(self.data.mix) != len(self.data.stores):
             raise ValueError(f"data.mix has {len(self.data.mix)} weights for {len(self.data.stores)} stores")
         if self.data.mix is not None and min(self.data.mix) <= 0:
@@ -335,16 +350,12 @@ class Config(_Section):
         return self
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
-
-
 def load_config(source: str | None = None, settings: tuple[str, ...] | list[str] = ()) -> Config:
     """Build the configuration from a preset's name or a YAML file, then `key.path=value` settings (YAML values).
 
     A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
     """
-    return config_from_dict(_read_source(source or "opt-base"), where=f"config {source or 'opt-base'}", settings=settings)
+    return config_from_dict(read_source(source or "opt-base"), where=f"config {source or 'opt-base'}", settings=settings)
 
 
 def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
@@ -354,7 +365,7 @@ def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...]
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f'--set "{setting}": write it as key.path=value')
-        _set(tree, key.strip().split("."), _parse_value(key, value))
+        set_value(tree, key.strip().split("."), parse_value(key, value))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -364,62 +375,6 @@ def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...]
 def dump_config(config: Config) -> str:
     """The whole tree as YAML; `load_config` of it gives an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_source(source: str) -> dict[str, Any]:
-    preset = PRESET_FOLDER / f"{source}.yaml"
-    path = preset if preset.is_file() else Path(source)
-    if not path.is_file():
-        raise UserError(
-            f'--config "{source}" is neither a preset ({", ".join(preset_names())}) nor a file'
-            f"{did_you_mean(source, preset_names())}"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
-    if path == preset:
-        tree["preset"] = source
-    elif tree.get("preset") and (PRESET_FOLDER / f"{tree['preset']}.yaml").is_file():
-        tree = _merge(_read_source(tree["preset"]), tree)
-    elif tree.get("preset"):
-        raise UserError(
-            f'{path}: unknown preset "{tree["preset"]}"{did_you_mean(str(tree["preset"]), preset_names())}; '
-            f"known: {', '.join(preset_names())}"
-        )
-    return tree
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise UserError(f'--set {".".join(keys)}: "{".".join(keys[: depth + 1])}" is a value, not a section')
-        tree = child
-    tree[keys[-1]] = value
-
-
-def _parse_value(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}={text}: the value is not readable as YAML") from None
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(error: ValidationError) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opt_ds.config import LOSSES, config_from_dict, dump_config, load_config, preset_names
+from opt_ds.config import LOSSES, config_from_dict, dump_config, load_config
+from opt_ds.config_sources import preset_names
 from opt_ds.errors import UserError
 
 

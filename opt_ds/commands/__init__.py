@@ -3,6 +3,7 @@
 A user's mistake is one line on stderr and exit code 2, never a traceback.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,11 @@ from opt_ds.errors import RunError, UserError, did_you_mean
 EXIT_BAD_INPUT = 2
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
+
+
+def rank_of_environment() -> int:
+    """This process's rank by its launcher's variables; 0 without one."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def run_program(function: Callable[..., Any], arguments: Sequence[str], name: str, rank: int = 0) -> int:

@@ -1,19 +1,26 @@
 """`opt-ds evaluate …`: a checkpoint and a store in, figures out (JSON, and a table where there is one)."""
 
+import atexit
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opt_ds.commands import rank_of_environment
 from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from opt_ds.engine.distributed import ProcessGroup
     from opt_ds.evaluate.evaluator import Evaluator
     from opt_ds.model.dvae import DiscreteVAE
     from opt_ds.model.generation import DecodingConfig
 
-evaluate = typer.Typer(help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary.",
-                       no_args_is_help=True)  # fmt: skip
+evaluate = typer.Typer(
+    help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary. Several ranks share the work: "
+    "torchrun --nproc_per_node 4 -m opt_ds evaluate …",
+    no_args_is_help=True,
+)
 
 _Checkpoint = Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")]
 _Store = Annotated[Path, typer.Option(help="The feature store.")]
@@ -21,6 +28,9 @@ _Output = Annotated[Path, typer.Option(help="JSON file for the figures.")]
 _Split = Annotated[str, typer.Option(help="Split of the store.")]
 _Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
 _Seed = Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0)]
+_Force = Annotated[
+    bool, typer.Option("--force", help="Take a store of another vocabulary or other extractors too, and say what will be wrong.")
+]
 
 
 @evaluate.command()
@@ -35,6 +45,7 @@ def retrieval(
         int | None, typer.Option(help="In two stages: a projection of [CLS] ranks all, the model re-ranks so many.", min=1)
     ] = None,
     seed: _Seed = 1,
+    force: _Force = False,
 ) -> None:
     """Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood.
 
@@ -44,11 +55,12 @@ def retrieval(
     from opt_ds.evaluate.retrieval import retrieval as run
     from opt_ds.evaluate.two_stage_retrieval import table, two_stage_retrieval
 
-    evaluator = _evaluator(checkpoint, store, split)
+    evaluator = _evaluator(checkpoint, store, force, split)
     if shortlist is not None:
+        evaluator.require("matching", "judge what belongs together")
         figures = two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
         _write(figures, output)
-        typer.echo(table(figures))
+        _echo(table(figures))
         return
     _write(run(evaluator, split, candidates, matching_candidates, matching_candidates, seed), output)
 
@@ -63,12 +75,14 @@ def transcription(
     beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
     ignore_words: Annotated[str, typer.Option(help="A second word error rate leaves these out: words, spaces between.")] = "",
     seed: _Seed = 1,
+    force: _Force = False,
 ) -> None:
     """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""
     from opt_ds.evaluate.transcription import normalize
     from opt_ds.evaluate.transcription import transcription as run
 
-    evaluator = _evaluator(checkpoint, store, split)
+    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator.require("dtr", "write text")
     ignored = frozenset(normalize(ignore_words).split())
     figures = run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size), ignored_words=ignored)
     _write(figures, output)
@@ -85,16 +99,38 @@ def classification(
     regularisation: Annotated[float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6)] = 1.0,
     limit: _Limit = None,
     seed: _Seed = 1,
+    force: _Force = False,
 ) -> None:
     """mAP of a linear probe on the frozen model, for each of the seven modality subsets."""
     from opt_ds.evaluate.classification import classification as run
     from opt_ds.evaluate.classification import table
     from opt_ds.evaluate.evaluator import SUBSETS
 
-    evaluator = _evaluator(checkpoint, store, split, train_split)
+    evaluator = _evaluator(checkpoint, store, force, split, train_split)
     figures = run(evaluator, split, train_split, tuple(SUBSETS), min_positives, regularisation, limit, seed)
     _write(figures, output)
-    typer.echo(table(figures))
+    _echo(table(figures))
+
+
+@evaluate.command()
+def vqa(
+    checkpoint: _Checkpoint,
+    store: _Store,
+    output: _Output,
+    split: _Split = "valid",
+    limit: _Limit = None,
+    seed: _Seed = 1,
+    force: _Force = False,
+) -> None:
+    """VQA accuracy of a model fine-tuned for answers, beside one constant answer and the best that its answers allow."""
+    from opt_ds.evaluate.vqa import vqa as run
+
+    figures = run(_evaluator(checkpoint, store, force, split), split, limit=limit, seed=seed)
+    _write(figures, output)
+    _echo(
+        f"VQA accuracy {figures['accuracy']:.1%} of {figures['questions']} questions (\"{figures['constant_answer']['answer']}\" "
+        f"for all: {figures['constant_answer']['accuracy']:.1%}; best possible: {figures['best_possible']:.1%})"
+    )
 
 
 @evaluate.command()
@@ -106,15 +142,17 @@ def captioning(
     limit: _Limit = None,
     beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
     seed: _Seed = 1,
+    force: _Force = False,
 ) -> None:
     """BLEU-4 and CIDEr of captions written from pictures, beside a constant caption and another picture's."""
     from opt_ds.evaluate.captioning import captioning as run
 
-    evaluator = _evaluator(checkpoint, store, split)
+    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator.require("dtr", "write text")
     figures = run(evaluator, split, limit, seed, _text_decoding(beam_size))
     _write(figures, output)
     for name, row in (("written", figures), *((n, figures[n]) for n in ("another_picture", "constant_caption"))):
-        typer.echo(f"  {name.replace('_', ' '):<20}BLEU-4 {row['bleu_4']:>6.1f}   CIDEr {row['cider']:>6.3f}")
+        _echo(f"  {name.replace('_', ' '):<20}BLEU-4 {row['bleu_4']:>6.1f}   CIDEr {row['cider']:>6.3f}")
 
 
 @evaluate.command("image-generation")
@@ -127,6 +165,7 @@ def image_generation(
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8,
     seed: _Seed = 1,
+    force: _Force = False,
 ) -> None:
     """Bits per image code from text, from audio and from both, and a picture grid."""
     from PIL import Image
@@ -134,15 +173,18 @@ def image_generation(
     from opt_ds.evaluate.image_generation import bits_per_code
     from opt_ds.evaluate.picture_grid import draw_picture_grid
 
-    evaluator = _evaluator(checkpoint, store, split)
+    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator.require("dir", "paint pictures")
     if not evaluator.store.has_codes:
         raise UserError(f"store {store}: it has no image codes: write them with opt-ds train-dvae --store {store}")
     painter = _dvae(evaluator, dvae) if pictures else None
     figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in ("T", "A", "T+A")}
     if painter is not None:
         grid = output.with_suffix(".png")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_picture_grid(evaluator, painter, split, pictures, seed)).save(grid)
+        drawn = draw_picture_grid(evaluator, painter, split, pictures, seed)
+        if evaluator.is_main:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn).save(grid)
         figures["picture_grid"] = grid.name
     _write(figures, output)
 
@@ -157,38 +199,63 @@ def summary(
     matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 100,
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     seed: _Seed = 1,
+    force: _Force = False,
 ) -> None:
     """What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids."""
     from opt_ds.evaluate.summary import summarize, table
 
-    evaluator = _evaluator(checkpoint, store, *split)
+    evaluator = _evaluator(checkpoint, store, force, *split)
     painter = _dvae(evaluator, dvae) if evaluator.store.has_codes and evaluator.store.has_pixels else None
     figures = summarize(evaluator, painter, split, output.parent, candidates, matching_candidates, seed)
     _write(figures, output)
-    typer.echo(table(figures))
-    typer.echo(f"\ncheckpoint    {checkpoint}\nfigures       {output}")
+    _echo(table(figures))
+    _echo(f"\ncheckpoint    {checkpoint}\nfigures       {output}")
     for name in [figures["splits"][s].get("picture_grid") for s in split]:
         if name:
-            typer.echo(f"picture grid  {output.parent / name}")
-    typer.echo(f"curves        tensorboard --logdir {checkpoint}")
+            _echo(f"picture grid  {output.parent / name}")
+    _echo(f"curves        tensorboard --logdir {checkpoint}")
 
 
-def _evaluator(checkpoint: Path, store_path: Path, *splits: str) -> "Evaluator":
-    """Model and store, checked against each other before anything is computed."""
+def _evaluator(checkpoint: Path, store_path: Path, force: bool, *splits: str) -> "Evaluator":
+    """Model and store, checked against each other before anything is computed; of several ranks, each joins here."""
     import torch
 
-    from opt_ds.engine.checkpoint import load_model
+    from opt_ds.engine.checkpoint import load_model, resolve_checkpoint
     from opt_ds.engine.preflight import check_store
     from opt_ds.evaluate.evaluator import Evaluator
+    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
     from opt_ds.store.reader import FeatureStore
 
     store = FeatureStore(store_path)
     for split in splits:
         store.split_samples(split)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = resolve_checkpoint(checkpoint).parent.parent
+    check_identity(run / PROCESSOR_FOLDER, store, force, lambda line: _echo(f"note: {line}", err=True))
+    group = _join_ranks()
+    device = group.device if group else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(checkpoint, device)
     check_store(config, store)
-    return Evaluator(model, config, store, device)
+    return Evaluator(model, config, store, device, group)
+
+
+def _join_ranks() -> "ProcessGroup | None":
+    """The ranks that a launcher started; None for a process of its own."""
+    if not {"RANK", "WORLD_SIZE", "SLURM_STEP_ID"} & os.environ.keys():
+        return None
+    from opt_ds.engine.distributed import ProcessGroup, find_ranks
+
+    ranks = find_ranks()
+    if ranks.world_size == 1:
+        return None
+    group = ProcessGroup(ranks)
+    atexit.register(group.close)
+    return group
+
+
+def _echo(text: str, err: bool = False) -> None:
+    """Of several ranks the first one speaks."""
+    if rank_of_environment() == 0:
+        typer.echo(text, err=err)
 
 
 def _text_decoding(beam_size: int) -> "DecodingConfig":
@@ -206,5 +273,7 @@ def _dvae(evaluator: "Evaluator", folder: Path | None) -> "DiscreteVAE":
 def _write(figures: dict[str, Any], output: Path) -> None:
     from opt_ds.store.files import write_json
 
+    if rank_of_environment():
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, figures)

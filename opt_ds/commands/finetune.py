@@ -20,6 +20,9 @@ def finetune(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take a store of another vocabulary or other extractors; say what will be wrong.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Fail if --output has no checkpoint to go on from.")] = False,
 ) -> int:
     """Fine-tune a checkpoint for one task.
@@ -28,10 +31,13 @@ def finetune(
     generate, export and serve take it. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads must not spin where ranks share cores
+    from opt_ds.engine.checkpoint import resolve_checkpoint
     from opt_ds.engine.distributed import find_ranks
     from opt_ds.engine.finetuning import finetune_config
     from opt_ds.engine.launch import run_training
     from opt_ds.engine.signals import StopRequest
+    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
+    from opt_ds.store.reader import FeatureStore
 
     ranks = find_ranks()
 
@@ -40,6 +46,8 @@ def finetune(
             print(line, flush=True)
 
     config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
+    for path in store:
+        check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force, say)
     assert config.finetune is not None
     say(
         f"fine-tuning for {task} from {config.finetune.checkpoint}, inputs {', '.join(config.finetune.inputs)}: "

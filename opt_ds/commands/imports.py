@@ -88,6 +88,20 @@ def flickr30k(
     _next(run(annotations, output, images=images, say=typer.echo))
 
 
+@imports.command("vqa")
+def vqa(
+    questions: Annotated[list[str], typer.Option(help="v2_OpenEnded_…_questions.json, as FILE or SPLIT=FILE; several times.")],
+    annotations: Annotated[list[str], typer.Option(help="v2_…_annotations.json; once for each --questions.")],
+    images: _Images,
+    output: _Output,
+    min_count: Annotated[int, typer.Option(help="Questions that an answer must be the most frequent one of.", min=1)] = 9,
+) -> None:
+    """VQA v2: a question and its picture a sample, the annotators' answers its labels."""
+    from opt_ds.prepare.importers.vqa import import_vqa as run
+
+    _next(run(questions, annotations, output, images=images, min_count=min_count, say=typer.echo))
+
+
 @imports.command("folder")
 def folder(
     folder: Annotated[Path, typer.Argument(help="Folder of name.jpg, name.txt, name.wav …")],

@@ -61,7 +61,7 @@ class PlannedStep:
     micro_batches: list[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
     num_tokens: int
     fill: float  # positions used, as a share of the micro-batches' budget
-    balance: float  # the most loaded rank's positions over the mean rank's
+    balance: float  # the most loaded rank's operations over the mean rank's
 
     @property
     def num_samples(self) -> int:
@@ -182,13 +182,17 @@ class Plan(ABC):
         return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
 
     def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
+        from opt_ds.data.flops import sample_flops  # it knows this file's samples and draws
+
         positions = 1 + samples.input_lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)  # [CLS] … [SEP] with text
         positions = positions + np.where(samples.writes_text, samples.text_target_length + 1, 0)
         positions = positions + np.where(samples.writes_image, self.config.model.num_image_codes, 0)
         useful = np.flatnonzero(samples.draw >= 0)
-        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens)
-        loads = [sum(m.num_tokens for m in rank) for rank in micro_batches]
-        total, mean = sum(loads), sum(loads) / world_size
+        costs = sample_flops(self.config, samples)[useful]
+        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs)
+        total = sum(m.num_tokens for rank in micro_batches for m in rank)
+        loads = [sum(m.cost for m in rank) for rank in micro_batches]
+        mean = sum(loads) / world_size
         budget = world_size * len(micro_batches[0]) * self.config.batch.max_tokens
         return PlannedStep(
             step, samples, self._counts(samples), micro_batches, num_tokens=total, fill=total / budget,

@@ -18,8 +18,10 @@ def run_training(
     """
     from opt_ds.engine import checkpoint, preflight, run_folder
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
+    from opt_ds.evaluate.during_training import check_experiments
 
     stores = preflight.open_stores(config)
+    check_experiments(config, stores[0])
     run_folder.check_same_run(output, config, stores)
     hardware = Hardware.detect()
     precision = choose_precision(config, hardware)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from opt_ds.config import Config, load_config, preset_names
+from opt_ds.config import Config, load_config
+from opt_ds.config_sources import preset_names
 from opt_ds.errors import UserError
 from opt_ds.store.inspect import verify_store
 from opt_ds.store.reader import FeatureStore

@@ -131,6 +131,8 @@ class Trainer:
                 self._compare_ranks()
                 if self._due(self.config.train.validate_every):
                     self.validate()
+                if self.config.evaluate.every_steps and self._due(self.config.evaluate.every_steps):
+                    self.evaluate()
                 if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
                     self.save()
             if self.state.stopped_early:
@@ -209,6 +211,21 @@ class Trainer:
             write_json(self.output / VALIDATION_FILE, {**table, "baselines": baselines})
         self._draw_pictures()
         return found.weighted
+
+    def evaluate(self) -> dict[str, float]:
+        """The experiments of `evaluate.experiments`, shared by the ranks; gives and reports their figures by name."""
+        from opt_ds.evaluate.during_training import figures_during_training
+        from opt_ds.evaluate.evaluator import Evaluator
+
+        evaluator = Evaluator(self.engine.module, self.config, self.stores[0], self.group.device, self.group)
+        figures = figures_during_training(evaluator, self.config.evaluate, self.config.seed)
+        self.engine.train()
+        self.report.scalars(self.state.step, figures, "evaluate")
+        self.report.say(f"evaluation after step {self.state.step}, on {self.config.evaluate.split}")
+        for name, value in figures.items():
+            if name.rpartition("/")[2] in ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy"):  # the others are in the files
+                self.report.say(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
+        return figures
 
     def save(self) -> Path:
         """Begin to write the checkpoint of this step, once; the best one is pointed to."""

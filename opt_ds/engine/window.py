@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from opt_ds.config import Config
+from opt_ds.data.flops import step_flops
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.planned import DRAWS, PlannedStep
 from opt_ds.engine.hardware import PeakFlops
 from opt_ds.engine.metrics import TermSums
-from opt_ds.model.flops import step_flops
 from opt_ds.store.reader import FeatureStore
 
 if TYPE_CHECKING:

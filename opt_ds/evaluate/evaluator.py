@@ -1,6 +1,7 @@
 """A trained model beside the store that it is evaluated on."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from opt_ds.data.samples import Sample, SampleReader
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+
+if TYPE_CHECKING:
+    from opt_ds.engine.distributed import ProcessGroup
 
 __all__ = ["SUBSETS", "Evaluator"]
 
@@ -29,8 +33,15 @@ def samples_with(
 class Evaluator(ModelRunner):
     """Evaluation of one model on one store."""
 
-    def __init__(self, model: OPT, config: Config, store: FeatureStore, device: torch.device | str = "cpu") -> None:
-        super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device)
+    def __init__(
+        self,
+        model: OPT,
+        config: Config,
+        store: FeatureStore,
+        device: torch.device | str = "cpu",
+        group: "ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device, group)
         self.store = store
         self.reader = SampleReader(config, [store])
 

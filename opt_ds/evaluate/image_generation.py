@@ -31,6 +31,7 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
         targets = batch.written_image.target_ids
         total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
         count += len(targets)
+    total, count = evaluator.over_ranks(total), round(evaluator.over_ranks(count))
     unigram = _unigram_bits(evaluator, codes)
     return {"split": split, "inputs": inputs, "bits_per_code": total / count / np.log(2), "unigram_bits_per_code": unigram,
             "samples": len(gallery)}  # fmt: skip

@@ -1,6 +1,7 @@
 """Validation loss per task: the fixed validation pass, every task on every sample, summed over ranks."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +10,9 @@ from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+
+if TYPE_CHECKING:
+    from opt_ds.engine.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,17 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     return ValidationResult(losses, accuracies, sum(config.tasks.loss_weight(loss) * losses[loss] for loss in losses))
 
 
-def validate(model: OPT, config: Config, store: FeatureStore, device: torch.device | str = "cpu") -> ValidationResult:
-    """The same for a model on one store, in this process alone."""
-    loader = MicroBatchLoader(make_plan(config, [store]), 0, 1, torch.device(device))
+def validate(
+    model: OPT,
+    config: Config,
+    store: FeatureStore,
+    device: torch.device | str = "cpu",
+    group: "ProcessGroup | None" = None,
+) -> ValidationResult:
+    """The same for a model on one store; `group`: the ranks that share the work, None for this process alone."""
+    rank, world_size = (group.ranks.rank, group.ranks.world_size) if group else (0, 1)
+    loader = MicroBatchLoader(make_plan(config, [store]), rank, world_size, torch.device(device))
     try:
-        return validation_losses(model, config, loader)
+        return validation_losses(model, config, loader, group.sum if group else None)
     finally:
         loader.close()

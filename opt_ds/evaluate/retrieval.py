@@ -38,26 +38,32 @@ def retrieval(
     """R@1/5/10 of each direction, beside chance: `likelihood` over a gallery of `candidates` samples, `matching` over one of
     `matching_candidates`, since the matching head must encode every pair (of `triple_candidates` where a pair is a triple).
 
-    Where texts are ranked, a text's likelihood is divided by its mean over the queries: else short captions win.
+    A score whose loss the model was not trained with is left out. Where texts are ranked, a text's likelihood is divided by
+    its mean over the queries: else short captions win.
     """
     result: dict[str, Any] = {"split": split, "seed": seed}
     gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
     small = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), matching_candidates, seed)
-    likelihood = {other: _likelihood_matrix(evaluator, gallery, other) for other in (IMAGE, AUDIO)}
-    pairs = {other: _matching_matrix(evaluator, small, (TEXT,), other) for other in (IMAGE, AUDIO)}
+    writes, judges = (loss in evaluator.config.learned_losses for loss in ("dtr", "matching"))
+    if not writes:
+        evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
+    likelihood = {other: _likelihood_matrix(evaluator, gallery, other) for other in (IMAGE, AUDIO) if writes}
+    pairs = {other: _matching_matrix(evaluator, small, (TEXT,), other) for other in (IMAGE, AUDIO) if judges}
     for direction, (query, target) in DIRECTIONS.items():
         figures: dict[str, Any] = {}
-        ranked = small
         if len(query) == 1:
             (other,) = {*query, target} - {TEXT}
-            by_other = likelihood[other]  # [others, texts]
-            scores = by_other - log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
-            figures["likelihood"] = _figures(scores, _same_target(evaluator, gallery, target))
-            scores = pairs[other].T if target == TEXT else pairs[other]
-        else:
+            if writes:
+                by_other = likelihood[other]  # [others, texts]
+                scores = by_other - log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
+                figures["likelihood"] = _figures(scores, _same_target(evaluator, gallery, target))
+            if judges:
+                scores = pairs[other].T if target == TEXT else pairs[other]
+                figures["matching"] = _figures(scores, _same_target(evaluator, small, target))
+        elif judges:
             ranked = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
             scores = _matching_matrix(evaluator, ranked, query, target)
-        figures["matching"] = _figures(scores, _same_target(evaluator, ranked, target))
+            figures["matching"] = _figures(scores, _same_target(evaluator, ranked, target))
         result[direction] = figures
     return result
 

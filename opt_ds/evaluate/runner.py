@@ -1,10 +1,13 @@
 """A trained model at work on samples: encodes them, writes text and image codes, scores pairs and texts.
 
+Of several ranks each works on its share of the samples, and all get every sample's result: what calls this need not know.
+
 Legend: u packed rows of the encoder's output over all samples.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,11 +15,15 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer, Written
 from opt_ds.data.samples import Sample
+from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig, write
 from opt_ds.model.opt import OPT
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
 from opt_ds.store.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from opt_ds.engine.distributed import ProcessGroup
 
 _POSITIONS_PER_BATCH = 8192
 _SCORES_AT_ONCE = 1 << 24  # 64 MiB in fp32
@@ -26,17 +33,28 @@ class ModelRunner:
     """One model and the tokenizer of its words. The model is put into inference mode."""
 
     def __init__(
-        self, model: OPT, config: Config, tokenizer: TokenizerDescription, tokenizer_folder: Path, device: torch.device | str
+        self,
+        model: OPT,
+        config: Config,
+        tokenizer: TokenizerDescription,
+        tokenizer_folder: Path,
+        device: torch.device | str,
+        group: "ProcessGroup | None" = None,
     ) -> None:
+        """`group`: the ranks that share the work, each with the same model and the same calls; None: this process alone."""
+        self.group = group if group and group.ranks.world_size > 1 else None
         self.model, self.config, self.device = model.eval(), config, torch.device(device)
         self.packer = Packer(tokenizer, config.model)
         self.tokenizer = load_tokenizer(tokenizer_folder)
 
     @torch.inference_mode()
     def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch, torch.Tensor]]:
-        """(places, batch, hidden_te): samples in batches of about equal length; places say which samples they are."""
+        """(places, batch, hidden_te): this rank's share of the samples in batches of about equal length; places say which
+        samples they are."""
         lengths = [_length(sample) for sample in samples]
         order = sorted(range(len(samples)), key=lambda i: lengths[i])
+        if self.group:
+            order = order[self.group.ranks.rank :: self.group.ranks.world_size]
         start = 0
         while start < len(order):
             stop, positions = start, 0
@@ -48,42 +66,84 @@ class ModelRunner:
             yield places, batch, self.model.encode(batch.inputs)
             start = stop
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that speaks and writes."""
+        return self.group is None or self.group.ranks.is_main
+
+    def over_ranks(self, total: float) -> float:
+        """Sum of what the ranks counted, each over its share of `batches`."""
+        return sum(self.group.gather(total)) if self.group else total
+
+    def require(self, loss: str, what: str) -> None:
+        """Raise UserError if the model was not trained with a loss that it needs in order to do `what`."""
+        if loss not in self.config.learned_losses:
+            raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")
+
+    def _from_all(self, values: Any, own: list[int]) -> Any:
+        """An array or list with every rank's entries, of one that has this rank's own."""
+        if self.group:
+            for part in self.group.gather({place: values[place] for place in own}):
+                for place, value in part.items():
+                    values[place] = value
+        return values
+
     def cls_vectors(self, samples: Sequence[Sample]) -> np.ndarray:
         """The encoder's [CLS] of each sample; float32 [samples, e]."""
         cls_se = np.empty((len(samples), self.config.model.hidden_size), dtype=np.float32)
+        own: list[int] = []
         for places, batch, hidden_te in self.batches(samples):
+            own += places
             cls_se[places] = hidden_te.index_select(0, batch.inputs.cls_index).float().cpu().numpy()
-        return cls_se
+        return self._from_all(cls_se, own)
 
     def write_text(self, samples: Sequence[Sample], options: DecodingConfig) -> list[str]:
         """What the text decoder writes for each sample, decoded to words."""
-        texts = [""] * len(samples)
+        texts, own = [""] * len(samples), list[int]()
         for places, batch, hidden_te in self.batches(samples):
+            own += places
             begin, end = self.packer.cls_id, self.packer.sep_id
             written = write(
                 self.model.text_decoder, hidden_te, batch.inputs.sequences, begin, end, options, keys=np.array(places)
             )
             for place, ids in zip(places, written, strict=True):
                 texts[place] = self.decode_text(ids)
-        return texts
+        return self._from_all(texts, own)
 
     def write_codes(self, samples: Sequence[Sample], options: DecodingConfig) -> np.ndarray:
         """Image codes that the image decoder writes for each sample; int64 [samples, 64]."""
         codes = np.empty((len(samples), self.config.model.num_image_codes), dtype=np.int64)
-        decoder = self.model.image_decoder
+        decoder, own = self.model.image_decoder, list[int]()
         for places, batch, hidden_te in self.batches(samples):
             written = write(decoder, hidden_te, batch.inputs.sequences, decoder.begin_id, None, options, keys=np.array(places))
+            own += places
             codes[places] = np.array(written)
-        return codes
+        return self._from_all(codes, own)
 
     @torch.inference_mode()
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """The matching head's five scores of each sample; float32 [samples, 5]."""
-        scores = np.empty((len(samples), 5), dtype=np.float32)
+        scores, own = np.empty((len(samples), 5), dtype=np.float32), list[int]()
         for places, batch, hidden_te in self.batches(samples):
+            own += places
             cls_se = hidden_te.index_select(0, batch.inputs.cls_index)
             scores[places] = self.model.matching.score(cls_se).float().cpu().numpy()
-        return scores
+        return self._from_all(scores, own)
+
+    @torch.inference_mode()
+    def label_scores(self, samples: Sequence[Sample]) -> np.ndarray:
+        """The label head's score of each name (`config.tasks.labels.names`), before the sigmoid; float32 [samples, names].
+
+        Raises UserError for a model without that head.
+        """
+        head, labels = self.model.labels, self.config.tasks.labels
+        if head is None or labels is None:
+            raise UserError("this model has no label head: opt-ds finetune classification, or vqa, trains one")
+        scores, own = np.empty((len(samples), len(labels.names)), dtype=np.float32), list[int]()
+        for places, batch, hidden_te in self.batches(samples):
+            own += places
+            scores[places] = head.scores(hidden_te.index_select(0, batch.inputs.cls_index)).float().cpu().numpy()
+        return self._from_all(scores, own)
 
     def text_log_likelihood(self, samples: Sequence[Sample], texts: Sequence[np.ndarray]) -> np.ndarray:
         """log P(text | sample) for every pair, [SEP] included; float64 [samples, texts]. The texts are WordPiece ids.
@@ -98,17 +158,18 @@ class ModelRunner:
         self, samples: Sequence[Sample], texts: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
         """The same for chosen pairs: of sample i with the texts whose places are wanted[i]; float64 [wanted[i]] each."""
-        found = [np.empty(len(places)) for places in wanted]
+        found, own = [np.empty(len(places)) for places in wanted], list[int]()
         chosen = [i for i, places in enumerate(wanted) if len(places)]
         for inner, batch, hidden_te in self.batches([samples[i] for i in chosen]):
             pairs = [(k, i, n) for k, i in enumerate(chosen[k] for k in inner) for n in range(len(wanted[i]))]
+            own += [chosen[k] for k in inner]
             starts = batch.inputs.sequences.cu_seqlens.tolist()
             for part in _parts([len(texts[wanted[i][n]]) + 1 for _, i, n in pairs], self.config.model.vocab_size):
                 ks, scored = [k for k, _, _ in pairs[part]], [texts[wanted[i][n]] for _, i, n in pairs[part]]
                 values = self._score_texts(scored, ks, hidden_te, starts)
                 for (_, i, n), value in zip(pairs[part], values, strict=True):
                     found[i][n] = value
-        return found
+        return self._from_all(found, own)
 
     def _score_texts(
         self, texts: Sequence[np.ndarray], ks: Sequence[int], hidden_te: torch.Tensor, starts: list[int]

@@ -33,7 +33,7 @@ def summarize(
     """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`."""
     started = time.perf_counter()
     config, store = evaluator.config, evaluator.store
-    result = validate(evaluator.model, config, store, evaluator.device)
+    result = validate(evaluator.model, config, store, evaluator.device, evaluator.group)
     baselines = trivial_baselines(config, [store])
     summary: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
@@ -53,7 +53,9 @@ def summarize(
             figures["image_generation"] = bits_per_code(evaluator, split)
         if store.has_codes and store.has_pixels and dvae is not None:
             grid = output / f"picture_grid-{split}.png"
-            _save_picture(draw_picture_grid(evaluator, dvae, split, seed=seed), grid)
+            drawn = draw_picture_grid(evaluator, dvae, split, seed=seed)
+            if evaluator.is_main:
+                _save_picture(drawn, grid)
             figures["picture_grid"] = grid.name
         summary["splits"][split] = figures
     summary["seconds"] = time.perf_counter() - started

@@ -11,6 +11,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.serve.session import Session
+from opt_ds.store.processor_files import identity_differences
 from opt_ds.store.reader import FeatureStore
 
 
@@ -47,12 +48,9 @@ class Neighbours:
 def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
     """The session's model on a store of the same tokenizer and extractors. Raises UserError for another one."""
     store = FeatureStore(store_path)
-    own, there = session.processor.description, store.description
-    if own.tokenizer.sha256 != there.tokenizer.sha256:
-        raise UserError(f"{store_path}: its vocabulary is not the model's: use the store that the model was trained on")
-    for kind in ("image", "audio"):
-        if own.extractors[kind] != there.extractors[kind]:
-            raise UserError(f"{store_path}: its {kind} features come from another extractor than the model's")
+    differences = identity_differences(session.processor.description, store, codes=False)
+    if differences:
+        raise UserError(f"{store_path}: {'; '.join(differences)}: use the store that the model was trained on")
     return Evaluator(session.model, session.config, store, session.device)
 
 

@@ -67,7 +67,7 @@ class Session(ModelRunner):
 
     def text(self, sample: Sample, options: DecodingConfig = DEFAULT_DECODING) -> str:
         """What the text decoder writes. Raises UserError when the model never learned to write."""
-        self._check_learned("dtr", "write text")
+        self.require("dtr", "write text")
         return self.write_text([sample], options)[0]
 
     def pictures(
@@ -78,7 +78,7 @@ class Session(ModelRunner):
 
         Raises UserError when the model never learned to paint.
         """
-        self._check_learned("dir", "paint pictures")
+        self.require("dir", "paint pictures")
         with torch.inference_mode():  # each place in the list draws anew
             codes = torch.from_numpy(self.write_codes([sample] * count, options)).to(self.device)
             painted = to_uint8(self.dvae.decode(codes)).transpose(0, 2, 3, 1)
@@ -117,7 +117,3 @@ class Session(ModelRunner):
         )
         given = frozenset(m for m, part in _PART.items() if getattr(pair, part) is not None)
         return self.matching(pair)[_CASE_OF_MODALITIES[given]] if len(given) > 1 else 0.0
-
-    def _check_learned(self, loss: str, what: str) -> None:
-        if loss not in self.config.tasks.active_losses:
-            raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")

@@ -7,6 +7,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,51 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
     write_json(temporary / PROCESSOR_FILE, kept.model_dump(mode="json"))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:
+    """What of a store is not what a model was trained on, by identity (hashes, settings, versions), and what it makes wrong.
+
+    `codes`: of the image codes too.
+    """
+    there = store.description
+    found = []
+    if own.tokenizer.sha256 != there.tokenizer.sha256:
+        found.append("its vocabulary is not the model's, so words become other words")
+    for kind in ("image", "audio"):
+        if own.extractors.get(kind) != there.extractors.get(kind):
+            ours, theirs = (_short(extractors.get(kind)) for extractors in (own.extractors, there.extractors))
+            found.append(
+                f"its {kind} features come from another extractor than the model's ({theirs}, not {ours}), so they mean "
+                "something else"
+            )
+    if codes and "codes" in own.extractors and store.has_codes and own.extractors["codes"] != there.extractors.get("codes"):
+        found.append("its image codes come from another dVAE than the model's, so image generation is judged by other codes")
+    return found
+
+
+def _short(extractor: dict[str, Any] | None) -> str:
+    if not extractor:
+        return "none"
+    weights = str(extractor.get("weights_sha256") or "")[:8]
+    return " ".join(filter(None, [extractor.get("name", ""), str(extractor.get("version") or ""), weights]))
+
+
+def check_identity(folder: Path, store: FeatureStore, force: bool, warn: Callable[[str], None]) -> None:
+    """Refuse, in one line, a store that is not of the vocabulary and extractors in `folder` (a run's processor files).
+
+    With `force` what will be wrong is said through `warn`, and also that there is nothing to compare with.
+    """
+    if not (folder / PROCESSOR_FILE).is_file():
+        warn(f"{folder / PROCESSOR_FILE} is not there: whether {store.path} is of the model's extractors is not checked")
+        return
+    differences = identity_differences(load_processor_description(folder), store)
+    if differences and not force:
+        raise UserError(
+            f"{store.path}: {'; '.join(differences)}: use a store prepared as the one that the model was trained on, or --force"
+        )
+    for difference in differences:
+        warn(f"--force: {store.path}: {difference}")
 
 
 def load_processor_description(folder: Path) -> ProcessorDescription:

@@ -11,13 +11,13 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.batch import Packer
+from opt_ds.data.flops import step_flops
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT, PlannedStep
 from opt_ds.data.samples import SampleReader
 from opt_ds.engine.deepspeed_config import Hardware, Precision, choose_precision
 from opt_ds.engine.hardware import Gpu
 from opt_ds.errors import UserError
-from opt_ds.model.flops import step_flops
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools.activations import ActivationTracer
 from opt_ds.tools.assumed_store import AssumedStore

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from opt_ds.data.flops import sample_flops
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples
@@ -173,7 +174,9 @@ def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
     total = sum(b.num_tokens for rank in batches for b in rank)
     assert planned.num_tokens == total
     assert planned.fill == pytest.approx(total / (3 * len(batches[0]) * 256)) and planned.fill <= 1
-    assert planned.balance == pytest.approx(max(sum(b.num_tokens for b in rank) for rank in batches) / (total / 3))
+    costs = sample_flops(config, planned.samples)
+    ranks = [sum(costs[m.slots].sum() for m in rank) for rank in planned.micro_batches]
+    assert planned.balance == pytest.approx(max(ranks) / (sum(ranks) / 3))
     assert planned.balance < 1.1
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from opt_ds.data.flops import step_flops
 from opt_ds.data.plan import StepPlan
 from opt_ds.engine.deepspeed_config import Hardware
 from opt_ds.engine.hardware import GPUS, find_gpu, peak_flops
 from opt_ds.errors import UserError
-from opt_ds.model.flops import step_flops
 from opt_ds.store.reader import FeatureStore
 from tests.engine.runs import hashes, tiny_config, train
 

@@ -26,7 +26,8 @@ ONE_STEP = (*QUIET, "model.max_regions=8", "model.max_frames=4", "batch.size=40"
 
 def tuned(store: Path, start: Path) -> Config:
     """Fine-tuning for retrieval: hard negatives, drawn by every rank alike."""
-    more = (*QUIET, "train.max_steps=4", "train.log_every=1", "batch.size=12", "optimizer.clip_norm=0")
+    more = (*QUIET, "train.max_steps=4", "train.log_every=1", "batch.size=12", "optimizer.clip_norm=0",
+            "evaluate.every_steps=2", "evaluate.limit=6")  # fmt: skip
     return finetune_config("retrieval", start, [str(store)], settings=more)
 
 
@@ -122,6 +123,18 @@ def test_fine_tuning_is_the_same_on_two_ranks(folder: Path) -> None:
     expected, found = losses(folder / "tuned one"), losses(folder / "tuned two")
     assert list(found) == [1, 2, 3, 4]
     assert max(abs(found[step] / expected[step] - 1) for step in expected) <= 1e-4
+
+
+def test_experiments_during_training_give_the_same_figures_on_two_ranks(folder: Path) -> None:
+    def evaluations(output: Path) -> dict[int, dict[str, float]]:
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return {line.pop("step"): line for line in lines if line.pop("kind") == "evaluate"}
+
+    expected, found = evaluations(folder / "tuned one"), evaluations(folder / "tuned two")
+    assert list(expected) == list(found) == [2, 4]
+    for step, figures in expected.items():
+        assert {"evaluate/transcription/A+I/wer", "evaluate/retrieval/text_to_image/matching/R@1"} <= set(figures)
+        assert found[step] == pytest.approx(figures, abs=1e-6)
 
 
 def test_only_rank_zero_writes(folder: Path) -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opt_ds.config import LOSSES_OF_DRAW
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
-from opt_ds.model.flops import step_flops
+from opt_ds.data.flops import step_flops
 from tests.tiny import make_config, make_model, make_packer, make_store
 
 

@@ -1,0 +1,107 @@
+"""VQA v2 (Goyal et al. 2017): the published question and annotation files -> a manifest; a question is a sample's text, the
+answers of its annotators are its labels, as often as they were given.
+
+Answers are normalised as the published evaluation does it (Antol et al. 2015: numbers as digits, no articles, no punctuation),
+and only frequent ones are labels, the usual answer vocabulary.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.importers.common import Files, guarded, read_json, sample, split_and_file, write_import
+from opt_ds.prepare.manifest import ManifestLine, Skipped
+
+_DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+           "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
+_ARTICLES = {"a", "an", "the"}
+_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`?!]")
+
+
+def import_vqa(
+    questions: Sequence[str],
+    annotations: Sequence[str],
+    output: Path,
+    *,
+    images: Path,
+    min_count: int = 9,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the manifest `output`. `questions`, `annotations`: FILE or SPLIT=FILE, as many of one as of the other.
+
+    `min_count`: questions of the first file whose most frequent answer is the same, for that answer to become a label (9 leaves
+    3,129 of VQA v2's train and validation questions). Pictures are found by COCO's names, in any folder below `images`. UserError
+    for files that are none of VQA's, or when no answer is so frequent.
+    """
+    if len(questions) != len(annotations):
+        raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
+    pictures = Files(images, output, "image")
+    pairs = [(*split_and_file(q), split_and_file(a)[1]) for q, a in zip(questions, annotations, strict=True)]
+    answers = {path: _answers(path) for _, _, path in pairs}
+    names = answer_vocabulary(answers[pairs[0][2]].values(), min_count)
+    if not names:
+        raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
+    say(f"{len(names)} answers are labels")
+    entries = (
+        entry for split, path, notes in pairs for entry in _entries(path, split, answers[notes], names, pictures)
+    )
+    return write_import(output, entries, say, source=str(pairs[0][1]))
+
+
+def answer_vocabulary(answers: Any, min_count: int) -> set[str]:
+    """Answers that are the most frequent one of at least `min_count` questions; `answers`: those of each question."""
+    most_frequent = Counter(Counter(given).most_common(1)[0][0] for given in answers if given)
+    return {answer for answer, count in most_frequent.items() if count >= min_count and answer}
+
+
+def normalized_answer(text: str) -> str:
+    """Lower case, punctuation and articles away, number words as digits: what the published evaluation compares."""
+    text = " ".join(text.lower().split())
+    text = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", text)  # a point stays within a number
+    text = re.sub(r"(?<=\d),(?=\d)", "", text).replace(",", " ")
+    words = _PUNCTUATION.sub(" ", text).split()
+    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _answers(path: Path) -> dict[Any, list[str]]:
+    """question id -> the normalised answers of its annotators."""
+    content = read_json(path)
+    try:
+        return {
+            entry["question_id"]: [normalized_answer(answer["answer"]) for answer in entry["answers"]]
+            for entry in content["annotations"]
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{path}: no "annotations" with answers: give v2_mscoco_…_annotations.json as published') from None
+
+
+def _entries(
+    path: Path, split: str | None, answers: dict[Any, list[str]], names: set[str], pictures: Files
+) -> Iterator[ManifestLine | Skipped]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+        raise UserError(f'{path}: no list "questions": give v2_OpenEnded_mscoco_…_questions.json')
+    subtype = str(content.get("data_subtype", ""))
+
+    def question(entry: dict[str, Any]) -> Iterator[ManifestLine | Skipped]:
+        name = f"COCO_{subtype}_{int(entry['image_id']):012d}"
+        given = answers.get(entry["question_id"], [])
+        labels = tuple(answer for answer in given if answer in names)
+        if given and not labels:
+            yield Skipped(f"question {entry['question_id']}", "none of its answers is frequent enough to be a label")
+            return
+        file = pictures.by_stem(name) or pictures.by_stem(f"{int(entry['image_id']):012d}")
+        yield sample(
+            f"question {entry['question_id']}",
+            text=entry["question"],
+            files={"image": (name, file)},
+            labels=labels,
+            group=f"image {entry['image_id']}",
+            split=split or {"train2014": "train", "val2014": "valid"}.get(subtype),
+        )
+
+    for number, entry in enumerate(content["questions"]):
+        yield from guarded(f"question {number}", lambda entry=entry: question(entry))  # type: ignore[misc]

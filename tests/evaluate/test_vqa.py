@@ -1,0 +1,50 @@
+"""VQA's published accuracy, and a head that answers."""
+
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opt_ds.errors import UserError
+from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.vqa import ANNOTATORS, answer_accuracy, vqa
+from opt_ds.store import FeatureStore
+from tests.tiny import make_config, make_model, make_store
+
+
+@pytest.mark.parametrize("times", range(ANNOTATORS + 1))
+def test_accuracy_is_the_mean_over_all_choices_of_nine_annotators(times: int) -> None:
+    answers = ["yes"] * times + ["no"] * (ANNOTATORS - times)
+    expected = np.mean([min(nine.count("yes") / 3, 1) for nine in combinations(answers, ANNOTATORS - 1)])
+    assert answer_accuracy(Counter(answers), "yes") == pytest.approx(expected)
+
+
+@pytest.fixture
+def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
+    """A model with a head of three answers; of each question four annotators said `yes`, one `2`, five what is no label."""
+    store = make_store(tmp_path / "store", 30)
+    monkeypatch.setattr(FeatureStore, "labels", lambda self, index: ["yes"] * 4 + ["2"])
+    config = make_config(tasks={"labels": {"names": ["2", "no", "yes"], "answers": True}})
+    return Evaluator(make_model(config), config, store)
+
+
+def test_the_answer_that_scores_most_is_given(answering: Evaluator) -> None:
+    head = answering.model.labels
+    assert head is not None
+    for answer, expected in (("yes", 1.0), ("2", 0.3), ("no", 0.0)):
+        with torch.no_grad():
+            head.score.bias.copy_(torch.tensor([1e3 * (name == answer) for name in ("2", "no", "yes")]))
+        figures = vqa(answering, "valid")
+        assert figures["accuracy"] == pytest.approx(expected)
+        assert figures["constant_answer"] == {"answer": "yes", "accuracy": pytest.approx(1.0)}
+        assert figures["best_possible"] == pytest.approx(1.0) and figures["questions"] == 6
+
+
+def test_a_model_without_the_head_is_refused(evaluator: Evaluator) -> None:
+    with pytest.raises(UserError, match="no head for answers: opt-ds finetune vqa trains one"):
+        vqa(evaluator, "valid")
+    with pytest.raises(UserError, match="no label head"):
+        evaluator.label_scores([])
