@@ -83,7 +83,7 @@ def test_a_removed_pointer_and_a_broken_off_save_do_not_matter(run: Path) -> Non
 
 def test_the_last_and_the_best_are_kept(store: Path, tmp_path: Path, group: Any) -> None:
     # At this learning rate the first validation stays the best.
-    settings = ("checkpoint.every_steps=1", "checkpoint.keep=2", "train.validate_every=2", "optimizer.lr=1.0")
+    settings = ("checkpoint.every_steps=1", "checkpoint.keep=2", "train.validate_every=2", "optimizer.lr=10.0")
     train(tiny_config(store, *settings, "train.max_steps=6"), tmp_path, group)
     state = checkpoint.read_state(tmp_path / "checkpoints" / "step-00000006")
     assert state["best_step"] == 2
