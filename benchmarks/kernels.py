@@ -1,7 +1,8 @@
 """Times of the operators: ours against PyTorch's own, at the model's shapes; as ratios, with the fraction of what the device
 can do.
 
-    python benchmarks/kernels.py            on a GPU: fp16 (and bf16 where the chip has it), forward + backward, medians
+    python benchmarks/kernels.py            on a GPU: fp16 (and bf16 where the chip has it), forward + backward, medians; as CUDA
+                                            graphs, so that no launch is waited for
     python benchmarks/kernels.py --device cpu      the measurement behind `auto` choosing PyTorch on the CPU
 
 The device's own limits are measured first: a large copy (bytes a second) and a large fp16 matmul (FLOPs a second). Bytes and
@@ -29,10 +30,32 @@ from opt_ds.ops.layer_norm import add_layer_norm  # noqa: E402
 from opt_ds.ops.sequences import Sequences  # noqa: E402
 
 DROPOUT = 0.1
+_CALLS = 10  # in a CUDA graph
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """_CALLS calls as one CUDA graph: what the GPU needs, without the gaps of launching small kernels one by one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            step()
+    return graph.replay
 
 
 def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of one call, after warming up."""
+    """Median time of one call, after warming up; on a GPU of ten in a graph."""
+    calls = 1
+    if device.type == "cuda":
+        try:
+            step, calls = captured(step), _CALLS
+        except RuntimeError as error:
+            print(f"not captured as a graph, launched one by one: {str(error).splitlines()[0]}", file=sys.stderr)
     for _ in range(3):
         step()
     times = []
@@ -43,7 +66,7 @@ def milliseconds(step: Callable[[], object], device: torch.device, repeats: int)
             step()
             end.record()
             torch.cuda.synchronize(device)
-            times.append(begin.elapsed_time(end))
+            times.append(begin.elapsed_time(end) / calls)
         else:
             start = time.perf_counter()
             step()

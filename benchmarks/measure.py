@@ -16,13 +16,20 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[int], object]], repeats: int, clock: str = "wall"
+    contenders: Mapping[str, Callable[[int], object]], repeats: int, clock: str = "wall", device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
     """Seconds of each call, [repeat], of every contender in turn: what else the machine does meets all of them.
 
-    Each contender is called with the repeat's number; −1 once before, to warm up. `clock`: one of CLOCKS.
+    Each contender is called with the repeat's number; −1 once before, to warm up. `clock`: one of CLOCKS. A GPU is waited for
+    before the clock is read.
     """
-    now = CLOCKS[clock]
+    on_gpu = torch.device(device).type == "cuda"
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return CLOCKS[clock]()
+
     for step in contenders.values():
         step(-1)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -34,9 +41,10 @@ def interleaved(
     return seconds
 
 
-def matmul(dtype: torch.dtype, size: int = 2048) -> tuple[Callable[[int], object], float]:
-    """A square matrix product to be timed, and its operations."""
-    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+def matmul(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Callable[[int], object], float]:
+    """A square matrix product to be timed, large enough to fill the device, and its operations."""
+    size = 8192 if torch.device(device).type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda _: torch.mm(left, right), 2.0 * size**3
 
 
@@ -50,7 +58,7 @@ def machine() -> dict[str, Any]:
     from opt_ds.engine.deepspeed_config import Hardware
 
     return {
-        "processor": Hardware.detect().name,
+        "device": Hardware.detect().name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 1),

@@ -1,6 +1,6 @@
 """Time of a training step on this machine: ours, its peers, and our own loop without DeepSpeed.
 
-    python benchmarks/train_step.py [--precision fp32 bf16] [--mix long emoji] [--output FILE.json]
+    python benchmarks/train_step.py [--precision fp32 bf16] [--mix long emoji] [--device cuda --times 8] [--output FILE.json]
 
 All contenders have `opt-base`'s width (768, 12 heads, FFN 3,072), 4 layers, a vocabulary of 30,522, dropout 0.1, the same
 embedders of regions and frames, the same samples and masks, fp32 accumulation of gradients and one fused AdamW:
@@ -12,7 +12,8 @@ embedders of regions and frames, the same samples and masks, fp32 accumulation o
 They are timed micro-batch by micro-batch in turn; a step is 8 of them and an update. `engine` is our whole optimiser step (all
 tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and micro-batches in a plain PyTorch loop.
 Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py: no padding, no position that nothing
-reads) over those of a large matrix product timed in the same turns.
+reads) over those of a large matrix product timed in the same turns. `--times` enlarges the micro-batches, so that they fill a
+GPU; there `--backend` chooses our operators.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ MIXES = {
 class MixData:
     """A synthetic store of a mix, and micro-batches of its samples as each contender makes them."""
 
-    def __init__(self, folder: Path, mix: Mix, settings: list[str]) -> None:
+    def __init__(self, folder: Path, mix: Mix, settings: list[str], device: torch.device) -> None:
+        self.device = device
         longest = 2 + mix.text[1] + mix.regions[1] + mix.frames[1]
         self.config = load_config("opt-base", [
             "model.num_layers=4", "model.text_decoder_layers=1", "model.image_decoder_layers=1",
@@ -95,7 +97,8 @@ class MixData:
         self._packer = Packer(self.stores[0].description.tokenizer, model)
 
     def pack(self, slots: np.ndarray) -> PackedBatch:
-        return self._packer.pack([self._reader.read(self.planned.samples, int(slot)) for slot in slots])
+        batch = self._packer.pack([self._reader.read(self.planned.samples, int(slot)) for slot in slots])
+        return batch.to(self.device)
 
     def flops(self, slots: np.ndarray) -> float:
         """Needed operations of a forward and backward pass on these samples."""
@@ -148,7 +151,7 @@ class Contender:
         self.data, self.slots = data, self.micro_batches(data)
         torch.manual_seed(1)
         self.batches = [data.pack(slots) for slots in self.slots[:ACCUMULATION]]
-        self.trained = Accumulator(self.build(data.config), data.config, dtype)
+        self.trained = Accumulator(self.build(data.config).to(data.device), data.config, dtype)
 
     def micro_batches(self, data: MixData) -> list[np.ndarray]:
         raise NotImplementedError
@@ -212,7 +215,7 @@ class PaddedBert(nn.Module):
         valid_bl = sequences.valid.long()
         places = sequences.place_of_row[masked.index]
         if self.everywhere:
-            labels = torch.full((valid_bl.numel(),), -100).index_copy_(0, places, masked.targets)
+            labels = torch.full((valid_bl.numel(),), -100, device=places.device).index_copy_(0, places, masked.targets)
             return self.bert(inputs_embeds=rows_ble, attention_mask=valid_bl, labels=labels.view_as(valid_bl)).loss
         hidden_ble = self.bert.bert(inputs_embeds=rows_ble, attention_mask=valid_bl).last_hidden_state
         scores = self.bert.cls(hidden_ble.flatten(0, 1).index_select(0, places))
@@ -252,15 +255,17 @@ class Uniter(HuggingFace):
 PEERS: dict[str, type[Contender]] = {"hf": HuggingFace, "uniter": Uniter, "ours": Ours}
 
 
-def compare_peers(folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str]) -> dict[str, Any]:
+def compare_peers(
+    folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
+) -> dict[str, Any]:
     """Masked language modelling by all contenders; tokens a second, and needed operations over the matmul peak."""
-    data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings])
+    data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
-    product, product_flops = matmul(DTYPES[precision])
+    product, product_flops = matmul(DTYPES[precision], device)
     calls: dict[str, Callable[[int], object]] = {"matmul": product}
     calls |= {name: contender.micro_batch for name, contender in built.items()}
     calls |= {f"{name} update": contender.update for name, contender in built.items()}
-    seconds = interleaved(calls, repeats, clock)
+    seconds = interleaved(calls, repeats, clock, device)
     peak = product_flops / statistics.median(seconds["matmul"])
     figures: dict[str, Any] = {"peak_gflops": peak / 1e9}
     for name, contender in built.items():
@@ -281,22 +286,24 @@ def compare_peers(folder: Path, mix: Mix, precision: str, repeats: int, clock: s
     return figures
 
 
-def compare_engine(folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str]) -> dict[str, Any]:
+def compare_engine(
+    folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
+) -> dict[str, Any]:
     """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
     from opt_ds.engine.deepspeed_config import Hardware
     from opt_ds.engine.distributed import ProcessGroup, find_ranks
     from opt_ds.engine.signals import StopRequest
     from opt_ds.engine.trainer import Trainer
 
-    data = MixData(folder, mix, [f"batch.size={ACCUMULATION * mix.samples}", "guard.spike_zscore=0", *settings])
+    data = MixData(folder, mix, [f"batch.size={ACCUMULATION * mix.samples}", "guard.spike_zscore=0", *settings], device)
     slots = data_of_plan(data, ACCUMULATION)
     batches = [data.pack(own) for own in slots]
     config = data.config
     torch.manual_seed(1)
-    loop = Accumulator(OPT(config.model, config.tasks), config, DTYPES[precision])
+    loop = Accumulator(OPT(config.model, config.tasks).to(device), config, DTYPES[precision])
 
     def loop_step(_: int) -> float:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for k, batch in enumerate(batches):
             backend.seed_dropout(1, 0, 0, k)
             loss = total_loss(loop.model(batch), data.planned.counts, config.tasks, 1)
@@ -314,8 +321,8 @@ def compare_engine(folder: Path, mix: Mix, precision: str, repeats: int, clock: 
         def engine_step(_: int) -> None:
             trainer.stepper.take(planned, iter(batches))
 
-        product, product_flops = matmul(DTYPES[precision])
-        seconds = interleaved({"matmul": product, "loop": loop_step, "engine": engine_step}, repeats, clock)
+        product, product_flops = matmul(DTYPES[precision], device)
+        seconds = interleaved({"matmul": product, "loop": loop_step, "engine": engine_step}, repeats, clock, device)
         trainer.close()
         group.close()
     peak = product_flops / statistics.median(seconds["matmul"])
@@ -341,7 +348,9 @@ def _with_micro_batches(planned: PlannedStep, slots: list[np.ndarray], lengths: 
 
     from opt_ds.data.micro_batches import MicroBatchPlan
 
-    return dataclasses.replace(planned, micro_batches=[[MicroBatchPlan(own, int(lengths[own].sum())) for own in slots]])
+    totals = [int(lengths[own].sum()) for own in slots]
+    micro_batches = [MicroBatchPlan(own, total, float(total)) for own, total in zip(slots, totals, strict=True)]
+    return dataclasses.replace(planned, micro_batches=[micro_batches])
 
 
 def report(name: str, precision: str, peers: dict[str, Any] | None, engine: dict[str, Any] | None) -> None:
@@ -375,17 +384,24 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=8, help="of each contender, in turn; at least 5")
     parser.add_argument("--threads", type=int, help="None: as many as PyTorch takes")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu, with --threads 1, where others use the cores")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--times", type=int, default=1, help="as many samples in a micro-batch")
+    parser.add_argument("--backend", default="auto", help="our operators: auto, fused or torch")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.PATH=VALUE", dest="settings")
     parser.add_argument("--output", type=Path, help="the figures as JSON")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    print(f"our operators: {backend.choose(arguments.backend, device)}")
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     print(result["machine"])
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.mix:
             for precision in arguments.precision:
-                common = (Path(folder) / name, MIXES[name], precision, arguments.repeats, arguments.clock, arguments.settings)
+                mix = replace(MIXES[name], samples=MIXES[name].samples * arguments.times)
+                settings = [f"ops.backend={arguments.backend}", *arguments.settings]
+                common = (Path(folder) / name, mix, precision, arguments.repeats, arguments.clock, settings, device)
                 peers = compare_peers(*common) if "peers" in arguments.part else None
                 engine = compare_engine(*common) if "engine" in arguments.part else None
                 report(name, precision, peers, engine)

@@ -27,14 +27,24 @@ def kernels() -> None:
         assert reason == "", f"the kernels are not there: {reason}"
 
 
-def close(found: torch.Tensor, true: torch.Tensor, dtype: torch.dtype, what: str) -> None:
-    allowed = 8 * torch.finfo(dtype).eps * max(1.0, true.abs().max().item())
-    assert (found.cpu().double() - true).abs().max().item() <= allowed, what
+def error(found: torch.Tensor, true: torch.Tensor) -> float:
+    return (found.cpu().double() - true).abs().max().item()
+
+
+def close(found: torch.Tensor, peer: torch.Tensor, true: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+    """Within three times the error of PyTorch's operators at the same precision, and a few units in the last place."""
+    allowed = 3 * error(peer, true) + 8 * torch.finfo(dtype).eps * max(1.0, true.abs().max().item())
+    assert error(found, true) <= allowed, what
+
+
+def weights_like(out: torch.Tensor) -> torch.Tensor:
+    """What the outputs are summed with. Random: sums of gradients over rows then do not cancel to nearly nothing."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
 
 
 def layer_norm(inputs: list[torch.Tensor], keys: torch.Tensor, dropout: float) -> list[torch.Tensor]:
     normed, total, _, _ = torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, dropout, KEY, SITE)
-    weights = torch.linspace(-1, 1, normed.numel(), dtype=torch.float64).view(normed.shape).to(normed)
+    weights = weights_like(normed)
     return [normed, total, *torch.autograd.grad((normed * weights + total * weights.flip(0)).sum(), inputs)]
 
 
@@ -46,11 +56,13 @@ def test_layer_norm(dtype: torch.dtype, width: int) -> None:
     shapes = [(rows, width), (width,), (rows, width), (width,), (width,)]
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     truth = layer_norm([x.double().requires_grad_() for x in values], keys, 0.1)
-    inputs = [x.cuda().requires_grad_() for x in values]
+    peers = layer_norm([x.requires_grad_() for x in values], keys, 0.1)
+    inputs = [x.detach().cuda().requires_grad_() for x in values]
     found, again = (layer_norm(inputs, keys.cuda(), 0.1) for _ in range(2))
-    for which, (own, second, true) in enumerate(zip(found, again, truth, strict=True)):
+    for which, (own, second, peer, true) in enumerate(zip(found, again, peers, truth, strict=True)):
         assert torch.equal(own, second), "deterministic"
-        close(own, true.detach(), dtype, ("normed", "total", "d_x", "d_input_bias", "d_residual", "d_weight", "d_bias")[which])
+        what = ("normed", "total", "d_x", "d_input_bias", "d_residual", "d_weight", "d_bias")[which]
+        close(own, peer, true.detach(), dtype, what)
 
 
 def run_attention(
@@ -62,7 +74,7 @@ def run_attention(
         *inputs, q.cu_seqlens, k.cu_seqlens, q.max_length, k.max_length, inputs[0].shape[-1] ** -0.5, causal, q.slots_or_numbers,
         dropout, KEY, SITE,
     )  # fmt: skip
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
+    weights = weights_like(out)
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
@@ -75,11 +87,12 @@ def test_attention(dtype: torch.dtype, size: int, key_lengths: list[int], causal
     values = [torch.randn(sum(n), 3, size, generator=generator).to(dtype) for n in (LENGTHS, key_lengths, key_lengths)]
     queries, keys = Sequences.from_lengths(LENGTHS), Sequences.from_lengths(key_lengths)
     truth = run_attention([x.double().requires_grad_() for x in values], queries, keys, causal, dropout)
-    inputs = [x.cuda().requires_grad_() for x in values]
+    peers = run_attention([x.requires_grad_() for x in values], queries, keys, causal, dropout)
+    inputs = [x.detach().cuda().requires_grad_() for x in values]
     found, again = (run_attention(inputs, queries, keys, causal, dropout) for _ in range(2))
-    for which, (own, second, true) in enumerate(zip(found, again, truth, strict=True)):
+    for which, (own, second, peer, true) in enumerate(zip(found, again, peers, truth, strict=True)):
         assert torch.equal(own, second), "deterministic"
-        close(own, true.detach(), dtype, ("out", "d_q", "d_k", "d_v")[which])
+        close(own, peer, true.detach(), dtype, ("out", "d_q", "d_k", "d_v")[which])
 
 
 @pytest.mark.parametrize("dtype", types())
