@@ -9,7 +9,7 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.plan import StepPlan
-from opt_ds.engine import optimizer_state
+from opt_ds.engine import gradients, optimizer_state
 from opt_ds.engine.deepspeed_config import deepspeed_settings
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
@@ -45,6 +45,7 @@ def _gradient(config: Config, settings: dict[str, Any], num_micro_batches: int) 
             parameter.copy_(parameter.half())
     adam = torch.optim.AdamW(model.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
+    gradients.use_few_kernels(engine)
     engine.train()
     for k, micro_batch in enumerate(planned.micro_batches[0]):
         engine.set_gradient_accumulation_boundary(k == num_micro_batches - 1)

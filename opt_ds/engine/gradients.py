@@ -1,0 +1,87 @@
+"""Gradients of ZeRO 1 and 2 in few kernels: the same bits as DeepSpeed's own way, which launches some for every parameter.
+
+Measured on an H100 before this (opt-base, fp16, ZeRO 1): of 20,900 kernels in a step of 5 micro-batches, 3,800 added gradients to
+their fp32 sums and 5,400 looked for infinities; the GPU was busy for a quarter of the time, waiting for launches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+_CHUNK = 25_000_000  # elements that wait to be added together: 100 MB of fp32
+_ALIGNMENT = 8  # elements, so that every part of a chunk starts at 16 bytes or more
+
+
+def use_few_kernels(engine: DeepSpeedEngine) -> None:
+    """Change how this engine adds up gradients and looks for overflows; does nothing where DeepSpeed does neither this way."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    if optimizer.use_grad_accum_attribute:
+        _Accumulator(optimizer)
+    if not optimizer.cpu_offload:
+        optimizer.has_overflow_partitioned_grads_serial = lambda: _any_not_finite(optimizer.averaged_gradients)
+
+
+class _Accumulator:
+    """Adds half-precision gradients to the fp32 sums (`grad_accum`) in chunks, while backward goes on."""
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self._waiting: dict[int, nn.Parameter] = {}
+        self._numel, self._dtype = 0, optimizer.gradient_accumulation_dtype
+        optimizer._fill_param_grad_accum_attribute = self.take  # called by a hook of each parameter
+        for name in ("fill_grad_accum_attribute", "reduce_gradients", "independent_gradient_partition_epilogue"):
+            setattr(optimizer, name, self._added_before(getattr(optimizer, name)))
+
+    def take(self, parameter: nn.Parameter) -> None:
+        """This parameter's gradient is there."""
+        if parameter.grad is None or id(parameter) in self._waiting:
+            return
+        self._waiting[id(parameter)] = parameter
+        self._numel += parameter.numel()
+        if self._numel >= _CHUNK:
+            self._add()
+
+    def _added_before(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            self._add()
+            return method(*arguments, **options)
+
+        return wrapped
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        parameters: list[Any] = list(self._waiting.values())
+        self._waiting, self._numel = {}, 0
+        if not parameters:
+            return
+        gradients = [parameter.grad for parameter in parameters]
+        sizes = [-(-gradient.numel() // _ALIGNMENT) * _ALIGNMENT for gradient in gradients]
+        chunk = torch.empty(sum(sizes), dtype=self._dtype, device=gradients[0].device)
+        parts = [
+            part[: gradient.numel()].view_as(gradient) for part, gradient in zip(chunk.split(sizes), gradients, strict=True)
+        ]
+        torch._foreach_copy_(parts, gradients)
+        sums, terms = [], []
+        for parameter, part in zip(parameters, parts, strict=True):
+            if parameter.grad_accum is None:  # the step's first micro-batch
+                parameter.grad_accum = part
+            else:
+                sums.append(parameter.grad_accum)
+                terms.append(part)
+            parameter.grad = None
+        if sums:
+            torch._foreach_add_(sums, terms)
+
+
+def _any_not_finite(gradients_by_group: dict[int, list[torch.Tensor]]) -> torch.Tensor:
+    """bool [1]. Sums of magnitudes: what is not finite stays so in a sum, and finite gradients do not reach fp32's limit."""
+    gradients = [g for group in gradients_by_group.values() for g in group if g is not None and g.numel()]
+    if not gradients:
+        return torch.zeros(1, dtype=torch.bool)
+    sums = torch._foreach_norm(gradients, 1, dtype=torch.float32)
+    return torch.stack(sums).sum().isfinite().logical_not().view(1)

@@ -1,0 +1,68 @@
+"""Fewer kernels change no bit: fp32 sums of half-precision gradients, and the search for overflows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opt_ds.engine import checkpoint, gradients
+from opt_ds.engine.trainer import parameter_groups
+from opt_ds.model.opt import OPT
+from tests.engine.runs import tiny_config, train
+
+
+@pytest.mark.parametrize(("stage", "chunk"), [(1, 1), (1, 20_000), (1, 10**9), (2, 10**9)])
+def test_a_run_has_deepspeeds_own_weights(
+    stage: int, chunk: int, store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    file = tmp_path / "ds.json"
+    # 2^40 overflows at first: the steps that are not taken must be the same too.
+    file.write_text('{"fp16": {"enabled": true, "initial_scale_power": 40, "hysteresis": 1}}')
+    config = tiny_config(store, f"deepspeed_config={file}", f"zero.stage={stage}", "batch.max_tokens=300", "train.max_steps=34")
+
+    def states(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+        assert train(config, tmp_path / name, group, "fp16") == 0
+        saved = checkpoint.find_resumable(tmp_path / name, print)
+        assert saved is not None
+        model = OPT(config.model, config.tasks)
+        checkpoint.load_weights(model, saved)
+        return checkpoint.train_state(checkpoint.read_state(saved)).adam_steps, dict(model.state_dict())
+
+    monkeypatch.setattr(gradients, "_CHUNK", chunk)
+    copied: list[int] = []
+    foreach_copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (copied.append(len(to)), foreach_copy(to, of)))
+    steps, ours = states("ours")
+    assert bool(copied) == (stage == 1), "stage 2 sums in its own partitions"
+    if stage == 1:
+        num_parameters = len(list(OPT(config.model, config.tasks).parameters()))
+        assert max(copied) == 1 if chunk == 1 else 1 < max(copied) <= num_parameters
+    monkeypatch.setattr(gradients, "use_few_kernels", lambda engine: None)
+    their_steps, theirs = states("theirs")
+    assert 0 < steps == their_steps < 34
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_bad_element_is_an_overflow(bad: float, dtype: torch.dtype) -> None:
+    found = {0: [torch.full((300,), 6e4, dtype=dtype), torch.zeros(0, dtype=dtype)], 1: [torch.ones(5, dtype=dtype)]}
+    assert not gradients._any_not_finite(found)
+    found[1][0][3] = bad
+    assert gradients._any_not_finite(found)
+    assert not gradients._any_not_finite({})
+
+
+def test_weights_of_odd_size_do_not_unalign_others(store: Path) -> None:
+    config = tiny_config(store)
+    model = OPT(config.model, config.tasks)
+    groups = parameter_groups(model, 0.01)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        odd = [p.numel() % 8 != 0 for p in group["params"]]
+        assert odd == sorted(odd)
+    assert any(p.numel() % 8 for p in groups[1]["params"]), "or this shows nothing"
