@@ -2,7 +2,7 @@
 
 Bytes are those that pass between a kernel and device memory: every tensor that a kernel reads or writes once, counted in full; a
 matrix that several kernels share is counted for each, since at these sizes (hundreds of megabytes) caches hold none of it. The
-time is a bound: the larger of bytes / bandwidth and FLOPs / peak, times nothing. No GPU has been measured here.
+time is a bound: the larger of bytes / bandwidth and FLOPs / peak, times nothing. Measured times: benchmarks/README.md.
 
     python csrc/verify/static_model.py        prints the tables of benchmarks/README.md
 """
