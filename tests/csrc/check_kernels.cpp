@@ -48,7 +48,7 @@ double error(const Buffer<T>& found, const std::vector<double>& truth, double fl
     const double e = std::abs(found[i] - truth[i]);
     if (!(e <= worst)) worst = e;  // keeps a NaN
   }
-  return worst / largest;
+  return worst == 0 ? 0 : worst / largest;  // where all that should be 0 is 0
 }
 
 template <class T>
