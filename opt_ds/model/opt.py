@@ -10,7 +10,7 @@ from opt_ds.config import Config, ModelConfig, TasksConfig
 from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
-from opt_ds.model.transformer import Encoder, number_dropout_sites
+from opt_ds.model.transformer import Encoder, LayerStack, number_dropout_sites
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import LossTerm
 from opt_ds.tasks.labels import LabelHead
@@ -61,6 +61,13 @@ class OPT(nn.Module):
         hidden_te, regions_rv, frames_av = self.embeddings(inputs)
         return self.encoder(hidden_te, inputs.sequences, read), regions_rv, frames_av
 
+    def recompute_layers(self, recompute: bool = True) -> "OPT":
+        """Trade time for memory in backward: see `LayerStack`."""
+        for module in self.modules():
+            if isinstance(module, LayerStack):
+                module.recompute = recompute
+        return self
+
     def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
         """Take the standardisation from the stores' training statistics, pooled by the number of vectors."""
         pairs = [
@@ -101,7 +108,7 @@ def initial_model(config: Config, stores: list[FeatureStore], warm_start: bool =
     """The model that a run begins with: weights drawn from `seed` (on every rank the same), the stores' standardisation, and,
     with `warm_start`, what `model.bert` gives."""
     torch.manual_seed(config.seed)
-    model = OPT(config.model, config.tasks)
+    model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute)
     model.set_feature_statistics(stores)
     if warm_start and config.model.bert:
         model.load_bert(config.model.bert)

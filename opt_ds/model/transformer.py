@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import ReadRows
@@ -196,7 +197,20 @@ class DecoderLayer(nn.Module):
         return self.ffn_norm(self.ffn(x_be), stream_be)
 
 
-class Encoder(nn.Module):
+class LayerStack(nn.Module):
+    """Layers one after another; with `recompute` what is inside them is not kept for backward but computed again there
+    (Chen et al. 2016, "Training deep nets with sublinear memory cost")."""
+
+    recompute = False
+
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed rows, stream) of one layer."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)  # with the same dropout: generators are put back
+        return layer(*arguments)
+
+
+class Encoder(LayerStack):
     """The cross-modal encoder: a stack of layers over the packed sequences."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -208,10 +222,10 @@ class Encoder(nn.Module):
         stream_te = hidden_te
         *lower, last = self.layers
         for layer in lower:
-            hidden_te, stream_te = layer(hidden_te, stream_te, sequences)
+            hidden_te, stream_te = self.run_layer(layer, hidden_te, stream_te, sequences)
         if read is None:
-            return last(hidden_te, stream_te, sequences)[0]
-        hidden_re, _ = last(hidden_te, stream_te, sequences, read)
+            return self.run_layer(last, hidden_te, stream_te, sequences)[0]
+        hidden_re, _ = self.run_layer(last, hidden_te, stream_te, sequences, read)
         return torch.zeros_like(hidden_te).index_copy(0, read.index, hidden_re)
 
 
@@ -256,7 +270,7 @@ class LayerCache:
             x[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
 
 
-class Decoder(nn.Module):
+class Decoder(LayerStack):
     """A stack of decoder layers: teacher-forced over packed sequences, or one position at a time with a cache."""
 
     def __init__(self, config: ModelConfig, num_layers: int) -> None:
@@ -276,7 +290,7 @@ class Decoder(nn.Module):
         stream_te = hidden_te
         readers = sequences if readers is None else readers
         for layer in self.layers:
-            hidden_te, stream_te = layer(hidden_te, stream_te, sequences, readers, memory_ue, memory)
+            hidden_te, stream_te = self.run_layer(layer, hidden_te, stream_te, sequences, readers, memory_ue, memory)
         return hidden_te
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:

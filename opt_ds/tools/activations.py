@@ -70,7 +70,7 @@ class ActivationTracer:
         torch.set_default_dtype(DTYPES[precision])  # a fake model cannot change its dtype afterwards
         try:
             with self._mode:
-                self.model = OPT(config.model, config.tasks).train()
+                self.model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute).train()
         finally:
             torch.set_default_dtype(former)
         # The word embedding is used three times. PyTorch adds its gradients up in place, from the backward's beginning to its

@@ -119,7 +119,8 @@ class _Planner:
         flops = step_flops(config, step.samples).total
         accumulation = len(step.micro_batches[0])
         peak = cluster.gpu.fp32_flops if self.precision == "fp32" else cluster.gpu.half_flops
-        compute_s = flops / cluster.num_gpus / (peak * cluster.utilisation)
+        repeated = 4 / 3 if config.train.recompute else 1.0  # one more forward pass beside forward and backward (twice that)
+        compute_s = repeated * flops / cluster.num_gpus / (peak * cluster.utilisation)
         traffic = communication_bytes(config, self.precision, self.parameters, cluster.num_gpus, accumulation)
         communication_s = traffic / cluster.rank_bandwidth
         step_s = compute_s + communication_s

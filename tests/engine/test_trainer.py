@@ -20,6 +20,14 @@ def run(learnable: Path, tmp_path_factory: pytest.TempPathFactory, group: Any) -
     return output
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputing_layers_changes_no_curve(stage: int, store: Path, tmp_path: Path, group: Any) -> None:
+    common = (f"zero.stage={stage}", "train.max_steps=3", "train.log_every=1", "batch.max_tokens=300")
+    for recompute in ("false", "true"):
+        train(tiny_config(store, *common, f"train.recompute={recompute}"), tmp_path / recompute, group)
+    assert losses(tmp_path / "false") == losses(tmp_path / "true")
+
+
 def test_the_loss_falls(run: Path) -> None:
     found = losses(run)
     assert list(found) == [3, 6, 9, 12]

@@ -169,6 +169,31 @@ def test_losses_are_bit_equal_when_repeated(ragged: FeatureStore) -> None:
     assert all(first[loss].sum.item() == second[loss].sum.item() for loss in first)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_recomputed_layers_give_the_same_bits(ragged: FeatureStore, kernels: str, request: pytest.FixtureRequest) -> None:
+    """With dropout: it must come out again as it was, and draws that follow it must too."""
+    backend.choose(kernels, "cpu")
+    request.addfinalizer(lambda: backend.choose("auto", "cpu"))
+    config = make_config(model={"dropout": 0.1, "attention_dropout": 0.1}, batch={"size": 40})
+    model, planned = make_model(config), StepPlan(config, [ragged]).step(0)
+    batches, found = make_batches(config, [ragged], planned)[0], []
+    for recompute in (False, True):
+        model.recompute_layers(recompute).zero_grad()
+        backend.seed_dropout(1, 0, 0, 0)
+        runs: list[int] = []
+        hooks = []
+        for layer in model.encoder.layers:
+            hooks.append(layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1)))
+        loss = gradients(model, config, batches, planned.counts)
+        found.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None], len(runs)))
+        for hook in hooks:
+            hook.remove()
+    (loss, kept, once), (again, recomputed, twice) = found
+    assert loss == again
+    assert all(map(torch.equal, kept, recomputed))
+    assert twice == 2 * once
+
+
 def test_dropout_acts_in_training_only(ragged: FeatureStore) -> None:
     config = make_config(model={"dropout": 0.1, "attention_dropout": 0.1})
     model = make_model(config)

@@ -85,7 +85,8 @@ def predicted(config: Config, world_size: int) -> RankMemory:
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [
-        (1, {"activations": (*LONG, "precision=fp32"), "stage 1": (*WIDE, "precision=fp32")}),
+        (1, {"activations": (*LONG, "precision=fp32"), "stage 1": (*WIDE, "precision=fp32"),
+             "recomputed": (*LONG, "precision=fp32", "train.recompute=true")}),
         (2, {"stage 1 of 2": (*WIDE, "precision=fp32"), "stage 2 of 2": (*WIDE, "precision=fp32", "zero.stage=2")}),
     ],
 )  # fmt: skip
@@ -100,9 +101,10 @@ def test_predicted_memory_is_within_15_percent_of_measured_peaks(
 
 
 def test_the_largest_part_of_each_case_is_what_it_is_there_for(store: Path) -> None:
-    long, wide = (
+    long, wide, recomputed = (
         predicted(load_config("opt-base", [*COMMON, f"data.stores=[{store}]", *case, "precision=fp32"]), 1)
-        for case in (LONG, WIDE)
+        for case in (LONG, WIDE, (*LONG, "train.recompute=true"))
     )
     assert long.activations > 0.7 * long.tensors
+    assert recomputed.activations < 0.6 * long.activations
     assert wide.optimizer + wide.gradients + wide.weights > 0.6 * wide.tensors
