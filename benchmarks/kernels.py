@@ -100,8 +100,11 @@ def layer_norm_contenders(
     names = ["fused", "torch"] + ([] if backend.apex_missing() or device.type == "cpu" else ["apex"])
     for name in names:
         backend.choose(f"layer_norm={name}", device)
-        step = forward_backward(lambda *i: add_layer_norm(*i, 1e-12, DROPOUT, sequences)[0], [x, residual, weight, bias])
-        yield name, step
+
+        def fused(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return add_layer_norm(x, residual, weight, bias, 1e-12, DROPOUT, sequences)[0]
+
+        yield name, forward_backward(fused, [x, residual, weight, bias])
 
 
 def attention_contenders(
@@ -111,13 +114,13 @@ def attention_contenders(
     sequences = Sequences.from_lengths([length] * batch, device)
     for name in ("fused", "torch"):
         backend.choose(f"attention={name}", device)
-        yield name, forward_backward(lambda *i: attention(*i, sequences, sequences, False, DROPOUT), inputs)
+        yield name, forward_backward(lambda q, k, v: attention(q, k, v, sequences, sequences, False, DROPOUT), inputs)
     padded = [x.detach().unflatten(0, (batch, length)).transpose(1, 2).contiguous().requires_grad_() for x in inputs]
     for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
 
-        def sdpa(*i: torch.Tensor, kind: SDPBackend = kind) -> torch.Tensor:
+        def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: SDPBackend = kind) -> torch.Tensor:
             with sdpa_kernel(kind):
-                return F.scaled_dot_product_attention(*i, dropout_p=DROPOUT)
+                return F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT)
 
         try:
             yield f"SDPA {kind.name.lower()}", forward_backward(sdpa, padded)

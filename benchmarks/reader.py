@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Lmdb:
 
     def samples(self, order: np.ndarray) -> Iterator[Sample]:
         for index in order.tolist():
-            values = np.frombuffer(self._reading.get(b"%08d" % index), np.float16)
+            values = np.frombuffer(self._reading.get(b"%08d" % index) or b"", np.float16)
             cut = REGIONS * REGION_DIM
             yield values[:cut].reshape(REGIONS, REGION_DIM), values[cut:].reshape(FRAMES, FRAME_DIM)
 
@@ -265,8 +266,8 @@ def main() -> None:
     for repeat in range(options.repeats):
         for reader in readers:
             order = np.random.default_rng(repeat).permutation(options.samples)
-            found[reader.name]["view"].append(timed(lambda r=reader, o=order: view(r, o)))
-            found[reader.name]["packed"].append(timed(lambda r=reader, o=order: packed(r, o, batch)))
+            found[reader.name]["view"].append(timed(partial(view, reader, order)))
+            found[reader.name]["packed"].append(timed(partial(packed, reader, order, batch)))
     plain: list[tuple[float, float]] = []
     stayed = 0.0
     for repeat in range(options.cold_repeats):
@@ -276,7 +277,7 @@ def main() -> None:
                 if hasattr(each, "reopen"):
                     each.reopen()
             stayed = max(stayed, drop(reader.files))
-            found[reader.name]["cold"].append(timed(lambda r=reader, o=order: packed(r, o, batch)))
+            found[reader.name]["cold"].append(timed(partial(packed, reader, order, batch)))
         for each in readers[:2]:
             each.reopen()
         stayed = max(stayed, drop(readers[0].files))

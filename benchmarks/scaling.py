@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -191,7 +192,7 @@ def plan_of(size: int) -> dict[str, float]:
     config = config_from_dict({}, where="benchmark")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
-    plan = StepPlan(config, [SimulatedStore(config, size)])
+    plan = StepPlan(config, [cast(FeatureStore, SimulatedStore(config, size))])
     made = time.process_time() - began
     step = median_busy(lambda repeat: plan.step(1000 + repeat * 7, 4))
     positions = np.arange(10_240, dtype=np.int64)
@@ -204,10 +205,10 @@ def measure_ranks() -> list[dict[str, Any]]:
     rows = []
     for batch in (10_240, 102_400):
         config = config_from_dict({"batch": {"size": batch}}, where="benchmark")
-        plan = StepPlan(config, [SimulatedStore(config, 10**8)])
+        plan = StepPlan(config, [cast(FeatureStore, SimulatedStore(config, 10**8))])
         for ranks in RANKS:
             planned = plan.step(3, ranks)
-            seconds = median_busy(lambda repeat, plan=plan, ranks=ranks: plan.step(repeat, ranks), 3)
+            seconds = median_busy(partial(plan.step, world_size=ranks), 3)
             row = {"batch": batch, "ranks": ranks, "step_s": seconds, "balance": planned.balance, "fill": planned.fill}
             rows.append({**row, "micro_batches": len(planned.micro_batches[0])})
             print(rows[-1], flush=True)

@@ -38,6 +38,7 @@ from opt_ds.data.flops import step_flops  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
+from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
 from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
@@ -124,14 +125,15 @@ class Accumulator:
         for group in groups:
             group["params"] = [masters[p] for p in group["params"]]
         self._adam = torch.optim.AdamW(groups, lr=1e-5, betas=config.optimizer.betas, fused=True)
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
+        self.sums = [torch.zeros_like(master) for master in self.masters]
+        for master, total in zip(self.masters, self.sums, strict=True):
+            master.grad = total
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
         if self._half:
-            found = [(master.grad, p.grad) for master, p in zip(self.masters, self.weights, strict=True) if p.grad is not None]
-            torch._foreach_add_([f for f, _ in found], [h for _, h in found])
+            pairs = [(s, p.grad) for s, p in zip(self.sums, self.weights, strict=True) if p.grad is not None]
+            torch._foreach_add_([total for total, _ in pairs], [half for _, half in pairs])
             for p in self.weights:
                 p.grad = None
 
@@ -139,9 +141,9 @@ class Accumulator:
     def update(self) -> None:
         nn.utils.clip_grad_norm_(self.masters, self.clip_norm, foreach=True)
         self._adam.step()
-        torch._foreach_zero_([master.grad for master in self.masters])
+        torch._foreach_zero_(self.sums)
         if self._half:
-            torch._foreach_copy_(self.weights, self.masters)
+            torch._foreach_copy_(list[torch.Tensor](self.weights), list[torch.Tensor](self.masters))
 
 
 class Contender:
@@ -241,7 +243,8 @@ class Uniter(HuggingFace):
     def micro_batches(self, data: MixData) -> list[np.ndarray]:
         """Sorted by length and cut where the padded positions reach the others' positions; then in random order."""
         budget = data.lengths.sum() / POOL
-        batches, current = [], []
+        batches: list[np.ndarray] = []
+        current: list[int] = []
         for slot in np.argsort(data.lengths, kind="stable"):
             if current and data.lengths[slot] * (len(current) + 1) > budget:
                 batches.append(np.array(current))
@@ -287,7 +290,7 @@ def compare_peers(
 
 
 def compare_engine(
-    folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
+    folder: Path, mix: Mix, precision: Precision, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
     """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
     from opt_ds.engine.deepspeed_config import Hardware
