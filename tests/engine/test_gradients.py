@@ -12,7 +12,7 @@ from opt_ds.model.opt import OPT
 from tests.engine.runs import tiny_config, train
 
 
-@pytest.mark.parametrize(("stage", "chunk"), [(1, 1), (1, 20_000), (1, 10**9), (2, 10**9)])
+@pytest.mark.parametrize(("stage", "chunk"), [(1, 20_000), (2, 10**9)])
 def test_a_run_has_deepspeeds_own_weights(
     stage: int, chunk: int, store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,7 +40,7 @@ def test_a_run_has_deepspeeds_own_weights(
     assert bool(copied) == (stage == 1), "stage 2 sums in its own partitions"
     if stage == 1:
         num_parameters = len(list(OPT(config.model, config.tasks).parameters()))
-        assert max(copied) == 1 if chunk == 1 else 1 < max(copied) <= num_parameters
+        assert 1 < max(copied) < num_parameters, "several chunks, of several parameters"
     monkeypatch.setattr(gradients, "use_few_kernels", lambda engine: None)
     their_steps, theirs = states("theirs")
     assert 0 < steps == their_steps < 34
