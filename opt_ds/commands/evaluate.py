@@ -53,6 +53,7 @@ def retrieval(
     scores only the best with the query: for galleries of thousands.
     """
     from opt_ds.evaluate.retrieval import retrieval as run
+    from opt_ds.evaluate.summary import retrieval_lines
     from opt_ds.evaluate.two_stage_retrieval import table, two_stage_retrieval
 
     evaluator = _evaluator(checkpoint, store, force, split)
@@ -62,7 +63,9 @@ def retrieval(
         _write(figures, output)
         _echo(table(figures))
         return
-    _write(run(evaluator, split, candidates, matching_candidates, matching_candidates, seed), output)
+    figures = run(evaluator, split, candidates, matching_candidates, matching_candidates, seed)
+    _write(figures, output)
+    _echo("\n".join(retrieval_lines(figures)))
 
 
 @evaluate.command()
@@ -78,6 +81,7 @@ def transcription(
     force: _Force = False,
 ) -> None:
     """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""
+    from opt_ds.evaluate.summary import transcription_lines
     from opt_ds.evaluate.transcription import normalize
     from opt_ds.evaluate.transcription import transcription as run
 
@@ -86,6 +90,7 @@ def transcription(
     ignored = frozenset(normalize(ignore_words).split())
     figures = run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size), ignored_words=ignored)
     _write(figures, output)
+    _echo("\n".join(transcription_lines(figures)))
 
 
 @evaluate.command()
@@ -221,7 +226,7 @@ def image_generation(
             Image.fromarray(drawn).save(grid)
         figures["picture_grid"] = grid.name
     _write(figures, output)
-    typer.echo(table(figures))
+    _echo(table(figures))
 
 
 @evaluate.command()

@@ -71,8 +71,8 @@ def table(summary: dict[str, Any]) -> str:
         below = "" if row["baseline"] is None else ("below" if row["loss"] < row["baseline"] else "NOT BELOW")
         lines.append(f"  {loss:<20} {row['loss']:>9.3f}   {baseline:>9} {below:<9} {accuracy:>6}")
     for split, figures in summary["splits"].items():
-        lines += ["", f"Held-out split {split}", *_retrieval_lines(figures["retrieval"])]
-        lines += _transcription_lines(figures["transcription"])
+        lines += ["", f"Held-out split {split}", *retrieval_lines(figures["retrieval"])]
+        lines += transcription_lines(figures["transcription"])
         if "image_generation" in figures:
             image = figures["image_generation"]
             lines.append(
@@ -82,7 +82,8 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _retrieval_lines(figures: dict[str, Any]) -> list[str]:
+def retrieval_lines(figures: dict[str, Any]) -> list[str]:
+    """What `retrieval` found, a line for each direction and score."""
     lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
     for direction in DIRECTIONS:
         name = direction.replace("_to_", "→").replace("_", "+")
@@ -96,13 +97,15 @@ def _retrieval_lines(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _transcription_lines(figures: dict[str, Any]) -> list[str]:
+def transcription_lines(figures: dict[str, Any]) -> list[str]:
+    """What `transcription` found, a line for each input."""
     names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
     lines = ["  word error rate"]
     for key, name in names.items():
         row = figures[key]
         shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
-        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}")
+        others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""
+        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}{others}")
     constant = figures["constant_caption"]
     lines.append(f"    {'constant caption':<20}{constant['wer']:>7.1%}   (\"{constant['text']}\")")
     return lines

@@ -60,3 +60,17 @@ def test_pictures_are_painted_and_judged_by_the_models_own_extractor(
     assert "best of 2" in capsys.readouterr().out and Image.open(output.with_suffix(".png")).width > 500
     assert opt_ds("evaluate", "image-generation", *given, "--inception", tmp_path / "none.pth") == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_retrieval_and_transcription_print_what_they_found(
+    run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--checkpoint", run, "--store", raw_store, "--split", "valid", "--output", tmp_path / "figures.json")
+    assert opt_ds("evaluate", "retrieval", *given, "--candidates", 4, "--matching-candidates", 4) == 0
+    shown = capsys.readouterr().out
+    recall = json.loads((tmp_path / "figures.json").read_text())["text_to_image"]["matching"]["R@1"]
+    assert "text→image" in shown and f"{recall:.1%}" in shown and "chance" in shown
+    assert opt_ds("evaluate", "transcription", *given, "--limit", 4, "--ignore-words", "a red") == 0
+    shown = capsys.readouterr().out
+    row = json.loads((tmp_path / "figures.json").read_text())["A"]
+    assert f"{row['wer']:.1%}" in shown and f"other words {row['wer_of_other_words']:.1%}" in shown
