@@ -18,10 +18,12 @@ STEPS_PER_KILL = 18  # more than a run does between its first step and the lates
 VICTIMS = {"starting": [[0, 1]], "running": [[0], [1], [0, 1]], "saving": [[0], [0, 1]]}
 
 
-def campaign(store: Path, folder: Path, precision: str, num_kills: int, seed: int) -> dict[str, int]:
+def campaign(
+    store: Path, folder: Path, precision: str, num_kills: int, seed: int, steps_per_kill: int = STEPS_PER_KILL
+) -> dict[str, int]:
     """Run once without and once with kills, compare, and count what was hit."""
     chance = random.Random(seed)
-    steps = STEPS_PER_KILL * num_kills
+    steps = steps_per_kill * num_kills
     settings = (
         f"train.max_steps={steps}", "schedule.total_steps=1000", "checkpoint.every_steps=3", "train.validate_every=7",
         "guard.rank_timeout_s=120",
@@ -98,7 +100,7 @@ def _logged_steps(output: Path) -> int:
 
 @pytest.mark.timeout(900)
 def test_five_kills_change_nothing(store: Path, tmp_path: Path) -> None:
-    assert campaign(store, tmp_path, "fp32", 5, seed=4)["kills"] == 5
+    assert campaign(store, tmp_path, "fp32", 5, seed=4, steps_per_kill=13)["kills"] == 5
 
 
 @pytest.mark.faults

@@ -9,6 +9,7 @@ from opt_ds.config import load_config
 from opt_ds.engine.hardware import Gpu, find_gpu
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
+from opt_ds.tools import plan as planning
 from opt_ds.tools.assumed_store import AssumedStore
 from opt_ds.tools.plan import Cluster, communication_bytes, plan_run, plan_text
 from tests.engine.runs import FITTED, make_store
@@ -20,14 +21,18 @@ SMALL = (
 LITTLE = Gpu("little", 2.5, (7, 0), 10e12, 1e12, 100e9, 10e9)
 
 
-def plan(*settings: str, gpu: Gpu = LITTLE, num_gpus: int = 4):
+def plan(*settings: str, gpu: Gpu = LITTLE, num_gpus: int = 4, search: bool = False):
+    """`search`: for the largest budget, which takes most of the time."""
     config = load_config("opt-small", [*SMALL, *settings])
-    return plan_run(config, Cluster(gpu, num_gpus), AssumedStore(config.model, 40, 36, 65))
+    with pytest.MonkeyPatch.context() as patch:
+        if not search:
+            patch.setattr(planning, "_MOST_ROUNDS", 0)
+        return plan_run(config, Cluster(gpu, num_gpus), AssumedStore(config.model, 40, 36, 65))
 
 
 @pytest.fixture(scope="module")
 def little():
-    return plan()
+    return plan(search=True)
 
 
 def test_the_largest_budget_fits_and_a_larger_one_does_not(little) -> None:
@@ -36,14 +41,14 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not(little) -> None:
     assert little.largest_budget > 2048
     at_largest = plan(f"batch.max_tokens={little.largest_budget}")
     assert 0.93 * at_largest.memory_limit < at_largest.memory.total <= at_largest.memory_limit
-    beyond = plan(f"batch.max_tokens={round(little.largest_budget * 1.08)}")
+    beyond = plan(f"batch.max_tokens={round(little.largest_budget * 1.08)}", search=True)
     assert not beyond.fits
     assert beyond.max_tokens == pytest.approx(little.largest_budget, rel=0.05), "figures are then for what fits"
 
 
 def test_what_does_not_fit_at_all_is_said() -> None:
     tiny = Gpu("tiny", 1.0, (7, 0), 10e12, 1e12, 100e9, 10e9)
-    hopeless = plan(gpu=tiny)
+    hopeless = plan(gpu=tiny, search=True)
     assert (hopeless.fits, hopeless.largest_budget) == (False, 0)
     assert "use a higher zero.stage" in plan_text(hopeless)
 
