@@ -14,6 +14,16 @@ pytest_plugins = ("tests.small_disk",)
 if TYPE_CHECKING:
     from opt_ds.store import FeatureStore
 
+#: Files that take longest, or wait most: begun first, so that no test process is left alone with one at the end.
+LONGEST = ("slurm/test_pretrain", "faults/test_kills", "faults/test_lost_ranks", "engine/test_ranks", "tools/test_memory",
+           "faults/test_launchers", "faults/test_disk", "tools/test_plan")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others, and the tests within a file, in their order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), len(place)))
+
 
 @pytest.fixture(scope="session")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
