@@ -237,7 +237,7 @@ class TrainConfig(_Section):
     validate_samples: int = Field(2048, ge=1, description="validation samples at most")
     picture_grid: int = Field(8, ge=0, description="samples shown in the picture grid of a validation; 0: none")
     recompute: bool = Field(
-        False, description="backward runs each layer again instead of keeping what was inside: less memory, a third more time"
+        False, description="backward runs each layer again, instead of keeping what was inside: less memory, more operations"
     )
     early_stopping: int = Field(0, ge=0, description="validations without a better loss before stopping; 0: never")
     preemption_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCONT", "SIGTERM"] = Field(

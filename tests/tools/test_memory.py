@@ -85,7 +85,8 @@ def predicted(config: Config, world_size: int) -> RankMemory:
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [
-        (1, {"recomputed": (*LONG, "precision=fp32", "train.recompute=true"), "stage 1": (*WIDE, "precision=fp32")}),
+        (1, {"activations": (*LONG, "precision=fp32"), "stage 1": (*WIDE, "precision=fp32"),
+             "recomputed": (*LONG, "precision=fp32", "train.recompute=true")}),
         (2, {"stage 1 of 2": (*WIDE, "precision=fp32"), "stage 2 of 2": (*WIDE, "precision=fp32", "zero.stage=2")}),
     ],
 )  # fmt: skip
