@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORE := data/emoji
 RUN := runs/emoji
+# Without its compiled modules every process would compile torch's anew: 6 seconds for each rank of each run and test.
+unexport PYTHONDONTWRITEBYTECODE
 # One rank a GPU; without a GPU, two ranks on the CPU.
 NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
 
