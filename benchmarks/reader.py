@@ -3,8 +3,8 @@
     python benchmarks/reader.py [--samples 2000] [--repeats 7] [--folder FOLDER] [--output reader.json]
 
 Every format holds the same samples, 36 regions of 2,048 and 65 frames of 768 float16: 0.25 MB. Two ends are timed: `view`, the
-arrays of each sample can be read (one value of each is), and `packed`, every byte is copied into the batch's arrays, as
-training has it. Warm: the repeats of all readers are interleaved, each in its own random order. Cold: the files' pages are
+arrays of each sample can be read (one value of each is), and `packed`, every byte is copied into the arrays of a batch of 32,
+as training has it. Warm: the repeats of all readers are interleaved, each in its own random order. Cold: the files' pages are
 dropped by posix_fadvise(DONTNEED) before each repeat, and the share of pages that stayed is measured; beside it a sequential
 read of the same files, dropped too. WebDataset has no random access: it is read in the order of its tar. WebDataset and Mosaic
 streaming are in benchmarks/requirements.txt; a reader whose package is missing is left out, and said so.
@@ -12,6 +12,7 @@ streaming are in benchmarks/requirements.txt; a reader whose package is missing 
 
 import argparse
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -190,11 +191,13 @@ def view(reader: Any, order: np.ndarray) -> None:
 
 
 def packed(reader: Any, order: np.ndarray, batch: tuple[np.ndarray, np.ndarray]) -> None:
+    """Batch by batch: the arrays of its samples, then all of them end to end."""
     regions_rv, frames_av = batch
-    for place, (regions, frames) in enumerate(reader.samples(order)):
-        slot = place % BATCH
-        regions_rv[slot * REGIONS : (slot + 1) * REGIONS] = regions
-        frames_av[slot * FRAMES : (slot + 1) * FRAMES] = frames
+    samples = reader.samples(order)
+    while found := list(itertools.islice(samples, BATCH)):
+        regions, frames = zip(*found, strict=True)
+        np.concatenate(regions, out=regions_rv[: len(found) * REGIONS])
+        np.concatenate(frames, out=frames_av[: len(found) * FRAMES])
 
 
 def sequential(files: list[Path]) -> None:

@@ -47,6 +47,7 @@ class ShardFile:
         """`layout`: the shard's row of the index, with the store's description; without it the file's own directory is read."""
         self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
         self._offsets: dict[str, int] = {}
+        self._bounds: dict[str, memoryview] = {}
         self._mapped = MappedFile(path)
         if layout is None or description is None or (layout[:, 0] == NOT_MAPPABLE).any():
             self._open(path)
@@ -99,8 +100,15 @@ class ShardFile:
 
     def item(self, name: str, offsets: str, index: int) -> np.ndarray:
         """Return item `index` of a ragged dataset."""
-        bounds = self._arrays[offsets]
-        return self._arrays[name][int(bounds[index]) : int(bounds[index + 1])]
+        bounds = self.bounds(offsets)
+        return self._arrays[name][bounds[index] : bounds[index + 1]]
+
+    def bounds(self, offsets: str) -> memoryview:
+        """The offsets of a ragged dataset: a view gives Python's own integers, several times as fast as an array of NumPy's."""
+        bounds = self._bounds.get(offsets)
+        if bounds is None:
+            bounds = self._bounds[offsets] = memoryview(np.asarray(self._arrays[offsets][:]))
+        return bounds
 
     def will_need(self, name: str, start: int, stop: int) -> int:
         """Ask for the rows start … stop − 1 of a dataset to be read from the disk now; returns their bytes (0: compressed)."""

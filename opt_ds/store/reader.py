@@ -170,8 +170,8 @@ class FeatureStore:
     def regions(self, row: int) -> Regions:
         """Return an image row's regions."""
         shard, local = self._locate(self._image_starts, row)
-        offsets = shard.array("image/offsets")
-        kept = slice(int(offsets[local]), int(offsets[local + 1]))
+        bounds = shard.bounds("image/offsets")
+        kept = slice(bounds[local], bounds[local + 1])
         features, boxes, labels, scores = map(shard.array, _REGIONS)
         return Regions(features[kept], boxes[kept], labels[kept], scores[kept])
 
@@ -203,8 +203,8 @@ class FeatureStore:
     def read_ahead(self, modality: str, row: int) -> int:
         """Ask the system to read an "image" or "audio" row's features from the disk now, without waiting; returns their bytes."""
         shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
-        offsets = shard.array(f"{modality}/offsets")
-        return shard.will_need(f"{modality}/features", int(offsets[local]), int(offsets[local + 1]))
+        bounds = shard.bounds(f"{modality}/offsets")
+        return shard.will_need(f"{modality}/features", bounds[local], bounds[local + 1])
 
     def release_pages(self) -> None:
         """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""
