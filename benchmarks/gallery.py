@@ -1,10 +1,10 @@
 """A larger gallery for benchmarks/retrieval.py: the emoji corpus, and mirrored pictures of it with slower speech.
 
-    python benchmarks/gallery.py --corpus data/emoji-corpus --output data/emoji-5000-corpus [--size 5000]
-    opt-ds prepare --manifest data/emoji-5000-corpus/manifest.jsonl --allow-outside --text data/emoji/tokenizer --output data/emoji-5000
+    python benchmarks/gallery.py --corpus data/emoji-corpus --output data/gallery-corpus [--size 5000]
+    opt-ds prepare --manifest data/gallery-corpus/manifest.jsonl --allow-outside --text data/emoji/tokenizer --output data/gallery
 
-What is added (a seeded choice of the training samples, with the caption "mirrored …") is of the split `mirrored`, so that nothing is
-fitted on it: it can only be found wrongly.
+What is added (a seeded choice of the training samples, with the caption "mirrored …") is of the split `mirrored`: nothing is fitted
+on it, and it can only be found wrongly.
 """
 
 import argparse

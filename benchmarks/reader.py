@@ -53,12 +53,12 @@ class Ours:
         self._store = FeatureStore(source)
 
     def samples(self, order: np.ndarray) -> Iterator[Sample]:
-        store, rows, asked, pending, at = self._store, self._store.rows[order], 0, [], 0
-        for place in range(len(order)):
-            while self._ahead and at < len(order) and asked < READ_AHEAD:
-                pending.append(store.read_ahead("image", int(rows[at, 1])) + store.read_ahead("audio", int(rows[at, 2])))
+        store, rows, asked, pending, at = self._store, self._store.rows[order].tolist(), 0, [], 0
+        for place, (_, image, audio) in enumerate(rows):
+            while self._ahead and at < len(rows) and asked < READ_AHEAD:
+                pending.append(store.read_ahead("image", rows[at][1]) + store.read_ahead("audio", rows[at][2]))
                 asked, at = asked + pending[-1], at + 1
-            yield store.regions(int(rows[place, 1])).features, store.frames(int(rows[place, 2]))
+            yield store.region_features(image), store.frames(audio)
             if self._ahead:
                 asked -= pending[place]
 
@@ -180,7 +180,7 @@ class Mosaic:
 def all_samples(source: Path) -> Iterator[Sample]:
     store = FeatureStore(source)
     for _, image, audio in store.rows.tolist():
-        yield store.regions(image).features, store.frames(audio)
+        yield store.region_features(image), store.frames(audio)
 
 
 def view(reader: Any, order: np.ndarray) -> None:

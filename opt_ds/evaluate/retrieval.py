@@ -127,7 +127,7 @@ def target_names(evaluator: Evaluator, samples: np.ndarray, target: int) -> np.n
         content = [evaluator.caption(index) for index in samples]
     else:
         store, rows = evaluator.store, evaluator.store.rows[samples, target]
-        content = [store.regions(row).features.tobytes() if target == IMAGE else store.frames(row).tobytes() for row in rows]
+        content = [store.region_features(row).tobytes() if target == IMAGE else store.frames(row).tobytes() for row in rows]
     return np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
 
 

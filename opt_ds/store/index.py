@@ -100,15 +100,16 @@ class ShardFile:
 
     def item(self, name: str, offsets: str, index: int) -> np.ndarray:
         """Return item `index` of a ragged dataset."""
-        bounds = self.bounds(offsets)
-        return self._arrays[name][bounds[index] : bounds[index + 1]]
+        return self._arrays[name][self.bounds(offsets, index)]
 
-    def bounds(self, offsets: str) -> memoryview:
-        """The offsets of a ragged dataset: a view gives Python's own integers, several times as fast as an array of NumPy's."""
-        bounds = self._bounds.get(offsets)
-        if bounds is None:
-            bounds = self._bounds[offsets] = memoryview(np.asarray(self._arrays[offsets][:]))
-        return bounds
+    def bounds(self, offsets: str, index: int) -> slice:
+        """Return the rows of item `index` of the ragged datasets with these offsets."""
+        try:
+            bounds = self._bounds[offsets]
+        except KeyError:
+            # A view gives Python's own integers, several times as fast as an array gives NumPy's.
+            bounds = self._bounds[offsets] = np.asarray(self._arrays[offsets][:]).data
+        return slice(bounds[index], bounds[index + 1])
 
     def will_need(self, name: str, start: int, stop: int) -> int:
         """Ask for the rows start … stop − 1 of a dataset to be read from the disk now; returns their bytes (0: compressed)."""

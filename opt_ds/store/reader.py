@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-_REGIONS = ("image/features", "image/boxes", "image/labels", "image/scores")
-
-
 class Regions(NamedTuple):
     """A picture's regions: features float16 [R, Dv], boxes float32 [R, 7], labels int16 [R], scores float16 [R]."""
 
@@ -170,10 +167,15 @@ class FeatureStore:
     def regions(self, row: int) -> Regions:
         """Return an image row's regions."""
         shard, local = self._locate(self._image_starts, row)
-        bounds = shard.bounds("image/offsets")
-        kept = slice(bounds[local], bounds[local + 1])
-        features, boxes, labels, scores = map(shard.array, _REGIONS)
-        return Regions(features[kept], boxes[kept], labels[kept], scores[kept])
+        kept, array = shard.bounds("image/offsets", local), shard.array
+        return Regions(
+            array("image/features")[kept], array("image/boxes")[kept], array("image/labels")[kept], array("image/scores")[kept]
+        )
+
+    def region_features(self, row: int) -> np.ndarray:
+        """Return the features of an image row's regions alone: float16 [R, Dv]."""
+        shard, local = self._locate(self._image_starts, row)
+        return shard.item("image/features", "image/offsets", local)
 
     def frames(self, row: int) -> np.ndarray:
         """Return an audio row's frames: float16 [T, Da]."""
@@ -203,8 +205,8 @@ class FeatureStore:
     def read_ahead(self, modality: str, row: int) -> int:
         """Ask the system to read an "image" or "audio" row's features from the disk now, without waiting; returns their bytes."""
         shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
-        bounds = shard.bounds(f"{modality}/offsets")
-        return shard.will_need(f"{modality}/features", bounds[local], bounds[local + 1])
+        kept = shard.bounds(f"{modality}/offsets", local)
+        return shard.will_need(f"{modality}/features", kept.start, kept.stop)
 
     def release_pages(self) -> None:
         """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""
@@ -227,7 +229,8 @@ class FeatureStore:
         if not 0 <= row < starts[-1]:
             raise IndexError(f"row {row} of {starts[-1]}")
         index = bisect.bisect_right(starts, row) - 1
-        return self._shard(index), int(row) - starts[index]
+        file = self._open.get(index) if self._process == os.getpid() else None
+        return file or self._shard(index), int(row) - starts[index]
 
 
 def check_sizes(path: Path, description: StoreDescription) -> None:

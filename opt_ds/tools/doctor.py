@@ -231,7 +231,7 @@ def reading_rate(store: "object", seconds: float = _READ_SECONDS) -> tuple[float
     for sample in order:
         text, image, audio = rows[sample]
         arrays = [store.text(text)] if text >= 0 else []
-        arrays += [store.regions(image).features] if image >= 0 else []
+        arrays += [store.region_features(image)] if image >= 0 else []
         arrays += [store.frames(audio)] if audio >= 0 else []
         total += sum(np.array(array).nbytes for array in arrays)  # a copy, so that the pages are really read
         count += 1

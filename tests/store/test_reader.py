@@ -77,6 +77,7 @@ def test_every_item_comes_back_under_its_global_row(tmp_path: Path) -> None:
     assert [store.caption(row) for row in range(2)] == ["a A", "ä"]
     assert store.regions(1).features.shape == (5, 3)
     assert (store.regions(1).features == 2).all()
+    assert store.region_features(0).tolist() == store.regions(0).features.tolist()
     assert store.regions(1).labels.tolist() == [2] * 5
     assert store.frames(2).shape == (3, 2)
     assert not store.has_codes
@@ -96,6 +97,7 @@ def test_views_are_mapped_not_copied_and_typed(store_path: Path) -> None:
     for view, dtype in (
         (store.text(0), "int32"),
         (store.regions(0).features, "float16"),
+        (store.region_features(0), "float16"),
         (store.regions(0).boxes, "float32"),
         (store.regions(0).labels, "int16"),
         (store.frames(0), "float16"),
