@@ -3,7 +3,7 @@
     python benchmarks/gallery.py --corpus data/emoji-corpus --output data/gallery-corpus [--size 5000]
     opt-ds prepare --manifest data/gallery-corpus/manifest.jsonl --allow-outside --text data/emoji/tokenizer --output data/gallery
 
-What is added (a seeded choice of the training samples, with the caption "mirrored …") is of the split `mirrored`: nothing is fitted
+What is added (a seeded choice of the training samples, with the caption "mirrored …") has the split `mirrored`: nothing is fitted
 on it, and it can only be found wrongly.
 """
 
