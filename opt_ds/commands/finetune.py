@@ -15,7 +15,9 @@ def finetune(
     inputs: Annotated[
         list[str] | None, typer.Option(help="Modalities that go in, such as A or T+I; several: drawn for each sample.")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training samples.", min=0.001)] = 5.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training samples. Default: 5, retrieval 20.", min=0.001)
+    ] = None,
     min_positives: Annotated[int, typer.Option(help="classification: training samples that a label needs.", min=1)] = 10,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")

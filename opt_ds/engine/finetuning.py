@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opt_ds.config import LABELS_LOSS, LOSSES, LOSSES_OF_DRAW, Config, config_from_dict
 from opt_ds.data.finetune_plan import make_plan
@@ -16,13 +16,22 @@ from opt_ds.engine.preflight import check_store
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.store.reader import FeatureStore
 
-#: task -> (loss that it trains, inputs where none are named)
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "retrieval": ("matching", ("T+I",)),
-    "transcription": ("dtr", ("A", "A+I")),
-    "captioning": ("dtr", ("I",)),
-    "classification": (LABELS_LOSS, ("T+A+I",)),
-    "vqa": (LABELS_LOSS, ("T+I",)),
+
+class Task(NamedTuple):
+    """What a task trains, and what it takes where nothing is said."""
+
+    loss: str
+    inputs: tuple[str, ...]
+    epochs: float
+
+
+TASKS = {
+    # A judgement says one bit of a sample, where a text says a word a position: it takes more of them.
+    "retrieval": Task("matching", ("T+I",), epochs=20),
+    "transcription": Task("dtr", ("A", "A+I"), epochs=5),
+    "captioning": Task("dtr", ("I",), epochs=5),
+    "classification": Task(LABELS_LOSS, ("T+A+I",), epochs=5),
+    "vqa": Task(LABELS_LOSS, ("T+I",), epochs=5),
 }
 _LARGEST_BATCH = 256  # samples; fine-tuning wants more steps than pre-training's batches would leave
 _WARMUP_SHARE = 0.1
@@ -33,22 +42,22 @@ def finetune_config(
     start: Path,
     stores: list[str],
     inputs: tuple[str, ...] = (),
-    epochs: float = 5.0,
+    epochs: float | None = None,
     min_positives: int = 10,
     settings: tuple[str, ...] | list[str] = (),
 ) -> Config:
     """The run's configuration. `start`: a checkpoint, or a run's directory (its best); `settings`: key.path=value, laid over.
 
-    Batch: the checkpoint's, at most 256 samples; learning rate: the checkpoint's peak; warm-up: a tenth. Labels are those that
-    `min_positives` training samples have; answers are all that the store names. Raises UserError for a checkpoint that never
-    learned what the task fine-tunes, inputs that do not fit the task, a store without samples for it.
+    Batch: the checkpoint's, at most 256 samples; learning rate: the checkpoint's peak; warm-up: a tenth; epochs: the task's.
+    Labels are those that `min_positives` training samples have; answers are all that the store names. Raises UserError for a
+    checkpoint that never learned what the task fine-tunes, inputs that do not fit the task, a store without samples for it.
     """
     if task not in TASKS:
         raise UserError(f'unknown task "{task}"{did_you_mean(task, TASKS)}: choose from {", ".join(TASKS)}')
-    loss, default_inputs = TASKS[task]
+    loss = TASKS[task].loss
     folder = checkpoint.resolve_checkpoint(start)
     saved = config_from_dict(checkpoint.read_state(folder)["config"], where=str(folder / checkpoint.STATE_FILE))
-    inputs = inputs or default_inputs
+    inputs = inputs or TASKS[task].inputs
     _check(task, loss, inputs, saved, folder)
     opened = [FeatureStore(path) for path in stores]
     for store in opened:
@@ -66,7 +75,7 @@ def finetune_config(
     tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
     tree["train"] |= {"max_steps": None, "picture_grid": 0, "early_stopping": 0, "time_limit_minutes": None}
     tree["profile"] = {}
-    return _with_schedule(tree, opened, epochs, settings)
+    return _with_schedule(tree, opened, epochs or TASKS[task].epochs, settings)
 
 
 def _check(task: str, loss: str, inputs: tuple[str, ...], saved: Config, folder: Path) -> None:

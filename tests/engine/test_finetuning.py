@@ -37,10 +37,10 @@ def test_every_task_learns_from_the_checkpoint_and_leaves_a_whole_model(
     assert train(config, tmp_path, group) == 0
     found = losses(tmp_path)
     assert sum(found[step] for step in range(26, 31)) < 0.8 * sum(found[step] for step in range(1, 6))
-    assert set(json.loads((tmp_path / "validation.json").read_text())["losses"]) == {TASKS[task][0]}
+    assert set(json.loads((tmp_path / "validation.json").read_text())["losses"]) == {TASKS[task].loss}
     model, loaded = checkpoint.load_model(tmp_path)
     assert loaded.learned_losses[:3] == ("mlm", "mvfr", "mrc"), "the other heads are still what pre-training made of them"
-    assert (model.labels is not None) == (TASKS[task][0] == "labels")
+    assert (model.labels is not None) == (TASKS[task].loss == "labels")
 
 
 def test_the_weights_are_the_checkpoints(pretrained: Path, learnable: Path, tmp_path: Path, group: Any) -> None:
@@ -73,6 +73,11 @@ def test_steps_are_counted_in_epochs_and_settings_have_the_last_word(pretrained:
     assert config.train.validate_every == 2
     config = finetune_config("captioning", pretrained, [str(learnable)], epochs=10, settings=["schedule.total_steps=7"])
     assert config.max_steps == 7
+    small = ["batch.size=2"]
+    few, many = (
+        finetune_config(task, pretrained, [str(learnable)], settings=small).max_steps for task in ("captioning", "retrieval")
+    )
+    assert many == 4 * few, "judgements take more passes than texts"
 
 
 @pytest.mark.parametrize(
