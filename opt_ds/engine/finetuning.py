@@ -23,11 +23,12 @@ class Task(NamedTuple):
     loss: str
     inputs: tuple[str, ...]
     epochs: float
+    lr_share: float = 1.0  # of the checkpoint's peak
 
 
 TASKS = {
     # A judgement says one bit of a sample, where a text says a word a position: it takes more of them.
-    "retrieval": Task("matching", ("T+I",), epochs=20),
+    "retrieval": Task("matching", ("T+I",), epochs=20, lr_share=0.5),
     "transcription": Task("dtr", ("A", "A+I"), epochs=5),
     "captioning": Task("dtr", ("I",), epochs=5),
     "classification": Task(LABELS_LOSS, ("T+A+I",), epochs=5),
@@ -48,9 +49,10 @@ def finetune_config(
 ) -> Config:
     """The run's configuration. `start`: a checkpoint, or a run's directory (its best); `settings`: key.path=value, laid over.
 
-    Batch: the checkpoint's, at most 256 samples; learning rate: the checkpoint's peak; warm-up: a tenth; epochs: the task's.
-    Labels are those that `min_positives` training samples have; answers are all that the store names. Raises UserError for a
-    checkpoint that never learned what the task fine-tunes, inputs that do not fit the task, a store without samples for it.
+    Batch: the checkpoint's, at most 256 samples; learning rate: the task's share of the checkpoint's peak; warm-up: a tenth;
+    epochs: the task's. Labels are those that `min_positives` training samples have; answers are all that the store names. Raises
+    UserError for a checkpoint that never learned what the task fine-tunes, inputs that do not fit the task, a store without
+    samples for it.
     """
     if task not in TASKS:
         raise UserError(f'unknown task "{task}"{did_you_mean(task, TASKS)}: choose from {", ".join(TASKS)}')
@@ -73,6 +75,7 @@ def finetune_config(
     tree["tasks"][LABELS_LOSS] = _label_head(task, loss, opened, saved.data.train_split, min_positives)
     size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
     tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
+    tree["optimizer"]["lr"] *= TASKS[task].lr_share
     tree["train"] |= {"max_steps": None, "picture_grid": 0, "early_stopping": 0, "time_limit_minutes": None}
     tree["profile"] = {}
     return _with_schedule(tree, opened, epochs or TASKS[task].epochs, settings)
