@@ -40,7 +40,7 @@ pretrain: install $(STORE)/store.json
 	$(BIN)/opt-ds evaluate summary --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not gpu and not kernels"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not kernels" -rs
 
 test-faults: install
 	$(BIN)/python -m pytest -m faults
