@@ -20,6 +20,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -146,7 +147,7 @@ class Accumulator:
             torch._foreach_copy_(list[torch.Tensor](self.weights), list[torch.Tensor](self.masters))
 
 
-class Contender:
+class Contender(ABC):
     """One way to train: its model, and the micro-batches that it makes of the samples."""
 
     def __init__(self, data: MixData, dtype: torch.dtype) -> None:
@@ -155,14 +156,17 @@ class Contender:
         self.batches = [data.pack(slots) for slots in self.slots[:ACCUMULATION]]
         self.trained = Accumulator(self.build(data.config).to(data.device), data.config, dtype)
 
+    @abstractmethod
     def micro_batches(self, data: MixData) -> list[np.ndarray]:
-        raise NotImplementedError
+        """Slots of each micro-batch."""
 
+    @abstractmethod
     def build(self, config: Config) -> nn.Module:
-        raise NotImplementedError
+        """The model, in fp32."""
 
+    @abstractmethod
     def loss(self, batch: PackedBatch) -> torch.Tensor:
-        raise NotImplementedError
+        """Of one micro-batch."""
 
     def micro_batch(self, repeat: int) -> None:
         """Forward and backward of one micro-batch."""

@@ -1,5 +1,7 @@
 """The text decoder and the image decoder: what they write, token by token or code by code, from the encoder's output."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,7 +13,7 @@ from opt_ds.ops.linear_cross_entropy import linear_cross_entropy
 from opt_ds.ops.sequences import Sequences
 
 
-class AutoregressiveDecoder(nn.Module):
+class AutoregressiveDecoder(nn.Module, ABC):
     """Embeds what is already written, attends to the encoder's output, scores what comes next; embedding and scores are tied.
 
     `num_positions` bounds the length.
@@ -28,12 +30,13 @@ class AutoregressiveDecoder(nn.Module):
         self.decoder = Decoder(config, num_layers)
         self.bias = nn.Parameter(torch.zeros(num_outputs))
 
+    @abstractmethod
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Embeddings [w, e] of the items written so far."""
 
+    @abstractmethod
     def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [outputs, e] and bias [outputs] of the scores."""
-        raise NotImplementedError
 
     def forward(self, written: Written, hidden_te: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed cross-entropy of everything to be written, how many items score highest), teacher-forced, given the encoder's
