@@ -19,7 +19,8 @@ from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_proj
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, joined, log_mean_exp, recall, target_names
 
-#: Training inputs whose mean likelihood stands for a text's prior, where texts are ranked.
+#: Training inputs, the nearest by the projection, whose mean likelihood stands for a text's prior, where texts are ranked. Any
+#: others would tell little: nearly all of a text's likelihood lies with the few inputs that it nearly fits.
 PRIOR_INPUTS = 32
 
 
@@ -54,6 +55,7 @@ class TwoStages:
     evaluator: Evaluator
     seed: int = 1
     _projections: dict[str, DualProjection] = field(default_factory=dict)
+    _train_queries: dict[str, np.ndarray] = field(default_factory=dict)  # [CLS] of what the projection was fitted on
     _cls: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def figures(
@@ -75,7 +77,7 @@ class TwoStages:
                 second_qk, encoder_runs, decoder_runs = self.matching(direction, queries, gallery, best_qk), encoded + pairs, 0
             elif _has_likelihood(direction):
                 second_qk = self.likelihood(direction, queries, gallery, best_qk)
-                again, prior = self._likelihood_runs(direction, best_qk)
+                again, prior = self._likelihood_runs(direction, gallery, best_qk)
                 encoder_runs, decoder_runs = encoded + again, pairs + prior
             else:
                 continue
@@ -111,7 +113,7 @@ class TwoStages:
             ranked, places = np.unique(best_qk, return_inverse=True)  # the texts that are in a shortlist at all
             texts, wanted = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
             found = self.evaluator.text_log_likelihood_of(samples, texts, list(wanted))
-            return np.stack(found) - self._log_priors(query[0], texts)[wanted]
+            return np.stack(found) - self._log_priors(direction, gallery[ranked])[wanted]
         samples = [read(index, (target,)) for index in gallery]
         rows, columns = np.divmod(np.arange(best_qk.size), best_qk.shape[1])
         pairs_of = [np.flatnonzero(best_qk.reshape(-1) == place) for place in range(len(gallery))]
@@ -121,35 +123,52 @@ class TwoStages:
             scores_qk[rows[flat], columns[flat]] = values
         return scores_qk
 
-    def _likelihood_runs(self, direction: str, best_qk: np.ndarray) -> tuple[int, int]:
+    def _likelihood_runs(self, direction: str, gallery: np.ndarray, best_qk: np.ndarray) -> tuple[int, int]:
         """Encoder runs of `likelihood`, and the decoder runs of its priors."""
+        ranked = np.unique(best_qk)
+        if DIRECTIONS[direction][1] != TEXT:
+            return len(ranked), 0
+        nearest_kt = self._prior_inputs(direction, gallery[ranked])
+        return len(best_qk) + len(np.unique(nearest_kt)), nearest_kt.size
+
+    def _log_priors(self, direction: str, samples: np.ndarray) -> np.ndarray:
+        """log of the mean likelihood of these samples' texts over their nearest training inputs; float64 [samples]."""
+        nearest_kt = self._prior_inputs(direction, samples)
+        inputs, places = np.unique(nearest_kt, return_inverse=True)
+        rows, texts = places.reshape(-1), np.tile(np.arange(len(samples)), len(nearest_kt))
+        order = np.argsort(rows, kind="stable")  # input by input
+        wanted = np.split(texts[order], np.cumsum(np.bincount(rows))[:-1])
+        read = [self.evaluator.read(index, DIRECTIONS[direction][0]) for index in inputs]
+        found = self.evaluator.text_log_likelihood_of(read, self._texts(samples), wanted)
+        values = np.empty(nearest_kt.size)
+        values[order] = np.concatenate(found)
+        return log_mean_exp(values.reshape(nearest_kt.shape), axis=0)[0]
+
+    def _prior_inputs(self, direction: str, samples: np.ndarray) -> np.ndarray:
+        """int64 [k, samples], the training samples whose inputs the projection takes for nearest to these samples' texts."""
+        projection, target = self._projection(direction), DIRECTIONS[direction][1]
+        train = self._training_samples(direction)
+        scores_nt = projection.scores(self._train_queries[direction], self._vectors(samples, (target,)))
+        count = min(PRIOR_INPUTS, len(train))
+        return train[np.sort(np.argpartition(-scores_nt, count - 1, axis=0)[:count], axis=0)]
+
+    def _training_samples(self, direction: str) -> np.ndarray:
         query, target = DIRECTIONS[direction]
-        ranked = len(np.unique(best_qk))
-        if target != TEXT:
-            return ranked, 0
-        inputs = len(self._prior_inputs(query[0]))
-        return len(best_qk) + inputs, inputs * ranked
-
-    def _log_priors(self, modality: int, texts: list[np.ndarray]) -> np.ndarray:
-        """log of each text's mean likelihood over a seeded choice of training inputs; float64 [texts]."""
-        samples = [self.evaluator.read(index, (modality,)) for index in self._prior_inputs(modality)]
-        return log_mean_exp(self.evaluator.text_log_likelihood(samples, texts), axis=0)[0]
-
-    def _prior_inputs(self, modality: int) -> np.ndarray:
-        return self.evaluator.samples_with(self.evaluator.config.data.train_split, (modality,), PRIOR_INPUTS, self.seed)
+        return self.evaluator.samples_with(self.evaluator.config.data.train_split, (*query, target))
 
     def _projection(self, direction: str) -> DualProjection:
         if direction not in self._projections:
             query, target = DIRECTIONS[direction]
-            data = self.evaluator.config.data
-            fitted_on = []
-            for split in (data.train_split, data.valid_split):
-                samples = self.evaluator.samples_with(split, (*query, target))
+            valid = self.evaluator.samples_with(self.evaluator.config.data.valid_split, (*query, target))
+            splits, fitted_on = (self._training_samples(direction), valid), []
+            for split, samples in zip(("train_split", "valid_split"), splits, strict=True):
                 if not len(samples):
-                    raise UserError(f"{self.evaluator.store.path}: split {split} has no sample to fit {direction} on")
+                    name = getattr(self.evaluator.config.data, split)
+                    raise UserError(f"{self.evaluator.store.path}: split {name} has no sample to fit {direction} on")
                 names = target_names(self.evaluator, samples, target)
                 fitted_on.append(Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names))
             self._projections[direction] = fit_dual_projection(fitted_on[0], fitted_on[1], seed=self.seed)
+            self._train_queries[direction] = fitted_on[0].query_ne
         return self._projections[direction]
 
     def _vectors(self, samples: np.ndarray, modalities: tuple[int, ...]) -> np.ndarray:

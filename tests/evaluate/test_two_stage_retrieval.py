@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import opt_ds.evaluate.runner as runner
+import opt_ds.evaluate.two_stage_retrieval as two_stage_retrieval_module
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import given
 from opt_ds.errors import UserError
@@ -71,10 +72,23 @@ def test_re_ranking_scores_are_those_of_all_pairs(evaluator: Evaluator, directio
         assert found_likelihood == pytest.approx(np.take_along_axis(everything, best, 1), abs=1e-4)
     if direction == "image_to_text":
         everything = _likelihood_matrix(evaluator, gallery, IMAGE)
-        texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
-        over_prior = everything - stages._log_priors(IMAGE, texts)
+        over_prior = everything - stages._log_priors(direction, gallery)
         found_likelihood = stages.likelihood(direction, gallery, gallery, best)
         assert found_likelihood == pytest.approx(np.take_along_axis(over_prior, best, 1), abs=1e-4)
+
+
+def test_a_prior_is_the_mean_over_the_nearest_training_inputs(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_stage_retrieval_module, "PRIOR_INPUTS", 3)
+    stages = TwoStages(evaluator)
+    gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 6)
+    train = evaluator.samples_with("train", (IMAGE, TEXT))
+    scores = stages.first_stage("image_to_text", train, gallery)
+    texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
+    for place, text in enumerate(texts):
+        nearest = train[np.argsort(-scores[:, place])[:3]]
+        samples = [evaluator.read(index, (IMAGE,)) for index in nearest]
+        expected = np.log(np.exp(evaluator.text_log_likelihood(samples, [text])[:, 0]).mean())
+        assert stages._log_priors("image_to_text", gallery)[place] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
