@@ -23,6 +23,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
+from opt_ds.engine.distributed import ProcessGroup, find_ranks  # noqa: E402
 from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
@@ -293,12 +295,17 @@ def compare_peers(
     return figures
 
 
+@cache
+def this_rank() -> ProcessGroup:
+    """This process as the only rank, joined once: DeepSpeed keeps the first group that it sees."""
+    return ProcessGroup(find_ranks())
+
+
 def compare_engine(
     folder: Path, mix: Mix, precision: Precision, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
+    """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop. Wants `this_rank`."""
     from opt_ds.engine.deepspeed_config import Hardware
-    from opt_ds.engine.distributed import ProcessGroup, find_ranks
     from opt_ds.engine.signals import StopRequest
     from opt_ds.engine.trainer import Trainer
 
@@ -320,8 +327,7 @@ def compare_engine(
         return float(total)
 
     with tempfile.TemporaryDirectory() as output, StopRequest("SIGUSR1") as stop:
-        group = ProcessGroup(find_ranks())
-        trainer = Trainer(config, data.stores, Path(output), group, Hardware.detect(), precision, None, stop)
+        trainer = Trainer(config, data.stores, Path(output), this_rank(), Hardware.detect(), precision, None, stop)
         trainer.engine.train()
         planned = _with_micro_batches(data.planned, slots, data.lengths)
 
@@ -331,7 +337,6 @@ def compare_engine(
         product, product_flops = matmul(DTYPES[precision], device)
         seconds = interleaved({"matmul": product, "loop": loop_step, "engine": engine_step}, repeats, clock, device)
         trainer.close()
-        group.close()
     peak = product_flops / statistics.median(seconds["matmul"])
     flops = data.flops(np.arange(len(data.lengths)))
     return {
@@ -414,6 +419,8 @@ def main() -> int:
                 report(name, precision, peers, engine)
                 result[f"{name} {precision}"] = {"peers": peers, "engine": engine}
     write_result(arguments.output, result)
+    if "engine" in arguments.part:
+        this_rank().close()
     return 0
 
 
