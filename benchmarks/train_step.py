@@ -304,7 +304,7 @@ def this_rank() -> ProcessGroup:
 def compare_engine(
     folder: Path, mix: Mix, precision: Precision, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop. Wants `this_rank`."""
+    """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
     from opt_ds.engine.deepspeed_config import Hardware
     from opt_ds.engine.signals import StopRequest
     from opt_ds.engine.trainer import Trainer

@@ -16,7 +16,7 @@ def finetune(
         list[str] | None, typer.Option(help="Modalities that go in, such as A or T+I; several: drawn for each sample.")
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the training samples. Default: 5, retrieval 20.", min=0.001)
+        float | None, typer.Option(help="Passes over the training samples. Default: the task's.", min=0.001)
     ] = None,
     min_positives: Annotated[int, typer.Option(help="classification: training samples that a label needs.", min=1)] = 10,
     settings: Annotated[

@@ -8,7 +8,7 @@ Legend: q queries, c candidates, k shortlisted candidates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,14 +48,21 @@ def two_stage_retrieval(
     return result
 
 
+class _Fitted(NamedTuple):
+    """A direction's projection, and what it was fitted on."""
+
+    projection: DualProjection
+    samples: np.ndarray  # int64 [n], of the training split
+    query_ne: np.ndarray  # their [CLS]
+
+
 @dataclass
 class TwoStages:
     """The two stages of one model on one store; [CLS] vectors and projections are made once."""
 
     evaluator: Evaluator
     seed: int = 1
-    _projections: dict[str, DualProjection] = field(default_factory=dict)
-    _train_queries: dict[str, np.ndarray] = field(default_factory=dict)  # [CLS] of what the projection was fitted on
+    _fitted: dict[str, _Fitted] = field(default_factory=dict)
     _cls: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def figures(
@@ -91,7 +98,7 @@ class TwoStages:
     def first_stage(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
         """Scores [q, c] of the dual projection."""
         query, target = DIRECTIONS[direction]
-        return self._projection(direction).scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
+        return self._fit(direction).projection.scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
 
     def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> np.ndarray:
         """The matching head's scores [q, k] of the shortlisted pairs: an encoder run each."""
@@ -146,30 +153,27 @@ class TwoStages:
 
     def _prior_inputs(self, direction: str, samples: np.ndarray) -> np.ndarray:
         """int64 [k, samples], the training samples whose inputs the projection takes for nearest to these samples' texts."""
-        projection, target = self._projection(direction), DIRECTIONS[direction][1]
-        train = self._training_samples(direction)
-        scores_nt = projection.scores(self._train_queries[direction], self._vectors(samples, (target,)))
-        count = min(PRIOR_INPUTS, len(train))
-        return train[np.sort(np.argpartition(-scores_nt, count - 1, axis=0)[:count], axis=0)]
+        fitted = self._fit(direction)
+        scores_nt = fitted.projection.scores(fitted.query_ne, self._vectors(samples, (TEXT,)))
+        count = min(PRIOR_INPUTS, len(fitted.samples))
+        return fitted.samples[np.sort(np.argpartition(-scores_nt, count - 1, axis=0)[:count], axis=0)]
 
-    def _training_samples(self, direction: str) -> np.ndarray:
-        query, target = DIRECTIONS[direction]
-        return self.evaluator.samples_with(self.evaluator.config.data.train_split, (*query, target))
-
-    def _projection(self, direction: str) -> DualProjection:
-        if direction not in self._projections:
+    def _fit(self, direction: str) -> _Fitted:
+        """The direction's projection, fitted when it is first asked for."""
+        if direction not in self._fitted:
             query, target = DIRECTIONS[direction]
-            valid = self.evaluator.samples_with(self.evaluator.config.data.valid_split, (*query, target))
-            splits, fitted_on = (self._training_samples(direction), valid), []
-            for split, samples in zip(("train_split", "valid_split"), splits, strict=True):
+            data = self.evaluator.config.data
+            fitted_on = []
+            for split in (data.train_split, data.valid_split):
+                samples = self.evaluator.samples_with(split, (*query, target))
                 if not len(samples):
-                    name = getattr(self.evaluator.config.data, split)
-                    raise UserError(f"{self.evaluator.store.path}: split {name} has no sample to fit {direction} on")
+                    raise UserError(f"{self.evaluator.store.path}: split {split} has no sample to fit {direction} on")
                 names = target_names(self.evaluator, samples, target)
-                fitted_on.append(Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names))
-            self._projections[direction] = fit_dual_projection(fitted_on[0], fitted_on[1], seed=self.seed)
-            self._train_queries[direction] = fitted_on[0].query_ne
-        return self._projections[direction]
+                fitted_on.append((samples, Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names)))
+            (train_samples, train), (_, valid) = fitted_on
+            projection = fit_dual_projection(train, valid, seed=self.seed)
+            self._fitted[direction] = _Fitted(projection, train_samples, train.query_ne)
+        return self._fitted[direction]
 
     def _vectors(self, samples: np.ndarray, modalities: tuple[int, ...]) -> np.ndarray:
         """float32 [samples, e]: [CLS] of these modalities; each sample is encoded once."""

@@ -229,8 +229,7 @@ class FeatureStore:
         if not 0 <= row < starts[-1]:
             raise IndexError(f"row {row} of {starts[-1]}")
         index = bisect.bisect_right(starts, row) - 1
-        file = self._open.get(index) if self._process == os.getpid() else None
-        return file or self._shard(index), int(row) - starts[index]
+        return self._shard(index), int(row) - starts[index]
 
 
 def check_sizes(path: Path, description: StoreDescription) -> None:
