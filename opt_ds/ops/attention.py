@@ -26,7 +26,7 @@ def attention(
 
     `causal` (self-attention only): a query sees keys up to its own place. Dropout acts on the probabilities; `site` says which
     dropout of the model it is (a compiled backend keys its bits by it). A query sequence whose key sequence is empty gets 0.
-    The softmax is fp32 whatever the inputs' dtype; torch's backend rounds the scores to it.
+    The softmax is fp32 inside whatever the inputs' dtype; torch's backend rounds the scores and the probabilities to that.
     """
     assert len(queries) == len(keys), "each query sequence has its key sequence"
     assert not causal or queries.max_length == keys.max_length, "causal attention is self-attention"
@@ -78,13 +78,16 @@ def _padded_attention(
         return rows.unflatten(0, (group.num_sequences, -1)).transpose(1, 2).flatten(0, 1)  # [S·h, L, d]
 
     q, k, v = heads_first(q_phd), heads_first(k_phd), heads_first(v_phd)
-    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)).float().unflatten(0, (-1, num_heads))
-    if group.key_bias is not None:
-        scores = scores + group.key_bias[:, None]
+    scale = head_dim**-0.5
+    if group.key_bias is None:
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    else:
+        bias = group.key_bias.to(q.dtype).repeat_interleave(num_heads, dim=0)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
     if causal:
         above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(above, torch.finfo(torch.float32).min / 2)
-    probabilities = torch.softmax(scores, dim=-1).flatten(0, 1).to(v.dtype)
+        scores = scores.masked_fill_(above, -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)  # in fp32 inside, whatever the dtype
     if dropout > 0.0:
         probabilities = generator_dropout(probabilities, dropout)
     return torch.bmm(probabilities, v).unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(0, 1)

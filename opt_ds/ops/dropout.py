@@ -36,8 +36,18 @@ def generator_dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
         return F.dropout(x, probability, training=True)
     kept = 2**16 - round(probability * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)
-    noise = (bits[: x.numel()].view(x.shape) < kept - 2**15).to(x.dtype).mul_(2**16 / kept)
-    return x * noise
+    return x * _zero_or(2**16 / kept, bits[: x.numel()].view(x.shape).lt_(kept - 2**15), x.dtype)
+
+
+def _zero_or(scale: float, is_kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` where int16 `is_kept` is 1, else 0; it may overwrite it.
+
+    Integers of one width are compared and multiplied in vectors, where conversions of bools are not: so 16-bit floats are made of
+    their bits.
+    """
+    if dtype.itemsize != 2:
+        return is_kept.to(dtype).mul_(scale)
+    return is_kept.mul_(int(torch.tensor(scale, dtype=dtype).view(torch.int16))).view(dtype)
 
 
 @contextmanager

@@ -17,7 +17,10 @@ _FINEST = 16  # below so many positions a step of length saves less than another
 
 @dataclass(frozen=True)
 class PaddedGroup:
-    """Sequences padded to the same lengths. key_bias: float32 [S, 1, keys], as `Sequences.key_bias`; None: no padding."""
+    """Sequences padded to the same lengths. key_bias: float32 [S, 1, keys], 0 for a key and −∞ for padding; None: no padding.
+
+    Nobody is without keys in a group that has any: sequences of length 0 are a group of their own.
+    """
 
     num_sequences: int
     key_bias: torch.Tensor | None
@@ -76,7 +79,7 @@ def _make(queries: Sequences, keys: Sequences) -> PaddedGroups:
         first += valid[0].size
         bias = None
         if not valid[1].all():
-            bias = torch.from_numpy(np.where(valid[1], 0.0, np.finfo(np.float32).min / 2).astype(np.float32))[:, None].to(device)
+            bias = torch.from_numpy(np.where(valid[1], np.float32(0.0), np.float32(-np.inf)))[:, None].to(device)
         groups.append(PaddedGroup(len(members), bias))
     joined = [torch.from_numpy(np.concatenate(part)).to(device) for part in rows]
     return PaddedGroups(groups, joined[0], sizes[0], joined[1], sizes[1], torch.from_numpy(place_of_row).to(device))

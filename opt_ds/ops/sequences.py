@@ -81,11 +81,6 @@ class Sequences:
         row = torch.arange(self.total, dtype=torch.int32, device=self.cu_seqlens.device)
         return torch.stack([slot, row - first], dim=1)
 
-    @cached_property
-    def key_bias(self) -> torch.Tensor:
-        """float32 [S, 1, L]: 0 for a key, a large negative number for padding (finite: a row without keys stays finite)."""
-        return torch.where(self.valid, 0.0, torch.finfo(torch.float32).min / 2)[:, None, :]
-
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """[T, …] -> [S, L, …]; padding repeats row 0, so mask it."""
         return rows.index_select(0, self.row_of_place).unflatten(0, (len(self), self.max_length))

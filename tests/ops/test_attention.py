@@ -1,4 +1,4 @@
-"""Variable-length attention held to a float64 computation, sequence by sequence, and to PyTorch's own fp32 error."""
+"""Variable-length attention held to a float64 computation, sequence by sequence, and to PyTorch's own error in the same precision."""
 
 import math
 
@@ -10,7 +10,6 @@ from opt_ds.ops.attention import attention, cached_attention
 from opt_ds.ops.sequences import Sequences
 
 HEADS, WIDTH = 3, 8
-EPS = torch.finfo(torch.float32).eps
 AROUND_TILES = [1, 2, 15, 16, 17, 33]
 CASES = {
     **{f"length {n}": ([n], [n], False) for n in AROUND_TILES},
@@ -44,7 +43,7 @@ def max_score(q: torch.Tensor, k: torch.Tensor, ql: list[int], kl: list[int]) ->
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ql: list[int], kl: list[int], causal: bool) -> torch.Tensor:
-    """PyTorch's own attention, per sequence, in fp32: the yardstick of the error."""
+    """PyTorch's own attention, per sequence, in the dtype of its inputs: the yardstick of the error."""
     parts = zip(q.split(ql), k.split(kl), v.split(kl), strict=True)
     heads_first = ((qs.transpose(0, 1), ks.transpose(0, 1), vs.transpose(0, 1)) for qs, ks, vs in parts)
     return torch.cat([F.scaled_dot_product_attention(*p, is_causal=causal).transpose(0, 1) for p in heads_first])
@@ -70,16 +69,17 @@ def with_gradients(function, inputs: list[torch.Tensor], *arguments) -> list[tor
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1.0, 6.0])
-def test_output_and_gradients_are_as_exact_as_pytorchs(name: str, scale: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_and_gradients_are_as_exact_as_pytorchs(name: str, scale: float, dtype: torch.dtype) -> None:
     ql, kl, causal = CASES[name]
-    inputs = make(ql, kl, scale)
+    inputs = [x.to(dtype) for x in make(ql, kl, scale)]
     truth = with_gradients(reference, [x.double() for x in inputs], ql, kl, causal)
     largest_score = max(1.0, max_score(*inputs[:2], ql, kl))
     own, yardstick = (with_gradients(f, inputs, ql, kl, causal) for f in (ours, sdpa))
     for which, (true, found, torchs) in enumerate(zip(truth, own, yardstick, strict=True)):
         factor = 3 if which else 2
         # a softmax turns a score's rounding, eps · |score|, into a relative error of its result
-        floor = EPS * largest_score * max(1.0, true.abs().max().item())
+        floor = torch.finfo(dtype).eps * largest_score * max(1.0, true.abs().max().item())
         allowed = max(factor * (torchs - true).abs().max().item(), floor)
         assert (found - true).abs().max().item() <= allowed, ("output", "dq", "dk", "dv")[which]
 
