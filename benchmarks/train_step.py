@@ -42,6 +42,8 @@ from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
 from opt_ds.engine.distributed import ProcessGroup, find_ranks  # noqa: E402
+from opt_ds.engine.gradients import add_to_sums  # noqa: E402
+from opt_ds.engine.host_memory import keep_freed_memory  # noqa: E402
 from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
@@ -136,7 +138,7 @@ class Accumulator:
         loss.backward()
         if self._half:
             pairs = [(s, p.grad) for s, p in zip(self.sums, self.weights, strict=True) if p.grad is not None]
-            torch._foreach_add_([total for total, _ in pairs], [half for _, half in pairs])
+            add_to_sums([total for total, _ in pairs], [half for _, half in pairs])
             for p in self.weights:
                 p.grad = None
 
@@ -405,6 +407,8 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does, for all contenders
     print(f"our operators: {backend.choose(arguments.backend, device)}")
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     print(result["machine"])

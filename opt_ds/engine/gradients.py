@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 _CHUNK = 25_000_000  # elements that wait to be added together: 100 MB of fp32
+_PIECE = 2**18  # elements that a CPU adds together: what it converts stays in the cache
 _ALIGNMENT = 8  # elements, so that every part of a chunk starts at 16 bytes or more
 
 
@@ -57,25 +58,36 @@ class _Accumulator:
     def _add(self) -> None:
         parameters: list[Any] = list(self._waiting.values())
         self._waiting, self._numel = {}, 0
-        if not parameters:
-            return
-        gradients = [parameter.grad for parameter in parameters]
-        sizes = [-(-gradient.numel() // _ALIGNMENT) * _ALIGNMENT for gradient in gradients]
-        chunk = torch.empty(sum(sizes), dtype=self._dtype, device=gradients[0].device)
-        parts = [
-            part[: gradient.numel()].view_as(gradient) for part, gradient in zip(chunk.split(sizes), gradients, strict=True)
-        ]
-        torch._foreach_copy_(parts, gradients)
-        sums, terms = [], []
-        for parameter, part in zip(parameters, parts, strict=True):
-            if parameter.grad_accum is None:  # the step's first micro-batch
-                parameter.grad_accum = part
-            else:
-                sums.append(parameter.grad_accum)
-                terms.append(part)
+        summed = [parameter for parameter in parameters if parameter.grad_accum is not None]
+        add_to_sums([parameter.grad_accum for parameter in summed], [parameter.grad for parameter in summed])
+        first = [parameter for parameter in parameters if parameter.grad_accum is None]  # the step's first micro-batch
+        for parameter, total in zip(first, _copies([parameter.grad for parameter in first], self._dtype), strict=True):
+            parameter.grad_accum = total
+        for parameter in parameters:
             parameter.grad = None
-        if sums:
-            torch._foreach_add_(sums, terms)
+
+
+def add_to_sums(sums: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+    """Add gradients of any dtype to contiguous sums of a wider one, in place; the same bits as `sum += gradient`."""
+    if not sums:
+        return
+    if sums[0].device.type != "cpu":
+        torch._foreach_add_(sums, _copies(gradients, sums[0].dtype))
+        return
+    for total, gradient in zip(sums, gradients, strict=True):
+        for total_piece, piece in zip(total.view(-1).split(_PIECE), gradient.reshape(-1).split(_PIECE), strict=True):
+            total_piece += piece
+
+
+def _copies(gradients: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """In another dtype, in one chunk."""
+    if not gradients:
+        return []
+    sizes = [-(-gradient.numel() // _ALIGNMENT) * _ALIGNMENT for gradient in gradients]
+    chunk = torch.empty(sum(sizes), dtype=dtype, device=gradients[0].device)
+    parts = [part[: gradient.numel()].view_as(gradient) for part, gradient in zip(chunk.split(sizes), gradients, strict=True)]
+    torch._foreach_copy_(parts, gradients)
+    return parts
 
 
 def _any_not_finite(gradients_by_group: dict[int, list[torch.Tensor]]) -> torch.Tensor:

@@ -17,8 +17,8 @@ from opt_ds.data.planned import PlannedStep
 from opt_ds.engine import guard, optimizer_state
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.guard import Guard
+from opt_ds.engine.host_memory import MemoryKeeper
 from opt_ds.engine.metrics import TermSums
-from opt_ds.engine.window import MemoryKeeper
 from opt_ds.ops import backend
 from opt_ds.tasks.base import total_loss
 

@@ -24,12 +24,13 @@ from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settin
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.guard import Guard, TrainingError, differing_parameter
 from opt_ds.engine.hardware import peak_flops
+from opt_ds.engine.host_memory import MemoryKeeper, keep_freed_memory, peak_memory_gib
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
 from opt_ds.engine.profile import StepProfiler
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
 from opt_ds.engine.step import SkipBudgetError, Stepper
 from opt_ds.engine.time_limit import TimeLimit
-from opt_ds.engine.window import MemoryKeeper, Window, peak_memory_gib
+from opt_ds.engine.window import Window
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import initial_model
 from opt_ds.ops import backend
@@ -56,6 +57,8 @@ class Trainer:
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
         self.ranks, self.stop = group.ranks, stop
+        if group.device.type == "cpu":
+            keep_freed_memory()
         self.plan = make_plan(config, stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend, group.device)

@@ -1,4 +1,4 @@
-"""Variable-length attention held to a float64 computation, sequence by sequence, and to PyTorch's own error in the same precision."""
+"""Variable-length attention held to a float64 computation, sequence by sequence, and to PyTorch's own error at that precision."""
 
 import math
 
