@@ -66,3 +66,16 @@ def test_weights_of_odd_size_do_not_unalign_others(store: Path) -> None:
         odd = [p.numel() % 8 != 0 for p in group["params"]]
         assert odd == sorted(odd)
     assert any(p.numel() % 8 for p in groups[1]["params"]), "or this shows nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_in_pieces_are_plain_sums(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(63,), (64,), (65,), (), (0, 3), (7, 40)]
+    found = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    found.append(torch.randn(30, 20, generator=generator).to(dtype).t())  # as products leave some gradients
+    sums = [torch.randn(gradient.shape, generator=generator) for gradient in found]
+    expected = [total + gradient.float() for total, gradient in zip(sums, found, strict=True)]
+    gradients.add_to_sums(sums, found)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(sums, expected, strict=True))
