@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opt_ds.data.keyed import keyed_hash, permute
+from opt_ds.engine.host_memory import keep_freed_memory
 from opt_ds.errors import UserError
 from opt_ds.model.dvae import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
 from opt_ds.model.dvae_config import StepSettings, load_dvae_config, schedule
@@ -126,8 +127,10 @@ def default_preset(num_pictures: int, config_file: Path | None) -> str:
 
 
 def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
-    """Resolve "auto": a GPU if there is one, bf16 autocast where the hardware has it. Sets PyTorch's threads."""
+    """Resolve "auto": a GPU if there is one, bf16 autocast where the hardware has it. Sets PyTorch's threads and allocator."""
     device = choose_device(device)
+    if device == "cpu":
+        keep_freed_memory()
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f'--precision "{precision}": choose auto, fp32 or bf16')
     if precision == "auto":
