@@ -37,7 +37,8 @@ $(STORE)/store.json: | install
 pretrain: install $(STORE)/store.json
 	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py
-	$(BIN)/opt-ds evaluate summary --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NUM_RANKS) -m opt_ds evaluate summary \
+	  --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not kernels" -rs
