@@ -37,12 +37,12 @@ class MemoryKeeper:
     """Keeps the host memory of a long accumulation near that of a short one.
 
     Micro-batches differ in shape, so freed memory comes to lie in pieces, and pages of the stores pile up: together a third
-    more after a hundred micro-batches. Both can be given back, but fetching them again costs time (on a CPU, a twentieth),
-    so it is done only in a long accumulation that has grown past what its first micro-batches left.
+    more after a hundred micro-batches. Both can be given back, but fetching them again costs time (on a CPU, up to a tenth),
+    so it is done only in a long accumulation that has grown past what its first micro-batches left, and a little more.
     """
 
     _FIRST = 3  # micro-batches that show what is needed
-    _GROWTH = 1.0
+    _GROWTH = 1.03
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self._stores, self._limit = stores, 0.0
