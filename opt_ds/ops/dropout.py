@@ -47,7 +47,7 @@ def _zero_or(scale: float, is_kept: torch.Tensor, dtype: torch.dtype) -> torch.T
     """
     if dtype.itemsize != 2:
         return is_kept.to(dtype).mul_(scale)
-    return is_kept.mul_(int(torch.tensor(scale, dtype=dtype).view(torch.int16))).view(dtype)
+    return is_kept.mul_(torch.tensor(scale, dtype=dtype, device=is_kept.device).view(torch.int16)).view(dtype)
 
 
 @contextmanager
