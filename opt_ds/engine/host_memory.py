@@ -1,6 +1,7 @@
 """Host memory of a training run: how much it held, and that the allocator keeps what is freed, within bounds."""
 
 import ctypes
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Have this process's allocator keep freed memory for what is allocated next; says whether it does (glibc's can).
+    """Have this process's allocator keep freed memory for what is allocated next; says whether it was told so. Only glibc's can be
+    told, and it is left as it is where the environment has settings for it (`MALLOC_…_`, `GLIBC_TUNABLES`).
 
     Left to itself glibc returns large blocks to the system, and every micro-batch on a CPU has its hundreds of megabytes handed
     out anew, page by page, zeroed by the kernel (measured: benchmarks/README.md). `MemoryKeeper` bounds what is kept.
     """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
     mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 

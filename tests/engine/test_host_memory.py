@@ -1,8 +1,13 @@
 """Freed memory is kept for what is allocated next, and a long accumulation gives back what it has too much. In processes of their
 own: an allocator's ways cannot be undone."""
 
+import os
 import subprocess
 import sys
+
+import pytest
+
+from opt_ds.engine.host_memory import keep_freed_memory
 
 PREAMBLE = """
 import resource, torch
@@ -18,9 +23,17 @@ assert keep_freed_memory()
 
 
 def run(program: str) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", PREAMBLE + program], capture_output=True, text=True, timeout=120)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    command = [sys.executable, "-c", PREAMBLE + program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_a_users_own_settings_of_the_allocator_stand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    assert not keep_freed_memory()
 
 
 def test_what_is_freed_is_not_fetched_again() -> None:
