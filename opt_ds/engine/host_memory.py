@@ -14,8 +14,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Have this process's allocator keep freed memory for what is allocated next; says whether it was told so. Only glibc's can be
-    told, and it is left as it is where the environment has settings for it (`MALLOC_…_`, `GLIBC_TUNABLES`).
+    """Have this process's allocator keep freed memory for what is allocated next; says whether it was told so. Only glibc's can
+    be told, and it is left as it is where the environment has settings for it (`MALLOC_…_`, `GLIBC_TUNABLES`).
 
     Left to itself glibc returns large blocks to the system, and every micro-batch on a CPU has its hundreds of megabytes handed
     out anew, page by page, zeroed by the kernel (measured: benchmarks/README.md). `MemoryKeeper` bounds what is kept.
