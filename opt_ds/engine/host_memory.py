@@ -46,7 +46,7 @@ class MemoryKeeper:
     """
 
     _FIRST = 3  # micro-batches that show what is needed
-    _GROWTH = 1.03
+    _GROWTH = 1.02
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self._stores, self._limit = stores, 0.0
