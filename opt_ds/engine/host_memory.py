@@ -42,11 +42,11 @@ class MemoryKeeper:
 
     Micro-batches differ in shape, so freed memory comes to lie in pieces, and pages of the stores pile up: together a third
     more after a hundred micro-batches. Both can be given back, but fetching them again costs time (on a CPU, up to a tenth),
-    so it is done only in a long accumulation that has grown past what its first micro-batches left, and a little more.
+    so it is done only in a long accumulation that has grown past what its first micro-batches left.
     """
 
     _FIRST = 3  # micro-batches that show what is needed
-    _GROWTH = 1.02
+    _GROWTH = 1.0
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self._stores, self._limit = stores, 0.0

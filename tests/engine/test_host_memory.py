@@ -45,7 +45,7 @@ def test_what_is_freed_is_not_fetched_again() -> None:
 def test_a_long_accumulation_that_grows_gives_memory_back() -> None:
     pages = run("""
 keeper = MemoryKeeper([])
-for number, mib in enumerate([100, 100, 100, 100, 400, 0]):
+for number, mib in enumerate([100, 100, 100, 400]):
     torch.ones(mib * 2**18)
     held = _resident_pages()
     keeper.after_micro_batch(number)
@@ -53,5 +53,5 @@ for number, mib in enumerate([100, 100, 100, 100, 400, 0]):
 """)
     held, left = pages[::2], pages[1::2]
     page_mib = 2**20 // 4096
-    assert all(abs(left[n] - held[n]) < page_mib for n in (0, 1, 2, 3)), "within the limit nothing is given back"
-    assert held[4] - left[4] > 350 * page_mib, "what one large micro-batch took is given back"
+    assert all(abs(left[n] - held[n]) < page_mib for n in (0, 1, 2)), "the first show what is needed"
+    assert held[3] - left[3] > 350 * page_mib, "what one large micro-batch took is given back"
