@@ -41,12 +41,11 @@ class MemoryKeeper:
     """Keeps the host memory of a long accumulation near that of a short one.
 
     Micro-batches differ in shape, so freed memory comes to lie in pieces, and pages of the stores pile up: together a third
-    more after a hundred micro-batches. Both can be given back, but fetching them again costs time (on a CPU, up to a tenth),
+    more after a hundred micro-batches. Both can be given back, but fetching them again costs time (on a CPU, a twentieth),
     so it is done only in a long accumulation that has grown past what its first micro-batches left.
     """
 
     _FIRST = 3  # micro-batches that show what is needed
-    _GROWTH = 1.0
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self._stores, self._limit = stores, 0.0
@@ -55,7 +54,7 @@ class MemoryKeeper:
     def after_micro_batch(self, number: int) -> None:
         """Give memory back if it is time to; `number` counts from 0 in each step."""
         if number < self._FIRST:
-            self._limit = max(self._limit, _resident_pages() * self._GROWTH)
+            self._limit = max(self._limit, _resident_pages())
         elif _resident_pages() > self._limit:
             for store in self._stores:
                 store.release_pages()
