@@ -129,8 +129,7 @@ def default_preset(num_pictures: int, config_file: Path | None) -> str:
 def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
     """Resolve "auto": a GPU if there is one, bf16 autocast where the hardware has it. Sets PyTorch's threads and allocator."""
     device = choose_device(device)
-    if device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f'--precision "{precision}": choose auto, fp32 or bf16')
     if precision == "auto":

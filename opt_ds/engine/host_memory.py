@@ -13,17 +13,21 @@ from opt_ds.store.reader import FeatureStore
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
-def keep_freed_memory() -> bool:
-    """Have this process's allocator keep freed memory for what is allocated next; says whether it was told so. Only glibc's can
-    be told, and it is left as it is where the environment has settings for it (`MALLOC_…_`, `GLIBC_TUNABLES`).
+def keep_freed_memory(device_type: str) -> str:
+    """Have this process's allocator keep freed memory for what is allocated next, where the device is the CPU; says what it does
+    with it now. Only glibc's can be told, and it is left as it is where the environment has settings for it.
 
     Left to itself glibc returns large blocks to the system, and every micro-batch on a CPU has its hundreds of megabytes handed
     out anew, page by page, zeroed by the kernel (measured: benchmarks/README.md). `MemoryKeeper` bounds what is kept.
     """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return False
+    if device_type != "cpu":
+        return "the allocator's default: tensors are not in host memory"
+    own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
+    if own:
+        return f"as the environment says ({', '.join(sorted(own))})"
     mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    told = mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)
+    return "kept" if told else "the allocator's default: it is not glibc's"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -57,8 +57,7 @@ class Trainer:
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
         self.ranks, self.stop = group.ranks, stop
-        if group.device.type == "cpu":
-            keep_freed_memory()
+        self.freed_memory = keep_freed_memory(group.device.type)
         self.plan = make_plan(config, stores)
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend, group.device)
@@ -322,6 +321,7 @@ class Trainer:
             "device": hardware.name,
             "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
             "threads": torch.get_num_threads(),
+            "freed_memory": self.freed_memory,
             "precision": self.precision,
             "zero_stage": self.config.zero.stage,
             "kernels": ", ".join(f"{operator}: {kernel}" for operator, kernel in backend.describe().items()),

@@ -49,3 +49,12 @@ def test_acting_as_a_gpu_draws_as_pytorch_does() -> None:
         found = generator_dropout(torch.ones(9), 0.5)
     torch.manual_seed(5)
     assert torch.equal(found, torch.nn.functional.dropout(torch.ones(9), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_precision_drops_the_same_elements(dtype: torch.dtype) -> None:
+    def kept(dtype: torch.dtype) -> torch.Tensor:
+        torch.manual_seed(7)
+        return generator_dropout(torch.ones(301, 77, dtype=dtype), 0.1) != 0
+
+    assert torch.equal(kept(dtype), kept(torch.float32))
