@@ -156,8 +156,10 @@ class ProcessGroup:
         """Give groups that others made since (DeepSpeed's have half an hour) this one's timeout."""
         from torch.distributed import distributed_c10d
 
+        # The V100's PyTorch has it under its private name only.
+        set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
         for group in distributed_c10d._world.pg_map:
-            distributed_c10d._set_pg_timeout(self._timeout, group)
+            set_timeout(self._timeout, group)
 
     def max(self, value: int) -> int:
         """The largest of the ranks' values."""
