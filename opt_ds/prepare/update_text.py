@@ -52,8 +52,8 @@ def update_text(
     """Tokenise every text anew: the store's own captions, or with a manifest the texts that it gives for the samples' ids.
 
     The tokenizer is `settings.text`, or one of `vocab_size` trained on the train split; `unicode_form` and `max_tokens`
-    as in preparation. A text without a token is lost to its samples, which are named; with `strict` that stops the update.
-    Raises UserError for samples that are not in the manifest and for one that would be left with nothing.
+    as in preparation. A sample whose text has no token, or whose line has no text, is left without and named; with `strict`
+    that stops the update. Raises UserError for samples that are not in the manifest and for one that would be left with nothing.
     """
     settings.check()
     with exclusive_use(path, say):
@@ -93,8 +93,8 @@ def update_text(
             shutil.rmtree(folder)
             raise
         refresh_report(path, description, notes)
-        rows = sum(shard.num_texts for shard in description.shards)
-        say(f"{path}: {rows} texts by a tokenizer of {vocab_size}; {len(notes.cut)} cut, {len(notes.lost)} could not be used")
+        rows, cut = sum(shard.num_texts for shard in description.shards), len(notes.cut)
+        say(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} cut; {len(notes.lost)} samples are left without")
         for line in notes.shown():
             say(line)
         return description
@@ -158,7 +158,9 @@ def _tokenised(
     for place, sample in enumerate(samples):
         text = texts[sample]
         rows[place, _TEXT] = MISSING if text is None else row_of.get(text.key, MISSING)
-        if text is not None and text.key not in row_of:
+        if text is None and arrays["samples/rows"][place, _TEXT] != MISSING:
+            notes.lost.append({"id": store.sample_id(sample), "reason": "the manifest names no text"})
+        elif text is not None and text.key not in row_of:
             notes.lost.append({"id": store.sample_id(sample), "reason": "the text has no tokens"})
     tokens, offsets = join_items([tokens_of[key][:max_tokens] for key in row_of], (0,))
     utf8, utf8_offsets = join_strings([strings[key] for key in row_of])
