@@ -53,7 +53,8 @@ def update_text(
 
     The tokenizer is `settings.text`, or one of `vocab_size` trained on the train split; `unicode_form` and `max_tokens`
     as in preparation. A sample whose text has no token, or whose line has no text, is left without and named; with `strict`
-    that stops the update. Raises UserError for samples that are not in the manifest and for one that would be left with nothing.
+    that stops the update. Raises UserError for samples that are not in the manifest, for one that would be left with nothing,
+    and if a tokenizer is to be trained and no train sample has a text.
     """
     settings.check()
     with exclusive_use(path, say):
@@ -120,6 +121,11 @@ def _make_tokenizer(store: FeatureStore, texts: list[_Text | None], settings: Pr
         else:
             train = set(store.split_samples(TRAIN_SPLIT).tolist())
             strings = {text.key: text.string for sample, text in enumerate(texts) if text is not None and sample in train}
+            if not strings:
+                raise UserError(
+                    f'{store.path}: no text is in split "{TRAIN_SPLIT}", on which the tokenizer is trained: '
+                    "give a tokenizer with --weights"
+                )
             captions = [normalise_unicode(string, settings.unicode_form) for string in strings.values()]
             train_wordpiece(captions, settings.vocab_size, temporary)
         temporary.rename(folder)

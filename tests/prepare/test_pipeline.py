@@ -141,6 +141,17 @@ def test_strict_and_hopeless_runs_stop_with_one_line(messy_manifest: Path, tmp_p
     assert not (tmp_path / "u").exists()
 
 
+def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:
+    """Else every caption would become [UNK]."""
+    manifest, said = tmp_path / "m.jsonl", []
+    lines = [{"id": name, "text": "hello world", "split": "training"} for name in "ab"]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r'no text is in split "train".* give a tokenizer with --text'):
+        prepare(manifest, tmp_path / "s", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+    assert not (tmp_path / "s").exists()
+    assert any('no sample is in split "train"' in line for line in said)
+
+
 def test_frames_are_pooled_then_cut(messy_manifest: Path, prepared: Path, tmp_path: Path) -> None:
     only = tmp_path / "one.jsonl"
     only.write_text(

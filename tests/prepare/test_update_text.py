@@ -122,6 +122,16 @@ def test_samples_whose_line_has_no_text_are_lost_and_named(tmp_path: Path) -> No
     update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True, say=said.append)  # nothing more is lost
 
 
+def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "s", 5, splits={"train": 0.2, "valid": 0.8})
+    manifest = tmp_path / "m.jsonl"
+    lines = [{"id": f"sample{index}", **({"text": "a thing"} if index else {"image": "x.png"})} for index in range(5)]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r'no text is in split "train".* give a tokenizer with --weights'):
+        update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), say=silent)
+    assert not list((tmp_path / "s").glob("*tokenizer-*"))
+
+
 def test_samples_that_share_a_text_go_on_sharing_it(tmp_path: Path) -> None:
     write_synthetic_store(tmp_path / "s", 6, samples_per_shard=3, missing=0.3, seed=2)
     rows = FeatureStore(tmp_path / "s").rows
