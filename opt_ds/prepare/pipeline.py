@@ -178,6 +178,7 @@ def _staging(output: Path) -> Path:
 def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> TextExtractor:
     """Copy or train the tokenizer beside the output (the writer then takes it in), and return its extractor."""
     folder = _staging(output)
+    shutil.rmtree(folder, ignore_errors=True)  # a stopped run's may hold files that another --text does not have
     if settings.text is not None:
         copy_tokenizer(settings.text, folder)
     else:
