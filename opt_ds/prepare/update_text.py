@@ -52,8 +52,9 @@ def update_text(
     """Tokenise every text anew: the store's own captions, or with a manifest the texts that it gives for the samples' ids.
 
     The tokenizer is `settings.text`, or one of `vocab_size` trained on the train split; `unicode_form` and `max_tokens`
-    as in preparation. A text without a token is lost to its samples, which are named; with `strict` that stops the update.
-    Raises UserError for samples that are not in the manifest and for one that would be left with nothing.
+    as in preparation. A sample whose text has no token, or whose line has no text, is left without and named; with `strict`
+    that stops the update. Raises UserError for samples that are not in the manifest, for one that would be left with nothing,
+    and if a tokenizer is to be trained and no train sample has a text.
     """
     settings.check()
     with exclusive_use(path, say):
@@ -93,8 +94,8 @@ def update_text(
             shutil.rmtree(folder)
             raise
         refresh_report(path, description, notes)
-        rows = sum(shard.num_texts for shard in description.shards)
-        say(f"{path}: {rows} texts by a tokenizer of {vocab_size}; {len(notes.cut)} cut, {len(notes.lost)} could not be used")
+        rows, cut = sum(shard.num_texts for shard in description.shards), len(notes.cut)
+        say(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} cut; {len(notes.lost)} samples are left without")
         for line in notes.shown():
             say(line)
         return description
@@ -120,6 +121,11 @@ def _make_tokenizer(store: FeatureStore, texts: list[_Text | None], settings: Pr
         else:
             train = set(store.split_samples(TRAIN_SPLIT).tolist())
             strings = {text.key: text.string for sample, text in enumerate(texts) if text is not None and sample in train}
+            if not strings:
+                raise UserError(
+                    f'{store.path}: no text is in split "{TRAIN_SPLIT}", on which the tokenizer is trained: '
+                    "give a tokenizer with --weights"
+                )
             captions = [normalise_unicode(string, settings.unicode_form) for string in strings.values()]
             train_wordpiece(captions, settings.vocab_size, temporary)
         temporary.rename(folder)
@@ -158,7 +164,9 @@ def _tokenised(
     for place, sample in enumerate(samples):
         text = texts[sample]
         rows[place, _TEXT] = MISSING if text is None else row_of.get(text.key, MISSING)
-        if text is not None and text.key not in row_of:
+        if text is None and arrays["samples/rows"][place, _TEXT] != MISSING:
+            notes.lost.append({"id": store.sample_id(sample), "reason": "the manifest names no text"})
+        elif text is not None and text.key not in row_of:
             notes.lost.append({"id": store.sample_id(sample), "reason": "the text has no tokens"})
     tokens, offsets = join_items([tokens_of[key][:max_tokens] for key in row_of], (0,))
     utf8, utf8_offsets = join_strings([strings[key] for key in row_of])

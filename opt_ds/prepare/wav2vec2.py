@@ -87,14 +87,19 @@ class Wav2Vec2Extractor:
         return np.concatenate(parts)
 
     def _load_hugging_face(self, folder: Path) -> None:
+        from safetensors import SafetensorError
         from transformers import Wav2Vec2Model
 
         try:
-            model = Wav2Vec2Model.from_pretrained(folder, local_files_only=True).eval().to(self._device)
-        except (OSError, ValueError) as error:
+            model, loaded = Wav2Vec2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            self._normalise = _normalises(folder)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: not a wav2vec 2.0 folder ({str(error).splitlines()[0]})") from None
-        settings = folder / "preprocessor_config.json"
-        self._normalise = settings.is_file() and bool(json.loads(settings.read_text()).get("do_normalize", True))
+        # What a checkpoint lacks is drawn at random, differently in every process. The mask is of use in training alone.
+        absent = sorted(key for key in loaded["missing_keys"] if key != "masked_spec_embed")
+        if absent:
+            raise UserError(f"{folder}: not a wav2vec 2.0 folder (its weights lack {absent[0]})")
+        model.eval().to(self._device)
         self._epsilon = 1e-7
         self._package = "transformers"
         self.dim = model.config.hidden_size
@@ -136,6 +141,16 @@ class Wav2Vec2Extractor:
         if not 1 <= layer <= count:
             raise UserError(f"--speech-layer {layer}: the checkpoint has layers 1 to {count}")
         return layer
+
+
+def _normalises(folder: Path) -> bool:
+    """Whether the feature extractor of a Hugging Face folder normalises: in a file of its own, or within the processor's."""
+    own, processor = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.is_file():
+        settings = json.loads(own.read_text(encoding="utf-8"))
+    else:
+        settings = json.loads(processor.read_text(encoding="utf-8")).get("feature_extractor") if processor.is_file() else None
+    return settings is not None and bool(settings.get("do_normalize", True))
 
 
 def windows(count: int, window: int, margin: int) -> list[tuple[int, int, int, int]]:

@@ -219,6 +219,8 @@ def _image_item(feature: Any, picture: Any, settings: PrepareSettings, digest: s
         return Failure("no region was found in the picture")
     if not np.isfinite(feature.features).all():
         return Failure("region features are not finite")
+    if not (np.isfinite(feature.boxes).all() and np.isfinite(feature.scores).all()):
+        return Failure("region boxes or scores are not finite")
     pixels = to_pixels(picture) if settings.pixels and not isinstance(picture, Path) else None
     item = ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
     return Extracted(item, digest)

@@ -68,7 +68,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only."""
     from transformers import PreTrainedTokenizerFast
 
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     special = {name: config.get(name, token) for name, token in SPECIAL_TOKENS.items()}
     special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)

@@ -207,6 +207,10 @@ class StoreWriter:
 
     def _arrays(self, content: ShardContent) -> dict[str, np.ndarray]:
         dims, samples, images = self._dims, content.samples, content.images
+        for image in images:
+            # They share one array of offsets: a single odd length would move the rows of all later pictures.
+            lengths = [len(image.features), len(image.boxes), len(image.labels), len(image.scores)]
+            assert len(set(lengths)) == 1, f"a picture's features, boxes, labels and scores have lengths {lengths}"
         ids, id_offsets = join_strings([sample.id for sample in samples])
         utf8, utf8_offsets = join_strings([text.string for text in content.texts])
         labels, label_offsets = join_items(

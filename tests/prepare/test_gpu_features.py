@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.models import get_model
 
 from opt_ds.prepare.detector import FasterRCNNExtractor
 from opt_ds.prepare.regions import GridExtractor
@@ -20,6 +21,17 @@ def test_grid_on_a_gpu_is_near_the_cpus() -> None:
     pictures = [noise(0), noise(1, 60, 90)]
     for ours, theirs in zip(GridExtractor(device="cuda").extract(pictures), GridExtractor().extract(pictures), strict=True):
         assert np.abs(ours.features.astype(float) - theirs.features).max() < 0.05 * np.abs(theirs.features).max()
+
+
+def test_grid_of_another_backbone_on_a_gpu_is_near_the_cpus(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(get_model("resnet18", weights=None, num_classes=7).state_dict(), tmp_path / "w.pt")
+    ours, theirs = (
+        GridExtractor(weights=tmp_path / "w.pt", backbone="resnet18", device=device).extract([noise(0)])[0]
+        for device in ("cuda", "cpu")
+    )
+    assert np.abs(ours.features.astype(float) - theirs.features).max() < 0.05 * np.abs(theirs.features).max()
+    assert np.abs(ours.scores.astype(float) - theirs.scores).max() < 0.02
 
 
 def test_faster_rcnn_on_a_gpu_batches_by_size(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from opt_ds.prepare import PrepareSettings, prepare
 from opt_ds.prepare.pictures import load_picture
 from opt_ds.prepare.regions import GridExtractor
 from opt_ds.prepare.report import REPORT_FILE
+from opt_ds.prepare.text import train_wordpiece
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.files import exclusive_use
 from tests.prepare.conftest import SETTINGS
@@ -139,6 +140,29 @@ def test_strict_and_hopeless_runs_stop_with_one_line(messy_manifest: Path, tmp_p
         with pytest.raises(UserError, match=message):
             prepare(messy_manifest, tmp_path / "u", settings, **quiet)
     assert not (tmp_path / "u").exists()
+
+
+def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:
+    """Else every caption would become [UNK]."""
+    manifest, said = tmp_path / "m.jsonl", []
+    lines = [{"id": name, "text": "hello world", "split": "training"} for name in "ab"]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r'no text is in split "train".* give a tokenizer with --text'):
+        prepare(manifest, tmp_path / "s", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+    assert not (tmp_path / "s").exists()
+    assert any('no sample is in split "train"' in line for line in said)
+
+
+def test_nothing_of_a_stopped_runs_tokenizer_gets_into_the_next(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"id": "a", "text": "hello world", "split": "train"}))
+    train_wordpiece(["hello world"], 40, tmp_path / "given")
+    (tmp_path / "given" / "vocab.txt").unlink()
+    (tmp_path / ".s.tokenizer").mkdir()
+    (tmp_path / ".s.tokenizer" / "vocab.txt").write_text("another")
+    settings = PrepareSettings(images="npz", text=tmp_path / "given")
+    prepare(manifest, tmp_path / "s", settings, workers=1, device="cpu", say=lambda _: None)
+    assert sorted(file.name for file in (tmp_path / "s" / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_frames_are_pooled_then_cut(messy_manifest: Path, prepared: Path, tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
             GridExtractor(weights=tmp_path / "model.safetensors", backbone=backbone)
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_small", "timm/mobilenetv3_small_050"])
+def test_a_backbone_lies_on_the_device_as_a_whole(tmp_path: Path, backbone: str) -> None:
+    """The device "meta" refuses tensors of the CPU as a GPU does."""
+    import timm
+
+    name = backbone.removeprefix("timm/")
+    network = timm.create_model(name, num_classes=7) if name != backbone else get_model(name, num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    assert GridExtractor(weights=tmp_path / "w.pt", backbone=backbone, device="meta").num_classes == 7
+
+
 def random_detector(path: Path, num_classes: int = 11, feature_size: int = 24) -> None:
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=0)

@@ -1,5 +1,7 @@
 """Speech extractors: log-mel against its formula, wav2vec 2.0 against the models, recordings of every kind."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,45 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Wav2Vec2Model(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
     return folder
+
+
+def test_the_processors_file_says_whether_to_normalise_too(hugging_face: Path, tmp_path: Path) -> None:
+    """transformers 5 writes a processor's feature extractor there, and no file of its own."""
+    shutil.copytree(hugging_face, tmp_path / "hf")
+    own, processor = tmp_path / "hf" / "preprocessor_config.json", tmp_path / "hf" / "processor_config.json"
+    settings = json.loads(own.read_text())
+    own.unlink()
+    for content, normalise in (
+        ({"feature_extractor": settings}, True),
+        ({"feature_extractor": {**settings, "do_normalize": False}}, False),
+        ({"processor_class": "Wav2Vec2Processor"}, False),
+    ):
+        processor.write_text(json.dumps(content))
+        assert build_speech_extractor("wav2vec2", weights=tmp_path / "hf").identity()["normalise"] is normalise
+
+
+def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face: Path, tmp_path: Path) -> None:
+    """What a checkpoint lacks would be drawn at random, differently in every worker."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(hugging_face, tmp_path / "hf")
+    file, waveform = tmp_path / "hf" / "model.safetensors", tone(300, 0.5)
+    weights, bytes_before = load_file(file), file.read_bytes()
+    (expected,) = build_speech_extractor("wav2vec2", weights=hugging_face).extract([waveform])
+    place, new = "encoder.pos_conv_embed.conv.", "parametrizations.weight.original"
+    older = {key.replace(f"{place}{new}0", f"{place}weight_g").replace(f"{place}{new}1", f"{place}weight_v"): weight
+             for key, weight in weights.items() if key != "masked_spec_embed"}  # fmt: skip
+    assert len(older.keys() - weights.keys()) == 2
+    save_file({f"wav2vec2.{key}": weight for key, weight in older.items()}, file, {"format": "pt"})
+    (frames,) = build_speech_extractor("wav2vec2", weights=tmp_path / "hf").extract([waveform])
+    assert np.array_equal(frames, expected)
+    save_file({f"bert.{key}": weight for key, weight in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"not a wav2vec 2\.0 folder \(its weights lack encoder."):
+        build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+    file.write_bytes(bytes_before[: len(bytes_before) // 2])
+    with pytest.raises(UserError, match=r"not a wav2vec 2\.0 folder") as error:
+        build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, None])

@@ -61,6 +61,25 @@ def test_a_bert_folder_gives_hugging_faces_tokens(tmp_path: Path) -> None:
             assert TextExtractor(tmp_path / folder).extract([text])[0].tolist() == expected
 
 
+def test_every_line_of_a_vocabulary_file_is_one_token_whatever_letters_are_in_it(tmp_path: Path) -> None:
+    """BERT's weights know a token by its line alone."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2028", "a\x85b", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    copy_tokenizer(tmp_path, tmp_path / "copied")
+    assert TextExtractor(tmp_path / "copied").extract(["cat"])[0].tolist() == [7]
+    assert (tmp_path / "copied" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1] == words
+
+
+def test_a_folder_of_tokenizer_json_alone_is_loaded_again(tmp_path: Path) -> None:
+    train_wordpiece(CAPTIONS, 80, tmp_path / "whole")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "whole" / "tokenizer.json").rename(tmp_path / "alone" / "tokenizer.json")
+    copy_tokenizer(tmp_path / "alone", tmp_path / "copied")
+    tokenizer = load_tokenizer(tmp_path / "copied")
+    assert tokenizer.decode(tokenizer("The RED cat").input_ids) == "the red cat"
+    assert tokenizer.mask_token == "[MASK]"
+
+
 def test_unfit_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         copy_tokenizer(tmp_path / "none", tmp_path / "out")

@@ -2,18 +2,23 @@
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from opt_ds.errors import UserError
-from opt_ds.prepare import PrepareSettings
+from opt_ds.prepare import PrepareSettings, update, workers
 from opt_ds.prepare.importers.uniter import export_lmdb, is_lmdb
 from opt_ds.prepare.npz_regions import NpzExtractor
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.prepare.update import update_modality
 from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.store.synthetic import write_synthetic_store
 from opt_ds.store.update import set_codes
 from tests.prepare.conftest import SETTINGS
 
@@ -128,3 +133,27 @@ def test_the_report_names_who_lost_what(messy_manifest: Path, own_store: Path) -
     assert report["cut"]["audio"] == ["ok-1", "ok-4"]
     assert report["lengths"]["audio"]["rows"] == 2
     assert report["duplicates"]["audio"]["repeated"] == 1  # one file in two shards
+
+
+def test_samples_whose_line_names_no_file_are_lost_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def in_this_process(shards: list, folder: Path, settings: PrepareSettings, *_: Any) -> Iterator[Any]:
+        monkeypatch.setattr(workers, "_worker", {"settings": settings, "device": "cpu"})
+        names = ((kind, names) for shard in shards for kind, names in shard.files.items() if names)
+        yield ((kind, names, workers._extract_chunk(kind, names, folder)) for kind, names in names)
+
+    monkeypatch.setattr(update, "extraction", in_this_process)
+    write_synthetic_store(tmp_path / "s", 5, samples_per_shard=3)
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.sin(np.arange(4000) / 9), 16000)
+    lines = [{"id": f"sample{index}", "text": "x", **({} if index in (1, 4) else {"audio": "a.wav"})} for index in range(5)]
+    manifest, options = tmp_path / "m.jsonl", {"workers": 1, "device": "cpu"}
+    manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    before = FeatureStore(tmp_path / "s").fingerprint
+    with pytest.raises(UserError, match=r'sample "sample1": the manifest names no audio file .--strict'):
+        update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, say=lambda _: None, **options)
+    assert FeatureStore(tmp_path / "s").fingerprint == before
+    said: list[str] = []
+    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, say=said.append, **options)
+    assert "2 samples are left without" in said[0]
+    assert said[1:] == [f'  "sample{index}": the manifest names no audio file' for index in (1, 4)]
+    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, say=said.append, **options)  # nothing more is lost

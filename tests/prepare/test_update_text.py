@@ -108,6 +108,30 @@ def test_what_cannot_be_is_refused_and_the_store_stays(store: Path, tmp_path: Pa
     assert not list(store.glob("tokenizer-*"))
 
 
+def test_samples_whose_line_has_no_text_are_lost_and_named(tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "s", 5, samples_per_shard=3)
+    manifest = tmp_path / "m.jsonl"
+    lines = [{"id": f"sample{index}", **({"image": "x.png"} if index in (1, 4) else {"text": "a thing"})} for index in range(5)]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r'sample "sample1": the manifest names no text .--strict'):
+        update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True, say=silent)
+    said: list[str] = []
+    update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), say=said.append)
+    assert "2 samples are left without" in said[0]
+    assert said[1:] == [f'  "sample{index}": the manifest names no text' for index in (1, 4)]
+    update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True, say=said.append)  # nothing more is lost
+
+
+def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "s", 5, splits={"train": 0.2, "valid": 0.8})
+    manifest = tmp_path / "m.jsonl"
+    lines = [{"id": f"sample{index}", **({"text": "a thing"} if index else {"image": "x.png"})} for index in range(5)]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r'no text is in split "train".* give a tokenizer with --weights'):
+        update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), say=silent)
+    assert not list((tmp_path / "s").glob("*tokenizer-*"))
+
+
 def test_samples_that_share_a_text_go_on_sharing_it(tmp_path: Path) -> None:
     write_synthetic_store(tmp_path / "s", 6, samples_per_shard=3, missing=0.3, seed=2)
     rows = FeatureStore(tmp_path / "s").rows

@@ -1,5 +1,6 @@
 """Writing: a stopped run resumes, another run's output is never touched."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,17 @@ def test_other_outputs_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     write_synthetic_store(tmp_path / "half", 3, seed=1)
     with pytest.raises(UserError, match="unfinished store of other inputs"):
         write_synthetic_store(tmp_path / "half", 3, seed=2)
+
+
+def test_a_picture_whose_labels_do_not_fit_its_features_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels of every later picture in the shard would move."""
+    real = writer_module.StoreWriter.write_shard
+
+    def cut_labels(self: writer_module.StoreWriter, index: int, content: writer_module.ShardContent, **options: object) -> None:
+        content.images[0] = replace(content.images[0], labels=content.images[0].labels[:-1])
+        real(self, index, content, **options)
+
+    monkeypatch.setattr(writer_module.StoreWriter, "write_shard", cut_labels)
+    with pytest.raises(AssertionError, match=r"labels and scores have lengths \[8, 8, 7, 8\]"):
+        write_synthetic_store(tmp_path / "s", 3, regions=(8, 8))
+    assert not list((tmp_path / "s").glob("shard-*"))

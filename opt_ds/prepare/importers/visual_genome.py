@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from opt_ds.errors import UserError
 from opt_ds.prepare.importers.common import Files, guarded, read_json, read_json_array, sample, write_import
 from opt_ds.prepare.manifest import ManifestLine, Skipped
 
@@ -24,8 +25,11 @@ def import_visual_genome(
     """Write the manifest `output`. `images`: the folder that holds VG_100K and VG_100K_2, or all pictures.
 
     `image_data`: needed for `leave_out`, a Karpathy COCO split whose validation and test pictures are left out (half of
-    Visual Genome's pictures are COCO's). `max_phrases`: at most so many of a picture, evenly spread.
+    Visual Genome's pictures are COCO's). `max_phrases`: at most so many of a picture, evenly spread. UserError for
+    `leave_out` alone, and for files that are not as published.
     """
+    if leave_out is not None and image_data is None:
+        raise UserError("--leave-out: only --image-data tells which pictures are COCO's: give image_data.json too")
     pictures = Files(images, output, "image")
     coco_ids = _coco_ids(image_data) if image_data is not None else {}
     held_out = _held_out(leave_out) if leave_out is not None else set()
@@ -59,8 +63,16 @@ def _entries(
 
 
 def _coco_ids(image_data: Path) -> dict[int, int]:
-    return {entry["image_id"]: entry["coco_id"] for entry in read_json(image_data) if entry.get("coco_id") is not None}
+    content = read_json(image_data)
+    try:
+        return {entry["image_id"]: entry["coco_id"] for entry in content if entry.get("coco_id") is not None}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{image_data}: no list of "image_id" and "coco_id": give image_data.json as published') from None
 
 
 def _held_out(karpathy: Path) -> set[int]:
-    return {entry["cocoid"] for entry in read_json(karpathy)["images"] if entry["split"] in ("val", "test")}
+    content = read_json(karpathy)
+    try:
+        return {entry["cocoid"] for entry in content["images"] if entry["split"] in ("val", "test")}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{karpathy}: no "images" with "cocoid" and "split": give dataset_coco.json as published') from None

@@ -208,6 +208,14 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
     )
     assert sorted(lines_of(manifest)) == ["region 10", "region 12"]
     assert left_out(manifest)["image 2"] == "held out for COCO's evaluation"
+    image_data, coco = tmp_path / "image_data.json", tmp_path / "dataset_coco.json"
+    for files, message in (
+        ({"leave_out": coco}, "--leave-out: only --image-data tells"),
+        ({"image_data": coco, "leave_out": coco}, r'dataset_coco.json: no list of "image_id" and "coco_id"'),
+        ({"image_data": image_data, "leave_out": image_data}, r'image_data.json: no "images" with "cocoid" and "split"'),
+    ):
+        with pytest.raises(UserError, match=message):
+            import_visual_genome(annotations, manifest, images=tmp_path / "vg", say=silent, **files)
 
 
 def karpathy(dataset: str, images: list[dict]) -> str:
