@@ -27,9 +27,11 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
     temporary.mkdir(parents=True)
     try:
         for entry in sorted(source.iterdir()):
+            if entry.name in listed | _OWN or entry.name.startswith("."):  # written below, or a killed process's
+                continue
             if entry.is_dir():
                 shutil.copytree(entry, temporary / entry.name)
-            elif entry.name not in listed | _OWN and not entry.name.startswith("."):
+            else:
                 shutil.copyfile(entry, temporary / entry.name)
         shards = []
         for index, shard in enumerate(store.description.shards):

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_ds.errors import UserError
+from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256, folder_sha256, write_json
 from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index, write_index
 from opt_ds.store.reader import check_sizes, size_problem
@@ -59,6 +60,8 @@ def inspect_store(path: str | Path) -> Inspection:
         if problem is None or "checksum" in problem:
             failures.extend(_shard_failures(path, shard, description, samples))
     failures.extend(samples.failures(description))
+    if (problem := dvae_problem(path, description)) is not None:
+        failures.append(problem)
     notes: list[str] = []
     if not failures:
         failures.extend(_index_failures(path, description, notes))
@@ -75,13 +78,15 @@ def inspect_store(path: str | Path) -> Inspection:
 def verify_store(path: str | Path) -> None:
     """Raise UserError, naming shard and dataset, unless the store is whole. Training calls it before it builds a model.
 
-    Sizes are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside `store.json` remembers the
-    fingerprint and the shards' sizes and times of last change; without leave to write there, every call checks. A store
-    without `index.h5` gets one.
+    Sizes and the codes' dVAE are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside
+    `store.json` remembers the fingerprint and the shards' sizes and times of last change; without leave to write there,
+    every call checks. A store without `index.h5` gets one.
     """
     path = Path(path)
     description = load_description(path)
     check_sizes(path, description)
+    if (problem := dvae_problem(path, description)) is not None:
+        raise UserError(problem)
     stats = {shard.file: (path / shard.file).stat() for shard in description.shards}
     state = {
         "fingerprint": description.fingerprint,

@@ -18,6 +18,7 @@ from opt_ds.errors import UserError
 SCHEMA_VERSION = 1
 STORE_FILE = "store.json"
 TOKENIZER_FOLDER = "tokenizer"
+DVAE_FOLDER = "dvae"  # the dVAE that made and paints the codes
 BOX_SIZE = 7  # x1, y1, x2, y2, w, h, w*h; all divided by the picture's size
 CODES_PER_IMAGE = 64  # 8 x 8
 PIXELS_SHAPE = (3, 64, 64)
