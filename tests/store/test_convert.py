@@ -41,6 +41,19 @@ def test_there_and_back_is_the_same_store(store: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "plain", "s", "tidy"]
 
 
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_damage_is_not_copied(store: Path, tmp_path: Path) -> None:
+    flip_a_byte(store / "shard-00001.h5")
+    with pytest.raises(UserError, match=r"shard-00001\.h5: checksum differs"):
+        copy_store(store, tmp_path / "packed", "gzip")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_a_copy_that_fails_leaves_nothing(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError("No space left on device")

@@ -56,6 +56,16 @@ def test_wrong_codes_are_refused(store: Path) -> None:
     assert inspect_store(store).failures == []
 
 
+def test_damage_is_not_given_a_new_checksum(store: Path) -> None:
+    damaged = store / "shard-00001.h5"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001\.h5: checksum differs"):
+        set_codes(store, random_codes(1), EXTRACTOR)
+    assert inspect_store(store).failures == ["shard-00001.h5: checksum differs from store.json's"]
+
+
 def test_a_kill_at_any_moment_leaves_old_or_new(store: Path) -> None:
     """A child process ends at once at its k-th file operation, for every k until it lives to the end."""
     set_codes(store, random_codes(0), EXTRACTOR)
