@@ -57,7 +57,7 @@ def inspect_store(path: str | Path) -> Inspection:
             problem = "checksum differs from store.json's"
         if problem is not None:
             failures.append(f"{shard.file}: {problem}")
-        if problem is None or "checksum" in problem:
+        else:
             failures.extend(_shard_failures(path, shard, description, samples))
     failures.extend(samples.failures(description))
     if (problem := dvae_problem(path, description)) is not None:
@@ -145,7 +145,8 @@ class _Samples:
 
     def failures(self, description: StoreDescription) -> list[str]:
         counts = {name: self._split_counts[code] for code, name in enumerate(description.split_names)}
-        wrong = counts != description.split_counts
+        all_read = sum(counts.values()) == description.num_samples
+        wrong = all_read and counts != description.split_counts
         return self._repeated + (["store.json: split_counts differ from samples/split"] if wrong else [])
 
 
@@ -190,9 +191,14 @@ def _description_failures(description: StoreDescription) -> list[str]:
 
 def _shard_failures(path: Path, shard: ShardDescription, description: StoreDescription, samples: _Samples) -> list[str]:
     try:
-        file = ShardFile(path / shard.file)
-    except OSError as error:
-        return [f"{shard.file}: not readable as HDF5 ({error})"]
+        return _content_failures(ShardFile(path / shard.file), shard, description, samples)
+    except Exception as error:  # broken metadata can be wrong in any way
+        return [f"{shard.file}: not readable as HDF5 ({' '.join(str(error).split())})"]
+
+
+def _content_failures(
+    file: ShardFile, shard: ShardDescription, description: StoreDescription, samples: _Samples
+) -> list[str]:
     expected = [name for name in DATASETS if name not in OPTIONAL_DATASETS]
     missing = [name for name in expected if name not in file.names()]
     if missing:
