@@ -85,7 +85,7 @@ def part_folder(output: Path, index: int, count: int) -> Path:
 def parse_share(text: str) -> tuple[int, int]:
     """ "2/16" -> (2, 16). Raises UserError for anything but i/n with 0 <= i < n."""
     index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (slash and text.isascii() and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f'--shard "{text}": write i/n with i from 0 to n - 1, such as 0/16')
     return int(index), int(count)
 

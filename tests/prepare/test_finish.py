@@ -90,7 +90,7 @@ def test_another_store_keeps_its_place(parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts, tmp_path / "apart")
     store = tmp_path / "apart" / "store"
     write_synthetic_store(store, 4)
-    with pytest.raises(UserError, match="another finished feature store is there, store.part-0-of-2 is no part of it"):
+    with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is no part of it"):
         merge_parts(store, silent)
     assert part_folder(store, 0, 2).is_dir()
 
@@ -109,7 +109,7 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
         merge_parts(tmp_path / "other", silent)
 
 
-@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/"])
+@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "²/3", "0/³"])
 def test_a_share_is_i_of_n(text: str) -> None:
     with pytest.raises(UserError, match="--shard"):
         parse_share(text)

@@ -8,11 +8,13 @@ import gzip
 import json
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.manifest import ManifestLine, Skipped, is_encodable, visible, write_manifest
@@ -154,13 +156,17 @@ def sample(
     return ManifestLine(id=id, text=text, labels=labels, group=group, split=split, **found)  # type: ignore[arg-type]
 
 
-def open_text(path: Path) -> Any:
-    """Open a UTF-8 text file, gzipped or not. UserError if it is missing."""
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 text file, gzipped or not, and close it. UserError if it is missing, cut off, or something else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not UTF-8 text, or cut off ({error})") from None
 
 
 def read_rows(path: Path, delimiter: str) -> Iterator[list[str]]:

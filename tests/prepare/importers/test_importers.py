@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import read_json_array, report_path
+from opt_ds.prepare.importers.common import read_json_array, read_json_lines, read_rows, report_path
 from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions
 from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.importers.karpathy import import_karpathy
@@ -393,6 +393,22 @@ def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not JSON, or cut off"):
         list(read_json_array(tmp_path / "bad.json"))
     assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"caption": "café"}'.encode("latin-1"))
+    whole = gzip.compress(b"a caption\thttp://a.b/c.png\n" * 100)
+    (tmp_path / "cut.tsv.gz").write_bytes(whole[:-9])
+    (tmp_path / "not.tsv.gz").write_bytes(b"a caption\thttp://a.b/c.png\n")
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[1, 2")[:-9])
+    for name, read in (
+        ("latin.jsonl", read_json_lines),
+        ("cut.tsv.gz", lambda path: read_rows(path, "\t")),
+        ("not.tsv.gz", lambda path: read_rows(path, "\t")),
+        ("cut.json.gz", read_json_array),
+    ):
+        with pytest.raises(UserError, match=rf"{name}: not UTF-8 text, or cut off"):
+            list(read(tmp_path / name))
 
 
 def test_large_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
