@@ -78,8 +78,8 @@ def reconstruction_quality(extractor: CodeExtractor, store: FeatureStore, rows: 
 def encode_store(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray | None = None) -> np.ndarray:
     """Return the codes of the store's pictures (or of some image rows): uint16 [num_images, 64], by image row."""
     rows = np.arange(num_images(store)) if rows is None else rows
-    parts = [extractor.encode(pixels_nchw) for pixels_nchw in _batches(store, rows)]
-    return np.concatenate(parts).astype("uint16") if parts else np.zeros((0, NUM_POSITIONS), "uint16")
+    parts = [extractor.encode(pixels_nchw).astype("uint16") for pixels_nchw in _batches(store, rows)]
+    return np.concatenate(parts) if parts else np.zeros((0, NUM_POSITIONS), "uint16")
 
 
 def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
