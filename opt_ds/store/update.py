@@ -19,6 +19,7 @@ from opt_ds.store.writer import describe_shard, write_datasets
 Arrays = dict[str, np.ndarray]
 
 _REVISION = re.compile(r"^(shard-\d+)(?:-r(\d+))?\.h5$")
+_TOKENIZER = re.compile(rf"^{TOKENIZER_FOLDER}(-r\d+)?$|^\.{TOKENIZER_FOLDER}(-r\d+)?\.\d+\.tmp$")
 
 
 def rewrite_shards(
@@ -120,8 +121,8 @@ def remove_unlisted(path: Path, description: StoreDescription, new_tokenizer: st
     kept = (description.tokenizer_folder, new_tokenizer)
     for names in ("shard-*", INDEX_FILE, STORE_FILE):
         remove_leftovers(path, names)
-    for folder in [*path.glob(f"{TOKENIZER_FOLDER}*"), *path.glob(f".{TOKENIZER_FOLDER}*.tmp")]:
-        if folder.is_dir() and folder.name not in kept:
+    for folder in path.iterdir():
+        if _TOKENIZER.match(folder.name) and folder.is_dir() and folder.name not in kept:
             shutil.rmtree(folder)
     listed = {shard.file for shard in description.shards}
     for file in path.glob("shard-*.h5"):
