@@ -295,7 +295,7 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
         import_folder(tmp_path / "empty", say=silent)
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "v1.tsv", "parquet"])
 def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
     touch(tmp_path / "p" / "a.jpg", tmp_path / "p" / "b.wav")
     rows = [
@@ -304,7 +304,7 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
         {"path": "gone.jpg", "audio": "", "caption": "gone", "labels": ""},
         {"path": "", "audio": "", "caption": "words alone", "labels": ""},
     ]
-    table, manifest = tmp_path / f"t.{kind}", tmp_path / "manifest.jsonl"
+    table, manifest, kind = tmp_path / f"t.{kind}", tmp_path / "manifest.jsonl", kind.split(".")[-1]
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet
