@@ -22,6 +22,7 @@ from opt_ds.store.files import write_json
 
 _SHOWN = 10
 _JSON_BLOCK = 1 << 20
+_BESIDE = (".json", ".txt", ".xml")  # what downloaders and annotators write beside a picture, under its name
 
 
 class Files:
@@ -42,7 +43,7 @@ class Files:
             return None
 
     def by_stem(self, stem: str) -> str | None:
-        """Return the file called `stem` with any ending, in any folder below; None if there is none."""
+        """Return the file called `stem`, in any folder below and with any ending but a text's; None if there is none."""
         path = self._stems.get(stem)
         return None if path is None else self._relative(Path(path))
 
@@ -53,7 +54,9 @@ class Files:
         for folder, folders, names in os.walk(self.folder):
             folders.sort()
             for name in sorted(names):
-                found.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
+                stem, ending = os.path.splitext(name)
+                if ending.lower() not in _BESIDE:
+                    found.setdefault(stem, os.path.join(folder, name))
         return found
 
     def _relative(self, path: Path) -> str:

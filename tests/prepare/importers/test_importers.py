@@ -131,12 +131,13 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     rows = ['a "quoted" caption', "a very typical bus station", "gone", ""]
     tsv = tmp_path / "Train_GCC-training.tsv"
     tsv.write_text("".join(f"{caption}\t{url.format(index)}\n" for index, caption in enumerate(rows)) + "no url\n")
-    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.jpg" for index in (0, 1, 3)))
+    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.png" for index in (0, 1, 3)))
+    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.{beside}" for index in (0, 1) for beside in ("json", "txt")))
     manifest = tmp_path / "manifest.jsonl"
     import_conceptual_captions([f"valid={tsv}"], manifest, images=[tmp_path / "images"], say=silent)
     samples = lines_of(manifest)
     assert {line.text for line in samples.values()} == {'a "quoted" caption', "a very typical bus station"}
-    assert samples["Train_GCC-training/1"].image == "images/00000/000000001.jpg"
+    assert samples["Train_GCC-training/1"].image == "images/00000/000000001.png"
     assert {line.split for line in samples.values()} == {"valid"}
     reasons = left_out(manifest)
     assert reasons["Train_GCC-training/2"] == f"image file is missing: 000000002 ({url.format(2)})"
