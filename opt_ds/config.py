@@ -5,7 +5,7 @@ before anything is loaded; rules that need the store or the hardware are in `opt
 """
 
 import copy
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,7 +31,7 @@ Subset = Literal["T", "I", "A", "T+I", "T+A", "A+I", "T+A+I"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -211,9 +211,12 @@ class BatchConfig(_Section):
     max_tokens: int = Field(8192, ge=1, description="encoder plus decoder positions of one micro-batch")
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Section):
     lr: float = Field(5e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm; 0: off")

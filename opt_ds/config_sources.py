@@ -63,7 +63,7 @@ def parse_value(key: str, text: str) -> Any:
     """A setting's value as YAML reads it; also 1e-4 is a number."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         raise UserError(f"--set {key}={text}: the value is not readable as YAML") from None
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
         try:

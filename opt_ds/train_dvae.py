@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from opt_ds.data.keyed import keyed_hash, permute
 from opt_ds.engine.host_memory import keep_freed_memory
-from opt_ds.errors import UserError
+from opt_ds.errors import RunError, UserError
 from opt_ds.model.dvae import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
 from opt_ds.model.dvae_config import StepSettings, load_dvae_config, schedule
 from opt_ds.prepare.codes import (
@@ -207,6 +207,7 @@ class Training:
         self.step = 0
         self.seconds = 0.0
         self.cpu_seconds = 0.0
+        self.gradient_norm = torch.zeros(())
         self.start_psnr_db: float | None = None
         self.train_codes_ns: Tensor | None = None
 
@@ -224,11 +225,15 @@ class Training:
             losses, settings = self.train_step()
             self.step += 1
             bar.update()
-            if self.step % LOG_EVERY == 0 or self.step == self.config.steps:
+            at_end = self.step == self.config.steps
+            logs, saves = self.step % LOG_EVERY == 0 or at_end, self.step % self.checkpoint_every == 0 and not at_end
+            if logs or saves:
+                self.check_finite(losses)
+            if logs:
                 self.log(writer, bar, losses, settings)
             self.seconds = elapsed + time.monotonic() - began
             self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
-            if self.step % self.checkpoint_every == 0 and self.step < self.config.steps:
+            if saves:
                 self.save_checkpoint()
         bar.close()
         result = self.finish(writer)
@@ -274,7 +279,7 @@ class Training:
                 losses = self.dvae.decoder_losses(pixels_nchw, codes_ns)
         self.optimizer.zero_grad(set_to_none=True)
         losses.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.dvae.parameters(), self.config.clip_norm)
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.dvae.parameters(), self.config.clip_norm)
         self.optimizer.step()
         return losses, settings
 
@@ -312,10 +317,17 @@ class Training:
         rows_of = {name: np.setdiff1d(split_image_rows(self.store, name), self.rows) for name in splits}
         return {name: rows for name, rows in rows_of.items() if len(rows)}
 
+    def check_finite(self, losses: DVAELosses) -> None:
+        """Raise RunError if the step that was made spoilt the weights: no checkpoint may hold them."""
+        loss, norm = losses.loss.item(), self.gradient_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunError(
+                f"{self.output}: loss {loss:g}, gradient norm {norm:g} at step {self.step}: train anew with a lower "
+                f"--set learning_rate=… (it was {self.config.learning_rate:g}) and another --output"
+            )
+
     def log(self, writer: "SummaryWriter", bar: tqdm, losses: DVAELosses, settings: StepSettings) -> None:
         loss, mse, kl = (value.item() for value in losses)
-        if not math.isfinite(loss):
-            raise UserError(f"{self.output}: loss {loss} at step {self.step}: lower learning_rate with --set")
         phase = f"temperature {settings.temperature:.2f}" if settings.soft else "argmax codes"
         bar.set_postfix_str(f"{psnr_db(mse):.2f} dB, {phase}")
         scalars = {"loss": loss, "psnr_db": psnr_db(mse), "learning_rate": settings.learning_rate}

@@ -43,6 +43,7 @@ def test_a_file_starts_from_its_preset_and_settings_come_last(tmp_path: Path) ->
         (["batch.siez=3"], 'unknown key "batch.siez" (did you mean "size"?)'),
         (["optimiser.lr=1"], 'unknown key "optimiser" (did you mean "optimizer"?)'),
         (["batch.size=none"], "batch.size"),
+        (["seed=2024-13-45"], "--set seed=2024-13-45: the value is not readable"),
         (["batch.size=0"], "greater than or equal to 1"),
         (["precision=fp8"], "precision"),
         (["batch"], "key.path=value"),
@@ -54,6 +55,10 @@ def test_a_file_starts_from_its_preset_and_settings_come_last(tmp_path: Path) ->
         (["batch.max_tokens=100"], "batch.max_tokens 100 cannot hold the longest sample"),
         (["schedule.warmup_steps=1000"], "is not below schedule.total_steps"),
         (["data.mix=[1, 2]"], "2 weights for 0 stores"),
+        (["tasks.mix.mlm=.nan"], "tasks.mix.mlm: Input should be a finite number"),
+        (["data.mix=[.nan, 1]"], "data.mix.0: Input should be a finite number"),
+        (["optimizer.lr=.inf"], "optimizer.lr: Input should be a finite number"),
+        (["optimizer.betas=[0.9, 1]"], "optimizer.betas.1: Input should be less than 1"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(settings: list[str], expected: str) -> None:

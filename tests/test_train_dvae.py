@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import opt_ds.train_dvae as program
-from opt_ds.errors import UserError
+from opt_ds.errors import RunError, UserError
 from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE, psnr_db
 from opt_ds.prepare.codes import CodeExtractor, codebook_use, reconstruction_quality, split_image_rows
 from opt_ds.store import FeatureStore, inspect_store
@@ -93,6 +93,27 @@ def test_a_run_that_was_cut_off_resumes_bit_equal(
     assert started[0] == cut
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert weights(tmp_path / "cut") != _weights_of_other_seed(store, tmp_path)
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    real_step = Training.train_step
+
+    def step(self: Training):
+        losses, settings = real_step(self)
+        if self.step >= 4 and spoilt == "loss":
+            losses = losses._replace(loss=losses.loss * float("nan"))
+        elif self.step >= 4:
+            self.gradient_norm = self.gradient_norm * float("inf")
+        return losses, settings
+
+    monkeypatch.setattr(Training, "train_step", step)
+    for _ in range(2):  # given again, too
+        with pytest.raises(RunError, match=r"at step 6: train anew with a lower --set learning_rate=.* another --output"):
+            train(store, tmp_path / "run", checkpoint_every=3)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def _weights_of_other_seed(store: Path, tmp_path: Path) -> bytes:

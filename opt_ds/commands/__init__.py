@@ -16,6 +16,7 @@ from opt_ds.errors import RunError, UserError, did_you_mean
 EXIT_BAD_INPUT = 2
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
+_WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def rank_of_environment() -> int:
@@ -50,9 +51,12 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
     except OSError as error:
         from opt_ds.store.files import is_disk_full
 
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, code=1)
+        if error.filename is None:  # no file of the user's: a mistake of ours keeps its traceback
             raise
-        return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, code=1)
+        code = EXIT_BAD_INPUT if isinstance(error, _WRONG_PATH) else 1
+        return _fail(f"{error.filename2 or error.filename}: {error.strerror}", rank, code)
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         return 130

@@ -306,8 +306,11 @@ def _text_decoding(beam_size: int) -> "DecodingConfig":
 
 def _dvae(evaluator: "Evaluator", folder: Path | None) -> "DiscreteVAE":
     from opt_ds.model.dvae import DiscreteVAE
+    from opt_ds.store.dvae import load_store_dvae
 
-    return DiscreteVAE.from_pretrained(folder or evaluator.store.path / "dvae").to(evaluator.device)
+    store = evaluator.store
+    dvae = DiscreteVAE.from_pretrained(folder) if folder else load_store_dvae(store.path, store.description)
+    return dvae.to(evaluator.device)
 
 
 def _write(figures: dict[str, Any], output: Path) -> None:

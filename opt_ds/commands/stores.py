@@ -1,11 +1,14 @@
 """`opt-ds inspect`, `split`, `update` and `convert`: tools for a feature store that is there."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from opt_ds.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
 
@@ -56,7 +59,6 @@ def _draw_lengths(store: Path, pictures: Path) -> None:
 
 def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path | None) -> None:
     from opt_ds.prepare.manifest import read_manifest
-    from opt_ds.prepare.pictures import load_picture
     from opt_ds.store import FeatureStore
     from opt_ds.store.show import describe_sample, draw_sample, find_sample
 
@@ -69,10 +71,19 @@ def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path |
     if manifest is not None:
         lines = read_manifest(manifest, allow_outside=True).lines
         file = next((line.image for line in lines if line.id == opened.sample_id(index)), None)
-        picture = load_picture(manifest.parent / file) if file is not None else None
+        picture = _picture(manifest.parent / file) if file is not None else None
     target = pictures / f"sample-{index}.png"
     draw_sample(opened, index, target, picture)
     typer.echo(f"wrote {target}")
+
+
+def _picture(file: Path) -> "Image":
+    from opt_ds.prepare.pictures import load_picture
+
+    try:
+        return load_picture(file)
+    except Exception as error:  # decoders raise whatever they like
+        raise UserError(f"{file}: not readable as a picture ({error}): leave out --manifest to go without it") from None
 
 
 def split(

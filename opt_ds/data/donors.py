@@ -3,6 +3,7 @@
 A share of them may be hard negatives: of several donors drawn alike, the one whose text is nearest to the sample's own.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,7 +26,10 @@ class DonorPool:
         self._givers = [self._with(store, samples, modality) for modality in range(3)]
         several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
         # "none" wants two donors of two groups besides the sample's own
-        self.usable = several_modalities and all(not len(givers) or self._has_three_groups(givers) for givers in self._givers)
+        self.usable = several_modalities and all(
+            not len(givers) or self._suffices(givers, modality) for modality, givers in enumerate(self._givers)
+        )
+        self._run_ends: dict[int, np.ndarray] = {}
         self._near_share, self._candidates, self._nearness = 0.0, 1, None
         if options is not None and options.near_donor_share and self.usable:
             self._near_share, self._candidates = options.near_donor_share, options.near_donor_candidates
@@ -37,13 +41,21 @@ class DonorPool:
             return samples
         return np.concatenate([samples[:0], *(block[self._rows[block, modality] >= 0] for block in _blocks(samples))])
 
-    def _has_three_groups(self, givers: np.ndarray) -> bool:
-        found: set[int] = set()
+    def _suffices(self, givers: np.ndarray, modality: int) -> bool:
+        """Whether every giver finds two donors of other rows than its own, of two groups besides its own."""
+        rows_of: dict[int, set[int]] = {}
+        apart: dict[int, int] = {}  # row -> group, no row and no group twice
         for block in _blocks(givers):
-            found.update(np.unique(self._groups[block])[:3].tolist())
-            if len(found) >= 3:
-                return True
-        return False
+            pairs = np.unique(np.stack([self._groups[block], self._rows[block, modality]], axis=1), axis=0)
+            for group, row in pairs.tolist():
+                if group not in rows_of and row not in apart:
+                    apart[row] = group
+                if len(apart) > 3:  # one may be of the giver's group, one of its row: two are left
+                    return True
+                rows_of.setdefault(group, set()).add(row)
+        only: Counter[int] = Counter(next(iter(rows)) for rows in rows_of.values() if len(rows) == 1)
+        # The groups that have no other row than the giver's are no donors, nor is its own group.
+        return all(len(rows_of) - only[row] - (len(rows) > 1) >= 2 for rows in rows_of.values() for row in rows)
 
     def replace(self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Rows [B, 3] with the replaced ones taken from donors; no two of a sample's sources share a group or a row."""
@@ -86,10 +98,31 @@ class DonorPool:
         for _ in range(len(givers)):  # a split of few groups: walk on to the next sample that will do
             if not waiting.size:
                 break
-            place[waiting] = (place[waiting] + 1) % len(givers)
+            place[waiting] = self._next_place(place[waiting], modality, [groups[who[waiting]] for groups in used])
             waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
         assert not waiting.size, "a pool with three groups always has a donor"
         return donor
+
+    def _next_place(self, place: np.ndarray, modality: int, used: list[np.ndarray]) -> np.ndarray:
+        """The place to try after one that would not do; past its neighbours of the same group if it is for its group."""
+        givers = self._givers[modality]
+        if modality not in self._run_ends:
+            self._run_ends[modality] = self._ends_of_runs(givers)
+        ends, groups = self._run_ends[modality], self._groups[givers[place]]
+        of_used_group = np.any([groups == each for each in used], axis=0)
+        return np.where(of_used_group, ends[np.searchsorted(ends, place, side="right")], place + 1) % len(givers)
+
+    def _ends_of_runs(self, givers: np.ndarray) -> np.ndarray:
+        """Where the runs of neighbours of one group end, ascending; the last is len(givers)."""
+        ends: list[np.ndarray] = []
+        start, last = 0, None
+        for block in _blocks(givers):
+            groups = self._groups[block]
+            if last is not None and groups[0] != last:
+                ends.append(np.array([start]))
+            ends.append(start + 1 + np.flatnonzero(groups[1:] != groups[:-1]))
+            start, last = start + len(block), groups[-1]
+        return np.concatenate([*ends, [start]])
 
     def _refused(
         self,

@@ -190,7 +190,7 @@ class StepPlan(Plan):
             elif number in everywhere and not present[:, number].any():
                 off[draw] = f"no sample has {everywhere[number]}"
             elif number == MATCHING and not any(pool.usable for pool in self._train_donors):
-                off[draw] = "no donor: it needs two modalities and two groups in a split"
+                off[draw] = "no donor: it needs two modalities, and in a split three groups that do not share a file"
         needed = 2 if self.config.tasks.modality.always_drop_target else 1
         text_ok = present[:, TEXT].any() and "dtr" in active
         image_ok = present[:, IMAGE].any() and "dir" in active and self._has_codes.any()

@@ -36,6 +36,7 @@ from opt_ds.model.opt import initial_model
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import DVAE_FOLDER
 
 _STOP, _WRITE_FAILED = 1, 2  # what a rank can ask of all at a step's end
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -261,16 +262,16 @@ class Trainer:
         if not (self.ranks.is_main and self.config.train.picture_grid and self.config.zero.stage < 3):
             return
         store = next((store for store in self.stores if store.has_codes and store.has_pixels), None)
-        if store is None or not (store.path / "dvae").is_dir():
+        if store is None or not (store.path / DVAE_FOLDER).is_dir():
             return
         from opt_ds.evaluate.evaluator import Evaluator
         from opt_ds.evaluate.image_generation import Painter
         from opt_ds.evaluate.picture_grid import draw_picture_grid
-        from opt_ds.model.dvae import DiscreteVAE
+        from opt_ds.store.dvae import load_store_dvae
 
         self.engine.eval()
         evaluator = Evaluator(self.engine.module, self.config, store, self.group.device)
-        dvae = DiscreteVAE.from_pretrained(store.path / "dvae").to(self.group.device)
+        dvae = load_store_dvae(store.path, store.description).to(self.group.device)
         image = draw_picture_grid(evaluator, Painter(dvae), self.config.data.valid_split, self.config.train.picture_grid)
         self.report.picture("valid/pictures", image, self.state.step)
         self.engine.train()

@@ -12,11 +12,12 @@ import torch
 
 from opt_ds.errors import UserError
 from opt_ds.model.dvae import NUM_POSITIONS, DiscreteVAE, psnr_db
+from opt_ds.store.files import exclusive_use
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import DVAE_FOLDER
 from opt_ds.store.update import set_codes
 
 BATCH = 256
-DVAE_FOLDER = "dvae"  # inside a store: the dVAE that made and paints its codes
 
 
 class CodeExtractor:
@@ -77,8 +78,8 @@ def reconstruction_quality(extractor: CodeExtractor, store: FeatureStore, rows: 
 def encode_store(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray | None = None) -> np.ndarray:
     """Return the codes of the store's pictures (or of some image rows): uint16 [num_images, 64], by image row."""
     rows = np.arange(num_images(store)) if rows is None else rows
-    parts = [extractor.encode(pixels_nchw) for pixels_nchw in _batches(store, rows)]
-    return np.concatenate(parts).astype("uint16") if parts else np.zeros((0, NUM_POSITIONS), "uint16")
+    parts = [extractor.encode(pixels_nchw).astype("uint16") for pixels_nchw in _batches(store, rows)]
+    return np.concatenate(parts) if parts else np.zeros((0, NUM_POSITIONS), "uint16")
 
 
 def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
@@ -110,20 +111,27 @@ def reconstruction_grid(
 def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
     """Write the pictures' codes, and the dVAE itself, into the store unless they are there; returns whether it wrote.
 
-    The store then paints its own codes: `DiscreteVAE.from_pretrained(store / "dvae")`.
+    The store then paints its own codes: `load_store_dvae`. A kill between the codes and their dVAE leaves the former
+    dVAE beside them, which `load_store_dvae` refuses; the same call mends that.
     """
-    store = FeatureStore(store_path)
-    folder = store_path / DVAE_FOLDER
-    if store.has_codes and store.description.extractors.get("codes") == extractor.identity() == _identity_in(folder):
-        print(f"dVAE: {store_path} already has this dVAE's codes")
-        return False
-    set_codes(store_path, encode_store(extractor, store), extractor.identity())
-    temporary = folder.with_name(f".{DVAE_FOLDER}.{os.getpid()}.tmp")
-    extractor.dvae.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    print(f"dVAE: wrote the codes of {num_images(store)} pictures into {store_path}")
-    return True
+    with exclusive_use(store_path, print):
+        store = FeatureStore(store_path)
+        folder = store_path / DVAE_FOLDER
+        for leftover in store_path.glob(f".{DVAE_FOLDER}.*.tmp"):
+            shutil.rmtree(leftover)
+        if store.has_codes and store.description.extractors.get("codes") == extractor.identity() == _identity_in(folder):
+            print(f"dVAE: {store_path} already has this dVAE's codes")
+            return False
+        temporary = folder.with_name(f".{DVAE_FOLDER}.{os.getpid()}.tmp")
+        try:
+            extractor.dvae.save_pretrained(temporary)
+            set_codes(store_path, encode_store(extractor, store), extractor.identity())
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        print(f"dVAE: wrote the codes of {num_images(store)} pictures into {store_path}")
+        return True
 
 
 def _identity_in(folder: Path) -> dict[str, Any] | None:

@@ -85,7 +85,7 @@ def part_folder(output: Path, index: int, count: int) -> Path:
 def parse_share(text: str) -> tuple[int, int]:
     """ "2/16" -> (2, 16). Raises UserError for anything but i/n with 0 <= i < n."""
     index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (slash and text.isascii() and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f'--shard "{text}": write i/n with i from 0 to n - 1, such as 0/16')
     return int(index), int(count)
 
@@ -107,16 +107,13 @@ def merge_parts(output: Path, say: Callable[[str], None] = print) -> StoreDescri
     """
     with exclusive_use(output, say):
         folders = sorted(output.parent.glob(f"{output.name}.part-*-of-*"))
-        if (output / STORE_FILE).is_file() and not folders:
-            say(f"{output}: already a feature store")
-            return load_description(output)
-        parts = _whole_set(output, folders)
-        facts = StoreFacts.from_dict(parts[0]["facts"])
         if (output / STORE_FILE).is_file():
             description = load_description(output)
-            if description.preparation_key != facts.key:
-                raise UserError(f"{output}: another finished feature store is there: remove it, or move the parts")
+            _check_merged(output, description, folders)
+            say(f"{output}: already a feature store")
         else:
+            parts = _whole_set(output, folders)
+            facts = StoreFacts.from_dict(parts[0]["facts"])
             writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
             for folder in folders:
                 _check_shards(folder)
@@ -127,8 +124,27 @@ def merge_parts(output: Path, say: Callable[[str], None] = print) -> StoreDescri
                 raise UserError(f"{output}: shard {missing[0]} is in none of the parts: prepare its part again")
             description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts), say)
         for folder in folders:
-            shutil.rmtree(folder)
+            _remove_part(folder)
         return description
+
+
+def _check_merged(output: Path, description: StoreDescription, folders: list[Path]) -> None:
+    """Raise UserError unless the folders are what a merge into the store that is there had still to remove."""
+    for folder in folders:
+        if any(folder.iterdir()) and not is_finished_part(folder, description.preparation_key):
+            raise UserError(
+                f"{output}: another finished feature store is there, {folder.name} is no part of it: remove it, or move the parts"
+            )
+
+
+def _remove_part(folder: Path) -> None:
+    """`part.json` goes last: as long as anything is left, it says of what."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != PART_FILE:
+            entry.unlink()
+    shutil.rmtree(folder)
 
 
 def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:

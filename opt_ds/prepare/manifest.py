@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.store.files import atomic_file
+from opt_ds.store.schema import check_split_names
 
 DEFAULT_SPLITS = ("train", "valid")
 _VALID_PERCENT = 5
@@ -126,6 +127,7 @@ def read_manifest(
         raise UserError(f'{path}: id "{without}" has no "split" though others have: name it on all lines or on none')
     splits = [line.split or _hashed_split(line.group_name) for line in lines]
     names = list(DEFAULT_SPLITS) if not named else sorted(set(splits), key=lambda name: (name != "train", name))
+    check_split_names(names, str(path))
     source: Literal["manifest", "group hash"] = "manifest" if named else "group hash"
     return Manifest(path, lines, splits, names, source, digest.hexdigest(), rejected)
 

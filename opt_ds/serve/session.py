@@ -20,8 +20,8 @@ from opt_ds.model.dvae import DiscreteVAE
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.model.opt import OPT
 from opt_ds.serve.processor import OPTProcessor
-from opt_ds.store.processor_files import DVAE_FOLDER, PROCESSOR_FOLDER
-from opt_ds.store.schema import TOKENIZER_FOLDER
+from opt_ds.store.processor_files import PROCESSOR_FOLDER
+from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 
 #: modality -> the part of a Sample that is there with it
 _PART = {TEXT: "token_ids", IMAGE: "region_features", AUDIO: "frames"}

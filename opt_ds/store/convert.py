@@ -10,7 +10,7 @@ import numpy as np
 from opt_ds.errors import UserError
 from opt_ds.store.files import write_json
 from opt_ds.store.index import INDEX_FILE, write_index
-from opt_ds.store.reader import FeatureStore
+from opt_ds.store.reader import FeatureStore, check_contents
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
 from opt_ds.store.writer import describe_shard, write_datasets
 
@@ -27,12 +27,15 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
     temporary.mkdir(parents=True)
     try:
         for entry in sorted(source.iterdir()):
+            if entry.name in listed | _OWN or entry.name.startswith("."):  # written below, or a killed process's
+                continue
             if entry.is_dir():
                 shutil.copytree(entry, temporary / entry.name)
-            elif entry.name not in listed | _OWN and not entry.name.startswith("."):
+            else:
                 shutil.copyfile(entry, temporary / entry.name)
         shards = []
         for index, shard in enumerate(store.description.shards):
+            check_contents(source, shard)
             file = store.shard(index)
             arrays = {name: np.asarray(file.array(name)[:]) for name in file.names()}
             write_datasets(temporary / shard.file, arrays, compression=compression)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from opt_ds.errors import UserError
+
 
 def is_disk_full(error: OSError) -> bool:
     """Whether an error says that there is no space left; HDF5 tells it in words only."""
@@ -40,10 +42,12 @@ def remove_leftovers(folder: Path, names: str) -> None:
 def exclusive_use(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold `path` (a folder to be written) for this process; wait, and say so, while another one holds it.
 
-    The lock is a file beside `path`, locked by flock: it ends with the process, however that ends.
+    The lock is a file beside `path`, locked by flock: it ends with the process, however that ends. UserError where the file
+    system has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
+    folder = path.resolve()  # one lock for all names of a folder; "." has no name of its own
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
     while True:
         with open(lock, "a") as file:
             try:
@@ -51,6 +55,11 @@ def exclusive_use(path: Path, say: Callable[[str], None]) -> Iterator[None]:
             except BlockingIOError:
                 say(f"{path}: another process is writing it: waiting")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                lock.unlink(missing_ok=True)
+                raise UserError(
+                    f"{folder.parent}: its file system has no file locks ({error.strerror}): mount it with locks, or use another"
+                ) from None
             # The former holder removed its file: a lock on a removed file excludes nobody.
             if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_ds.errors import UserError
+from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256, folder_sha256, write_json
 from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index, write_index
 from opt_ds.store.reader import check_sizes, size_problem
@@ -56,9 +57,11 @@ def inspect_store(path: str | Path) -> Inspection:
             problem = "checksum differs from store.json's"
         if problem is not None:
             failures.append(f"{shard.file}: {problem}")
-        if problem is None or "checksum" in problem:
+        else:
             failures.extend(_shard_failures(path, shard, description, samples))
     failures.extend(samples.failures(description))
+    if (problem := dvae_problem(path, description)) is not None:
+        failures.append(problem)
     notes: list[str] = []
     if not failures:
         failures.extend(_index_failures(path, description, notes))
@@ -75,13 +78,15 @@ def inspect_store(path: str | Path) -> Inspection:
 def verify_store(path: str | Path) -> None:
     """Raise UserError, naming shard and dataset, unless the store is whole. Training calls it before it builds a model.
 
-    Sizes are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside `store.json` remembers the
-    fingerprint and the shards' sizes and times of last change; without leave to write there, every call checks. A store
-    without `index.h5` gets one.
+    Sizes and the codes' dVAE are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside
+    `store.json` remembers the fingerprint and the shards' sizes and times of last change; without leave to write there,
+    every call checks. A store without `index.h5` gets one.
     """
     path = Path(path)
     description = load_description(path)
     check_sizes(path, description)
+    if (problem := dvae_problem(path, description)) is not None:
+        raise UserError(problem)
     stats = {shard.file: (path / shard.file).stat() for shard in description.shards}
     state = {
         "fingerprint": description.fingerprint,
@@ -140,7 +145,8 @@ class _Samples:
 
     def failures(self, description: StoreDescription) -> list[str]:
         counts = {name: self._split_counts[code] for code, name in enumerate(description.split_names)}
-        wrong = counts != description.split_counts
+        all_read = sum(counts.values()) == description.num_samples
+        wrong = all_read and counts != description.split_counts
         return self._repeated + (["store.json: split_counts differ from samples/split"] if wrong else [])
 
 
@@ -185,9 +191,14 @@ def _description_failures(description: StoreDescription) -> list[str]:
 
 def _shard_failures(path: Path, shard: ShardDescription, description: StoreDescription, samples: _Samples) -> list[str]:
     try:
-        file = ShardFile(path / shard.file)
-    except OSError as error:
-        return [f"{shard.file}: not readable as HDF5 ({error})"]
+        return _content_failures(ShardFile(path / shard.file), shard, description, samples)
+    except Exception as error:  # broken metadata can be wrong in any way
+        return [f"{shard.file}: not readable as HDF5 ({' '.join(str(error).split())})"]
+
+
+def _content_failures(
+    file: ShardFile, shard: ShardDescription, description: StoreDescription, samples: _Samples
+) -> list[str]:
     expected = [name for name in DATASETS if name not in OPTIONAL_DATASETS]
     missing = [name for name in expected if name not in file.names()]
     if missing:

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from opt_ds.errors import UserError
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import TOKENIZER_FOLDER, Dims, TokenizerDescription
+from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER, Dims, TokenizerDescription
 
-PROCESSOR_FOLDER, PROCESSOR_FILE, DVAE_FOLDER = "processor", "processor.json", "dvae"
+PROCESSOR_FOLDER, PROCESSOR_FILE = "processor", "processor.json"
 
 
 class ProcessorDescription(BaseModel):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.store.files import file_sha256
 from opt_ds.store.index import ShardFile, StoreIndex, build_index, read_index
 from opt_ds.store.schema import ShardDescription, StoreDescription, load_description
 
@@ -238,6 +239,12 @@ def check_sizes(path: Path, description: StoreDescription) -> None:
         problem = size_problem(path, shard)
         if problem:
             raise UserError(f"{path / shard.file}: {problem}: prepare the store again")
+
+
+def check_contents(path: Path, shard: ShardDescription) -> None:
+    """Raise UserError, naming the file, if a shard is not what was written: a copy of it would get a checksum that is right."""
+    if file_sha256(path / shard.file) != shard.sha256:
+        raise UserError(f"{path / shard.file}: checksum differs from store.json's: restore the file, or prepare the store again")
 
 
 def size_problem(path: Path, shard: ShardDescription) -> str | None:

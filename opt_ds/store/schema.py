@@ -18,9 +18,11 @@ from opt_ds.errors import UserError
 SCHEMA_VERSION = 1
 STORE_FILE = "store.json"
 TOKENIZER_FOLDER = "tokenizer"
+DVAE_FOLDER = "dvae"  # the dVAE that made and paints the codes
 BOX_SIZE = 7  # x1, y1, x2, y2, w, h, w*h; all divided by the picture's size
 CODES_PER_IMAGE = 64  # 8 x 8
 PIXELS_SHAPE = (3, 64, 64)
+MAX_SPLITS = 256  # samples/split is uint8
 MISSING = -1  # in samples/rows: the sample does not have this modality
 MODALITIES = ("text", "image", "audio")  # the column order of samples/rows
 
@@ -150,6 +152,12 @@ def tail_shape(name: str, dims: Dims) -> tuple[int, ...]:
 def group_code(group: str) -> int:
     """Return the stable non-negative 63-bit code of a group's name (blake2b), as `samples/group` keeps it."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def check_split_names(names: list[str], where: str) -> None:
+    """Raise UserError for more splits than `samples/split` can number."""
+    if len(names) > MAX_SPLITS:
+        raise UserError(f'{where}: {len(names)} splits, such as "{names[-1]}": a store has at most {MAX_SPLITS}')
 
 
 def load_description(path: Path) -> StoreDescription:

@@ -8,7 +8,7 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import StoreDescription, group_code
+from opt_ds.store.schema import StoreDescription, check_split_names, group_code
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.update import Arrays, rewrite_shards
 
@@ -68,6 +68,7 @@ def _deal(store: FeatureStore, splits: list[str], source: str) -> StoreDescripti
     names = sorted(set(splits), key=lambda name: (name != TRAIN_SPLIT, name))
     if TRAIN_SPLIT not in names:
         raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: leave some there")
+    check_split_names(names, str(store.path))
     codes = np.array([names.index(split) for split in splits], "uint8")
     ends = np.cumsum([shard.num_samples for shard in store.description.shards])
 
@@ -87,9 +88,12 @@ def _read_list(file: Path) -> dict[str, str]:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     named: dict[str, str] = {}
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        for number, row in enumerate(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 1):
-            if len(row) != 2 or not all(row):
-                raise UserError(f"{file} line {number}: write a name and a split, separated by a comma (a tab in .tsv)")
-            named[row[0]] = row[1]
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 1):
+                if len(row) != 2 or not all(row):
+                    raise UserError(f"{file} line {number}: write a name and a split, separated by a comma (a tab in .tsv)")
+                named[row[0]] = row[1]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as a table in UTF-8 ({error})") from None
     return named

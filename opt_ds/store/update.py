@@ -11,7 +11,7 @@ import numpy as np
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index
-from opt_ds.store.reader import FeatureStore
+from opt_ds.store.reader import FeatureStore, check_contents
 from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, TOKENIZER_FOLDER, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
 from opt_ds.store.writer import describe_shard, write_datasets
@@ -19,6 +19,7 @@ from opt_ds.store.writer import describe_shard, write_datasets
 Arrays = dict[str, np.ndarray]
 
 _REVISION = re.compile(r"^(shard-\d+)(?:-r(\d+))?\.h5$")
+_TOKENIZER = re.compile(rf"^{TOKENIZER_FOLDER}(-r\d+)?$|^\.{TOKENIZER_FOLDER}(-r\d+)?\.\d+\.tmp$")
 
 
 def rewrite_shards(
@@ -33,12 +34,14 @@ def rewrite_shards(
 
     `fields()`, asked when all shards are written, gives what else changes in `store.json`. Shards are written under new
     names, then `store.json` is replaced, then the old files go. `new_statistics`: features or splits have changed;
-    `new_tokenizer`: the name of a tokenizer's folder that is there already and that `fields()` will name.
+    `new_tokenizer`: the name of a tokenizer's folder that is there already and that `fields()` will name. UserError for a
+    damaged shard; the store stays as it was.
     """
     path, description = store.path, store.description
     remove_unlisted(path, description, new_tokenizer)
     shards, per_shard = [], []
     for index, old in enumerate(description.shards):
+        check_contents(path, old)
         file = store.shard(index)
         arrays = change(index, {name: np.asarray(file.array(name)[:]) for name in file.names()})
         target = path / _next_name(old.file)
@@ -118,8 +121,8 @@ def remove_unlisted(path: Path, description: StoreDescription, new_tokenizer: st
     kept = (description.tokenizer_folder, new_tokenizer)
     for names in ("shard-*", INDEX_FILE, STORE_FILE):
         remove_leftovers(path, names)
-    for folder in [*path.glob(f"{TOKENIZER_FOLDER}*"), *path.glob(f".{TOKENIZER_FOLDER}*.tmp")]:
-        if folder.is_dir() and folder.name not in kept:
+    for folder in path.iterdir():
+        if _TOKENIZER.match(folder.name) and folder.is_dir() and folder.name not in kept:
             shutil.rmtree(folder)
     listed = {shard.file for shard in description.shards}
     for file in path.glob("shard-*.h5"):

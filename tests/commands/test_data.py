@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from opt_ds.commands import data, stores
+from opt_ds.commands import data, imports, run_program, stores
 from opt_ds.errors import UserError
 from opt_ds.store.synthetic import write_synthetic_store
 
@@ -78,9 +78,38 @@ def test_every_option_is_explained(command: str) -> None:
     assert "--" in result.output
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from opt_ds.commands import run_program
+def test_a_path_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    write_synthetic_store(tmp_path / "s", 4)
+    (tmp_path / "captions.csv").write_text("text\na cat\n")
+    for function, arguments in [
+        (stores.convert, [tmp_path / "s", "--output", tmp_path / "file" / "x"]),
+        (stores.inspect_store, [tmp_path / "s", "--pictures", tmp_path / "file"]),
+        (data.merge, [tmp_path / "file" / "x"]),
+        (imports.table, [tmp_path / "captions.csv", "--output", tmp_path / "s"]),
+    ]:
+        assert run_program(function, [str(argument) for argument in arguments], "opt-ds") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path}") and error.count("\n") == 1
 
+
+def test_a_sample_without_a_readable_picture_is_one_line(tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "s", 1)
+    (tmp_path / "m.jsonl").write_text('{"id": "sample0", "image": "regions.npz"}')
+    (tmp_path / "regions.npz").write_bytes(b"features")
+    arguments = ("inspect", tmp_path / "s", "--sample", "#0", "--manifest", tmp_path / "m.jsonl", "--pictures", tmp_path)
+    with pytest.raises(UserError, match=r"regions\.npz: not readable as a picture"):
+        raise run(*arguments).exception or AssertionError
+
+
+def test_a_store_may_be_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_synthetic_store(tmp_path / "s", 40)
+    monkeypatch.chdir(tmp_path / "s")
+    assert "train" in run("split", ".", "--ratio", "train=0.5", "--ratio", "test=0.5").output
+    assert [path.name for path in tmp_path.iterdir()] == ["s"], "nor is a lock left"
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def write() -> None:
         raise OSError(28, "No space left on device", "shard-00000.h5")
 

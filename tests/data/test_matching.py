@@ -1,14 +1,17 @@
 """Sample-level draws: five cases in equal shares, donors of other groups of the same split, labels that are true."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from opt_ds.data.donors import DonorPool
 from opt_ds.data.matching import CASES
 from opt_ds.data.nearness import Nearness
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import MATCHING, PlannedSamples
 from opt_ds.store import FeatureStore
-from tests.tiny import make_config, make_store
+from tests.tiny import index_with, make_config, make_store
 
 PAIRS = {(1, 2): "image_audio", (0, 2): "text_audio", (0, 1): "text_image"}
 
@@ -98,6 +101,49 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
     assert all(CASES[c] == true_case(three, owners, rows) for c, rows in zip(s.case, s.input_rows, strict=True))
     two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
     assert "no donor" in StepPlan(make_config(), [two]).off["matching"]
+
+
+def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> DonorPool:
+    """A pool of samples with all modalities, of these groups and rows."""
+    index = index_with(store, np.stack([rows] * 3, axis=1))
+    store.__dict__["index"] = dataclasses.replace(index, groups=groups)
+    return DonorPool(store, np.arange(len(groups)))
+
+
+def test_one_large_group_is_passed_in_a_step_and_the_donors_are_those_behind_it(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = np.zeros(600, dtype=np.int64)
+    groups[[5, 200, 201, 398, 599]] = (1, 2, 2, 1, 2)
+    pool = pool_of(make_store(tmp_path / "s", 600), groups, np.arange(600) // 2)
+    who, replaced = np.arange(600), np.tile([True, True, False], (600, 1))
+    tries: list[int] = []
+    real = DonorPool._refused
+    monkeypatch.setattr(DonorPool, "_refused", lambda self, *given: (tries.append(1), real(self, *given))[1])
+    drawn = pool.replace(pool._rows, replaced, who, who.astype(np.uint64))
+    assert len(tries) < 60
+    monkeypatch.setattr(DonorPool, "_next_place", lambda self, place, *_: (place + 1) % 600)
+    assert (pool.replace(pool._rows, replaced, who, who.astype(np.uint64)) == drawn).all()
+    assert len(tries) > 300, "one by one"
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "usable"),
+    [
+        ([0, 1, 2], [0, 1, 2], True),
+        ([0, 1, 2], [0, 0, 0], False),  # one picture for all
+        ([0, 0, 1, 2], [0, 1, 0, 0], False),  # who is given the second has nobody for a third
+        ([0, 0, 1, 2], [0, 1, 2, 3], True),
+        ([0, 1, 2, 3], [0, 0, 1, 2], True),
+        ([0, 1, 2, 2], [0, 0, 1, 2], False),
+    ],
+)
+def test_a_pool_is_usable_if_every_sample_finds_two_donors(tmp_path, groups: list, rows: list, usable: bool) -> None:
+    pool = pool_of(make_store(tmp_path / "s", len(groups)), np.array(groups), np.array(rows))
+    assert pool.usable == usable
+    if usable:
+        who = np.repeat(np.arange(len(groups)), 50)
+        pool.replace(pool._rows[who], np.tile([True, True, False], (len(who), 1)), who, np.arange(len(who), dtype=np.uint64))
 
 
 def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore) -> None:

@@ -1,6 +1,8 @@
 """Parts of a store, made apart as a job array makes them: joined they are the store that one process makes, byte for byte."""
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
 from opt_ds.prepare.finish import merge_parts, parse_share, part_folder
 from opt_ds.prepare.report import REPORT_FILE
+from opt_ds.store.synthetic import write_synthetic_store
 from tests.prepare.conftest import SETTINGS
 from tests.prepare.test_pipeline import contents
 
@@ -56,6 +59,42 @@ def test_a_merge_that_was_stopped_goes_on(parts: Path, messy_manifest: Path, tmp
     assert not moved.exists()
 
 
+@pytest.mark.parametrize("moment", range(1, 12, 2))
+def test_a_merge_that_was_stopped_while_it_removed_its_parts_goes_on(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    shutil.copytree(parts, tmp_path / "apart")
+    store = tmp_path / "apart" / "store"
+    calls = 0
+
+    def deadly(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object, **options: object) -> None:
+            nonlocal calls
+            calls += (store / "store.json").is_file()
+            if calls == moment:
+                raise KeyboardInterrupt
+            real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, deadly(getattr(os, name)))
+        patch.setattr(Path, "unlink", deadly(Path.unlink))
+        merge_parts(store, silent)
+    assert merge_parts(store, silent).num_samples == 7
+    assert [path.name for path in store.parent.iterdir() if "part" in path.name] == []
+
+
+def test_another_store_keeps_its_place(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts, tmp_path / "apart")
+    store = tmp_path / "apart" / "store"
+    write_synthetic_store(store, 4)
+    with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is no part of it"):
+        merge_parts(store, silent)
+    assert part_folder(store, 0, 2).is_dir()
+
+
 def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, tmp_path: Path) -> None:
     shutil.copytree(parts, tmp_path / "apart")
     store = tmp_path / "apart" / "store"
@@ -70,7 +109,7 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
         merge_parts(tmp_path / "other", silent)
 
 
-@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/"])
+@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "²/3", "0/³"])
 def test_a_share_is_i_of_n(text: str) -> None:
     with pytest.raises(UserError, match="--shard"):
         parse_share(text)

@@ -34,6 +34,7 @@ def write(path: Path, lines: list[dict | str]) -> Path:
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], 'line 2: id "a" is also on line 1'),
         ([{"id": "a", "text": "x", "split": "train"}, {"id": "b", "text": "y"}], 'id "b" has no "split"'),
         ([{"id": "a", "text": "x", "labels": "cat"}], "field labels"),
+        ([{"id": str(n), "text": "x", "split": f"fold{n}"} for n in range(300)], "300 splits, .*: a store has at most 256"),
     ],
 )
 def test_a_bad_manifest_gives_one_line_that_names_the_place(tmp_path: Path, lines: list, message: str) -> None:

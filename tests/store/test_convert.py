@@ -16,8 +16,8 @@ from opt_ds.store.synthetic import write_synthetic_store
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     write_synthetic_store(tmp_path / "s", 20, samples_per_shard=8, missing=0.3)
-    (tmp_path / "s" / "dvae").mkdir()
-    (tmp_path / "s" / "dvae" / "config.json").write_text("{}")
+    (tmp_path / "s" / "notes").mkdir()
+    (tmp_path / "s" / "notes" / "mine.txt").write_text("kept")
     return tmp_path / "s"
 
 
@@ -33,9 +33,25 @@ def test_there_and_back_is_the_same_store(store: Path, tmp_path: Path) -> None:
     for file in store.rglob("*"):
         if file.is_file():
             assert (tmp_path / "plain" / file.relative_to(store)).read_bytes() == file.read_bytes()
+    (store / ".dvae.7.tmp").mkdir()
+    copy_store(store, tmp_path / "tidy", None)
+    assert not (tmp_path / "tidy" / ".dvae.7.tmp").exists(), "what a killed process left is not copied"
     with pytest.raises(UserError, match="it is there already"):
         copy_store(store, tmp_path / "plain", None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "plain", "s"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "plain", "s", "tidy"]
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_damage_is_not_copied(store: Path, tmp_path: Path) -> None:
+    flip_a_byte(store / "shard-00001.h5")
+    with pytest.raises(UserError, match=r"shard-00001\.h5: checksum differs"):
+        copy_store(store, tmp_path / "packed", "gzip")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 def test_a_copy_that_fails_leaves_nothing(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,16 @@ def damage(store: Path, name: str, change: Callable[[np.ndarray], None], *, repa
         change(array)
         shard[name][:] = array
     if repair_checksums:
-        fields = json.loads((store / "store.json").read_text())
-        fields["shards"][1]["sha256"] = file_sha256(file)
-        description = StoreDescription.model_validate(fields).with_fingerprint()
-        (store / "store.json").write_text(description.model_dump_json())
+        describe_anew(store)
+
+
+def describe_anew(store: Path) -> None:
+    """Make store.json agree with the second shard."""
+    file = store / "shard-00001.h5"
+    fields = json.loads((store / "store.json").read_text())
+    fields["shards"][1] |= {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+    description = StoreDescription.model_validate(fields).with_fingerprint()
+    (store / "store.json").write_text(description.model_dump_json())
 
 
 def test_a_whole_store_passes_with_a_summary(template: Path) -> None:
@@ -109,6 +115,22 @@ def test_checksums_ids_counts_and_tokenizer(store: Path) -> None:
     assert any(failure.startswith("tokenizer: files differ") for failure in inspect_store(store).failures)
     (store / "shard-00000.h5").unlink()
     assert "shard-00000.h5: shard is missing" in inspect_store(store).failures
+
+
+def test_damaged_metadata_are_one_line(store: Path) -> None:
+    file = store / "shard-00001.h5"
+    content = file.read_bytes()
+    for place in range(0, 12_000, 500):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        assert inspect_store(store).failures == ["shard-00001.h5: checksum differs from store.json's"]
+    file.write_bytes(b"no HDF5" + content[7:])
+    describe_anew(store)
+    assert [line[:42] for line in inspect_store(store).failures] == ["shard-00001.h5: not readable as HDF5 (Unab"]
+    file.write_bytes(content)
+    with h5py.File(file, "r+") as shard:
+        shard.move("samples/id_offsets", "samples/odd")
+    describe_anew(store)
+    assert inspect_store(store).failures == ["shard-00001.h5: samples/id_offsets: missing"]
 
 
 def test_groups_across_splits_fail_unless_the_manifest_chose(tmp_path: Path) -> None:

@@ -48,12 +48,29 @@ def test_codes_are_added_and_replaced(store: Path) -> None:
     assert before.regions(0).features is not None  # opened before: its maps outlive the removed files
 
 
+def test_an_update_removes_old_tokenizers_and_no_folder_of_the_users(store: Path) -> None:
+    for name in ("tokenizer-r7", ".tokenizer-r8.12.tmp", "tokenizer-backup", "tokenizers"):
+        (store / name).mkdir()
+    set_codes(store, random_codes(1), EXTRACTOR)
+    assert sorted(path.name for path in store.iterdir() if path.is_dir()) == ["tokenizer", "tokenizer-backup", "tokenizers"]
+
+
 def test_wrong_codes_are_refused(store: Path) -> None:
     with pytest.raises(UserError, match=r"shape \[8, 64\], the store needs \[9, 64\]"):
         set_codes(store, random_codes(1, 8), EXTRACTOR)
     with pytest.raises(UserError, match="do not fit a codebook of 100"):
         set_codes(store, random_codes(1), {**EXTRACTOR, "num_codes": 100})
     assert inspect_store(store).failures == []
+
+
+def test_damage_is_not_given_a_new_checksum(store: Path) -> None:
+    damaged = store / "shard-00001.h5"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001\.h5: checksum differs"):
+        set_codes(store, random_codes(1), EXTRACTOR)
+    assert inspect_store(store).failures == ["shard-00001.h5: checksum differs from store.json's"]
 
 
 def test_a_kill_at_any_moment_leaves_old_or_new(store: Path) -> None:

@@ -8,11 +8,13 @@ import gzip
 import json
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.manifest import ManifestLine, Skipped, is_encodable, visible, write_manifest
@@ -20,6 +22,7 @@ from opt_ds.store.files import write_json
 
 _SHOWN = 10
 _JSON_BLOCK = 1 << 20
+_BESIDE = (".json", ".txt", ".xml")  # what downloaders and annotators write beside a picture, under its name
 
 
 class Files:
@@ -40,7 +43,7 @@ class Files:
             return None
 
     def by_stem(self, stem: str) -> str | None:
-        """Return the file called `stem` with any ending, in any folder below; None if there is none."""
+        """Return the file called `stem`, in any folder below and with any ending but a text's; None if there is none."""
         path = self._stems.get(stem)
         return None if path is None else self._relative(Path(path))
 
@@ -51,7 +54,9 @@ class Files:
         for folder, folders, names in os.walk(self.folder):
             folders.sort()
             for name in sorted(names):
-                found.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
+                stem, ending = os.path.splitext(name)
+                if ending.lower() not in _BESIDE:
+                    found.setdefault(stem, os.path.join(folder, name))
         return found
 
     def _relative(self, path: Path) -> str:
@@ -154,13 +159,17 @@ def sample(
     return ManifestLine(id=id, text=text, labels=labels, group=group, split=split, **found)  # type: ignore[arg-type]
 
 
-def open_text(path: Path) -> Any:
-    """Open a UTF-8 text file, gzipped or not. UserError if it is missing."""
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 text file, gzipped or not, and close it. UserError if it is missing, cut off, or something else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not UTF-8 text, or cut off ({error})") from None
 
 
 def read_rows(path: Path, delimiter: str) -> Iterator[list[str]]:

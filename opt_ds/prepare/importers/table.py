@@ -104,7 +104,7 @@ def _labels(value: Any) -> tuple[str, ...]:
 
 
 def _text_rows(table: Path) -> Iterator[dict[str, Any]]:
-    rows = read_rows(table, "\t" if table.suffixes[:1] in ([".tsv"], [".tab"]) else ",")
+    rows = read_rows(table, "\t" if table.name.lower().removesuffix(".gz").endswith((".tsv", ".tab")) else ",")
     header = next(rows, None)
     if header is None:
         raise UserError(f"{table}: the table has no lines")

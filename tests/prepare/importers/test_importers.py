@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import read_json_array, report_path
+from opt_ds.prepare.importers.common import read_json_array, read_json_lines, read_rows, report_path
 from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions
 from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.importers.karpathy import import_karpathy
@@ -131,12 +131,13 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     rows = ['a "quoted" caption', "a very typical bus station", "gone", ""]
     tsv = tmp_path / "Train_GCC-training.tsv"
     tsv.write_text("".join(f"{caption}\t{url.format(index)}\n" for index, caption in enumerate(rows)) + "no url\n")
-    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.jpg" for index in (0, 1, 3)))
+    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.png" for index in (0, 1, 3)))
+    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.{beside}" for index in (0, 1) for beside in ("json", "txt")))
     manifest = tmp_path / "manifest.jsonl"
     import_conceptual_captions([f"valid={tsv}"], manifest, images=[tmp_path / "images"], say=silent)
     samples = lines_of(manifest)
     assert {line.text for line in samples.values()} == {'a "quoted" caption', "a very typical bus station"}
-    assert samples["Train_GCC-training/1"].image == "images/00000/000000001.jpg"
+    assert samples["Train_GCC-training/1"].image == "images/00000/000000001.png"
     assert {line.split for line in samples.values()} == {"valid"}
     reasons = left_out(manifest)
     assert reasons["Train_GCC-training/2"] == f"image file is missing: 000000002 ({url.format(2)})"
@@ -303,7 +304,7 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
         import_folder(tmp_path / "empty", say=silent)
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "v1.tsv", "parquet"])
 def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
     touch(tmp_path / "p" / "a.jpg", tmp_path / "p" / "b.wav")
     rows = [
@@ -312,7 +313,7 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
         {"path": "gone.jpg", "audio": "", "caption": "gone", "labels": ""},
         {"path": "", "audio": "", "caption": "words alone", "labels": ""},
     ]
-    table, manifest = tmp_path / f"t.{kind}", tmp_path / "manifest.jsonl"
+    table, manifest, kind = tmp_path / f"t.{kind}", tmp_path / "manifest.jsonl", kind.split(".")[-1]
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet
@@ -401,6 +402,22 @@ def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not JSON, or cut off"):
         list(read_json_array(tmp_path / "bad.json"))
     assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"caption": "café"}'.encode("latin-1"))
+    whole = gzip.compress(b"a caption\thttp://a.b/c.png\n" * 100)
+    (tmp_path / "cut.tsv.gz").write_bytes(whole[:-9])
+    (tmp_path / "not.tsv.gz").write_bytes(b"a caption\thttp://a.b/c.png\n")
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[1, 2")[:-9])
+    for name, read in (
+        ("latin.jsonl", read_json_lines),
+        ("cut.tsv.gz", lambda path: read_rows(path, "\t")),
+        ("not.tsv.gz", lambda path: read_rows(path, "\t")),
+        ("cut.json.gz", read_json_array),
+    ):
+        with pytest.raises(UserError, match=rf"{name}: not UTF-8 text, or cut off"):
+            list(read(tmp_path / name))
 
 
 def test_large_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
