@@ -33,6 +33,7 @@ _OWNED = {
     "scheduler": "schedule",
     "steps_per_print": "train.log_every",
 }
+_OBJECTS = ("zero_optimization", "fp16", "bf16", "data_types", "comms_logger", "flops_profiler", "aio", "compile")
 _MAX_SCALE_POWER = 32
 
 
@@ -123,9 +124,51 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
     if config.zero.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": precision == "fp16"}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW serves; DeepSpeed's own wants a compiler
-    for section, value in _read_json(config).items():
-        settings[section] = _merged(config, precision, section, value, settings.get(section))
+    tree = _read_json(config)
+    for section, value in tree.items():
+        merged = _merged(config, precision, section, value, settings.get(section))
+        if merged is not None:
+            settings[section] = merged
+    _check_by_deepspeed(config, {section: settings[section] for section in tree if section in settings})
     return settings
+
+
+def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed would refuse in these sections of its JSON, once ranks have joined."""
+    if not sections:
+        return
+    import os
+
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it guesses, with a warning
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    models = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
+              "comms_logger": CommsLoggerConfig, "compile": CompileConfig}  # fmt: skip
+    for section, model in models.items():
+        where = f"{config.deepspeed_config}: {section}"
+        try:
+            model(**sections.get(section, {}))
+        except AssertionError as error:  # a deprecated key beside the one that replaces it
+            raise UserError(f"{where}: {error}: remove the deprecated one") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join((where, *map(str, first["loc"])))
+            if first["type"] != "extra_forbidden":
+                raise UserError(f"{key} {_short(first['input'])}: {first['msg']}: change it") from None
+            known = [name for field, about in model.model_fields.items() for name in (field, about.alias) if name]
+            near = did_you_mean(str(first["loc"][-1]), known) if len(first["loc"]) == 1 else ""
+            raise UserError(f"{key} is no setting of DeepSpeed's{near}: remove it, or mend its name") from None
+    data_type = sections.get("communication_data_type", "fp32")
+    if data_type not in ("fp32", "fp16", "bf16"):
+        raise UserError(
+            f"{config.deepspeed_config}: communication_data_type {_short(data_type)}: choose fp32, fp16 or bf16"
+        )
 
 
 def _merged(config: Config, precision: Precision, section: str, value: Any, own: Any) -> Any:
@@ -142,8 +185,12 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
         raise UserError(
             f"{where} is not taken from a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
         )
+    if value == "auto":
+        return own
+    if section in _OBJECTS and not isinstance(value, dict):
+        raise UserError(f'{where} {_short(value)}: expected an object of settings, as in {{"fp16": {{"enabled": true}}}}')
     if not isinstance(value, dict):
-        return value if value != "auto" else own
+        return value
     agreed = {  # key -> (ours, the run config's key)
         ("zero_optimization", "stage"): (config.zero.stage, "zero.stage"),
         ("fp16", "enabled"): (precision == "fp16", "precision"),
@@ -161,6 +208,8 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
                     f"{where}.{key} {_short(item)} contradicts zero.offload_optimizer "
                     f"{config.zero.offload_optimizer} of the run config: change one of them"
                 )
+        if (section, key) == ("zero_optimization", "compute_grad_norm") and item is not True:
+            raise UserError(f"{where}.{key} {_short(item)}: the guard and the log need the gradient's norm: remove it")
         expected, name = agreed.get((section, key), (item, ""))
         if item != expected:
             ours = precision if name == "precision" else expected
