@@ -35,6 +35,7 @@ _OWNED = {
 }
 _OBJECTS = ("zero_optimization", "fp16", "bf16", "data_types", "comms_logger", "flops_profiler", "aio", "compile")
 _MAX_SCALE_POWER = 32
+_AMPERE = (8, 0)  # the first with bf16
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
     """The precision of the run. `auto`: what the DeepSpeed JSON enables; else bf16 from Ampere on, fp16 on older GPUs,
     fp32 on the CPU.
 
-    Raises UserError for what DeepSpeed cannot do right: fp16 on CPU, half precision with stage 0.
+    Raises UserError for what cannot be done right: fp16 on CPU, bf16 on a GPU without it, half precision with stage 0.
     """
     if config.precision != "auto":
         chosen, why = config.precision, f"precision {config.precision}"
@@ -77,6 +78,10 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
         why = f"precision auto, that is {chosen} here,"
     if chosen == "fp16" and hardware.kind == "cpu":
         raise UserError(f"{why} does not run on the CPU: use --set precision=fp32 (or bf16)")
+    if chosen == "bf16" and hardware.capability and hardware.capability < _AMPERE:
+        beside = f", and in {config.deepspeed_config}" if _json_precision(config) == "bf16" else ""
+        remedy = f"use --set precision={_native_precision(hardware)}{beside}"
+        raise UserError(f"{why} is more than {hardware.name} has, older than Ampere: {remedy}")
     if chosen != "fp32" and config.zero.stage == 0:
         raise UserError(f"{why} with zero.stage 0 would not accumulate gradients in fp32: use --set zero.stage=1")
     if hardware.capability and not has_kernels(hardware):
@@ -246,7 +251,7 @@ def _json_precision(config: Config) -> Precision | None:
 def _native_precision(hardware: Hardware) -> Precision:
     if hardware.capability is None:
         return "fp32"
-    if hardware.capability >= (8, 0):
+    if hardware.capability >= _AMPERE:
         return "bf16"
     return "fp16" if hardware.capability >= (7, 0) else "fp32"
 

@@ -33,6 +33,8 @@ def test_precision_follows_the_hardware() -> None:
     ("settings", "hardware", "expected"),
     [
         (["precision=fp16"], CPU, "does not run on the CPU"),
+        (["precision=bf16"], V100, "bf16 is more than Tesla V100 has, older than Ampere: use --set precision=fp16"),
+        ([f"deepspeed_config={FOLDER / 'zero1_bf16.json'}"], V100, "precision=fp16, and in "),
         (["zero.stage=0"], V100, "use --set zero.stage=1"),
         (["zero.stage=0"], A100, "would not accumulate gradients in fp32"),
         (
