@@ -37,7 +37,7 @@ def run_training(
 
     from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
 
-    held = run_folder.lock(output) if ranks.is_main else None
+    held = run_folder.lock(output, say) if ranks.is_main else None
     group = ProcessGroup(ranks, config.guard.rank_timeout_s)
     try:
         from opt_ds.engine.trainer import Trainer
