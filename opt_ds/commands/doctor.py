@@ -15,6 +15,7 @@ def doctor(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,  # slurm/pretrain.sh gives it what it was given
 ) -> None:
     """Check versions, GPUs, compilers, communication, memory, kernels and stores; takes what pretrain.py takes.
 

@@ -108,15 +108,22 @@ class Plan(ABC):
 
         Each PlannedStep holds up to `chunk` samples; its `step` is its place in the list.
         """
-        parts: list[PlannedSamples] = []
-        for number, store in enumerate(self.stores):
-            parts += self._validation_samples(number, self._usable(store, self.config.data.valid_split)[:max_samples])
-        samples = _concatenate(parts)
+        samples = _concatenate(self._validation_parts(max_samples))
         kept = np.flatnonzero(samples.draw >= 0)
         return [
             self._planned_step(place, _select(samples, kept[start : start + chunk]), world_size)
             for place, start in enumerate(range(0, len(kept), chunk))
         ]
+
+    def has_validation(self, max_samples: int = 2**62) -> bool:
+        """Whether that pass has anything to judge."""
+        return any((part.draw >= 0).any() for part in self._validation_parts(max_samples))
+
+    def _validation_parts(self, max_samples: int) -> "list[PlannedSamples]":
+        parts: list[PlannedSamples] = []
+        for number, store in enumerate(self.stores):
+            parts += self._validation_samples(number, self._usable(store, self.config.data.valid_split)[:max_samples])
+        return parts
 
     def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed = self.config.seed

@@ -116,7 +116,7 @@ class CheckpointWriter:
             _write_folder(target, weights, moments, state)
             for pointer in pointers:
                 point_to(self._output, pointer, target)
-            _prune(self._output, self._keep)
+            _prune(self._output, self._keep, target, state["best_step"])
         except OSError as error:
             raise OSError(f"{target} could not be written ({error.strerror or error})") from error
         self.write_s = time.perf_counter() - began
@@ -179,8 +179,20 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _prune(output: Path, keep: int) -> None:
-    best = checkpoint.pointed(output, "best")
-    for old in checkpoint.all_checkpoints(output)[keep:]:
-        if old != best:
+def _prune(output: Path, keep: int, newest: Path, best_step: int | None) -> None:
+    """Keep the last `keep` checkpoints up to `newest`, and the best.
+
+    Later ones could not be used, or the run would have gone on from them; "best" may name one of these.
+    """
+    found, best = checkpoint.all_checkpoints(output), checkpoint.pointed(output, "best")
+    later = [folder for folder in found if folder.name > newest.name]
+    if best in later:
+        best = next((folder for folder in found if folder.name == checkpoint.folder_name(best_step or 0)), None)
+        if best:
+            point_to(output, "best", best)
+        else:
+            (output / FOLDER / "best").unlink()
+    kept = [folder for folder in found if folder not in later][:keep]
+    for old in found:
+        if old not in kept and old != best:
             shutil.rmtree(old, ignore_errors=True)

@@ -33,7 +33,9 @@ _OWNED = {
     "scheduler": "schedule",
     "steps_per_print": "train.log_every",
 }
+_OBJECTS = ("zero_optimization", "fp16", "bf16", "data_types", "comms_logger", "flops_profiler", "aio", "compile")
 _MAX_SCALE_POWER = 32
+_AMPERE = (8, 0)  # the first with bf16
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
     """The precision of the run. `auto`: what the DeepSpeed JSON enables; else bf16 from Ampere on, fp16 on older GPUs,
     fp32 on the CPU.
 
-    Raises UserError for what DeepSpeed cannot do right: fp16 on CPU, half precision with stage 0.
+    Raises UserError for what cannot be done right: fp16 on CPU, bf16 on a GPU without it, half precision with stage 0.
     """
     if config.precision != "auto":
         chosen, why = config.precision, f"precision {config.precision}"
@@ -76,6 +78,10 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
         why = f"precision auto, that is {chosen} here,"
     if chosen == "fp16" and hardware.kind == "cpu":
         raise UserError(f"{why} does not run on the CPU: use --set precision=fp32 (or bf16)")
+    if chosen == "bf16" and hardware.capability and hardware.capability < _AMPERE:
+        beside = f", and in {config.deepspeed_config}" if _json_precision(config) == "bf16" else ""
+        remedy = f"use --set precision={_native_precision(hardware)}{beside}"
+        raise UserError(f"{why} is more than {hardware.name} has, older than Ampere: {remedy}")
     if chosen != "fp32" and config.zero.stage == 0:
         raise UserError(f"{why} with zero.stage 0 would not accumulate gradients in fp32: use --set zero.stage=1")
     if hardware.capability and not has_kernels(hardware):
@@ -123,9 +129,51 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
     if config.zero.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": precision == "fp16"}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW serves; DeepSpeed's own wants a compiler
-    for section, value in _read_json(config).items():
-        settings[section] = _merged(config, precision, section, value, settings.get(section))
+    tree = _read_json(config)
+    for section, value in tree.items():
+        merged = _merged(config, precision, section, value, settings.get(section))
+        if merged is not None:
+            settings[section] = merged
+    _check_by_deepspeed(config, {section: settings[section] for section in tree if section in settings})
     return settings
+
+
+def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed would refuse in these sections of its JSON, once ranks have joined."""
+    if not sections:
+        return
+    import os
+
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it guesses, with a warning
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    models = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
+              "comms_logger": CommsLoggerConfig, "compile": CompileConfig}  # fmt: skip
+    for section, model in models.items():
+        where = f"{config.deepspeed_config}: {section}"
+        try:
+            model(**sections.get(section, {}))
+        except AssertionError as error:  # a deprecated key beside the one that replaces it
+            raise UserError(f"{where}: {error}: remove the deprecated one") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join((where, *map(str, first["loc"])))
+            if first["type"] != "extra_forbidden":
+                raise UserError(f"{key} {_short(first['input'])}: {first['msg']}: change it") from None
+            known = [name for field, about in model.model_fields.items() for name in (field, about.alias) if name]
+            near = did_you_mean(str(first["loc"][-1]), known) if len(first["loc"]) == 1 else ""
+            raise UserError(f"{key} is no setting of DeepSpeed's{near}: remove it, or mend its name") from None
+    data_type = sections.get("communication_data_type", "fp32")
+    if data_type not in ("fp32", "fp16", "bf16"):
+        raise UserError(
+            f"{config.deepspeed_config}: communication_data_type {_short(data_type)}: choose fp32, fp16 or bf16"
+        )
 
 
 def _merged(config: Config, precision: Precision, section: str, value: Any, own: Any) -> Any:
@@ -142,8 +190,12 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
         raise UserError(
             f"{where} is not taken from a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
         )
+    if value == "auto":
+        return own
+    if section in _OBJECTS and not isinstance(value, dict):
+        raise UserError(f'{where} {_short(value)}: expected an object of settings, as in {{"fp16": {{"enabled": true}}}}')
     if not isinstance(value, dict):
-        return value if value != "auto" else own
+        return value
     agreed = {  # key -> (ours, the run config's key)
         ("zero_optimization", "stage"): (config.zero.stage, "zero.stage"),
         ("fp16", "enabled"): (precision == "fp16", "precision"),
@@ -161,6 +213,8 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
                     f"{where}.{key} {_short(item)} contradicts zero.offload_optimizer "
                     f"{config.zero.offload_optimizer} of the run config: change one of them"
                 )
+        if (section, key) == ("zero_optimization", "compute_grad_norm") and item is not True:
+            raise UserError(f"{where}.{key} {_short(item)}: the guard and the log need the gradient's norm: remove it")
         expected, name = agreed.get((section, key), (item, ""))
         if item != expected:
             ours = precision if name == "precision" else expected
@@ -197,7 +251,7 @@ def _json_precision(config: Config) -> Precision | None:
 def _native_precision(hardware: Hardware) -> Precision:
     if hardware.capability is None:
         return "fp32"
-    if hardware.capability >= (8, 0):
+    if hardware.capability >= _AMPERE:
         return "bf16"
     return "fp16" if hardware.capability >= (7, 0) else "fp32"
 

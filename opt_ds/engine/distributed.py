@@ -222,14 +222,25 @@ def _own_device(ranks: Ranks) -> "torch.device":
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if ranks.local_rank >= count:
-        raise UserError(
-            f"{ranks.local_world_size} ranks on this node but {count} GPU{'s' * (count != 1)}: start with "
-            f"--num_gpus {count}"
+    count, index = torch.cuda.device_count(), ranks.local_rank
+    if ranks.launcher == "srun" and count == 1 and _slurm_gpus(ranks.local_world_size) >= ranks.local_world_size:
+        index = 0  # Slurm bound a GPU to each task, which sees no other (--gpus-per-task, --gpu-bind)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes it for the device
+    if index >= count:
+        remedy = (
+            f"start {count} tasks a node (--ntasks-per-node), or show every task all GPUs (--gpu-bind=none)"
+            if ranks.launcher == "srun"
+            else f"start with --num_gpus {count}"
         )
-    torch.cuda.set_device(ranks.local_rank)
-    return torch.device("cuda", ranks.local_rank)
+        raise UserError(f"{ranks.local_world_size} ranks on this node but {count} GPU{'s' * (count != 1)}: {remedy}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _slurm_gpus(unknown: int) -> int:
+    """GPUs that Slurm gave to the job on this node; `unknown` where it does not say."""
+    told = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(told) if told.isdigit() else unknown
 
 
 def _set_threads(ranks: Ranks) -> None:

@@ -22,14 +22,19 @@ def use_few_kernels(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
-    if optimizer.use_grad_accum_attribute:
+    # With overlap_comm the hook that hands a gradient over also reduces its sum at once: nothing may wait there.
+    if optimizer.use_grad_accum_attribute and not optimizer.overlap_comm:
         _Accumulator(optimizer)
     if not optimizer.cpu_offload:
         optimizer.has_overflow_partitioned_grads_serial = lambda: _any_not_finite(optimizer.averaged_gradients)
 
 
 class _Accumulator:
-    """Adds half-precision gradients to the fp32 sums (`grad_accum`) in chunks, while backward goes on."""
+    """Adds half-precision gradients to the fp32 sums (`grad_accum`) in chunks, while backward goes on.
+
+    Between a hook and the end of backward nobody reads these sums: all that do, begin with one of the methods that wait for them
+    here (`fill_grad_accum_attribute` ends backward, the other two begin the reduction).
+    """
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self._waiting: dict[int, nn.Parameter] = {}

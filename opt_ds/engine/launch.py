@@ -16,6 +16,8 @@ def run_training(
 
     Raises UserError for what is wrong with stores, settings or `output`, before anything is written; RunError for a lost rank.
     """
+    import torch
+
     from opt_ds.engine import checkpoint, preflight, run_folder
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
     from opt_ds.evaluate.during_training import check_experiments
@@ -37,7 +39,7 @@ def run_training(
 
     from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
 
-    held = run_folder.lock(output) if ranks.is_main else None
+    held = run_folder.lock(output, say) if ranks.is_main else None
     group = ProcessGroup(ranks, config.guard.rank_timeout_s)
     try:
         from opt_ds.engine.trainer import Trainer
@@ -46,6 +48,11 @@ def run_training(
         code = Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
         group.close()
         return code
+    except torch.cuda.OutOfMemoryError:
+        raise RunError(
+            f"rank {ranks.rank}: out of GPU memory: lower batch.max_tokens (opt-ds plan says what fits), or set "
+            "train.recompute=true or a higher zero.stage, then start again with the same --output to go on"
+        ) from None
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise

@@ -5,12 +5,14 @@ run.json      identity (what may not change between launches), stores, and one e
 processor/    what the model needs to read raw files (see store/processor_files.py)
 """
 
+import errno
 import fcntl
 import importlib.metadata
 import json
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +32,7 @@ _IDENTITY = (
     "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.donor_candidates",
     "finetune.same_group_donors",
 )  # fmt: skip
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
 
@@ -43,10 +46,15 @@ def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
 def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> None:
     """Raise UserError, naming the first key that differs, if `output` holds another run; or anything that is no run."""
     path = output / RUN_FILE
-    if output.exists() and not output.is_dir():
+    try:
+        is_file = output.exists() and not output.is_dir()
+        has_run, has_checkpoints = path.is_file(), (output / "checkpoints").exists()
+    except OSError as error:
+        raise _unusable(output, error) from None
+    if is_file:
         raise UserError(f"--output {output} is a file: name a directory")
-    if not path.is_file():
-        if (output / "checkpoints").exists():
+    if not has_run:
+        if has_checkpoints:
             raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
         return
     try:
@@ -63,15 +71,29 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
             )
 
 
-def lock(output: Path) -> IO[str]:
-    """Hold the output directory while the file returned is open. Raises UserError if another process trains there."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = open(output / ".lock", "w")  # noqa: SIM115 - open for as long as the run lasts
+def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
+    """Make the output directory and hold it while the file returned is open.
+
+    Raises UserError if it cannot be written to or another process trains there. Says so where the file system has no locks.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = open(output / ".lock", "w")  # noqa: SIM115 - open for as long as the run lasts
+    except OSError as error:
+        raise _unusable(output, error) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{output}: another process is training there: wait for it, or use another --output") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(f"{output}: no file locks there ({error.strerror}): see to it that only one run trains in it")
     return file
+
+
+def _unusable(output: Path, error: OSError) -> UserError:
+    return UserError(f"--output {output}: cannot be used ({error.strerror}): name a directory that can be written to")
 
 
 def record_launch(output: Path, config: Config, stores: list[FeatureStore], launch: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
 """
 
+import math
 import os
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
 from opt_ds.engine.step import SkipBudgetError, Stepper
 from opt_ds.engine.time_limit import TimeLimit
 from opt_ds.engine.window import Window
+from opt_ds.errors import UserError
 from opt_ds.evaluate.losses import validation_losses
 from opt_ds.model.opt import initial_model
 from opt_ds.ops import backend
@@ -60,6 +62,11 @@ class Trainer:
         self.ranks, self.stop = group.ranks, stop
         self.freed_memory = keep_freed_memory(group.device.type)
         self.plan = make_plan(config, stores)
+        if not self.plan.has_validation(config.train.validate_samples):
+            raise UserError(
+                f'{stores[0].path}: no sample of split "{config.data.valid_split}" has what the run\'s tasks need: deal samples '
+                "that have it to this split (opt-ds split), or name another one with data.valid_split"
+            )
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend, group.device)
 
@@ -239,7 +246,8 @@ class Trainer:
 
     def _note_validation(self, total: float) -> None:
         """Compare with the best so far; the best is saved at once, so that it exists whatever comes."""
-        if self.state.best_loss is None or total < self.state.best_loss:
+        best = self.state.best_loss
+        if math.isfinite(total) and (best is None or not math.isfinite(best) or total < best):
             self.state.best_loss, self.state.best_step, self.state.validations_without_gain = total, self.state.step, 0
             self.save()
         else:

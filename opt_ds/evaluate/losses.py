@@ -1,5 +1,6 @@
 """Validation loss per task: the fixed validation pass, every task on every sample, summed over ranks."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Mean loss, and accuracy where a task classifies, of each active loss; the weighted sum is what early stopping watches."""
+    """Mean loss, and accuracy where a task classifies, of each active loss; the weighted sum is what early stopping watches.
+
+    Without any loss the sum is NaN: the 0 of an empty sum would be better than every loss.
+    """
 
     losses: dict[str, float]
     accuracies: dict[str, float]
@@ -50,7 +54,8 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}
     accuracies = {loss: rows[loss][2] / rows[loss][1] for loss in active if loss in classifies}
-    return ValidationResult(losses, accuracies, sum(config.tasks.loss_weight(loss) * losses[loss] for loss in losses))
+    weighted = sum(config.tasks.loss_weight(loss) * losses[loss] for loss in losses) if losses else math.nan
+    return ValidationResult(losses, accuracies, weighted)
 
 
 def validate(

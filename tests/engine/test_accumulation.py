@@ -1,5 +1,6 @@
 """Gradients accumulate soundly in half precision: 64 micro-batches err no more than one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,20 @@ def test_64_micro_batches_in_fp16_err_no_more_than_twice_one(
     assert 0 < single < 0.05, "fp16 differs, but not wildly"
     assert accumulated <= 2 * single
     assert error(gradient(config(*many), "fp32", num)) <= 1e-5
+
+
+@pytest.mark.parametrize(("max_tokens", "num"), [(300, 2), (100_000, 1)])
+def test_gradients_that_are_reduced_during_backward_are_whole(
+    max_tokens: int, num: int, store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    file = tmp_path / "ds.json"
+    tree = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5000}, "fp16": {"initial_scale_power": 12}}
+    file.write_text(json.dumps(tree))
+    config = tiny_config(store, "model.dropout=0", "model.attention_dropout=0", "optimizer.clip_norm=0",
+                         f"batch.max_tokens={max_tokens}")  # fmt: skip
+    expected = gradient(config, "fp32", num)
+    found = gradient(config.model_copy(update={"deepspeed_config": str(file)}), "fp16", num)
+    assert float((found - expected).norm() / expected.norm()) < 0.01

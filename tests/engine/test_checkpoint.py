@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from opt_ds.engine import checkpoint
+from opt_ds.engine import checkpoint, checkpoint_writer
 from opt_ds.engine.checkpoint_writer import CheckpointError, check_space
 from opt_ds.errors import UserError
 from tests.engine.runs import hashes, tensors, tiny_config, train
@@ -90,6 +90,27 @@ def test_the_last_and_the_best_are_kept(store: Path, tmp_path: Path, group: Any)
     assert folders(tmp_path) == ["step-00000006", "step-00000005", "step-00000002"]
     assert checkpoint.resolve_checkpoint(tmp_path).name == "step-00000002"
     assert checkpoint.resolve_checkpoint(tmp_path / "checkpoints" / "step-00000005").name == "step-00000005"
+
+
+def test_damaged_checkpoints_do_not_crowd_out_the_one_written_after_them(run: Path, store: Path, group: Any) -> None:
+    for step in (4, 6):
+        flip_byte(run / "checkpoints" / checkpoint.folder_name(step) / "model.safetensors")
+    train(tiny_config(store, "checkpoint.every_steps=2", "checkpoint.keep=1", "train.max_steps=3"), run, group)
+    assert folders(run) == ["step-00000003"]
+    for pointer in ("latest", "best"):
+        assert checkpoint.pointed(run, pointer) == run / "checkpoints" / "step-00000003"
+
+
+@pytest.mark.parametrize(("best_step", "expected"), [(2, 2), (1, None), (None, None)])
+def test_best_names_no_removed_checkpoint(best_step: int | None, expected: int | None, tmp_path: Path) -> None:
+    folder = {step: tmp_path / "checkpoints" / checkpoint.folder_name(step) for step in (2, 4, 6)}
+    for path in folder.values():
+        path.mkdir(parents=True)
+    checkpoint_writer.point_to(tmp_path, "best", folder[6])
+    checkpoint_writer._prune(tmp_path, 1, folder[4], best_step)
+    assert checkpoint.pointed(tmp_path, "best") == folder.get(expected or 0)
+    assert (tmp_path / "checkpoints" / "best").exists() == bool(expected), "rather none than one that names nothing"
+    assert folders(tmp_path) == [folder[4].name, *([folder[2].name] if expected else [])]
 
 
 def test_what_holds_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def test_precision_follows_the_hardware() -> None:
     ("settings", "hardware", "expected"),
     [
         (["precision=fp16"], CPU, "does not run on the CPU"),
+        (["precision=bf16"], V100, "bf16 is more than Tesla V100 has, older than Ampere: use --set precision=fp16"),
+        ([f"deepspeed_config={FOLDER / 'zero1_bf16.json'}"], V100, "precision=fp16, and in "),
         (["zero.stage=0"], V100, "use --set zero.stage=1"),
         (["zero.stage=0"], A100, "would not accumulate gradients in fp32"),
         (
@@ -88,6 +90,12 @@ def test_the_settings_that_we_ship_agree_with_what_their_readme_says(name: str) 
         ({"gradient_clipping": 0.5}, ["gradient_clipping 0.5", "optimizer.clip_norm is 1.0"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "of the run config"]),
         ({"data_types": {"grad_accum_dtype": "fp16"}}, ["grad_accum_dtype", "fp32"]),
+        ({"zero_optimization": {"reduce_bucket_sizee": 5}}, ["zero_optimization.reduce_bucket_sizee", '"reduce_bucket_size"?']),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, ['zero_optimization.reduce_bucket_size "many"', "change it"]),
+        ({"zero_optimization": {"compute_grad_norm": False}}, ["zero_optimization.compute_grad_norm false", "remove it"]),
+        ({"zero_optimization": 1}, ["zero_optimization 1", "expected an object"]),
+        ({"fp16": True}, ["fp16 true", "expected an object"]),
+        ({"communication_data_type": "fp8"}, ['communication_data_type "fp8"', "choose fp32"]),
         ({"zero_optimisation": {}}, ["zero_optimisation", 'did you mean "zero_optimization"']),
     ],
 )
@@ -101,6 +109,7 @@ def test_a_json_that_contradicts_the_run_config_is_refused_naming_both(
         deepspeed_settings(config, "fp32")
     assert str(file) in str(error.value)
     assert all(part in str(error.value) for part in expected)
+    assert "\n" not in str(error.value)
 
 
 def test_auto_in_a_json_means_the_run_configs_value(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Ranks from the environment of each launcher."""
 
 import os
+from collections.abc import Callable
 
 import pytest
+import torch
 
-from opt_ds.engine.distributed import find_ranks, tasks_per_node
+from opt_ds.engine.distributed import Ranks, _own_device, find_ranks, tasks_per_node
 from opt_ds.errors import UserError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
-          "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_PROCID")  # fmt: skip
+          "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_GPUS_ON_NODE")  # fmt: skip
 
 
 @pytest.fixture
@@ -69,3 +71,34 @@ def test_slurms_tasks_per_node() -> None:
     assert tasks_per_node("1") == [1]
     with pytest.raises(UserError):
         tasks_per_node("many")
+
+
+@pytest.fixture
+def gpus(environment: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process see so many GPUs."""
+    environment.setattr(torch.cuda, "is_available", lambda: True)
+    environment.setattr(torch.cuda, "set_device", lambda index: None)
+    return lambda count: environment.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize("told", ["4", None])
+def test_a_gpu_that_slurm_bound_to_a_task_is_its_first(
+    told: str | None, gpus: Callable[[int], None], environment: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    environment.setenv("LOCAL_RANK", "2")
+    if told:
+        environment.setenv("SLURM_GPUS_ON_NODE", told)
+    assert _own_device(Ranks(2, 4, 2, 4, "srun")) == torch.device("cuda", 0)
+    assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed takes the device from it"
+
+
+def test_more_ranks_than_gpus_are_refused_in_the_launchers_words(
+    gpus: Callable[[int], None], environment: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    with pytest.raises(UserError, match="4 ranks on this node but 1 GPU: start with --num_gpus 1"):
+        _own_device(Ranks(1, 4, 1, 4, "deepspeed"))
+    environment.setenv("SLURM_GPUS_ON_NODE", "1")
+    with pytest.raises(UserError, match="--ntasks-per-node.*--gpu-bind=none"):
+        _own_device(Ranks(1, 4, 1, 4, "srun"))

@@ -12,6 +12,7 @@ from opt_ds.config import Config
 from opt_ds.engine import checkpoint
 from opt_ds.engine.finetuning import TASKS, finetune_config
 from opt_ds.errors import UserError
+from opt_ds.store.reader import FeatureStore
 from tests.engine.runs import hashes, losses, tensors, tiny_config, train
 
 QUICK = ("batch.size=4", "optimizer.lr=0.01", "train.log_every=1", "model.dropout=0", "model.attention_dropout=0")
@@ -101,6 +102,18 @@ def test_what_does_not_fit_is_one_line(
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_split_without_labels_is_refused_before_training(
+    pretrained: Path, learnable: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, labels = tuned("classification", pretrained, learnable, 1), FeatureStore.labels
+    unlabelled = set(FeatureStore(learnable).split_samples("valid").tolist())
+    monkeypatch.setattr(FeatureStore, "labels", lambda self, index: () if index in unlabelled else labels(self, index))
+    with pytest.raises(UserError, match='no sample of split "valid" has what the run\'s tasks need') as error:
+        train(config, tmp_path, group)
+    assert str(learnable) in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_that_never_learned_to_write_is_refused(learnable: Path, tmp_path: Path, group: Any) -> None:

@@ -1,13 +1,15 @@
 """What a run does and tells on its way: metrics, validation, early stopping, a loss that is not finite."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opt_ds.engine import checkpoint
+from opt_ds.engine import checkpoint, trainer
 from opt_ds.engine.trainer import TrainingError
+from opt_ds.evaluate.losses import ValidationResult
 from tests.engine.runs import CURVE, losses, tiny_config, train
 
 
@@ -81,6 +83,17 @@ def test_early_stopping_keeps_the_best_and_is_remembered(
     assert state.stopped_early and state.best_step is not None and state.step == state.best_step + 2
     assert f"stopped early after step {state.step}" in capsys.readouterr().out
     assert checkpoint.resolve_checkpoint(tmp_path).name == checkpoint.folder_name(state.best_step)
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(
+    store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = iter([math.nan, 3.0, math.nan])
+    monkeypatch.setattr(trainer, "validation_losses", lambda *_: ValidationResult({}, {}, next(totals)))
+    assert train(tiny_config(store, "train.validate_every=1", "train.max_steps=3"), tmp_path, group) == 0
+    state = checkpoint.read_state(tmp_path / "checkpoints" / "step-00000003")
+    assert (state["best_step"], state["best_loss"], state["validations_without_gain"]) == (2, 3.0, 1)
+    assert checkpoint.resolve_checkpoint(tmp_path).name == "step-00000002"
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -1,12 +1,16 @@
 """The environment report: what it says of this machine, and of machines that are not right."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from opt_ds.commands import run_program
+from opt_ds.commands.doctor import doctor as doctor_command
 from opt_ds.config import load_config
+from opt_ds.pretrain import pretrain
 from opt_ds.tools import doctor
 from opt_ds.tools.doctor import Finding, Question, examine
 from tests.engine.runs import make_store
@@ -33,6 +37,13 @@ def test_the_report_of_this_machine(store: Path, tmp_path: Path) -> None:
     for fact in ("torch 2.", "deepspeed 0.19", "apex", "/dev/shm", "layer_norm: ", "MB/s", "GiB free", "fp32 with ZeRO stage 1"):
         assert fact in done.stdout
     assert not (tmp_path / "run").exists(), "it only looks"
+
+
+def test_it_takes_what_pretraining_takes() -> None:
+    """slurm/pretrain.sh gives both the same options."""
+    theirs = set(inspect.signature(pretrain).parameters) - {"local_rank"}  # the launcher's
+    assert theirs <= set(inspect.signature(doctor_command).parameters)
+    assert run_program(doctor_command, ["--resume", "--help"], "doctor") == 0
 
 
 def test_a_store_that_is_not_there_or_does_not_fit_fails(store: Path, tmp_path: Path) -> None:

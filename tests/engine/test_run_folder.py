@@ -1,0 +1,56 @@
+"""The output directory: what cannot be one is refused in a line; it is locked where the file system can."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from opt_ds.engine import run_folder
+from opt_ds.errors import UserError
+from opt_ds.store.reader import FeatureStore
+from tests.engine.runs import tiny_config
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, reason in ((tmp_path / "file" / "run", "Not a directory"), (Path("/proc/run"), "No such file or directory")):
+        run_folder.check_same_run(output, tiny_config(store), [FeatureStore(store)])
+        with pytest.raises(UserError) as error:
+            run_folder.lock(output, print)
+        assert str(error.value).startswith(f"--output {output}: cannot be used ({reason}): ")
+
+
+def test_a_directory_that_must_not_be_read_is_one_line(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    config, stores = tiny_config(store), [FeatureStore(store)]
+    monkeypatch.setattr(Path, "exists", refuse)  # tests may run as root, whom nothing is refused
+    with pytest.raises(UserError, match=r"cannot be used \(Permission denied\)"):
+        run_folder.check_same_run(tmp_path, config, stores)
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
+    said: list[str] = []
+    with run_folder.lock(tmp_path, said.append):
+        with pytest.raises(UserError, match="another process is training there"):
+            run_folder.lock(tmp_path, said.append)
+    run_folder.lock(tmp_path, said.append).close()
+    assert said == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_used(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said: list[str] = []
+    run_folder.lock(tmp_path, said.append).close()
+    assert len(said) == 1 and f"{tmp_path}: no file locks there" in said[0]
