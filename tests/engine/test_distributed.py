@@ -100,5 +100,5 @@ def test_more_ranks_than_gpus_are_refused_in_the_launchers_words(
     with pytest.raises(UserError, match="4 ranks on this node but 1 GPU: start with --num_gpus 1"):
         _own_device(Ranks(1, 4, 1, 4, "deepspeed"))
     environment.setenv("SLURM_GPUS_ON_NODE", "1")
-    with pytest.raises(UserError, match="--ntasks-per-node.*--gpu-bind=none"):
+    with pytest.raises(UserError, match=r"--ntasks-per-node.*--gpu-bind=none"):
         _own_device(Ranks(1, 4, 1, 4, "srun"))

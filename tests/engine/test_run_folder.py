@@ -36,9 +36,8 @@ def test_a_directory_that_must_not_be_read_is_one_line(
 
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
     said: list[str] = []
-    with run_folder.lock(tmp_path, said.append):
-        with pytest.raises(UserError, match="another process is training there"):
-            run_folder.lock(tmp_path, said.append)
+    with run_folder.lock(tmp_path, said.append), pytest.raises(UserError, match="another process is training there"):
+        run_folder.lock(tmp_path, said.append)
     run_folder.lock(tmp_path, said.append).close()
     assert said == []
 
