@@ -91,12 +91,11 @@ class Wav2Vec2Extractor:
         from transformers import Wav2Vec2Model
 
         try:
-            # Typed as the model alone, it gives a pair with this option.
             found: Any = Wav2Vec2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-            model, loaded = found
             self._normalise = _normalises(folder)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: not a wav2vec 2.0 folder ({str(error).splitlines()[0]})") from None
+        model, loaded = found
         # What a checkpoint lacks is drawn at random, differently in every process. The mask is of use in training alone.
         absent = sorted(key for key in loaded["missing_keys"] if key != "masked_spec_embed")
         if absent:
