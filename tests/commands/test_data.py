@@ -109,6 +109,18 @@ def test_a_store_may_be_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["s"], "nor is a lock left"
 
 
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_synthetic_store(tmp_path / "s", 4)
+
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("opt_ds.store.files.fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"its file system has no file locks \(Function not implemented\)"):
+        raise run("split", tmp_path / "s", "--ratio", "train=1").exception or AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def write() -> None:
         raise OSError(28, "No space left on device", "shard-00000.h5")
