@@ -46,7 +46,9 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
             size = int(request.headers.get("content-length", 0))
         except ValueError:
             return JSONResponse({"detail": "content-length is not a number"}, 400)
-        if request.method == "POST" and "content-length" not in request.headers:
+        # A body in chunks has no size before its end, whatever Content-Length says beside it.
+        sized = "content-length" in request.headers and "transfer-encoding" not in request.headers
+        if not sized and (request.method == "POST" or "transfer-encoding" in request.headers):
             return JSONResponse({"detail": "say the upload's size (Content-Length)"}, 411)
         if size > MAX_UPLOAD_MIB * 2**20:
             return JSONResponse({"detail": f"the upload is {size / 2**20:.0f} MiB, {MAX_UPLOAD_MIB} are allowed"}, 413)

@@ -72,6 +72,8 @@ def test_bad_requests_get_a_status_and_a_reason(
 
 def test_an_upload_without_a_size_is_refused(client: httpx.Client) -> None:
     assert client.post("/api/paint", content=iter([b"a" * 10])).status_code == 411
+    chunks = {"content": iter([b"a" * 10]), "headers": {"Content-Length": "10", "Transfer-Encoding": "chunked"}}
+    assert client.post("/api/paint", **chunks).status_code == 411, "chunks are not what Content-Length says"
 
 
 def test_fifty_requests_at_once_are_answered_or_sent_away(address: str) -> None:
