@@ -29,6 +29,7 @@ from opt_ds.serve.neighbours import Neighbours
 from opt_ds.serve.session import Session
 
 MAX_UPLOAD_MIB, MAX_WAITING, MAX_TEXT_CHARACTERS, MAX_PICTURES = 20, 16, 10_000, 8
+MAX_SECONDS = 300.0  # of a recording: a small file can hold hours of silence
 _PAGE = Path(__file__).parent / "page.html"
 
 _Text = Annotated[str | None, Form(max_length=MAX_TEXT_CHARACTERS)]
@@ -128,7 +129,7 @@ def _read(
         recording = _kept(audio, Path(folder) / "audio")
         if picture is not None and picture.read_bytes()[:512].lstrip().startswith((b"<svg", b"<?xml", b"<!--")):
             picture = picture.rename(picture.with_suffix(".svg"))
-        return session.processor.with_notes(notes.append)(text or None, picture, recording), notes
+        return session.processor.with_notes(notes.append, MAX_SECONDS)(text or None, picture, recording), notes
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:

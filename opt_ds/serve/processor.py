@@ -1,7 +1,9 @@
 """Raw text, pictures and recordings -> model inputs, with the very extractors that the model was trained on."""
 
+import re
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from opt_ds.store.schema import TOKENIZER_FOLDER
 
 # Of an identity: what changes no more than the last bits, and what is no matter of the extractor.
 _MAY_DIFFER = ("version", "package", "precision", "trim_silence")
+_OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
 
@@ -42,6 +45,7 @@ class OPTProcessor:
         self.folder, self.config, self._device, self._warn = folder, config, device, warn
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
+        self._max_seconds: float | None = None
         form = self.description.extractors["text"].get("unicode_form", "none")
         self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
         self._extractors: dict[str, Any] = {}
@@ -64,10 +68,10 @@ class OPTProcessor:
             sample.frames = self._frames(audio)
         return sample
 
-    def with_notes(self, warn: Callable[[str], None]) -> "OPTProcessor":
-        """The same processor, whose warnings go somewhere else."""
+    def with_notes(self, warn: Callable[[str], None], max_seconds: float | None = None) -> "OPTProcessor":
+        """The same processor, whose warnings go somewhere else, and which refuses files of longer recordings if so asked."""
         other = copy(self)
-        other._warn = warn
+        other._warn, other._max_seconds = warn, max_seconds
         return other
 
     def _tokens(self, text: str) -> np.ndarray:
@@ -86,10 +90,11 @@ class OPTProcessor:
         sample.region_labels = found.labels[:limit].astype(np.int64)
 
     def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
-        from opt_ds.prepare.recordings import load_recording, trim_silence
+        from opt_ds.prepare.recordings import MAX_SECONDS, load_recording, trim_silence
         from opt_ds.prepare.speech import pool_frames
 
-        waveform = _decoded(load_recording, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
+        load = partial(load_recording, max_seconds=self._max_seconds or MAX_SECONDS)
+        waveform = _decoded(load, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
         if self.description.extractors["audio"].get("trim_silence"):
             waveform = trim_silence(waveform)
         extractor = self._extractor("audio")
@@ -156,4 +161,5 @@ def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__
+        reason = _OPTION_OF_PREPARE.sub("", reason)
         raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None

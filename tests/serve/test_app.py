@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from opt_ds.errors import UserError
@@ -74,6 +76,14 @@ def test_an_upload_without_a_size_is_refused(client: httpx.Client) -> None:
     assert client.post("/api/paint", content=iter([b"a" * 10])).status_code == 411
     chunks = {"content": iter([b"a" * 10]), "headers": {"Content-Length": "10", "Transfer-Encoding": "chunked"}}
     assert client.post("/api/paint", **chunks).status_code == 411, "chunks are not what Content-Length says"
+
+
+def test_a_small_upload_that_holds_a_long_recording_is_refused(client: httpx.Client) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(8000 * 301), 8000, format="FLAC")
+    reply = client.post("/api/describe", files={"audio": file.getvalue()})
+    assert reply.status_code == 422
+    assert "301 s are more than 300)" in reply.json()["detail"], "the reason names no option that a server has not"
 
 
 def test_fifty_requests_at_once_are_answered_or_sent_away(address: str) -> None:
