@@ -31,8 +31,8 @@ def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
             raise ValueError(f"{file.frames / rate_hz:.0f} s are more than {max_seconds:g} (--max-seconds)")
         if file.frames * file.channels > max_seconds * _VALUES_PER_SECOND:
             raise ValueError(
-                f"{file.frames / rate_hz:.0f} s of {file.channels} channels at {rate_hz} Hz are more than {max_seconds:g} s of one "
-                f"at {_VALUES_PER_SECOND} Hz (--max-seconds)"
+                f"{file.frames / rate_hz:.0f} s of {file.channels} channels at {rate_hz} Hz are more than {max_seconds:g} s of "
+                f"one at {_VALUES_PER_SECOND} Hz (--max-seconds)"
             )
         # In one piece: MP3 comes out otherwise, in the last bits, where reading stops and goes on.
         samples = file.read(dtype="float32", always_2d=True)
