@@ -51,7 +51,10 @@ class OPTProcessor:
         self._extractors: dict[str, Any] = {}
 
     def __call__(
-        self, text: str | None = None, image: Path | Image.Image | None = None, audio: Path | np.ndarray | None = None
+        self,
+        text: str | None = None,
+        image: str | Path | Image.Image | None = None,
+        audio: str | Path | np.ndarray | None = None,
     ) -> Sample:
         """A sample of any one, two or three of: a text, a picture (file or RGB), a recording (file or mono float32 at 16 kHz).
 
@@ -63,9 +66,9 @@ class OPTProcessor:
         if text is not None:
             sample.token_ids = self._tokens(text)
         if image is not None:
-            self._read_regions(sample, image)
+            self._read_regions(sample, Path(image) if isinstance(image, str) else image)
         if audio is not None:
-            sample.frames = self._frames(audio)
+            sample.frames = self._frames(Path(audio) if isinstance(audio, str) else audio)
         return sample
 
     def with_notes(self, warn: Callable[[str], None], max_seconds: float | None = None) -> "OPTProcessor":

@@ -33,6 +33,9 @@ def test_pictures_and_waveforms_in_memory_are_read_as_their_files(session: Sessi
 
     of_file = session.processor(image=raw / "1.png", audio=raw / "1.wav")
     waveform = soundfile.read(raw / "1.wav", dtype="float32")[0]
+    of_names = session.processor(image=str(raw / "1.png"), audio=str(raw / "1.wav"))
+    np.testing.assert_array_equal(of_file.region_features, of_names.region_features)
+    np.testing.assert_array_equal(of_file.frames, of_names.frames)
     in_memory = session.processor(image=Image.open(raw / "1.png"), audio=waveform)
     np.testing.assert_array_equal(of_file.region_features, in_memory.region_features)
     np.testing.assert_array_equal(of_file.frames, in_memory.frames)
