@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opt_ds.commands import rank_of_environment
+from opt_ds.commands import output_file, rank_of_environment
 from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ evaluate = typer.Typer(
 
 _Checkpoint = Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")]
 _Store = Annotated[Path, typer.Option(help="The feature store.")]
-_Output = Annotated[Path, typer.Option(help="JSON file for the figures.")]
+_Output = Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
 _Split = Annotated[str, typer.Option(help="Split of the store.")]
 _Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
 _Seed = Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0)]

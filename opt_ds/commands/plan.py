@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opt_ds.commands import output_file
 from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def plan(
     tflops: Annotated[float | None, typer.Option(help="--gpu custom: peak of its half-precision matrix products.")] = None,
     link_gbyte: Annotated[float, typer.Option(help="--gpu custom: one direction of its link, GB/s.")] = 16.0,
     capability: Annotated[str, typer.Option(help="--gpu custom: compute capability.")] = "8.0",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there; - for stdout.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures there; - for stdout.", callback=output_file)
+    ] = None,
 ) -> None:
     """Say what a run will need: memory a GPU, the largest micro-batch, accumulation, operations, traffic, reading, time.
 

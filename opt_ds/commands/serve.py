@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from opt_ds.commands import check_output, output_file
 from opt_ds.errors import UserError, did_you_mean
 
 _Checkpoint = Annotated[
@@ -17,7 +18,7 @@ _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 def generate(
     checkpoint: _Checkpoint,
-    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG.")],
+    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG.", callback=output_file)],
     to: Annotated[str, typer.Option(help="text or image.")],
     text: Annotated[str | None, typer.Option(help="Input text.")] = None,
     image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None,
@@ -65,6 +66,7 @@ def export(
     """
     from opt_ds.serve.export import export as run
 
+    check_output(output, "--output")
     typer.echo(f"exported to {run(checkpoint, output)}")
 
 
