@@ -1,5 +1,6 @@
 """`opt-ds plan`: what a run will need, before it is started."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,9 @@ def _gpu(name: str, memory_gib: float | None, tflops: float | None, link_gbyte: 
         return find_gpu(name)
     if memory_gib is None or tflops is None:
         raise UserError("--gpu custom: give --memory-gib and --tflops")
+    for option, value in {"--memory-gib": memory_gib, "--tflops": tflops, "--link-gbyte": link_gbyte}.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{option} {value:g}: a number above 0")
     try:
         major, minor = (int(part) for part in capability.split("."))
     except ValueError:
