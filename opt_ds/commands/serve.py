@@ -44,6 +44,8 @@ def generate(
     if text is None and image is None and audio is None:
         raise UserError("no input: give --text, --image, --audio, or several of them")
     session = _session(checkpoint, image_weights, speech_weights, device)
+    if to == "image" and candidates > 1:
+        session.require("matching", f"choose the best of --candidates {candidates}")
     sample = session.processor(text, image, audio)
     if to == "text":
         written = session.text(sample, DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size))

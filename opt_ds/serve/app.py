@@ -1,6 +1,7 @@
 """The web server: a page to try a model on, and a JSON API beside it.
 
-    POST /api/describe   text, image, audio (any mixture) -> what the model writes, what belongs together, neighbours, attention
+    POST /api/describe   text, image, audio (any mixture) -> what the model writes, what belongs together (where it learned to),
+                         neighbours, attention
     POST /api/paint      the same inputs -> pictures
     GET  /api/about      the model
 
@@ -39,7 +40,7 @@ _Upload = Annotated[UploadFile | None, File()]
 def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI:
     """The application around one model. Handlers are plain functions: Starlette runs them in threads, `turn` one at a time."""
     app = FastAPI(title="opt_ds", docs_url="/api/docs", openapi_url="/api/openapi.json", redoc_url=None)
-    turns = _Turns(MAX_WAITING)
+    turns, learned = _Turns(MAX_WAITING), session.config.learned_losses
 
     @app.middleware("http")
     async def bound_upload(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -75,8 +76,11 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
     ) -> dict[str, Any]:
         with turns.turn():
             sample, notes = _read(session, text, image, audio)
-            answer: dict[str, Any] = {"text": session.text(sample), "notes": notes}
-            if sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames)) > 1:
+            answer: dict[str, Any] = {"notes": notes}
+            if "dtr" in learned:
+                answer["text"] = session.text(sample)
+            given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
+            if "matching" in learned and given > 1:
                 answer["matching"] = session.matching(sample)
             if neighbours is not None:
                 answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
@@ -96,6 +100,8 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
             sample, notes = _read(session, text, image, audio)
             options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
             painted = session.pictures(sample, count, options)
+            if count > 1 and "matching" not in learned:
+                notes.append("this model was trained without matching: the pictures are in the order of painting")
             return {"notes": notes, "pictures": [{"png": _png_url(p), "matching": score} for p, score in painted]}
 
     return app

@@ -11,12 +11,14 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.serve.app import MAX_UPLOAD_MIB
+from opt_ds.serve.app import MAX_UPLOAD_MIB, build_app
 from opt_ds.serve.neighbours import evaluator_beside
 from opt_ds.serve.session import Session
+from tests.serve.conftest import without
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,16 @@ def test_pictures_are_painted(client: httpx.Client) -> None:
     images = [Image.open(io.BytesIO(base64.b64decode(p["png"].split(",")[1]))) for p in answer["pictures"]]
     assert [image.size for image in images] == [(64, 64)] * 2
     assert answer["pictures"][0]["matching"] >= answer["pictures"][1]["matching"]
+
+
+def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Session, raw: Path) -> None:
+    files = {"image": (raw / "0.png").read_bytes()}
+    client = TestClient(build_app(without(session, "dtr", "matching")))
+    answer = client.post("/api/describe", data={"text": "a red square"}, files=files).json()
+    assert "text" not in answer and "matching" not in answer and answer["attention"]
+    painted = client.post("/api/paint", data={"text": "a red square", "count": 2}).json()
+    assert [picture["matching"] for picture in painted["pictures"]] == [None, None]
+    assert "trained without matching" in painted["notes"][0]
 
 
 @pytest.mark.parametrize(
