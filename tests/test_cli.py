@@ -71,6 +71,23 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
         assert f"{tmp_path}: is there and is no file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate --checkpoint RUN --text a --to image --output a.png --seed 99999999999999999999999",
+        "generate --checkpoint RUN --text a --to image --output a.png --temperature nan",
+        "finetune captioning --checkpoint RUN --store STORE --output NEW --epochs 1e300",
+        "finetune captioning --checkpoint RUN --store STORE --output NEW --epochs nan",
+        "train-dvae --store STORE --output NEW --seed 9223372036854775808",
+        "evaluate image-generation --checkpoint RUN --store STORE --output a.png",
+    ],
+)
+def test_values_that_no_run_can_take_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(_build(), command.split(), "opt-ds") == 2
+    error = capsys.readouterr().err
+    assert command.split()[-2] in error and error.count("\n") == 1
+
+
 def test_exit_codes_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     def program(how: str) -> int:
         if how == "user":

@@ -3,6 +3,7 @@
 A user's mistake is one line on stderr and exit code 2, never a traceback.
 """
 
+import math
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ import typer
 from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
+MAX_SEED = 2**63 - 1
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
 
@@ -68,6 +70,13 @@ def output_file(path: Path | None, param: typer.CallbackParam) -> Path | None:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{param.opts[0]} {path}: is there and is no file: name a file")
     return path
+
+
+def finite(value: float | None, param: typer.CallbackParam) -> float | None:
+    """An option's callback: refuses NaN, which passes any range, and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{param.opts[0]} {value}: give a finite number")
+    return value
 
 
 def check_output(path: Path, option: str) -> None:

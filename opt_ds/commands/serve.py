@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opt_ds.commands import check_output, output_file
+from opt_ds.commands import MAX_SEED, check_output, finite, output_file
 from opt_ds.errors import UserError, did_you_mean
 
 _Checkpoint = Annotated[
@@ -26,9 +26,9 @@ def generate(
     beam_size: Annotated[int, typer.Option(help="Of the text; 1: greedy.", min=1)] = 4,
     candidates: Annotated[int, typer.Option(help="Pictures to paint; the one that the model matches best is kept.", min=1)] = 1,
     top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32,
-    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0)] = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3)] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0)] = 1,
+    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0, callback=finite)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3, callback=finite)] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0, max=MAX_SEED)] = 1,
     image_weights: _ImageWeights = None,
     speech_weights: _SpeechWeights = None,
     device: _Device = "auto",
