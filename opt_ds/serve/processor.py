@@ -153,6 +153,10 @@ class OPTProcessor:
                 f"the model reads {kind}s with {name}, whose weights are not stored with it: name their file with "
                 f"{_SETTINGS[kind]}"
             )
+        if weights is not None and not needs:
+            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")
+        if weights is not None and not weights.exists():
+            raise UserError(f"{_SETTINGS[kind]} {weights}: no such file or folder")
 
 
 def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
