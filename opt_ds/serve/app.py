@@ -133,8 +133,6 @@ def _read(
         # The names are ours: an upload's own name says nothing about where it is written.
         picture = _kept(image, Path(folder) / "image")
         recording = _kept(audio, Path(folder) / "audio")
-        if picture is not None and picture.read_bytes()[:512].lstrip().startswith((b"<svg", b"<?xml", b"<!--")):
-            picture = picture.rename(picture.with_suffix(".svg"))
         return session.processor.with_notes(notes.append, MAX_SECONDS)(text or None, picture, recording), notes
 
 
