@@ -22,7 +22,9 @@ evaluate = typer.Typer(
     no_args_is_help=True,
 )
 
-_Checkpoint = Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")]
+_Checkpoint = Annotated[
+    Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint; no exported folder.")
+]
 _Store = Annotated[Path, typer.Option(help="The feature store.")]
 _Output = Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
 _Split = Annotated[str, typer.Option(help="Split of the store.")]
@@ -267,9 +269,12 @@ def _evaluator(checkpoint: Path, store_path: Path, force: bool, *splits: str) ->
     from opt_ds.engine.checkpoint import load_model, resolve_checkpoint
     from opt_ds.engine.preflight import check_store
     from opt_ds.evaluate.evaluator import Evaluator
+    from opt_ds.serve.export import is_exported
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
     from opt_ds.store.reader import FeatureStore
 
+    if is_exported(checkpoint):
+        raise UserError(f"--checkpoint {checkpoint}: an exported folder is for generate and serve: name the run that it is of")
     store = FeatureStore(store_path)
     for split in splits:
         store.split_samples(split)
