@@ -3,10 +3,12 @@
 A user's mistake is one line on stderr and exit code 2, never a traceback.
 """
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,6 +16,7 @@ import typer
 from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
+MAX_SEED = 2**63 - 1
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
 _WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -62,6 +65,31 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
         return 130
     except RunError as error:
         return _fail(str(error), rank, code=1)
+
+
+def output_file(path: Path | None, param: typer.CallbackParam) -> Path | None:
+    """An option's callback: refuses, before any work, a file that could not be written after it. `-` stands for stdout."""
+    if path is not None and str(path) != "-":
+        check_output(path, param.opts[0])
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{param.opts[0]} {path}: is there and is no file: name a file")
+    return path
+
+
+def finite(value: float | None, param: typer.CallbackParam) -> float | None:
+    """An option's callback: refuses NaN, which passes any range, and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{param.opts[0]} {value}: give a finite number")
+    return value
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise UserError if there can be no file or folder of this name: the nearest folder above is none, or is not ours."""
+    above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not above.is_dir():
+        raise UserError(f"{option} {path}: {above} is no folder: name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {above} may not be written to: name another place")
 
 
 def _fail(message: str, rank: int, code: int = EXIT_BAD_INPUT) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opt_ds.commands import run_program
+from opt_ds.commands import MAX_SEED, run_program
 
 
 def train_dvae(
@@ -21,7 +21,7 @@ def train_dvae(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; shorthand for --set steps=N.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Weights, batches and noise follow from it.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Weights, batches and noise follow from it.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
     train_split: Annotated[str, typer.Option(help="Split to train on; all others are measured.")] = "train",

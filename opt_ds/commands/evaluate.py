@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opt_ds.commands import rank_of_environment
+from opt_ds.commands import MAX_SEED, finite, output_file, rank_of_environment
 from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ evaluate = typer.Typer(
     no_args_is_help=True,
 )
 
-_Checkpoint = Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")]
+_Checkpoint = Annotated[
+    Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint; no exported folder.")
+]
 _Store = Annotated[Path, typer.Option(help="The feature store.")]
-_Output = Annotated[Path, typer.Option(help="JSON file for the figures.")]
+_Output = Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
 _Split = Annotated[str, typer.Option(help="Split of the store.")]
 _Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
-_Seed = Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0)]
+_Seed = Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0, max=MAX_SEED)]
 _Force = Annotated[
     bool, typer.Option("--force", help="Take a store of another vocabulary or other extractors too, and say what will be wrong.")
 ]
@@ -101,7 +103,9 @@ def classification(
     split: _Split = "test_variant",
     train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train",
     min_positives: Annotated[int, typer.Option(help="Training samples that a label needs.", min=1)] = 10,
-    regularisation: Annotated[float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6)] = 1.0,
+    regularisation: Annotated[
+        float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6, callback=finite)
+    ] = 1.0,
     limit: _Limit = None,
     seed: _Seed = 1,
     force: _Force = False,
@@ -172,8 +176,8 @@ def image_generation(
     paint: Annotated[int, typer.Option(help="Samples to paint and judge, for each input; 0: none.", min=0)] = 100,
     candidates: Annotated[int, typer.Option(help="Pictures a sample; the one that the model matches best is kept.", min=1)] = 1,
     top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32,
-    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0)] = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3)] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0, callback=finite)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3, callback=finite)] = 0.8,
     inception: Annotated[
         Path | None, typer.Option(help="Weights of torch-fidelity's Inception-v3: Fréchet inception distance.")
     ] = None,
@@ -189,6 +193,8 @@ def image_generation(
     Paintings are judged by the features of the model's own image extractor: whether the true picture is the nearest. --inception
     and --clip add what other networks say.
     """
+    if output.suffix == ".png":
+        raise UserError(f"--output {output}: the picture grid gets this name: name the figures' file, such as {output.stem}.json")
     from PIL import Image
 
     from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, table
@@ -263,9 +269,12 @@ def _evaluator(checkpoint: Path, store_path: Path, force: bool, *splits: str) ->
     from opt_ds.engine.checkpoint import load_model, resolve_checkpoint
     from opt_ds.engine.preflight import check_store
     from opt_ds.evaluate.evaluator import Evaluator
+    from opt_ds.serve.export import is_exported
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
     from opt_ds.store.reader import FeatureStore
 
+    if is_exported(checkpoint):
+        raise UserError(f"--checkpoint {checkpoint}: an exported folder is for generate and serve: name the run that it is of")
     store = FeatureStore(store_path)
     for split in splits:
         store.split_samples(split)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from opt_ds.commands import finite
+
 
 def finetune(
     task: Annotated[str, typer.Argument(help="retrieval, transcription, captioning, classification or vqa.")],
@@ -16,7 +18,8 @@ def finetune(
         list[str] | None, typer.Option(help="Modalities that go in, such as A or T+I; several: drawn for each sample.")
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the training samples. Default: the task's.", min=0.001)
+        float | None,
+        typer.Option(help="Passes over the training samples. Default: the task's.", min=0.001, max=1e6, callback=finite),
     ] = None,
     min_positives: Annotated[int, typer.Option(help="classification: training samples that a label needs.", min=1)] = 10,
     settings: Annotated[

@@ -1,10 +1,12 @@
 """`opt-ds plan`: what a run will need, before it is started."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opt_ds.commands import output_file
 from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def plan(
     tflops: Annotated[float | None, typer.Option(help="--gpu custom: peak of its half-precision matrix products.")] = None,
     link_gbyte: Annotated[float, typer.Option(help="--gpu custom: one direction of its link, GB/s.")] = 16.0,
     capability: Annotated[str, typer.Option(help="--gpu custom: compute capability.")] = "8.0",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there; - for stdout.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures there; - for stdout.", callback=output_file)
+    ] = None,
 ) -> None:
     """Say what a run will need: memory a GPU, the largest micro-batch, accumulation, operations, traffic, reading, time.
 
@@ -67,6 +71,9 @@ def _gpu(name: str, memory_gib: float | None, tflops: float | None, link_gbyte: 
         return find_gpu(name)
     if memory_gib is None or tflops is None:
         raise UserError("--gpu custom: give --memory-gib and --tflops")
+    for option, value in {"--memory-gib": memory_gib, "--tflops": tflops, "--link-gbyte": link_gbyte}.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{option} {value:g}: a number above 0")
     try:
         major, minor = (int(part) for part in capability.split("."))
     except ValueError:

@@ -5,10 +5,14 @@ from typing import Annotated
 
 import typer
 
+from opt_ds.commands import output_file
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run's output directory.")],
-    output: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the run's directory.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html in the run's directory.", callback=output_file)
+    ] = None,
     ablation: Annotated[Path | None, typer.Option(help="A folder of opt-ds ablate, to show its table too.")] = None,
 ) -> None:
     """Write one self-contained HTML page: curves, tables beside the paper's figures, picture grids, configuration, cost.

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from opt_ds.commands import MAX_SEED, check_output, finite, output_file
 from opt_ds.errors import UserError, did_you_mean
 
 _Checkpoint = Annotated[
@@ -17,7 +18,7 @@ _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 def generate(
     checkpoint: _Checkpoint,
-    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG.")],
+    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG.", callback=output_file)],
     to: Annotated[str, typer.Option(help="text or image.")],
     text: Annotated[str | None, typer.Option(help="Input text.")] = None,
     image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None,
@@ -25,9 +26,9 @@ def generate(
     beam_size: Annotated[int, typer.Option(help="Of the text; 1: greedy.", min=1)] = 4,
     candidates: Annotated[int, typer.Option(help="Pictures to paint; the one that the model matches best is kept.", min=1)] = 1,
     top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32,
-    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0)] = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3)] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0)] = 1,
+    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0, callback=finite)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3, callback=finite)] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0, max=MAX_SEED)] = 1,
     image_weights: _ImageWeights = None,
     speech_weights: _SpeechWeights = None,
     device: _Device = "auto",
@@ -43,6 +44,8 @@ def generate(
     if text is None and image is None and audio is None:
         raise UserError("no input: give --text, --image, --audio, or several of them")
     session = _session(checkpoint, image_weights, speech_weights, device)
+    if to == "image" and candidates > 1:
+        session.require("matching", f"choose the best of --candidates {candidates}")
     sample = session.processor(text, image, audio)
     if to == "text":
         written = session.text(sample, DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size))
@@ -65,6 +68,7 @@ def export(
     """
     from opt_ds.serve.export import export as run
 
+    check_output(output, "--output")
     typer.echo(f"exported to {run(checkpoint, output)}")
 
 

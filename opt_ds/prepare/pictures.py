@@ -3,6 +3,7 @@
 A file is not trusted: its size is read before a pixel is decoded, and a drawing's references to other files are refused.
 """
 
+import codecs
 import io
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -31,7 +32,7 @@ def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     decoded) or of a depth that has no fixed range, and for a drawing that refers to other files; OSError, ValueError or
     another exception of the decoder for a broken file.
     """
-    if path.suffix.lower() == ".svg":
+    if _is_drawing(path):
         return _on_white(_draw(path))
     with Image.open(path, formats=_FORMATS) as file:
         width, height = file.size
@@ -58,6 +59,12 @@ def _on_white(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _is_drawing(path: Path) -> bool:
+    """Whether the file is XML: no other picture begins as a tag does."""
+    with open(path, "rb") as file:
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"<")
 
 
 def _draw(path: Path) -> Image.Image:

@@ -11,6 +11,7 @@ import torchaudio
 SAMPLE_RATE_HZ = 16_000
 MAX_SECONDS = 3600.0
 _RATES_HZ = (1000, 768_000)
+_VALUES_PER_SECOND = 192_000  # over all channels, on average: silence of any size is a small file
 # The resampling filter has one phase a term of the ratio: two rates without a common divisor would need gigabytes.
 _MOST_PHASES = 1000
 _SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # below the loudest frame; 20 ms; 100 ms are kept
@@ -19,8 +20,8 @@ _SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # below the lou
 def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Return a recording as mono float32 [S] at 16 kHz: channels averaged, resampled.
 
-    Raises soundfile's error for a broken file; ValueError for one without samples, with NaN, of more than `max_seconds`
-    (before it is decoded) or of a rate outside 1 to 768 kHz.
+    Raises soundfile's error for a broken file; ValueError for one without samples, with NaN, of a rate outside 1 to 768 kHz,
+    of more than `max_seconds`, or of more values than so many seconds at 192 kHz have (both before it is decoded).
     """
     with soundfile.SoundFile(path) as file:
         rate_hz = file.samplerate
@@ -28,6 +29,12 @@ def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
             raise ValueError(f"a rate of {rate_hz} Hz is no recording's")
         if file.frames > max_seconds * rate_hz:
             raise ValueError(f"{file.frames / rate_hz:.0f} s are more than {max_seconds:g} (--max-seconds)")
+        if file.frames * file.channels > max_seconds * _VALUES_PER_SECOND:
+            raise ValueError(
+                f"{file.frames / rate_hz:.0f} s of {file.channels} channels at {rate_hz} Hz are more than {max_seconds:g} s of "
+                f"one at {_VALUES_PER_SECOND} Hz (--max-seconds)"
+            )
+        # In one piece: MP3 comes out otherwise, in the last bits, where reading stops and goes on.
         samples = file.read(dtype="float32", always_2d=True)
     mono = samples.mean(1)
     if not len(mono):

@@ -1,6 +1,7 @@
 """The web server: a page to try a model on, and a JSON API beside it.
 
-    POST /api/describe   text, image, audio (any mixture) -> what the model writes, what belongs together, neighbours, attention
+    POST /api/describe   text, image, audio (any mixture) -> what the model writes, what belongs together (where it learned to),
+                         neighbours, attention
     POST /api/paint      the same inputs -> pictures
     GET  /api/about      the model
 
@@ -29,6 +30,7 @@ from opt_ds.serve.neighbours import Neighbours
 from opt_ds.serve.session import Session
 
 MAX_UPLOAD_MIB, MAX_WAITING, MAX_TEXT_CHARACTERS, MAX_PICTURES = 20, 16, 10_000, 8
+MAX_SECONDS = 300.0  # of a recording: a small file can hold hours of silence
 _PAGE = Path(__file__).parent / "page.html"
 
 _Text = Annotated[str | None, Form(max_length=MAX_TEXT_CHARACTERS)]
@@ -38,7 +40,7 @@ _Upload = Annotated[UploadFile | None, File()]
 def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI:
     """The application around one model. Handlers are plain functions: Starlette runs them in threads, `turn` one at a time."""
     app = FastAPI(title="opt_ds", docs_url="/api/docs", openapi_url="/api/openapi.json", redoc_url=None)
-    turns = _Turns(MAX_WAITING)
+    turns, learned = _Turns(MAX_WAITING), session.config.learned_losses
 
     @app.middleware("http")
     async def bound_upload(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -46,7 +48,9 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
             size = int(request.headers.get("content-length", 0))
         except ValueError:
             return JSONResponse({"detail": "content-length is not a number"}, 400)
-        if request.method == "POST" and "content-length" not in request.headers:
+        # A body in chunks has no size before its end, whatever Content-Length says beside it.
+        sized = "content-length" in request.headers and "transfer-encoding" not in request.headers
+        if not sized and (request.method == "POST" or "transfer-encoding" in request.headers):
             return JSONResponse({"detail": "say the upload's size (Content-Length)"}, 411)
         if size > MAX_UPLOAD_MIB * 2**20:
             return JSONResponse({"detail": f"the upload is {size / 2**20:.0f} MiB, {MAX_UPLOAD_MIB} are allowed"}, 413)
@@ -72,8 +76,11 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
     ) -> dict[str, Any]:
         with turns.turn():
             sample, notes = _read(session, text, image, audio)
-            answer: dict[str, Any] = {"text": session.text(sample), "notes": notes}
-            if sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames)) > 1:
+            answer: dict[str, Any] = {"notes": notes}
+            if "dtr" in learned:
+                answer["text"] = session.text(sample)
+            given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
+            if "matching" in learned and given > 1:
                 answer["matching"] = session.matching(sample)
             if neighbours is not None:
                 answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
@@ -93,6 +100,8 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
             sample, notes = _read(session, text, image, audio)
             options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
             painted = session.pictures(sample, count, options)
+            if count > 1 and "matching" not in learned:
+                notes.append("this model was trained without matching: the pictures are in the order of painting")
             return {"notes": notes, "pictures": [{"png": _png_url(p), "matching": score} for p, score in painted]}
 
     return app
@@ -124,9 +133,7 @@ def _read(
         # The names are ours: an upload's own name says nothing about where it is written.
         picture = _kept(image, Path(folder) / "image")
         recording = _kept(audio, Path(folder) / "audio")
-        if picture is not None and picture.read_bytes()[:512].lstrip().startswith((b"<svg", b"<?xml", b"<!--")):
-            picture = picture.rename(picture.with_suffix(".svg"))
-        return session.processor.with_notes(notes.append)(text or None, picture, recording), notes
+        return session.processor.with_notes(notes.append, MAX_SECONDS)(text or None, picture, recording), notes
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:

@@ -1,7 +1,9 @@
 """Raw text, pictures and recordings -> model inputs, with the very extractors that the model was trained on."""
 
+import re
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from opt_ds.store.schema import TOKENIZER_FOLDER
 
 # Of an identity: what changes no more than the last bits, and what is no matter of the extractor.
 _MAY_DIFFER = ("version", "package", "precision", "trim_silence")
+_OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
 
@@ -42,12 +45,16 @@ class OPTProcessor:
         self.folder, self.config, self._device, self._warn = folder, config, device, warn
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
+        self._max_seconds: float | None = None
         form = self.description.extractors["text"].get("unicode_form", "none")
         self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
         self._extractors: dict[str, Any] = {}
 
     def __call__(
-        self, text: str | None = None, image: Path | Image.Image | None = None, audio: Path | np.ndarray | None = None
+        self,
+        text: str | None = None,
+        image: str | Path | Image.Image | None = None,
+        audio: str | Path | np.ndarray | None = None,
     ) -> Sample:
         """A sample of any one, two or three of: a text, a picture (file or RGB), a recording (file or mono float32 at 16 kHz).
 
@@ -59,15 +66,15 @@ class OPTProcessor:
         if text is not None:
             sample.token_ids = self._tokens(text)
         if image is not None:
-            self._read_regions(sample, image)
+            self._read_regions(sample, Path(image) if isinstance(image, str) else image)
         if audio is not None:
-            sample.frames = self._frames(audio)
+            sample.frames = self._frames(Path(audio) if isinstance(audio, str) else audio)
         return sample
 
-    def with_notes(self, warn: Callable[[str], None]) -> "OPTProcessor":
-        """The same processor, whose warnings go somewhere else."""
+    def with_notes(self, warn: Callable[[str], None], max_seconds: float | None = None) -> "OPTProcessor":
+        """The same processor, whose warnings go somewhere else, and which refuses files of longer recordings if so asked."""
         other = copy(self)
-        other._warn = warn
+        other._warn, other._max_seconds = warn, max_seconds
         return other
 
     def _tokens(self, text: str) -> np.ndarray:
@@ -86,10 +93,11 @@ class OPTProcessor:
         sample.region_labels = found.labels[:limit].astype(np.int64)
 
     def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
-        from opt_ds.prepare.recordings import load_recording, trim_silence
+        from opt_ds.prepare.recordings import MAX_SECONDS, load_recording, trim_silence
         from opt_ds.prepare.speech import pool_frames
 
-        waveform = _decoded(load_recording, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
+        load = partial(load_recording, max_seconds=self._max_seconds or MAX_SECONDS)
+        waveform = _decoded(load, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
         if self.description.extractors["audio"].get("trim_silence"):
             waveform = trim_silence(waveform)
         extractor = self._extractor("audio")
@@ -145,6 +153,10 @@ class OPTProcessor:
                 f"the model reads {kind}s with {name}, whose weights are not stored with it: name their file with "
                 f"{_SETTINGS[kind]}"
             )
+        if weights is not None and not needs:
+            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")
+        if weights is not None and not weights.exists():
+            raise UserError(f"{_SETTINGS[kind]} {weights}: no such file or folder")
 
 
 def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
@@ -156,4 +168,5 @@ def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__
+        reason = _OPTION_OF_PREPARE.sub("", reason)
         raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None

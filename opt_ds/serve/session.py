@@ -74,20 +74,25 @@ class Session(ModelRunner):
         self, sample: Sample, count: int = 1, options: DecodingConfig = DEFAULT_SAMPLING
     ) -> list[tuple[Image.Image, float | None]]:
         """`count` sampled 64 × 64 pictures, the best first, each with the matching head's probability that it belongs to the
-        input (None for one picture alone, which nothing is compared with).
+        input. None, in the order of painting, where nothing is compared: of one picture alone, and where that head was never
+        trained.
 
         Raises UserError when the model never learned to paint.
         """
         self.require("dir", "paint pictures")
         painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
         pictures = [to_picture(pixels) for pixels in painted]
-        if count == 1:
-            return [(pictures[0], None)]
+        if count == 1 or "matching" not in self.config.learned_losses:
+            return [(picture, None) for picture in pictures]
         scores = [self.belongs(sample, picture) for picture in pictures]
         return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
-        """Probability of each matching case (see data.matching); what two or three given inputs allow."""
+        """Probability of each matching case (see data.matching); what two or three given inputs allow.
+
+        Raises UserError when the model never learned to judge.
+        """
+        self.require("matching", "judge what belongs together")
         given = [m for m, part in _PART.items() if getattr(sample, part) is not None]
         if len(given) < 2:
             raise UserError("matching compares two or three inputs: give another one")

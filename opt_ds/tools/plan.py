@@ -4,6 +4,7 @@ Memory is the model of `memory.py` (held by tests to measured CPU peaks); on GPU
 arithmetic: operations over the data sheet's peak times `utilisation`, bytes over the link's rate times `link_efficiency`.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -258,4 +259,6 @@ def parse_cluster(cluster: Cluster) -> Cluster:
         raise UserError("--num-gpus and --gpus-per-node must be at least 1")
     if not 0 < cluster.utilisation <= 1:
         raise UserError(f"--utilisation {cluster.utilisation}: a share of the peak, above 0 and at most 1")
+    if not 0 < cluster.network_bandwidth < math.inf:
+        raise UserError(f"--network-gbit {cluster.network_bandwidth * 8 / 1e9:g}: a bandwidth above 0 in Gbit/s")
     return replace(cluster, gpus_per_node=min(cluster.gpus_per_node, cluster.num_gpus))

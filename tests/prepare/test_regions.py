@@ -312,6 +312,14 @@ def test_svg_rotation_tags_and_transparent_palettes(tmp_path: Path) -> None:
     assert load_picture(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff", '<?xml version="1.0"?>\n', "\ufeff<!DOCTYPE svg>\n", "\n<!-- drawn -->"])
+def test_a_drawing_is_known_by_what_it_holds(tmp_path: Path, start: str) -> None:
+    (tmp_path / "a").write_text(start + RED_SVG, encoding="utf-8")
+    assert load_picture(tmp_path / "a").getpixel((10, 100)) == (255, 0, 0)
+    noise(0, 8, 8).save(tmp_path / "b.svg", "PNG")
+    assert load_picture(tmp_path / "b.svg").size == (8, 8)
+
+
 def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, 300, 300).save(buffer, "PNG")

@@ -75,6 +75,13 @@ def test_broken_recordings_are_errors(tmp_path: Path) -> None:
         load_recording(tmp_path / "text.wav")
 
 
+def test_a_small_file_of_many_channels_at_a_high_rate_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "bomb.flac", np.zeros((192_000, 8)), 192_000)
+    with pytest.raises(ValueError, match=r"1 s of 8 channels at 192000 Hz are more than 7 s of one"):
+        load_recording(tmp_path / "bomb.flac", max_seconds=7)
+    assert len(load_recording(tmp_path / "bomb.flac", max_seconds=8)) == SAMPLE_RATE_HZ
+
+
 def test_rates_without_a_common_divisor_are_resampled_in_little_memory(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "odd.wav", tone(440, 2, 44057), 44057)
     mono = load_recording(tmp_path / "odd.wav")

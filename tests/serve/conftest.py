@@ -86,6 +86,14 @@ def session(run: Path) -> Session:
     return Session.load(run)
 
 
+def without(session: Session, *losses: str) -> Session:
+    """The same model as if it had been trained without these losses."""
+    tasks = session.config.tasks
+    update = {loss: getattr(tasks, loss).model_copy(update={"weight": 0.0}) for loss in losses}
+    config = session.config.model_copy(update={"tasks": tasks.model_copy(update=update)})
+    return Session(session.model, config, session.processor)
+
+
 @pytest.fixture(scope="session")
 def address(session: Session, raw_store: Path) -> Iterator[str]:
     """A real server on a free port of this machine."""

@@ -8,13 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.serve.app import MAX_UPLOAD_MIB
+from opt_ds.serve.app import MAX_UPLOAD_MIB, build_app
 from opt_ds.serve.neighbours import evaluator_beside
 from opt_ds.serve.session import Session
+from tests.serve.conftest import without
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,16 @@ def test_pictures_are_painted(client: httpx.Client) -> None:
     assert answer["pictures"][0]["matching"] >= answer["pictures"][1]["matching"]
 
 
+def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Session, raw: Path) -> None:
+    files = {"image": (raw / "0.png").read_bytes()}
+    client = TestClient(build_app(without(session, "dtr", "matching")))
+    answer = client.post("/api/describe", data={"text": "a red square"}, files=files).json()
+    assert "text" not in answer and "matching" not in answer and answer["attention"]
+    painted = client.post("/api/paint", data={"text": "a red square", "count": 2}).json()
+    assert [picture["matching"] for picture in painted["pictures"]] == [None, None]
+    assert "trained without matching" in painted["notes"][0]
+
+
 @pytest.mark.parametrize(
     ("data", "files", "status", "expected"),
     [
@@ -72,6 +86,16 @@ def test_bad_requests_get_a_status_and_a_reason(
 
 def test_an_upload_without_a_size_is_refused(client: httpx.Client) -> None:
     assert client.post("/api/paint", content=iter([b"a" * 10])).status_code == 411
+    chunks = {"content": iter([b"a" * 10]), "headers": {"Content-Length": "10", "Transfer-Encoding": "chunked"}}
+    assert client.post("/api/paint", **chunks).status_code == 411, "chunks are not what Content-Length says"
+
+
+def test_a_small_upload_that_holds_a_long_recording_is_refused(client: httpx.Client) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(8000 * 301), 8000, format="FLAC")
+    reply = client.post("/api/describe", files={"audio": file.getvalue()})
+    assert reply.status_code == 422
+    assert "301 s are more than 300)" in reply.json()["detail"], "the reason names no option that a server has not"
 
 
 def test_fifty_requests_at_once_are_answered_or_sent_away(address: str) -> None:

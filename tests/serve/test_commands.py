@@ -40,10 +40,13 @@ def test_mistakes_are_one_line(
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
-def test_export_then_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_then_generate(run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert opt_ds("export", "--checkpoint", run, "--output", tmp_path / "model") == 0
     given = ("--text", "a red square", "--to", "text", "--output", tmp_path / "a.txt")
     assert opt_ds("generate", "--checkpoint", tmp_path / "model", *given) == 0
+    given = ("--checkpoint", tmp_path / "model", "--store", raw_store, "--output", tmp_path / "a.json")
+    assert opt_ds("evaluate", "transcription", *given) == 2
+    assert "an exported folder is for generate and serve" in capsys.readouterr().err
 
 
 def test_pictures_are_painted_and_judged_by_the_models_own_extractor(

@@ -1,6 +1,7 @@
 """An exported folder loads through Hugging Face's doors and gives bit-equal results; tied weights stay one tensor."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def test_the_folder_names_no_path_of_the_machine_and_has_a_card(exported: Path, 
     assert str(raw_store) not in text and "arXiv 2107.00249" in text
     assert json.loads((exported / "config.json").read_text())["model_type"] == "opt_ds"
     assert is_exported(exported) and not is_exported(exported / "processor")
+
+
+@pytest.mark.parametrize("page", ["card", "README.md"])
+def test_the_examples_in_python_run_as_they_are_written(
+    page: str, exported: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (exported / "README.md" if page == "card" else Path(__file__).parents[2] / page).read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(raw)
+    for name, there in {"this/folder": exported, "my-model": exported, "photo.jpg": "0.png", "photo.png": "0.png"}.items():
+        example = example.replace(f'"{name}"', f'"{there}"')
+    exec(example, {})
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_an_existing_folder_is_left_alone(run: Path, exported: Path) -> None:

@@ -33,6 +33,9 @@ def test_pictures_and_waveforms_in_memory_are_read_as_their_files(session: Sessi
 
     of_file = session.processor(image=raw / "1.png", audio=raw / "1.wav")
     waveform = soundfile.read(raw / "1.wav", dtype="float32")[0]
+    of_names = session.processor(image=str(raw / "1.png"), audio=str(raw / "1.wav"))
+    np.testing.assert_array_equal(of_file.region_features, of_names.region_features)
+    np.testing.assert_array_equal(of_file.frames, of_names.frames)
     in_memory = session.processor(image=Image.open(raw / "1.png"), audio=waveform)
     np.testing.assert_array_equal(of_file.region_features, in_memory.region_features)
     np.testing.assert_array_equal(of_file.frames, in_memory.frames)
@@ -79,3 +82,12 @@ def test_an_extractor_that_is_not_the_training_stores_is_refused(run: Path, sess
     (folder / "processor.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="name their file with --speech-weights"):
         OPTProcessor(folder, session.config.model)(audio=raw / "0.wav")
+    with pytest.raises(UserError, match="--speech-weights /nowhere: no such file"):
+        OPTProcessor(folder, session.config.model, speech_weights=Path("/nowhere"))(audio=raw / "0.wav")
+
+
+def test_weights_that_the_models_extractor_does_not_take_are_refused(session: Session, run: Path, raw: Path) -> None:
+    given = OPTProcessor(run / "processor", session.config.model, image_weights=raw / "0.png", speech_weights=raw / "0.wav")
+    for kind, option in (("image", "--image-weights"), ("audio", "--speech-weights")):
+        with pytest.raises(UserError, match=f"{kind} extractor .* takes no weights from a file: leave {option} away"):
+            given(**{kind: raw / ("0.png" if kind == "image" else "0.wav")})

@@ -8,7 +8,7 @@ import pytest
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.serve.session import Session
-from tests.serve.conftest import start_run
+from tests.serve.conftest import start_run, without
 
 INPUTS = [("text",), ("image",), ("audio",), ("text", "image"), ("text", "audio"), ("image", "audio"), ("text", "image", "audio")]
 
@@ -51,6 +51,16 @@ def test_what_was_not_learned_is_refused(raw_store: Path, tmp_path: Path) -> Non
         session.text(sample)
     with pytest.raises(UserError, match=r"trained without dir .* cannot paint"):
         session.pictures(sample)
+
+
+def test_a_head_that_was_never_trained_judges_nothing(session: Session, raw: Path) -> None:
+    other = without(session, "matching")
+    sample = other.processor("a red square", raw / "0.png")
+    with pytest.raises(UserError, match=r"trained without matching .* cannot judge"):
+        other.matching(sample)
+    painted, compared = other.pictures(sample, 3), session.pictures(sample, 3)
+    assert [score for _, score in painted] == [None] * 3
+    assert {picture.tobytes() for picture, _ in painted} == {picture.tobytes() for picture, _ in compared}
 
 
 def test_a_run_without_its_processor_says_what_to_do(run: Path, tmp_path: Path) -> None:

@@ -110,3 +110,24 @@ def test_the_command_reads_a_store_and_writes_json(tmp_path: Path) -> None:
     assert str(FeatureStore(store).path) == figures["samples"]
     assert run_command(_build(), ["plan", "--gpu", "V200"], "opt-ds") == 2
     assert run_command(_build(), ["plan", "--gpu", "custom"], "opt-ds") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--num-gpus 16 --network-gbit 0", "--network-gbit 0"),
+        ("--gpu custom --memory-gib nan --tflops 1", "--memory-gib nan"),
+        ("--gpu custom --memory-gib 1 --tflops 0", "--tflops 0"),
+        ("--gpu custom --memory-gib 1 --tflops 1 --link-gbyte -1", "--link-gbyte -1"),
+        ("--gpu custom --memory-gib 1 --tflops inf", "--tflops inf"),
+    ],
+)
+def test_numbers_that_no_machine_has_are_refused_before_anything_is_planned(
+    options: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from opt_ds.cli import _build
+    from opt_ds.commands import run_command
+
+    monkeypatch.setattr(planning, "plan_run", None)
+    assert run_command(_build(), ["plan", *options.split()], "opt-ds") == 2
+    assert named in capsys.readouterr().err

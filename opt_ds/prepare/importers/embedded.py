@@ -12,7 +12,7 @@ from typing import Any
 from opt_ds.store.files import atomic_file
 
 _DIGEST_BYTES = 16
-_DRAWING = ".svg"  # the one ending that says how a file is read: see prepare/pictures.py
+_DRAWING = ".svg"  # whatever the table calls it
 _KNOWN = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif", ".jp2",
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3",
