@@ -9,6 +9,7 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.planned import SUBSETS, TEXT
 from opt_ds.data.samples import Sample, SampleReader
+from opt_ds.errors import UserError
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from opt_ds.engine.distributed import ProcessGroup
 
 __all__ = ["SUBSETS", "Evaluator"]
+
+_NAMES = ("text", "an image", "audio")
 
 
 def samples_with(
@@ -48,6 +51,14 @@ class Evaluator(ModelRunner):
     def samples_with(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
         """As the function of this name, of the evaluator's store."""
         return samples_with(self.store, split, modalities, limit, seed)
+
+    def require_samples(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
+        """As `samples_with`; UserError naming split and modalities where there is none."""
+        samples = self.samples_with(split, modalities, limit, seed)
+        if not len(samples):
+            wanted = " and ".join(_NAMES[modality] for modality in sorted(set(modalities)))
+            raise UserError(f'{self.store.path}: no sample of split "{split}" has {wanted}: choose another split')
+        return samples
 
     def read(self, index: int, modalities: Sequence[int]) -> Sample:
         """A sample of the store, whole, with just these modalities."""

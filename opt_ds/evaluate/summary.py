@@ -101,7 +101,7 @@ def transcription_lines(figures: dict[str, Any]) -> list[str]:
     """What `transcription` found, a line for each input."""
     names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
     lines = ["  word error rate"]
-    for key, name in names.items():
+    for key, name in ((key, name) for key, name in names.items() if key in figures):
         row = figures[key]
         shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
         others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""
