@@ -191,7 +191,7 @@ def image_generation(
     """
     from PIL import Image
 
-    from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, table
+    from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, table
     from opt_ds.evaluate.image_networks import ClipScore, check_inception
     from opt_ds.evaluate.picture_grid import draw_picture_grid
     from opt_ds.model.generation import DecodingConfig
@@ -207,13 +207,14 @@ def image_generation(
         check_inception(inception)
     if clip is not None:
         ClipScore(clip)
+    inputs = possible_inputs(evaluator, split)
     options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
     painter = look = None
     if pictures or paint:
         session = Session.load(checkpoint, image_weights=image_weights, device=str(evaluator.device), warn=lambda _: None)
         painter = Painter(_dvae(evaluator, dvae), options, candidates, session.belongs)
         look = session.look
-    figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in ("T", "A", "T+A")}
+    figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
     if painter is not None and paint:
         count = min(paint, limit or paint)
         for name, row in figures.items():

@@ -23,7 +23,7 @@ def captioning(
     CIDEr weighs n-grams by their rarity among this split's references: it compares models on one split, not splits.
     """
     options = options or DEFAULT_DECODING
-    samples = evaluator.samples_with(split, (TEXT, IMAGE), limit, seed)
+    samples = evaluator.require_samples(split, (TEXT, IMAGE), limit, seed)
     rows = evaluator.store.rows[samples, IMAGE]
     references: dict[int, list[str]] = {}
     for index, row in zip(samples, rows, strict=True):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import validate
@@ -49,9 +50,10 @@ def summarize(
             "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
             "transcription": transcription(evaluator, split, seed=seed),
         }
-        if store.has_codes:
+        painted = len(evaluator.samples_with(split, (TEXT, IMAGE), 1)) > 0
+        if store.has_codes and painted:
             figures["image_generation"] = bits_per_code(evaluator, split)
-        if store.has_codes and store.has_pixels and dvae is not None:
+        if store.has_codes and store.has_pixels and dvae is not None and painted:
             grid = output / f"picture_grid-{split}.png"
             drawn = draw_picture_grid(evaluator, Painter(dvae), split, seed=seed)
             if evaluator.is_main:
@@ -85,7 +87,7 @@ def table(summary: dict[str, Any]) -> str:
 def retrieval_lines(figures: dict[str, Any]) -> list[str]:
     """What `retrieval` found, a line for each direction and score."""
     lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
-    for direction in DIRECTIONS:
+    for direction in (name for name in DIRECTIONS if name in figures):
         name = direction.replace("_to_", "→").replace("_", "+")
         for score, label in (("likelihood", "text likelihood"), ("matching", "matching head")):
             if score in figures[direction]:

@@ -36,10 +36,14 @@ def two_stage_retrieval(
 
     Per direction: `projection`, the first stage alone; `shortlist_recall`, the share of queries with a right candidate among the
     `shortlist` best of it; `matching` and (where text is one side) `likelihood`, the re-ranked order, with the runs that it took
-    of encoder and decoder beside those of all pairs. Raises UserError if the shortlist is not shorter than the gallery.
+    of encoder and decoder beside those of all pairs. A direction whose modalities no sample has is left out. Raises UserError if
+    the shortlist is not shorter than the gallery.
     """
     stages = TwoStages(evaluator, seed)
-    gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
+    needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
+    directions = [name for name in directions if len(evaluator.samples_with(split, sorted(needs[name]), 1))]
+    needed = set[int]().union(*(needs[name] for name in directions)) or {TEXT, IMAGE, AUDIO}
+    gallery = evaluator.require_samples(split, sorted(needed), candidates, seed)
     if shortlist >= len(gallery):
         raise UserError(f"--shortlist {shortlist}: the gallery has {len(gallery)} samples: give fewer, or leave it away")
     result: dict[str, Any] = {"split": split, "seed": seed, "candidates": len(gallery), "shortlist": shortlist}

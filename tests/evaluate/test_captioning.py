@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from opt_ds.data.planned import IMAGE
+from opt_ds.errors import UserError
 from opt_ds.evaluate.captioning import bleu_4, captioning, cider
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.model.generation import DecodingConfig
+from tests.tiny import masked
 
 REFERENCES = [
     ["a red cat on a mat", "a cat on the mat"], ["two dogs run in the snow"], ["a boat at sea", "a ship at sea", "the sea"]
@@ -34,3 +37,9 @@ def test_a_models_captions_are_scored_a_picture_once(evaluator: Evaluator) -> No
     gallery = evaluator.samples_with("valid", (0, 1))
     assert figures["pictures"] == len(np.unique(evaluator.store.rows[gallery, 1]))
     assert {"bleu_4", "cider", "constant_caption", "another_picture"} <= set(figures)
+
+
+def test_a_split_without_pictures_is_refused(evaluator: Evaluator) -> None:
+    pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
+    with pytest.raises(UserError, match='no sample of split "valid" has text and an image'):
+        captioning(pictureless, "valid")

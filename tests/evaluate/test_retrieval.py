@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
+from opt_ds.data.planned import TEXT
+from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.retrieval import DIRECTIONS, chance, recall, retrieval
+from opt_ds.evaluate.summary import retrieval_lines
+from tests.tiny import masked
 
 
 def test_recall_counts_the_rank_of_the_best_right_candidate() -> None:
@@ -46,3 +50,12 @@ def test_a_model_that_knows_the_answer_has_full_recall(evaluator: Evaluator, mon
     found = retrieval(evaluator, "train", candidates=5, matching_candidates=2)
     for direction in ("image_to_text", "text_to_image", "text_to_audio", "audio_to_text"):
         assert found[direction]["likelihood"]["R@1"] == 1.0
+
+
+def test_a_store_without_recordings_has_the_directions_that_need_none(evaluator: Evaluator, without_audio: Evaluator) -> None:
+    found = retrieval(without_audio, "valid", candidates=4, matching_candidates=3)
+    assert set(found) == {"split", "seed", "image_to_text", "text_to_image"}
+    assert found["image_to_text"]["likelihood"]["candidates"] == 4
+    assert not any("audio" in line for line in retrieval_lines(found))
+    with pytest.raises(UserError, match='no sample of split "valid" has text and an image or audio'):
+        retrieval(Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, TEXT)), "valid")

@@ -116,3 +116,8 @@ def test_figures_are_plain_and_a_long_shortlist_is_refused(evaluator: Evaluator,
     assert "text+audio→image" in table(result) and "likelihood" in table(result)
     with pytest.raises(UserError, match="--shortlist 12: the gallery has 12 samples"):
         two_stage_retrieval(evaluator, "valid", 12)
+
+
+def test_a_store_without_recordings_has_the_directions_that_need_none(without_audio: Evaluator) -> None:
+    result = two_stage_retrieval(without_audio, "valid", 3)
+    assert {"image_to_text", "text_to_image"} == set(result) & set(DIRECTIONS) and result["candidates"] > 3
