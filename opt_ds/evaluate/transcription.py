@@ -3,7 +3,7 @@
 Normalisation of both sides before comparing: lower case, punctuation away, single spaces.
 """
 
-import re
+import unicodedata
 from typing import Any
 
 import jiwer
@@ -102,8 +102,13 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
 
 
 def normalize(text: str) -> str:
-    """Lower case; letters, digits and apostrophes of any script; single spaces."""
-    return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
+    """Lower case, composed (NFC); letters with their marks, digits and (plain) apostrophes of any script; single spaces."""
+    text = unicodedata.normalize("NFC", text.lower())
+    return " ".join("".join(char if _is_of_a_word(char) else " " for char in text).split())
+
+
+def _is_of_a_word(char: str) -> bool:
+    return char in "'_" or unicodedata.category(char)[0] in "LMN"
 
 
 def constant_caption(evaluator: Evaluator, seed: int) -> str:

@@ -15,9 +15,13 @@ def test_word_error_rate_counts_edits_after_normalisation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "normal"), [("Côte d’Ivoire!", "côte d ivoire"), ("Man's  HAT.", "man's hat"), ("日本 旗", "日本 旗")]
-)
-def test_normalisation_keeps_letters_of_any_script(text: str, normal: str) -> None:
+    ("text", "normal"),
+    [
+        ("Côte d’Ivoire!", "côte d ivoire"), ("Man's  HAT.", "man's hat"), ("日本 旗", "日本 旗"), ("हिन्दी में।", "हिन्दी में"),
+        ("cafe\u0301", "caf\u00e9"), ("keycap: 10 a_b", "keycap 10 a_b"),
+    ],
+)  # fmt: skip
+def test_normalisation_keeps_letters_and_marks_of_any_script(text: str, normal: str) -> None:
     assert normalize(text) == normal
 
 
