@@ -13,7 +13,7 @@ from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluate.retrieval import chance, recall, target_names
+from opt_ds.evaluate.retrieval import chance, content_names, recall
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
 
@@ -121,7 +121,7 @@ def painted_figures(
     if scores is not None:
         figures["matching"] = {"first": float(scores[:, 0].mean()), "kept": float(scores.max(1).mean())}
     if look is not None:
-        names = target_names(evaluator, gallery, IMAGE)
+        names = content_names(evaluator, gallery, IMAGE)
         same = names[:, None] == names[None, :]
         figures["nearest"] = {**recall(_cosines(painted, true, look), same), "chance": chance(same)}
     if inception is not None:

@@ -17,7 +17,7 @@ from opt_ds.data.samples import given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, joined, log_mean_exp, recall, target_names
+from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, content_names, joined, log_mean_exp, recall, same_pairs
 
 #: Training inputs, the nearest by the projection, whose mean likelihood stands for a text's prior, where texts are ranked. Any
 #: others would tell little: nearly all of a text's likelihood lies with the few inputs that it nearly fits.
@@ -73,9 +73,7 @@ class TwoStages:
         self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that there are."""
-        target = DIRECTIONS[direction][1]
-        names = target_names(self.evaluator, np.concatenate([queries, gallery]), target)
-        same_qc = names[: len(queries), None] == names[None, len(queries) :]
+        same_qc = same_pairs(self.evaluator, queries, gallery, *DIRECTIONS[direction])
         first_qc = self.first_stage(direction, queries, gallery)
         best_qk = shortlisted(first_qc, shortlist)
         found: dict[str, Any] = {
@@ -172,7 +170,7 @@ class TwoStages:
                 samples = self.evaluator.samples_with(split, (*query, target))
                 if not len(samples):
                     raise UserError(f"{self.evaluator.store.path}: split {split} has no sample to fit {direction} on")
-                names = target_names(self.evaluator, samples, target)
+                names = content_names(self.evaluator, samples, target)
                 fitted_on.append((samples, Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names)))
             (train_samples, train), (_, valid) = fitted_on
             projection = fit_dual_projection(train, valid, seed=self.seed)
