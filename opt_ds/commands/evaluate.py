@@ -144,7 +144,7 @@ def captioning(
     store: _Store,
     output: _Output,
     split: _Split = "test_variant",
-    limit: _Limit = None,
+    limit: Annotated[int | None, typer.Option(help="Pictures at most, a seeded choice.", min=1)] = None,
     beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
     seed: _Seed = 1,
     force: _Force = False,

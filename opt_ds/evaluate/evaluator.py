@@ -28,9 +28,14 @@ def samples_with(
     """int64: samples of the split that have these modalities; with a limit, a seeded choice of them, in store order."""
     samples = store.split_samples(split)
     samples = samples[(store.rows[samples][:, list(modalities)] >= 0).all(1)]
-    if limit is not None and len(samples) > limit:
-        samples = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
-    return samples
+    return seeded_choice(samples, limit, seed)
+
+
+def seeded_choice(samples: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    """At most `limit` of these samples, in their order (None: all)."""
+    if limit is None or len(samples) <= limit:
+        return samples
+    return np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
 
 
 class Evaluator(ModelRunner):
