@@ -31,6 +31,20 @@ def samples_with(
     return seeded_choice(samples, limit, seed)
 
 
+def held_out_splits(store: FeatureStore) -> list[str]:
+    """Where a model is judged if nobody says: the splits whose names begin with "test" (first the emoji corpus's unseen variants
+    of known concepts), else the validation split. UserError for a store without either."""
+    there = [name for name in store.description.split_names if len(store.split_samples(name))]
+    tests = sorted((name for name in there if name.startswith("test")), key=lambda name: (name != "test_variant", name))
+    found = tests or [name for name in there if name == "valid"]
+    if not found:
+        raise UserError(
+            f'{store.path}: it has no split "valid" and none that begins with "test": choose one with --split: '
+            f"{', '.join(there) or 'none has a sample'}"
+        )
+    return found
+
+
 def seeded_choice(samples: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
     """At most `limit` of these samples, in their order (None: all)."""
     if limit is None or len(samples) <= limit:
