@@ -42,7 +42,9 @@ def retrieval(
     output: _Output,
     split: _Split = None,
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
-    matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 200,
+    matching_candidates: Annotated[
+        int, typer.Option(help="Gallery of the matching head, of triples too (summary takes 100, and 50 triples).", min=2)
+    ] = 200,
     shortlist: Annotated[
         int | None, typer.Option(help="In two stages: a projection of [CLS] ranks all, the model re-ranks so many.", min=1)
     ] = None,
@@ -246,7 +248,9 @@ def summary(
         list[str] | None, typer.Option(help="Held-out split; may be repeated. Default: all that begin with test, else valid.")
     ] = None,
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
-    matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 100,
+    matching_candidates: Annotated[
+        int, typer.Option(help="Gallery of the matching head, of triples 50 (retrieval takes 200 of both).", min=2)
+    ] = 100,
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     seed: _Seed = 1,
     force: _Force = False,
