@@ -119,7 +119,7 @@ def constant_caption(evaluator: Evaluator, seed: int) -> str:
 
 
 def _shuffle(captions: list[str], seed: int) -> np.ndarray:
-    """A permutation in which (as far as captions allow) nobody hears his own caption."""
+    """A permutation without a fixed place: each sample hears another one's audio, which may happen to say the same."""
     order = np.random.default_rng(seed).permutation(len(captions))
     turned = np.roll(order, 1)
     other = np.empty_like(order)
