@@ -63,7 +63,6 @@ def retrieval(
     split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split)
     if shortlist is not None:
-        evaluator.require("matching", "judge what belongs together")
         figures = two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
         _write(figures, output)
         _echo(table(figures))
@@ -208,6 +207,8 @@ def image_generation(
     split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split)
     evaluator.require("dir", "paint pictures")
+    if paint + pictures and candidates > 1:
+        evaluator.require("matching", "choose the best of several pictures: give --candidates 1")
     if not evaluator.store.has_codes:
         raise UserError(f"store {store}: it has no image codes: write them with opt-ds train-dvae --store {store}")
     if (pictures or paint) and not evaluator.store.has_pixels:

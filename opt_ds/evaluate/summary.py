@@ -31,7 +31,10 @@ def summarize(
     matching_candidates: int = 100,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`."""
+    """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`.
+
+    What the model was not trained to do is left out.
+    """
     started = time.perf_counter()
     config, store = evaluator.config, evaluator.store
     result = validate(evaluator.model, config, store, evaluator.device, evaluator.group)
@@ -45,12 +48,13 @@ def summarize(
         },
         "splits": {},
     }
+    writes, paints = (loss in config.learned_losses for loss in ("dtr", "dir"))
     for split in splits:
         figures: dict[str, Any] = {
             "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
-            "transcription": transcription(evaluator, split, seed=seed),
+            "transcription": transcription(evaluator, split, ("A", "A+I", "I") if writes else (), seed=seed),
         }
-        painted = len(evaluator.samples_with(split, (TEXT, IMAGE), 1)) > 0
+        painted = paints and len(evaluator.samples_with(split, (TEXT, IMAGE), 1)) > 0
         if store.has_codes and painted:
             figures["image_generation"] = bits_per_code(evaluator, split)
         if store.has_codes and store.has_pixels and dvae is not None and painted:

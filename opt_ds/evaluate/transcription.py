@@ -60,7 +60,7 @@ def transcription(
                 sample.frames = evaluator.read(gallery[other], (AUDIO,)).frames
             shuffled = evaluator.write_text(samples, options)
             result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
-    if not any(name in result for name in inputs):
+    if inputs and not any(name in result for name in inputs):
         raise UserError(
             f'{evaluator.store.path}: no sample of split "{split}" has text and what it can be written from '
             f"({', '.join(inputs)}): choose another split"

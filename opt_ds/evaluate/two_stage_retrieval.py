@@ -22,6 +22,7 @@ from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, conten
 #: Training inputs, the nearest by the projection, whose mean likelihood stands for a text's prior, where texts are ranked. Any
 #: others would tell little: nearly all of a text's likelihood lies with the few inputs that it nearly fits.
 PRIOR_INPUTS = 32
+_LOSS_OF = {"matching": "matching", "likelihood": "dtr"}
 
 
 def two_stage_retrieval(
@@ -36,9 +37,12 @@ def two_stage_retrieval(
 
     Per direction: `projection`, the first stage alone; `shortlist_recall`, the share of queries with a right candidate among the
     `shortlist` best of it; `matching` and (where text is one side) `likelihood`, the re-ranked order, with the runs that it took
-    of encoder and decoder beside those of all pairs. A direction whose modalities no sample has is left out. Raises UserError if
-    the shortlist is not shorter than the gallery.
+    of encoder and decoder beside those of all pairs. A direction whose modalities no sample has is left out, and so is a score
+    whose loss the model was not trained with. Raises UserError if neither is left, or if the shortlist is not shorter than the
+    gallery.
     """
+    if "dtr" not in evaluator.config.learned_losses:
+        evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
     stages = TwoStages(evaluator, seed)
     needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
     directions = [name for name in directions if len(evaluator.samples_with(split, sorted(needs[name]), 1))]
@@ -72,7 +76,8 @@ class TwoStages:
     def figures(
         self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that there are."""
+        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that the
+        model learned."""
         same_qc = same_pairs(self.evaluator, queries, gallery, *DIRECTIONS[direction])
         first_qc = self.first_stage(direction, queries, gallery)
         best_qk = shortlisted(first_qc, shortlist)
@@ -81,7 +86,8 @@ class TwoStages:
             "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
         }  # fmt: skip
         encoded, pairs = len(queries) + len(gallery), best_qk.size
-        for score in scores or ("matching", "likelihood"):
+        learned = self.evaluator.config.learned_losses
+        for score in scores or [name for name, loss in _LOSS_OF.items() if loss in learned]:
             if score == "matching":
                 second_qk, encoder_runs, decoder_runs = self.matching(direction, queries, gallery, best_qk), encoded + pairs, 0
             elif _has_likelihood(direction):
