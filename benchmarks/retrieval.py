@@ -24,7 +24,7 @@ from opt_ds.data.planned import AUDIO, IMAGE, TEXT  # noqa: E402
 from opt_ds.engine.checkpoint import load_model  # noqa: E402
 from opt_ds.engine.preflight import check_store  # noqa: E402
 from opt_ds.evaluate.evaluator import Evaluator  # noqa: E402
-from opt_ds.evaluate.retrieval import DIRECTIONS, recall, target_names  # noqa: E402
+from opt_ds.evaluate.retrieval import DIRECTIONS, recall, same_pairs  # noqa: E402
 from opt_ds.evaluate.two_stage_retrieval import TwoStages  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
@@ -39,7 +39,6 @@ def compare(
     stages: TwoStages, direction: str, score: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int
 ) -> dict[str, Any]:
     """Both ways on the same queries and candidates."""
-    target = DIRECTIONS[direction][1]
     began = time.perf_counter()
     stages.first_stage(direction, queries[:1], gallery[:1])  # fits the projection
     fitted = time.perf_counter()
@@ -53,8 +52,7 @@ def compare(
         if score == "matching"
         else [score_pairs(direction, queries, gallery, everything_qc)]
     )
-    names = target_names(stages.evaluator, np.concatenate([queries, gallery]), target)
-    same_qc = names[: len(queries), None] == names[None, len(queries) :]
+    same_qc = same_pairs(stages.evaluator, queries, gallery, *DIRECTIONS[direction])
     return {
         "direction": direction, "score": score, "queries": len(queries), "candidates": len(gallery), "shortlist": shortlist,
         "chance": two["chance"]["R@1"], "projection": two["projection"], "shortlist_recall": two["shortlist_recall"],

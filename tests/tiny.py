@@ -47,6 +47,15 @@ def index_with(store: FeatureStore, rows: np.ndarray) -> StoreIndex:
     return dataclasses.replace(store.index, rows=rows, subsets=subsets)
 
 
+def masked(store: FeatureStore, modality: int) -> FeatureStore:
+    """The same store, opened anew, as if no sample had the modality."""
+    without = FeatureStore(store.path)
+    rows = without.index.rows.copy()
+    rows[:, modality] = -1
+    without.__dict__["index"] = index_with(without, rows)
+    return without
+
+
 def make_config(**sections: Any) -> Config:
     """The tiny configuration; each section's keys are laid over it: make_config(model={"norm": "pre"}, seed=3)."""
     tree: dict[str, Any] = {

@@ -16,7 +16,9 @@ def ablate(
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting of every run.")
     ] = None,
     row: Annotated[list[str] | None, typer.Option(help="A row to make; may be repeated. Default: all that differ.")] = None,
-    split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test_variant",
+    split: Annotated[
+        str | None, typer.Option(help="Split that the probe is judged on. Default: as opt-ds evaluate classification's.")
+    ] = None,
     train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train",
     subset: Annotated[
         list[str] | None, typer.Option(help="Input of the probe, such as T+A+I; may be repeated. Default: T+A+I.")
@@ -39,7 +41,7 @@ def ablate(
     from opt_ds.config import load_config
     from opt_ds.engine import preflight, run_folder
     from opt_ds.evaluate import ablation, ablation_table
-    from opt_ds.evaluate.evaluator import SUBSETS
+    from opt_ds.evaluate.evaluator import SUBSETS, held_out_splits
 
     for name in subset or ():
         if name not in SUBSETS:
@@ -62,6 +64,9 @@ def ablate(
             raise UserError("--arguments: name one row with --task (or one --row)")
         typer.echo("\n".join(ablation.pretrain_arguments(source, rows[0], output)))
         return 0
+    if split is None:
+        split = held_out_splits(stores[0])[0]
+        typer.echo(f"note: judged on {split}; --split chooses", err=True)
     probe = ablation.Probe(split, train_split, tuple(subset or ("T+A+I",)), min_positives, regularisation, limit)
     ablation.check_labels(stores[0], probe, rows[0].config.seed)
     for planned in rows:

@@ -27,7 +27,9 @@ _Checkpoint = Annotated[
 ]
 _Store = Annotated[Path, typer.Option(help="The feature store.")]
 _Output = Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
-_Split = Annotated[str, typer.Option(help="Split of the store.")]
+_Split = Annotated[
+    str | None, typer.Option(help="Split of the store. Default: test_variant, else the first that begins with test, else valid.")
+]
 _Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
 _Seed = Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0, max=MAX_SEED)]
 _Force = Annotated[
@@ -40,9 +42,11 @@ def retrieval(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: _Split = "test_variant",
+    split: _Split = None,
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
-    matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 200,
+    matching_candidates: Annotated[
+        int, typer.Option(help="Gallery of the matching head, of triples too (summary takes 100, and 50 triples).", min=2)
+    ] = 200,
     shortlist: Annotated[
         int | None, typer.Option(help="In two stages: a projection of [CLS] ranks all, the model re-ranks so many.", min=1)
     ] = None,
@@ -58,9 +62,9 @@ def retrieval(
     from opt_ds.evaluate.summary import retrieval_lines
     from opt_ds.evaluate.two_stage_retrieval import table, two_stage_retrieval
 
+    split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split)
     if shortlist is not None:
-        evaluator.require("matching", "judge what belongs together")
         figures = two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
         _write(figures, output)
         _echo(table(figures))
@@ -75,7 +79,7 @@ def transcription(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: _Split = "test_variant",
+    split: _Split = None,
     limit: _Limit = None,
     beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
     ignore_words: Annotated[str, typer.Option(help="A second word error rate leaves these out: words, spaces between.")] = "",
@@ -87,6 +91,7 @@ def transcription(
     from opt_ds.evaluate.transcription import normalize
     from opt_ds.evaluate.transcription import transcription as run
 
+    split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split)
     evaluator.require("dtr", "write text")
     ignored = frozenset(normalize(ignore_words).split())
@@ -100,7 +105,7 @@ def classification(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: _Split = "test_variant",
+    split: _Split = None,
     train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train",
     min_positives: Annotated[int, typer.Option(help="Training samples that a label needs.", min=1)] = 10,
     regularisation: Annotated[
@@ -115,6 +120,7 @@ def classification(
     from opt_ds.evaluate.classification import table
     from opt_ds.evaluate.evaluator import SUBSETS
 
+    split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split, train_split)
     figures = run(evaluator, split, train_split, tuple(SUBSETS), min_positives, regularisation, limit, seed)
     _write(figures, output)
@@ -126,7 +132,7 @@ def vqa(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: _Split = "valid",
+    split: Annotated[str, typer.Option(help="Split of the store.")] = "valid",
     limit: _Limit = None,
     seed: _Seed = 1,
     force: _Force = False,
@@ -147,8 +153,8 @@ def captioning(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: _Split = "test_variant",
-    limit: _Limit = None,
+    split: _Split = None,
+    limit: Annotated[int | None, typer.Option(help="Pictures at most, a seeded choice.", min=1)] = None,
     beam_size: Annotated[int, typer.Option(help="1: greedy.", min=1)] = 4,
     seed: _Seed = 1,
     force: _Force = False,
@@ -156,6 +162,7 @@ def captioning(
     """BLEU-4 and CIDEr of captions written from pictures, beside a constant caption and another picture's."""
     from opt_ds.evaluate.captioning import captioning as run
 
+    split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split)
     evaluator.require("dtr", "write text")
     figures = run(evaluator, split, limit, seed, _text_decoding(beam_size))
@@ -169,7 +176,7 @@ def image_generation(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: _Split = "test_variant",
+    split: _Split = None,
     limit: _Limit = None,
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8,
@@ -197,14 +204,17 @@ def image_generation(
         raise UserError(f"--output {output}: the picture grid gets this name: name the figures' file, such as {output.stem}.json")
     from PIL import Image
 
-    from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, table
+    from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, table
     from opt_ds.evaluate.image_networks import ClipScore, check_inception
     from opt_ds.evaluate.picture_grid import draw_picture_grid
     from opt_ds.model.generation import DecodingConfig
     from opt_ds.serve.session import Session
 
+    split = split or _held_out(store, 1)[0]
     evaluator = _evaluator(checkpoint, store, force, split)
     evaluator.require("dir", "paint pictures")
+    if paint + pictures and candidates > 1:
+        evaluator.require("matching", "choose the best of several pictures: give --candidates 1")
     if not evaluator.store.has_codes:
         raise UserError(f"store {store}: it has no image codes: write them with opt-ds train-dvae --store {store}")
     if (pictures or paint) and not evaluator.store.has_pixels:
@@ -213,13 +223,14 @@ def image_generation(
         check_inception(inception)
     if clip is not None:
         ClipScore(clip)
+    inputs = possible_inputs(evaluator, split)
     options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
     painter = look = None
     if pictures or paint:
         session = Session.load(checkpoint, image_weights=image_weights, device=str(evaluator.device), warn=lambda _: None)
         painter = Painter(_dvae(evaluator, dvae), options, candidates, session.belongs)
         look = session.look
-    figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in ("T", "A", "T+A")}
+    figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
     if painter is not None and paint:
         count = min(paint, limit or paint)
         for name, row in figures.items():
@@ -240,9 +251,13 @@ def summary(
     checkpoint: _Checkpoint,
     store: _Store,
     output: _Output,
-    split: Annotated[list[str], typer.Option(help="Held-out splits; may be repeated.")] = ["test_variant", "test_concept"],  # noqa: B006
+    split: Annotated[
+        list[str] | None, typer.Option(help="Held-out split; may be repeated. Default: all that begin with test, else valid.")
+    ] = None,
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200,
-    matching_candidates: Annotated[int, typer.Option(help="Gallery of the matching head.", min=2)] = 100,
+    matching_candidates: Annotated[
+        int, typer.Option(help="Gallery of the matching head, of triples 50 (retrieval takes 200 of both).", min=2)
+    ] = 100,
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None,
     seed: _Seed = 1,
     force: _Force = False,
@@ -250,16 +265,28 @@ def summary(
     """What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids."""
     from opt_ds.evaluate.summary import summarize, table
 
-    evaluator = _evaluator(checkpoint, store, force, *split)
+    splits = split or _held_out(store)
+    evaluator = _evaluator(checkpoint, store, force, *splits)
     painter = _dvae(evaluator, dvae) if evaluator.store.has_codes and evaluator.store.has_pixels else None
-    figures = summarize(evaluator, painter, split, output.parent, candidates, matching_candidates, seed)
+    figures = summarize(evaluator, painter, splits, output.parent, candidates, matching_candidates, seed)
     _write(figures, output)
     _echo(table(figures))
     _echo(f"\ncheckpoint    {checkpoint}\nfigures       {output}")
-    for name in [figures["splits"][s].get("picture_grid") for s in split]:
+    for name in [figures["splits"][s].get("picture_grid") for s in splits]:
         if name:
             _echo(f"picture grid  {output.parent / name}")
     _echo(f"curves        tensorboard --logdir {checkpoint}")
+
+
+def _held_out(store: Path, most: int | None = None) -> list[str]:
+    """The store's held-out splits, `most` of them, where none was asked for."""
+    from opt_ds.evaluate.evaluator import held_out_splits
+    from opt_ds.store.reader import FeatureStore
+
+    found = held_out_splits(FeatureStore(store))[:most]
+    seen = ", since none begins with test (early stopping saw it too)" if found == ["valid"] else ""
+    _echo(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", err=True)
+    return found
 
 
 def _evaluator(checkpoint: Path, store_path: Path, force: bool, *splits: str) -> "Evaluator":

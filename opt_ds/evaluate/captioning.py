@@ -10,7 +10,7 @@ import numpy as np
 import sacrebleu
 
 from opt_ds.data.planned import IMAGE, TEXT
-from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, seeded_choice
 from opt_ds.evaluate.transcription import DEFAULT_DECODING, constant_caption, normalize
 from opt_ds.model.generation import DecodingConfig
 
@@ -20,19 +20,20 @@ def captioning(
 ) -> dict[str, Any]:
     """BLEU-4 (0 … 100) and CIDEr (about 0 … 10) over the split's pictures, beside one constant caption and another picture's.
 
-    CIDEr weighs n-grams by their rarity among this split's references: it compares models on one split, not splits.
+    `limit`: pictures at most, a seeded choice; each keeps all its captions. CIDEr weighs n-grams by their rarity among this
+    split's references: it compares models on one split, not splits.
     """
     options = options or DEFAULT_DECODING
-    samples = evaluator.samples_with(split, (TEXT, IMAGE), limit, seed)
+    samples = evaluator.require_samples(split, (TEXT, IMAGE))
     rows = evaluator.store.rows[samples, IMAGE]
-    references: dict[int, list[str]] = {}
-    for index, row in zip(samples, rows, strict=True):
-        references.setdefault(int(row), []).append(normalize(evaluator.caption(index)))
-    first = {int(row): index for row, index in zip(rows[::-1], samples[::-1], strict=True)}
-    pictures = list(references)
-    read = [evaluator.read(first[row], SUBSETS["I"]) for row in pictures]
-    written = [normalize(text) for text in evaluator.write_text(read, options)]
-    wanted = [references[row] for row in pictures]
+    first = np.sort(np.unique(rows, return_index=True)[1])  # of the samples that share a picture
+    pictures = seeded_choice(samples[first], limit, seed)
+    references: dict[int, list[str]] = {int(row): [] for row in evaluator.store.rows[pictures, IMAGE]}
+    for index, row in zip(samples, rows.tolist(), strict=True):
+        if row in references:
+            references[row].append(normalize(evaluator.caption(index)))
+    written = [normalize(text) for text in evaluator.write_text([evaluator.read(i, SUBSETS["I"]) for i in pictures], options)]
+    wanted = list(references.values())
     constant = normalize(constant_caption(evaluator, seed))
     return {
         "split": split, "pictures": len(pictures), "decoding": options.model_dump(), **scores(wanted, written),

@@ -11,8 +11,9 @@ from PIL import Image
 
 from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.data.samples import Sample
+from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluate.retrieval import chance, recall, target_names
+from opt_ds.evaluate.retrieval import chance, content_names, recall
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
 
@@ -27,7 +28,7 @@ DEFAULT_SAMPLING = DecodingConfig(method="sample", top_k=32, temperature=0.8)
 def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
     """Mean −log2 P(code | codes before, input) over all true codes of the split, beside the codes' training frequencies."""
     modalities = SUBSETS[inputs]
-    gallery = evaluator.samples_with(split, (IMAGE, *modalities), limit, seed)
+    gallery = evaluator.require_samples(split, (IMAGE, *modalities), limit, seed)
     samples = [evaluator.read(index, modalities) for index in gallery]
     codes = [evaluator.store.codes(int(evaluator.store.rows[index, IMAGE])).astype(np.int64) for index in gallery]
     for sample, target in zip(samples, codes, strict=True):
@@ -42,6 +43,14 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
     unigram = _unigram_bits(evaluator, codes)
     return {"split": split, "inputs": inputs, "bits_per_code": total / count / np.log(2), "unigram_bits_per_code": unigram,
             "samples": len(gallery)}  # fmt: skip
+
+
+def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
+    """Of text, audio and both, those that samples of the split have beside an image. UserError if none has any."""
+    found = tuple(name for name in ("T", "A", "T+A") if len(evaluator.samples_with(split, (IMAGE, *SUBSETS[name]), 1)))
+    if not found:
+        raise UserError(f'{evaluator.store.path}: no sample of split "{split}" has an image and text or audio: choose another')
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ def painted_figures(
     from opt_ds.evaluate import image_networks
 
     modalities = SUBSETS[inputs]
-    gallery = evaluator.samples_with(split, sorted({TEXT, IMAGE, *modalities}), limit, seed)
+    needed = {IMAGE, *modalities} | ({TEXT} if clip is not None else set())
+    gallery = evaluator.require_samples(split, sorted(needed), limit, seed)
     samples = [evaluator.read(index, modalities) for index in gallery]
     painted, scores = painter.paint(evaluator, samples)
     true = np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, IMAGE]])
@@ -111,7 +121,7 @@ def painted_figures(
     if scores is not None:
         figures["matching"] = {"first": float(scores[:, 0].mean()), "kept": float(scores.max(1).mean())}
     if look is not None:
-        names = target_names(evaluator, gallery, IMAGE)
+        names = content_names(evaluator, gallery, IMAGE)
         same = names[:, None] == names[None, :]
         figures["nearest"] = {**recall(_cosines(painted, true, look), same), "chance": chance(same)}
     if inception is not None:

@@ -21,17 +21,20 @@ def draw_picture_grid(
     evaluator: Evaluator, painter: Painter, split: str, num_samples: int = 8, seed: int = 1
 ) -> np.ndarray:
     """uint8 [H, W, 3]: a row a sample: true image | what the dVAE can show of it | image from text | image from audio |
-    the caption, and the texts written from image, from audio, from both."""
-    gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), num_samples, seed)
+    the caption, and the texts written from image, from audio, from both. Without what is made from audio where no sample has any,
+    and without texts of a model that does not learn to write; UserError where no sample has text and image."""
+    heard = len(evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), num_samples, seed)) > 0
+    gallery = evaluator.require_samples(split, (TEXT, IMAGE, AUDIO) if heard else (TEXT, IMAGE), num_samples, seed)
     rows = evaluator.store.rows[gallery, IMAGE]
     true = np.stack([evaluator.store.pixels(int(row)) for row in rows])
     codes = np.stack([evaluator.store.codes(int(row)) for row in rows]).astype(np.int64)
     pictures = [true, to_uint8(_decode(painter.dvae, codes))]
-    for name in ("T", "A"):
+    for name in ("T", "A") if heard else ("T",):
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
         pictures.append(painter.paint(evaluator, samples)[0])
     texts = [("caption", [evaluator.caption(index) for index in gallery])]
-    for name, label in (("I", "from image"), ("A", "from audio"), ("A+I", "from both")):
+    written = (("I", "from image"), ("A", "from audio"), ("A+I", "from both"))[: 3 if heard else 1]
+    for name, label in written if "dtr" in evaluator.config.learned_losses else ():
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
         texts.append((label, evaluator.write_text(samples, DecodingConfig())))
     return _draw(pictures, texts)

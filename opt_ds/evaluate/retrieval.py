@@ -1,7 +1,8 @@
 """Zero-shot retrieval in five directions, by the matching head and, where text is one side, by the text decoder's likelihood.
 
 A gallery of seeded candidates serves both as queries and as targets. Equal captions and identical pictures count as right: a
-hit is any candidate whose target is the same text, picture or recording as the query's own.
+hit is any candidate whose target is the same text, picture or recording as the query's own, and any that belongs to the same
+query, as each of a picture's captions does.
 """
 
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from opt_ds.data.matching import CASES
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample, given
+from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 
 #: direction -> (query modalities, target modality)
@@ -38,32 +40,43 @@ def retrieval(
     """R@1/5/10 of each direction, beside chance: `likelihood` over a gallery of `candidates` samples, `matching` over one of
     `matching_candidates`, since the matching head must encode every pair (of `triple_candidates` where a pair is a triple).
 
-    A score whose loss the model was not trained with is left out. Where texts are ranked, a text's likelihood is divided by
-    its mean over the queries: else short captions win.
+    A direction's gallery is of samples that have its modalities; a direction without any is left out, and UserError raised if
+    that leaves none. A score whose loss the model was not trained with is left out. Where texts are ranked, a text's likelihood
+    is divided by its mean over the queries: else short captions win.
     """
     result: dict[str, Any] = {"split": split, "seed": seed}
-    gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
-    small = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), matching_candidates, seed)
     writes, judges = (loss in evaluator.config.learned_losses for loss in ("dtr", "matching"))
     if not writes:
         evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
-    likelihood = {other: _likelihood_matrix(evaluator, gallery, other) for other in (IMAGE, AUDIO) if writes}
-    pairs = {other: _matching_matrix(evaluator, small, (TEXT,), other) for other in (IMAGE, AUDIO) if judges}
+    gallery, small = (
+        {other: evaluator.samples_with(split, (TEXT, other), count, seed) for other in (IMAGE, AUDIO)}
+        for count in (candidates, matching_candidates)
+    )
+    there = [other for other in (IMAGE, AUDIO) if len(gallery[other])]
+    if not there:
+        raise UserError(f'{evaluator.store.path}: no sample of split "{split}" has text and an image or audio: choose another')
+    likelihood = {other: _likelihood_matrix(evaluator, gallery[other], other) for other in there if writes}
+    pairs = {other: _matching_matrix(evaluator, small[other], (TEXT,), other) for other in there if judges}
     for direction, (query, target) in DIRECTIONS.items():
         figures: dict[str, Any] = {}
         if len(query) == 1:
             (other,) = {*query, target} - {TEXT}
+            if other not in there:
+                continue
             if writes:
                 by_other = likelihood[other]  # [others, texts]
                 scores = by_other - log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
-                figures["likelihood"] = _figures(scores, _same_target(evaluator, gallery, target))
+                figures["likelihood"] = _figures(scores, same_pairs(evaluator, gallery[other], gallery[other], query, target))
             if judges:
                 scores = pairs[other].T if target == TEXT else pairs[other]
-                figures["matching"] = _figures(scores, _same_target(evaluator, small, target))
-        elif judges:
+                figures["matching"] = _figures(scores, same_pairs(evaluator, small[other], small[other], query, target))
+        else:
             ranked = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
-            scores = _matching_matrix(evaluator, ranked, query, target)
-            figures["matching"] = _figures(scores, _same_target(evaluator, ranked, target))
+            if not len(ranked):
+                continue
+            if judges:
+                scores = _matching_matrix(evaluator, ranked, query, target)
+                figures["matching"] = _figures(scores, same_pairs(evaluator, ranked, ranked, query, target))
         result[direction] = figures
     return result
 
@@ -114,20 +127,26 @@ def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int)
     return evaluator.text_log_likelihood(samples, texts)
 
 
-def _same_target(evaluator: Evaluator, gallery: np.ndarray, target: int) -> np.ndarray:
-    """bool [n, n]: candidate j's target is as good as query i's own."""
-    names = target_names(evaluator, gallery, target)
-    return names[:, None] == names[None, :]
+def same_pairs(
+    evaluator: Evaluator, queries: np.ndarray, candidates: np.ndarray, query: tuple[int, ...], target: int
+) -> np.ndarray:
+    """bool [queries, candidates]: the candidate's target is as good as the query's own: the same, or that of the same query."""
+
+    def equal(modality: int) -> np.ndarray:
+        names = content_names(evaluator, np.concatenate([queries, candidates]), modality)
+        return names[: len(queries), None] == names[None, len(queries) :]
+
+    return equal(target) | np.logical_and.reduce([equal(modality) for modality in query])
 
 
-def target_names(evaluator: Evaluator, samples: np.ndarray, target: int) -> np.ndarray:
+def content_names(evaluator: Evaluator, samples: np.ndarray, modality: int) -> np.ndarray:
     """int64 [n], equal where two samples' captions, pictures or recordings are."""
     content: list[str] | list[bytes]
-    if target == TEXT:
+    if modality == TEXT:
         content = [evaluator.caption(index) for index in samples]
     else:
-        store, rows = evaluator.store, evaluator.store.rows[samples, target]
-        content = [store.region_features(row).tobytes() if target == IMAGE else store.frames(row).tobytes() for row in rows]
+        store, rows = evaluator.store, evaluator.store.rows[samples, modality]
+        content = [store.region_features(row).tobytes() if modality == IMAGE else store.frames(row).tobytes() for row in rows]
     return np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import validate
@@ -30,7 +31,10 @@ def summarize(
     matching_candidates: int = 100,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`."""
+    """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`.
+
+    What the model was not trained to do is left out.
+    """
     started = time.perf_counter()
     config, store = evaluator.config, evaluator.store
     result = validate(evaluator.model, config, store, evaluator.device, evaluator.group)
@@ -44,14 +48,16 @@ def summarize(
         },
         "splits": {},
     }
+    writes, paints = (loss in config.learned_losses for loss in ("dtr", "dir"))
     for split in splits:
         figures: dict[str, Any] = {
             "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
-            "transcription": transcription(evaluator, split, seed=seed),
+            "transcription": transcription(evaluator, split, ("A", "A+I", "I") if writes else (), seed=seed),
         }
-        if store.has_codes:
+        painted = paints and len(evaluator.samples_with(split, (TEXT, IMAGE), 1)) > 0
+        if store.has_codes and painted:
             figures["image_generation"] = bits_per_code(evaluator, split)
-        if store.has_codes and store.has_pixels and dvae is not None:
+        if store.has_codes and store.has_pixels and dvae is not None and painted:
             grid = output / f"picture_grid-{split}.png"
             drawn = draw_picture_grid(evaluator, Painter(dvae), split, seed=seed)
             if evaluator.is_main:
@@ -85,7 +91,7 @@ def table(summary: dict[str, Any]) -> str:
 def retrieval_lines(figures: dict[str, Any]) -> list[str]:
     """What `retrieval` found, a line for each direction and score."""
     lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
-    for direction in DIRECTIONS:
+    for direction in (name for name in DIRECTIONS if name in figures):
         name = direction.replace("_to_", "→").replace("_", "+")
         for score, label in (("likelihood", "text likelihood"), ("matching", "matching head")):
             if score in figures[direction]:
@@ -101,7 +107,7 @@ def transcription_lines(figures: dict[str, Any]) -> list[str]:
     """What `transcription` found, a line for each input."""
     names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
     lines = ["  word error rate"]
-    for key, name in names.items():
+    for key, name in ((key, name) for key, name in names.items() if key in figures):
         row = figures[key]
         shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
         others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""

@@ -3,13 +3,14 @@
 Normalisation of both sides before comparing: lower case, punctuation away, single spaces.
 """
 
-import re
+import unicodedata
 from typing import Any
 
 import jiwer
 import numpy as np
 
 from opt_ds.data.planned import AUDIO, TEXT
+from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.model.generation import DecodingConfig
 
@@ -28,7 +29,8 @@ def transcription(
     ignored_words: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Word error rate of the text written from each input, with the audio of other samples as control, and of one constant
-    caption (the one of the training split that errs least there).
+    caption (the one of the training split that errs least there). An input that no sample has beside a caption is left out;
+    UserError if that leaves none.
 
     `ignored_words` (normalised) are counted nowhere in a second figure, `wer_of_other_words`: frequent words that are easily
     guessed hide how well the rare ones were heard.
@@ -40,6 +42,8 @@ def transcription(
     for name in inputs:
         modalities = SUBSETS[name]
         gallery = evaluator.samples_with(split, (TEXT, *modalities), limit, seed)
+        if not len(gallery):
+            continue
         references = [evaluator.caption(index) for index in gallery]
         samples = [evaluator.read(index, modalities) for index in gallery]
         written = evaluator.write_text(samples, options)
@@ -50,13 +54,18 @@ def transcription(
         }
         if ignored_words:
             result[name]["wer_of_other_words"] = _wer_of_other_words(references, written, ignored_words)
-        if AUDIO in modalities:
+        if AUDIO in modalities and len(gallery) > 1:
             order = _shuffle(references, seed)
             for sample, other in zip(samples, order, strict=True):
                 sample.frames = evaluator.read(gallery[other], (AUDIO,)).frames
             shuffled = evaluator.write_text(samples, options)
             result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
-    gallery = evaluator.samples_with(split, (TEXT,), limit, seed)
+    if inputs and not any(name in result for name in inputs):
+        raise UserError(
+            f'{evaluator.store.path}: no sample of split "{split}" has text and what it can be written from '
+            f"({', '.join(inputs)}): choose another split"
+        )
+    gallery = evaluator.require_samples(split, (TEXT,), limit, seed)
     constant = constant_caption(evaluator, seed)
     references = [evaluator.caption(index) for index in gallery]
     constants = [constant] * len(references)
@@ -67,7 +76,8 @@ def transcription(
 
 
 def word_error_rate(references: list[str], written: list[str]) -> float:
-    """Edits over words of the references (jiwer), after normalisation. References that become empty are left out."""
+    """Edits over words of the references (jiwer), after normalisation. References that become empty are left out; UserError if
+    all do."""
     return float(jiwer.wer(*_normalized_pairs(references, written)))
 
 
@@ -86,23 +96,30 @@ def _wer_of_other_words(references: list[str], written: list[str], ignored: froz
 def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[str], list[str]]:
     pairs = [(normalize(r), normalize(w)) for r, w in zip(references, written, strict=True)]
     pairs = [(r, w) for r, w in pairs if r]
+    if not pairs:
+        raise UserError("no caption has a word left to count errors by, once punctuation and ignored words are away")
     return [r for r, _ in pairs], [w for _, w in pairs]
 
 
 def normalize(text: str) -> str:
-    """Lower case; letters, digits and apostrophes of any script; single spaces."""
-    return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
+    """Lower case, composed (NFC); letters with their marks, digits and (plain) apostrophes of any script; single spaces."""
+    text = unicodedata.normalize("NFC", text.lower())
+    return " ".join("".join(char if _is_of_a_word(char) else " " for char in text).split())
+
+
+def _is_of_a_word(char: str) -> bool:
+    return char in "'_" or unicodedata.category(char)[0] in "LMN"
 
 
 def constant_caption(evaluator: Evaluator, seed: int) -> str:
     """The training caption that, said of everything, errs least over a sample of the training captions."""
-    train = evaluator.samples_with(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
+    train = evaluator.require_samples(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
     references = [evaluator.caption(index) for index in train]
     return min(references[:_CONSTANT_CANDIDATES], key=lambda text: word_error_rate(references, [text] * len(references)))
 
 
 def _shuffle(captions: list[str], seed: int) -> np.ndarray:
-    """A permutation in which (as far as captions allow) nobody hears his own caption."""
+    """A permutation without a fixed place: each sample hears another one's audio, which may happen to say the same."""
     order = np.random.default_rng(seed).permutation(len(captions))
     turned = np.roll(order, 1)
     other = np.empty_like(order)

@@ -17,11 +17,12 @@ from opt_ds.data.samples import given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, joined, log_mean_exp, recall, target_names
+from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, content_names, joined, log_mean_exp, recall, same_pairs
 
 #: Training inputs, the nearest by the projection, whose mean likelihood stands for a text's prior, where texts are ranked. Any
 #: others would tell little: nearly all of a text's likelihood lies with the few inputs that it nearly fits.
 PRIOR_INPUTS = 32
+_LOSS_OF = {"matching": "matching", "likelihood": "dtr"}
 
 
 def two_stage_retrieval(
@@ -36,10 +37,17 @@ def two_stage_retrieval(
 
     Per direction: `projection`, the first stage alone; `shortlist_recall`, the share of queries with a right candidate among the
     `shortlist` best of it; `matching` and (where text is one side) `likelihood`, the re-ranked order, with the runs that it took
-    of encoder and decoder beside those of all pairs. Raises UserError if the shortlist is not shorter than the gallery.
+    of encoder and decoder beside those of all pairs. A direction whose modalities no sample has is left out, and so is a score
+    whose loss the model was not trained with. Raises UserError if neither is left, or if the shortlist is not shorter than the
+    gallery.
     """
+    if "dtr" not in evaluator.config.learned_losses:
+        evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
     stages = TwoStages(evaluator, seed)
-    gallery = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), candidates, seed)
+    needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
+    directions = [name for name in directions if len(evaluator.samples_with(split, sorted(needs[name]), 1))]
+    needed = set[int]().union(*(needs[name] for name in directions)) or {TEXT, IMAGE, AUDIO}
+    gallery = evaluator.require_samples(split, sorted(needed), candidates, seed)
     if shortlist >= len(gallery):
         raise UserError(f"--shortlist {shortlist}: the gallery has {len(gallery)} samples: give fewer, or leave it away")
     result: dict[str, Any] = {"split": split, "seed": seed, "candidates": len(gallery), "shortlist": shortlist}
@@ -68,10 +76,9 @@ class TwoStages:
     def figures(
         self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that there are."""
-        target = DIRECTIONS[direction][1]
-        names = target_names(self.evaluator, np.concatenate([queries, gallery]), target)
-        same_qc = names[: len(queries), None] == names[None, len(queries) :]
+        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that the
+        model learned."""
+        same_qc = same_pairs(self.evaluator, queries, gallery, *DIRECTIONS[direction])
         first_qc = self.first_stage(direction, queries, gallery)
         best_qk = shortlisted(first_qc, shortlist)
         found: dict[str, Any] = {
@@ -79,7 +86,8 @@ class TwoStages:
             "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
         }  # fmt: skip
         encoded, pairs = len(queries) + len(gallery), best_qk.size
-        for score in scores or ("matching", "likelihood"):
+        learned = self.evaluator.config.learned_losses
+        for score in scores or [name for name, loss in _LOSS_OF.items() if loss in learned]:
             if score == "matching":
                 second_qk, encoder_runs, decoder_runs = self.matching(direction, queries, gallery, best_qk), encoded + pairs, 0
             elif _has_likelihood(direction):
@@ -168,7 +176,7 @@ class TwoStages:
                 samples = self.evaluator.samples_with(split, (*query, target))
                 if not len(samples):
                     raise UserError(f"{self.evaluator.store.path}: split {split} has no sample to fit {direction} on")
-                names = target_names(self.evaluator, samples, target)
+                names = content_names(self.evaluator, samples, target)
                 fitted_on.append((samples, Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names)))
             (train_samples, train), (_, valid) = fitted_on
             projection = fit_dual_projection(train, valid, seed=self.seed)

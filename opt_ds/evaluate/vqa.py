@@ -1,7 +1,7 @@
 """Visual question answering by the fine-tuned label head: the published VQA accuracy (Antol et al. 2015, §5).
 
 A question's text and picture go in; its answer is the name that scores most. The store's labels are the annotators' answers, as
-often as they were given (`opt-ds import vqa`).
+often as they were given (`opt-ds import vqa`); a question without labels has answers that are no name, and none is right.
 """
 
 from collections import Counter
@@ -16,18 +16,18 @@ ANNOTATORS = 10  # of each question, as published
 
 
 def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
-    """`accuracy`, 0 … 1, over the split's questions with answers; beside it what the most frequent training answer gives, and
+    """`accuracy`, 0 … 1, over the split's questions; beside it what the most frequent training answer gives, and
     `best_possible`, what the names of the head allow. Raises UserError for a model without a head for answers."""
     labels = evaluator.config.tasks.labels
     if labels is None or not labels.answers:
         raise UserError("this model has no head for answers: opt-ds finetune vqa trains one")
     store = evaluator.store
-    questions = [i for i in evaluator.samples_with(split, SUBSETS[inputs], limit, seed) if store.labels(int(i))]
-    if not questions:
+    questions = evaluator.samples_with(split, SUBSETS[inputs], limit, seed)
+    given = [Counter(store.labels(int(index))) for index in questions]
+    if not any(given):
         raise UserError(f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them')
     scores = evaluator.label_scores([evaluator.read(index, SUBSETS[inputs]) for index in questions])
     answers = [labels.names[place] for place in scores.argmax(1)]
-    given = [Counter(store.labels(int(index))) for index in questions]
     constant = _most_frequent(evaluator)
     best = [max((answer_accuracy(counts, name) for name in counts if name in labels.names), default=0.0) for counts in given]
     return {

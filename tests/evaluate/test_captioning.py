@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from opt_ds.data.planned import IMAGE, TEXT
+from opt_ds.errors import UserError
 from opt_ds.evaluate.captioning import bleu_4, captioning, cider
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.model.generation import DecodingConfig
+from opt_ds.store import FeatureStore
+from tests.tiny import index_with, masked
 
 REFERENCES = [
     ["a red cat on a mat", "a cat on the mat"], ["two dogs run in the snow"], ["a boat at sea", "a ship at sea", "the sea"]
@@ -34,3 +38,22 @@ def test_a_models_captions_are_scored_a_picture_once(evaluator: Evaluator) -> No
     gallery = evaluator.samples_with("valid", (0, 1))
     assert figures["pictures"] == len(np.unique(evaluator.store.rows[gallery, 1]))
     assert {"bleu_4", "cider", "constant_caption", "another_picture"} <= set(figures)
+
+
+def test_a_limit_is_one_of_pictures_and_keeps_all_their_captions(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeatureStore(evaluator.store.path)
+    gallery = evaluator.samples_with("valid", (TEXT, IMAGE))
+    rows = store.index.rows.copy()
+    rows[gallery, IMAGE] = np.repeat(rows[gallery[::3], IMAGE], 3)[: len(gallery)]
+    store.__dict__["index"] = index_with(store, rows)
+    wanted: list[list[str]] = []
+    monkeypatch.setattr("opt_ds.evaluate.captioning.bleu_4", lambda references, written: wanted.extend(references) or 0.0)
+    figures = captioning(Evaluator(evaluator.model, evaluator.config, store), "valid", limit=2, options=DecodingConfig())
+    assert figures["pictures"] == 2
+    assert all(len(captions) == 3 for captions in wanted)
+
+
+def test_a_split_without_pictures_is_refused(evaluator: Evaluator) -> None:
+    pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
+    with pytest.raises(UserError, match='no sample of split "valid" has text and an image'):
+        captioning(pictureless, "valid")

@@ -1,9 +1,14 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
-from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
+from opt_ds.errors import UserError
+from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, held_out_splits
 from opt_ds.model.generation import DecodingConfig
 
 
@@ -47,3 +52,29 @@ def test_a_seeded_gallery_is_a_choice_of_the_split(evaluator: Evaluator) -> None
     assert set(chosen) <= set(evaluator.store.split_samples("train"))
     assert chosen.tolist() == evaluator.samples_with("train", (TEXT,), 10, seed=3).tolist()
     assert chosen.tolist() != evaluator.samples_with("train", (TEXT,), 10, seed=4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        (["train", "test_concept", "test_variant", "valid"], ["test_variant", "test_concept"]),
+        (["train", "valid", "testB", "test"], ["test", "testB"]),
+        (["train", "valid"], ["valid"]),
+        (["train", "valid", "test_empty"], ["valid"]),
+    ],
+)
+def test_held_out_splits_are_the_test_splits_else_valid(splits: list[str], expected: list[str]) -> None:
+    assert held_out_splits(store_with(splits)) == expected
+
+
+def test_a_store_with_nothing_held_out_needs_a_choice() -> None:
+    with pytest.raises(UserError, match="choose one with --split: all"):
+        held_out_splits(store_with(["all"]))
+
+
+def store_with(splits: list[str]) -> Any:
+    """A store with these splits, of a sample each unless they are called empty."""
+    return SimpleNamespace(
+        path=Path("store"), description=SimpleNamespace(split_names=splits),
+        split_samples=lambda name: np.arange("empty" not in name),
+    )  # fmt: skip

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from opt_ds.data.planned import IMAGE
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluate.image_generation import Painter, painted_figures, to_picture
+from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, to_picture
 from opt_ds.evaluate.image_networks import ClipScore, check_inception, frechet_inception_distance
 from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE
 from opt_ds.model.generation import DecodingConfig
+from tests.tiny import masked
 
 SAMPLING = DecodingConfig(method="sample", temperature=1.0)
 
@@ -128,3 +130,13 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="not readable as CLIP"):
         ClipScore(tmp_path)
+
+
+def test_only_what_samples_have_is_painted_from(evaluator: Evaluator, without_audio: Evaluator) -> None:
+    assert possible_inputs(evaluator, "valid") == ("T", "A", "T+A")
+    assert possible_inputs(without_audio, "valid") == ("T",)
+    with pytest.raises(UserError, match='no sample of split "valid" has an image and audio'):
+        bits_per_code(without_audio, "valid", "A")
+    pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
+    with pytest.raises(UserError, match='no sample of split "valid" has an image and text or audio'):
+        possible_inputs(pictureless, "valid")

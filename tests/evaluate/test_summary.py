@@ -8,11 +8,12 @@ import torch
 from opt_ds.config import LOSSES
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
-from opt_ds.evaluate.losses import validate
+from opt_ds.evaluate.losses import ValidationResult, validate
 from opt_ds.evaluate.picture_grid import draw_picture_grid
 from opt_ds.evaluate.summary import summarize, table
 from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE
 from opt_ds.tasks.baselines import trivial_baselines
+from tests.tiny import make_config, make_model
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,31 @@ def test_the_picture_grid_shows_the_true_pictures(evaluator: Evaluator, dvae: Di
     pixels = evaluator.store.pixels(int(evaluator.store.rows[first, 1])).transpose(1, 2, 0)
     shown = grid[31 : 31 + 128 : 2, 10 : 10 + 128 : 2]
     assert (shown[1:-1, 1:-1] == pixels[1:-1, 1:-1]).all()
+
+
+def test_a_store_without_recordings_is_summed_up_without_them(
+    without_audio: Evaluator, dvae: DiscreteVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_ds.evaluate.summary.validate", lambda *_: ValidationResult({}, {}, 0.0))
+    monkeypatch.setattr("opt_ds.evaluate.summary.trivial_baselines", lambda *_: {})
+    figures = summarize(without_audio, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)
+    assert (tmp_path / figures["splits"]["valid"]["picture_grid"]).is_file()
+    assert "image→text" in table(figures) and "audio" not in table(figures)
+
+
+def test_what_the_model_never_learned_is_left_out_of_the_summary(
+    evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_ds.evaluate.summary.validate", lambda *_: ValidationResult({}, {}, 0.0))
+    monkeypatch.setattr("opt_ds.evaluate.summary.trivial_baselines", lambda *_: {})
+    config = make_config(
+        data={"stores": [str(evaluator.store.path)]}, model={"num_image_codes": 64},
+        tasks={loss: {"weight": 0} for loss in ("dtr", "dir")},
+    )  # fmt: skip
+    sorter = Evaluator(make_model(config), config, evaluator.store)
+    figures = summarize(sorter, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)["splits"]["valid"]
+    assert set(figures) == {"retrieval", "transcription"} and not {"A", "A+I", "I"} & set(figures["transcription"])
+    assert "likelihood" not in figures["retrieval"]["text_to_image"]
 
 
 def test_the_summary_is_plain_json_and_its_table_names_all(evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
+from opt_ds.data.planned import TEXT
+from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.evaluate.summary import transcription_lines
 from opt_ds.evaluate.transcription import _shuffle, normalize, transcription, word_error_rate
+from tests.tiny import masked
 
 
 def test_word_error_rate_counts_edits_after_normalisation() -> None:
@@ -11,9 +15,13 @@ def test_word_error_rate_counts_edits_after_normalisation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "normal"), [("Côte d’Ivoire!", "côte d ivoire"), ("Man's  HAT.", "man's hat"), ("日本 旗", "日本 旗")]
-)
-def test_normalisation_keeps_letters_of_any_script(text: str, normal: str) -> None:
+    ("text", "normal"),
+    [
+        ("Côte d’Ivoire!", "côte d ivoire"), ("Man's  HAT.", "man's hat"), ("日本 旗", "日本 旗"), ("हिन्दी में।", "हिन्दी में"),
+        ("cafe\u0301", "caf\u00e9"), ("keycap: 10 a_b", "keycap 10 a_b"),
+    ],
+)  # fmt: skip
+def test_normalisation_keeps_letters_and_marks_of_any_script(text: str, normal: str) -> None:
     assert normalize(text) == normal
 
 
@@ -50,3 +58,24 @@ def test_ignored_words_count_on_neither_side(evaluator: Evaluator, monkeypatch: 
     found = transcription(evaluator, "train", inputs=("I",), limit=2, ignored_words=ignored)
     assert found["I"]["wer"] == pytest.approx(4 / 7)
     assert found["I"]["wer_of_other_words"] == pytest.approx(1 / 2)
+
+
+def test_an_input_that_no_sample_has_is_left_out_and_a_store_without_any_is_refused(
+    evaluator: Evaluator, without_audio: Evaluator
+) -> None:
+    found = transcription(without_audio, "valid")
+    assert "I" in found and not {"A", "A+I"} & set(found)
+    assert not any("audio" in line for line in transcription_lines(found))
+    with pytest.raises(UserError, match=r'split "valid" has text and what it can be written from \(A\)'):
+        transcription(without_audio, "valid", inputs=("A",))
+    with pytest.raises(UserError, match='no sample of split "valid" has text and'):
+        transcription(Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, TEXT)), "valid")
+
+
+def test_one_sample_has_nobody_elses_audio_to_hear(evaluator: Evaluator) -> None:
+    assert "wer_shuffled_audio" not in transcription(evaluator, "valid", limit=1)["A"]
+
+
+def test_captions_without_a_word_have_no_error_rate() -> None:
+    with pytest.raises(UserError, match="no caption has a word left"):
+        word_error_rate(["!", "…"], ["a", "b"])

@@ -15,6 +15,7 @@ from opt_ds.evaluate.dual_projection import Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.retrieval import DIRECTIONS, _likelihood_matrix, _matching_matrix, recall
 from opt_ds.evaluate.two_stage_retrieval import TwoStages, reranked, shortlisted, table, two_stage_retrieval
+from tests.tiny import make_config, make_model
 
 
 def related(n: int, seed: int, noise: float = 0.05) -> Pairs:
@@ -116,3 +117,21 @@ def test_figures_are_plain_and_a_long_shortlist_is_refused(evaluator: Evaluator,
     assert "text+audio→image" in table(result) and "likelihood" in table(result)
     with pytest.raises(UserError, match="--shortlist 12: the gallery has 12 samples"):
         two_stage_retrieval(evaluator, "valid", 12)
+
+
+def test_a_store_without_recordings_has_the_directions_that_need_none(without_audio: Evaluator) -> None:
+    result = two_stage_retrieval(without_audio, "valid", 3)
+    assert {"image_to_text", "text_to_image"} == set(result) & set(DIRECTIONS) and result["candidates"] > 3
+
+
+def test_a_score_that_was_never_trained_is_left_out(evaluator: Evaluator) -> None:
+    def without(*losses: str) -> Evaluator:
+        tasks = {loss: {"weight": 0} for loss in losses}
+        config = make_config(data={"stores": [str(evaluator.store.path)]}, model={"num_image_codes": 64}, tasks=tasks)
+        return Evaluator(make_model(config), config, evaluator.store)
+
+    for loss, score in (("dtr", "matching"), ("matching", "likelihood")):
+        found = two_stage_retrieval(without(loss), "valid", 3, directions=("text_to_image",))["text_to_image"]
+        assert {"matching", "likelihood"} & set(found) == {score}
+    with pytest.raises(UserError, match="trained without matching"):
+        two_stage_retrieval(without("dtr", "matching"), "valid", 3)

@@ -43,6 +43,17 @@ def test_the_answer_that_scores_most_is_given(answering: Evaluator) -> None:
         assert figures["best_possible"] == pytest.approx(1.0) and figures["questions"] == 6
 
 
+def test_questions_without_a_frequent_answer_count_as_wrong(answering: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    hard = set(answering.store.split_samples("valid")[:3].tolist())
+    monkeypatch.setattr(FeatureStore, "labels", lambda self, index: [] if index in hard else ["yes"] * 10)
+    figures = vqa(answering, "valid")
+    assert figures["questions"] == 6
+    assert figures["best_possible"] == figures["constant_answer"]["accuracy"] == pytest.approx(0.5)
+    monkeypatch.setattr(FeatureStore, "labels", lambda self, index: [])
+    with pytest.raises(UserError, match='no sample of split "valid" has T\\+I and answers'):
+        vqa(answering, "valid")
+
+
 def test_a_model_without_the_head_is_refused(evaluator: Evaluator) -> None:
     with pytest.raises(UserError, match="no head for answers: opt-ds finetune vqa trains one"):
         vqa(evaluator, "valid")

@@ -2,7 +2,8 @@
 answers of its annotators are its labels, as often as they were given.
 
 Answers are normalised as the published evaluation does it (Antol et al. 2015: numbers as digits, no articles, no punctuation),
-and only frequent ones are labels, the usual answer vocabulary.
+and only frequent ones are labels, the usual answer vocabulary. A question without a frequent answer teaches nothing, but
+it counts where a model is judged.
 """
 
 import re
@@ -33,8 +34,9 @@ def import_vqa(
     """Write the manifest `output`. `questions`, `annotations`: FILE or SPLIT=FILE, as many of one as of the other.
 
     `min_count`: questions of the first file whose most frequent answer is the same, for that answer to become a label (9 leaves
-    3,129 of VQA v2's train and validation questions). Pictures are found by COCO's names, in any folder below `images`. UserError
-    for files that are none of VQA's, or when no answer is so frequent.
+    3,129 of VQA v2's train and validation questions). Questions without any label are left out of the first file and of others
+    of its split; elsewhere they stay, to count as answered wrong. Pictures are found by COCO's names, in any folder below
+    `images`. UserError for files that are none of VQA's, or when no answer is so frequent.
     """
     if len(questions) != len(annotations):
         raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
@@ -45,8 +47,11 @@ def import_vqa(
     if not names:
         raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
     say(f"{len(names)} answers are labels")
+    trains = {path for split, path, _ in pairs if split and split == pairs[0][0]} | {pairs[0][1]}
     entries = (
-        entry for split, path, notes in pairs for entry in _entries(path, split, answers[notes], names, pictures)
+        entry
+        for split, path, notes in pairs
+        for entry in _entries(path, split, answers[notes], names, pictures, keep_unlabelled=path not in trains)
     )
     return write_import(output, entries, say, source=str(pairs[0][1]))
 
@@ -79,7 +84,12 @@ def _answers(path: Path) -> dict[Any, list[str]]:
 
 
 def _entries(
-    path: Path, split: str | None, answers: dict[Any, list[str]], names: set[str], pictures: Files
+    path: Path,
+    split: str | None,
+    answers: dict[Any, list[str]],
+    names: set[str],
+    pictures: Files,
+    keep_unlabelled: bool,
 ) -> Iterator[ManifestLine | Skipped]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
@@ -90,7 +100,10 @@ def _entries(
         name = f"COCO_{subtype}_{int(entry['image_id']):012d}"
         given = answers.get(entry["question_id"], [])
         labels = tuple(answer for answer in given if answer in names)
-        if given and not labels:
+        if not given:
+            yield Skipped(f"question {entry['question_id']}", "the annotations have no answers to it")
+            return
+        if not (labels or keep_unlabelled):
             yield Skipped(f"question {entry['question_id']}", "none of its answers is frequent enough to be a label")
             return
         file = pictures.by_stem(name) or pictures.by_stem(f"{int(entry['image_id']):012d}")

@@ -52,6 +52,19 @@ def test_a_missing_picture_leaves_the_question_out_and_the_split_can_be_named(tm
     assert line.split == "test" and line.id == "question 1"
 
 
+def test_what_has_no_frequent_answer_is_left_out_of_training_only(tmp_path: Path, images: Path) -> None:
+    files: tuple[list[str], list[str]] = ([], [])
+    for split, folder, first in (("train", tmp_path / "a", 0), ("train", tmp_path / "b", 10), ("valid", tmp_path / "c", 20)):
+        folder.mkdir()
+        answers = {first + 1: ["yes"] * 10, first + 2: ["yes"] * 10, first + 3: ["blue"] * 10}
+        for given, path in zip(files, write(folder, [question(first + n) for n in (1, 2, 3, 4)], answers), strict=True):
+            given.append(f"{split}={path}")
+    output = import_vqa(*files, tmp_path / "m.jsonl", images=images, min_count=2, say=lambda _: None)
+    found = {line.id: line.labels for line in read_manifest(output).lines}
+    assert found["question 23"] == () and not {"question 3", "question 13"} & set(found)
+    assert "question 24" not in found, "without annotations nobody knows whether an answer is right"
+
+
 @pytest.mark.parametrize(
     ("published", "normal"),
     [("A dog.", "dog"), ("the Red-Blue car", "red blue car"), ("ten", "10"), ("2.5", "2.5"), ("1,000", "1000"), ("yes!", "yes"),
