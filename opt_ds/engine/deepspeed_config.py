@@ -165,7 +165,8 @@ def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
             first = error.errors()[0]
             key = ".".join((where, *map(str, first["loc"])))
             if first["type"] != "extra_forbidden":
-                raise UserError(f"{key} {_short(first['input'])}: {first['msg']}: change it") from None
+                problem = first["msg"].removeprefix("Value error, ")
+                raise UserError(f"{key} {_short(first['input'])}: {problem}: change it") from None
             known = [name for field, about in model.model_fields.items() for name in (field, about.alias) if name]
             near = did_you_mean(str(first["loc"][-1]), known) if len(first["loc"]) == 1 else ""
             raise UserError(f"{key} is no setting of DeepSpeed's{near}: remove it, or mend its name") from None
