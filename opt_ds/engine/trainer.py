@@ -17,7 +17,7 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.planned import IMAGE, TEXT, PlannedStep
 from opt_ds.engine import checkpoint, gradients, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
@@ -266,9 +266,10 @@ class Trainer:
         return self._baselines
 
     def _draw_pictures(self) -> None:
-        """The picture grid, by rank 0; a model whose weights are spread over ranks (stage 3) cannot draw alone."""
+        """The picture grid of pictures with texts, by rank 0; a model that is spread over ranks (stage 3) cannot draw alone."""
         if not (self.ranks.is_main and self.config.train.picture_grid and self.config.zero.stage < 3):
             return
+        valid = self.config.data.valid_split
         store = next((store for store in self.stores if store.has_codes and store.has_pixels), None)
         if store is None or not (store.path / DVAE_FOLDER).is_dir():
             return
@@ -277,10 +278,12 @@ class Trainer:
         from opt_ds.evaluate.picture_grid import draw_picture_grid
         from opt_ds.store.dvae import load_store_dvae
 
-        self.engine.eval()
         evaluator = Evaluator(self.engine.module, self.config, store, self.group.device)
+        if not len(evaluator.samples_with(valid, (TEXT, IMAGE), 1)):
+            return
+        self.engine.eval()
         dvae = load_store_dvae(store.path, store.description).to(self.group.device)
-        image = draw_picture_grid(evaluator, Painter(dvae), self.config.data.valid_split, self.config.train.picture_grid)
+        image = draw_picture_grid(evaluator, Painter(dvae), valid, self.config.train.picture_grid)
         self.report.picture("valid/pictures", image, self.state.step)
         self.engine.train()
 

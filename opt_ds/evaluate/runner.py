@@ -193,7 +193,8 @@ class ModelRunner:
         return (sequences.pad(item) * sequences.valid).double().sum(1).tolist()
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        # Cleaned up, "man ' s shoe" is "man's shoe" again.
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=True)
         assert isinstance(text, str), "one list of ids gives one text"
         return text
 

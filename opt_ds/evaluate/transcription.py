@@ -102,8 +102,8 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
 
 
 def normalize(text: str) -> str:
-    """Lower case, composed (NFC); letters with their marks, digits and (plain) apostrophes of any script; single spaces."""
-    text = unicodedata.normalize("NFC", text.lower())
+    """Lower case, composed (NFC); letters with their marks, digits and apostrophes (all plain) of any script; single spaces."""
+    text = unicodedata.normalize("NFC", text.lower()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return " ".join("".join(char if _is_of_a_word(char) else " " for char in text).split())
 
 

@@ -1,3 +1,4 @@
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, held_out_splits
 from opt_ds.model.generation import DecodingConfig
+from opt_ds.prepare.text import train_wordpiece
+from opt_ds.store.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("name", list(SUBSETS))
@@ -44,6 +47,13 @@ def test_text_log_likelihood_is_the_sum_of_the_decoder_s_log_probabilities(evalu
                 scores = evaluator.model.text_decoder.scores(batch.written_text, evaluator.model.encode(batch.inputs)).double()
             expected = torch.log_softmax(scores, -1).gather(1, batch.written_text.target_ids[:, None]).sum()
             assert likelihood[i, j] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_an_apostrophe_is_written_within_its_word(evaluator: Evaluator, tmp_path: Path) -> None:
+    train_wordpiece(["man's shoe"], 100, tmp_path)
+    writer = copy(evaluator)
+    writer.tokenizer = load_tokenizer(tmp_path)
+    assert writer.decode_text(writer.tokenizer("man's shoe")["input_ids"]) == "man's shoe"
 
 
 def test_a_seeded_gallery_is_a_choice_of_the_split(evaluator: Evaluator) -> None:
