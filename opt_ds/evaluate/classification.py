@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
-from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, samples_with
+from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.store.reader import FeatureStore
 
 _ITERATIONS = 2000
@@ -26,7 +26,7 @@ def classification(
     evaluator: Evaluator,
     split: str,
     train_split: str = "train",
-    subsets: tuple[str, ...] = tuple(SUBSETS),
+    subsets: tuple[str, ...] | None = None,
     min_positives: int = 10,
     regularisation: float = 1.0,
     limit: int | None = None,
@@ -34,12 +34,16 @@ def classification(
 ) -> dict[str, Any]:
     """Mean average precision over the labels, in per cent of 1, of a logistic regression per label on standardised [CLS].
 
-    Samples are those with all three modalities, so that all subsets are judged on the same ones. A label counts if at least
-    `min_positives` training samples have it, and a test sample. `regularisation` is scikit-learn's C. Raises UserError when no
-    label is left. `chance` is the mAP of scores without information: the labels' shares. `head_mAP`: of the same labels by the
-    head that `opt-ds finetune classification` trained, where the model has one.
+    `subsets`: by default all of the modalities that both splits have. Samples are those with all of these modalities, so that all
+    subsets are judged on the same ones. A label counts if at least `min_positives` training samples have it, and a test sample.
+    `regularisation` is scikit-learn's C. Raises UserError when no sample or no label is left. `chance` is the mAP of scores
+    without information: the labels' shares. `head_mAP`: of the same labels by the head that `opt-ds finetune classification`
+    trained, where the model has one.
     """
-    train, test = (samples_with(evaluator.store, name, (TEXT, IMAGE, AUDIO), limit, seed) for name in (train_split, split))
+    splits = (train_split, split)
+    there = [part for part in (TEXT, IMAGE, AUDIO) if all(len(evaluator.samples_with(name, (part,), 1)) for name in splits)]
+    train, test = (evaluator.require_samples(name, there, limit, seed) for name in splits)
+    subsets = subsets or tuple(name for name, modalities in SUBSETS.items() if set(modalities) <= set(there))
     names, y_train_nc, y_test_nc = label_matrices(evaluator.store, train, test, min_positives)
     figures: dict[str, Any] = {}
     for subset in subsets:

@@ -9,13 +9,13 @@ from opt_ds.evaluate.evaluator import Evaluator, samples_with
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.store.reader import FeatureStore
 
-#: experiment -> (loss that the model must be trained with, modalities that its samples have)
-_NEEDS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "retrieval": ("matching", (TEXT, IMAGE, AUDIO)),
-    "transcription": ("dtr", (TEXT, IMAGE, AUDIO)),
-    "captioning": ("dtr", (TEXT, IMAGE)),
-    "image-generation": ("dir", (TEXT, IMAGE, AUDIO)),
-    "vqa": ("labels", (TEXT, IMAGE)),
+#: experiment -> (loss that the model must be trained with, modalities of which its samples have one set or another)
+_NEEDS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "retrieval": ("matching", ((TEXT, IMAGE), (TEXT, AUDIO))),
+    "transcription": ("dtr", ((TEXT, AUDIO), (TEXT, IMAGE))),
+    "captioning": ("dtr", ((TEXT, IMAGE),)),
+    "image-generation": ("dir", ((IMAGE, TEXT), (IMAGE, AUDIO))),
+    "vqa": ("labels", ((TEXT, IMAGE),)),
 }
 _PAIRS, _TRIPLES = 50, 20  # the matching head encodes every pair: a gallery's square
 _FIGURES = ("R@1", "R@5", "R@10", "wer", "cer", "wer_shuffled_audio", "bleu_4", "cider", "bits_per_code", "accuracy")
@@ -27,12 +27,12 @@ def check_experiments(config: Config, store: FeatureStore) -> None:
     if not options.every_steps:
         return
     for name in options.experiments:
-        loss, modalities = _NEEDS[name]
+        loss, alternatives = _NEEDS[name]
         if loss not in config.learned_losses:
             raise UserError(f"evaluate.experiments has {name}, but the model does not learn {loss}: leave it out")
         if name == "image-generation" and not store.has_codes:
             raise UserError(f"evaluate.experiments has {name}, but {store.path} has no image codes: leave it out")
-        found = len(samples_with(store, options.split, modalities))
+        found = max(len(samples_with(store, options.split, modalities)) for modalities in alternatives)
         if found < 2:
             raise UserError(
                 f'evaluate.experiments has {name}, but split "{options.split}" of {store.path} has {found} samples with all that '
@@ -68,9 +68,9 @@ def _run(name: str, evaluator: Evaluator, options: EvaluateConfig, seed: int) ->
         from opt_ds.evaluate.vqa import vqa
 
         return vqa(evaluator, split, limit=limit, seed=seed)
-    from opt_ds.evaluate.image_generation import bits_per_code
+    from opt_ds.evaluate.image_generation import bits_per_code, possible_inputs
 
-    return {inputs: bits_per_code(evaluator, split, inputs, limit, seed) for inputs in ("T", "A", "T+A")}
+    return {inputs: bits_per_code(evaluator, split, inputs, limit, seed) for inputs in possible_inputs(evaluator, split)}
 
 
 def _flat(tree: dict[str, Any], path: str) -> dict[str, float]:

@@ -67,6 +67,16 @@ def test_all_seven_subsets_of_a_real_model_are_judged_on_the_same_samples(
     assert all(0 <= row["mAP"] <= 1 for row in figures["subsets"].values())
 
 
+def test_without_recordings_the_subsets_of_text_and_image_are_judged(
+    without_audio: Evaluator, labelled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(without_audio.store, "labels", labelled.__getitem__)
+    description = without_audio.store.description.model_copy(update={"label_names": ["even", "third", "rare"]})
+    monkeypatch.setattr(without_audio.store, "description", description)
+    figures = classification(without_audio, "valid", min_positives=5)
+    assert list(figures["subsets"]) == [name for name in SUBSETS if "A" not in name]
+
+
 def test_a_store_without_labels_is_refused(evaluator: Evaluator) -> None:
     with pytest.raises(UserError, match="prepare the store with `labels`"):
         classification(evaluator, "valid", min_positives=10**6)
