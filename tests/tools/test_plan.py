@@ -21,13 +21,13 @@ SMALL = (
 LITTLE = Gpu("little", 2.5, (7, 0), 10e12, 1e12, 100e9, 10e9)
 
 
-def plan(*settings: str, gpu: Gpu = LITTLE, num_gpus: int = 4, search: bool = False):
-    """`search`: for the largest budget, which takes most of the time."""
+def plan(*settings: str, cluster: Cluster | None = None, search: bool = False):
+    """For four little GPUs, if for no other; `search`: for the largest budget, which takes most of the time."""
     config = load_config("opt-small", [*SMALL, *settings])
     with pytest.MonkeyPatch.context() as patch:
         if not search:
             patch.setattr(planning, "_MOST_ROUNDS", 0)
-        return plan_run(config, Cluster(gpu, num_gpus), AssumedStore(config.model, 40, 36, 65))
+        return plan_run(config, cluster or Cluster(LITTLE, 4), AssumedStore(config.model, 40, 36, 65))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not(little) -> None:
 
 def test_what_does_not_fit_at_all_is_said() -> None:
     tiny = Gpu("tiny", 1.0, (7, 0), 10e12, 1e12, 100e9, 10e9)
-    hopeless = plan(gpu=tiny, search=True)
+    hopeless = plan(cluster=Cluster(tiny, 4), search=True)
     assert (hopeless.fits, hopeless.largest_budget) == (False, 0)
     assert "use a higher zero.stage" in plan_text(hopeless)
 
@@ -59,7 +59,7 @@ def test_figures_follow_from_each_other(little) -> None:
     assert little.total_s == pytest.approx(100_000 * (little.compute_s + little.communication_s))
     assert little.bytes_per_sample == pytest.approx(36 * 2048 * 2 + 65 * 768 * 2, rel=0.05)
     assert little.read_rate == pytest.approx(little.bytes_per_sample * 1024 / little.step_s)
-    one = plan(num_gpus=1)
+    one = plan(cluster=Cluster(LITTLE, 1))
     assert one.compute_s == pytest.approx(4 * little.compute_s)
     assert one.communication_bytes == 0
     assert one.memory.optimizer == 4 * little.memory.optimizer
@@ -83,9 +83,7 @@ def test_traffic_is_that_of_ring_algorithms() -> None:
 
 
 def test_a_slow_network_becomes_the_bound() -> None:
-    config = load_config("opt-small", SMALL)
-    slow = Cluster(LITTLE, 16, gpus_per_node=4, network_bandwidth=1e9 / 8)
-    result = plan_run(config, slow, AssumedStore(config.model, 40, 36, 65))
+    result = plan(cluster=Cluster(LITTLE, 16, gpus_per_node=4, network_bandwidth=1e9 / 8))
     assert result.bound == "communication"
     assert "bound by communication" in plan_text(result)
 
