@@ -279,7 +279,7 @@ class Trainer:
         from opt_ds.store.dvae import load_store_dvae
 
         evaluator = Evaluator(self.engine.module, self.config, store, self.group.device)
-        if not len(evaluator.samples_with(valid, (TEXT, IMAGE), 1)):
+        if not evaluator.has_samples(valid, (TEXT, IMAGE)):
             return
         self.engine.eval()
         dvae = load_store_dvae(store.path, store.description).to(self.group.device)

@@ -41,7 +41,7 @@ def classification(
     trained, where the model has one.
     """
     splits = (train_split, split)
-    there = [part for part in (TEXT, IMAGE, AUDIO) if all(len(evaluator.samples_with(name, (part,), 1)) for name in splits)]
+    there = [part for part in (TEXT, IMAGE, AUDIO) if all(evaluator.has_samples(name, (part,)) for name in splits)]
     train, test = (evaluator.require_samples(name, there, limit, seed) for name in splits)
     subsets = subsets or tuple(name for name, modalities in SUBSETS.items() if set(modalities) <= set(there))
     names, y_train_nc, y_test_nc = label_matrices(evaluator.store, train, test, min_positives)

@@ -71,6 +71,10 @@ class Evaluator(ModelRunner):
         """As the function of this name, of the evaluator's store."""
         return samples_with(self.store, split, modalities, limit, seed)
 
+    def has_samples(self, split: str, modalities: Sequence[int]) -> bool:
+        """Whether a sample of the split has these modalities."""
+        return len(self.samples_with(split, modalities)) > 0
+
     def require_samples(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
         """As `samples_with`; UserError naming split and modalities where there is none."""
         samples = self.samples_with(split, modalities, limit, seed)

@@ -47,7 +47,7 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
 
 def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
     """Of text, audio and both, those that samples of the split have beside an image. UserError if none has any."""
-    found = tuple(name for name in ("T", "A", "T+A") if len(evaluator.samples_with(split, (IMAGE, *SUBSETS[name]), 1)))
+    found = tuple(name for name in ("T", "A", "T+A") if evaluator.has_samples(split, (IMAGE, *SUBSETS[name])))
     if not found:
         raise UserError(f'{evaluator.store.path}: no sample of split "{split}" has an image and text or audio: choose another')
     return found

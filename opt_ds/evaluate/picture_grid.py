@@ -23,7 +23,7 @@ def draw_picture_grid(
     """uint8 [H, W, 3]: a row a sample: true image | what the dVAE can show of it | image from text | image from audio |
     the caption, and the texts written from image, from audio, from both. Without what is made from audio where no sample has any,
     and without texts of a model that does not learn to write; UserError where no sample has text and image."""
-    heard = len(evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), num_samples, seed)) > 0
+    heard = evaluator.has_samples(split, (TEXT, IMAGE, AUDIO))
     gallery = evaluator.require_samples(split, (TEXT, IMAGE, AUDIO) if heard else (TEXT, IMAGE), num_samples, seed)
     rows = evaluator.store.rows[gallery, IMAGE]
     true = np.stack([evaluator.store.pixels(int(row)) for row in rows])

@@ -54,7 +54,7 @@ def summarize(
             "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
             "transcription": transcription(evaluator, split, ("A", "A+I", "I") if writes else (), seed=seed),
         }
-        painted = paints and len(evaluator.samples_with(split, (TEXT, IMAGE), 1)) > 0
+        painted = paints and evaluator.has_samples(split, (TEXT, IMAGE))
         if store.has_codes and painted:
             figures["image_generation"] = bits_per_code(evaluator, split)
         if store.has_codes and store.has_pixels and dvae is not None and painted:

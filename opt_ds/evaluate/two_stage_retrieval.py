@@ -45,7 +45,7 @@ def two_stage_retrieval(
         evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
     stages = TwoStages(evaluator, seed)
     needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
-    directions = [name for name in directions if len(evaluator.samples_with(split, sorted(needs[name]), 1))]
+    directions = [name for name in directions if evaluator.has_samples(split, sorted(needs[name]))]
     needed = set[int]().union(*(needs[name] for name in directions)) or {TEXT, IMAGE, AUDIO}
     gallery = evaluator.require_samples(split, sorted(needed), candidates, seed)
     if shortlist >= len(gallery):

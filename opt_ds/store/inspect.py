@@ -22,6 +22,7 @@ from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
     DATASETS,
+    DVAE_FOLDER,
     MISSING,
     MODALITIES,
     OPTIONAL_DATASETS,
@@ -78,19 +79,18 @@ def inspect_store(path: str | Path) -> Inspection:
 def verify_store(path: str | Path) -> None:
     """Raise UserError, naming shard and dataset, unless the store is whole. Training calls it before it builds a model.
 
-    Sizes and the codes' dVAE are checked always. Checksums and NaN/Inf are checked once: `verified.json` beside
-    `store.json` remembers the fingerprint and the shards' sizes and times of last change; without leave to write there,
-    every call checks. A store without `index.h5` gets one.
+    Sizes are checked always. Checksums, NaN/Inf and whether the dVAE is the codes' own are checked once: `verified.json`
+    beside `store.json` remembers the fingerprint and all these files' sizes and times of last change; without leave to write
+    there, every call checks. A store without `index.h5` gets one.
     """
     path = Path(path)
     description = load_description(path)
     check_sizes(path, description)
-    if (problem := dvae_problem(path, description)) is not None:
-        raise UserError(problem)
-    stats = {shard.file: (path / shard.file).stat() for shard in description.shards}
+    files = [path / shard.file for shard in description.shards] + sorted((path / DVAE_FOLDER).glob("*"))
+    stats = {str(file.relative_to(path)): file.stat() for file in files}
     state = {
         "fingerprint": description.fingerprint,
-        "shards": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
     }
     memory = path / VERIFIED_FILE
     try:
@@ -99,6 +99,8 @@ def verify_store(path: str | Path) -> None:
             return
     except (OSError, ValueError):
         pass  # never verified, or a broken note: verify again
+    if (problem := dvae_problem(path, description)) is not None:
+        raise UserError(problem)
     for shard in description.shards:
         if file_sha256(path / shard.file) != shard.sha256:
             raise UserError(f"{path / shard.file}: checksum differs from store.json's: prepare the store again")
