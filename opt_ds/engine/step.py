@@ -84,9 +84,12 @@ class Stepper:
         """Clip and update; a gradient that is not finite is not taken (at fp16 its scale goes down instead)."""
         scale, least = optimizer_state.loss_scale(self.engine), optimizer_state.least_loss_scale(self.engine)
         if self.config.zero.stage == 0:  # DeepSpeed neither reports a norm there nor looks at it
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients))
+            weights = [p for p in self.engine.module.parameters() if p.grad is not None]
+            total_norm = nn.utils.get_total_norm([p.grad for p in weights])
+            norm = float(total_norm)
             if math.isfinite(norm):
+                if self.config.optimizer.clip_norm:
+                    nn.utils.clip_grads_with_norm_(weights, self.config.optimizer.clip_norm, total_norm)
                 taken = optimizer_state.take_step(self.engine)
             else:
                 optimizer_state.discard_gradients(self.engine)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opt_ds.engine import checkpoint, trainer
 from opt_ds.engine.trainer import TrainingError
 from opt_ds.evaluate.losses import ValidationResult
-from tests.engine.runs import CURVE, losses, tiny_config, train
+from tests.engine.runs import CURVE, losses, tensors, tiny_config, train
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,20 @@ def test_recomputing_layers_changes_no_curve(stage: int, store: Path, tmp_path: 
     for recompute in ("false", "true"):
         train(tiny_config(store, *common, f"train.recompute={recompute}"), tmp_path / recompute, group)
     assert losses(tmp_path / "false") == losses(tmp_path / "true")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_gradient_is_clipped_to_the_norm(stage: int, store: Path, tmp_path: Path, group: Any) -> None:
+    """Adam's first moments after one step are a tenth of the gradient that it was given."""
+    norms = {}
+    for clip in (0.0, 0.05):
+        output = tmp_path / str(clip)
+        train(tiny_config(store, f"zero.stage={stage}", "train.max_steps=1", f"optimizer.clip_norm={clip}"), output, group)
+        moments = [m for name, m in tensors(output, 1, "moments").items() if name.endswith("exp_avg")]
+        norms[clip] = float(torch.stack([m.double().norm() for m in moments]).norm()) / 0.1
+        logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][0]
+        assert logged["optimizer/gradient_norm"] == pytest.approx(norms[0.0], rel=1e-4), "the norm is that before clipping"
+    assert norms[0.0] > 0.5 and norms[0.05] == pytest.approx(0.05, rel=1e-3)
 
 
 def test_the_loss_falls(run: Path) -> None:
