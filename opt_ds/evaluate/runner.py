@@ -5,7 +5,7 @@ Of several ranks each works on its share of the samples, and all get every sampl
 Legend: u packed rows of the encoder's output over all samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer, Written
+from opt_ds.data.matching import NUM_CASES
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig, write
@@ -51,6 +52,10 @@ class ModelRunner:
     def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch, torch.Tensor]]:
         """(places, batch, hidden_te): this rank's share of the samples in batches of about equal length; places say which
         samples they are."""
+        for places, batch in self._packed(samples):
+            yield places, batch, self.model.encode(batch.inputs)
+
+    def _packed(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch]]:
         lengths = [_length(sample) for sample in samples]
         order = sorted(range(len(samples)), key=lambda i: lengths[i])
         if self.group:
@@ -62,8 +67,7 @@ class ModelRunner:
                 positions += lengths[order[stop]]
                 stop += 1
             places = order[start:stop]
-            batch = self.packer.pack([samples[i] for i in places]).to(self.device)
-            yield places, batch, self.model.encode(batch.inputs)
+            yield places, self.packer.pack([samples[i] for i in places]).to(self.device)
             start = stop
 
     @property
@@ -90,12 +94,18 @@ class ModelRunner:
 
     def cls_vectors(self, samples: Sequence[Sample]) -> np.ndarray:
         """The encoder's [CLS] of each sample; float32 [samples, e]."""
-        cls_se = np.empty((len(samples), self.config.model.hidden_size), dtype=np.float32)
-        own: list[int] = []
-        for places, batch, hidden_te in self.batches(samples):
+        return self._from_cls(samples, self.config.model.hidden_size, lambda cls_se: cls_se)
+
+    @torch.inference_mode()
+    def _from_cls(
+        self, samples: Sequence[Sample], width: int, head: Callable[[torch.Tensor], torch.Tensor]
+    ) -> np.ndarray:
+        """What a head makes of each sample's [CLS]; float32 [samples, width]."""
+        found, own = np.empty((len(samples), width), dtype=np.float32), list[int]()
+        for places, batch in self._packed(samples):
             own += places
-            cls_se[places] = hidden_te.index_select(0, batch.inputs.cls_index).float().cpu().numpy()
-        return self._from_all(cls_se, own)
+            found[places] = head(self.model.encode_cls(batch.inputs)).float().cpu().numpy()
+        return self._from_all(found, own)
 
     def write_text(self, samples: Sequence[Sample], options: DecodingConfig) -> list[str]:
         """What the text decoder writes for each sample, decoded to words."""
@@ -120,17 +130,10 @@ class ModelRunner:
             codes[places] = np.array(written)
         return self._from_all(codes, own)
 
-    @torch.inference_mode()
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """The matching head's five scores of each sample; float32 [samples, 5]."""
-        scores, own = np.empty((len(samples), 5), dtype=np.float32), list[int]()
-        for places, batch, hidden_te in self.batches(samples):
-            own += places
-            cls_se = hidden_te.index_select(0, batch.inputs.cls_index)
-            scores[places] = self.model.matching.score(cls_se).float().cpu().numpy()
-        return self._from_all(scores, own)
+        return self._from_cls(samples, NUM_CASES, self.model.matching.score)
 
-    @torch.inference_mode()
     def label_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """The label head's score of each name (`config.tasks.labels.names`), before the sigmoid; float32 [samples, names].
 
@@ -139,11 +142,7 @@ class ModelRunner:
         head, labels = self.model.labels, self.config.tasks.labels
         if head is None or labels is None:
             raise UserError("this model has no label head: opt-ds finetune classification, or vqa, trains one")
-        scores, own = np.empty((len(samples), len(labels.names)), dtype=np.float32), list[int]()
-        for places, batch, hidden_te in self.batches(samples):
-            own += places
-            scores[places] = head.scores(hidden_te.index_select(0, batch.inputs.cls_index)).float().cpu().numpy()
-        return self._from_all(scores, own)
+        return self._from_cls(samples, len(labels.names), head.scores)
 
     def text_log_likelihood(self, samples: Sequence[Sample], texts: Sequence[np.ndarray]) -> np.ndarray:
         """log P(text | sample) for every pair, [SEP] included; float64 [samples, texts]. The texts are WordPiece ids.

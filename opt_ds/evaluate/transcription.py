@@ -4,6 +4,7 @@ Normalisation of both sides before comparing: lower case, punctuation away, sing
 """
 
 import unicodedata
+from functools import lru_cache
 from typing import Any
 
 import jiwer
@@ -101,6 +102,7 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
     return [r for r, _ in pairs], [w for _, w in pairs]
 
 
+@lru_cache(maxsize=1 << 14)  # the constant caption is chosen by comparing the same texts hundreds of times
 def normalize(text: str) -> str:
     """Lower case, composed (NFC); letters with their marks, digits and apostrophes (all plain) of any script; single spaces."""
     text = unicodedata.normalize("NFC", text.lower()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")

@@ -1,8 +1,10 @@
 """OPT: embedders, cross-modal encoder, decoders and task heads in one module. One encoder pass serves all tasks of a batch."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,6 +13,7 @@ from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.model.transformer import Encoder, LayerStack, number_dropout_sites
+from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import LossTerm
 from opt_ds.tasks.labels import LabelHead
@@ -56,6 +59,12 @@ class OPT(nn.Module):
     def encode(self, inputs: EncoderInputs) -> torch.Tensor:
         """hidden_te, the encoder's packed output for any mixture of modalities."""
         return self._encode(inputs)[0]
+
+    def encode_cls(self, inputs: EncoderInputs) -> torch.Tensor:
+        """cls_se, the encoder's [CLS] of each sample; the last layer computes no other position."""
+        one_each = Sequences.from_lengths(np.ones(len(inputs.sequences)), inputs.sequences.cu_seqlens.device)
+        read = ReadRows(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
+        return self._encode(inputs, read)[0].index_select(0, inputs.cls_index)
 
     def _encode(self, inputs: EncoderInputs, read: ReadRows | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_te, regions_rv, frames_av = self.embeddings(inputs)

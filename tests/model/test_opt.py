@@ -204,6 +204,19 @@ def test_dropout_acts_in_training_only(ragged: FeatureStore) -> None:
         assert torch.equal(model.encode(inputs), model.encode(inputs))
 
 
+def test_cls_alone_is_what_the_whole_encoding_has_there(ragged: FeatureStore) -> None:
+    config = make_config()
+    model = make_model(config).eval()
+    inputs = make_packer(config, [ragged]).pack(read_samples(config, [ragged])).inputs
+    rows: list[int] = []
+    hook = model.encoder.layers[-1].ffn.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    with torch.no_grad():
+        cls = model.encode(inputs).index_select(0, inputs.cls_index)
+        assert (model.encode_cls(inputs) - cls).abs().max() <= 1e-5
+    hook.remove()
+    assert rows == [inputs.sequences.total, len(inputs.sequences)], "the last layer's feed-forward sees [CLS] alone"
+
+
 def test_initialisation_makes_the_summands_of_an_embedding_equally_large() -> None:
     wide = {"hidden_size": 256, "image_feature_dim": 512, "audio_feature_dim": 64, "embedding_range": 0.07}
     config = make_config(model=wide)
