@@ -95,8 +95,8 @@ def test_a_prior_is_the_mean_over_the_nearest_training_inputs(evaluator: Evaluat
 def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 20)
     encoded: list[int] = []
-    batches = Evaluator.batches
-    monkeypatch.setattr(Evaluator, "batches", lambda self, samples: (encoded.append(len(samples)), batches(self, samples))[1])
+    packed = Evaluator._packed
+    monkeypatch.setattr(Evaluator, "_packed", lambda self, samples: (encoded.append(len(samples)), packed(self, samples))[1])
     for direction in ("image_to_text", "text_to_audio", "text_audio_to_image"):
         stages = TwoStages(evaluator)
         stages.first_stage(direction, gallery[:1], gallery[:1])  # fits the projection, once for all galleries
