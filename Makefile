@@ -46,7 +46,8 @@ $(STORE)/store.json:
 	$(BIN)/opt-ds prepare --manifest $(CORPUS) --output $(STORE)
 
 # Every step resumes, and is quick when it is already done.
-pretrain: $(STORE)/store.json install
+pretrain: $(STORE)/store.json
+	$(MAKE) --no-print-directory install
 	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NUM_RANKS) -m opt_ds evaluate summary \
