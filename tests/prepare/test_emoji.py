@@ -1,6 +1,8 @@
 """The emoji corpus: captions that can be spoken, concepts, honest splits, and real speech."""
 
 import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -94,6 +96,14 @@ def test_the_corpus_is_spoken_once_the_same_each_time_and_resumes(
     write_emoji_corpus(tmp_path / "one", workers=1, say=said.append)
     assert victim.read_bytes() == second[victim.name]
     assert kept.stat().st_mtime_ns == stamp
+
+
+def test_the_corpus_is_spoken_without_what_takes_long_to_install(tmp_path: Path) -> None:
+    """The Makefile has it spoken while torch is on its way."""
+    missing = "for name in ('torch', 'torchvision', 'torchaudio', 'deepspeed', 'transformers'): sys.modules[name] = None"
+    code = f"import sys\n{missing}\nfrom opt_ds.cli import main\nmain()"
+    subprocess.run([sys.executable, "-c", code, "corpus", "emoji", "--output", str(tmp_path), "--limit", "2"], check=True)
+    assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_test_splits_are_spoken_slower(tmp_path: Path) -> None:
