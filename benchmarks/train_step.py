@@ -43,7 +43,7 @@ from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
 from opt_ds.engine.distributed import ProcessGroup, find_ranks  # noqa: E402
 from opt_ds.engine.gradients import add_to_sums  # noqa: E402
-from opt_ds.engine.host_memory import keep_freed_memory  # noqa: E402
+from opt_ds.engine.host_memory import keep_few_primitives, keep_freed_memory  # noqa: E402
 from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
@@ -407,7 +407,8 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    print(f"freed memory: {keep_freed_memory(device.type)}")  # as a run has it, for all contenders
+    most = "bf16" if "bf16" in arguments.precision else "fp32"
+    print(f"freed memory: {keep_freed_memory(device.type)}; oneDNN's primitives kept: {keep_few_primitives(device.type, most)}")
     print(f"our operators: {backend.choose(arguments.backend, device)}")
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     print(result["machine"])

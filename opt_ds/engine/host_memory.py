@@ -1,4 +1,4 @@
-"""Host memory of a training run: how much it held, and that the allocator keeps what is freed, within bounds."""
+"""Host memory of a training run: how much it held, and that the allocator keeps what is freed, whole and within bounds."""
 
 import ctypes
 import os
@@ -11,6 +11,8 @@ import torch
 from opt_ds.store.reader import FeatureStore
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+_PRIMITIVE_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # read by oneDNN at its first operator
+_PRIMITIVES_OF_A_MICRO_BATCH = {"fp32": 16, "bf16": 128}  # at most, about: GELU's for each number of rows; products' too
 
 
 def keep_freed_memory(device_type: str) -> str:
@@ -30,6 +32,24 @@ def keep_freed_memory(device_type: str) -> str:
     return "kept" if told else "the allocator's default: it is not glibc's"
 
 
+def keep_few_primitives(device_type: str, precision: str) -> str:
+    """Have oneDNN keep the machine code of the last few shapes only, where the device is the CPU; says how many. It is left as it
+    is where the environment has a setting for it; call before the first operator that it runs.
+
+    It makes code for every new shape (of GELU; in bf16 of matrix products too). Packed micro-batches seldom have the same shape
+    twice, so the last 1,024, its default, are of no use, and each lies amid the tensors of its micro-batch and keeps the memory
+    freed around it in pieces (measured: benchmarks/README.md). A micro-batch's own, which its layers share, are kept.
+    """
+    if device_type != "cpu":
+        return "oneDNN's default: operators do not run there"
+    own = [name for name in _PRIMITIVE_CACHE if name in os.environ]
+    if own:
+        return f"as the environment says ({', '.join(own)})"
+    few = _PRIMITIVES_OF_A_MICRO_BATCH["fp32" if precision == "fp32" else "bf16"]
+    os.environ[_PRIMITIVE_CACHE[0]] = str(few)
+    return f"the last {few}"
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far: allocated on a GPU; on the CPU, this process's resident set."""
     if device.type == "cuda":
@@ -44,28 +64,33 @@ def peak_memory_gib(device: torch.device) -> float:
 class MemoryKeeper:
     """Keeps the host memory of a long accumulation near that of a short one.
 
-    Micro-batches differ in shape, so freed memory comes to lie in pieces, and pages of the stores pile up: together a third
-    more after a hundred micro-batches. Both can be given back, but fetching them again costs time (on a CPU, a twentieth),
-    so it is done only in a long accumulation that has grown past what its first micro-batches left.
+    Micro-batches differ in shape, so some freed memory comes to lie in pieces too small for what is allocated next, and pages of
+    the stores pile up. Once what is held has grown past what a step's first micro-batches left, the stores' pages are given back,
+    which costs next to nothing, and if that is not enough, freed memory: seldom, since the next micro-batch fetches it again.
     """
 
     _FIRST = 3  # micro-batches that show what is needed
+    _ROOM = 1.05  # what may be held, over what is needed
+    _EVERY = 16  # micro-batches from one return of freed memory to the next, at least
 
     def __init__(self, stores: list[FeatureStore]) -> None:
-        self._stores, self._limit = stores, 0.0
+        self._stores, self._needed, self._since_trim = stores, 0, self._EVERY
         self._trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; elsewhere there is none
 
     def after_micro_batch(self, number: int) -> None:
         """Give memory back if it is time to; `number` counts from 0 in each step."""
+        self._since_trim += 1
         if number < self._FIRST:
-            self._limit = max(self._limit, _resident_pages())
-        elif _resident_pages() > self._limit:
+            self._needed = max(self._needed, _resident_pages())
+        elif self._has_grown():
             for store in self._stores:
                 store.release_pages()
-            if self._trim:
+            if self._trim and self._since_trim >= self._EVERY and self._has_grown():
                 self._trim(0)
-            # What stays is needed; a limit just above it would make us come back at every micro-batch.
-            self._limit = max(self._limit, _resident_pages() * 1.1)
+                self._since_trim = 0
+
+    def _has_grown(self) -> bool:
+        return _resident_pages() > self._needed * self._ROOM
 
 
 def _resident_pages() -> int:

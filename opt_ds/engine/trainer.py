@@ -25,7 +25,7 @@ from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settin
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.guard import Guard, TrainingError, differing_parameter
 from opt_ds.engine.hardware import peak_flops
-from opt_ds.engine.host_memory import MemoryKeeper, keep_freed_memory, peak_memory_gib
+from opt_ds.engine.host_memory import MemoryKeeper, keep_few_primitives, keep_freed_memory, peak_memory_gib
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
 from opt_ds.engine.profile import StepProfiler
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -61,6 +61,7 @@ class Trainer:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
         self.ranks, self.stop = group.ranks, stop
         self.freed_memory = keep_freed_memory(group.device.type)
+        self.primitives_kept = keep_few_primitives(group.device.type, precision)
         self.plan = make_plan(config, stores)
         if not self.plan.has_validation(config.train.validate_samples):
             raise UserError(
@@ -334,6 +335,7 @@ class Trainer:
             "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
             "threads": torch.get_num_threads(),
             "freed_memory": self.freed_memory,
+            "primitives_kept": self.primitives_kept,
             "precision": self.precision,
             "zero_stage": self.config.zero.stage,
             "kernels": ", ".join(f"{operator}: {kernel}" for operator, kernel in backend.describe().items()),

@@ -72,7 +72,7 @@ def test_the_run_says_what_it_was(run: Path) -> None:
     about = json.loads((run / "run.json").read_text())
     launch = about["launches"][0]
     assert launch["precision"] == "fp32" and launch["zero_stage"] == 1 and launch["threads"] >= 1
-    assert launch["freed_memory"]
+    assert launch["freed_memory"] and launch["primitives_kept"]
     assert {"torch", "deepspeed", "python", "git"} <= set(launch["versions"])
     assert "attention" in launch["kernels"] and launch["device"]
     assert about["identity"]["model.vocab_size"] == 200
