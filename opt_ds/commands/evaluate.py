@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from opt_ds.evaluate.evaluator import Evaluator
     from opt_ds.model.dvae import DiscreteVAE
     from opt_ds.model.generation import DecodingConfig
+    from opt_ds.store.reader import FeatureStore
 
 evaluate = typer.Typer(
     help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary. Several ranks share the work: "
@@ -62,8 +63,7 @@ def retrieval(
     from opt_ds.evaluate.summary import retrieval_lines
     from opt_ds.evaluate.two_stage_retrieval import table, two_stage_retrieval
 
-    split = split or _held_out(store, 1)[0]
-    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
     if shortlist is not None:
         figures = two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
         _write(figures, output)
@@ -91,8 +91,7 @@ def transcription(
     from opt_ds.evaluate.transcription import normalize
     from opt_ds.evaluate.transcription import transcription as run
 
-    split = split or _held_out(store, 1)[0]
-    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
     evaluator.require("dtr", "write text")
     ignored = frozenset(normalize(ignore_words).split())
     figures = run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size), ignored_words=ignored)
@@ -119,8 +118,7 @@ def classification(
     from opt_ds.evaluate.classification import classification as run
     from opt_ds.evaluate.classification import table
 
-    split = split or _held_out(store, 1)[0]
-    evaluator = _evaluator(checkpoint, store, force, split, train_split)
+    evaluator, split = _evaluator_of_split(checkpoint, store, force, split, train_split)
     figures = run(evaluator, split, train_split, None, min_positives, regularisation, limit, seed)
     _write(figures, output)
     _echo(table(figures))
@@ -139,7 +137,8 @@ def vqa(
     """VQA accuracy of a model fine-tuned for answers, beside one constant answer and the best that its answers allow."""
     from opt_ds.evaluate.vqa import vqa as run
 
-    figures = run(_evaluator(checkpoint, store, force, split), split, limit=limit, seed=seed)
+    evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
+    figures = run(evaluator, split, limit=limit, seed=seed)
     _write(figures, output)
     _echo(
         f"VQA accuracy {figures['accuracy']:.1%} of {figures['questions']} questions (\"{figures['constant_answer']['answer']}\" "
@@ -161,8 +160,7 @@ def captioning(
     """BLEU-4 and CIDEr of captions written from pictures, beside a constant caption and another picture's."""
     from opt_ds.evaluate.captioning import captioning as run
 
-    split = split or _held_out(store, 1)[0]
-    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
     evaluator.require("dtr", "write text")
     figures = run(evaluator, split, limit, seed, _text_decoding(beam_size))
     _write(figures, output)
@@ -209,8 +207,7 @@ def image_generation(
     from opt_ds.model.generation import DecodingConfig
     from opt_ds.serve.session import Session
 
-    split = split or _held_out(store, 1)[0]
-    evaluator = _evaluator(checkpoint, store, force, split)
+    evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
     evaluator.require("dir", "paint pictures")
     if paint + pictures and candidates > 1:
         evaluator.require("matching", "choose the best of several pictures: give --candidates 1")
@@ -264,8 +261,9 @@ def summary(
     """What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids."""
     from opt_ds.evaluate.summary import summarize, table
 
-    splits = split or _held_out(store)
-    evaluator = _evaluator(checkpoint, store, force, *splits)
+    opened = _open_store(checkpoint, store)
+    splits = split or _held_out(opened)
+    evaluator = _evaluator(checkpoint, opened, force, *splits)
     painter = _dvae(evaluator, dvae) if evaluator.store.has_codes and evaluator.store.has_pixels else None
     figures = summarize(evaluator, painter, splits, output.parent, candidates, matching_candidates, seed)
     _write(figures, output)
@@ -277,31 +275,44 @@ def summary(
     _echo(f"curves        tensorboard --logdir {checkpoint}")
 
 
-def _held_out(store: Path, most: int | None = None) -> list[str]:
-    """The store's held-out splits, `most` of them, where none was asked for."""
-    from opt_ds.evaluate.evaluator import held_out_splits
+def _open_store(checkpoint: Path, path: Path) -> "FeatureStore":
+    """The store, once it is clear that the checkpoint is one that can be evaluated."""
+    from opt_ds.serve.export import is_exported
     from opt_ds.store.reader import FeatureStore
 
-    found = held_out_splits(FeatureStore(store))[:most]
+    if is_exported(checkpoint):
+        raise UserError(f"--checkpoint {checkpoint}: an exported folder is for generate and serve: name the run that it is of")
+    return FeatureStore(path)
+
+
+def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
+    """The store's held-out splits, `most` of them, where none was asked for."""
+    from opt_ds.evaluate.evaluator import held_out_splits
+
+    found = held_out_splits(store)[:most]
     seen = ", since none begins with test (early stopping saw it too)" if found == ["valid"] else ""
     _echo(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", err=True)
     return found
 
 
-def _evaluator(checkpoint: Path, store_path: Path, force: bool, *splits: str) -> "Evaluator":
+def _evaluator_of_split(
+    checkpoint: Path, store_path: Path, force: bool, split: str | None, *others: str
+) -> "tuple[Evaluator, str]":
+    """The evaluator, and the split that was asked for or the first held-out one; `others` are needed too."""
+    store = _open_store(checkpoint, store_path)
+    split = split or _held_out(store, 1)[0]
+    return _evaluator(checkpoint, store, force, split, *others), split
+
+
+def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, *splits: str) -> "Evaluator":
     """Model and store, checked against each other before anything is computed; of several ranks, each joins here."""
     import torch
 
     from opt_ds.engine.checkpoint import load_model, resolve_checkpoint
     from opt_ds.engine.preflight import check_store
     from opt_ds.evaluate.evaluator import Evaluator
-    from opt_ds.serve.export import is_exported
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
-    from opt_ds.store.reader import FeatureStore
 
-    if is_exported(checkpoint):
-        raise UserError(f"--checkpoint {checkpoint}: an exported folder is for generate and serve: name the run that it is of")
-    store = FeatureStore(store_path)
     for split in splits:
         store.split_samples(split)
     run = resolve_checkpoint(checkpoint).parent.parent

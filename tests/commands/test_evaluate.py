@@ -12,5 +12,5 @@ def test_a_store_without_a_test_split_is_judged_on_valid_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = make_store(tmp_path / "store", 20)
-    assert _held_out(store.path, 1) == ["valid"]
+    assert _held_out(store, 1) == ["valid"]
     assert "evaluated on valid, since none begins with test" in capsys.readouterr().err
