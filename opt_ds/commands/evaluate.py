@@ -259,9 +259,12 @@ def summary(
     force: _Force = False,
 ) -> None:
     """What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids."""
+    from opt_ds.engine.checkpoint import resolve_checkpoint
     from opt_ds.evaluate.summary import summarize, table
+    from opt_ds.store.reader import FeatureStore
 
-    opened = _open_store(checkpoint, store)
+    resolve_checkpoint(checkpoint)
+    opened = FeatureStore(store)
     splits = split or _held_out(opened)
     evaluator = _evaluator(checkpoint, opened, force, *splits)
     painter = _dvae(evaluator, dvae) if evaluator.store.has_codes and evaluator.store.has_pixels else None
@@ -273,16 +276,6 @@ def summary(
         if name:
             _echo(f"picture grid  {output.parent / name}")
     _echo(f"curves        tensorboard --logdir {checkpoint}")
-
-
-def _open_store(checkpoint: Path, path: Path) -> "FeatureStore":
-    """The store, once it is clear that the checkpoint is one that can be evaluated."""
-    from opt_ds.serve.export import is_exported
-    from opt_ds.store.reader import FeatureStore
-
-    if is_exported(checkpoint):
-        raise UserError(f"--checkpoint {checkpoint}: an exported folder is for generate and serve: name the run that it is of")
-    return FeatureStore(path)
 
 
 def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
@@ -299,7 +292,11 @@ def _evaluator_of_split(
     checkpoint: Path, store_path: Path, force: bool, split: str | None, *others: str
 ) -> "tuple[Evaluator, str]":
     """The evaluator, and the split that was asked for or the first held-out one; `others` are needed too."""
-    store = _open_store(checkpoint, store_path)
+    from opt_ds.engine.checkpoint import resolve_checkpoint
+    from opt_ds.store.reader import FeatureStore
+
+    resolve_checkpoint(checkpoint)
+    store = FeatureStore(store_path)
     split = split or _held_out(store, 1)[0]
     return _evaluator(checkpoint, store, force, split, *others), split
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 COMPLETE = "COMPLETE.json"
 MODEL_FILE, MOMENTS_FILE, STATE_FILE = "model.safetensors", "moments.safetensors", "state.json"
+HUB_MODEL_TYPE = "opt_ds"  # what the config.json of an exported folder says
 
 
 @dataclass
@@ -114,9 +115,11 @@ def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `--checkpoint PATH` means: itself, or the best (else the latest) of a run's output directory.
 
-    Raises UserError when there is none or a file of it is missing or cut off.
+    Raises UserError when there is none, a file of it is missing or cut off, or it is an exported folder.
     """
     path = Path(path)
+    if is_exported(path):
+        raise UserError(f"{path}: an exported folder is for generate and serve: name the run that it is of")
     folder: Path | None = path
     if not (path / COMPLETE).is_file():
         folder = pointed(path, "best") or pointed(path, "latest") or next(iter(all_checkpoints(path)), None)
@@ -126,6 +129,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if problem:
         raise UserError(f"checkpoint {folder}: {problem}: use another one of the run")
     return folder
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `opt-ds export` wrote this folder: a model without the run around it."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == HUB_MODEL_TYPE
+    except (OSError, ValueError):
+        return False
 
 
 def read_state(folder: Path) -> dict[str, Any]:

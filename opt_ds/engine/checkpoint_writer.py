@@ -19,7 +19,7 @@ from opt_ds.engine import checkpoint
 from opt_ds.engine.checkpoint import COMPLETE, FOLDER, MODEL_FILE, MOMENTS_FILE, STATE_FILE, TrainState
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.errors import RunError, UserError
-from opt_ds.store.files import atomic_file, file_sha256, sync_folder, write_json
+from opt_ds.store.files import atomic_file, file_sha256, follow_umask, sync_folder, write_json
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -175,6 +175,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
     except Exception as error:  # safetensors wraps the system's errors in its own type
         raise OSError(f"{path.name}: {error}") from error
+    follow_umask(path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from opt_ds.errors import UserError
 from opt_ds.model.dvae_config import DVAE_PRESETS, DVAEConfig
 from opt_ds.model.kmeans import kmeans
+from opt_ds.store.files import follow_umask
 
 __all__ = ["DVAE_PRESETS", "DVAEConfig", "DVAELosses", "DiscreteVAE"]
 
@@ -138,6 +139,7 @@ class DiscreteVAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE)
+        follow_umask(folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config.model_dump(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod

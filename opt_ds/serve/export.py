@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from opt_ds.config import Config, DataConfig, config_from_dict
 from opt_ds.errors import UserError
+from opt_ds.store.files import follow_umask
 from opt_ds.store.processor_files import PROCESSOR_FOLDER
 
 if TYPE_CHECKING:
     from opt_ds.model.opt import OPT
-
-MODEL_TYPE = "opt_ds"
-_CONFIG_FILE = "config.json"
 
 
 def export(checkpoint: Path, output: Path) -> Path:
@@ -39,6 +37,8 @@ def export(checkpoint: Path, output: Path) -> Path:
     portable = config.model_copy(update={"data": DataConfig(), "deepspeed_config": None})  # paths mean nothing elsewhere
     hub_config = OmniPerceptionConfig(opt_ds_config=portable.model_dump(mode="json"))
     OPTModel(hub_config, model).save_pretrained(temporary)
+    for weights in temporary.glob("*.safetensors"):
+        follow_umask(weights)
     shutil.copytree(run / PROCESSOR_FOLDER, temporary / PROCESSOR_FOLDER)
     result = run / "result.json"
     figures = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
@@ -50,20 +50,12 @@ def export(checkpoint: Path, output: Path) -> Path:
     return output
 
 
-def is_exported(path: Path) -> bool:
-    """Whether `export` wrote this folder."""
-    try:
-        return json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
-    except (OSError, ValueError):
-        return False
-
-
 def load_exported(path: Path) -> tuple["OPT", Config]:
     """Model (fp32, in evaluation mode) and configuration of an exported folder."""
     from opt_ds.serve.pretrained import OPTModel
 
     loaded = OPTModel.from_pretrained(path)
-    return loaded.opt.eval(), config_from_dict(loaded.config.opt_ds_config, where=str(path / _CONFIG_FILE))
+    return loaded.opt.eval(), config_from_dict(loaded.config.opt_ds_config, where=str(path / "config.json"))
 
 
 def _model_card(config: Config, state: dict[str, Any], num_parameters: int, figures: dict[str, Any] | None) -> str:

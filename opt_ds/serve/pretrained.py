@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from opt_ds.config import config_from_dict
 from opt_ds.data.batch import EncoderInputs
+from opt_ds.engine.checkpoint import HUB_MODEL_TYPE
 from opt_ds.model.opt import OPT
-from opt_ds.serve.export import MODEL_TYPE
 from opt_ds.store.processor_files import PROCESSOR_FOLDER
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class OmniPerceptionConfig(PretrainedConfig):
     (transformers has an OPTConfig already, of Meta's OPT.)
     """
 
-    model_type = MODEL_TYPE
+    model_type = HUB_MODEL_TYPE
 
     def __init__(self, opt_ds_config: dict[str, Any] | None = None, **others: Any) -> None:
         self.opt_ds_config = opt_ds_config or {}
@@ -62,5 +62,5 @@ class OPTModel(PreTrainedModel):
         """Nothing: OPT initialises itself."""
 
 
-AutoConfig.register(MODEL_TYPE, OmniPerceptionConfig)
+AutoConfig.register(HUB_MODEL_TYPE, OmniPerceptionConfig)
 AutoModel.register(OmniPerceptionConfig, OPTModel)

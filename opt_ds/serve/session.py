@@ -50,14 +50,13 @@ class Session(ModelRunner):
         warn: Callable[[str], None] = print,
     ) -> "Session":
         """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
-        from opt_ds.serve.export import is_exported, load_exported
+        from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint
+        from opt_ds.serve.export import load_exported
 
         if is_exported(checkpoint):
             model, config = load_exported(checkpoint)
             folder = checkpoint / PROCESSOR_FOLDER
         else:
-            from opt_ds.engine.checkpoint import load_model, resolve_checkpoint
-
             model, config = load_model(checkpoint)
             folder = resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER
         processor = OPTProcessor(

@@ -78,6 +78,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of any that this process makes: safetensors lets its owner alone read what it writes."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # the umask cannot be read without being changed
+    probe.touch()
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:

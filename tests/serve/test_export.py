@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opt_ds.engine.checkpoint import load_model
+from opt_ds.engine.checkpoint import is_exported, load_model
 from opt_ds.errors import UserError
-from opt_ds.serve.export import export, is_exported
+from opt_ds.serve.export import export
 from opt_ds.serve.session import Session
 
 
@@ -46,6 +46,13 @@ def test_the_folder_names_no_path_of_the_machine_and_has_a_card(exported: Path, 
     assert str(raw_store) not in text and "arXiv 2107.00249" in text
     assert json.loads((exported / "config.json").read_text())["model_type"] == "opt_ds"
     assert is_exported(exported) and not is_exported(exported / "processor")
+
+
+def test_others_may_read_the_files_as_the_umask_says(run: Path, exported: Path) -> None:
+    everything = [file for folder in (run / "checkpoints", exported) for file in folder.rglob("*") if file.is_file()]
+    assert {file.name for file in everything} >= {"model.safetensors", "moments.safetensors", "state.json", "README.md"}
+    (exported.parent / "any").touch()
+    assert {file.stat().st_mode for file in everything} == {(exported.parent / "any").stat().st_mode}
 
 
 @pytest.mark.parametrize("page", ["card", "README.md"])
