@@ -48,9 +48,9 @@ def compare(
     everything_qc = np.broadcast_to(np.arange(len(gallery)), (len(queries), len(gallery)))
     score_pairs = stages.matching if score == "matching" else stages.likelihood
     scores_qc = np.concatenate(
-        [score_pairs(direction, queries[i : i + 1], gallery, everything_qc[i : i + 1]) for i in range(len(queries))]
+        [score_pairs(direction, queries[i : i + 1], gallery, everything_qc[i : i + 1]).values for i in range(len(queries))]
         if score == "matching"
-        else [score_pairs(direction, queries, gallery, everything_qc)]
+        else [score_pairs(direction, queries, gallery, everything_qc).values]
     )
     same_qc = same_pairs(stages.evaluator, queries, gallery, *DIRECTIONS[direction])
     return {

@@ -22,6 +22,9 @@ from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, case_of, chance, conten
 #: Training inputs, the nearest by the projection, whose mean likelihood stands for a text's prior, where texts are ranked. Any
 #: others would tell little: nearly all of a text's likelihood lies with the few inputs that it nearly fits.
 PRIOR_INPUTS = 32
+#: A query's likeliest texts, so many, are judged over their prior (re-ranking of the N best: Li et al. 2016). The prior of a text
+#: that no training input explains is next to nothing, and over it such a text would win wherever it is a candidate.
+LIKELIEST = 50
 _LOSS_OF = {"matching": "matching", "likelihood": "dtr"}
 
 
@@ -64,6 +67,14 @@ class _Fitted(NamedTuple):
     query_ne: np.ndarray  # their [CLS]
 
 
+class Scores(NamedTuple):
+    """What a score gave, and the runs of encoder and decoder that it took."""
+
+    values: np.ndarray
+    encoder_runs: int
+    decoder_runs: int
+
+
 @dataclass
 class TwoStages:
     """The two stages of one model on one store; [CLS] vectors and projections are made once."""
@@ -85,17 +96,14 @@ class TwoStages:
             "chance": chance(same_qc), "projection": recall(first_qc, same_qc),
             "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
         }  # fmt: skip
-        encoded, pairs = len(queries) + len(gallery), best_qk.size
+        encoded = len(queries) + len(gallery)
         learned = self.evaluator.config.learned_losses
         for score in scores or [name for name, loss in _LOSS_OF.items() if loss in learned]:
-            if score == "matching":
-                second_qk, encoder_runs, decoder_runs = self.matching(direction, queries, gallery, best_qk), encoded + pairs, 0
-            elif _has_likelihood(direction):
-                second_qk = self.likelihood(direction, queries, gallery, best_qk)
-                again, prior = self._likelihood_runs(direction, gallery, best_qk)
-                encoder_runs, decoder_runs = encoded + again, pairs + prior
-            else:
+            if score == "likelihood" and not _has_likelihood(direction):
                 continue
+            rank = self.matching if score == "matching" else self.likelihood
+            second_qk, encoder_runs, decoder_runs = rank(direction, queries, gallery, best_qk)
+            encoder_runs += encoded
             found[score] = {
                 **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
                 "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_share": encoder_runs / first_qc.size,
@@ -108,7 +116,7 @@ class TwoStages:
         query, target = DIRECTIONS[direction]
         return self._fit(direction).projection.scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
 
-    def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> np.ndarray:
+    def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
         """The matching head's scores [q, k] of the shortlisted pairs: an encoder run each."""
         query, target = DIRECTIONS[direction]
         case = case_of(query, target)
@@ -117,18 +125,24 @@ class TwoStages:
             own = self.evaluator.read(index, query)
             pairs = [joined(own, self.evaluator.read(gallery[place], (target,))) for place in best_qk[row]]
             scores_qk[row] = self.evaluator.matching_scores(pairs)[:, case]
-        return scores_qk
+        return Scores(scores_qk, best_qk.size, 0)
 
-    def likelihood(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> np.ndarray:
-        """log P(text | other side) [q, k] of the shortlisted pairs; over the text's prior where texts are ranked."""
+    def likelihood(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
+        """log P(text | other side) [q, k] of the shortlisted pairs; where texts are ranked, a query's `LIKELIEST` are judged over
+        their prior, and the others come after them."""
         query, target = DIRECTIONS[direction]
         read, texts_of = self.evaluator.read, self._texts
         if target == TEXT:
             samples = [read(index, query) for index in queries]
             ranked, places = np.unique(best_qk, return_inverse=True)  # the texts that are in a shortlist at all
-            texts, wanted = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
-            found = self.evaluator.text_log_likelihood_of(samples, texts, list(wanted))
-            return np.stack(found) - self._log_priors(direction, gallery[ranked])[wanted]
+            texts, wanted_qk = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
+            found_qk = np.stack(self.evaluator.text_log_likelihood_of(samples, texts, list(wanted_qk)))
+            likely_qk = _likeliest(found_qk)
+            divided = np.unique(wanted_qk[likely_qk])
+            log_priors = np.zeros(len(ranked))
+            log_priors[divided], encoder_runs, decoder_runs = self._log_priors(direction, gallery[ranked[divided]])
+            scores_qk = _likeliest_first(found_qk, found_qk - log_priors[wanted_qk], likely_qk)
+            return Scores(scores_qk, len(queries) + encoder_runs, best_qk.size + decoder_runs)
         samples = [read(index, (target,)) for index in gallery]
         rows, columns = np.divmod(np.arange(best_qk.size), best_qk.shape[1])
         pairs_of = [np.flatnonzero(best_qk.reshape(-1) == place) for place in range(len(gallery))]
@@ -136,17 +150,9 @@ class TwoStages:
         scores_qk = np.empty(best_qk.shape)
         for flat, values in zip(pairs_of, found, strict=True):
             scores_qk[rows[flat], columns[flat]] = values
-        return scores_qk
+        return Scores(scores_qk, len(np.unique(best_qk)), best_qk.size)
 
-    def _likelihood_runs(self, direction: str, gallery: np.ndarray, best_qk: np.ndarray) -> tuple[int, int]:
-        """Encoder runs of `likelihood`, and the decoder runs of its priors."""
-        ranked = np.unique(best_qk)
-        if DIRECTIONS[direction][1] != TEXT:
-            return len(ranked), 0
-        nearest_kt = self._prior_inputs(direction, gallery[ranked])
-        return len(best_qk) + len(np.unique(nearest_kt)), nearest_kt.size
-
-    def _log_priors(self, direction: str, samples: np.ndarray) -> np.ndarray:
+    def _log_priors(self, direction: str, samples: np.ndarray) -> Scores:
         """log of the mean likelihood of these samples' texts over their nearest training inputs; float64 [samples]."""
         nearest_kt = self._prior_inputs(direction, samples)
         inputs, places = np.unique(nearest_kt, return_inverse=True)
@@ -157,7 +163,7 @@ class TwoStages:
         found = self.evaluator.text_log_likelihood_of(read, self._texts(samples), wanted)
         values = np.empty(nearest_kt.size)
         values[order] = np.concatenate(found)
-        return log_mean_exp(values.reshape(nearest_kt.shape), axis=0)[0]
+        return Scores(log_mean_exp(values.reshape(nearest_kt.shape), axis=0)[0], len(inputs), nearest_kt.size)
 
     def _prior_inputs(self, direction: str, samples: np.ndarray) -> np.ndarray:
         """int64 [k, samples], the training samples whose inputs the projection takes for nearest to these samples' texts."""
@@ -200,6 +206,20 @@ class TwoStages:
 def shortlisted(first_qc: np.ndarray, shortlist: int) -> np.ndarray:
     """int64 [q, k]: places of the best candidates of the first stage, in their order in the gallery."""
     return np.sort(np.argpartition(-first_qc, shortlist - 1, axis=1)[:, :shortlist], axis=1)
+
+
+def _likeliest(log_likelihood_qk: np.ndarray) -> np.ndarray:
+    """bool [q, k]: the `LIKELIEST` of each query."""
+    count = min(LIKELIEST, log_likelihood_qk.shape[1])
+    likely_qk = np.zeros(log_likelihood_qk.shape, dtype=bool)
+    np.put_along_axis(likely_qk, np.argpartition(-log_likelihood_qk, count - 1, axis=1)[:, :count], True, axis=1)
+    return likely_qk
+
+
+def _likeliest_first(log_likelihood_qk: np.ndarray, over_prior_qk: np.ndarray, likely_qk: np.ndarray) -> np.ndarray:
+    """Scores [q, k]: the likeliest by their likelihood over the prior, and after them the others by their likelihood."""
+    least_q = np.where(likely_qk, over_prior_qk, np.inf).min(1, keepdims=True)
+    return np.where(likely_qk, over_prior_qk, least_q + log_likelihood_qk - log_likelihood_qk.max(1, keepdims=True) - 1)
 
 
 def reranked(first_qc: np.ndarray, best_qk: np.ndarray, second_qk: np.ndarray) -> np.ndarray:

@@ -14,7 +14,15 @@ from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.retrieval import DIRECTIONS, _likelihood_matrix, _matching_matrix, recall
-from opt_ds.evaluate.two_stage_retrieval import TwoStages, reranked, shortlisted, table, two_stage_retrieval
+from opt_ds.evaluate.two_stage_retrieval import (
+    TwoStages,
+    _likeliest,
+    _likeliest_first,
+    reranked,
+    shortlisted,
+    table,
+    two_stage_retrieval,
+)
 from tests.tiny import make_config, make_model
 
 
@@ -65,16 +73,16 @@ def test_re_ranking_scores_are_those_of_all_pairs(evaluator: Evaluator, directio
     gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 6)
     stages = TwoStages(evaluator)
     best = shortlisted(stages.first_stage(direction, gallery, gallery), 3)
-    found = stages.matching(direction, gallery, gallery, best)
+    found = stages.matching(direction, gallery, gallery, best).values
     assert found == pytest.approx(np.take_along_axis(_matching_matrix(evaluator, gallery, query, target), best, 1), abs=1e-4)
     if direction in ("text_to_image", "text_to_audio"):
         everything = _likelihood_matrix(evaluator, gallery, target).T
-        found_likelihood = stages.likelihood(direction, gallery, gallery, best)
+        found_likelihood = stages.likelihood(direction, gallery, gallery, best).values
         assert found_likelihood == pytest.approx(np.take_along_axis(everything, best, 1), abs=1e-4)
     if direction == "image_to_text":
         everything = _likelihood_matrix(evaluator, gallery, IMAGE)
-        over_prior = everything - stages._log_priors(direction, gallery)
-        found_likelihood = stages.likelihood(direction, gallery, gallery, best)
+        over_prior = everything - stages._log_priors(direction, gallery).values
+        found_likelihood = stages.likelihood(direction, gallery, gallery, best).values
         assert found_likelihood == pytest.approx(np.take_along_axis(over_prior, best, 1), abs=1e-4)
 
 
@@ -89,7 +97,17 @@ def test_a_prior_is_the_mean_over_the_nearest_training_inputs(evaluator: Evaluat
         nearest = train[np.argsort(-scores[:, place])[:3]]
         samples = [evaluator.read(index, (IMAGE,)) for index in nearest]
         expected = np.log(np.exp(evaluator.text_log_likelihood(samples, [text])[:, 0]).mean())
-        assert stages._log_priors("image_to_text", gallery)[place] == pytest.approx(expected, abs=1e-4)
+        assert stages._log_priors("image_to_text", gallery).values[place] == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_a_querys_likeliest_texts_are_judged_over_their_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_stage_retrieval_module, "LIKELIEST", 2)
+    log_likelihood = np.array([[-3.0, -90.0, -4.0, -5.0]])
+    log_prior = np.array([-3.0, -200.0, -9.0, -30.0])  # the second is next to impossible whatever goes in
+    likely = _likeliest(log_likelihood)
+    assert likely.tolist() == [[True, False, True, False]]
+    scores = _likeliest_first(log_likelihood, log_likelihood - log_prior, likely)
+    assert np.argsort(-scores).tolist() == [[2, 0, 3, 1]]
 
 
 def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +115,7 @@ def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pyt
     encoded: list[int] = []
     packed = Evaluator._packed
     monkeypatch.setattr(Evaluator, "_packed", lambda self, samples: (encoded.append(len(samples)), packed(self, samples))[1])
+    monkeypatch.setattr(two_stage_retrieval_module, "LIKELIEST", 2)
     for direction in ("image_to_text", "text_to_audio", "text_audio_to_image"):
         stages = TwoStages(evaluator)
         stages.first_stage(direction, gallery[:1], gallery[:1])  # fits the projection, once for all galleries
