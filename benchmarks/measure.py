@@ -42,10 +42,16 @@ def interleaved(
 
 
 def matmul(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Callable[[int], object], float]:
-    """A square matrix product to be timed, large enough to fill the device, and its operations."""
+    """Ten square matrix products to be timed, large enough to fill the device, for about as long as what is held against them;
+    and their operations."""
     size = 8192 if torch.device(device).type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return lambda _: torch.mm(left, right), 2.0 * size**3
+
+    def products(_: int) -> None:
+        for _ in range(10):
+            torch.mm(left, right)
+
+    return products, 10 * 2.0 * size**3
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

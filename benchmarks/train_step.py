@@ -273,12 +273,11 @@ def compare_peers(
     data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
     product, product_flops = matmul(DTYPES[precision], device)
-    calls: dict[str, Callable[[int], object]] = {"matmul": product}
-    calls |= {name: contender.micro_batch for name, contender in built.items()}
-    calls |= {f"{name} update": contender.update for name, contender in built.items()}
+    calls: dict[str, Callable[[int], object]] = {name: contender.micro_batch for name, contender in built.items()}
+    calls |= {"matmul": product} | {f"{name} update": contender.update for name, contender in built.items()}
     seconds = interleaved(calls, repeats, clock, device)
-    peak = product_flops / statistics.median(seconds["matmul"])
-    figures: dict[str, Any] = {"peak_gflops": peak / 1e9}
+    peaks = [product_flops / s for s in seconds["matmul"]]
+    figures: dict[str, Any] = {"peak_gflops": statistics.median(peaks) / 1e9}
     for name, contender in built.items():
         slots = [contender.slots[k % ACCUMULATION] for k in range(repeats)]
         update = statistics.median(seconds[f"{name} update"]) / ACCUMULATION
@@ -289,7 +288,9 @@ def compare_peers(
             "tokens_per_s": statistics.median(rates),
             "seconds_per_micro_batch": statistics.median(times),
             "fill": 1.0 if name == "ours" else sum(map(data.tokens, slots)) / padded,
-            "utilisation": statistics.median(data.flops(own) / s for own, s in zip(slots, times, strict=True)) / peak,
+            "utilisation": statistics.median(
+                data.flops(own) / s / peak for own, s, peak in zip(slots, times, peaks, strict=True)
+            ),
         }
         figures[name]["rates"] = rates
     for name in ("hf", "uniter"):
@@ -337,19 +338,19 @@ def compare_engine(
             trainer.stepper.take(planned, iter(batches))
 
         product, product_flops = matmul(DTYPES[precision], device)
-        seconds = interleaved({"matmul": product, "loop": loop_step, "engine": engine_step}, repeats, clock, device)
+        seconds = interleaved({"loop": loop_step, "matmul": product, "engine": engine_step}, repeats, clock, device)
         trainer.close()
-    peak = product_flops / statistics.median(seconds["matmul"])
+    peaks = [product_flops / s for s in seconds["matmul"]]
     flops = data.flops(np.arange(len(data.lengths)))
     return {
-        "peak_gflops": peak / 1e9,
+        "peak_gflops": statistics.median(peaks) / 1e9,
         "positions": sum(batch.num_tokens for batch in batches),
         "engine_over_loop": median_ratio(seconds["engine"], seconds["loop"]),
         **{
             name: {
                 "seconds_per_step": statistics.median(seconds[name]),
                 "tokens_per_s": sum(batch.num_tokens for batch in batches) / statistics.median(seconds[name]),
-                "utilisation": flops / statistics.median(seconds[name]) / peak,
+                "utilisation": statistics.median(flops / s / peak for s, peak in zip(seconds[name], peaks, strict=True)),
                 "seconds": seconds[name],
             }
             for name in ("loop", "engine")
