@@ -30,6 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measure import median_ratio  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.mapped import MappedFile  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
@@ -289,10 +290,18 @@ def main() -> None:
     def rate(times: list[tuple[float, float]], which: int = 0) -> float:
         return size / statistics.median(pair[which] for pair in times) / 1e9
 
+    walls = {(name, end): [wall for wall, _ in times] for name, ends in found.items() for end, times in ends.items()}
+    ratios = {
+        f"{Ours.name} over {name}, {end}, warm": median_ratio(walls[name, end], walls[Ours.name, end])
+        for name in (Hdf5Slices.name, Lmdb.name) if name in found for end in ("view", "packed")
+    }  # fmt: skip
+    sequential_walls = [wall for wall, _ in plain]
+    ratios[f"{OursAhead.name} over sequential, cold"] = median_ratio(sequential_walls, walls[OursAhead.name, "cold"])
     result = {
         "samples": options.samples, "bytes_a_sample": size // options.samples, "repeats": options.repeats,
         "cold_repeats": options.cold_repeats, "pages_that_stayed": stayed, "memcpy_gb_per_s": memory_rate() / 1e9,
         "load_average": os.getloadavg()[0], "processors": os.cpu_count(), "sequential_cold_gb_per_s": rate(plain),
+        "times_as_fast": ratios,
         "readers": {
             name: {f"{end}_{unit}": rate(times, which) for end, times in ends.items()
                    for which, unit in enumerate(("gb_per_s", "gb_per_cpu_s"))}
@@ -306,7 +315,8 @@ def main() -> None:
         cells = [f"{rate(ends[end]):.2f} ({rate(ends[end], 1):.2f})" for end in ("view", "packed", "cold")]
         print(f"| {name} | {' | '.join(cells)} |")
     print(f"| sequential read of the same files | | | {rate(plain):.2f} |")
-    print(json.dumps({key: value for key, value in result.items() if key != "readers"}))
+    print("times as fast, within a turn: " + "; ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("readers", "times_as_fast")}))
     if not options.keep:
         shutil.rmtree(options.folder)
 

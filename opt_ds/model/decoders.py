@@ -73,6 +73,8 @@ class TextDecoder(AutoregressiveDecoder):
         self.word = word
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        if not len(ids):  # a gradient of zeros would cost as much as any other of the table, which has one from the embedder
+            return self.word.weight.new_empty(0, self.word.embedding_dim)
         return self.word(ids)
 
     def _output(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,6 +131,14 @@ def test_what_is_written_later_is_not_seen(ragged: FeatureStore, part: str) -> N
     assert torch.equal(before[earlier], after[earlier]) and not torch.allclose(before[last], after[last])
 
 
+def test_a_text_decoder_that_writes_nothing_asks_for_no_table_of_zeros() -> None:
+    model = make_model(make_config())
+    nothing, something = torch.empty(0, dtype=torch.int64), torch.tensor([1, 5])
+    found = model.text_decoder._embed(nothing)
+    assert found.shape == (0, model.text_decoder.word.embedding_dim) and found.dtype == model.text_decoder.word.weight.dtype
+    assert not found.requires_grad and model.text_decoder._embed(something).requires_grad
+
+
 @torch.no_grad()
 def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) -> None:
     config = make_config()
