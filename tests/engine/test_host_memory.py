@@ -45,6 +45,7 @@ def test_a_users_own_settings_of_the_allocator_stand(name: str, monkeypatch: pyt
 
 
 def test_a_users_own_capacity_of_onednn_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)  # a run in this process may have set it
     monkeypatch.setenv("DNNL_PRIMITIVE_CACHE_CAPACITY", "7")
     assert "DNNL_PRIMITIVE_CACHE_CAPACITY" in keep_few_primitives("cpu", "fp32")
     assert os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") is None
