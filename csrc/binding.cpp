@@ -2,7 +2,7 @@
 //     opt_ds           CUDA key: the kernels as nvcc compiled them (only with OPT_DS_WITH_CUDA); CPU key: csrc/reference.cpp
 //     opt_ds_emulator  CPU key: the same kernel sources as g++ compiled them for the emulator
 // Without any CUDA header (the stream comes from c10's virtual guard), so it builds in seconds and against any torch.
-// Autograd and the shapes for torch.compile are registered in opt_ds/ops/compiled.py.
+// autograd.cpp has the operators' gradients, opt_ds/ops/compiled.py their shapes for torch.compile.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>

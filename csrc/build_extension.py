@@ -74,6 +74,7 @@ class BuildKernels(build_ext):
             record["cuda"] = str(reason)
         with_cuda = ["-DOPT_DS_WITH_CUDA"] if architectures else []
         jobs.add("binding.o", [*with_torch, *with_cuda, str(CSRC / "binding.cpp")])
+        jobs.add("autograd.o", [*with_torch, str(CSRC / "autograd.cpp")])
         jobs.add("reference.o", [*with_torch, str(CSRC / "reference.cpp")])
         for kernel in KERNELS if architectures else []:
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
@@ -84,7 +85,8 @@ class BuildKernels(build_ext):
         if emulates:
             emulator = [f"-I{CSRC / 'emulator'}", "-march=x86-64-v3", f"-DOPT_DS_EMULATED_ARCH={EMULATED_ARCHITECTURE}",
                         f'-DOPT_DS_ARCHITECTURES="emulator of sm_{EMULATED_ARCHITECTURE}"', "-Wno-unknown-pragmas"]  # fmt: skip
-            jobs.add("emulator_binding.o", [*with_torch, "-DOPT_DS_LIBRARY=opt_ds_emulator", str(CSRC / "binding.cpp")])
+            for part in ("binding", "autograd"):
+                jobs.add(f"emulator_{part}.o", [*with_torch, "-DOPT_DS_LIBRARY=opt_ds_emulator", str(CSRC / f"{part}.cpp")])
             for source in [*KERNELS, CSRC / "emulator" / "simt.cpp"]:
                 jobs.add(f"{source.stem}.emulator.o", [*cxx, *emulator, "-x", "c++", str(source)])
         else:
@@ -93,11 +95,11 @@ class BuildKernels(build_ext):
 
         link = [compiler, "-shared", *(f"-L{path}" for path in torch.libraries), "-ltorch", "-ltorch_cpu", "-lc10"]
         cuda_runtime = [f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if architectures else []
-        main = [objects / "binding.o", objects / "reference.o", *(objects / f"{k.stem}.cuda.o" for k in KERNELS if architectures)]
-        self._link(link, "opt_ds._C", main, cuda_runtime)
+        names = ["binding.o", "autograd.o", "reference.o", *(f"{k.stem}.cuda.o" for k in KERNELS if architectures)]
+        self._link(link, "opt_ds._C", [objects / name for name in names], cuda_runtime)
         if emulates:
             parts = [f"{k.stem}.emulator.o" for k in KERNELS]
-            names = ["emulator_binding.o", "simt.emulator.o", *parts]
+            names = ["emulator_binding.o", "emulator_autograd.o", "simt.emulator.o", *parts]
             self._link(link, "opt_ds._emulator", [objects / name for name in names], [])
         if architectures:
             record.update(cuda="built", architectures=list(architectures))

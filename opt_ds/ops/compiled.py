@@ -1,4 +1,4 @@
-"""The compiled operators (csrc/): loads them, and tells autograd and torch.compile about them.
+"""The compiled operators (csrc/): loads them, and tells torch.compile about them.
 
 Two libraries with the same operators: `torch.ops.opt_ds` (the CUDA kernels on a GPU, their plain reference on the CPU) and
 `torch.ops.opt_ds_emulator` (the CUDA kernels run on the CPU, thread by thread; slow). `csrc/binding.cpp` has the schemas.
@@ -63,8 +63,7 @@ def _statistics(x: torch.Tensor) -> torch.dtype:
 
 
 def _register(library: str) -> None:
-    """Shapes (for torch.compile) and gradients of one library's operators."""
-    ops = getattr(torch.ops, library)
+    """Shapes of one library's operators, for torch.compile; csrc/autograd.cpp has their gradients."""
 
     @torch.library.register_fake(f"{library}::layer_norm")
     def _(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site):
@@ -92,50 +91,3 @@ def _register(library: str) -> None:
     @torch.library.register_fake(f"{library}::attention_backward")
     def _(d_out, q, k, v, out, lse, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, dropout, key, site):
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def layer_norm_setup(ctx, inputs, output):
-        x, input_bias, residual, weight, _, _, row_keys, ctx.dropout, ctx.key, ctx.site = inputs
-        _, total, mean, rstd = output
-        ctx.has_input_bias, ctx.has_residual = input_bias is not None, residual is not None
-        ctx.has_total = total.numel() == x.numel() and (ctx.has_input_bias or ctx.has_residual or ctx.dropout > 0)
-        ctx.save_for_backward(total if ctx.has_total else x, mean, rstd, weight, row_keys)
-        ctx.set_materialize_grads(False)
-
-    def layer_norm_backward(ctx, d_normed, d_total, _mean, _rstd):
-        total, mean, rstd, weight, row_keys = ctx.saved_tensors
-        if d_normed is None:
-            d_normed = torch.zeros_like(total)
-        d_residual, d_x, d_weight, d_bias, d_input_bias = ops.layer_norm_backward(
-            d_normed, d_total if ctx.has_total else None, total, mean, rstd, weight, row_keys, ctx.dropout, ctx.key, ctx.site,
-            ctx.has_input_bias,
-        )  # fmt: skip
-        d_x = d_x if ctx.dropout > 0 else d_residual
-        return (d_x, d_input_bias if ctx.has_input_bias else None, d_residual if ctx.has_residual else None, d_weight, d_bias,
-                None, None, None, None, None)  # fmt: skip
-
-    torch.library.register_autograd(f"{library}::layer_norm", layer_norm_backward, setup_context=layer_norm_setup)
-
-    def dropout_setup(ctx, inputs, output):
-        _, row_keys, *ctx.how = inputs
-        ctx.save_for_backward(row_keys)
-
-    def dropout_backward(ctx, d_y):
-        return ops.dropout(d_y, ctx.saved_tensors[0], *ctx.how), None, None, None, None
-
-    torch.library.register_autograd(f"{library}::dropout", dropout_backward, setup_context=dropout_setup)
-
-    def attention_setup(ctx, inputs, output):
-        q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, *dropout = inputs
-        ctx.save_for_backward(q, k, v, *output, cu_queries, cu_keys, slots)
-        ctx.how = (max_queries, max_keys, scale, causal), dropout
-        ctx.set_materialize_grads(False)
-
-    def attention_backward(ctx, d_out, _lse):
-        q, k, v, out, lse, cu_queries, cu_keys, slots = ctx.saved_tensors
-        if d_out is None:
-            return (None,) * 13
-        shape, dropout = ctx.how
-        gradients = ops.attention_backward(d_out, q, k, v, out, lse, cu_queries, cu_keys, *shape, slots, *dropout)
-        return *gradients, *(None,) * 10
-
-    torch.library.register_autograd(f"{library}::attention", attention_backward, setup_context=attention_setup)
