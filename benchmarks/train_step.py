@@ -9,7 +9,7 @@ embedders of regions and frames, the same samples and masks, fp32 accumulation o
     uniter   transformers' BertModel (SDPA) as UNITER trains: buckets of equal length, padded; scores at masked positions only
     ours     packed; scores at masked positions only
 
-They are timed micro-batch by micro-batch in turn; a step is 8 of them and an update. `engine` is our whole optimiser step (all
+They are timed micro-batch by micro-batch in turn, after a step of other micro-batches each; a step is 8 of them and an update. `engine` is our whole optimiser step (all
 tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and micro-batches in a plain PyTorch loop.
 Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py: no padding, no position that nothing
 reads) over those of a large matrix product timed in the same turns. `--times` enlarges the micro-batches, so that they fill a
@@ -160,6 +160,12 @@ class Contender(ABC):
         self.batches = [data.pack(slots) for slots in self.slots[:ACCUMULATION]]
         self.trained = Accumulator(self.build(data.config).to(data.device), data.config, dtype)
 
+    def warm_up(self) -> None:
+        """A step of micro-batches that are not timed: what was made for their shapes is there, for the timed ones it is not."""
+        for slots in self.slots[ACCUMULATION : 2 * ACCUMULATION]:
+            self.trained.backward(self.loss(self.data.pack(slots)))
+        self.trained.update()
+
     @abstractmethod
     def micro_batches(self, data: MixData) -> list[np.ndarray]:
         """Slots of each micro-batch."""
@@ -272,6 +278,8 @@ def compare_peers(
     """Masked language modelling by all contenders; tokens a second, and needed operations over the matmul peak."""
     data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
+    for contender in built.values():
+        contender.warm_up()
     product, product_flops = matmul(DTYPES[precision], device)
     calls: dict[str, Callable[[int], object]] = {name: contender.micro_batch for name, contender in built.items()}
     calls |= {"matmul": product} | {f"{name} update": contender.update for name, contender in built.items()}

@@ -12,7 +12,8 @@ from opt_ds.store.reader import FeatureStore
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _PRIMITIVE_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # read by oneDNN at its first operator
-_PRIMITIVES_OF_A_MICRO_BATCH = {"fp32": 16, "bf16": 128}  # at most, about: GELU's for each number of rows; products' too
+# fp32: what a micro-batch makes for GELU, at most, about. bf16: attention's products too, whose shapes come again (PaddedGroups).
+_PRIMITIVES = {"fp32": 16, "bf16": 512}
 
 
 def keep_freed_memory(device_type: str) -> str:
@@ -36,16 +37,17 @@ def keep_few_primitives(device_type: str, precision: str) -> str:
     """Have oneDNN keep the machine code of the last few shapes only, where the device is the CPU; says how many. It is left as it
     is where the environment has a setting for it; call before the first operator that it runs.
 
-    It makes code for every new shape (of GELU; in bf16 of matrix products too). Packed micro-batches seldom have the same shape
-    twice, so the last 1,024, its default, are of no use, and each lies amid the tensors of its micro-batch and keeps the memory
-    freed around it in pieces (measured: benchmarks/README.md). A micro-batch's own, which its layers share, are kept.
+    It makes code for every new shape (of GELU; in bf16 of matrix products too). Packed micro-batches seldom have the same number of
+    rows twice, so most of the last 1,024, its default, are of no use, and each lies amid the tensors of its micro-batch and keeps
+    the memory freed around it in pieces (measured: benchmarks/README.md). What comes again is kept: in a micro-batch's layers, and
+    in bf16 attention's padded groups.
     """
     if device_type != "cpu":
         return "oneDNN's default: operators do not run there"
     own = [name for name in _PRIMITIVE_CACHE if name in os.environ]
     if own:
         return f"as the environment says ({', '.join(own)})"
-    few = _PRIMITIVES_OF_A_MICRO_BATCH["fp32" if precision == "fp32" else "bf16"]
+    few = _PRIMITIVES["fp32" if precision == "fp32" else "bf16"]
     os.environ[_PRIMITIVE_CACHE[0]] = str(few)
     return f"the last {few}"
 

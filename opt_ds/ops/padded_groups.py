@@ -38,12 +38,16 @@ class PaddedGroups:
     place_of_row: torch.Tensor  # int64 [T], padded place of each packed query row
 
     @staticmethod
-    def of(queries: Sequences, keys: Sequences) -> "PaddedGroups":
-        """Made once for a pair of sequences; every layer attends in the same groups."""
+    def of(queries: Sequences, keys: Sequences, few_shapes: bool = False) -> "PaddedGroups":
+        """Made once for a pair of sequences; every layer attends in the same groups.
+
+        `few_shapes`: a group is padded to its rounded length, not to its longest sequence, so that the same shapes come again in
+        other micro-batches. oneDNN, which multiplies in half precision on the CPU, makes machine code for each new one.
+        """
         made = queries.__dict__.setdefault("_padded_groups", {})  # as functools.cached_property keeps what it made
-        if id(keys) not in made:
-            made[id(keys)] = (keys, _make(queries, keys))
-        return made[id(keys)][1]
+        if (id(keys), few_shapes) not in made:
+            made[id(keys), few_shapes] = (keys, _make(queries, keys, few_shapes))
+        return made[id(keys), few_shapes][1]
 
 
 def rounded_length(lengths: np.ndarray) -> np.ndarray:
@@ -54,11 +58,11 @@ def rounded_length(lengths: np.ndarray) -> np.ndarray:
     return -(-lengths // step) * step
 
 
-def _make(queries: Sequences, keys: Sequences) -> PaddedGroups:
+def _make(queries: Sequences, keys: Sequences, few_shapes: bool) -> PaddedGroups:
     device = queries.cu_seqlens.device
     lengths = np.stack([queries.host_lengths, keys.host_lengths])
     starts = np.cumsum(lengths, axis=1) - lengths
-    _, number = np.unique(rounded_length(lengths), axis=1, return_inverse=True)
+    rounded, number = np.unique(rounded_length(lengths), axis=1, return_inverse=True)
     groups: list[PaddedGroup] = []
     rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     sizes: tuple[list[int], list[int]] = ([], [])
@@ -66,7 +70,7 @@ def _make(queries: Sequences, keys: Sequences) -> PaddedGroups:
     for group in range(int(number.max()) + 1):
         members = np.flatnonzero(number == group)
         own = lengths[:, members]
-        longest = own.max(axis=1)
+        longest = rounded[:, group] if few_shapes else own.max(axis=1)
         if not longest[0]:  # nobody asks
             continue
         valid = [np.arange(longest[side]) < own[side][:, None] for side in (0, 1)]
