@@ -9,11 +9,11 @@ embedders of regions and frames, the same samples and masks, fp32 accumulation o
     uniter   transformers' BertModel (SDPA) as UNITER trains: buckets of equal length, padded; scores at masked positions only
     ours     packed; scores at masked positions only
 
-They are timed micro-batch by micro-batch in turn, after a step of other micro-batches each; a step is 8 of them and an update. `engine` is our whole optimiser step (all
-tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and micro-batches in a plain PyTorch loop.
-Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py: no padding, no position that nothing
-reads) over those of a large matrix product timed in the same turns. `--times` enlarges the micro-batches, so that they fill a
-GPU; there `--backend` chooses our operators.
+They are timed micro-batch by micro-batch in turn, each after a step of other micro-batches; a step is 8 of them and an update.
+`engine` is our whole optimiser step (all tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and
+micro-batches in a plain PyTorch loop. Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py:
+no padding, no position that nothing reads) over those of a large matrix product timed in the same turns. `--times` enlarges the
+micro-batches, so that they fill a GPU; there `--backend` chooses our operators.
 """
 
 import argparse

@@ -37,10 +37,10 @@ def keep_few_primitives(device_type: str, precision: str) -> str:
     """Have oneDNN keep the machine code of the last few shapes only, where the device is the CPU; says how many. It is left as it
     is where the environment has a setting for it; call before the first operator that it runs.
 
-    It makes code for every new shape (of GELU; in bf16 of matrix products too). Packed micro-batches seldom have the same number of
-    rows twice, so most of the last 1,024, its default, are of no use, and each lies amid the tensors of its micro-batch and keeps
-    the memory freed around it in pieces (measured: benchmarks/README.md). What comes again is kept: in a micro-batch's layers, and
-    in bf16 attention's padded groups.
+    It makes code for every new shape (of GELU; in bf16 of matrix products too). Packed micro-batches seldom have the same number
+    of rows twice, so most of the last 1,024, its default, are of no use, and each lies amid the tensors of its micro-batch and
+    keeps the memory freed around it in pieces (measured: benchmarks/README.md). What comes again is kept: in a micro-batch's
+    layers, and in bf16 attention's padded groups.
     """
     if device_type != "cpu":
         return "oneDNN's default: operators do not run there"
