@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.measure import print_table, write_result  # noqa: E402
 from opt_ds.config import load_config  # noqa: E402
-from opt_ds.engine.hardware import GPUS, find_gpu, this_machine  # noqa: E402
+from opt_ds.engine.hardware import known_gpu, this_machine  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 from opt_ds.tools.plan import Cluster, plan_run  # noqa: E402
@@ -116,12 +116,12 @@ def measure(model: str, row: Row, store: Path, batch: int, steps: int, num_gpus:
     return found
 
 
-def plan(model: str, row: Row, store: Path, batch: int, num_gpus: int) -> dict[str, float]:
-    """What `opt-ds plan` says of the same run."""
-    config = load_config(model, row.arguments(store, batch, STEPS))
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-    kind = next((kind for kind in GPUS if kind.split("-")[0] in name), None)
-    made = plan_run(config, Cluster(find_gpu(kind) if kind else this_machine(), num_gpus), [FeatureStore(store)])
+def plan(model: str, row: Row, store: Path, batch: int, num_gpus: int) -> dict[str, float] | None:
+    """What `opt-ds plan` says of the same run; None for a GPU that it does not know."""
+    gpu = known_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else this_machine()
+    if gpu is None:
+        return None
+    made = plan_run(load_config(model, row.arguments(store, batch, STEPS)), Cluster(gpu, num_gpus), [FeatureStore(store)])
     return {"tensors_gib": made.memory.tensors / GIB, "total_gib": made.memory.total / GIB}
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def plan(
     config: Annotated[str, typer.Option(help="A preset's name, or a YAML file.")] = "opt-base",
-    gpu: Annotated[str, typer.Option(help="V100-16GB, V100-32GB, A100-40GB, A100-80GB, H100-80GB, cpu, custom.")] = "V100-16GB",
+    gpu: Annotated[
+        str, typer.Option(help="V100-16GB, V100-32GB, A100-40GB, A100-80GB, H100-80GB, H200-141GB, cpu, custom.")
+    ] = "V100-16GB",
     num_gpus: Annotated[int, typer.Option(help="GPUs of the whole run.", min=1)] = 4,
     store: Annotated[list[str] | None, typer.Option(help="A feature store; may be given several times.")] = None,
     settings: Annotated[

@@ -1,6 +1,6 @@
 """What devices can do: the GPUs that people train on, and this machine's own peak.
 
-Figures are the makers' data sheets (dense, without sparsity): NVIDIA V100, A100 and H100 Tensor Core GPU data sheets.
+Figures are the makers' data sheets (dense, without sparsity): NVIDIA V100, A100, H100 and H200 Tensor Core GPU data sheets.
 """
 
 import time
@@ -34,6 +34,7 @@ GPUS: dict[str, Gpu] = {
         Gpu("A100-40GB", 39.5, (8, 0), 312e12, 19.5e12, 1555e9, 300e9),
         Gpu("A100-80GB", 79.2, (8, 0), 312e12, 19.5e12, 2039e9, 300e9),
         Gpu("H100-80GB", 79.6, (9, 0), 989e12, 67e12, 3350e9, 450e9),
+        Gpu("H200-141GB", 140.4, (9, 0), 989e12, 67e12, 4800e9, 450e9),
     )
 }
 
@@ -44,6 +45,11 @@ def find_gpu(name: str) -> Gpu:
         if known.lower().startswith(name.lower()):
             return gpu
     raise UserError(f'GPU "{name}": unknown{did_you_mean(name, GPUS)}: choose {", ".join(GPUS)}, or custom')
+
+
+def known_gpu(device_name: str) -> Gpu | None:
+    """The kind of a GPU that calls itself so ("Tesla V100-SXM2-16GB", "NVIDIA H200"), as far as rates go; None: not in GPUS."""
+    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in device_name), None)
 
 
 def this_machine() -> Gpu:
@@ -64,10 +70,9 @@ class PeakFlops:
 
 def peak_flops(hardware: "Hardware", precision: "Precision") -> PeakFlops:
     """Of this rank's device: the data sheet's for a known GPU, else that of a matrix product measured now, in a moment."""
-    for kind in ("V100", "A100", "H100"):
-        if hardware.kind == "cuda" and kind in hardware.name:
-            gpu = find_gpu(kind)
-            return PeakFlops(gpu.fp32_flops if precision == "fp32" else gpu.half_flops, f"{kind}'s data sheet")
+    gpu = known_gpu(hardware.name) if hardware.kind == "cuda" else None
+    if gpu is not None:
+        return PeakFlops(gpu.fp32_flops if precision == "fp32" else gpu.half_flops, f"{gpu.name.split('-')[0]}'s data sheet")
     return PeakFlops(_measured_peak(hardware.kind, precision), "a matrix product measured at the start")
 
 

@@ -10,7 +10,7 @@ import pytest
 from opt_ds.data.flops import step_flops
 from opt_ds.data.plan import StepPlan
 from opt_ds.engine.deepspeed_config import Hardware
-from opt_ds.engine.hardware import GPUS, find_gpu, peak_flops
+from opt_ds.engine.hardware import GPUS, find_gpu, known_gpu, peak_flops
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from tests.engine.runs import hashes, tiny_config, train
@@ -55,6 +55,8 @@ def test_peaks_come_from_the_data_sheet_or_from_measuring() -> None:
     assert peak_flops(v100, "fp32").flops_per_s == 15.7e12
     assert "data sheet" in peak_flops(v100, "fp16").source
     assert 1e9 < peak_flops(Hardware("cpu", "a processor"), "fp32").flops_per_s < 1e14
+    assert peak_flops(Hardware("cuda", "NVIDIA H200", (9, 0)), "bf16").source == "H200's data sheet"
+    assert known_gpu("NVIDIA H100 80GB HBM3") is GPUS["H100-80GB"] and known_gpu("NVIDIA GeForce RTX 3090") is None
     assert find_gpu("a100-80").name == "A100-80GB"
     assert find_gpu("H100") is GPUS["H100-80GB"]
     with pytest.raises(UserError, match="V100-16GB"):
