@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -191,7 +192,7 @@ def view(reader: Any, order: np.ndarray) -> None:
     assert np.isfinite(total)
 
 
-def packed(reader: Any, order: np.ndarray, batch: tuple[np.ndarray, np.ndarray]) -> None:
+def packed(reader: Any, order: np.ndarray, batch: tuple[np.ndarray, ...]) -> None:
     """Batch by batch: the arrays of its samples, then all of them end to end."""
     regions_rv, frames_av = batch
     samples = reader.samples(order)
@@ -262,7 +263,8 @@ def main() -> None:
         except ImportError as error:
             print(f"left out: {kind.name} ({error})")
     size = options.samples * 2 * (REGIONS * REGION_DIM + FRAMES * FRAME_DIM)
-    batch = (np.zeros((BATCH * REGIONS, REGION_DIM), np.float16), np.zeros((BATCH * FRAMES, FRAME_DIM), np.float16))
+    shapes = (BATCH * REGIONS, REGION_DIM), (BATCH * FRAMES, FRAME_DIM)
+    batch = tuple(torch.zeros(shape, dtype=torch.float16).numpy() for shape in shapes)  # as a batch in training is
 
     found: dict[str, dict[str, list[tuple[float, float]]]] = {r.name: {"view": [], "packed": [], "cold": []} for r in readers}
     for reader in readers:  # warms the caches of all
