@@ -152,6 +152,12 @@ def test_a_micro_batch_of_no_samples() -> None:
     assert batch.inputs.region_boxes.shape == (0, 7)
 
 
+def test_features_lie_at_64_bytes_as_in_the_store() -> None:
+    """Copies are slow where source and target are less than a cache line out of step."""
+    inputs = packer().pack([make_sample((True, True, True), seed) for seed in range(5)]).inputs
+    assert inputs.region_features.data_ptr() % 64 == inputs.frames.data_ptr() % 64 == 0
+
+
 def test_a_batch_moves_as_one(ragged: FeatureStore) -> None:
     config = make_config()
     batch = make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
