@@ -52,7 +52,8 @@ def _torch_attention(
     """Sequences of like length together, padded, with the scores written out: the reference, and on the CPU the fastest."""
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0
-    layout = PaddedGroups.of(queries, keys, few_shapes=q_thd.dtype in (torch.float16, torch.bfloat16))
+    makes_code_for_shapes = q_thd.device.type == "cpu" and q_thd.dtype in (torch.float16, torch.bfloat16)  # oneDNN
+    layout = PaddedGroups.of(queries, keys, few_shapes=makes_code_for_shapes)
     parts = [x.index_select(0, index).split(sizes) for x, (index, sizes) in (
         (q_thd, (layout.query_rows, layout.query_sizes)),
         (k_uhd, (layout.key_rows, layout.key_sizes)),
