@@ -6,7 +6,7 @@ A problem is one line naming the shard and the dataset. Shards are read in block
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_ds.errors import UserError
+from opt_ds.store.checks import OFFSETS_OF, RANGES, box_problems, not_finite, offset_problems, out_of_range, row_problems
 from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256, folder_sha256, write_json
 from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index, write_index
@@ -23,7 +24,6 @@ from opt_ds.store.schema import (
     CODES_PER_IMAGE,
     DATASETS,
     DVAE_FOLDER,
-    MISSING,
     MODALITIES,
     OPTIONAL_DATASETS,
     PIXELS_SHAPE,
@@ -33,8 +33,6 @@ from opt_ds.store.schema import (
 )
 
 VERIFIED_FILE = "verified.json"
-_BLOCK_ROWS = 65_536
-_BOX_TOLERANCE = 1e-3  # boxes are float32, but some detectors work in half precision
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def verify_store(path: str | Path) -> None:
             raise UserError(f"{path / shard.file}: checksum differs from store.json's: prepare the store again")
         file = ShardFile(path / shard.file)
         for name in file.names():
-            problem = _not_finite(file.array(name))
+            problem = not_finite(file.array(name))
             if problem is not None:
                 raise UserError(f"{path / shard.file}: {name}: {problem}: prepare the store again")
     _write_missing_index(path, description)
@@ -235,39 +233,18 @@ def _dataset_problems(
     if array.shape != shape:
         yield f"shape {list(array.shape)}, not {list(shape)}"
         return
-    problem = _not_finite(array)
+    problem = not_finite(array)
     if problem is not None:
         yield problem
-    elif name in _RANGES:
-        low, high = _RANGES[name](shard, description)
-        yield from _out_of_range(array, low, high)
+    elif name in RANGES:
+        low, high = RANGES[name](shard, description)
+        yield from out_of_range(array, low, high)
     if name.endswith("offsets"):
-        yield from _offset_problems(array[:], len(file.array(_OFFSETS_OF[name])))
+        yield from offset_problems(array[:], len(file.array(OFFSETS_OF[name])))
     if name == "image/boxes" and problem is None:
-        yield from _box_problems(array)
+        yield from box_problems(array)
     if name == "samples/rows":
-        yield from _row_problems(array[:], shard)
-
-
-_OFFSETS_OF = {
-    "samples/id_offsets": "samples/id",
-    "samples/label_offsets": "samples/labels",
-    "text/offsets": "text/tokens",
-    "text/utf8_offsets": "text/utf8",
-    "image/offsets": "image/features",
-    "audio/offsets": "audio/features",
-}
-# Dataset -> the smallest and largest value allowed.
-_RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, float]]] = {
-    "samples/split": lambda shard, store: (0, len(store.split_names) - 1),
-    "samples/labels": lambda shard, store: (0, len(store.label_names) - 1),
-    "samples/group": lambda shard, store: (0, 2**63 - 1),
-    "text/tokens": lambda shard, store: (0, store.dims.vocab_size - 1),
-    "image/boxes": lambda shard, store: (-_BOX_TOLERANCE, 1 + _BOX_TOLERANCE),
-    "image/labels": lambda shard, store: (0, store.dims.image_num_classes - 1),
-    "image/scores": lambda shard, store: (0, 1),
-    "image/codes": lambda shard, store: (0, (store.dims.num_codes or 0) - 1),
-}
+        yield from row_problems(array[:], shard)
 
 
 def _shapes(file: ShardFile, shard: ShardDescription, description: StoreDescription) -> dict[str, tuple[int, ...]]:
@@ -293,58 +270,6 @@ def _shapes(file: ShardFile, shard: ShardDescription, description: StoreDescript
         "audio/offsets": (shard.num_audios + 1,),
         "audio/features": (shard.num_frames, description.dims.audio_feature_dim),
     }
-
-
-def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(array), _BLOCK_ROWS):
-        yield start, array[start : start + _BLOCK_ROWS]
-
-
-def _not_finite(array: np.ndarray) -> str | None:
-    if array.dtype.kind != "f":
-        return None
-    for start, block in _blocks(array):
-        bad = ~np.isfinite(block)
-        if bad.any():
-            row = start + int(np.flatnonzero(bad.reshape(len(block), -1).any(1))[0])
-            return f"NaN or infinite, first in row {row}"
-    return None
-
-
-def _out_of_range(array: np.ndarray, low: float, high: float) -> Iterator[str]:
-    for start, block in _blocks(array):
-        bad = (block < low) | (block > high)
-        if bad.any():
-            row = start + int(np.flatnonzero(bad.reshape(len(block), -1).any(1))[0])
-            yield f"value {block[bad].flat[0]} in row {row} is outside {low:g}..{high:g}"
-            return
-
-
-def _offset_problems(offsets: np.ndarray, length: int) -> Iterator[str]:
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != length:
-        yield f"does not run from 0 to {length}"
-    elif (np.diff(offsets) < 0).any():
-        yield f"falls after item {int(np.flatnonzero(np.diff(offsets) < 0)[0])}"
-
-
-def _box_problems(array: np.ndarray) -> Iterator[str]:
-    for start, boxes in _blocks(array):
-        x1, y1, x2, y2, width, height, area = boxes[:].T
-        wrong = np.abs(np.stack([x2 - x1 - width, y2 - y1 - height, width * height - area])) > _BOX_TOLERANCE
-        bad = wrong.any(0) | (width < 0) | (height < 0)
-        if bad.any():
-            yield f"row {start + int(np.flatnonzero(bad)[0])}: width, height or area do not follow from the corners"
-            return
-
-
-def _row_problems(rows: np.ndarray, shard: ShardDescription) -> Iterator[str]:
-    for column, count in enumerate((shard.num_texts, shard.num_images, shard.num_audios)):
-        bad = (rows[:, column] < MISSING) | (rows[:, column] >= count)
-        if bad.any():
-            yield f"sample {int(np.flatnonzero(bad)[0])}: no {MODALITIES[column]} row {int(rows[bad, column][0])}"
-    empty = (rows == MISSING).all(1)
-    if empty.any():
-        yield f"sample {int(np.flatnonzero(empty)[0])} has no modality at all"
 
 
 def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]:
