@@ -1,0 +1,211 @@
+"""The one list of file formats: endings, kinds, whether they can be decoded here, and how first bytes tell them.
+
+Every list of endings or decoders elsewhere is derived from `FORMATS`. A name only suggests a kind. `format_of_content`
+looks at a file's first bytes, and content decides wherever a file is opened.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["image", "audio", "text", "regions", "table", "archive", "video", "document"]
+HEAD_BYTES = 1024  # enough of a file for format_of_content
+_TO_PICTURE = "convert it to PNG or JPEG"
+_TO_WAV = "convert it to WAV or FLAC"
+_TO_SOUND = "extract its sound as WAV or FLAC"
+_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+_VIDEOS = (".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
+_CLUTTER_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
+_CLUTTER_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
+_HTML_TAGS = (b"<html", b"<!doctype html", b"<head", b"<body")
+_XML_STARTS = (b"<?xml", b"<svg", b"<!doctype svg", b"<!--")
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A file format. `decoder`: Pillow's or libsndfile's name of it; None where it cannot be decoded here.
+
+    `advice`: how a file of a format without a decoder can be made usable.
+    """
+
+    name: str
+    kind: Kind
+    endings: tuple[str, ...]
+    decoder: str | None = None
+    advice: str = ""
+
+
+SVG = FileFormat("SVG", "image", (".svg",), "SVG")
+_TO_FILE = "download the file itself, not a page about it"
+HTML = FileFormat("HTML page", "document", (".html", ".htm", ".xhtml"), advice=_TO_FILE)
+_MPEG4 = FileFormat("MPEG-4", "video", (".mp4", ".m4v", ".mov", ".3gp"), advice=_TO_SOUND)
+_M4A = FileFormat("M4A", "audio", (".m4a", ".m4b", ".m4r", ".aac", ".alac"), advice=_TO_WAV)
+
+FORMATS: tuple[FileFormat, ...] = (
+    FileFormat("JPEG", "image", (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"), "JPEG"),
+    FileFormat("PNG", "image", (".png", ".apng"), "PNG"),
+    FileFormat("WebP", "image", (".webp",), "WEBP"),
+    FileFormat("GIF", "image", (".gif",), "GIF"),
+    FileFormat("BMP", "image", (".bmp", ".dib"), "BMP"),
+    FileFormat("TIFF", "image", (".tif", ".tiff"), "TIFF"),
+    FileFormat("PPM", "image", (".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    FileFormat("AVIF", "image", (".avif", ".avifs"), "AVIF"),
+    FileFormat("HEIF", "image", (".heif", ".heifs", ".heic", ".heics", ".hif"), "HEIF"),
+    FileFormat("JPEG 2000", "image", (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"), "JPEG2000"),
+    SVG,
+    FileFormat("compressed SVG", "image", (".svgz",), advice="decompress it to .svg"),
+    FileFormat("JPEG XL", "image", (".jxl",), advice=_TO_PICTURE),
+    FileFormat("Photoshop", "image", (".psd", ".psb"), advice=_TO_PICTURE),
+    FileFormat("icon", "image", (".ico", ".icns"), advice=_TO_PICTURE),
+    FileFormat("Targa", "image", (".tga",), advice=_TO_PICTURE),
+    FileFormat("OpenEXR or HDR", "image", (".exr", ".hdr", ".pfm"), advice=_TO_PICTURE),
+    FileFormat("PostScript", "image", (".eps", ".ps"), advice=_TO_PICTURE),
+    FileFormat("camera raw", "image", _RAW, advice=_TO_PICTURE),
+    FileFormat("WAV", "audio", (".wav", ".wave"), "WAV"),
+    FileFormat("RF64", "audio", (".rf64",), "RF64"),
+    FileFormat("Wave64", "audio", (".w64",), "W64"),
+    FileFormat("FLAC", "audio", (".flac",), "FLAC"),
+    FileFormat("OGG", "audio", (".ogg", ".oga", ".opus"), "OGG"),
+    FileFormat("MP3", "audio", (".mp3", ".mp2", ".mpga"), "MP3"),
+    FileFormat("AIFF", "audio", (".aiff", ".aif", ".aifc"), "AIFF"),
+    FileFormat("AU", "audio", (".au", ".snd"), "AU"),
+    FileFormat("CAF", "audio", (".caf",), "CAF"),
+    _M4A,
+    FileFormat("WMA", "audio", (".wma", ".asf"), advice=_TO_WAV),
+    FileFormat("WebM", "audio", (".weba", ".webm", ".mka"), advice=_TO_WAV),
+    FileFormat("AMR", "audio", (".amr", ".3ga"), advice=_TO_WAV),
+    FileFormat("Speex", "audio", (".spx",), advice=_TO_WAV),
+    FileFormat("Monkey's Audio", "audio", (".ape",), advice=_TO_WAV),
+    FileFormat("WavPack", "audio", (".wv",), advice=_TO_WAV),
+    FileFormat("NIST Sphere", "audio", (".sph", ".nist"), advice=_TO_WAV),
+    FileFormat("AC-3", "audio", (".ac3", ".dts"), advice=_TO_WAV),
+    FileFormat("MIDI", "audio", (".mid", ".midi"), advice=_TO_WAV),
+    FileFormat("text", "text", (".txt",), "text"),
+    FileFormat("NumPy regions", "regions", (".npz",), "npz"),
+    FileFormat("JSON", "table", (".json", ".jsonl", ".ndjson"), "json"),
+    FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet"), "table"),
+    FileFormat("XML", "table", (".xml",), "xml"),
+    HTML,
+    FileFormat("PDF", "document", (".pdf",), advice="export its pages as PNG"),
+    FileFormat("Markdown", "document", (".md", ".rst"), advice="rename it to .txt if it is a sample's text"),
+    FileFormat("Word", "document", (".doc", ".docx", ".odt", ".rtf"), advice="save it as a .txt in UTF-8"),
+    _MPEG4,
+    FileFormat("video", "video", _VIDEOS, advice=_TO_SOUND),
+    FileFormat("archive", "archive", (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), advice="unpack it"),
+)  # fmt: skip
+
+_BY_ENDING = {ending: each for each in FORMATS for ending in each.endings}
+_BY_NAME = {each.name: each for each in FORMATS}
+SIDECAR_ENDINGS: tuple[str, ...] = (".json", ".txt", ".xml", ".csv", ".tsv", ".jsonl")
+"""What downloaders and annotators write beside a picture or recording, under its name."""
+
+_MAGIC: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"GIF87a", "GIF"), (0, b"GIF89a", "GIF"),
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"),
+    (0, b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"), (0, b"8BPS", "Photoshop"), (0, b"\0\0\x01\0", "icon"),
+    (0, b"icns", "icon"), (0, b"\x76\x2f\x31\x01", "OpenEXR or HDR"), (0, b"#?RADIANCE", "OpenEXR or HDR"),
+    (0, b"%!PS", "PostScript"), (0, b"fLaC", "FLAC"), (0, b"OggS", "OGG"), (0, b"ID3", "MP3"), (0, b".snd", "AU"),
+    (0, b"caff", "CAF"), (0, b"RF64", "RF64"), (0, b"riff\x2e\x91\xcf\x11", "Wave64"), (0, b"#!AMR", "AMR"),
+    (0, b"MAC ", "Monkey's Audio"), (0, b"wvpk", "WavPack"), (0, b"NIST_1A", "NIST Sphere"), (0, b"\x0b\x77", "AC-3"),
+    (0, b"MThd", "MIDI"), (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "WMA"), (0, b"\x1a\x45\xdf\xa3", "WebM"),
+    (0, b"%PDF-", "PDF"), (0, b"PK\x03\x04", "archive"), (0, b"\x1f\x8b", "archive"), (0, b"BZh", "archive"),
+    (0, b"\xfd7zXZ\0", "archive"), (0, b"7z\xbc\xaf\x27\x1c", "archive"), (0, b"Rar!", "archive"),
+    (257, b"ustar", "archive"),
+)  # fmt: skip
+_RIFF = {b"WAVE": "WAV", b"WEBP": "WebP", b"AVI ": "video"}
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"M4A ": "M4A",
+    b"M4B ": "M4A",
+    b"crx ": "camera raw",
+    **dict.fromkeys(_HEIF_BRANDS, "HEIF"),
+}
+
+
+def format_of_name(name: str | os.PathLike[str]) -> FileFormat | None:
+    """Return the format that a file's ending suggests; None for no ending or an unknown one."""
+    return _BY_ENDING.get(os.path.splitext(os.fspath(name))[1].lower())
+
+
+def kind_of_name(name: str | os.PathLike[str]) -> Kind | None:
+    """Return the kind that a file's ending suggests; None for no ending or an unknown one."""
+    found = format_of_name(name)
+    return None if found is None else found.kind
+
+
+def format_of_content(head: bytes) -> FileFormat | None:
+    """Return the format of a file by its first bytes (`HEAD_BYTES` are enough); None where they tell nothing."""
+    return _format_of_tag(head) or _BY_NAME.get(_name_of_magic(head) or "")
+
+
+def kind_of_content(head: bytes) -> Kind | None:
+    """Return the kind of a file by its first bytes; None where they tell nothing (plain text, for one)."""
+    found = format_of_content(head)
+    return None if found is None else found.kind
+
+
+def endings_of(*kinds: Kind, decodable: bool = False) -> tuple[str, ...]:
+    """Return the endings of some kinds of files; with `decodable` only those of formats that can be decoded here."""
+    return tuple(
+        ending
+        for each in FORMATS
+        if each.kind in kinds and (each.decoder is not None or not decodable)
+        for ending in each.endings
+    )
+
+
+def decoders_of(kind: Kind) -> tuple[str, ...]:
+    """Return the decoders' names (Pillow's, libsndfile's) of a kind's formats that can be decoded here."""
+    return tuple(each.decoder for each in FORMATS if each.kind == kind and each.decoder is not None)
+
+
+def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | None:
+    """Return why a file cannot be used, and what to do about it; None if its format can be decoded here, or is unknown.
+
+    The first bytes decide where they tell the format, and the ending elsewhere.
+    """
+    found = format_of_content(head) or format_of_name(name)
+    if found is None or found.decoder is not None:
+        return None
+    return f"{found.name} cannot be decoded here: {found.advice}"
+
+
+def is_clutter(path: str | os.PathLike[str]) -> bool:
+    """Whether a relative path is what systems leave in folders: hidden files, `__MACOSX/`, `Thumbs.db` and the like."""
+    *folders, name = os.fspath(path).replace(os.sep, "/").split("/")
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in (*folders, name))
+    return hidden or name.lower() in _CLUTTER_NAMES or any(part.lower() in _CLUTTER_FOLDERS for part in folders)
+
+
+def _format_of_tag(head: bytes) -> FileFormat | None:
+    """SVG or HTML, whatever comes before the first telling tag: a byte order mark, an XML declaration, comments."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:HEAD_BYTES].lower()
+    if not text.startswith(b"<"):
+        return None
+    places = [place for tag in _HTML_TAGS if (place := text.find(tag)) >= 0]
+    drawing = text.find(b"<svg")
+    if places and (drawing < 0 or min(places) < drawing):
+        return HTML
+    return SVG if drawing >= 0 or text.startswith(_XML_STARTS) else None
+
+
+def _name_of_magic(head: bytes) -> str | None:
+    if head[:4] == b"RIFF":
+        return _RIFF.get(head[8:12])
+    if head[:4] == b"FORM":
+        return "AIFF" if head[8:12] in (b"AIFF", b"AIFC") else None
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12], "MPEG-4")
+    for place, start, name in _MAGIC:
+        if head[place : place + len(start)] == start:
+            return name
+    if head[:2] == b"BM" and len(head) > 14 and head[6:10] == bytes(4):
+        return "BMP"
+    if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
+        return "PPM"
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # a frame's sync word; layer 0 is AAC's
+        return "M4A" if head[1] & 0x06 == 0 else "MP3"
+    return None
