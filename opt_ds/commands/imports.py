@@ -43,16 +43,18 @@ def conceptual_captions(
     output: _Output,
     pattern: Annotated[str, typer.Option(help="A picture's name: {index}, {crc32}, {md5} of its URL.")] = "{index:09d}",
     url_first: Annotated[bool, typer.Option("--url-first", help="The URL comes before the caption (CC12M).")] = False,
+    first_index: Annotated[int, typer.Option(help="The {index} of the first row after the header.")] = 0,
 ) -> None:
     """Conceptual Captions and CC12M, of the pictures that were downloaded; dead links are reported."""
     from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions as run
 
-    _next(run(annotations, output, images=images, pattern=pattern, url_first=url_first, say=typer.echo))
+    _next(run(annotations, output, images=images, pattern=pattern, url_first=url_first,
+              first_index=first_index, say=typer.echo))  # fmt: skip
 
 
 @imports.command("visual-genome")
 def visual_genome(
-    annotations: Annotated[Path, typer.Option(help="region_descriptions.json.")],
+    annotations: Annotated[list[Path], typer.Option(help="region_descriptions.json; may be given several times.")],
     images: _Images,
     output: _Output,
     image_data: Annotated[Path | None, typer.Option(help="image_data.json: which pictures are COCO's.")] = None,
@@ -68,7 +70,9 @@ def visual_genome(
 
 @imports.command("coco")
 def coco(
-    annotations: Annotated[Path, typer.Option(help="Karpathy's dataset_coco.json.")], images: _Images, output: _Output
+    annotations: Annotated[list[Path], typer.Option(help="Karpathy's dataset_coco.json; may be given several times.")],
+    images: _Images,
+    output: _Output,
 ) -> None:
     """COCO captions in Karpathy's splits."""
     from opt_ds.prepare.importers.karpathy import import_karpathy as run
@@ -78,7 +82,7 @@ def coco(
 
 @imports.command("flickr30k")
 def flickr30k(
-    annotations: Annotated[Path, typer.Option(help="dataset_flickr30k.json, or results_20130124.token.")],
+    annotations: Annotated[list[Path], typer.Option(help="dataset_flickr30k.json or results_20130124.token; several times.")],
     images: _Images,
     output: _Output,
 ) -> None:
@@ -106,11 +110,19 @@ def vqa(
 def folder(
     folder: Annotated[Path, typer.Argument(help="Folder of name.jpg, name.txt, name.wav …")],
     output: Annotated[Path | None, typer.Option(help="The manifest to write. Default: manifest.jsonl in the folder.")] = None,
+    folder_splits: Annotated[
+        bool | None,
+        typer.Option(
+            "--folder-splits/--no-folder-splits",
+            help="Take the splits from the folders train, valid and test at the top, or ignore what folders are called. "
+            "Default: infer it, and stop where that is not certain.",
+        ),
+    ] = None,
 ) -> None:
     """A plain folder: files of one name are one sample."""
     from opt_ds.prepare.importers.folder import import_folder as run
 
-    _next(run(folder, output, say=typer.echo))
+    _next(run(folder, output, folder_splits=folder_splits, say=typer.echo))
 
 
 @imports.command("table")

@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.prepare.text_files import JsonError, byte_lines, open_bytes, parse_json
 from opt_ds.store.files import atomic_file
 from opt_ds.store.schema import check_split_names
 
 DEFAULT_SPLITS = ("train", "valid")
 _VALID_PERCENT = 5
+_NAMES = ("id", "group", "split")  # fields that may be whole numbers, which then stand for their digits
 
 
 class ManifestLine(BaseModel):
@@ -89,17 +91,15 @@ class Manifest:
         return shards
 
 
-def read_manifest(
-    path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False
-) -> Manifest:
-    """Read and check a manifest, at most its first `limit` good samples.
+def read_manifest(path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False) -> Manifest:
+    """Read and check a manifest, gzipped or not, at most its first `limit` good samples.
 
     Rejected are lines that are not UTF-8 or JSON, with unknown or missing fields, a repeated id or no modality, and,
     unless `allow_outside`, with a file outside the manifest's folder (links inside it are followed). With `strict` the
     first such line is a UserError; otherwise it is one if no line is left, or if only some lines name their split.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such manifest")
+        raise UserError(f"{path}: {'is a folder, not a manifest' if path.is_dir() else 'no such manifest'}")
     lines: list[ManifestLine] = []
     rejected: list[Skipped] = []
     seen: dict[str, int] = {}  # id -> line number
@@ -149,43 +149,38 @@ def groups_across_splits(manifest: Manifest) -> int:
     return sum(count > 1 for count in Counter(group for group, _ in pairs).values())
 
 
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open_bytes(path) as file:
+        yield from byte_lines(file)
+
+
 class _LineError(Exception):
     """What is wrong with a line; `id` is the line's own, as far as it can be shown."""
 
     def __init__(self, message: str, id: object = None) -> None:
         super().__init__(message)
-        self.id = id if isinstance(id, str) and id and is_encodable(id) else None
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Windows' editors write a byte order mark
-            if raw.strip():
-                yield number, raw
+        name = _name(id)
+        self.id = name if name and is_encodable(name) else None
 
 
 def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
     """Return the line, and it as JSON in one form."""
     try:
-        fields = json.loads(raw.decode("utf-8"))
+        fields = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _LineError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise _LineError(f"not JSON ({error})") from None
+        raise _LineError(f"not UTF-8 text (byte {error.start})") from None
+    except JsonError as error:
+        raise _LineError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise _LineError("not a JSON object: one sample a line")
+        raise _LineError("not a JSON object: write one sample per line")
     own_id = fields.get("id")
     unknown = [key for key in fields if key not in ManifestLine.model_fields]
     if unknown:
         near = did_you_mean(unknown[0], ManifestLine.model_fields)
         raise _LineError(f'unknown field "{_shown(unknown[0])}"{near}', own_id)
-    try:
-        line = ManifestLine.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _LineError(f"field {'.'.join(map(str, first['loc']))}: {first['msg']}", own_id) from None
+    if own_id is None:
+        raise _LineError("field id: it is missing: every sample needs one")
+    line = ManifestLine.model_validate({name: _value(name, value, own_id) for name, value in fields.items()})
     if not line.id:
         raise _LineError("field id: it is empty")
     if line.image is None and line.text is None and line.audio is None:
@@ -194,6 +189,31 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
         return line, line.model_dump_json().encode()
     except ValueError:
         raise _LineError("half of a surrogate pair in it is no text", own_id) from None
+
+
+def _value(name: str, value: Any, id: object) -> Any:
+    """Return a field's value as ManifestLine takes it: whole numbers that name something become text, null labels none."""
+    if name == "labels":
+        if value is None:
+            return ()
+        labels = [_name(label) for label in value] if isinstance(value, list) else [None]
+        if None in labels:
+            raise _LineError('field labels: give a list of names, such as ["cat"]', id)
+        return tuple(labels)
+    if value is None:
+        return None
+    text = _name(value) if name in _NAMES else value
+    if not isinstance(text, str):
+        what = {"image": "a file's name", "audio": "a file's name", "text": "a text"}.get(name, "a name")
+        raise _LineError(f"field {name}: give {what} in quotes", id)
+    return text
+
+
+def _name(value: Any) -> str | None:
+    """A name as text, also if it is a whole number; None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_outside: bool) -> None:

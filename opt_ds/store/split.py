@@ -12,6 +12,8 @@ from opt_ds.store.schema import StoreDescription, check_split_names, group_code
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.update import Arrays, rewrite_shards
 
+_HEADERS = [[name, "split"] for name in ("id", "ids", "sample", "name", "group", "groups")]
+
 
 def parse_ratios(arguments: list[str]) -> dict[str, float]:
     """ ["train=0.9", "valid=0.1"] -> shares that sum to 1. UserError for anything else."""
@@ -85,15 +87,28 @@ def _uniform(seed: int, code: int) -> float:
 
 
 def _read_list(file: Path) -> dict[str, str]:
+    """Return name -> split; a first line such as "id,split" is a header. UserError for a name with two splits."""
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     named: dict[str, str] = {}
+    line_of: dict[str, int] = {}
+    separator = "\t" if file.suffix == ".tsv" else ","
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 1):
+            for number, row in enumerate(csv.reader(lines, delimiter=separator, strict=True), 1):
+                if not row or (number == 1 and [cell.strip().lower() for cell in row] in _HEADERS):
+                    continue
                 if len(row) != 2 or not all(row):
                     raise UserError(f"{file} line {number}: write a name and a split, separated by a comma (a tab in .tsv)")
-                named[row[0]] = row[1]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable as a table in UTF-8 ({error})") from None
+                name, split = row
+                if named.setdefault(name, split) != split:
+                    raise UserError(
+                        f'{file} line {number}: "{name}" is in {split}, but in {named[name]} on line {line_of[name]}: '
+                        "leave one of the lines out"
+                    )
+                line_of.setdefault(name, number)
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 text: save it as UTF-8") from None
+    except csv.Error:
+        raise UserError(f"{file}: a quote is not closed: close it, or write quotes inside of a name twice") from None
     return named

@@ -69,7 +69,7 @@ def test_mistakes_leave_the_store_alone(store: Path, tmp_path: Path) -> None:
         ("sample1\n", "line 1: write a name and a split"),
         ("".join(f"sample{index},test\n" for index in range(400)), "no sample would be in train"),
         ("".join(f"sample{index},fold{index}\n" for index in range(300)), "302 splits, .* a store has at most 256"),
-        ("sample1,caf\xe9\n", "l.csv: not readable as a table in UTF-8"),
+        ("sample1,caf\xe9\n", "l.csv: not UTF-8 text: save it as UTF-8"),
     ):
         (tmp_path / "l.csv").write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match=message):

@@ -1,122 +1,148 @@
-"""What the importers share: finding files, reading annotations, and writing a manifest with a report of what was left out.
+"""What the importers share: samples, what was left out or not used, and writing a manifest with a report of it.
 
-An importer is a generator of `ManifestLine` (a sample) and `Skipped` (what is none, and why); `write_import` does the rest.
+An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none, and why), `Unused` (what is no sample) and
+`Note` (what was assumed or found out); `write_import` does the rest.
 """
 
-import csv
-import gzip
-import json
-import os
-import sys
-import zlib
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from opt_ds.errors import UserError
+from opt_ds.prepare.importers.files import Files, Found, Problem
 from opt_ds.prepare.manifest import ManifestLine, Skipped, is_encodable, visible, write_manifest
+from opt_ds.prepare.text_files import read_json_lines
 from opt_ds.store.files import write_json
 
 _SHOWN = 10
-_JSON_BLOCK = 1 << 20
-_BESIDE = (".json", ".txt", ".xml")  # what downloaders and annotators write beside a picture, under its name
+_NAMED = 5
+_MOST_NAMES = 1000
+_SPLIT_OF_WORD = {
+    "train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_SPLIT_NAME = re.compile(r"([a-z]+)([-_ ]?\d+)?", re.IGNORECASE)
 
 
-class Files:
-    """The files of a folder (pictures or recordings), found by relative path or by name without its ending."""
+@dataclass(frozen=True)
+class Unused:
+    """What an import did not use, and which is no sample: `count` of `what` ("files"), the first of their names, and why."""
 
-    def __init__(self, folder: Path, manifest: Path, kind: str) -> None:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: it must hold the {kind} files")
-        self.folder, self.kind = folder, kind
-        self._start = manifest.parent.resolve()
-
-    def get(self, name: str) -> str | None:
-        """Return `folder/name` relative to the manifest; None if there is no such file."""
-        path = self.folder / name
-        try:
-            return self._relative(path) if path.is_file() else None
-        except OSError:  # a name longer than any file's
-            return None
-
-    def by_stem(self, stem: str) -> str | None:
-        """Return the file called `stem`, in any folder below and with any ending but a text's; None if there is none."""
-        path = self._stems.get(stem)
-        return None if path is None else self._relative(Path(path))
-
-    @cached_property
-    def _stems(self) -> dict[str, str]:
-        # Of two files with one name the first in the order of their paths counts, on every machine.
-        found: dict[str, str] = {}
-        for folder, folders, names in os.walk(self.folder):
-            folders.sort()
-            for name in sorted(names):
-                stem, ending = os.path.splitext(name)
-                if ending.lower() not in _BESIDE:
-                    found.setdefault(stem, os.path.join(folder, name))
-        return found
-
-    def _relative(self, path: Path) -> str:
-        return os.path.relpath(path.parent.resolve() / path.name, self._start)
+    what: str
+    count: int
+    names: tuple[str, ...] = ()
+    why: str = ""
 
 
-def files_of(folder: Path | None, manifest: Path, kind: str) -> Files | None:
-    """Return the `Files` of a folder that was given."""
-    return None if folder is None else Files(folder, manifest, kind)
+@dataclass(frozen=True)
+class Note:
+    """What an import assumed or found out, for the user to check."""
+
+    text: str
 
 
-def write_import(
-    output: Path, entries: Iterable[ManifestLine | Skipped], say: Callable[[str], None], *, source: str
-) -> Path:
+Entry = ManifestLine | Skipped | Unused | Note
+
+
+@dataclass
+class _Report:
+    """What became of the entries."""
+
+    splits: Counter[bool] = field(default_factory=Counter)
+    skipped: list[Skipped] = field(default_factory=list)
+    unused: list[Unused] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_import(output: Path, entries: Iterable[Entry], say: Callable[[str], None], *, source: str) -> Path:
     """Write the manifest `output`, and beside it `<name>.report.json`: how many samples, what was left out and why.
 
-    UserError, and nothing written, if there is no sample at all or an id repeats.
+    UserError, and nothing written, if there is no sample at all, or if some samples name a split and others none.
     """
-    skipped: list[Skipped] = []
-    ids: set[str] = set()
-
-    def samples() -> Iterator[ManifestLine]:
-        for entry in entries:
-            if isinstance(entry, Skipped):
-                skipped.append(entry)
-                continue
-            if entry.id in ids:
-                skipped.append(Skipped(entry.id, "the id is repeated"))
-                continue
-            ids.add(entry.id)
-            yield entry
-        if not ids:
-            first = f'; "{skipped[0].id}": {skipped[0].reason}' if skipped else ""
-            raise UserError(" ".join(f"{source}: no sample could be taken{first}".split()))
-
-    count = write_manifest(output, samples())
-    reasons = Counter(entry.reason.split(":")[0] for entry in skipped)
-    report = {
+    report = _Report()
+    count = write_manifest(output, _samples(entries, report, source))
+    reasons = Counter(entry.reason.split(":")[0] for entry in report.skipped)
+    content = {
         "samples": count,
-        "skipped": len(skipped),
+        "skipped": len(report.skipped),
         "reasons": dict(reasons.most_common()),
-        "skipped_samples": [{"id": entry.id, "reason": entry.reason} for entry in skipped],
+        "skipped_samples": [{"id": entry.id, "reason": entry.reason} for entry in report.skipped],
+        "unused": [
+            {"what": each.what, "count": each.count, "why": each.why, "names": list(each.names[:_MOST_NAMES])}
+            for each in report.unused
+        ],
+        "notes": report.notes,
     }
-    write_json(report_path(output), report)
-    say(f"{output}: {count} samples, {len(skipped)} left out")
+    write_json(report_path(output), content)
+    say(f"{output}: {count} samples, {len(report.skipped)} left out")
     for reason, number in reasons.most_common():
         say(f"  {reason}: {number}")
-    for entry in skipped[:_SHOWN]:
+    for entry in report.skipped[:_SHOWN]:
         say(f'  left out "{visible(entry.id)}": {visible(entry.reason)}')
-    if len(skipped) > _SHOWN:
-        say(f"  and {len(skipped) - _SHOWN} more in {report_path(output).name}")
+    if len(report.skipped) > _SHOWN:
+        say(f"  and {len(report.skipped) - _SHOWN} more in {report_path(output).name}")
+    for each in report.unused:
+        say(f"  {unused_line(each)}")
+    for note in report.notes:
+        say(f"  note: {visible(note)}")
     return output
 
 
-def guarded(place: str, make: Callable[[], Iterable[ManifestLine | Skipped]]) -> Iterator[ManifestLine | Skipped]:
-    """Yield what `make` gives of one entry of the annotations; an entry that is not as published is skipped as a whole."""
+def unused_line(unused: Unused) -> str:
+    """Return "2 files were not used: README.txt, b.pdf (why)"."""
+    names = ", ".join(map(visible, unused.names[:_NAMED]))
+    more = ", …" if names and unused.count > len(unused.names[:_NAMED]) else ""
+    what = unused.what.removesuffix("s") if unused.count == 1 else unused.what
+    verb = "was" if unused.count == 1 else "were"
+    why = f" ({unused.why})" if unused.why else ""
+    return f"{unused.count} {what} {verb} not used{': ' if names else ''}{names}{more}{why}"
+
+
+def unused_files(folders: Iterable[Files | None]) -> Iterator[Unused]:
+    """Yield how many pictures and recordings of the folders no entry of the annotations named."""
+    for files in {id(each): each for each in folders if each is not None}.values():
+        names = files.unused()
+        if names:
+            yield Unused("files", len(names), tuple(names), f"in {files.folder}, no entry names them")
+
+
+def guarded(place: str, make: Callable[[], Iterable[Entry]]) -> Iterator[Entry]:
+    """Yield what `make` gives of one entry of the annotations; an entry that is not as published is skipped.
+
+    Call it for the smallest unit: what was made before the error is not lost, and neither are the entry's siblings.
+    """
     try:
-        yield from list(make())
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        yield Skipped(place, f"not as published: {place}: {type(error).__name__} {' '.join(str(error).split())[:100]}")
+        yield from make()
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+        yield Skipped(place, f"not as published: {place}: {_why(error)}")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"no {str(error)[:100]}"
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def typed(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    """Return the value if it is of the kind (bool is no int). Raises TypeError that names the field."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))):
+        words = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        wanted = kind[0] if isinstance(kind, tuple) else kind
+        raise TypeError(f"{name} is not {words[wanted]}")
+    return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
+    """Yield (line number, object) of a JSONL file; a Skipped for a line that is no JSON object."""
+    for number, value in read_json_lines(path):
+        if isinstance(value, str):
+            reason, colon, why = value.partition(":")
+            yield number, Skipped(f"{path.name} line {number}", f"{reason}: {path.name} line {number}{colon}{why}")
+        else:
+            yield number, value
 
 
 def report_path(manifest: Path) -> Path:
@@ -127,7 +153,7 @@ def report_path(manifest: Path) -> Path:
 def sample(
     id: str,
     *,
-    files: dict[str, tuple[str, str | None] | None],
+    files: dict[str, tuple[str, Found] | None],
     text: str | None = None,
     labels: tuple[str, ...] = (),
     group: str | None = None,
@@ -136,19 +162,19 @@ def sample(
 ) -> ManifestLine | Skipped:
     """Make a sample. `files`: "image" and "audio" -> (name in the annotations, where it was found), None if not wanted.
 
-    A file that was not found leaves the sample out; with `keep_incomplete` only the file.
+    A file that was not found, or that cannot be used, leaves the sample out; with `keep_incomplete` only the file.
     """
-    if text is not None and not isinstance(text, str):
-        raise TypeError(f"the text is {type(text).__name__}")
+    if text is not None:
+        typed(text, str, "the text")
     found: dict[str, str] = {}
     for kind, wanted in files.items():
         if wanted is None:
             continue
         name, path = wanted
-        if path is not None:
+        if isinstance(path, str):
             found[kind] = path
         elif not keep_incomplete:
-            return Skipped(id, f"{kind} file is missing: {name}")
+            return Skipped(id, path.reason if isinstance(path, Problem) else f"{kind} file is missing: {name}")
     id = id.encode("utf-8", "replace").decode()
     if text is not None and not text.strip():
         return Skipped(id, "the text is empty")
@@ -159,83 +185,60 @@ def sample(
     return ManifestLine(id=id, text=text, labels=labels, group=group, split=split, **found)  # type: ignore[arg-type]
 
 
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 text file, gzipped or not, and close it. UserError if it is missing, cut off, or something else."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield file
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: not UTF-8 text, or cut off ({error})") from None
+def files_of(folder: Path | None, manifest: Path, kind: str) -> Files | None:
+    """Return the `Files` of a folder that was given."""
+    return None if folder is None else Files(folder, manifest, kind)
 
 
-def read_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Yield the rows of a CSV or TSV file. Tabs separate without quoting, as the published TSV files have it."""
-    csv.field_size_limit(sys.maxsize)
-    with open_text(path) as file:
-        try:
-            lines = (line.replace("\0", "") for line in file)
-            if delimiter == "\t":
-                yield from csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-            else:
-                yield from csv.reader(lines, delimiter=delimiter)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not readable as a table ({error})") from None
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of a JSONL file; the value is a Skipped for a line that is no JSON object."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                value = Skipped(f"line {number}", f"not JSON: {path.name} line {number} ({error})")
-            yield number, value if isinstance(value, dict | Skipped) else Skipped(f"line {number}", "not a JSON object")
-
-
-def read_json_array(path: Path) -> Iterator[Any]:
-    """Yield the elements of a file that is one JSON array, without holding all of it (Visual Genome's are large)."""
-    decoder, buffer, ended = json.JSONDecoder(), "", False
-    with open_text(path) as file:
-        buffer = file.read(_JSON_BLOCK).lstrip()
-        if not buffer.startswith("["):
-            raise UserError(f"{path}: not a JSON array")
-        buffer = buffer[1:]
-        while True:
-            buffer = buffer.lstrip().removeprefix(",").lstrip()
-            if buffer.startswith("]"):
-                return
-            try:
-                value, end = decoder.raw_decode(buffer)
-                if end == len(buffer) and not ended:  # a number could go on in the next block
-                    raise ValueError
-            except ValueError as error:
-                if ended:
-                    raise UserError(f"{path}: not JSON, or cut off ({error})") from None
-                block = file.read(_JSON_BLOCK)
-                ended = not block
-                buffer += block
-                continue
-            yield value
-            buffer = buffer[end:]
-
-
-def read_json(path: Path) -> Any:
-    """Read one JSON document. UserError if it is missing or none."""
-    with open_text(path) as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
+def split_of_name(name: str) -> str | None:
+    """Return the split that a word means ("Validation", "val2017", "dev"); None for another word."""
+    match = _SPLIT_NAME.fullmatch(name.strip())
+    return _SPLIT_OF_WORD.get(match[1].lower()) if match else None
 
 
 def split_and_file(argument: str) -> tuple[str | None, Path]:
     """ "valid=captions.tsv" -> ("valid", path); without a split's name, (None, path)."""
     name, equals, path = argument.partition("=")
     return (name, Path(path)) if equals and "/" not in name else (None, Path(argument))
+
+
+def prefixes(annotations: Sequence[Path]) -> list[str]:
+    """Return what ids of each file begin with, so that ids of several files differ: "" for a single file.
+
+    UserError for a file that is given twice, and for two files of one name.
+    """
+    if len(annotations) == 1:
+        return [""]
+    names = [path.name.split(".")[0] for path in annotations]
+    doubled = next((place for place, name in enumerate(names) if name in names[:place]), None)
+    if doubled is not None:
+        first = annotations[names.index(names[doubled])]
+        raise UserError(f"--annotations {first} and {annotations[doubled]}: the same name: give each once, or rename one")
+    return [f"{name}/" for name in names]
+
+
+def _samples(entries: Iterable[Entry], report: _Report, source: str) -> Iterator[ManifestLine]:
+    ids: set[str] = set()
+    without = ""
+    for entry in entries:
+        if isinstance(entry, Unused):
+            report.unused.append(entry)
+        elif isinstance(entry, Note):
+            report.notes.append(entry.text)
+        elif isinstance(entry, Skipped):
+            report.skipped.append(entry)
+        elif entry.id in ids:
+            report.skipped.append(Skipped(entry.id, "the id is repeated"))
+        else:
+            ids.add(entry.id)
+            report.splits[entry.split is not None] += 1
+            without = without or (entry.id if entry.split is None else "")
+            yield entry
+    if not ids:
+        first = f'; "{report.skipped[0].id}": {report.skipped[0].reason}' if report.skipped else ""
+        raise UserError(" ".join(f"{source}: no sample could be taken{first}".split()))
+    if len(report.splits) > 1:
+        raise UserError(
+            f'{source}: {report.splits[False]} of {len(ids)} samples name no split, such as "{visible(without)}", '
+            "though others do: name it for all or for none"
+        )

@@ -9,14 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from opt_ds.prepare.file_kinds import HEAD_BYTES, endings_of, why_not_decodable
+from opt_ds.prepare.importers.files import Problem
 from opt_ds.store.files import atomic_file
 
 _DIGEST_BYTES = 16
 _DRAWING = ".svg"  # whatever the table calls it
-_KNOWN = (
-    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif", ".jp2",
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3",
-)  # fmt: skip
 
 
 def is_embedded(value: Any) -> bool:
@@ -32,11 +30,17 @@ class EmbeddedFiles:
         self.folder = manifest.with_name(f"{manifest.stem}-files")
         self._start = manifest.parent
 
-    def take(self, value: Any) -> str | None:
-        """Return where the cell's bytes lie, relative to the manifest; None if it has no bytes (see `path_of`)."""
+    def take(self, value: Any) -> str | Problem | None:
+        """Return where the cell's bytes lie, relative to the manifest; None if it has no bytes (see `path_of`).
+
+        A Problem for a format that cannot be decoded here.
+        """
         data = value if isinstance(value, bytes) else value.get("bytes")
         if not data:
             return None
+        reason = why_not_decodable(path_of(value) or "", data[:HEAD_BYTES])
+        if reason is not None:
+            return Problem(reason)
         name = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest() + _ending(data, path_of(value))
         target = self.folder / name
         if not target.is_file():
@@ -55,4 +59,4 @@ def _ending(data: bytes, path: str | None) -> str:
     if data.lstrip()[:5].lower() in (b"<svg ", b"<svg>", b"<?xml"):
         return _DRAWING
     ending = os.path.splitext(path or "")[1].lower()
-    return ending if ending in _KNOWN else ""
+    return ending if ending in endings_of("image", "audio", decodable=True) else ""

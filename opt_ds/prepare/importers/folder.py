@@ -1,40 +1,81 @@
 """A plain folder: `name.jpg`, `name.txt` and `name.wav` are one sample `name`. Folders below count as part of the name.
 
-If all samples lie below folders called train, valid, val or test, these are the splits.
+If all samples lie below folders called train, valid (val, validation, dev) or test, these are the splits. A folder that is
+nearly so is refused, since samples for tests would otherwise be trained on: the caller decides with `folder_splits`.
 """
 
 import os
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import report_path, sample, write_import
-from opt_ds.prepare.manifest import ManifestLine, Skipped
+from opt_ds.prepare.file_kinds import HEAD_BYTES, is_clutter, kind_of_content, kind_of_name, why_not_decodable
+from opt_ds.prepare.importers.common import (
+    Entry,
+    Unused,
+    report_path,
+    sample,
+    split_of_name,
+    unused_line,
+    write_import,
+)
+from opt_ds.prepare.importers.files import Found
+from opt_ds.prepare.manifest import Skipped
 
 MANIFEST_NAME = "manifest.jsonl"
-_KINDS = {
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".ppm", ".avif", ".heic", ".jp2"),
-    "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
-    "text": (".txt",),
-}
-_SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+_KINDS = ("image", "audio", "text")
+_ABOUT = re.compile(
+    r"(readme|read me|licen[cs]e|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about)"
+    r"([-_. ].*)?",
+    re.IGNORECASE,
+)
+_NEARLY_SPLIT = re.compile(r"([a-z]+)[-_ .\d].*", re.IGNORECASE)
+
+Sample = dict[str, list[Path]]  # kind -> files
 
 
-def import_folder(folder: Path, output: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
-    """Write the manifest `output` (default: manifest.jsonl in the folder) of the folder's files."""
+@dataclass(frozen=True)
+class _Folder:
+    """The samples of a folder by name, in the order of the names, and the files that are no part of one."""
+
+    samples: dict[str, Sample]
+    unused: list[str]
+
+
+def import_folder(
+    folder: Path,
+    output: Path | None = None,
+    *,
+    folder_splits: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the manifest `output` (default: manifest.jsonl in the folder) of the folder's files.
+
+    `folder_splits`: True takes the splits from the folders train, valid and test at the top and leaves out what lies outside;
+    False takes none from folders; None infers them. UserError where that is not certain.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     output = output or folder / MANIFEST_NAME
     found = _files(folder, {output, report_path(output)})
-    if not found:
-        raise UserError(f"{folder}: no picture, recording or .txt file there")
-    tops = {name.split("/")[0] if "/" in name else "" for name in found}
-    named = tops <= set(_SPLITS)
-    if named:
-        say(f"{folder}: the folders {', '.join(sorted(tops))} are the splits")
-    start = output.parent.resolve()
-    return write_import(output, _entries(folder, found, start, named), say, source=str(folder))
+    splits = _splits(folder, found.samples, folder_splits)
+    found = _without_loose_texts(found) if splits else found
+    unused = Unused("files", len(found.unused), tuple(found.unused))
+    if not found.samples:
+        what = f"; {unused_line(unused)}" if found.unused else ""
+        raise UserError(f"{folder}: no picture, recording or .txt file there{what}")
+    if splits:
+        say(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
+
+    def entries() -> Iterator[Entry]:
+        yield from _entries(found.samples, output.parent.resolve(), splits)
+        if found.unused:
+            yield unused
+
+    return write_import(output, entries(), say, source=str(folder))
 
 
 def folder_manifest(folder: Path, *, say: Callable[[str], None] = print) -> Path:
@@ -46,24 +87,99 @@ def folder_manifest(folder: Path, *, say: Callable[[str], None] = print) -> Path
     return import_folder(folder, say=say)
 
 
-def _files(folder: Path, ours: set[Path]) -> dict[str, dict[str, list[Path]]]:
-    """Return sample name -> kind -> files, in the order of the names."""
-    kind_of = {ending: kind for kind, endings in _KINDS.items() for ending in endings}
-    found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+def _files(folder: Path, ours: set[Path]) -> _Folder:
+    """Sort the folder's files into samples. A text that is about the folder (README.txt) belongs to none."""
+    samples: dict[str, Sample] = defaultdict(lambda: defaultdict(list))
+    unused: list[str] = []
     for path in sorted(folder.rglob("*")):
-        kind = kind_of.get(path.suffix.lower())
-        if kind is not None and path.is_file() and path not in ours:
-            found[path.relative_to(folder).with_suffix("").as_posix()][kind].append(path)
-    return found
+        if path in ours or (path.is_dir() and not path.is_symlink()):
+            continue
+        name = path.relative_to(folder).as_posix()
+        is_unknown = is_clutter(name) or not path.is_file()  # such as a link to nowhere, or to a folder
+        kind = None if is_unknown else kind_of_name(path) or _kind_of_content(path)
+        if kind in _KINDS:
+            samples[path.relative_to(folder).with_suffix("").as_posix()][str(kind)].append(path)
+        else:
+            unused.append(name)
+    for name in [name for name, kinds in samples.items() if set(kinds) == {"text"} and _ABOUT.fullmatch(name.split("/")[-1])]:
+        unused.extend(path.relative_to(folder).as_posix() for path in samples.pop(name)["text"])
+    return _Folder(dict(samples), sorted(unused))
 
 
-def _entries(
-    folder: Path, found: dict[str, dict[str, list[Path]]], start: Path, named: bool
-) -> Iterator[ManifestLine | Skipped]:
-    for name, kinds in found.items():
-        twice = next((paths for paths in kinds.values() if len(paths) > 1), None)
-        if twice is not None:
-            yield Skipped(name, f"two files of one kind: {twice[0].name} and {twice[1].name}")
+def _kind_of_content(path: Path) -> str | None:
+    """The kind of a file whose ending tells nothing: content decides."""
+    with open(path, "rb") as file:
+        return kind_of_content(file.read(HEAD_BYTES))
+
+
+def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> dict[str, str]:
+    """Return top folder -> split; empty if there are no splits. UserError for a layout that is nearly split."""
+    if wanted is False:
+        return {}
+    tops = Counter(name.split("/")[0] for name in samples if "/" in name)
+    splits = {top: split for top in tops if (split := split_of_name(top)) is not None}
+    if wanted:
+        if not splits:
+            raise UserError(
+                f"{folder}: no folder called train, valid or test with samples at its top: --folder-splits needs them"
+            )
+        return splits
+    others = {top: count for top, count in tops.items() if top not in splits}
+    loose = [name for name, kinds in samples.items() if "/" not in name]
+    if splits and all(set(samples[name]) == {"text"} for name in loose) and _has_media(samples):
+        loose = []  # classes.txt beside the splits of a collection of pictures is no sample
+    fix = (
+        f"move them, or choose: opt-ds import folder {folder} --folder-splits leaves them out, --no-folder-splits ignores folders"
+    )
+    if splits and (others or loose):
+        where = [f"in {top} ({count})" for top, count in sorted(others.items())][:3]
+        where += [f"beside them ({len(loose)}, such as {loose[0]})"] if loose else []
+        raise UserError(
+            f"{folder}: the folders {', '.join(sorted(splits))} look like splits, but samples lie outside of them, "
+            f"{', '.join(where)}: {fix}"
+        )
+    if not splits:
+        _refuse_hidden_splits(folder, samples)
+    return splits
+
+
+def _refuse_hidden_splits(folder: Path, samples: dict[str, Sample]) -> None:
+    """UserError for folders that mean different splits, but not by their exact names, or not at the top."""
+    parts = {part for name in samples for part in name.split("/")[:-1]}
+    near = {part: split for part in parts if (split := split_of_name(part) or _nearly_split(part)) is not None}
+    if len(set(near.values())) < 2:
+        return
+    names = ", ".join(sorted(near)[:6])
+    raise UserError(
+        f"{folder}: the folders {names} look like splits, but they are not called train, valid and test at its top: rename or "
+        f"move them, or import each with them at the top; opt-ds import folder {folder} --no-folder-splits ignores folders"
+    )
+
+
+def _nearly_split(name: str) -> str | None:
+    match = _NEARLY_SPLIT.fullmatch(name)
+    return split_of_name(match[1]) if match else None
+
+
+def _has_media(samples: dict[str, Sample]) -> bool:
+    return any("image" in kinds or "audio" in kinds for kinds in samples.values())
+
+
+def _without_loose_texts(found: _Folder) -> _Folder:
+    loose = {name for name, kinds in found.samples.items() if "/" not in name and set(kinds) == {"text"}}
+    names = [path.name for name in loose for path in found.samples[name]["text"]]
+    kept = {name: kinds for name, kinds in found.samples.items() if name not in loose}
+    return _Folder(kept, sorted([*found.unused, *names]))
+
+
+def _entries(samples: dict[str, Sample], start: Path, splits: dict[str, str]) -> Iterator[Entry]:
+    for name, kinds in samples.items():
+        split = splits.get(name.split("/")[0])
+        reason = _why_not(kinds)
+        if reason is None and splits and split is None:
+            reason = "outside of the folders that are splits"
+        if reason is not None:
+            yield Skipped(name, reason)
             continue
         text = None
         if "text" in kinds:
@@ -72,9 +188,23 @@ def _entries(
             except UnicodeDecodeError:
                 yield Skipped(name, f"the text is not UTF-8: {kinds['text'][0].name}")
                 continue
-        files: dict[str, tuple[str, str | None] | None] = {
+        files: dict[str, tuple[str, Found] | None] = {
             kind: (kinds[kind][0].name, os.path.relpath(kinds[kind][0].parent.resolve() / kinds[kind][0].name, start))
             for kind in ("image", "audio")
             if kind in kinds
         }
-        yield sample(name, text=text, files=files, split=_SPLITS[name.split("/")[0]] if named else None)
+        yield sample(name, text=text, files=files, split=split)
+
+
+def _why_not(kinds: Sample) -> str | None:
+    """Why the files of one name are no sample; None if they are one."""
+    twice = next((paths for paths in kinds.values() if len(paths) > 1), None)
+    if twice is not None:
+        return f"two files of one kind: {twice[0].name} and {twice[1].name}"
+    for paths in (kinds[kind] for kind in ("image", "audio") if kind in kinds):
+        with open(paths[0], "rb") as file:
+            reason = why_not_decodable(paths[0], file.read(HEAD_BYTES))
+        if reason is not None:
+            what, _, advice = reason.partition(": ")
+            return f"{what}: {paths[0].name}: {advice}"
+    return None

@@ -2,55 +2,109 @@
 and Flickr30k's own token file (`1000092795.jpg#0`, tab, caption). Each caption is a sample; a picture's share its row.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import Files, guarded, read_json, read_rows, sample, write_import
-from opt_ds.prepare.manifest import ManifestLine, Skipped
+from opt_ds.prepare.importers.common import (
+    Entry,
+    guarded,
+    prefixes,
+    sample,
+    split_of_name,
+    typed,
+    unused_files,
+    write_import,
+)
+from opt_ds.prepare.importers.files import Files
+from opt_ds.prepare.importers.tables import read_rows
+from opt_ds.prepare.manifest import Skipped
+from opt_ds.prepare.text_files import open_text, read_json
 
-_SPLITS = {"train": "train", "restval": "train", "val": "valid", "test": "test"}
+_COCO_NAME = re.compile(r"COCO_[a-z0-9]+_(\d{12})\.\w+")
+_TOKEN = re.compile(r"(.+)#\d+")
 
 
 def import_karpathy(
-    annotations: Path, output: Path, *, images: Path, say: Callable[[str], None] = print
+    annotations: Path | Sequence[Path], output: Path, *, images: Path, say: Callable[[str], None] = print
 ) -> Path:
-    """Write the manifest `output` of a Karpathy split JSON, or of Flickr30k's token file (without splits).
+    """Write the manifest `output` of Karpathy split JSON files, or of Flickr30k's token file (without splits).
 
-    `images`: the folder of the pictures; COCO's may lie in train2014 and val2014 below it.
+    `images`: the folder of the pictures; COCO's may lie in train2014 and val2014 below it. A single file's ids are as
+    they always were; of several files the ids begin with the file's name.
     """
+    paths = [annotations] if isinstance(annotations, Path) else list(annotations)
     pictures = Files(images, output, "image")
-    entries = _entries(annotations, pictures) if annotations.suffix == ".json" else _token_entries(annotations, pictures)
-    return write_import(output, entries, say, source=str(annotations))
+
+    def entries() -> Iterator[Entry]:
+        for path, prefix in zip(paths, prefixes(paths), strict=True):
+            yield from (_entries if _is_json(path) else _token_entries)(path, pictures, prefix)
+        yield from unused_files([pictures])
+
+    return write_import(output, entries(), say, source=", ".join(map(str, paths)))
 
 
-def _entries(annotations: Path, pictures: Files) -> Iterator[ManifestLine | Skipped]:
+def _is_json(path: Path) -> bool:
+    with open_text(path) as file:
+        return path.name.removesuffix(".gz").endswith(".json") or file.read(1024).lstrip().startswith(("{", "["))
+
+
+def _entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]:
     content = read_json(annotations)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(f'{annotations}: no list "images": give a Karpathy split JSON')
 
-    def captions(picture: dict[str, Any]) -> Iterator[ManifestLine | Skipped]:
-        name, split = picture["filename"], picture["split"]
-        below = f"{picture['filepath']}/{name}" if picture.get("filepath") else name
+    def caption(picture: dict[str, Any], sentence: dict[str, Any]) -> Iterator[Entry]:
+        id = f"{prefix}sentence {typed(sentence['sentid'], (int, str), 'sentid')}"
+        own, imgid = sentence.get("imgid"), picture.get("imgid")
+        if own is not None and imgid is not None and own != imgid:
+            yield Skipped(id, f"it contradicts itself: its imgid is {own}, its picture's {imgid}")
+            return
+        name, split = typed(picture["filename"], str, "filename"), typed(picture["split"], str, "split")
+        below = f"{typed(picture['filepath'], str, 'filepath')}/{name}" if picture.get("filepath") else name
         file = pictures.get(below) or pictures.get(name) or pictures.by_stem(Path(name).stem)
-        for sentence in picture["sentences"]:
-            yield sample(
-                f"sentence {sentence['sentid']}",
-                text=sentence["raw"],
-                files={"image": (below, file)},
-                group=f"image {name}",
-                split=_SPLITS.get(split, split),
-            )
+        yield sample(
+            id,
+            text=typed(sentence["raw"], str, "raw"),
+            files={"image": (below, file)},
+            group=f"{prefix}image {name}",
+            split="train" if split == "restval" else split_of_name(split) or split,
+        )
+
+    def captions(place: str, picture: dict[str, Any]) -> Iterator[Entry]:
+        wrong = _contradiction(picture)
+        if wrong is not None:
+            yield Skipped(place, wrong)
+            return
+        for name in ("split", "filename"):
+            picture[name]
+        for number, sentence in enumerate(picture["sentences"]):
+            yield from guarded(f"{place} sentence {number}", lambda sentence=sentence: caption(picture, sentence))  # type: ignore[misc]
 
     for number, picture in enumerate(content["images"]):
-        yield from guarded(f"image {number}", lambda picture=picture: captions(picture))  # type: ignore[misc]
+        place = f"{prefix}image {number}"
+        yield from guarded(place, lambda place=place, picture=picture: captions(place, picture))  # type: ignore[misc]
 
 
-def _token_entries(annotations: Path, pictures: Files) -> Iterator[ManifestLine | Skipped]:
-    for number, row in enumerate(read_rows(annotations, "\t"), 1):
-        name = row[0].rpartition("#")[0] if len(row) == 2 else ""
-        if not name:
-            yield Skipped(f"line {number}", f"not name#number and caption: {annotations.name} line {number}")
+def _contradiction(picture: dict[str, Any]) -> str | None:
+    """COCO's file names hold the picture's number: it must be the entry's own."""
+    match = _COCO_NAME.fullmatch(str(picture.get("filename")))
+    if match and isinstance(picture.get("cocoid"), int) and int(match[1]) != picture["cocoid"]:
+        return f"it contradicts itself: cocoid is {picture['cocoid']}, its file is {picture['filename']}"
+    return None
+
+
+def _token_entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]:
+    for row in read_rows(annotations, "\t", quoted=False):
+        match = _TOKEN.fullmatch(row.cells[0]) if len(row.cells) == 2 else None
+        if match is None:
+            yield Skipped(f"{prefix}line {row.line}", f"not name#number and caption: {annotations.name} line {row.line}")
             continue
-        yield sample(row[0], text=row[1], files={"image": (name, pictures.get(name))}, group=f"image {name}")
+        yield sample(
+            prefix + row.cells[0],
+            text=row.cells[1],
+            files={"image": (match[1], pictures.get(match[1]))},
+            group=f"{prefix}image {match[1]}",
+        )

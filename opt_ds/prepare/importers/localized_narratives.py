@@ -7,15 +7,37 @@ Flickr30k name their files so, COCO pads the id to twelve digits.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import Files, files_of, guarded, read_json_lines, read_rows, sample, write_import
-from opt_ds.prepare.manifest import ManifestLine, Skipped
+from opt_ds.prepare.importers.common import (
+    Entry,
+    Unused,
+    files_of,
+    guarded,
+    json_lines,
+    sample,
+    split_of_name,
+    typed,
+    unused_files,
+    write_import,
+)
+from opt_ds.prepare.importers.files import Files, Found, Problem
+from opt_ds.prepare.importers.tables import BadRow, Table, check_doubled, read_rows, read_table
+from opt_ds.prepare.manifest import Skipped
 
-_SPLITS = {"train": "train", "validation": "valid", "val": "valid", "val2017": "valid", "train2017": "train", "test": "test"}
 _LEAST_CONFIDENCE = 0.5  # of an image-level label: 1 is verified, 0 is verified as absent
+_LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
+
+
+@dataclass
+class ImageLabels:
+    """Image id -> names of its labels, and what of the label files was not used."""
+
+    of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: list[Unused] = field(default_factory=list)
 
 
 def import_localized_narratives(
@@ -36,13 +58,18 @@ def import_localized_narratives(
     """
     pictures = Files(images, output, "image")
     sounds = files_of(recordings, output, "audio")
-    labels_of = read_image_labels(labels, label_names, _image_ids(annotations)) if labels else {}
-    entries = _entries(annotations, pictures, sounds, labels_of, keep_incomplete)
-    return write_import(output, entries, say, source=", ".join(map(str, annotations)))
+    labels_of = read_image_labels(labels, label_names, _image_ids(annotations)) if labels else ImageLabels()
+
+    def entries() -> Iterator[Entry]:
+        yield from _entries(annotations, pictures, sounds, labels_of.of, keep_incomplete)
+        yield from labels_of.unused
+        yield from unused_files([pictures, sounds])
+
+    return write_import(output, entries(), say, source=", ".join(map(str, annotations)))
 
 
 def _image_ids(annotations: Sequence[Path]) -> set[str]:
-    entries = (entry for path in annotations for _, entry in read_json_lines(path))
+    entries = (entry for path in annotations for _, entry in json_lines(path))
     return {str(entry.get("image_id")) for entry in entries if isinstance(entry, dict)}
 
 
@@ -52,62 +79,110 @@ def _entries(
     sounds: Files | None,
     labels_of: dict[str, tuple[str, ...]],
     keep_incomplete: bool,
-) -> Iterator[ManifestLine | Skipped]:
+) -> Iterator[Entry]:
     seen: Counter[str] = Counter()
 
-    def narrative(entry: dict[str, Any]) -> ManifestLine | Skipped:
-        dataset, image_id = str(entry["dataset_id"]), str(entry["image_id"])
-        id = f"{dataset}/{image_id}/{entry['annotator_id']}"
+    def narrative(entry: dict[str, Any]) -> Entry:
+        dataset = typed(entry["dataset_id"], str, "dataset_id")
+        image_id = str(typed(entry["image_id"], (str, int), "image_id"))
+        annotator = typed(entry["annotator_id"], (int, str), "annotator_id")
+        id = f"{dataset}/{image_id}/{annotator}"
         seen[id] += 1
         recording = entry.get("voice_recording")
+        if recording is not None and _is_of_another_picture(typed(recording, str, "voice_recording"), dataset, image_id):
+            return Skipped(id, f"it contradicts itself: its recording is {recording}")
         return sample(
             id if seen[id] == 1 else f"{id}/{seen[id]}",
-            text=entry["caption"],
+            text=typed(entry["caption"], str, "caption"),
             files={
                 "image": (image_id, _picture(pictures, image_id)),
                 "audio": (str(recording), sounds.get(recording) if recording else None) if sounds else None,
             },
             labels=labels_of.get(image_id, ()),
             group=f"{dataset}/{image_id}",
-            split=_SPLITS.get(dataset.rsplit("_", 1)[-1], "train"),
+            split=split_of_name(dataset.rsplit("_", 1)[-1]),
             keep_incomplete=keep_incomplete,
         )
 
     for path in annotations:
-        for number, entry in read_json_lines(path):
+        for number, entry in json_lines(path):
             if isinstance(entry, Skipped):
                 yield entry
             else:
                 yield from guarded(f"{path.name} line {number}", lambda entry=entry: [narrative(entry)])  # type: ignore[misc]
 
 
-def _picture(pictures: Files, image_id: str) -> str | None:
-    return pictures.get(f"{image_id}.jpg") or pictures.by_stem(image_id) or pictures.by_stem(image_id.zfill(12))
+def _is_of_another_picture(recording: str, dataset: str, image_id: str) -> bool:
+    """The published recordings are called DATASET_IMAGE_ANNOTATOR."""
+    name = Path(recording).stem
+    is_published = name.startswith(f"{dataset}_") and name.count("_") >= dataset.count("_") + 2
+    return is_published and not name.startswith(f"{dataset}_{image_id}_")
 
 
-def read_image_labels(
-    files: Sequence[Path], names: Path | None, wanted: set[str] | None = None
-) -> dict[str, tuple[str, ...]]:
-    """Return image id -> names of its verified or confident labels, from Open Images' image-level label CSV files.
+def _picture(pictures: Files, image_id: str) -> Found:
+    """The picture called by the id, or by the id in twelve digits as COCO's are. Where both are there: a Problem."""
+    own = pictures.get(f"{image_id}.jpg") or pictures.by_stem(image_id)
+    padded = image_id.zfill(12)
+    if padded == image_id or not image_id.isdigit():
+        return own
+    other = pictures.by_stem(padded)
+    if own is not None and other is not None:
+        return Problem(f"several image files have its name: {image_id} and {padded}: keep one in {pictures.folder}")
+    return own or other
 
-    Only for the `wanted` images: the published files have tens of millions of rows.
+
+def read_image_labels(files: Sequence[Path], names: Path | None, wanted: set[str] | None = None) -> ImageLabels:
+    """Return the verified or confident labels of each image, from Open Images' image-level label CSV files.
+
+    Only for the `wanted` images: the published files have tens of millions of rows. Rows that are none are counted.
     """
-    name_of = {row[0]: row[1] for row in read_rows(names, ",") if len(row) > 1} if names is not None else {}
+    result = ImageLabels()
+    name_of = _label_names(names, result) if names is not None else {}
     found: dict[str, dict[str, None]] = defaultdict(dict)
+    nameless: set[str] = set()
     for path in files:
-        rows = read_rows(path, ",")
-        header = next(rows, [])
-        needed = ("ImageID", "LabelName", "Confidence")
-        absent = [name for name in needed if name not in header]
-        if absent:
-            raise UserError(f"{path}: no column {absent[0]}: give Open Images' image-level labels (its first line: {header})")
-        image, label, confidence = (header.index(name) for name in needed)
-        for number, row in enumerate(rows, 2):
-            if not any(row):
+        table = read_table(path, _LABEL_COLUMNS)
+        bad: list[str] = []
+        for image, label, confidence in _label_rows(path, table, bad):
+            if (wanted is not None and image not in wanted) or not confidence >= _LEAST_CONFIDENCE:
                 continue
-            try:
-                if (wanted is None or row[image] in wanted) and float(row[confidence]) >= _LEAST_CONFIDENCE:
-                    found[row[image]].setdefault(name_of.get(row[label], row[label]))
-            except (IndexError, ValueError):
-                raise UserError(f"{path} row {number}: not image, label and confidence: {row}"[:300]) from None
-    return {image: tuple(labels) for image, labels in found.items()}
+            if names is not None and label not in name_of:
+                nameless.add(label)
+            found[image].setdefault(name_of.get(label, label))
+        if bad:
+            result.unused.append(Unused("rows", len(bad), tuple(bad[:100]), f"of {path.name}, not image, label and confidence"))
+    if nameless:
+        why = f"not in {names}: such labels keep their code"
+        result.unused.append(Unused("label codes without a name", len(nameless), tuple(sorted(nameless)[:100]), why))
+    result.of = {image: tuple(labels) for image, labels in found.items()}
+    return result
+
+
+def _label_rows(path: Path, table: Table, bad: list[str]) -> Iterator[tuple[str, str, float]]:
+    """Yield (image, label, confidence); append what is no such row to `bad`."""
+    absent = [name for name in _LABEL_COLUMNS if name not in table.columns]
+    if absent:
+        header = ", ".join(table.columns)
+        raise UserError(f"{path}: no column {absent[0]}: give Open Images' image-level labels (its columns: {header})")
+    check_doubled(path, table.columns, _LABEL_COLUMNS)
+    image, label, confidence = (table.columns.index(name) for name in _LABEL_COLUMNS)
+    for row in table.rows:
+        try:
+            if isinstance(row, BadRow):
+                raise ValueError
+            yield row.cells[image], row.cells[label], float(row.cells[confidence])
+        except ValueError:
+            bad.append(f"line {row.line}")
+
+
+def _label_names(path: Path, result: ImageLabels) -> dict[str, str]:
+    """Code -> name. The published file has no header; a code that is named twice keeps the first name."""
+    found: dict[str, str] = {}
+    bad = []
+    for row in read_rows(path, ",", quoted=True):
+        if len(row.cells) != 2 or found.setdefault(row.cells[0], row.cells[1]) != row.cells[1]:
+            bad.append(f"line {row.line}")
+    if bad:
+        why = f"of {path.name}, not a code and its one name"
+        result.unused.append(Unused("rows", len(bad), tuple(bad[:100]), why))
+    return found

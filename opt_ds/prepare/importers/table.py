@@ -1,22 +1,40 @@
 """Tables with a row a sample: CSV, TSV (with a header) and Parquet. Columns are called as the manifest's fields, or named.
 
-Parquet may hold the pictures and recordings themselves, and classes as numbers, as Hugging Face `datasets` writes it.
+Parquet may hold the pictures and recordings themselves, and classes as numbers, as Hugging Face `datasets` writes it. Rows
+that do not fit the header are reported with their line; columns that are not used, too.
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.prepare.importers.common import Files, read_rows, sample, write_import
+from opt_ds.prepare.file_kinds import kind_of_name
+from opt_ds.prepare.importers.common import Entry, Note, Unused, sample, split_of_name, unused_files, write_import
 from opt_ds.prepare.importers.embedded import EmbeddedFiles, is_embedded, path_of
+from opt_ds.prepare.importers.files import Files, Found
+from opt_ds.prepare.importers.tables import BadRow, check_doubled, read_table
 from opt_ds.prepare.manifest import ManifestLine, Skipped
 
 _FIELDS = tuple(ManifestLine.model_fields)
 _FILES: tuple[str, ...] = ("image", "audio")
 _LABEL_SEPARATOR = "|"
 _BATCH_ROWS = 64  # rows may hold whole pictures
+_BETWEEN_CELLS = re.compile(r"[,;|\t\r\n]")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A table: its columns, its rows (or what is wrong with them), and what was found out about it."""
+
+    path: Path
+    columns: list[str]
+    rows: Iterator[dict[str, Any] | Skipped]
+    notes: list[str]
 
 
 def import_table(
@@ -33,11 +51,19 @@ def import_table(
     table (see importers/embedded.py) are written to `<name>-files/` beside the manifest; a label that is a number of its
     ClassLabel feature becomes the class's name.
     """
-    rows = _parquet_rows(table) if table.suffix.lower() == ".parquet" else _text_rows(table)
     column_of = _columns(columns)
-    found = Files(table.parent if files is None else files, output, "named")
+    wanted = tuple(column_of.values())
+    source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted)
+    _check_columns(source, column_of)
+    found = Files(table.parent if files is None else files, output, "named", whole_folder=files is not None)
     embedded = EmbeddedFiles(output)
-    return write_import(output, _entries(rows, column_of, table, found, embedded), say, source=str(table))
+
+    def entries() -> Iterator[Entry]:
+        yield from _entries(source, column_of, found, embedded)
+        yield from _remarks(source, column_of)
+        yield from unused_files([found])
+
+    return write_import(output, entries(), say, source=str(table))
 
 
 def _columns(columns: Sequence[str]) -> dict[str, str]:
@@ -50,14 +76,14 @@ def _columns(columns: Sequence[str]) -> dict[str, str]:
     return column_of
 
 
-def _entries(
-    rows: Iterator[dict[str, Any]], column_of: dict[str, str], table: Path, files: Files, embedded: EmbeddedFiles
-) -> Iterator[ManifestLine | Skipped]:
-    for number, row in enumerate(rows):
-        if number == 0:
-            _check_columns(row, column_of, table)
+def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded: EmbeddedFiles) -> Iterator[Entry]:
+    folders: set[str] = set()
+    for number, row in enumerate(source.rows):
+        if isinstance(row, Skipped):
+            yield row
+            continue
         given = {field: row.get(column) for field, column in column_of.items()}
-        given = {field: value for field, value in given.items() if value is not None and value != ""}
+        given = {field: value for field, value in given.items() if not _is_missing(value)}
         id = str(given.get("id", f"row {number}"))
         where = {kind: _file(given[kind], files, embedded) for kind in _FILES if kind in given}
         plain = {field: value for field, value in given.items() if field != "labels" and where.get(field) is None}
@@ -66,6 +92,7 @@ def _entries(
             what = "files or paths" if odd in where else "plain values"
             yield Skipped(id, f"column {column_of[odd]} does not hold {what}")
             continue
+        folders |= {str(given[kind]).split("/")[0] for kind in _FILES if "/" in str(given.get(kind, ""))}
         yield sample(
             id,
             text=str(given["text"]) if "text" in given else None,
@@ -74,47 +101,87 @@ def _entries(
             group=str(given["group"]) if "group" in given else None,
             split=str(given["split"]) if "split" in given else None,
         )
+    splits = sorted({folder for folder in folders if split_of_name(folder)})
+    if len(splits) > 1 and column_of["split"] not in source.columns:
+        yield Note(
+            f"its files lie in folders {', '.join(splits)}, but it has no column split: opt-ds prepare will assign splits by "
+            "a hash of the groups, whatever the folders are"
+        )
 
 
-def _file(value: Any, files: Files, embedded: EmbeddedFiles) -> tuple[str, str | None] | None:
+def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
+    """What of the table was not used, and what was found out about it."""
+    used = set(column_of.values())
+    unused = [column or "(without a name)" for column in source.columns if column not in used]
+    if unused:
+        near = [(name, did) for name in unused if (did := name.strip().lower()) in _FIELDS and column_of[did] == did]
+        why = f'--column {near[0][1]}="{near[0][0]}" takes the first of them' if near and near[0][0] == unused[0] else ""
+        yield Unused("columns", len(unused), tuple(unused), why)
+    yield from (Note(f"{source.path.name}: {note}") for note in source.notes)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _file(value: Any, files: Files, embedded: EmbeddedFiles) -> tuple[str, Found] | None:
     """Return (name, where it lies, None if it is missing) of a picture or recording; None for a value that is neither."""
     if is_embedded(value):
         written = embedded.take(value)
         if written is not None:
-            return written, written
+            return path_of(value) or "embedded file", written
         name = path_of(value)
         return ("no bytes and no path", None) if name is None else (name, files.get(name))
     return (str(value), files.get(str(value))) if not isinstance(value, dict | list) else None
 
 
-def _check_columns(row: dict[str, Any], column_of: dict[str, str], table: Path) -> None:
+def _check_columns(source: _Source, column_of: dict[str, str]) -> None:
+    columns, table = source.columns, source.path
     named = [column for field, column in column_of.items() if column != field]
-    absent = next((column for column in named if column not in row), None)
+    absent = next((column for column in named if column not in columns), None)
     if absent is not None:
-        raise UserError(f'{table}: no column "{absent}"{did_you_mean(absent, row)}: it has {", ".join(row)}')
-    if not any(column_of[field] in row for field in ("image", "text", "audio")):
-        raise UserError(f"{table}: no column image, text or audio: it has {', '.join(row)}: name them with --column image=…")
+        raise UserError(f'{table}: no column "{absent}"{did_you_mean(absent, columns)}: it has {", ".join(columns)}'[:500])
+    if not any(column_of[field] in columns for field in ("image", "text", "audio")):
+        has = ", ".join(columns)[:300]
+        raise UserError(f"{table}: no column image, text or audio: it has {has}: name them with --column image=…")
+    check_doubled(table, columns, tuple(column_of.values()))
 
 
 def _labels(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     parts = value.split(_LABEL_SEPARATOR) if isinstance(value, str) else value if isinstance(value, list) else [value]
-    return tuple(str(part).strip() for part in parts)
+    return tuple(str(part).strip() for part in parts if not _is_missing(part))
 
 
-def _text_rows(table: Path) -> Iterator[dict[str, Any]]:
-    rows = read_rows(table, "\t" if table.name.lower().removesuffix(".gz").endswith((".tsv", ".tab")) else ",")
-    header = next(rows, None)
-    if header is None:
-        raise UserError(f"{table}: the table has no lines")
+def _text_table(path: Path, wanted: Sequence[str]) -> _Source:
+    table = read_table(path, wanted)
+    return _Source(path, table.columns, _text_rows(table.columns, table.rows), table.notes)
+
+
+def _text_rows(columns: list[str], rows: Iterator[Any]) -> Iterator[dict[str, Any] | Skipped]:
     for row in rows:
-        yield dict(zip(header, row, strict=False))
+        if isinstance(row, BadRow):
+            yield Skipped(f"row {row.number}", row.reason)
+            continue
+        swallowed = next((name for cell in row.cells if (name := _swallowed(cell)) is not None), None)
+        if swallowed is not None:
+            reason = f'a quoted cell holds several lines and "{swallowed}": is a quote missing'
+            yield Skipped(f"row {row.number}", f"not a row of the table: line {row.line}: {reason}?")
+            continue
+        yield dict(zip(columns, row.cells, strict=False))
 
 
-def _parquet_rows(table: Path) -> Iterator[dict[str, Any]]:
+def _swallowed(cell: str) -> str | None:
+    """A file's name in a cell of several lines: most likely another row's, behind a quote that was never closed."""
+    if "\n" not in cell and "\r" not in cell:
+        return None
+    return next((part for part in _BETWEEN_CELLS.split(cell) if kind_of_name(part.strip(' "')) in _FILES), None)
+
+
+def _parquet(table: Path) -> _Source:
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{table}: reading Parquet needs pyarrow: pip install 'opt_ds[tables]'") from None
@@ -122,12 +189,28 @@ def _parquet_rows(table: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{table}: no such file")
     try:
         with ParquetFile(table) as file:
-            names = _class_names(file.schema_arrow.metadata or {})
+            schema = file.schema_arrow
+            return _Source(table, list(schema.names), _parquet_rows(table, _class_names(schema.metadata or {})), [])
+    except (ArrowException, OSError, ValueError):
+        raise UserError(f"{table}: not a Parquet file, or cut off") from None
+
+
+def _parquet_rows(table: Path, names: dict[str, list[str]]) -> Iterator[dict[str, Any] | Skipped]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(table) as file:
             for batch in file.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
-                    yield {column: _named(value, names.get(column)) for column, value in row.items()}
-    except ArrowInvalid as error:
-        raise UserError(f"{table}: not a Parquet file ({str(error).splitlines()[0]})") from None
+                    try:
+                        yield {column: _named(value, names.get(column), column) for column, value in row.items()}
+                    except _NoClassError as error:
+                        yield Skipped(f"row {number}", str(error))
+                    number += 1
+    except (ArrowException, OSError, UnicodeDecodeError):
+        raise UserError(f"{table}: damaged after row {number}: copy it again") from None
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
@@ -140,9 +223,15 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
         return {}
 
 
-def _named(value: Any, names: list[str] | None) -> Any:
+class _NoClassError(Exception):
+    """A number that is none of a ClassLabel column's classes."""
+
+
+def _named(value: Any, names: list[str] | None, column: str) -> Any:
     if names is None or value is None:
         return value
     if isinstance(value, list):
-        return [_named(each, names) for each in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None  # -1: no label
+        return [_named(each, names, column) for each in value]
+    if not isinstance(value, int) or value >= len(names):
+        raise _NoClassError(f"its label is none of the classes: column {column}: {value}, of {len(names)} classes")
+    return names[value] if value >= 0 else None  # -1: no label

@@ -1,16 +1,26 @@
 """UNITER's image feature databases (LMDB): each entry becomes the `.npz` file that it was made of."""
 
+import hashlib
 import io
+import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.prepare.manifest import visible
 from opt_ds.store.files import atomic_file
 
 _DATABASE = "data.mdb"
+_OWN = b"__"  # __keys__ lists the others
+_LONGEST_NAME = 200
+_SHOWN = 10
 
 
 def is_lmdb(folder: Path) -> bool:
@@ -21,25 +31,90 @@ def is_lmdb(folder: Path) -> bool:
 def export_lmdb(database: Path, output: Path, *, say: Callable[[str], None] = print) -> int:
     """Write every entry of the database as a file of `output`; files that are there are kept, so that it resumes.
 
-    Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them. Returns their number.
+    Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them; others are left out and
+    named. Returns the number of files. UserError if there is none.
     """
     output.mkdir(parents=True, exist_ok=True)
+    names, unnamed = _names(_keys(database))
+    skipped = [f"{key!r}: its key is not UTF-8" for key in unnamed]
     count = 0
-    for name, value in _entries(database):
-        target = output / Path(name).with_suffix(".npz").name
-        count += 1
-        if target.is_file():
+    for key, value in _entries(database):
+        if key not in names:
             continue
-        arrays = _arrays(value, f"{database}: {name}")
-        with atomic_file(target) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+        target = output / names[key]
+        if not target.is_file():
+            try:
+                arrays = _arrays(value)
+            except ValueError as error:
+                skipped.append(f"{key}: {error}")
+                continue
+            with atomic_file(target) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+        count += 1
     if not count:
-        raise UserError(f"{database}: the database is empty")
+        first = f"; {skipped[0]}" if skipped else ""
+        raise UserError(f"{database}: {'no entry can be used' if skipped else 'the database is empty'}{first}")
     say(f"{output}: {count} files; name them as image in a manifest, and give opt-ds prepare --images npz")
+    _say_more(names, skipped, say)
     return count
 
 
+def _say_more(names: dict[str, str], skipped: list[str], say: Callable[[str], None]) -> None:
+    long = {key: name for key, name in names.items() if name != _plain_name(key)}
+    if long:
+        key, name = next(iter(long.items()))
+        say(f"  {len(long)} keys differ only by folder or ending, so their files have the whole key as name: {key} is {name}")
+    if skipped:
+        say(f"  {len(skipped)} entries left out")
+    for reason in skipped[:_SHOWN]:
+        say(f"  left out {visible(reason)}")
+
+
+def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
+    """Return key -> file name, no two the same, and the keys that are no text.
+
+    The name is the key's last part with .npz as its ending; where several keys have the same, it is the whole key, quoted
+    as in a URL.
+    """
+    texts: list[str] = []
+    unnamed: list[bytes] = []
+    for raw in keys:
+        try:
+            texts.append(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            unnamed.append(raw)
+    plain = Counter(map(_plain_name, texts))
+    names = {key: name for key in texts if plain[name := _plain_name(key)] == 1 and name != ".npz"}
+    taken = set(plain)
+    for key in texts:
+        if key not in names:
+            name = f"{quote(key, safe='')}.npz"
+            if name in taken or len(name) > _LONGEST_NAME:
+                name = f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+            names[key] = name
+            taken.add(name)
+    return names, unnamed
+
+
+def _plain_name(key: str) -> str:
+    last = PurePosixPath(key).name
+    return f"{PurePosixPath(last).stem}.npz"
+
+
+def _keys(database: Path) -> Iterator[bytes]:
+    with _cursor(database) as cursor:
+        yield from (key for key in cursor.iternext(keys=True, values=False) if not key.startswith(_OWN))
+
+
 def _entries(database: Path) -> Iterator[tuple[str, bytes]]:
+    with _cursor(database) as cursor:
+        for key, value in cursor.iternext():
+            if not key.startswith(_OWN):
+                yield key.decode("utf-8", "backslashreplace"), value
+
+
+@contextmanager
+def _cursor(database: Path) -> Iterator[Any]:
     try:
         import lmdb
     except ImportError:
@@ -49,14 +124,13 @@ def _entries(database: Path) -> Iterator[tuple[str, bytes]]:
             lmdb.open(str(database), readonly=True, lock=False, readahead=False, create=False) as environment,
             environment.begin(buffers=False) as transaction,
         ):
-            for key, value in transaction.cursor():
-                if not key.startswith(b"__"):  # __keys__ lists the others
-                    yield key.decode("utf-8"), value
-    except lmdb.Error as error:
-        raise UserError(f"{database}: not readable as LMDB ({error})") from None
+            yield transaction.cursor()
+    except lmdb.Error:
+        raise UserError(f"{database}: not readable as LMDB: copy {_DATABASE} again") from None
 
 
-def _arrays(value: bytes, where: str) -> dict[str, Any]:
+def _arrays(value: bytes) -> dict[str, Any]:
+    """Return the arrays of an entry. Raises ValueError for anything else."""
     import msgpack
 
     try:
@@ -64,9 +138,14 @@ def _arrays(value: bytes, where: str) -> dict[str, Any]:
             with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
                 return dict(arrays)
         fields = msgpack.unpackb(value, raw=False, object_hook=_array)
-    except (ValueError, OSError, msgpack.UnpackException) as error:
-        raise UserError(f"{where}: neither NPZ nor msgpack ({error})") from None
-    return {name: array for name, array in fields.items() if isinstance(array, np.ndarray)}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, msgpack.UnpackException):
+        raise ValueError("neither NPZ nor msgpack") from None
+    found = {}
+    if isinstance(fields, dict):
+        found = {name: array for name, array in fields.items() if isinstance(name, str) and isinstance(array, np.ndarray)}
+    if not found:
+        raise ValueError("it holds no arrays")
+    return found
 
 
 def _array(fields: dict[Any, Any]) -> Any:

@@ -3,17 +3,19 @@
 Each region's phrase is a sample with the whole picture, as UNITER takes it; the phrases of a picture share its row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import Files, guarded, read_json, read_json_array, sample, write_import
-from opt_ds.prepare.manifest import ManifestLine, Skipped
+from opt_ds.prepare.importers.common import Entry, Unused, guarded, prefixes, sample, typed, unused_files, write_import
+from opt_ds.prepare.importers.files import Files, Problem
+from opt_ds.prepare.manifest import Skipped
+from opt_ds.prepare.text_files import read_json, read_json_array
 
 
 def import_visual_genome(
-    annotations: Path,
+    annotations: Path | Sequence[Path],
     output: Path,
     *,
     images: Path,
@@ -26,40 +28,63 @@ def import_visual_genome(
 
     `image_data`: needed for `leave_out`, a Karpathy COCO split whose validation and test pictures are left out (half of
     Visual Genome's pictures are COCO's). `max_phrases`: at most so many of a picture, evenly spread. UserError for
-    `leave_out` alone, and for files that are not as published.
+    `leave_out` alone, and for files that are not as published. Ids of several files begin with the file's name.
     """
     if leave_out is not None and image_data is None:
         raise UserError("--leave-out: only --image-data tells which pictures are COCO's: give image_data.json too")
+    paths = [annotations] if isinstance(annotations, Path) else list(annotations)
     pictures = Files(images, output, "image")
     coco_ids = _coco_ids(image_data) if image_data is not None else {}
     held_out = _held_out(leave_out) if leave_out is not None else set()
-    entries = _entries(annotations, pictures, coco_ids, held_out, max_phrases)
-    return write_import(output, entries, say, source=str(annotations))
+
+    def entries() -> Iterator[Entry]:
+        for path, prefix in zip(paths, prefixes(paths), strict=True):
+            yield from _entries(path, prefix, pictures, coco_ids, held_out, max_phrases)
+        yield from unused_files([pictures])
+
+    return write_import(output, entries(), say, source=", ".join(map(str, paths)))
 
 
 def _entries(
     annotations: Path,
+    prefix: str,
     pictures: Files,
     coco_ids: dict[int, int],
     held_out: set[int],
     max_phrases: int | None,
-) -> Iterator[ManifestLine | Skipped]:
-    def phrases(picture: dict[str, Any]) -> Iterator[ManifestLine | Skipped]:
-        image_id, regions = picture["id"], picture["regions"]
+) -> Iterator[Entry]:
+    passed_over = 0
+
+    def phrase(region: dict[str, Any], image_id: int, file: str) -> Iterator[Entry]:
+        id = f"{prefix}region {typed(region['region_id'], (int, str), 'region_id')}"
+        if region.get("image_id", image_id) != image_id:
+            yield Skipped(id, f"it contradicts itself: its image_id is {region['image_id']}, its picture's id {image_id}")
+            return
+        text = typed(region["phrase"], str, "phrase")
+        yield sample(id, text=text, files={"image": (str(image_id), file)}, group=f"image {image_id}")
+
+    def phrases(place: str, picture: dict[str, Any]) -> Iterator[Entry]:
+        nonlocal passed_over
+        image_id, regions = typed(picture["id"], (int, str), "id"), typed(picture["regions"], list, "regions")
         file = pictures.by_stem(str(image_id))
         if coco_ids.get(image_id) in held_out:
             yield Skipped(f"image {image_id}", "held out for COCO's evaluation")
+        elif isinstance(file, Problem):
+            yield Skipped(f"image {image_id}", file.reason)
         elif file is None:
             yield Skipped(f"image {image_id}", f"image file is missing: {image_id}.jpg")
         else:
             step = 1 if max_phrases is None else max(1, -(-len(regions) // max_phrases))
-            for region in regions[::step]:
-                id = f"region {region['region_id']}"
-                files: dict[str, tuple[str, str | None] | None] = {"image": (str(image_id), file)}
-                yield sample(id, text=region["phrase"], files=files, group=f"image {image_id}")
+            passed_over += len(regions) - len(regions[::step])
+            for number, region in enumerate(regions[::step]):
+                name = f"{place} region {number * step}"
+                yield from guarded(name, lambda region=region: phrase(region, image_id, file))  # type: ignore[misc]
 
     for number, picture in enumerate(read_json_array(annotations)):
-        yield from guarded(f"{annotations.name} entry {number}", lambda picture=picture: phrases(picture))  # type: ignore[misc]
+        place = f"{annotations.name} entry {number}"
+        yield from guarded(place, lambda place=place, picture=picture: phrases(place, picture))  # type: ignore[misc]
+    if passed_over:
+        yield Unused("phrases", passed_over, why="beyond --max-phrases")
 
 
 def _coco_ids(image_data: Path) -> dict[int, int]:

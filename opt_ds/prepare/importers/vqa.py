@@ -8,13 +8,27 @@ it counts where a model is judged.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import Files, guarded, read_json, sample, split_and_file, write_import
-from opt_ds.prepare.manifest import ManifestLine, Skipped
+from opt_ds.prepare.importers.common import (
+    Entry,
+    Unused,
+    guarded,
+    sample,
+    split_and_file,
+    split_of_name,
+    typed,
+    unused_files,
+    write_import,
+)
+from opt_ds.prepare.importers.files import Files
+from opt_ds.prepare.manifest import Skipped
+from opt_ds.prepare.text_files import read_json
 
 _DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
            "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
@@ -43,7 +57,7 @@ def import_vqa(
     pictures = Files(images, output, "image")
     pairs = [(*split_and_file(q), split_and_file(a)[1]) for q, a in zip(questions, annotations, strict=True)]
     answers = {path: _answers(path) for _, _, path in pairs}
-    names = answer_vocabulary(answers[pairs[0][2]].values(), min_count)
+    names = answer_vocabulary(answers[pairs[0][2]].of.values(), min_count)
     if not names:
         raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
     say(f"{len(names)} answers are labels")
@@ -53,10 +67,10 @@ def import_vqa(
         for split, path, notes in pairs
         for entry in _entries(path, split, answers[notes], names, pictures, keep_unlabelled=path not in trains)
     )
-    return write_import(output, entries, say, source=str(pairs[0][1]))
+    return write_import(output, chain(entries, unused_files([pictures])), say, source=str(pairs[0][1]))
 
 
-def answer_vocabulary(answers: Any, min_count: int) -> set[str]:
+def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:
     """Answers that are the most frequent one of at least `min_count` questions; `answers`: those of each question."""
     most_frequent = Counter(Counter(given).most_common(1)[0][0] for given in answers if given)
     return {answer for answer, count in most_frequent.items() if count >= min_count and answer}
@@ -71,50 +85,83 @@ def normalized_answer(text: str) -> str:
     return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def _answers(path: Path) -> dict[Any, list[str]]:
-    """question id -> the normalised answers of its annotators."""
+@dataclass(frozen=True)
+class _Answers:
+    """A file of annotations. `of`: question id -> normalised answers; `image`: question id -> its picture's id, if named."""
+
+    subtype: str
+    of: dict[Any, list[str]]
+    image: dict[Any, Any]
+    skipped: list[Skipped]
+
+
+def _answers(path: Path) -> _Answers:
     content = read_json(path)
-    try:
-        return {
-            entry["question_id"]: [normalized_answer(answer["answer"]) for answer in entry["answers"]]
-            for entry in content["annotations"]
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f'{path}: no "annotations" with answers: give v2_mscoco_…_annotations.json as published') from None
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise UserError(f'{path}: no "annotations" with answers: give v2_mscoco_…_annotations.json as published')
+    found = _Answers(str(content.get("data_subtype", "")), {}, {}, [])
+    for number, entry in enumerate(content["annotations"]):
+        place = f"{path.name} annotation {number}"
+        try:
+            id, answers = typed(entry["question_id"], (int, str), "question_id"), typed(entry["answers"], list, "answers")
+        except (KeyError, TypeError) as error:
+            found.skipped.append(Skipped(place, f"not as published: {place}: {error}"))
+            continue
+        if id in found.of:
+            found.skipped.append(Skipped(place, f"annotated twice: question {id}"))
+            continue
+        good = [text for answer in answers if (text := _answer(answer)) is not None]
+        if len(good) < len(answers):
+            reason = f"an answer is no text: {len(answers) - len(good)} of {len(answers)} answers to question {id}"
+            found.skipped.append(Skipped(place, reason))
+        found.of[id], found.image[id] = good, entry.get("image_id")
+    return found
+
+
+def _answer(entry: Any) -> str | None:
+    """The normalised answer of one annotator; numbers become text. None for anything else."""
+    answer = entry.get("answer") if isinstance(entry, dict) else None
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    return normalized_answer(answer) if isinstance(answer, str) else None
 
 
 def _entries(
-    path: Path,
-    split: str | None,
-    answers: dict[Any, list[str]],
-    names: set[str],
-    pictures: Files,
-    keep_unlabelled: bool,
-) -> Iterator[ManifestLine | Skipped]:
+    path: Path, split: str | None, answers: _Answers, names: set[str], pictures: Files, keep_unlabelled: bool
+) -> Iterator[Entry]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
         raise UserError(f'{path}: no list "questions": give v2_OpenEnded_mscoco_…_questions.json')
     subtype = str(content.get("data_subtype", ""))
+    if subtype and answers.subtype and subtype != answers.subtype:
+        raise UserError(f"{path}: questions of {subtype}, but its annotations are of {answers.subtype}: give each its own")
 
-    def question(entry: dict[str, Any]) -> Iterator[ManifestLine | Skipped]:
-        name = f"COCO_{subtype}_{int(entry['image_id']):012d}"
-        given = answers.get(entry["question_id"], [])
+    def question(entry: dict[str, Any]) -> Iterator[Entry]:
+        image_id, number = int(entry["image_id"]), typed(entry["question_id"], (int, str), "question_id")
+        id = f"question {number}"
+        given = answers.of.get(number, [])
         labels = tuple(answer for answer in given if answer in names)
+        annotated = answers.image.get(number)
         if not given:
-            yield Skipped(f"question {entry['question_id']}", "the annotations have no answers to it")
-            return
-        if not (labels or keep_unlabelled):
-            yield Skipped(f"question {entry['question_id']}", "none of its answers is frequent enough to be a label")
-            return
-        file = pictures.by_stem(name) or pictures.by_stem(f"{int(entry['image_id']):012d}")
-        yield sample(
-            f"question {entry['question_id']}",
-            text=entry["question"],
-            files={"image": (name, file)},
-            labels=labels,
-            group=f"image {entry['image_id']}",
-            split=split or {"train2014": "train", "val2014": "valid"}.get(subtype),
-        )
+            yield Skipped(id, "the annotations have no answers to it")
+        elif annotated is not None and annotated != entry["image_id"]:
+            yield Skipped(id, f"it contradicts its annotation: image_id {entry['image_id']} and {annotated}")
+        elif not (labels or keep_unlabelled):
+            yield Skipped(id, "none of its answers is frequent enough to be a label")
+        else:
+            name = f"COCO_{subtype}_{image_id:012d}"
+            yield sample(
+                id,
+                text=typed(entry["question"], str, "question"),
+                files={"image": (name, pictures.by_stem(name) or pictures.by_stem(f"{image_id:012d}"))},
+                labels=labels,
+                group=f"image {entry['image_id']}",
+                split=split or split_of_name(subtype),
+            )
 
+    yield from answers.skipped
+    rare = sum(answer not in names for given in answers.of.values() for answer in given)
+    if rare:
+        yield Unused("answers", rare, why=f"of {path.name}, too rare to be labels: --min-count")
     for number, entry in enumerate(content["questions"]):
         yield from guarded(f"question {number}", lambda entry=entry: question(entry))  # type: ignore[misc]

@@ -10,14 +10,16 @@ import pytest
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import read_json_array, read_json_lines, read_rows, report_path
+from opt_ds.prepare.importers.common import report_path
 from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions
 from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.importers.karpathy import import_karpathy
 from opt_ds.prepare.importers.localized_narratives import import_localized_narratives
 from opt_ds.prepare.importers.table import import_table
+from opt_ds.prepare.importers.tables import read_rows
 from opt_ds.prepare.importers.visual_genome import import_visual_genome
 from opt_ds.prepare.manifest import ManifestLine, read_manifest
+from opt_ds.prepare.text_files import read_json_array, read_json_lines
 
 
 def silent(_: str) -> None:
@@ -113,8 +115,8 @@ def test_localized_narratives_with_recordings_and_labels(tmp_path: Path) -> None
     reasons = left_out(manifest)
     assert reasons["mscoco_val2017/139/1"] == "audio file is missing: gone.ogg"
     assert reasons["open_images_train/lost/7"] == "image file is missing: lost"
-    assert "KeyError 'image_id'" in reasons[f"{narratives.name} line 7"]
-    assert reasons["line 8"].startswith("not JSON")
+    assert "no 'image_id'" in reasons[f"{narratives.name} line 7"]
+    assert reasons[f"{narratives.name} line 8"].startswith("not JSON")
     assert reasons["open_images_train/0b2/3"] == "the text is empty"
     import_localized_narratives([narratives], manifest, keep_incomplete=True, **options)
     samples = lines_of(manifest)
@@ -132,7 +134,9 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     tsv = tmp_path / "Train_GCC-training.tsv"
     tsv.write_text("".join(f"{caption}\t{url.format(index)}\n" for index, caption in enumerate(rows)) + "no url\n")
     touch(*(tmp_path / "images" / "00000" / f"{index:09d}.png" for index in (0, 1, 3)))
-    touch(*(tmp_path / "images" / "00000" / f"{index:09d}.{beside}" for index in (0, 1) for beside in ("json", "txt")))
+    for index in (0, 1):
+        (tmp_path / "images" / "00000" / f"{index:09d}.json").write_text(json.dumps({"url": url.format(index)}))
+        (tmp_path / "images" / "00000" / f"{index:09d}.txt").write_text(rows[index])
     manifest = tmp_path / "manifest.jsonl"
     import_conceptual_captions([f"valid={tsv}"], manifest, images=[tmp_path / "images"], say=silent)
     samples = lines_of(manifest)
@@ -196,7 +200,7 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
     assert reasons == {
         "region 99": "the text is empty",
         "image 3": "image file is missing: 3.jpg",
-        "region_descriptions.json entry 3": "not as published: region_descriptions.json entry 3: KeyError 'id'",
+        "region_descriptions.json entry 3": "not as published: region_descriptions.json entry 3: no 'id'",
     }
     import_visual_genome(
         annotations,
@@ -223,8 +227,8 @@ def karpathy(dataset: str, images: list[dict]) -> str:
     return json.dumps({"images": images, "dataset": dataset})
 
 
-def sentence(number: int, raw: str) -> dict:
-    return {"tokens": raw.lower().split(), "raw": raw, "imgid": 0, "sentid": number}
+def sentence(number: int, raw: str, image: int = 0) -> dict:
+    return {"tokens": raw.lower().split(), "raw": raw, "imgid": image, "sentid": number}
 
 
 def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
@@ -233,9 +237,9 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
         {"filepath": "val2014", "sentids": [1, 2], "filename": "COCO_val2014_000000391895.jpg", "imgid": 0, "split": "val",
          "sentences": [sentence(1, "A man on a bike."), sentence(2, "A red bike")], "cocoid": 391895},
         {"filepath": "train2014", "sentids": [3], "filename": "COCO_train2014_000000000009.jpg", "imgid": 1, "split": "restval",
-         "sentences": [sentence(3, "Food.")], "cocoid": 9},
+         "sentences": [sentence(3, "Food.", 1)], "cocoid": 9},
         {"filepath": "train2014", "sentids": [4], "filename": "COCO_train2014_000000000010.jpg", "imgid": 2, "split": "train",
-         "sentences": [sentence(4, "Gone.")], "cocoid": 10},
+         "sentences": [sentence(4, "Gone.", 2)], "cocoid": 10},
         {"filename": "broken"},
     ]  # fmt: skip
     (tmp_path / "dataset_coco.json").write_text(karpathy("coco", images))
@@ -250,7 +254,7 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
     assert samples["sentence 1"].group == samples["sentence 2"].group
     assert left_out(manifest) == {
         "sentence 4": "image file is missing: train2014/COCO_train2014_000000000010.jpg",
-        "image 3": "not as published: image 3: KeyError 'split'",
+        "image 3": "not as published: image 3: no 'split'",
     }
     (tmp_path / "dataset_coco.json").write_text("[]")
     with pytest.raises(UserError, match='no list "images"'):
@@ -297,8 +301,6 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
     before = manifest.read_bytes()
     assert folder_manifest(top, say=said.append).read_bytes() == before
     assert "found" in said[-1]
-    touch(top / "loose.jpg")
-    assert all(line.split is None for line in lines_of(import_folder(top, tmp_path / "m.jsonl", say=silent)).values())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
         import_folder(tmp_path / "empty", say=silent)
@@ -399,7 +401,7 @@ def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         import_karpathy(tmp_path / "none.json", tmp_path / "m.jsonl", images=tmp_path, say=silent)
     (tmp_path / "bad.json").write_text('[{"id": 1}, {"id"')
-    with pytest.raises(UserError, match="not JSON, or cut off"):
+    with pytest.raises(UserError, match="not JSON: it is cut off"):
         list(read_json_array(tmp_path / "bad.json"))
     assert not (tmp_path / "m.jsonl").exists()
 
@@ -410,18 +412,24 @@ def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.tsv.gz").write_bytes(whole[:-9])
     (tmp_path / "not.tsv.gz").write_bytes(b"a caption\thttp://a.b/c.png\n")
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[1, 2")[:-9])
-    for name, read in (
-        ("latin.jsonl", read_json_lines),
-        ("cut.tsv.gz", lambda path: read_rows(path, "\t")),
-        ("not.tsv.gz", lambda path: read_rows(path, "\t")),
-        ("cut.json.gz", read_json_array),
+    (tmp_path / "latin.csv").write_bytes("café,x".encode("latin-1"))
+    (tmp_path / "wide.csv").write_bytes("café,x".encode("utf-16"))
+    (tmp_path / "t.csv").write_bytes(b"PK\x03\x04")
+    assert list(read_json_lines(tmp_path / "latin.jsonl")) == [(1, "not UTF-8 text (byte 16)")]
+    for name, read, why in (
+        ("latin.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text: save it as UTF-8"),
+        ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-16: save it as UTF-8"),
+        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "archive, not a text file: unpack it"),
+        ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is cut off or damaged"),
+        ("not.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "not a gzip file"),
+        ("cut.json.gz", read_json_array, "the gzip file is cut off or damaged"),
     ):
-        with pytest.raises(UserError, match=rf"{name}: not UTF-8 text, or cut off"):
+        with pytest.raises(UserError, match=f"{name}: {why}"):
             list(read(tmp_path / name))
 
 
 def test_large_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opt_ds.prepare.importers.common._JSON_BLOCK", 7)
+    monkeypatch.setattr("opt_ds.prepare.text_files._JSON_BLOCK", 7)
     content = [{"id": index, "text": "x" * index, "list": [1, [2, {"]": "[,"}]]} for index in range(20)] + [12345678901]
     (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
     assert list(read_json_array(tmp_path / "a.json")) == content
