@@ -1,5 +1,6 @@
 """Manifests: what is wrong is named with its line; shards keep samples of one picture together; splits keep groups."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -54,6 +55,53 @@ def test_a_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
 def test_byte_order_marks_and_blank_lines_are_no_trouble(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a", "text": "x"}\n\n{"id": "b", "text": "y"}\n')
     assert [line.id for line in read_manifest(tmp_path / "m.jsonl").lines] == ["a", "b"]
+
+
+def test_values_that_can_mean_one_thing_only_are_taken(tmp_path: Path) -> None:
+    lines = [
+        {"id": 7, "text": "x", "labels": None, "image": None, "group": 3, "split": "train"},
+        {"id": "b", "text": "y", "labels": [1, "cat"], "split": "train"},
+    ]
+    first, second = read_manifest(write(tmp_path / "m.jsonl", lines)).lines
+    assert (first.id, first.labels, first.group, second.labels) == ("7", (), "3", ("1", "cat"))
+    lines[1]["id"] = "7"
+    (rejected,) = read_manifest(write(tmp_path / "m.jsonl", lines)).rejected
+    assert 'id "7" is also on line 1' in rejected.reason
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("labels", "cat", 'give a list of names, such as ["cat"]'),
+        ("labels", [["cat"]], 'give a list of names, such as ["cat"]'),
+        ("labels", [True], 'give a list of names, such as ["cat"]'),
+        ("labels", {"cat": 1}, 'give a list of names, such as ["cat"]'),
+        ("text", 7, "give a text in quotes"),
+        ("image", ["a.jpg"], "give a file's name in quotes"),
+        ("group", True, "give a name in quotes"),
+        ("id", [], "give a name in quotes"),
+    ],
+)
+def test_other_values_are_refused_in_plain_words(tmp_path: Path, field: str, value: object, message: str) -> None:
+    lines: list[dict | str] = [{"id": "a", "text": "x"}, {"id": "b", "text": "y", field: value}]
+    (rejected,) = read_manifest(write(tmp_path / "m.jsonl", lines)).rejected
+    assert rejected.reason == f"not a sample: line 2: field {field}: {message}"
+
+
+def test_gzip_and_other_line_ends_are_read_and_doubled_fields_refused(tmp_path: Path) -> None:
+    lines = ['{"id": "a", "text": "x"}', '{"id": "b", "text": "y", "text": "z"}', '{"id": "c", "text": "z"}{"id": "d", "text": "z"}']
+    for name, raw in (
+        ("m.jsonl.gz", gzip.compress("\n".join(lines).encode())),
+        ("m.jsonl", "\r".join(lines).encode()),
+        ("crlf.jsonl", "\r\n".join(lines).encode()),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        manifest = read_manifest(tmp_path / name)
+        assert [line.id for line in manifest.lines] == ["a"]
+        assert [entry.reason for entry in manifest.rejected] == [
+            'not a sample: line 2: not JSON: the field "text" is there twice in one object',
+            "not a sample: line 3: not JSON: more follows after the value (line 1, column 25)",
+        ]
 
 
 def test_unnamed_splits_follow_the_group(tmp_path: Path) -> None:

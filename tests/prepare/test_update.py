@@ -116,6 +116,29 @@ def test_uniter_databases_become_files(tmp_path: Path) -> None:
         export_lmdb(tmp_path / "bad", tmp_path / "out", say=lambda _: None)
 
 
+def test_uniter_keys_that_differ_by_folder_or_ending_alone_get_files_of_their_own(tmp_path: Path) -> None:
+    import lmdb
+
+    keys = ["a/1.jpg", "b/1.jpg", "1.png", "b/2.jpg", "3.tar.gz", "3.tar.bz2", "a%2F1.jpg.npz", "c/" + "n" * 300, "\0"]
+    with lmdb.open(str(tmp_path / "db"), map_size=1 << 24) as environment, environment.begin(write=True) as writing:
+        for key in keys:
+            buffer = io.BytesIO()
+            np.savez(buffer, features=np.frombuffer(key.encode(), "uint8"))
+            writing.put(key.encode(), buffer.getvalue())
+        writing.put(b"\xff", b"x")
+        writing.put(b"bad", b"nonsense")
+    said: list[str] = []
+    assert export_lmdb(tmp_path / "db", tmp_path / "out", say=said.append) == len(keys)
+    held = {}
+    for path in (tmp_path / "out").iterdir():
+        with np.load(path) as arrays:
+            held[arrays["features"].tobytes().decode()] = path.name
+    assert set(held) == set(keys), "nothing is dropped"
+    assert held["b/2.jpg"] == "2.npz", "a key without a double keeps its name"
+    assert held["b/1.jpg"] == "b%2F1.jpg.npz" and held["3.tar.gz"] == "3.tar.gz.npz"
+    assert any("2 entries left out" in line for line in said) and any("neither NPZ nor msgpack" in line for line in said)
+
+
 def test_the_report_names_who_lost_what(messy_manifest: Path, own_store: Path) -> None:
     path = own_store
     text = messy_manifest.read_text(encoding="utf-8")

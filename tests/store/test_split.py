@@ -78,3 +78,18 @@ def test_mistakes_leave_the_store_alone(store: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="--ratio"):
             parse_ratios(arguments)
     assert splits_of(store) == before
+
+
+def test_a_list_may_have_a_header_and_say_a_thing_twice_but_not_two_things(store: Path, tmp_path: Path) -> None:
+    first, second = list(splits_of(store))[:2]
+    list_file = tmp_path / "l.csv"
+    list_file.write_text(f"ID,Split\n{first},test\n\n{second},valid\n{first},test\n")
+    split_by_list(store, list_file)
+    assert (splits_of(store)[first], splits_of(store)[second]) == ("test", "valid")
+    list_file.write_text(f"{first},test\n{second},valid\n{first},train\n")
+    with pytest.raises(UserError, match=f'l.csv line 3: "{first}" is in train, but in test on line 1: leave one'):
+        split_by_list(store, list_file)
+    list_file.write_text(f'{first},"test\n{second},valid\n')
+    with pytest.raises(UserError, match="l.csv: a quote is not closed"):
+        split_by_list(store, list_file)
+    assert splits_of(store)[first] == "test"

@@ -63,7 +63,7 @@ def _say_more(names: dict[str, str], skipped: list[str], say: Callable[[str], No
     long = {key: name for key, name in names.items() if name != _plain_name(key)}
     if long:
         key, name = next(iter(long.items()))
-        say(f"  {len(long)} keys differ only by folder or ending, so their files have the whole key as name: {key} is {name}")
+        say(f"  {len(long)} keys differ only by folder or ending, or are too long: their files have other names: {key} is {name}")
     if skipped:
         say(f"  {len(skipped)} entries left out")
     for reason in skipped[:_SHOWN]:
@@ -84,16 +84,20 @@ def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
         except UnicodeDecodeError:
             unnamed.append(raw)
     plain = Counter(map(_plain_name, texts))
-    names = {key: name for key in texts if plain[name := _plain_name(key)] == 1 and name != ".npz"}
+    names = {key: name for key in texts if plain[name := _plain_name(key)] == 1 and _is_file_name(name)}
     taken = set(plain)
     for key in texts:
         if key not in names:
             name = f"{quote(key, safe='')}.npz"
-            if name in taken or len(name) > _LONGEST_NAME:
+            if name in taken or not _is_file_name(name):
                 name = f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
             names[key] = name
             taken.add(name)
     return names, unnamed
+
+
+def _is_file_name(name: str) -> bool:
+    return name != ".npz" and "\0" not in name and len(name.encode()) <= _LONGEST_NAME
 
 
 def _plain_name(key: str) -> str:

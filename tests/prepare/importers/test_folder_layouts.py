@@ -1,0 +1,99 @@
+"""Splits from folders are inferred, said, or refused with the way out; files that are no samples are counted and named."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opt_ds.errors import UserError
+from opt_ds.prepare.importers.common import report_path
+from opt_ds.prepare.importers.folder import import_folder
+from opt_ds.prepare.manifest import read_manifest
+
+
+def make(folder: Path, names: Iterable[str]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def run(folder: Path, **options: Any) -> dict[str, str | None]:
+    said: list[str] = []
+    manifest = import_folder(folder, folder.parent / "m.jsonl", say=said.append, **options)
+    found = {line.id: line.split for line in read_manifest(manifest, allow_outside=True).lines}
+    assert (any(found.values())) == any("splits from the folders" in line for line in said)
+    return found
+
+
+def unused(folder: Path) -> list[str]:
+    report = json.loads(report_path(folder.parent / "m.jsonl").read_text())
+    return [name for each in report["unused"] for name in each["names"]]
+
+
+BESIDE = ["README.txt", "__MACOSX/train/._a.jpg", ".DS_Store", "train/._a.jpg", "Thumbs.db", "LICENSE", "classes.txt", "test/.x/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "test"), ("Train", "TEST"), ("training", "validation"), ("train2017", "val2017"), ("train", "dev")],
+)
+def test_what_lies_beside_the_splits_does_not_end_them(tmp_path: Path, train: str, test: str) -> None:
+    folder = make(tmp_path / "f", [f"{train}/a.jpg", f"{test}/a.jpg"])
+    other = "test" if test.lower() == "test" else "valid"
+    assert run(folder) == {f"{train}/a": "train", f"{test}/a": other}
+    make(folder, [name.replace("train/", f"{train}/").replace("test/", f"{test}/") for name in BESIDE])
+    assert run(folder) == {f"{train}/a": "train", f"{test}/a": other}
+    assert len(unused(folder)) == len(BESIDE)
+
+
+@pytest.mark.parametrize("more", ["loose.jpg", "extra/a.jpg", "test-old/a.jpg", "deep/er/a.jpg", "loose.txt loose.png"])
+def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, more: str) -> None:
+    folder = make(tmp_path / "f", ["train/a.jpg", "test/a.jpg", *more.split()])
+    with pytest.raises(UserError, match="look like splits, but samples lie outside.*--folder-splits.*--no-folder-splits"):
+        run(folder)
+    assert run(folder, folder_splits=True) == {"train/a": "train", "test/a": "test"}
+    assert set(run(folder, folder_splits=False).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["data/train/a.jpg", "data/test/a.jpg"], ["cat/train/a.jpg", "dog/val/a.jpg"], ["train-clean/a.wav", "test-other/a.wav"],
+     ["train_images/a.jpg", "test_images/a.jpg"]],
+)  # fmt: skip
+def test_splits_that_are_nearly_there_are_refused(tmp_path: Path, names: list[str]) -> None:
+    folder = make(tmp_path / "f", names)
+    with pytest.raises(UserError, match="look like splits, but they are not called train, valid and test.*--no-folder-splits"):
+        run(folder)
+    assert set(run(folder, folder_splits=False).values()) == {None}
+
+
+def test_classes_as_folders_are_no_splits(tmp_path: Path) -> None:
+    assert run(make(tmp_path / "f", ["cat/a.jpg", "dog/a.jpg", "trainer/a.jpg"])) == {"cat/a": None, "dog/a": None, "trainer/a": None}
+    with pytest.raises(UserError, match="no folder called train, valid or test"):
+        run(tmp_path / "f", folder_splits=True)
+
+
+def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", ["train/a.txt", "test/a.txt", "readme.txt"])
+    assert run(folder) == {"train/a": "train", "test/a": "test"}
+    with pytest.raises(UserError, match="samples lie outside"):
+        run(make(folder, ["b.txt"]))
+
+
+def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    names = ["a.jfif", "b.jpe", "c.heif", "d.JPX", "e.oga", "f.aiff", "g.wave", "h.w64"]
+    folder = make(tmp_path / "f", [*names, "i.m4a", "i.txt", "j.svgz", "k.pdf", "l.npz", "n.docx"])
+    (folder / "m").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "o.jpg").write_text("<!DOCTYPE html><html>not found</html>")
+    (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
+    assert set(run(folder)) == {*(name[0] for name in names), "m"}
+    report = json.loads(report_path(tmp_path / "m.jsonl").read_text())
+    assert [entry["reason"] for entry in report["skipped_samples"]] == [
+        "M4A cannot be decoded here: i.m4a: convert it to WAV or FLAC",
+        "compressed SVG cannot be decoded here: j.svgz: decompress it to .svg",
+        "HTML page cannot be decoded here: o.jpg: download the file itself, not a page about it",
+    ]
+    assert unused(folder) == ["k.pdf", "l.npz", "n.docx", "nowhere.jpg"]

@@ -1,0 +1,109 @@
+"""Strict JSON, and arrays read block by block: the value that Python reads, or why there is none, in the user's words."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opt_ds.errors import UserError
+from opt_ds.prepare import text_files
+from opt_ds.prepare.text_files import JsonError, parse_json, read_json, read_json_array, read_json_lines
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+WRONG = [
+    ('{"a": 1, "b": {"c": 1, "c": 2}}', 'the field "c" is there twice'),
+    ('{"a": NaN}', "NaN is not a JSON value: write null"),
+    ('{"a": -Infinity}', "-Infinity is not a JSON value"),
+    ("[" * 100_000, "nested too deeply"),
+    ('{"a": 1} {"a": 2}', r"more follows after the value \(line 1, column 10\)"),
+    ('{"a": [1, 2', "it is cut off"),
+    ('{"a": "x', "it is cut off"),
+    ('{"a": 1,}', "see line 1, column 9"),
+    ("", "it is empty"),
+    ("9" * 5000, "too many digits"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), WRONG)
+def test_what_is_no_strict_json_says_why_in_one_line(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(JsonError, match=why):
+        parse_json(text)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=f"a.json: not JSON: .*{why}") as error:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[1, 2", "it is cut off"),
+        ('[{"a": 1}, {"a"', "it is cut off"),
+        ("[1 2]", "a comma or ] is missing"),
+        ('["a" "b"]', "a comma or ] is missing"),
+        ("[1,]", "see line"),
+        ("[,1]", "see line"),
+        ("[1,,2]", "see line"),
+        ("[1] [2]", "more follows after the end of the array"),
+        ('[{"a": 1, "a": 2}]', "there twice"),
+        ("[[NaN]]", "write null"),
+        ("[" * 100_000, "nested too deeply"),
+        ("", "not a JSON array"),
+        ("{}", "not a JSON array"),
+    ],
+)
+def test_arrays_are_as_strict(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=f"a.json: not .*{why}|a.json: {why}"):
+        list(read_json_array(tmp_path / "a.json"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(content=st.lists(values, max_size=5), block=st.integers(1, 9), indent=st.none() | st.just(1))
+def test_arrays_come_out_as_python_reads_them(
+    tmp_path_factory: pytest.TempPathFactory, content: list[Any], block: int, indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("j") / "a.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(content, indent=indent).encode()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "_JSON_BLOCK", block)
+        assert list(read_json_array(path)) == content
+    assert read_json(path) == content
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    content=st.lists(st.dictionaries(st.text(max_size=3), values, max_size=2), max_size=5),
+    spoil=st.none() | st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=2)),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_lines_come_out_one_by_one_or_are_reported(
+    tmp_path_factory: pytest.TempPathFactory, content: list[Any], spoil: tuple[int, bytes] | None, end: str
+) -> None:
+    raw = end.join(map(json.dumps, content)).encode()
+    if spoil is not None:
+        place = spoil[0] % (len(raw) + 1)
+        raw = raw[:place] + spoil[1] + raw[place + 1 :]
+    path = tmp_path_factory.mktemp("j") / "a.jsonl"
+    path.write_bytes(raw)
+    read = dict(read_json_lines(path))
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), 1):
+        try:
+            expected = json.loads(line.decode("utf-8"), parse_constant=lambda name: 1 / 0)
+        except (ValueError, ZeroDivisionError):
+            expected = None
+        if not line.strip():
+            assert number not in read
+        elif isinstance(expected, dict):
+            assert read[number] == expected or "there twice" in str(read[number])
+        else:
+            assert isinstance(read[number], str)
