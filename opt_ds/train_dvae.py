@@ -51,6 +51,7 @@ from opt_ds.prepare.codes import (
 from opt_ds.prepare.extractors import choose_device
 from opt_ds.store.files import atomic_file, write_json
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.verify import open_store
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +94,7 @@ def train_dvae(
 
     UserError for a store that is missing or has no pixels, an unknown preset or key, or the output of another run.
     """
-    store = FeatureStore(store_path)
+    store = open_store(store_path, with_dvae=False)
     if not store.has_pixels:
         raise UserError(f"{store_path}: the store has no pictures (image/pixels): prepare it with pixels")
     rows = split_image_rows(store, train_split)

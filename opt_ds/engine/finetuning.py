@@ -15,6 +15,7 @@ from opt_ds.engine import checkpoint
 from opt_ds.engine.preflight import check_store
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.verify import open_store
 
 
 class Task(NamedTuple):
@@ -61,7 +62,7 @@ def finetune_config(
     saved = config_from_dict(checkpoint.read_state(folder)["config"], where=str(folder / checkpoint.STATE_FILE))
     inputs = inputs or TASKS[task].inputs
     _check(task, loss, inputs, saved, folder)
-    opened = [FeatureStore(path) for path in stores]
+    opened = [open_store(path) for path in stores]
     for store in opened:
         check_store(saved, store)
     tree = saved.model_dump(mode="json")
