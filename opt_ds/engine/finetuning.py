@@ -3,7 +3,6 @@
 The run itself is pre-training's (`engine.launch`): same store, same plan of samples, same checkpoints, same resume.
 """
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -145,5 +144,4 @@ def _with_schedule(
 
 
 def _weights_sha256(folder: Path) -> str:
-    files = json.loads((folder / checkpoint.COMPLETE).read_text(encoding="utf-8"))["files"]
-    return files[checkpoint.MODEL_FILE]["sha256"]
+    return checkpoint.read_record(folder)[1][checkpoint.MODEL_FILE].sha256

@@ -5,6 +5,7 @@ Used for stores, exported models, tokenizers and Hugging Face folders alike. Eac
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from opt_ds.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
 _MAX_NAME = 255
+_MAX_DEPTH = 50
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # In a config.json, these make transformers import code or ask a hub.
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
@@ -58,7 +60,20 @@ def read_json_object(file: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -
         raise UserError(f"{file}: damaged, no valid JSON: {remedy}") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: damaged, no JSON object: {remedy}")
+    if _is_deeper(found, _MAX_DEPTH):
+        raise UserError(f"{file}: nested too deeply: {remedy}")
     return found
+
+
+def _is_deeper(tree: Any, depth: int) -> bool:
+    level = [tree]
+    for _ in range(depth):
+        level = [child for node in level for child in _children(node) if isinstance(child, (dict, list))]
+    return bool(level)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
 
 
 def tensor_shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
