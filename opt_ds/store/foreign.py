@@ -48,12 +48,14 @@ def check_inside(folder: Path, file: Path) -> None:
 def read_json_object(file: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON file that holds an object. UserError, ending in `remedy`, if it is missing, too large, no JSON or no object."""
     try:
-        size = file.stat().st_size
-        if size > max_bytes:
-            raise UserError(f"{file}: {size / 2**20:.0f} MiB, more than the {max_bytes >> 20} MiB allowed: {remedy}")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        with open(file, "rb") as opened:
+            text = opened.read(max_bytes + 1)
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror}): {remedy}") from None
+    if len(text) > max_bytes:
+        raise UserError(f"{file}: more than the {max_bytes >> 20} MiB allowed: {remedy}")
+    try:
+        found = json.loads(text)
     except RecursionError:
         raise UserError(f"{file}: nested too deeply: {remedy}") from None
     except ValueError:
