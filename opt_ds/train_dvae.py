@@ -10,12 +10,12 @@ tensorboard/, and checkpoint.pt while the run is unfinished.
 """
 
 import hashlib
-import json
 import math
 import os
 import pickle
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,9 @@ from opt_ds.prepare.codes import (
 )
 from opt_ds.prepare.extractors import choose_device
 from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.verify import open_store
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +95,7 @@ def train_dvae(
 
     UserError for a store that is missing or has no pixels, an unknown preset or key, or the output of another run.
     """
-    store = FeatureStore(store_path)
+    store = open_store(store_path, with_dvae=False)
     if not store.has_pixels:
         raise UserError(f"{store_path}: the store has no pictures (image/pixels): prepare it with pixels")
     rows = split_image_rows(store, train_split)
@@ -104,7 +106,7 @@ def train_dvae(
     hardware = choose_hardware(device, precision)
     claim_output(output, run_description(store, rows, config, seed, train_split))
     if (output / RESULT_FILE).is_file():
-        result = json.loads((output / RESULT_FILE).read_text(encoding="utf-8"))
+        result = read_result(output)
         print(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
     else:
         print(
@@ -115,6 +117,15 @@ def train_dvae(
         print(summary(result))
     if write_codes:
         write_missing_codes(store_path, CodeExtractor.from_pretrained(output, hardware.device))
+    return result
+
+
+def read_result(output: Path) -> dict[str, Any]:
+    """Return the result.json of a finished run. UserError if it, or the dVAE that it describes, is damaged."""
+    file, remedy = output / RESULT_FILE, "restore it, or remove it to measure the dVAE again"
+    result = read_json_object(file, remedy)
+    if type(result.get("steps")) is not int or result.get("identity") != DiscreteVAE.from_pretrained(output).identity():
+        raise UserError(f"{file}: damaged, it does not describe the dVAE beside it: {remedy}")
     return result
 
 
@@ -171,10 +182,7 @@ def claim_output(output: Path, description: dict[str, Any]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, description)
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{file}: not readable as JSON: remove {output} or choose another --output") from None
+    found = read_json_object(file, f"remove {output} or choose another --output")
     difference = _first_difference(found, description)
     if difference:
         raise UserError(f"{output}: output of another run ({difference}): choose another --output")
@@ -354,15 +362,20 @@ class Training:
         file = self.output / CHECKPOINT_FILE
         if not file.is_file():
             return False
+        damaged = UserError(f"{file}: damaged checkpoint: remove it to start the run again")
+        # The archive's own CRC-32 of every part; PyTorch does not compare all of them.
+        if not zipfile.is_zipfile(file) or _damaged_part(file) is not None:
+            raise damaged
         try:
             state = torch.load(file, map_location=self.hardware.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: damaged checkpoint ({reason}): remove it to start the run again") from None
-        self.dvae.load_state_dict(state["dvae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.start_psnr_db = state["step"], state["start_psnr_db"]
-        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
+            self.dvae.load_state_dict(state["dvae"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.start_psnr_db = int(state["step"]), state["start_psnr_db"]
+            self.seconds, self.cpu_seconds = float(state["seconds"]), float(state["cpu_seconds"])
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise damaged from None
+        if not 0 <= self.step <= self.config.steps:
+            raise damaged
         print(f"dVAE: resuming at step {self.step} of {self.config.steps}")
         return True
 
@@ -393,6 +406,14 @@ class Training:
         write_json(self.output / RESULT_FILE, result)
         (self.output / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
+
+
+def _damaged_part(archive: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(archive) as parts:
+            return parts.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
+        return str(error)
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def finetune(
     from opt_ds.engine.launch import run_training
     from opt_ds.engine.signals import StopRequest
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
-    from opt_ds.store.reader import FeatureStore
+    from opt_ds.store.verify import open_store
 
     ranks = find_ranks()
 
@@ -52,7 +52,7 @@ def finetune(
 
     config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
     for path in store:
-        check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force, say)
+        check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, open_store(path), force, say)
     assert config.finetune is not None
     say(
         f"fine-tuning for {task} from {config.finetune.checkpoint}, inputs {', '.join(config.finetune.inputs)}: "

@@ -45,12 +45,12 @@ def plan(
 
     from opt_ds.config import load_config
     from opt_ds.engine.preflight import check_store
-    from opt_ds.store.reader import FeatureStore
+    from opt_ds.store.verify import open_store
     from opt_ds.tools.assumed_store import AssumedStore
     from opt_ds.tools.plan import Cluster, parse_cluster, plan_run, plan_text
 
     resolved = load_config(config, [*(settings or []), *([f"data.stores={list(store)!r}"] if store else [])])
-    stores = [FeatureStore(path) for path in resolved.data.stores]
+    stores = [open_store(path) for path in resolved.data.stores]
     for opened in stores:
         check_store(resolved, opened)
     kind = _gpu(gpu, memory_gib, tflops, link_gbyte, capability)

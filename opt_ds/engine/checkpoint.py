@@ -5,33 +5,51 @@
         moments.safetensors   Adam's exp_avg and exp_avg_sq, as "<parameter>.exp_avg"
         state.json            step, Adam's updates, loss scale, best validation, config, plan version, stores, versions
         COMPLETE.json         size and SHA-256 of each of these; written last
-    <output>/checkpoints/latest, best    text files that name a folder
+    <output>/checkpoints/latest, best    text files: the name of a folder, and the SHA-256 of its COMPLETE.json
 
-Here: which checkpoints there are, whether they are whole, and reading them; `checkpoint_writer` writes them. Nothing of a
-random number generator is in one: the plan and dropout are functions of (seed, step).
+Here: which checkpoints there are, and reading them; `checkpoint_files` checks that they are whole, `checkpoint_writer` writes
+them. Whatever is read was compared with its recorded hash. A checkpoint holds nothing of a random number generator: the plan
+and dropout are functions of (seed, step).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from opt_ds.config import Config, config_from_dict
+from opt_ds.engine.checkpoint_files import (
+    COMPLETE,
+    FOLDER,
+    MODEL_FILE,
+    MOMENTS_FILE,
+    STATE_FILE,
+    check_file,
+    check_size,
+    pointed,
+    pointer_fields,
+    problem_with,
+    read_record,
+)
 from opt_ds.errors import UserError
-from opt_ds.store.files import file_sha256
+from opt_ds.store.foreign import read_json_object, tensor_shapes
+from opt_ds.store.seal import SEAL_FILE
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from opt_ds.model.opt import OPT
 
-FOLDER = "checkpoints"
-COMPLETE = "COMPLETE.json"
-MODEL_FILE, MOMENTS_FILE, STATE_FILE = "model.safetensors", "moments.safetensors", "state.json"
+__all__ = [
+    "COMPLETE", "FOLDER", "HUB_MODEL_TYPE", "MODEL_FILE", "MOMENTS_FILE", "STATE_FILE", "GuardState", "TrainState",
+    "all_checkpoints", "buffers_of", "find_resumable", "folder_name", "is_exported", "load_model", "load_optimizer", "load_start",
+    "load_weights", "pointed", "problem_with", "read_record", "read_state", "resolve_checkpoint", "train_state",
+]  # fmt: skip
+
 HUB_MODEL_TYPE = "opt_ds"  # what the config.json of an exported folder says
 
 
@@ -71,28 +89,14 @@ def all_checkpoints(output: Path) -> list[Path]:
     return sorted((output / FOLDER).glob("step-*"), reverse=True)
 
 
-def problem_with(folder: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint, None if nothing: a missing or cut-off file, or (with `hashes`) a changed one."""
-    try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"no readable {COMPLETE}"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} is cut off ({path.stat().st_size} of {expected['bytes']} bytes)"
-        if hashes and file_sha256(path) != expected["sha256"]:
-            return f"{name} is damaged (its SHA-256 differs)"
-    return None
-
-
 def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; None where there is none at all. Damaged newer ones are named through `say`.
 
-    Raises UserError when there are checkpoints and all are damaged: starting anew is the user's choice.
+    Raises UserError when there are checkpoints and all are damaged: starting anew is the user's choice; and for a pointer that
+    names anything but a checkpoint.
     """
+    for pointer in ("latest", "best"):
+        pointer_fields(output, pointer)
     found = all_checkpoints(output)
     problems: list[tuple[Path, str]] = []
     for folder in found:
@@ -115,7 +119,8 @@ def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `--checkpoint PATH` means: itself, or the best (else the latest) of a run's output directory.
 
-    Raises UserError when there is none, a file of it is missing or cut off, or it is an exported folder.
+    Raises UserError when there is none, a file of it is missing or cut off, what is read of it (weights, state.json) is not what
+    was written, or it is an exported folder.
     """
     path = Path(path)
     if is_exported(path):
@@ -125,54 +130,71 @@ def resolve_checkpoint(path: str | Path) -> Path:
         folder = pointed(path, "best") or pointed(path, "latest") or next(iter(all_checkpoints(path)), None)
     if folder is None or not folder.is_dir():
         raise UserError(f"{path}: neither a checkpoint nor a run's output directory with one: train first")
-    problem = problem_with(folder, hashes=False)
+    problem = problem_with(folder, (MODEL_FILE, STATE_FILE))
     if problem:
         raise UserError(f"checkpoint {folder}: {problem}: use another one of the run")
     return folder
 
 
 def is_exported(path: Path) -> bool:
-    """Whether `opt-ds export` wrote this folder: a model without the run around it."""
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == HUB_MODEL_TYPE
-    except (OSError, ValueError):
+    """Whether `opt-ds export` wrote this folder, damaged or not: a model without the run around it."""
+    if not (path / "config.json").is_file():
         return False
+    try:
+        return read_json_object(path / "config.json", "").get("model_type") == HUB_MODEL_TYPE or (path / SEAL_FILE).is_file()
+    except UserError:
+        return (path / MODEL_FILE).is_file()
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    """Return state.json of a checkpoint. UserError if it is not what was written, or lacks what every one has."""
+    file = check_file(folder, STATE_FILE)
+    state = read_json_object(file, "use another checkpoint of the run")
+    expected = {"step": int, "plan_version": int, "config": dict}
+    wrong = [name for name, kind in expected.items() if type(state.get(name)) is not kind]
+    if not wrong and state["step"] != read_record(folder)[0]:
+        wrong = ["step"]
+    if wrong:
+        raise UserError(f"{file}: damaged, field {wrong[0]}: use another checkpoint of the run")
+    return state
 
 
 def train_state(saved: dict[str, Any]) -> TrainState:
-    """The TrainState in a state.json."""
-    values = {name: saved[name] for name in TrainState.__dataclass_fields__}
-    return TrainState(**{**values, "guard": GuardState(**saved["guard"])})
+    """Return the TrainState in a state.json. UserError for fields that are missing or of another type."""
+    try:
+        return TypeAdapter(TrainState).validate_python({name: saved[name] for name in TrainState.__dataclass_fields__})
+    except KeyError as error:
+        raise UserError(f"{STATE_FILE}: damaged, no field {error.args[0]}: use another checkpoint of the run") from None
+    except ValidationError as error:
+        field_name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{STATE_FILE}: damaged, field {field_name}: use another checkpoint of the run") from None
 
 
 def load_start(model: "OPT", config: Config) -> None:
     """Copy the weights that fine-tuning starts from; a head for other labels than that checkpoint's stays as it is."""
     assert config.finetune is not None, "pre-training starts from no checkpoint"
     folder = Path(config.finetune.checkpoint)
-    had = read_state(folder)["config"]["tasks"].get("labels")
+    had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks.labels
     labels = config.tasks.labels
-    same_head = bool(had and labels and had["names"] == list(labels.names))
+    same_head = bool(had and labels and had.names == labels.names)
     load_weights(model, folder, leave="" if same_head else "labels.")
 
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, folder: Path, leave: str = "") -> None:
-    """Copy a checkpoint's weights and buffers into a model of the same shape. Raises UserError for another shape.
+    """Copy a checkpoint's weights and buffers into a model of the same shape.
 
-    What has a name that begins with `leave` is left as it is.
+    What has a name that begins with `leave` is left as it is. Raises UserError for another shape, or a file whose hash is not
+    the recorded one.
     """
+    file_path = check_file(folder, MODEL_FILE)
+    shapes = tensor_shapes(file_path, "use another checkpoint of the run")
     own = {**dict(model.named_parameters()), **buffers_of(model)}
     if leave:
         own = {name: tensor for name, tensor in own.items() if not name.startswith(leave)}
-    with safe_open(folder / MODEL_FILE, "pt") as file:
-        saved = set(file.keys())
+    with safe_open(file_path, "pt") as file:
         for name, tensor in own.items():
-            shape = tuple(file.get_slice(name).get_shape()) if name in saved else None
+            shape = shapes.get(name)
             if shape != tuple(tensor.shape):
                 raise UserError(
                     f"checkpoint {folder}: {name} is {shape or 'missing'}, the model's is {tuple(tensor.shape)}: it "
@@ -205,6 +227,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["O
 
     folder = resolve_checkpoint(path)
     config = config_from_dict(read_state(folder)["config"], where=f"{folder / STATE_FILE}")
+    check_size(config.model, tensor_shapes(folder / MODEL_FILE, "use another checkpoint of the run"), f"{folder / STATE_FILE}")
     model = OPT(config.model, config.tasks)
     load_weights(model, folder)
     return model.to(device).eval(), config
@@ -214,12 +237,3 @@ def buffers_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Persistent buffers by name."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if not isinstance(value, torch.nn.Parameter)}
-
-
-def pointed(output: Path, pointer: str) -> Path | None:
-    """The checkpoint that `checkpoints/<pointer>` names; None where there is none."""
-    try:
-        folder = output / FOLDER / (output / FOLDER / pointer).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return folder if folder.is_dir() else None

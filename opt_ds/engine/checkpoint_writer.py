@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from opt_ds.engine import checkpoint
 from opt_ds.engine.checkpoint import COMPLETE, FOLDER, MODEL_FILE, MOMENTS_FILE, STATE_FILE, TrainState
+from opt_ds.engine.checkpoint_files import pointer_fields, pointer_text
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.errors import RunError, UserError
 from opt_ds.store.files import atomic_file, file_sha256, follow_umask, sync_folder, write_json
@@ -114,6 +115,8 @@ class CheckpointWriter:
         began = time.perf_counter()
         try:
             _write_folder(target, weights, moments, state)
+            if _best(self._output) == target:  # written again: the pointer holds the hash of the former one
+                pointers = (*pointers, "best")
             for pointer in pointers:
                 point_to(self._output, pointer, target)
             _prune(self._output, self._keep, target, state["best_step"])
@@ -125,7 +128,7 @@ class CheckpointWriter:
 def point_to(output: Path, pointer: str, target: Path) -> None:
     """Make `checkpoints/<pointer>` name this checkpoint, in one atomic replacement."""
     with atomic_file(output / FOLDER / pointer) as temporary:
-        temporary.write_text(target.name + "\n", encoding="utf-8")
+        temporary.write_text(pointer_text(target), encoding="utf-8")
 
 
 def check_space(output: Path, num_parameters: int) -> None:
@@ -180,12 +183,21 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _best(output: Path) -> Path | None:
+    try:
+        name, _ = pointer_fields(output, "best")
+    except UserError:
+        return None
+    folder = output / FOLDER / name if name else None
+    return folder if folder and folder.is_dir() else None
+
+
 def _prune(output: Path, keep: int, newest: Path, best_step: int | None) -> None:
     """Keep the last `keep` checkpoints up to `newest`, and the best.
 
     Later ones could not be used, or the run would have gone on from them; "best" may name one of these.
     """
-    found, best = checkpoint.all_checkpoints(output), checkpoint.pointed(output, "best")
+    found, best = checkpoint.all_checkpoints(output), _best(output)
     later = [folder for folder in found if folder.name > newest.name]
     if best in later:
         best = next((folder for folder in found if folder.name == checkpoint.folder_name(best_step or 0)), None)

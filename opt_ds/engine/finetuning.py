@@ -3,7 +3,6 @@
 The run itself is pre-training's (`engine.launch`): same store, same plan of samples, same checkpoints, same resume.
 """
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from opt_ds.engine import checkpoint
 from opt_ds.engine.preflight import check_store
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.verify import open_store
 
 
 class Task(NamedTuple):
@@ -61,7 +61,7 @@ def finetune_config(
     saved = config_from_dict(checkpoint.read_state(folder)["config"], where=str(folder / checkpoint.STATE_FILE))
     inputs = inputs or TASKS[task].inputs
     _check(task, loss, inputs, saved, folder)
-    opened = [FeatureStore(path) for path in stores]
+    opened = [open_store(path) for path in stores]
     for store in opened:
         check_store(saved, store)
     tree = saved.model_dump(mode="json")
@@ -144,5 +144,4 @@ def _with_schedule(
 
 
 def _weights_sha256(folder: Path) -> str:
-    files = json.loads((folder / checkpoint.COMPLETE).read_text(encoding="utf-8"))["files"]
-    return files[checkpoint.MODEL_FILE]["sha256"]
+    return checkpoint.read_record(folder)[1][checkpoint.MODEL_FILE].sha256

@@ -5,9 +5,9 @@ from pathlib import Path
 from opt_ds.config import Config, load_config
 from opt_ds.config_sources import preset_names
 from opt_ds.errors import UserError
-from opt_ds.store.inspect import verify_store
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import Dims, load_description
+from opt_ds.store.verify import verify_store
 
 DEFAULT_STORE = Path("data/emoji")
 

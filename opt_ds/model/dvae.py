@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,6 +30,8 @@ from opt_ds.errors import UserError
 from opt_ds.model.dvae_config import DVAE_PRESETS, DVAEConfig
 from opt_ds.model.kmeans import kmeans
 from opt_ds.store.files import follow_umask
+from opt_ds.store.foreign import check_inside, read_json_object, tensor_shapes
+from opt_ds.store.seal import check_seal, seal_folder
 
 __all__ = ["DVAE_PRESETS", "DVAEConfig", "DVAELosses", "DiscreteVAE"]
 
@@ -141,20 +142,35 @@ class DiscreteVAE(nn.Module):
         save_file(weights, folder / WEIGHTS_FILE)
         follow_umask(folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config.model_dump(), indent=1) + "\n", encoding="utf-8")
+        seal_folder(folder, (CONFIG_FILE, WEIGHTS_FILE))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DiscreteVAE":
-        """Load what `save_pretrained` wrote, on the CPU, in evaluation mode. UserError if it is missing or damaged."""
+        """Load what `save_pretrained` wrote, on the CPU, in evaluation mode. UserError if it is missing or damaged.
+
+        The files are compared with their recorded hashes, and the weights' sizes with config.json before anything is built.
+        """
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no trained dVAE there (no {name}): train one with `opt-ds train-dvae`")
+            check_inside(folder, folder / name)
+        remedy = "restore it, or train it again"
+        check_seal(folder, remedy)
         try:
-            dvae = cls(DVAEConfig.model_validate_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            dvae.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (ValidationError, SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{folder}: damaged or foreign dVAE ({reason}): train it again") from None
+            config = DVAEConfig.model_validate(read_json_object(folder / CONFIG_FILE, remedy))
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(f"{folder / CONFIG_FILE}: damaged or foreign dVAE (field {where}): train it again") from None
+        shapes = tensor_shapes(folder / WEIGHTS_FILE, remedy)
+        if _least_weights(config) > sum(math.prod(shape) for shape in shapes.values()):
+            raise UserError(f"{folder / CONFIG_FILE}: asks for more weights than {WEIGHTS_FILE} holds: {remedy}")
+        dvae = cls(config)
+        own = {name: tuple(tensor.shape) for name, tensor in dvae.state_dict().items()}
+        if shapes != own:
+            first = min(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
+            raise UserError(f"{folder}: damaged or foreign dVAE ({first} has another shape): train it again")
+        dvae.load_state_dict(load_file(folder / WEIGHTS_FILE))
         return dvae.eval()
 
     def _logits(self, patches_ndyx: Tensor) -> Tensor:
@@ -198,6 +214,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.out(F.gelu(self.mix(F.gelu(hidden))))
+
+
+def _least_weights(config: DVAEConfig) -> int:
+    """Return a lower bound of the number of weights of this configuration."""
+    nets = ((config.encoder_width, config.encoder_blocks), (config.decoder_width, config.decoder_blocks))
+    return 2 * config.codebook_size * PATCH_DIM + sum(10 * blocks * width * width + PATCH_DIM * width for width, blocks in nets)
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from opt_ds.config import ModelConfig
 from opt_ds.errors import UserError
+from opt_ds.store.foreign import check_model_folder
 
 if TYPE_CHECKING:
     from opt_ds.model.opt import OPT
@@ -46,6 +47,7 @@ def load_bert(model: "OPT", folder: Path) -> list[str]:
     the folder has it. Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
     weight is missing or a file is not readable.
     """
+    check_model_folder(folder, "fetch the folder again", allow_pickled=True)
     _check_heads(model.config, folder)
     bert = {name.removeprefix("bert."): value for name, value in _read(folder).items()}
     own = dict(model.named_parameters())

@@ -16,6 +16,7 @@ from opt_ds.store.files import exclusive_use
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER
 from opt_ds.store.update import set_codes
+from opt_ds.store.verify import open_store
 
 BATCH = 256
 
@@ -115,7 +116,7 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
     dVAE beside them, which `load_store_dvae` refuses; the same call mends that.
     """
     with exclusive_use(store_path, print):
-        store = FeatureStore(store_path)
+        store = open_store(store_path, with_dvae=False)
         folder = store_path / DVAE_FOLDER
         for leftover in store_path.glob(f".{DVAE_FOLDER}.*.tmp"):
             shutil.rmtree(leftover)

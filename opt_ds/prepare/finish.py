@@ -3,18 +3,20 @@
     <store>.part-2-of-16/    shards 2, 18, 34 … with their journals, the tokenizer, and part.json: written last
 """
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.report import REPORT_FILE, build_report, report_table
 from opt_ds.store.files import atomic_file, exclusive_use, file_sha256, write_json
+from opt_ds.store.foreign import read_json_object
 from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
-from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, StoreDescription, load_description
+from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, ShardDescription, StoreDescription, load_description
 from opt_ds.store.writer import StoreWriter
 
 PART_FILE = "part.json"
@@ -50,8 +52,8 @@ class StoreFacts:
         return {**asdict(self), "dims": self.dims.model_dump()}
 
     @staticmethod
-    def from_dict(fields: dict[str, Any]) -> "StoreFacts":
-        return StoreFacts(**{**fields, "dims": Dims(**fields["dims"])})
+    def from_dict(values: dict[str, Any]) -> "StoreFacts":
+        return StoreFacts(**{**values, "dims": Dims(**values["dims"])})
 
 
 def finish_store(
@@ -166,20 +168,34 @@ def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
 def _check_shards(folder: Path) -> None:
     """Parts may have been copied from other machines: a shard that was damaged on the way must not get into a store."""
     for journal in sorted(folder.glob("shard-*.json")):
-        shard = json.loads(journal.read_text(encoding="utf-8"))["shard"]
-        file = folder / shard["file"]
-        if file.is_file() and file_sha256(file) != shard["sha256"]:
+        shard = _shard_of(journal)
+        file = folder / shard.file
+        if file.is_file() and file_sha256(file) != shard.sha256:
             raise UserError(f"{file}: damaged since it was made: remove {folder} and run its opt-ds prepare --shard again")
 
 
 def _take_shards(folder: Path, output: Path) -> None:
     """Move each shard, then its journal: a shard counts only with its journal beside it."""
     for journal in sorted(folder.glob("shard-*.json")):
-        shard = json.loads(journal.read_text(encoding="utf-8"))["shard"]["file"]
+        shard = _shard_of(journal).file
         if (folder / shard).is_file():
             (folder / shard).replace(output / shard)
         journal.replace(output / journal.name)
 
 
 def _read_part(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / PART_FILE).read_text(encoding="utf-8"))
+    remedy = f"remove {folder} and run its opt-ds prepare --shard again"
+    part = read_json_object(folder / PART_FILE, remedy)
+    kinds = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
+    if wrong or set(part["facts"]) != {field.name for field in fields(StoreFacts)}:
+        raise UserError(f"{folder / PART_FILE}: damaged, field {wrong[0] if wrong else 'facts'}: {remedy}")
+    return part
+
+
+def _shard_of(journal: Path) -> ShardDescription:
+    remedy = f"remove {journal.parent} and run its opt-ds prepare --shard again"
+    try:
+        return ShardDescription.model_validate(read_json_object(journal, remedy).get("shard"))
+    except ValidationError:
+        raise UserError(f"{journal}: damaged: {remedy}") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opt_ds.errors import UserError
-from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, describe_tokenizer, save_wordpiece
+from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, checked_tokenizer, describe_tokenizer, save_wordpiece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -78,8 +78,6 @@ def _inner_letters(captions: Iterable[str], tokenizer: "Tokenizer") -> list[str]
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer files of a Hugging Face folder; UserError if there is no fast WordPiece tokenizer in it."""
-    from tokenizers import Tokenizer
-
     if not source.is_dir():
         raise UserError(f"--text {source}: no such folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +95,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         save_wordpiece(build_wordpiece(vocabulary, lowercase=lowercase), folder, lowercase=lowercase)
         return
     describe_tokenizer(source)
-    if type(Tokenizer.from_file(str(source / "tokenizer.json")).model).__name__ != "WordPiece":
-        raise UserError(f"--text {source}: not a WordPiece tokenizer: give a BERT one")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -113,11 +109,8 @@ class TextExtractor:
     name = "wordpiece"
 
     def __init__(self, folder: Path, unicode_form: str = "NFC") -> None:
-        from tokenizers import Tokenizer
-
         self._form = unicode_form
-
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = checked_tokenizer(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._description, self.dim = describe_tokenizer(folder)

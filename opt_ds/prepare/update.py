@@ -20,6 +20,7 @@ from opt_ds.store.files import exclusive_use
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, StoreDescription
 from opt_ds.store.update import Arrays, rewrite_shards
+from opt_ds.store.verify import open_store
 from opt_ds.store.writer import ImageItem
 
 _OF_KIND = {"image": "image/", "audio": "audio/"}
@@ -45,7 +46,7 @@ def update_modality(
     """
     settings.check()
     with exclusive_use(path, say):
-        store = FeatureStore(path)
+        store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)
         chosen_device = choose_device(device)
         extractor = build_extractor(kind, settings, chosen_device)

@@ -26,6 +26,7 @@ from opt_ds.store.schema import MISSING, MODALITIES, TOKENIZER_FOLDER, StoreDesc
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.tokenizer import describe_tokenizer
 from opt_ds.store.update import Arrays, remove_unlisted, rewrite_shards
+from opt_ds.store.verify import open_store
 from opt_ds.store.writer import join_items, join_strings
 
 _TEXT = MODALITIES.index("text")
@@ -58,7 +59,7 @@ def update_text(
     """
     settings.check()
     with exclusive_use(path, say):
-        store = FeatureStore(path)
+        store = open_store(path)
         texts = _own_texts(store) if manifest_path is None else _manifest_texts(store, manifest_path, allow_outside)
         if not any(texts):
             raise UserError(f"{manifest_path or path}: no sample has a text")

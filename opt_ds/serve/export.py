@@ -3,20 +3,35 @@
     <folder>/config.json, model.safetensors    `OPTModel.from_pretrained`, `AutoModel.from_pretrained`
     <folder>/processor/                        tokenizer, extractors' identities, dVAE (store/processor_files.py)
     <folder>/README.md                         the model card, with the run's figures
+    <folder>/opt_ds_files.json                 the hashes of all these but the card, compared before any of them is used
+
+Loading reads configuration and safetensors itself: nothing in the folder can make it import code, use a network or read a
+file elsewhere, and no model is built that the weights could not fill.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from opt_ds.config import Config, DataConfig, config_from_dict
 from opt_ds.errors import UserError
 from opt_ds.store.files import follow_umask
-from opt_ds.store.processor_files import PROCESSOR_FOLDER
+from opt_ds.store.foreign import check_inside, read_json_object, tensor_shapes, weight_files
+from opt_ds.store.processor_files import PROCESSOR_FOLDER, load_processor_description
+from opt_ds.store.seal import SEAL_FILE, check_seal, seal_folder
 
 if TYPE_CHECKING:
     from opt_ds.model.opt import OPT
+
+
+_CARD = "README.md"
+_REMEDY = "export the model again, or use another copy"
+#: All that config.json of an exported model has; transformers acts upon other keys (it looks for code on a hub).
+_CONFIG_KEYS = frozenset({"architectures", "dtype", "torch_dtype", "model_type", "opt_ds_config", "transformers_version"})
 
 
 def export(checkpoint: Path, output: Path) -> Path:
@@ -30,6 +45,7 @@ def export(checkpoint: Path, output: Path) -> Path:
     run = folder.parent.parent
     if not (run / PROCESSOR_FOLDER).is_dir():
         raise UserError(f"{run / PROCESSOR_FOLDER}: not there: start the run once more, it writes it")
+    load_processor_description(run / PROCESSOR_FOLDER)
     model, config = load_model(checkpoint)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -43,19 +59,78 @@ def export(checkpoint: Path, output: Path) -> Path:
     result = run / "result.json"
     figures = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
     card = _model_card(config, read_state(folder), sum(p.numel() for p in model.parameters()), figures)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    seal_folder(temporary)
+    (temporary / _CARD).write_text(card, encoding="utf-8")
     if output.exists():
         output.rmdir()
     temporary.rename(output)
     return output
 
 
-def load_exported(path: Path) -> tuple["OPT", Config]:
-    """Model (fp32, in evaluation mode) and configuration of an exported folder."""
-    from opt_ds.serve.pretrained import OPTModel
+def load_exported(path: Path, warn: Callable[[str], None] = print) -> tuple["OPT", Config]:
+    """Return model (fp32, in evaluation mode) and configuration of an exported folder.
 
-    loaded = OPTModel.from_pretrained(path)
-    return loaded.opt.eval(), config_from_dict(loaded.config.opt_ds_config, where=str(path / "config.json"))
+    `warn` hears that an older version exported the folder, without hashes. Raises UserError as `check_exported`, and for
+    weights that are not those of the configuration.
+    """
+    from opt_ds.model.opt import OPT
+
+    config = check_exported(path, warn)
+    model = OPT(config.model, config.tasks)
+    _copy_weights(model, weight_files(path, _REMEDY), path)
+    return model.eval(), config
+
+
+def check_exported(path: Path, warn: Callable[[str], None] = print) -> Config:
+    """Return the configuration of an exported folder in which nothing is damaged and nothing leads out of it.
+
+    Raises UserError for a file that is not what was exported, a configuration with foreign keys, weights in files elsewhere, and
+    sizes that the weights could not fill.
+    """
+    from opt_ds.engine.checkpoint import HUB_MODEL_TYPE
+    from opt_ds.engine.checkpoint_files import check_size
+
+    if not check_seal(path, _REMEDY):
+        warn(f"{path}: no {SEAL_FILE}, an older version exported it: whether its files are damaged is not checked")
+    file = path / "config.json"
+    check_inside(path, file)
+    fields = read_json_object(file, _REMEDY)
+    unknown = sorted(fields.keys() - _CONFIG_KEYS)
+    if unknown:
+        raise UserError(f"{file}: {unknown[0]} is no key of an exported model: {_REMEDY}")
+    if fields.get("model_type") != HUB_MODEL_TYPE or fields.get("architectures", ["OPTModel"]) != ["OPTModel"]:
+        raise UserError(f"{file}: not a model that opt-ds export wrote: {_REMEDY}")
+    settings = fields.get("opt_ds_config")
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: damaged, no opt_ds_config: {_REMEDY}")
+    config = config_from_dict(settings, where=str(file))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weights in weight_files(path, _REMEDY):
+        if weights.is_file():
+            check_inside(path, weights)
+        shapes |= tensor_shapes(weights, _REMEDY)
+    check_size(config.model, shapes, str(file))
+    return config
+
+
+@torch.no_grad()
+def _copy_weights(model: "OPT", files: list[Path], where: Path) -> None:
+    """Fill every tensor of the model; one that several names share is stored once."""
+    from safetensors import safe_open
+
+    missing = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    own = dict(model.state_dict(keep_vars=True))
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118 - no mapping
+                name = stored.removeprefix("opt.")
+                shape = tuple(tensors.get_slice(stored).get_shape())
+                if name not in own or tuple(own[name].shape) != shape:
+                    raise UserError(f"{file}: {stored} {shape} is not of the model in config.json: {_REMEDY}")
+                own[name].copy_(tensors.get_tensor(stored))
+                missing.pop(id(own[name]), None)
+    if missing:
+        raise UserError(f"{where}: no weights of {next(iter(missing.values()))[0]}: {_REMEDY}")
 
 
 def _model_card(config: Config, state: dict[str, Any], num_parameters: int, figures: dict[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.serve.session import Session
 from opt_ds.store.processor_files import identity_differences
-from opt_ds.store.reader import FeatureStore
+from opt_ds.store.verify import open_store
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Neighbours:
 
 def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
     """The session's model on a store of the same tokenizer and extractors. Raises UserError for another one."""
-    store = FeatureStore(store_path)
+    store = open_store(store_path)
     differences = identity_differences(session.processor.description, store, codes=False)
     if differences:
         raise UserError(f"{store_path}: {'; '.join(differences)}: use the store that the model was trained on")

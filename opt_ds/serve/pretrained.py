@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from opt_ds.config import config_from_dict
 from opt_ds.data.batch import EncoderInputs
 from opt_ds.engine.checkpoint import HUB_MODEL_TYPE
+from opt_ds.errors import UserError
 from opt_ds.model.opt import OPT
 from opt_ds.store.processor_files import PROCESSOR_FOLDER
 
@@ -45,6 +46,26 @@ class OPTModel(PreTrainedModel):
         settings = config_from_dict(config.opt_ds_config, where="config.json")
         self.opt = opt or OPT(settings.model, settings.tasks)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> "OPTModel":
+        """Load an exported folder of this machine, after `opt_ds.serve.export.check_exported`; no network is used.
+
+        Args:
+            pretrained_model_name_or_path: The folder.
+            *arguments: As transformers' `PreTrainedModel.from_pretrained`.
+            **options: Likewise.
+
+        Raises:
+            UserError: For a folder that is missing, damaged or not an exported model.
+        """
+        from opt_ds.serve.export import check_exported
+
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no exported model there (no config.json): give a folder that opt-ds export wrote")
+        check_exported(folder)
+        return super().from_pretrained(folder, *arguments, **{**options, "local_files_only": True})
 
     def forward(self, inputs: EncoderInputs) -> torch.Tensor:
         """hidden_te [packed positions, width] of packed inputs with any mixture of modalities."""

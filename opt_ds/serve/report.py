@@ -24,9 +24,12 @@ from opt_ds.evaluate import paper
 from opt_ds.evaluate.ablation_table import CHART_FILE, JSON_FILE
 from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS
 from opt_ds.store.files import atomic_file
+from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 
 #: Figures that the page shows, by the file in the run's folder; `opt-ds evaluate <key>` writes them.
 EXPERIMENTS = ("summary", "classification", "retrieval", "two_stages", "transcription", "captioning", "image_generation")
+# What damaged JSON and YAML lead to on the way to the page.
+_DAMAGES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError, yaml.YAMLError)
 _OTHER_CURVES = {
     "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples a second": "speed/samples_per_s",
 }  # fmt: skip
@@ -48,35 +51,52 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": _percent, "number": _number}
-    metrics = _metrics(run)
-    page = environment.get_template("report.html").render(
-        name=run.resolve().name, about=_about(run, metrics), curves=_curves(metrics, _baselines(run)), found=found, ranks=RANKS,
-        validation=found.get("summary", {}).get("validation") or _validation(run), retrieval=_retrieval(found), paper=paper,
-        summary_splits=found.get("summary", {}).get("splits", {}), transcription=_transcription(found), grids=_grids(run, found),
-        settings=_settings(run), ablation=_ablation(ablation), missing=[name for name in EXPERIMENTS if name not in found],
-    )  # fmt: skip
+    try:
+        page = environment.get_template("report.html").render(**_content(run, found, ablation))
+    except UserError:
+        raise
+    except _DAMAGES as error:
+        what = " ".join(str(error).split())
+        raise UserError(
+            f"{run}: {RUN_FILE}, {METRICS_FILE} or a file of figures there is damaged ({what}): restore it, or evaluate once more"
+        ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return [name for name in EXPERIMENTS if name not in found]
 
 
+def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[str, Any]:
+    """Return what the template shows."""
+    metrics, summary = _metrics(run), found.get("summary", {})
+    return {
+        "name": run.resolve().name, "about": _about(run, metrics), "curves": _curves(metrics, _baselines(run)), "found": found,
+        "ranks": RANKS, "validation": summary.get("validation") or _validation(run), "retrieval": _retrieval(found),
+        "paper": paper, "summary_splits": summary.get("splits", {}), "transcription": _transcription(found),
+        "grids": _grids(run, found), "settings": _settings(run), "ablation": _ablation(ablation),
+        "missing": [name for name in EXPERIMENTS if name not in found],
+    }  # fmt: skip
+
+
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}): evaluate once more, or remove it") from None
+    return read_json_object(path, "evaluate once more, or remove it")
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
     """The run's logged lines; the last one may be cut off where a run is still going."""
     path = run / METRICS_FILE
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    logged = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(logged, 1):
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
-            continue
+            if number == len(logged):
+                continue
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: line {number} is damaged: remove that line")
+        lines.append(found)
     return lines
 
 
@@ -226,7 +246,9 @@ def _grids(run: Path, found: dict[str, Any]) -> list[dict[str, str]]:
     named = {f"Held-out split {split}": figures.get("picture_grid") for split, figures in splits.items()}
     named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("picture_grid")
     return [
-        {"title": title, "url": _data_url(run / file)} for title, file in named.items() if file and (run / file).is_file()
+        {"title": title, "url": _data_url(run / file)}
+        for title, file in named.items()
+        if is_plain_name(file) and is_inside(run, run / file) and (run / file).is_file()
     ]
 
 

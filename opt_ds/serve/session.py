@@ -20,7 +20,7 @@ from opt_ds.model.dvae import DiscreteVAE
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.model.opt import OPT
 from opt_ds.serve.processor import OPTProcessor
-from opt_ds.store.processor_files import PROCESSOR_FOLDER
+from opt_ds.store.processor_files import PROCESSOR_FOLDER, load_processor_dvae
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 
 #: modality -> the part of a Sample that is there with it
@@ -54,7 +54,7 @@ class Session(ModelRunner):
         from opt_ds.serve.export import load_exported
 
         if is_exported(checkpoint):
-            model, config = load_exported(checkpoint)
+            model, config = load_exported(checkpoint, warn)
             folder = checkpoint / PROCESSOR_FOLDER
         else:
             model, config = load_model(checkpoint)
@@ -108,7 +108,7 @@ class Session(ModelRunner):
             folder = self.processor.folder / DVAE_FOLDER
             if not folder.is_dir():
                 raise UserError(f"{folder}: the model has no dVAE, it was trained on a store without image codes")
-            self._dvae = DiscreteVAE.from_pretrained(folder).to(self.device).eval()
+            self._dvae = load_processor_dvae(self.processor.folder).to(self.device).eval()
         return self._dvae
 
     def belongs(self, sample: Sample, picture: Image.Image) -> float:

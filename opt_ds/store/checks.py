@@ -61,8 +61,8 @@ def offset_problems(offsets: np.ndarray, length: int) -> Iterator[str]:
     """Yield what is wrong with offsets [items + 1] into `length` elements."""
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != length:
         yield f"does not run from 0 to {length}"
-    elif (np.diff(offsets) < 0).any():
-        yield f"falls after item {int(np.flatnonzero(np.diff(offsets) < 0)[0])}"
+    elif (falls := offsets[1:] < offsets[:-1]).any():  # not their differences, which may wrap around
+        yield f"falls after item {int(np.flatnonzero(falls)[0])}"
 
 
 def box_problems(array: np.ndarray) -> Iterator[str]:

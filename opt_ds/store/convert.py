@@ -10,8 +10,9 @@ import numpy as np
 from opt_ds.errors import UserError
 from opt_ds.store.files import write_json
 from opt_ds.store.index import INDEX_FILE, write_index
-from opt_ds.store.reader import FeatureStore, check_contents
+from opt_ds.store.reader import check_contents
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
+from opt_ds.store.verify import open_store
 from opt_ds.store.writer import describe_shard, write_datasets
 
 _OWN = {STORE_FILE, INDEX_FILE, "verified.json"}
@@ -21,7 +22,7 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
     """Write `output`, a store of the same content with this compression. It is there as a whole or not at all."""
     if output.exists():
         raise UserError(f"{output}: it is there already: choose another --output or remove it")
-    store = FeatureStore(source)
+    store = open_store(source)
     listed = {shard.file for shard in store.description.shards}
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

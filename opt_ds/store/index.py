@@ -6,6 +6,7 @@ mapped, page by page as it is used. It holds for one fingerprint, its attribute.
 N samples, S shards; X, I, A text, image and audio rows of the store.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file
+from opt_ds.store.foreign import is_inside
+from opt_ds.store.hdf5 import open_hdf5
 from opt_ds.store.mapped import MappedFile
 from opt_ds.store.schema import DATASETS, MISSING, MODALITIES, StoreDescription, tail_shape
 
@@ -48,6 +52,7 @@ class ShardFile:
         self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
         self._offsets: dict[str, int] = {}
         self._bounds: dict[str, memoryview] = {}
+        self._path = path
         self._mapped = MappedFile(path)
         if layout is None or description is None or (layout[:, 0] == NOT_MAPPABLE).any():
             self._open(path)
@@ -59,12 +64,15 @@ class ShardFile:
             self._add(name, dtype, shape, offset)
 
     def _open(self, path: Path) -> None:
-        # Some network file systems refuse HDF5's lock; a store is never written in place, so none is needed.
-        file = h5py.File(path, "r", locking=False)
+        file = open_hdf5(path)
         keep_open = False
-        for group in file.values():
-            for dataset in group.values():
-                name, offset = dataset.name.lstrip("/"), dataset.id.get_offset()
+        for group_name, group in file.items():
+            if not isinstance(group, h5py.Group):
+                raise UserError(f"{path}: {group_name}: unknown dataset: prepare the store again")
+            for dataset_name, dataset in group.items():
+                if not isinstance(dataset, h5py.Dataset):
+                    raise UserError(f"{path}: {group_name}/{dataset_name}: unknown group: prepare the store again")
+                name, offset = f"{group_name}/{dataset_name}", dataset.id.get_offset()
                 if dataset.size == 0 or offset is not None:
                     self._add(name, dataset.dtype, dataset.shape, offset or 0)
                 else:
@@ -76,6 +84,8 @@ class ShardFile:
         if 0 in shape:
             self._arrays[name] = np.zeros(shape, dtype)
             return
+        if offset < 0 or min(shape) < 0 or offset + math.prod(shape) * np.dtype(dtype).itemsize > self._mapped.size:
+            raise UserError(f"{self._path}: {name} is not within the file: remove {INDEX_FILE}, or prepare the store again")
         self._arrays[name], self._offsets[name] = self._mapped.array(str(np.dtype(dtype)), shape, offset), offset
 
     def layout(self) -> np.ndarray:
@@ -172,23 +182,51 @@ def write_index(path: Path, description: StoreDescription) -> None:
 
 
 def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
-    """Map `path/index.h5`; None if there is none of this description's fingerprint."""
+    """Map `path/index.h5`; None if there is none of this description's fingerprint and shapes: it can be made again.
+
+    The values are compared with the shards when the store is verified (`store.verify`).
+    """
+    file_path = path / INDEX_FILE
+    if not is_inside(path, file_path):
+        raise UserError(f"{file_path}: leads out of {path}: remove it")
+    if not file_path.is_file():
+        return None
     try:
-        with h5py.File(path / INDEX_FILE, "r", locking=False) as file:
+        with open_hdf5(file_path) as file:
             if file.attrs.get("fingerprint") != description.fingerprint:
                 return None
             places = {name: (file[name].dtype, file[name].shape, file[name].id.get_offset()) for name in FIELDS}
-    except (OSError, KeyError):
+    except (UserError, OSError, KeyError, AttributeError, TypeError, ValueError):  # damaged
         return None
-    mapped = MappedFile(path / INDEX_FILE)
-    ends = [(offset or 0) + dtype.itemsize * int(np.prod(shape)) for dtype, shape, offset in places.values()]
-    if max(ends) > mapped.size:  # cut off
+    if {name: (str(dtype), shape) for name, (dtype, shape, _) in places.items()} != _expected(description):
         return None
-    arrays = {
-        name: np.zeros(shape, dtype) if 0 in shape else mapped.array(str(dtype), shape, offset)
-        for name, (dtype, shape, offset) in places.items()
-    }
+    mapped = MappedFile(file_path)
+    arrays = {}
+    for name, (dtype, shape, offset) in places.items():
+        if offset is None and 0 not in shape:  # compressed, as this package never writes it
+            return None
+        arrays[name] = np.zeros(shape, dtype) if 0 in shape else mapped.array(str(dtype), shape, offset)
     return StoreIndex(**arrays)
+
+
+def _expected(description: StoreDescription) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype and shape of each field."""
+
+    def total(name: str) -> int:
+        return sum(getattr(shard, name) for shard in description.shards)
+
+    samples = total("num_samples")
+    return {
+        "rows": ("int64", (samples, len(MODALITIES))),
+        "groups": ("int64", (samples,)),
+        "splits": ("uint8", (samples,)),
+        "by_split": ("int64", (samples,)),
+        "subsets": ("int64", (len(description.split_names), _SUBSETS)),
+        "text_lengths": ("int32", (total("num_texts"),)),
+        "region_counts": ("int32", (total("num_images"),)),
+        "frame_counts": ("int32", (total("num_audios"),)),
+        "layout": ("int64", (len(description.shards), len(DATASETS), 2)),
+    }
 
 
 def _join(parts: Sequence[np.ndarray], empty: np.ndarray) -> np.ndarray:

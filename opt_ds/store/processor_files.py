@@ -1,22 +1,27 @@
 """What of a store a trained model needs to read raw files itself: tokenizer, identities of the extractors, the dVAE.
 
-    <folder>/processor.json    `ProcessorDescription`
-    <folder>/tokenizer/        the store's
-    <folder>/dvae/             the store's, if it has image codes
+    <folder>/processor.json       `ProcessorDescription`
+    <folder>/tokenizer/           the store's
+    <folder>/dvae/                the store's, if it has image codes
+    <folder>/opt_ds_files.json    the hashes of all these, compared whenever one of them is read
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import write_json
+from opt_ds.store.files import folder_sha256, write_json
+from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER, Dims, TokenizerDescription
+from opt_ds.store.seal import check_seal, seal_folder
+
+if TYPE_CHECKING:
+    from opt_ds.model.dvae import DiscreteVAE
 
 PROCESSOR_FOLDER, PROCESSOR_FILE = "processor", "processor.json"
 
@@ -41,6 +46,7 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
     description = store.description
     kept = ProcessorDescription(dims=description.dims, tokenizer=description.tokenizer, extractors=description.extractors)
     write_json(temporary / PROCESSOR_FILE, kept.model_dump(mode="json"))
+    seal_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -91,13 +97,34 @@ def check_identity(folder: Path, store: FeatureStore, force: bool, warn: Callabl
 
 
 def load_processor_description(folder: Path) -> ProcessorDescription:
-    """Read `folder/processor.json`. Raises UserError for one that is missing or malformed."""
+    """Read `folder/processor.json`, after comparing all files of the folder with their recorded hashes.
+
+    Raises UserError for a file that is missing, malformed or not what was written.
+    """
     file = folder / PROCESSOR_FILE
-    try:
-        return ProcessorDescription.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except OSError:
+    remedy = "restore the folder, or start the run once more (it writes it)"
+    if not file.is_file():
         raise UserError(
             f"{folder}: no {PROCESSOR_FILE} there, which says how to read raw files: start the run once more (it writes it)"
-        ) from None
-    except (ValueError, ValidationError) as error:
-        raise UserError(f"{file}: not readable ({str(error).splitlines()[0]}): restore it") from None
+        )
+    check_seal(folder, remedy)
+    fields = read_json_object(file, remedy)
+    try:
+        description = ProcessorDescription.model_validate(fields)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{file}: damaged, field {where}: {remedy}") from None
+    tokenizer = folder / TOKENIZER_FOLDER
+    if not tokenizer.is_dir() or folder_sha256(tokenizer) != description.tokenizer.sha256:
+        raise UserError(f"{tokenizer}: its files differ from the checksum in {PROCESSOR_FILE}: {remedy}")
+    return description
+
+
+def load_processor_dvae(folder: Path) -> "DiscreteVAE":
+    """Load the dVAE beside `folder/processor.json`. UserError if it is missing, damaged or not the one that made the codes."""
+    from opt_ds.model.dvae import DiscreteVAE
+
+    dvae = DiscreteVAE.from_pretrained(folder / DVAE_FOLDER)
+    if dvae.identity() != load_processor_description(folder).extractors.get("codes"):
+        raise UserError(f"{folder / DVAE_FOLDER}: not the dVAE that made the codes: start the run once more (it writes it)")
+    return dvae

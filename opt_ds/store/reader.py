@@ -14,8 +14,9 @@ import numpy as np
 
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.store.files import file_sha256
+from opt_ds.store.foreign import check_inside, is_inside
 from opt_ds.store.index import ShardFile, StoreIndex, build_index, read_index
-from opt_ds.store.schema import ShardDescription, StoreDescription, load_description
+from opt_ds.store.schema import DVAE_FOLDER, ShardDescription, StoreDescription, load_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -239,6 +240,9 @@ def check_sizes(path: Path, description: StoreDescription) -> None:
         problem = size_problem(path, shard)
         if problem:
             raise UserError(f"{path / shard.file}: {problem}: prepare the store again")
+    for folder in (path / description.tokenizer_folder, path / DVAE_FOLDER):
+        for file in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            check_inside(path, file)
 
 
 def check_contents(path: Path, shard: ShardDescription) -> None:
@@ -253,6 +257,8 @@ def size_problem(path: Path, shard: ShardDescription) -> str | None:
         size = (path / shard.file).stat().st_size
     except OSError:
         return "shard is missing"
+    if not is_inside(path, path / shard.file):
+        return f"leads out of {path}"
     return None if size == shard.bytes else f"shard is cut off or foreign ({size} bytes, store.json says {shard.bytes})"
 
 

@@ -9,11 +9,12 @@ Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; X, I, A 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opt_ds.errors import UserError
+from opt_ds.store.foreign import check_inside
 
 SCHEMA_VERSION = 1
 STORE_FILE = "store.json"
@@ -52,29 +53,34 @@ DATASETS: dict[str, str] = {
 OPTIONAL_DATASETS = ("image/codes", "image/pixels")
 
 
+_MAX_STORE_JSON_BYTES = 256 << 20
+_Count = Annotated[int, Field(ge=0, lt=2**48)]
+_Size = Annotated[int, Field(ge=0, le=2**24)]
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Dims(_Frozen):
     """Sizes that a model must agree with. `num_codes` is the dVAE's codebook size, None without codes."""
 
-    image_feature_dim: int
-    image_num_classes: int
-    audio_feature_dim: int
-    audio_frame_rate_hz: float
-    vocab_size: int
-    num_codes: int | None = None
+    image_feature_dim: _Size
+    image_num_classes: _Size
+    audio_feature_dim: _Size
+    audio_frame_rate_hz: float = Field(ge=0)
+    vocab_size: _Size
+    num_codes: int | None = Field(None, ge=1, le=65536)
 
 
 class TokenizerDescription(_Frozen):
     """The ids of BERT's special tokens in `tokenizer/`, and the hash of its files."""
 
-    pad_id: int
-    unk_id: int
-    cls_id: int
-    sep_id: int
-    mask_id: int
+    pad_id: _Size
+    unk_id: _Size
+    cls_id: _Size
+    sep_id: _Size
+    mask_id: _Size
     sha256: str
 
 
@@ -82,23 +88,23 @@ class Statistics(_Frozen):
     """Mean and standard deviation of each feature dimension over the train split's distinct rows; how many."""
 
     mean: list[float]
-    std: list[float]
-    count: int
+    std: list[Annotated[float, Field(ge=0)]]
+    count: _Count
 
 
 class ShardDescription(_Frozen):
     """One shard file: its size, checksum and lengths."""
 
-    file: str
-    bytes: int
+    file: str = Field(pattern=r"^shard-[0-9]+(-r[0-9]+)?\.h5$")
+    bytes: _Count
     sha256: str
-    num_samples: int
-    num_texts: int
-    num_images: int
-    num_audios: int
-    num_tokens: int
-    num_regions: int
-    num_frames: int
+    num_samples: _Count
+    num_texts: _Count
+    num_images: _Count
+    num_audios: _Count
+    num_tokens: _Count
+    num_regions: _Count
+    num_frames: _Count
 
 
 class StoreDescription(_Frozen):
@@ -109,23 +115,34 @@ class StoreDescription(_Frozen):
     """
 
     schema_version: int
-    num_samples: int
-    split_names: list[str]
-    split_counts: dict[str, int]
+    num_samples: _Count
+    split_names: list[str] = Field(max_length=MAX_SPLITS)
+    split_counts: dict[str, _Count]
     splits_source: Literal["manifest", "group hash"]
     dims: Dims
     has_codes: bool
     has_pixels: bool
-    compression: str | None
+    compression: Literal["gzip"] | None
     extractors: dict[str, dict[str, Any]]
     tokenizer: TokenizerDescription
     label_names: list[str]
     statistics: dict[str, Statistics]
     shards: list[ShardDescription]
-    tokenizer_folder: str = TOKENIZER_FOLDER
+    tokenizer_folder: str = Field(TOKENIZER_FOLDER, pattern=rf"^{TOKENIZER_FOLDER}(-r[0-9]+)?$")
     preparation_key: str = ""
     info: dict[str, Any] = Field(default_factory=dict)
     fingerprint: str = ""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "StoreDescription":
+        names = [shard.file for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError("shards: a file is listed twice")
+        if len(set(self.split_names)) != len(self.split_names):
+            raise ValueError("split_names: a name is listed twice")
+        if self.has_codes and self.dims.num_codes is None:
+            raise ValueError("has_codes: dims.num_codes is missing")
+        return self
 
     def with_fingerprint(self) -> "StoreDescription":
         """Return a copy whose fingerprint is that of its contents (schema, dims, tokenizer, splits, labels, shards)."""
@@ -167,18 +184,23 @@ def load_description(path: Path) -> StoreDescription:
         if (path / "partial.json").is_file():
             raise UserError(f"{path}: unfinished feature store: run the same `opt-ds prepare` again, it resumes")
         raise UserError(f"{path}: no feature store there ({STORE_FILE} not found): make one with `opt-ds prepare`")
+    check_inside(path, file)
+    if file.stat().st_size > _MAX_STORE_JSON_BYTES:
+        raise UserError(f"{file}: over {_MAX_STORE_JSON_BYTES >> 20} MiB: prepare the store again")
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}): prepare the store again") from None
+        text = file.read_text(encoding="utf-8")
+        fields = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{file}: not readable as JSON: restore it, or prepare the store again") from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{file}: schema version {version!r}, this opt_ds reads version {SCHEMA_VERSION}: prepare the store again"
         )
     try:
-        return StoreDescription.model_validate(fields)
+        return StoreDescription.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: field {where}: {first['msg']}: prepare the store again") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{file}: {f'field {where}: ' if where else ''}{message}: prepare the store again") from None

@@ -11,6 +11,7 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import StoreDescription, check_split_names, group_code
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.update import Arrays, rewrite_shards
+from opt_ds.store.verify import open_store
 
 _HEADERS = [[name, "split"] for name in ("id", "ids", "sample", "name", "group", "groups")]
 
@@ -34,7 +35,7 @@ def parse_ratios(arguments: list[str]) -> dict[str, float]:
 
 def split_by_ratio(path: Path, ratios: dict[str, float], seed: int = 0) -> StoreDescription:
     """Deal the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number."""
-    store = FeatureStore(path)
+    store = open_store(path)
     bounds = np.cumsum(list(ratios.values()))
     names = list(ratios)
     split_of = {
@@ -49,7 +50,7 @@ def split_by_list(path: Path, file: Path, *, by_group: bool = False) -> StoreDes
 
     UserError for a name that is not in the store.
     """
-    store = FeatureStore(path)
+    store = open_store(path)
     named = _read_list(file)
     if by_group:
         keys = {group_code(name): name for name in named}

@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.store.schema import MISSING, Dims, Statistics
+from opt_ds.store.index import ShardFile
+from opt_ds.store.schema import MISSING, Dims, Statistics, StoreDescription
 
 TRAIN_SPLIT = "train"
 _COLUMNS = ((1, "image"), (2, "audio"))
+_BLOCK_ROWS = 8192
+_TOLERANCE = 1e-6  # of a feature's root mean square: far above the rounding of another order of summation
 
 
 def train_sums(arrays: dict[str, np.ndarray], train_code: int | None) -> dict[str, Any]:
@@ -37,8 +40,43 @@ def statistics_of(sums: Sequence[dict[str, Any]], dims: Dims) -> dict[str, Stati
 
 def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
     count = sum(part["count"] for part in sums)
+    zeros = np.zeros(size)
+    total = np.sum([part["sum"] for part in sums], axis=0) if count else zeros
+    squares = np.sum([part["square_sum"] for part in sums], axis=0) if count else zeros
+    mean, std = _of_sums(count, total, squares)
+    return Statistics(mean=mean.tolist(), std=std.tolist(), count=count)
+
+
+def statistics_problem(
+    files: Sequence[ShardFile], name: str, column: int, train_code: int | None, description: StoreDescription
+) -> str | None:
+    """Return why the recorded statistics of "image" or "audio" features are not the shards', summed again block by block."""
+    recorded = description.statistics[name]
+    count, total, squares = 0, np.zeros(len(recorded.mean)), np.zeros(len(recorded.mean))
+    for file in files:
+        used = np.unique(file.array("samples/rows")[:][file.array("samples/split")[:] == train_code][:, column])
+        offsets = file.array(f"{name}/offsets")[:]
+        is_used = np.isin(np.arange(len(offsets) - 1), used)
+        chosen = np.repeat(is_used, np.diff(offsets))
+        features = file.array(f"{name}/features")
+        for start in range(0, len(features), _BLOCK_ROWS):
+            block = features[start : start + _BLOCK_ROWS][chosen[start : start + _BLOCK_ROWS]].astype("float64")
+            count, total, squares = count + len(block), total + block.sum(0), squares + np.square(block).sum(0)
+        file.release_pages()
+    if count != recorded.count:
+        return f"statistics.{name}: over {recorded.count} vectors, the train split has {count}"
+    found = _of_sums(count, total, squares)
+    mean, std = np.array(recorded.mean), np.array(recorded.std)
+    scale = np.sqrt(np.square(found[0]) + np.square(found[1])) + 1e-12
+    off = (np.abs(mean - found[0]) > _TOLERANCE * scale) | (
+        np.abs(np.square(std) - np.square(found[1])) > _TOLERANCE * np.square(scale)
+    )
+    return f"statistics.{name}: dimension {int(np.flatnonzero(off)[0])} differs from the features" if off.any() else None
+
+
+def _of_sums(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation; 0 and 1 without vectors."""
     if count == 0:
-        return Statistics(mean=[0.0] * size, std=[1.0] * size, count=0)
-    mean = np.sum([part["sum"] for part in sums], axis=0) / count
-    variance = np.sum([part["square_sum"] for part in sums], axis=0) / count - np.square(mean)
-    return Statistics(mean=mean.tolist(), std=np.sqrt(np.maximum(variance, 0)).tolist(), count=count)
+        return np.zeros_like(total), np.ones_like(total)
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - np.square(mean), 0))

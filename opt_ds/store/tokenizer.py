@@ -1,11 +1,11 @@
 """The store's WordPiece tokenizer: a folder that Hugging Face's fast BERT tokenizer loads without any network."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import folder_sha256, write_json
+from opt_ds.store.foreign import check_inside, read_json_object
 from opt_ds.store.schema import TokenizerDescription
 
 if TYPE_CHECKING:
@@ -19,6 +19,16 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+MAX_TOKENIZER_BYTES = 32 << 20  # BERT's multilingual one has 3
+_BERT = "use a BERT WordPiece tokenizer"
+# What may stand in tokenizer.json: pieces that work in linear time, without regular expressions of the file's own.
+_ALLOWED = {
+    "normalizer": ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Strip", "Sequence"),
+    "pre_tokenizer": ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits", "Sequence"),
+    "post_processor": ("TemplateProcessing", "BertProcessing", "Sequence"),
+    "decoder": ("WordPiece", "Sequence"),
+}
+_INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders"}
 
 
 def build_wordpiece(vocabulary: list[str], *, lowercase: bool = True) -> "Tokenizer":
@@ -44,17 +54,72 @@ def save_wordpiece(tokenizer: "Tokenizer", folder: Path, *, lowercase: bool = Tr
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in tokens), encoding="utf-8")
 
 
-def describe_tokenizer(folder: Path) -> tuple[TokenizerDescription, int]:
-    """Return the special ids and hash of a tokenizer folder, and its vocabulary's size.
+def checked_tokenizer(folder: Path) -> "Tokenizer":
+    """Load `folder/tokenizer.json`, which may come from anybody, if it is a BERT WordPiece tokenizer of ordinary pieces.
 
-    Raises UserError if the folder has no `tokenizer.json` or lacks one of BERT's five special tokens.
+    Raises UserError, one line, for a missing, damaged or too large file, another kind of tokenizer, a piece with a regular
+    expression of its own, or a link out of the folder.
     """
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{folder}: no tokenizer.json there: give a folder saved by a fast Hugging Face tokenizer")
-    tokenizer = Tokenizer.from_file(str(file))
+    check_inside(folder, file)
+    problem = _problem_in(read_json_object(file, _BERT, MAX_TOKENIZER_BYTES))
+    if problem:
+        raise UserError(f"{file}: {problem}: {_BERT}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise UserError(f"{file}: not readable as a tokenizer: {_BERT}") from None  # Rust's own panics are no Exception
+    if type(tokenizer.model).__name__ != "WordPiece":
+        raise UserError(f"{file}: not a WordPiece tokenizer: {_BERT}")
+    return tokenizer
+
+
+def _problem_in(fields: dict[str, Any]) -> str | None:
+    for name in _ALLOWED:
+        problem = _piece_problem(name, fields.get(name))
+        if problem:
+            return problem
+    model = fields.get("model")
+    # Old files do not name the type of a WordPiece model.
+    if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece":
+        return "not a WordPiece tokenizer"
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        return "damaged, no vocabulary"
+    ids = list(vocabulary.values())
+    if not all(type(index) is int for index in ids) or sorted(ids) != list(range(len(ids))):
+        return f"damaged, its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}"
+    added = fields.get("added_tokens")
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        return "damaged, added_tokens is no list of tokens"
+    return None
+
+
+def _piece_problem(name: str, piece: Any) -> str | None:
+    """Return why a normalizer, pre-tokenizer, post-processor or decoder is not accepted."""
+    if piece is None:
+        return None
+    kind = piece.get("type") if isinstance(piece, dict) else None
+    if kind not in _ALLOWED[name]:
+        return f"{name} {kind!r} is not one that BERT's tokenizers have"
+    inner = piece.get(_INNER[name], []) if kind == "Sequence" else []
+    if not isinstance(inner, list):
+        return f"damaged, {name} is no list"
+    return next((problem for problem in (_piece_problem(name, each) for each in inner) if problem), None)
+
+
+def describe_tokenizer(folder: Path) -> tuple[TokenizerDescription, int]:
+    """Return the special ids and hash of a tokenizer folder, and its vocabulary's size.
+
+    Raises UserError if the folder has no `tokenizer.json` or lacks one of BERT's five special tokens.
+    """
+    tokenizer, file = checked_tokenizer(folder), folder / "tokenizer.json"
     ids = {}
     for name, token in SPECIAL_TOKENS.items():
         index = tokenizer.token_to_id(token)
@@ -65,11 +130,16 @@ def describe_tokenizer(folder: Path) -> tuple[TokenizerDescription, int]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only."""
+    """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only. UserError as `checked_tokenizer`."""
     from transformers import PreTrainedTokenizerFast
 
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    special = {name: config.get(name, token) for name, token in SPECIAL_TOKENS.items()}
-    special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
+    tokenizer, file = checked_tokenizer(folder), folder / "tokenizer_config.json"
+    check_inside(folder, file)
+    config = read_json_object(file, _BERT, MAX_TOKENIZER_BYTES) if file.is_file() else {}
+    special = {}
+    for name, token in SPECIAL_TOKENS.items():
+        found = config.get(name, token)
+        special[name] = found.get("content") if isinstance(found, dict) else found
+        if not isinstance(special[name], str) or tokenizer.token_to_id(special[name]) is None:
+            raise UserError(f"{file}: {name} is not a token of the vocabulary: {_BERT}")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -14,6 +14,7 @@ from opt_ds.store.index import INDEX_FILE, ShardFile, write_index
 from opt_ds.store.reader import FeatureStore, check_contents
 from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, TOKENIZER_FOLDER, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
+from opt_ds.store.verify import open_store
 from opt_ds.store.writer import describe_shard, write_datasets
 
 Arrays = dict[str, np.ndarray]
@@ -66,7 +67,7 @@ def set_codes(store_path: str | Path, codes_nc: np.ndarray, extractor: dict[str,
     the codebook's size. Raises UserError if the shape or a value is wrong.
     """
     path = Path(store_path)
-    store = FeatureStore(path)
+    store = open_store(path, with_dvae=False)
     description = store.description
     num_images = sum(shard.num_images for shard in description.shards)
     num_codes = int(extractor["num_codes"])

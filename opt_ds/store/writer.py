@@ -3,7 +3,6 @@
 Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
+from opt_ds.store.foreign import is_plain_name, read_json_object
 from opt_ds.store.index import write_index
 from opt_ds.store.schema import (
     BOX_SIZE,
@@ -117,7 +117,7 @@ class StoreWriter:
         journal = self._journal(index)
         if not journal.is_file():
             return False
-        fields = json.loads(journal.read_text(encoding="utf-8"))
+        fields = _read_journal(journal)
         file = self.path / fields["shard"]["file"]
         return file.is_file() and file.stat().st_size == fields["shard"]["bytes"]
 
@@ -144,15 +144,15 @@ class StoreWriter:
 
     def shard_file(self, index: int) -> Path:
         """Return the file of a written shard, before `finish`."""
-        return self.path / json.loads(self._journal(index).read_text(encoding="utf-8"))["shard"]["file"]
+        return self.path / _read_journal(self._journal(index))["shard"]["file"]
 
     def notes(self, index: int) -> dict[str, Any]:
         """Return the notes of a written shard, before `finish`."""
-        return json.loads(self._journal(index).read_text(encoding="utf-8"))["notes"]
+        return _read_journal(self._journal(index))["notes"]
 
     def finish(self, num_shards: int, *, info: dict[str, Any] | None = None) -> StoreDescription:
         """Write `store.json` over shards 0..num_shards-1 and drop the journals. All of them must have been written."""
-        journals = [json.loads(self._journal(index).read_text(encoding="utf-8")) for index in range(num_shards)]
+        journals = [_read_journal(self._journal(index)) for index in range(num_shards)]
         shards = [ShardDescription(**journal["shard"]) for journal in journals]
         split_counts = np.sum([journal["split_counts"] for journal in journals], axis=0, dtype=int)
         tokenizer, _ = describe_tokenizer(self.path / TOKENIZER_FOLDER)
@@ -186,7 +186,7 @@ class StoreWriter:
             raise UserError(f"{self.path}: a finished feature store is there: choose another output or remove it")
         partial = self.path / PARTIAL_FILE
         if partial.is_file():
-            if json.loads(partial.read_text(encoding="utf-8"))["key"] != self._key:
+            if read_json_object(partial, f"remove {self.path}").get("key") != self._key:
                 raise UserError(
                     f"{self.path}: an unfinished store of other inputs or settings is there: "
                     "choose another output or remove it"
@@ -246,6 +246,17 @@ class StoreWriter:
         if images and len(codes) == len(images):
             arrays["image/codes"] = np.stack(codes).reshape(-1, CODES_PER_IMAGE)
         return {name: array.astype(DATASETS[name], copy=False) for name, array in arrays.items()}
+
+
+def _read_journal(journal: Path) -> dict[str, Any]:
+    """UserError for a journal of a killed run that is damaged, or names a file elsewhere."""
+    remedy = "remove it: the shard is made again"
+    fields = read_json_object(journal, remedy)
+    expected = {"shard", "split_counts", "has_pixels", "has_codes", "sums", "notes"}
+    shard = fields.get("shard")
+    if fields.keys() != expected or not isinstance(shard, dict) or not is_plain_name(shard.get("file")):
+        raise UserError(f"{journal}: damaged: {remedy}")
+    return fields
 
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:

@@ -203,12 +203,12 @@ def _kernels(question: Question) -> Iterator[Finding]:
 
 def _stores(question: Question) -> Iterator[Finding]:
     from opt_ds.engine.preflight import check_store
-    from opt_ds.store.reader import FeatureStore
+    from opt_ds.store.verify import open_store
 
     if not question.config.data.stores:
         yield Finding("ok", "store", "none named: --store DIR checks one")
     for path in question.config.data.stores:
-        store = FeatureStore(path)
+        store = open_store(path)
         check_store(question.config, store)
         rate, samples = reading_rate(store)
         text = f"{path}: {store.num_samples:,} samples, read at random at {rate / 1e6:.0f} MB/s, {samples:,.0f} samples/s"

@@ -31,7 +31,7 @@ def test_there_and_back_is_the_same_store(store: Path, tmp_path: Path) -> None:
     plain = copy_store(tmp_path / "packed", tmp_path / "plain", None)
     assert plain == ours.description
     for file in store.rglob("*"):
-        if file.is_file():
+        if file.is_file() and file.name != "verified.json":
             assert (tmp_path / "plain" / file.relative_to(store)).read_bytes() == file.read_bytes()
     (store / ".dvae.7.tmp").mkdir()
     copy_store(store, tmp_path / "tidy", None)

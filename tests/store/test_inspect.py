@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from opt_ds.errors import UserError
-from opt_ds.store import inspect as inspect_module
 from opt_ds.store import inspect_store, verify_store
+from opt_ds.store import verify as verify_module
 from opt_ds.store.files import file_sha256
-from opt_ds.store.inspect import VERIFIED_FILE
 from opt_ds.store.schema import StoreDescription
 from opt_ds.store.synthetic import write_synthetic_store
+from opt_ds.store.verify import VERIFIED_FILE
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_damaged_metadata_are_one_line(store: Path) -> None:
         assert inspect_store(store).failures == ["shard-00001.h5: checksum differs from store.json's"]
     file.write_bytes(b"no HDF5" + content[7:])
     describe_anew(store)
-    assert [line[:42] for line in inspect_store(store).failures] == ["shard-00001.h5: not readable as HDF5 (Unab"]
+    assert [line[:42] for line in inspect_store(store).failures] == ["shard-00001.h5: not readable as HDF5: rest"]
     file.write_bytes(content)
     with h5py.File(file, "r+") as shard:
         shard.move("samples/id_offsets", "samples/odd")
@@ -147,8 +147,8 @@ def test_groups_across_splits_fail_unless_the_manifest_chose(tmp_path: Path) -> 
 
 def test_verify_reads_everything_once_and_again_after_a_change(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = inspect_module.file_sha256
-    monkeypatch.setattr(inspect_module, "file_sha256", lambda path: read.append(path.name) or real(path))
+    real = verify_module.file_sha256
+    monkeypatch.setattr(verify_module, "file_sha256", lambda path: read.append(path.name) or real(path))
     verify_store(store)
     assert read == ["shard-00000.h5", "shard-00001.h5"]
     verify_store(store)

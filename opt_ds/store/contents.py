@@ -1,0 +1,181 @@
+"""What must hold in a shard, and between a store's parts: structure, dtypes, shapes, bounds, tokenizer, statistics, index.
+
+`inspect` lists every problem; training and all other readers (`store.verify`) refuse a store at the first one. Each problem is
+one line naming the file and the dataset.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.store.checks import OFFSETS_OF, RANGES, box_problems, not_finite, offset_problems, out_of_range, row_problems
+from opt_ds.store.files import folder_sha256
+from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index
+from opt_ds.store.schema import (
+    BOX_SIZE,
+    CODES_PER_IMAGE,
+    DATASETS,
+    MODALITIES,
+    OPTIONAL_DATASETS,
+    PIXELS_SHAPE,
+    ShardDescription,
+    StoreDescription,
+)
+from opt_ds.store.statistics import TRAIN_SPLIT, statistics_problem
+from opt_ds.store.tokenizer import describe_tokenizer
+
+
+def description_problems(description: StoreDescription) -> list[str]:
+    """Return where `store.json` contradicts itself."""
+    failures = []
+    if description.with_fingerprint().fingerprint != description.fingerprint:
+        failures.append("store.json: fingerprint differs from its own contents")
+    if sum(shard.num_samples for shard in description.shards) != description.num_samples:
+        failures.append("store.json: num_samples is not the sum over shards")
+    if set(description.split_counts) != set(description.split_names):
+        failures.append("store.json: split_counts and split_names name different splits")
+    sizes = {"image": description.dims.image_feature_dim, "audio": description.dims.audio_feature_dim}
+    for name, size in sizes.items():
+        statistics = description.statistics.get(name)
+        if statistics is None or not len(statistics.mean) == len(statistics.std) == size:
+            failures.append(f"store.json: statistics.{name}: not {size} means and standard deviations")
+    return failures
+
+
+def tokenizer_problems(path: Path, description: StoreDescription) -> list[str]:
+    """Return where the tokenizer's folder is not what `store.json` records."""
+    name = description.tokenizer_folder
+    folder = path / name
+    if not (folder / "tokenizer.json").is_file():
+        return [f"{name}/tokenizer.json: missing"]
+    if folder_sha256(folder) != description.tokenizer.sha256:
+        return [f"{name}: files differ from store.json's checksum"]
+    try:
+        found, size = describe_tokenizer(folder)
+    except UserError as error:
+        return [str(error).replace(f"{folder}/", f"{name}/")]
+    if size != description.dims.vocab_size:
+        return [f"{name}: {size} tokens, store.json says {description.dims.vocab_size}"]
+    if found != description.tokenizer:
+        return [f"{name}: its special tokens have other ids than store.json says"]
+    return []
+
+
+def index_problems(path: Path, description: StoreDescription) -> list[str]:
+    """Return where `index.h5` differs from the shards; nothing if there is no usable one."""
+    index = read_index(path, description)
+    if index is None:
+        return []
+    own = build_index(path, description)
+    wrong = [name for name in FIELDS if not np.array_equal(getattr(index, name), getattr(own, name))]
+    return [f"{INDEX_FILE}: {', '.join(wrong)} differ from the shards: remove it"] if wrong else []
+
+
+def statistics_problems(path: Path, description: StoreDescription) -> list[str]:
+    """Return where the recorded statistics of the features are not those of the shards."""
+    names = description.split_names
+    train = names.index(TRAIN_SPLIT) if TRAIN_SPLIT in names else None
+    files = [ShardFile(path / shard.file) for shard in description.shards]
+    problems = (statistics_problem(files, name, column, train, description) for column, name in ((1, "image"), (2, "audio")))
+    return [f"store.json: {problem}" for problem in problems if problem]
+
+
+def shard_problems(path: Path, shard: ShardDescription, description: StoreDescription) -> list[str]:
+    """Return what is wrong in a shard whose checksum is right, one line per fault."""
+    try:
+        return _content_problems(ShardFile(path / shard.file), shard, description)
+    except UserError as error:
+        return [str(error).replace(f"{path / shard.file}", shard.file)]
+    except Exception as error:  # broken metadata can be wrong in any way
+        return [f"{shard.file}: not readable as HDF5 ({type(error).__name__})"]
+
+
+def _content_problems(file: ShardFile, shard: ShardDescription, description: StoreDescription) -> list[str]:
+    expected = [name for name in DATASETS if name not in OPTIONAL_DATASETS]
+    missing = [name for name in expected if name not in file.names()]
+    if missing:
+        return [f"{shard.file}: {name}: missing" for name in missing]
+    if shard.num_images and (flag := _wrong_flag(file, description)):
+        return [f"{shard.file}: {flag}: store.json says otherwise"]
+    return [
+        f"{shard.file}: {name}: {problem}"
+        for name in file.names()
+        for problem in _dataset_problems(name, file, shard, description)
+    ]
+
+
+def _wrong_flag(file: ShardFile, description: StoreDescription) -> str | None:
+    for name, there in (("image/codes", description.has_codes), ("image/pixels", description.has_pixels)):
+        if there and name not in file.names():
+            return f"{name}: missing"
+    return None
+
+
+def _dataset_problems(
+    name: str, file: ShardFile, shard: ShardDescription, description: StoreDescription
+) -> Iterator[str]:
+    array = file.array(name)
+    if name not in DATASETS:
+        yield "unknown dataset"
+        return
+    if array.dtype != DATASETS[name]:
+        yield f"dtype {array.dtype}, not {DATASETS[name]}"
+        return
+    shape = _shapes(file, shard, description)[name]
+    if array.shape != shape:
+        yield f"shape {list(array.shape)}, not {list(shape)}"
+        return
+    problem = not_finite(array)
+    if problem is not None:
+        yield problem
+    elif name in RANGES:
+        low, high = RANGES[name](shard, description)
+        yield from out_of_range(array, low, high)
+    if name.endswith("offsets"):
+        found = list(offset_problems(array[:], len(file.array(OFFSETS_OF[name]))))
+        yield from found
+        if not found and OFFSETS_OF[name] in ("samples/id", "text/utf8"):
+            yield from _text_problems(file.array(OFFSETS_OF[name])[:], array[:])
+    if name == "image/boxes" and problem is None:
+        yield from box_problems(array)
+    if name == "samples/rows":
+        yield from row_problems(array[:], shard)
+
+
+def _text_problems(utf8: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
+    """Yield why strings laid end to end, with offsets that hold, are not UTF-8 each."""
+    try:
+        utf8.tobytes().decode("utf-8")
+    except UnicodeDecodeError:
+        yield "its strings are not UTF-8"
+        return
+    starts = offsets[:-1][offsets[:-1] < len(utf8)]
+    if ((utf8[starts] & 0xC0) == 0x80).any():  # the middle of a letter
+        yield "cuts a letter of UTF-8 in two"
+
+
+def _shapes(file: ShardFile, shard: ShardDescription, description: StoreDescription) -> dict[str, tuple[int, ...]]:
+    samples, images, regions = shard.num_samples, shard.num_images, shard.num_regions
+    flat = {name: (len(file.array(name)),) for name in ("samples/id", "samples/labels", "text/utf8")}
+    return {
+        **flat,
+        "samples/rows": (samples, len(MODALITIES)),
+        "samples/id_offsets": (samples + 1,),
+        "samples/group": (samples,),
+        "samples/split": (samples,),
+        "samples/label_offsets": (samples + 1,),
+        "text/tokens": (shard.num_tokens,),
+        "text/offsets": (shard.num_texts + 1,),
+        "text/utf8_offsets": (shard.num_texts + 1,),
+        "image/offsets": (images + 1,),
+        "image/features": (regions, description.dims.image_feature_dim),
+        "image/boxes": (regions, BOX_SIZE),
+        "image/labels": (regions,),
+        "image/scores": (regions,),
+        "image/codes": (images, CODES_PER_IMAGE),
+        "image/pixels": (images, *PIXELS_SHAPE),
+        "audio/offsets": (shard.num_audios + 1,),
+        "audio/features": (shard.num_frames, description.dims.audio_feature_dim),
+    }
