@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.prepare.extractors import load_state_dict, weights_identity
+from opt_ds.store.checks import corner_problems
 from opt_ds.store.files import file_sha256
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,8 +79,14 @@ def build_region_extractor(
 
 
 def boxes_with_size(corners_r4: np.ndarray) -> np.ndarray:
-    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height, area, as in UNITER."""
-    corners_r4 = np.clip(corners_r4.astype("float32"), 0, 1)
+    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height, area, as in UNITER.
+
+    Only what half precision overshoots is clipped: ValueError for a corner further outside, or for x2 < x1 or y2 < y1.
+    """
+    corners_r4 = corners_r4.astype("float32")
+    if (problem := next(corner_problems(corners_r4), None)) is not None:
+        raise ValueError(problem)
+    corners_r4 = np.clip(corners_r4, 0, 1)
     width = corners_r4[:, 2] - corners_r4[:, 0]
     height = corners_r4[:, 3] - corners_r4[:, 1]
     return np.concatenate([corners_r4, np.stack([width, height, width * height], 1)], axis=1)

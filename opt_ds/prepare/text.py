@@ -121,6 +121,9 @@ class TextExtractor:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._description, self.dim = describe_tokenizer(folder)
+        highest = max(self._tokenizer.get_vocab().values())
+        if highest >= self.dim:
+            raise UserError(f"{folder}: {self.dim} tokens with ids up to {highest}: number them from 0 without gaps")
 
     def identity(self) -> dict[str, Any]:
         """Return what the tokens depend on."""

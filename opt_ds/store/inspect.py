@@ -14,7 +14,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opt_ds.errors import UserError
-from opt_ds.store.checks import OFFSETS_OF, RANGES, box_problems, not_finite, offset_problems, out_of_range, row_problems
+from opt_ds.store.checks import (
+    NEVER_EMPTY,
+    OFFSETS_OF,
+    RANGES,
+    box_problems,
+    empty_items,
+    not_finite,
+    offset_problems,
+    out_of_range,
+    row_problems,
+)
 from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256, folder_sha256, write_json
 from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index, write_index
@@ -241,6 +251,8 @@ def _dataset_problems(
         yield from out_of_range(array, low, high)
     if name.endswith("offsets"):
         yield from offset_problems(array[:], len(file.array(OFFSETS_OF[name])))
+    if name in NEVER_EMPTY:
+        yield from empty_items(array[:])
     if name == "image/boxes" and problem is None:
         yield from box_problems(array)
     if name == "samples/rows":
