@@ -1,6 +1,7 @@
 """The writer refuses exactly the items that `inspect` refuses in a finished store."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +29,15 @@ def image() -> ImageItem:
     return ImageItem(features, boxes, np.array([0, 4], "int16"), np.array([1, 0], "float16"), pixels, codes)
 
 
-def new_writer(path: Path) -> StoreWriter:
+def new_writer(path: Path, labels: Sequence[str] = ()) -> StoreWriter:
     tokenizer = path.with_name("tokenizer")
     save_wordpiece(build_wordpiece([*SPECIAL_TOKENS.values(), "a", "b", "c"]), tokenizer)
     extractors = {name: {"name": "none"} for name in ("text", "image", "audio")}
     extractors["codes"] = {"name": "dvae"}
     return StoreWriter(
-        path, dims=DIMS, split_names=["valid"], splits_source="manifest", extractors=extractors, tokenizer_folder=tokenizer
-    )
+        path, dims=DIMS, split_names=["valid"], splits_source="manifest", extractors=extractors, tokenizer_folder=tokenizer,
+        label_names=labels,
+    )  # fmt: skip
 
 
 def content_of(seed: int, picture: ImageItem, tokens: np.ndarray, frames: np.ndarray) -> ShardContent:
