@@ -88,8 +88,8 @@ def transcription(
 ) -> None:
     """Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption."""
     from opt_ds.evaluate.summary import transcription_lines
-    from opt_ds.evaluate.transcription import normalize
     from opt_ds.evaluate.transcription import transcription as run
+    from opt_ds.evaluate.words import normalize
 
     evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
     evaluator.require("dtr", "write text")
@@ -165,7 +165,11 @@ def captioning(
     figures = run(evaluator, split, limit, seed, _text_decoding(beam_size))
     _write(figures, output)
     for name, row in (("written", figures), *((n, figures[n]) for n in ("another_picture", "constant_caption"))):
-        _echo(f"  {name.replace('_', ' '):<20}BLEU-4 {row['bleu_4']:>6.1f}   CIDEr {row['cider']:>6.3f}")
+        bleu = "undefined" if row["bleu_4"] is None else f"{row['bleu_4']:>6.1f}"
+        cider = "undefined" if row["cider"] is None else f"{row['cider']:>6.3f}"
+        _echo(f"  {name.replace('_', ' '):<20}BLEU-4 {bleu}   CIDEr {cider}")
+    for metric, reason in figures.get("undefined", {}).items():
+        _echo(f"  {metric} is undefined: {reason}")
 
 
 @evaluate.command("image-generation")

@@ -131,7 +131,7 @@ def painted_figures(
         judge = image_networks.ClipScore(clip, evaluator.device)
         figures["clip_score"] = {
             "painted": judge.mean(painted, captions), "true": judge.mean(true, captions),
-            "another_caption": judge.mean(painted, [captions[-1], *captions[:-1]]),
+            "another_caption": judge.mean(painted, [captions[-1], *captions[:-1]]) if len(captions) > 1 else None,
         }  # fmt: skip
     return figures
 

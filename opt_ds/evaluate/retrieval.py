@@ -89,8 +89,9 @@ def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
     """Share of queries with a right candidate among the k best; scores and same are [queries, candidates].
 
     The rank of the best right candidate counts the wrong ones that score higher, and half of those that score the same, so that
-    constant scores give chance.
+    constant scores give chance. A score that is NaN counts as the lowest.
     """
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     best_right = np.where(same, scores, -np.inf).max(1, keepdims=True)
     wrong = ~same
     rank = ((scores > best_right) & wrong).sum(1) + 0.5 * ((scores == best_right) & wrong).sum(1)

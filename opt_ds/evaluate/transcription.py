@@ -1,10 +1,8 @@
 """Speech recognition and captioning by the text decoder: word error rate, beside what it is without listening.
 
-Normalisation of both sides before comparing: lower case, punctuation away, single spaces.
+Both sides are normalised and cut into words as in words.py: lower case, no punctuation, scripts without spaces by character.
 """
 
-import unicodedata
-from functools import lru_cache
 from typing import Any
 
 import jiwer
@@ -13,6 +11,7 @@ import numpy as np
 from opt_ds.data.planned import AUDIO, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluate.words import Words, normalize
 from opt_ds.model.generation import DecodingConfig
 
 #: What texts are written with where nothing else is asked for.
@@ -53,6 +52,9 @@ def transcription(
             "cer": character_error_rate(references, written),
             "samples": len(gallery),
         }
+        wordless = sum(not normalize(reference) for reference in references)
+        if wordless:
+            result[name]["references_without_words"] = wordless
         if ignored_words:
             result[name]["wer_of_other_words"] = _wer_of_other_words(references, written, ignored_words)
         if AUDIO in modalities and len(gallery) > 1:
@@ -70,6 +72,7 @@ def transcription(
     constant = constant_caption(evaluator, seed)
     references = [evaluator.caption(index) for index in gallery]
     constants = [constant] * len(references)
+    result["tokenization"] = Words.of(map(normalize, references)).name
     result["constant_caption"] = {"wer": word_error_rate(references, constants), "text": constant}
     if ignored_words:
         result["constant_caption"]["wer_of_other_words"] = _wer_of_other_words(references, constants, ignored_words)
@@ -78,18 +81,24 @@ def transcription(
 
 def word_error_rate(references: list[str], written: list[str]) -> float:
     """Edits over words of the references (jiwer), after normalisation. References that become empty are left out; UserError if
-    all do."""
-    return float(jiwer.wer(*_normalized_pairs(references, written)))
+    all do. Scripts without spaces count by character (see words.py)."""
+    wanted, found = _normalized_pairs(references, written)
+    words = Words.of(wanted)
+    return float(jiwer.wer(list(map(words.spaced, wanted)), list(map(words.spaced, found))))
 
 
 def character_error_rate(references: list[str], written: list[str]) -> float:
-    """The same over characters."""
-    return float(jiwer.cer(*_normalized_pairs(references, written)))
+    """The same over characters; spaces beside scripts that need none do not count."""
+    wanted, found = _normalized_pairs(references, written)
+    words = Words.of(wanted)
+    return float(jiwer.cer(list(map(words.unspaced, wanted)), list(map(words.unspaced, found))))
 
 
 def _wer_of_other_words(references: list[str], written: list[str], ignored: frozenset[str]) -> float:
+    words = Words.of(map(normalize, references))
+
     def others(text: str) -> str:
-        return " ".join(word for word in normalize(text).split() if word not in ignored)
+        return " ".join(word for word in words.split(normalize(text)) if word not in ignored)
 
     return word_error_rate([others(text) for text in references], [others(text) for text in written])
 
@@ -100,17 +109,6 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
     if not pairs:
         raise UserError("no caption has a word left to count errors by, once punctuation and ignored words are away")
     return [r for r, _ in pairs], [w for _, w in pairs]
-
-
-@lru_cache(maxsize=1 << 14)  # the constant caption is chosen by comparing the same texts hundreds of times
-def normalize(text: str) -> str:
-    """Lower case, composed (NFC); letters with their marks, digits and apostrophes (all plain) of any script; single spaces."""
-    text = unicodedata.normalize("NFC", text.lower()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    return " ".join("".join(char if _is_of_a_word(char) else " " for char in text).split())
-
-
-def _is_of_a_word(char: str) -> bool:
-    return char in "'_" or unicodedata.category(char)[0] in "LMN"
 
 
 def constant_caption(evaluator: Evaluator, seed: int) -> str:

@@ -1,7 +1,11 @@
-"""Visual question answering by the fine-tuned label head: the published VQA accuracy (Antol et al. 2015, §5).
+"""Visual question answering by the fine-tuned label head: the published VQA accuracy (Antol et al. 2015, §5), or agreement.
 
 A question's text and picture go in; its answer is the name that scores most. The store's labels are the annotators' answers, as
 often as they were given (`opt-ds import vqa`); a question without labels has answers that are no name, and none is right.
+
+The published accuracy wants three annotators of ten who agree. Where no question of the split has four answers, nobody can be
+right by it: there an answer that any annotator gave is right (the max consensus of Malinowski et al. 2015). Rare answers are no
+labels, so that a question's own number of labels does not tell how many annotators it had, but the most of the split does.
 """
 
 from collections import Counter
@@ -13,6 +17,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 
 ANNOTATORS = 10  # of each question, as published
+_FEWEST = 4  # answers to a question from which the published accuracy is used: one left out, three can agree
 
 
 def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
@@ -26,26 +31,38 @@ def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None
     given = [Counter(store.labels(int(index))) for index in questions]
     if not any(given):
         raise UserError(f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them')
+    most = max(len(store.labels(int(index))) for index in evaluator.samples_with(split, SUBSETS[inputs]))
+    annotators = most if most < _FEWEST else max(most, ANNOTATORS)
     scores = evaluator.label_scores([evaluator.read(index, SUBSETS[inputs]) for index in questions])
     answers = [labels.names[place] for place in scores.argmax(1)]
     constant = _most_frequent(evaluator)
-    best = [max((answer_accuracy(counts, name) for name in counts if name in labels.names), default=0.0) for counts in given]
+
+    def accuracy(chosen: list[str]) -> float:
+        return float(np.mean([answer_accuracy(counts, name, annotators) for counts, name in zip(given, chosen, strict=True)]))
+
+    best = [
+        max((answer_accuracy(counts, name, annotators) for name in counts if name in labels.names), default=0.0)
+        for counts in given
+    ]
     return {
         "split": split, "inputs": inputs, "questions": len(questions), "answers": len(labels.names),
-        "accuracy": float(np.mean([answer_accuracy(counts, answer) for counts, answer in zip(given, answers, strict=True)])),
-        "constant_answer": {"answer": constant, "accuracy": float(np.mean([answer_accuracy(c, constant) for c in given]))},
+        "annotators": annotators, "measure": "any annotator" if annotators < _FEWEST else "min(others / 3, 1)",
+        "accuracy": accuracy(answers), "constant_answer": {"answer": constant, "accuracy": accuracy([constant] * len(given))},
         "best_possible": float(np.mean(best)),
     }  # fmt: skip
 
 
-def answer_accuracy(given: Counter[str], answer: str) -> float:
-    """min(number of other annotators who gave it / 3, 1), averaged over the ten choices of nine annotators.
+def answer_accuracy(given: Counter[str], answer: str, annotators: int = ANNOTATORS) -> float:
+    """min(number of other annotators who gave it / 3, 1), averaged over the choices of all annotators but one.
 
-    `given`: how often each answer was given, of ten (those that are no label are missing from it).
+    `given`: how often each answer was given (those that are no label are missing from it). With fewer than four annotators,
+    1 for an answer that any of them gave.
     """
     times = given[answer]
+    if annotators < _FEWEST:
+        return float(times > 0)
     without_one_of_them, without_another = min((times - 1) / 3, 1.0), min(times / 3, 1.0)
-    return (times * without_one_of_them + (ANNOTATORS - times) * without_another) / ANNOTATORS if times else 0.0
+    return (times * without_one_of_them + (annotators - times) * without_another) / annotators if times else 0.0
 
 
 def _most_frequent(evaluator: Evaluator) -> str:

@@ -22,6 +22,7 @@ from opt_ds.prepare import detectron2
 from opt_ds.prepare.extractors import load_state_dict, weights_identity
 from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
 from opt_ds.store.schema import BOX_SIZE
+from opt_ds.weights import fit
 
 # (bottleneck blocks?, blocks of the third stage) -> architecture; the four stages differ most in the third.
 _RESNETS = {
@@ -176,12 +177,7 @@ def build_faster_rcnn(
     predictor = model.roi_heads.box_predictor
     if predictor.cls_score.in_features != feature_size:
         model.roi_heads.box_predictor = type(predictor)(feature_size, num_classes)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{where}: does not fit a Faster R-CNN {name} ({str(error).splitlines()[-1].strip()})"
-        ) from None
+    fit(model, state, where, f"a Faster R-CNN {name}")
     if foreign:
         detectron2.adapt(model)
     return model.eval(), name

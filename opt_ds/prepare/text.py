@@ -1,5 +1,6 @@
 """Captions -> WordPiece tokens: a Hugging Face folder's tokenizer, or one trained on the corpus."""
 
+import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD", "none")
 # A letter that few captions have may become [UNK], so that one caption of many scripts does not stop a corpus.
 _RARE_SHARE = 0.005
+_BRACKETED = re.compile(r"\[(\w+)\]")
 
 
 def normalise_unicode(text: str, form: str) -> str:
@@ -113,7 +115,13 @@ class TextExtractor:
         self._tokenizer = checked_tokenizer(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "[SEP]" in a caption is ordinary text
         self._description, self.dim = describe_tokenizer(folder)
+        ids = self._description
+        self._controls = {ids.pad_id, ids.cls_id, ids.sep_id, ids.mask_id}
+        highest = max(self._tokenizer.get_vocab().values())
+        if highest >= self.dim:
+            raise UserError(f"{folder}: {self.dim} tokens with ids up to {highest}: number them from 0 without gaps")
 
     def identity(self) -> dict[str, Any]:
         """Return what the tokens depend on."""
@@ -130,4 +138,12 @@ class TextExtractor:
         """Return int32 [L] tokens per caption."""
         texts = [normalise_unicode(text, self._form) for text in inputs]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, "int32") for encoding in encodings]
+        return [self._as_text(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _as_text(self, text: str, ids: list[int]) -> np.ndarray:
+        """Return the ids of a text without control tokens, which a tokenizer that splits at spaces alone finds in "[SEP]"."""
+        if self._controls.intersection(ids):
+            spaced = _BRACKETED.sub(r"[ \1 ]", text)
+            ids = self._tokenizer.encode(spaced, add_special_tokens=False).ids
+            ids = [self._description.unk_id if id in self._controls else id for id in ids]
+        return np.array(ids, "int32")

@@ -16,9 +16,14 @@ import torchaudio
 from opt_ds.errors import UserError
 from opt_ds.prepare.extractors import load_state_dict, weights_identity
 from opt_ds.prepare.recordings import SAMPLE_RATE_HZ
+from opt_ds.weights import fit, read_config, read_folder
 
 # The convolutions of every wav2vec 2.0 model: a frame sees 400 samples, the next one starts 320 later.
 _RECEPTIVE, _HOP = 400, 320
+# What folders of models for training or recognition have besides the encoder.
+_HEADS = r"lm_head\..*|quantizer\..*|project_(q|hid)\..*|masked_spec_embed|classifier\..*|projector\..*"
+# Fields of config.json by which a folder could choose code or precision.
+_NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config")
 
 
 class Wav2Vec2Extractor:
@@ -87,19 +92,20 @@ class Wav2Vec2Extractor:
         return np.concatenate(parts)
 
     def _load_hugging_face(self, folder: Path) -> None:
-        from safetensors import SafetensorError
-        from transformers import Wav2Vec2Model
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
 
+        config = read_config(folder, "wav2vec2", "wav2vec 2.0")
+        state = read_folder(folder, "--speech-weights of wav2vec2")
         try:
-            found: Any = Wav2Vec2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-            self._normalise = _normalises(folder)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a wav2vec 2.0 folder ({str(error).splitlines()[0]})") from None
-        model, loaded = found
-        # What a checkpoint lacks is drawn at random, differently in every process. The mask is of use in training alone.
-        absent = sorted(key for key in loaded["missing_keys"] if key != "masked_spec_embed")
-        if absent:
-            raise UserError(f"{folder}: not a wav2vec 2.0 folder (its weights lack {absent[0]})")
+            model = Wav2Vec2Model(Wav2Vec2Config(**{key: value for key, value in config.items() if key not in _NOT_OURS}))
+        except Exception:  # transformers raises errors of many kinds for values that it cannot use
+            raise UserError(f"{folder}: not a wav2vec 2.0 folder (its config.json cannot be used): fetch it again") from None
+        own = model.state_dict()
+        state = {_modern(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
+        # Checkpoints without a mask vector are whole: it is of use in training alone.
+        state.setdefault("masked_spec_embed", own.get("masked_spec_embed", torch.zeros(0)))
+        fit(model, state, f"{folder}", "the wav2vec 2.0 of its config.json", _HEADS)
+        self._normalise = _normalises(folder)
         model.eval().to(self._device)
         self._epsilon = 1e-7
         self._package = "transformers"
@@ -123,12 +129,7 @@ class Wav2Vec2Extractor:
             raise UserError(f"{file}: not a torchaudio wav2vec 2.0 base, large or large-lv60k state dict")
         aux = state.get("aux.bias")
         model = getattr(torchaudio.models, builder)(aux_num_out=None if aux is None else len(aux))
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(
-                f"{file}: does not fit torchaudio's {builder} ({str(error).splitlines()[-1].strip()})"
-            ) from None
+        fit(model, state, str(file), f"torchaudio's {builder}")
         model.eval().to(self._device)
         self._normalise = layer_norms
         self._epsilon = 1e-5  # torchaudio's bundles use layer_norm
@@ -144,14 +145,25 @@ class Wav2Vec2Extractor:
         return layer
 
 
+def _modern(key: str) -> str:
+    """Return today's name of a weight: without the prefix of models with a head, and of torch's present weight norm."""
+    key = key.removeprefix("wav2vec2.")
+    for old, new in (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1")):
+        if key == f"encoder.pos_conv_embed.conv.{old}":
+            return f"encoder.pos_conv_embed.conv.{new}"
+    return key
+
+
 def _normalises(folder: Path) -> bool:
     """Whether the feature extractor of a Hugging Face folder normalises: in a file of its own, or within the processor's."""
     own, processor = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if own.is_file():
-        settings = json.loads(own.read_text(encoding="utf-8"))
-    else:
-        settings = json.loads(processor.read_text(encoding="utf-8")).get("feature_extractor") if processor.is_file() else None
-    return settings is not None and bool(settings.get("do_normalize", True))
+    file = own if own.is_file() else processor
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        settings = settings.get("feature_extractor") if file is processor and settings is not None else settings
+        return settings is not None and bool(settings.get("do_normalize", True))
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{file}: not readable as a feature extractor's settings: fetch it again") from None
 
 
 def windows(count: int, window: int, margin: int) -> list[tuple[int, int, int, int]]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.settings import PrepareSettings
+from opt_ds.store.checks import audio_problem, image_problem
 from opt_ds.store.writer import ImageItem
 
 _CHUNK = {"image": 16, "audio": 32}
@@ -217,10 +218,8 @@ def _image_item(feature: Any, picture: Any, settings: PrepareSettings, digest: s
 
     if not len(feature.features):
         return Failure("no region was found in the picture")
-    if not np.isfinite(feature.features).all():
-        return Failure("region features are not finite")
-    if not (np.isfinite(feature.boxes).all() and np.isfinite(feature.scores).all()):
-        return Failure("region boxes or scores are not finite")
+    if (problem := image_problem(feature, _worker["image"].dim, _worker["image"].num_classes)) is not None:
+        return Failure(f"regions cannot be stored: {problem}")
     pixels = to_pixels(picture) if settings.pixels and not isinstance(picture, Path) else None
     item = ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
     return Extracted(item, digest)
@@ -231,6 +230,6 @@ def _audio_item(frames: np.ndarray, _: Any, settings: PrepareSettings, digest: s
 
     frames = pool_frames(frames, settings.pool_frames)
     kept = frames[: settings.max_frames]
-    if not np.isfinite(kept).all():
-        return Failure("speech features are not finite")
+    if (problem := audio_problem(kept, _worker["audio"].dim)) is not None:
+        return Failure(f"speech cannot be stored: {problem}")
     return Extracted(kept, digest, was_cut=len(kept) < len(frames))

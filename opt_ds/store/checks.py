@@ -5,10 +5,20 @@ written, so that no store is made that the others refuse. A problem is part of a
 """
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 
-from opt_ds.store.schema import MISSING, MODALITIES, ShardDescription, StoreDescription
+from opt_ds.store.schema import (
+    BOX_SIZE,
+    CODES_PER_IMAGE,
+    DATASETS,
+    MISSING,
+    MODALITIES,
+    PIXELS_SHAPE,
+    ShardDescription,
+    StoreDescription,
+)
 
 _BLOCK_ROWS = 65_536
 BOX_TOLERANCE = 1e-3  # boxes are float32, but some detectors work in half precision
@@ -22,6 +32,8 @@ OFFSETS_OF = {
     "image/offsets": "image/features",
     "audio/offsets": "audio/features",
 }
+# Those whose items have one element at least.
+NEVER_EMPTY = ("text/offsets", "image/offsets", "audio/offsets")
 # Dataset -> the smallest and largest value allowed.
 RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, float]]] = {
     "samples/split": lambda shard, store: (0, len(store.split_names) - 1),
@@ -65,6 +77,13 @@ def offset_problems(offsets: np.ndarray, length: int) -> Iterator[str]:
         yield f"falls after item {int(np.flatnonzero(falls)[0])}"
 
 
+def empty_items(offsets: np.ndarray) -> Iterator[str]:
+    """Yield the first item of offsets [items + 1] that has no element."""
+    empty = np.flatnonzero(np.diff(offsets) == 0)
+    if len(empty):
+        yield f"item {int(empty[0])} is empty"
+
+
 def box_problems(array: np.ndarray) -> Iterator[str]:
     """Yield the first of boxes [R, 7] whose width, height and area do not follow from its corners."""
     for start, boxes in _blocks(array):
@@ -74,6 +93,22 @@ def box_problems(array: np.ndarray) -> Iterator[str]:
         if bad.any():
             yield f"row {start + int(np.flatnonzero(bad)[0])}: width, height or area do not follow from the corners"
             return
+
+
+def corner_problems(corners: np.ndarray) -> Iterator[str]:
+    """Yield what is wrong with corners [R, 4] (x1, y1, x2, y2) that must lie in 0..1, up to what half precision overshoots."""
+    if not_finite(corners) is not None:
+        yield f"boxes: {not_finite(corners)}"
+        return
+    largest = float(corners.max(initial=0))
+    if largest > 2:
+        yield f"boxes reach {largest:g}: they are in pixels, not divided by the picture's width and height"
+        return
+    yield from (f"boxes: {problem}" for problem in out_of_range(corners, -BOX_TOLERANCE, 1 + BOX_TOLERANCE))
+    crossed = np.flatnonzero((corners[:, 2] < corners[:, 0]) | (corners[:, 3] < corners[:, 1]))
+    if len(crossed):
+        x1, y1, x2, y2 = corners[crossed[0]]
+        yield f"boxes: row {crossed[0]} ends before it begins (x {x1:g} to {x2:g}, y {y1:g} to {y2:g})"
 
 
 def row_problems(rows: np.ndarray, shard: ShardDescription) -> Iterator[str]:
@@ -90,3 +125,80 @@ def row_problems(rows: np.ndarray, shard: ShardDescription) -> Iterator[str]:
 def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(array), _BLOCK_ROWS):
         yield start, array[start : start + _BLOCK_ROWS]
+
+
+class Regions(Protocol):
+    """A picture's regions, as `ImageItem` and the extractors' `RegionFeatures` hold them."""
+
+    @property
+    def features(self) -> np.ndarray: ...
+    @property
+    def boxes(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def scores(self) -> np.ndarray: ...
+
+
+def image_problem(regions: Regions, feature_dim: int, num_classes: int) -> str | None:
+    """Return why a store could not hold a picture's regions (see `ImageItem`), None if it can.
+
+    Values are judged as they would be stored: a feature that overflows float16 is infinite.
+    """
+    problem = item_problem("image/features", regions.features, (None, feature_dim))
+    if problem is not None:
+        return problem
+    count = len(regions.features)
+    low, high = -BOX_TOLERANCE, 1 + BOX_TOLERANCE
+    return (
+        item_problem("image/boxes", regions.boxes, (count, BOX_SIZE), low, high)
+        or next((f"boxes: {problem}" for problem in box_problems(regions.boxes.astype("float32"))), None)
+        or item_problem("image/labels", regions.labels, (count,), 0, num_classes - 1)
+        or item_problem("image/scores", regions.scores, (count,), 0, 1)
+    )
+
+
+def audio_problem(frames: np.ndarray, feature_dim: int) -> str | None:
+    """Return why a store could not hold a recording's frames [T, Da], None if it can."""
+    return item_problem("audio/features", frames, (None, feature_dim))
+
+
+def text_problem(tokens: np.ndarray, vocab_size: int) -> str | None:
+    """Return why a store could not hold a text's tokens [L], None if it can."""
+    return item_problem("text/tokens", tokens, (None,), 0, vocab_size - 1)
+
+
+def codes_problem(codes: np.ndarray, num_codes: int | None) -> str | None:
+    """Return why a store could not hold a picture's codes [64], None if it can. `num_codes` None: a store without codes."""
+    return item_problem("image/codes", codes, (CODES_PER_IMAGE,), 0, (num_codes or 0) - 1)
+
+
+def pixels_problem(pixels: np.ndarray) -> str | None:
+    """Return why a store could not hold a picture's pixels, None if it can."""
+    return item_problem("image/pixels", pixels, PIXELS_SHAPE, 0, 255)
+
+
+def item_problem(
+    name: str, array: np.ndarray, shape: tuple[int | None, ...], low: float = -np.inf, high: float = np.inf
+) -> str | None:
+    """Return why `array` cannot be an item of dataset `name`, None if it can. `shape`: None for any length but 0."""
+    what = name.rpartition("/")[2]
+    stored = np.dtype(DATASETS[name])
+    if array.dtype.kind not in ("iu" if stored.kind in "iu" else "fiu"):
+        return f"{what} of dtype {array.dtype}, not {'integers' if stored.kind in 'iu' else 'numbers'}"
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
+        wanted = ", ".join("N" if size is None else str(size) for size in shape)
+        return f"{what} of shape {list(array.shape)}, not [{wanted}]"
+    if not len(array):
+        return f"{what} are empty"
+    with np.errstate(over="ignore"):
+        kept = array.astype(stored, copy=False)
+    if (problem := not_finite(array)) is not None:
+        return f"{what}: {problem}"
+    if not_finite(kept) is not None:
+        most = max(abs(float(array.min())), abs(float(array.max())))
+        return f"{what}: {most:g} is beyond {stored}, whose largest value is {np.finfo(stored).max:g}"
+    problem = next(out_of_range(array, low, high), None)
+    if problem is None and stored.kind in "iu" and not np.array_equal(kept, array):
+        problem = f"values do not fit {stored}"
+    return None if problem is None else f"{what}: {problem}"

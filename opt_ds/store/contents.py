@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from opt_ds.errors import UserError
-from opt_ds.store.checks import OFFSETS_OF, RANGES, box_problems, not_finite, offset_problems, out_of_range, row_problems
+from opt_ds.store.checks import (
+    NEVER_EMPTY,
+    OFFSETS_OF,
+    RANGES,
+    box_problems,
+    empty_items,
+    not_finite,
+    offset_problems,
+    out_of_range,
+    row_problems,
+)
 from opt_ds.store.files import folder_sha256
 from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index
 from opt_ds.store.schema import (
@@ -138,6 +148,8 @@ def _dataset_problems(
         yield from found
         if not found and OFFSETS_OF[name] in ("samples/id", "text/utf8"):
             yield from _text_problems(file.array(OFFSETS_OF[name])[:], array[:])
+    if name in NEVER_EMPTY:
+        yield from empty_items(array[:])
     if name == "image/boxes" and problem is None:
         yield from box_problems(array)
     if name == "samples/rows":

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.store.checks import audio_problem, codes_problem, image_problem, pixels_problem, text_problem
 from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
 from opt_ds.store.foreign import is_plain_name, read_json_object
 from opt_ds.store.index import write_index
@@ -20,6 +21,8 @@ from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
     DATASETS,
+    MISSING,
+    MODALITIES,
     PIXELS_SHAPE,
     SCHEMA_VERSION,
     STORE_FILE,
@@ -122,11 +125,13 @@ class StoreWriter:
         return file.is_file() and file.stat().st_size == fields["shard"]["bytes"]
 
     def write_shard(self, index: int, content: ShardContent, *, notes: dict[str, Any] | None = None) -> None:
-        """Write shard `index`. Values are checked for shape only; `inspect` checks ranges.
+        """Write shard `index`. UserError, naming the sample, for an item that `inspect` would refuse.
 
         `notes` (JSON) are kept beside the shard until `finish`, so that a resumed run still has them.
         """
         file = self.path / f"shard-{index:05d}.h5"
+        if (problem := self._problem(content)) is not None:
+            raise UserError(f"{self.path}: {problem}: not written, as `opt-ds inspect` would refuse it")
         arrays = self._arrays(content)
         with atomic_file(file) as temporary:
             write_datasets(temporary, arrays, compression=self._compression)
@@ -205,12 +210,44 @@ class StoreWriter:
     def _journal(self, index: int) -> Path:
         return self.path / f"shard-{index:05d}.json"
 
+    def _problem(self, content: ShardContent) -> str | None:
+        """Return the first sample's or item's fault, None where there is none."""
+        counts = (len(content.texts), len(content.images), len(content.audios))
+        user_of: dict[tuple[int, int], str] = {}  # (modality, row) -> the first sample with it
+        for sample in content.samples:
+            if not sample.id:
+                return "a sample has an empty id"
+            if max(sample.rows) < 0:
+                return f'sample "{sample.id}" has no modality at all'
+            for modality, row in enumerate(sample.rows):
+                if not MISSING <= row < counts[modality]:
+                    return f'sample "{sample.id}": no {MODALITIES[modality]} row {row}'
+                user_of.setdefault((modality, row), sample.id)
+        if len({sample.id for sample in content.samples}) < len(content.samples):
+            return "samples have the same id"
+        items = (content.texts, content.images, content.audios)
+        for modality, (name, of_kind) in enumerate(zip(MODALITIES, items, strict=True)):
+            for row, item in enumerate(of_kind):
+                if (problem := self._item_problem(item)) is not None:
+                    user = user_of.get((modality, row))
+                    return f"{name} row {row}: {problem}" if user is None else f'sample "{user}": {name}: {problem}'
+        return None
+
+    def _item_problem(self, item: TextItem | ImageItem | np.ndarray) -> str | None:
+        dims = self._dims
+        if isinstance(item, TextItem):
+            return text_problem(item.tokens, dims.vocab_size)
+        if not isinstance(item, ImageItem):
+            return audio_problem(item, dims.audio_feature_dim)
+        problem = image_problem(item, dims.image_feature_dim, dims.image_num_classes)
+        if problem is None and item.codes is not None:
+            problem = codes_problem(item.codes, dims.num_codes)
+        if problem is None and item.pixels is not None:
+            problem = pixels_problem(item.pixels)
+        return problem
+
     def _arrays(self, content: ShardContent) -> dict[str, np.ndarray]:
         dims, samples, images = self._dims, content.samples, content.images
-        for image in images:
-            # They share one array of offsets: a single odd length would move the rows of all later pictures.
-            lengths = [len(image.features), len(image.boxes), len(image.labels), len(image.scores)]
-            assert len(set(lengths)) == 1, f"a picture's features, boxes, labels and scores have lengths {lengths}"
         ids, id_offsets = join_strings([sample.id for sample in samples])
         utf8, utf8_offsets = join_strings([text.string for text in content.texts])
         labels, label_offsets = join_items(

@@ -6,7 +6,7 @@ import sacrebleu
 
 from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.errors import UserError
-from opt_ds.evaluate.captioning import bleu_4, captioning, cider
+from opt_ds.evaluate.captioning import bleu_4, captioning, cider, scores
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.store import FeatureStore
@@ -57,3 +57,27 @@ def test_a_split_without_pictures_is_refused(evaluator: Evaluator) -> None:
     pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
     with pytest.raises(UserError, match='no sample of split "valid" has text and an image'):
         captioning(pictureless, "valid")
+
+
+def test_figures_that_a_perfect_writer_could_not_reach_are_undefined() -> None:
+    short = scores([["red cat"], ["two dogs"]], ["red cat", "two dogs"])
+    assert short["bleu_4"] is None and short["undefined"] == {"bleu_4": "no caption has four words"}
+    assert short["cider"] == pytest.approx(5.0)
+    alone = scores([["a red cat on a mat"]], ["a red cat on a mat"])
+    assert alone["bleu_4"] == pytest.approx(100)
+    assert alone["cider"] is None and alone["undefined"] == {"cider": "there is only one picture"}
+    same = scores([["a red cat on a mat"]] * 3, ["a red cat on a mat"] * 3)
+    assert same["cider"] is None and same["undefined"] == {"cider": "all pictures have the same captions"}
+    assert scores([], [])["undefined"] == {"bleu_4": "no caption has a word", "cider": "no caption has a word"}
+    assert "undefined" not in scores(REFERENCES, [""] * 3), "a writer of nothing has earned its 0"
+    assert scores(REFERENCES, [""] * 3)["bleu_4"] == 0
+
+
+def test_captions_of_punctuation_alone_are_left_out(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = {int(index): evaluator.caption(index) for index in evaluator.samples_with("valid", (TEXT, IMAGE))}
+    lost = next(iter(captions))
+    real = Evaluator.caption
+    monkeypatch.setattr(Evaluator, "caption", lambda self, index: "?!" if int(index) == lost else real(self, index))
+    figures = captioning(evaluator, "valid", options=DecodingConfig())
+    assert figures["pictures_without_words"] == 1
+    assert figures["tokenization"] == "words"

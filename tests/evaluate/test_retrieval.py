@@ -78,3 +78,11 @@ def test_a_store_without_recordings_has_the_directions_that_need_none(evaluator:
     assert not any("audio" in line for line in retrieval_lines(found))
     with pytest.raises(UserError, match='no sample of split "valid" has text and an image or audio'):
         retrieval(Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, TEXT)), "valid")
+
+
+def test_scores_that_are_nan_are_never_right() -> None:
+    same = np.eye(4, dtype=bool)
+    scores = np.full((4, 4), np.nan)
+    assert recall(scores, same)["R@1"] == 0
+    scores[0] = [3, 1, 1, 1]
+    assert recall(scores, same)["R@1"] == 0.25

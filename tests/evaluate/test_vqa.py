@@ -1,6 +1,7 @@
 """VQA's published accuracy, and a head that answers."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -59,3 +60,30 @@ def test_a_model_without_the_head_is_refused(evaluator: Evaluator) -> None:
         vqa(evaluator, "valid")
     with pytest.raises(UserError, match="no label head"):
         evaluator.label_scores([])
+
+
+@pytest.mark.parametrize("given", [["yes"], ["yes"] * 2, ["yes"] * 3, ["yes"] * 4, ["yes"] * 5, ["yes"] * 10])
+def test_the_answer_that_all_annotators_gave_is_right(
+    answering: Evaluator, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    monkeypatch.setattr(FeatureStore, "labels", lambda self, index: given)
+    head = answering.model.labels
+    assert head is not None
+    for answer, expected in (("yes", 1.0), ("no", 0.0)):
+        with torch.no_grad():
+            head.score.bias.copy_(torch.tensor([1e3 * (name == answer) for name in ("2", "no", "yes")]))
+        figures = vqa(answering, "valid")
+        assert figures["accuracy"] == pytest.approx(expected)
+        assert figures["best_possible"] == pytest.approx(1.0)
+        assert figures["annotators"] == (len(given) if len(given) < 4 else 10)
+        assert figures["measure"] == ("any annotator" if len(given) < 4 else "min(others / 3, 1)")
+
+
+def test_repeated_labels_survive_in_a_store(tmp_path: Path) -> None:
+    from tests.store.test_checks import content_of, image, new_writer
+
+    content = content_of(0, image(), np.array([5]), np.ones((1, 3), "float16"))
+    content.samples[0] = replace(content.samples[0], labels=["yes", "no", "yes"])
+    new_writer(tmp_path / "s", ["no", "yes"]).write_shard(0, content)
+    new_writer(tmp_path / "s", ["no", "yes"]).finish(1)
+    assert FeatureStore(tmp_path / "s").labels(0) == ["yes", "no", "yes"]

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.text import TextExtractor, copy_tokenizer, train_wordpiece
 from opt_ds.store.files import folder_sha256
-from opt_ds.store.tokenizer import load_tokenizer
+from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, load_tokenizer, save_wordpiece
 
 CAPTIONS = [
     f"the {colour} {thing} is éclair-like" for colour in ("red", "green", "blue") for thing in ("cat", "cart", "car")
@@ -55,7 +57,7 @@ def test_a_bert_folder_gives_hugging_faces_tokens(tmp_path: Path) -> None:
     theirs = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
     theirs.save_pretrained(tmp_path / "saved")
     copy_tokenizer(tmp_path / "saved", tmp_path / "from_saved")
-    for text in ("Unaffable, AB é zzz", "[MASK] a"):
+    for text in ("Unaffable, AB é zzz", "a, un-a [a]"):
         expected = theirs(text, add_special_tokens=False).input_ids
         for folder in ("from_vocab", "from_saved"):
             assert TextExtractor(tmp_path / folder).extract([text])[0].tolist() == expected
@@ -88,3 +90,44 @@ def test_unfit_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"\[PAD\] is not in the vocabulary"):
         copy_tokenizer(tmp_path, tmp_path / "out")
+
+
+_WORDS = ["a", "cat", "sep", "mask", "pad", "cls", "unk", "[", "]", "SEP", "CLS", "MASK", "PAD"]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_special_tokens_in_a_caption_are_ordinary_text(tmp_path: Path, lowercase: bool) -> None:
+    save_wordpiece(build_wordpiece([*SPECIAL_TOKENS.values(), *_WORDS], lowercase=lowercase), tmp_path, lowercase=lowercase)
+    extractor = TextExtractor(tmp_path)
+    vocabulary = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    special = {vocabulary.token_to_id(token) for token in SPECIAL_TOKENS.values()} - {vocabulary.token_to_id("[UNK]")}
+    for token in SPECIAL_TOKENS.values():
+        for caption in (f"a {token} cat", token, f"{token}{token}", f"a{token}cat", token.lower()):
+            (ids,) = extractor.extract([caption])
+            assert len(ids) and not special & set(ids.tolist()), caption
+    ids, plain = extractor.extract(["a [SEP] cat", "a [ SEP ] cat"])
+    assert np.array_equal(ids, plain)
+
+
+def test_special_tokens_stay_text_with_a_tokenizer_that_splits_at_spaces_alone(tmp_path: Path) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = {token: id for id, token in enumerate([*SPECIAL_TOKENS.values(), *_WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens(["[SEP]"])  # as an ordinary added token
+    save_wordpiece(tokenizer, tmp_path)
+    extractor = TextExtractor(tmp_path)
+    (ids,) = extractor.extract(["a [SEP] cat [MASK]"])
+    assert [tokenizer.id_to_token(id) for id in ids] == ["a", "[", "SEP", "]", "cat", "[", "MASK", "]"]
+
+
+def test_ordinary_captions_keep_their_ids(tmp_path: Path) -> None:
+    captions = ["A cat, on [a] mat!", "日本 cats", "it's 5 o'clock…", "x [sep] y", "cafe\u0301 [ ] mask"]
+    train_wordpiece(captions, 120, tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_tokens(["o'clock"])
+    tokenizer.add_special_tokens(["[EXTRA]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for ids, caption in zip(TextExtractor(tmp_path, "none").extract(captions), captions, strict=True):
+        assert ids.tolist() == tokenizer.encode(caption, add_special_tokens=False).ids
