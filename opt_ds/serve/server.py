@@ -7,6 +7,7 @@ are added here: each connection is looked at twice a second, and closed when its
 
 import socket
 from enum import Enum
+from http import HTTPStatus
 
 import h11
 import uvicorn
@@ -109,7 +110,8 @@ class Connection(H11Protocol):
         if status == 503:
             headers["retry-after"] = str(self.limits.retry_after_s)
         self._refused, self._since = True, self.loop.time()
-        events = (h11.Response(status_code=status, headers=list(headers.items())), h11.Data(data=body), h11.EndOfMessage())
+        start = h11.Response(status_code=status, reason=HTTPStatus(status).phrase, headers=list(headers.items()))
+        events = (start, h11.Data(data=body), h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self._unset_keepalive_if_required()
         if self.transport.can_write_eof():
