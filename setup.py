@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_ds", "opt_ds.*"]),
-    package_data={"opt_ds": ["presets/*.yaml", "serve/page.html", "serve/report.html", "_build.json"]},
+    package_data={"opt_ds": ["presets/*.yaml", "serve/page.*", "serve/report.html", "_build.json"]},
     ext_modules=kernel_extensions(),  # OPT_DS_CUDA_ARCHITECTURES=70,80 builds for GPUs that are not here; see csrc/README.md
     cmdclass={"build_ext": BuildKernels},
     install_requires=[

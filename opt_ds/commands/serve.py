@@ -1,5 +1,9 @@
 """`opt-ds generate`, `opt-ds export` and `opt-ds serve`: a trained model for use."""
 
+import io
+import os
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +12,8 @@ import typer
 from opt_ds.commands import MAX_SEED, check_output, finite, output_file
 from opt_ds.errors import UserError, did_you_mean
 
+# A name, an IPv4 address, or an IPv6 address (two colons at least: one would be a port's).
+_HOST_NAME = re.compile(r"[\w.-]+|\[?[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
 _Checkpoint = Annotated[
     Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported folder.")
 ]
@@ -16,11 +22,32 @@ _SpeechWeights = Annotated[Path | None, typer.Option(help="Weights of the speech
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+def utf8(value: str | None, param: typer.CallbackParam) -> str | None:
+    """An option's callback: refuses text that is not UTF-8, which Python hands on as lone surrogates."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        byte = os.fsencode(value[error.start])[0] if value else 0
+        raise UserError(
+            f"{param.opts[0]}: is not UTF-8 (byte 0x{byte:02x} at character {error.start + 1}): "
+            "convert it, as with iconv -t UTF-8"
+        ) from None
+    return value
+
+
+def host_names(names: list[str] | None) -> list[str] | None:
+    """The callback of --allow-host: names without a scheme and a port."""
+    for name in names or ():
+        if not _HOST_NAME.fullmatch(name):
+            raise UserError(f'--allow-host "{name}": give a name alone, such as opt.example.org, without http:// and port')
+    return names
+
+
 def generate(
     checkpoint: _Checkpoint,
-    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG.", callback=output_file)],
+    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG; -: standard output.", callback=output_file)],
     to: Annotated[str, typer.Option(help="text or image.")],
-    text: Annotated[str | None, typer.Option(help="Input text.")] = None,
+    text: Annotated[str | None, typer.Option(help="Input text.", callback=utf8)] = None,
     image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Input recording: WAV, FLAC, OGG, MP3.")] = None,
     beam_size: Annotated[int, typer.Option(help="Of the text; 1: greedy.", min=1)] = 4,
@@ -43,19 +70,25 @@ def generate(
         raise UserError(f'--to "{to}": choose text or image{did_you_mean(to, ("text", "image"))}')
     if text is None and image is None and audio is None:
         raise UserError("no input: give --text, --image, --audio, or several of them")
+    if to == "image" and _is_stdout(output) and sys.stdout.isatty():
+        raise UserError("--output -: a PNG is no text for a terminal: redirect standard output, or name a file")
     session = _session(checkpoint, image_weights, speech_weights, device)
     if to == "image" and candidates > 1:
         session.require("matching", f"choose the best of --candidates {candidates}")
     sample = session.processor(text, image, audio)
     if to == "text":
         written = session.text(sample, DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size))
-        _replace(output, lambda path: path.write_text(written + "\n", encoding="utf-8"))
-        typer.echo(written)
+        _write(output, f"{written}\n".encode())
+        if not _is_stdout(output):
+            typer.echo(written)
         return
     options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
     picture, score = session.pictures(sample, candidates, options)[0]
-    _replace(output, lambda path: picture.save(path, format="PNG"))
-    typer.echo(str(output) + ("" if score is None else f" (matching {score:.3f}, the best of {candidates})"))
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    _write(output, file.getvalue())
+    chosen = "" if score is None else f" (matching {score:.3f}, the best of {candidates})"
+    typer.echo(f"{output}{chosen}", err=_is_stdout(output))
 
 
 def export(
@@ -76,37 +109,37 @@ def serve(
     checkpoint: _Checkpoint,
     host: Annotated[str, typer.Option(help="Address to listen on; by default for this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", callback=host_names, help="Another name of this server, as behind a proxy; may be repeated. "
+            "Requests by other names than localhost, loopback addresses and --host are refused.",
+        ),
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
     split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
     image_weights: _ImageWeights = None,
     speech_weights: _SpeechWeights = None,
     device: _Device = "auto",
 ) -> None:
-    """A web page to try the model on, and a JSON API (see /api/docs)."""
+    """A web page to try the model on, and a JSON API (its schema: /api/openapi.json). It has no password: see docs/serving.md."""
     try:
-        import uvicorn
-
         from opt_ds.serve.app import build_app
+        from opt_ds.serve.server import build_server, listen
     except ImportError as error:
         raise UserError(f"opt-ds serve needs {error.name}: pip install 'opt_ds[web]'") from None
     from opt_ds.serve.neighbours import Neighbours, evaluator_beside
 
     session = _session(checkpoint, image_weights, speech_weights, device)
     neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
-    listening = _listen(host, port)
-    typer.echo(f"http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
-    server = uvicorn.Server(uvicorn.Config(build_app(session, neighbours), log_level="warning", timeout_keep_alive=5))
-    server.run(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> Any:
-    import socket
-
+    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or ())
     try:
-        listening = socket.create_server((host, port), backlog=128)
+        listening = listen(host, port)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}: choose another one, or --port 0") from None
-    return listening
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+    build_server(app).run(sockets=[listening])
 
 
 def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path | None, device: str) -> Any:
@@ -121,9 +154,16 @@ def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path 
     )
 
 
-def _replace(output: Path, write: Any) -> None:
+def _is_stdout(output: Path) -> bool:
+    return str(output) == "-"
+
+
+def _write(output: Path, content: bytes) -> None:
     from opt_ds.store.files import atomic_file
 
+    if _is_stdout(output):
+        typer.echo(content, nl=False)
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as temporary:
-        write(temporary)
+        temporary.write_bytes(content)

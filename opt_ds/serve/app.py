@@ -1,131 +1,162 @@
-"""The web server: a page to try a model on, and a JSON API beside it.
+"""The web application: a page to try a model on, and a JSON API.
 
-    POST /api/describe   text, image, audio (any mixture) -> what the model writes, what belongs together (where it learned to),
-                         neighbours, attention
-    POST /api/paint      the same inputs -> pictures
-    GET  /api/about      the model
+    POST /api/describe       text, image, audio (any mixture) -> what the model writes, what belongs together (where it
+                             learned to), neighbours, attention
+    POST /api/paint          the same inputs -> pictures
+    GET  /api/about          the model
+    GET  /api/openapi.json   the API's schema
 
-Uploads are bounded, decoded from files of our own naming in a folder that is gone afterwards, and refused with a status code
-that says why. One request at a time is computed; a bounded number may wait.
+Requests pass the guard (opt_ds.serve.guard: whose they are) and the queue (opt_ds.serve.admission: size, time, whose turn).
+Uploads are decoded from files with names of our own in a folder that is deleted afterwards. Whatever goes wrong is answered with
+a status code and one line that says why.
+
+There is no Swagger page: it loads its scripts from another server, which the Content-Security-Policy forbids and a machine
+without internet cannot do.
 """
 
 import base64
 import io
+import re
+import shutil
 import tempfile
-import threading
-from collections.abc import Awaitable, Callable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from PIL import Image
 
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig
+from opt_ds.serve.admission import Admission, Queue
 from opt_ds.serve.attention import word_attention
+from opt_ds.serve.guard import Guard
+from opt_ds.serve.limits import Limits
 from opt_ds.serve.neighbours import Neighbours
 from opt_ds.serve.session import Session
 
-MAX_UPLOAD_MIB, MAX_WAITING, MAX_TEXT_CHARACTERS, MAX_PICTURES = 20, 16, 10_000, 8
-MAX_SECONDS = 300.0  # of a recording: a small file can hold hours of silence
-_PAGE = Path(__file__).parent / "page.html"
+_LIMITS = Limits()
+_HERE = Path(__file__).parent
+_PAGE = {
+    "/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css"),
+}  # fmt: skip
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s:]+/)+")
 
-_Text = Annotated[str | None, Form(max_length=MAX_TEXT_CHARACTERS)]
+_Text = Annotated[str | None, Form(max_length=_LIMITS.text_characters)]
 _Upload = Annotated[UploadFile | None, File()]
 
 
-def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI:
-    """The application around one model. Handlers are plain functions: Starlette runs them in threads, `turn` one at a time."""
-    app = FastAPI(title="opt_ds", docs_url="/api/docs", openapi_url="/api/openapi.json", redoc_url=None)
-    turns, learned = _Turns(MAX_WAITING), session.config.learned_losses
+def build_app(
+    session: Session,
+    neighbours: Neighbours | None = None,
+    *,
+    host: str = "127.0.0.1",
+    allow_hosts: Iterable[str] = (),
+    limits: Limits = _LIMITS,
+) -> FastAPI:
+    """Build the application around one model.
 
-    @app.middleware("http")
-    async def bound_upload(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        try:
-            size = int(request.headers.get("content-length", 0))
-        except ValueError:
-            return JSONResponse({"detail": "content-length is not a number"}, 400)
-        # A body in chunks has no size before its end, whatever Content-Length says beside it.
-        sized = "content-length" in request.headers and "transfer-encoding" not in request.headers
-        if not sized and (request.method == "POST" or "transfer-encoding" in request.headers):
-            return JSONResponse({"detail": "say the upload's size (Content-Length)"}, 411)
-        if size > MAX_UPLOAD_MIB * 2**20:
-            return JSONResponse({"detail": f"the upload is {size / 2**20:.0f} MiB, {MAX_UPLOAD_MIB} are allowed"}, 413)
-        return await call_next(request)
-
-    @app.exception_handler(UserError)
-    async def bad_input(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422)
-
-    @app.get("/", response_class=HTMLResponse)
-    def page() -> str:
-        return _PAGE.read_text(encoding="utf-8")
+    Args:
+        session: the model.
+        neighbours: where to look for the nearest samples of a store, if anywhere.
+        host: the address the server listens on; `allow_hosts`: its further names. See opt_ds.serve.guard.
+        limits: of connections, bodies and the queue.
+    """
+    app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
+    queue = Queue(limits)
+    _add_error_answers(app)
+    _add_page(app)
 
     @app.get("/api/about")
-    def about() -> dict[str, Any]:
+    async def about() -> dict[str, Any]:
         parameters = sum(p.numel() for p in session.model.parameters())
         return {"preset": session.config.preset, "parameters": parameters, "device": str(session.device),
                 "extractors": session.processor.description.extractors, "neighbours": neighbours is not None}  # fmt: skip
 
     @app.post("/api/describe")
-    def describe(
-        text: _Text = None, image: _Upload = None, audio: _Upload = None, attention: Annotated[bool, Form()] = True
-    ) -> dict[str, Any]:
-        with turns.turn():
-            sample, notes = _read(session, text, image, audio)
-            answer: dict[str, Any] = {"notes": notes}
-            if "dtr" in learned:
-                answer["text"] = session.text(sample)
-            given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
-            if "matching" in learned and given > 1:
-                answer["matching"] = session.matching(sample)
-            if neighbours is not None:
-                answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
-            if attention and sample.token_ids is not None:
-                answer["attention"] = word_attention(session, sample)
-            return answer
-
-    @app.post("/api/paint")
-    def paint(
+    async def describe(
+        request: Request,
         text: _Text = None,
         image: _Upload = None,
         audio: _Upload = None,
-        count: Annotated[int, Form(ge=1, le=MAX_PICTURES)] = 4,
+        attention: Annotated[bool, Form()] = True,
+    ) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            sample, notes = _read(session, text, image, audio, limits)
+            return {"notes": notes} | _describe(session, neighbours, sample, attention)
+
+        return await queue.compute(request.receive, work)
+
+    @app.post("/api/paint")
+    async def paint(
+        request: Request,
+        text: _Text = None,
+        image: _Upload = None,
+        audio: _Upload = None,
+        count: Annotated[int, Form(ge=1, le=_LIMITS.pictures)] = 4,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
-        with turns.turn():
-            sample, notes = _read(session, text, image, audio)
-            options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
-            painted = session.pictures(sample, count, options)
-            if count > 1 and "matching" not in learned:
+        def work() -> dict[str, Any]:
+            sample, notes = _read(session, text, image, audio, limits)
+            pictures = _paint(session, sample, count, seed)
+            if count > 1 and "matching" not in session.config.learned_losses:
                 notes.append("this model was trained without matching: the pictures are in the order of painting")
-            return {"notes": notes, "pictures": [{"png": _png_url(p), "matching": score} for p, score in painted]}
+            return {"notes": notes, "pictures": pictures}
 
+        return await queue.compute(request.receive, work)
+
+    app.add_middleware(Admission, queue=queue, limits=limits, paths={"/api/describe", "/api/paint"})
+    app.add_middleware(Guard, host=host, allow_hosts=tuple(allow_hosts))  # the last one added comes first
     return app
 
 
-class _Turns:
-    """One computation at a time; who would be too far back in the queue is sent away."""
+def _add_error_answers(app: FastAPI) -> None:
+    @app.exception_handler(UserError)
+    async def bad_input(_: Request, error: UserError) -> JSONResponse:
+        # Where the server keeps its files is not the client's business.
+        return JSONResponse({"detail": _FOLDERS.sub("", str(error))}, 422)
 
-    def __init__(self, most: int) -> None:
-        self._lock, self._places = threading.Lock(), threading.BoundedSemaphore(most)
+    @app.exception_handler(RequestValidationError)
+    async def bad_field(_: Request, error: RequestValidationError) -> JSONResponse:
+        fields = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+        return JSONResponse({"detail": fields}, 422)
 
-    @contextmanager
-    def turn(self) -> Any:
-        if not self._places.acquire(blocking=False):
-            raise HTTPException(503, "too many requests are waiting: try again soon", headers={"Retry-After": "2"})
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._places.release()
+
+def _add_page(app: FastAPI) -> None:
+    def add(path: str, content: bytes, media_type: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def file() -> Response:
+            return Response(content, media_type=media_type)
+
+    for path, (name, media_type) in _PAGE.items():
+        add(path, (_HERE / name).read_bytes(), media_type)
+
+
+def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, attention: bool) -> dict[str, Any]:
+    learned = session.config.learned_losses
+    answer: dict[str, Any] = {}
+    if "dtr" in learned:
+        answer["text"] = session.text(sample)
+    given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
+    if "matching" in learned and given > 1:
+        answer["matching"] = session.matching(sample)
+    if neighbours is not None:
+        answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
+    if attention and sample.token_ids is not None:
+        answer["attention"] = word_attention(session, sample)
+    return answer
+
+
+def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict[str, Any]]:
+    options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
+    return [{"png": _png_url(picture), "matching": score} for picture, score in session.pictures(sample, count, options)]
 
 
 def _read(
-    session: Session, text: str | None, image: UploadFile | None, audio: UploadFile | None
+    session: Session, text: str | None, image: UploadFile | None, audio: UploadFile | None, limits: Limits
 ) -> tuple[Sample, list[str]]:
     """The sample, and what was cut off from it."""
     notes: list[str] = []
@@ -133,13 +164,14 @@ def _read(
         # The names are ours: an upload's own name says nothing about where it is written.
         picture = _kept(image, Path(folder) / "image")
         recording = _kept(audio, Path(folder) / "audio")
-        return session.processor.with_notes(notes.append, MAX_SECONDS)(text or None, picture, recording), notes
+        return session.processor.with_notes(notes.append, limits.recording_s)(text or None, picture, recording), notes
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:
     if upload is None or not upload.size:
         return None
-    path.write_bytes(upload.file.read())
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file)
     return path
 
 

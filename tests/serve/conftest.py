@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import soundfile
 from PIL import Image
 
 from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.serve.limits import Limits
+from opt_ds.serve.server import build_server, listen
 from opt_ds.serve.session import Session
 from opt_ds.store import FeatureStore
 from opt_ds.train_dvae import train_dvae
@@ -97,17 +99,21 @@ def without(session: Session, *losses: str) -> Session:
 @pytest.fixture(scope="session")
 def address(session: Session, raw_store: Path) -> Iterator[str]:
     """A real server on a free port of this machine."""
-    import uvicorn
-
     from opt_ds.serve.app import build_app
     from opt_ds.serve.neighbours import Neighbours, evaluator_beside
 
-    app = build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with serving(build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(app: Any, limits: Limits | None = None) -> Iterator[int]:
+    """The server that `opt-ds serve` starts, in a thread; its port on 127.0.0.1."""
+    listening = listen("127.0.0.1", 0)
+    server = build_server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    yield listening.getsockname()[1]
     server.should_exit = True
     thread.join(timeout=30)
 

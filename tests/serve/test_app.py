@@ -15,7 +15,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.serve.app import MAX_UPLOAD_MIB, build_app
+from opt_ds.serve.app import build_app
+from opt_ds.serve.limits import Limits
 from opt_ds.serve.neighbours import evaluator_beside
 from opt_ds.serve.session import Session
 from tests.serve.conftest import without
@@ -56,7 +57,7 @@ def test_pictures_are_painted(client: httpx.Client) -> None:
 
 def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Session, raw: Path) -> None:
     files = {"image": (raw / "0.png").read_bytes()}
-    client = TestClient(build_app(without(session, "dtr", "matching")))
+    client = TestClient(build_app(without(session, "dtr", "matching")), base_url="http://localhost")
     answer = client.post("/api/describe", data={"text": "a red square"}, files=files).json()
     assert "text" not in answer and "matching" not in answer and answer["attention"]
     painted = client.post("/api/paint", data={"text": "a red square", "count": 2}).json()
@@ -71,7 +72,7 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
         ({"text": "x" * 20_000}, {}, 422, ""),
         ({}, {"image": b"no picture"}, 422, "cannot be read"),
         ({}, {"audio": b"RIFF no sound"}, 422, "cannot be read"),
-        ({}, {"image": b"x" * (MAX_UPLOAD_MIB * 2**20 + 1)}, 413, "are allowed"),
+        ({}, {"image": b"x" * (Limits().upload_bytes + 1)}, 413, "are allowed"),
         ({"text": "a", "count": 100}, {}, 422, ""),
     ],
 )
@@ -111,7 +112,7 @@ def test_fifty_requests_at_once_are_answered_or_sent_away(address: str) -> None:
 
 def test_a_client_that_hangs_up_takes_nothing_down(address: str, client: httpx.Client) -> None:
     host, port = address.removeprefix("http://").split(":")
-    for part in (b"POST /api/describe HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nabc", b"GET / HT"):
+    for part in (b"POST /api/describe HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc", b"GET / HT"):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(part)
     time.sleep(0.2)
