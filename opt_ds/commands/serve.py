@@ -78,6 +78,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
     store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
     split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
+    allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
     image_weights: _ImageWeights = None,
     speech_weights: _SpeechWeights = None,
     device: _Device = "auto",
@@ -95,7 +96,8 @@ def serve(
     neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
     listening = _listen(host, port)
     typer.echo(f"http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
-    server = uvicorn.Server(uvicorn.Config(build_app(session, neighbours), log_level="warning", timeout_keep_alive=5))
+    app = build_app(session, neighbours, allow_svg=allow_svg)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=5))
     server.run(sockets=[listening])
 
 

@@ -37,8 +37,11 @@ _Text = Annotated[str | None, Form(max_length=MAX_TEXT_CHARACTERS)]
 _Upload = Annotated[UploadFile | None, File()]
 
 
-def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI:
-    """The application around one model. Handlers are plain functions: Starlette runs them in threads, `turn` one at a time."""
+def build_app(session: Session, neighbours: Neighbours | None = None, *, allow_svg: bool = False) -> FastAPI:
+    """The application around one model. Handlers are plain functions: Starlette runs them in threads, `turn` one at a time.
+
+    `allow_svg`: uploads may be drawings, which can take the decoder's whole time limit.
+    """
     app = FastAPI(title="opt_ds", docs_url="/api/docs", openapi_url="/api/openapi.json", redoc_url=None)
     turns, learned = _Turns(MAX_WAITING), session.config.learned_losses
 
@@ -75,7 +78,7 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
         text: _Text = None, image: _Upload = None, audio: _Upload = None, attention: Annotated[bool, Form()] = True
     ) -> dict[str, Any]:
         with turns.turn():
-            sample, notes = _read(session, text, image, audio)
+            sample, notes = _read(session, text, image, audio, allow_svg)
             answer: dict[str, Any] = {"notes": notes}
             if "dtr" in learned:
                 answer["text"] = session.text(sample)
@@ -97,7 +100,7 @@ def build_app(session: Session, neighbours: Neighbours | None = None) -> FastAPI
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
         with turns.turn():
-            sample, notes = _read(session, text, image, audio)
+            sample, notes = _read(session, text, image, audio, allow_svg)
             options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
             painted = session.pictures(sample, count, options)
             if count > 1 and "matching" not in learned:
@@ -125,7 +128,7 @@ class _Turns:
 
 
 def _read(
-    session: Session, text: str | None, image: UploadFile | None, audio: UploadFile | None
+    session: Session, text: str | None, image: UploadFile | None, audio: UploadFile | None, allow_svg: bool
 ) -> tuple[Sample, list[str]]:
     """The sample, and what was cut off from it."""
     notes: list[str] = []
@@ -133,7 +136,8 @@ def _read(
         # The names are ours: an upload's own name says nothing about where it is written.
         picture = _kept(image, Path(folder) / "image")
         recording = _kept(audio, Path(folder) / "audio")
-        return session.processor.with_notes(notes.append, MAX_SECONDS)(text or None, picture, recording), notes
+        processor = session.processor.with_notes(notes.append, MAX_SECONDS, allow_svg=allow_svg)
+        return processor(text or None, picture, recording), notes
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:
