@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from opt_ds.prepare.npz_arrays import read_npz_arrays
 from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
 from opt_ds.store.checks import BOX_TOLERANCE
-
-_READ = ("features", "norm_bb", "bbox", "image_w", "image_h", "conf", "soft_labels")
 
 
 class NpzExtractor:
@@ -47,7 +46,7 @@ class NpzExtractor:
 
     def _read(self, path: Path) -> RegionFeatures:
         try:
-            return self.regions(read_arrays(path))
+            return self.regions(read_npz_arrays(path))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 
@@ -88,35 +87,6 @@ class NpzExtractor:
         if len(blank):
             raise ValueError(f"soft_labels: row {blank[0]} gives no class any probability")
         return soft.argmax(1).astype("int16")
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file that are of use here. ValueError for a file that is none of NumPy's archives."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) != b"PK":
-                raise ValueError("not an .npz file (a ZIP archive of arrays)")
-        with np.load(path, allow_pickle=False) as archive:
-            found = {}
-            for name in _READ:
-                if name in archive:
-                    found[name] = _member(archive, name)
-            return found
-    except OSError:
-        raise
-    except ValueError:
-        raise
-    except Exception as error:  # zipfile and zlib raise errors of many kinds
-        raise ValueError(f"damaged ({type(error).__name__})") from None
-
-
-def _member(archive: Any, name: str) -> np.ndarray:
-    try:
-        return archive[name]
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise ValueError(f"{name} holds Python objects, not numbers") from None
-        raise ValueError(f"{name} is damaged") from None
 
 
 def _numbers(arrays: Mapping[str, np.ndarray], name: str, ndim: int) -> np.ndarray:

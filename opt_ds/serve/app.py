@@ -55,6 +55,7 @@ def build_app(
     *,
     host: str = "127.0.0.1",
     allow_hosts: Iterable[str] = (),
+    allow_svg: bool = False,
     limits: Limits = _LIMITS,
 ) -> FastAPI:
     """Build the application around one model.
@@ -63,6 +64,7 @@ def build_app(
         session: the model.
         neighbours: where to look for the nearest samples of a store, if anywhere.
         host: the address the server listens on; `allow_hosts`: its further names. See opt_ds.serve.guard.
+        allow_svg: whether uploads may be SVG drawings, one of which can take the decoder's whole time limit.
         limits: of connections, bodies and the queue.
     """
     app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
@@ -85,7 +87,7 @@ def build_app(
         attention: Annotated[bool, Form()] = True,
     ) -> dict[str, Any]:
         def work() -> dict[str, Any]:
-            sample, notes = _read(session, text, image, audio, limits)
+            sample, notes = _read(session, text, image, audio, limits, allow_svg)
             return {"notes": notes} | _describe(session, neighbours, sample, attention)
 
         return await queue.compute(request.receive, work)
@@ -100,7 +102,7 @@ def build_app(
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
         def work() -> dict[str, Any]:
-            sample, notes = _read(session, text, image, audio, limits)
+            sample, notes = _read(session, text, image, audio, limits, allow_svg)
             pictures = _paint(session, sample, count, seed)
             if count > 1 and "matching" not in session.config.learned_losses:
                 notes.append("this model was trained without matching: the pictures are in the order of painting")
@@ -156,7 +158,12 @@ def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict
 
 
 def _read(
-    session: Session, text: str | None, image: UploadFile | None, audio: UploadFile | None, limits: Limits
+    session: Session,
+    text: str | None,
+    image: UploadFile | None,
+    audio: UploadFile | None,
+    limits: Limits,
+    allow_svg: bool,
 ) -> tuple[Sample, list[str]]:
     """The sample, and what was cut off from it."""
     notes: list[str] = []
@@ -164,7 +171,8 @@ def _read(
         # The names are ours: an upload's own name says nothing about where it is written.
         picture = _kept(image, Path(folder) / "image")
         recording = _kept(audio, Path(folder) / "audio")
-        return session.processor.with_notes(notes.append, limits.recording_s)(text or None, picture, recording), notes
+        processor = session.processor.with_notes(notes.append, limits.recording_s, allow_svg=allow_svg)
+        return processor(text or None, picture, recording), notes
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:
