@@ -47,6 +47,8 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
     """
     try:
         result = command.main(list(arguments), prog_name=name, standalone_mode=False)
+        if result == EXIT_STOPPED:  # typer makes it of a Ctrl-C before the command itself began
+            return _stop(stopped(name), rank)
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(str(error), rank)
