@@ -1,15 +1,21 @@
 """`opt-ds …`: the list of commands. A command's module is imported when the command is called, so `--help` is quick."""
 
-import importlib
-import os
 import sys
-from typing import Annotated, Any, NamedTuple
 
-import typer
-import typer.core
+try:
+    import importlib
+    import os
+    from typing import Annotated, Any, NamedTuple
 
-from opt_ds.commands import rank_of_environment, run_command
-from opt_ds.errors import UserError, did_you_mean
+    import typer
+    import typer.core
+
+    from opt_ds.commands import rank_of_environment, run_command
+    from opt_ds.commands.arguments import StoppedError, build
+    from opt_ds.errors import UserError, did_you_mean
+except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other does
+    print("stopped", file=sys.stderr)
+    sys.exit(130)
 
 
 class Command(NamedTuple):
@@ -54,15 +60,13 @@ class _LazyGroup(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             raise UserError(f'unknown command "{cmd_name}"{did_you_mean(cmd_name, COMMANDS)}: see `opt-ds --help`')
         command = COMMANDS[cmd_name]
-        found = getattr(importlib.import_module(command.module), command.function)
-        if isinstance(found, typer.Typer):  # a command with commands of its own
-            found.rich_markup_mode = None
-            built = typer.main.get_group(found)
-            built.name = cmd_name
-            return built
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(cmd_name)(found)
-        return typer.main.get_command(app)
+        return build(getattr(importlib.import_module(command.module), command.function), cmd_name)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # while a command's libraries were loading
+            raise StoppedError("stopped") from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):

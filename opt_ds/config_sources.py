@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.user_files import parse_yaml, read_yaml
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
@@ -23,12 +22,10 @@ def read_source(source: str) -> dict[str, Any]:
             f'--config "{source}" is neither a preset ({", ".join(preset_names())}) nor a file'
             f"{did_you_mean(source, preset_names())}"
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    tree = read_yaml(path)
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
+        raise UserError(f"{path}: expected a mapping of config keys, found {_kind(tree)}")
     if path == preset:
         tree["preset"] = source
     elif tree.get("preset") and (PRESET_FOLDER / f"{tree['preset']}.yaml").is_file():
@@ -59,12 +56,13 @@ def set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f'"{str(value)[:40]}"'
+
+
 def parse_value(key: str, text: str) -> Any:
     """A setting's value as YAML reads it; also 1e-4 is a number."""
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
-        raise UserError(f"--set {key}={text}: the value is not readable as YAML") from None
+    value = parse_yaml(text, f"--set {key}={text}")
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
         try:
             return float(value)

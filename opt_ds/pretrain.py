@@ -17,18 +17,22 @@ if __package__ in (None, ""):
 # Before torch is loaded: waiting threads must not spin when several ranks share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import time
-import traceback
-from typing import Annotated
+try:
+    import time
+    import traceback
+    from typing import Annotated
 
-import typer
+    import typer
 
-from opt_ds.commands import run_program
-from opt_ds.config import Config, load_config
-from opt_ds.engine.distributed import Ranks, find_ranks
-from opt_ds.engine.launch import run_training
-from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
-from opt_ds.errors import UserError
+    from opt_ds.commands import run_program
+    from opt_ds.config import Config, load_config
+    from opt_ds.engine.distributed import Ranks, find_ranks
+    from opt_ds.engine.launch import run_training
+    from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
+    from opt_ds.errors import UserError
+except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other does
+    print("stopped", file=sys.stderr)
+    sys.exit(130)
 
 _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
@@ -117,6 +121,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except KeyboardInterrupt:
+        code = 130
     except Exception:
         traceback.print_exc()
         code = 1

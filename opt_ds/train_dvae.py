@@ -228,22 +228,21 @@ class Training:
             self.start_codebook()
         elapsed, cpu_elapsed = self.seconds, self.cpu_seconds
         writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step)
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="dVAE", unit="step")
-        while self.step < self.config.steps:
-            losses, settings = self.train_step()
-            self.step += 1
-            bar.update()
-            at_end = self.step == self.config.steps
-            logs, saves = self.step % LOG_EVERY == 0 or at_end, self.step % self.checkpoint_every == 0 and not at_end
-            if logs or saves:
-                self.check_finite(losses)
-            if logs:
-                self.log(writer, bar, losses, settings)
-            self.seconds = elapsed + time.monotonic() - began
-            self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
-            if saves:
-                self.save_checkpoint()
-        bar.close()
+        with tqdm(total=self.config.steps, initial=self.step, desc="dVAE", unit="step") as bar:
+            while self.step < self.config.steps:
+                losses, settings = self.train_step()
+                self.step += 1
+                bar.update()
+                at_end = self.step == self.config.steps
+                logs, saves = self.step % LOG_EVERY == 0 or at_end, self.step % self.checkpoint_every == 0 and not at_end
+                if logs or saves:
+                    self.check_finite(losses)
+                if logs:
+                    self.log(writer, bar, losses, settings)
+                self.seconds = elapsed + time.monotonic() - began
+                self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
+                if saves:
+                    self.save_checkpoint()
         result = self.finish(writer)
         writer.close()
         return result

@@ -21,9 +21,12 @@
 set -uo pipefail
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves, a task for each row
+  command -v sbatch >/dev/null || { echo "error: sbatch not found: start this on a login node of a Slurm cluster" >&2; exit 2; }
   export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$(realpath "$0")")")}
   source "$OPT_DS_HOME/slurm/common.sh"
   rows=$("${PYTHON[@]}" -m opt_ds ablate "$@" --list) || exit
+  [[ " $*" != *" --num-ranks"* && " $*" != *" --task"* ]] ||
+    { echo "error: --num-ranks and --task follow from the job: omit them (SBATCH_OPTIONS sets nodes and tasks)" >&2; exit 2; }
   read -ra options <<<"${SBATCH_OPTIONS:-}"
   job=$(sbatch --parsable "${options[@]}" --array="0-$(($(wc -l <<<"$rows") - 1))" "$0" "$@") || exit
   echo "ablation: job $job, $(wc -l <<<"$rows") rows:" $rows

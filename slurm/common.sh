@@ -4,6 +4,8 @@
 #   OPT_DS_PYTHON      the interpreter (default: $OPT_DS_HOME/.venv/bin/python)
 #   OPT_DS_CONTAINER   an Apptainer image to run in instead (see opt_ds.def); OPT_DS_BIND: further folders that it shall see
 
+[[ ${BASH_SOURCE[0]} != "$0" ]] || { echo "error: common.sh is part of the job scripts beside it: submit one of those with sbatch" >&2; exit 2; }
+
 say() { echo "[$(date +%FT%T)] $*"; }
 
 if [[ ! -f $OPT_DS_HOME/opt_ds/pretrain.py ]]; then

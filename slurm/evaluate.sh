@@ -17,6 +17,8 @@
 
 set -euo pipefail
 
+[[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: not in a Slurm job: submit it with sbatch slurm/evaluate.sh $*" >&2; exit 2; }
+
 # Slurm runs a copy of this script: the checkout is where the submitted one lies.
 submitted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
 export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}

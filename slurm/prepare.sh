@@ -20,6 +20,7 @@
 set -euo pipefail
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves
+  command -v sbatch >/dev/null || { echo "error: sbatch not found: start this on a login node of a Slurm cluster" >&2; exit 2; }
   output=""
   for ((i = 1; i <= $#; i++)); do
     [[ ${!i} == --output=* ]] && output=${!i#--output=}
@@ -42,5 +43,7 @@ if [[ ${1:-} == merge ]]; then
   srun "${PYTHON[@]}" -m opt_ds merge "${@:2}"
 else
   say "share $SLURM_ARRAY_TASK_ID of $SLURM_ARRAY_TASK_COUNT: prepare $*"
-  srun "${PYTHON[@]}" -m opt_ds prepare --shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" --workers "$SRUN_CPUS_PER_TASK" "$@"
+  own=(--shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
+  [[ " $*" == *" --workers"* ]] || own+=(--workers "$SRUN_CPUS_PER_TASK") # an option is given once
+  srun "${PYTHON[@]}" -m opt_ds prepare "${own[@]}" "$@"
 fi

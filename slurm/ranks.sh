@@ -1,5 +1,7 @@
 # Sourced, after common.sh, by the job scripts that pre-train: pretrain.sh and ablate.sh.
 
+[[ ${BASH_SOURCE[0]} != "$0" ]] || { echo "error: ranks.sh is part of the job scripts beside it: submit one of those with sbatch" >&2; exit 2; }
+
 readonly DONE=0 BAD_INPUT=2 REQUEUE=75 ENDED_BY_TERM=143 ENDED_BY_USR1=138
 
 requeue() {

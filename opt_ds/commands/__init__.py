@@ -3,8 +3,11 @@
 A user's mistake is one line on stderr and exit code 2, never a traceback.
 """
 
+import errno
 import math
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +16,17 @@ from typing import Any
 
 import typer
 
+from opt_ds.commands.arguments import StoppedError, build, stopped
 from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
 MAX_SEED = 2**63 - 1
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
+EXIT_STOPPED = 130
 _WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8,}\.tmp")
 
 
 def rank_of_environment() -> int:
@@ -29,18 +36,19 @@ def rank_of_environment() -> int:
 
 def run_program(function: Callable[..., Any], arguments: Sequence[str], name: str, rank: int = 0) -> int:
     """Run a function with typer's annotations as a program of its own; returns the exit code."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(function)
-    return run_command(typer.main.get_command(app), arguments, name, rank)
+    return run_command(build(function, name), arguments, name, rank)
 
 
 def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0) -> int:
     """Run a click command. Mistakes become one line on stderr and exit code 2.
 
-    Of several ranks only rank 0 speaks: the others give it time to, since a launcher ends all at the first one's exit.
+    Of several ranks only rank 0 speaks: the others give it time to, since a launcher ends all at the first one's exit. A
+    Ctrl-C is one line and exit code 130; a second one ends the process at once.
     """
     try:
         result = command.main(list(arguments), prog_name=name, standalone_mode=False)
+        if result == EXIT_STOPPED:  # typer makes it of a Ctrl-C before the command itself began
+            return _stop(stopped(name), rank)
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(str(error), rank)
@@ -58,11 +66,12 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
             return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, code=1)
         if error.filename is None:  # no file of the user's: a mistake of ours keeps its traceback
             raise
-        code = EXIT_BAD_INPUT if isinstance(error, _WRONG_PATH) else 1
-        return _fail(f"{error.filename2 or error.filename}: {error.strerror}", rank, code)
+        code = EXIT_BAD_INPUT if isinstance(error, _WRONG_PATH) or error.errno in _WRONG_NAME else 1
+        return _fail(f"{_users_name(error.filename2 or error.filename)}: {error.strerror}", rank, code)
+    except StoppedError as stop:
+        return _stop(str(stop), rank)
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-        return 130
+        return _stop(stopped(name), rank)
     except RunError as error:
         return _fail(str(error), rank, code=1)
 
@@ -90,6 +99,20 @@ def check_output(path: Path, option: str) -> None:
         raise UserError(f"{option} {path}: {above} is no folder: name another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: {above} may not be written to: name another place")
+
+
+def _stop(line: str, rank: int) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever asks again does not want to wait for what still ends
+    if not rank:
+        print(line, file=sys.stderr, flush=True)
+    return EXIT_STOPPED
+
+
+def _users_name(path: Any) -> str:
+    """Return the name of the file that was to be written, for that of a temporary one."""
+    found = Path(os.fsdecode(path))
+    match = _TEMPORARY.fullmatch(found.name)
+    return str(found.with_name(match[1]) if match else found)
 
 
 def _fail(message: str, rank: int, code: int = EXIT_BAD_INPUT) -> int:

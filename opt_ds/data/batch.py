@@ -211,8 +211,12 @@ class Packer:
         writing = [i for i, s in enumerate(samples) if getattr(s, name) is not None]
         targets = [getattr(samples[i], name) for i in writing]
         begin = -1
-        if name == "written_text":  # BOS is [CLS]; EOS is [SEP], and it is learned
-            begin, targets = self.cls_id, [np.append(target, self.sep_id) for target in targets]
+        if name == "written_text":  # BOS is [CLS]; EOS is [SEP], and it is learned where the text ends
+            begin = self.cls_id
+            targets = [
+                np.append(target, self.sep_id) if samples[i].text_ends else target
+                for i, target in zip(writing, targets, strict=True)
+            ]
         memory = [np.arange(layout.starts[i], layout.starts[i + 1]) for i in writing]
         return Written(
             input_ids=_join([np.append(begin, target[:-1]) for target in targets], np.int64),

@@ -34,14 +34,12 @@ _OWN = -1  # no modality is a donor's
 class FineTunePlan(Plan):
     """One task of fine-tuning; its samples are those that have all modalities of one of the input subsets, and a target."""
 
-    VERSION = 1
-
-    def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
+    def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         assert config.finetune is not None, "the plan of a pre-training run is StepPlan"
         self.options: FineTuneConfig = config.finetune
         self._draw = _DRAW_OF_TASK[self.options.task]
         self._input_sm = np.array([[m in SUBSETS[name] for m in MODALITIES] for name in self.options.inputs])
-        super().__init__(config, stores)
+        super().__init__(config, stores, version)
         if not self.num_samples:
             target = {WRITE: " and text to write", LABELS: " and labels", MATCHING: ""}[self._draw]
             raise UserError(
@@ -121,11 +119,11 @@ class FineTunePlan(Plan):
                 draw[own] = np.where(found, MATCHING, -1)
             case = np.where(draw == MATCHING, _case(self._input_sm[chosen], replaced), -1).astype(np.int8)
         writes_text = draw == WRITE
-        text_length = np.where(writes_text, self._input_lengths(store, source_rows)[:, TEXT], 0)
+        text_length, text_ends = self._text_targets(store, source_rows, writes_text)
         return PlannedSamples(
             epoch=epoch, store=store, sample=sample, draw=draw, source_rows=source_rows, input_rows=input_rows,
             input_lengths=self._input_lengths(store, input_rows), writes_text=writes_text,
-            writes_image=np.zeros(len(sample), dtype=bool), text_target_length=text_length, case=case,
+            writes_image=np.zeros(len(sample), dtype=bool), text_target_length=text_length, text_ends=text_ends, case=case,
         )  # fmt: skip
 
 
@@ -142,6 +140,9 @@ def plan_class(config: Config) -> type[Plan]:
     return StepPlan if config.finetune is None else FineTunePlan
 
 
-def make_plan(config: Config, stores: list[FeatureStore]) -> Plan:
-    """The plan of a run. Raises UserError when the stores have no sample for fine-tuning's task."""
-    return plan_class(config)(config, stores)
+def make_plan(config: Config, stores: list[FeatureStore], version: int | None = None) -> Plan:
+    """The plan of a run, of the version that it began with (None: the newest).
+
+    Raises UserError when the stores have no sample for fine-tuning's task.
+    """
+    return plan_class(config)(config, stores, version)

@@ -59,7 +59,7 @@ def _forward_flops(config: Config, samples: PlannedSamples) -> tuple[np.ndarray,
 
     decoders = np.zeros(len(samples))
     for layers, outputs, written in (
-        (model.text_decoder_layers, model.vocab_size, samples.writes_text * (samples.text_target_length + 1)),
+        (model.text_decoder_layers, model.vocab_size, samples.writes_text * samples.text_target_length),
         (model.image_decoder_layers, model.image_codebook_size, samples.writes_image * model.num_image_codes),
     ):
         rows = (used * written).astype(np.float64)

@@ -19,6 +19,10 @@ class ModelLengths:
         """int64, of each of these rows."""
         return np.minimum(stacked_length(self._stored[rows], self._stack), self._limit)
 
+    def truncated(self, rows: np.ndarray) -> np.ndarray:
+        """bool, whether the model's limit drops items of these rows."""
+        return stacked_length(self._stored[rows], self._stack) > self._limit
+
 
 def model_lengths(model: ModelConfig, store: FeatureStore) -> list[ModelLengths]:
     """Of the text, image and audio rows."""

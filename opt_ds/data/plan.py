@@ -31,10 +31,8 @@ _REDRAWS = 32
 class StepPlan(Plan):
     """The pre-training tasks, drawn by `tasks.mix`."""
 
-    VERSION = 1
-
-    def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
-        super().__init__(config, stores)
+    def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
+        super().__init__(config, stores, version)
         matching = config.tasks.matching
         self._train_donors = [DonorPool(store, rows, matching) for store, rows in zip(stores, self._train, strict=True)]
         self._has_codes = np.array([store.has_codes for store in stores])
@@ -81,10 +79,11 @@ class StepPlan(Plan):
         input_rows = source_rows.copy()
         targets_text, targets_image = self._drop_modalities(key, draw, input_rows, can_write_image, text_target)
         case = self._match(key, draw, store, sample, input_rows, donors)
+        text_target_length, text_ends = self._text_targets(store, source_rows, targets_text)
         return PlannedSamples(
             epoch=epoch, store=store, sample=sample, draw=draw, source_rows=source_rows, input_rows=input_rows,
             input_lengths=self._input_lengths(store, input_rows), writes_text=targets_text, writes_image=targets_image,
-            text_target_length=np.where(targets_text, source_lengths[:, TEXT], 0), case=case,
+            text_target_length=text_target_length, text_ends=text_ends, case=case,
         )  # fmt: skip
 
     def _possible(

@@ -18,6 +18,7 @@ from opt_ds.data.keyed import permute
 from opt_ds.data.lengths import model_lengths
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
+from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
 from opt_ds.store.reader import FeatureStore
 
 TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
@@ -28,7 +29,6 @@ SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+
 DRAWS = (*LOSSES_OF_DRAW, "write", "labels")
 MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS = range(7)
 VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
-_MIX_BLOCK = 4096  # positions in which several weighted stores take exactly their shares
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class PlannedSamples:
     input_lengths: np.ndarray  # int64 [B, 3], items after truncation and stacking
     writes_text: np.ndarray  # bool, the text decoder reconstructs
     writes_image: np.ndarray  # bool, the image decoder reconstructs
-    text_target_length: np.ndarray  # int64, WordPieces of the reconstructed text (without [SEP])
+    text_target_length: np.ndarray  # int64, tokens that the text decoder is to write: WordPieces, and [SEP] where it ends them
+    text_ends: np.ndarray  # bool, [SEP] is to be written: not after a text that model.max_text_tokens truncates
     case: np.ndarray  # int8, matching case (see data.matching); -1: not judged
 
     def __len__(self) -> int:
@@ -71,11 +72,15 @@ class PlannedStep:
 class Plan(ABC):
     """Plans every step of a run over the train split, and the fixed validation pass over the valid split."""
 
-    VERSION: int  # part of a checkpoint: a plan that draws otherwise must not continue an older run
+    VERSION = 2  # part of a checkpoint: a plan that draws otherwise must not continue an older run
+    #: Versions that this code can follow. Version 1 had the text decoder write [SEP] after truncated texts too.
+    VERSIONS = (1, 2)
     off: dict[str, str]  # draw or loss -> why no sample of these stores can take it, or why the config has none of it
 
-    def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
+    def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
+        """`version`: of the run that is continued, one of `VERSIONS`; None: the newest."""
         self.config, self.stores = config, stores
+        self.version = self.VERSION if version is None else version
         self._train = [self._usable(store, config.data.train_split) for store in stores]
         self._lengths = [model_lengths(config.model, store) for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
@@ -144,12 +149,10 @@ class Plan(ABC):
         self, positions: np.ndarray, weights: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Blocks in which each store has exactly its share of places; a store's own epoch advances at its own pace."""
-        shares = np.array(weights) / sum(weights)
-        quota = np.floor(shares * _MIX_BLOCK).astype(np.int64)
-        quota[np.argsort(quota - shares * _MIX_BLOCK)[: _MIX_BLOCK - quota.sum()]] += 1
+        quota = mix_quotas(weights)
         starts = np.cumsum([0, *quota])
-        block = positions // _MIX_BLOCK
-        slot = permute(positions % _MIX_BLOCK, _MIX_BLOCK, self.config.seed, "mix", block)
+        block = positions // MIX_BLOCK
+        slot = permute(positions % MIX_BLOCK, MIX_BLOCK, self.config.seed, "mix", block)
         store = np.searchsorted(starts, slot, side="right") - 1
         within = block * quota[store] + slot - starts[store]
         sizes = np.diff(self._starts)[store]
@@ -171,6 +174,19 @@ class Plan(ABC):
                 lengths[there, modality] = per_row[modality][rows[there, modality]]
         return lengths
 
+    def _text_targets(self, store: np.ndarray, rows: np.ndarray, writes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(int64 [B] tokens that the text decoder is to write, bool [B] whether [SEP] is one of them) for source rows [B, 3].
+
+        A text that `max_text_tokens` truncates has no end to learn: the decoder would learn to stop in mid-sentence.
+        """
+        there = writes & (rows[:, TEXT] >= 0)
+        lengths, ends = self._input_lengths(store, rows)[:, TEXT], there.copy()
+        if self.version >= 2:
+            for number, per_row in enumerate(self._lengths):
+                own = there & (store == number)
+                ends[own] = ~per_row[TEXT].truncated(rows[own, TEXT])
+        return np.where(there, lengths + ends, 0), ends
+
     def _counts(self, s: PlannedSamples) -> dict[str, float]:
         """Terms of each loss over the step: masked items, written tokens and codes, judged samples."""
         p = self.config.tasks.mask_probability
@@ -183,7 +199,7 @@ class Plan(ABC):
             "mrc": regions,
             "mafr": int(masked_frames.sum()),
             "mac": int(masked_frames[frames > masked_frames].sum()),  # a frame without negatives is not counted
-            "dtr": int((s.text_target_length[s.writes_text] + 1).sum()),  # [SEP] ends the text and is counted
+            "dtr": int(s.text_target_length[s.writes_text].sum()),
             "dir": int(s.writes_image.sum()) * self.config.model.num_image_codes,
             "matching": int((s.draw == MATCHING).sum()),
             "labels": int((s.draw == LABELS).sum()),
@@ -194,7 +210,7 @@ class Plan(ABC):
         from opt_ds.data.flops import sample_flops  # it knows this file's samples and draws
 
         positions = 1 + samples.input_lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)  # [CLS] … [SEP] with text
-        positions = positions + np.where(samples.writes_text, samples.text_target_length + 1, 0)
+        positions = positions + np.where(samples.writes_text, samples.text_target_length, 0)
         positions = positions + np.where(samples.writes_image, self.config.model.num_image_codes, 0)
         useful = np.flatnonzero(samples.draw >= 0)
         costs = sample_flops(self.config, samples)[useful]

@@ -44,6 +44,7 @@ class Sample:
     predict_regions: bool = False
     predict_frames: bool = False
     written_text: np.ndarray | None = field(default=None)  # int64 [n], the text decoder's target
+    text_ends: bool = True  # [SEP] follows it: not where the model's limit truncated it
     written_codes: np.ndarray | None = field(default=None)  # int64 [64], the image decoder's target
     case: int = -1  # matching case
     label_targets: np.ndarray | None = None  # float32 [names of the label head], 0 … 1
@@ -99,6 +100,7 @@ class SampleReader:
             sample.predict_frames = draw == MAM
         if planned.writes_text[slot]:
             sample.written_text = self._tokens(store, planned.source_rows[slot, TEXT])
+            sample.text_ends = bool(planned.text_ends[slot])
         if planned.writes_image[slot]:
             sample.written_codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
         if draw == LABELS:

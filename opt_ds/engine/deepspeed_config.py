@@ -232,11 +232,9 @@ def _read_json(config: Config) -> dict[str, Any]:
         return {}
     path = Path(config.deepspeed_config)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"deepspeed_config {path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"deepspeed_config {path}: not readable as JSON ({error})") from None
+        tree = read_json(path)
+    except UserError as error:
+        raise UserError(f"deepspeed_config {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"deepspeed_config {path}: expected a JSON object")
     return tree

@@ -70,11 +70,11 @@ def _resumable(config: Config, output: Path, say: Callable[[str], None]) -> Path
     from opt_ds.data.finetune_plan import plan_class
     from opt_ds.engine import checkpoint
 
-    wanted = plan_class(config).VERSION
+    plans = plan_class(config)
     folder = checkpoint.find_resumable(output, say)
-    if folder and (version := checkpoint.read_state(folder)["plan_version"]) != wanted:
+    if folder and (version := checkpoint.read_state(folder)["plan_version"]) not in plans.VERSIONS:
         raise UserError(
-            f"{folder} was written with version {version} of the step plan, this is version {wanted}, which draws other "
-            "samples: start anew with another --output"
+            f"{folder} was written with version {version} of the step plan, this is version {plans.VERSION}, which draws "
+            "other samples: start again with another --output"
         )
     return folder

@@ -62,7 +62,8 @@ class Trainer:
         self.ranks, self.stop = group.ranks, stop
         self.freed_memory = keep_freed_memory(group.device.type)
         self.primitives_kept = keep_few_primitives(group.device.type, precision)
-        self.plan = make_plan(config, stores)
+        saved = checkpoint.read_state(resume_from) if resume_from else {}
+        self.plan = make_plan(config, stores, saved.get("plan_version"))
         if not self.plan.has_validation(config.train.validate_samples):
             raise UserError(
                 f'{stores[0].path}: no sample of split "{config.data.valid_split}" has what the run\'s tasks need: deal samples '
@@ -71,7 +72,6 @@ class Trainer:
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
         backend.choose(config.ops.backend, group.device)
 
-        saved = checkpoint.read_state(resume_from) if resume_from else {}
         self.state = checkpoint.train_state(saved) if saved else TrainState()
         first_step = self.plan.step(self.state.step, self.ranks.world_size)
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
@@ -81,7 +81,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
         self.peak = peak_flops(hardware, precision)
         about = {
-            "plan_version": self.plan.VERSION,
+            "plan_version": self.plan.version,
             "config": config.model_dump(mode="json"),
             "stores": [store.fingerprint for store in stores],
             "versions": run_folder.versions(),
@@ -263,7 +263,7 @@ class Trainer:
         if self._baselines is None:
             from opt_ds.tasks.baselines import trivial_baselines
 
-            self._baselines = trivial_baselines(self.config, self.stores) if self.ranks.is_main else {}
+            self._baselines = trivial_baselines(self.config, self.stores, self.plan.version) if self.ranks.is_main else {}
         return self._baselines
 
     def _draw_pictures(self) -> None:

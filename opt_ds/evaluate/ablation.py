@@ -172,7 +172,8 @@ def losses_of_run(run: Path) -> tuple[str, ...]:
 
 def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
     """What pretrain.py is given for a row."""
-    return ["--config", source, "--output", str(folder / row.name), *(part for x in row.settings for part in ("--set", x))]
+    settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py takes a key once; the last one counts
+    return ["--config", source, "--output", str(folder / row.name), *(part for x in settings.values() for part in ("--set", x))]
 
 
 def make_rows(

@@ -174,8 +174,10 @@ class ModelRunner:
         self, texts: Sequence[np.ndarray], ks: Sequence[int], hidden_te: torch.Tensor, starts: list[int]
     ) -> list[float]:
         """log P of each text given the sample at starts[k], in the order of the samples; texts of one sample share its memory."""
-        ids, targets, sequences = _teacher_forced(texts, self.packer.cls_id, self.packer.sep_id, self.device)
-        rows = np.array([len(text) + 1 for text in texts])
+        # A text of the greatest length may be truncated: no model has learned an end of it.
+        ends = [[self.packer.sep_id] if len(text) < self.config.model.max_text_tokens else [] for text in texts]
+        ids, targets, sequences = _teacher_forced(texts, self.packer.cls_id, ends, self.device)
+        rows = np.array([len(text) + len(end) for text, end in zip(texts, ends, strict=True)])
         read = sorted(set(ks))
         memory = [range(starts[k], starts[k + 1]) for k in read]
         written = Written(
@@ -216,9 +218,9 @@ def _parts(rows: Sequence[int], outputs: int) -> Iterator[slice]:
 
 
 def _teacher_forced(
-    texts: Sequence[np.ndarray], begin: int, end: int, device: torch.device
+    texts: Sequence[np.ndarray], begin: int, ends: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
-    ids = torch.from_numpy(np.concatenate([np.append(begin, text) for text in texts]).astype(np.int64))
-    targets = torch.from_numpy(np.concatenate([np.append(text, end) for text in texts]).astype(np.int64))
-    sequences = Sequences.from_lengths([len(text) + 1 for text in texts], device=device)
-    return ids.to(device), targets.to(device), sequences
+    targets = [np.append(text, end).astype(np.int64) for text, end in zip(texts, ends, strict=True)]
+    ids = torch.from_numpy(np.concatenate([np.append(begin, target[:-1]) for target in targets]).astype(np.int64))
+    sequences = Sequences.from_lengths([len(target) for target in targets], device=device)
+    return ids.to(device), torch.from_numpy(np.concatenate(targets)).to(device), sequences

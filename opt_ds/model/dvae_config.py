@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.user_files import parse_yaml, read_yaml
 
 
 class DVAEConfig(BaseModel):
@@ -118,20 +118,14 @@ def load_dvae_config(
     """Combine preset, YAML file, `key=value` settings and number of steps, each overriding the one before."""
     changes: dict[str, Any] = {}
     if config_file is not None:
-        try:
-            changes = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{config_file}: not readable as YAML ({' '.join(str(error).split())})") from None
+        changes = read_yaml(config_file) or {}
         if not isinstance(changes, dict):
             raise UserError(f"{config_file}: a dVAE configuration is `key: value` lines, this is something else")
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f'--set "{setting}": write it as key=value')
-        try:
-            changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f'--set "{setting}": the value is not readable as YAML') from None
+        changes[key.strip()] = parse_yaml(value, f'--set "{setting}"')
     if steps is not None:
         changes["steps"] = steps
     return build_dvae_config(preset, changes)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.interrupts import uninterrupted_children
 from opt_ds.prepare.decoder import Decoded, DecodingError, EnvironmentFaultError, MissingFileError, own_decoder
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.store.checks import audio_problem, image_problem
@@ -137,7 +138,8 @@ def _in_order(
     pending: deque[tuple[str, list[str], Future]] = deque()
     try:
         for kind, names, folder in tasks:
-            pending.append((kind, names, pool.submit(_extract_chunk, kind, names, folder)))
+            with uninterrupted_children():  # submitting may start a worker
+                pending.append((kind, names, pool.submit(_extract_chunk, kind, names, folder)))
             if len(pending) >= ahead:
                 kind, names, future = pending[0]
                 yield kind, names, future.result()

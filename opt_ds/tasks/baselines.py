@@ -19,9 +19,9 @@ from opt_ds.store.reader import FeatureStore
 _TRAIN_ROWS = 20_000  # training rows that the frequencies are counted over, at most
 
 
-def trivial_baselines(config: Config, stores: list[FeatureStore]) -> dict[str, float]:
-    """Loss -> mean validation loss of its trivial baseline, over exactly the validation pass's terms."""
-    plan, reader = make_plan(config, stores), SampleReader(config, stores)
+def trivial_baselines(config: Config, stores: list[FeatureStore], version: int | None = None) -> dict[str, float]:
+    """Loss -> mean validation loss of its trivial baseline, over exactly the terms of the validation pass of this plan version."""
+    plan, reader = make_plan(config, stores, version), SampleReader(config, stores)
     frequencies = _Frequencies(config, stores)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
@@ -46,7 +46,8 @@ def trivial_baselines(config: Config, stores: list[FeatureStore]) -> dict[str, f
                 add("mafr", frequencies.mean_error(given(sample.frames)[masked], number, "audio", config.model.audio_stack))
                 add("mac", np.full(masked.sum(), np.log(1 + (~masked).sum())))
             if sample.written_text is not None:
-                add("dtr", frequencies.text_with_end[np.append(sample.written_text, -1)])
+                written = np.append(sample.written_text, -1) if sample.text_ends else sample.written_text
+                add("dtr", frequencies.text_with_end[written])
             if sample.written_codes is not None:
                 add("dir", frequencies.codes[sample.written_codes])
             if sample.label_targets is not None:

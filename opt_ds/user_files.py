@@ -1,0 +1,118 @@
+"""YAML and JSON that a user wrote: one line for what is wrong in it, with its place. A key that is there twice is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opt_ds.errors import UserError
+
+_MOST_VALUES = 100_000  # with every anchor written out; the largest configuration has some hundred
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file; None for an empty one.
+
+    Raises UserError for a file that is not there, is no UTF-8 text, is no YAML, repeats a key, or unfolds by its anchors into
+    more than any configuration holds.
+    """
+    return parse_yaml(_read_text(path), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """As `read_yaml`, of a text; `where` begins the messages."""
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count_values(node, where, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not readable as YAML ({_problem(error)})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise UserError(f"{where}: not readable as YAML (nested too deeply)") from None
+    except ValueError as error:  # a date that is none, a number that is too long
+        raise UserError(f"{where}: not readable as YAML ({error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises UserError as `read_yaml` does."""
+    text = _read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not readable as JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not readable as JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder: name a file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
+    """Return how many values a node holds, with anchors written out; refuse repeated keys on the way.
+
+    `counts`: of the nodes that were counted; 0 for those that are being counted, which must not hold themselves.
+    """
+    if id(node) in counts:
+        if not counts[id(node)]:
+            raise UserError(f"{where} line {node.start_mark.line + 1}: an anchor holds itself: write the value out")
+        return counts[id(node)]
+    counts[id(node)] = 0
+    total = 1
+    if isinstance(node, yaml.MappingNode):
+        _refuse_repeated(node, where)
+        total += sum(_count_values(key, where, counts) + _count_values(value, where, counts) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        total += sum(_count_values(item, where, counts) for item in node.value)
+    if total > _MOST_VALUES:
+        raise UserError(f"{where} line {node.start_mark.line + 1}: more than {_MOST_VALUES:,} values, with its anchors written out")
+    counts[id(node)] = total
+    return total
+
+
+def _refuse_repeated(node: yaml.MappingNode, where: str) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in lines:
+            places = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
+            raise UserError(f'{where}: key "{key.value}" is there twice ({places}): remove one')
+        lines[name] = line
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UserError(f'{path}: key "{key}" is there twice: remove one')
+        found[key] = value
+    return found
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    text = " ".join(str(error.problem or error.context).split())
+    return "a tab indents it: use spaces" if r"'\t'" in text else text
