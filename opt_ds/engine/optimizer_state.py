@@ -155,8 +155,8 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
 def _drop_offloaded_sums(engine: DeepSpeedEngine) -> None:
     """Drop the fp32 sums of a step that was not taken.
 
-    With an offloaded optimizer at stages 1 and 2, DeepSpeed 0.19 keeps them after an overflow and adds the next gradients to them, so
-    one infinity would make every later step overflow.
+    With an offloaded optimizer at stages 1 and 2, DeepSpeed 0.19 keeps them after an overflow and adds the next
+    gradients to them, so one infinity would make every later step overflow.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:

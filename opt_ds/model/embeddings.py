@@ -57,12 +57,12 @@ class _NoRows(torch.autograd.Function):
 class WordEmbedding(nn.Embedding):
     """The table of WordPieces, which the embedder and the text decoder share.
 
-    ZeRO 3 gathers the table when this module is called, forward and backward, so every rank must call it in every micro-batch, with
-    ids or without. Every rank must also give the table a gradient: the embedder does, be it of zeros.
+    ZeRO 3 gathers the table when this module is called, forward and backward. So every rank must call it in every
+    micro-batch, with or without ids. Every rank must also give the table a gradient; the embedder does.
     """
 
     def forward(self, ids: torch.Tensor, skip_empty_gradient: bool = False) -> torch.Tensor:
-        """[n] -> [n, e]; `skip_empty_gradient`: without ids the table gets no gradient from here, instead of zeros of its size."""
+        """[n] -> [n, e]. With `skip_empty_gradient` and no ids this call gives the table no gradient, instead of zeros."""
         return _NoRows.apply(self.weight) if skip_empty_gradient and not len(ids) else super().forward(ids)
 
 

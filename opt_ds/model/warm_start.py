@@ -95,8 +95,8 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
     """Other heads, norms, positions or activations give weights of the same shape another meaning."""
     if config.norm != "post":
         raise UserError(
-            f"model.bert {folder}: BERT's LayerNorms follow each residual sum, with model.norm={config.norm} they would be applied "
-            "elsewhere: set model.norm=post, or omit model.bert"
+            f"model.bert {folder}: BERT's LayerNorms follow each residual sum, with model.norm={config.norm} they would "
+            "be applied elsewhere: set model.norm=post, or omit model.bert"
         )
     file = folder / "config.json"
     try:

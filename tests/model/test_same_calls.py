@@ -1,5 +1,7 @@
-"""Every batch calls the same modules in the same order, forward and backward: ZeRO 3 gathers weights at these calls, so ranks whose
-micro-batches differ in tasks, modalities or size would otherwise wait for different collectives.
+"""Every batch calls the same modules in the same order, forward and backward.
+
+ZeRO 3 gathers weights at these calls: ranks whose micro-batches differ in tasks, modalities or size would otherwise wait
+for different collectives.
 """
 
 from typing import Any
@@ -10,8 +12,8 @@ from torch import nn
 
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
-from opt_ds.data.planned import DRAWS
 from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import DRAWS
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
@@ -41,7 +43,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def calls(model: OPT, config: Config, batch: PackedBatch) -> Calls:
-    """(event, module) in the order in which ZeRO 3 would gather: before a module's forward, and when its output's gradient comes."""
+    """(event, module) in the order in which ZeRO 3 gathers: before a forward, and when an output's gradient comes."""
     events: Calls = []
 
     def hear(name: str) -> tuple[Any, Any]:
