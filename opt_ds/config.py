@@ -159,6 +159,13 @@ class TasksConfig(_Section):
     def active_losses(self) -> tuple[str, ...]:
         return tuple(loss for loss in ALL_LOSSES if self.loss_weight(loss) > 0)
 
+    @property
+    def trained_losses(self) -> tuple[str, ...]:
+        """The active losses of which some phase of the mix has samples (and fine-tuning's labels, which have no share)."""
+        mixes = (self.mix, *(phase.mix for phase in self.curriculum))
+        shares = {loss: max(mix.get(draw, 0.0) for mix in mixes) for draw, losses in LOSSES_OF_DRAW.items() for loss in losses}
+        return tuple(loss for loss in self.active_losses if shares.get(loss, 1.0) > 0)
+
     def mix_at(self, fraction: float) -> dict[str, float]:
         """Shares of the draws at this fraction of the schedule; draws without a weighted loss have 0. They sum to 1."""
         mix = self.mix
@@ -322,7 +329,7 @@ class Config(_Section):
     def learned_losses(self) -> tuple[str, ...]:
         """What the model was trained with, by this run or by the one that it was fine-tuned from."""
         before = self.finetune.learned if self.finetune else ()
-        return tuple(loss for loss in ALL_LOSSES if loss in before or loss in self.tasks.active_losses)
+        return tuple(loss for loss in ALL_LOSSES if loss in before or loss in self.tasks.trained_losses)
 
     @property
     def max_steps(self) -> int:

@@ -181,11 +181,13 @@ class StepPlan(Plan):
         subsets = sum(store.split_subsets(self.config.data.train_split) for store in self.stores)
         present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0  # a row for each subset of modalities that occurs
         everywhere = {MLM: "text", MVM: "image", MAM: "audio"}
-        active = self.config.tasks.active_losses
+        active, trained = self.config.tasks.active_losses, self.config.tasks.trained_losses
         off = {}
         for number, draw in enumerate(LOSSES_OF_DRAW):
             if not any(loss in active for loss in LOSSES_OF_DRAW[draw]):
                 off[draw] = "its weight is 0"
+            elif not any(loss in trained for loss in LOSSES_OF_DRAW[draw]):
+                off[draw] = "its share of tasks.mix is 0"
             elif number in everywhere and not present[:, number].any():
                 off[draw] = f"no sample has {everywhere[number]}"
             elif number == MATCHING and not any(pool.usable for pool in self._train_donors):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opt_ds.config import LOSSES_OF_DRAW, Config
-from opt_ds.data.keyed import permute
+from opt_ds.data.keyed import keyed_hash, permute
 from opt_ds.data.lengths import model_lengths
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
@@ -109,7 +109,8 @@ class Plan(ABC):
         return self._planned_step(step, self._training_samples(step, *self._samples_at(positions)), world_size)
 
     def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> "list[PlannedStep]":
-        """The fixed validation pass: every possible draw on every sample of the valid split (the first `max_samples`).
+        """The fixed validation pass: every task that is trained on every sample of the valid split, or on a choice of
+        `max_samples` of all stores, a function of the seed.
 
         Each PlannedStep holds up to `chunk` samples; its `step` is its place in the list.
         """
@@ -125,9 +126,10 @@ class Plan(ABC):
         return any((part.draw >= 0).any() for part in self._validation_parts(max_samples))
 
     def _validation_parts(self, max_samples: int) -> "list[PlannedSamples]":
+        usable = [self._usable(store, self.config.data.valid_split) for store in self.stores]
         parts: list[PlannedSamples] = []
-        for number, store in enumerate(self.stores):
-            parts += self._validation_samples(number, self._usable(store, self.config.data.valid_split)[:max_samples])
+        for number, valid in enumerate(_chosen(usable, max_samples, self.config.seed)):
+            parts += self._validation_samples(number, valid)
         return parts
 
     def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -242,6 +244,16 @@ class Plan(ABC):
             if len(lengths[m])
         )
         return max(1, round(self.config.batch.size / (2 + tokens / self.num_samples)))
+
+
+def _chosen(samples: list[np.ndarray], limit: int, seed: int) -> list[np.ndarray]:
+    """At most `limit` of all stores' samples, in their order: those with the smallest hashes, so that a larger choice holds a
+    smaller one."""
+    if sum(map(len, samples)) <= limit:
+        return samples
+    keys = [keyed_hash(seed, "validation", number, own) for number, own in enumerate(samples)]
+    largest = np.partition(np.concatenate(keys), limit - 1)[limit - 1]
+    return [own[key <= largest] for own, key in zip(samples, keys, strict=True)]
 
 
 def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:

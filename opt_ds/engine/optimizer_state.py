@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -109,6 +110,13 @@ def take_step(engine: DeepSpeedEngine) -> bool:
     DeepSpeed grows the loss scale before it divides by it: in that step the gradient would come out halved. So the growth
     waits for the step's end. At the smallest scale it would raise; here the step is just not taken.
     """
+    taken = _step(engine)
+    if not taken:
+        _drop_offloaded_sums(engine)
+    return taken
+
+
+def _step(engine: DeepSpeedEngine) -> bool:
     if not scaler_state(engine):
         engine.step()
         return engine.was_step_applied()
@@ -141,6 +149,19 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
         changes = {check: overflow, "check_grad_overflow": True, "_update_scale": lambda has_overflow=False: None}
     with _changed(optimizer, changes):
         engine.step()
+    _drop_offloaded_sums(engine)
+
+
+def _drop_offloaded_sums(engine: DeepSpeedEngine) -> None:
+    """Drop the fp32 sums of a step that was not taken.
+
+    With an offloaded optimizer at stages 1 and 2, DeepSpeed 0.19 keeps them after an overflow and adds the next
+    gradients to them, so one infinity would make every later step overflow.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
 
 
 @contextmanager

@@ -132,7 +132,8 @@ class ModelRunner:
 
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """The matching head's five scores of each sample; float32 [samples, 5]."""
-        return self._from_cls(samples, NUM_CASES, self.model.matching.score)
+        scores = self._from_cls(samples, NUM_CASES, self.model.matching.score)
+        return torch.from_numpy(scores).log_softmax(-1).numpy() if self.config.tasks.matching.loss == "ce" else scores
 
     def label_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """The label head's score of each name (`config.tasks.labels.names`), before the sigmoid; float32 [samples, names].

@@ -8,6 +8,7 @@ from torch import nn
 
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import Written
+from opt_ds.model.embeddings import WordEmbedding
 from opt_ds.model.transformer import Decoder, Dropout, LayerCache, LayerNorm
 from opt_ds.ops.linear_cross_entropy import linear_cross_entropy
 from opt_ds.ops.sequences import Sequences
@@ -68,14 +69,12 @@ class AutoregressiveDecoder(nn.Module, ABC):
 class TextDecoder(AutoregressiveDecoder):
     """Writes WordPieces; the word embedding is the text embedder's own. Begins with [CLS], ends with [SEP]."""
 
-    def __init__(self, config: ModelConfig, word: nn.Embedding) -> None:
+    def __init__(self, config: ModelConfig, word: WordEmbedding) -> None:
         super().__init__(config, config.text_decoder_layers, config.max_text_tokens + 1, config.vocab_size)
         self.word = word
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        if not len(ids):  # a gradient of zeros would cost as much as any other of the table, which has one from the embedder
-            return self.word.weight.new_empty(0, self.word.embedding_dim)
-        return self.word(ids)
+        return self.word(ids, skip_empty_gradient=True)  # the embedder gives the table one
 
     def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.word.weight, self.bias

@@ -3,6 +3,8 @@
 Legend: n text rows, r region rows, a frame rows, t packed rows; e width; v feature width.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -40,12 +42,36 @@ class FeatureStandardizer(nn.Module):
         return ((features - mean) / std).clamp(-STANDARD_LIMIT, STANDARD_LIMIT)
 
 
+class _NoRows(torch.autograd.Function):
+    """Rows [0, e] of a table; backward gives the table no gradient, instead of zeros of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, table: torch.Tensor) -> torch.Tensor:
+        return table.new_empty(0, table.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+class WordEmbedding(nn.Embedding):
+    """The table of WordPieces, which the embedder and the text decoder share.
+
+    ZeRO 3 gathers the table when this module is called, forward and backward. So every rank must call it in every
+    micro-batch, with or without ids. Every rank must also give the table a gradient; the embedder does.
+    """
+
+    def forward(self, ids: torch.Tensor, skip_empty_gradient: bool = False) -> torch.Tensor:
+        """[n] -> [n, e]. With `skip_empty_gradient` and no ids this call gives the table no gradient, instead of zeros."""
+        return _NoRows.apply(self.weight) if skip_empty_gradient and not len(ids) else super().forward(ids)
+
+
 class TextEmbedder(nn.Module):
     """Token + position + type -> LN (BERT's embedding)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word = WordEmbedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_text_tokens + 2, config.hidden_size)
         self.norm = LayerNorm(config)
 

@@ -84,8 +84,9 @@ class OPT(nn.Module):
             ("audio", self.embeddings.frame_standardizer),
         ]
         for name, standardizer in pairs:
-            found = [store.description.statistics[name] for store in stores if name in store.description.statistics]
-            if found:
+            described = [store.description.statistics.get(name) for store in stores]
+            found = [statistics for statistics in described if statistics and statistics.count]
+            if found:  # else the modality is in no training sample: the identity stays
                 standardizer.set_statistics(*_pooled(found))
 
     def load_bert(self, folder: str | Path) -> list[str]:
@@ -130,5 +131,5 @@ def _pooled(statistics: list) -> tuple[torch.Tensor, torch.Tensor]:
     means = torch.tensor([s.mean for s in statistics], dtype=torch.float64)
     stds = torch.tensor([s.std for s in statistics], dtype=torch.float64)
     mean = (shares * means).sum(0)
-    variance = (shares * (stds.square() + means.square())).sum(0) - mean.square()
-    return mean.float(), variance.clamp_min(0).sqrt().float()
+    variance = (shares * (stds.square() + (means - mean).square())).sum(0)
+    return mean.float(), variance.sqrt().float()

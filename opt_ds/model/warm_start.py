@@ -44,11 +44,11 @@ def load_bert(model: "OPT", folder: Path) -> list[str]:
     """Copy BERT's weights into an `OPT`; gives the names that were set.
 
     Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; the MLM head is taken where
-    the folder has it. Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
-    weight is missing or a file is not readable.
+    the folder has it. Raises UserError, and changes nothing, where a shape, the number of heads or the placement of norms
+    differs, an encoder weight is missing or a file is not readable.
     """
     check_model_folder(folder, "fetch the folder again", allow_pickled=True)
-    _check_heads(model.config, folder)
+    _check_architecture(model.config, folder)
     bert = {name.removeprefix("bert."): value for name, value in _read(folder).items()}
     own = dict(model.named_parameters())
     wanted = dict(_EMBEDDINGS)
@@ -93,13 +93,24 @@ def _fitting(
     return value
 
 
-def _check_heads(config: ModelConfig, folder: Path) -> None:
-    """Other heads give weights of the same shape another meaning."""
+def _check_architecture(config: ModelConfig, folder: Path) -> None:
+    """Other heads, norms, positions or activations give weights of the same shape another meaning."""
+    if config.norm != "post":
+        raise UserError(
+            f"model.bert {folder}: BERT's LayerNorms follow each residual sum, with model.norm={config.norm} they would "
+            "be applied elsewhere: set model.norm=post, or omit model.bert"
+        )
     file = folder / "config.json"
     try:
-        heads = json.loads(file.read_text(encoding="utf-8")).get("num_attention_heads") if file.is_file() else None
+        described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        heads = described.get("num_attention_heads")
     except (ValueError, AttributeError):
         raise UserError(f"model.bert {file}: not readable as a BERT's config: fetch the folder again") from None
+    for key, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if described.get(key, expected) != expected:
+            raise UserError(
+                f"model.bert {file}: {key} is {described[key]}, the encoder computes {expected}: choose a BERT with {expected}"
+            )
     if heads is not None and heads != config.num_heads:
         raise UserError(
             f"model.bert {folder}: its num_attention_heads is {heads}, model.num_heads is {config.num_heads}: "

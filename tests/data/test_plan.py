@@ -209,9 +209,36 @@ def test_validation_has_every_task_on_every_sample_and_stays_fixed(ragged: Featu
         expected |= {MODALITY} if text or image else set()
         expected |= {MATCHING} if (rows >= 0).sum() >= 2 else set()
         assert {d for s, d in pairs if s == sample} == expected
-    first = ragged.split_samples("valid")[:5]
-    few = plan.validation(max_samples=5)
-    assert set(np.concatenate([step.samples.sample for step in few])) <= set(first)
+
+
+def validated(plan: StepPlan, max_samples: int) -> set[tuple[int, int]]:
+    """(store, sample) of a validation pass."""
+    steps = plan.validation(max_samples=max_samples)
+    return {(int(n), int(s)) for step in steps for n, s in zip(step.samples.store, step.samples.sample, strict=True)}
+
+
+def test_fewer_validation_samples_are_a_seeded_choice_of_all_stores(complete: FeatureStore, grouped: FeatureStore) -> None:
+    stores = [complete, grouped]
+    plan = StepPlan(make_config(), stores)
+    total = sum(len(store.split_samples("valid")) for store in stores)
+    few, more, every = (validated(plan, n) for n in (6, 9, total))
+    assert len(few) == 6 and len(more) == 9 and len(every) == total and few < more < every
+    assert {number for number, _ in few} == {0, 1}, "no store is left out, none is taken in full"
+    firsts = {(number, int(s)) for number, store in enumerate(stores) for s in store.split_samples("valid")[:3]}
+    assert few != firsts and few == validated(StepPlan(make_config(seed=1), stores), 6)
+    assert few != validated(StepPlan(make_config(seed=2), stores), 6)
+
+
+@pytest.mark.parametrize(("later", "judged"), [({}, False), ({"matching": 1.0}, True)])
+def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judged: bool, complete: FeatureStore) -> None:
+    tasks = {"mix": {"mlm": 1.0, "modality": 0.5}, "curriculum": [{"from_fraction": 0.5, "mix": later}] if later else []}
+    config = make_config(tasks=tasks)
+    plan = StepPlan(config, [complete])
+    found = {DRAWS[draw] for step in plan.validation() for draw in step.samples.draw}
+    assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
+    assert plan.off["mvm"] == "its share of tasks.mix is 0" and ("matching" in plan.off) != judged
+    assert set(config.learned_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
+
 
 
 def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dropped(complete: FeatureStore) -> None:

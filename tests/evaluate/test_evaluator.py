@@ -13,6 +13,7 @@ from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, held_out_splits
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.prepare.text import train_wordpiece
 from opt_ds.store.tokenizer import load_tokenizer
+from tests.tiny import make_config
 
 
 @pytest.mark.parametrize("name", list(SUBSETS))
@@ -32,6 +33,17 @@ def test_results_do_not_depend_on_what_else_is_in_the_batch(evaluator: Evaluator
     np.testing.assert_allclose(together, alone, atol=1e-5)
     texts = evaluator.write_text(samples, DecodingConfig())
     assert texts == [evaluator.write_text([sample], DecodingConfig())[0] for sample in samples]
+
+
+def test_matching_scores_of_a_softmax_head_compare_between_samples(evaluator: Evaluator) -> None:
+    gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 4)
+    samples = [evaluator.read(index, (TEXT, IMAGE)) for index in gallery]
+    raw = evaluator.matching_scores(samples)
+    config = make_config(tasks={"matching": {"loss": "ce"}}, model={"num_image_codes": 64})
+    scores = Evaluator(evaluator.model, config, evaluator.store).matching_scores(samples)
+    np.testing.assert_allclose(np.exp(scores).sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(scores - raw, np.broadcast_to((scores - raw)[:, :1], raw.shape), atol=1e-5)
+    assert np.ptp((scores - raw)[:, 0]) > 1e-3, "or raw scores would rank alike"
 
 
 def test_text_log_likelihood_is_the_sum_of_the_decoder_s_log_probabilities(evaluator: Evaluator) -> None:

@@ -1,5 +1,7 @@
 """The embedders: what their sums hold, what a mask hides, how features are standardised."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from opt_ds.data.batch import PackedBatch
 from opt_ds.model.embeddings import STANDARD_LIMIT, FeatureStandardizer
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
+from opt_ds.store.schema import Statistics
 from tests.tiny import make_config, make_model, make_packer, make_store, read_samples
 
 
@@ -78,6 +81,37 @@ def test_standardised_features_have_mean_0_and_deviation_1_and_are_clamped() -> 
     assert set(standardizer.state_dict()) == {"mean", "std"}, "they travel with the weights"
     half = standardizer(stored.new_full((1, 8), 2.0).half())
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_modality_that_a_store_lacks_leaves_no_nan(others: int, tmp_path: Path, complete: FeatureStore) -> None:
+    silent = FeatureStore(complete.path)
+    description = silent.description
+    nothing = Statistics(mean=[0.0] * 6, std=[1.0] * 6, count=0)  # what a store without recordings in "train" keeps
+    silent.__dict__["description"] = description.model_copy(update={"statistics": {**description.statistics, "audio": nothing}})
+    config = make_config(model={"standardize_features": True})
+    model = OPT(config.model, config.tasks)
+    model.set_feature_statistics([silent, *[complete] * others])
+    frames, known = model.embeddings.frame_standardizer, description.statistics["audio"]
+    assert torch.allclose(frames.mean, torch.tensor(known.mean) if others else torch.zeros(6), atol=1e-6)
+    assert torch.allclose(frames.std, torch.tensor(known.std) if others else torch.ones(6), atol=1e-6)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("constant", [0.0, 7.0, 60_000.0])
+def test_a_dimension_that_never_varies_is_not_blown_up(constant: float, complete: FeatureStore) -> None:
+    stores = []
+    for count in (3, 1000):
+        store = FeatureStore(complete.path)
+        flat = Statistics(mean=[constant] * 6, std=[0.0] * 6, count=count)
+        store.__dict__["description"] = store.description.model_copy(update={"statistics": {"audio": flat}})
+        stores.append(store)
+    config = make_config(model={"standardize_features": True})
+    model = OPT(config.model, config.tasks)
+    model.set_feature_statistics(stores)
+    standardizer = model.embeddings.frame_standardizer
+    assert torch.equal(standardizer.std, torch.ones(6))
+    assert standardizer(torch.full((1, 12), constant)).abs().max() < 1e-2
 
 
 def test_statistics_of_several_stores_are_pooled(tmp_path, complete: FeatureStore) -> None:
