@@ -84,6 +84,7 @@ def serve(
 ) -> None:
     """A web page to try the model on, and a JSON API (see /api/docs)."""
     try:
+        import python_multipart  # noqa: F401 - FastAPI's forms
         import uvicorn
 
         from opt_ds.serve.app import build_app
