@@ -1,5 +1,5 @@
-"""Installing for real: archive and wheel into an environment with the base requirements alone, and into an empty one. Minutes each: the
-operators are compiled every time."""
+"""Installing for real: archive and wheel into an environment with the base requirements alone, and into an empty one. Each takes
+minutes, since the operators are compiled."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 
 from tests.packaging.declared import ROOT
 from tests.packaging.environments import Environment, base_packages
-from tests.serve.conftest import raw_store, run  # noqa: F401 - a tiny trained run
+from tests.serve.conftest import raw, raw_store, run  # noqa: F401 - a tiny trained run
 
 _PROBE = """
 import json, torch, opt_ds
@@ -64,9 +64,10 @@ def _works(environment: Environment, run: Path, raw: Path, tmp_path: Path) -> di
     assert Path(where).is_relative_to(environment.folder) and record["torch"] == version
     assert environment.run("opt-ds", "--help").returncode == 0
     doctor = environment.run("opt-ds", "doctor")
-    assert doctor.returncode == 0 and re.search(r"ok +kernels +.*compiled: cpu, emulator", doctor.stdout), doctor.stdout + doctor.stderr
-    output = tmp_path / "text.txt"
-    done = environment.run("opt-ds", "generate", "--checkpoint", run, "--image", raw / "0.png", "--to", "text", "--output", output)
+    assert re.search(r"ok +kernels +.*compiled: cpu, emulator", doctor.stdout), doctor.stdout + doctor.stderr
+    assert doctor.returncode == 0, doctor.stdout
+    output, given = tmp_path / "text.txt", ("--audio", raw / "0.wav", "--to", "text")
+    done = environment.run("opt-ds", "generate", "--checkpoint", run, *given, "--output", output)
     assert done.returncode == 0 and output.is_file(), done.stderr
     return record
 

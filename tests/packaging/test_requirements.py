@@ -17,6 +17,11 @@ from tests.packaging.declared import ROOT, base_requirements, canonical, closure
 FOREIGN = {"apex", "fused_layer_norm_cuda", "detectron2"}
 #: Files that are only reached where an extra is installed; they may use all that it brings.
 BEHIND_AN_EXTRA = {"opt_ds/prepare/importers/piper_worker.py": "corpus", "opt_ds/serve": "web"}
+#: The modules that cannot be imported without an extra.
+NEEDS_AN_EXTRA = {
+    "opt_ds.evaluate.ablation", "opt_ds.evaluate.captioning", "opt_ds.evaluate.classification", "opt_ds.evaluate.summary",
+    "opt_ds.evaluate.transcription", "opt_ds.serve.app",
+}  # fmt: skip
 _GUARDS = (ast.With, ast.Try, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -44,6 +49,30 @@ def test_every_import_is_declared_and_a_bare_one_is_a_base_requirement() -> None
             elif not (guarded or owners & (base | owned)):
                 bare.append(where)
     assert undeclared == [] and bare == []
+
+
+def test_an_extra_is_needed_by_these_modules_alone() -> None:
+    """Whatever imports one of them at its top needs the extra as well: `generate` and `pretrain` must not."""
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "opt_ds").rglob("*.py")}
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in trees}
+    needing = {name for name, file in names.items() if any(map(_asks_for_an_extra, trees[file].body))} | {"opt_ds.serve.app"}
+    while more := {name for name, file in names.items() if needing & set(_modules_at_the_top(trees[file]))} - needing:
+        needing |= more
+    assert needing == NEEDS_AN_EXTRA
+
+
+def _asks_for_an_extra(node: ast.stmt) -> bool:
+    return isinstance(node, ast.With) and "needs_extra" in ast.unparse(node.items[0])
+
+
+def _modules_at_the_top(tree: ast.Module) -> Iterator[str]:
+    """Full names of the modules that importing this one imports."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _imports(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[str, bool]]:
