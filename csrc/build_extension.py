@@ -1,196 +1,234 @@
 """Builds the compiled operators ahead of time, for setup.py: `opt_ds._C` (CPU reference, and the CUDA kernels where they can be
-compiled) and `opt_ds._emulator` (the kernels run on a CPU). Needs a C++ compiler and torch; says in `opt_ds/_build.json`, which
-`opt_ds.ops` reads, what was built and why something was not.
+compiled) and `opt_ds._emulator` (the kernels run on a CPU). `opt_ds/_build.json`, which `opt_ds.ops` reads, records what was
+built, against which torch, and why something was not.
 
-OPT_DS_CUDA_ARCHITECTURES chooses the GPUs: "70,80", "none", or (the default) those of this machine.
+Each part stands alone: a CUDA part that fails leaves the CPU operators and the emulator. Without torch the build stops.
+
+    OPT_DS_BUILD_KERNELS        0: install without any kernels
+    OPT_DS_CUDA_ARCHITECTURES   "70,80", "8.0+PTX", "90a", "none"; default: the GPUs of this machine
+    CXX, CUDACXX, MAX_JOBS      the compilers (nvcc uses CXX too), and how many of them at a time
 """
 
 import json
 import os
 import platform
-import re
+import shlex
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from build_nvcc import Architecture, NotBuiltError, choose_architectures, find_nvcc, run
+from build_torch import BrokenTorchError, Torch, find_torch, kernels_are_wanted, missing_torch_message
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
 
 CSRC = Path(__file__).resolve().parent
 KERNELS = sorted((CSRC / "kernels").glob("*.cu"))
 EMULATED_ARCHITECTURE = "70"  # V100; `make test-kernels` emulates the others too
-SUPPORTED_ARCHITECTURES = ("70", "75", "80", "86", "89", "90", "100", "120")
-
-
-class NotBuiltError(Exception):
-    """A part cannot be built here; the message says why."""
+_OPERATORS, _EMULATOR = "opt_ds._C", "opt_ds._emulator"
+_COMPILER_CACHES = ("ccache", "sccache", "distcc")
 
 
 def kernel_extensions() -> list[Extension]:
-    return [Extension("opt_ds._C", []), Extension("opt_ds._emulator", [])]
+    return [Extension(_OPERATORS, []), Extension(_EMULATOR, [])]
 
 
 class BuildKernels(build_ext):
     """Compiles with g++ and nvcc directly: the kernels know nothing of torch, and the binding needs no CUDA header."""
 
     def run(self) -> None:
-        record = {"cpu": "built", "cuda": "", "architectures": [], "emulator": "built"}
-        folder = Path(self.get_ext_fullpath("opt_ds._C")).parent
+        torch = _require_torch()
+        folder = self._record_file().parent
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._build(record)
-        except NotBuiltError as reason:
-            record.update(cpu=str(reason), emulator=str(reason))
-            record["cuda"] = record["cuda"] or str(reason)
-        (folder / "_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record: dict[str, Any] = {"cpu": "", "cuda": "", "architectures": [], "emulator": "", "torch": torch and torch.version}
+        if torch is None:
+            record |= dict.fromkeys(("cpu", "cuda", "emulator"), "opt_ds was installed with OPT_DS_BUILD_KERNELS=0")
+        else:
+            self._build(torch, record)
+        for part, name in (("cpu", _OPERATORS), ("emulator", _EMULATOR)):
+            if record[part] != "built":
+                Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)  # of an earlier build
+        self._record_file().write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for part in ("cpu", "cuda", "emulator"):
             print(f"opt_ds kernels, {part}: {record[part]}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
-        return [path for path in super().get_outputs() if Path(path).exists()]
+        return [path for path in [*super().get_outputs(), str(self._record_file())] if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
         """Nothing to copy: an editable build writes in place."""
 
-    def _build(self, record: dict) -> None:
-        torch = _torch()
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
-        if compiler is None:
-            raise NotBuiltError("no C++ compiler: install g++, or set CXX")
-        objects = Path(self.build_temp).resolve() / "opt_ds"
-        objects.mkdir(parents=True, exist_ok=True)
-        jobs = _Jobs(objects)
+    def _record_file(self) -> Path:
+        return Path(self.get_ext_fullpath(_OPERATORS)).parent / "_build.json"
 
-        include = [f"-I{CSRC / 'include'}"]
-        cxx = [compiler, "-O2", "-fPIC", "-fvisibility=hidden", "-std=c++20", *include, "-c"]
-        with_torch = [*cxx, *(f"-isystem{path}" for path in torch.include)]
-        nvcc, architectures = None, []
+    def _build(self, torch: Torch, record: dict[str, Any]) -> None:
         try:
-            nvcc, architectures = _nvcc(torch.cuda), None
-            architectures = _architectures(nvcc)
+            compiler = _compiler()
+        except NotBuiltError as reason:
+            record |= dict.fromkeys(("cpu", "cuda", "emulator"), str(reason))
+            return
+        objects = Path(self.build_temp).resolve() / "opt_ds"
+        shutil.rmtree(objects, ignore_errors=True)
+        objects.mkdir(parents=True)
+        with ThreadPoolExecutor(_num_jobs()) as pool:
+            jobs = _Jobs(pool, objects)
+            cuda = _CudaPart(jobs, torch, compiler, record)
+            operators, emulator = _OperatorsPart(jobs, torch, compiler), _EmulatorPart(jobs, torch, compiler)
+            try:
+                self._link_operators(operators, cuda, record)
+            except NotBuiltError as reason:
+                record["cpu"] = str(reason)
+                record["cuda"] = record["cuda"] if record["cuda"] not in ("", "built") else str(reason)
+            try:
+                self._link(_EMULATOR, compiler, emulator.files(), torch.link_flags)
+                record["emulator"] = "built"
+            except NotBuiltError as reason:
+                record["emulator"] = str(reason)
+
+    def _link_operators(self, operators: "_OperatorsPart", cuda: "_CudaPart", record: dict[str, Any]) -> None:
+        """With the CUDA kernels if they were compiled and can be linked, else without them."""
+        compiler, flags = operators.compiler, operators.torch.link_flags
+        try:
+            kernels = cuda.files()
+            self._link(_OPERATORS, compiler, [*operators.files(with_cuda=True), *kernels], [*flags, *cuda.runtime_flags])
+            record |= {"cuda": "built", "architectures": list(map(str, cuda.architectures))}
         except NotBuiltError as reason:
             record["cuda"] = str(reason)
-        with_cuda = ["-DOPT_DS_WITH_CUDA"] if architectures else []
-        jobs.add("binding.o", [*with_torch, *with_cuda, str(CSRC / "binding.cpp")])
-        jobs.add("autograd.o", [*with_torch, str(CSRC / "autograd.cpp")])
-        jobs.add("reference.o", [*with_torch, str(CSRC / "reference.cpp")])
-        for kernel in KERNELS if architectures else []:
-            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-            named = f'-DOPT_DS_ARCHITECTURES="{" ".join(f"sm_{a}" for a in architectures)}"'
-            jobs.add(f"{kernel.stem}.cuda.o", [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", named, *targets,
-                                               *include, "-c", str(kernel)])  # fmt: skip
-        emulates = platform.machine() in ("x86_64", "AMD64")
-        if emulates:
-            emulator = [f"-I{CSRC / 'emulator'}", "-march=x86-64-v3", f"-DOPT_DS_EMULATED_ARCH={EMULATED_ARCHITECTURE}",
-                        f'-DOPT_DS_ARCHITECTURES="emulator of sm_{EMULATED_ARCHITECTURE}"', "-Wno-unknown-pragmas"]  # fmt: skip
-            for part in ("binding", "autograd"):
-                jobs.add(f"emulator_{part}.o", [*with_torch, "-DOPT_DS_LIBRARY=opt_ds_emulator", str(CSRC / f"{part}.cpp")])
-            for source in [*KERNELS, CSRC / "emulator" / "simt.cpp"]:
-                jobs.add(f"{source.stem}.emulator.o", [*cxx, *emulator, "-x", "c++", str(source)])
-        else:
-            record["emulator"] = f"the emulator switches stacks in x86-64 assembly; this is {platform.machine()}"
-        jobs.run()
+            self._link(_OPERATORS, compiler, operators.files(with_cuda=False), flags)
+        record["cpu"] = "built"
 
-        link = [compiler, "-shared", *(f"-L{path}" for path in torch.libraries), "-ltorch", "-ltorch_cpu", "-lc10"]
-        cuda_runtime = [f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if architectures else []
-        names = ["binding.o", "autograd.o", "reference.o", *(f"{k.stem}.cuda.o" for k in KERNELS if architectures)]
-        self._link(link, "opt_ds._C", [objects / name for name in names], cuda_runtime)
-        if emulates:
-            parts = [f"{k.stem}.emulator.o" for k in KERNELS]
-            names = ["emulator_binding.o", "emulator_autograd.o", "simt.emulator.o", *parts]
-            self._link(link, "opt_ds._emulator", [objects / name for name in names], [])
-        if architectures:
-            record.update(cuda="built", architectures=list(architectures))
-
-    def _link(self, link: list[str], name: str, objects: list[Path], more: list[str]) -> None:
+    def _link(self, name: str, compiler: list[str], objects: list[Path], libraries: list[str]) -> None:
+        """Undefined symbols are errors here, rather than when the library is loaded."""
         target = Path(self.get_ext_fullpath(name))
-        _run([*link[:2], "-o", f"{target}.new", *map(str, objects), *link[2:], *more])
+        run([*compiler, "-shared", "-Wl,-z,defs", "-o", f"{target}.new", *map(str, objects), *libraries])
         os.replace(f"{target}.new", target)  # a process that has the old one open keeps it
 
 
-class _Torch:
-    def __init__(self) -> None:
-        import torch
-        from torch.utils import cpp_extension
-
-        self.include, self.libraries = cpp_extension.include_paths(), cpp_extension.library_paths()
-        self.cuda = torch.version.cuda
-
-
-def _torch() -> _Torch:
-    try:
-        return _Torch()
-    except ImportError:
-        raise NotBuiltError(
-            "torch was not there when opt_ds was built: install torch first, then pip install --no-build-isolation"
-        ) from None
-
-
-def _nvcc(torch_cuda: str | None) -> str:
-    if torch_cuda is None:
-        raise NotBuiltError("this torch is a CPU build")
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if nvcc is None:
-        raise NotBuiltError(f"no nvcc on PATH: install the CUDA {torch_cuda} toolkit, or set CUDACXX")
-    found = re.search(r"release (\d+)\.(\d+)", _run([nvcc, "--version"]))
-    if found is None or found[1] != torch_cuda.split(".")[0]:
-        version = f"{found[1]}.{found[2]}" if found else "unknown"
-        raise NotBuiltError(f"{nvcc} is CUDA {version}, torch was built with CUDA {torch_cuda}: their major versions must agree")
-    return nvcc
-
-
-def _architectures(nvcc: str) -> list[str]:
-    wanted = os.environ.get("OPT_DS_CUDA_ARCHITECTURES", "").strip()
-    if wanted.lower() == "none":
-        raise NotBuiltError("OPT_DS_CUDA_ARCHITECTURES is none")
-    if wanted:
-        architectures = sorted(
-            {a.strip().removeprefix("sm_").replace(".", "") for a in re.split(r"[,; ]+", wanted) if a.strip()}, key=int
-        )
-    else:
-        import torch
-
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        architectures = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(count)}, key=int)
-        if not architectures:
-            raise NotBuiltError(
-                "no GPU on this machine: to build for another, set OPT_DS_CUDA_ARCHITECTURES "
-                f"(of {','.join(SUPPORTED_ARCHITECTURES)})"
-            )
-    able = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
-    for architecture in architectures:
-        if architecture not in able:
-            raise NotBuiltError(f"this nvcc does not compile for sm_{architecture} (it knows {', '.join(sorted(able, key=int))})")
-    return architectures
-
-
-def _cuda_libraries(nvcc: str) -> Path:
-    """Where the toolkit's libcudart_static.a is; nvcc on PATH may be a wrapper."""
-    top = re.search(r"TOP=(.*)", _run([nvcc, "--dryrun", "-c", str(KERNELS[0])]))
-    folder = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
-    return folder / ("lib64" if (folder / "lib64").is_dir() else "lib")
-
-
 class _Jobs:
-    """Compilations, as many at a time as there are cores."""
+    """Compilations, as many at a time as the pool has threads."""
 
-    def __init__(self, objects: Path) -> None:
-        self.objects, self.commands = objects, []
+    def __init__(self, pool: ThreadPoolExecutor, folder: Path) -> None:
+        self._pool, self._folder = pool, folder
 
-    def add(self, name: str, command: list[str]) -> None:
-        self.commands.append([*command, "-o", str(self.objects / name)])
+    def add(self, name: str, command: list[str], source: Path) -> Future[Path]:
+        return self._pool.submit(self._compile, [*command, str(source)], self._folder / name)
 
-    def run(self) -> None:
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            list(pool.map(_run, self.commands))
+    @staticmethod
+    def _compile(command: list[str], target: Path) -> Path:
+        run([*command, "-o", str(target)])
+        return target
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if "error" in line.lower()] or ["no message"]
-        print(" ".join(command), done.stderr[-4000:], sep="\n", file=sys.stderr)
-        raise NotBuiltError(f"{Path(command[0]).name} failed: {lines[0].strip()}")
-    return done.stdout + done.stderr
+class _CudaPart:
+    """The kernels as nvcc compiles them."""
+
+    def __init__(self, jobs: _Jobs, torch: Torch, compiler: list[str], record: dict[str, Any]) -> None:
+        self.architectures: list[Architecture] = []
+        self.runtime_flags: list[str] = []
+        self._jobs: list[Future[Path]] = []
+        self._reason: NotBuiltError | None = None
+        try:
+            nvcc = find_nvcc(torch.cuda, _without_cache(compiler)[0])
+            self.architectures = choose_architectures(nvcc, torch.gpus)
+            self.runtime_flags = nvcc.runtime_flags(KERNELS[0])
+        except NotBuiltError as reason:
+            self._reason = reason
+            return
+        command = [*nvcc.compile_command(self.architectures), f"-I{CSRC / 'include'}"]
+        self._jobs = [jobs.add(f"{kernel.stem}.cuda.o", command, kernel) for kernel in KERNELS]
+
+    def files(self) -> list[Path]:
+        """The object files, when they are there. Raises NotBuiltError, the first reason why there are none."""
+        if self._reason is not None:
+            raise self._reason
+        return [job.result() for job in self._jobs]
+
+
+class _OperatorsPart:
+    """The operators and their CPU reference, against torch's headers."""
+
+    def __init__(self, jobs: _Jobs, torch: Torch, compiler: list[str]) -> None:
+        self.compiler, self.torch, self._jobs = compiler, torch, jobs
+        self._command = [*_cxx(compiler), *torch.compile_flags, "-c"]
+        self._objects = [jobs.add(f"{part}.o", self._command, CSRC / f"{part}.cpp") for part in ("autograd", "reference")]
+
+    def files(self, with_cuda: bool) -> list[Path]:
+        """The object files; the binding registers CUDA kernels only where there are some."""
+        flags = ["-DOPT_DS_WITH_CUDA"] if with_cuda else []
+        name = f"binding{'_cuda' if with_cuda else ''}.o"
+        binding = self._jobs.add(name, [*self._command[:-1], *flags, "-c"], CSRC / "binding.cpp")
+        return [binding.result(), *(job.result() for job in self._objects)]
+
+
+class _EmulatorPart:
+    """The kernels as g++ compiles them for the emulator."""
+
+    def __init__(self, jobs: _Jobs, torch: Torch, compiler: list[str]) -> None:
+        self._objects: list[Future[Path]] = []
+        if not _can_emulate():
+            return
+        emulator = [f"-I{CSRC / 'emulator'}", "-march=x86-64-v3", f"-DOPT_DS_EMULATED_ARCH={EMULATED_ARCHITECTURE}",
+                    f'-DOPT_DS_ARCHITECTURES="emulator of sm_{EMULATED_ARCHITECTURE}"', "-Wno-unknown-pragmas"]  # fmt: skip
+        binding = [*_cxx(compiler), *torch.compile_flags, "-DOPT_DS_LIBRARY=opt_ds_emulator", "-c"]
+        kernels = [*_cxx(compiler), *torch.abi_flags, *emulator, "-c", "-x", "c++"]
+        for part in ("binding", "autograd"):
+            self._objects.append(jobs.add(f"emulator_{part}.o", binding, CSRC / f"{part}.cpp"))
+        for source in [CSRC / "emulator" / "simt.cpp", *KERNELS]:
+            self._objects.append(jobs.add(f"{source.stem}.emulator.o", kernels, source))
+
+    def files(self) -> list[Path]:
+        if not self._objects:
+            raise NotBuiltError(f"the emulator switches stacks in x86-64 assembly; this is {platform.machine()}")
+        return [job.result() for job in self._objects]
+
+
+def _can_emulate() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def _require_torch() -> Torch | None:
+    """The torch to compile against; None where no kernels are wanted. Stops the build, with one line, where there is none."""
+    try:
+        if not kernels_are_wanted():
+            return None
+        torch = find_torch()
+    except (ValueError, BrokenTorchError) as error:
+        raise SetupError(str(error)) from None
+    if torch is None:
+        raise SetupError(missing_torch_message())
+    return torch
+
+
+def _compiler() -> list[str]:
+    """CXX, which may have arguments ("ccache g++"), or g++; the program as a full path. Raises NotBuiltError."""
+    wanted = os.environ.get("CXX", "").strip()
+    try:
+        words = shlex.split(wanted) or ["g++"]
+    except ValueError as error:
+        raise NotBuiltError(f"CXX is {wanted!r}, which is no command ({error})") from None
+    path = shutil.which(words[0])
+    if path is None and wanted:
+        raise NotBuiltError(f'CXX is "{wanted}", which is no program that can be run: set it to a C++ compiler')
+    if path is None:
+        raise NotBuiltError("no C++ compiler: install g++, or set CXX")
+    return [path, *words[1:]]
+
+
+def _without_cache(compiler: list[str]) -> list[str]:
+    """What nvcc takes as its host compiler: "ccache g++" is two words."""
+    return compiler[1:] if Path(compiler[0]).name in _COMPILER_CACHES and len(compiler) > 1 else compiler
+
+
+def _cxx(compiler: list[str]) -> list[str]:
+    return [*compiler, "-O2", "-fPIC", "-fvisibility=hidden", "-std=c++20", f"-I{CSRC / 'include'}"]
+
+
+def _num_jobs() -> int:
+    wanted = os.environ.get("MAX_JOBS", "")
+    if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) > 0):
+        print(f'MAX_JOBS is "{wanted}", which is no number of jobs: using one per core', file=sys.stderr)
+        wanted = ""
+    return int(wanted or os.cpu_count() or 1)

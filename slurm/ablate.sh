@@ -27,15 +27,26 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves, a task for
   rows=$("${PYTHON[@]}" -m opt_ds ablate "$@" --list) || exit
   [[ " $*" != *" --num-ranks"* && " $*" != *" --task"* ]] ||
     { echo "error: --num-ranks and --task follow from the job: omit them (SBATCH_OPTIONS sets nodes and tasks)" >&2; exit 2; }
-  read -ra options <<<"${SBATCH_OPTIONS:-}"
+  words=$(xargs -r printf '%s\n' <<<"${SBATCH_OPTIONS:-}") || exit 2 # quotes keep spaces together, as in a shell
+  options=()
+  [[ -z $words ]] || mapfile -t options <<<"$words"
   job=$(sbatch --parsable "${options[@]}" --array="0-$(($(wc -l <<<"$rows") - 1))" "$0" "$@") || exit
   echo "ablation: job $job, $(wc -l <<<"$rows") rows:" $rows
   exit
 fi
 
-# Slurm runs a copy of this script: the checkout is where the submitted one lies.
-submitted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
-export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}
+# Slurm runs a copy of this script: the checkout is where the submitted one lies. Command= is its path and the arguments without
+# quotes, and all of them may contain spaces: the path is the shortest beginning that names a script of a checkout.
+if [[ -z ${OPT_DS_HOME:-} ]]; then
+  IFS= read -r command < <(scontrol show job -o "$SLURM_JOB_ID") || true
+  command=${command#* Command=} submitted=${command%% *}
+  until [[ -f $submitted && -f ${submitted%/*/*}/opt_ds/pretrain.py || $submitted == "$command" ]]; do
+    rest=${command#"$submitted "} submitted+=" ${rest%% *}"
+  done
+  [[ -f $submitted ]] || submitted=${command%% *}
+  export OPT_DS_HOME=${submitted%/*/*}
+fi
+[[ -f $OPT_DS_HOME/slurm/common.sh ]] || { echo "error: no opt_ds in $OPT_DS_HOME: set OPT_DS_HOME to the checkout" >&2; exit 2; }
 source "$OPT_DS_HOME/slurm/common.sh"
 source "$OPT_DS_HOME/slurm/ranks.sh"
 

@@ -19,9 +19,18 @@ set -euo pipefail
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: not in a Slurm job: submit it with sbatch slurm/evaluate.sh $*" >&2; exit 2; }
 
-# Slurm runs a copy of this script: the checkout is where the submitted one lies.
-submitted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
-export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$submitted")")}
+# Slurm runs a copy of this script: the checkout is where the submitted one lies. Command= is its path and the arguments without
+# quotes, and all of them may contain spaces: the path is the shortest beginning that names a script of a checkout.
+if [[ -z ${OPT_DS_HOME:-} ]]; then
+  IFS= read -r command < <(scontrol show job -o "$SLURM_JOB_ID") || true
+  command=${command#* Command=} submitted=${command%% *}
+  until [[ -f $submitted && -f ${submitted%/*/*}/opt_ds/pretrain.py || $submitted == "$command" ]]; do
+    rest=${command#"$submitted "} submitted+=" ${rest%% *}"
+  done
+  [[ -f $submitted ]] || submitted=${command%% *}
+  export OPT_DS_HOME=${submitted%/*/*}
+fi
+[[ -f $OPT_DS_HOME/slurm/common.sh ]] || { echo "error: no opt_ds in $OPT_DS_HOME: set OPT_DS_HOME to the checkout" >&2; exit 2; }
 source "$OPT_DS_HOME/slurm/common.sh"
 
 say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: evaluate $*"

@@ -194,6 +194,8 @@ void publish_operands(const unsigned* a, int num_a, const unsigned* b, int num_b
 
 }  // namespace
 
+void trap() { die("the kernel stopped itself (__trap)"); }
+
 void sync_threads() {
   TSAN(__tsan_release(barrier_mark()));
   ++progress;

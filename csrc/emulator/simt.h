@@ -31,6 +31,7 @@ extern Context* current;
 
 // ---- barriers and warp operations. `shuffle` and the tensor-core operations make lanes meet but order no memory, as on a GPU.
 void sync_threads();
+[[noreturn]] void trap();
 void sync_warp(unsigned mask);
 uint64_t shuffle(unsigned mask, uint64_t value, int source_lane);
 
@@ -69,6 +70,7 @@ T from_bits(uint64_t bits) {
 #define blockDim (simt::current->block_size)
 #define gridDim (simt::current->grid_size)
 #define __syncthreads() simt::sync_threads()
+#define __trap() simt::trap()
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::sync_warp(mask); }
 template <class T>

@@ -209,6 +209,8 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
       mma.store(grad2 + grad_begin, grad_stride, warp_row + 16 * mt, own_rows, acc2[mt], factor2);
       if (kKeys) mma.store(grad1 + grad_begin, grad_stride, warp_row + 16 * mt, own_rows, acc1[mt], factor1);
     }
+  } else {
+    stop_without_mma();
   }
 }
 

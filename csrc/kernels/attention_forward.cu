@@ -162,6 +162,8 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
       }
       mma.store(out, out_stride, warp_row + 16 * mt, num_queries, acc[mt], factor);
     }
+  } else {
+    stop_without_mma();
   }
 }
 

@@ -125,6 +125,8 @@ def serve(
 ) -> None:
     """A web page to try the model on, and a JSON API (its schema: /api/openapi.json). It has no password: see docs/serving.md."""
     try:
+        import python_multipart  # noqa: F401 - FastAPI's forms
+
         from opt_ds.serve.app import build_app
         from opt_ds.serve.server import build_server, listen
     except ImportError as error:

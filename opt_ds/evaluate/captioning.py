@@ -8,13 +8,17 @@ is None, with the reason under `undefined`: it would be 0 for a perfect writer t
 from typing import Any
 
 import numpy as np
-import sacrebleu
 
 from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, seeded_choice
-from opt_ds.evaluate.transcription import DEFAULT_DECODING, constant_caption
+from opt_ds.evaluate.transcription import constant_caption
 from opt_ds.evaluate.words import Words, normalize
-from opt_ds.model.generation import DecodingConfig
+from opt_ds.extras import needs_extra
+from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
+
+with needs_extra("downstream", "the evaluation of captions"):
+    import sacrebleu
+    from pycocoevalcap.cider.cider import Cider
 
 
 def captioning(
@@ -94,8 +98,6 @@ def bleu_4(references: list[list[str]], written: list[str]) -> float:
 
 def cider(references: list[list[str]], written: list[str]) -> float:
     """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, which needs at least two pictures."""
-    from pycocoevalcap.cider.cider import Cider
-
     wanted = dict(enumerate(references))
     found = {number: [text] for number, text in enumerate(written)}
     return float(Cider().compute_score(wanted, found)[0])

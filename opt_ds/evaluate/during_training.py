@@ -1,5 +1,6 @@
 """Experiments on the model in training, at intervals: the same functions as `opt-ds evaluate`'s, smaller, as flat figures."""
 
+import importlib
 from typing import Any
 
 from opt_ds.config import Config, EvaluateConfig
@@ -27,6 +28,7 @@ def check_experiments(config: Config, store: FeatureStore) -> None:
     if not options.every_steps:
         return
     for name in options.experiments:
+        importlib.import_module(f"opt_ds.evaluate.{name.replace('-', '_')}")  # a missing extra is found now, not in mid-run
         loss, alternatives = _NEEDS[name]
         if loss not in config.learned_losses:
             raise UserError(f"evaluate.experiments has {name}, but the model does not learn {loss}: leave it out")

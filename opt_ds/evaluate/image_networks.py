@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from opt_ds.errors import UserError
+from opt_ds.extras import needs_extra
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -55,6 +56,8 @@ _NOT_INCEPTION = "not the weights of torch-fidelity's Inception-v3 (weights-ince
 
 def check_inception(weights: Path) -> None:
     """Raise UserError unless the file is a dictionary of tensors: torch-fidelity itself unpickles whatever it is given."""
+    with needs_extra("downstream", "--inception"):
+        import torch_fidelity  # noqa: F401 - before hours of generation
     if not weights.is_file():
         raise UserError(f"--inception {weights}: no such file: give {_NOT_INCEPTION.removeprefix('not ')}")
     try:

@@ -5,17 +5,18 @@ Both sides are normalised and cut into words as in words.py: lower case, no punc
 
 from typing import Any
 
-import jiwer
 import numpy as np
 
 from opt_ds.data.planned import AUDIO, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.words import Words, normalize
-from opt_ds.model.generation import DecodingConfig
+from opt_ds.extras import needs_extra
+from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 
-#: What texts are written with where nothing else is asked for.
-DEFAULT_DECODING = DecodingConfig(method="beam", beam_size=4)
+with needs_extra("downstream", "the word error rate"):
+    import jiwer
+
 _CONSTANT_CANDIDATES, _CONSTANT_REFERENCES = 200, 300
 
 

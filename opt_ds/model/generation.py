@@ -32,6 +32,10 @@ class DecodingConfig(BaseModel):
     seed: int = Field(1, ge=0)
 
 
+#: What texts are written with where nothing else is asked for.
+DEFAULT_DECODING = DecodingConfig(method="beam", beam_size=4)
+
+
 @torch.inference_mode()
 def write(
     decoder: AutoregressiveDecoder,

@@ -6,6 +6,7 @@ Two libraries with the same operators: `torch.ops.opt_ds` (the CUDA kernels on a
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = {"opt_ds": "_C", "opt_ds_emulator": "_emulator"}
+_REINSTALL = "install opt_ds again (pip install --no-build-isolation --no-deps --force-reinstall, with the same path)"
 
 
 @functools.cache
 def build_record() -> dict[str, Any]:
-    """What the build says of itself: `cpu`, `cuda`, `emulator` ("built" or the reason why not) and `architectures`."""
+    """What the build says of itself: `cpu`, `cuda`, `emulator` ("built" or the reason why not), `architectures`, and `torch`, the
+    version that it was built against."""
     try:
         return json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,13 +34,16 @@ def load(library: str = "opt_ds") -> str:
     part = "cpu" if library == "opt_ds" else "emulator"
     if build_record()[part] != "built":
         return build_record()[part]
+    built_for = build_record().get("torch")  # builds of older versions do not tell
+    if built_for and _minor(built_for) != _minor(torch.__version__):
+        return f"built against torch {built_for}, but torch here is {torch.__version__}: {_REINSTALL}"
     files = list(_PACKAGE.glob(f"{_LIBRARIES[library]}.*.so"))
     if not files:
         return f"opt_ds/{_LIBRARIES[library]}.*.so is missing: run pip install --no-build-isolation . (or -e .)"
     try:
         torch.ops.load_library(files[0])
     except OSError as error:  # built against another torch
-        return f"{files[0].name} does not load ({' '.join(str(error).split())[:200]}): install opt_ds again"
+        return f"{files[0].name} does not load ({' '.join(str(error).split())[:200]}): {_REINSTALL}"
     _register(library)
     return ""
 
@@ -51,11 +57,24 @@ def missing_on(device: torch.device) -> str:
     if record["cuda"] != "built":
         return record["cuda"]
     major, minor = torch.cuda.get_device_capability(device)
-    # Machine code of one architecture runs on later ones of the same generation.
-    if not any(int(a) // 10 == major and int(a) % 10 <= minor for a in record["architectures"]):
+    if not any(_runs_on(architecture, major, minor) for architecture in record["architectures"]):
         built = ", ".join(f"sm_{a}" for a in record["architectures"])
         return f"built for {built}, this GPU is sm_{major}{minor}: install again with OPT_DS_CUDA_ARCHITECTURES={major}{minor}"
     return ""
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture ("80", "90a", "80+PTX") runs on a GPU of compute capability major.minor."""
+    number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", architecture).groups()  # type: ignore[union-attr]
+    built = divmod(int(number), 10)
+    if suffix == "a":
+        return built == (major, minor)  # this chip alone
+    # Machine code runs on later chips of the same generation; PTX is translated for all later ones.
+    return built <= (major, minor) and (built[0] == major or (ptx is not None and not suffix))
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])
 
 
 def _statistics(x: torch.Tensor) -> torch.dtype:

@@ -15,9 +15,8 @@ from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
 from opt_ds.evaluate.runner import ModelRunner
-from opt_ds.evaluate.transcription import DEFAULT_DECODING
 from opt_ds.model.dvae import DiscreteVAE
-from opt_ds.model.generation import DecodingConfig
+from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 from opt_ds.model.opt import OPT
 from opt_ds.serve.processor import OPTProcessor
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, load_processor_dvae

@@ -195,10 +195,20 @@ def _memory(_: Question) -> Iterator[Finding]:
 
 
 def _kernels(question: Question) -> Iterator[Finding]:
-    from opt_ds.ops import backend
+    import torch
 
-    chosen = backend.choose(question.config.ops.backend)
-    yield Finding("ok", "kernels", ", ".join(f"{operator}: {kernel}" for operator, kernel in chosen.items()))
+    from opt_ds.ops import backend, compiled
+
+    chosen = ", ".join(f"{operator}: {kernel}" for operator, kernel in backend.choose(question.config.ops.backend).items())
+    failed = {"cpu": compiled.load("opt_ds"), "emulator": compiled.load("opt_ds_emulator")}
+    cuda = compiled.build_record()["cuda"]
+    there = [part for part, reason in failed.items() if not reason] + ["cuda"] * (cuda == "built")
+    text = f"{chosen}; compiled: {', '.join(there) or 'nothing'}" + (f"; cuda: {cuda}" if cuda != "built" else "")
+    missing = compiled.missing_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if missing:
+        yield Finding("warn", "kernels", f"{text}; not used: {missing}" if missing != cuda else text)
+    else:
+        yield Finding("ok", "kernels", text)
 
 
 def _stores(question: Question) -> Iterator[Finding]:

@@ -82,6 +82,20 @@ def test_the_extension_links_and_imports_with_the_cuda_objects_in(tmp_path: Path
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH: a seeded bug shows the same in the emulator")
+@pytest.mark.parametrize(("architecture", "stops"), [("75", True), ("80", False)])
+def test_a_kernel_without_its_instruction_stops_instead_of_returning(tmp_path: Path, architecture: str, stops: bool) -> None:
+    """sm_75 has no bf16 product: an empty kernel would leave the output as it was."""
+    assert NVCC is not None
+    source, ptx = ROOT / "csrc" / "kernels" / "attention_forward.cu", tmp_path / "forward.ptx"
+    subprocess.run([NVCC, "-ptx", "-std=c++17", f"-arch=compute_{architecture}", f"-I{ROOT / 'csrc' / 'include'}", "-o", ptx,
+                    source], check=True)  # fmt: skip
+    kernels = {kernel.split("(")[0]: kernel for kernel in ptx.read_text().split(".visible .entry ")[1:]}
+    assert len(kernels) == 12
+    for name, text in kernels.items():
+        assert ("trap;" in text) == (stops and "__nv_bfloat16" in name), name
+
+
 def test_an_architecture_that_nvcc_does_not_know_is_named() -> None:
     sys.path.insert(0, str(ROOT / "csrc"))
     import build_extension

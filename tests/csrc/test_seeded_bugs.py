@@ -12,6 +12,7 @@ FORWARD, BACKWARD = "kernels/attention_forward.cu", "kernels/attention_backward.
 LN_FORWARD, LN_BACKWARD = "kernels/layer_norm_forward.cu", "kernels/layer_norm_backward.cu"
 ROWS, TILE, SM70, SM75 = (f"include/opt_ds/{name}.h" for name in ("row_layout", "attention_tile", "mma_sm70", "mma_sm75"))
 DEVICE, DROPOUT, SIMT = "include/opt_ds/device.h", "include/opt_ds/dropout.h", "emulator/simt.cpp"
+BLOCK = "include/opt_ds/attention_block.h"
 
 # what, file, this text, becomes, found by, running
 BUGS = [
@@ -53,6 +54,8 @@ BUGS = [
     ("dropout of the wrong head", FORWARD, "query, slot, head)", "query, slot, 0)", "plain", "attention"),
     ("delta forgotten", BACKWARD, "column_delta[j][e] : row_delta[mt][r]", "0.f : row_delta[mt][r]", "plain", "attention"),
     ("causal edge off by one", BACKWARD, "own_row > other :", "own_row >= other :", "plain", "attention"),
+    ("bf16 sent to tensor cores that only take fp16", BLOCK,
+     "a.type == kOptDsBFloat16 && compiled_architecture() >= 80", "a.type == kOptDsBFloat16", "plain", "plain"),
     ("accumulator layout of another instruction", SIMT, "n = (i & 4) + (lane & 2) + (i & 1)", "n = i", "plain", "attention"),
 ]  # fmt: skip
 # Found by the emulator of a later architecture.

@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply(float (&scores)[kRowTiles][kGroups][8],
 template <int kHeadSize> struct HeadSize { static constexpr int value = kHeadSize; };
 
 inline bool tensor_cores_take(const OptDsAttention& a) {
-  const bool type = a.type == kOptDsFloat16 || (a.type == kOptDsBFloat16 && device_architecture() >= 80);
+  const bool type = a.type == kOptDsFloat16 || (a.type == kOptDsBFloat16 && compiled_architecture() >= 80);
   const bool size = a.head_size == 32 || a.head_size == 64 || a.head_size == 128;
   const bool strides = a.q_stride % 8 == 0 && a.k_stride % 8 == 0 && a.v_stride % 8 == 0;
   return type && size && strides && aligned16(a.q) && aligned16(a.k) && aligned16(a.v);

@@ -18,6 +18,10 @@
   simt::run((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); })
 #endif
 
+#ifndef OPT_DS_EMULATED_ARCH
+#define OPT_DS_EMULATED_ARCH 70
+#endif
+
 namespace opt_ds {
 
 using bfloat16 = __nv_bfloat16;

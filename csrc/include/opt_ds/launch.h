@@ -28,22 +28,9 @@ inline int last_error() {
 #endif
 }
 
-#ifndef OPT_DS_EMULATED_ARCH
-#define OPT_DS_EMULATED_ARCH 70
-#endif
-
-// The architecture that a launch goes to: 70, 75, 80, 90, ...
-inline int device_architecture() {
-#ifdef __CUDACC__
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-#else
-  return OPT_DS_EMULATED_ARCH;
-#endif
-}
+// The architecture that the code of a launch was compiled for (__CUDA_ARCH__ / 10): 70, 75, 80, 90, ... It is at most the device's
+// own: the driver also translates PTX of an older architecture, whose kernels lack what the newer chip has. See about.cu.
+int compiled_architecture();
 
 inline int num_multiprocessors() {
 #ifdef __CUDACC__

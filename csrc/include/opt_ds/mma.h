@@ -6,7 +6,10 @@
 
 namespace opt_ds {
 
+// The architecture has no instruction for the type. The launchers never ask for such a kernel (tensor_cores_take); if one runs all
+// the same, it must end with an error rather than leave its outputs unwritten.
 struct NoMma { static constexpr bool kSupported = false; };
+__device__ __forceinline__ void stop_without_mma() { __trap(); }
 template <class T, int kHeadSize> struct MmaOf { using Type = NoMma; };
 
 #if defined(__CUDA_ARCH__)

@@ -1,0 +1,45 @@
+"""The commands with the base requirements alone: what needs an extra says which in one line, and everything else works."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.declared import ROOT
+from tests.packaging.environments import base_packages, without_extras
+
+_USES_AN_EXTRA = """
+import importlib, json
+from opt_ds.errors import UserError
+import opt_ds.prepare, opt_ds.serve.export, opt_ds.serve.session
+from opt_ds.commands.serve import serve
+messages = []
+for use in (lambda: serve(None), lambda: importlib.import_module("opt_ds.evaluate.transcription"),
+            lambda: importlib.import_module("opt_ds.evaluate.classification")):
+    try:
+        use()
+    except UserError as error:
+        messages.append(str(error))
+print(json.dumps(messages))
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_packages(tmp_path_factory.mktemp("environment") / "base")
+
+
+def test_help_works_and_no_extra_is_there(packages: Path) -> None:
+    done = without_extras(packages, "-m", "opt_ds", "--help", root=ROOT)
+    assert done.returncode == 0 and "generate" in done.stdout, done.stderr
+    assert without_extras(packages, "-c", "import jiwer", root=ROOT).returncode == 1
+
+
+def test_what_needs_an_extra_names_it_and_the_rest_can_be_imported(packages: Path) -> None:
+    """test_requirements.py looks at every module's imports; this runs some of them."""
+    done = without_extras(packages, "-c", _USES_AN_EXTRA, root=ROOT)
+    assert done.returncode == 0, done.stderr
+    web, words, probe = json.loads(done.stdout.splitlines()[-1])
+    assert web.startswith("opt-ds serve needs ") and web.endswith(": pip install 'opt_ds[web]'")
+    assert words == "the word error rate needs jiwer: pip install 'opt_ds[downstream]'"
+    assert probe == "the classification probe needs sklearn: pip install 'opt_ds[downstream]'"
