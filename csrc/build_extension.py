@@ -76,6 +76,7 @@ class BuildKernels(build_ext):
         jobs.add("binding.o", [*with_torch, *with_cuda, str(CSRC / "binding.cpp")])
         jobs.add("autograd.o", [*with_torch, str(CSRC / "autograd.cpp")])
         jobs.add("reference.o", [*with_torch, str(CSRC / "reference.cpp")])
+        jobs.add("step_plan.o", [*with_torch, str(CSRC / "step_plan.cpp")])
         for kernel in KERNELS if architectures else []:
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
             named = f'-DOPT_DS_ARCHITECTURES="{" ".join(f"sm_{a}" for a in architectures)}"'
@@ -95,7 +96,7 @@ class BuildKernels(build_ext):
 
         link = [compiler, "-shared", *(f"-L{path}" for path in torch.libraries), "-ltorch", "-ltorch_cpu", "-lc10"]
         cuda_runtime = [f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if architectures else []
-        names = ["binding.o", "autograd.o", "reference.o", *(f"{k.stem}.cuda.o" for k in KERNELS if architectures)]
+        names = ["binding.o", "autograd.o", "reference.o", "step_plan.o", *(f"{k.stem}.cuda.o" for k in KERNELS if architectures)]
         self._link(link, "opt_ds._C", [objects / name for name in names], cuda_runtime)
         if emulates:
             parts = [f"{k.stem}.emulator.o" for k in KERNELS]
