@@ -312,7 +312,7 @@ def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:
 
 
 def _join(parts: list[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> torch.Tensor:
-    """All rows end to end. PyTorch aligns its memory as the store does its own; NumPy's, 16 bytes off, halves the rate of a copy."""
+    """Return all rows end to end. PyTorch aligns its memory as the store does; NumPy's, 16 bytes off, halves the rate of a copy."""
     shape = (sum(map(len, parts)), *(parts[0].shape[1:] if parts else width))
     joined = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
     if parts:

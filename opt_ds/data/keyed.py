@@ -5,10 +5,15 @@ Mixing function: the finaliser of SplitMix64 (Steele, Lea, Flood 2014). Permutat
 walking (Black and Rogaway 2002), which permutes any range in O(1) memory.
 """
 
+from typing import Any
+
 import numpy as np
+
+from opt_ds.data.compiled import as_tensor, plan_operators
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 6
+_COMPILED_FROM = 2048  # elements; below, a call of the compiled form costs more than it saves
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -19,13 +24,25 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def keyed_hash(*keys: int | str | np.ndarray) -> np.ndarray:
     """64 well-mixed bits for each combination of the (broadcast) keys; uint64. A word is a key too (a purpose's name)."""
+    numbers = [np.asarray(_number_of(key) if isinstance(key, str) else key).astype(np.uint64) for key in keys]
+    shape = np.broadcast_shapes(*(number.shape for number in numbers))
+    if int(np.prod(shape)) >= _COMPILED_FROM and (operators := plan_operators()) is not None:
+        return _hashed_by(operators, numbers, shape)
     with np.errstate(over="ignore"):
         state = np.array(0x243F6A8885A308D3, dtype=np.uint64)
-        for key in keys:
-            if isinstance(key, str):
-                key = int.from_bytes(key.encode()[:8].ljust(8, b"\0"), "little")
-            state = _mix((state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN)
+        for number in numbers:
+            state = _mix((state ^ number) + _GOLDEN)
     return state
+
+
+def _number_of(word: str) -> int:
+    return int.from_bytes(word.encode()[:8].ljust(8, b"\0"), "little")
+
+
+def _hashed_by(operators: Any, numbers: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape))
+    keys = [as_tensor(number if number.size == 1 else np.broadcast_to(number, shape)) for number in numbers]
+    return operators.keyed_hash(keys, size).numpy().view(np.uint64).reshape(shape)
 
 
 def keyed_uniform(*keys: int | str | np.ndarray) -> np.ndarray:
@@ -40,6 +57,10 @@ def keyed_choice(count: int | np.ndarray, *keys: int | str | np.ndarray) -> np.n
 
 def permute(index: np.ndarray, count: int, *keys: int | str | np.ndarray) -> np.ndarray:
     """Image of each index (0 <= index < count) under the permutation of range(count) that the keys choose; int64."""
+    if np.size(index) >= _COMPILED_FROM and (operators := plan_operators()) is not None:
+        key = np.broadcast_to(keyed_hash(*keys), np.shape(index))
+        images = operators.permute(as_tensor(np.asarray(index).astype(np.uint64)), count, as_tensor(key))
+        return images.numpy().reshape(np.shape(index))
     half_bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     key = keyed_hash(*keys)
