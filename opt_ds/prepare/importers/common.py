@@ -1,7 +1,7 @@
 """What the importers share: samples, what was left out or not used, and writing a manifest with a report of it.
 
-An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none, and why), `Unused` (what is no sample) and
-`Note` (what was assumed or found out); `write_import` does the rest.
+An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none, and why), `Unused` (what is no
+sample) and `Note` (what was assumed or found out). `write_import` does the rest.
 """
 
 import re
@@ -29,7 +29,7 @@ _SPLIT_NAME = re.compile(r"([a-z]+)([-_ ]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Unused:
-    """What an import did not use, and which is no sample: `count` of `what` ("files"), the first of their names, and why."""
+    """What an import did not use, and which is no sample: `count` of `what` ("files"), some of their names, and why."""
 
     what: str
     count: int
@@ -127,9 +127,9 @@ def _why(error: Exception) -> str:
 
 
 def typed(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
-    """Return the value if it is of the kind (bool is no int). Raises TypeError that names the field."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))):
-        words = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    """Return the value if it is of the kind (a bool is no number). Raises TypeError that names the field."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = {str: "a text", int: "a number", list: "a list"}
         wanted = kind[0] if isinstance(kind, tuple) else kind
         raise TypeError(f"{name} is not {words[wanted]}")
     return value
@@ -213,7 +213,8 @@ def prefixes(annotations: Sequence[Path]) -> list[str]:
     doubled = next((place for place, name in enumerate(names) if name in names[:place]), None)
     if doubled is not None:
         first = annotations[names.index(names[doubled])]
-        raise UserError(f"--annotations {first} and {annotations[doubled]}: the same name: give each once, or rename one")
+        second = annotations[doubled]
+        raise UserError(f"--annotations {first} and {second}: the same name: give each once, or rename one")
     return [f"{name}/" for name in names]
 
 
