@@ -71,7 +71,7 @@ def write_import(output: Path, entries: Iterable[Entry], say: Callable[[str], No
         "reasons": dict(reasons.most_common()),
         "skipped_samples": [{"id": entry.id, "reason": entry.reason} for entry in report.skipped],
         "unused": [
-            {"what": each.what, "count": each.count, "why": each.why, "names": list(each.names[:_MOST_NAMES])}
+            {"what": each.what, "count": each.count, "why": each.why, "names": list(each.names)}
             for each in report.unused
         ],
         "notes": report.notes,
@@ -218,16 +218,22 @@ def prefixes(annotations: Sequence[Path]) -> list[str]:
     return [f"{name}/" for name in names]
 
 
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair (in names of files that are not UTF-8, too) is written out: no file takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _samples(entries: Iterable[Entry], report: _Report, source: str) -> Iterator[ManifestLine]:
     ids: set[str] = set()
     without = ""
     for entry in entries:
         if isinstance(entry, Unused):
-            report.unused.append(entry)
+            names = tuple(map(_encodable, entry.names[:_MOST_NAMES]))
+            report.unused.append(Unused(entry.what, entry.count, names, _encodable(entry.why)))
         elif isinstance(entry, Note):
-            report.notes.append(entry.text)
+            report.notes.append(_encodable(entry.text))
         elif isinstance(entry, Skipped):
-            report.skipped.append(entry)
+            report.skipped.append(Skipped(_encodable(entry.id), _encodable(entry.reason)))
         elif entry.id in ids:
             report.skipped.append(Skipped(entry.id, "the id is repeated"))
         else:
