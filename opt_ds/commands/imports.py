@@ -82,7 +82,7 @@ def coco(
 
 @imports.command("flickr30k")
 def flickr30k(
-    annotations: Annotated[list[Path], typer.Option(help="dataset_flickr30k.json or results_20130124.token; several times.")],
+    annotations: Annotated[list[Path], typer.Option(help="dataset_flickr30k.json or results_….token; several times.")],
     images: _Images,
     output: _Output,
 ) -> None:
@@ -114,7 +114,7 @@ def folder(
         bool | None,
         typer.Option(
             "--folder-splits/--no-folder-splits",
-            help="Take the splits from the folders train, valid and test at the top, or ignore what folders are called. "
+            help="Take the splits from the folders train, valid and test at the top, or ignore the names of folders. "
             "Default: infer it, and stop where that is not certain.",
         ),
     ] = None,

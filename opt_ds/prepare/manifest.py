@@ -91,7 +91,9 @@ class Manifest:
         return shards
 
 
-def read_manifest(path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False) -> Manifest:
+def read_manifest(
+    path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False
+) -> Manifest:
     """Read and check a manifest, gzipped or not, at most its first `limit` good samples.
 
     Rejected are lines that are not UTF-8 or JSON, with unknown or missing fields, a repeated id or no modality, and,
@@ -192,7 +194,7 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
 
 
 def _value(name: str, value: Any, id: object) -> Any:
-    """Return a field's value as ManifestLine takes it: whole numbers that name something become text, null labels none."""
+    """Return a field's value as ManifestLine takes it: whole numbers that are names become text, null labels none."""
     if name == "labels":
         if value is None:
             return ()

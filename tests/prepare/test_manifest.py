@@ -89,7 +89,8 @@ def test_other_values_are_refused_in_plain_words(tmp_path: Path, field: str, val
 
 
 def test_gzip_and_other_line_ends_are_read_and_doubled_fields_refused(tmp_path: Path) -> None:
-    lines = ['{"id": "a", "text": "x"}', '{"id": "b", "text": "y", "text": "z"}', '{"id": "c", "text": "z"}{"id": "d", "text": "z"}']
+    doubled, two = '{"id": "b", "text": "y", "text": "z"}', '{"id": "c", "text": "z"}{"id": "d", "text": "z"}'
+    lines = ['{"id": "a", "text": "x"}', doubled, two]
     for name, raw in (
         ("m.jsonl.gz", gzip.compress("\n".join(lines).encode())),
         ("m.jsonl", "\r".join(lines).encode()),

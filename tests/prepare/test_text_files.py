@@ -96,7 +96,8 @@ def test_lines_come_out_one_by_one_or_are_reported(
     path = tmp_path_factory.mktemp("j") / "a.jsonl"
     path.write_bytes(raw)
     read = dict(read_json_lines(path))
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), 1):
+    plain = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    for number, line in enumerate(plain.split(b"\n"), 1):
         try:
             expected = json.loads(line.decode("utf-8"), parse_constant=lambda name: 1 / 0)
         except (ValueError, ZeroDivisionError):

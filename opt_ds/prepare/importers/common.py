@@ -1,7 +1,7 @@
 """What the importers share: samples, what was left out or not used, and writing a manifest with a report of it.
 
-An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none, and why), `Unused` (what is no sample) and
-`Note` (what was assumed or found out); `write_import` does the rest.
+An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none, and why), `Unused` (what is no
+sample) and `Note` (what was assumed or found out). `write_import` does the rest.
 """
 
 import re
@@ -29,7 +29,7 @@ _SPLIT_NAME = re.compile(r"([a-z]+)([-_ ]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Unused:
-    """What an import did not use, and which is no sample: `count` of `what` ("files"), the first of their names, and why."""
+    """What an import did not use, and which is no sample: `count` of `what` ("files"), some of their names, and why."""
 
     what: str
     count: int
@@ -71,7 +71,7 @@ def write_import(output: Path, entries: Iterable[Entry], say: Callable[[str], No
         "reasons": dict(reasons.most_common()),
         "skipped_samples": [{"id": entry.id, "reason": entry.reason} for entry in report.skipped],
         "unused": [
-            {"what": each.what, "count": each.count, "why": each.why, "names": list(each.names[:_MOST_NAMES])}
+            {"what": each.what, "count": each.count, "why": each.why, "names": list(each.names)}
             for each in report.unused
         ],
         "notes": report.notes,
@@ -127,9 +127,9 @@ def _why(error: Exception) -> str:
 
 
 def typed(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
-    """Return the value if it is of the kind (bool is no int). Raises TypeError that names the field."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))):
-        words = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    """Return the value if it is of the kind (a bool is no number). Raises TypeError that names the field."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = {str: "a text", int: "a number", list: "a list"}
         wanted = kind[0] if isinstance(kind, tuple) else kind
         raise TypeError(f"{name} is not {words[wanted]}")
     return value
@@ -213,8 +213,14 @@ def prefixes(annotations: Sequence[Path]) -> list[str]:
     doubled = next((place for place, name in enumerate(names) if name in names[:place]), None)
     if doubled is not None:
         first = annotations[names.index(names[doubled])]
-        raise UserError(f"--annotations {first} and {annotations[doubled]}: the same name: give each once, or rename one")
+        second = annotations[doubled]
+        raise UserError(f"--annotations {first} and {second}: the same name: give each once, or rename one")
     return [f"{name}/" for name in names]
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair (in names of files that are not UTF-8, too) is written out: no file takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _samples(entries: Iterable[Entry], report: _Report, source: str) -> Iterator[ManifestLine]:
@@ -222,11 +228,12 @@ def _samples(entries: Iterable[Entry], report: _Report, source: str) -> Iterator
     without = ""
     for entry in entries:
         if isinstance(entry, Unused):
-            report.unused.append(entry)
+            names = tuple(map(_encodable, entry.names[:_MOST_NAMES]))
+            report.unused.append(Unused(entry.what, entry.count, names, _encodable(entry.why)))
         elif isinstance(entry, Note):
-            report.notes.append(entry.text)
+            report.notes.append(_encodable(entry.text))
         elif isinstance(entry, Skipped):
-            report.skipped.append(entry)
+            report.skipped.append(Skipped(_encodable(entry.id), _encodable(entry.reason)))
         elif entry.id in ids:
             report.skipped.append(Skipped(entry.id, "the id is repeated"))
         else:

@@ -3,9 +3,9 @@
 Many links are dead: a line without a file is reported and left out. Files are found by a pattern of index and URL, with
 any ending and in any folder. The default is img2dataset's naming (10,000 pictures a shard, no line dropped before).
 
-The index is img2dataset's: it counts the rows from 0, without a header and without blank lines. Which column holds the URLs
-and whether the first line is a header are read from the content. Where img2dataset's .json or .txt lies beside a picture,
-it must name the row's URL or caption.
+The index is img2dataset's: it counts the rows from 0, without a header and without blank lines. Which column holds the
+URLs and whether the first line is a header are read from the content. Where img2dataset's .json or .txt lies beside a
+picture, it must name the row's URL or caption.
 """
 
 import hashlib
@@ -63,9 +63,9 @@ def import_conceptual_captions(
     """Write the manifest `output`. `annotations`: TSV files, each perhaps as SPLIT=FILE; `images`: the folder of each.
 
     One folder may serve several files if `pattern` tells their pictures apart, which an index alone does not.
-    `pattern`: the file's name without ending, of {index}, {crc32} and {md5} of the URL. `first_index`: the first row's index.
-    `url_first`: CC12M has the URL before the caption. UserError for another order of columns, for pictures whose own .json or
-    .txt belong to other rows, and for pictures numbered beyond the rows: the pairing would be wrong.
+    `pattern`: the file's name without ending, of {index}, {crc32} and {md5} of the URL. `first_index`: the first row's
+    index. `url_first`: CC12M has the URL before the caption. UserError for another order of columns, for pictures whose
+    own .json or .txt belong to other rows, and for pictures numbered beyond the rows: the pairing would be wrong.
     """
     _check_pattern(pattern)
     if len(images) == 1 and _tells_urls_apart(pattern):
@@ -100,7 +100,9 @@ def _tells_urls_apart(pattern: str) -> bool:
     return "{crc32" in pattern or "{md5" in pattern
 
 
-def _entries(path: Path, split: str | None, pictures: Files, pattern: str, url_first: bool, first_index: int) -> Iterator[Entry]:
+def _entries(
+    path: Path, split: str | None, pictures: Files, pattern: str, url_first: bool, first_index: int
+) -> Iterator[Entry]:
     layout = _layout(path, url_first, by_number=not _tells_urls_apart(pattern))
     paired = _Paired()
     for row in _body(path, layout):
@@ -165,7 +167,8 @@ def _layout(path: Path, url_first: bool, *, by_number: bool) -> _Layout:
         )
     url, caption = (0, 1) if url_first else (1, 0)
     if has_header and set(names) & set(_URL_NAMES) and set(names) & set(_CAPTION_NAMES):
-        url, caption = (next(place for place, name in enumerate(names) if name in of) for of in (_URL_NAMES, _CAPTION_NAMES))
+        url = next(place for place, name in enumerate(names) if name in _URL_NAMES)
+        caption = next(place for place, name in enumerate(names) if name in _CAPTION_NAMES)
     body = rows[has_header:]
     width = Counter(map(len, body)).most_common(1)[0][0] if body else len(names)
     width = max(width, url + 1, caption + 1)
@@ -188,13 +191,13 @@ def _check_numbers(path: Path, pictures: Files, pattern: str, end: int, first_in
     beyond = [
         stem
         for stem in pictures.stems()
-        if stem.isdecimal() and stem.isascii() and int(stem) >= end and pattern.format(index=int(stem), crc32=0, md5="") == stem
+        if stem.isdecimal() and stem.isascii() and int(stem) >= end and pattern.format(index=int(stem)) == stem
     ]
     if beyond:
         raise UserError(
             f"{path}: its rows have the numbers {first_index} to {end - 1}, but {pictures.folder} holds {len(beyond)} "
-            f"pictures beyond, such as {min(beyond)}: give the table that they were downloaded with, or the first row's "
-            "number with --first-index"
+            f"pictures beyond, such as {min(beyond)}: give the table that they were downloaded with, or the first "
+            "row's number with --first-index"
         )
 
 

@@ -1,4 +1,4 @@
-"""The files of a folder (pictures or recordings), found by relative path or by name without ending, and what is left of them.
+"""The files of a folder (pictures or recordings), found by path or by name without ending, and what is left of them.
 
 A file is never guessed: of two that fit, or of one that cannot be decoded here, the lookup returns a `Problem`.
 """
@@ -32,6 +32,7 @@ class Problem:
 
 
 Found = str | Problem | None
+_KINDS: dict[str, tuple[Kind, ...]] = {"image": ("image", "regions"), "audio": ("audio",), "named": ("image", "audio")}
 
 
 class Files:
@@ -103,9 +104,7 @@ class Files:
             yield from (os.path.join(folder, name) for name in sorted(names) if not is_clutter(name))
 
     def _is_of_kind(self, path: str) -> bool:
-        kinds: tuple[Kind, ...] = ("image", "audio") if self.kind == "named" else ("image", "audio", "regions")
-        kind = kind_of_name(path)
-        return kind in kinds and (self.kind == "named" or kind == self.kind or (kind == "regions" and self.kind == "image"))
+        return kind_of_name(path) in _KINDS[self.kind]
 
     def _may_be_of_kind(self, path: str) -> bool:
         if self._is_of_kind(path):

@@ -1,7 +1,7 @@
 """A plain folder: `name.jpg`, `name.txt` and `name.wav` are one sample `name`. Folders below count as part of the name.
 
-If all samples lie below folders called train, valid (val, validation, dev) or test, these are the splits. A folder that is
-nearly so is refused, since samples for tests would otherwise be trained on: the caller decides with `folder_splits`.
+If all samples lie below folders called train, valid (val, validation, dev) or test, these are the splits. A folder that
+is nearly so is refused, since test samples would otherwise be trained on: the caller decides with `folder_splits`.
 """
 
 import os
@@ -54,8 +54,8 @@ def import_folder(
 ) -> Path:
     """Write the manifest `output` (default: manifest.jsonl in the folder) of the folder's files.
 
-    `folder_splits`: True takes the splits from the folders train, valid and test at the top and leaves out what lies outside;
-    False takes none from folders; None infers them. UserError where that is not certain.
+    `folder_splits`: True takes the splits from the folders train, valid and test at the top and leaves out what lies
+    outside; False takes none from folders; None infers them. UserError where that is not certain.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -101,7 +101,8 @@ def _files(folder: Path, ours: set[Path]) -> _Folder:
             samples[path.relative_to(folder).with_suffix("").as_posix()][str(kind)].append(path)
         else:
             unused.append(name)
-    for name in [name for name, kinds in samples.items() if set(kinds) == {"text"} and _ABOUT.fullmatch(name.split("/")[-1])]:
+    texts = [name for name, kinds in samples.items() if set(kinds) == {"text"}]
+    for name in (name for name in texts if _ABOUT.fullmatch(name.split("/")[-1])):
         unused.extend(path.relative_to(folder).as_posix() for path in samples.pop(name)["text"])
     return _Folder(dict(samples), sorted(unused))
 
@@ -129,7 +130,8 @@ def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> di
     if splits and all(set(samples[name]) == {"text"} for name in loose) and _has_media(samples):
         loose = []  # classes.txt beside the splits of a collection of pictures is no sample
     fix = (
-        f"move them, or choose: opt-ds import folder {folder} --folder-splits leaves them out, --no-folder-splits ignores folders"
+        f"move them, or choose: opt-ds import folder {folder} --folder-splits leaves them out, --no-folder-splits ignores "
+        "folders"
     )
     if splits and (others or loose):
         where = [f"in {top} ({count})" for top, count in sorted(others.items())][:3]
@@ -151,8 +153,9 @@ def _refuse_hidden_splits(folder: Path, samples: dict[str, Sample]) -> None:
         return
     names = ", ".join(sorted(near)[:6])
     raise UserError(
-        f"{folder}: the folders {names} look like splits, but they are not called train, valid and test at its top: rename or "
-        f"move them, or import each with them at the top; opt-ds import folder {folder} --no-folder-splits ignores folders"
+        f"{folder}: the folders {names} look like splits, but they are not called train, valid and test at its top: "
+        "rename or move them, or import the folder that holds them; "
+        f"opt-ds import folder {folder} --no-folder-splits ignores folders"
     )
 
 

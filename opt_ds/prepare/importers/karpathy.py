@@ -100,7 +100,8 @@ def _token_entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[
     for row in read_rows(annotations, "\t", quoted=False):
         match = _TOKEN.fullmatch(row.cells[0]) if len(row.cells) == 2 else None
         if match is None:
-            yield Skipped(f"{prefix}line {row.line}", f"not name#number and caption: {annotations.name} line {row.line}")
+            place = f"line {row.line}"
+            yield Skipped(prefix + place, f"not name#number and caption: {annotations.name} {place}")
             continue
         yield sample(
             prefix + row.cells[0],

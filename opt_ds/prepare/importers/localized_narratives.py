@@ -89,7 +89,9 @@ def _entries(
         id = f"{dataset}/{image_id}/{annotator}"
         seen[id] += 1
         recording = entry.get("voice_recording")
-        if recording is not None and _is_of_another_picture(typed(recording, str, "voice_recording"), dataset, image_id):
+        if recording is not None:
+            typed(recording, str, "voice_recording")
+        if recording is not None and _is_of_another_picture(recording, dataset, image_id):
             return Skipped(id, f"it contradicts itself: its recording is {recording}")
         return sample(
             id if seen[id] == 1 else f"{id}/{seen[id]}",
@@ -150,7 +152,8 @@ def read_image_labels(files: Sequence[Path], names: Path | None, wanted: set[str
                 nameless.add(label)
             found[image].setdefault(name_of.get(label, label))
         if bad:
-            result.unused.append(Unused("rows", len(bad), tuple(bad[:100]), f"of {path.name}, not image, label and confidence"))
+            why = f"of {path.name}, not image, label and confidence"
+            result.unused.append(Unused("rows", len(bad), tuple(bad[:100]), why))
     if nameless:
         why = f"not in {names}: such labels keep their code"
         result.unused.append(Unused("label codes without a name", len(nameless), tuple(sorted(nameless)[:100]), why))

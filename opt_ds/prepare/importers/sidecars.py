@@ -1,4 +1,4 @@
-"""img2dataset's files beside a picture (`000000001.json` with url and caption, `.txt` with the caption): do they name the row?"""
+"""img2dataset's files beside a picture (`000000001.json` with url and caption, `.txt` with the caption): whose are they?"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Sidecars:
         if 2 * count > len(self._named):
             fix = f"they are shifted by {shift}: give --first-index {first_index - shift}"
         raise UserError(
-            f"{table}: {self._wrong} of {self.checked} pictures belong to other rows, as the files beside them say: {fix}"
+            f"{table}: {self._wrong} of {self.checked} pictures belong to other rows, as files beside them say: {fix}"
         )
 
 

@@ -1,7 +1,7 @@
 """Tables with a row a sample: CSV, TSV (with a header) and Parquet. Columns are called as the manifest's fields, or named.
 
-Parquet may hold the pictures and recordings themselves, and classes as numbers, as Hugging Face `datasets` writes it. Rows
-that do not fit the header are reported with their line; columns that are not used, too.
+Parquet may hold the pictures and recordings themselves, and classes as numbers, as Hugging Face `datasets` writes it.
+Rows that do not fit the header are reported with their line; columns that are not used, too.
 """
 
 import json
@@ -104,8 +104,8 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
     splits = sorted({folder for folder in folders if split_of_name(folder)})
     if len(splits) > 1 and column_of["split"] not in source.columns:
         yield Note(
-            f"its files lie in folders {', '.join(splits)}, but it has no column split: opt-ds prepare will assign splits by "
-            "a hash of the groups, whatever the folders are"
+            f"its files lie in folders {', '.join(splits)}, but it has no column split: opt-ds prepare will assign splits "
+            "by a hash of the groups, whatever the folders are"
         )
 
 
@@ -114,8 +114,8 @@ def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
     used = set(column_of.values())
     unused = [column or "(without a name)" for column in source.columns if column not in used]
     if unused:
-        near = [(name, did) for name in unused if (did := name.strip().lower()) in _FIELDS and column_of[did] == did]
-        why = f'--column {near[0][1]}="{near[0][0]}" takes the first of them' if near and near[0][0] == unused[0] else ""
+        near = next((name for name in unused if name.strip().lower() in _FIELDS and name.strip().lower() != name), None)
+        why = "" if near is None else f'--column {near.strip().lower()}="{near}" takes {near}'
         yield Unused("columns", len(unused), tuple(unused), why)
     yield from (Note(f"{source.path.name}: {note}") for note in source.notes)
 
@@ -140,7 +140,8 @@ def _check_columns(source: _Source, column_of: dict[str, str]) -> None:
     named = [column for field, column in column_of.items() if column != field]
     absent = next((column for column in named if column not in columns), None)
     if absent is not None:
-        raise UserError(f'{table}: no column "{absent}"{did_you_mean(absent, columns)}: it has {", ".join(columns)}'[:500])
+        near = did_you_mean(absent, columns)
+        raise UserError(f'{table}: no column "{absent}"{near}: it has {", ".join(columns)[:300]}')
     if not any(column_of[field] in columns for field in ("image", "text", "audio")):
         has = ", ".join(columns)[:300]
         raise UserError(f"{table}: no column image, text or audio: it has {has}: name them with --column image=…")

@@ -1,6 +1,7 @@
-"""Strict reading of CSV and TSV: each row comes out as it was written, or is reported with its line. None is merged or shifted.
+"""Strict reading of CSV and TSV: each row comes out as it was written, or is reported with its line.
 
-`read_rows` gives the rows as they are; `read_table` takes the first one as the header and finds the separator and quoting.
+`read_rows` gives the rows as they are; `read_table` takes the first one as the header, and finds the separator and the
+quoting.
 """
 
 import csv
@@ -58,7 +59,8 @@ def read_rows(path: Path, separator: str, *, quoted: bool) -> Iterator[Row]:
     """
     csv.field_size_limit(sys.maxsize)
     with open_text(path) as file:
-        reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
+        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         number, line = 0, 1
         try:
             for cells in reader:
@@ -68,8 +70,8 @@ def read_rows(path: Path, separator: str, *, quoted: bool) -> Iterator[Row]:
                 line = reader.line_num + 1
         except csv.Error:
             raise UserError(
-                f"{path} line {line}: a quote that opens a cell there is not closed properly: close it, or write quotes "
-                'inside of a cell twice ("")'
+                f"{path} line {line}: a quote that opens a cell there is not closed properly: close it, or write "
+                'quotes inside of a cell twice ("")'
             ) from None
 
 

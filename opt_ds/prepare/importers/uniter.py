@@ -21,6 +21,7 @@ _DATABASE = "data.mdb"
 _OWN = b"__"  # __keys__ lists the others
 _LONGEST_NAME = 200
 _SHOWN = 10
+_BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 
 
 def is_lmdb(folder: Path) -> bool:
@@ -31,8 +32,8 @@ def is_lmdb(folder: Path) -> bool:
 def export_lmdb(database: Path, output: Path, *, say: Callable[[str], None] = print) -> int:
     """Write every entry of the database as a file of `output`; files that are there are kept, so that it resumes.
 
-    Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them; others are left out and
-    named. Returns the number of files. UserError if there is none.
+    Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them; others are left out
+    and named. Returns the number of files. UserError if there is none.
     """
     output.mkdir(parents=True, exist_ok=True)
     names, unnamed = _names(_keys(database))
@@ -63,7 +64,7 @@ def _say_more(names: dict[str, str], skipped: list[str], say: Callable[[str], No
     long = {key: name for key, name in names.items() if name != _plain_name(key)}
     if long:
         key, name = next(iter(long.items()))
-        say(f"  {len(long)} keys differ only by folder or ending, or are too long: their files have other names: {key} is {name}")
+        say(f"  {len(long)} keys differ only by folder or ending, or are too long: they got other names: {key} is {name}")
     if skipped:
         say(f"  {len(skipped)} entries left out")
     for reason in skipped[:_SHOWN]:
@@ -73,8 +74,8 @@ def _say_more(names: dict[str, str], skipped: list[str], say: Callable[[str], No
 def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
     """Return key -> file name, no two the same, and the keys that are no text.
 
-    The name is the key's last part with .npz as its ending; where several keys have the same, it is the whole key, quoted
-    as in a URL.
+    The name is the key's last part with .npz as its ending; where several keys have the same, it is the whole key,
+    quoted as in a URL.
     """
     texts: list[str] = []
     unnamed: list[bytes] = []
@@ -142,11 +143,10 @@ def _arrays(value: bytes) -> dict[str, Any]:
             with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
                 return dict(arrays)
         fields = msgpack.unpackb(value, raw=False, object_hook=_array)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, msgpack.UnpackException):
+    except (*_BROKEN, msgpack.UnpackException):
         raise ValueError("neither NPZ nor msgpack") from None
-    found = {}
-    if isinstance(fields, dict):
-        found = {name: array for name, array in fields.items() if isinstance(name, str) and isinstance(array, np.ndarray)}
+    items = fields.items() if isinstance(fields, dict) else ()
+    found = {name: array for name, array in items if isinstance(name, str) and isinstance(array, np.ndarray)}
     if not found:
         raise ValueError("it holds no arrays")
     return found

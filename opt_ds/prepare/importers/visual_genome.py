@@ -58,7 +58,8 @@ def _entries(
     def phrase(region: dict[str, Any], image_id: int, file: str) -> Iterator[Entry]:
         id = f"{prefix}region {typed(region['region_id'], (int, str), 'region_id')}"
         if region.get("image_id", image_id) != image_id:
-            yield Skipped(id, f"it contradicts itself: its image_id is {region['image_id']}, its picture's id {image_id}")
+            reason = f"it contradicts itself: its image_id is {region['image_id']}, its picture's id {image_id}"
+            yield Skipped(id, reason)
             return
         text = typed(region["phrase"], str, "phrase")
         yield sample(id, text=text, files={"image": (str(image_id), file)}, group=f"image {image_id}")

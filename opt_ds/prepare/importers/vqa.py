@@ -87,7 +87,7 @@ def normalized_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Answers:
-    """A file of annotations. `of`: question id -> normalised answers; `image`: question id -> its picture's id, if named."""
+    """A file of annotations. `of`: question id -> normalised answers; `image`: question id -> its picture's id or None."""
 
     subtype: str
     of: dict[Any, list[str]]
@@ -103,7 +103,8 @@ def _answers(path: Path) -> _Answers:
     for number, entry in enumerate(content["annotations"]):
         place = f"{path.name} annotation {number}"
         try:
-            id, answers = typed(entry["question_id"], (int, str), "question_id"), typed(entry["answers"], list, "answers")
+            id = typed(entry["question_id"], (int, str), "question_id")
+            answers = typed(entry["answers"], list, "answers")
         except (KeyError, TypeError) as error:
             found.skipped.append(Skipped(place, f"not as published: {place}: {error}"))
             continue
@@ -134,7 +135,8 @@ def _entries(
         raise UserError(f'{path}: no list "questions": give v2_OpenEnded_mscoco_…_questions.json')
     subtype = str(content.get("data_subtype", ""))
     if subtype and answers.subtype and subtype != answers.subtype:
-        raise UserError(f"{path}: questions of {subtype}, but its annotations are of {answers.subtype}: give each its own")
+        other = answers.subtype
+        raise UserError(f"{path}: questions of {subtype}, but its annotations are of {other}: give each its own")
 
     def question(entry: dict[str, Any]) -> Iterator[Entry]:
         image_id, number = int(entry["image_id"]), typed(entry["question_id"], (int, str), "question_id")

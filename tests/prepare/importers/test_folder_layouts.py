@@ -33,7 +33,9 @@ def unused(folder: Path) -> list[str]:
     return [name for each in report["unused"] for name in each["names"]]
 
 
-BESIDE = ["README.txt", "__MACOSX/train/._a.jpg", ".DS_Store", "train/._a.jpg", "Thumbs.db", "LICENSE", "classes.txt", "test/.x/b.jpg"]
+BESIDE = [
+    "README.txt", "__MACOSX/train/._a.jpg", ".DS_Store", "train/._a.jpg", "Thumbs.db", "LICENSE", "classes.txt", "test/.x/b.jpg",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_what_lies_beside_the_splits_does_not_end_them(tmp_path: Path, train: st
 @pytest.mark.parametrize("more", ["loose.jpg", "extra/a.jpg", "test-old/a.jpg", "deep/er/a.jpg", "loose.txt loose.png"])
 def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, more: str) -> None:
     folder = make(tmp_path / "f", ["train/a.jpg", "test/a.jpg", *more.split()])
-    with pytest.raises(UserError, match="look like splits, but samples lie outside.*--folder-splits.*--no-folder-splits"):
+    with pytest.raises(UserError, match=r"look like splits, but samples lie outside.*--folder-splits.*--no-folder-splits"):
         run(folder)
     assert run(folder, folder_splits=True) == {"train/a": "train", "test/a": "test"}
     assert set(run(folder, folder_splits=False).values()) == {None}
@@ -65,13 +67,14 @@ def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, 
 )  # fmt: skip
 def test_splits_that_are_nearly_there_are_refused(tmp_path: Path, names: list[str]) -> None:
     folder = make(tmp_path / "f", names)
-    with pytest.raises(UserError, match="look like splits, but they are not called train, valid and test.*--no-folder-splits"):
+    with pytest.raises(UserError, match=r"look like splits, but they are not called train, valid and test.*--no-folder-splits"):
         run(folder)
     assert set(run(folder, folder_splits=False).values()) == {None}
 
 
 def test_classes_as_folders_are_no_splits(tmp_path: Path) -> None:
-    assert run(make(tmp_path / "f", ["cat/a.jpg", "dog/a.jpg", "trainer/a.jpg"])) == {"cat/a": None, "dog/a": None, "trainer/a": None}
+    found = run(make(tmp_path / "f", ["cat/a.jpg", "dog/a.jpg", "trainer/a.jpg"]))
+    assert found == {"cat/a": None, "dog/a": None, "trainer/a": None}
     with pytest.raises(UserError, match="no folder called train, valid or test"):
         run(tmp_path / "f", folder_splits=True)
 

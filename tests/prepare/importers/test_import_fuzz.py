@@ -17,6 +17,7 @@ from opt_ds.prepare.importers.karpathy import import_karpathy
 from opt_ds.prepare.importers.localized_narratives import import_localized_narratives
 from opt_ds.prepare.importers.table import import_table
 from opt_ds.prepare.importers.visual_genome import import_visual_genome
+from opt_ds.prepare.importers.vqa import import_vqa
 from opt_ds.prepare.manifest import read_manifest
 
 odd = st.recursive(
@@ -71,6 +72,12 @@ NARRATIVE = {"dataset_id": "open_images_train", "image_id": "1", "annotator_id":
 GENOME = [{"id": 1, "regions": [{"region_id": 5, "phrase": "a cat", "image_id": 1}, {"region_id": 6, "phrase": "a dog"}]}]
 COCO = {"images": [{"filepath": "", "filename": "1.jpg", "split": "val", "cocoid": 1,
                     "sentences": [{"raw": "A cat", "sentid": 3}]}]}  # fmt: skip
+QUESTIONS = {"data_subtype": "val2014", "questions": [{"question_id": 1, "image_id": 1, "question": "what?"},
+                                                       {"question_id": 2, "image_id": 1, "question": "who?"}]}  # fmt: skip
+ANNOTATIONS = {"data_subtype": "val2014", "annotations": [
+    {"question_id": 1, "image_id": 1, "answers": [{"answer": "cat"}, {"answer": 2}]},
+    {"question_id": 2, "image_id": 1, "answers": [{"answer": "dog"}]},
+]}  # fmt: skip
 GOOD = {**NARRATIVE, "image_id": "2"}
 
 
@@ -102,6 +109,30 @@ def test_coco(content: Any) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "a.json").write_text(json.dumps(content))
         return lambda manifest: import_karpathy(folder / "a.json", manifest, images=folder, say=silent)
+
+    check(write)
+
+
+@settings(deadline=None, max_examples=50)
+@given(questions=spoiled(QUESTIONS), annotations=spoiled(ANNOTATIONS))
+def test_vqa(questions: Any, annotations: Any) -> None:
+    def write(folder: Path) -> Callable[[Path], object]:
+        (folder / "q.json").write_text(json.dumps(questions))
+        (folder / "a.json").write_text(json.dumps(annotations))
+        (folder / "COCO_val2014_000000000001.jpg").write_bytes(b"x")
+        return lambda manifest: import_vqa(
+            [str(folder / "q.json")], [str(folder / "a.json")], manifest, images=folder, min_count=1, say=silent
+        )
+
+    check(write)
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=st.lists(st.text(alphabet='1.jpg#0\t"\r\n é', max_size=20), max_size=4))
+def test_flickrs_token_file(rows: list[str]) -> None:
+    def write(folder: Path) -> Callable[[Path], object]:
+        (folder / "f.token").write_text("\n".join(["1.jpg#0\tA cat", *rows]))
+        return lambda manifest: import_karpathy(folder / "f.token", manifest, images=folder, say=silent)
 
     check(write)
 

@@ -71,9 +71,9 @@ def test_blank_lines_are_not_counted_as_img2dataset_does_not(tmp_path: Path) -> 
 
 def test_a_first_line_that_may_be_a_header_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "p")
-    with pytest.raises(UserError, match="t.tsv line 1: no URL, so it cannot be told whether it is a header"):
+    with pytest.raises(UserError, match=r"t.tsv line 1: no URL, so it cannot be told whether it is a header"):
         run(tmp_path, ["Bildtext\tAdresse", *rows()])
-    with pytest.raises(UserError, match="t.tsv line 1: no URL"):
+    with pytest.raises(UserError, match=r"t.tsv line 1: no URL"):
         run(tmp_path, ["caption 0 http://a.b/0".replace("http:", "htp:"), *rows()[1:]])
 
 
@@ -107,7 +107,7 @@ def test_files_beside_the_pictures_prove_the_pairing(tmp_path: Path) -> None:
     assert len(run(tmp_path, rows())) == COUNT
     assert report(tmp_path)["notes"] == [], "nothing had to be assumed"
     lost = rows()[1:]  # the picture numbered 0 is the lost row's: all others are shifted
-    with pytest.raises(UserError, match="4 of 4 pictures belong to other rows.* shifted by -1.*--first-index 1"):
+    with pytest.raises(UserError, match=r"4 of 4 pictures belong to other rows.* shifted by -1.*--first-index 1"):
         run(tmp_path, lost)
     assert len(run(tmp_path, lost, first_index=1)) == COUNT - 1
     swapped = [*rows()[:3], rows()[4], rows()[3]]
@@ -180,7 +180,8 @@ def karpathy(folder: Path, change: Callable[[dict[str, Any]], None]) -> list[str
 def test_karpathys_entries_that_contradict_themselves_are_left_out(tmp_path: Path) -> None:
     assert karpathy(tmp_path, lambda entry: None) == ["sentence 10", "sentence 11", "sentence 20", "sentence 21"]
     assert karpathy(tmp_path, lambda entry: entry.update(cocoid=2)) == ["sentence 20", "sentence 21"]
-    assert karpathy(tmp_path, lambda entry: entry["sentences"][0].update(imgid=2)) == ["sentence 11", "sentence 20", "sentence 21"]
+    others = karpathy(tmp_path, lambda entry: entry["sentences"][0].update(imgid=2))
+    assert others == ["sentence 11", "sentence 20", "sentence 21"]
 
 
 def test_one_bad_sentence_leaves_its_siblings(tmp_path: Path) -> None:
