@@ -45,15 +45,13 @@ def group() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, group: Any) -> Path:
     """A folder with a store that has codes and their dVAE, a run of two steps on it, and the run's exported model."""
-    from opt_ds.config import load_config
     from opt_ds.engine import run_folder
 
     folder = tmp_path_factory.mktemp("flips")
     store = folder / "store"
     write_synthetic_store(store, 40, seed=3, regions=(4, 8), frames=(16, 40), num_codes_vocab=None, samples_per_shard=20)
     write_missing_codes(store, CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])))
-    settings = [*FITTED, f"data.stores=[{store}]", "model.image_codebook_size=32", "train.max_steps=2", "checkpoint.every_steps=1"]
-    config = load_config("opt-tiny", settings)
+    config = run_config(folder)
     train(config, folder / "run", group)
     run_folder.record_launch(
         folder / "run", config, [FeatureStore(store)], {"ranks": "1", "samples_per_step": 12, "versions": run_folder.versions()}
@@ -112,12 +110,13 @@ def check_store(folder: Path, name: str, count: int, capsys: pytest.CaptureFixtu
     store, out = folder / "store", folder / "out"
     expected = {index: FeatureStore(store).caption(index) for index in range(4)}
     for _ in each_flip(folder, "store", name, count):
-        commands: list[tuple[object, ...]] = [("inspect", store), ("split", store, "--ratio", "train=0.5", "--ratio", "valid=0.5")]
+        halves = ("--ratio", "train=0.5", "--ratio", "valid=0.5")
+        commands: list[tuple[object, ...]] = [("inspect", store), ("split", store, *halves)]
         if all_commands:
             commands += [
                 ("convert", store, "--output", out),
                 ("plan", "--config", "opt-tiny", "--store", store),
-                ("evaluate", "retrieval", "--checkpoint", folder / "run", "--store", store, "--output", out, "--split", "valid"),
+                (*evaluation(folder), "--output", out),
                 ("finetune", "captioning", "--checkpoint", folder / "run", "--store", store, "--output", out),
                 ("train-dvae", "--store", store, "--output", out, "--preset", "dvae-tiny", "--device", "cpu"),
                 ("update", store, "--modality", "text"),
@@ -158,7 +157,7 @@ def check_run(folder: Path, name: str, count: int, capsys: pytest.CaptureFixture
     run, store, out = folder / "run", folder / "store", folder / "out"
     newest = name.startswith("checkpoints/step-00000002") or name in ("checkpoints/best", "checkpoints/latest")
     loads = not name.endswith("moments.safetensors")
-    evaluate = ("evaluate", "retrieval", "--checkpoint", run, "--store", store, "--output", out, "--split", "valid")
+    evaluate = (*evaluation(folder), "--output", out)
     for _ in each_flip(folder, "run", name, count):
         if name == "run.json":
             from opt_ds.engine import run_folder
@@ -209,7 +208,29 @@ def check_exported(folder: Path, name: str, count: int, capsys: pytest.CaptureFi
         refused(capsys, "serve", "--checkpoint", folder / "exported", "--port", 0)
 
 
+def evaluation(folder: Path) -> tuple[object, ...]:
+    given = ("--checkpoint", folder / "run", "--store", folder / "store", "--split", "valid")
+    return ("evaluate", "retrieval", *given, "--candidates", 2, "--matching-candidates", 2)
+
+
+def check_that_all_work(folder: Path) -> None:
+    """Without a flip the commands do their work: their refusals are those of the flip."""
+    store, run, out = folder / "store", folder / "run", folder / "works"
+    text = ("--text", "w1", "--to", "text")
+    for command in [
+        ("inspect", store),
+        ("export", "--checkpoint", run, "--output", out / "exported"),
+        ("generate", "--checkpoint", run, *text, "--output", out / "a.txt"),
+        ("generate", "--checkpoint", folder / "exported", *text, "--output", out / "b.txt"),
+        (*evaluation(folder), "--output", out / "figures.json"),
+        ("report", run, "--output", out / "report.html"),
+        ("convert", store, "--output", out / "converted"),
+    ]:
+        assert opt_ds(*command) == 0, command
+
+
 def campaign(made: Path, folder: Path, count: int, capsys: pytest.CaptureFixture[str], *, all_commands: bool) -> int:
+    check_that_all_work(folder)
     shutil.copytree(made / "store", folder / "pristine")
     (folder / "pristine.json").write_text(json.dumps(json.loads((made / "run" / "run.json").read_text())["identity"]))
     checks: dict[str, Callable[[str], None]] = {
