@@ -191,8 +191,9 @@ def _parts(index: Path) -> list[str]:
     """Return the names of the files that an index lists; none may lie outside its folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(name != Path(name).name for name in names):
-            raise UserError(f"{index}: it names files outside its folder")
+        outside = [name for name in names if name != Path(name).name]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{index}: not readable as an index of weights: download it again") from None
+    if outside:
+        raise UserError(f"{index}: it names files outside its folder, such as {outside[0]}")
     return names

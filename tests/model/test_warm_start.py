@@ -102,6 +102,9 @@ def test_the_mlm_head_gives_berts_scores(tmp_path: Path, file: str) -> None:
         ({}, {"norm": "pre"}, "with model.norm=pre they would be applied elsewhere: set model.norm=post"),
         ({"hidden_act": "relu"}, {}, "hidden_act is relu, the encoder computes gelu"),
         ({"num_attention_heads": 4}, {}, "num_attention_heads is 4.*model.num_heads is 2"),
+        ({}, {"num_layers": 1}, "it has 2 layers, model.num_layers is 1: set model.num_layers=2"),
+        ({"hidden_act": "relu"}, {}, "its hidden_act is 'relu', the model has 'gelu' alone"),
+        ({}, {"norm": "pre"}, "BERT normalises after each sublayer, model.norm is pre: set model.norm=post"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path: Path, bert: dict, ours: dict, words: str) -> None:
@@ -119,7 +122,7 @@ def test_a_folder_that_is_no_bert_is_one_line(tmp_path: Path) -> None:
         make_model().load_bert(tmp_path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"cut off")
-        with pytest.raises(UserError, match=f"{name} is not readable") as error:
+        with pytest.raises(UserError, match=f"{name}: not a checkpoint of plain tensors: cut off") as error:
             make_model().load_bert(tmp_path)
         assert "\n" not in str(error.value)
         (tmp_path / name).unlink()

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_detectron2s_layout_is_the_same_network(tmp_path: Path) -> None:
         state[f"roi_heads.box_predictor.cls_score.{part}"] = torch.cat([scores[1:], scores[:1]])
         state[f"roi_heads.box_predictor.bbox_pred.{part}"] = deltas[4:]
     state["roi_heads.box_predictor.attr_score.weight"] = torch.zeros(400, 1024)
-    state["pixel_mean"] = torch.zeros(3, 1, 1)
+    state["pixel_mean"] = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)  # BGR
     loaded, name = build_faster_rcnn(state, "here", 96, 128)
     assert name == "resnet50"
     for key, tensor in loaded.state_dict().items():
@@ -327,3 +328,49 @@ def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
     with pytest.raises(DecodingError, match="a PNG picture, cut off"):
         load_picture(tmp_path / "cut.png")
+
+
+def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp_path: Path) -> None:
+    import json
+
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    name, folder = "mobilenetv2_035", tmp_path / "hub"
+    folder.mkdir()
+    network = timm.create_model(name, pretrained=False, num_classes=7).eval()
+    save_file(network.state_dict(), folder / "model.safetensors")
+    options: dict[str, Any] = {"weights": folder / "model.safetensors", "backbone": f"timm/{name}", "side": 64, "cells": 1}
+    plain = GridExtractor(**options)
+    assert not {"mean", "std"} & plain.identity().keys(), "stores made with ImageNet's normalisation keep their identity"
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (folder / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": half}))
+    own = GridExtractor(**options)
+    assert own.identity() == {**plain.identity(), **half}
+    pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    with torch.inference_mode():
+        map_nchw = network.forward_features(torch.tensor((pixels.transpose(2, 0, 1)[None] - 0.5) / 0.5, dtype=torch.float32))
+    assert np.allclose(own.extract([noise(2)])[0].features[0], map_nchw.mean((2, 3))[0], atol=2e-3)
+    old = GridExtractor(**options, normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert old.identity() == plain.identity(), "what an old store was made with can be made again"
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
+    with pytest.raises(UserError, match="its weights are of resnet18, not mobilenetv2_035"):
+        GridExtractor(**options)
+
+
+def test_published_normalisations_are_the_models_own() -> None:
+    from opt_ds.prepare.regions import _IMAGENET, _torchvision_normalisation
+
+    assert _torchvision_normalisation("efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
+    assert _torchvision_normalisation("resnet50") == _torchvision_normalisation("efficientnet_b0") == _IMAGENET
+
+
+def test_a_detectron2_model_of_other_colours_is_refused() -> None:
+    from opt_ds.prepare.detectron2 import refuse_other_colours
+
+    usual = {"pixel_mean": torch.tensor([103.53, 116.28, 123.675]), "pixel_std": torch.ones(3, 1, 1)}
+    refuse_other_colours(usual, "here")
+    for change in ({"pixel_std": torch.tensor([57.375, 57.12, 58.395])}, {"pixel_mean": torch.zeros(3)}):
+        with pytest.raises(UserError, match=f"here: its {next(iter(change))} is "):
+            refuse_other_colours({**usual, **change}, "here")

@@ -254,3 +254,47 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             build_speech_extractor(**arguments)
         assert "\n" not in str(error.value)
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "conv_dim": [16] * 7,
+          "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["WavLM", "Hubert", "Data2VecAudio", "UniSpeech", "Bert", "Whisper"])
+def test_folders_of_other_models_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    if kind in ("Bert", "Whisper"):
+        getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    else:
+        config = getattr(transformers, f"{kind}Config")(**_SMALL)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    model_type = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    with pytest.raises(UserError, match=f"not a wav2vec 2.0 folder: its config.json says model_type '{model_type}'"):
+        build_speech_extractor("wav2vec2", weights=tmp_path)
+
+
+def test_a_config_and_weights_that_disagree_are_one_line(tmp_path: Path) -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, WavLMConfig, WavLMModel
+
+    Wav2Vec2ForCTC(Wav2Vec2Config(**_SMALL)).save_pretrained(tmp_path)
+    assert build_speech_extractor("wav2vec2", weights=tmp_path).dim == 32, "the head of recognition is no remainder"
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for change, reason in (
+        ({"hidden_size": 16, "num_attention_heads": 2}, r"is \[.*32.*\], not \["),
+        ({"num_hidden_layers": 1}, "which has no encoder.layers.1"),
+        ({"num_hidden_layers": 3}, "its weights lack encoder.layers.2"),
+        ({"hidden_size": 33}, "config.json cannot be used|does not fit"),
+        ({"_attn_implementation": "someone/repo"}, ""),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**fields, **change}))
+        if not reason:
+            assert build_speech_extractor("wav2vec2", weights=tmp_path).dim == 32, "no code is looked for on a hub"
+            continue
+        with pytest.raises(UserError, match=reason) as error:
+            build_speech_extractor("wav2vec2", weights=tmp_path)
+        assert "\n" not in str(error.value)
+    WavLMModel(WavLMConfig(**_SMALL)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(fields))  # what lies about itself is found by its weights
+    with pytest.raises(UserError, match=r"which has no encoder\.layers\.0\.attention\.gru"):
+        build_speech_extractor("wav2vec2", weights=tmp_path)
