@@ -118,6 +118,7 @@ def serve(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
     split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
+    allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
     image_weights: _ImageWeights = None,
     speech_weights: _SpeechWeights = None,
     device: _Device = "auto",
@@ -132,7 +133,7 @@ def serve(
 
     session = _session(checkpoint, image_weights, speech_weights, device)
     neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
-    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or ())
+    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg)
     try:
         listening = listen(host, port)
     except OSError as error:

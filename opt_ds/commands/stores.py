@@ -78,11 +78,11 @@ def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path |
 
 
 def _picture(file: Path) -> "Image":
-    from opt_ds.prepare.pictures import load_picture
+    from opt_ds.prepare.decoder import DecodingError, own_decoder
 
     try:
-        return load_picture(file)
-    except Exception as error:  # decoders raise whatever they like
+        return own_decoder().picture(file).content
+    except DecodingError as error:
         raise UserError(f"{file}: not readable as a picture ({error}): leave out --manifest to go without it") from None
 
 

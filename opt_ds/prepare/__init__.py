@@ -1,25 +1,27 @@
-"""Raw pictures, words and recordings -> feature store. Training imports it only to build its default store."""
+"""Raw pictures, words and recordings -> feature store. Training imports it only to build its default store.
 
-from collections.abc import Callable
-from pathlib import Path
+Its names are imported on first use: the decoder's processes import this package too, and must start quickly.
+"""
 
-from opt_ds.prepare.pipeline import prepare
-from opt_ds.prepare.settings import PrepareSettings
-from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opt_ds.prepare.default_store import emoji_store
+    from opt_ds.prepare.pipeline import prepare
+    from opt_ds.prepare.settings import PrepareSettings
 
 __all__ = ["PrepareSettings", "emoji_store", "prepare"]
 
+_MODULE_OF = {
+    "PrepareSettings": "opt_ds.prepare.settings",
+    "emoji_store": "opt_ds.prepare.default_store",
+    "prepare": "opt_ds.prepare.pipeline",
+}
 
-def emoji_store(
-    output: Path, work_dir: Path, *, workers: int = 2, say: Callable[[str], None] = print
-) -> StoreDescription:
-    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it is there. It resumes."""
-    from opt_ds.prepare.importers.emoji import ATTRIBUTION, write_emoji_corpus
 
-    if (output / STORE_FILE).is_file():
-        say(f"{output}: feature store found")
-        return load_description(output)
-    manifest = write_emoji_corpus(work_dir, workers=workers, say=say)
-    description = prepare(manifest, output, workers=workers, info={"attribution": ATTRIBUTION}, say=say)
-    assert description is not None, "only a share of a store has none"
-    return description
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULE_OF[name]), name)

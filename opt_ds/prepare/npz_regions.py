@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_ds.prepare.npz_arrays import read_npz_arrays
 from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
 
 
@@ -40,12 +41,12 @@ class NpzExtractor:
         return [None if path is None else self._read(path) for path in inputs]
 
     def _read(self, path: Path) -> RegionFeatures:
-        with np.load(path, allow_pickle=False) as arrays:
-            absent = [name for name in ("features", "norm_bb", "conf") if name not in arrays]
-            if absent:
-                raise ValueError(f"{path.name} has no array {absent[0]}")
-            features, boxes, scores = arrays["features"], arrays["norm_bb"], arrays["conf"].reshape(-1)
-            soft = arrays.get("soft_labels")
+        arrays = read_npz_arrays(path)
+        absent = [name for name in ("features", "norm_bb", "conf") if name not in arrays]
+        if absent:
+            raise ValueError(f"{path.name} has no array {absent[0]}")
+        features, boxes, scores = arrays["features"], arrays["norm_bb"], arrays["conf"].reshape(-1)
+        soft = arrays.get("soft_labels")
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"{path.name}: features of shape {list(features.shape)}, not [R, {self.dim}]")
         if soft is not None and (soft.ndim != 2 or len(soft) != len(features)):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.prepare.limits import MAX_PIXELS, MAX_SECONDS, Limits
 from opt_ds.prepare.text import UNICODE_FORMS
 
 _AT_LEAST_ONE = (
@@ -34,7 +35,7 @@ class PrepareSettings:
     image_backbone: str | None = None
     image_min_side: int = 600
     image_max_side: int = 1000
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     pixels: bool = True
     speech: str = "logmel"
     speech_weights: Path | None = None
@@ -44,13 +45,17 @@ class PrepareSettings:
     trim_silence: bool = False
     pool_frames: int = 1
     max_frames: int | None = None
-    max_seconds: float = 3600.0
+    max_seconds: float = MAX_SECONDS
     text: Path | None = None
     vocab_size: int = 1200
     unicode_form: str = "NFC"
     max_tokens: int | None = 510  # BERT's 512 positions, less [CLS] and [SEP]
     samples_per_shard: int = 1024
     compression: Literal["gzip"] | None = None
+
+    def decoding_limits(self) -> Limits:
+        """Return what the decoder needs to know of the settings."""
+        return Limits(max_pixels=self.max_pixels, max_seconds=self.max_seconds)
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be."""

@@ -4,7 +4,6 @@ A chunk is cut by the manifest alone and runs on one thread; a file that cannot 
 features of the others are the same bytes whoever computes them and whatever else is broken.
 """
 
-import hashlib
 import multiprocessing
 import os
 import threading
@@ -13,19 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.prepare.decoder import Decoded, DecodingError, EnvironmentFaultError, MissingFileError, own_decoder
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.store.writer import ImageItem
 
 _CHUNK = {"image": 16, "audio": 32}
 _AHEAD_PER_WORKER = 4
-_DIGEST_BYTES = 8  # identical files are counted, not proven
 
 
 @dataclass(frozen=True)
@@ -160,13 +159,15 @@ def _extract_chunk(kind: str, names: list[str], folder: Path) -> list[Extracted 
     if kind not in _worker:
         _worker[kind] = build_extractor(kind, settings, _worker["device"])
     decoded = [_decode(kind, folder / name, settings) for name in names]
-    inputs = [None if isinstance(value, Failure) else value for value in decoded]
+    inputs = [value.content if isinstance(value, Decoded) else None for value in decoded]
     features = _extract(kind, inputs)
     finish = _image_item if kind == "image" else _audio_item
     results: list[Extracted | Failure] = []
-    for name, value, feature in zip(names, decoded, features, strict=True):
-        failure = next((each for each in (value, feature) if isinstance(each, Failure)), None)
-        results.append(failure or finish(feature, value, settings, _digest(folder / name)))
+    for value, feature in zip(decoded, features, strict=True):
+        if isinstance(value, Failure) or isinstance(feature, Failure):
+            results.append(value if isinstance(value, Failure) else feature)
+        else:
+            results.append(finish(feature, value, settings))
     return results
 
 
@@ -175,6 +176,8 @@ def _extract(kind: str, inputs: Sequence[Any]) -> list[Any]:
     extractor = _worker[kind]
     try:
         return extractor.extract(inputs)
+    except EnvironmentFaultError:
+        raise
     except Exception:
         return [_extract_alone(kind, extractor, value) for value in inputs]
 
@@ -182,37 +185,46 @@ def _extract(kind: str, inputs: Sequence[Any]) -> list[Any]:
 def _extract_alone(kind: str, extractor: Any, value: Any) -> Any:
     try:
         return extractor.extract([value])[0]
+    except EnvironmentFaultError:
+        raise
+    except DecodingError as error:
+        return _failure(kind, value, error)
     except Exception as error:
         return Failure(f"no {kind} features could be made: {_one_line(error)}")
 
 
-def _decode(kind: str, path: Path, settings: PrepareSettings) -> Any:
-    from opt_ds.prepare.pictures import load_picture
-    from opt_ds.prepare.recordings import load_recording, trim_silence
+def _decode(kind: str, path: Path, settings: PrepareSettings) -> Decoded[Any] | Failure:
+    """Decode a file. EnvironmentFaultError, which ends the run, for whatever is no matter of its content."""
+    from opt_ds.prepare.recordings import trim_silence
 
+    decoder, limits = own_decoder(), settings.decoding_limits()
     try:
-        if not path.is_file():
-            return Failure(f"{kind} file is missing: {path.name}")
         if kind == "image" and getattr(_worker[kind], "reads_files", False):
-            return path
+            return Decoded(path, decoder.digest(path, "arrays"))
         if kind == "image":
-            return load_picture(path, settings.max_pixels)
-        recording = load_recording(path, settings.max_seconds)
-        return trim_silence(recording) if settings.trim_silence else recording
-    except Exception as error:  # decoders raise anything at all
-        # The report must not depend on where the files lie.
-        return Failure(f"{kind} file is broken: {path.name}: {_one_line(error).replace(str(path), path.name)}")
+            return decoder.picture(path, limits)
+        recording = decoder.recording(path, limits)
+        return replace(recording, content=trim_silence(recording.content)) if settings.trim_silence else recording
+    except DecodingError as error:
+        return _failure(kind, path, error)
+    except MemoryError:
+        raise EnvironmentFaultError(f"{path}: its content does not fit into memory: use fewer --workers") from None
+    except Exception as error:
+        return Failure(f"{kind} file is broken: {path.name}: {_one_line(error)}")
+
+
+def _failure(kind: str, path: Path, error: DecodingError) -> Failure:
+    # The report must not depend on where the files lie.
+    if isinstance(error, MissingFileError):
+        return Failure(f"{kind} file is missing: {path.name}")
+    return Failure(f"{kind} file is {'refused' if error.refused else 'broken'}: {path.name}: {error}")
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=_DIGEST_BYTES).hexdigest()
-
-
-def _image_item(feature: Any, picture: Any, settings: PrepareSettings, digest: str) -> Extracted | Failure:
+def _image_item(feature: Any, decoded: Decoded[Any], settings: PrepareSettings) -> Extracted | Failure:
     from opt_ds.prepare.pictures import to_pixels
 
     if not len(feature.features):
@@ -221,16 +233,17 @@ def _image_item(feature: Any, picture: Any, settings: PrepareSettings, digest: s
         return Failure("region features are not finite")
     if not (np.isfinite(feature.boxes).all() and np.isfinite(feature.scores).all()):
         return Failure("region boxes or scores are not finite")
+    picture = decoded.content
     pixels = to_pixels(picture) if settings.pixels and not isinstance(picture, Path) else None
     item = ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
-    return Extracted(item, digest)
+    return Extracted(item, decoded.digest)
 
 
-def _audio_item(frames: np.ndarray, _: Any, settings: PrepareSettings, digest: str) -> Extracted | Failure:
+def _audio_item(frames: np.ndarray, decoded: Decoded[Any], settings: PrepareSettings) -> Extracted | Failure:
     from opt_ds.prepare.speech import pool_frames
 
     frames = pool_frames(frames, settings.pool_frames)
     kept = frames[: settings.max_frames]
     if not np.isfinite(kept).all():
         return Failure("speech features are not finite")
-    return Extracted(kept, digest, was_cut=len(kept) < len(frames))
+    return Extracted(kept, decoded.digest, was_cut=len(kept) < len(frames))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from copy import copy
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from PIL import Image
 from opt_ds.config import ModelConfig
 from opt_ds.data.samples import Sample, stack_frames
 from opt_ds.errors import UserError
-from opt_ds.prepare.pictures import load_picture
+from opt_ds.prepare.decoder import Decoder, DecodingError, EnvironmentFaultError
+from opt_ds.prepare.limits import Limits
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
@@ -45,7 +46,7 @@ class OPTProcessor:
         self.folder, self.config, self._device, self._warn = folder, config, device, warn
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
-        self._max_seconds: float | None = None
+        self._decoder, self._limits = Decoder(), Limits()
         form = self.description.extractors["text"].get("unicode_form", "none")
         self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
         self._extractors: dict[str, Any] = {}
@@ -71,11 +72,18 @@ class OPTProcessor:
             sample.frames = self._frames(Path(audio) if isinstance(audio, str) else audio)
         return sample
 
-    def with_notes(self, warn: Callable[[str], None], max_seconds: float | None = None) -> "OPTProcessor":
-        """The same processor, whose warnings go somewhere else, and which refuses files of longer recordings if so asked."""
+    def with_notes(
+        self, warn: Callable[[str], None], max_seconds: float | None = None, *, allow_svg: bool = True
+    ) -> "OPTProcessor":
+        """The same processor, whose warnings go somewhere else, and which refuses longer recordings and drawings if so asked."""
         other = copy(self)
-        other._warn, other._max_seconds = warn, max_seconds
+        other._warn = warn
+        other._limits = replace(self._limits, max_seconds=max_seconds or self._limits.max_seconds, allow_svg=allow_svg)
         return other
+
+    def close(self) -> None:
+        """End the process that decodes files."""
+        self._decoder.close()
 
     def _tokens(self, text: str) -> np.ndarray:
         tokens = self._text.extract([text])[0].astype(np.int64)
@@ -84,7 +92,7 @@ class OPTProcessor:
         return self._cut(tokens, self.config.max_text_tokens, "the text", "word pieces")
 
     def _read_regions(self, sample: Sample, image: Path | Image.Image) -> None:
-        picture = _decoded(load_picture, image, "image") if isinstance(image, Path) else image.convert("RGB")
+        picture = self._decoded(image, "image") if isinstance(image, Path) else image.convert("RGB")
         found = self._extractor("image").extract([picture])[0]
         if not len(found.features):
             raise UserError("no region was found in the image: give another picture")
@@ -93,11 +101,10 @@ class OPTProcessor:
         sample.region_labels = found.labels[:limit].astype(np.int64)
 
     def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
-        from opt_ds.prepare.recordings import MAX_SECONDS, load_recording, trim_silence
+        from opt_ds.prepare.recordings import trim_silence
         from opt_ds.prepare.speech import pool_frames
 
-        load = partial(load_recording, max_seconds=self._max_seconds or MAX_SECONDS)
-        waveform = _decoded(load, audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
+        waveform = self._decoded(audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
         if self.description.extractors["audio"].get("trim_silence"):
             waveform = trim_silence(waveform)
         extractor = self._extractor("audio")
@@ -106,6 +113,18 @@ class OPTProcessor:
         rate_hz = self.description.dims.audio_frame_rate_hz / self.config.audio_stack
         seconds = f"{len(waveform) / 16_000:.1f} s, the model hears {self.config.max_frames / rate_hz:.1f} s"
         return self._cut(frames, self.config.max_frames, f"the recording ({seconds})", "frames")
+
+    def _decoded(self, path: Path, kind: str) -> Any:
+        if not path.is_file():
+            raise UserError(f"{kind} {path}: no such file")
+        decode: Callable[..., Any] = self._decoder.picture if kind == "image" else self._decoder.recording
+        try:
+            return decode(path, self._limits).content
+        except DecodingError as error:
+            reason = _OPTION_OF_PREPARE.sub("", str(error))
+            raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None
+        except EnvironmentFaultError as fault:
+            raise UserError(str(fault)) from None
 
     def _cut(self, items: np.ndarray, limit: int, what: str, unit: str) -> np.ndarray:
         if len(items) > limit:
@@ -157,16 +176,3 @@ class OPTProcessor:
             raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")
         if weights is not None and not weights.exists():
             raise UserError(f"{_SETTINGS[kind]} {weights}: no such file or folder")
-
-
-def _decoded(load: Callable[[Path], Any], path: Path, kind: str) -> Any:
-    if not path.is_file():
-        raise UserError(f"{kind} {path}: no such file")
-    try:
-        return load(path)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__
-        reason = _OPTION_OF_PREPARE.sub("", reason)
-        raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None

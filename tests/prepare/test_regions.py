@@ -13,6 +13,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from opt_ds.errors import UserError
+from opt_ds.prepare.decoder import DecodingError
 from opt_ds.prepare.detector import FasterRCNNExtractor
 from opt_ds.prepare.pictures import load_picture, to_pixels
 from opt_ds.prepare.regions import GridExtractor, build_region_extractor
@@ -324,5 +325,5 @@ def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, 300, 300).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(DecodingError, match="a PNG picture, cut off"):
         load_picture(tmp_path / "cut.png")

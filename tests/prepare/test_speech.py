@@ -11,6 +11,7 @@ import torch
 import torchaudio
 
 from opt_ds.errors import UserError
+from opt_ds.prepare.decoder import DecodingError
 from opt_ds.prepare.recordings import SAMPLE_RATE_HZ, load_recording, trim_silence
 from opt_ds.prepare.speech import build_speech_extractor
 from opt_ds.prepare.wav2vec2 import windows
@@ -71,7 +72,7 @@ def test_broken_recordings_are_errors(tmp_path: Path) -> None:
         load_recording(tmp_path / "empty.wav")
     with pytest.raises(ValueError, match="NaN"):
         load_recording(tmp_path / "nan.wav")
-    with pytest.raises(soundfile.LibsndfileError):
+    with pytest.raises(DecodingError, match="it is text: accepted are WAV"):
         load_recording(tmp_path / "text.wav")
 
 

@@ -40,10 +40,15 @@ def test_any_mixture_is_described(client: httpx.Client, raw: Path) -> None:
     assert "matching" not in alone and "attention" not in alone
 
 
-def test_a_drawn_svg_is_read_and_one_that_names_other_files_is_refused(client: httpx.Client) -> None:
+def test_a_drawing_is_read_only_where_the_server_allows_it_and_never_one_that_names_other_files(
+    client: httpx.Client, session: Session
+) -> None:
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">%s<circle r="4"/></svg>'
-    assert client.post("/api/describe", files={"image": svg % b""}).status_code == 200
-    answer = client.post("/api/describe", files={"image": svg % b'<image href="/etc/hostname"/>'})
+    refused = client.post("/api/describe", files={"image": svg % b""})
+    assert refused.status_code == 422 and "--allow-svg" in refused.text
+    allowing = TestClient(build_app(session, allow_svg=True), base_url="http://localhost")
+    assert allowing.post("/api/describe", files={"image": svg % b""}).status_code == 200
+    answer = allowing.post("/api/describe", files={"image": svg % b'<image href="/etc/hostname"/>'})
     assert answer.status_code == 422
     assert "other files are never fetched" in answer.text
 

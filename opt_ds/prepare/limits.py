@@ -1,0 +1,86 @@
+"""What the decoding of one foreign file may cost: bytes on disk, memory, processor time.
+
+All limits follow from --max-pixels and --max-seconds, so that every file that those allow can be decoded. What a file needs
+is known once its header has been read; until then the allowance is that of a small file.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MAX_PIXELS = 100_000_000
+MAX_SECONDS = 3600.0
+VALUES_PER_SECOND = 192_000  # of a recording, over all channels, on average: silence of any length is a small file
+
+MIB = 2**20
+_BASE_MEMORY, _BASE_CPU_S = 256 * MIB, 20.0
+_DRAWING_MEMORY, _DRAWING_FILE = 1024 * MIB, 64 * MIB
+_ARRAYS_FILE = 256 * MIB  # of region features; a picture's 100 regions take 1.5 MiB
+_MEMORY_PER_PIXEL, _CPU_S_PER_PIXEL = 48, 0.6e-6  # RGBA on white, and the decoder's own buffers; JPEG 2000 is the slowest
+_MEMORY_PER_VALUE, _CPU_S_PER_VALUE = 12, 2e-7
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one step of decoding may take: bytes of memory above what the idle process has, and seconds of CPU time."""
+
+    memory_bytes: int = _BASE_MEMORY
+    cpu_s: float = _BASE_CPU_S
+
+    @property
+    def wall_s(self) -> float:
+        """How long it may take on a busy machine."""
+        return 5 * self.cpu_s
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The user's limits: the most pixels of a picture, the most seconds of a recording, and whether drawings are taken."""
+
+    max_pixels: int = MAX_PIXELS
+    max_seconds: float = MAX_SECONDS
+    allow_svg: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def file_bytes(self, kind: str) -> int:
+        """Return the most bytes that a file of `kind` (image, audio, arrays) may have: uncompressed, at full depth."""
+        if kind == "image":
+            return 64 * MIB + 16 * self.max_pixels
+        if kind == "audio":
+            return 64 * MIB + int(8 * VALUES_PER_SECOND * self.max_seconds)
+        return _ARRAYS_FILE
+
+    @staticmethod
+    def of_header(file_bytes: int) -> Budget:
+        """Return the budget for reading a header; some decoders take in the whole file for it."""
+        return Budget(_BASE_MEMORY + 3 * file_bytes)
+
+    @staticmethod
+    def of_picture(file_bytes: int, pixels: int) -> Budget:
+        """Return the budget for decoding so many pixels."""
+        return Budget(_BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, _BASE_CPU_S + _CPU_S_PER_PIXEL * pixels)
+
+    @staticmethod
+    def of_drawing(file_bytes: int, pixels: int) -> Budget:
+        """Return the budget for a vector graphic whose embedded bitmaps have so many pixels."""
+        if file_bytes > _DRAWING_FILE:
+            raise ValueError(f"the drawing has {file_bytes / MIB:.0f} MiB, {_DRAWING_FILE // MIB} are allowed")
+        return Budget(_DRAWING_MEMORY + _MEMORY_PER_PIXEL * pixels)
+
+    @staticmethod
+    def of_recording(file_bytes: int, values: int) -> Budget:
+        """Return the budget for decoding so many samples, over all channels."""
+        return Budget(_BASE_MEMORY + _MEMORY_PER_VALUE * values, _BASE_CPU_S + _CPU_S_PER_VALUE * values)
+
+    @staticmethod
+    def of_arrays(unpacked_bytes: int) -> Budget:
+        """Return the budget for arrays of this size. ValueError if they are larger than any picture's regions."""
+        if unpacked_bytes > _ARRAYS_FILE:
+            raise ValueError(f"its arrays take {unpacked_bytes / MIB:.0f} MiB, {_ARRAYS_FILE // MIB} are allowed")
+        return Budget(_BASE_MEMORY + 2 * unpacked_bytes)
+
+
+def readable(size_bytes: float) -> str:
+    """1610612736 -> "1.5 GiB"."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / MIB:.0f} MiB"
