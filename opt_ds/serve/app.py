@@ -36,6 +36,7 @@ from opt_ds.serve.attention import word_attention
 from opt_ds.serve.guard import Guard
 from opt_ds.serve.limits import Limits
 from opt_ds.serve.neighbours import Neighbours
+from opt_ds.serve.processor import OPTProcessor
 from opt_ds.serve.session import Session
 
 _LIMITS = Limits()
@@ -64,9 +65,15 @@ def build_app(
         session: the model.
         neighbours: where to look for the nearest samples of a store, if anywhere.
         host: the address the server listens on; `allow_hosts`: its further names. See opt_ds.serve.guard.
-        allow_svg: whether uploads may be SVG drawings, one of which can take the decoder's whole time limit.
+        allow_svg: whether uploads may be drawings, which can take the decoder's whole time limit.
         limits: of connections, bodies and the queue.
     """
+
+    def read(text: str | None, image: UploadFile | None, audio: UploadFile | None) -> tuple[Sample, list[str]]:
+        notes: list[str] = []
+        processor = session.processor.with_notes(notes.append, limits.recording_s, allow_svg=allow_svg)
+        return _sample(processor, text, image, audio), notes
+
     app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     queue = Queue(limits)
     _add_error_answers(app)
@@ -87,7 +94,7 @@ def build_app(
         attention: Annotated[bool, Form()] = True,
     ) -> dict[str, Any]:
         def work() -> dict[str, Any]:
-            sample, notes = _read(session, text, image, audio, limits, allow_svg)
+            sample, notes = read(text, image, audio)
             return {"notes": notes} | _describe(session, neighbours, sample, attention)
 
         return await queue.compute(request.receive, work)
@@ -102,7 +109,7 @@ def build_app(
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
         def work() -> dict[str, Any]:
-            sample, notes = _read(session, text, image, audio, limits, allow_svg)
+            sample, notes = read(text, image, audio)
             pictures = _paint(session, sample, count, seed)
             if count > 1 and "matching" not in session.config.learned_losses:
                 notes.append("this model was trained without matching: the pictures are in the order of painting")
@@ -157,22 +164,10 @@ def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict
     return [{"png": _png_url(picture), "matching": score} for picture, score in session.pictures(sample, count, options)]
 
 
-def _read(
-    session: Session,
-    text: str | None,
-    image: UploadFile | None,
-    audio: UploadFile | None,
-    limits: Limits,
-    allow_svg: bool,
-) -> tuple[Sample, list[str]]:
-    """The sample, and what was cut off from it."""
-    notes: list[str] = []
+def _sample(processor: OPTProcessor, text: str | None, image: UploadFile | None, audio: UploadFile | None) -> Sample:
     with tempfile.TemporaryDirectory(prefix="opt-ds-") as folder:
         # The names are ours: an upload's own name says nothing about where it is written.
-        picture = _kept(image, Path(folder) / "image")
-        recording = _kept(audio, Path(folder) / "audio")
-        processor = session.processor.with_notes(notes.append, limits.recording_s, allow_svg=allow_svg)
-        return processor(text or None, picture, recording), notes
+        return processor(text or None, _kept(image, Path(folder) / "image"), _kept(audio, Path(folder) / "audio"))
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:

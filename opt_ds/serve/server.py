@@ -114,8 +114,10 @@ class Connection(H11Protocol):
         events = (start, h11.Data(data=body), h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self._unset_keepalive_if_required()
-        if self.transport.can_write_eof():
+        try:
             self.transport.write_eof()
+        except OSError:  # the client is gone already
+            self.transport.abort()
 
 
 class Server(uvicorn.Server):

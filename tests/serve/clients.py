@@ -1,8 +1,10 @@
 """A real `opt-ds serve` process, and clients that use it as they should."""
 
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -18,8 +20,8 @@ import psutil
 class ServeProcess:
     """The running command."""
 
-    def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
-        self.process, self.address = process, address
+    def __init__(self, process: "subprocess.Popen[str]", address: str, log: Path) -> None:
+        self.process, self.address, self._log = process, address, log
         self.port = int(address.rsplit(":", 1)[1])
 
     def memory_mib(self) -> float:
@@ -35,26 +37,32 @@ class ServeProcess:
             least = min(least, self.memory_mib())
         return least
 
+    def log(self) -> str:
+        """What the server wrote to its standard error."""
+        return self._log.read_text(errors="replace")
+
     def lives(self) -> bool:
         return self.process.poll() is None
 
 
 @contextmanager
 def serve_process(checkpoint: Path, *options: str) -> Iterator[ServeProcess]:
-    """`opt-ds serve` on a free port; it is ended by Ctrl-C."""
+    """`opt-ds serve` on a free port, until the block ends."""
     command = [sys.executable, "-m", "opt_ds", "serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    log = Path(tempfile.mkdtemp(prefix="opt-ds-serve-")) / "stderr"
+    with log.open("w") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             match = re.search(r"http://\S+", line)
-            assert match, f"the server did not start: {line}"
-            yield ServeProcess(process, match[0])
+            assert match, f"the server did not start: {log.read_text()}"
+            yield ServeProcess(process, match[0], log)
         finally:
             process.terminate()
             try:
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 process.kill()
+            shutil.rmtree(log.parent)
 
 
 class GoodClients:

@@ -46,7 +46,7 @@ def test_a_drawing_is_read_only_where_the_server_allows_it_and_never_one_that_na
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">%s<circle r="4"/></svg>'
     refused = client.post("/api/describe", files={"image": svg % b""})
     assert refused.status_code == 422 and "--allow-svg" in refused.text
-    allowing = TestClient(build_app(session, allow_svg=True))
+    allowing = TestClient(build_app(session, allow_svg=True), base_url="http://localhost")
     assert allowing.post("/api/describe", files={"image": svg % b""}).status_code == 200
     answer = allowing.post("/api/describe", files={"image": svg % b'<image href="/etc/hostname"/>'})
     assert answer.status_code == 422

@@ -1,6 +1,8 @@
 """`opt-ds generate`, `export` and `evaluate image-generation`, as typed."""
 
+import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,40 @@ def test_text_and_picture_are_written(run: Path, raw: Path, tmp_path: Path, caps
     given = ("--text", "a red square", "--to", "image", "--candidates", 2, "--output", picture)
     assert opt_ds("generate", "--checkpoint", run, *given) == 0
     assert Image.open(picture).size == (64, 64) and "the best of 2" in capsys.readouterr().out
+
+
+def test_a_dash_is_standard_output(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("generate", "--checkpoint", run, "--text", "a red square", "--output", "-", "--to")
+    assert opt_ds(*given, "text") == 0
+    assert capfdbinary.readouterr().out.decode().count("\n") == 1
+    assert opt_ds(*given, "image") == 0
+    assert Image.open(io.BytesIO(capfdbinary.readouterr().out)).size == (64, 64), "nothing but the PNG"
+    assert not list(tmp_path.iterdir()), 'no file of the name "-"'
+
+
+@pytest.mark.parametrize("output", ["-", "a.txt"])
+def test_text_that_is_not_utf8_is_one_line(output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = os.fsdecode("ein schöner Tag".encode("latin-1"))
+    assert opt_ds("generate", "--checkpoint", tmp_path, "--to", "text", "--text", text, "--output", tmp_path / output) == 2
+    assert capsys.readouterr().err == (
+        "error: --text: is not UTF-8 (byte 0xf6 at character 8): convert it, as with iconv -t UTF-8\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        ("opt.example.org", True), ("localhost", True), ("10.0.0.5", True), ("::1", True), ("[2001:db8::1]", True),
+        ("http://opt.example.org", False), ("opt.example.org:8080", False), ("*", False), ("a b", False), ("", False),
+    ],
+)  # fmt: skip
+def test_an_allowed_host_is_a_name_alone(name: str, accepted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opt_ds("serve", "--checkpoint", tmp_path / "none", "--allow-host", "a.example", "--allow-host", name) == 2
+    error = capsys.readouterr().err
+    assert ("--allow-host" not in error) == accepted and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,6 @@ _PART = b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\na red square
         ("multipart/form-data; boundary=b", b"--b\r\nrubbish", 422),
         ("multipart/form-data", b"abc", 400),
         ("multipart/form-data; boundary=b; charset=nonsense", _PART, 200),
-        ("multipart/form-data; boundary=b", _PART.replace(b"form-data", b"nonsense"), 422),
         ("application/x-www-form-urlencoded", b"text=a%ED%A0%80%FF", 200),
         ("application/x-www-form-urlencoded", b"text=a%00b", 200),
         ("application/x-www-form-urlencoded", b"image=abc", 422),
