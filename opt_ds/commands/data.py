@@ -81,6 +81,9 @@ def prepare(
     workers: _Workers = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     strict: Annotated[bool, typer.Option(help="Stop at the first sample that cannot be used, instead of skipping it.")] = False,
+    retry_skipped: Annotated[
+        bool, typer.Option(help="Try the files again that an earlier run skipped, and take in what is good now.")
+    ] = False,
     allow_outside: Annotated[bool, typer.Option(help="Take files outside the manifest's folder too.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     shard: Annotated[
@@ -132,6 +135,7 @@ def prepare(
         limit=limit,
         allow_outside=allow_outside,
         share=share,
+        retry_skipped=retry_skipped,
         say=typer.echo,
     )
 

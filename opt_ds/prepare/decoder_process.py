@@ -87,7 +87,7 @@ class Process:
                 return self._picture(file, path, size, limits)
             if kind == "audio":
                 return self._recording(file, path, size, limits)
-            return self._arrays(file)
+            return self._arrays(file, limits)
         except MemoryError:
             return {"failure": f"it needs more than {readable(self._budget.memory_bytes)} of memory", "refused": True}
         except Exception as error:  # decoders raise anything at all
@@ -116,10 +116,10 @@ class Process:
         self._write(mono, 0)
         return {"samples": len(mono), "rate_hz": rate_hz}
 
-    def _arrays(self, file: BinaryIO) -> dict[str, Any]:
+    def _arrays(self, file: BinaryIO, limits: Limits) -> dict[str, Any]:
         from opt_ds.prepare.npz_arrays import load_arrays
 
-        arrays = load_arrays(file, lambda unpacked_bytes: self._allow(Limits.of_arrays(unpacked_bytes)))
+        arrays = load_arrays(file, lambda unpacked_bytes: self._allow(limits.of_arrays(unpacked_bytes)))
         described, offset = [], 0
         for name, array in arrays.items():
             self._write(array.tobytes(), offset)

@@ -7,12 +7,14 @@ is known once its header has been read; until then the allowance is that of a sm
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from opt_ds.prepare.reasons import RefusedError
+
 MAX_PIXELS = 100_000_000
 MAX_SECONDS = 3600.0
 VALUES_PER_SECOND = 192_000  # of a recording, over all channels, on average: silence of any length is a small file
 
 MIB = 2**20
-_BASE_MEMORY, _BASE_CPU_S = 256 * MIB, 20.0
+_BASE_MEMORY, CPU_S = 256 * MIB, 20.0
 _DRAWING_MEMORY, _DRAWING_FILE = 1024 * MIB, 64 * MIB
 _ARRAYS_FILE = 256 * MIB  # of region features; a picture's 100 regions take 1.5 MiB
 _MEMORY_PER_PIXEL, _CPU_S_PER_PIXEL = 48, 0.6e-6  # RGBA on white, and the decoder's own buffers; JPEG 2000 is the slowest
@@ -24,7 +26,7 @@ class Budget:
     """What one step of decoding may take: bytes of memory above what the idle process has, and seconds of CPU time."""
 
     memory_bytes: int = _BASE_MEMORY
-    cpu_s: float = _BASE_CPU_S
+    cpu_s: float = CPU_S
 
     @property
     def wall_s(self) -> float:
@@ -34,11 +36,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Limits:
-    """The user's limits: the most pixels of a picture, the most seconds of a recording, and whether drawings are taken."""
+    """The user's limits: the most pixels of a picture, the most seconds of a recording, and whether drawings are taken.
+
+    `cpu_s`: the seconds of CPU time that any file may take; large ones may take more.
+    """
 
     max_pixels: int = MAX_PIXELS
     max_seconds: float = MAX_SECONDS
     allow_svg: bool = True
+    cpu_s: float = CPU_S
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,34 +57,29 @@ class Limits:
             return 64 * MIB + int(8 * VALUES_PER_SECOND * self.max_seconds)
         return _ARRAYS_FILE
 
-    @staticmethod
-    def of_header(file_bytes: int) -> Budget:
+    def of_header(self, file_bytes: int) -> Budget:
         """Return the budget for reading a header; some decoders take in the whole file for it."""
-        return Budget(_BASE_MEMORY + 3 * file_bytes)
+        return Budget(_BASE_MEMORY + 3 * file_bytes, self.cpu_s)
 
-    @staticmethod
-    def of_picture(file_bytes: int, pixels: int) -> Budget:
+    def of_picture(self, file_bytes: int, pixels: int) -> Budget:
         """Return the budget for decoding so many pixels."""
-        return Budget(_BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, _BASE_CPU_S + _CPU_S_PER_PIXEL * pixels)
+        return Budget(_BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, self.cpu_s + _CPU_S_PER_PIXEL * pixels)
 
-    @staticmethod
-    def of_drawing(file_bytes: int, pixels: int) -> Budget:
+    def of_drawing(self, file_bytes: int, pixels: int) -> Budget:
         """Return the budget for a vector graphic whose embedded bitmaps have so many pixels."""
         if file_bytes > _DRAWING_FILE:
-            raise ValueError(f"the drawing has {file_bytes / MIB:.0f} MiB, {_DRAWING_FILE // MIB} are allowed")
-        return Budget(_DRAWING_MEMORY + _MEMORY_PER_PIXEL * pixels)
+            raise RefusedError(f"the drawing has {file_bytes / MIB:.0f} MiB, {_DRAWING_FILE // MIB} are allowed")
+        return Budget(_DRAWING_MEMORY + _MEMORY_PER_PIXEL * pixels, self.cpu_s)
 
-    @staticmethod
-    def of_recording(file_bytes: int, values: int) -> Budget:
+    def of_recording(self, file_bytes: int, values: int) -> Budget:
         """Return the budget for decoding so many samples, over all channels."""
-        return Budget(_BASE_MEMORY + _MEMORY_PER_VALUE * values, _BASE_CPU_S + _CPU_S_PER_VALUE * values)
+        return Budget(_BASE_MEMORY + _MEMORY_PER_VALUE * values, self.cpu_s + _CPU_S_PER_VALUE * values)
 
-    @staticmethod
-    def of_arrays(unpacked_bytes: int) -> Budget:
-        """Return the budget for arrays of this size. ValueError if they are larger than any picture's regions."""
+    def of_arrays(self, unpacked_bytes: int) -> Budget:
+        """Return the budget for arrays of this size. RefusedError if they are larger than any picture's regions."""
         if unpacked_bytes > _ARRAYS_FILE:
-            raise ValueError(f"its arrays take {unpacked_bytes / MIB:.0f} MiB, {_ARRAYS_FILE // MIB} are allowed")
-        return Budget(_BASE_MEMORY + 2 * unpacked_bytes)
+            raise RefusedError(f"its arrays take {unpacked_bytes / MIB:.0f} MiB, {_ARRAYS_FILE // MIB} are allowed")
+        return Budget(_BASE_MEMORY + 2 * unpacked_bytes, self.cpu_s)
 
 
 def readable(size_bytes: float) -> str:

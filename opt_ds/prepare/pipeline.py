@@ -7,6 +7,7 @@ cut into fixed chunks (see workers.py) and results are taken in order.
 import hashlib
 import json
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,16 +18,18 @@ from tqdm import tqdm
 
 from opt_ds import __version__
 from opt_ds.errors import UserError
+from opt_ds.prepare.decoder_process import FAULTS
 from opt_ds.prepare.extractors import choose_device
-from opt_ds.prepare.finish import StoreFacts, finish_part, finish_store, is_finished_part, part_folder
+from opt_ds.prepare.finish import PART_FILE, StoreFacts, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
+from opt_ds.prepare.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.prepare.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
 from opt_ds.prepare.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
-from opt_ds.store.files import exclusive_use, is_disk_full
+from opt_ds.store.files import exclusive_use, file_sha256, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT
-from opt_ds.store.writer import SampleItem, ShardContent, StoreWriter, TextItem
+from opt_ds.store.writer import PARTIAL_FILE, SampleItem, ShardContent, StoreWriter, TextItem
 
 _FILES = ("image", "audio")
 
@@ -43,6 +46,7 @@ def prepare(
     allow_outside: bool = False,
     info: dict[str, Any] | None = None,
     share: tuple[int, int] | None = None,
+    retry_skipped: bool = False,
     say: Callable[[str], None] = print,
 ) -> StoreDescription | None:
     """Make the feature store `output` from a manifest, resuming an unfinished one of the same inputs and settings.
@@ -54,6 +58,10 @@ def prepare(
 
     `share` (i, n): only the i-th of n parts (i from 0), into a folder of its own beside `output`; gives None. When all n are
     there, `merge_parts` makes the very store of them that one call without `share` makes.
+
+    `retry_skipped`: try the samples again whose files an earlier call skipped; what is good now gets into the store, which then
+    is the very one that would have been made had it been good at once. Raises EnvironmentFaultError (a RunError) where a file
+    cannot be read for a reason outside it, such as its permissions: nothing is skipped for that, and the same call resumes.
     """
     started = time.monotonic()
     settings = settings or PrepareSettings()
@@ -65,7 +73,7 @@ def prepare(
     chosen_device = choose_device(device)
     try:
         with exclusive_use(folder, say):
-            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, started, say)
+            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, retry_skipped, started, say)
     except OSError as error:
         if is_disk_full(error):
             raise UserError(f"{folder}: the disk is full: free space and run the same command again, it resumes") from None
@@ -81,6 +89,7 @@ def _prepare(
     strict: bool,
     info: dict[str, Any] | None,
     share: tuple[int, int] | None,
+    retry_skipped: bool,
     started: float,
     say: Callable[[str], None],
 ) -> StoreDescription | None:
@@ -92,13 +101,20 @@ def _prepare(
     key = _preparation_key(manifest, settings, identities)
     if (output / STORE_FILE).exists():
         description = load_description(output)
-        if description.preparation_key == key:
+        if description.preparation_key != key:
+            raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
+        if not (retry_skipped and reopen(output, description, manifest, settings)):
             say(f"{output}: already prepared from these inputs")
+            notice_changes(manifest, skipped_files_of_store(output), say)
             return description
-        raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
+    elif retry_skipped and forget_skipped(output):
+        (output / PART_FILE).unlink(missing_ok=True)
     if share is not None and is_finished_part(output, key):
         say(f"{output}: this part is already prepared from these inputs")
+        notice_changes(manifest, skipped_files_of_shards(output), say)
         return None
+    if (output / PARTIAL_FILE).exists():
+        notice_changes(manifest, skipped_files_of_shards(output), say)
     _check_files(manifest, strict)
     if TRAIN_SPLIT not in manifest.splits:
         say(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so no mean and deviation of features is measured')
@@ -147,7 +163,7 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: 
         file = next(
             (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
         )
-        text = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+        text = file_sha256(file) if file else None
     fields = {name: str(value) for name, value in asdict(settings).items() if not name.endswith("_weights")}
     content = [manifest.sha256, {**fields, "text": text}, identities]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -165,10 +181,11 @@ def _check_files(manifest: Manifest, strict: bool) -> None:
 
 
 def _is_file(path: Path) -> bool:
+    """Whether it is a file; of one that cannot be looked at (permissions, a lost mount) the decoder will tell."""
     try:
-        return path.is_file()
-    except OSError:  # a name longer than any file's
-        return False
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        return isinstance(error, OSError) and error.errno in FAULTS
 
 
 def _staging(output: Path) -> Path:
@@ -248,6 +265,7 @@ def _assemble(
     """
     content = ShardContent()
     skipped: list[dict[str, str]] = []
+    files: dict[str, Any] = {}
     cut: dict[str, list[str]] = {"text": [], "audio": []}
     rows: dict[str, dict[str, int]] = {kind: {} for kind in _FILES}
     digests: dict[str, list[list[str]]] = {"text": [], **{kind: [] for kind in _FILES}}
@@ -263,6 +281,7 @@ def _assemble(
             reason = "the text has no tokens"
         if reason is not None:
             skipped.append({"id": line.id, "reason": reason})
+            files |= {getattr(line, kind): part.state for kind, part in parts.items() if isinstance(part, Failure)}
             continue
         sample_rows = {"text": MISSING, "image": MISSING, "audio": MISSING}
         for kind, part in parts.items():
@@ -283,4 +302,5 @@ def _assemble(
             digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=8).hexdigest(), split, line.id])
         own_rows = (sample_rows["text"], sample_rows["image"], sample_rows["audio"])
         content.samples.append(SampleItem(line.id, own_rows, line.group_name, split, line.labels))
-    return content, {"skipped": skipped, "cut": cut, "digests": digests}
+    notes = {"skipped": skipped, "cut": cut, "digests": digests}
+    return content, {**notes, "files": files} if files else notes

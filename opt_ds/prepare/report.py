@@ -1,7 +1,8 @@
 """What preparation reports: report.json and a table for people. The same bytes every time.
 
-A shard's notes (kept in its journal until the store is whole): `skipped` [{id, reason}], `cut` {text, audio: [id]},
-`digests` {text, image, audio: [[hash of the content, split, id of the first sample that uses it], … by row]}.
+A shard's notes (kept in its journal until the store is whole): `skipped` [{id, reason}], `files` {name of a file that was not
+used: [bytes, hash] or null} (see retry.py), `cut` {text, audio: [id]}, `digests` {text, image, audio: [[hash of the content,
+split, id of the first sample that uses it], … by row]}.
 """
 
 import json
@@ -30,10 +31,12 @@ def build_report(
     `notes` are gone through once, shard by shard.
     """
     skipped = list(rejected)
+    files: dict[str, Any] = {}
     cut: dict[str, list[str]] = {"text": [], "audio": []}
     duplicates = {kind: _Duplicates() for kind in MODALITIES}
     for note in notes:
         skipped += note["skipped"]
+        files |= note.get("files", {})
         for kind, ids in note["cut"].items():
             cut[kind] += ids
         for kind, rows in note["digests"].items():
@@ -44,6 +47,7 @@ def build_report(
         "skipped": len(skipped),
         "reasons": dict(Counter(entry["reason"].split(":")[0] for entry in skipped).most_common()),
         "skipped_samples": skipped,
+        **({"skipped_files": files} if files else {}),
         "cut": cut,
         "duplicates": {kind: found.summary() for kind, found in duplicates.items()},
         "lengths": {kind: length_summary(lengths[kind]) for kind in MODALITIES},

@@ -13,14 +13,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opt_ds.errors import UserError
+from opt_ds.errors import RunError
 from opt_ds.interrupts import uninterrupted_children
 from opt_ds.prepare.decoder import Decoded, DecodingError, EnvironmentFaultError, MissingFileError, own_decoder
+from opt_ds.prepare.retry import file_state
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.store.checks import audio_problem, image_problem
 from opt_ds.store.writer import ImageItem
@@ -31,9 +33,10 @@ _AHEAD_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class Failure:
-    """What stands in the place of a file that could not be used."""
+    """What stands in the place of a file that could not be used. `state`: what the file was like (see retry.py)."""
 
     reason: str
+    state: Any = None
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,73 @@ def extraction(
 
     At the end, or when the caller is done early, the workers are ended.
     """
-    # Spawned, because a fork of a process with torch's thread pools or a CUDA context can hang.
-    context = multiprocessing.get_context("spawn")
-    number = context.Value("i", 0)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(settings, device, number)
-    )
+    pool = _Pool(workers, settings, device)
     try:
         yield _in_order(pool, _tasks(shards, folder), workers * _AHEAD_PER_WORKER)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
+
+
+class _Pool:
+    """The worker processes. When one is ended (out of memory, say) all are replaced, and no chunk is lost."""
+
+    def __init__(self, workers: int, settings: PrepareSettings, device: str) -> None:
+        self._workers, self._settings, self._device = workers, settings, device
+        self._start()
+
+    def submit(self, task: "_Task") -> Future:
+        try:
+            with uninterrupted_children():  # submitting may start a worker
+                return self._pool.submit(_extract_chunk, task.kind, task.names, task.folder)
+        except BrokenProcessPool as error:  # it ended since: the task's result says so
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def extract_alone(self, task: "_Task") -> list[Extracted | Failure]:
+        """After a worker's end: extract a chunk with nothing beside it; if that ends the worker too, file by file."""
+        results = self._attempt(task)
+        if results is not None:
+            return results
+        if self._attempt(replace(task, names=[None] * len(task.names))) is None:
+            raise RunError(
+                "worker processes are ended from outside before they read a file (out of memory?): what is done is kept; free "
+                "memory, or use fewer --workers, and run the same command again, it resumes"
+            )
+        return [self._extract_file(task, place) for place in range(len(task.names))]
+
+    def _extract_file(self, task: "_Task", place: int) -> Extracted | Failure:
+        # The other files' places stay empty: features depend on a file's place in its chunk.
+        name = task.names[place]
+        assert name is not None
+        results = self._attempt(replace(task, names=[name if index == place else None for index in range(len(task.names))]))
+        if results is None:
+            reason = f"no {task.kind} features could be made: {Path(name).name}: it ends the worker process (out of memory?)"
+            return Failure(reason, file_state(task.folder / name))
+        return results[place]
+
+    def _attempt(self, task: "_Task") -> list[Extracted | Failure] | None:
+        try:
+            return self.submit(task).result()
+        except BrokenProcessPool:
+            self.close()
+            self._start()
+            return None
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
+        # Spawned, because a fork of a process with torch's thread pools or a CUDA context can hang.
+        context = multiprocessing.get_context("spawn")
+        number = context.Value("i", 0)
+        self._pool = ProcessPoolExecutor(
+            self._workers, mp_context=context, initializer=_start_worker, initargs=(self._settings, self._device, number)
+        )
 
 
 _worker: dict[str, Any] = {}
@@ -123,54 +183,67 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _tasks(shards: Iterable[ShardFiles], folder: Path) -> Iterator[tuple[str, list[str], Path]]:
+@dataclass(frozen=True)
+class _Task:
+    """A chunk of files of one kind. None among the names: the place of a file that is not extracted this time."""
+
+    kind: str
+    names: list[Any]
+    folder: Path
+
+
+def _tasks(shards: Iterable[ShardFiles], folder: Path) -> Iterator[_Task]:
     for shard in shards:
         for kind, size in _CHUNK.items():
             files = shard.files[kind]
             for start in range(0, len(files), size):
-                yield kind, files[start : start + size], folder
+                yield _Task(kind, files[start : start + size], folder)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, tasks: Iterator[tuple[str, list[str], Path]], ahead: int
+    pool: _Pool, tasks: Iterator[_Task], ahead: int
 ) -> Iterator[tuple[str, list[str], list[Extracted | Failure]]]:
     """Yield the tasks' results in order, with at most `ahead` of them under way or waiting: memory stays bounded."""
-    pending: deque[tuple[str, list[str], Future]] = deque()
-    try:
-        for kind, names, folder in tasks:
-            with uninterrupted_children():  # submitting may start a worker
-                pending.append((kind, names, pool.submit(_extract_chunk, kind, names, folder)))
-            if len(pending) >= ahead:
-                kind, names, future = pending[0]
-                yield kind, names, future.result()
-                pending.popleft()
-        while pending:
-            kind, names, future = pending[0]
-            yield kind, names, future.result()
-            pending.popleft()
-    except BrokenProcessPool:
-        near = f", perhaps by one of {pending[0][1][0]} to {pending[-1][1][-1]}" if pending else ""
-        raise UserError(
-            f"a worker process was ended from outside (out of memory?){near}: "
-            "run the same command again with fewer --workers, it resumes"
-        ) from None
+    pending: deque[tuple[_Task, Future]] = deque()
+    while True:
+        for task in islice(tasks, ahead - len(pending)):
+            pending.append((task, pool.submit(task)))
+        if not pending:
+            return
+        task, future = pending[0]
+        try:
+            results = future.result()
+        except BrokenProcessPool:
+            pool.restart()
+            results = pool.extract_alone(task)
+            # What was under way ended with the pool; what had been done is kept.
+            later = [(other, _again(pool, other, done)) for other, done in list(pending)[1:]]
+            pending = deque([pending[0], *later])
+        yield task.kind, task.names, results
+        pending.popleft()
 
 
-def _extract_chunk(kind: str, names: list[str], folder: Path) -> list[Extracted | Failure]:
-    """In a worker: decode and extract files of one kind."""
+def _again(pool: _Pool, task: _Task, future: Future) -> Future:
+    is_done = future.done() and not future.cancelled() and future.exception() is None
+    return future if is_done else pool.submit(task)
+
+
+def _extract_chunk(kind: str, names: list[str | None], folder: Path) -> list[Extracted | Failure]:
+    """In a worker: decode and extract files of one kind; a place without a name stays empty."""
     settings = _worker["settings"]
     if kind not in _worker:
         _worker[kind] = build_extractor(kind, settings, _worker["device"])
-    decoded = [_decode(kind, folder / name, settings) for name in names]
+    decoded = [Failure("") if name is None else _decode(kind, folder / name, settings) for name in names]
     inputs = [value.content if isinstance(value, Decoded) else None for value in decoded]
     features = _extract(kind, inputs)
     finish = _image_item if kind == "image" else _audio_item
     results: list[Extracted | Failure] = []
-    for value, feature in zip(decoded, features, strict=True):
-        if isinstance(value, Failure) or isinstance(feature, Failure):
-            results.append(value if isinstance(value, Failure) else feature)
-        else:
-            results.append(finish(feature, value, settings))
+    for name, value, feature in zip(names, decoded, features, strict=True):
+        result = next((each for each in (value, feature) if isinstance(each, Failure)), None)
+        result = result or finish(feature, value, settings)
+        if isinstance(result, Failure) and name is not None:
+            result = replace(result, state=file_state(folder / name))
+        results.append(result)
     return results
 
 
@@ -210,6 +283,8 @@ def _decode(kind: str, path: Path, settings: PrepareSettings) -> Decoded[Any] | 
         return replace(recording, content=trim_silence(recording.content)) if settings.trim_silence else recording
     except DecodingError as error:
         return _failure(kind, path, error)
+    except EnvironmentFaultError:
+        raise
     except MemoryError:
         raise EnvironmentFaultError(f"{path}: its content does not fit into memory: use fewer --workers") from None
     except Exception as error:

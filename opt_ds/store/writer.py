@@ -16,7 +16,7 @@ from opt_ds.errors import UserError
 from opt_ds.store.checks import audio_problem, codes_problem, image_problem, pixels_problem, text_problem
 from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
 from opt_ds.store.foreign import is_plain_name, read_json_object
-from opt_ds.store.index import write_index
+from opt_ds.store.index import ShardFile, write_index
 from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
@@ -129,23 +129,19 @@ class StoreWriter:
 
         `notes` (JSON) are kept beside the shard until `finish`, so that a resumed run still has them.
         """
-        file = self.path / f"shard-{index:05d}.h5"
         if (problem := self._problem(content)) is not None:
             raise UserError(f"{self.path}: {problem}: not written, as `opt-ds inspect` would refuse it")
+        file = self.path / self.shard_name(index)
         arrays = self._arrays(content)
         with atomic_file(file) as temporary:
             write_datasets(temporary, arrays, compression=self._compression)
-        write_json(
-            self._journal(index),
-            {
-                "shard": describe_shard(file, arrays).model_dump(),
-                "split_counts": np.bincount(arrays["samples/split"], minlength=len(self._split_codes)).tolist(),
-                "has_pixels": "image/pixels" in arrays,
-                "has_codes": "image/codes" in arrays,
-                "sums": train_sums(arrays, self._split_codes.get(self._train_split)),
-                "notes": notes or {},
-            },
-        )
+        journal = _journal_of(describe_shard(file, arrays), arrays, list(self._split_codes), notes or {}, self._train_split)
+        write_json(self._journal(index), journal)
+
+    @staticmethod
+    def shard_name(index: int) -> str:
+        """Return the name of a shard's file as it is first written."""
+        return f"shard-{index:05d}.h5"
 
     def shard_file(self, index: int) -> Path:
         """Return the file of a written shard, before `finish`."""
@@ -294,6 +290,36 @@ def _read_journal(journal: Path) -> dict[str, Any]:
     if fields.keys() != expected or not isinstance(shard, dict) or not is_plain_name(shard.get("file")):
         raise UserError(f"{journal}: damaged: {remedy}")
     return fields
+
+
+def restore_journals(path: Path, description: StoreDescription, notes: dict[int, dict[str, Any]]) -> None:
+    """Write the journals of these shards of a finished store again: without its `store.json` it is then an unfinished one."""
+    names = ("samples/rows", "samples/split", "image/offsets", "image/features", "audio/offsets", "audio/features")
+    for index, own in notes.items():
+        shard = description.shards[index]
+        file = ShardFile(path / shard.file)
+        arrays = {name: np.asarray(file.array(name)[:]) for name in names}
+        arrays |= {name: np.empty(0) for name in ("image/pixels", "image/codes") if name in file.names()}
+        write_json(path / f"{Path(shard.file).stem}.json", _journal_of(shard, arrays, description.split_names, own, TRAIN_SPLIT))
+    write_json(path / PARTIAL_FILE, {"key": description.preparation_key})
+
+
+def _journal_of(
+    shard: ShardDescription,
+    arrays: dict[str, np.ndarray],
+    split_names: list[str],
+    notes: dict[str, Any],
+    train_split: str,
+) -> dict[str, Any]:
+    train = split_names.index(train_split) if train_split in split_names else None
+    return {
+        "shard": shard.model_dump(),
+        "split_counts": np.bincount(arrays["samples/split"], minlength=len(split_names)).tolist(),
+        "has_pixels": "image/pixels" in arrays,
+        "has_codes": "image/codes" in arrays,
+        "sums": train_sums(arrays, train),
+        "notes": notes,
+    }
 
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
