@@ -96,6 +96,10 @@ def extraction(
     )
     try:
         yield _in_order(pool, _tasks(shards, folder), workers * _AHEAD_PER_WORKER)
+    except KeyboardInterrupt:  # nobody waits for what they are doing
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
