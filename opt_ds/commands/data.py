@@ -122,7 +122,7 @@ def prepare(
         samples_per_shard=samples_per_shard,
         compression="gzip" if compress else None,
     )
-    run(
+    prepared = run(
         folder_manifest(manifest, say=typer.echo) if manifest.is_dir() else manifest,
         output,
         settings,
@@ -134,6 +134,8 @@ def prepare(
         share=share,
         say=typer.echo,
     )
+    if prepared is not None:
+        _say_training_notes(output)
 
 
 def merge(
@@ -146,3 +148,11 @@ def merge(
     from opt_ds.prepare.finish import merge_parts
 
     merge_parts(store, say=typer.echo)
+    _say_training_notes(store)
+
+
+def _say_training_notes(store: Path) -> None:
+    from opt_ds.commands.stores import training_notes
+
+    for note in training_notes(store):
+        typer.echo(f"note: {note}")
