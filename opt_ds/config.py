@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from opt_ds.config_sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.user_files import expected_kind
 
 #: What a sample of a step can be drawn for, and the losses that each draw computes.
 LOSSES_OF_DRAW: dict[str, tuple[str, ...]] = {
@@ -400,7 +401,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(first["loc"][:-1]))}'
     else:
-        text = f"{key}: {first['msg']}" if key else first["msg"]
+        message = expected_kind(first["type"]) or first["msg"]
+        text = f"{key}: {message}" if key else message
         text = text.replace("Value error, ", "")
         if key and not isinstance(first["input"], (dict, BaseModel)):
             text += f" (found {first['input']!r})"

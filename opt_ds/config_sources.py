@@ -38,6 +38,21 @@ def read_source(source: str) -> dict[str, Any]:
     return tree
 
 
+def given_keys(source: str) -> list[str]:
+    """The keys, such as "model.vocab_size", that a configuration file itself gives; none for a preset's name."""
+    if (PRESET_FOLDER / f"{source}.yaml").is_file():
+        return []
+    tree = read_yaml(Path(source)) if Path(source).is_file() else None
+    return _dotted(tree) if isinstance(tree, dict) else []
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in tree.items():
+        keys += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():

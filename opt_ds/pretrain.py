@@ -25,7 +25,7 @@ try:
     import typer
 
     from opt_ds.commands import run_program
-    from opt_ds.config import Config, load_config
+    from opt_ds.config import Config
     from opt_ds.engine.distributed import Ranks, find_ranks
     from opt_ds.engine.launch import run_training
     from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -67,12 +67,13 @@ def _resolve(source: str | None, stores: list[str], output: Path | None, setting
         named = next((s.partition("=")[2] for s in settings if s.startswith("preset=")), None)
         source, why = (named, "--set preset") if named else preflight.default_preset(stores, _has_gpu())
         _say(f"taking {source} ({why})")
-    config = load_config(source, settings)
-    if stores and config.data.stores and tuple(stores) != config.data.stores:
-        _say(f"--store replaces the configuration's data.stores ({', '.join(config.data.stores)})")
-    if not stores:
-        stores = list(config.data.stores) or [_default_store(preflight.DEFAULT_STORE)]
-    config = load_config(source, [*settings, f"data.stores={list(stores)!r}"])
+    configured = preflight.configured_stores(source, settings)
+    if stores and configured and stores != configured:
+        _say(f"--store replaces the configuration's data.stores ({', '.join(configured)})")
+    stores = stores or configured or [_default_store(preflight.DEFAULT_STORE)]
+    config, _, taken = preflight.settle(source, settings, stores)
+    if taken:
+        _say(taken)
     return config, output or Path("runs") / preflight.config_name(source)
 
 

@@ -52,6 +52,7 @@ from opt_ds.prepare.extractors import choose_device
 from opt_ds.store.files import atomic_file, write_json
 from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.trainable import split_problems
 from opt_ds.store.verify import open_store
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def train_dvae(
     rows = split_image_rows(store, train_split)
     if not len(rows):
         raise UserError(f'{store_path}: split "{train_split}" has no pictures: name another with --train-split')
+    for problem in split_problems(store_path, store.description, train_split):
+        print(f"note: pre-training would refuse: {problem}")
     preset = preset or default_preset(len(rows), config_file)
     config = load_dvae_config(preset, config_file, settings, steps)
     hardware = choose_hardware(device, precision)

@@ -10,6 +10,15 @@ from opt_ds.errors import UserError
 
 _MOST_VALUES = 100_000  # with every anchor written out; the largest configuration has some hundred
 
+_KINDS = {
+    ("int_parsing", "int_type", "int_from_float", "int_parsing_size"): "a whole number is expected",
+    ("float_parsing", "float_type"): "a number is expected",
+    ("bool_parsing", "bool_type"): "true or false is expected",
+    ("string_type",): "text is expected",
+    ("tuple_type", "list_type"): "a list is expected, such as [a, b]",
+    ("dict_type", "model_type", "model_attributes_type"): "a section of `key: value` is expected",
+}
+
 
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file; None for an empty one.
@@ -57,6 +66,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
+def expected_kind(mistake: str) -> str | None:
+    """Return what a value should be, for the type of a pydantic mistake; None where pydantic's own message says it well."""
+    return next((kind for names, kind in _KINDS.items() if mistake in names), None)
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -87,7 +101,8 @@ def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
     elif isinstance(node, yaml.SequenceNode):
         total += sum(_count_values(item, where, counts) for item in node.value)
     if total > _MOST_VALUES:
-        raise UserError(f"{where} line {node.start_mark.line + 1}: more than {_MOST_VALUES:,} values, with its anchors written out")
+        line = node.start_mark.line + 1
+        raise UserError(f"{where} line {line}: more than {_MOST_VALUES:,} values, with its anchors written out: shorten it")
     counts[id(node)] = total
     return total
 

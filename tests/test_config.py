@@ -43,7 +43,7 @@ def test_a_file_starts_from_its_preset_and_settings_come_last(tmp_path: Path) ->
         (["batch.siez=3"], 'unknown key "batch.siez" (did you mean "size"?)'),
         (["optimiser.lr=1"], 'unknown key "optimiser" (did you mean "optimizer"?)'),
         (["batch.size=none"], "batch.size"),
-        (["seed=2024-13-45"], "--set seed=2024-13-45: the value is not readable"),
+        (["seed=2024-13-45"], "--set seed=2024-13-45: not readable as YAML"),
         (["batch.size=0"], "greater than or equal to 1"),
         (["precision=fp8"], "precision"),
         (["batch"], "key.path=value"),

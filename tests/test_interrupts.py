@@ -39,7 +39,7 @@ def interrupt(command: list[str], when: str, *, group: bool, folder: Path, impor
 
     `imports`: the output also names each module as it is loaded.
     """
-    log = folder / "log"
+    log = folder.with_name(f"{folder.name}.log")
     python = [sys.executable, *(["-X", "importtime"] if imports else []), "-m", "opt_ds"]
     with open(log, "wb") as output:
         process = subprocess.Popen([*python, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -60,13 +60,13 @@ def test_preparation_with_workers(when: str, group: bool, pictures: Path, tmp_pa
 
 
 def test_training_of_the_dvae(store: Path, tmp_path: Path) -> None:
-    command = ["train-dvae", "--store", str(store), "--output", str(tmp_path / "dvae"), "--preset", "dvae-tiny", "--steps", "99999"]
+    command = ["train-dvae", "--store", str(store), "--output", str(tmp_path), "--preset", "dvae-tiny", "--steps", "99999"]
     assert interrupt(command, "step/s", group=True, folder=tmp_path) == (130, [RESUMES])
 
 
 @pytest.mark.parametrize("module", ["| typer", "| numpy"])
 def test_while_libraries_load(module: str, tmp_path: Path) -> None:
-    code, lines = interrupt(["inspect", "nowhere"], module, group=True, folder=tmp_path, imports=True)
+    code, lines = interrupt(["plan"], module, group=True, folder=tmp_path, imports=True)
     assert (code, lines) == (130, ["stopped"])
 
 

@@ -38,7 +38,6 @@ def ablate(
     """
     import torch
 
-    from opt_ds.config import load_config
     from opt_ds.engine import preflight, run_folder
     from opt_ds.evaluate import ablation, ablation_table
     from opt_ds.evaluate.evaluator import SUBSETS, held_out_splits
@@ -46,11 +45,12 @@ def ablate(
     for name in subset or ():
         if name not in SUBSETS:
             raise UserError(f'--subset "{name}": choose of {", ".join(SUBSETS)}{did_you_mean(name, SUBSETS)}')
-    given = list(settings or [])
     source = config or preflight.default_preset(store or [], torch.cuda.is_available())[0]
-    paths = store or list(load_config(source, given).data.stores) or [str(preflight.DEFAULT_STORE)]
-    given.append(f"data.stores={paths!r}")
-    stores = preflight.open_stores(load_config(source, given))
+    paths = store or preflight.configured_stores(source, settings or []) or [str(preflight.DEFAULT_STORE)]
+    resolved, given, taken = preflight.settle(source, settings or [], paths)
+    if taken:
+        typer.echo(f"note: {taken}", err=True)
+    stores = preflight.open_stores(resolved)
     rows = ablation.plan_rows(source, given, stores, row or ())
     if task is not None:
         if task >= len(rows):

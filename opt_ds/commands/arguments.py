@@ -84,7 +84,8 @@ def check_path(text: str, option: str, *, is_output: bool = False) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{option} {text}: the name is not UTF-8: rename it") from None
+        shown = text.encode(errors="backslashreplace").decode()
+        raise UserError(f"{option} {shown}: the name is not UTF-8: rename it") from None
     if text.startswith("~") and not os.path.lexists(text):
         expanded = os.path.expanduser(text)
         if expanded.startswith("~"):

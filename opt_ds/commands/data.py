@@ -125,7 +125,7 @@ def prepare(
         samples_per_shard=samples_per_shard,
         compression="gzip" if compress else None,
     )
-    run(
+    prepared = run(
         folder_manifest(manifest, say=typer.echo) if manifest.is_dir() else manifest,
         output,
         settings,
@@ -138,6 +138,8 @@ def prepare(
         retry_skipped=retry_skipped,
         say=typer.echo,
     )
+    if prepared is not None:
+        _say_training_notes(output)
 
 
 def merge(
@@ -150,3 +152,11 @@ def merge(
     from opt_ds.prepare.finish import merge_parts
 
     merge_parts(store, say=typer.echo)
+    _say_training_notes(store)
+
+
+def _say_training_notes(store: Path) -> None:
+    from opt_ds.commands.stores import training_notes
+
+    for note in training_notes(store):
+        typer.echo(f"note: {note}")

@@ -21,11 +21,14 @@ def doctor(
 
     A line a fact: ok, warn or FAIL, and how to mend it. Exit code 1 if something fails.
     """
-    from opt_ds.config import load_config
-    from opt_ds.tools.doctor import Question, default_config, examine
+    from opt_ds.tools.doctor import Question, default_config, examine, resolve
 
-    config = config or default_config(store or [])
-    resolved = load_config(config, [*(settings or []), *([f"data.stores={list(store)!r}"] if store else [])])
+    source = config or default_config(store or [])
+    resolved, taken = resolve(source, settings or [], store or [])
+    if config is None:
+        typer.echo(f"ok    config        {source}, which pretrain.py takes here without --config")
+    if taken:
+        typer.echo(f"ok    config        {taken}")
     failed = False
     for finding in examine(Question(resolved, output)):
         typer.echo(f"{finding.level:<4}  {finding.subject:<12}  {finding.text}")

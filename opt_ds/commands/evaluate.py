@@ -263,9 +263,11 @@ def summary(
     force: _Force = False,
 ) -> None:
     """What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids."""
+    from opt_ds.engine.checkpoint import resolve_checkpoint
     from opt_ds.evaluate.summary import summarize, table
     from opt_ds.store.verify import open_store
 
+    resolve_checkpoint(checkpoint)
     opened = open_store(store)
     splits = split or _held_out(opened)
     evaluator = _evaluator(checkpoint, opened, force, *splits)
@@ -294,8 +296,10 @@ def _evaluator_of_split(
     checkpoint: Path, store_path: Path, force: bool, split: str | None, *others: str
 ) -> "tuple[Evaluator, str]":
     """The evaluator, and the split that was asked for or the first held-out one; `others` are needed too."""
+    from opt_ds.engine.checkpoint import resolve_checkpoint
     from opt_ds.store.verify import open_store
 
+    resolve_checkpoint(checkpoint)
     store = open_store(store_path)
     split = split or _held_out(store, 1)[0]
     return _evaluator(checkpoint, store, force, split, *others), split

@@ -43,16 +43,18 @@ def plan(
     """
     import json
 
-    from opt_ds.config import load_config
-    from opt_ds.engine.preflight import check_store
+    from opt_ds.data.truncation import truncation_lines
+    from opt_ds.engine.preflight import check_store, settle
     from opt_ds.store.verify import open_store
     from opt_ds.tools.assumed_store import AssumedStore
     from opt_ds.tools.plan import Cluster, parse_cluster, plan_run, plan_text
 
-    resolved = load_config(config, [*(settings or []), *([f"data.stores={list(store)!r}"] if store else [])])
+    resolved, _, taken = settle(config, settings or [], store or [])
     stores = [open_store(path) for path in resolved.data.stores]
     for opened in stores:
         check_store(resolved, opened)
+    for line in (*([taken] if taken else []), *truncation_lines(resolved.model, stores)):
+        typer.echo(f"note: {line}", err=True)
     kind = _gpu(gpu, memory_gib, tflops, link_gbyte, capability)
     cluster = parse_cluster(Cluster(kind, num_gpus, gpus_per_node, network_gbit * 1e9 / 8, utilisation))
     result = plan_run(resolved, cluster, stores or AssumedStore(resolved.model, text, regions, frames))

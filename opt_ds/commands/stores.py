@@ -18,13 +18,19 @@ def inspect_store(
     sample: Annotated[str | None, typer.Option(help="Show this sample in full: its id, or #7 for the seventh but one.")] = None,
     manifest: Annotated[Path | None, typer.Option(help="With --sample: where its picture is named, to draw boxes on.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the sample's PNG.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A preset or YAML file: the training that the notes are for. Default: pretrain.py's.")
+    ] = None,
 ) -> None:
     """Check a feature store and print a summary; exit code 2 on a failure.
 
-    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says.
+    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says. Notes say what training would refuse, and
+    what the model's limits truncate; they do not change the exit code.
     """
     from opt_ds.store.inspect import inspect_store as inspect
 
+    if manifest is not None and sample is None:
+        raise UserError("--manifest: it goes with --sample, whose picture it names: give --sample too")
     inspection = inspect(store)
     _print(inspection.summary)
     for note in inspection.notes:
@@ -33,11 +39,28 @@ def inspect_store(
         typer.echo(f"FAILED {failure}", err=True)
     if inspection.failures:
         raise typer.Exit(2)
+    for note in training_notes(store, config):
+        typer.echo(f"note: {note}")
     typer.echo("all checks passed")
     if pictures is not None:
         _draw_lengths(store, pictures)
     if sample is not None:
         _show_sample(store, sample, manifest, pictures)
+
+
+def training_notes(store: Path, source: str | None = None) -> list[str]:
+    """What training would refuse of a store, and what the model's limits drop, for a preset or a YAML file."""
+    from opt_ds.engine.preflight import settle, training_problems
+    from opt_ds.engine.preflight import training_notes as notes
+    from opt_ds.store.reader import FeatureStore
+    from opt_ds.tools.doctor import default_config
+
+    config, _, _ = settle(source or default_config([str(store)]), [], [str(store)])
+    opened = [FeatureStore(store)]
+    return [
+        *(f"training would refuse: {problem}" for problem in training_problems(config, opened)),
+        *(f"with {config.preset}, {line}" for line in notes(config, opened)),
+    ]
 
 
 def _print(lines: list[tuple[str, str]]) -> None:
@@ -92,6 +115,7 @@ def split(
     ids: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of sample id and split; others stay where they are.")] = None,
     groups: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of group and split; others stay where they are.")] = None,
     seed: Annotated[int, typer.Option(help="With --ratio: another seed deals the groups otherwise.")] = 0,
+    source: Annotated[str | None, typer.Option("--from", help="With --ratio: only samples of this split; others stay.")] = None,
 ) -> None:
     """Deal a store's samples to other splits: by ratio (groups stay whole), by ids or by groups."""
     from opt_ds.store.files import exclusive_use
@@ -100,10 +124,12 @@ def split(
     given = [option for option in (ratio, ids, groups) if option]
     if len(given) != 1:
         raise UserError("opt-ds split: give one of --ratio, --ids and --groups")
+    if source is not None and not ratio:
+        raise UserError("--from: it goes with --ratio; --ids and --groups name the samples themselves")
     ratios = parse_ratios(ratio) if ratio else {}
     with exclusive_use(store, typer.echo):
         if ratio:
-            description = split_by_ratio(store, ratios, seed)
+            description = split_by_ratio(store, ratios, seed, source)
         else:
             description = split_by_list(store, (ids or groups), by_group=groups is not None)  # type: ignore[arg-type]
     typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")

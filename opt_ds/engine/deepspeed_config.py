@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from opt_ds.config import Config
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.user_files import read_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

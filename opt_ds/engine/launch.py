@@ -23,6 +23,9 @@ def run_training(
     from opt_ds.evaluate.during_training import check_experiments
 
     stores = preflight.open_stores(config)
+    if ranks.is_main:
+        for line in preflight.training_notes(config, stores):
+            say(line)
     check_experiments(config, stores[0])
     run_folder.check_same_run(output, config, stores)
     hardware = Hardware.detect()

@@ -172,7 +172,7 @@ def losses_of_run(run: Path) -> tuple[str, ...]:
 
 def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
     """What pretrain.py is given for a row."""
-    settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py takes a key once; the last one counts
+    settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py takes a key once
     return ["--config", source, "--output", str(folder / row.name), *(part for x in settings.values() for part in ("--set", x))]
 
 

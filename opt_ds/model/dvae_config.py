@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.user_files import parse_yaml, read_yaml
+from opt_ds.user_files import expected_kind, parse_yaml, read_yaml
 
 
 class DVAEConfig(BaseModel):
@@ -146,6 +146,6 @@ def build_dvae_config(preset: str, changes: dict[str, Any] | None = None) -> DVA
             raise UserError(
                 f'dVAE key "{key}" is unknown{did_you_mean(key, keys)}: choose from {", ".join(keys)}'
             ) from None
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = expected_kind(first["type"]) or first["msg"].removeprefix("Value error, ")
         given = f" (given: {first['input']!r})" if first["loc"] else ""
         raise UserError(f"dVAE {key}: {reason}{given}: change it with --set") from None

@@ -94,6 +94,10 @@ def extraction(
     pool = _Pool(workers, settings, device)
     try:
         yield _in_order(pool, _tasks(shards, folder), workers * _AHEAD_PER_WORKER)
+    except KeyboardInterrupt:  # nobody waits for what they are doing
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.close()
 

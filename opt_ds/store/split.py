@@ -33,16 +33,35 @@ def parse_ratios(arguments: list[str]) -> dict[str, float]:
     return ratios
 
 
-def split_by_ratio(path: Path, ratios: dict[str, float], seed: int = 0) -> StoreDescription:
-    """Deal the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number."""
+def split_by_ratio(path: Path, ratios: dict[str, float], seed: int = 0, source: str | None = None) -> StoreDescription:
+    """Assign the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number.
+
+    Every split gets a group. With `source` only the samples of this split are reassigned. UserError for fewer groups than splits.
+    """
     store = open_store(path)
-    bounds = np.cumsum(list(ratios.values()))
-    names = list(ratios)
-    split_of = {
-        code: names[min(int(np.searchsorted(bounds, _uniform(seed, code), side="right")), len(names) - 1)]
-        for code in np.unique(store.groups).tolist()
-    }
-    return _deal(store, [split_of[code] for code in store.groups.tolist()], "group hash")
+    chosen = np.arange(store.num_samples) if source is None else store.split_samples(source)
+    split_of = _split_of_groups(np.unique(store.groups[chosen]).tolist(), ratios, seed)
+    if len(split_of) < len(ratios):
+        of = "" if source is None else f" of split {source}"
+        raise UserError(f"{path}: the samples{of} have {len(split_of)} groups for {len(ratios)} splits: give fewer --ratio")
+    splits = [store.description.split_names[code] for code in store.split_codes.tolist()]
+    for index in chosen.tolist():
+        splits[index] = split_of[int(store.groups[index])]
+    return _deal(store, splits, "group hash" if source is None else "manifest")
+
+
+def _split_of_groups(codes: list[int], ratios: dict[str, float], seed: int) -> dict[int, str]:
+    """The split of each group; a split that the hash gives none takes the first group of the split that has most."""
+    bounds, names = np.cumsum(list(ratios.values())), list(ratios)
+    place = {code: _uniform(seed, code) for code in codes}
+    of_split: dict[str, list[int]] = {name: [] for name in names}
+    for code in sorted(codes, key=lambda code: place[code]):
+        of_split[names[min(int(np.searchsorted(bounds, place[code], side="right")), len(names) - 1)]].append(code)
+    for name in names:
+        largest = max(of_split.values(), key=len)
+        if not of_split[name] and len(largest) > 1:
+            of_split[name].append(largest.pop(0))
+    return {code: name for name, members in of_split.items() for code in members}
 
 
 def split_by_list(path: Path, file: Path, *, by_group: bool = False) -> StoreDescription:

@@ -20,7 +20,7 @@ _TRAIN_ROWS = 20_000  # training rows that the frequencies are counted over, at 
 
 
 def trivial_baselines(config: Config, stores: list[FeatureStore], version: int | None = None) -> dict[str, float]:
-    """Loss -> mean validation loss of its trivial baseline, over exactly the terms of the validation pass of this plan version."""
+    """Loss -> mean validation loss of its trivial baseline, over exactly the terms of the plan's validation pass."""
     plan, reader = make_plan(config, stores, version), SampleReader(config, stores)
     frequencies = _Frequencies(config, stores)
     sums: dict[str, float] = {}

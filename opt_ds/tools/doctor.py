@@ -55,6 +55,18 @@ def default_config(stores: list[str]) -> str:
         return "opt-base"  # the report says what is wrong
 
 
+def resolve(source: str, settings: list[str], stores: list[str]) -> tuple[Config, str | None]:
+    """The configuration with the stores' sizes, and a line that says which; the report names stores that cannot be read."""
+    from opt_ds.config import load_config
+    from opt_ds.engine.preflight import settle
+
+    try:
+        config, _, taken = settle(source, settings, stores)
+        return config, taken
+    except UserError:
+        return load_config(source, [*settings, *([f"data.stores={stores!r}"] if stores else [])]), None
+
+
 def examine(question: Question) -> Iterator[Finding]:
     """Every finding, as soon as it is there."""
     for check in CHECKS:
@@ -212,14 +224,18 @@ def _kernels(question: Question) -> Iterator[Finding]:
 
 
 def _stores(question: Question) -> Iterator[Finding]:
-    from opt_ds.engine.preflight import check_store
+    from opt_ds.data.truncation import truncation_lines
+    from opt_ds.engine.preflight import training_problems
     from opt_ds.store.verify import open_store
 
     if not question.config.data.stores:
         yield Finding("ok", "store", "none named: --store DIR checks one")
-    for path in question.config.data.stores:
-        store = open_store(path)
-        check_store(question.config, store)
+    opened = [open_store(path) for path in question.config.data.stores]
+    for problem in training_problems(question.config, opened):
+        yield Finding("FAIL", "stores", problem)
+    for line in truncation_lines(question.config.model, opened):
+        yield Finding("warn", "limits", line)
+    for path, store in zip(question.config.data.stores, opened, strict=True):
         rate, samples = reading_rate(store)
         text = f"{path}: {store.num_samples:,} samples, read at random at {rate / 1e6:.0f} MB/s, {samples:,.0f} samples/s"
         if rate < _SLOW_STORE:

@@ -1,0 +1,39 @@
+"""What training needs of a store's splits, said where the store is made and inspected, not first where training refuses it."""
+
+from pathlib import Path
+
+from opt_ds.errors import did_you_mean
+from opt_ds.store.schema import StoreDescription
+
+TRAIN_SPLIT, VALID_SPLIT = "train", "valid"
+_VALID_SHARE = 0.1
+
+
+def split_problems(
+    path: Path, description: StoreDescription, train_split: str = TRAIN_SPLIT, valid_split: str = VALID_SPLIT
+) -> list[str]:
+    """Return a line, with the command that fixes it, for each split that training reads and the store has no samples in."""
+    counts = {name: count for name, count in description.split_counts.items() if count}
+    if not counts:
+        return [f"{path}: no sample is in it: prepare a store with samples"]
+    problems = []
+    for split in dict.fromkeys((train_split, valid_split)):
+        if split in counts:
+            continue
+        what = f'split "{split}" is empty' if split in description.split_names else f'no split "{split}"'
+        near = did_you_mean(split, counts)
+        there = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        remedy = _remedy(path, split, train_split, counts)
+        problems.append(f"{path}: {what}{near}, which training reads; it has {there}: {remedy}")
+    return problems
+
+
+def _remedy(path: Path, split: str, train_split: str, counts: dict[str, int]) -> str:
+    largest = max(counts, key=lambda name: counts[name])
+    if split == train_split:
+        source, shares, key = largest, {split: 1 - _VALID_SHARE, VALID_SPLIT: _VALID_SHARE}, "data.train_split"
+    else:
+        source, key = train_split if train_split in counts else largest, "data.valid_split"
+        shares = {source: 1 - _VALID_SHARE, split: _VALID_SHARE}
+    ratios = " ".join(f"--ratio {name}={share:g}" for name, share in shares.items())
+    return f"opt-ds split {path} --from {source} {ratios}, or name another split with {key}"
