@@ -2,6 +2,7 @@
 of the instructions that they are written for. NVRTC compiles for all four architectures (its environment is made on first use,
 from PyPI); nvcc, where it is on PATH, for its own, and links the extension."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -71,7 +72,9 @@ def test_the_extension_links_and_imports_with_the_cuda_objects_in(tmp_path: Path
         capture_output=True,
     )
     record = json.loads((tmp_path / "opt_ds" / "_build.json").read_text())
+    built_for = record.pop("torch")
     assert record == {"cpu": "built", "cuda": "built", "architectures": ["80"], "emulator": "built"}, record
+    assert built_for.startswith(importlib.metadata.version("torch"))
     code = (
         "import torch\nfrom opt_ds.ops import compiled\nassert compiled.load() == '', compiled.load()\n"
         "dump = torch._C._dispatch_dump('opt_ds::attention')\nassert 'CUDA: ' in dump and 'CPU: ' in dump, dump\n"
@@ -83,7 +86,7 @@ def test_the_extension_links_and_imports_with_the_cuda_objects_in(tmp_path: Path
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH: a seeded bug shows the same in the emulator")
-@pytest.mark.parametrize(("architecture", "stops"), [("75", True), ("80", False)])
+@pytest.mark.parametrize(("architecture", "stops"), [("75", True), pytest.param("80", False, marks=pytest.mark.kernels)])
 def test_a_kernel_without_its_instruction_stops_instead_of_returning(tmp_path: Path, architecture: str, stops: bool) -> None:
     """sm_75 has no bf16 product: an empty kernel would leave the output as it was."""
     assert NVCC is not None
@@ -96,16 +99,19 @@ def test_a_kernel_without_its_instruction_stops_instead_of_returning(tmp_path: P
         assert ("trap;" in text) == (stops and "__nv_bfloat16" in name), name
 
 
-def test_an_architecture_that_nvcc_does_not_know_is_named() -> None:
+def test_an_architecture_that_nvcc_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/packaging has the other mistakes, with an nvcc made up."""
     sys.path.insert(0, str(ROOT / "csrc"))
-    import build_extension
+    import build_nvcc
 
     if NVCC is None:
-        with pytest.raises(build_extension.NotBuiltError, match="no nvcc on PATH"):
-            build_extension._nvcc("13.0")
+        with pytest.raises(build_nvcc.NotBuiltError, match="no nvcc on PATH"):
+            build_nvcc.find_nvcc("13.0", "g++")
         return
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(build_extension.NotBuiltError, match="does not compile for sm_42"):
-        patch.setenv("OPT_DS_CUDA_ARCHITECTURES", "42")
-        build_extension._architectures(NVCC)
-    with pytest.raises(build_extension.NotBuiltError, match="their major versions must agree"):
-        build_extension._nvcc("10.1")
+    told = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    nvcc = build_nvcc.find_nvcc(told.split("release ")[1].split(",")[0], "g++")
+    monkeypatch.setenv("OPT_DS_CUDA_ARCHITECTURES", "72")
+    with pytest.raises(build_nvcc.NotBuiltError, match="does not compile for sm_72"):
+        build_nvcc.choose_architectures(nvcc, ())
+    with pytest.raises(build_nvcc.NotBuiltError, match="their major versions must agree"):
+        build_nvcc.find_nvcc("10.1", "g++")

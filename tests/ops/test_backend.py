@@ -89,6 +89,38 @@ def test_a_gpu_that_the_build_does_not_know_says_what_to_do(monkeypatch: pytest.
     assert set(backend.choose("auto", gpu).values()) == {"fused"}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "runs_on", "not_on"),
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("80+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("90a+PTX", [(9, 0)], [(10, 0)]),
+        ("100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_which_gpus_run_what_was_built(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, runs_on: list[tuple[int, int]], not_on: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(compiled, "load", lambda library="opt_ds": "")
+    monkeypatch.setattr(compiled, "build_record", lambda: {"cuda": "built", "architectures": [architecture]})
+    for capability in runs_on + not_on:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, capability=capability: capability)
+        assert (compiled.missing_on(torch.device("cuda")) == "") == (capability in runs_on), capability
+
+
+def test_a_build_against_another_torch_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its C++ interface may differ between minor versions: a library that loads may still crash."""
+    here = torch.__version__
+    record = {"cpu": "built", "cuda": "none", "emulator": "built", "architectures": []}
+    for version, loads in ((here, True), (None, True), ("1.9.0", False)):
+        monkeypatch.setattr(compiled, "build_record", lambda version=version: record | {"torch": version})
+        reason = compiled.load.__wrapped__("opt_ds") if not loads else compiled.load()
+        assert (reason == "") == loads
+    assert reason.startswith(f"built against torch 1.9.0, but torch here is {here}: install opt_ds again (pip install ")
+
+
 def test_a_missing_build_says_how_to_build(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(compiled, "_PACKAGE", tmp_path)
     for function in (compiled.build_record, compiled.load):
