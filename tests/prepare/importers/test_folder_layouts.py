@@ -9,8 +9,9 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.importers.common import report_path
-from opt_ds.prepare.importers.folder import import_folder
+from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.manifest import read_manifest
+from tests.prepare.importers.manifests import left_out, lines_of, silent, touch
 
 
 def make(folder: Path, names: Iterable[str]) -> Path:
@@ -100,3 +101,30 @@ def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Pat
         "HTML page cannot be decoded here: o.jpg: download the file itself, not a page about it",
     ]
     assert unused(folder) == ["k.pdf", "l.npz", "n.docx", "nowhere.jpg"]
+
+
+def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
+    top = tmp_path / "mine"
+    touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
+    touch(top / "val" / "twice.png", top / "val" / "notes.pdf")
+    (top / "train" / "cat.txt").write_text("A cat\n", encoding="utf-8")
+    (top / "train" / "latin.txt").write_bytes(b"caf\xe9")
+    (top / "train" / "blank.txt").write_text(" \n")
+    said: list[str] = []
+    manifest = folder_manifest(top, say=said.append)
+    samples = lines_of(manifest)
+    assert sorted(samples) == ["train/cat", "val/dog"]
+    cat = samples["train/cat"]
+    assert (cat.image, cat.text, cat.audio, cat.split) == ("train/cat.jpg", "A cat", "train/cat.wav", "train")
+    assert samples["val/dog"].split == "valid"
+    assert left_out(manifest) == {
+        "train/latin": "the text is not UTF-8: latin.txt",
+        "train/blank": "the text is empty",
+        "val/twice": "two files of one kind: twice.jpg and twice.png",
+    }
+    before = manifest.read_bytes()
+    assert folder_manifest(top, say=said.append).read_bytes() == before
+    assert "found" in said[-1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
+        import_folder(tmp_path / "empty", say=silent)
