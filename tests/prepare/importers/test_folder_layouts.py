@@ -80,6 +80,13 @@ def test_classes_as_folders_are_no_splits(tmp_path: Path) -> None:
         run(tmp_path / "f", folder_splits=True)
 
 
+def test_files_that_do_not_join_are_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", ["a.jpg", "a.txt", "b.jpg", "b.jpg.txt", "c.jpg", "c.txt"])
+    assert set(run(folder)) == {"a", "b", "b.jpg", "c"}
+    notes = json.loads(report_path(tmp_path / "m.jsonl").read_text())["notes"]
+    assert notes == ["names with image and text: 2, image: 1, text: 1"]
+
+
 def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
     folder = make(tmp_path / "f", ["train/a.txt", "test/a.txt", "readme.txt"])
     assert run(folder) == {"train/a": "train", "test/a": "test"}
