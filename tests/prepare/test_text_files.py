@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from opt_ds.errors import UserError
 from opt_ds.prepare import text_files
+from opt_ds.prepare.importers.tables import read_rows
 from opt_ds.prepare.text_files import JsonError, parse_json, read_json, read_json_array, read_json_lines
 
 values = st.recursive(
@@ -108,3 +109,32 @@ def test_lines_come_out_one_by_one_or_are_reported(
             assert read[number] == expected or "there twice" in str(read[number])
         else:
             assert isinstance(read[number], str)
+
+
+def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"caption": "café"}'.encode("latin-1"))
+    whole = gzip.compress(b"a caption\thttp://a.b/c.png\n" * 100)
+    (tmp_path / "cut.tsv.gz").write_bytes(whole[:-9])
+    (tmp_path / "not.tsv.gz").write_bytes(b"a caption\thttp://a.b/c.png\n")
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[1, 2")[:-9])
+    (tmp_path / "latin.csv").write_bytes("café,x".encode("latin-1"))
+    (tmp_path / "wide.csv").write_bytes("café,x".encode("utf-16"))
+    (tmp_path / "t.csv").write_bytes(b"PK\x03\x04")
+    assert list(read_json_lines(tmp_path / "latin.jsonl")) == [(1, "not UTF-8 text (byte 16)")]
+    for name, read, why in (
+        ("latin.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text: save it as UTF-8"),
+        ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-16: save it as UTF-8"),
+        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "archive, not a text file: unpack it"),
+        ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is cut off or damaged"),
+        ("not.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "not a gzip file"),
+        ("cut.json.gz", read_json_array, "the gzip file is cut off or damaged"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {why}"):
+            list(read(tmp_path / name))
+
+
+def test_large_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opt_ds.prepare.text_files._JSON_BLOCK", 7)
+    content = [{"id": index, "text": "x" * index, "list": [1, [2, {"]": "[,"}]]} for index in range(20)] + [12345678901]
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+    assert list(read_json_array(tmp_path / "a.json")) == content

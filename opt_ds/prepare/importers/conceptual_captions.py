@@ -91,9 +91,11 @@ def import_conceptual_captions(
 
 def _check_pattern(pattern: str) -> None:
     try:
-        pattern.format(index=0, crc32=0, md5="")
+        same = pattern.format(index=0, crc32=0, md5="0") == pattern.format(index=1, crc32=1, md5="1")
     except (KeyError, ValueError, IndexError, AttributeError, TypeError):
         raise UserError(f'--pattern "{pattern}": use {{index}}, {{crc32}} and {{md5}}') from None
+    if same:
+        raise UserError(f'--pattern "{pattern}": one name for all pictures: use {{index}}, {{crc32}} or {{md5}}')
 
 
 def _tells_urls_apart(pattern: str) -> bool:

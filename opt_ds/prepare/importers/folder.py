@@ -15,6 +15,7 @@ from opt_ds.errors import UserError
 from opt_ds.prepare.file_kinds import HEAD_BYTES, is_clutter, kind_of_content, kind_of_name, why_not_decodable
 from opt_ds.prepare.importers.common import (
     Entry,
+    Note,
     Unused,
     report_path,
     sample,
@@ -74,6 +75,9 @@ def import_folder(
         yield from _entries(found.samples, output.parent.resolve(), splits)
         if found.unused:
             yield unused
+        held = Counter(" and ".join(kind for kind in _KINDS if kind in kinds) for kinds in found.samples.values())
+        if len(held) > 1:  # such as a.jpg beside a.jpg.txt, which are not one sample
+            yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
 
     return write_import(output, entries(), say, source=str(folder))
 

@@ -7,6 +7,7 @@ Rows that do not fit the header are reported with their line; columns that are n
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +79,14 @@ def _columns(columns: Sequence[str]) -> dict[str, str]:
 
 def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded: EmbeddedFiles) -> Iterator[Entry]:
     folders: set[str] = set()
+    empty: Counter[str] = Counter()
     for number, row in enumerate(source.rows):
         if isinstance(row, Skipped):
             yield row
             continue
         given = {field: row.get(column) for field, column in column_of.items()}
         given = {field: value for field, value in given.items() if not _is_missing(value)}
+        empty.update(field for field in ("image", "text", "audio") if field not in given)
         id = str(given.get("id", f"row {number}"))
         where = {kind: _file(given[kind], files, embedded) for kind in _FILES if kind in given}
         plain = {field: value for field, value in given.items() if field != "labels" and where.get(field) is None}
@@ -101,6 +104,9 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
             group=str(given["group"]) if "group" in given else None,
             split=str(given["split"]) if "split" in given else None,
         )
+    for field, count in empty.items():
+        if column_of[field] in source.columns:
+            yield Note(f"rows whose column {column_of[field]} is empty: {count}")
     splits = sorted({folder for folder in folders if split_of_name(folder)})
     if len(splits) > 1 and column_of["split"] not in source.columns:
         yield Note(

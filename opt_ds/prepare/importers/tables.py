@@ -59,8 +59,9 @@ def read_rows(path: Path, separator: str, *, quoted: bool) -> Iterator[Row]:
     """
     csv.field_size_limit(sys.maxsize)
     with open_text(path) as file:
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        reader = csv.reader(
+            file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
+        )
         number, line = 0, 1
         try:
             for cells in reader:

@@ -9,8 +9,9 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.importers.common import report_path
-from opt_ds.prepare.importers.folder import import_folder
+from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.manifest import read_manifest
+from tests.prepare.importers.manifests import left_out, lines_of, silent, touch
 
 
 def make(folder: Path, names: Iterable[str]) -> Path:
@@ -79,6 +80,13 @@ def test_classes_as_folders_are_no_splits(tmp_path: Path) -> None:
         run(tmp_path / "f", folder_splits=True)
 
 
+def test_files_that_do_not_join_are_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", ["a.jpg", "a.txt", "b.jpg", "b.jpg.txt", "c.jpg", "c.txt"])
+    assert set(run(folder)) == {"a", "b", "b.jpg", "c"}
+    notes = json.loads(report_path(tmp_path / "m.jsonl").read_text())["notes"]
+    assert notes == ["names with image and text: 2, image: 1, text: 1"]
+
+
 def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
     folder = make(tmp_path / "f", ["train/a.txt", "test/a.txt", "readme.txt"])
     assert run(folder) == {"train/a": "train", "test/a": "test"}
@@ -100,3 +108,30 @@ def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Pat
         "HTML page cannot be decoded here: o.jpg: download the file itself, not a page about it",
     ]
     assert unused(folder) == ["k.pdf", "l.npz", "n.docx", "nowhere.jpg"]
+
+
+def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
+    top = tmp_path / "mine"
+    touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
+    touch(top / "val" / "twice.png", top / "val" / "notes.pdf")
+    (top / "train" / "cat.txt").write_text("A cat\n", encoding="utf-8")
+    (top / "train" / "latin.txt").write_bytes(b"caf\xe9")
+    (top / "train" / "blank.txt").write_text(" \n")
+    said: list[str] = []
+    manifest = folder_manifest(top, say=said.append)
+    samples = lines_of(manifest)
+    assert sorted(samples) == ["train/cat", "val/dog"]
+    cat = samples["train/cat"]
+    assert (cat.image, cat.text, cat.audio, cat.split) == ("train/cat.jpg", "A cat", "train/cat.wav", "train")
+    assert samples["val/dog"].split == "valid"
+    assert left_out(manifest) == {
+        "train/latin": "the text is not UTF-8: latin.txt",
+        "train/blank": "the text is empty",
+        "val/twice": "two files of one kind: twice.jpg and twice.png",
+    }
+    before = manifest.read_bytes()
+    assert folder_manifest(top, say=said.append).read_bytes() == before
+    assert "found" in said[-1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
+        import_folder(tmp_path / "empty", say=silent)

@@ -151,7 +151,9 @@ def test_tables_of_any_bytes(ending: str, raw: bytes) -> None:
         table = folder / f"t.{ending}"
         if ending == "tsv":
             table.write_bytes(raw)
-            return lambda manifest: import_conceptual_captions([str(table)], manifest, images=[folder], pattern="1", say=silent)
+            return lambda manifest: import_conceptual_captions(
+                [str(table)], manifest, images=[folder], pattern="{index}", say=silent
+            )
         table.write_bytes(raw if ending == "parquet" else b"image,text\n" + raw)
         return lambda manifest: import_table(table, manifest, say=silent)
 

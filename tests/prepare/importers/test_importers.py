@@ -10,42 +10,12 @@ import pytest
 from PIL import Image
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.importers.common import report_path
 from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions
-from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.importers.karpathy import import_karpathy
 from opt_ds.prepare.importers.localized_narratives import import_localized_narratives
-from opt_ds.prepare.importers.table import import_table
-from opt_ds.prepare.importers.tables import read_rows
 from opt_ds.prepare.importers.visual_genome import import_visual_genome
-from opt_ds.prepare.manifest import ManifestLine, read_manifest
-from opt_ds.prepare.text_files import read_json_array, read_json_lines
-
-
-def silent(_: str) -> None:
-    pass
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-
-
-def lines_of(manifest: Path) -> dict[str, ManifestLine]:
-    """The samples by id, through the reader that `opt-ds prepare` uses."""
-    read = read_manifest(manifest, allow_outside=True)
-    assert read.rejected == []
-    for line in read.lines:
-        for name in (line.image, line.audio):
-            assert name is None or (manifest.parent / name).is_file(), "paths are relative to the manifest"
-    return {line.id: line for line in read.lines}
-
-
-def left_out(manifest: Path) -> dict[str, str]:
-    report = json.loads(report_path(manifest).read_text())
-    assert report["skipped"] == len(report["skipped_samples"]) == sum(report["reasons"].values())
-    return {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
+from opt_ds.prepare.text_files import read_json_array
+from tests.prepare.importers.manifests import left_out, lines_of, silent, touch
 
 
 def narrative(dataset: str, image: str, annotator: int, caption: str, recording: str) -> str:
@@ -279,119 +249,6 @@ def test_flickr30k_from_both_of_its_files(tmp_path: Path) -> None:
     assert sorted(left_out(manifest)) == ["36979.jpg#0", "line 4"]
 
 
-def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
-    top = tmp_path / "mine"
-    touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
-    touch(top / "val" / "twice.png", top / "val" / "notes.pdf")
-    (top / "train" / "cat.txt").write_text("A cat\n", encoding="utf-8")
-    (top / "train" / "latin.txt").write_bytes(b"caf\xe9")
-    (top / "train" / "blank.txt").write_text(" \n")
-    said: list[str] = []
-    manifest = folder_manifest(top, say=said.append)
-    samples = lines_of(manifest)
-    assert sorted(samples) == ["train/cat", "val/dog"]
-    cat = samples["train/cat"]
-    assert (cat.image, cat.text, cat.audio, cat.split) == ("train/cat.jpg", "A cat", "train/cat.wav", "train")
-    assert samples["val/dog"].split == "valid"
-    assert left_out(manifest) == {
-        "train/latin": "the text is not UTF-8: latin.txt",
-        "train/blank": "the text is empty",
-        "val/twice": "two files of one kind: twice.jpg and twice.png",
-    }
-    before = manifest.read_bytes()
-    assert folder_manifest(top, say=said.append).read_bytes() == before
-    assert "found" in said[-1]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
-        import_folder(tmp_path / "empty", say=silent)
-
-
-@pytest.mark.parametrize("kind", ["csv", "tsv", "v1.tsv", "parquet"])
-def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
-    touch(tmp_path / "p" / "a.jpg", tmp_path / "p" / "b.wav")
-    rows = [
-        {"path": "a.jpg", "audio": "", "caption": 'one, "two"', "labels": "x|y z"},
-        {"path": "", "audio": "b.wav", "caption": "speech", "labels": ""},
-        {"path": "gone.jpg", "audio": "", "caption": "gone", "labels": ""},
-        {"path": "", "audio": "", "caption": "words alone", "labels": ""},
-    ]
-    table, manifest, kind = tmp_path / f"t.{kind}", tmp_path / "manifest.jsonl", kind.split(".")[-1]
-    if kind == "parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        columns = {name: [row[name] or None for row in rows] for name in rows[0]}
-        columns["labels"] = [["x", "y z"], None, [], None]
-        parquet.write_table(pyarrow.table(columns), table)
-    else:
-        rows = [{**row, "caption": row["caption"].replace('"', "") if kind == "tsv" else row["caption"]} for row in rows]
-        with open(table, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    import_table(table, manifest, files=tmp_path / "p", columns=["image=path", "text=caption"], say=silent)
-    samples = lines_of(manifest)
-    assert samples["row 0"].text == ("one, two" if kind == "tsv" else 'one, "two"')
-    assert (samples["row 0"].image, samples["row 0"].labels) == ("p/a.jpg", ("x", "y z"))
-    assert (samples["row 1"].audio, samples["row 1"].image) == ("p/b.wav", None)
-    assert samples["row 3"].text == "words alone"
-    assert left_out(manifest) == {"row 2": "image file is missing: gone.jpg"}
-    with pytest.raises(UserError, match=r'no column "captoin" .did you mean "caption"'):
-        import_table(table, manifest, columns=["text=captoin"], say=silent)
-    with pytest.raises(UserError, match="write FIELD=COLUMN"):
-        import_table(table, manifest, columns=["txt=caption"], say=silent)
-
-
-def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
-    """Pictures and recordings inside the table, classes as numbers; a name in it is never a path."""
-    import pyarrow
-    from pyarrow import parquet
-
-    picture, drawing, sound = b"\xff\xd8picture", b"<svg xmlns='x'/>", b"RIFFsound"
-    touch(tmp_path / "there.png")
-    rows = [
-        {"id": "a", "image": {"bytes": picture, "path": "../../a.JPG"}, "audio": {"bytes": sound, "path": None}, "label": 1},
-        {"id": "b", "image": {"bytes": picture, "path": "b.exe"}, "audio": None, "label": -1},
-        {"id": "c", "image": {"bytes": drawing, "path": None}, "audio": None, "label": 0},
-        {"id": "d", "image": {"bytes": None, "path": "there.png"}, "audio": None, "label": None},
-        {"id": "e", "image": {"bytes": b"", "path": None}, "audio": None, "label": 0},
-        {"id": "f", "image": {"bytes": None, "path": "gone.png"}, "audio": None, "label": 0},
-    ]
-    cell = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    schema = pyarrow.schema({"id": pyarrow.string(), "image": cell, "audio": cell, "label": pyarrow.int64()})
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
-    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    table, manifest = tmp_path / "train.parquet", tmp_path / "out" / "manifest.jsonl"
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), table)
-    import_table(table, manifest, columns=["labels=label"], say=silent)
-    samples = lines_of(manifest)
-    folder = manifest.parent / "manifest-files"
-    assert (manifest.parent / samples["a"].image).read_bytes() == picture
-    assert (manifest.parent / samples["a"].audio).read_bytes() == sound
-    assert samples["a"].image.endswith(".jpg") and samples["c"].image.endswith(".svg")
-    assert {(manifest.parent / line.image).parent for line in samples.values() if line.id in "abc"} == {folder}
-    assert samples["d"].image == "../there.png"
-    assert [samples[id].labels for id in "abcd"] == [("dog",), (), ("cat",), ()]
-    assert left_out(manifest) == {"e": "image file is missing: no bytes and no path", "f": "image file is missing: gone.png"}
-    assert len(list(folder.iterdir())) == 4  # a.jpg and b, of one content, have different endings
-    stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    import_table(table, manifest, columns=["labels=label"], say=silent)
-    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
-
-
-def test_a_plain_binary_column_is_files_and_lists_are_not(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    manifest = tmp_path / "manifest.jsonl"
-    parquet.write_table(pyarrow.table({"image": [b"x", b"y"]}), tmp_path / "t.parquet")
-    import_table(tmp_path / "t.parquet", manifest, say=silent)
-    assert [(tmp_path / line.image).read_bytes() for line in lines_of(manifest).values()] == [b"x", b"y"]
-    parquet.write_table(pyarrow.table({"image": [[b"x"]], "text": ["a"]}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="column image does not hold files or paths"):
-        import_table(tmp_path / "t.parquet", manifest, say=silent)
-
-
 def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("a caption\thttp://a.b\n")
     with pytest.raises(UserError, match=r"no sample could be taken; .*image file is missing"):
@@ -406,35 +263,6 @@ def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "m.jsonl").exists()
 
 
-def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
-    (tmp_path / "latin.jsonl").write_bytes('{"caption": "café"}'.encode("latin-1"))
-    whole = gzip.compress(b"a caption\thttp://a.b/c.png\n" * 100)
-    (tmp_path / "cut.tsv.gz").write_bytes(whole[:-9])
-    (tmp_path / "not.tsv.gz").write_bytes(b"a caption\thttp://a.b/c.png\n")
-    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[1, 2")[:-9])
-    (tmp_path / "latin.csv").write_bytes("café,x".encode("latin-1"))
-    (tmp_path / "wide.csv").write_bytes("café,x".encode("utf-16"))
-    (tmp_path / "t.csv").write_bytes(b"PK\x03\x04")
-    assert list(read_json_lines(tmp_path / "latin.jsonl")) == [(1, "not UTF-8 text (byte 16)")]
-    for name, read, why in (
-        ("latin.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text: save it as UTF-8"),
-        ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-16: save it as UTF-8"),
-        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "archive, not a text file: unpack it"),
-        ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is cut off or damaged"),
-        ("not.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "not a gzip file"),
-        ("cut.json.gz", read_json_array, "the gzip file is cut off or damaged"),
-    ):
-        with pytest.raises(UserError, match=f"{name}: {why}"):
-            list(read(tmp_path / name))
-
-
-def test_large_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opt_ds.prepare.text_files._JSON_BLOCK", 7)
-    content = [{"id": index, "text": "x" * index, "list": [1, [2, {"]": "[,"}]]} for index in range(20)] + [12345678901]
-    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
-    assert list(read_json_array(tmp_path / "a.json")) == content
-
-
 def test_the_commands_say_what_comes_next(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -447,3 +275,27 @@ def test_the_commands_say_what_comes_next(tmp_path: Path) -> None:
     assert f"opt-ds prepare --manifest {tmp_path / 'o' / 'm.jsonl'} --output STORE --allow-outside" in result.output
     for command in ("localized-narratives", "conceptual-captions", "visual-genome", "coco", "flickr30k", "folder", "table"):
         assert CliRunner().invoke(imports, [command, "--help"]).exit_code == 0
+
+
+def test_commands_take_several_annotations_and_refuse_uncertain_splits(tmp_path: Path) -> None:
+    from opt_ds.cli import _build
+    from opt_ds.commands import run_command
+
+    def main(arguments: list[str]) -> int:
+        return run_command(_build(), arguments, "opt-ds")
+
+    touch(tmp_path / "f" / "train" / "a.jpg", tmp_path / "f" / "test" / "a.jpg", tmp_path / "f" / "b.jpg", tmp_path / "x.jpg")
+    for name in ("one", "two"):
+        images = [{"filename": "x.jpg", "split": "val", "sentences": [sentence(1, name)]}]
+        (tmp_path / f"{name}.json").write_text(karpathy("coco", images))
+    files = [f"--annotations={tmp_path / name}.json" for name in ("one", "two")]
+    output = ["--output", str(tmp_path / "m.jsonl")]
+    for command in ("coco", "flickr30k"):
+        assert main(["import", command, *files, "--images", str(tmp_path), *output]) == 0
+        assert [line.text for line in lines_of(tmp_path / "m.jsonl").values()] == ["one", "two"]
+    assert main(["import", "folder", str(tmp_path / "f"), *output]) == 2
+    assert main(["prepare", "--manifest", str(tmp_path / "f"), "--output", str(tmp_path / "s")]) == 2
+    assert main(["import", "folder", str(tmp_path / "f"), "--folder-splits", *output]) == 0
+    assert {line.split for line in lines_of(tmp_path / "m.jsonl").values()} == {"train", "test"}
+    assert main(["import", "folder", str(tmp_path / "f"), "--no-folder-splits", *output]) == 0
+    assert len(lines_of(tmp_path / "m.jsonl")) == 3

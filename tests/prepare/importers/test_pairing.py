@@ -132,6 +132,12 @@ def test_pictures_numbered_beyond_the_rows_are_refused(tmp_path: Path) -> None:
     assert len(run(tmp_path, rows()[1:], first_index=1)) == COUNT - 1
 
 
+def test_a_pattern_that_names_every_picture_alike_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path / "p")
+    with pytest.raises(UserError, match="one name for all pictures"):
+        run(tmp_path, rows(), pattern="000000000")
+
+
 def test_pictures_of_one_name_are_never_guessed(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "p")
     pictures(folder / "small", count=1)
