@@ -1,7 +1,8 @@
 """One bit flipped in every file of a run, a store and an exported model: every command that reads the file refuses it.
 
 A command either ends with exit code 2 and one line, or, where the flipped file is not read or is made again, with the result
-that it has without the flip. `FREE` names the files that nobody computes from. The default suite flips one bit per file, the campaign several.
+that it has without the flip. `FREE` names the files that nobody computes from. The default suite flips one bit per file, the
+campaign several.
 """
 
 import json
