@@ -86,7 +86,10 @@ RECORDS: list[tuple[str, Any]] = [
     ("a file missing", lambda found: {**found, "files": {FILES[0]: found["files"][FILES[0]]}}),
     ("a file elsewhere", lambda found: {**found, "files": {**found["files"], "../../x": found["files"][FILES[0]]}}),
     ("an absolute file", lambda found: {**found, "files": {**found["files"], "/etc/passwd": found["files"][FILES[0]]}}),
-    ("sizes of another type", lambda found: {**found, "files": {**found["files"], FILES[0]: {"bytes": True, "sha256": "0" * 64}}}),
+    (
+        "sizes of another type",
+        lambda found: {**found, "files": {**found["files"], FILES[0]: {"bytes": True, "sha256": "0" * 64}}},
+    ),
     ("another step", lambda found: {**found, "step": 2}),
 ]
 
@@ -100,12 +103,14 @@ def test_a_damaged_record_is_a_damaged_checkpoint(run: Path, what: str, record: 
     said: list[str] = []
     found = checkpoint.find_resumable(run, said.append)
     assert found is not None and found.name == "step-00000002" and len(said) == 1 and "step-00000004" in said[0]
-    with pytest.raises(UserError, match="COMPLETE.json") as error:
+    with pytest.raises(UserError, match=r"COMPLETE\.json") as error:
         checkpoint.resolve_checkpoint(newest)
     one_line(error, newest)
 
 
-@pytest.mark.parametrize("content", ["../../elsewhere", "/etc", "", "step-00000004/..", "\x00", "step-00000004\nnonsense", "best"])
+@pytest.mark.parametrize(
+    "content", ["../../elsewhere", "/etc", "", "step-00000004/..", "\x00", "step-00000004\nnonsense", "best"]
+)
 @pytest.mark.parametrize("pointer", ["latest", "best"])
 def test_pointers_name_checkpoints_of_the_run_alone(run: Path, pointer: str, content: str) -> None:
     (run / "checkpoints" / pointer).write_text(content)
@@ -120,7 +125,7 @@ def test_a_pointer_with_another_name_or_hash_is_refused(run: Path) -> None:
     text = best.read_text()
     for changed in (text.replace("step-00000004", "step-00000002"), text.replace("step-00000004", "step-00000005")):
         best.write_text(changed)
-        with pytest.raises(UserError, match="does not belong to|is not there") as error:
+        with pytest.raises(UserError, match=r"does not belong to|is not there") as error:
             checkpoint.load_model(run)
         one_line(error, run)
 
@@ -156,7 +161,7 @@ def test_a_train_state_of_other_types_is_one_line(name: str, value: Any) -> None
     fields = {**asdict(checkpoint.TrainState()), name: value}
     if name == "losses":
         fields = {key: item for key, item in fields.items() if key != "guard"}
-    with pytest.raises(UserError, match="state.json: damaged") as error:
+    with pytest.raises(UserError, match=r"state\.json: damaged") as error:
         checkpoint.train_state(fields)
     assert "\n" not in str(error.value)
 
@@ -176,7 +181,7 @@ def test_damaged_headers_and_impossible_sizes_are_one_line(run: Path) -> None:
         state["config"]["model"] = make_config().model.model_dump(mode="json") | sizes
         (folder / "state.json").write_text(json.dumps(state))
         reseal(folder)
-        with pytest.raises(UserError, match="ask for over|model") as error:
+        with pytest.raises(UserError, match=r"ask for over|model") as error:
             checkpoint.load_model(folder)
         one_line(error, folder)
 
