@@ -73,8 +73,11 @@ class Guard:
             return await JSONResponse({"detail": refusal}, 403)(scope, receive, send_with_headers)
         try:
             await self._app(scope, receive, send_with_headers)
-        except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
+        except (KeyboardInterrupt, SystemExit):
             raise
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            if not started:
+                await JSONResponse({"detail": "the server is being stopped"}, 503)(scope, receive, send_with_headers)
         except BaseException as error:  # a panic in a Rust library is no Exception
             number = next(self._numbers)
             _LOG.error("error %d: %s %r", number, scope["method"], scope["path"], exc_info=error)

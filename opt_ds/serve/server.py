@@ -68,6 +68,11 @@ class Connection(H11Protocol):
         else:
             self.transport.abort()
 
+    def leave(self) -> None:
+        """Close the connection, unless its request is being computed."""
+        if self._present_stage() is not Stage.COMPUTING:
+            self.transport.abort()
+
     def _all(self) -> "list[Connection]":
         return [connection for connection in self.connections if isinstance(connection, Connection)]
 
@@ -130,12 +135,22 @@ class Server(uvicorn.Server):
                     connection.look()
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End at once what is not being computed: nobody's Ctrl-C waits for a slow client."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.leave()
+        await super().shutdown(sockets)
+
 
 def build_server(app: ASGIApp, limits: Limits | None = None) -> Server:
-    """The server of an application (opt_ds.serve.app.build_app); `run(sockets=[listen(…)])` starts it."""
+    """The server of an application (opt_ds.serve.app.build_app); `run(sockets=[listen(…)])` starts it.
+
+    The guard logs the application's exceptions, so uvicorn does not.
+    """
     protocol = type("Connection", (Connection,), {"limits": limits or Limits()})
     config = uvicorn.Config(
-        app, http=protocol, ws="none", lifespan="off", log_level="error", backlog=_BACKLOG, server_header=False,
+        app, http=protocol, ws="none", lifespan="off", log_level="critical", backlog=_BACKLOG, server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=_SHUTDOWN_S,
     )  # fmt: skip
     return Server(config)

@@ -17,7 +17,7 @@ import httpx
 
 from tests.serve.clients import GoodClients, ServeProcess, serve_process
 
-RECORDINGS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".m4a"}
+RECORDINGS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".m4a", ".w64", ".caf", ".rf64"}
 ANSWERS = {"200", "413", "422"}
 
 

@@ -217,6 +217,16 @@ def test_who_does_not_read_the_answer_holds_no_place(port: int) -> None:
     deaf.close()
 
 
+def test_the_server_stops_at_once_whatever_clients_do(session: Session, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(build_app(session)) as port:  # with the usual limits: a body may take a minute
+        stuck = [connect(port), connect(port, b"GET / HT"), connect(port, HEAD + b"Content-Length: 100\r\n\r\ntext=a")]
+        assert describe(port).status_code == 200
+        start = time.monotonic()
+    assert time.monotonic() - start < 8, "not the ten seconds that running requests get"
+    assert [answer(connection)[0] for connection in stuck] == [0] * len(stuck)
+    assert capfd.readouterr().err == ""
+
+
 def _wait_for_full_queue(port: int) -> None:
     for _ in range(100):
         with connect(port, HEAD + b"Content-Length: 100\r\n\r\n") as probe:
