@@ -59,4 +59,4 @@ def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.2g} %"
