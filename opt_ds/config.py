@@ -282,6 +282,9 @@ class GuardConfig(_Section):
     skip_spikes: bool = Field(False, description="do not take a step whose loss is a spike (it counts to skip_budget)")
     compare_ranks_every: int = Field(100, ge=0, description="steps between comparisons of the ranks' weights; 0: never")
     rank_timeout_s: float = Field(1800.0, gt=0, description="a rank that answers no collective for so long is lost")
+    compare_calls_s: float = Field(
+        20.0, gt=0, description="a rank that has called no collective for so long compares its calls with the other ranks'"
+    )
 
 
 class ZeroConfig(_Section):

@@ -101,6 +101,8 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
     each micro-batch's gradient is that much smaller, and fp16's initial scale is that much larger (2¹⁶ for one).
     Raises UserError, naming the JSON's key and the run config's, where the two disagree.
     """
+    if config.zero.offload_optimizer and not config.zero.stage:
+        raise UserError("zero.offload_optimizer needs a partitioned optimizer, zero.stage 0 has none: use --set zero.stage=1")
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opt_ds.config import Config
 from opt_ds.engine.distributed import Ranks
 from opt_ds.engine.signals import StopRequest
 from opt_ds.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from opt_ds.engine.collectives import CollectiveWatch
 
 
 def run_training(
@@ -44,6 +48,7 @@ def run_training(
 
     held = run_folder.lock(output, say) if ranks.is_main else None
     group = ProcessGroup(ranks, config.guard.rank_timeout_s)
+    watch = _watch(config, ranks)
     try:
         from opt_ds.engine.trainer import Trainer
 
@@ -65,8 +70,19 @@ def run_training(
             "--output to go on"
         ) from None
     finally:
+        if watch:
+            watch.close()
         if held:
             held.close()
+
+
+def _watch(config: Config, ranks: Ranks) -> "CollectiveWatch | None":
+    """A watch over the collective calls of several ranks."""
+    if ranks.world_size == 1:
+        return None
+    from opt_ds.engine.collectives import CollectiveWatch, end_process
+
+    return CollectiveWatch(ranks.rank, ranks.world_size, config.guard.compare_calls_s, end_process(ranks.rank))
 
 
 def _resumable(config: Config, output: Path, say: Callable[[str], None]) -> Path | None:

@@ -50,6 +50,12 @@ def test_what_cannot_work_is_refused(settings: list[str], hardware: Hardware, ex
     assert expected in str(error.value)
 
 
+def test_offload_without_a_partitioned_optimizer_is_refused() -> None:
+    config = load_config("opt-base", ["zero.stage=0", "zero.offload_optimizer=true", "precision=fp32"])
+    with pytest.raises(UserError, match=r"zero\.offload_optimizer needs .* use --set zero\.stage=1"):
+        deepspeed_settings(config, choose_precision(config, CPU))
+
+
 def test_settings_own_batch_clipping_and_accumulation() -> None:
     for clip in (1.0, 0.0):
         settings = deepspeed_settings(load_config("opt-base", [f"optimizer.clip_norm={clip}"]), "fp16")

@@ -10,7 +10,8 @@ from pathlib import Path
 from tests.engine.runs import FITTED, free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"fp32": ROOT / "opt_ds" / "pretrain.py", "fp16": ROOT / "tests" / "faults" / "fp16_on_cpu.py"}
+SCRIPTS = {"fp32": ROOT / "opt_ds" / "pretrain.py", "fp16": ROOT / "tests" / "faults" / "fp16_on_cpu.py",
+           "skipped gather": ROOT / "tests" / "faults" / "skipped_gather.py"}  # fmt: skip
 PATIENCE_S = 600  # a busy machine is not a fault
 
 

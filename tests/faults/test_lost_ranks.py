@@ -1,4 +1,7 @@
-"""A rank that hangs: the others notice in bounded time and say so (that of a killed one is in test_kills.py)."""
+"""A rank that hangs, or calls another collective than the others: all end in bounded time with a message.
+
+A killed rank is in test_kills.py.
+"""
 
 import signal
 import time
@@ -30,3 +33,15 @@ def test_a_rank_that_nobody_joins_says_so(store: Path, tmp_path: Path) -> None:
         run.processes[0].kill()
         assert run.processes[1].wait(timeout=240) == 1, run.said(1)
         assert "error: rank 1: rank 1 could not join the other ranks at 127.0.0.1:" in run.said(1)
+
+
+def test_ranks_whose_collectives_do_not_match_end_with_a_message(store: Path, tmp_path: Path) -> None:
+    settings = ("train.max_steps=100000", "schedule.total_steps=100000", "zero.stage=3", "guard.compare_calls_s=6")
+    with ranks(store, tmp_path / "run", settings, "skipped gather") as run:
+        assert run.until(lambda: "skipping a gather" in run.said(1)), run.said(1)
+        began = time.monotonic()
+        assert all(process.wait(timeout=120) for process in run.processes)
+        assert time.monotonic() - began < 60
+        said = run.said(0) + run.said(1)
+        print(said)
+        assert "error: rank" in said and "the ranks' collective calls do not match: in call" in said, said
