@@ -41,7 +41,7 @@ BAD_LINES = {
     b'["a list"]': ("line {}", "not a JSON object"),
     b'{"text": "no id"}': ("line {}", "field id: it is missing"),
     b'{"id": "", "text": "x"}': ("line {}", "field id: it is empty"),
-    b'{"id": 7, "text": "x"}': ("line {}", "field id"),
+    b'{"id": 7.5, "text": "x"}': ("line {}", "field id"),
     b'{"id": "plain.jpg", "text": "x"}': ("plain.jpg", "is also on line 1"),
     b'{"id": "surrogate", "text": "\\ud800"}': ("surrogate", "surrogate pair"),
     b'{"id": "\\udfff", "text": "x"}': ("line {}", "surrogate pair"),
