@@ -244,6 +244,9 @@ class _Child:
         code = self._process.wait()
         chatter = os.pread(self._chatter, 4096, max(0, os.fstat(self._chatter).st_size - 4096)).decode(errors="replace")
         budget = self._budget()
+        if budget is None and code > 0:  # an incomplete installation, say
+            last = (chatter.strip().splitlines() or [f"exit code {code}"])[-1]
+            raise EnvironmentFaultError(f"the process that decodes files cannot start ({last}): reinstall opt_ds")
         if -code in _FROM_OUTSIDE or budget is None:  # or before it had begun to decode
             return {"fault": _KILLED}
         if code == -signal.SIGXCPU:

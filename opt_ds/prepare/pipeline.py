@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from opt_ds import __version__
 from opt_ds.errors import UserError
+from opt_ds.prepare.decoder import EnvironmentFaultError
 from opt_ds.prepare.decoder_process import FAULTS
 from opt_ds.prepare.extractors import choose_device
 from opt_ds.prepare.finish import PART_FILE, StoreFacts, finish_part, finish_store, is_finished_part, part_folder
@@ -74,6 +75,8 @@ def prepare(
     try:
         with exclusive_use(folder, say):
             return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, retry_skipped, started, say)
+    except EnvironmentFaultError as fault:
+        raise EnvironmentFaultError(f"{fault}; what is done is kept, and the same command resumes") from None
     except OSError as error:
         if is_disk_full(error):
             raise UserError(f"{folder}: the disk is full: free space and run the same command again, it resumes") from None

@@ -55,6 +55,8 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
         if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
             raise RefusedError(f"a rate of {rate_hz} Hz is no recording's")
         frames = sound.frames
+        if header.length_unknown and sound.format == "FLAC":
+            raise RefusedError("its header does not say how long it is (a FLAC written to a pipe): encode it again into a file")
         _check_length(frames, channels, rate_hz, max_seconds)
         if header.is_cut:
             assert header.announced is not None and header.held is not None

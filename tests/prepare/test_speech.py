@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,46 @@ def test_a_config_and_weights_that_disagree_are_one_line(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(fields))  # what lies about itself is found by its weights
     with pytest.raises(UserError, match=r"which has no encoder\.layers\.0\.attention\.gru"):
         build_speech_extractor("wav2vec2", weights=tmp_path)
+
+
+def test_recordings_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> None:
+    cut = {"a.wav": ("WAV", "PCM_16"), "gsm.wav": ("WAV", "GSM610"), "a.rf64": ("RF64", "PCM_16"), "a.w64": ("W64", "PCM_16"),
+           "a.aiff": ("AIFF", "PCM_16"), "a.au": ("AU", "PCM_16"), "a.caf": ("CAF", "PCM_16"), "a.flac": ("FLAC", "PCM_16"),
+           "a.ogg": ("OGG", "VORBIS"), "a.opus": ("OGG", "OPUS"), "a.mp3": ("MP3", "MPEG_LAYER_III")}  # fmt: skip
+    for name, (form, codec) in cut.items():
+        soundfile.write(tmp_path / name, tone(440, 2, 16000), 16000, format=form, subtype=codec)
+        content = (tmp_path / name).read_bytes()
+        assert abs(len(load_recording(tmp_path / name)) - 32000) < 400, name
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(DecodingError, match="cut off"):
+            load_recording(tmp_path / name)
+    soundfile.write(tmp_path / "whole.ogg", tone(440, 1, 16000), 16000)
+    (tmp_path / "chained.ogg").write_bytes((tmp_path / "whole.ogg").read_bytes() * 2)
+    with pytest.raises(DecodingError, match="several recordings one after another"):
+        load_recording(tmp_path / "chained.ogg")
+
+
+def test_recordings_without_a_length_and_with_tags_are_whole(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(440, 1, 16000), 16000)
+    wav, whole = (tmp_path / "a.wav").read_bytes(), load_recording(tmp_path / "a.wav")
+    place = wav.index(b"data") + 4
+    for size in (0, 0xFFFFFFFF, 0x7FFFF000, 0x80000000):  # as ffmpeg, sox and arecord write to a pipe
+        piped = wav[:4] + struct.pack("<I", size) + wav[8:place] + struct.pack("<I", size) + wav[place + 4 :]
+        (tmp_path / "piped.wav").write_bytes(piped)
+        assert load_recording(tmp_path / "piped.wav").tobytes() == whole.tobytes()
+    (tmp_path / "list.wav").write_bytes(wav + b"LIST" + struct.pack("<I", 4) + b"INFO")
+    assert load_recording(tmp_path / "list.wav").tobytes() == whole.tobytes()
+    soundfile.write(tmp_path / "a.mp3", tone(440, 1, 16000), 16000, bitrate_mode="CONSTANT")
+    mp3, whole = (tmp_path / "a.mp3").read_bytes(), load_recording(tmp_path / "a.mp3")
+    tagged = {"before.mp3": b"ID3\x03\0\0\0\0\x02\0" + bytes(256) + mp3, "after.mp3": mp3 + b"TAG" + bytes(125)}
+    for name, content in tagged.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_recording(tmp_path / name).tobytes() == whole.tobytes(), name
+
+
+def test_only_the_listed_containers_and_codecs_are_taken(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.aiff", tone(440, 1, 16000), 16000, subtype="DWVW_16")
+    soundfile.write(tmp_path / "a.voc", tone(440, 1, 16000), 16000, format="VOC")
+    for name, reason in (("a.aiff", "DWVW_16.*not accepted"), ("a.voc", "none of the WAV|accepted are WAV")):
+        with pytest.raises(DecodingError, match=reason):
+            load_recording(tmp_path / name)
