@@ -37,6 +37,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.008, "fp16": 0.008}
 SETTINGS = (
     f"train.max_steps={STEPS}", "schedule.total_steps=50", "optimizer.lr=0.01", "batch.size=12", "batch.max_tokens=1000",
     "model.num_layers=2", "model.text_decoder_layers=1", "model.image_decoder_layers=1",
+    "model.dropout=0", "model.attention_dropout=0",  # torch's dropout depends on the rank
     "guard.compare_ranks_every=2", "train.validate_every=4", "train.validate_samples=2", "checkpoint.every_steps=1000",
     "guard.rank_timeout_s=60",
 )  # fmt: skip
