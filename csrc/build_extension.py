@@ -153,7 +153,8 @@ class _OperatorsPart:
     def __init__(self, jobs: _Jobs, torch: Torch, compiler: list[str]) -> None:
         self.compiler, self.torch, self._jobs = compiler, torch, jobs
         self._command = [*_cxx(compiler), *torch.compile_flags, "-c"]
-        self._objects = [jobs.add(f"{part}.o", self._command, CSRC / f"{part}.cpp") for part in ("autograd", "reference", "step_plan")]
+        parts = ("autograd", "reference", "step_plan")
+        self._objects = [jobs.add(f"{part}.o", self._command, CSRC / f"{part}.cpp") for part in parts]
 
     def files(self, with_cuda: bool) -> list[Path]:
         """The object files; the binding registers CUDA kernels only where there are some."""
