@@ -13,7 +13,7 @@ import soundfile
 
 from opt_ds.prepare.limits import MAX_SECONDS, VALUES_PER_SECOND
 from opt_ds.prepare.reasons import BrokenFileError, RefusedError, unreadable
-from opt_ds.prepare.sound_headers import SoundHeader, read_sound_header
+from opt_ds.prepare.sound_headers import SoundHeader, read_sound_header, with_index
 
 SAMPLE_RATE_HZ = 16_000
 _RATES_HZ = (1000, 768_000)
@@ -77,11 +77,16 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
 
 def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:
     try:
-        return soundfile.SoundFile(header.readable(file))
+        sound = soundfile.SoundFile(header.readable(file))
     except soundfile.LibsndfileError:
         if header.is_cut:  # some formats it does not open then
             raise BrokenFileError(f"it is cut off: {header.held} of {header.announced} bytes of sound") from None
         raise
+    if header.mpeg is None or abs(sound.frames - header.mpeg.samples) <= _CUT_S * sound.samplerate:
+        return sound
+    sound.close()
+    with with_index(header.mpeg, file) as indexed:
+        return soundfile.SoundFile(f"/proc/self/fd/{indexed.fileno()}")
 
 
 def _check_length(frames: int, channels: int, rate_hz: int, max_seconds: float) -> None:

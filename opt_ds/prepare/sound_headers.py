@@ -1,15 +1,19 @@
 """What the headers of sound files announce, and what the files hold: so that a recording that is cut off is noticed.
 
 libsndfile clamps what a header announces to what is there, and of an OGG file it reads the first recording only, both without
-a word. MP3 and FLAC are compared after decoding (recordings.py): their frames are known then.
+a word. MP3 and FLAC are compared after decoding (recordings.py): their frames are known then. The length of an MP3 without an
+index is only estimated, so its frames are counted.
 """
 
 import io
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
+
+from opt_ds.prepare.mpeg_frames import MpegLength, count_frames
 
 _SLACK_BYTES = 256  # writers that count their own header in
 _UNKNOWN_MARGIN = 2**16  # of programs that write to a pipe: "as much as possible", less a header
@@ -23,6 +27,7 @@ class SoundHeader:
     """`announced`, `held`: bytes of sound, None where the format does not say; `problem`: why it must not be used.
 
     `patches`: (offset, bytes) that a reader must see instead of the file's, where a writer left a length of zero.
+    `mpeg`: what the frames of an MP3 without an index hold.
     """
 
     announced: int | None = None
@@ -30,6 +35,7 @@ class SoundHeader:
     problem: str | None = None
     length_unknown: bool = False
     patches: list[tuple[int, bytes]] = field(default_factory=list)
+    mpeg: MpegLength | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -62,7 +68,7 @@ def read_sound_header(file: BinaryIO) -> SoundHeader | None:
     if head[:4] == b"OggS":
         return _ogg(file, size)
     is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
-    return SoundHeader() if head[:3] == b"ID3" or is_mpeg else None
+    return _mpeg(file, size) if head[:3] == b"ID3" or is_mpeg else None
 
 
 def _chunks(file: BinaryIO, start: int, size: int, layout: str, padding: int = 2) -> Iterator[tuple[bytes, int, int]]:
@@ -181,6 +187,22 @@ def _ogg(file: BinaryIO, size: int) -> SoundHeader:
     if not ended:
         return SoundHeader(problem="it is cut off: the end of its stream is missing")
     return SoundHeader()
+
+
+def _mpeg(file: BinaryIO, size: int) -> SoundHeader:
+    length = count_frames(file, size)
+    cut = length is not None and length.is_cut
+    return SoundHeader(problem="it is cut off: its last frame is incomplete" if cut else None, mpeg=length)
+
+
+def with_index(length: MpegLength, file: BinaryIO) -> BinaryIO:
+    """Return a copy of an MP3, in memory, that begins with an index of its frames instead of tags."""
+    copy = os.fdopen(os.memfd_create("mp3"), "w+b")
+    copy.write(length.index)
+    file.seek(length.start)
+    shutil.copyfileobj(file, copy)
+    copy.flush()
+    return copy
 
 
 class _Patched(io.RawIOBase):

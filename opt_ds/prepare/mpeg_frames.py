@@ -1,0 +1,120 @@
+"""How long an MP3 without an index is: its frames, counted one by one.
+
+libsndfile works the length out from the bit rate of the first frame, and reads no further. Of a file of varying bit rate that
+is too little, or more than there is. An index (the first frame of LAME's files, called Xing or Info) tells it the length.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+_BIT_RATES = {  # kbit/s by (version is MPEG 1, layer), from ISO 11172-3 and 13818-3
+    (True, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by the version's two bits
+_LARGE_FRAME = {True: 9, False: 8}  # 128 and 64 kbit/s: room for an index, whatever the rate
+_TAGS_AT_END = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")
+_MONO = 3
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """One frame's header. `samples` per channel."""
+
+    head: bytes
+    bytes: int
+    samples: int
+
+    @property
+    def index_offset(self) -> int:
+        """Where an index begins, behind the side information."""
+        mono = self.head[3] >> 6 == _MONO
+        if self.head[1] >> 3 & 3 == 3:
+            return 4 + (17 if mono else 32)
+        return 4 + (9 if mono else 17)
+
+
+@dataclass(frozen=True)
+class MpegLength:
+    """`samples` per channel that the frames hold; `is_cut`: the last one is incomplete.
+
+    `index`: a frame that announces them, to be put in the place of all that comes before `start`, the first frame's offset.
+    """
+
+    start: int
+    samples: int
+    is_cut: bool
+    index: bytes
+
+
+def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
+    """Return the length of an MP3 that has no index; None if it has one, or other content between its frames."""
+    begin = start = _behind_tags(file)
+    first = _frame_at(file, start)
+    if first is None or _has_index(file, start, first):
+        return None
+    count, samples, is_cut = 0, 0, False
+    while start < size:
+        frame = _frame_at(file, start)
+        if frame is None:
+            file.seek(start)
+            rest = file.read(16)
+            if not (rest.startswith(_TAGS_AT_END) or not rest.strip(b"\0")):
+                return None
+            break
+        is_cut = start + frame.bytes > size
+        if is_cut:
+            break
+        count, samples, start = count + 1, samples + frame.samples, start + frame.bytes
+    return MpegLength(begin, samples, is_cut, _index_of(first, count))
+
+
+def _behind_tags(file: BinaryIO) -> int:
+    start = 0
+    while True:
+        file.seek(start)
+        head = file.read(10)
+        if head[:3] != b"ID3" or len(head) < 10:
+            return start
+        length = sum((byte & 0x7F) << 7 * (3 - place) for place, byte in enumerate(head[6:10]))
+        start += 10 + length + (10 if head[5] & 0x10 else 0)
+
+
+def _frame_at(file: BinaryIO, start: int) -> _Frame | None:
+    file.seek(start)
+    head = file.read(4)
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    rate_index, bit_rate_index = head[2] >> 2 & 3, head[2] >> 4
+    if version == 1 or layer not in (2, 3) or rate_index == 3 or not 0 < bit_rate_index < 15:
+        return None
+    is_mpeg1 = version == 3
+    samples = 1152 if is_mpeg1 or layer == 2 else 576
+    bit_rate = 1000 * _BIT_RATES[is_mpeg1, layer][bit_rate_index]
+    length = samples // 8 * bit_rate // _RATES_HZ[version][rate_index] + (head[2] >> 1 & 1)
+    return _Frame(head, length, samples)
+
+
+def _has_index(file: BinaryIO, start: int, first: _Frame) -> bool:
+    file.seek(start + first.index_offset)
+    xing = file.read(4)
+    file.seek(start + 36)
+    return xing in (b"Xing", b"Info") or file.read(4) == b"VBRI"
+
+
+def _index_of(first: _Frame, count: int) -> bytes:
+    """Return a silent frame of the same kind that announces `count` others."""
+    is_mpeg1 = first.head[1] >> 3 & 3 == 3
+    # Without a checksum and without padding.
+    head = bytes((0xFF, first.head[1] | 1, first.head[2] & 0x0C | _LARGE_FRAME[is_mpeg1] << 4, first.head[3]))
+    rate_hz = _RATES_HZ[head[1] >> 3 & 3][head[2] >> 2 & 3]
+    layer = 4 - (head[1] >> 1 & 3)
+    length = first.samples // 8 * 1000 * _BIT_RATES[is_mpeg1, layer][_LARGE_FRAME[is_mpeg1]] // rate_hz
+    frame = bytearray(length)
+    frame[:4] = head
+    frame[first.index_offset : first.index_offset + 12] = b"Xing" + struct.pack(">II", 1, count)
+    return bytes(frame)

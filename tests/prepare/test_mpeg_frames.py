@@ -1,0 +1,62 @@
+"""MP3 files without an index are read to their end, whatever the bit rate of their first frame; cut ones are refused."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from opt_ds.prepare.decoder import DecodingError
+from opt_ds.prepare.mpeg_frames import count_frames
+from opt_ds.prepare.recordings import load_recording
+
+ID3 = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
+
+
+def sound(seconds: float, rate_hz: int, channels: int) -> np.ndarray:
+    """Silence first, noise later: of varying bit rate the first frame is then much smaller than the mean."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0, 0.2, (int(seconds * rate_hz), channels))
+    samples[: len(samples) // 3] = 0
+    return samples.astype("float32")
+
+
+def without_index(path: Path, rate_hz: int, channels: int, mode: str, seconds: float = 3.0) -> bytes:
+    """Return an MP3 of `seconds` whose first frame, which says how many follow, is taken away."""
+    soundfile.write(path, sound(seconds, rate_hz, channels), rate_hz, format="MP3", bitrate_mode=mode)
+    content = path.read_bytes()
+    place = max(content.find(b"Xing"), content.find(b"Info"))
+    following = next(
+        start for start in range(place, len(content))
+        if content[start] == 0xFF and content[start : start + 2] == content[:2] and content[start + 2] & 0x0C == content[2] & 0x0C
+    )  # fmt: skip
+    return content[following:]
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
+@pytest.mark.parametrize(("rate_hz", "channels"), [(16000, 1), (22050, 2), (44100, 2), (8000, 1), (48000, 1)])
+def test_all_of_a_recording_without_an_index_is_read(tmp_path: Path, mode: str, rate_hz: int, channels: int) -> None:
+    content = without_index(tmp_path / "whole.mp3", rate_hz, channels, mode)
+    for name, stored in {"a.mp3": content, "b.mp3": ID3 + content, "c.mp3": content + b"TAG" + bytes(125)}.items():
+        (tmp_path / name).write_bytes(stored)
+        seconds = len(load_recording(tmp_path / name)) / 16000
+        assert 2.95 < seconds < 3.2, f"{name}: {seconds:.2f} s, an encoder's padding is at most 0.2 s"
+
+
+def test_a_recording_without_an_index_that_ends_within_a_frame_is_refused(tmp_path: Path) -> None:
+    content = without_index(tmp_path / "whole.mp3", 16000, 1, "VARIABLE")
+    (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 2 + 7])
+    with pytest.raises(DecodingError, match="cut off"):
+        load_recording(tmp_path / "cut.mp3")
+
+
+def test_files_with_an_index_or_other_content_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "whole.mp3"
+    bare = without_index(path, 44100, 2, "VARIABLE")
+    odd = tmp_path / "odd.mp3"
+    broken = bare[:5000] + b"something else" * 50 + bare[5000:]
+    for content in (path.read_bytes(), broken, b"\xff\xfb", b"ID3", struct.pack("4B", 255, 255, 255, 255)):
+        odd.write_bytes(content)
+        with odd.open("rb") as file:
+            assert count_frames(file, len(content)) is None
