@@ -114,6 +114,12 @@ def test_uniter_databases_become_files(tmp_path: Path) -> None:
         writing.put(b"a.npz", b"nonsense")
     with pytest.raises(UserError, match="neither NPZ nor msgpack"):
         export_lmdb(tmp_path / "bad", tmp_path / "out", say=lambda _: None)
+    bomb = io.BytesIO()
+    np.savez_compressed(bomb, features=np.zeros((70_000, 2048), "float16"))  # 274 MiB in 300 kB
+    with lmdb.open(str(tmp_path / "bomb"), map_size=1 << 22) as environment, environment.begin(write=True) as writing:
+        writing.put(b"a.npz", bomb.getvalue())
+    with pytest.raises(UserError, match="its arrays take 273 MiB, 256 are allowed"):
+        export_lmdb(tmp_path / "bomb", tmp_path / "out", say=lambda _: None)
 
 
 def test_uniter_keys_that_differ_by_folder_or_ending_alone_get_files_of_their_own(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from urllib.parse import quote
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.prepare.limits import Limits
 from opt_ds.prepare.manifest import visible
+from opt_ds.prepare.npz_arrays import load_arrays
+from opt_ds.prepare.reasons import BrokenFileError, RefusedError
 from opt_ds.store.files import atomic_file
 
 _DATABASE = "data.mdb"
@@ -140,9 +143,10 @@ def _arrays(value: bytes) -> dict[str, Any]:
 
     try:
         if value.startswith(b"PK"):
-            with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
-                return dict(arrays)
+            return load_arrays(io.BytesIO(value), Limits().of_arrays)
         fields = msgpack.unpackb(value, raw=False, object_hook=_array)
+    except (BrokenFileError, RefusedError) as error:
+        raise ValueError(str(error)) from None
     except (*_BROKEN, msgpack.UnpackException):
         raise ValueError("neither NPZ nor msgpack") from None
     items = fields.items() if isinstance(fields, dict) else ()
