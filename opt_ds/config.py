@@ -115,7 +115,7 @@ class LabelsConfig(LossConfig):
     """Fine-tuning's classification head on [CLS], a score a name."""
 
     names: tuple[str, ...] = Field(..., min_length=1)
-    answers: bool = Field(False, description="a name's target is min(times given / 3, 1) (VQA), else 1 if it is given")
+    answers: bool = Field(False, description="VQA: a name's target is min(times given / agreement, 1), else 1 if it is given")
 
 
 class ModalityConfig(LossConfig):
@@ -210,6 +210,9 @@ class FineTuneConfig(_Section):
     donor_candidates: int = Field(32, ge=1, description="retrieval: donors drawn, of which the nearest text is taken")
     same_group_donors: bool = Field(
         False, description="retrieval: half of the drawn donors are of the sample's own group, with another text and image"
+    )
+    agreement: int = Field(
+        3, ge=1, le=3, description="vqa: annotators that must agree on an answer for a target of 1; at most as many as answered"
     )
 
 

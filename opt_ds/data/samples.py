@@ -117,14 +117,18 @@ class SampleReader:
         return total
 
     def label_targets(self, number: int, index: int) -> np.ndarray:
-        """float32 [names of the label head]: 1 for a sample's labels; for answers min(times given / 3, 1) (Antol et al. 2015)."""
+        """Return float32 [names of the label head]: 1 for a sample's labels.
+
+        For answers min(times given / 3, 1) (Antol et al. 2015); where fewer than three annotators answered, their number.
+        """
         labels = self.config.tasks.labels
         assert labels is not None, "the model has no label head"
         times = np.zeros(len(labels.names), dtype=np.float32)
         for name in self.stores[number].labels(index):
             if name in self._label_places:
                 times[self._label_places[name]] += 1
-        return np.minimum(times / (3 if labels.answers else 1), 1)
+        agreement = self.config.finetune.agreement if self.config.finetune else 3
+        return np.minimum(times / (agreement if labels.answers else 1), 1)
 
     def whole(self, number: int, index: int, modalities: tuple[int, ...] = (TEXT, IMAGE, AUDIO)) -> Sample:
         """A store's sample uncorrupted, with just these modalities (those that it has): for evaluation."""

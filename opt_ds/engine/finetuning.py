@@ -71,6 +71,8 @@ def finetune_config(
         "task": task, "checkpoint": str(folder), "weights_sha256": _weights_sha256(folder), "inputs": list(inputs),
         "learned": list(saved.learned_losses),
     }  # fmt: skip
+    if task == "vqa":
+        tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)
     _train_only(tree["tasks"], loss)
     tree["tasks"][LABELS_LOSS] = _label_head(task, loss, opened, saved.data.train_split, min_positives)
     size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
@@ -126,6 +128,12 @@ def _label_head(
             "manifest (opt-ds import vqa writes answers there), or lower --min-positives"
         )
     return {"names": names, "answers": task == "vqa"}
+
+
+def _agreement(stores: list[FeatureStore], split: str) -> int:
+    """Return the annotators that can agree on an answer: 3 as published, fewer where no question has as many answers."""
+    most = max((len(store.labels(int(index))) for store in stores for index in store.split_samples(split)), default=3)
+    return min(3, max(1, most))
 
 
 def _with_schedule(

@@ -116,8 +116,9 @@ def test_labels_are_targets_and_answers_are_scored_by_how_often_they_were_given(
     names = ["label1", "label3"]
     given = {"label1": 2, "label3": 5, "label0": 3}
     monkeypatch.setattr(FeatureStore, "labels", lambda self, index: [n for n, times in given.items() for _ in range(times)])
-    for answers, expected in ((False, [1, 1]), (True, [2 / 3, 1])):
+    for answers, agreement, expected in ((False, 3, [1, 1]), (True, 3, [2 / 3, 1]), (True, 1, [1, 1])):
         setting = config("classification", "T+I", labels={"names": names, "answers": answers}, size=4)
+        setting = setting.model_copy(update={"finetune": setting.finetune.model_copy(update={"agreement": agreement})})
         planned = FineTunePlan(setting, [complete]).step(0)
         sample = SampleReader(setting, [complete]).read(planned.samples, 0)
         np.testing.assert_allclose(sample.label_targets, expected)
