@@ -31,6 +31,7 @@ def captioning(
     """
     options = options or DEFAULT_DECODING
     samples = evaluator.require_samples(split, (TEXT, IMAGE))
+    beyond = evaluator.captions_beyond_model(samples)
     rows = evaluator.store.rows[samples, IMAGE]
     first = np.sort(np.unique(rows, return_index=True)[1])  # of the samples that share a picture
     pictures = seeded_choice(samples[first], limit, seed)
@@ -45,7 +46,7 @@ def captioning(
     alone = {"bleu_4": None, "cider": None, "undefined": {"bleu_4": _ALONE, "cider": _ALONE}}
     return {
         "split": split, "pictures": len(pictures), "pictures_without_words": wordless, "tokenization": words.name,
-        "decoding": options.model_dump(), **scores(wanted, written),
+        "references_beyond_model": beyond, "decoding": options.model_dump(), **scores(wanted, written),
         "constant_caption": {**scores(wanted, [constant] * len(wanted)), "text": constant},
         "another_picture": scores(wanted, list(np.roll(written, 1))) if len(wanted) > 1 else alone,
     }  # fmt: skip

@@ -87,6 +87,11 @@ class Evaluator(ModelRunner):
         """A sample of the store, whole, with just these modalities."""
         return self.reader.whole(0, int(index), tuple(modalities))
 
+    def captions_beyond_model(self, samples: np.ndarray) -> int:
+        """Return how many of these samples' texts have more WordPieces than the model can write (model.max_text_tokens)."""
+        rows = self.store.rows[samples, TEXT]
+        return int((self.store.text_lengths[rows[rows >= 0]] > self.config.model.max_text_tokens).sum())
+
     def caption(self, index: int) -> str:
         """The caption as it came, before the tokenizer."""
         return self.store.caption(int(self.store.rows[index, TEXT]))

@@ -52,6 +52,7 @@ def transcription(
             "wer": word_error_rate(references, written),
             "cer": character_error_rate(references, written),
             "samples": len(gallery),
+            "references_beyond_model": evaluator.captions_beyond_model(gallery),
         }
         wordless = sum(not normalize(reference) for reference in references)
         if wordless:
