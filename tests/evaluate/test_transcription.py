@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from opt_ds.data.planned import TEXT
+from opt_ds.data.planned import AUDIO, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.summary import transcription_lines
@@ -45,7 +45,10 @@ def test_perfect_writing_has_no_errors(evaluator: Evaluator, monkeypatch: pytest
 def test_figures_are_all_there(evaluator: Evaluator) -> None:
     found = transcription(evaluator, "train", limit=5)
     assert found["A"]["samples"] == 5
-    assert set(found["A"]) == {"wer", "cer", "samples", "wer_shuffled_audio"}
+    assert set(found["A"]) == {"wer", "cer", "samples", "references_beyond_model", "wer_shuffled_audio"}
+    gallery = evaluator.samples_with("train", (TEXT, AUDIO), 5, 1)
+    lengths = evaluator.store.text_lengths[evaluator.store.rows[gallery, TEXT]]
+    assert found["A"]["references_beyond_model"] == (lengths > evaluator.config.model.max_text_tokens).sum() > 0
     assert "wer_shuffled_audio" not in found["I"]
     assert "ignored_words" not in found
 
