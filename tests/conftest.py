@@ -1,7 +1,8 @@
 """For every test: one thread a process, since several test processes share few cores; and the stores that many tests read."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -54,3 +55,12 @@ def no_codes(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
     from tests.tiny import make_store
 
     return make_store(tmp_path_factory.mktemp("stores") / "no_codes", 40, num_codes_vocab=None, seed=3)
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[Any]:
+    """This process as a run's only rank: one for all tests of a process, since PyTorch has one default group."""
+    from opt_ds.engine.distributed import ProcessGroup, find_ranks
+
+    joined = ProcessGroup(find_ranks())
+    yield joined
+    joined.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from opt_ds.commands.arguments import StoppedError, build, stopped
+from opt_ds.commands.arguments import StoppedError, build, rank_of_environment, stopped
 from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
@@ -27,11 +27,6 @@ EXIT_STOPPED = 130
 _WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8,}\.tmp")
-
-
-def rank_of_environment() -> int:
-    """This process's rank by its launcher's variables; 0 without one."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def run_program(function: Callable[..., Any], arguments: Sequence[str], name: str, rank: int = 0) -> int:

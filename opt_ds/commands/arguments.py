@@ -5,6 +5,7 @@ Every command is built by `build`, so no command has to check this itself.
 
 import inspect
 import os
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,11 @@ def build(found: Callable[..., Any] | typer.Typer, name: str) -> Any:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(name, cls=CheckedCommand)(found)
     return typer.main.get_command(app)
+
+
+def rank_of_environment() -> int:
+    """Return this process's rank by its launcher's variables; 0 without one."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def stopped(name: str | None) -> str:
@@ -164,7 +170,10 @@ def _check_repeated(param: Any, given: list[str]) -> None:
 
 
 def _check_settings(given: list[str]) -> None:
-    """Raise UserError for a key that is set twice, or is part of a section that is set as a whole after it."""
+    """Of a key that is set twice the last value counts, as job scripts that pass on "$@" rely on; a line says so.
+
+    Raises UserError for a key of a section that is set as a whole after it.
+    """
     values: dict[str, list[str]] = {}
     for setting in given:
         key, _, value = setting.partition("=")
@@ -174,8 +183,9 @@ def _check_settings(given: list[str]) -> None:
             raise UserError(f"--set {key} replaces --set {inner}, which comes before it: give one of them, or {key} first")
         values.setdefault(key, []).append(value)
     for key, several in values.items():
-        if len(several) > 1:
-            raise UserError(f"--set {key} is given {_times(len(several))} ({', '.join(several)}): give it once")
+        if len(set(several)) > 1 and rank_of_environment() == 0:
+            overridden = ", ".join(dict.fromkeys(value for value in several if value != several[-1]))
+            print(f"note: --set {key}={several[-1]} overrides {overridden}, given before it", file=sys.stderr)
 
 
 def _times(count: int) -> str:

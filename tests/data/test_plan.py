@@ -143,7 +143,7 @@ def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStor
 def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> None:
     assert set(StepPlan(make_config(), [no_codes]).off) == {"dir"}
     assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.writes_image.any()
-    text_only = make_store(tmp_path / "t", 20, regions=(0, 0), frames=(0, 0), num_codes_vocab=None)
+    text_only = make_store(tmp_path / "t", 20, num_codes_vocab=None)
     rows = text_only.rows.copy()
     rows[:, 1:] = -1
     text_only.__dict__["index"] = index_with(text_only, rows)

@@ -32,9 +32,9 @@ def rows_of(store: Path, *settings: str, names: tuple[str, ...] = ()) -> dict[st
     return {row.name: row for row in ablation.plan_rows("opt-tiny", given, [FeatureStore(store)], names)}
 
 
-def opt_ds(store: Path, output: Path, *arguments: str) -> int:
+def opt_ds(store: Path, output: Path, *arguments: str, min_positives: int = 5) -> int:
     options = [part for setting in TINY for part in ("--set", setting)]
-    probe = ["--split", "valid", "--min-positives", "5"]
+    probe = ["--split", "valid", "--min-positives", str(min_positives)]
     command = ["ablate", "--config", "opt-tiny", "--store", str(store), "--output", str(output), *probe, *options, *arguments]
     return run_command(_build(), command, "opt-ds")
 
@@ -72,7 +72,7 @@ def test_a_row_that_would_repeat_the_full_run_is_left_out_and_refused_when_named
 def test_a_probe_without_labels_is_refused_before_anything_is_trained(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert opt_ds(store, tmp_path / "a", "--min-positives", "1000") == 2
+    assert opt_ds(store, tmp_path / "a", min_positives=1000) == 2
     assert "no label has 1000" in capsys.readouterr().err and not (tmp_path / "a").exists()
     assert opt_ds(store, tmp_path / "a", "--subset", "T+I+A") == 2
     assert 'did you mean "T+I"' in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_runs_become_a_table_and_are_not_run_again(
     monkeypatch.setattr(ablation, "_pretrain", lambda *_: pytest.fail("a finished row is trained again"))
     assert opt_ds(store, output, *chosen) == 0
     assert capfd.readouterr().out.count("done before") == 2
-    assert opt_ds(store, output, "--row", "untrained", "--min-positives", "6") == 0
+    assert opt_ds(store, output, "--row", "untrained", min_positives=6) == 0
     found = json.loads((output / "ablation.json").read_text())["rows"]
     assert [row["row"] for row in found] == ["untrained"], "a row of another probe is not in this table"
     name = "no-modality-level"

@@ -113,23 +113,25 @@ def until(config: Config, steps: int) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
 
 
-def run(combination: Combination, store: Path, folder: Path, group: ProcessGroup, *settings: str) -> Outcome:
+def run(
+    combination: Combination, store: Path, folder: Path, group: ProcessGroup, *settings: str, last: int = STEPS
+) -> Outcome:
     """Train it straight, and again in two parts; or tell why it is refused before training."""
     straight, cut = folder / combination.name, folder / f"{combination.name}, cut"
     fp16 = combination.precision == "fp16"  # which the product does not run on a CPU
     try:
-        config = config_of(combination, store, folder, *settings)
+        config = until(config_of(combination, store, folder, *settings), last)
         precision = "fp16" if fp16 else choose_precision(config, Hardware.detect())
         deepspeed_settings(config, precision)
     except UserError as error:
         return Outcome(combination, {}, str(error))
     with hardships(group.ranks.rank, group.ranks.world_size):
         assert train(config, straight, group, precision) == 0
-        for steps in (CUT, STEPS):
+        for steps in (CUT, last):
             assert train(until(config, steps), cut, group, precision) == 0
     group.barrier()
-    state = json.loads((straight / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())
-    same = hashes(straight, STEPS) == hashes(cut, STEPS) and losses(straight) == losses(cut)
+    state = json.loads((straight / "checkpoints" / f"step-{last:08d}" / "state.json").read_text())
+    same = hashes(straight, last) == hashes(cut, last) and losses(straight) == losses(cut)
     return Outcome(combination, losses(straight), "", same, state["adam_steps"])
 
 

@@ -12,7 +12,6 @@ import pytest
 from tests.engine.runs import make_store
 from tests.faults.matrix import (
     REFERENCE,
-    STEPS,
     TOLERANCE,
     Combination,
     Outcome,
@@ -55,15 +54,6 @@ def reference(learnable: Path, folder: Path, group: Any) -> Outcome:
     return found
 
 
-@pytest.fixture(scope="module")
-def group() -> Any:
-    from opt_ds.engine.distributed import ProcessGroup, find_ranks
-
-    joined = ProcessGroup(find_ranks())
-    yield joined
-    joined.close()
-
-
 def test_lost_moments_are_more_than_the_tolerance(reference: Outcome, learnable: Path, folder: Path, group: Any) -> None:
     found = forgetful(REFERENCE, learnable, folder / "reference", group)
     assert difference(found, reference.losses) > 1.2 * max(TOLERANCE.values())
@@ -87,9 +77,9 @@ def test_the_shipped_offload_settings_train_through_an_overflow(learnable: Path,
     found = []
     for offload, name in ((False, "zero2_fp16"), (True, "zero2_offload_fp16")):
         setting = f"deepspeed_config={Path(__file__).parents[2] / 'ds_configs' / name}.json"
-        found.append(run(Combination(2, 1, "fp16", offload), learnable, folder / name, group, setting))
+        found.append(run(Combination(2, 1, "fp16", offload), learnable, folder / name, group, setting, last=12))
     without, with_offload = found
-    assert with_offload.resumed_equal and 1 < with_offload.adam_steps == without.adam_steps < STEPS
+    assert with_offload.resumed_equal and 3 < with_offload.adam_steps == without.adam_steps < 12
     assert difference(with_offload.losses, without.losses) < 1e-3
 
 

@@ -186,7 +186,7 @@ def test_mistakes_in_the_configuration_are_one_line(tmp_path: Path) -> None:
         (("dvae-tiny", None, ("batch_size=0",)), "dVAE batch_size: .*given: 0"),
         (("dvae-tiny", None, ("batch_size",)), "write it as key=value"),
         (("dvae-tiny", None, ("kmeans_patches=8",)), "below codebook_size 32"),
-        (("dvae-tiny", tmp_path / "gone.yaml"), "gone.yaml: not readable"),
+        (("dvae-tiny", tmp_path / "gone.yaml"), "gone.yaml: no such file"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             load_dvae_config(*arguments)

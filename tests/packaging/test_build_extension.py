@@ -100,7 +100,7 @@ def test_the_abi_of_torch_is_taken_over(machine: Machine, abi: bool) -> None:
     machine.monkeypatch.setattr(build_extension, "find_torch", lambda: torch)
     machine.build()
     lines = [line for line in machine.commands("my-g++") if "/torch/include" in line]
-    assert len(lines) == 5 and all(f"-D_GLIBCXX_USE_CXX11_ABI={int(abi)} " in line for line in lines)
+    assert len(lines) == 6 and all(f"-D_GLIBCXX_USE_CXX11_ABI={int(abi)} " in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,12 @@ def test_arrays_are_sized_before_they_are_unpacked(decoder: Decoder, tmp_path: P
     ):
         with pytest.raises(DecodingError, match=reason):
             decoder.arrays(tmp_path / name)
-    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.array([True, False]), "c": np.zeros((0, 4), "float16"), "d": np.int64(3)}
-    np.savez_compressed(tmp_path / "good.npz", **arrays)
+    arrays = {
+        "features": np.arange(6.0).reshape(2, 3), "conf": np.array([True, False]), "bbox": np.zeros((0, 4), "float16"),
+        "image_w": np.int64(3),
+    }  # fmt: skip
+    notes = np.array({"objects": "that nobody reads"}, dtype=object)
+    np.savez_compressed(tmp_path / "good.npz", info=notes, **arrays)
     read = decoder.arrays(tmp_path / "good.npz").content
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():

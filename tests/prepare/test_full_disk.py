@@ -1,15 +1,17 @@
 """A disk that fills up while a store is made: one line, nothing half-written, and the same command goes on."""
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from opt_ds.errors import UserError
+from opt_ds.errors import RunError, UserError
 from opt_ds.prepare import prepare
 from opt_ds.store import inspect_store
 from opt_ds.store import writer as writer_module
@@ -75,7 +77,9 @@ def test_a_real_full_disk(messy_manifest: Path, tmp_path: Path, small_disk: Smal
     assert contents(output) == contents(tmp_path / "undisturbed")
 
 
-def test_a_worker_that_is_killed_is_one_line(messy_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
+    messy_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when the system runs out of memory: the worker dies by SIGKILL while it works."""
     from opt_ds.prepare import workers
 
@@ -87,9 +91,30 @@ def test_a_worker_that_is_killed_is_one_line(messy_manifest: Path, tmp_path: Pat
             for process in _children():
                 os.kill(process, signal.SIGKILL)
 
+    prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu", say=lambda _: None)
     monkeypatch.setattr(workers, "_tasks", tasks_then_kill)
-    with pytest.raises(UserError, match=r"a worker process was ended from outside .*run the same command again"):
-        prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
+
+
+def test_workers_that_are_always_killed_end_the_run_in_one_line(messy_manifest: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(0.05):
+            for process in _children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(RunError, match=r"ended from outside before they read a file .*run the same command again") as error:
+            prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    finally:
+        stop.set()
+        killer.join()
+    assert "\n" not in str(error.value)
 
 
 def _children() -> list[int]:

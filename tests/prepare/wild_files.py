@@ -115,7 +115,7 @@ WILD = [
     Wild("float.tiff", float32, "no fixed range"),
     Wild("empty.jpg", lambda path: path.write_bytes(b""), "image file is broken"),
     Wild("text.png", lambda path: path.write_text("not a picture"), "image file is broken"),
-    Wild("script.ps.png", lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "broken"),
+    Wild("script.ps.png", lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "PostScript"),
     Wild("file.svg", lambda path: path.write_text(SVG.format('<image href="/etc/secret.png"/>')), "never fetched"),
     Wild("web.svg", lambda path: path.write_text(SVG.format('<use xlink:href="http://a.b/c.svg#d"/>')), "never fetched"),
     Wild("broken.svg", lambda path: path.write_text("<svg><rect></svg>"), "image file is broken"),

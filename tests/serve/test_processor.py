@@ -13,6 +13,7 @@ from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.serve.processor import OPTProcessor
 from opt_ds.serve.session import Session
 from opt_ds.store import FeatureStore
+from opt_ds.store.seal import seal_folder
 
 
 def test_a_raw_sample_becomes_just_what_training_reads(session: Session, raw: Path, raw_store: Path) -> None:
@@ -74,12 +75,14 @@ def test_an_extractor_that_is_not_the_training_stores_is_refused(run: Path, sess
     description = json.loads((folder / "processor.json").read_text())
     description["extractors"]["image"]["weights_sha256"] = "another"
     (folder / "processor.json").write_text(json.dumps(description))
+    seal_folder(folder)
     processor = OPTProcessor(folder, session.config.model)
     with pytest.raises(UserError, match=r"image extractor grid: its weights_sha256 is .* trained with another"):
         processor(image=raw / "0.png")
     assert processor("a red square").token_ids is not None, "what does not need it still works"
     description["extractors"]["audio"]["name"] = "wav2vec2"
     (folder / "processor.json").write_text(json.dumps(description))
+    seal_folder(folder)
     with pytest.raises(UserError, match="name their file with --speech-weights"):
         OPTProcessor(folder, session.config.model)(audio=raw / "0.wav")
     with pytest.raises(UserError, match="--speech-weights /nowhere: no such file"):

@@ -9,6 +9,7 @@ import pytest
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
 from opt_ds.store.processor_files import PROCESSOR_FILE, check_identity, copy_processor_files
+from opt_ds.store.seal import seal_folder
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def other(processor: Path, part: str, **changes: str) -> Path:
     description = json.loads((folder / PROCESSOR_FILE).read_text())
     (description["tokenizer"] if part == "tokenizer" else description["extractors"][part]).update(changes)
     (folder / PROCESSOR_FILE).write_text(json.dumps(description))
+    seal_folder(folder)  # as a model of such a store would have it
     return folder
 
 
