@@ -16,7 +16,8 @@ from typing import Any
 
 import typer
 
-from opt_ds.commands.arguments import StoppedError, build, rank_of_environment, stopped
+from opt_ds.commands.arguments import StoppedError, build, stopped
+from opt_ds.commands.arguments import rank_of_environment as rank_of_environment
 from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
