@@ -15,6 +15,7 @@ lie in shared memory. A file is read to its end once, for its hash, before any d
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import signal
 import socket
 import stat
 import sys
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from opt_ds.prepare.limits import Budget, Limits, readable
 
@@ -70,7 +71,7 @@ class Process:
                 if size > limits.file_bytes(kind):
                     allowed = f"{readable(limits.file_bytes(kind))} are allowed"
                     return {"failure": f"the file has {readable(size)}, {allowed}", "refused": True}
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
+                digest = hashlib.file_digest(cast(io.BufferedReader, file), lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
                 if digest_only:
                     return {"digest": digest}
                 file.seek(0)

@@ -8,7 +8,7 @@ import re
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import resvg_py
 from PIL import Image
@@ -56,7 +56,7 @@ def draw(path: str, limits: Limits, allow: Callable[[int], None]) -> Image.Image
     # Without system fonts a drawing is the same on every machine (and nine times faster). The height only bounds: a
     # drawing keeps its shape.
     text = _with_known_units(content)
-    source = {"svg_path": path} if text is None else {"svg_string": text}
+    source: dict[str, Any] = {"svg_path": path} if text is None else {"svg_string": text}
     try:
         drawn = resvg_py.svg_to_bytes(**source, width=SVG_SIDE, height=_TALLEST, skip_system_fonts=True, dpi=_DPI)
     except ValueError as error:

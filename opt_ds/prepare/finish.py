@@ -186,7 +186,7 @@ def _take_shards(folder: Path, output: Path) -> None:
 def _read_part(folder: Path) -> dict[str, Any]:
     remedy = f"remove {folder} and run its opt-ds prepare --shard again"
     part = read_json_object(folder / PART_FILE, remedy)
-    kinds = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
+    kinds: dict[str, type | tuple[type, ...]] = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
     if wrong or set(part["facts"]) != {field.name for field in fields(StoreFacts)}:
         raise UserError(f"{folder / PART_FILE}: damaged, field {wrong[0] if wrong else 'facts'}: {remedy}")

@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -15,7 +15,7 @@ ARRAYS = ("features", "norm_bb", "bbox", "image_w", "image_h", "conf", "soft_lab
 _MOST_MEMBERS = 1000
 
 
-def load_arrays(file: BinaryIO, allow: Callable[[int], None]) -> dict[str, np.ndarray]:
+def load_arrays(file: BinaryIO, allow: Callable[[int], object]) -> dict[str, np.ndarray]:
     """Return the arrays by name. `allow` hears of their bytes in all, before they are unpacked.
 
     Raises RefusedError for a file that is no archive or has arrays of Python objects, BrokenFileError for damaged members.
@@ -49,7 +49,7 @@ def _unpacked_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     return count * dtype.itemsize
 
 
-def _header(stream: "zipfile.ZipExtFile", member: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(stream: IO[bytes], member: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0

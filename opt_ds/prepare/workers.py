@@ -243,8 +243,10 @@ def _extract_chunk(kind: str, names: list[str | None], folder: Path) -> list[Ext
     finish = _image_item if kind == "image" else _audio_item
     results: list[Extracted | Failure] = []
     for name, value, feature in zip(names, decoded, features, strict=True):
-        result = next((each for each in (value, feature) if isinstance(each, Failure)), None)
-        result = result or finish(feature, value, settings)
+        if isinstance(value, Failure):
+            result: Extracted | Failure = value
+        else:
+            result = feature if isinstance(feature, Failure) else finish(feature, value, settings)
         if isinstance(result, Failure) and name is not None:
             result = replace(result, state=file_state(folder / name))
         results.append(result)

@@ -139,7 +139,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     special = {}
     for name, token in SPECIAL_TOKENS.items():
         found = config.get(name, token)
-        special[name] = found.get("content") if isinstance(found, dict) else found
-        if not isinstance(special[name], str) or tokenizer.token_to_id(special[name]) is None:
+        content = found.get("content") if isinstance(found, dict) else found
+        if not isinstance(content, str) or tokenizer.token_to_id(content) is None:
             raise UserError(f"{file}: {name} is not a token of the vocabulary: {_BERT}")
+        special[name] = content
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -221,7 +221,7 @@ class StoreWriter:
                 user_of.setdefault((modality, row), sample.id)
         if len({sample.id for sample in content.samples}) < len(content.samples):
             return "samples have the same id"
-        items = (content.texts, content.images, content.audios)
+        items: tuple[Sequence[TextItem | ImageItem | np.ndarray], ...] = (content.texts, content.images, content.audios)
         for modality, (name, of_kind) in enumerate(zip(MODALITIES, items, strict=True)):
             for row, item in enumerate(of_kind):
                 if (problem := self._item_problem(item)) is not None:
