@@ -35,28 +35,14 @@ FREE = {
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[Any]:
-    from opt_ds.engine.distributed import ProcessGroup, find_ranks
-
-    joined = ProcessGroup(find_ranks())
-    yield joined
-    joined.close()
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, group: Any) -> Path:
     """A folder with a store that has codes and their dVAE, a run of two steps on it, and the run's exported model."""
-    from opt_ds.engine import run_folder
-
     folder = tmp_path_factory.mktemp("flips")
     store = folder / "store"
     write_synthetic_store(store, 40, seed=3, regions=(4, 8), frames=(16, 40), num_codes_vocab=None, samples_per_shard=20)
     write_missing_codes(store, CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])))
     config = run_config(folder)
     train(config, folder / "run", group)
-    run_folder.record_launch(
-        folder / "run", config, [FeatureStore(store)], {"ranks": "1", "samples_per_step": 12, "versions": run_folder.versions()}
-    )
     export(folder / "run", folder / "exported")
     open_store(store)
     return folder
