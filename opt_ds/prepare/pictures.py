@@ -70,7 +70,8 @@ def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -
         if picture.mode in ("I", "F"):
             raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits a channel")
         picture.load()
-        return on_white(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(picture, in_place=True)  # copies only where there is something to turn
+        return on_white(picture)
 
 
 def to_pixels(picture: Image.Image) -> "np.ndarray":
@@ -84,6 +85,6 @@ def to_pixels(picture: Image.Image) -> "np.ndarray":
 def on_white(picture: Image.Image) -> Image.Image:
     """Return the picture as RGB; where it is transparent, white."""
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
