@@ -136,6 +136,17 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return folder
 
 
+def run_of(checkpoint: Path) -> Path:
+    """Return the run's output directory that a checkpoint lies in. UserError for one that was copied out of its run."""
+    folder = checkpoint.resolve()
+    if folder.parent.name != FOLDER:
+        raise UserError(
+            f"{checkpoint}: a checkpoint alone lacks its run's processor folder, which says how to read raw files: name the "
+            f"run's output directory, or copy the checkpoint to RUN/{FOLDER}/ beside RUN/processor/"
+        )
+    return folder.parent.parent
+
+
 def is_exported(path: Path) -> bool:
     """Whether `opt-ds export` wrote this folder, damaged or not: a model without the run around it."""
     if not (path / "config.json").is_file():

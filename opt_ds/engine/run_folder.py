@@ -58,9 +58,13 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
             raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
         return
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}): use another --output") from None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        saved, launches = record["identity"], record["launches"]
+        is_damaged = not (isinstance(saved, dict) and isinstance(launches, list) and all(isinstance(x, dict) for x in launches))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_damaged = True
+    if is_damaged:
+        raise UserError(f"{path}: damaged, it does not hold a run's identity and launches: restore it, or use another --output")
     wanted = json.loads(json.dumps(identity(config, stores)))
     for key in sorted({*saved, *wanted}):
         if saved.get(key) != wanted.get(key):

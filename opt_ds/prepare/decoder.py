@@ -231,11 +231,11 @@ class _Child:
         return content
 
     @contextlib.contextmanager
-    def answer_view(self, count: int) -> Iterator[mmap.mmap]:
+    def answer_view(self, count: int) -> Iterator[memoryview]:
         """Yield the first `count` bytes of the answer's content, to be copied before the next request."""
         if os.fstat(self._answers).st_size < count:
             raise RuntimeError("the decoder's answer is shorter than it says")
-        with mmap.mmap(self._answers, count, access=mmap.ACCESS_READ) as view:
+        with mmap.mmap(self._answers, count, access=mmap.ACCESS_READ) as answer, memoryview(answer) as view:
             yield view
 
     def release_answer(self) -> None:

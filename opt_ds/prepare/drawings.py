@@ -25,6 +25,7 @@ _MOST_LEVELS = 4  # of drawings in the data: URLs of drawings
 _PIXELS_OF = {"q": 96 / 101.6, "rem": 16.0, "ch": 8.0, "lh": 19.2, "rlh": 19.2, "cap": 11.2, "ic": 16.0}
 _PERCENT = ("vw", "vh", "vmin", "vmax", "vi", "vb")
 _KNOWN = {"px": 1.0, "pt": 96 / 72, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "em": 16.0, "ex": 8.0}
+_ENCODING = re.compile(rb"""(\s*<\?xml[^>]*?)\s+encoding\s*=\s*["']([\w.-]+)["']""")
 _ROOT = re.compile(r"<(?:[\w.-]+:)?svg\b(?:[^>\"']|\"[^\"]*\"|'[^']*')*>")
 _SIDE = re.compile(r"(\s(?:width|height)\s*=\s*)([\"'])\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]+)\s*\2")
 
@@ -55,7 +56,8 @@ def draw(path: str, limits: Limits, allow: Callable[[int], None]) -> Image.Image
     allow(pixels)
     # Without system fonts a drawing is the same on every machine (and nine times faster). The height only bounds: a
     # drawing keeps its shape.
-    text = _with_known_units(content)
+    recoded = _in_utf8(content)
+    text = _with_known_units(recoded or content) or (recoded.decode() if recoded is not None else None)
     source: dict[str, Any] = {"svg_path": path} if text is None else {"svg_string": text}
     try:
         drawn = resvg_py.svg_to_bytes(**source, width=SVG_SIDE, height=_TALLEST, skip_system_fonts=True, dpi=_DPI)
@@ -70,6 +72,18 @@ def _why_not_drawn(message: str) -> str:
     if "nodes limit" in message or "too many" in message.lower():
         return "the drawing is nested too deeply"
     return "the drawing is not valid SVG"
+
+
+def _in_utf8(content: bytes) -> bytes | None:
+    """Return a drawing of another declared encoding in UTF-8, which is all that the renderer reads; None if it needs none."""
+    declared = _ENCODING.match(content[:200])
+    try:
+        if declared is None or codecs.lookup(declared[2].decode()).name in ("utf-8", "ascii"):
+            return None
+        rest = content[declared.end() :].decode(declared[2].decode())
+    except (LookupError, UnicodeDecodeError):
+        return None
+    return declared[1] + rest.encode()
 
 
 def _with_known_units(content: bytes) -> str | None:

@@ -18,6 +18,7 @@ _RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 1200
 _LARGE_FRAME = {True: 9, False: 8}  # 128 and 64 kbit/s: room for an index, whatever the rate
 _TAGS_AT_END = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")
 _MONO = 3
+_MOST_UNANNOUNCED = 10  # encoders differ in whether they count the index itself, and the last frames
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,32 @@ def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
     return MpegLength(begin, samples, is_cut, _index_of(first, count))
 
 
-def _behind_tags(file: BinaryIO) -> int:
-    start = 0
+def holds_another(file: BinaryIO, size: int) -> bool:
+    """Whether further frames follow those that an MP3's index announces: of joined files only the first would be read."""
+    start = _behind_tags(file)
+    first = _frame_at(file, start)
+    announced = None if first is None else _announced(file, start, first)
+    if first is None or announced is None:
+        return False
+    start, count = start + first.bytes, 0
+    while (frame := _frame_at(file, start)) is not None and start < size:
+        start, count = start + frame.bytes, count + 1
+    follows = _frame_at(file, _behind_tags(file, start)) is not None and start < size
+    return follows or count > announced + _MOST_UNANNOUNCED
+
+
+def _announced(file: BinaryIO, start: int, first: _Frame) -> int | None:
+    """Return the number of frames that the index in the first one gives; None if it gives none."""
+    file.seek(start + first.index_offset)
+    fields = file.read(12)
+    if fields[:4] in (b"Xing", b"Info") and len(fields) == 12 and fields[7] & 1:
+        return int.from_bytes(fields[8:], "big")
+    file.seek(start + 36)
+    fields = file.read(18)
+    return int.from_bytes(fields[14:], "big") if fields[:4] == b"VBRI" and len(fields) == 18 else None
+
+
+def _behind_tags(file: BinaryIO, start: int = 0) -> int:
     while True:
         file.seek(start)
         head = file.read(10)

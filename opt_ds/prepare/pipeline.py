@@ -107,7 +107,7 @@ def _prepare(
         if description.preparation_key != key:
             raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
         if not (retry_skipped and reopen(output, description, manifest, settings)):
-            say(f"{output}: already prepared from these inputs")
+            say(f"{output}: already prepared from this manifest and these settings (kept files are not compared)")
             notice_changes(manifest, skipped_files_of_store(output), say)
             return description
     elif retry_skipped and forget_skipped(output):

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from opt_ds.prepare.file_kinds import format_of_content, why_not_decodable
+
 ACCEPTED = {
     "image": "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC, JPEG 2000 and SVG pictures",
     "audio": "WAV, RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3 recordings",
@@ -83,6 +85,8 @@ def what_it_is(head: bytes) -> str | None:
 
 def unreadable(kind: str, head: bytes) -> BrokenFileError:
     """Return the error for a file that no decoder of its kind takes: another kind of file, or a damaged one of this kind."""
+    if (advice := _advice(kind, head)) is not None:
+        return BrokenFileError(advice)
     found = what_it_is(head)
     if found is None:
         return BrokenFileError(f"it is none of the {ACCEPTED[kind]}")
@@ -91,12 +95,20 @@ def unreadable(kind: str, head: bytes) -> BrokenFileError:
     return BrokenFileError(f"it is {found}: accepted are {ACCEPTED[kind]}")
 
 
+def _advice(kind: str, head: bytes) -> str | None:
+    """Return what to do with a picture or recording of a format that is known and has no decoder here."""
+    found = format_of_content(head)
+    return why_not_decodable("", head) if found is not None and found.kind == kind else None
+
+
 def reason_of(error: Any, kind: str, head: bytes) -> str:
     """Return the reason to report for a decoder's exception. `head`: the file's first bytes."""
     if isinstance(error, (RefusedError, BrokenFileError)):
         return " ".join(str(error).split())
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if (advice := _advice(kind, head)) is not None:
+        return advice
     found = what_it_is(head) or "of an accepted format"
     if _CUT.search(str(error)):
         return f"it is {found}, cut off or damaged"

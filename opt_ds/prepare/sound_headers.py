@@ -6,6 +6,7 @@ index is only estimated, so its frames are counted.
 """
 
 import io
+import mmap
 import os
 import shutil
 import struct
@@ -13,13 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from opt_ds.prepare.mpeg_frames import MpegLength, count_frames
+from opt_ds.prepare.mpeg_frames import MpegLength, count_frames, holds_another
 
 _SLACK_BYTES = 256  # writers that count their own header in
 _UNKNOWN_MARGIN = 2**16  # of programs that write to a pipe: "as much as possible", less a header
 _MOST_CHUNKS = 10_000
 _W64_RIFF, _W64_DATA = (bytes.fromhex(text) for text in ("726966662e91cf11a5d628db04c10000", "64617461f3acd3118cd100c04f8edb8a"))
 _OGG_FIRST, _OGG_LAST = 2, 4  # flags of a page
+_FOREIGN_IN_OGG = {b"Speex": "Speex", b"\x7fFLAC": "FLAC", b"\x80theora": "Theora video", b"fishead": "a video"}
+_SEVERAL = "it holds several recordings one after another, of which one would be read: split it"
 
 
 @dataclass
@@ -163,7 +166,26 @@ def _flac(file: BinaryIO) -> SoundHeader:
     fields = file.read(5)
     if len(fields) < 5:
         return SoundHeader(problem="it is cut off: its header is incomplete")
+    if _another_flac(file):
+        return SoundHeader(problem=_SEVERAL)
     return SoundHeader(length_unknown=not (fields[0] & 0x0F or any(fields[1:])))
+
+
+def _another_flac(file: BinaryIO) -> bool:
+    """Whether a second file's mark and STREAMINFO follow in the first one."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = 4
+        while (start := content.find(b"fLaC", start)) >= 0:
+            if content[start + 4] & 0x7F == 0 and content[start + 5 : start + 8] == b"\0\0\x22":
+                return True
+            start += 4
+    return False
+
+
+def _foreign_codec(file: BinaryIO, start: int) -> str | None:
+    file.seek(start)
+    head = file.read(8)
+    return next((name for mark, name in _FOREIGN_IN_OGG.items() if head.startswith(mark)), None)
 
 
 def _ogg(file: BinaryIO, size: int) -> SoundHeader:
@@ -180,7 +202,9 @@ def _ogg(file: BinaryIO, size: int) -> SoundHeader:
             return SoundHeader(problem="it is cut off: its last page is incomplete")
         flags = head[5]
         if flags & _OGG_FIRST and began:
-            return SoundHeader(problem="it holds several recordings one after another, of which one would be read: split it")
+            return SoundHeader(problem=_SEVERAL)
+        if not start and (codec := _foreign_codec(file, end - sum(lengths))) is not None:
+            return SoundHeader(problem=f"it is {codec} in OGG, which cannot be decoded here: convert it to WAV or FLAC")
         began = began or not flags & _OGG_FIRST
         ended = bool(flags & _OGG_LAST)
         start = end
@@ -190,6 +214,8 @@ def _ogg(file: BinaryIO, size: int) -> SoundHeader:
 
 
 def _mpeg(file: BinaryIO, size: int) -> SoundHeader:
+    if holds_another(file, size):
+        return SoundHeader(problem=_SEVERAL)
     length = count_frames(file, size)
     cut = length is not None and length.is_cut
     return SoundHeader(problem="it is cut off: its last frame is incomplete" if cut else None, mpeg=length)

@@ -36,13 +36,13 @@ _CONFIG_KEYS = frozenset({"architectures", "dtype", "torch_dtype", "model_type",
 
 def export(checkpoint: Path, output: Path) -> Path:
     """Write the folder. UserError if it exists and is not empty; whole or not at all."""
-    from opt_ds.engine.checkpoint import load_model, read_state, resolve_checkpoint
+    from opt_ds.engine.checkpoint import load_model, read_state, resolve_checkpoint, run_of
     from opt_ds.serve.pretrained import OmniPerceptionConfig, OPTModel
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder")
     folder = resolve_checkpoint(checkpoint)
-    run = folder.parent.parent
+    run = run_of(folder)
     if not (run / PROCESSOR_FOLDER).is_dir():
         raise UserError(f"{run / PROCESSOR_FOLDER}: not there: start the run once more, it writes it")
     load_processor_description(run / PROCESSOR_FOLDER)

@@ -47,6 +47,10 @@ class OPTProcessor:
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
         self._decoder, self._limits = Decoder(), Limits()
+        for size in ("vocab_size", "image_feature_dim", "audio_feature_dim"):
+            own, theirs = getattr(self.description.dims, size), getattr(config, size)
+            if own != theirs:
+                raise UserError(f"{folder}: its {size} is {own}, the model's is {theirs}: it belongs to another model")
         form = self.description.extractors["text"].get("unicode_form", "none")
         self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
         self._extractors: dict[str, Any] = {}

@@ -49,7 +49,7 @@ class Session(ModelRunner):
         warn: Callable[[str], None] = print,
     ) -> "Session":
         """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
-        from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint
+        from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
         from opt_ds.serve.export import load_exported
 
         if is_exported(checkpoint):
@@ -57,7 +57,7 @@ class Session(ModelRunner):
             folder = checkpoint / PROCESSOR_FOLDER
         else:
             model, config = load_model(checkpoint)
-            folder = resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER
+            folder = run_of(resolve_checkpoint(checkpoint)) / PROCESSOR_FOLDER
         processor = OPTProcessor(
             folder, config.model, image_weights=image_weights, speech_weights=speech_weights, device=device, warn=warn
         )

@@ -93,10 +93,13 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(path: Path) -> str:
-    """Return one SHA-256 over the names and contents of the files directly in a folder."""
+    """Return one SHA-256 over the names and contents of the files directly in a folder.
+
+    Hidden files, such as file managers and network mounts leave, are no part of it.
+    """
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        if file.is_file():
+        if file.is_file() and not file.name.startswith(".") and file.name.lower() not in ("thumbs.db", "desktop.ini"):
             digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
     return digest.hexdigest()
 

@@ -19,6 +19,7 @@ from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER, Dims, TokenizerDescription
 from opt_ds.store.seal import check_seal, seal_folder
+from opt_ds.store.tokenizer import describe_tokenizer
 
 if TYPE_CHECKING:
     from opt_ds.model.dvae import DiscreteVAE
@@ -117,6 +118,9 @@ def load_processor_description(folder: Path) -> ProcessorDescription:
     tokenizer = folder / TOKENIZER_FOLDER
     if not tokenizer.is_dir() or folder_sha256(tokenizer) != description.tokenizer.sha256:
         raise UserError(f"{tokenizer}: its files differ from the checksum in {PROCESSOR_FILE}: {remedy}")
+    found, size = describe_tokenizer(tokenizer)
+    if found != description.tokenizer or size != description.dims.vocab_size:
+        raise UserError(f"{tokenizer}: {size} tokens, which are not those of {PROCESSOR_FILE}: {remedy}")
     return description
 
 

@@ -19,6 +19,7 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+_LONGEST_WORD = 1000  # letters; matching pieces takes time with its square
 MAX_TOKENIZER_BYTES = 32 << 20  # BERT's multilingual one has 3
 _BERT = "use a BERT WordPiece tokenizer"
 # What may stand in tokenizer.json: pieces that work in linear time, without regular expressions of the file's own.
@@ -95,6 +96,9 @@ def _problem_in(fields: dict[str, Any]) -> str | None:
     ids = list(vocabulary.values())
     if not all(type(index) is int for index in ids) or sorted(ids) != list(range(len(ids))):
         return f"damaged, its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}"
+    longest = model.get("max_input_chars_per_word", 100)
+    if type(longest) is not int or not 1 <= longest <= _LONGEST_WORD:
+        return f"max_input_chars_per_word is {longest!r}, not 1 to {_LONGEST_WORD}: a longer word would take hours"
     added = fields.get("added_tokens")
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         return "damaged, added_tokens is no list of tokens"

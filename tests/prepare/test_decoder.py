@@ -189,3 +189,14 @@ def test_drawings_are_refused_where_they_are_not_allowed(decoder: Decoder, tmp_p
     assert decoder.picture(tmp_path / "a.svg").content.width == 256
     with pytest.raises(DecodingError, match="--allow-svg"):
         decoder.picture(tmp_path / "a.svg", Limits(allow_svg=False))
+
+
+def test_a_drawing_of_another_encoding_is_drawn(decoder: Decoder, tmp_path: Path) -> None:
+    start = '<?xml version="1.0" encoding="{}"?>'
+    drawing = start + '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><title>Café</title>{}</svg>'
+    shape = '<rect width="4" height="8" fill="red"/>'
+    (tmp_path / "utf8.svg").write_text(drawing.format("UTF-8", shape), encoding="utf-8")
+    expected = decoder.picture(tmp_path / "utf8.svg").content.tobytes()
+    for name in ("ISO-8859-1", "windows-1252"):
+        (tmp_path / "a.svg").write_text(drawing.format(name, shape), encoding=name)
+        assert decoder.picture(tmp_path / "a.svg").content.tobytes() == expected

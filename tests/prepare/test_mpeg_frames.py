@@ -60,3 +60,31 @@ def test_files_with_an_index_or_other_content_are_left_alone(tmp_path: Path) -> 
         odd.write_bytes(content)
         with odd.open("rb") as file:
             assert count_frames(file, len(content)) is None
+
+
+@pytest.mark.parametrize("ending", ["mp3", "flac", "ogg"])
+@pytest.mark.parametrize("between", [b"", ID3])
+def test_recordings_that_were_joined_are_refused(tmp_path: Path, ending: str, between: bytes) -> None:
+    """A decoder reads the first one alone, and nothing says so."""
+    soundfile.write(tmp_path / f"a.{ending}", sound(1.3, 44100, 1), 44100)
+    content = (tmp_path / f"a.{ending}").read_bytes()
+    assert len(load_recording(tmp_path / f"a.{ending}")) > 16000
+    if ending == "ogg" and between:
+        return
+    (tmp_path / f"joined.{ending}").write_bytes(content + between + content)
+    with pytest.raises(DecodingError, match="several recordings one after another"):
+        load_recording(tmp_path / f"joined.{ending}")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\0\0\0 ftypM4A \0\0\0\0M4A mp42isom" + bytes(400), "M4A cannot be decoded here: convert it to WAV or FLAC"),
+        (b"#!AMR\n" + bytes(300), "AMR cannot be decoded here"),
+        (b"OggS\0\2" + bytes(20) + b"\1\x50Speex   " + bytes(72), "Speex in OGG, which cannot be decoded here"),
+    ],
+)
+def test_formats_without_a_decoder_are_named_with_advice(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(DecodingError, match=reason):
+        load_recording(tmp_path / "a.wav")
