@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opt_ds.engine import run_folder
+from opt_ds.engine.metrics import _drop_later_lines
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from tests.engine.runs import tiny_config
@@ -53,3 +54,18 @@ def test_a_file_system_without_locks_is_said_and_used(
     said: list[str] = []
     run_folder.lock(tmp_path, said.append).close()
     assert len(said) == 1 and f"{tmp_path}: no file locks there" in said[0]
+
+
+@pytest.mark.parametrize("content", [b'{"identity": 3}', b'{"identity": {}, "launches": [1]}', b"[]", b"\xff", b"[" * 3000, b""])
+def test_a_damaged_record_is_one_line_in_our_words(store: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / run_folder.RUN_FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json: damaged, it does not hold a run's identity and launches") as error:
+        run_folder.check_same_run(tmp_path, tiny_config(store), [FeatureStore(store)])
+    assert "\n" not in str(error.value) and "codec" not in str(error.value)
+
+
+def test_a_damaged_line_of_the_log_does_not_stop_a_run_that_resumes(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n')
+    _drop_later_lines(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'

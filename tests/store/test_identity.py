@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
 from opt_ds.store.files import folder_sha256
-from opt_ds.store.processor_files import PROCESSOR_FILE, check_identity, copy_processor_files
+from opt_ds.store.processor_files import PROCESSOR_FILE, check_identity, copy_processor_files, load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 from opt_ds.store.seal import seal_folder
 
@@ -63,3 +65,32 @@ def test_a_run_without_its_processor_files_is_said(tmp_path: Path, complete: Fea
     said: list[str] = []
     check_identity(tmp_path / "nowhere", complete, False, said.append)
     assert len(said) == 1 and "not checked" in said[0]
+
+
+def test_what_file_managers_leave_in_a_tokenizer_folder_changes_nothing(processor: Path) -> None:
+    for name in (".DS_Store", "._vocab.txt", "Thumbs.db", ".nfs0001"):
+        (processor / TOKENIZER_FOLDER / name).write_bytes(b"x")
+    load_processor_description(processor)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda fields: fields["model"].update(max_input_chars_per_word=10**9), "max_input_chars_per_word is 1000000000"),
+        (lambda fields: fields["added_tokens"].append({**fields["added_tokens"][0], "id": 10**6, "content": "zz"}),
+         "tokens, which are not those of processor.json"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_would_hang_or_overrun_the_model_is_refused(
+    processor: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    file = processor / TOKENIZER_FOLDER / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+    description = json.loads((processor / PROCESSOR_FILE).read_text())
+    description["tokenizer"]["sha256"] = folder_sha256(processor / TOKENIZER_FOLDER)
+    (processor / PROCESSOR_FILE).write_text(json.dumps(description))
+    seal_folder(processor)
+    with pytest.raises(UserError, match=reason):
+        load_processor_description(processor)
