@@ -31,9 +31,9 @@ from opt_ds.prepare.manifest import Skipped
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
 _NEAR_SHOWN = 5
-_ABOUT = re.compile(
-    r"(readme|read me|licen[cs]e|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about)"
-    r"([-_. ].*)?",
+_ABOUT = re.compile(r"readme|read me|licen[cs]e", re.IGNORECASE)
+_ABOUT_AT_TOP = re.compile(
+    r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
     re.IGNORECASE,
 )
 _NEARLY_SPLIT = re.compile(r"([a-z]+)[-_ .\d].*", re.IGNORECASE)
@@ -113,9 +113,15 @@ def _files(folder: Path, ours: set[Path]) -> _Folder:
         else:
             unused.append(name)
     texts = [name for name, kinds in samples.items() if set(kinds) == {"text"}]
-    for name in (name for name in texts if _ABOUT.fullmatch(name.split("/")[-1])):
+    for name in (name for name in texts if _is_about(name)):
         unused.extend(path.relative_to(folder).as_posix() for path in samples.pop(name)["text"])
     return _Folder(dict(samples), sorted(unused))
+
+
+def _is_about(name: str) -> bool:
+    """Whether a text is about the collection; below its top only README and LICENSE are."""
+    is_at_top = "/" not in name and _ABOUT_AT_TOP.fullmatch(name) is not None
+    return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:

@@ -124,6 +124,14 @@ def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
     assert line.image is not None and line.text == f"{decomposed}.txt"
 
 
+def test_only_files_about_the_collection_are_no_samples(tmp_path: Path) -> None:
+    about = ["README.txt", "ReadMe.de.txt", "LICENSE-MIT.txt", "changes.txt", "Credits.txt", "notice.txt", "sub/README.txt"]
+    texts = ["about the weather.txt", "about_me.txt", "license plate.txt", "sub/credits.txt", "sub/changes.txt"]
+    found = run(make(tmp_path / "f", [*about, *texts, "readme.jpg", "sub/license_7.txt"]))
+    assert set(found) == {*(name.removesuffix(".txt") for name in texts), "readme", "sub/license_7"}
+    assert sorted(unused(tmp_path / "f")) == sorted(about)
+
+
 def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
     folder = make(tmp_path / "f", ["train/a.txt", "test/a.txt", "readme.txt"])
     assert run(folder) == {"train/a": "train", "test/a": "test"}
