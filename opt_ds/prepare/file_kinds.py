@@ -36,6 +36,7 @@ class FileFormat:
 
 
 SVG = FileFormat("SVG", "image", (".svg",), "SVG")
+TABLE = FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet"), "table")
 _TO_FILE = "download the file itself, not a page about it"
 HTML = FileFormat("HTML page", "document", (".html", ".htm", ".xhtml"), advice=_TO_FILE)
 _MPEG4 = FileFormat("MPEG-4", "video", (".mp4", ".m4v", ".mov", ".3gp"), advice=_TO_SOUND)
@@ -83,7 +84,7 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("text", "text", (".txt",), "text"),
     FileFormat("NumPy regions", "regions", (".npz",), "npz"),
     FileFormat("JSON", "table", (".json", ".jsonl", ".ndjson"), "json"),
-    FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet"), "table"),
+    TABLE,
     FileFormat("XML", "table", (".xml",), "xml"),
     HTML,
     FileFormat("PDF", "document", (".pdf",), advice="export its pages as PNG"),

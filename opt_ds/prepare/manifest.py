@@ -15,12 +15,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.prepare.file_kinds import HEAD_BYTES, TABLE, format_of_content, format_of_name
 from opt_ds.prepare.text_files import JsonError, byte_lines, open_bytes, parse_json
 from opt_ds.store.files import atomic_file
 from opt_ds.store.schema import check_split_names
 
 DEFAULT_SPLITS = ("train", "valid")
 _VALID_PERCENT = 5
+_WORDS = {
+    "text": ("caption", "captions", "sentence", "sentences", "transcript", "transcription"),
+    "image": ("path", "file", "file_name", "filename", "file_path", "filepath", "img", "picture", "photo"),
+    "audio": ("wav", "sound", "speech", "recording", "audio_filepath"),
+    "labels": ("label", "class", "classes", "category"),
+}  # what other collections call the fields
+_FIELD_OF_WORD = {word: name for name, words in _WORDS.items() for word in words}
 _NAMES = ("id", "group", "split")  # fields that may be whole numbers, which then stand for their digits
 
 
@@ -102,6 +110,7 @@ def read_manifest(
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a manifest' if path.is_dir() else 'no such manifest'}")
+    _check_is_manifest(path)
     lines: list[ManifestLine] = []
     rejected: list[Skipped] = []
     seen: dict[str, int] = {}  # id -> line number
@@ -151,6 +160,24 @@ def groups_across_splits(manifest: Manifest) -> int:
     return sum(count > 1 for count in Counter(group for group, _ in pairs).values())
 
 
+def _check_is_manifest(path: Path) -> None:
+    """UserError for a table, a picture or another file that is known not to be one; what begins as a manifest may be one."""
+    with open_bytes(path) as file:
+        head = file.read(HEAD_BYTES)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return
+    found = format_of_content(head) or format_of_name(path.with_suffix("") if path.suffix.lower() == ".gz" else path)
+    if found == TABLE or head.startswith(b"PAR1"):
+        raise UserError(
+            f"{path}: a table, not a manifest: opt-ds import table {path} --output manifest.jsonl makes a manifest of it"
+        )
+    if found is not None and found.kind in ("image", "audio", "video"):
+        raise UserError(
+            f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample a line), or the "
+            "folder that holds the files"
+        )
+
+
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_bytes(path) as file:
         yield from byte_lines(file)
@@ -178,7 +205,8 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
     own_id = fields.get("id")
     unknown = [key for key in fields if key not in ManifestLine.model_fields]
     if unknown:
-        near = did_you_mean(unknown[0], ManifestLine.model_fields)
+        meant = _FIELD_OF_WORD.get(unknown[0].strip().lower())
+        near = f' (did you mean "{meant}"?)' if meant else did_you_mean(unknown[0], ManifestLine.model_fields)
         raise _LineError(f'unknown field "{_shown(unknown[0])}"{near}', own_id)
     if own_id is None:
         raise _LineError("field id: it is missing: every sample needs one")

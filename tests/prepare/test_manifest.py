@@ -52,6 +52,47 @@ def test_a_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
         read_manifest(tmp_path / "m.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"image,text\na.jpg,a cat\n", "a table, not a manifest: opt-ds import table .*t.csv --output"),
+        ("t.TSV", b"image\ttext\na.jpg\ta cat\n", "a table, not a manifest"),
+        ("t.csv.gz", gzip.compress(b"image,text\na.jpg,a cat\n"), "a table, not a manifest"),
+        ("t.parquet", b"PAR1\x15\x04\x15", "a table, not a manifest"),
+        ("t.jsonl", b"PAR1\x15\x04\x15", "a table, not a manifest"),
+        ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "format JPEG, not a manifest"),
+        ("a.jsonl", b"\x89PNG\r\n\x1a\n", "format PNG, not a manifest"),
+        ("a.flac", b"fLaC\0\0", "format FLAC, not a manifest"),
+        ("a.mp4", b"\0\0\0\x20ftypisom", "format MPEG-4, not a manifest"),
+        ("t.zip", b"PK\x03\x04", "archive, not a text file"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_named_with_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_manifest(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jpg", "m.csv.gz", "m"])
+def test_a_manifest_is_known_by_its_content(tmp_path: Path, name: str) -> None:
+    content = b'\n{"id": "a", "text": "x"}\n'
+    (tmp_path / name).write_bytes(content)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(content))
+    assert len(read_manifest(tmp_path / name).lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "field"),
+    [("caption", "text"), ("Sentence", "text"), ("transcription", "text"), ("path", "image"), ("file_name", "image"),
+     ("wav", "audio"), ("recording", "audio"), ("label", "labels"), ("class", "labels"), ("imgae", "image")],
+)  # fmt: skip
+def test_names_of_other_collections_suggest_the_field(tmp_path: Path, word: str, field: str) -> None:
+    with pytest.raises(UserError, match=rf'unknown field "{word}" \(did you mean "{field}"\?\)'):
+        read_manifest(write(tmp_path / "m.jsonl", [{"id": "a", word: "x"}]))
+
+
 def test_byte_order_marks_and_blank_lines_are_no_trouble(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "a", "text": "x"}\n\n{"id": "b", "text": "y"}\n')
     assert [line.id for line in read_manifest(tmp_path / "m.jsonl").lines] == ["a", "b"]

@@ -6,6 +6,7 @@ is nearly so is refused, since test samples would otherwise be trained on: the c
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,13 +25,15 @@ from opt_ds.prepare.importers.common import (
     write_import,
 )
 from opt_ds.prepare.importers.files import Found
+from opt_ds.prepare.importers.near_names import near_pairs
 from opt_ds.prepare.manifest import Skipped
 
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
-_ABOUT = re.compile(
-    r"(readme|read me|licen[cs]e|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about)"
-    r"([-_. ].*)?",
+_NEAR_SHOWN = 5
+_ABOUT = re.compile(r"readme|read me|licen[cs]e", re.IGNORECASE)
+_ABOUT_AT_TOP = re.compile(
+    r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
     re.IGNORECASE,
 )
 _NEARLY_SPLIT = re.compile(r"([a-z]+)[-_ .\d].*", re.IGNORECASE)
@@ -68,6 +71,7 @@ def import_folder(
     if not found.samples:
         what = f"; {unused_line(unused)}" if found.unused else ""
         raise UserError(f"{folder}: no picture, recording or .txt file there{what}")
+    near = _near_notes(folder, found.samples, splits)
     if splits:
         say(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
 
@@ -78,6 +82,7 @@ def import_folder(
         held = Counter(" and ".join(kind for kind in _KINDS if kind in kinds) for kinds in found.samples.values())
         if len(held) > 1:  # such as a.jpg beside a.jpg.txt, which are not one sample
             yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
+        yield from near
 
     return write_import(output, entries(), say, source=str(folder))
 
@@ -94,6 +99,7 @@ def folder_manifest(folder: Path, *, say: Callable[[str], None] = print) -> Path
 def _files(folder: Path, ours: set[Path]) -> _Folder:
     """Sort the folder's files into samples. A text that is about the folder (README.txt) belongs to none."""
     samples: dict[str, Sample] = defaultdict(lambda: defaultdict(list))
+    spelled: dict[str, str] = {}  # composed Unicode -> as the first file has it: a Mac's copy may be decomposed
     unused: list[str] = []
     for path in sorted(folder.rglob("*")):
         if path in ours or (path.is_dir() and not path.is_symlink()):
@@ -102,13 +108,42 @@ def _files(folder: Path, ours: set[Path]) -> _Folder:
         is_unknown = is_clutter(name) or not path.is_file()  # such as a link to nowhere, or to a folder
         kind = None if is_unknown else kind_of_name(path) or _kind_of_content(path)
         if kind in _KINDS:
-            samples[path.relative_to(folder).with_suffix("").as_posix()][str(kind)].append(path)
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            samples[spelled.setdefault(unicodedata.normalize("NFC", stem), stem)][str(kind)].append(path)
         else:
             unused.append(name)
     texts = [name for name, kinds in samples.items() if set(kinds) == {"text"}]
-    for name in (name for name in texts if _ABOUT.fullmatch(name.split("/")[-1])):
+    for name in (name for name in texts if _is_about(name)):
         unused.extend(path.relative_to(folder).as_posix() for path in samples.pop(name)["text"])
     return _Folder(dict(samples), sorted(unused))
+
+
+def _is_about(name: str) -> bool:
+    """Whether a text is about the collection; below its top only README and LICENSE are."""
+    is_at_top = "/" not in name and _ABOUT_AT_TOP.fullmatch(name) is not None
+    return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
+
+
+def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:
+    """What looks like one sample but has different names. UserError if that is nearly all that the folder could pair."""
+    pairs = near_pairs({name: frozenset(kinds) for name, kinds in samples.items()}, splits)
+    if not pairs:
+        return []
+
+    def file_of(name: str) -> str:
+        return next(iter(samples[name].values()))[0].relative_to(folder).as_posix()
+
+    shown = [f"{file_of(each.first)} and {file_of(each.second)} {each.difference}" for each in pairs[:_NEAR_SHOWN]]
+    joined = sum(len(kinds) > 1 for kinds in samples.values())
+    if 10 * joined < len(pairs):
+        raise UserError(
+            f"{folder}: {joined} samples have files of two kinds, but {len(pairs)} pairs of files have nearly the same name: "
+            f"{shown[0]}: give the files of a sample one name in one folder (a.jpg, a.txt), or list them in a table for "
+            "opt-ds import table; if they do not belong together, import pictures, recordings and texts each from a folder "
+            "of their own"
+        )
+    more = f", and {len(pairs) - len(shown)} more pairs" if len(pairs) > len(shown) else ""
+    return [Note(f"{'; '.join(shown)}{more}: not paired")]
 
 
 def _kind_of_content(path: Path) -> str | None:

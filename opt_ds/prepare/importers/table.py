@@ -4,12 +4,13 @@ Parquet may hold the pictures and recordings themselves, and classes as numbers,
 Rows that do not fit the header are reported with their line; columns that are not used, too.
 """
 
+import itertools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _FIELDS = tuple(ManifestLine.model_fields)
 _FILES: tuple[str, ...] = ("image", "audio")
 _LABEL_SEPARATOR = "|"
 _BATCH_ROWS = 64  # rows may hold whole pictures
+_FIRST_TEXTS = 20  # texts that are looked at, whether they are names of files
+_FILE_NAME = re.compile(r"\S+")
 _BETWEEN_CELLS = re.compile(r"[,;|\t\r\n]")
 
 
@@ -56,6 +59,7 @@ def import_table(
     wanted = tuple(column_of.values())
     source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted)
     _check_columns(source, column_of)
+    source = _check_texts(source, column_of)
     found = Files(table.parent if files is None else files, output, "named", whole_folder=files is not None)
     embedded = EmbeddedFiles(output)
 
@@ -80,6 +84,7 @@ def _columns(columns: Sequence[str]) -> dict[str, str]:
 def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded: EmbeddedFiles) -> Iterator[Entry]:
     folders: set[str] = set()
     empty: Counter[str] = Counter()
+    renamed: Counter[tuple[str, str]] = Counter()
     for number, row in enumerate(source.rows):
         if isinstance(row, Skipped):
             yield row
@@ -96,17 +101,24 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
             yield Skipped(id, f"column {column_of[odd]} does not hold {what}")
             continue
         folders |= {str(given[kind]).split("/")[0] for kind in _FILES if "/" in str(given.get(kind, ""))}
+        split = str(given["split"]) if "split" in given else None
+        if split is not None and (meant := split_of_name(split)) not in (None, split):
+            renamed[split, str(meant)] += 1
+            split = meant
         yield sample(
             id,
             text=str(given["text"]) if "text" in given else None,
             files=where,
             labels=_labels(given.get("labels")),
             group=str(given["group"]) if "group" in given else None,
-            split=str(given["split"]) if "split" in given else None,
+            split=split,
         )
     for field, count in empty.items():
         if column_of[field] in source.columns:
             yield Note(f"rows whose column {column_of[field]} is empty: {count}")
+    if renamed:
+        what = ", ".join(f'"{given}" is {meant} ({count} rows)' for (given, meant), count in renamed.most_common())
+        yield Note(f"splits in column {column_of['split']}: {what}")
     splits = sorted({folder for folder in folders if split_of_name(folder)})
     if len(splits) > 1 and column_of["split"] not in source.columns:
         yield Note(
@@ -124,6 +136,19 @@ def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
         why = "" if near is None else f'--column {near.strip().lower()}="{near}" takes {near}'
         yield Unused("columns", len(unused), tuple(unused), why)
     yield from (Note(f"{source.path.name}: {note}") for note in source.notes)
+
+
+def _check_texts(source: _Source, column_of: dict[str, str]) -> _Source:
+    """Return the source with all its rows. UserError if the first texts are all names of files: their content is meant."""
+    column = column_of["text"]
+    first = list(itertools.islice(source.rows, _FIRST_TEXTS))
+    texts = [str(row[column]) for row in first if isinstance(row, dict) and not _is_missing(row.get(column))]
+    if texts and all(_FILE_NAME.fullmatch(text.strip()) and kind_of_name(text.strip()) is not None for text in texts):
+        raise UserError(
+            f'{source.path}: column {column} holds file names, such as "{texts[0][:100]}", and would be trained on as texts: '
+            "put the texts themselves there, or name the column of the texts: --column text=COLUMN"
+        )
+    return replace(source, rows=itertools.chain(first, source.rows))
 
 
 def _is_missing(value: Any) -> bool:

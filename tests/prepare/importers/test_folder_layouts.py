@@ -84,7 +84,52 @@ def test_files_that_do_not_join_are_counted(tmp_path: Path) -> None:
     folder = make(tmp_path / "f", ["a.jpg", "a.txt", "b.jpg", "b.jpg.txt", "c.jpg", "c.txt"])
     assert set(run(folder)) == {"a", "b", "b.jpg", "c"}
     notes = json.loads(report_path(tmp_path / "m.jsonl").read_text())["notes"]
-    assert notes == ["names with image and text: 2, image: 1, text: 1"]
+    assert notes == [
+        "names with image and text: 2, image: 1, text: 1",
+        "b.jpg and b.jpg.txt differ in more than the ending: not paired",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "difference"),
+    [
+        ("images/a.jpg captions/a.txt images/b.jpg captions/b.txt", "captions/a.txt and images/a.jpg lie in different folders"),
+        ("train/images/a.jpg train/texts/a.txt val/images/b.jpg val/texts/b.txt", "lie in different folders"),
+        ("x/pics/1/a.jpg x/wav/1/a.flac", "x/pics/1/a.jpg and x/wav/1/a.flac lie in different folders"),
+        ("mine/a.jpg words/a.txt", "mine/a.jpg and words/a.txt lie in different folders"),
+        ("a.jpg a.jpg.txt b.png b.png.txt", "a.jpg and a.jpg.txt differ in more than the ending"),
+        ("1.wav 1.normalized.txt", "1.normalized.txt and 1.wav differ in more than the ending"),
+        ("a.JPG A.txt", "A.txt and a.JPG differ in case"),
+        ("84-1-0000.flac 84-1-0001.flac 84-1.trans.txt", "a recording and a file of several transcripts"),
+    ],
+)
+def test_pairs_of_nearly_one_name_are_refused_with_the_way_out(tmp_path: Path, names: str, difference: str) -> None:
+    folder = make(tmp_path / "f", names.split())
+    with pytest.raises(UserError, match=f"0 samples have files of two kinds.*{difference}.*opt-ds import table") as error:
+        run(folder)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_names_that_have_nothing_to_do_with_each_other_are_samples_alone(tmp_path: Path) -> None:
+    found = run(make(tmp_path / "f", ["train/a.jpg", "train/b.txt", "test/a.txt", "test/c.wav"]))
+    assert set(found) == {"train/a", "train/b", "test/a", "test/c"}, "splits are apart"
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert set(run(make(tmp_path / "f", [f"{composed}.jpg", f"{decomposed}.txt"]))) == {decomposed}
+    assert set(run(make(tmp_path / "g", [f"{decomposed}.jpg", f"{decomposed}.txt"]))) == {decomposed}
+    (line,) = read_manifest(tmp_path / "m.jsonl", allow_outside=True).lines
+    assert line.image is not None and line.text == f"{decomposed}.txt"
+
+
+def test_only_files_about_the_collection_are_no_samples(tmp_path: Path) -> None:
+    about = ["README.txt", "ReadMe.de.txt", "LICENSE-MIT.txt", "changes.txt", "Credits.txt", "notice.txt", "sub/README.txt"]
+    texts = ["about the weather.txt", "about_me.txt", "license plate.txt", "sub/credits.txt", "sub/changes.txt"]
+    found = run(make(tmp_path / "f", [*about, *texts, "readme.jpg", "sub/license_7.txt"]))
+    assert set(found) == {*(name.removesuffix(".txt") for name in texts), "readme", "sub/license_7"}
+    assert sorted(unused(tmp_path / "f")) == sorted(about)
 
 
 def test_texts_alone_in_split_folders(tmp_path: Path) -> None:

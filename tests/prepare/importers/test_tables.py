@@ -128,6 +128,24 @@ def test_a_table_whose_files_lie_in_split_folders_says_that_they_are_not_splits(
         run(folder, "image,split\ntrain/x.jpg,train\ntest/x.jpg,\n")
 
 
+@pytest.mark.parametrize("names", [["a.txt", "b.txt"], ["texts/a.TXT", "", "texts/b.txt"], ["a.jpg", "b.jpg"], ["x.wav"]])
+def test_a_text_column_of_file_names_is_refused(folder: Path, names: list[str]) -> None:
+    content = "image,text\n" + "".join(f"{letter}.jpg,{name}\n" for letter, name in zip("abc", names, strict=False))
+    with pytest.raises(UserError, match=r"column text holds file names, such as .*--column text=COLUMN"):
+        run(folder, content)
+    assert not (folder / "m.jsonl").exists()
+    assert run(folder, content + "f.jpg,see a.txt there\n")["f.jpg"] == "see a.txt there", "not all are names"
+    assert run(folder, "image,text\na.jpg,the end.now\nb.jpg,e.g.\n")["b.jpg"] == "e.g."
+
+
+def test_splits_of_a_column_are_named_as_those_of_folders(folder: Path) -> None:
+    run(folder, "image,split\na.jpg,Train\nb.jpg,val\nc.jpg,TEST\nd.jpg,train\ne.jpg,fold7\n")
+    lines = read_manifest(folder / "m.jsonl").lines
+    assert [line.split for line in lines] == ["train", "valid", "test", "train", "fold7"]
+    said = report(folder)["notes"]
+    assert said == ['splits in column split: "Train" is train (1 rows), "val" is valid (1 rows), "TEST" is test (1 rows)']
+
+
 def test_sounds_that_cannot_be_decoded_are_named_with_what_to_do(folder: Path) -> None:
     (folder / "s.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
     (folder / "w.m4a").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
