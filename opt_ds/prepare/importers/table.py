@@ -93,7 +93,7 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
         given = {field: value for field, value in given.items() if not _is_missing(value)}
         empty.update(field for field in ("image", "text", "audio") if field not in given)
         id = str(given.get("id", f"row {number}"))
-        where = {kind: _file(given[kind], files, embedded) for kind in _FILES if kind in given}
+        where = {kind: _file(given[kind], kind, files, embedded) for kind in _FILES if kind in given}
         plain = {field: value for field, value in given.items() if field != "labels" and where.get(field) is None}
         odd = next((field for field, value in plain.items() if isinstance(value, dict | list | bytes)), None)
         if odd is not None:
@@ -155,15 +155,15 @@ def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _file(value: Any, files: Files, embedded: EmbeddedFiles) -> tuple[str, Found] | None:
+def _file(value: Any, kind: str, files: Files, embedded: EmbeddedFiles) -> tuple[str, Found] | None:
     """Return (name, where it lies, None if it is missing) of a picture or recording; None for a value that is neither."""
     if is_embedded(value):
         written = embedded.take(value)
         if written is not None:
             return path_of(value) or "embedded file", written
         name = path_of(value)
-        return ("no bytes and no path", None) if name is None else (name, files.get(name))
-    return (str(value), files.get(str(value))) if not isinstance(value, dict | list) else None
+        return ("no bytes and no path", None) if name is None else (name, files.get_or_say(name, kind))
+    return (str(value), files.get_or_say(str(value), kind)) if not isinstance(value, dict | list) else None
 
 
 def _check_columns(source: _Source, column_of: dict[str, str]) -> None:

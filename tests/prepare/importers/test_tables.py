@@ -138,6 +138,26 @@ def test_a_text_column_of_file_names_is_refused(folder: Path, names: list[str]) 
     assert run(folder, "image,text\na.jpg,the end.now\nb.jpg,e.g.\n")["b.jpg"] == "e.g."
 
 
+def test_windows_paths_and_blanks_around_names_are_found(folder: Path) -> None:
+    (folder / "pics").mkdir()
+    for name in ("pics/1.jpg", " odd.jpg", "back\\slash.jpg"):
+        (folder / name).write_text(name)
+    found = run(folder, "image,text\npics\\1.jpg,w\n b.jpg ,x\n odd.jpg,y\nback\\slash.jpg,z\n")
+    assert found == {"pics/1.jpg": "w", "b.jpg": "x", " odd.jpg": "y", "back\\slash.jpg": "z"}
+
+
+def test_a_missing_file_of_another_case_or_ending_is_named(folder: Path) -> None:
+    (folder / "Pics").mkdir()
+    (folder / "Pics" / "2.jpg").write_text("x")
+    (folder / "s.flac").write_text("x")
+    names = ["a.jpg", "Pics/2.JPG", "pics\\2.png", "Pics/2", "s.wav", "gone.jpg", "../b.jpg", "http://a/b.jpg", "n" * 3000]
+    run(folder, "image\n" + "".join(f"{name}\n" for name in names))
+    missing = [f"image file is missing: {name}: it is called Pics/2.jpg" for name in names[1:4]]
+    assert reasons(folder) == [*missing, *(f"image file is missing: {name}" for name in names[4:])]
+    with pytest.raises(UserError, match=r"audio file is missing: s.wav: it is called s.flac"):
+        run(folder, "audio\ns.wav\na.wav\n")
+
+
 def test_splits_of_a_column_are_named_as_those_of_folders(folder: Path) -> None:
     run(folder, "image,split\na.jpg,Train\nb.jpg,val\nc.jpg,TEST\nd.jpg,train\ne.jpg,fold7\n")
     lines = read_manifest(folder / "m.jsonl").lines
