@@ -1,6 +1,7 @@
 """Splits from folders are inferred, said, or refused with the way out; files that are no samples are counted and named."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,24 @@ def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Pat
     assert unused(folder) == ["k.pdf", "l.npz", "n.docx", "nowhere.jpg"]
 
 
+def test_files_newer_than_the_manifest_that_is_used_are_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", ["a.jpg", "a.txt", "b.jpg", "b.txt", "store/vocab.txt", "store/store.json"])
+    (folder / "store" / "vocab.txt").unlink()
+    manifest = folder_manifest(folder, say=silent)
+    said: list[str] = []
+    folder_manifest(folder, say=said.append)
+    assert said == [f"{manifest}: found; remove it to have the folder read again"]
+    later = manifest.stat().st_mtime_ns + 10**9
+    make(folder, ["c.jpg", "store/vocab.txt", ".hidden/x.jpg"])
+    for name in ("a.txt", "c.jpg", "store/vocab.txt", ".hidden/x.jpg", "manifest.report.json"):
+        os.utime(folder / name, ns=(later, later))
+    folder_manifest(folder, say=said.append)
+    assert said[2].startswith("note: 2 files are newer than manifest.jsonl, which is used as it is; remove it and the store")
+    report_path(manifest).unlink()
+    folder_manifest(folder, say=said.append)
+    assert len(said) == 4, "a manifest of the user's own is not compared"
+
+
 def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
     top = tmp_path / "mine"
     touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
@@ -176,7 +195,7 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
     }
     before = manifest.read_bytes()
     assert folder_manifest(top, say=said.append).read_bytes() == before
-    assert "found" in said[-1]
+    assert "found" in said[-1] and "3 samples were left out when it was written, see manifest.report.json" in said[-1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
         import_folder(tmp_path / "empty", say=silent)
