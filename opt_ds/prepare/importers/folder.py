@@ -37,7 +37,13 @@ _ABOUT_AT_TOP = re.compile(
     r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
     re.IGNORECASE,
 )
-_NEARLY_SPLIT = re.compile(r"([a-z]+)[-_ .\d].*", re.IGNORECASE)
+_NEARLY_SPLIT = re.compile(  # train_images, test-2, LibriSpeech's train-clean-100; but train_station and test_tube are classes
+    r"([a-z]+?)([-_ .]*\d+|[-_ .]+v?\d+[a-z]?"
+    r"|[-_ .]+(set|data|dataset|images?|imgs?|pictures?|pics|audio|wavs?|speech|texts?|captions?|files?"
+    r"|samples?|parts?|splits?|clean|other|full|small|large|all|raw|new|old|final"
+    r"|processed|resized|subset))+",
+    re.IGNORECASE,
+)
 
 Sample = dict[str, list[Path]]  # kind -> files
 

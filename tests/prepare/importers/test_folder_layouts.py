@@ -65,7 +65,9 @@ def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, 
 @pytest.mark.parametrize(
     "names",
     [["data/train/a.jpg", "data/test/a.jpg"], ["cat/train/a.jpg", "dog/val/a.jpg"], ["train-clean/a.wav", "test-other/a.wav"],
-     ["train_images/a.jpg", "test_images/a.jpg"]],
+     ["train_images/a.jpg", "test_images/a.jpg"], ["train-clean-100/a.wav", "dev-other/a.wav"],
+     ["x/train_part1/a.jpg", "x/val.data/a.jpg"], ["train_set_2/a.jpg", "Test Set/a.jpg"],
+     ["train_v2/a.jpg", "test_v2b/a.jpg"], ["train-raw/a.jpg", "test2017_resized/a.jpg"]],
 )  # fmt: skip
 def test_splits_that_are_nearly_there_are_refused(tmp_path: Path, names: list[str]) -> None:
     folder = make(tmp_path / "f", names)
@@ -75,8 +77,9 @@ def test_splits_that_are_nearly_there_are_refused(tmp_path: Path, names: list[st
 
 
 def test_classes_as_folders_are_no_splits(tmp_path: Path) -> None:
-    found = run(make(tmp_path / "f", ["cat/a.jpg", "dog/a.jpg", "trainer/a.jpg"]))
-    assert found == {"cat/a": None, "dog/a": None, "trainer/a": None}
+    names = ["cat/a", "dog/a", "trainer/a", "train_station/a", "test_tube/a", "test-flight/a", "val d'isere/a"]
+    found = run(make(tmp_path / "f", [f"{name}.jpg" for name in names]))
+    assert found == dict.fromkeys(names)
     with pytest.raises(UserError, match="no folder called train, valid or test"):
         run(tmp_path / "f", folder_splits=True)
 
