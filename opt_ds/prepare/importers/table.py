@@ -57,10 +57,11 @@ def import_table(
     """
     column_of = _columns(columns)
     wanted = tuple(column_of.values())
-    source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted)
+    folder = table.parent if files is None else files
+    source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted, folder)
     _check_columns(source, column_of)
     source = _check_texts(source, column_of)
-    found = Files(table.parent if files is None else files, output, "named", whole_folder=files is not None)
+    found = Files(folder, output, "named", whole_folder=files is not None)
     embedded = EmbeddedFiles(output)
 
     def entries() -> Iterator[Entry]:
@@ -186,29 +187,42 @@ def _labels(value: Any) -> tuple[str, ...]:
     return tuple(str(part).strip() for part in parts if not _is_missing(part))
 
 
-def _text_table(path: Path, wanted: Sequence[str]) -> _Source:
+def _text_table(path: Path, wanted: Sequence[str], folder: Path) -> _Source:
     table = read_table(path, wanted)
-    return _Source(path, table.columns, _text_rows(table.columns, table.rows), table.notes)
+    return _Source(path, table.columns, _text_rows(table.columns, table.rows, folder), table.notes)
 
 
-def _text_rows(columns: list[str], rows: Iterator[Any]) -> Iterator[dict[str, Any] | Skipped]:
+def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterator[dict[str, Any] | Skipped]:
+    before: set[str] = set()  # names of files in earlier rows
     for row in rows:
         if isinstance(row, BadRow):
             yield Skipped(f"row {row.number}", row.reason)
             continue
-        swallowed = next((name for cell in row.cells if (name := _swallowed(cell)) is not None), None)
+        swallowed = next((name for cell in row.cells if (name := _swallowed(cell, before, folder)) is not None), None)
         if swallowed is not None:
             reason = f'a quoted cell holds several lines and "{swallowed}": is a quote missing'
             yield Skipped(f"row {row.number}", f"not a row of the table: line {row.line}: {reason}?")
             continue
+        before.update(cell for cell in row.cells if kind_of_name(cell) in _FILES)
         yield dict(zip(columns, row.cells, strict=False))
 
 
-def _swallowed(cell: str) -> str | None:
-    """A file's name in a cell of several lines: most likely another row's, behind a quote that was never closed."""
+def _swallowed(cell: str, before: set[str], folder: Path) -> str | None:
+    """The name of a file that is there, or that an earlier row names, in a cell of several lines.
+
+    Most likely it is another row's, behind a quote that was never closed. A text may mention other names of files.
+    """
     if "\n" not in cell and "\r" not in cell:
         return None
-    return next((part for part in _BETWEEN_CELLS.split(cell) if kind_of_name(part.strip(' "')) in _FILES), None)
+    names = (part.strip(' "') for part in _BETWEEN_CELLS.split(cell))
+    return next((each for each in names if kind_of_name(each) in _FILES and (each in before or _is_file(folder / each))), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name longer than any file's, or with NUL
+        return False
 
 
 def _parquet(table: Path) -> _Source:

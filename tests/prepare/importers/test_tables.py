@@ -93,6 +93,14 @@ def test_a_quote_that_swallows_rows_and_closes_is_seen_by_the_file_in_it(folder:
     assert reasons(folder) == ['line 3: a quoted cell holds several lines and "a.jpg": is a quote missing?']
 
 
+def test_a_text_of_several_lines_may_mention_names_of_files(folder: Path) -> None:
+    text = "open\nlogo.png, then\nsound.wav"
+    assert run(folder, f'image,text\na.jpg,"{text}"\nb.jpg,x\n') == {"a.jpg": text, "b.jpg": "x"}
+    assert run(folder, f'image,text\na.jpg,"{text}\nb.jpg"\n,x\n') == {"None": "x"}, "b.jpg is there"
+    run(folder, 'text,image\na fox,gone.jpg\n"a cat,gone.jpg\na dog",b.jpg\nan ox,c.jpg\n')
+    assert 'line 3: a quoted cell holds several lines and "gone.jpg": is a quote missing?' in reasons(folder)
+
+
 def test_rows_that_do_not_fit_the_header_are_named(folder: Path) -> None:
     content = "image,text,labels\na.jpg,a cat,x\nb.jpg\nc.jpg,a fox, red,x\nimage,text,labels\nd.jpg,a\0bee,x\ne.jpg;a;x\n"
     content += "f.jpg,an ox,y\n"
