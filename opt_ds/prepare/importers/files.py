@@ -5,6 +5,7 @@ A file is never guessed: of two that fit, or of one that cannot be decoded here,
 
 import filecmp
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,14 +50,55 @@ class Files:
         self._whole_folder = whole_folder
         self._asked: set[str] = set()  # paths in the folder
         self._starts: dict[str, str] = {}
+        self._listings: dict[str, dict[str, list[str]]] = {}
 
     def get(self, name: str) -> Found:
-        """Return `folder/name` relative to the manifest; None if there is no such file."""
-        path = self.folder / name
+        """Return `folder/name` relative to the manifest; None if there is no such file.
+
+        Blanks around a name and the backslashes of a Windows path are changed if only that gives a file.
+        """
+        stripped = name.strip()
+        for each in dict.fromkeys((name, stripped, stripped.replace("\\", "/"))):
+            path = self.folder / each
+            try:
+                if path.is_file():
+                    return self._take(str(path))
+            except (OSError, ValueError):  # a name longer than any file's, or with NUL
+                return None
+        return None
+
+    def get_or_say(self, name: str, kind: str) -> Found:
+        """As `get`. Of a missing file ("image" or "audio") say what it is called, if only case or ending differ."""
+        found = self.get(name)
+        called = self._nearly(name.strip().replace("\\", "/"), kind) if found is None else None
+        if called is None:
+            return found
+        return Problem(f"{kind} file is missing: {name}: it is called {called}")
+
+    def _nearly(self, name: str, kind: str) -> str | None:
+        *folders, last = os.path.normpath(name).split("/")
+        path = ""
         try:
-            return self._take(str(path)) if path.is_file() else None
-        except (OSError, ValueError):  # a name longer than any file's, or with NUL
+            for part in folders:
+                near = self._listed(path).get(_plain(part), [])
+                if part not in near and len(near) != 1:
+                    return None
+                path = os.path.join(path, part if part in near else near[0])
+            stem = _plain(os.path.splitext(last)[0])
+            near = [each for each in self._listed(path).get(stem, []) if kind_of_name(each) in _KINDS[kind]]
+        except (OSError, ValueError):
             return None
+        return os.path.join(path, near[0]) if len(near) == 1 else None
+
+    def _listed(self, folder: str) -> dict[str, list[str]]:
+        """The names in a folder below, by their name and by their name without ending, without case."""
+        if folder not in self._listings:
+            listing: dict[str, list[str]] = defaultdict(list)
+            for name in sorted(os.listdir(self.folder / folder)):
+                for key in {_plain(name), _plain(os.path.splitext(name)[0])}:
+                    listing[key].append(name)
+            self._listings[folder] = dict(listing)
+        return self._listings[folder]
 
     def by_stem(self, stem: str) -> Found:
         """Return the file called `stem`, in any folder below and with any ending of its kind; None if there is none.
@@ -126,6 +168,10 @@ class Files:
         if folder not in self._starts:
             self._starts[folder] = os.path.relpath(Path(folder).resolve(), self._start)
         return os.path.normpath(os.path.join(self._starts[folder], name))
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _beside(paths: set[str]) -> Iterator[str]:

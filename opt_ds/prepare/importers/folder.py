@@ -27,6 +27,7 @@ from opt_ds.prepare.importers.common import (
 from opt_ds.prepare.importers.files import Found
 from opt_ds.prepare.importers.near_names import near_pairs
 from opt_ds.prepare.manifest import Skipped
+from opt_ds.prepare.text_files import read_json
 
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
@@ -36,7 +37,13 @@ _ABOUT_AT_TOP = re.compile(
     r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
     re.IGNORECASE,
 )
-_NEARLY_SPLIT = re.compile(r"([a-z]+)[-_ .\d].*", re.IGNORECASE)
+_NEARLY_SPLIT = re.compile(  # train_images, test-2, LibriSpeech's train-clean-100; but train_station and test_tube are classes
+    r"([a-z]+?)([-_ .]*\d+|[-_ .]+v?\d+[a-z]?"
+    r"|[-_ .]+(set|data|dataset|images?|imgs?|pictures?|pics|audio|wavs?|speech|texts?|captions?|files?"
+    r"|samples?|parts?|splits?|clean|other|full|small|large|all|raw|new|old|final"
+    r"|processed|resized|subset))+",
+    re.IGNORECASE,
+)
 
 Sample = dict[str, list[Path]]  # kind -> files
 
@@ -91,9 +98,50 @@ def folder_manifest(folder: Path, *, say: Callable[[str], None] = print) -> Path
     """Return the folder's manifest.jsonl: the one that is there, or a new one."""
     manifest = folder / MANIFEST_NAME
     if manifest.is_file():
-        say(f"{manifest}: found; remove it to have the folder read again")
+        _say_found(manifest, say)
         return manifest
     return import_folder(folder, say=say)
+
+
+def _say_found(manifest: Path, say: Callable[[str], None]) -> None:
+    """Say that the manifest is used as it is; if an import wrote it, also what it left out and what is newer."""
+    report = report_path(manifest)
+    if not report.is_file():
+        say(f"{manifest}: found; remove it to have the folder read again")
+        return
+    skipped = _count_skipped(report)
+    left_out = f"; {skipped} samples were left out when it was written, see {report.name}" if skipped else ""
+    say(f"{manifest}: found; remove it to have the folder read again{left_out}")
+    newer = _count_newer(manifest)
+    if newer:
+        what = "1 file is" if newer == 1 else f"{newer} files are"
+        say(
+            f"note: {what} newer than {manifest.name}, which is used as it is; remove it and the store, or name another "
+            "--output, to have the folder read again"
+        )
+
+
+def _count_skipped(report: Path) -> int:
+    try:
+        content = read_json(report)
+    except UserError:
+        return 0  # of no use, but of no harm either: the manifest counts
+    skipped = content.get("skipped") if isinstance(content, dict) else None
+    return skipped if isinstance(skipped, int) else 0
+
+
+def _count_newer(manifest: Path) -> int:
+    """How many pictures, recordings and texts of the folder were written after its manifest; stores in it do not count."""
+    written, newer = manifest.stat().st_mtime_ns, 0
+    for folder, folders, names in os.walk(manifest.parent):
+        if "store.json" in names:
+            folders.clear()
+            continue
+        for name in names:
+            path = Path(folder, name)
+            if kind_of_name(name) in _KINDS and not is_clutter(path.relative_to(manifest.parent)) and path.is_file():
+                newer += path.stat().st_mtime_ns > written
+    return newer
 
 
 def _files(folder: Path, ours: set[Path]) -> _Folder:

@@ -106,6 +106,6 @@ def _token_entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[
         yield sample(
             prefix + row.cells[0],
             text=row.cells[1],
-            files={"image": (match[1], pictures.get(match[1]))},
+            files={"image": (match[1], pictures.get_or_say(match[1], "image"))},
             group=f"{prefix}image {match[1]}",
         )

@@ -57,10 +57,11 @@ def import_table(
     """
     column_of = _columns(columns)
     wanted = tuple(column_of.values())
-    source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted)
+    folder = table.parent if files is None else files
+    source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted, folder)
     _check_columns(source, column_of)
     source = _check_texts(source, column_of)
-    found = Files(table.parent if files is None else files, output, "named", whole_folder=files is not None)
+    found = Files(folder, output, "named", whole_folder=files is not None)
     embedded = EmbeddedFiles(output)
 
     def entries() -> Iterator[Entry]:
@@ -93,7 +94,7 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
         given = {field: value for field, value in given.items() if not _is_missing(value)}
         empty.update(field for field in ("image", "text", "audio") if field not in given)
         id = str(given.get("id", f"row {number}"))
-        where = {kind: _file(given[kind], files, embedded) for kind in _FILES if kind in given}
+        where = {kind: _file(given[kind], kind, files, embedded) for kind in _FILES if kind in given}
         plain = {field: value for field, value in given.items() if field != "labels" and where.get(field) is None}
         odd = next((field for field, value in plain.items() if isinstance(value, dict | list | bytes)), None)
         if odd is not None:
@@ -155,15 +156,15 @@ def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _file(value: Any, files: Files, embedded: EmbeddedFiles) -> tuple[str, Found] | None:
+def _file(value: Any, kind: str, files: Files, embedded: EmbeddedFiles) -> tuple[str, Found] | None:
     """Return (name, where it lies, None if it is missing) of a picture or recording; None for a value that is neither."""
     if is_embedded(value):
         written = embedded.take(value)
         if written is not None:
             return path_of(value) or "embedded file", written
         name = path_of(value)
-        return ("no bytes and no path", None) if name is None else (name, files.get(name))
-    return (str(value), files.get(str(value))) if not isinstance(value, dict | list) else None
+        return ("no bytes and no path", None) if name is None else (name, files.get_or_say(name, kind))
+    return (str(value), files.get_or_say(str(value), kind)) if not isinstance(value, dict | list) else None
 
 
 def _check_columns(source: _Source, column_of: dict[str, str]) -> None:
@@ -186,29 +187,42 @@ def _labels(value: Any) -> tuple[str, ...]:
     return tuple(str(part).strip() for part in parts if not _is_missing(part))
 
 
-def _text_table(path: Path, wanted: Sequence[str]) -> _Source:
+def _text_table(path: Path, wanted: Sequence[str], folder: Path) -> _Source:
     table = read_table(path, wanted)
-    return _Source(path, table.columns, _text_rows(table.columns, table.rows), table.notes)
+    return _Source(path, table.columns, _text_rows(table.columns, table.rows, folder), table.notes)
 
 
-def _text_rows(columns: list[str], rows: Iterator[Any]) -> Iterator[dict[str, Any] | Skipped]:
+def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterator[dict[str, Any] | Skipped]:
+    before: set[str] = set()  # names of files in earlier rows
     for row in rows:
         if isinstance(row, BadRow):
             yield Skipped(f"row {row.number}", row.reason)
             continue
-        swallowed = next((name for cell in row.cells if (name := _swallowed(cell)) is not None), None)
+        swallowed = next((name for cell in row.cells if (name := _swallowed(cell, before, folder)) is not None), None)
         if swallowed is not None:
             reason = f'a quoted cell holds several lines and "{swallowed}": is a quote missing'
             yield Skipped(f"row {row.number}", f"not a row of the table: line {row.line}: {reason}?")
             continue
+        before.update(cell for cell in row.cells if kind_of_name(cell) in _FILES)
         yield dict(zip(columns, row.cells, strict=False))
 
 
-def _swallowed(cell: str) -> str | None:
-    """A file's name in a cell of several lines: most likely another row's, behind a quote that was never closed."""
+def _swallowed(cell: str, before: set[str], folder: Path) -> str | None:
+    """The name of a file that is there, or that an earlier row names, in a cell of several lines.
+
+    Most likely it is another row's, behind a quote that was never closed. A text may mention other names of files.
+    """
     if "\n" not in cell and "\r" not in cell:
         return None
-    return next((part for part in _BETWEEN_CELLS.split(cell) if kind_of_name(part.strip(' "')) in _FILES), None)
+    names = (part.strip(' "') for part in _BETWEEN_CELLS.split(cell))
+    return next((each for each in names if kind_of_name(each) in _FILES and (each in before or _is_file(folder / each))), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name longer than any file's, or with NUL
+        return False
 
 
 def _parquet(table: Path) -> _Source:

@@ -1,6 +1,7 @@
 """Splits from folders are inferred, said, or refused with the way out; files that are no samples are counted and named."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, 
 @pytest.mark.parametrize(
     "names",
     [["data/train/a.jpg", "data/test/a.jpg"], ["cat/train/a.jpg", "dog/val/a.jpg"], ["train-clean/a.wav", "test-other/a.wav"],
-     ["train_images/a.jpg", "test_images/a.jpg"]],
+     ["train_images/a.jpg", "test_images/a.jpg"], ["train-clean-100/a.wav", "dev-other/a.wav"],
+     ["x/train_part1/a.jpg", "x/val.data/a.jpg"], ["train_set_2/a.jpg", "Test Set/a.jpg"],
+     ["train_v2/a.jpg", "test_v2b/a.jpg"], ["train-raw/a.jpg", "test2017_resized/a.jpg"]],
 )  # fmt: skip
 def test_splits_that_are_nearly_there_are_refused(tmp_path: Path, names: list[str]) -> None:
     folder = make(tmp_path / "f", names)
@@ -74,8 +77,9 @@ def test_splits_that_are_nearly_there_are_refused(tmp_path: Path, names: list[st
 
 
 def test_classes_as_folders_are_no_splits(tmp_path: Path) -> None:
-    found = run(make(tmp_path / "f", ["cat/a.jpg", "dog/a.jpg", "trainer/a.jpg"]))
-    assert found == {"cat/a": None, "dog/a": None, "trainer/a": None}
+    names = ["cat/a", "dog/a", "trainer/a", "train_station/a", "test_tube/a", "test-flight/a", "val d'isere/a"]
+    found = run(make(tmp_path / "f", [f"{name}.jpg" for name in names]))
+    assert found == dict.fromkeys(names)
     with pytest.raises(UserError, match="no folder called train, valid or test"):
         run(tmp_path / "f", folder_splits=True)
 
@@ -155,6 +159,24 @@ def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Pat
     assert unused(folder) == ["k.pdf", "l.npz", "n.docx", "nowhere.jpg"]
 
 
+def test_files_newer_than_the_manifest_that_is_used_are_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", ["a.jpg", "a.txt", "b.jpg", "b.txt", "store/vocab.txt", "store/store.json"])
+    (folder / "store" / "vocab.txt").unlink()
+    manifest = folder_manifest(folder, say=silent)
+    said: list[str] = []
+    folder_manifest(folder, say=said.append)
+    assert said == [f"{manifest}: found; remove it to have the folder read again"]
+    later = manifest.stat().st_mtime_ns + 10**9
+    make(folder, ["c.jpg", "store/vocab.txt", ".hidden/x.jpg"])
+    for name in ("a.txt", "c.jpg", "store/vocab.txt", ".hidden/x.jpg", "manifest.report.json"):
+        os.utime(folder / name, ns=(later, later))
+    folder_manifest(folder, say=said.append)
+    assert said[2].startswith("note: 2 files are newer than manifest.jsonl, which is used as it is; remove it and the store")
+    report_path(manifest).unlink()
+    folder_manifest(folder, say=said.append)
+    assert len(said) == 4, "a manifest of the user's own is not compared"
+
+
 def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
     top = tmp_path / "mine"
     touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
@@ -176,7 +198,7 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
     }
     before = manifest.read_bytes()
     assert folder_manifest(top, say=said.append).read_bytes() == before
-    assert "found" in said[-1]
+    assert "found" in said[-1] and "3 samples were left out when it was written, see manifest.report.json" in said[-1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
         import_folder(tmp_path / "empty", say=silent)

@@ -93,6 +93,14 @@ def test_a_quote_that_swallows_rows_and_closes_is_seen_by_the_file_in_it(folder:
     assert reasons(folder) == ['line 3: a quoted cell holds several lines and "a.jpg": is a quote missing?']
 
 
+def test_a_text_of_several_lines_may_mention_names_of_files(folder: Path) -> None:
+    text = "open\nlogo.png, then\nsound.wav"
+    assert run(folder, f'image,text\na.jpg,"{text}"\nb.jpg,x\n') == {"a.jpg": text, "b.jpg": "x"}
+    assert run(folder, f'image,text\na.jpg,"{text}\nb.jpg"\n,x\n') == {"None": "x"}, "b.jpg is there"
+    run(folder, 'text,image\na fox,gone.jpg\n"a cat,gone.jpg\na dog",b.jpg\nan ox,c.jpg\n')
+    assert 'line 3: a quoted cell holds several lines and "gone.jpg": is a quote missing?' in reasons(folder)
+
+
 def test_rows_that_do_not_fit_the_header_are_named(folder: Path) -> None:
     content = "image,text,labels\na.jpg,a cat,x\nb.jpg\nc.jpg,a fox, red,x\nimage,text,labels\nd.jpg,a\0bee,x\ne.jpg;a;x\n"
     content += "f.jpg,an ox,y\n"
@@ -136,6 +144,26 @@ def test_a_text_column_of_file_names_is_refused(folder: Path, names: list[str]) 
     assert not (folder / "m.jsonl").exists()
     assert run(folder, content + "f.jpg,see a.txt there\n")["f.jpg"] == "see a.txt there", "not all are names"
     assert run(folder, "image,text\na.jpg,the end.now\nb.jpg,e.g.\n")["b.jpg"] == "e.g."
+
+
+def test_windows_paths_and_blanks_around_names_are_found(folder: Path) -> None:
+    (folder / "pics").mkdir()
+    for name in ("pics/1.jpg", " odd.jpg", "back\\slash.jpg"):
+        (folder / name).write_text(name)
+    found = run(folder, "image,text\npics\\1.jpg,w\n b.jpg ,x\n odd.jpg,y\nback\\slash.jpg,z\n")
+    assert found == {"pics/1.jpg": "w", "b.jpg": "x", " odd.jpg": "y", "back\\slash.jpg": "z"}
+
+
+def test_a_missing_file_of_another_case_or_ending_is_named(folder: Path) -> None:
+    (folder / "Pics").mkdir()
+    (folder / "Pics" / "2.jpg").write_text("x")
+    (folder / "s.flac").write_text("x")
+    names = ["a.jpg", "Pics/2.JPG", "pics\\2.png", "Pics/2", "s.wav", "gone.jpg", "../b.jpg", "http://a/b.jpg", "n" * 3000]
+    run(folder, "image\n" + "".join(f"{name}\n" for name in names))
+    missing = [f"image file is missing: {name}: it is called Pics/2.jpg" for name in names[1:4]]
+    assert reasons(folder) == [*missing, *(f"image file is missing: {name}" for name in names[4:])]
+    with pytest.raises(UserError, match=r"audio file is missing: s.wav: it is called s.flac"):
+        run(folder, "audio\ns.wav\na.wav\n")
 
 
 def test_splits_of_a_column_are_named_as_those_of_folders(folder: Path) -> None:
@@ -223,9 +251,10 @@ def test_no_row_is_merged_dropped_or_shifted(tmp_path_factory: pytest.TempPathFa
     path.write_text(text, encoding="utf-8", newline="")
     if separator == "\t":  # a quote is a letter, unless only quoting makes the rows fit
         plain = [row.split("\t") for row in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if row]
+        doubled = any(cell[:1] == '"' == cell[-1:] and '""' in cell[1:-1] for row in plain for cell in row)
         quoted = reference(text, "\t")
         expected = quoted if quoted != plain and quoted is not None and {*map(len, quoted)} == {2} else plain
-        if expected is quoted and {*map(len, plain)} == {2} and '""' not in text:
+        if expected is quoted and {*map(len, plain)} == {2} and not doubled:
             expected = plain
     else:
         expected = reference(text, ",")
