@@ -77,7 +77,7 @@ class DonorPool:
     def _nearest(
         self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray, sample: np.ndarray
     ) -> np.ndarray:
-        """Of several donors drawn evenly, the one of the nearest text; never one of the same content, if there is another."""
+        """Return, of several negatives drawn evenly, the one of nearest text; not one of the same content, if there is another."""
         assert self._nearness is not None
         number = np.tile(np.arange(self._candidates), len(who))
         several = keyed_hash(np.repeat(key, self._candidates), "candidate", number)

@@ -92,7 +92,7 @@ def all_checkpoints(output: Path) -> list[Path]:
 def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; None where there is none at all. Damaged newer ones are named through `say`.
 
-    Raises UserError when there are checkpoints and all are damaged: starting anew is the user's choice; and for a pointer that
+    Raises UserError when there are checkpoints and all are damaged: starting again is the user's choice; and for a pointer that
     names anything but a checkpoint.
     """
     for pointer in ("latest", "best"):

@@ -289,7 +289,7 @@ def _environment() -> dict[str, str]:
     """Of the process: the same package, one thread, one heap (each further one would count as memory)."""
     root = str(Path(opt_ds.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Freed memory is used again for the next file, instead of being given back and mapped anew, page by page.
+    # Freed memory is used again for the next file, instead of being returned and mapped again page by page.
     reuse = {"PILLOW_BLOCKS_MAX": "8", "MALLOC_MMAP_THRESHOLD_": str(64 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)}
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     return {**os.environ, "PYTHONPATH": path, **one, **reuse}

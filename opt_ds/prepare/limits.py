@@ -62,17 +62,17 @@ class Limits:
         return Budget(_BASE_MEMORY + 3 * file_bytes, self.cpu_s)
 
     def of_picture(self, file_bytes: int, pixels: int) -> Budget:
-        """Return the budget for decoding so many pixels."""
+        """Return the budget for decoding this number of pixels."""
         return Budget(_BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, self.cpu_s + _CPU_S_PER_PIXEL * pixels)
 
     def of_drawing(self, file_bytes: int, pixels: int) -> Budget:
-        """Return the budget for a vector graphic whose embedded bitmaps have so many pixels."""
+        """Return the budget for a vector graphic whose embedded bitmaps have this number of pixels."""
         if file_bytes > _DRAWING_FILE:
             raise RefusedError(f"the drawing has {file_bytes / MIB:.0f} MiB, {_DRAWING_FILE // MIB} are allowed")
         return Budget(_DRAWING_MEMORY + _MEMORY_PER_PIXEL * pixels, self.cpu_s)
 
     def of_recording(self, file_bytes: int, values: int) -> Budget:
-        """Return the budget for decoding so many samples, over all channels."""
+        """Return the budget for decoding this number of samples, over all channels."""
         return Budget(_BASE_MEMORY + _MEMORY_PER_VALUE * values, self.cpu_s + _CPU_S_PER_VALUE * values)
 
     def of_arrays(self, unpacked_bytes: int) -> Budget:
