@@ -160,7 +160,9 @@ def _import_decoders(kind: str) -> None:
     """Import what the kind needs, before any limit is set: code is no part of a file's needs."""
     if kind == "image":
         import opt_ds.prepare.drawings
-        import opt_ds.prepare.pictures
+        from opt_ds.prepare.pictures import accepted_formats
+
+        accepted_formats()
     elif kind == "audio":
         import opt_ds.prepare.recordings
     else:

@@ -4,13 +4,13 @@ A file is not trusted: its size is read before a pixel is decoded, and this code
 Drawings (SVG): see drawings.py.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import pi_heif
-from PIL import AvifImagePlugin, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from opt_ds.prepare.limits import MAX_PIXELS, MIB
 from opt_ds.prepare.reasons import RefusedError, unreadable
@@ -20,17 +20,10 @@ if TYPE_CHECKING:
 
 PIXELS_SIDE = 64
 # Pillow would also open PostScript (by starting Ghostscript) and dozens of formats that nobody trains on.
-for _plugin in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif", "Jpeg2K"):
-    importlib.import_module(f"PIL.{_plugin}ImagePlugin")
-pi_heif.register_heif_opener()
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
-_FORMATS: list[str] = [name for name in _WANTED if name in Image.OPEN]
+_PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif", "Jpeg2K")
 # Our own limit, a setting, is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
-# Editors leave histories of megabytes in a PNG's text.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * MIB
-# As many threads as the preparation's worker has: one.
-pi_heif.options.DECODE_THREADS = AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -41,9 +34,25 @@ def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
 
 
+@functools.cache
+def accepted_formats() -> list[str]:
+    """Import the decoders of all accepted formats, and return Pillow's names of these. Only a process that decodes needs them."""
+    import pi_heif
+    from PIL import AvifImagePlugin, PngImagePlugin
+
+    for plugin in _PLUGINS:
+        importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    pi_heif.register_heif_opener()
+    # Editors leave histories of megabytes in a PNG's text.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * MIB
+    # As many threads as the preparation's worker has: one.
+    pi_heif.options.DECODE_THREADS = AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    return [name for name in _WANTED if name in Image.OPEN]
+
+
 def open_bitmap(file: BinaryIO) -> Image.Image:
     """Return the picture with its header read; nothing is decoded yet. Raises what its decoder raises."""
-    return Image.open(file, formats=_FORMATS)
+    return Image.open(file, formats=accepted_formats())
 
 
 def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -> Image.Image:

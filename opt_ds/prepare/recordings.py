@@ -3,10 +3,11 @@
 Decoding needs no torch, as it runs in the decoder's process (decoder.py); resampling to 16 kHz does, in the process that asks.
 """
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -104,10 +105,18 @@ def resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
     if rate_hz == SAMPLE_RATE_HZ:
         return mono
     import torch
-    import torchaudio
 
     ratio = Fraction(rate_hz, SAMPLE_RATE_HZ).limit_denominator(_MOST_PHASES)
-    return torchaudio.functional.resample(torch.from_numpy(mono), ratio.numerator, ratio.denominator).numpy()
+    return _resampler(ratio.numerator, ratio.denominator)(torch.from_numpy(mono)).numpy()
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(rate: int, new_rate: int) -> Any:
+    """Return the resampling from one rate to another. Its filter costs as much as a short recording's resampling."""
+    import torch
+    import torchaudio
+
+    return torchaudio.transforms.Resample(rate, new_rate, dtype=torch.float32)
 
 
 def trim_silence(mono: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ A chunk is cut by the manifest alone and runs on one thread; a file that cannot 
 features of the others are the same bytes whoever computes them and whatever else is broken.
 """
 
+import ctypes
 import multiprocessing
 import os
 import threading
@@ -22,6 +23,7 @@ import numpy as np
 from opt_ds.errors import RunError
 from opt_ds.interrupts import uninterrupted_children
 from opt_ds.prepare.decoder import Decoded, DecodingError, EnvironmentFaultError, MissingFileError, own_decoder
+from opt_ds.prepare.limits import MIB
 from opt_ds.prepare.retry import file_state
 from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.store.checks import audio_problem, image_problem
@@ -29,6 +31,8 @@ from opt_ds.store.writer import ImageItem
 
 _CHUNK = {"image": 16, "audio": 32}
 _AHEAD_PER_WORKER = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST_BYTES, _KEPT_BYTES = 32 * MIB, 256 * MIB  # the former is the most that glibc takes
 
 
 @dataclass(frozen=True)
@@ -171,12 +175,24 @@ def _start_worker(settings: PrepareSettings, device: str, number: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    _keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with number.get_lock():
         own, number.value = number.value, number.value + 1
     if device == "cuda":  # the workers take turns over the GPUs
         device = f"cuda:{own % torch.cuda.device_count()}"
     _worker.update(settings=settings, device=device)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc use large blocks again for the next file, instead of returning and mapping them page by page.
+
+    A fifth of a worker's processor time is spent on such pages otherwise. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _end_with_parent() -> None:
