@@ -54,7 +54,7 @@ pretrain: $(STORE)/store.json
 	  --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not kernels" -rs
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not kernels" -rs
 
 test-faults: install
 	$(BIN)/python -m pytest -m faults

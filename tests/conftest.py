@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from opt_ds.store import FeatureStore
 
 #: Files that take longest, or wait most: begun first, so that no test process is left alone with one at the end.
-LONGEST = ("slurm/test_pretrain", "faults/test_kills", "faults/test_lost_ranks", "engine/test_ranks", "tools/test_memory",
-           "faults/test_launchers", "faults/test_disk", "tools/test_plan")  # fmt: skip
+LONGEST = ("slurm/test_pretrain", "engine/test_ranks", "engine/test_resume", "faults/test_kills", "faults/test_lost_ranks",
+           "faults/test_disk", "tools/test_memory", "faults/test_matrix", "engine/test_pretrain", "faults/test_launchers",
+           "engine/test_gradients", "tools/test_plan", "prepare/test_retry", "prepare/test_campaign", "prepare/test_full_disk",
+           "prepare/test_localized_narratives_run", "csrc/test_seeded_bugs")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,7 +36,7 @@ def curve(store: Path, steps: int, *more: str) -> Config:
 
 
 STAGES = (1, 2, 3)
-SWITCH_EVERY = 8  # steps; on one rank, two, four, and one again
+SWITCH_EVERY = 5  # steps; on one rank, two, four, and one again
 
 
 @pytest.fixture(scope="module")
