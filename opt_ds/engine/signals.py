@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and the scheduler's pre-emption signal: remembered, agreed upon by all ranks at a step boundary, then
+"""SIGTERM, SIGINT, SIGHUP and the scheduler's pre-emption signal: remembered, agreed upon by all ranks at a step boundary, then
 the run saves and ends. A second signal ends the process at once, unless it belongs to the first: a Ctrl-C under a launcher
 arrives as SIGINT from the terminal and, moments later, as SIGTERM from the launcher.
 """
@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from types import FrameType, TracebackType
+
+from opt_ds.engine.launchers import find_launchers, is_gone
 
 REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
 SAME_REQUEST_S = 2.0  # a signal so soon after the first says nothing new
@@ -19,6 +21,9 @@ class StopRequest:
         self.received = ""
         self._received_at = 0.0
         self.numbers = {signal.SIGTERM, signal.SIGINT, signal.Signals[preemption_signal]}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it: the run outlives its terminal
+            self.numbers.add(signal.SIGHUP)
+        self._launchers = find_launchers()
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -36,6 +41,12 @@ class StopRequest:
         """Give the signals their former handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def reason(self) -> str:
+        """What asks to stop: the signal's name, or the loss of the launcher that started this rank; '' while nothing does."""
+        if not self.received and any(is_gone(launcher) for launcher in self._launchers):
+            return "the launcher has ended"
+        return self.received
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.received:

@@ -152,13 +152,14 @@ class Trainer:
                 )
                 break
             out_of_time, done = time_limit.is_near(), self.state.step == self.config.max_steps
-            asks_to_stop = not done and (self.stop.received or out_of_time)
+            reason = self.stop.reason()
+            asks_to_stop = not done and (reason or out_of_time)
             request = self.group.max(_WRITE_FAILED if self.writer.has_failed else _STOP if asks_to_stop else 0)
             if request == _WRITE_FAILED:
                 self.writer.wait()  # raises
             if request == _STOP:
                 self.save()
-                return self.stop.received or ("time limit" if out_of_time else "a signal to another rank")
+                return reason or ("time limit" if out_of_time else "a signal to another rank")
         return ""
 
     def _compare_ranks(self) -> None:

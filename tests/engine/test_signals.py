@@ -24,7 +24,7 @@ def child(actions: list[int], preemption_signal: str = "SIGUSR1", pause_s: float
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_the_first_signal_is_remembered_and_the_second_ends_the_process(number: int) -> None:
     assert child([number]) == 7
     assert child([number, number], pause_s=SAME_REQUEST_S + 0.1) == 128 + number
@@ -60,3 +60,11 @@ def test_a_forked_worker_can_be_terminated() -> None:
         assert not stop.received
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == "SIGTERM", "forking leaves the parent's handlers as they were"
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert child([signal.SIGHUP]) == 8, "neither ended nor asked to stop"
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -65,17 +65,20 @@ def test_the_ranks_save_and_leave(
 
 
 @pytest.mark.faults
-def test_sigterm_to_the_deepspeed_command_alone_does_not_reach_the_ranks(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_ranks_save_and_end_when_the_launcher_alone_ends(
+    launcher: list[str], number: int, store: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    process = start([*DEEPSPEED, str(free_port())], store, output)
+    process = start([*launcher, str(free_port())], store, output)
     try:
-        process.terminate()
-        assert process.wait(timeout=PATIENCE_S) == -signal.SIGTERM
-        before = checkpoint.all_checkpoints(output)[0]
-        began = time.monotonic()
-        while checkpoint.all_checkpoints(output)[0] == before:
-            assert time.monotonic() - began < PATIENCE_S, "the ranks go on and save again"
-            time.sleep(0.1)
+        process.send_signal(number)
+        said = process.communicate(timeout=PATIENCE_S)[0]  # to the end of the output: every process that writes has ended
+        saved = checkpoint.find_resumable(output, print)
+        assert saved is not None
+        assert f"saved after step {int(saved.name[5:])}" in said, said
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
