@@ -216,6 +216,17 @@ class FineTuneConfig(_Section):
     )
 
 
+class InitConfig(_Section):
+    """Which run's weights a new pre-training run begins with. Written by `--init-from`; the run keeps it when it resumes."""
+
+    run: str = Field(..., description="what --init-from named: a run's output directory, or one checkpoint")
+    checkpoint: str = Field(..., description="folder of the checkpoint that the weights come from")
+    weights_sha256: str = Field(..., description="of that checkpoint's weights")
+    learned: tuple[str, ...] = Field((), description="losses that it was trained with; the heads of others start fresh")
+    moments: bool = Field(False, description="take Adam's moments and its count of updates too")
+    adam_steps: int = Field(0, ge=0, description="updates behind those moments; 0 without moments")
+
+
 class BatchConfig(_Section):
     size: int = Field(10240, ge=1, description="per optimiser step, over all ranks, in `unit`")
     unit: Literal["samples", "tokens"] = "samples"
@@ -331,11 +342,12 @@ class Config(_Section):
     profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     finetune: FineTuneConfig | None = Field(None, description="set by opt-ds finetune")
+    init: InitConfig | None = Field(None, description="set by pretrain.py --init-from")
 
     @property
     def learned_losses(self) -> tuple[str, ...]:
-        """What the model was trained with, by this run or by the one that it was fine-tuned from."""
-        before = self.finetune.learned if self.finetune else ()
+        """What the model was trained with, by this run or by those that its weights come from."""
+        before = (*(self.finetune.learned if self.finetune else ()), *(self.init.learned if self.init else ()))
         return tuple(loss for loss in ALL_LOSSES if loss in before or loss in self.tasks.trained_losses)
 
     @property

@@ -4,6 +4,7 @@ deepspeed --num_gpus 4 opt_ds/pretrain.py [--config FILE|PRESET] [--store DIR]�
 torchrun --nproc_per_node 4 opt_ds/pretrain.py …
 srun python opt_ds/pretrain.py …
 python opt_ds/pretrain.py …                       # one process
+python opt_ds/pretrain.py --init-from RUN …       # a new run from another run's weights
 """
 
 import os
@@ -20,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 try:
     import time
     import traceback
-    from typing import Annotated
+    from typing import TYPE_CHECKING, Annotated
 
     import typer
 
@@ -30,6 +31,9 @@ try:
     from opt_ds.engine.launch import run_training
     from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
     from opt_ds.errors import UserError
+
+    if TYPE_CHECKING:
+        from opt_ds.engine.init_from import Start
 except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other does
     print("stopped", file=sys.stderr)
     sys.exit(130)
@@ -45,6 +49,13 @@ def pretrain(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Start a new run from the weights of this run (its best checkpoint), or of one checkpoint."),
+    ] = None,
+    init_moments: Annotated[
+        bool, typer.Option("--init-moments", help="With --init-from: take the optimiser's moments too.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Fail if --output has no checkpoint to go on from.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> int:
@@ -53,28 +64,68 @@ def pretrain(
     Without options: the emoji store in data/emoji (built once if missing) with its preset. A second start with the same
     --output resumes. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
-    resolved, output = _resolve(config, store or [], output, settings or [])
+    start = _start(init_from, init_moments, output)
+    resolved, output = _resolve(config, store or [], output, settings or [], start)
     _say(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
     with StopRequest(resolved.train.preemption_signal) as stop:
         return run_training(resolved, output, _RANKS, stop, _say, must_resume=resume)
 
 
-def _resolve(source: str | None, stores: list[str], output: Path | None, settings: list[str]) -> tuple[Config, Path]:
-    """The configuration with every default settled, and the output directory; builds the emoji store if it is meant."""
-    from opt_ds.engine import preflight
-
+def _start(source: Path | None, moments: bool, output: Path | None) -> "Start | None":
+    """What `--init-from` means, None without it."""
     if source is None:
-        named = next((s.partition("=")[2] for s in settings if s.startswith("preset=")), None)
-        source, why = (named, "--set preset") if named else preflight.default_preset(stores, _has_gpu())
+        if moments:
+            raise UserError("--init-moments takes moments from the run that --init-from names: add --init-from RUN")
+        return None
+    if output is None:
+        raise UserError("--init-from starts a new run: name its folder with --output")
+    from opt_ds.engine.init_from import find_start
+
+    return find_start(source, moments, output)
+
+
+def _resolve(
+    source: str | None, stores: list[str], output: Path | None, settings: list[str], start: "Start | None" = None
+) -> tuple[Config, Path]:
+    """The configuration with every default settled, and the output directory; builds the emoji store if it is meant."""
+    from opt_ds.engine import init_from, preflight
+
+    if start and not (stores or preflight.configured_stores(source, settings)):
+        stores = list(start.config.data.stores)
+        _say(f"no store given: taking {', '.join(stores)}, as {start.run}")
+    if source is None:
+        source, why = _default_source(stores, settings, start)
         _say(f"taking {source} ({why})")
     configured = preflight.configured_stores(source, settings)
     if stores and configured and stores != configured:
         _say(f"--store replaces the configuration's data.stores ({', '.join(configured)})")
     stores = stores or configured or [_default_store(preflight.DEFAULT_STORE)]
+    if start:
+        settings = init_from.settings_of_start(start, source, settings)
     config, _, taken = preflight.settle(source, settings, stores)
     if taken:
         _say(taken)
-    return config, output or Path("runs") / preflight.config_name(source)
+    output = output or Path("runs") / preflight.config_name(source)
+    if start:
+        _say(init_from.describe_start(start))
+        for note in init_from.check_fit(start, config):
+            _say(note)
+    else:
+        init_from.refuse_forgotten(config, output)
+    return config, output
+
+
+def _default_source(stores: list[str], settings: list[str], start: "Start | None") -> tuple[str, str]:
+    """(preset, why) where no --config is given."""
+    from opt_ds.config_sources import preset_names
+    from opt_ds.engine import preflight
+
+    named = next((s.partition("=")[2] for s in settings if s.startswith("preset=")), None)
+    if named:
+        return named, "--set preset"
+    if start and start.config.preset in preset_names():
+        return start.config.preset, f"the preset of {start.run}"
+    return preflight.default_preset(stores, _has_gpu())
 
 
 def _default_store(path: Path) -> str:

@@ -188,15 +188,15 @@ def load_start(model: "OPT", config: Config) -> None:
     had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks.labels
     labels = config.tasks.labels
     same_head = bool(had and labels and had.names == labels.names)
-    load_weights(model, folder, leave="" if same_head else "labels.")
+    load_weights(model, folder, leave=() if same_head else "labels.")
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, folder: Path, leave: str = "") -> None:
+def load_weights(model: torch.nn.Module, folder: Path, leave: str | tuple[str, ...] = ()) -> None:
     """Copy a checkpoint's weights and buffers into a model of the same shape.
 
-    What has a name that begins with `leave` is left as it is. Raises UserError for another shape, or a file whose hash is not
-    the recorded one.
+    What has a name that begins with `leave` (or one of them) is left as it is. Raises UserError for another shape, or a file
+    whose hash is not the recorded one.
     """
     file_path = check_file(folder, MODEL_FILE)
     shapes = tensor_shapes(file_path, "use another checkpoint of the run")

@@ -65,7 +65,7 @@ def finetune_config(
     for store in opened:
         check_store(saved, store)
     tree = saved.model_dump(mode="json")
-    tree["model"]["bert"] = tree["deepspeed_config"] = None
+    tree["model"]["bert"] = tree["deepspeed_config"] = tree["init"] = None
     tree["data"] |= {"stores": [str(store.path) for store in opened], "mix": None}
     tree["finetune"] = {
         "task": task, "checkpoint": str(folder), "weights_sha256": _weights_sha256(folder), "inputs": list(inputs),

@@ -10,6 +10,7 @@ from opt_ds.engine.signals import StopRequest
 from opt_ds.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from opt_ds.engine.checkpoint import TrainState
     from opt_ds.engine.collectives import CollectiveWatch
 
 
@@ -41,8 +42,10 @@ def run_training(
     if resume_from:
         state = checkpoint.train_state(checkpoint.read_state(resume_from))
         if state.step >= config.max_steps or state.stopped_early:
-            say(f"{output} is finished ({resume_from.name}): nothing to do; a larger --set train.max_steps goes on")
+            say(f"{output} is finished ({resume_from.name}): nothing to do; {_way_on(config, output, state)}")
             return 0
+    if config.max_steps > config.schedule.total_steps:
+        say(_beyond_schedule(config, output))
 
     from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
 
@@ -52,7 +55,9 @@ def run_training(
     try:
         from opt_ds.engine.trainer import Trainer
 
-        resume_from = group.from_main(resume_from)
+        # A source that still trains may have a newer checkpoint for a rank that looked later.
+        resume_from, init = group.from_main((resume_from, config.init))
+        config = config.model_copy(update={"init": init})
         code = Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
         group.close()
         return code
@@ -74,6 +79,29 @@ def run_training(
             watch.close()
         if held:
             held.close()
+
+
+def _way_on(config: Config, output: Path, state: "TrainState") -> str:
+    """How a finished run's training can be continued."""
+    total = config.schedule.total_steps
+    if state.stopped_early:
+        return f"early stopping ended it; {_new_run(config, output)} continues from its weights"
+    if state.step < total:
+        return f"a larger --set train.max_steps goes on, up to schedule.total_steps ({total}), where the learning rate is 0"
+    return f"its learning rate has reached 0; {_new_run(config, output)} continues from its weights"
+
+
+def _beyond_schedule(config: Config, output: Path) -> str:
+    """The line for a run whose last steps change nothing."""
+    return (
+        f"train.max_steps {config.max_steps} is beyond schedule.total_steps {config.schedule.total_steps}: the learning rate is "
+        f"0 from there on, so those steps do not change the weights; {_new_run(config, output)} continues from its weights"
+    )
+
+
+def _new_run(config: Config, output: Path) -> str:
+    option = "pretrain.py --init-from" if config.finetune is None else "opt-ds finetune --checkpoint"
+    return f"a new run ({option} {output}, another --output, a new schedule)"
 
 
 def _watch(config: Config, ranks: Ranks) -> "CollectiveWatch | None":

@@ -1,7 +1,8 @@
 """A run's output directory: what makes it this run and no other, its lock, and the record of each launch.
 
 config.yaml   the resolved configuration of the last launch
-run.json      identity (what may not change between launches), stores, and one entry per launch: versions, device, …
+run.json      identity (what may not change between launches), stores, the start that --init-from gave, and one entry per launch:
+              versions, device, …
 processor/    what the model needs to read raw files (see store/processor_files.py)
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import opt_ds
-from opt_ds.config import Config, dump_config
+from opt_ds.config import Config, InitConfig, dump_config
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
@@ -30,7 +31,7 @@ _IDENTITY = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
     "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
     "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.donor_candidates",
-    "finetune.same_group_donors",
+    "finetune.same_group_donors", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
@@ -73,6 +74,14 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
             raise UserError(
                 f"{output} holds another run ({text}): use another --output, or the same settings to resume"
             )
+
+
+def recorded_init(output: Path) -> InitConfig | None:
+    """Return the start that --init-from gave the run in `output`; None without one, or where run.json cannot tell."""
+    try:
+        return InitConfig.model_validate(json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["init_from"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no run, a run without it, or a damaged file, which check_same_run names
 
 
 def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
@@ -118,6 +127,7 @@ def record_launch(output: Path, config: Config, stores: list[FeatureStore], laun
             "preset": config.preset,
             "identity": identity(config, stores),
             "stores": described,
+            **({"init_from": config.init.model_dump(mode="json")} if config.init else {}),
             "launches": [*launches, {"started": started, **launch}],
         },
     )

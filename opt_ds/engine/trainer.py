@@ -18,7 +18,7 @@ from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.planned import IMAGE, TEXT, PlannedStep
-from opt_ds.engine import checkpoint, gradients, optimizer_state, run_folder
+from opt_ds.engine import checkpoint, gradients, init_from, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
 from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
@@ -75,6 +75,8 @@ class Trainer:
         self.state = checkpoint.train_state(saved) if saved else TrainState()
         first_step = self.plan.step(self.state.step, self.ranks.world_size)
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
+        self.carried: init_from.Carried | None = None  # what --init-from brought, in the launch that begins the run
+        self.adam_steps_before = config.init.adam_steps if config.init else 0
         self.engine = self._build_engine(settings, resume_from)
         group.bound_all_collectives()
         self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
@@ -192,7 +194,9 @@ class Trainer:
             "optimizer/lr": lr,
             "optimizer/gradient_norm": window.gradient_norm(),
             "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
-            "optimizer/skipped_steps": float(self.state.step - optimizer_state.adam_steps(self.engine)),
+            "optimizer/skipped_steps": float(
+                self.state.step + self.adam_steps_before - optimizer_state.adam_steps(self.engine)
+            ),
             "guard/not_finite": float(self.state.guard.num_skipped),
             "guard/spikes": float(self.state.guard.num_spikes),
             "checkpoint/stall_s": self.writer.stall_s,
@@ -304,6 +308,8 @@ class Trainer:
             checkpoint.load_weights(model, resume_from)
         elif self.config.finetune:
             checkpoint.load_start(model, self.config)
+        elif self.config.init:
+            self.carried = init_from.load_weights(model, self.config.init)
         if self.ranks.is_main:
             check_space(self.output, sum(p.numel() for p in model.parameters()))
         # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.
@@ -321,9 +327,11 @@ class Trainer:
         if resume_from:
             checkpoint.load_optimizer(engine, resume_from)
         else:
-            optimizer_state.create_moments(engine, adam_steps=0)
+            optimizer_state.create_moments(engine, self.adam_steps_before)
             if exact:
                 optimizer_state.scatter(engine, lambda name, key: exact[name], ("weight",))
+            if self.carried and self.carried.init.moments:
+                init_from.load_moments(engine, self.carried)
         return engine
 
     def _describe(
@@ -346,6 +354,7 @@ class Trainer:
             "micro_batches": len(first.micro_batches[0]),
             "tasks_off": self.plan.off,
             "resumed_from": resume_from.name if resume_from else None,
+            **({"init_from": self.carried.record()} if self.carried else {}),
             "versions": run_folder.versions(),
             "deepspeed": settings,
         }
@@ -366,6 +375,8 @@ class Trainer:
             say(reason)
         for task, reason in self.plan.off.items():
             say(f"task {task} is off: {reason}")
+        for line in self.carried.lines() if self.carried else ():
+            say(line)
         if resume_from:
             say(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
         self.report.text("run", settings_table(launch))
