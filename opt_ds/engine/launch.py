@@ -91,6 +91,7 @@ def _start(config: Config, stores: "list[FeatureStore]", output: Path, say: Call
 
     Raises UserError for damaged stores and checkpoints, and for what they lack.
     """
+    from opt_ds.data.finetune_plan import make_plan
     from opt_ds.engine import checkpoint, checkpoint_files, preflight
     from opt_ds.evaluate.during_training import check_experiments
 
@@ -110,6 +111,8 @@ def _start(config: Config, stores: "list[FeatureStore]", output: Path, say: Call
         checkpoint_files.check_file(Path(config.finetune.checkpoint), checkpoint.MODEL_FILE)
     if finished and resume_from:
         say(f"{output} is finished ({resume_from.name}): nothing to do; a larger --set train.max_steps goes on")
+    else:
+        make_plan(config, stores, version)  # writes what plans derive from whole stores, for the other ranks to map
     return _Start(resume_from, finished, checkpoint_files.known_hashes())
 
 

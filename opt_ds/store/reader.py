@@ -99,8 +99,8 @@ class FeatureStore:
 
     @property
     def records(self) -> Path | None:
-        """Where facts derived from this store may be kept; None: nowhere."""
-        return record_folder(self.path, self._run)
+        """Where a run keeps what it derives from this store; None: it was opened outside of a run."""
+        return None if self._run is None else record_folder(self.path, self._run)
 
     @property
     def rows(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def test_a_changed_byte_of_a_read_only_store_is_found_again(tmp_path: Path, hash
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="shard-00000.h5: checksum differs"):
+    with pytest.raises(UserError, match=r"shard-00000\.h5: checksum differs"):
         verify_store(store, run=run)
     with pytest.raises(UserError, match="checksum differs"):
         verify_store(store, run=run)
