@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from opt_ds.config import MatchingConfig
+from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.nearness import Nearness
 from opt_ds.store.reader import FeatureStore
@@ -20,10 +21,19 @@ _BLOCK = 65_536
 class DonorPool:
     """The samples of one split that can give a text, an image or an audio to another sample of it."""
 
-    def __init__(self, store: FeatureStore, samples: np.ndarray, options: MatchingConfig | None = None) -> None:
-        """`samples`: int64 indices of the split's samples. Without options all donors are drawn evenly."""
+    def __init__(
+        self, store: FeatureStore, samples: np.ndarray, options: MatchingConfig | None = None, split: str | None = None
+    ) -> None:
+        """Find who can give what.
+
+        Args:
+            store: The store.
+            samples: int64 indices of the split's samples.
+            options: None draws all negatives evenly.
+            split: The split whose samples these all are: what is derived of them is kept (see `data.derived`). None: some samples.
+        """
         self._rows, self._groups = store.rows, store.groups
-        self._givers = [self._with(store, samples, modality) for modality in range(3)]
+        self._givers = [self._with(store, samples, modality, split) for modality in range(3)]
         several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
         # "none" wants two donors of two groups besides the sample's own
         self.usable = several_modalities and all(
@@ -33,13 +43,18 @@ class DonorPool:
         self._near_share, self._candidates, self._nearness = 0.0, 1, None
         if options is not None and options.near_donor_share and self.usable:
             self._near_share, self._candidates = options.near_donor_share, options.near_donor_candidates
-            self._nearness = Nearness(store, samples)
+            assert split is not None, "hard negatives are drawn from a whole split"
+            self._nearness = Nearness(store, samples, [split])
 
-    def _with(self, store: FeatureStore, samples: np.ndarray, modality: int) -> np.ndarray:
+    def _with(self, store: FeatureStore, samples: np.ndarray, modality: int, split: str | None) -> np.ndarray:
         """The samples that have the modality; where all have it the very array, which may be a map of 10^8 samples."""
         if store.all_have(modality):
             return samples
-        return np.concatenate([samples[:0], *(block[self._rows[block, modality] >= 0] for block in _blocks(samples))])
+
+        def find() -> np.ndarray:
+            return np.concatenate([samples[:0], *(block[self._rows[block, modality] >= 0] for block in _blocks(samples))])
+
+        return find() if split is None else cached_array(store, "with", [split, modality], find)
 
     def _suffices(self, givers: np.ndarray, modality: int) -> bool:
         """Whether every giver finds two donors of other rows than its own, of two groups besides its own."""

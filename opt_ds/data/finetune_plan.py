@@ -6,9 +6,13 @@ function of hashes of (seed, epoch, store, sample); the order of samples is that
 Legend: B samples of a step, S input subsets.
 """
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 
 from opt_ds.config import Config, FineTuneConfig
+from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.matching import CASE_OF_PAIR
 from opt_ds.data.near_donors import NearDonors
@@ -55,11 +59,19 @@ class FineTunePlan(Plan):
             return []
         options = self.options
         return [
-            NearDonors(store, self._usable(store, split), options.donor_candidates, options.same_group_donors)
+            NearDonors(
+                store, self._usable(store, split), options.donor_candidates, options.same_group_donors, self._rows_key(split)
+            )
             for store in self.stores
         ]
 
+    def _rows_key(self, split: str) -> list[Any]:
+        return [split, self._draw, self._input_sm.tolist()]
+
     def _usable(self, store: FeatureStore, split: str) -> np.ndarray:
+        return cached_array(store, "usable", self._rows_key(split), partial(self._find_usable, store, split))
+
+    def _find_usable(self, store: FeatureStore, split: str) -> np.ndarray:
         samples = store.split_samples(split)
         has_target = np.ones(len(samples), dtype=bool)
         if self._draw == WRITE:

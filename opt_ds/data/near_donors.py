@@ -5,8 +5,12 @@ The choice is a function of the sample's key.
 Legend: b samples, k candidates.
 """
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 
+from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_choice
 from opt_ds.data.nearness import Nearness
 from opt_ds.store.reader import FeatureStore
@@ -15,14 +19,26 @@ from opt_ds.store.reader import FeatureStore
 class NearDonors:
     """The samples of one split that can give a modality to another sample of it."""
 
-    def __init__(self, store: FeatureStore, samples: np.ndarray, candidates: int, same_group: bool) -> None:
-        """`samples`: int64 indices of the split's samples; `candidates`: how many are drawn for each sample that wants one;
-        `same_group`: every other one of them is of the sample's own group (else none is)."""
+    def __init__(
+        self, store: FeatureStore, samples: np.ndarray, candidates: int, same_group: bool, key: list[Any]
+    ) -> None:
+        """Derive what the draws need of the whole split, once per store.
+
+        Args:
+            store: The store.
+            samples: int64 indices of the split's samples.
+            candidates: How many are drawn for each sample that wants one.
+            same_group: Every other candidate is of the sample's own group; otherwise none is.
+            key: What `samples` depends on besides the store (see `data.derived`).
+        """
         self._rows, self._groups = store.rows, store.groups
         self._candidates, self._same_group = candidates, same_group
-        self._givers = [samples[store.rows[samples, modality] >= 0] for modality in range(3)]
-        self._nearness = Nearness(store, samples)
-        self._by_group = [givers[np.argsort(store.groups[givers], kind="stable")] for givers in self._givers]
+        self._givers, self._by_group = [], []
+        for modality in range(3):
+            givers = cached_array(store, "givers", [*key, modality], partial(_givers, store, samples, modality))
+            self._givers.append(givers)
+            self._by_group.append(cached_array(store, "by-group", [*key, modality], partial(_by_group, store, givers)))
+        self._nearness = Nearness(store, samples, key)
 
     def replace(
         self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray
@@ -67,3 +83,11 @@ class NearDonors:
         if not self._same_group:
             refused |= self._groups[candidate] == self._groups[sample][:, None]
         return refused
+
+
+def _givers(store: FeatureStore, samples: np.ndarray, modality: int) -> np.ndarray:
+    return samples[store.rows[samples, modality] >= 0]
+
+
+def _by_group(store: FeatureStore, givers: np.ndarray) -> np.ndarray:
+    return givers[np.argsort(store.groups[givers], kind="stable")]

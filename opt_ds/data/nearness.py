@@ -6,24 +6,40 @@ products whatever the size of the store.
 Legend: b samples, k candidates.
 """
 
+from typing import Any
+
 import numpy as np
 
+from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_hash
 from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.store.reader import FeatureStore
 
 _DIMENSIONS = 64
+_BLOCK = 4096  # texts
 
 
 class Nearness:
     """Of the samples of one split. A sample without text is as near (0) to all."""
 
-    def __init__(self, store: FeatureStore, samples: np.ndarray) -> None:
-        """`samples`: int64 indices of the split's samples. Reads their texts and image codes once."""
-        self._vectors = np.zeros((len(store.rows), _DIMENSIONS), dtype=np.float16)
-        #: Hashes of text and picture, −1 where there is none.
-        self._content = np.full((len(store.rows), 2), -1, dtype=np.int64)
-        self._read(store, samples)
+    def __init__(self, store: FeatureStore, samples: np.ndarray, key: list[Any]) -> None:
+        """Read texts and image codes, once per store.
+
+        Args:
+            store: The store.
+            samples: int64 indices of the split's samples.
+            key: What `samples` depends on besides the store (see `data.derived`).
+        """
+
+        def vectors() -> np.ndarray:
+            return _vectors(store, samples)
+
+        def content() -> np.ndarray:
+            return _contents(store, samples)
+
+        self._vectors = cached_array(store, "vectors", key, vectors)  # float16 [samples of the store, _DIMENSIONS]
+        #: int64 [samples of the store, 2], hashes of text and picture, −1 where there is none.
+        self._content = cached_array(store, "contents", key, content)
 
     def of(self, sample: np.ndarray, candidate: np.ndarray) -> np.ndarray:
         """float32 [b, k], −1 … 1, of samples [b] and candidates [b, k]."""
@@ -38,30 +54,48 @@ class Nearness:
             same |= (self._content[candidate, column] == own) & (own >= 0)
         return same
 
-    def _read(self, store: FeatureStore, samples: np.ndarray) -> None:
-        """Vectors of the texts; hashes of texts and pictures (by their image codes, where there are any)."""
-        texts = np.unique(store.rows[samples, TEXT])
-        texts = texts[texts >= 0]
-        tokens = [store.text(int(row)).astype(np.int64) for row in texts]
-        frequency = np.zeros(store.description.dims.vocab_size)
-        for ids in tokens:
-            frequency[np.unique(ids)] += 1
-        rarity = np.log((1 + len(tokens)) / (1 + frequency))
-        code = keyed_hash("tf-idf", np.arange(len(rarity)))
-        place, sign = (code % np.uint64(_DIMENSIONS)).astype(np.int64), np.where(code >> np.uint64(63), 1.0, -1.0)
-        number_of = np.full(int(texts.max(initial=-1)) + 1, -1, dtype=np.int64)
-        number_of[texts] = np.arange(len(texts))
-        vectors = np.zeros((len(texts), _DIMENSIONS))
-        for vector, ids in zip(vectors, tokens, strict=True):
+
+def _vectors(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+    """Return the float16 TF-IDF vectors of the samples' texts, 0 elsewhere."""
+    texts = _texts(store, samples)
+    frequency = np.zeros(store.description.dims.vocab_size)
+    for row in texts.tolist():
+        frequency[np.unique(store.text(row).astype(np.int64))] += 1
+    rarity = np.log((1 + len(texts)) / (1 + frequency))
+    code = keyed_hash("tf-idf", np.arange(len(rarity)))
+    place, sign = (code % np.uint64(_DIMENSIONS)).astype(np.int64), np.where(code >> np.uint64(63), 1.0, -1.0)
+    of_text = np.zeros((len(texts), _DIMENSIONS), np.float16)
+    for start in range(0, len(texts), _BLOCK):
+        rows = texts[start : start + _BLOCK].tolist()
+        block = np.zeros((len(rows), _DIMENSIONS))
+        for vector, row in zip(block, rows, strict=True):
+            ids = store.text(row).astype(np.int64)
             np.add.at(vector, place[ids], sign[ids] * rarity[ids])
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-        with_text = samples[store.rows[samples, TEXT] >= 0]
-        self._vectors[with_text] = vectors[number_of[store.rows[with_text, TEXT]]]
-        contents = np.array([_content(ids) for ids in tokens], dtype=np.int64)
-        self._content[with_text, 0] = contents[number_of[store.rows[with_text, TEXT]]]
-        if store.has_codes:
-            for index in samples[store.rows[samples, IMAGE] >= 0]:
-                self._content[index, 1] = _content(store.codes(int(store.rows[index, IMAGE])))
+        block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-9)
+        of_text[start : start + len(rows)] = block
+    vectors = np.zeros((len(store.rows), _DIMENSIONS), dtype=np.float16)
+    with_text = samples[store.rows[samples, TEXT] >= 0]
+    vectors[with_text] = of_text[np.searchsorted(texts, store.rows[with_text, TEXT])]
+    return vectors
+
+
+def _contents(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+    """Return hashes of the samples' texts and pictures (by their image codes, where there are any), −1 elsewhere."""
+    contents = np.full((len(store.rows), 2), -1, dtype=np.int64)
+    texts = _texts(store, samples)
+    of_text = np.array([_content(store.text(row)) for row in texts.tolist()], dtype=np.int64)
+    with_text = samples[store.rows[samples, TEXT] >= 0]
+    contents[with_text, 0] = of_text[np.searchsorted(texts, store.rows[with_text, TEXT])]
+    if store.has_codes:
+        for index in samples[store.rows[samples, IMAGE] >= 0]:
+            contents[index, 1] = _content(store.codes(int(store.rows[index, IMAGE])))
+    return contents
+
+
+def _texts(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+    """Return the text rows of the samples, ascending, each once."""
+    rows = np.unique(store.rows[samples, TEXT])
+    return rows[rows >= 0]
 
 
 def _content(items: np.ndarray) -> int:

@@ -34,7 +34,8 @@ class StepPlan(Plan):
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         super().__init__(config, stores, version)
         matching = config.tasks.matching
-        self._train_donors = [DonorPool(store, rows, matching) for store, rows in zip(stores, self._train, strict=True)]
+        split = config.data.train_split
+        self._train_donors = [DonorPool(store, rows, matching, split) for store, rows in zip(stores, self._train, strict=True)]
         self._has_codes = np.array([store.has_codes for store in stores])
         self.off = self._tasks_off()
 

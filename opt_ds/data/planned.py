@@ -10,10 +10,12 @@ B: samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from opt_ds.config import LOSSES_OF_DRAW, Config
+from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_hash, permute
 from opt_ds.data.lengths import model_lengths
 from opt_ds.data.masking import num_masked, num_masked_frames
@@ -28,6 +30,7 @@ SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+
 #: What a sample can be drawn for: in pre-training; in fine-tuning, beside matching, to write its text or to give its labels.
 DRAWS = (*LOSSES_OF_DRAW, "write", "labels")
 MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS = range(7)
+_BLOCK = 2**18  # samples
 VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
 
 
@@ -72,9 +75,10 @@ class PlannedStep:
 class Plan(ABC):
     """Plans every step of a run over the train split, and the fixed validation pass over the valid split."""
 
-    VERSION = 2  # part of a checkpoint: a plan that draws otherwise must not continue an older run
-    #: Versions that this code can follow. Version 1 had the text decoder write [SEP] after truncated texts too.
-    VERSIONS = (1, 2)
+    VERSION = 3  # part of a checkpoint: a plan that draws otherwise must not continue an older run
+    #: Versions that this code can follow. Version 1 had the text decoder write [SEP] after truncated texts too. Up to version 2
+    #: a batch in tokens had the number of samples of stores read in proportion to their sizes, whatever `data.mix`.
+    VERSIONS = (1, 2, 3)
     off: dict[str, str]  # draw or loss -> why no sample of these stores can take it, or why the config has none of it
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
@@ -237,13 +241,34 @@ class Plan(ABC):
     def _batch_samples(self) -> int:
         if self.config.batch.unit == "samples":
             return self.config.batch.size
-        tokens = sum(
-            float(np.where(store.rows[rows, m] >= 0, lengths[m][np.maximum(store.rows[rows, m], 0)], 0).sum())
-            for store, rows, lengths in zip(self.stores, self._train, self._lengths, strict=True)
-            for m in MODALITIES
-            if len(lengths[m])
-        )
-        return max(1, round(self.config.batch.size / (2 + tokens / self.num_samples)))
+        tokens = [self._num_items(number) for number in range(len(self.stores))]
+        mix = self.config.data.mix
+        if mix is None or len(self.stores) == 1 or self.version < 3:
+            mean = sum(tokens) / self.num_samples
+        else:
+            shares = mix_quotas(mix) / MIX_BLOCK
+            sizes = [max(1, len(samples)) for samples in self._train]
+            mean = sum(share * own / size for share, own, size in zip(shares.tolist(), tokens, sizes, strict=True))
+        return max(1, round(self.config.batch.size / (2 + mean)))
+
+    def _num_items(self, number: int) -> float:
+        """Tokens, regions and frames that the model reads of all training samples of a store. Read once per store."""
+        store, samples = self.stores[number], self._train[number]
+        model = self.config.model
+        limits = [model.max_text_tokens, model.max_regions, model.max_frames, model.audio_stack]
+
+        def count() -> np.ndarray:
+            total = 0
+            for start in range(0, len(samples), _BLOCK):
+                rows = store.rows[samples[start : start + _BLOCK]]
+                total += int(self._input_lengths(np.full(len(rows), number), rows).sum())
+            return np.array([total])
+
+        return float(cached_array(store, "items", [*self._rows_key(self.config.data.train_split), limits], count)[0])
+
+    def _rows_key(self, split: str) -> list[Any]:
+        """What `_usable` depends on, besides the store."""
+        return [split]
 
 
 def _chosen(samples: list[np.ndarray], limit: int, seed: int) -> list[np.ndarray]:

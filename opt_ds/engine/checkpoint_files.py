@@ -1,6 +1,5 @@
 """Which files of a checkpoint may be believed: its record of sizes and hashes, the pointers to it, what its weights can fill."""
 
-import functools
 import math
 import re
 from collections.abc import Sequence
@@ -77,15 +76,27 @@ def check_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
+_Identity = tuple[str, int, int, int, int]  # path, size, times of the last change of content and status (ns), inode
+_hashes: dict[_Identity, str] = {}
+
+
 def sha256_once(path: Path) -> str:
     """Return a file's SHA-256, read once by this process as long as the file does not change."""
     stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    if key not in _hashes:
+        _hashes[key] = file_sha256(path)
+    return _hashes[key]
 
 
-@functools.lru_cache(maxsize=256)
-def _sha256(path: Path, *_changes_with_the_file: int) -> str:
-    return file_sha256(path)
+def known_hashes() -> dict[_Identity, str]:
+    """Return what this process has hashed so far, for `take_hashes` of the other ranks."""
+    return dict(_hashes)
+
+
+def take_hashes(known: dict[_Identity, str]) -> None:
+    """Trust another rank's hashes, for the files that this process sees with the same size, times and inode."""
+    _hashes.update(known)
 
 
 def pointer_text(target: Path) -> str:

@@ -7,7 +7,9 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: What `deepspeed` and `torchrun` tell a rank by its environment.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_REPORT_S = 10.0  # how often rank 0 reports to the ranks that wait for its work
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,26 @@ class ProcessGroup:
         torch.distributed.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
+    def main_does(self, work: Callable[[], Any]) -> Any:
+        """Return, on every rank, what `work` returns on rank 0, which alone runs it. A UserError of it is raised on every rank.
+
+        `work` may take longer than the timeout of a collective: rank 0 runs it in a thread and reports to the others meanwhile.
+        """
+        if self.ranks.world_size == 1:
+            return work()
+        running = _Running(work) if self.ranks.is_main else None
+        period_s = min(_REPORT_S, self._timeout.total_seconds() / 4)
+        while True:
+            done, value, mistake, fault = self.from_main(running.report(period_s) if running else None)
+            if mistake is not None:
+                raise UserError(mistake)
+            if fault is not None:
+                if running and running.error is not None:
+                    raise running.error
+                raise RunError(f"rank {self.ranks.rank}: rank 0 failed, whose log says why ({fault})")
+            if done:
+                return value
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         import torch
@@ -208,6 +232,31 @@ class ProcessGroup:
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class _Running:
+    """A function that runs in a thread of rank 0."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), name="main_does", daemon=True)
+        self._thread.start()
+
+    def report(self, wait_s: float) -> tuple[bool, Any, str | None, str | None]:
+        """Wait this long at most. Return whether it has ended, its value, and the user's mistake or the fault that ended it."""
+        self._thread.join(wait_s)
+        if self._thread.is_alive():
+            return False, None, None, None
+        mistake = str(self.error) if isinstance(self.error, UserError) else None
+        fault = type(self.error).__name__ if self.error is not None and mistake is None else None
+        return True, self.value, mistake, fault
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self.value = work()
+        except BaseException as error:  # raised by the thread that waits
+            self.error = error
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

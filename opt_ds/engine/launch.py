@@ -1,8 +1,9 @@
 """From a settled configuration to a finished run, the same for pre-training and fine-tuning: check, join, resume, train."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opt_ds.config import Config
 from opt_ds.engine.distributed import Ranks
@@ -12,6 +13,7 @@ from opt_ds.errors import RunError, UserError
 if TYPE_CHECKING:
     from opt_ds.engine.checkpoint import TrainState
     from opt_ds.engine.collectives import CollectiveWatch
+    from opt_ds.store.reader import FeatureStore
 
 
 def run_training(
@@ -23,29 +25,21 @@ def run_training(
     """
     import torch
 
-    from opt_ds.engine import checkpoint, preflight, run_folder
+    from opt_ds.engine import checkpoint_files, preflight, run_folder
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
-    from opt_ds.evaluate.during_training import check_experiments
 
-    stores = preflight.open_stores(config)
-    if ranks.is_main:
-        for line in preflight.training_notes(config, stores):
-            say(line)
-    check_experiments(config, stores[0])
+    stores = preflight.open_stores(config, output, verify=False)
     run_folder.check_same_run(output, config, stores)
     hardware = Hardware.detect()
     precision = choose_precision(config, hardware)
     deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
-    resume_from = _resumable(config, output, say)
-    if must_resume and resume_from is None:
-        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
-    if resume_from:
-        state = checkpoint.train_state(checkpoint.read_state(resume_from))
-        if state.step >= config.max_steps or state.stopped_early:
-            say(f"{output} is finished ({resume_from.name}): nothing to do; {_way_on(config, output, state)}")
-            return 0
-    if config.max_steps > config.schedule.total_steps:
-        say(_beyond_schedule(config, output))
+
+    def start() -> _Start:
+        return _start(config, stores, output, say, must_resume)
+
+    alone = start() if ranks.world_size == 1 else None  # its mistakes are reported before DeepSpeed is loaded
+    if alone and alone.finished:
+        return 0
 
     from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
 
@@ -53,12 +47,17 @@ def run_training(
     group = ProcessGroup(ranks, config.guard.rank_timeout_s)
     watch = _watch(config, ranks)
     try:
+        begun = alone or group.main_does(start)
+        if begun.finished:
+            group.close()
+            return 0
+        checkpoint_files.take_hashes(begun.hashes)
+
         from opt_ds.engine.trainer import Trainer
 
         # A source that still trains may have a newer checkpoint for a rank that looked later.
-        resume_from, init = group.from_main((resume_from, config.init))
-        config = config.model_copy(update={"init": init})
-        code = Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
+        config = config.model_copy(update={"init": group.from_main(config.init)})
+        code = Trainer(config, stores, output, group, hardware, precision, begun.resume_from, stop).train()
         group.close()
         return code
     except torch.cuda.OutOfMemoryError:
@@ -79,6 +78,47 @@ def run_training(
             watch.close()
         if held:
             held.close()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What rank 0 found before training, for all ranks."""
+
+    resume_from: Path | None
+    finished: bool  # nothing is left to train
+    hashes: dict[Any, str]  # of the checkpoint's files
+
+
+def _start(config: Config, stores: "list[FeatureStore]", output: Path, say: Callable[[str], None], must_resume: bool) -> _Start:
+    """Read what is read once per run, not once per rank: the stores, if they were not verified, and the checkpoint.
+
+    Raises UserError for damaged stores and checkpoints, and for what they lack.
+    """
+    from opt_ds.data.finetune_plan import make_plan
+    from opt_ds.engine import checkpoint, checkpoint_files, preflight
+    from opt_ds.evaluate.during_training import check_experiments
+
+    preflight.verify_stores(stores, output)
+    for line in preflight.training_notes(config, stores):
+        say(line)
+    check_experiments(config, stores[0])
+    resume_from = _resumable(config, output, say)
+    if must_resume and resume_from is None:
+        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
+    finished, version = False, None
+    if resume_from:
+        saved = checkpoint.read_state(resume_from)
+        state, version = checkpoint.train_state(saved), saved["plan_version"]
+        finished = state.step >= config.max_steps or state.stopped_early
+        if finished:
+            say(f"{output} is finished ({resume_from.name}): nothing to do; {_way_on(config, output, state)}")
+    elif config.finetune:
+        checkpoint_files.check_file(Path(config.finetune.checkpoint), checkpoint.MODEL_FILE)
+    if not finished:
+        if config.max_steps > config.schedule.total_steps:
+            say(_beyond_schedule(config, output))
+        make_plan(config, stores, version)  # writes what plans derive from whole stores, for the other ranks to map
+    return _Start(resume_from, finished, checkpoint_files.known_hashes())
 
 
 def _way_on(config: Config, output: Path, state: "TrainState") -> str:

@@ -36,17 +36,28 @@ def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
     return (fitting or order)[0], f"no --config, the store's sizes and a {device}"
 
 
-def open_stores(config: Config) -> list[FeatureStore]:
+def open_stores(config: Config, run: Path | None = None, *, verify: bool = True) -> list[FeatureStore]:
     """Open the stores, check them against each other and the configuration, and verify their contents once.
+
+    Args:
+        config: The run's configuration.
+        run: The run's output directory, which keeps the records of read-only stores.
+        verify: False leaves the contents to `verify_stores`, which one rank calls for all.
 
     Raises UserError: a store missing, cut off, of another schema, with NaN; sizes that disagree; a split not there; no task.
     """
-    stores = [FeatureStore(path) for path in config.data.stores]
+    stores = [FeatureStore(path, run) for path in config.data.stores]
     for problem in store_problems(config, stores):
         raise UserError(problem)
-    for store in stores:
-        verify_store(store.path)
+    if verify:
+        verify_stores(stores, run)
     return stores
+
+
+def verify_stores(stores: list[FeatureStore], run: Path | None = None) -> None:
+    """Raise UserError unless the stores' contents are whole; reads them only if they changed since they were verified."""
+    for store in stores:
+        verify_store(store.path, run=run)
 
 
 def training_problems(config: Config, stores: list[FeatureStore]) -> list[str]:

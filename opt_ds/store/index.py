@@ -169,11 +169,11 @@ def count_subsets(rows: np.ndarray, splits: np.ndarray, num_splits: int) -> np.n
     return counts.reshape(num_splits, _SUBSETS)
 
 
-def write_index(path: Path, description: StoreDescription) -> None:
-    """Write `path/index.h5` of a store whose `store.json` is this description. Whole or not at all."""
+def write_index(path: Path, description: StoreDescription, folder: Path | None = None) -> None:
+    """Write `index.h5` of a store whose `store.json` is this description, beside it or in `folder`. Whole or not at all."""
     index = build_index(path, description)
     with (
-        atomic_file(path / INDEX_FILE) as temporary,
+        atomic_file((folder or path) / INDEX_FILE) as temporary,
         h5py.File(temporary, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=64) as file,
     ):
         file.attrs["fingerprint"] = description.fingerprint

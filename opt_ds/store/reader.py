@@ -16,6 +16,7 @@ from opt_ds.errors import UserError, did_you_mean
 from opt_ds.store.files import file_sha256
 from opt_ds.store.foreign import check_inside, is_inside
 from opt_ds.store.index import ShardFile, StoreIndex, build_index, read_index
+from opt_ds.store.records import record_folder, run_records
 from opt_ds.store.schema import DVAE_FOLDER, ShardDescription, StoreDescription, load_description
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class FeatureStore:
     Views returned are read-only and stay valid as long as they are referenced.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, run: Path | None = None) -> None:
+        """`run`: the output directory of a run, which keeps what belongs beside a read-only store (see `store.records`)."""
+        self.path, self._run = Path(path), run
         self.description: StoreDescription = load_description(self.path)
         check_sizes(self.path, self.description)
         shards = self.description.shards
@@ -52,10 +54,10 @@ class FeatureStore:
         self._process = os.getpid()
 
     def __getstate__(self) -> dict:
-        return {"path": self.path}
+        return {"path": self.path, "run": self._run}
 
     def __setstate__(self, state: dict) -> None:
-        FeatureStore.__init__(self, state["path"])
+        FeatureStore.__init__(self, state["path"], state.get("run"))
 
     @cached_property
     def name(self) -> str:
@@ -90,7 +92,15 @@ class FeatureStore:
     @cached_property
     def index(self) -> StoreIndex:
         """What is known of all samples at once: mapped from `index.h5`, or made of the shards where there is none."""
-        return read_index(self.path, self.description) or build_index(self.path, self.description)
+        index = read_index(self.path, self.description)
+        if index is None and self._run is not None:
+            index = read_index(run_records(self.path, self._run), self.description)
+        return index or build_index(self.path, self.description)
+
+    @property
+    def records(self) -> Path | None:
+        """Where a run keeps what it derives from this store; None: it was opened outside of a run."""
+        return None if self._run is None else record_folder(self.path, self._run)
 
     @property
     def rows(self) -> np.ndarray:

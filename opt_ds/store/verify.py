@@ -4,9 +4,7 @@ What is compared: every hash that the store keeps (shards, tokenizer, dVAE), the
 is derived from the shards (statistics, `index.h5`). `opt-ds inspect` applies the same rules and lists every fault.
 """
 
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,12 +18,12 @@ from opt_ds.store.contents import (
 )
 from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256, write_json
-from opt_ds.store.foreign import read_json_object
-from opt_ds.store.index import INDEX_FILE, ShardFile, read_index, write_index
+from opt_ds.store.index import ShardFile, read_index, write_index
 from opt_ds.store.reader import FeatureStore, check_sizes
-from opt_ds.store.schema import DVAE_FOLDER, STORE_FILE, StoreDescription, load_description
+from opt_ds.store.records import VERIFIED_FILE, is_recorded, is_writable, record_folder, run_records, store_state
+from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
 
-VERIFIED_FILE = "verified.json"
+__all__ = ["VERIFIED_FILE", "open_store", "verify_store"]
 
 
 def open_store(path: str | Path, *, with_dvae: bool = True) -> FeatureStore:
@@ -34,32 +32,56 @@ def open_store(path: str | Path, *, with_dvae: bool = True) -> FeatureStore:
     return FeatureStore(path)
 
 
-def verify_store(path: str | Path, *, with_dvae: bool = True) -> None:
+def verify_store(path: str | Path, *, with_dvae: bool = True, run: Path | None = None) -> None:
     """Raise UserError, naming shard and dataset, unless the store is whole and holds what `store.json` says.
 
-    Presence and sizes are checked always, all else once: `verified.json` beside `store.json` remembers the size and the times
-    of every file. Without permission to write there, every call checks. A store without a usable `index.h5` gets one.
+    Presence and sizes are checked always, all else once: `verified.json` beside `store.json` records the size and the times
+    of every file. A store without a usable `index.h5` gets one. For a read-only store both are written to the run's folder;
+    without such a folder every call checks.
 
     Args:
         path: The store's folder.
         with_dvae: Check the dVAE too; False for commands that are about to replace it.
+        run: The output directory of the run that reads the store.
     """
     path = Path(path)
     description = load_description(path)
     check_sizes(path, description)
-    if _remembered(path) == _state(path, description) and read_index(path, description) is not None:
+    if _is_verified(path, description, run):
         return
     _refuse(path, description_problems(description) + tokenizer_problems(path, description))
     if with_dvae and (problem := dvae_problem(path, description)) is not None:
         raise UserError(problem)
     _verify_shards(path, description)
     _refuse(path, statistics_problems(path, description))
-    if os.access(path, os.W_OK) and read_index(path, description) is None:
-        write_index(path, description)  # only over verified shards: the index of damaged ones would outlive their repair
-    else:
+    if read_index(path, description) is not None:
         _refuse(path, index_problems(path, description), remedy="")
-    if with_dvae and os.access(path, os.W_OK):
-        write_json(path / VERIFIED_FILE, _state(path, description))
+    elif is_writable(path):
+        write_index(path, description)  # only over verified shards: the index of damaged ones would outlive their repair
+    if with_dvae:
+        _record(path, description, run)
+
+
+def _is_verified(path: Path, description: StoreDescription, run: Path | None) -> bool:
+    state = store_state(path, description)
+    if is_recorded(path, state) and (read_index(path, description) is not None or not is_writable(path)):
+        return True
+    return run is not None and not is_writable(path) and is_recorded(run_records(path, run), state)
+
+
+def _record(path: Path, description: StoreDescription, run: Path | None) -> None:
+    """Record the verification, where that can be written. A run's folder that cannot be is reported when the run locks it."""
+    folder = record_folder(path, run)
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if read_index(path, description) is None:
+            write_index(path, description, folder)
+        write_json(folder / VERIFIED_FILE, store_state(path, description))
+    except OSError:
+        if folder == path:
+            raise
 
 
 def _verify_shards(path: Path, description: StoreDescription) -> None:
@@ -77,22 +99,3 @@ def _refuse(path: Path, problems: list[str], remedy: str = ": prepare the store 
     if problems:
         more = f" (and {len(problems) - 1} more, which opt-ds inspect lists)" if len(problems) > 1 else ""
         raise UserError(f"{path / problems[0]}{more}{remedy}")
-
-
-def _remembered(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json_object(path / VERIFIED_FILE, "")
-    except UserError:  # never verified, or a broken note: verify again
-        return None
-
-
-def _state(path: Path, description: StoreDescription) -> dict[str, Any]:
-    """Return what changes when a file does. The time of the last change of status cannot be copied along with a folder."""
-    folders = [path / description.tokenizer_folder, path / DVAE_FOLDER]
-    files = [path / STORE_FILE, path / INDEX_FILE, *(path / shard.file for shard in description.shards)]
-    files += [file for folder in folders for file in sorted(folder.glob("*"))]
-    stats = {str(file.relative_to(path)): file.stat() for file in files if file.exists()}
-    return {
-        "fingerprint": description.fingerprint,
-        "files": {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()},
-    }

@@ -77,7 +77,7 @@ def test_donors_have_nearer_texts_than_random_ones_and_never_the_same(complete: 
     sample, key = np.repeat(train, 20), np.arange(20 * len(train), dtype=np.uint64)
 
     def overlap(candidates: int) -> float:
-        pool = NearDonors(complete, train, candidates, same_group=False)
+        pool = NearDonors(complete, train, candidates, same_group=False, key=[])
         rows, found = pool.replace(complete.rows[sample], np.full(len(sample), TEXT), sample, key)
         again, _ = pool.replace(complete.rows[sample], np.full(len(sample), TEXT), sample, key)
         np.testing.assert_array_equal(rows, again)
@@ -96,7 +96,7 @@ def test_donors_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureSto
     key = np.arange(len(train), dtype=np.uint64)
     image_group = {int(row): int(grouped.groups[i]) for i, row in enumerate(grouped.rows[:, IMAGE])}
     for same_group in (False, True):
-        pool = NearDonors(grouped, train, 8, same_group)
+        pool = NearDonors(grouped, train, 8, same_group, [])
         rows, found = pool.replace(grouped.rows[train], np.full(len(train), IMAGE), train, key)
         same = [image_group[int(row)] == grouped.groups[i] for i, row in zip(train, rows[:, IMAGE], strict=True)]
         assert found.all() and any(same) == same_group
@@ -104,7 +104,7 @@ def test_donors_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureSto
 
 def test_a_sample_without_any_donor_is_left_out(complete: FeatureStore) -> None:
     one = complete.split_samples("train")[:1]
-    rows, found = NearDonors(complete, one, 4, same_group=True).replace(
+    rows, found = NearDonors(complete, one, 4, same_group=True, key=[]).replace(
         complete.rows[one], np.array([TEXT]), one, np.zeros(1, np.uint64)
     )
     assert not found.any() and (rows == complete.rows[one]).all()

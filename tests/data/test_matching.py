@@ -151,7 +151,7 @@ def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore
     tasks = {"mix": {"matching": 1.0}}
     size = {"batch": {"size": 1000, "max_tokens": 8192}}
     owners, train = owners_of(grouped), grouped.split_samples("train")
-    nearness, mean = Nearness(grouped, train), {}
+    nearness, mean = Nearness(grouped, train, []), {}
     for share in (0.0, 1.0):
         plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"near_donor_share": share}}, **size), [grouped])
         s = plan.step(0).samples

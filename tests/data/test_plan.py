@@ -1,5 +1,7 @@
 """The step plan: a pure function of the step, every sample once an epoch, draws in their shares, counts that hold."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -322,7 +324,7 @@ def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_t
     for limit, differs in ((longest, False), (8, True)):
         config = make_config(tasks=tasks, model={"max_text_tokens": limit})
         plans = [StepPlan(config, [complete], version) for version in (1, None)]
-        assert [plan.version for plan in plans] == [1, 2]
+        assert [plan.version for plan in plans] == [1, 3]
         old, new = (plan.step(3) for plan in plans)
         for name in set(FIELDS) - ({"text_target_length", "text_ends"} if differs else set()):
             np.testing.assert_array_equal(getattr(old.samples, name), getattr(new.samples, name), err_msg=name)
@@ -344,3 +346,24 @@ def test_the_planned_counts_are_those_of_the_batches(complete: FeatureStore, ver
     lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.writes_text, TEXT]]
     assert ended == (len(lengths) if version == 1 else (lengths <= config.model.max_text_tokens).sum())
     assert sum(batch.num_tokens for batch in batches) == planned.num_tokens
+
+
+# ---- tokens as the batch's unit
+
+
+def test_a_batch_in_tokens_follows_the_mix_of_the_stores(tmp_path: Path) -> None:
+    short = make_store(tmp_path / "short", 90, text_len=(1, 1), regions=(1, 1), frames=(1, 2))
+    long = make_store(tmp_path / "long", 60, text_len=(8, 8), regions=(6, 6), frames=(15, 16))
+
+    def plan(mix: tuple[float, ...] | None, version: int | None = None) -> StepPlan:
+        config = make_config(batch={"size": 4000, "unit": "tokens"}, data={"mix": mix, "stores": ["a", "b"]})
+        return StepPlan(config, [short, long], version)
+
+    for mix in ((0.9, 0.1), (0.1, 0.9), None):
+        found = plan(mix)
+        positions = found.batch_samples * 2 + sum(  # [CLS], [SEP] and the items of the samples that the first steps read
+            found._input_lengths(s.store, s.source_rows).sum() / 20 for s in (found.step(step).samples for step in range(20))
+        )
+        assert positions == pytest.approx(4000, rel=0.03), mix
+    assert plan((0.9, 0.1)).batch_samples > 2 * plan((0.1, 0.9)).batch_samples
+    assert plan((0.9, 0.1), version=2).batch_samples == plan(None).batch_samples, "an older run continues as it began"

@@ -1,0 +1,71 @@
+"""Arrays that a plan derives from a whole store: made once, kept in a file beside the store's records, mapped by every rank.
+
+A file holds for one store's fingerprint and one key (what the array depends on besides the store). A file that was changed
+after it was written, or that is damaged, is made again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.foreign import read_json_object
+from opt_ds.store.reader import FeatureStore
+
+DERIVED_FOLDER = "derived"
+VERSION = 1  # of what the arrays hold; a file of another version is not used
+
+
+def cached_array(store: FeatureStore, name: str, key: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return the array that `make` returns, from its file if there is one, otherwise made and written.
+
+    Args:
+        store: The store that the array is derived from.
+        name: What the array is; part of the file's name.
+        key: What it depends on besides the store's contents, as JSON has it.
+        make: Makes the array. Where no file can be written its result is returned as it is.
+
+    Returns:
+        The array, read-only, mapped from the file where it has one.
+    """
+    folder = getattr(store, "records", None)
+    if folder is None:
+        return make()
+    identity = json.dumps([VERSION, store.fingerprint, name, key])
+    path = folder / DERIVED_FOLDER / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+    array = _read(path, identity)
+    if array is None:
+        made = make()
+        try:
+            _write(path, identity, made)
+        except OSError:  # a full disk or a folder without permission: the array stays in memory
+            return made
+        array = _read(path, identity)
+        return made if array is None else array
+    return array
+
+
+def _read(path: Path, identity: str) -> np.ndarray | None:
+    try:
+        if read_json_object(path.with_suffix(".json"), "") != _note(path, identity):
+            return None
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (UserError, OSError, ValueError):  # missing, or damaged
+        return None
+
+
+def _write(path: Path, identity: str, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+    write_json(path.with_suffix(".json"), _note(path, identity))
+
+
+def _note(path: Path, identity: str) -> dict[str, Any]:
+    stat = path.stat()
+    return {"identity": identity, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}

@@ -1,0 +1,76 @@
+"""What plans derive from a whole store is made once; from its file it gives the same plan, and a changed file is not used."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opt_ds.config import Config
+from opt_ds.data import derived, nearness
+from opt_ds.data.finetune_plan import FineTunePlan
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import Plan, PlannedSamples
+from opt_ds.store import FeatureStore
+from tests.tiny import make_config, make_store
+
+TOKENS = {"batch": {"size": 600, "unit": "tokens"}}
+HARD = {"tasks": {"mix": {"matching": 1.0}, "matching": {"near_donor_share": 0.7, "near_donor_candidates": 8}}}
+TUNED = {"finetune": {"task": "retrieval", "checkpoint": "-", "weights_sha256": "0", "inputs": ["T+I"], "learned": ["matching"]}}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("derived") / "store", 120, missing=0.3, seed=2, samples_per_group=3).path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder; no store can be written."""
+    monkeypatch.setattr("opt_ds.store.records.os.access", lambda path, mode: False)
+    return tmp_path / "run"
+
+
+def planned(kind: type[Plan], config: Config, path: Path, run: Path | None) -> list[Any]:
+    plan = kind(config, [FeatureStore(path, run)])
+    steps = [plan.step(step) for step in range(5)]
+    fields = PlannedSamples.__dataclass_fields__
+    return [plan.batch_samples, *(getattr(step.samples, name).tobytes() for step in steps for name in fields)]
+
+
+@pytest.mark.parametrize(("kind", "sections"), [(StepPlan, TOKENS), (StepPlan, HARD), (FineTunePlan, TUNED)])
+def test_the_plan_is_the_same_from_files(
+    kind: type[Plan], sections: dict[str, Any], path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**sections)
+    expected = planned(kind, config, path, None)
+    assert planned(kind, config, path, run) == expected
+    assert list(run.rglob("*.npy")) and not list(path.rglob("*.npy"))
+    written: list[Path] = []
+    monkeypatch.setattr(derived, "_write", lambda path, *_: written.append(path))
+    assert planned(kind, config, path, run) == expected
+    assert not written
+
+
+def test_hard_negatives_read_no_text_a_second_time(path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(**HARD)
+    first = StepPlan(config, [FeatureStore(path, run)])
+    monkeypatch.setattr(FeatureStore, "text", None)
+    second = StepPlan(config, [FeatureStore(path, run)])
+    near: list[nearness.Nearness] = [pool._nearness for plan in (first, second) for pool in plan._train_donors]
+    assert np.array_equal(near[0]._vectors, near[1]._vectors) and not near[1]._vectors.flags.owndata
+
+
+def test_a_changed_file_is_made_again(path: Path, run: Path) -> None:
+    store = FeatureStore(path, run)
+
+    def value(key: int, content: int) -> int:
+        return int(derived.cached_array(store, "value", [key], lambda: np.array([content]))[0])
+
+    assert [value(1, 5), value(1, 6), value(2, 7)] == [5, 5, 7]
+    for file in run.rglob("value-*.npy"):
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    assert [value(1, 6), value(2, 8)] == [6, 8]
+    for file in run.rglob("value-*.json"):
+        file.write_text("{broken")
+    assert value(1, 9) == 9
