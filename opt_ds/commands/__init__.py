@@ -59,7 +59,7 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
         from opt_ds.store.files import is_disk_full
 
         if is_disk_full(error):
-            return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, code=1)
+            return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, EXIT_BAD_INPUT)
         if error.filename is None:  # no file of the user's: a mistake of ours keeps its traceback
             raise
         code = EXIT_BAD_INPUT if isinstance(error, _WRONG_PATH) or error.errno in _WRONG_NAME else 1

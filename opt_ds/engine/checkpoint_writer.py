@@ -19,7 +19,7 @@ from opt_ds.engine import checkpoint
 from opt_ds.engine.checkpoint import COMPLETE, FOLDER, MODEL_FILE, MOMENTS_FILE, STATE_FILE, TrainState
 from opt_ds.engine.checkpoint_files import pointer_fields, pointer_text
 from opt_ds.engine.distributed import ProcessGroup
-from opt_ds.errors import RunError, UserError
+from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, file_sha256, follow_umask, sync_folder, write_json
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
 _SPACE_MARGIN = 1.05
 
 
-class CheckpointError(RunError):
+class CheckpointError(UserError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 

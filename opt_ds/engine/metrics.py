@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from opt_ds.store.files import is_disk_full
 from opt_ds.tasks.base import LossTerm
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.json"
@@ -77,6 +79,7 @@ class Reporter:
 
         _drop_later_lines(output / METRICS_FILE, first_step)
         self._jsonl = open(output / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run lasts
+        _keep_full_disk_quiet()
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         self._steps = (first_step, last_step)
         self._bar: tqdm | None = None
@@ -122,6 +125,17 @@ class Reporter:
                 self._bar.close()
             self._board.close()
             self._jsonl.close()
+
+
+def _keep_full_disk_quiet() -> None:
+    """Print no traceback of TensorBoard's thread when the disk is full: the next call in the main thread raises the error."""
+    others = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and is_disk_full(arguments.exc_value)):
+            others(arguments)
+
+    threading.excepthook = hook
 
 
 def _progress_bar(first_step: int, last_step: int) -> tqdm:

@@ -20,11 +20,13 @@ from typing import IO, Any
 import opt_ds
 from opt_ds.config import Config, InitConfig, dump_config
 from opt_ds.errors import UserError
-from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.reader import FeatureStore
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+#: What training replaces as a whole, by folder.
+_WRITTEN = {"": (RUN_FILE, CONFIG_FILE, "validation.json"), "checkpoints": ("latest", "best"), "guard": ("step-*",)}
 
 #: What makes the run. All else (batch.max_tokens, zero.*, train.*, precision …) may change on resume.
 _IDENTITY = (
@@ -85,7 +87,7 @@ def recorded_init(output: Path) -> InitConfig | None:
 
 
 def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
-    """Make the output directory and hold it while the file returned is open.
+    """Make the output directory and hold it while the file returned is open. What a killed run left half-written is removed.
 
     Raises UserError if it cannot be written to or another process trains there. Says so where the file system has no locks.
     """
@@ -102,6 +104,10 @@ def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
         if error.errno not in _NO_LOCKS:
             raise
         say(f"{output}: no file locks there ({error.strerror}): see to it that only one run trains in it")
+        return file
+    for folder, names in _WRITTEN.items():
+        for name in names:
+            remove_leftovers(output / folder, name)
     return file
 
 

@@ -43,6 +43,18 @@ def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
     assert said == []
 
 
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    token = "0123456789abcdef"
+    left = [tmp_path / folder / f".{name}.{token}.tmp" for folder, name in (("", "run.json"), ("checkpoints", "latest"))]
+    others = [tmp_path / name for name in (f".result.json.{token}.tmp", "checkpoints/latest", "metrics.jsonl")]
+    for file in (*left, *others):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    run_folder.lock(tmp_path, print).close()
+    assert not any(file.exists() for file in left)
+    assert all(file.exists() for file in others), "another command, evaluate say, may be writing its result"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_and_used(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

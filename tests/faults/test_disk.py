@@ -41,7 +41,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_the_last_checkpoint_s
         assert "GiB free, one checkpoint takes" in run.said(0) and "Traceback" not in run.said(0)
     small_disk.resize((used + int(2.2 * one)) // 1024)
     with ranks(store, output, SETTINGS, num=1) as run:  # two more fit
-        assert run.wait() == [1], run.said(0)
+        assert run.wait() == [2], run.said(0)
         assert "error: checkpoint" in run.said(0) or "GiB free" in run.said(0), run.said(0)
         assert "Traceback" not in run.said(0), run.said(0)
     newest = checkpoint.find_resumable(output, print)
