@@ -63,6 +63,10 @@ class ShardFile:
             shape = (count, *tail_shape(name, description.dims))
             self._add(name, dtype, shape, offset)
 
+    def check_size(self) -> None:
+        """Raise RunError if the file has become shorter since it was opened."""
+        self._mapped.check_size()
+
     def _open(self, path: Path) -> None:
         file = open_hdf5(path)
         keep_open = False

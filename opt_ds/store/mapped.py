@@ -7,11 +7,15 @@ usually may have.
 import ctypes
 import mmap
 import os
+import time
 import weakref
 from pathlib import Path
 
 import numpy as np
 
+from opt_ds.errors import RunError
+
+_LOOK_EVERY_S = 0.2
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -24,6 +28,7 @@ class MappedFile:
     """`bytes`: the file as read-only uint8 [size]; it and views of it stay valid as long as one of them is referenced."""
 
     def __init__(self, path: Path) -> None:
+        self._path, self._next_look = path, 0.0
         descriptor = os.open(path, os.O_RDONLY)
         try:
             self.size = os.fstat(descriptor).st_size
@@ -51,6 +56,27 @@ class MappedFile:
         """Ask the system to read these bytes from the disk now, without waiting for it."""
         start -= start % mmap.PAGESIZE
         self._advise(start, stop - start, mmap.MADV_WILLNEED)
+
+    def check_size(self) -> None:
+        """Raise RunError if the file has become shorter: reading what it lost would end the process by a signal (SIGBUS).
+
+        The file system is asked at most five times a second.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_EVERY_S
+        try:
+            size = os.stat(self._path).st_size
+        except FileNotFoundError:
+            return  # a removed file's content stays mapped
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot be read any more ({error.strerror}): check its disk or mount") from None
+        if size < self.size:
+            raise RunError(
+                f"{self._path}: has been cut off from {self.size} to {size} bytes while it was read: restore it, and give the "
+                "same command again"
+            )
 
     def release(self) -> None:
         """Take the pages out of this process's memory; they stay in the system's cache."""

@@ -235,6 +235,8 @@ class FeatureStore:
         if index not in self._open:
             file = self.path / self.description.shards[index].file
             self._open[index] = ShardFile(file, self.index.layout[index], self.description)
+        else:
+            self._open[index].check_size()
         return self._open[index]
 
     def _locate(self, starts: list[int], row: int) -> tuple[ShardFile, int]:

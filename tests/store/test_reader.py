@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_ds.errors import UserError
+from opt_ds.errors import RunError, UserError
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import Dims
 from opt_ds.store.synthetic import write_synthetic_store
@@ -201,3 +204,16 @@ def test_broken_stores_are_refused_by_name(store_path: Path, tmp_path: Path) -> 
     index.write_text(text)
     with pytest.raises(UserError, match=r'no split "trian" \(did you mean "train"\?\)'):
         FeatureStore(tmp_path / "s").split_samples("trian")
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(store_path: Path, tmp_path: Path) -> None:
+    """Touching mapped bytes that the file has lost would end the process by SIGBUS, without a word."""
+    copy = tmp_path / "store"
+    shutil.copytree(store_path, copy)
+    store = FeatureStore(copy)
+    store.text(0)
+    shard = copy / store.description.shards[0].file
+    os.truncate(shard, shard.stat().st_size // 2)
+    time.sleep(0.3)
+    with pytest.raises(RunError, match=rf"{shard.name}: has been cut off from \d+ to \d+ bytes"):
+        store.text(0)
