@@ -116,8 +116,14 @@ def split(
     groups: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of group and split; others stay where they are.")] = None,
     seed: Annotated[int, typer.Option(help="With --ratio: another seed deals the groups otherwise.")] = 0,
     source: Annotated[str | None, typer.Option("--from", help="With --ratio: only samples of this split; others stay.")] = None,
+    ignore_near_duplicates: Annotated[
+        bool, typer.Option("--ignore-near-duplicates", help="Do not look for images that are nearly the same.")
+    ] = False,
 ) -> None:
-    """Deal a store's samples to other splits: by ratio (groups stay whole), by ids or by groups."""
+    """Deal a store's samples to other splits: by ratio (groups stay whole), by ids or by groups.
+
+    By ratio, groups that share nearly the same image stay together; by ids or groups, such images in several splits are counted.
+    """
     from opt_ds.store.files import exclusive_use
     from opt_ds.store.split import parse_ratios, split_by_list, split_by_ratio
 
@@ -129,9 +135,17 @@ def split(
     ratios = parse_ratios(ratio) if ratio else {}
     with exclusive_use(store, typer.echo):
         if ratio:
-            description = split_by_ratio(store, ratios, seed, source)
+            description = split_by_ratio(
+                store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates, say=typer.echo
+            )
         else:
-            description = split_by_list(store, (ids or groups), by_group=groups is not None)  # type: ignore[arg-type]
+            description = split_by_list(
+                store,
+                (ids or groups),  # type: ignore[arg-type]
+                by_group=groups is not None,
+                count_near_duplicates=not ignore_near_duplicates,
+                say=typer.echo,
+            )
     typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")
 
 

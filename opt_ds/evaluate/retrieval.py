@@ -16,6 +16,7 @@ from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample, given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
+from opt_ds.store.same_content import image_content
 
 #: direction -> (query modalities, target modality)
 DIRECTIONS: dict[str, tuple[tuple[int, ...], int]] = {
@@ -147,7 +148,9 @@ def content_names(evaluator: Evaluator, samples: np.ndarray, modality: int) -> n
         content = [evaluator.caption(index) for index in samples]
     else:
         store, rows = evaluator.store, evaluator.store.rows[samples, modality]
-        content = [store.region_features(row).tobytes() if modality == IMAGE else store.frames(row).tobytes() for row in rows]
+        content = [
+            image_content(store.region_features(row)) if modality == IMAGE else store.frames(row).tobytes() for row in rows
+        ]
     return np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
 
 

@@ -19,7 +19,8 @@ from opt_ds.store.contents import (
 from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256
 from opt_ds.store.index import INDEX_FILE, ShardFile, read_index
-from opt_ds.store.reader import size_problem
+from opt_ds.store.near_duplicates import near_duplicate_notes
+from opt_ds.store.reader import FeatureStore, size_problem
 from opt_ds.store.schema import ShardDescription, StoreDescription, load_description
 
 
@@ -61,6 +62,8 @@ def inspect_store(path: str | Path) -> Inspection:
             notes.append(f"{line}, as the manifest's own splits say")
         else:
             failures.append(f"samples/split: {line}")
+    if not failures:
+        notes += near_duplicate_notes(FeatureStore(path))
     return Inspection(failures, notes, _summary(path, description))
 
 

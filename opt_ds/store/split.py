@@ -1,12 +1,17 @@
-"""Deals a finished store's samples to other splits: by ratio (groups stay whole), or as a list of ids or groups says."""
+"""Deals a finished store's samples to other splits: by ratio (groups stay whole), or as a list of ids or groups says.
+
+By ratio near-duplicate images stay together too (see `near_duplicates`); a list is followed, and its near-duplicates counted.
+"""
 
 import csv
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.store.near_duplicates import images_across_splits, joined_groups, same_images
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import StoreDescription, check_split_names, group_code
 from opt_ds.store.statistics import TRAIN_SPLIT
@@ -33,21 +38,85 @@ def parse_ratios(arguments: list[str]) -> dict[str, float]:
     return ratios
 
 
-def split_by_ratio(path: Path, ratios: dict[str, float], seed: int = 0, source: str | None = None) -> StoreDescription:
+def split_by_ratio(
+    path: Path,
+    ratios: dict[str, float],
+    seed: int = 0,
+    source: str | None = None,
+    *,
+    near_duplicates_together: bool = True,
+    say: Callable[[str], None] = print,
+) -> StoreDescription:
     """Assign the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number.
 
-    Every split gets a group. With `source` only the samples of this split are reassigned. UserError for fewer groups than splits.
+    Groups that share a near-duplicate image count as one. Every split gets a group.
+
+    Args:
+        path: The store's folder.
+        ratios: Share of each split.
+        seed: Another seed assigns the groups differently.
+        source: Reassign only the samples of this split.
+        near_duplicates_together: Join groups by near-duplicate images.
+        say: Takes one line on what was joined.
+
+    Raises:
+        UserError: Fewer groups than splits, or near-duplicates join more samples than the largest share.
     """
     store = open_store(path)
     chosen = np.arange(store.num_samples) if source is None else store.split_samples(source)
-    split_of = _split_of_groups(np.unique(store.groups[chosen]).tolist(), ratios, seed)
+    of = "" if source is None else f" of split {source}"
+    groups = store.groups[chosen]
+    near = same_images(store).near if near_duplicates_together else None
+    if near is not None:
+        groups = _joined(store, chosen, near, ratios, say)
+    split_of = _split_of_groups(np.unique(groups).tolist(), ratios, seed)
     if len(split_of) < len(ratios):
-        of = "" if source is None else f" of split {source}"
         raise UserError(f"{path}: the samples{of} have {len(split_of)} groups for {len(ratios)} splits: give fewer --ratio")
     splits = [store.description.split_names[code] for code in store.split_codes.tolist()]
-    for index in chosen.tolist():
-        splits[index] = split_of[int(store.groups[index])]
+    for index, group in zip(chosen.tolist(), groups.tolist(), strict=True):
+        splits[index] = split_of[group]
+    if near is not None:
+        _say_what_stays_apart(store, near, splits, say)
     return _deal(store, splits, "group hash" if source is None else "manifest")
+
+
+def _joined(
+    store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: dict[str, float], say: Callable[[str], None]
+) -> np.ndarray:
+    """Return the chosen samples' groups, joined by near-duplicate images. UserError if that makes the shares impossible."""
+    own = store.groups[chosen]
+    groups = joined_groups(store, near, chosen)
+    names, counts = np.unique(groups, return_counts=True)
+    parts = _groups_in(groups, own)
+    joined = np.isin(groups, names[parts > 1])
+    largest = int(np.argmax(np.where(parts > 1, counts, 0)))
+    room = max(ratios.values()) * len(chosen)
+    too_few = len(names) < len(ratios) <= len(np.unique(own))
+    if parts[largest] > 1 and (counts[largest] > room or too_few):
+        first = store.sample_id(int(chosen[groups == names[largest]][0]))
+        raise UserError(
+            f'{store.path}: near-duplicate images connect {counts[largest]} of {len(chosen)} samples, such as "{first}": '
+            "too many for these shares: look at what opt-ds inspect counts, or give --ignore-near-duplicates"
+        )
+    if joined.any():
+        say(
+            f"{store.path}: {int(joined.sum())} samples of {int(parts[parts > 1].sum())} groups are kept together in "
+            f"{int((parts > 1).sum())} by near-duplicate images"
+        )
+    return groups
+
+
+def _groups_in(groups: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Return int64 [joined groups]: of how many of the samples' own groups each one consists."""
+    pairs = np.unique(np.stack([groups, own]), axis=1)
+    return np.unique(pairs[0], return_counts=True)[1]
+
+
+def _say_what_stays_apart(store: FeatureStore, near: np.ndarray, splits: list[str], say: Callable[[str], None]) -> None:
+    """Log how many images have a near-duplicate in another split: those of samples that stay, or that a list names."""
+    count = images_across_splits(store, near, np.array(splits))
+    if count:
+        say(f"{store.path}: {count} images have a near-duplicate in another split; opt-ds inspect names some")
 
 
 def _split_of_groups(codes: list[int], ratios: dict[str, float], seed: int) -> dict[int, str]:
@@ -64,10 +133,18 @@ def _split_of_groups(codes: list[int], ratios: dict[str, float], seed: int) -> d
     return {code: name for name, members in of_split.items() for code in members}
 
 
-def split_by_list(path: Path, file: Path, *, by_group: bool = False) -> StoreDescription:
+def split_by_list(
+    path: Path,
+    file: Path,
+    *,
+    by_group: bool = False,
+    count_near_duplicates: bool = True,
+    say: Callable[[str], None] = print,
+) -> StoreDescription:
     """Deal the samples as a CSV or TSV file of id (or group) and split says; what it does not name stays where it is.
 
-    UserError for a name that is not in the store.
+    Near-duplicate images in several splits are counted in one line to `say`, not moved. UserError for a name that
+    is not in the store.
     """
     store = open_store(path)
     named = _read_list(file)
@@ -81,9 +158,10 @@ def split_by_list(path: Path, file: Path, *, by_group: bool = False) -> StoreDes
         what = "groups" if by_group else "ids"
         raise UserError(f'{file}: {len(unknown)} {what} are not in {path}, such as "{min(unknown)}"')
     present = [store.description.split_names[code] for code in store.split_codes.tolist()]
-    return _deal(
-        store, [own if name is None else named[name] for name, own in zip(of_sample, present, strict=True)], "manifest"
-    )
+    splits = [own if name is None else named[name] for name, own in zip(of_sample, present, strict=True)]
+    if count_near_duplicates:
+        _say_what_stays_apart(store, same_images(store).near, splits, say)
+    return _deal(store, splits, "manifest")
 
 
 def _deal(store: FeatureStore, splits: list[str], source: str) -> StoreDescription:
