@@ -125,5 +125,5 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     def write() -> None:
         raise OSError(28, "No space left on device", "shard-00000.h5")
 
-    assert run_program(write, [], "opt-ds convert") == 1
+    assert run_program(write, [], "opt-ds convert") == 2
     assert capsys.readouterr().err.startswith("error: the disk is full ([Errno 28] No space left on device")
