@@ -49,6 +49,7 @@ $(STORE)/store.json:
 pretrain: $(STORE)/store.json
 	$(MAKE) --no-print-directory install
 	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
+	$(BIN)/opt-ds inspect $(STORE)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NUM_RANKS) -m opt_ds evaluate summary \
 	  --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json

@@ -1,6 +1,7 @@
 """`opt-ds inspect`: every fault of a store, one line each, and a summary of what is in it.
 
-Shards are read in blocks, so memory stays bounded. `store.verify` applies the same rules before a store is used.
+Near-duplicates are notes. Shards are read in blocks, so memory stays bounded.
+`store.verify` applies the same rules before a store is used.
 """
 
 from collections import defaultdict

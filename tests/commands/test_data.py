@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from opt_ds.commands import data, imports, run_program, stores
 from opt_ds.errors import UserError
+from opt_ds.store import FeatureStore
 from opt_ds.store.synthetic import write_synthetic_store
+from opt_ds.store.update import rewrite_shards
 
 
 def run(*arguments: str | Path) -> Result:
@@ -31,6 +34,26 @@ def test_inspect_prints_a_summary_and_fails_by_name(tmp_path: Path) -> None:
     result = run("inspect", tmp_path / "s")
     assert result.exit_code == 2
     assert "FAILED shard-00000.h5: shard is cut off" in result.output
+
+
+def test_near_duplicates_are_noted_and_split_keeps_them_together_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    write_synthetic_store(path, 40, splits={"train": 0.5, "valid": 0.5})
+
+    def copy(_: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixels = arrays["image/pixels"].copy()
+        pixels[30:35] = pixels[:5]
+        return {**arrays, "image/pixels": pixels}
+
+    rewrite_shards(FeatureStore(path), copy, dict)
+    result = run("inspect", path)
+    assert result.exit_code == 0
+    assert "note: near-duplicates between train and valid (identical pixels at 64 x 64): 5 of 20 images in train" in result.output
+    ratios = ("--ratio", "train=0.5", "--ratio", "valid=0.5")
+    assert "10 samples of 10 groups are kept together in 5" in run("split", path, *ratios).output
+    assert "near-duplicates between" not in run("inspect", path).output
+    assert "near-duplicate" not in run("split", path, *ratios, "--ignore-near-duplicates").output
+    assert "near-duplicates between" in run("inspect", path).output
 
 
 @pytest.mark.parametrize(

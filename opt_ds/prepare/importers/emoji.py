@@ -181,7 +181,8 @@ def assign_splits(samples: list[EmojiSample]) -> list[EmojiSample]:
     """Hold out whole concepts (test_concept), and single variants of concepts that stay in train (test_variant, valid).
 
     At least half of a concept's samples stay in train. A picture that another emoji has too never goes to
-    test_variant or valid: it would not be unseen. The choice depends on code points alone.
+    test_variant or valid: it would not be unseen. Files that differ but look the same at 64 x 64 pixels are not recognised
+    (`opt-ds inspect` counts them). The choice depends on code points alone.
     """
     concepts: dict[str, list[EmojiSample]] = defaultdict(list)
     for sample in samples:
