@@ -50,7 +50,7 @@ def _nan(file: Path) -> None:
         ("a.pth", _cut(_safetensors), "cut off or damaged: download it again"),
         ("a.pth", _cut(_torch), "cut off or damaged: download it again"),
         ("a.pth", lambda file: file.mkdir(), "a folder, not a file .*: name the file itself"),
-        ("a.pt", lambda file: torch.jit.script(network()).save(str(file)), "a TorchScript archive: save the state_dict"),
+        ("a.pt", lambda file: torch.jit.script(torch.nn.ReLU()).save(str(file)), "a TorchScript archive: save the state_dict"),
         ("a.pt", lambda file: file.write_bytes(b"\x1f\x8b" + bytes(64)), "it is compressed: unpack it first"),
         ("a.pt", lambda file: file.write_bytes(b'{"a": 1}'), "it is JSON: name the file of weights"),
         ("a.bin", lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),

@@ -15,7 +15,10 @@ def doctor(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,  # slurm/pretrain.sh gives it what it was given
+    # slurm/pretrain.sh gives it what it was given
+    init_from: Annotated[Path | None, typer.Option(help="The run that a new one starts from: is it whole.")] = None,
+    init_moments: Annotated[bool, typer.Option("--init-moments", hidden=True)] = False,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,
 ) -> None:
     """Check versions, GPUs, compilers, communication, memory, kernels and stores; takes what pretrain.py takes.
 
@@ -29,6 +32,11 @@ def doctor(
         typer.echo(f"ok    config        {source}, which pretrain.py takes here without --config")
     if taken:
         typer.echo(f"ok    config        {taken}")
+    if init_from is not None:
+        from opt_ds.engine.init_from import find_start
+
+        find_start(init_from, init_moments, output or Path("runs"))
+        typer.echo(f"ok    init-from     {init_from} can be started from")
     failed = False
     for finding in examine(Question(resolved, output)):
         typer.echo(f"{finding.level:<4}  {finding.subject:<12}  {finding.text}")
