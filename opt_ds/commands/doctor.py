@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from opt_ds.errors import UserError
+
 
 def doctor(
     config: Annotated[
@@ -35,7 +37,9 @@ def doctor(
     if init_from is not None:
         from opt_ds.engine.init_from import find_start
 
-        find_start(init_from, init_moments, output or Path("runs"))
+        if output is None:
+            raise UserError("--init-from starts a new run: name its folder with --output")
+        find_start(init_from, init_moments, output)
         typer.echo(f"ok    init-from     {init_from} can be started from")
     failed = False
     for finding in examine(Question(resolved, output)):
