@@ -33,6 +33,11 @@ class PretrainJob:
         return self.cluster.job(self.number)["JobState"]
 
     @property
+    def started_at(self) -> float:
+        """Seconds since 1970 of the latest start."""
+        return time.mktime(time.strptime(self.cluster.job(self.number)["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+
+    @property
     def restarts(self) -> int:
         return int(self.cluster.job(self.number)["Restarts"])
 
