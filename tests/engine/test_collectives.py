@@ -1,12 +1,11 @@
 """Ranks' notes of their collective calls: a difference is found in the right place, equal or merely late ranks are left alone."""
 
-import subprocess
-import sys
 
 import pytest
 
 from opt_ds.engine.collectives import CollectiveNotes, first_difference
 from tests.engine.runs import free_port, rank_environment
+from tests.warm import WarmProcess
 
 GATHER, REDUCE = ("all_gather_single", 200, "float32"), ("allreduce", 50, "float32")
 
@@ -42,10 +41,7 @@ def test_places_hold_after_more_calls_than_are_kept(skip: bool, monkeypatch: pyt
 def test_two_ranks_of_which_one_skips_a_gather_end_with_both_calls_named() -> None:
     """Without the watch both wait until the collectives' timeout."""
     port = free_port()
-    command = [sys.executable, "-W", "ignore", "-m", "tests.engine.job_skipped_gather"]
-    ranks = [
-        subprocess.Popen(command, env=rank_environment(rank, 2, port), stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
+    ranks = [WarmProcess(["-m", "tests.engine.job_skipped_gather"], rank_environment(rank, 2, port)) for rank in range(2)]
     said = "".join(rank.communicate(timeout=250)[1] for rank in ranks)
     assert all(rank.returncode for rank in ranks)
     assert "the ranks' collective calls do not match: in call 2 rank 0 is at all" in said, said

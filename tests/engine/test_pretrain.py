@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from opt_ds.commands import run_program
 from opt_ds.engine import checkpoint
 from opt_ds.pretrain import pretrain
 from tests.engine.runs import FITTED, free_port, make_store, rank_environment, tiny_config, train
+from tests.warm import WarmProcess
 
 SCRIPT = Path(__file__).parents[2] / "opt_ds" / "pretrain.py"
 
@@ -29,11 +28,8 @@ def arguments(store: Path, output: Path, *settings: str) -> list[str]:
     return ["--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
 
 
-def start(*given: str, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *given], env=rank_environment(rank, world_size, port), cwd="/",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(*given: str, rank: int = 0, world_size: int = 1, port: int = 0) -> WarmProcess:
+    return WarmProcess([str(SCRIPT), *given], rank_environment(rank, world_size, port), cwd="/")
 
 
 def _edit_description(path: Path, **changes: Any) -> None:
@@ -191,7 +187,7 @@ def test_sigterm_saves_and_asks_to_be_requeued_and_sigkill_loses_nothing(
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, last + 1)), "each step once"
 
 
-def _wait_for(path: Path, run: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def _wait_for(path: Path, run: WarmProcess, timeout_s: float = 120) -> None:
     began = time.monotonic()
     while not (path / "COMPLETE.json").exists():
         assert run.poll() is None, run.communicate()

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from opt_ds.data.plan import StepPlan
 from opt_ds.engine.finetuning import finetune_config
 from opt_ds.store.reader import FeatureStore
 from tests.engine.runs import CURVE, free_port, hashes, losses, rank_environment, tensors, tiny_config, train, zero_moments
+from tests.warm import WarmProcess
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -79,9 +78,10 @@ def _start_ranks(world_size: int, runs: list[tuple[Config, str]], folder: Path) 
     described = [{"config": config.model_dump(mode="json"), "output": str(folder / name)} for config, name in runs]
     jobs.write_text(json.dumps(described))
     port = free_port()
-    command = [sys.executable, "-m", "tests.engine.job_ranks", str(jobs)]
-    ranks = [subprocess.Popen(command, env=rank_environment(rank, world_size, port)) for rank in range(world_size)]
-    assert [rank.wait(timeout=280) for rank in ranks] == [0] * world_size
+    command = ["-m", "tests.engine.job_ranks", str(jobs)]
+    ranks = [WarmProcess(command, rank_environment(rank, world_size, port)) for rank in range(world_size)]
+    outcomes = [rank.communicate(timeout=280) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, outcomes
 
 
 def test_loss_and_gradients_do_not_depend_on_ranks_and_micro_batches(store: Path, folder: Path) -> None:

@@ -11,7 +11,6 @@ A process runs a list of combinations one after another, because starting a proc
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed
 from opt_ds.engine.distributed import ProcessGroup, find_ranks
 from opt_ds.errors import UserError
 from tests.engine.runs import free_port, hashes, losses, rank_environment, tiny_config, train, zero_moments
+from tests.warm import WarmProcess
 
 STEPS, CUT = 6, 4
 NAN_LOSS, INFINITE_GRADIENT = 1, 3  # steps that are not taken
@@ -247,19 +247,16 @@ def run_ranks(found: list[Combination], world_size: int, store: Path, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     jobs, port = folder / f"jobs-{world_size}.json", free_port()
     jobs.write_text(json.dumps({"store": str(store), "folder": str(folder), "combinations": [asdict(c) for c in found]}))
-    command = [sys.executable, "-m", "tests.faults.matrix", str(jobs)]
-    processes = []
-    for rank in range(world_size):
-        with open(folder / f"rank-{world_size}-{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen(command, env=rank_environment(rank, world_size, port), stdout=log, stderr=subprocess.STDOUT)
-            )
+    command, logs = ["-m", "tests.faults.matrix", str(jobs)], [folder / f"rank-{world_size}-{r}.log" for r in range(world_size)]
+    processes = [
+        WarmProcess(command, rank_environment(rank, world_size, port), stdout=log, stderr=log) for rank, log in enumerate(logs)
+    ]
     try:
         codes = [process.wait(timeout=timeout_s) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * world_size, [(folder / f"rank-{world_size}-{r}.log").read_text()[-3000:] for r in range(world_size)]
+    assert codes == [0] * world_size, [log.read_text()[-3000:] for log in logs]
     return read_outcomes(jobs)
 
 

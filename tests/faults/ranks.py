@@ -1,13 +1,12 @@
 """Two real ranks of a tiny run as processes of their own, without a launcher that would tidy up after them."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.engine.runs import FITTED, free_port, rank_environment
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"fp32": ROOT / "opt_ds" / "pretrain.py", "fp16": ROOT / "tests" / "faults" / "fp16_on_cpu.py",
@@ -27,12 +26,8 @@ class Ranks:
         self.logs = [output.parent / f"{output.name}.rank{rank}.log" for rank in range(num)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            with open(log, "w") as file:
-                command = [sys.executable, str(SCRIPTS[precision]), *given]
-                environment = rank_environment(rank, num, port)
-                self.processes.append(
-                    subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-                )
+            command, environment = [str(SCRIPTS[precision]), *given], rank_environment(rank, num, port)
+            self.processes.append(WarmProcess(command, environment, cwd=ROOT, stdout=log, stderr=log))
 
     def said(self, rank: int) -> str:
         return self.logs[rank].read_text()
