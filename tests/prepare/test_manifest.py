@@ -57,7 +57,7 @@ def test_a_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
     [
         ("t.csv", b"image,text\na.jpg,a cat\n", "a table, not a manifest: opt-ds import table .*t.csv --output"),
         ("t.TSV", b"image\ttext\na.jpg\ta cat\n", "a table, not a manifest"),
-        ("t.csv.gz", gzip.compress(b"image,text\na.jpg,a cat\n"), "a table, not a manifest"),
+        ("t.csv.gz", gzip.compress(b"image,text\na.jpg,a cat\n", mtime=0), "a table, not a manifest"),
         ("t.parquet", b"PAR1\x15\x04\x15", "a table, not a manifest"),
         ("t.jsonl", b"PAR1\x15\x04\x15", "a table, not a manifest"),
         ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "format JPEG, not a manifest"),
