@@ -1,5 +1,6 @@
 """For every test: one thread a process, since several test processes share few cores; and the stores that many tests read."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the others, and the tests within a file, in their order."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays: a garbage collection, of which DeepSpeed asks for many, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

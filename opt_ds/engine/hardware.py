@@ -3,6 +3,7 @@
 Figures are the makers' data sheets (dense, without sparsity): NVIDIA V100, A100, H100 and H200 Tensor Core GPU data sheets.
 """
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from opt_ds.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from opt_ds.engine.deepspeed_config import Hardware, Precision
+
+_MOMENT_S = 0.005  # a product that takes longer is large enough to measure a processor by
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,25 @@ def peak_flops(hardware: "Hardware", precision: "Precision") -> PeakFlops:
     return PeakFlops(_measured_peak(hardware.kind, precision), "a matrix product measured at the start")
 
 
+@functools.cache
 def _measured_peak(device: str, precision: "Precision") -> float:
+    """Of a matrix product on this device, of the largest size that takes a moment only: in bf16 a processor without instructions
+    for it does a hundredth of its fp32."""
     import torch
 
     if device == "cpu" and precision == "fp16":  # software, a hundred times slower: no peak to compare with
         precision = "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size, repeats = (768, 3) if device == "cpu" else (8192, 5)
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        torch.mm(left, right)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    best = 0.0
+    for size in (96, 192, 384, 768) if device == "cpu" else (8192,):
+        left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        for _ in range(5):
+            began = time.perf_counter()
+            torch.mm(left, right)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            best = max(best, 2 * size**3 / seconds)
+        if seconds > _MOMENT_S:
+            break
+    return best

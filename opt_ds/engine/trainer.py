@@ -25,7 +25,13 @@ from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settin
 from opt_ds.engine.distributed import ProcessGroup
 from opt_ds.engine.guard import Guard, TrainingError, differing_parameter
 from opt_ds.engine.hardware import peak_flops
-from opt_ds.engine.host_memory import MemoryKeeper, keep_few_primitives, keep_freed_memory, peak_memory_gib
+from opt_ds.engine.host_memory import (
+    MemoryKeeper,
+    keep_few_primitives,
+    keep_freed_memory,
+    peak_memory_gib,
+    spare_loaded_objects,
+)
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
 from opt_ds.engine.profile import StepProfiler
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -321,6 +327,7 @@ class Trainer:
         optimizer = self.config.optimizer
         adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
                                  eps=optimizer.eps, fused=True)  # fmt: skip
+        spare_loaded_objects()
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
         gradients.use_few_kernels(engine)
