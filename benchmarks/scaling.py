@@ -37,6 +37,7 @@ from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.schema import STORE_FILE  # noqa: E402
+from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 from opt_ds.store.writer import describe_shard, write_datasets  # noqa: E402
 from opt_ds.tools.assumed_store import AssumedStore  # noqa: E402
@@ -81,7 +82,11 @@ def write_large_store(path: Path, num_samples: int) -> None:
         counts += np.bincount(arrays["samples/split"], minlength=2)
     total = sum(shard.num_samples for shard in shards)
     split_counts = dict(zip(("train", "valid"), counts.tolist(), strict=True))
-    fields = {"shards": shards, "num_samples": total, "split_counts": split_counts}
+    sums = train_sums(arrays, description.split_names.index(TRAIN_SPLIT))  # every shard's: their rows and splits are the same
+    fields = {
+        "shards": shards, "num_samples": total, "split_counts": split_counts,
+        "statistics": statistics_of([sums] * len(shards), description.dims),
+    }  # fmt: skip
     description = description.model_copy(update=fields).with_fingerprint()
     write_index(path, description)
     write_json(path / STORE_FILE, description.model_dump(mode="json"))

@@ -96,7 +96,7 @@ class SharedPlans:
         until = time.monotonic() + patience
         path = inbox / str(step)
         while not path.exists():
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or not inbox.is_dir():  # its folder goes when the run ends
                 self._late.add(owner)
                 self._note(step, f"rank {owner} of this node has not planned it in {patience:.0f} s")
                 return None
