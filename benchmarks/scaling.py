@@ -5,7 +5,8 @@
 `store`: stores of 10^3 to 10^6 synthetic samples are written; a new process opens one, makes its step plan and reads the first
 micro-batch: seconds, and memory that the process holds beyond that of one which has only imported (anonymous, and mapped).
 `plan`: the step plan over 10^4 to 10^9 ids of a simulated store, whose arrays are functions of the id: nothing is stored, so
-that what is measured is the plan's own. `ranks`: the micro-batches of one step for 1 to 1,000 ranks. `length`: forward and
+that what is measured is the plan's own. `ranks`: the micro-batches of one step for 1 to 1,000 ranks, planned by one rank, and by the eight
+ranks of a node that share their plans. `length`: forward and
 backward of one packed micro-batch of a model of 4 layers x 384, samples of 64 to 512 positions, fp32. Times are processor
 time of one thread (other programs on the machine disturb it less than the clock); medians.
 """
@@ -33,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from opt_ds.config import Config, config_from_dict  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
+from opt_ds.data.planned import PlannedStep  # noqa: E402
+from opt_ds.data.shared_plans import read_plan, write_plan  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
@@ -46,6 +49,7 @@ SHARD = 1024
 STORE_SIZES = (1_000, 10_000, 100_000, 1_000_000)
 PLAN_SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
 RANKS = (1, 4, 16, 64, 256, 1000)
+NODE_RANKS = 8  # that share their plans
 LENGTHS = (64, 128, 256, 512)
 MIB = 2**20
 
@@ -215,9 +219,20 @@ def measure_ranks() -> list[dict[str, Any]]:
             planned = plan.step(3, ranks)
             seconds = median_busy(partial(plan.step, world_size=ranks), 3)
             row = {"batch": batch, "ranks": ranks, "step_s": seconds, "balance": planned.balance, "fill": planned.fill}
-            rows.append({**row, "micro_batches": len(planned.micro_batches[0])})
+            left, read = sharing_seconds(planned)
+            shared = (seconds + left + (NODE_RANKS - 1) * read) / NODE_RANKS
+            rows.append({**row, "node_step_s": shared, "micro_batches": len(planned.micro_batches[0])})
             print(rows[-1], flush=True)
     return rows
+
+
+def sharing_seconds(planned: PlannedStep) -> tuple[float, float]:
+    """Processor seconds of leaving a plan for the other ranks of a node, and of reading it."""
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        path = Path(name) / "plan"
+        left = median_busy(lambda _: write_plan(path, planned, "key"))
+        return left, median_busy(lambda _: read_plan(path, planned.step, "key"))
 
 
 # ---- length
