@@ -5,8 +5,8 @@
 `store`: stores of 10^3 to 10^6 synthetic samples are written; a new process opens one, makes its step plan and reads the first
 micro-batch: seconds, and memory that the process holds beyond that of one which has only imported (anonymous, and mapped).
 `plan`: the step plan over 10^4 to 10^9 ids of a simulated store, whose arrays are functions of the id: nothing is stored, so
-that what is measured is the plan's own. `ranks`: the micro-batches of one step for 1 to 1,000 ranks, planned by one rank, and by the eight
-ranks of a node that share their plans. `length`: forward and
+that what is measured is the plan's own. `ranks`: the micro-batches of one step for 1 to 1,000 ranks, planned by one rank, and
+by the eight ranks of a node that share their plans. `length`: forward and
 backward of one packed micro-batch of a model of 4 layers x 384, samples of 64 to 512 positions, fp32. Times are processor
 time of one thread (other programs on the machine disturb it less than the clock); medians.
 """

@@ -54,7 +54,7 @@ def distribute(
 ) -> MicroBatches:
     """Equally many micro-batches for each rank, none above `max_tokens`, costs as equal as may be.
 
-    slots: ascending. costs: float64, of each sample; None: its tokens. The ranks' sums are balanced, and the k-th micro-batches of
+    slots: ascending. costs: float64 from 0 on, of each sample; None: its tokens. The ranks' sums are balanced, and the k-th micro-batches of
     the ranks among each other. Longest-processing-time-first: each sample, the dearest first, joins the cheapest micro-batch with
     room for it. A micro-batch is empty only when there are fewer samples than micro-batches.
     """

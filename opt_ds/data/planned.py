@@ -1,7 +1,7 @@
 """What every plan of steps shares: the order of samples, their lengths, the losses' counts, the micro-batches.
 
 A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed permutation of
-(p mod N). Every rank computes the whole step's plan, so the counts that normalise the losses need no communication.
+(p mod N). A step's plan is computed whole, so the counts that normalise the losses need no communication.
 What a sample is drawn for is up to the plan: `data.plan` for pre-training, `data.finetune_plan` for fine-tuning. What a single
 sample's masks are is decided later, by `data.samples`, from the same keys.
 
