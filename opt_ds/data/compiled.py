@@ -8,7 +8,7 @@ import numpy as np
 
 @functools.cache
 def plan_operators() -> Any:
-    """Return the operators `keyed_hash`, `permute` and `assign_samples`; None where the extension is not built."""
+    """Return the operators `keyed_hash`, `permute` and `distribute`; None where the extension is not built."""
     import torch
 
     from opt_ds.ops import compiled

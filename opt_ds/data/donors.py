@@ -108,6 +108,8 @@ class DonorPool:
         waiting = np.arange(len(who))
         place = np.zeros(len(who), dtype=np.int64)
         for attempt in range(_TRIES):
+            if not waiting.size:
+                break
             place[waiting] = keyed_choice(len(givers), key[waiting], "donor", modality, attempt)
             waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
         for _ in range(len(givers)):  # a split of few groups: walk on to the next sample that will do
@@ -153,8 +155,9 @@ class DonorPool:
         """Try the waiting places; keep those whose group is new to the sample, give back those that still wait."""
         candidate = givers[place[waiting]]
         good = self._rows[candidate, modality] != own_row[waiting]
+        own_group = self._groups[candidate]
         for groups in used:
-            good &= self._groups[candidate] != groups[who[waiting]]
+            good &= own_group != groups[who[waiting]]
         donor[waiting] = candidate
         return waiting[~good]
 

@@ -131,7 +131,8 @@ class FineTunePlan(Plan):
                 draw[own] = np.where(found, MATCHING, -1)
             case = np.where(draw == MATCHING, _case(self._input_sm[chosen], replaced), -1).astype(np.int8)
         writes_text = draw == WRITE
-        text_length, text_ends = self._text_targets(store, source_rows, writes_text)
+        source_text = source_rows[:, TEXT]
+        text_length, text_ends = self._text_targets(store, source_text, self._lengths_of(store, source_text, TEXT), writes_text)
         return PlannedSamples(
             epoch=epoch, store=store, sample=sample, draw=draw, source_rows=source_rows, input_rows=input_rows,
             input_lengths=self._input_lengths(store, input_rows), writes_text=writes_text,

@@ -36,4 +36,6 @@ def model_lengths(model: ModelConfig, store: FeatureStore) -> list[ModelLengths]
 def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
     """Model frames of so many stored frames: enough for every offset 0 … stack − 1 (0 frames give 0)."""
     num_frames = np.asarray(num_frames, dtype=np.int64)
+    if stack == 1:
+        return num_frames
     return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)

@@ -17,12 +17,17 @@ from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.plan_ahead import PlanAhead
 from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.shared_plans import SharedPlans
 
 
 class MicroBatchLoader:
     """One rank's micro-batches of the plan's steps, on the device."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, world_size: int, device: torch.device, shared: SharedPlans | None = None
+    ) -> None:
+        """`shared`: the plan of the steps as this node's ranks share it; None: this rank plans every step."""
+        self._shared = shared
         self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
         self.wait_s = 0.0  # seconds that the consumer has waited for data so far
         data = plan.config.data
@@ -33,6 +38,8 @@ class MicroBatchLoader:
 
     def steps(self, first: int, last: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
         """Steps first … last − 1, each with this rank's micro-batches; consume a step's batches before the next step."""
+        if self._shared is not None:
+            return self._run(self._shared.steps(first, last))
         return self._run(self.plan.step(step, self.world_size) for step in range(first, last))
 
     def validation(self, max_samples: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:

@@ -3,6 +3,8 @@
 Draws, drops and donors are hashes of (seed, epoch, store, sample); the order of samples is that of `data.planned`.
 """
 
+from itertools import accumulate
+
 import numpy as np
 
 from opt_ds.config import LOSSES_OF_DRAW, Config
@@ -80,10 +82,11 @@ class StepPlan(Plan):
         input_rows = source_rows.copy()
         targets_text, targets_image = self._drop_modalities(key, draw, input_rows, can_write_image, text_target)
         case = self._match(key, draw, store, sample, input_rows, donors)
-        text_target_length, text_ends = self._text_targets(store, source_rows, targets_text)
+        text_target_length, text_ends = self._text_targets(store, source_rows[:, TEXT], source_lengths[:, TEXT], targets_text)
+        input_lengths = self._changed_lengths(store, input_rows, source_rows, source_lengths)
         return PlannedSamples(
             epoch=epoch, store=store, sample=sample, draw=draw, source_rows=source_rows, input_rows=input_rows,
-            input_lengths=self._input_lengths(store, input_rows), writes_text=targets_text, writes_image=targets_image,
+            input_lengths=input_lengths, writes_text=targets_text, writes_image=targets_image,
             text_target_length=text_target_length, text_ends=text_ends, case=case,
         )  # fmt: skip
 
@@ -95,9 +98,9 @@ class StepPlan(Plan):
         donors: list[DonorPool],
         store: np.ndarray,
         text_target: bool | None,
-    ) -> np.ndarray:
-        """bool [B, 5]: which draws each sample allows."""
-        num_present = present.sum(1)
+    ) -> list[np.ndarray]:
+        """bool [B] for each of five draws: which samples allow it."""
+        num_present = present[:, TEXT].astype(np.int8) + present[:, IMAGE] + present[:, AUDIO]
         active = self.config.tasks.active_losses
         text_ok = present[:, TEXT] & ("dtr" in active) & (text_target is not False)
         image_ok = can_write_image & ("dir" in active) & (text_target is not True)
@@ -105,36 +108,35 @@ class StepPlan(Plan):
             text_ok, image_ok = present[:, TEXT] & ("dtr" in active), can_write_image & ("dir" in active)
         needed = 2 if self.config.tasks.modality.always_drop_target else 1
         has_donors = np.array([pool.usable for pool in donors])[store]
-        return np.stack(
-            [
-                lengths[:, TEXT] >= 1,
-                lengths[:, IMAGE] >= 1,
-                lengths[:, AUDIO] >= 2,  # one frame is masked, one stays
-                (text_ok | image_ok) & (num_present >= needed),
-                (num_present >= 2) & has_donors,
-            ],
-            axis=1,
-        )
+        return [
+            lengths[:, TEXT] >= 1,
+            lengths[:, IMAGE] >= 1,
+            lengths[:, AUDIO] >= 2,  # one frame is masked, one stays
+            (text_ok | image_ok) & (num_present >= needed),
+            (num_present >= 2) & has_donors,
+        ]
 
     def _drop_modalities(
         self, key: np.ndarray, draw: np.ndarray, rows: np.ndarray, can_write_image: np.ndarray, text_target: bool | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Drop whole modalities of the modality-level samples (in place); say which of them write text, which an image."""
         options, active = self.config.tasks.modality, self.config.tasks.active_losses
-        chosen = draw == MODALITY
-        present = (rows >= 0) & chosen[:, None]
+        writes_text, writes_image = np.zeros(len(draw), dtype=bool), np.zeros(len(draw), dtype=bool)
+        chosen = np.flatnonzero(draw == MODALITY)
+        key, new_rows = key[chosen], rows[chosen]
+        present = new_rows >= 0
         text_ok = present[:, TEXT] & ("dtr" in active)
-        image_ok = can_write_image & chosen & ("dir" in active)
+        image_ok = can_write_image[chosen] & ("dir" in active)
         dropped = np.zeros_like(present)
         if options.always_drop_target:
             to_text = keyed_uniform(key, "target") < options.text_target_share
             if text_target is not None:
-                to_text = np.full(len(draw), text_target)
+                to_text = np.full(len(chosen), text_target)
             to_text = text_ok & (to_text | ~image_ok)
             dropped[:, TEXT] = to_text
-            dropped[:, IMAGE] = chosen & ~to_text & image_ok
+            dropped[:, IMAGE] = ~to_text & image_ok
         always = dropped.copy()
-        waiting = np.flatnonzero(chosen)
+        waiting = np.arange(len(chosen))
         for attempt in range(_REDRAWS):  # redrawn when all would go; 0.3^3 of them a time
             if not waiting.size:
                 break
@@ -142,10 +144,11 @@ class StepPlan(Plan):
             dropped[waiting] = (chance | always[waiting]) & present[waiting]
             waiting = waiting[(present[waiting] & ~dropped[waiting]).sum(1) == 0]
         dropped[waiting] = always[waiting]
-        rows[dropped] = -1
-        if options.always_drop_target:
-            return text_ok & dropped[:, TEXT], image_ok & dropped[:, IMAGE]
-        return text_ok, image_ok
+        new_rows[dropped] = -1
+        rows[chosen] = new_rows
+        writes_text[chosen] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True)
+        writes_image[chosen] = image_ok & (dropped[:, IMAGE] if options.always_drop_target else True)
+        return writes_text, writes_image
 
     def _match(
         self, key: np.ndarray, draw: np.ndarray, store: np.ndarray, sample: np.ndarray, rows: np.ndarray, donors: list[DonorPool]
@@ -168,10 +171,11 @@ class StepPlan(Plan):
         case[chosen] = np.where(judged_as_pair, np.where(pair_matches, pair_case, NUM_CASES - 1), drawn_case)
         new_rows = rows[chosen]
         new_rows[judged_as_pair, absent[judged_as_pair]] = -1
+        sample, store = sample[chosen], store[chosen]
         for number, pool in enumerate(donors):
-            own = store[chosen] == number
-            if own.any():
-                new_rows[own] = pool.replace(new_rows[own], replaced[own], sample[chosen][own], key[own])
+            own = self._of_store(store, number)
+            if sample[own].size:
+                new_rows[own] = pool.replace(new_rows[own], replaced[own], sample[own], key[own])
         rows[chosen] = new_rows
         return case
 
@@ -205,10 +209,14 @@ class StepPlan(Plan):
         return off
 
 
-def _choose_draw(key: np.ndarray, mix: dict[str, float], possible: np.ndarray) -> np.ndarray:
+def _choose_draw(key: np.ndarray, mix: dict[str, float], possible: list[np.ndarray]) -> np.ndarray:
     """int8 [B]: a draw with the mix's shares among the possible ones (an impossible one's share goes to the others)."""
-    shares = np.array([mix.get(draw, 0.0) for draw in LOSSES_OF_DRAW])[None, :] * possible
-    cumulative = np.cumsum(shares, axis=1)
-    total = cumulative[:, -1]
-    drawn = (keyed_uniform(key, "draw") * total)[:, None] >= cumulative
-    return np.where(total > 0, drawn.sum(1), -1).astype(np.int8)
+    shares = [mix.get(draw, 0.0) * allowed for draw, allowed in zip(LOSSES_OF_DRAW, possible, strict=True)]
+    cumulative = list(accumulate(shares))
+    total = cumulative[-1]
+    place = keyed_uniform(key, "draw") * total
+    drawn = np.zeros(len(key), dtype=np.int8)
+    for upper in cumulative:
+        drawn += place >= upper
+    drawn[total <= 0] = -1
+    return drawn

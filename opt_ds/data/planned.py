@@ -1,7 +1,7 @@
 """What every plan of steps shares: the order of samples, their lengths, the losses' counts, the micro-batches.
 
 A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed permutation of
-(p mod N). Every rank computes the whole step's plan, so the counts that normalise the losses need no communication.
+(p mod N). A step's plan is computed whole, so the counts that normalise the losses need no communication.
 What a sample is drawn for is up to the plan: `data.plan` for pre-training, `data.finetune_plan` for fine-tuning. What a single
 sample's masks are is decided later, by `data.samples`, from the same keys.
 
@@ -9,6 +9,7 @@ B: samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,11 @@ class PlannedSamples:
     def __len__(self) -> int:
         return len(self.draw)
 
+    def input_positions(self) -> np.ndarray:
+        """int64 [B], positions of the encoder: [CLS] and the items, and [SEP] with text."""
+        text, image, audio = self.input_lengths.T
+        return 1 + text + image + audio + (self.input_rows[:, TEXT] >= 0)
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -62,10 +68,11 @@ class PlannedStep:
     step: int
     samples: PlannedSamples
     counts: dict[str, float]
-    micro_batches: list[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
+    micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
     num_tokens: int
     fill: float  # positions used, as a share of the micro-batches' budget
     balance: float  # the most loaded rank's operations over the mean rank's
+    flops: float  # operations of training on all its samples once
 
     @property
     def num_samples(self) -> int:
@@ -141,14 +148,17 @@ class Plan(ABC):
         weights = self.config.data.mix
         if weights is None or len(self.stores) == 1:
             epoch = positions // self.num_samples
-            place = permute(positions % self.num_samples, self.num_samples, seed, "order", epoch)
+            place = permute(positions - epoch * self.num_samples, self.num_samples, seed, "order", epoch)
+            if len(self.stores) == 1:
+                return epoch, np.zeros_like(place), self._train[0][place].astype(np.int64, copy=False)
             store = np.searchsorted(self._starts, place, side="right") - 1
             place = place - self._starts[store]
         else:
             epoch, store, place = self._weighted_samples_at(positions, weights)
         sample = np.empty_like(place)
         for number, rows in enumerate(self._train):
-            sample[store == number] = rows[place[store == number]]
+            own = self._of_store(store, number)
+            sample[own] = rows[place[own]]
         return epoch, store, sample
 
     def _weighted_samples_at(
@@ -172,35 +182,57 @@ class Plan(ABC):
 
     # ---- lengths, counts, micro-batches
 
+    def _of_store(self, store: np.ndarray, number: int) -> np.ndarray | slice:
+        """An index of the samples of store `number`; of a run's only store a slice, which copies nothing."""
+        return slice(None) if len(self.stores) == 1 else np.flatnonzero(store == number)
+
     def _input_lengths(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        lengths = np.zeros_like(rows)
-        for number, per_row in enumerate(self._lengths):
-            for modality in MODALITIES:
-                there = (store == number) & (rows[:, modality] >= 0)
-                lengths[there, modality] = per_row[modality][rows[there, modality]]
+        """int64 [B, 3], items that the model reads of these rows."""
+        return np.stack([self._lengths_of(store, rows[:, modality], modality) for modality in MODALITIES]).T
+
+    def _changed_lengths(self, store: np.ndarray, rows: np.ndarray, old_rows: np.ndarray, old: np.ndarray) -> np.ndarray:
+        """`_input_lengths` of the rows, where those of the old rows are known."""
+        lengths = old.copy(order="K")
+        for modality in MODALITIES:
+            changed = np.flatnonzero(rows[:, modality] != old_rows[:, modality])
+            lengths[changed, modality] = self._lengths_of(store[changed], rows[changed, modality], modality)
         return lengths
 
-    def _text_targets(self, store: np.ndarray, rows: np.ndarray, writes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(int64 [B] tokens that the text decoder is to write, bool [B] whether [SEP] is one of them) for source rows [B, 3].
+    def _lengths_of(self, store: np.ndarray, rows: np.ndarray, modality: int) -> np.ndarray:
+        """int64 [n], items that the model reads of each row of this modality; 0 where there is none."""
+        if len(self.stores) == 1 and (rows >= 0).all():
+            return self._lengths[0][modality][rows]
+        lengths = np.zeros(len(rows), np.int64)
+        for number, per_row in enumerate(self._lengths):
+            there = np.flatnonzero((store == number) & (rows >= 0))
+            lengths[there] = per_row[modality][rows[there]]
+        return lengths
+
+    def _text_targets(
+        self, store: np.ndarray, rows: np.ndarray, lengths: np.ndarray, writes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(int64 [B] tokens that the text decoder is to write, bool [B] whether [SEP] is one of them) for the source's text rows
+        [B] and their lengths.
 
         A text that `max_text_tokens` truncates has no end to learn: the decoder would learn to stop in mid-sentence.
         """
-        there = writes & (rows[:, TEXT] >= 0)
-        lengths, ends = self._input_lengths(store, rows)[:, TEXT], there.copy()
+        there = writes & (rows >= 0)
+        ends = there.copy()
         if self.version >= 2:
             for number, per_row in enumerate(self._lengths):
-                own = there & (store == number)
-                ends[own] = ~per_row[TEXT].truncated(rows[own, TEXT])
+                own = np.flatnonzero(there & (store == number))
+                ends[own] = ~per_row[TEXT].truncated(rows[own])
         return np.where(there, lengths + ends, 0), ends
 
     def _counts(self, s: PlannedSamples) -> dict[str, float]:
         """Terms of each loss over the step: masked items, written tokens and codes, judged samples."""
         p = self.config.tasks.mask_probability
-        frames = s.input_lengths[s.draw == MAM, AUDIO]
-        regions = int(num_masked(s.input_lengths[s.draw == MVM, IMAGE], p).sum())
+        text, image, audio = (np.flatnonzero(s.draw == draw) for draw in (MLM, MVM, MAM))
+        frames = s.input_lengths[audio, AUDIO]
+        regions = int(num_masked(s.input_lengths[image, IMAGE], p).sum())
         masked_frames = num_masked_frames(frames, p)
         counts = {
-            "mlm": int(num_masked(s.input_lengths[s.draw == MLM, TEXT], p).sum()),
+            "mlm": int(num_masked(s.input_lengths[text, TEXT], p).sum()),
             "mvfr": regions,
             "mrc": regions,
             "mafr": int(masked_frames.sum()),
@@ -213,28 +245,29 @@ class Plan(ABC):
         return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
 
     def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
-        from opt_ds.data.flops import sample_flops  # it knows this file's samples and draws
+        from opt_ds.data.flops import sample_and_step_flops  # it knows this file's samples and draws
 
-        positions = 1 + samples.input_lengths.sum(1) + (samples.input_rows[:, TEXT] >= 0)  # [CLS] … [SEP] with text
-        positions = positions + np.where(samples.writes_text, samples.text_target_length, 0)
-        positions = positions + np.where(samples.writes_image, self.config.model.num_image_codes, 0)
+        positions = samples.input_positions()
+        positions += samples.writes_text * samples.text_target_length
+        positions += samples.writes_image * np.int64(self.config.model.num_image_codes)
         useful = np.flatnonzero(samples.draw >= 0)
-        costs = sample_flops(self.config, samples)[useful]
-        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs)
-        total = sum(m.num_tokens for rank in micro_batches for m in rank)
-        loads = [sum(m.cost for m in rank) for rank in micro_batches]
+        costs, flops = sample_and_step_flops(self.config, samples)
+        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful])
+        total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
-        budget = world_size * len(micro_batches[0]) * self.config.batch.max_tokens
+        budget = micro_batches.sizes.size * self.config.batch.max_tokens
         return PlannedStep(
             step, samples, self._counts(samples), micro_batches, num_tokens=total, fill=total / budget,
-            balance=max(loads) / mean if mean else 1.0,
+            balance=max(loads) / mean if mean else 1.0, flops=flops,
         )  # fmt: skip
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:
         """int64 [B, 3], the samples' own rows."""
+        if len(self.stores) == 1:
+            return self.stores[0].rows[sample].astype(np.int64, copy=False)
         rows = np.empty((len(sample), 3), dtype=np.int64)
         for number, feature_store in enumerate(self.stores):
-            own = store == number
+            own = self._of_store(store, number)
             rows[own] = feature_store.rows[sample[own]]
         return rows
 

@@ -33,6 +33,7 @@ from opt_ds.engine.host_memory import (
     spare_loaded_objects,
 )
 from opt_ds.engine.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
+from opt_ds.engine.node_folder import share_plans
 from opt_ds.engine.profile import StepProfiler
 from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
 from opt_ds.engine.step import SkipBudgetError, Stepper
@@ -75,7 +76,8 @@ class Trainer:
                 f'{stores[0].path}: no sample of split "{config.data.valid_split}" has what the run\'s tasks need: deal samples '
                 "that have it to this split (opt-ds split), or name another one with data.valid_split"
             )
-        self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device)
+        shared, self._node_folder = share_plans(self.plan, group)
+        self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device, shared)
         backend.choose(config.ops.backend, group.device)
 
         self.state = checkpoint.train_state(saved) if saved else TrainState()
@@ -302,6 +304,8 @@ class Trainer:
     def close(self) -> None:
         """End the threads and files of the run, whatever ended it."""
         self.loader.close()
+        if self._node_folder is not None:
+            self._node_folder.close()
         self.writer.close()
         self.profiler.close()
         self.report.close()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.data.flops import step_flops
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.planned import DRAWS, PlannedStep
 from opt_ds.engine.hardware import PeakFlops
@@ -40,7 +39,7 @@ class Window:
         self._steps += 1
         self._samples += planned.num_samples
         self._tokens += planned.num_tokens
-        self._flops += step_flops(self._config, planned.samples).total
+        self._flops += planned.flops
         draw = planned.samples.draw
         self._draws += np.bincount(draw[draw >= 0], minlength=len(DRAWS))
         self._fill += planned.fill

@@ -1,0 +1,201 @@
+"""Plans of steps shared by the ranks of one node: of n ranks each plans every n-th step, and leaves it in a file for the others.
+
+A plan is a function of (config, stores, step), so that a shared one is only a cache: a rank that does not find it in time, or finds
+one that is damaged or another run's, plans the step itself. A file holds a whole `PlannedStep`, which the others map: its pages are
+in memory once, however many ranks of the node are ahead by how many steps.
+
+Each rank has an inbox, a folder of files named by their steps. The rank that plans a step links one file into the inboxes of all
+others; a reader removes its link as it maps the file, so that nothing is left once all have read it.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_ds import __version__
+from opt_ds.data.micro_batches import MicroBatches
+from opt_ds.data.planned import Plan, PlannedSamples, PlannedStep
+
+_WAIT_S, _WAIT_PLANS = 5.0, 4.0  # for another rank's plan, at least; and in times that the slowest plan took here
+_POLL_S = 0.002
+_MOST_WAITING = 64  # files that an inbox may hold
+_SHARED_FROM = 2048  # samples of a step: planning fewer takes about as long as reading a file
+_ALIGNMENT = 64  # bytes
+_SAMPLES = tuple(field.name for field in fields(PlannedSamples))
+_MICRO_BATCHES = ("slots", "sizes", "num_tokens", "costs")
+_NUMBERS = ("step", "counts", "num_tokens", "fill", "balance", "flops")
+
+
+def is_worth_sharing(plan: Plan) -> bool:
+    """Whether reading a step's plan is quicker than planning it again."""
+    return plan.batch_samples >= _SHARED_FROM
+
+
+class SharedPlans:
+    """A run's plan as rank `place` of the `count` ranks of this node goes through it. Plans the steps whose remainder is `place`."""
+
+    def __init__(
+        self, plan: Plan, world_size: int, folder: Path, place: int, count: int, say: Callable[[str], None] = print
+    ) -> None:
+        """Share what is in `folder`, which is of this launch and node alone; `make_inboxes` was called for it."""
+        self._plan, self._world_size, self._folder, self._say = plan, world_size, folder, say
+        self._place, self._count = place, count
+        self._key = _key_of(plan, world_size)
+        self._longest_s = 0.0  # that a plan took here
+        self._late: set[int] = set()  # ranks that are not waited for until they are seen again
+        self.num_read = self.num_missed = 0
+
+    def steps(self, first: int, last: int) -> Iterator[PlannedStep]:
+        """The plans of steps first … last − 1. The next own step is planned and left before another rank's is waited for."""
+        own: PlannedStep | None = None
+        for step in range(first, last):
+            following = step + (self._place - step) % self._count
+            if following < last and (own is None or own.step < following):
+                own = self._planned(following)
+                self._leave(own)
+            if own is not None and own.step == step:
+                yield own
+            else:
+                yield self._read(step) or self._planned(step)
+
+    def _planned(self, step: int) -> PlannedStep:
+        began = time.perf_counter()
+        planned = self._plan.step(step, self._world_size)
+        self._longest_s = max(self._longest_s, time.perf_counter() - began)
+        return planned
+
+    # ---- leaving and reading
+
+    def _leave(self, planned: PlannedStep) -> None:
+        """Link the plan's file into the others' inboxes, as far as they have room. A full disk leaves the others to plan it."""
+        temporary = self._folder / f".{planned.step}-{self._place}.tmp"
+        try:
+            write_plan(temporary, planned, self._key)
+            for other in range(self._count):
+                inbox = _inbox(self._folder, other)
+                if other != self._place and len(os.listdir(inbox)) < _MOST_WAITING:
+                    os.link(temporary, inbox / str(planned.step))
+        except OSError as error:
+            self._note(planned.step, f"{self._folder} cannot take it ({error.strerror})")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read(self, step: int) -> PlannedStep | None:
+        """Another rank's plan of a step; None where it is not there in time, or is none of this run's."""
+        owner, inbox = step % self._count, _inbox(self._folder, self._place)
+        _remove_before(inbox, step)
+        patience = 0.0 if owner in self._late else max(_WAIT_S, _WAIT_PLANS * self._longest_s)
+        until = time.monotonic() + patience
+        path = inbox / str(step)
+        while not path.exists():
+            if time.monotonic() >= until or not inbox.is_dir():  # its folder goes when the run ends
+                self._late.add(owner)
+                self._note(step, f"rank {owner} of this node has not planned it in {patience:.0f} s")
+                return None
+            time.sleep(_POLL_S)
+        self._late.discard(owner)
+        planned = read_plan(path, step, self._key)
+        path.unlink(missing_ok=True)
+        if planned is None:
+            self._note(step, "its file is damaged, or another run's")
+        else:
+            self.num_read += 1
+        return planned
+
+    def _note(self, step: int, reason: str) -> None:
+        self.num_missed += 1
+        if self.num_missed == 1:
+            self._say(
+                f"step {step}: its plan is not shared between the ranks of this node, each plans it itself, which takes longer but "
+                f"changes nothing: {reason}; said once"
+            )
+
+
+def make_inboxes(folder: Path, count: int) -> None:
+    """Make what the `count` ranks of a node share plans in."""
+    for place in range(count):
+        _inbox(folder, place).mkdir()
+
+
+def _inbox(folder: Path, place: int) -> Path:
+    return folder / f"rank-{place}"
+
+
+def _remove_before(inbox: Path, step: int) -> None:
+    """Remove what came too late."""
+    try:
+        for name in os.listdir(inbox):
+            if int(name) < step:
+                (inbox / name).unlink(missing_ok=True)
+    except (OSError, ValueError):  # the folder is gone: the first rank of the node has ended
+        pass
+
+
+def _key_of(plan: Plan, world_size: int) -> str:
+    """What plans of a step depend on."""
+    stores = [store.fingerprint for store in plan.stores]
+    about = [__version__, type(plan).__name__, plan.version, plan.config.model_dump(mode="json"), stores, world_size]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+# ---- a file: a line of JSON that says what follows, and the arrays
+
+
+def write_plan(path: Path, planned: PlannedStep, key: str) -> None:
+    """Write a step's plan. Raises OSError."""
+    assert isinstance(planned.micro_batches, MicroBatches)
+    arrays = {name: getattr(planned.samples, name) for name in _SAMPLES}
+    arrays |= {f"micro_batches/{name}": getattr(planned.micro_batches, name) for name in _MICRO_BATCHES}
+    about: dict[str, Any] = {name: getattr(planned, name) for name in _NUMBERS}
+    about |= {"key": key, "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()]}
+    content, start = np.zeros(sum(map(_room, arrays.values())), np.uint8), 0
+    for array in arrays.values():
+        content[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        start += _room(array)
+    about["sum"] = _sum(content)
+    header = json.dumps(about).encode()
+    with open(path, "wb") as file:
+        file.write(header + b" " * (-(len(header) + 1) % _ALIGNMENT) + b"\n")
+        file.write(content)  # type: ignore[arg-type]
+
+
+def read_plan(path: Path, step: int, key: str) -> PlannedStep | None:
+    """Return the plan that a file holds, mapped; None if it is not whole, or not this step's of the run with this key."""
+    try:
+        with open(path, "rb") as file:
+            about = json.loads(file.readline())
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+            if about["key"] != key or about["step"] != step:
+                return None
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if _sum(np.frombuffer(content, np.uint8, offset=start)) != about["sum"]:
+            return None
+        arrays = {}
+        for name, dtype, shape in about["arrays"]:
+            arrays[name] = np.frombuffer(content, dtype, int(np.prod(shape)), start).reshape(shape)
+            start += _room(arrays[name])
+        if start != size:
+            return None
+        samples = PlannedSamples(**{name: arrays[name] for name in _SAMPLES})
+        micro_batches = MicroBatches(*(arrays[f"micro_batches/{name}"] for name in _MICRO_BATCHES))
+        return PlannedStep(samples=samples, micro_batches=micro_batches, **{name: about[name] for name in _NUMBERS})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _room(array: np.ndarray) -> int:
+    """Bytes from its beginning to the next array's."""
+    return array.nbytes + -array.nbytes % _ALIGNMENT
+
+
+def _sum(content: np.ndarray) -> int:
+    """Of the content's words of 64 bits, modulo 2^64."""
+    return int(content.view(np.uint64).sum(dtype=np.uint64))

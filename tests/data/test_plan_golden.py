@@ -1,0 +1,44 @@
+"""Plans are those of earlier releases to the bit: a run that is continued with this code sees the samples that it would have seen."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import PlannedStep
+from opt_ds.tools.assumed_store import AssumedStore
+from tests.tiny import make_config
+
+GOLDEN = {
+    ("samples", 24, 1, 1): "c5f79da9438ec104",
+    ("samples", 24, 1, 7): "c1445c0ae4c87da1",
+    ("samples", 3000, 1, 7): "3b73326eca43f76c",
+    ("samples", 3000, 2, 64): "05a0b607b1b671ea",
+    ("tokens", 4000, 2, 3): "9ce05602fb9cb16c",
+}
+
+
+def digest(planned: PlannedStep) -> str:
+    """Of all that a plan says."""
+    found = hashlib.sha256()
+    for field in dataclasses.fields(planned.samples):
+        found.update(np.ascontiguousarray(getattr(planned.samples, field.name)).tobytes())
+    found.update(repr((planned.counts, int(planned.num_tokens), float(planned.fill), float(planned.balance))).encode())
+    for rank in planned.micro_batches:
+        for m in rank:
+            found.update(m.slots.tobytes() + repr((int(m.num_tokens), float(m.cost))).encode())
+    return found.hexdigest()[:16]
+
+
+def digest_of(unit: str, size: int, num_stores: int, ranks: int) -> str:
+    config = make_config(batch={"size": size, "unit": unit})
+    stores: list[Any] = [AssumedStore(config.model, 5 + number, 4, 9) for number in range(num_stores)]
+    return digest(StepPlan(config, stores).step(3, ranks))
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_the_plan_is_the_one_that_it_was(key: tuple[str, int, int, int]) -> None:
+    assert digest_of(*key) == GOLDEN[key]

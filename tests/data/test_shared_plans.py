@@ -1,0 +1,173 @@
+"""Plans that the ranks of a node share: the same bits, whoever planned them; another rank that is slow, gone or wrong changes nothing."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opt_ds.data import shared_plans
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.planned import PlannedStep
+from opt_ds.data.shared_plans import SharedPlans, make_inboxes, read_plan, write_plan
+from opt_ds.store import FeatureStore
+from tests.tiny import make_batches, make_config
+
+RANKS = 3  # of the run
+_FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def plan(complete: FeatureStore) -> StepPlan:
+    return StepPlan(make_config(batch={"size": 200}), [complete])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_inboxes(tmp_path, 2)
+    return tmp_path
+
+
+def contents(planned: PlannedStep) -> list[Any]:
+    """All that a step's plan says, comparable."""
+    arrays = [getattr(planned.samples, field.name) for field in dataclasses.fields(planned.samples)]
+    dealt = [[(m.slots.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
+    numbers = [planned.step, planned.counts, planned.num_tokens, planned.fill, planned.balance, planned.flops]
+    return [*numbers, planned.num_samples, dealt, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
+
+
+def are_right(plan: StepPlan, steps: list[PlannedStep]) -> bool:
+    return all(contents(planned) == contents(plan.step(planned.step, RANKS)) for planned in steps)
+
+
+def test_a_file_gives_back_every_bit(plan: StepPlan, tmp_path: Path) -> None:
+    planned = plan.step(4, RANKS)
+    write_plan(tmp_path / "4", planned, "key")
+    found = read_plan(tmp_path / "4", 4, "key")
+    assert found is not None and contents(found) == contents(planned)
+
+
+def _cut(share: float) -> Callable[[bytes], bytes]:
+    return lambda content: content[: int(len(content) * share) // 64 * 64]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut(0.0), _cut(0.01), _cut(0.5), _cut(0.999),
+        lambda content: content + bytes(64),
+        lambda content: content[:-1],
+        lambda content: content[:-3000] + bytes([content[-3000] ^ 1]) + content[-2999:],
+        lambda content: b"{}\n" + content,
+        lambda content: content.replace(b'"key": "key"', b'"key": "yek"'),
+        lambda content: bytes(len(content)),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_no_plan(damage: Callable[[bytes], bytes], plan: StepPlan, tmp_path: Path) -> None:
+    path = tmp_path / "4"
+    write_plan(path, plan.step(4, RANKS), "key")
+    path.write_bytes(damage(path.read_bytes()))
+    assert read_plan(path, 4, "key") is None
+
+
+def test_another_step_or_run_is_no_plan(plan: StepPlan, tmp_path: Path) -> None:
+    write_plan(tmp_path / "4", plan.step(4, RANKS), "key")
+    assert read_plan(tmp_path / "4", 5, "key") is None
+    assert read_plan(tmp_path / "4", 4, "other") is None
+
+
+def _run(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None, out: Any) -> None:
+    """A rank, in a process of its own."""
+    shared = SharedPlans(plan, RANKS, folder, place, 2, lambda text: None)
+    found = []
+    for planned in shared.steps(first, last):
+        if planned.step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found.append(contents(planned))
+    out.put((place, found, shared.num_read, shared.num_missed))
+
+
+def _start(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None = None) -> tuple[Any, Any]:
+    out = _FORK.Queue()
+    process = _FORK.Process(target=_run, args=(plan, folder, place, first, last, dies_at, out))
+    process.start()
+    return process, out
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_two_processes_plan_half_of_the_steps_each(first: int, plan: StepPlan, folder: Path) -> None:
+    last = first + 9
+    running = [_start(plan, folder, place, first, last) for place in (0, 1)]
+    expected = [contents(plan.step(step, RANKS)) for step in range(first, last)]
+    for process, out in running:
+        place, found, num_read, num_missed = out.get(timeout=60)
+        process.join(60)
+        assert found == expected
+        assert num_missed == 0 and num_read == sum(step % 2 != place for step in range(first, last))
+    assert not [file for file in folder.rglob("*") if file.is_file()], "read files are removed"
+
+
+def test_a_killed_rank_is_done_without(plan: StepPlan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_plans, "_WAIT_S", 0.3)
+    process, _ = _start(plan, folder, 1, 0, 20, dies_at=5)
+    said: list[str] = []
+    shared = SharedPlans(plan, RANKS, folder, 0, 2, said.append)
+    steps = list(shared.steps(0, 14))
+    process.join(60)
+    assert [planned.step for planned in steps] == list(range(14)) and are_right(plan, steps)
+    assert shared.num_read + shared.num_missed == 7 and shared.num_missed >= 4
+    assert len(said) == 1 and "rank 1 of this node" in said[0]
+
+
+def test_files_of_another_run_and_torn_ones_are_planned_again(plan: StepPlan, folder: Path, complete: FeatureStore) -> None:
+    other = StepPlan(make_config(batch={"size": 200}, seed=9), [complete])
+    inbox = folder / "rank-0"
+    write_plan(inbox / "1", other.step(1, RANKS), shared_plans._key_of(other, RANKS))
+    write_plan(inbox / "3", plan.step(3, RANKS), shared_plans._key_of(plan, RANKS))
+    with open(inbox / "3", "r+b") as file:
+        file.truncate(1000)
+    write_plan(inbox / "5", plan.step(5, RANKS), shared_plans._key_of(plan, RANKS))
+    shared = SharedPlans(plan, RANKS, folder, 0, 2, lambda text: None)
+    steps = list(shared.steps(0, 6))
+    assert are_right(plan, steps)
+    assert (shared.num_read, shared.num_missed) == (1, 2)
+    assert not os.listdir(inbox)
+
+
+def test_what_nobody_reads_is_bounded(plan: StepPlan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_plans, "_WAIT_S", 0.0)
+    monkeypatch.setattr(shared_plans, "_WAIT_PLANS", 0.0)
+    monkeypatch.setattr(shared_plans, "_MOST_WAITING", 3)
+    assert are_right(plan, list(SharedPlans(plan, RANKS, folder, 0, 2, lambda text: None).steps(0, 12)))
+    assert sorted(os.listdir(folder / "rank-1")) == ["0", "2", "4"]
+    late = SharedPlans(plan, RANKS, folder, 1, 2, lambda text: None)
+    assert are_right(plan, list(late.steps(3, 6)))
+    assert not os.listdir(folder / "rank-1"), "what came too late goes too"
+
+
+def test_without_room_or_folder_each_plans_for_itself(plan: StepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_plans, "_WAIT_S", 0.0)
+    monkeypatch.setattr(shared_plans, "_WAIT_PLANS", 0.0)
+    said: list[str] = []
+    shared = SharedPlans(plan, RANKS, tmp_path / "gone", 0, 2, said.append)
+    assert are_right(plan, list(shared.steps(0, 4)))
+    assert len(said) == 1 and "gone" in said[0]
+
+
+def test_a_shared_plan_packs_the_same_batches(plan: StepPlan, complete: FeatureStore, tmp_path: Path) -> None:
+    planned = plan.step(2, RANKS)
+    write_plan(tmp_path / "2", planned, "key")
+    found = read_plan(tmp_path / "2", 2, "key")
+    assert found is not None
+    batches = []
+    for each in (planned, found):
+        own = dataclasses.replace(each, micro_batches=[each.micro_batches[1]])
+        batches.append(make_batches(plan.config, [complete], own)[0])
+    for mine, theirs in zip(*batches, strict=True):
+        assert mine.sample_names == theirs.sample_names
+        np.testing.assert_array_equal(mine.inputs.token_ids, theirs.inputs.token_ids)
