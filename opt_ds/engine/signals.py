@@ -8,6 +8,7 @@ import signal
 import time
 from types import FrameType, TracebackType
 
+from opt_ds import interrupts
 from opt_ds.engine.launchers import find_launchers, is_gone
 
 REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
@@ -21,7 +22,7 @@ class StopRequest:
         self.received = ""
         self._received_at = 0.0
         self.numbers = {signal.SIGTERM, signal.SIGINT, signal.Signals[preemption_signal]}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it: the run outlives its terminal
+        if not interrupts.is_ignored(signal.SIGHUP):  # nohup ignores it: the run outlives its terminal
             self.numbers.add(signal.SIGHUP)
         self._launchers = find_launchers()
         self._before: dict[int, signal._HANDLER] = {}
@@ -49,6 +50,8 @@ class StopRequest:
         return self.received
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            interrupts.leave_lost_terminal()
         if not self.received:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._received_at > SAME_REQUEST_S:
@@ -74,6 +77,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     while _entered:
         _entered.pop().put_back()
+    interrupts.put_back_handlers()
     _after_fork_in_parent()
 
 
