@@ -82,8 +82,8 @@ def uninterrupted_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in received[:1]:
-            signal.raise_signal(number)
+        for first in received[:1]:
+            signal.raise_signal(first)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
