@@ -44,10 +44,8 @@ def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
     counts = [cached_array(store, "truncated", list(limits), partial(_count, model, store)) for store in stores]
     if not counts:
         return
-    text, image, audio = (
-        _Dropped(*np.sum([count[place, :3] for count in counts], 0).tolist(), max(count[place, 3] for count in counts))
-        for place in range(3)
-    )
+    longest_of = np.max(counts, 0)[:, 3]
+    text, image, audio = (_Dropped._make([*sums[:3], longest]) for sums, longest in zip(np.sum(counts, 0), longest_of, strict=True))
     if text.truncated:
         yield text.line("model.max_text_tokens", model.max_text_tokens, "texts", "tokens")
     if image.truncated:
