@@ -12,6 +12,7 @@ from opt_ds import interrupts
 from opt_ds.engine.launchers import find_launchers, is_gone
 
 REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
+LOOK_EVERY_S = 1.0  # at the launchers, which takes reading /proc
 SAME_REQUEST_S = 2.0  # a signal so soon after the first says nothing new
 
 
@@ -25,6 +26,7 @@ class StopRequest:
         if not interrupts.is_ignored(signal.SIGHUP):  # nohup ignores it: the run outlives its terminal
             self.numbers.add(signal.SIGHUP)
         self._launchers = find_launchers()
+        self._is_abandoned, self._looked_at = False, -LOOK_EVERY_S
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -45,9 +47,13 @@ class StopRequest:
 
     def reason(self) -> str:
         """What asks to stop: the signal's name, or the loss of the launcher that started this rank; '' while nothing does."""
-        if not self.received and any(is_gone(launcher) for launcher in self._launchers):
-            return "the launcher has ended"
-        return self.received
+        if self.received or not self._launchers:
+            return self.received
+        now = time.monotonic()
+        if not self._is_abandoned and now - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = now
+            self._is_abandoned = any(is_gone(launcher) for launcher in self._launchers)
+        return "the launcher has ended" if self._is_abandoned else ""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
