@@ -208,7 +208,7 @@ def _check_is_text(path: Path, head: bytes) -> None:
     found = format_of_content(head)
     if found is not None and not head.startswith(_GZIP) and found.kind in ("archive", "document"):
         advice = "unpack it, or save the table as CSV in UTF-8" if found.kind == "archive" else found.advice
-        raise UserError(f"{path}: {found.name}, not a text file: {advice}")
+        raise UserError(f"{path}: {found}, not a text file: {advice}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

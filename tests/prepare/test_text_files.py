@@ -126,7 +126,7 @@ def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
         ("latin.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text: save it as UTF-8"),
         ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-32: save it as UTF-8"),
         ("cut.csv", lambda path: read_rows(path, ",", quoted=True), "begins as UTF-16 text, but is cut off or damaged"),
-        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "archive, not a text file: unpack it"),
+        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "ZIP archive, not a text file: unpack it"),
         ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is cut off or damaged"),
         ("not.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "not a gzip file"),
         ("cut.json.gz", read_json_array, "the gzip file is cut off or damaged"),
