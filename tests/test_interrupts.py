@@ -122,9 +122,9 @@ def test_training_of_the_dvae(store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "nohup"),
-    [(signal.SIGHUP, False), pytest.param(signal.SIGTERM, False, marks=pytest.mark.faults),
-     pytest.param(signal.SIGHUP, True, marks=pytest.mark.faults)],
-)  # fmt: skip
+    [(signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+)
+@pytest.mark.faults  # the next test has a terminal's SIGHUP
 def test_training_of_the_dvae_saves_and_asks_to_be_requeued(number: int, nohup: bool, store: Path, tmp_path: Path) -> None:
     command = ["train-dvae", "--store", str(store), "--output", str(tmp_path), "--preset", "dvae-tiny", "--steps", "99999"]
     code, lines = interrupt(command, "step/s", group=True, folder=tmp_path, number=number, nohup=nohup)
