@@ -12,6 +12,7 @@ try:
 
     from opt_ds.commands import rank_of_environment, run_command
     from opt_ds.commands.arguments import StoppedError, build
+    from opt_ds.engine.signals import REQUEUE_EXIT_CODE
     from opt_ds.errors import UserError, did_you_mean
 except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other does
     print("stopped", file=sys.stderr)
@@ -89,7 +90,7 @@ def _build() -> Any:
 def main() -> None:
     """Entry point of the console script."""
     code = run_command(_build(), sys.argv[1:], "opt-ds", rank_of_environment())
-    if code == 1 and "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+    if code not in (0, REQUEUE_EXIT_CODE) and (torch := sys.modules.get("torch.distributed")) and torch.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # leaving a process group whose other ranks are lost can hang

@@ -15,6 +15,14 @@ class RunError(RuntimeError):
     """A run that began well cannot go on. The message says, in one line, why, and where its saved state is. Exit code 1."""
 
 
+class TrainingStoppedError(Exception):
+    """A signal asked training to stop, and its state is saved. `reason`: the signal's name; `step`: the last one taken."""
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"{reason}: saved after step {step}")
+        self.reason, self.step = reason, step
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean "x"?)' for the known word nearest to `word`, or '' when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

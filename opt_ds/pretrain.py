@@ -77,8 +77,6 @@ def _start(source: Path | None, moments: bool, output: Path | None) -> "Start | 
         if moments:
             raise UserError("--init-moments takes moments from the run that --init-from names: add --init-from RUN")
         return None
-    if output is None:
-        raise UserError("--init-from starts a new run: name its folder with --output")
     from opt_ds.engine.init_from import find_start
 
     return find_start(source, moments, output)

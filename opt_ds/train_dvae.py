@@ -17,6 +17,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ from tqdm import tqdm
 
 from opt_ds.data.keyed import keyed_hash, permute
 from opt_ds.engine.host_memory import keep_freed_memory
-from opt_ds.errors import RunError, UserError
+from opt_ds.engine.signals import StopRequest
+from opt_ds.errors import RunError, TrainingStoppedError, UserError
 from opt_ds.model.dvae import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
 from opt_ds.model.dvae_config import StepSettings, load_dvae_config, schedule
 from opt_ds.prepare.codes import (
@@ -95,6 +97,7 @@ def train_dvae(
     """Train (or finish training) a dVAE in `output`, write the codes into the store, and return result.json's content.
 
     UserError for a store that is missing or has no pixels, an unknown preset or key, or the output of another run.
+    TrainingStoppedError when a signal asked to stop: a checkpoint is saved.
     """
     store = open_store(store_path, with_dvae=False)
     if not store.has_pixels:
@@ -231,13 +234,16 @@ class Training:
             self.start_codebook()
         elapsed, cpu_elapsed = self.seconds, self.cpu_seconds
         writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step)
-        with tqdm(total=self.config.steps, initial=self.step, desc="dVAE", unit="step") as bar:
+        progress = partial(tqdm, total=self.config.steps, initial=self.step, desc="dVAE", unit="step")
+        with StopRequest() as stop, progress() as bar:
             while self.step < self.config.steps:
                 losses, settings = self.train_step()
                 self.step += 1
                 bar.update()
                 at_end = self.step == self.config.steps
-                logs, saves = self.step % LOG_EVERY == 0 or at_end, self.step % self.checkpoint_every == 0 and not at_end
+                reason = "" if at_end else stop.reason()
+                logs = self.step % LOG_EVERY == 0 or at_end
+                saves = (self.step % self.checkpoint_every == 0 and not at_end) or bool(reason)
                 if logs or saves:
                     self.check_finite(losses)
                 if logs:
@@ -246,6 +252,8 @@ class Training:
                 self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
                 if saves:
                     self.save_checkpoint()
+                if reason:
+                    raise TrainingStoppedError(reason, self.step)
         result = self.finish(writer)
         writer.close()
         return result

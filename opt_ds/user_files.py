@@ -1,6 +1,8 @@
-"""YAML and JSON that a user wrote: one line for what is wrong in it, with its place. A key that is there twice is wrong."""
+"""Text, YAML and JSON that a user wrote: one line for what is wrong, with its place. A key that is there twice is wrong."""
 
+import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,22 @@ _KINDS = {
     ("tuple_type", "list_type"): "a list is expected, such as [a, b]",
     ("dict_type", "model_type", "model_attributes_type"): "a section of `key: value` is expected",
 }
+_YAML_PROBLEMS = (  # what PyYAML says, and what we say; the first one that fits counts
+    (r"'\\t'", "a tab indents it: use spaces"),
+    (r"expected ',' or|node content.*stream end", "a list or section in brackets is not closed, or a comma is missing"),
+    (r"mapping (values|keys) are not allowed", "a colon or ? that may not be there: put a text that has one in quotes"),
+    (r"could not find expected ':'", "a key without its colon"),
+    (r"unexpected end of stream", "a quote is not closed"),
+    (r"cannot start any token", "a text that begins with this character needs quotes"),
+    (r"undefined alias", "an alias (*name) whose anchor (&name) is not there"),
+    (r"second occurrence", "an anchor (&name) that is there twice"),
+    (r"constructor for the tag|tag handle|URI|expected a .* node|for merging", "a tag (!name), or a value that does not fit it"),
+    (r"<block end>|block sequence entries|indentation indicators", "its indentation does not fit the lines above"),
+    (r"another document|<document start>|directive", "a second document, or a line that begins with %: give one document"),
+    (r"escape", "an unknown escape (\\) in double quotes: use single quotes"),
+    (r"unhashable", "a list or a section cannot be a key"),
+    (r"node content|alphabetic or numeric", "a value is missing"),
+)
 
 
 def read_yaml(path: Path) -> Any:
@@ -43,14 +61,20 @@ def parse_yaml(text: str, where: str) -> Any:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not readable as YAML ({_problem(error)})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from None
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: not readable as YAML ({_problem(error)})") from None
+    except yaml.reader.ReaderError as error:
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        line, column = text[: error.position].count("\n") + 1, error.position - text[: error.position].rfind("\n")
+        raise UserError(
+            f"{where} line {line}, column {column}: not readable as YAML (the character U+{ord(character):04X} may not be there)"
+        ) from None
     except RecursionError:
         raise UserError(f"{where}: not readable as YAML (nested too deeply)") from None
-    except ValueError as error:  # a date that is none, a number that is too long
-        raise UserError(f"{where}: not readable as YAML ({error})") from None
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"{where}: not readable as YAML (a date or a number that cannot be)") from None
 
 
 def read_json(path: Path) -> Any:
@@ -59,11 +83,26 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not readable as JSON ({error.msg})") from None
+        raise UserError(f"{path} line {error.lineno}, column {error.colno}: not readable as JSON") from None
     except RecursionError:
         raise UserError(f"{path}: not readable as JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"{path}: not readable as JSON (a number has too many digits)") from None
+
+
+def decode_text(content: bytes) -> str:
+    """Return the text that these bytes are: UTF-16 with its byte order mark, otherwise UTF-8 with or without one.
+
+    Raises UnicodeDecodeError for another encoding.
+    """
+    return content.decode("utf-16" if is_utf16(content) else "utf-8-sig")
+
+
+def is_utf16(head: bytes) -> bool:
+    """Whether a text begins with UTF-16's byte order mark; UTF-32's is another one."""
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not head.startswith(codecs.BOM_UTF32_LE)
 
 
 def expected_kind(mistake: str) -> str | None:
@@ -73,7 +112,7 @@ def expected_kind(mistake: str) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -129,5 +168,6 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
+    """Return what is wrong, in our words."""
     text = " ".join(str(error.problem or error.context).split())
-    return "a tab indents it: use spaces" if r"'\t'" in text else text
+    return next((words for pattern, words in _YAML_PROBLEMS if re.search(pattern, text)), "this may not be there")

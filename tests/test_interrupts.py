@@ -1,17 +1,26 @@
-"""Ctrl-C: one line, exit code 130, no traceback of any process, whether a terminal sends it to all or one process gets it."""
+"""Ctrl-C, SIGTERM and a lost terminal: one line, no traceback of any process, nothing half-written, and no process left.
+
+Exit code: 128 plus the signal's number, 75 where training saved. A terminal sends its signals to all processes of a command.
+"""
 
 import fcntl
+import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from opt_ds.prepare import PrepareSettings, prepare
 from opt_ds.store.synthetic import write_synthetic_store
 
 RESUMES = "stopped: the same command goes on where it was"
@@ -30,38 +39,126 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for number in range(200):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture number {number}")
+    lines = [{"id": str(number), "image": f"{number}.png", "text": f"picture {number}"} for number in range(200)]
+    (folder / "manifest.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return folder
 
 
-def interrupt(command: list[str], when: str, *, group: bool, folder: Path, imports: bool = False) -> tuple[int, list[str]]:
-    """Run `opt-ds`, send SIGINT when its output has the text; give its code and the lines that say that it stopped.
+def interrupt(
+    command: list[str],
+    when: str,
+    *,
+    group: bool,
+    folder: Path,
+    number: int = signal.SIGINT,
+    imports: bool = False,
+    nohup: bool = False,
+) -> tuple[int, list[str]]:
+    """Run `opt-ds`, send a signal when its output has the text; give its code and the lines that say that it stopped.
 
-    `imports`: the output also names each module as it is loaded.
+    `imports`: the output also names each module as it is loaded. `nohup`: it is started with SIGHUP ignored.
     """
     log = folder.with_name(f"{folder.name}.log")
     python = [sys.executable, *(["-X", "importtime"] if imports else []), "-m", "opt_ds"]
     with open(log, "wb") as output:
-        process = subprocess.Popen([*python, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [*(["nohup"] if nohup else []), *python, *command], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
     began = time.monotonic()
     while process.poll() is None and time.monotonic() - began < 90 and when not in log.read_text(errors="replace"):
         time.sleep(0.05)
-    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    (os.killpg if group else os.kill)(process.pid, number)
+    if nohup:
+        time.sleep(1)
+        assert process.poll() is None, "it outlives its terminal"
+        os.kill(process.pid, signal.SIGTERM)
     code = process.wait(60)
     text = log.read_text(errors="replace").replace("\r", "\n")
     assert "Traceback" not in text and "KeyboardInterrupt" not in text, text[-3000:]
-    return code, [line for line in text.splitlines() if line.startswith("stopped")]
+    assert not left_over(process.pid), "no process is left"
+    return code, [line for line in text.splitlines() if line.startswith(("stopped", "SIG"))]
 
 
-@pytest.mark.parametrize(("when", "group"), [("features:", True), ("file/s", False)])
-def test_preparation_with_workers(when: str, group: bool, pictures: Path, tmp_path: Path) -> None:
-    command = ["prepare", "--manifest", str(pictures), "--output", str(tmp_path / "store"), "--workers", "2"]
-    assert interrupt(command, when, group=group, folder=tmp_path) == (130, [RESUMES])
+def left_over(session: int, patience_s: float = 5.0) -> list[str]:
+    """The command lines of the processes of this session that are still there after a while."""
+    began = time.monotonic()
+    while True:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] not in "ZX":
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:  # it has ended
+                continue
+        if not found or time.monotonic() - began > patience_s:
+            return found
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "when", "group"),
+    [
+        (signal.SIGINT, "features:", True),
+        pytest.param(signal.SIGINT, "file/s", False, marks=pytest.mark.faults),
+        pytest.param(signal.SIGTERM, "features:", True, marks=pytest.mark.faults),
+        (signal.SIGTERM, "file/s", False),
+        (signal.SIGHUP, "file/s", True),
+        pytest.param(signal.SIGHUP, "features:", False, marks=pytest.mark.faults),
+    ],
+)
+def test_preparation_with_workers(number: int, when: str, group: bool, pictures: Path, tmp_path: Path) -> None:
+    command = ["prepare", "--manifest", str(pictures / "manifest.jsonl"), "--output", str(tmp_path / "store"), "--workers", "2"]
+    assert interrupt(command, when, group=group, folder=tmp_path, number=number) == (128 + number, [RESUMES])
+    assert not (tmp_path / "store" / "store.json").exists()
 
 
 def test_training_of_the_dvae(store: Path, tmp_path: Path) -> None:
     command = ["train-dvae", "--store", str(store), "--output", str(tmp_path), "--preset", "dvae-tiny", "--steps", "99999"]
     assert interrupt(command, "step/s", group=True, folder=tmp_path) == (130, [RESUMES])
+    assert (tmp_path / "checkpoint.pt").is_file(), "a Ctrl-C saves too"
+
+
+@pytest.mark.parametrize(
+    ("number", "nohup"),
+    [(signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+)
+@pytest.mark.faults  # the next test has a terminal's SIGHUP
+def test_training_of_the_dvae_saves_and_asks_to_be_requeued(number: int, nohup: bool, store: Path, tmp_path: Path) -> None:
+    command = ["train-dvae", "--store", str(store), "--output", str(tmp_path), "--preset", "dvae-tiny", "--steps", "99999"]
+    code, lines = interrupt(command, "step/s", group=True, folder=tmp_path, number=number, nohup=nohup)
+    name = "SIGTERM" if nohup else signal.Signals(number).name
+    assert code == 75 and len(lines) == 1, lines
+    match = re.fullmatch(rf"{name}: saved after step (\d+); start again with the same --output to go on", lines[0])
+    assert match and torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == int(match[1])
+
+
+def test_a_terminal_that_is_lost_costs_nothing(store: Path, tmp_path: Path) -> None:
+    command = ["train-dvae", "--store", str(store), "--output", str(tmp_path / "run"), "--preset", "dvae-tiny"]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "opt_ds", *command, "--steps", "99999"])
+    termios.tcsetwinsize(terminal, (24, 100))  # there is no room for a progress bar otherwise
+    shown = b""
+    while b"step/s" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75, shown.decode()
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("group", [True, False])
+def test_an_update_leaves_the_store_as_it_was(number: int, group: bool, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    prepare(pictures / "manifest.jsonl", path, PrepareSettings(vocab_size=60), workers=1, device="cpu", say=lambda _: None)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    command = ["update", str(path), "--modality", "image", "--manifest", str(pictures / "manifest.jsonl"), "--workers", "2"]
+    assert interrupt(command, "file/s", group=group, folder=tmp_path, number=number) == (128 + number, ["stopped"])
+    after = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert {file: content for file, content in after.items() if file.name != "verified.json"} == before
 
 
 @pytest.mark.parametrize("module", ["| typer", "| numpy"])

@@ -7,7 +7,6 @@ import errno
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import typer
 
+from opt_ds import interrupts
 from opt_ds.commands.arguments import StoppedError, build, stopped
 from opt_ds.commands.arguments import rank_of_environment as rank_of_environment
 from opt_ds.errors import RunError, UserError, did_you_mean
@@ -24,7 +24,7 @@ EXIT_BAD_INPUT = 2
 MAX_SEED = 2**63 - 1
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
 _OTHER_RANKS_WAIT_S = 15
-EXIT_STOPPED = 130
+_TYPERS_STOPPED = 130
 _WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8,}\.tmp")
@@ -39,11 +39,17 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
     """Run a click command. Mistakes become one line on stderr and exit code 2.
 
     Of several ranks only rank 0 speaks: the others give it time to, since a launcher ends all at the first one's exit. A
-    Ctrl-C is one line and exit code 130; a second one ends the process at once.
+    Ctrl-C is one line and exit code 130, SIGTERM and the loss of the terminal (SIGHUP) likewise 143 and 129; a second one ends
+    the process at once.
     """
+    with interrupts.ended_by_signals():
+        return _run(command, arguments, name, rank)
+
+
+def _run(command: Any, arguments: Sequence[str], name: str, rank: int) -> int:
     try:
         result = command.main(list(arguments), prog_name=name, standalone_mode=False)
-        if result == EXIT_STOPPED:  # typer makes it of a Ctrl-C before the command itself began
+        if result == _TYPERS_STOPPED:  # typer makes it of a Ctrl-C before the command itself began
             return _stop(stopped(name), rank)
         return result if isinstance(result, int) else 0
     except UserError as error:
@@ -98,10 +104,10 @@ def check_output(path: Path, option: str) -> None:
 
 
 def _stop(line: str, rank: int) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever asks again does not want to wait for what still ends
+    interrupts.let_signals_end_at_once()
     if not rank:
         print(line, file=sys.stderr, flush=True)
-    return EXIT_STOPPED
+    return interrupts.stopped_exit_code()
 
 
 def _users_name(path: Any) -> str:

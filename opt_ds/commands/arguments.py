@@ -31,7 +31,7 @@ _LONGEST_OUTPUT = _LONGEST_NAME - 32  # a file is written under a longer, tempor
 
 
 class StoppedError(Exception):
-    """Ctrl-C ended a command. The message is what is printed."""
+    """Ctrl-C, SIGTERM or SIGHUP ended a command. The message is what is printed."""
 
 
 class CheckedCommand(typer.core.TyperCommand):

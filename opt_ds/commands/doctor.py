@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from opt_ds.errors import UserError
-
 
 def doctor(
     config: Annotated[
@@ -37,8 +35,6 @@ def doctor(
     if init_from is not None:
         from opt_ds.engine.init_from import find_start
 
-        if output is None:
-            raise UserError("--init-from starts a new run: name its folder with --output")
         find_start(init_from, init_moments, output)
         typer.echo(f"ok    init-from     {init_from} can be started from")
     failed = False

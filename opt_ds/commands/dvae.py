@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from opt_ds.commands import MAX_SEED, run_program
+from opt_ds.errors import TrainingStoppedError
 
 
 def train_dvae(
@@ -27,27 +28,38 @@ def train_dvae(
     train_split: Annotated[str, typer.Option(help="Split to train on; all others are measured.")] = "train",
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
     codes: Annotated[bool, typer.Option(help="Write the codes into the store at the end.")] = True,
-) -> None:
-    """Train the discrete VAE (stage 1 of the image decoder) on a store's pictures, write its codes into the store."""
+) -> int:
+    """Train the discrete VAE (stage 1 of the image decoder) on a store's pictures, write its codes into the store.
+
+    Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, 130 stopped by Ctrl-C and saved, others failed.
+    """
     # Before torch is loaded: threads that spin while they wait cost several times the work when the cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # PyTorch takes seconds to import: not for --help.
+    from opt_ds.engine.signals import REQUEUE_EXIT_CODE
     from opt_ds.train_dvae import train_dvae as run
 
-    run(
-        store,
-        output,
-        preset=preset,
-        config_file=config,
-        settings=tuple(set_ or ()),
-        steps=steps,
-        seed=seed,
-        device=device,
-        precision=precision,
-        train_split=train_split,
-        checkpoint_every=checkpoint_every,
-        write_codes=codes,
-    )
+    try:
+        run(
+            store,
+            output,
+            preset=preset,
+            config_file=config,
+            settings=tuple(set_ or ()),
+            steps=steps,
+            seed=seed,
+            device=device,
+            precision=precision,
+            train_split=train_split,
+            checkpoint_every=checkpoint_every,
+            write_codes=codes,
+        )
+    except TrainingStoppedError as stop:
+        if stop.reason == "SIGINT":
+            raise KeyboardInterrupt from None
+        print(f"{stop}; start again with the same --output to go on", flush=True)
+        return REQUEUE_EXIT_CODE
+    return 0
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from opt_ds.commands import finite
+from opt_ds.config import Config
 
 
 def finetune(
@@ -39,10 +40,10 @@ def finetune(
     from opt_ds.engine.checkpoint import resolve_checkpoint
     from opt_ds.engine.distributed import find_ranks
     from opt_ds.engine.finetuning import finetune_config
-    from opt_ds.engine.launch import run_training
+    from opt_ds.engine.launch import run_training, settle_by_main
     from opt_ds.engine.signals import StopRequest
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
-    from opt_ds.store.verify import open_store
+    from opt_ds.store.reader import FeatureStore
 
     ranks = find_ranks()
 
@@ -50,13 +51,17 @@ def finetune(
         if ranks.is_main:
             print(line, flush=True)
 
-    config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
-    for path in store:
-        check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, open_store(path), force, say)
+    def settle() -> Config:
+        config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
+        for path in store:  # verified by now
+            check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force, say)
+        return config
+
+    config, group = settle_by_main(ranks, settle)
     assert config.finetune is not None
     say(
         f"fine-tuning for {task} from {config.finetune.checkpoint}, inputs {', '.join(config.finetune.inputs)}: "
         f"{config.max_steps} steps of {config.batch.size} samples, learning rate {config.optimizer.lr:g}, output {output}"
     )
     with StopRequest(config.train.preemption_signal) as stop:
-        return run_training(config, output, ranks, stop, say, must_resume=resume)
+        return run_training(config, output, ranks, stop, say, must_resume=resume, group=group)

@@ -21,6 +21,10 @@ def inspect_store(
     config: Annotated[
         str | None, typer.Option(help="A preset or YAML file: the training that the notes are for. Default: pretrain.py's.")
     ] = None,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option("--near-duplicates/--no-near-duplicates", help="Count images and texts that are nearly the same."),
+    ] = True,
 ) -> None:
     """Check a feature store and print a summary; exit code 2 on a failure.
 
@@ -31,7 +35,7 @@ def inspect_store(
 
     if manifest is not None and sample is None:
         raise UserError("--manifest: it goes with --sample, whose picture it names: give --sample too")
-    inspection = inspect(store)
+    inspection = inspect(store, near_duplicates=near_duplicates)
     _print(inspection.summary)
     for note in inspection.notes:
         typer.echo(f"note: {note}")

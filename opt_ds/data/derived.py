@@ -1,11 +1,12 @@
 """Arrays that a plan derives from a whole store: made once, kept in a file beside the store's records, mapped by every rank.
 
 A file holds for one store's fingerprint and one key (what the array depends on besides the store). A file that was changed
-after it was written, or that is damaged, is made again.
+after it was written, or that is damaged, is made again. Writing one removes those of the store's earlier contents.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore
 
 DERIVED_FOLDER = "derived"
+_LOG = logging.getLogger(__name__)
 VERSION = 1  # of what the arrays hold; a file of another version is not used
 
 
@@ -43,6 +45,7 @@ def cached_array(store: FeatureStore, name: str, key: list[Any], make: Callable[
         made = make()
         try:
             _write(path, identity, made)
+            _remove_outdated(path.parent, store.fingerprint)
         except OSError:  # a full disk or a folder without permission: the array stays in memory
             return made
         array = _read(path, identity)
@@ -64,6 +67,22 @@ def _write(path: Path, identity: str, array: np.ndarray) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
     write_json(path.with_suffix(".json"), _note(path, identity))
+
+
+def _remove_outdated(folder: Path, fingerprint: str) -> None:
+    """Remove the arrays of another fingerprint: the folder belongs to one store. Whoever has mapped one keeps it."""
+    removed = 0
+    for note in folder.glob("*.json"):
+        try:
+            of = json.loads(read_json_object(note, "")["identity"])[1]
+        except (UserError, KeyError, TypeError, ValueError, IndexError):  # damaged, or not ours
+            continue
+        if isinstance(of, str) and of != fingerprint:
+            note.with_suffix(".npy").unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+            removed += 1
+    if removed:
+        _LOG.debug("%s: removed %d arrays of the store's earlier contents", folder, removed)
 
 
 def _note(path: Path, identity: str) -> dict[str, Any]:

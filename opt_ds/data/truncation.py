@@ -1,53 +1,51 @@
 """What the model's limits drop of the stores' items: counted over the stores' indexes, one line for each limit that drops any."""
 
 from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from opt_ds.config import ModelConfig
+from opt_ds.data.derived import cached_array
 from opt_ds.data.lengths import stacked_length
 from opt_ds.store.reader import FeatureStore
 
 _BLOCK = 2**20
 
 
-class _Dropped:
-    """Counts over the rows of one modality: all of them, the truncated ones, the share that they lose, the longest."""
+class _Dropped(NamedTuple):
+    """Counts over the rows of one modality: all of them, the truncated ones, the share that they lose in all, the longest."""
 
-    def __init__(self) -> None:
-        self.rows = self.truncated = self.longest = 0
-        self._lost = 0.0
-
-    def add(self, stored: np.ndarray, limit: int, stack: int) -> None:
-        for start in range(0, len(stored), _BLOCK):  # an index may be a map of 10^8 rows
-            lengths = stacked_length(stored[start : start + _BLOCK], stack)
-            longer = lengths[lengths > limit]
-            self.rows += len(lengths)
-            self.truncated += len(longer)
-            self._lost += float((1 - limit / longer).sum())
-            self.longest = max(self.longest, int(lengths.max(initial=0)))
+    rows: float
+    truncated: float
+    lost: float
+    longest: float
 
     def line(self, key: str, value: int, rows: str, items: str, note: str = "") -> str:
         return (
-            f"{key}={value}{note} truncates {self.truncated:,} of {self.rows:,} {rows} ({_percent(self.truncated / self.rows)}; on "
-            f"average {_percent(self._lost / self.truncated)} of their {items} are dropped): the longest needs {key}={self.longest}"
+            f"{key}={value}{note} truncates {self.truncated:,.0f} of {self.rows:,.0f} {rows} "
+            f"({_percent(self.truncated / self.rows)}; on average {_percent(self.lost / self.truncated)} of their {items} are "
+            f"dropped): the longest needs {key}={self.longest:.0f}"
         )
 
 
 def truncation_lines(model: ModelConfig, stores: list[FeatureStore]) -> list[str]:
     """Return a line for each of max_text_tokens, max_regions and max_frames that truncates samples of these stores.
 
-    All rows of a store are counted, whatever their split. Time is linear in the number of rows, memory is constant.
+    All rows of a store are counted, whatever their split. Time is linear in the number of rows, memory is constant; a run counts
+    a store once.
     """
     return list(_lines(model, stores))
 
 
 def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
-    text, image, audio = _Dropped(), _Dropped(), _Dropped()
-    for store in stores:
-        text.add(store.text_lengths, model.max_text_tokens, 1)
-        image.add(store.region_counts, model.max_regions, 1)
-        audio.add(store.frame_counts, model.max_frames, model.audio_stack)
+    limits = [model.max_text_tokens, model.max_regions, model.max_frames, model.audio_stack]
+    counts = [cached_array(store, "truncated", list(limits), partial(_count, model, store)) for store in stores]
+    if not counts:
+        return
+    longest_of = np.max(counts, 0)[:, 3]
+    text, image, audio = (_Dropped._make([*sums[:3], longest]) for sums, longest in zip(np.sum(counts, 0), longest_of, strict=True))
     if text.truncated:
         yield text.line("model.max_text_tokens", model.max_text_tokens, "texts", "tokens")
     if image.truncated:
@@ -56,6 +54,27 @@ def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
         rate_hz = min(store.description.dims.audio_frame_rate_hz for store in stores)
         heard = f" ({model.max_frames * model.audio_stack / rate_hz:.1f} s)" if rate_hz > 0 else ""
         yield audio.line("model.max_frames", model.max_frames, "recordings", "frames", heard)
+
+
+def _count(model: ModelConfig, store: FeatureStore) -> np.ndarray:
+    """Return float64 [3, 4]: the fields of _Dropped for texts, images and recordings."""
+    return np.array([
+        _dropped(store.text_lengths, model.max_text_tokens, 1),
+        _dropped(store.region_counts, model.max_regions, 1),
+        _dropped(store.frame_counts, model.max_frames, model.audio_stack),
+    ])  # fmt: skip
+
+
+def _dropped(stored: np.ndarray, limit: int, stack: int) -> _Dropped:
+    truncated = longest = 0
+    lost = 0.0
+    for start in range(0, len(stored), _BLOCK):  # an index may be a map of 10^8 rows
+        lengths = stacked_length(stored[start : start + _BLOCK], stack)
+        longer = lengths[lengths > limit]
+        truncated += len(longer)
+        lost += float((1 - limit / longer).sum())
+        longest = max(longest, int(lengths.max(initial=0)))
+    return _Dropped(len(stored), truncated, lost, longest)
 
 
 def _percent(share: float) -> str:

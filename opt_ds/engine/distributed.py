@@ -165,6 +165,12 @@ class ProcessGroup:
         for group in distributed_c10d._world.pg_map:
             set_timeout(self._timeout, group)
 
+    def limit(self, timeout_s: float) -> None:
+        """Have a collective that takes longer fail from now on."""
+        if self._timeout.total_seconds() != timeout_s:
+            self._timeout = timedelta(seconds=timeout_s)
+            self.bound_all_collectives()
+
     def max(self, value: int) -> int:
         """The largest of the ranks' values."""
         if self.ranks.world_size == 1:

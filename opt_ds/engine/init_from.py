@@ -66,12 +66,14 @@ class Start:
 # ---- before the run: which checkpoint, which settings
 
 
-def find_start(given: Path, moments: bool, output: Path) -> Start:
+def find_start(given: Path, moments: bool, output: Path | None) -> Start:
     """Return the start that `--init-from given` means for the run in `output`; one that has begun keeps its own.
 
-    Raises UserError for a source without a readable checkpoint, for `output` itself, and for a run in `output` that began
-    otherwise.
+    Raises UserError for no `output`, for a source without a readable checkpoint, for `output` itself, and for a run in `output`
+    that began otherwise.
     """
+    if output is None:
+        raise UserError("--init-from starts a new run: name its folder with --output")
     if given.resolve() == output.resolve() or given.resolve().is_relative_to((output / checkpoint.FOLDER).resolve()):
         raise UserError(
             f"--init-from {given}: this is the run in --output itself: name a new folder with --output, or omit --init-from to "

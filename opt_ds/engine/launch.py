@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opt_ds.config import Config
 from opt_ds.engine.distributed import Ranks
@@ -13,13 +13,37 @@ from opt_ds.errors import RunError, UserError
 if TYPE_CHECKING:
     from opt_ds.engine.checkpoint import TrainState
     from opt_ds.engine.collectives import CollectiveWatch
+    from opt_ds.engine.distributed import ProcessGroup
     from opt_ds.store.reader import FeatureStore
+
+_Result = TypeVar("_Result")
+
+
+def settle_by_main(ranks: Ranks, settle: Callable[[], Config]) -> "tuple[Config, ProcessGroup | None]":
+    """Return, on every rank, the configuration that `settle` reads from stores and checkpoints, which rank 0 alone does.
+
+    Several ranks join for it: their process group is to be handed to `run_training`. Raises UserError of `settle` on every rank.
+    """
+    if ranks.world_size == 1:
+        return settle(), None
+    from opt_ds.engine.distributed import ProcessGroup
+
+    group = ProcessGroup(ranks)
+    return _with_lost_ranks_named(ranks, lambda: group.main_does(settle)), group
 
 
 def run_training(
-    config: Config, output: Path, ranks: Ranks, stop: StopRequest, say: Callable[[str], None], must_resume: bool = False
+    config: Config,
+    output: Path,
+    ranks: Ranks,
+    stop: StopRequest,
+    say: Callable[[str], None],
+    must_resume: bool = False,
+    group: "ProcessGroup | None" = None,
 ) -> int:
     """Train in `output`, from its newest checkpoint if it has one. Gives the exit code: 0 finished, 75 stopped and saved.
+
+    `group`: the process group, if the ranks have joined already.
 
     Raises UserError for what is wrong with stores, settings or `output`, before anything is written; RunError for a lost rank.
     """
@@ -41,30 +65,48 @@ def run_training(
     if alone and alone.finished:
         return 0
 
-    from opt_ds.engine.distributed import ProcessGroup, is_lost_rank
+    from opt_ds.engine.distributed import ProcessGroup
 
     held = run_folder.lock(output, say) if ranks.is_main else None
-    group = ProcessGroup(ranks, config.guard.rank_timeout_s)
+    joined = group or ProcessGroup(ranks, config.guard.rank_timeout_s)
+    joined.limit(config.guard.rank_timeout_s)
     watch = _watch(config, ranks)
-    try:
-        begun = alone or group.main_does(start)
+
+    def train() -> int:
+        begun = alone or joined.main_does(start)
         if begun.finished:
-            group.close()
+            joined.close()
             return 0
         checkpoint_files.take_hashes(begun.hashes)
 
         from opt_ds.engine.trainer import Trainer
 
         # A source that still trains may have a newer checkpoint for a rank that looked later.
-        config = config.model_copy(update={"init": group.from_main(config.init)})
-        code = Trainer(config, stores, output, group, hardware, precision, begun.resume_from, stop).train()
-        group.close()
+        agreed = config.model_copy(update={"init": joined.from_main(config.init)})
+        code = Trainer(agreed, stores, output, joined, hardware, precision, begun.resume_from, stop).train()
+        joined.close()
         return code
+
+    try:
+        return _with_lost_ranks_named(ranks, train)
     except torch.cuda.OutOfMemoryError:
         raise RunError(
             f"rank {ranks.rank}: out of GPU memory: lower batch.max_tokens (opt-ds plan says what fits), or set "
             "train.recompute=true or a higher zero.stage, then start again with the same --output to go on"
         ) from None
+    finally:
+        if watch:
+            watch.close()
+        if held:
+            held.close()
+
+
+def _with_lost_ranks_named(ranks: Ranks, work: Callable[[], _Result]) -> _Result:
+    """Return what `work` returns. RunError where it fails since another rank is gone."""
+    from opt_ds.engine.distributed import is_lost_rank
+
+    try:
+        return work()
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
@@ -73,11 +115,6 @@ def run_training(
             f"rank {ranks.rank} lost contact with another rank, whose log says why ({reason}): start again with the same "
             "--output to go on"
         ) from None
-    finally:
-        if watch:
-            watch.close()
-        if held:
-            held.close()
 
 
 @dataclass(frozen=True)

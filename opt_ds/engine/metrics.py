@@ -130,11 +130,14 @@ class Reporter:
 def _keep_full_disk_quiet() -> None:
     """Print no traceback of TensorBoard's thread when the disk is full: the next call in the main thread raises the error."""
     others = threading.excepthook
+    if getattr(others, "keeps_full_disk_quiet", False):
+        return
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
         if not (isinstance(arguments.exc_value, OSError) and is_disk_full(arguments.exc_value)):
             others(arguments)
 
+    hook.keeps_full_disk_quiet = True  # type: ignore[attr-defined]
     threading.excepthook = hook
 
 

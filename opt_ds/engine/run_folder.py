@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import opt_ds
 from opt_ds.config import Config, InitConfig, dump_config
+from opt_ds.engine.metrics import VALIDATION_FILE
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
@@ -26,7 +27,7 @@ from opt_ds.store.reader import FeatureStore
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 #: What training replaces as a whole, by folder.
-_WRITTEN = {"": (RUN_FILE, CONFIG_FILE, "validation.json"), "checkpoints": ("latest", "best"), "guard": ("step-*",)}
+_WRITTEN = {"": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE), "checkpoints": ("latest", "best"), "guard": ("step-*",)}
 
 #: What makes the run. All else (batch.max_tokens, zero.*, train.*, precision …) may change on resume.
 _IDENTITY = (

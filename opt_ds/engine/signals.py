@@ -8,9 +8,11 @@ import signal
 import time
 from types import FrameType, TracebackType
 
+from opt_ds import interrupts
 from opt_ds.engine.launchers import find_launchers, is_gone
 
 REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
+LOOK_EVERY_S = 1.0  # at the launchers, which takes reading /proc
 SAME_REQUEST_S = 2.0  # a signal so soon after the first says nothing new
 
 
@@ -21,9 +23,10 @@ class StopRequest:
         self.received = ""
         self._received_at = 0.0
         self.numbers = {signal.SIGTERM, signal.SIGINT, signal.Signals[preemption_signal]}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it: the run outlives its terminal
+        if not interrupts.is_ignored(signal.SIGHUP):  # nohup ignores it: the run outlives its terminal
             self.numbers.add(signal.SIGHUP)
         self._launchers = find_launchers()
+        self._is_abandoned, self._looked_at = False, -LOOK_EVERY_S
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -44,11 +47,17 @@ class StopRequest:
 
     def reason(self) -> str:
         """What asks to stop: the signal's name, or the loss of the launcher that started this rank; '' while nothing does."""
-        if not self.received and any(is_gone(launcher) for launcher in self._launchers):
-            return "the launcher has ended"
-        return self.received
+        if self.received or not self._launchers:
+            return self.received
+        now = time.monotonic()
+        if not self._is_abandoned and now - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = now
+            self._is_abandoned = any(is_gone(launcher) for launcher in self._launchers)
+        return "the launcher has ended" if self._is_abandoned else ""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            interrupts.leave_lost_terminal()
         if not self.received:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._received_at > SAME_REQUEST_S:
@@ -74,6 +83,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     while _entered:
         _entered.pop().put_back()
+    interrupts.put_back_handlers()
     _after_fork_in_parent()
 
 

@@ -208,7 +208,8 @@ def main(arguments: list[str]) -> None:
     """Run with the numbers of inherited descriptors: socket, memory for answers, memory for the status, pipe."""
     connection, answers, status, lifeline = map(int, arguments)
     _end_with_parent(lifeline)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: they reach the parent too, which decides
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES if hard < 0 else min(_STACK_BYTES, hard), hard))

@@ -18,6 +18,7 @@ _VIDEOS = (".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 _CLUTTER_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
 _CLUTTER_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
 _HTML_TAGS = (b"<html", b"<!doctype html", b"<head", b"<body")
+_NOUNS = {"image": "picture", "audio": "recording", "archive": "archive", "video": "video", "document": "document"}
 _XML_STARTS = (b"<?xml", b"<svg", b"<!doctype svg", b"<!--")
 
 
@@ -33,6 +34,11 @@ class FileFormat:
     endings: tuple[str, ...]
     decoder: str | None = None
     advice: str = ""
+
+    def __str__(self) -> str:
+        """The format with its kind, such as "WAV recording"."""
+        noun = _NOUNS.get(self.kind, "file")
+        return self.name if self.name.endswith(("page", noun)) else f"{self.name} {noun}"
 
 
 SVG = FileFormat("SVG", "image", (".svg",), "SVG")
@@ -92,7 +98,13 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("Word", "document", (".doc", ".docx", ".odt", ".rtf"), advice="save it as a .txt in UTF-8"),
     _MPEG4,
     FileFormat("video", "video", _VIDEOS, advice=_TO_SOUND),
-    FileFormat("archive", "archive", (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), advice="unpack it"),
+    FileFormat("ZIP", "archive", (".zip",), advice="unpack it"),
+    FileFormat("gzip", "archive", (".gz", ".tgz"), advice="unpack it"),
+    FileFormat("bzip2", "archive", (".bz2",), advice="unpack it"),
+    FileFormat("xz", "archive", (".xz",), advice="unpack it"),
+    FileFormat("7-Zip", "archive", (".7z",), advice="unpack it"),
+    FileFormat("RAR", "archive", (".rar",), advice="unpack it"),
+    FileFormat("tar", "archive", (".tar",), advice="unpack it"),
 )  # fmt: skip
 
 _BY_ENDING = {ending: each for each in FORMATS for ending in each.endings}
@@ -110,9 +122,8 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"caff", "CAF"), (0, b"RF64", "RF64"), (0, b"riff\x2e\x91\xcf\x11", "Wave64"), (0, b"#!AMR", "AMR"),
     (0, b"MAC ", "Monkey's Audio"), (0, b"wvpk", "WavPack"), (0, b"NIST_1A", "NIST Sphere"), (0, b"\x0b\x77", "AC-3"),
     (0, b"MThd", "MIDI"), (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "WMA"), (0, b"\x1a\x45\xdf\xa3", "WebM"),
-    (0, b"%PDF-", "PDF"), (0, b"PK\x03\x04", "archive"), (0, b"\x1f\x8b", "archive"), (0, b"BZh", "archive"),
-    (0, b"\xfd7zXZ\0", "archive"), (0, b"7z\xbc\xaf\x27\x1c", "archive"), (0, b"Rar!", "archive"),
-    (257, b"ustar", "archive"),
+    (0, b"%PDF-", "PDF"), (0, b"PK\x03\x04", "ZIP"), (0, b"\x1f\x8b", "gzip"), (0, b"BZh", "bzip2"),
+    (0, b"\xfd7zXZ\0", "xz"), (0, b"7z\xbc\xaf\x27\x1c", "7-Zip"), (0, b"Rar!", "RAR"), (257, b"ustar", "tar"),
 )  # fmt: skip
 _RIFF = {b"WAVE": "WAV", b"WEBP": "WebP", b"AVI ": "video"}
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -207,6 +218,6 @@ def _name_of_magic(head: bytes) -> str | None:
         return "BMP"
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
         return "PPM"
-    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # a frame's sync word; layer 0 is AAC's
-        return "M4A" if head[1] & 0x06 == 0 else "MP3"
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # a frame's sync word, and its layer
+        return {0: "M4A", 2: "MP3", 4: "MP3"}.get(head[1] & 0x06)  # 0 is AAC's; with 6 (layer I) UTF-16 text would begin
     return None

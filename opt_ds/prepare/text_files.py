@@ -1,8 +1,10 @@
-"""Read text files that people wrote: UTF-8, gzipped or not, and strict JSON in them. Mistakes are worded for the user.
+"""Read text files that people wrote: UTF-8, or UTF-16 with its byte order mark, gzipped or not, and strict JSON in them.
 
-Content decides whether a file is gzipped. A JSON object must not name a field twice, and NaN is refused.
+Mistakes are worded for the user. Content decides whether a file is gzipped. A JSON object must not name a field twice, and NaN
+is refused.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -14,10 +16,12 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.file_kinds import HEAD_BYTES, format_of_content
+from opt_ds.user_files import is_utf16
 
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"  # written by editors on Windows
 _JSON_BLOCK = 1 << 20
+_RECODED_BLOCK = 1 << 16
 _SPACE = " \t\n\r"
 
 
@@ -37,7 +41,10 @@ def parse_json(text: str) -> Any:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a text file, gzipped or not, for reading bytes. UserError if it is missing, cut off or of another kind."""
+    """Open a text file, gzipped or not, for reading its UTF-8 bytes; UTF-16 is recoded by its byte order mark.
+
+    UserError if it is missing, cut off or of another kind.
+    """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
@@ -45,11 +52,11 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         file.seek(0)
         _check_is_text(path, head)
         if not head.startswith(_GZIP):
-            yield file
+            yield _in_utf8(path, file)
             return
         try:
             with gzip.open(file, "rb") as unpacked:
-                yield cast(BinaryIO, unpacked)
+                yield _in_utf8(path, cast(BinaryIO, unpacked))
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise UserError(f"{path}: the gzip file is cut off or damaged: copy it again") from None
 
@@ -163,15 +170,45 @@ class _ArrayReader:
         return bool(block)
 
 
+class _Recoded(io.RawIOBase):
+    """The UTF-8 bytes of a text in UTF-16. UserError where it is not whole."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._text = path, io.TextIOWrapper(file, encoding="utf-16", newline="")
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._left:
+            try:
+                self._left = self._text.read(_RECODED_BLOCK).encode()
+            except UnicodeError:
+                raise UserError(f"{self._path}: begins as UTF-16 text, but is cut off or damaged: save it as UTF-8") from None
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def _in_utf8(path: Path, file: BinaryIO) -> BinaryIO:
+    """Return a file of UTF-8 text as it is, and one of UTF-16 recoded."""
+    head = file.read(4)
+    file.seek(0)
+    return cast(BinaryIO, io.BufferedReader(_Recoded(path, file))) if is_utf16(head) else file
+
+
 def _check_is_text(path: Path, head: bytes) -> None:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: not UTF-8 text but UTF-16: save it as UTF-8")
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise UserError(f"{path}: not UTF-8 text but UTF-32: save it as UTF-8")
+    if is_utf16(head):
+        return
     if path.suffix.lower() == ".gz" and not head.startswith(_GZIP):
         raise UserError(f"{path}: not a gzip file: rename it without .gz, or copy it again")
     found = format_of_content(head)
     if found is not None and not head.startswith(_GZIP) and found.kind in ("archive", "document"):
         advice = "unpack it, or save the table as CSV in UTF-8" if found.kind == "archive" else found.advice
-        raise UserError(f"{path}: {found.name}, not a text file: {advice}")
+        raise UserError(f"{path}: {found}, not a text file: {advice}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -162,7 +162,8 @@ class _Pool:
     def _start(self) -> None:
         # Spawned, because a fork of a process with torch's thread pools or a CUDA context can hang.
         context = multiprocessing.get_context("spawn")
-        number = context.Value("i", 0)
+        with uninterrupted_children():  # the first shared value starts a process that looks after such values
+            number = context.Value("i", 0)
         self._pool = ProcessPoolExecutor(
             self._workers, mp_context=context, initializer=_start_worker, initargs=(self._settings, self._device, number)
         )

@@ -19,17 +19,18 @@ import io
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 
 from opt_ds.data.samples import Sample
-from opt_ds.errors import UserError
+from opt_ds.errors import UserError, did_you_mean
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.serve.admission import Admission, Queue
 from opt_ds.serve.attention import word_attention
@@ -85,7 +86,7 @@ def build_app(
         return {"preset": session.config.preset, "parameters": parameters, "device": str(session.device),
                 "extractors": session.processor.description.extractors, "neighbours": neighbours is not None}  # fmt: skip
 
-    @app.post("/api/describe")
+    @app.post("/api/describe", dependencies=[Depends(_check_fields)])
     async def describe(
         request: Request,
         text: _Text = None,
@@ -99,7 +100,7 @@ def build_app(
 
         return await queue.compute(request.receive, work)
 
-    @app.post("/api/paint")
+    @app.post("/api/paint", dependencies=[Depends(_check_fields)])
     async def paint(
         request: Request,
         text: _Text = None,
@@ -120,6 +121,20 @@ def build_app(
     app.add_middleware(Admission, queue=queue, limits=limits, paths={"/api/describe", "/api/paint"})
     app.add_middleware(Guard, host=host, allow_hosts=tuple(allow_hosts))  # the last one added comes first
     return app
+
+
+async def _check_fields(request: Request) -> None:
+    """Raise UserError for a field that the path does not know, one that is given twice, and parameters in the URL."""
+    known = [field.alias for field in request.scope["route"].dependant.body_params]
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise UserError(f'"{name[:80]}" is given in the URL: send it as a field of the form')
+    given = Counter(name for name, _ in (await request.form()).multi_items())
+    for name, count in given.items():
+        if name not in known:
+            raise UserError(f'unknown field "{name[:80]}"{did_you_mean(name[:80], known)}: choose from {", ".join(known)}')
+        if count > 1:
+            raise UserError(f"{name}: is given {count} times: give it once")
 
 
 def _add_error_answers(app: FastAPI) -> None:

@@ -5,15 +5,21 @@ body or the reading of an answer takes, and its `limit_concurrency` turns away e
 are added here: each connection is looked at twice a second, and closed when its present stage lasts too long.
 """
 
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from http import HTTPStatus
+from types import FrameType
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from opt_ds import interrupts
 from opt_ds.serve.guard import SECURITY_HEADERS
 from opt_ds.serve.limits import Limits
 
@@ -126,7 +132,25 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which looks after its connections."""
+    """uvicorn's server, which looks after its connections, and ends at SIGHUP as at SIGTERM."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        with super().capture_signals():
+            if not in_main_thread or interrupts.is_ignored(signal.SIGHUP):
+                yield
+                return
+            before = signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGHUP:
+            interrupts.leave_lost_terminal()
+        super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % _TICKS_BETWEEN_LOOKS == 0:

@@ -1,6 +1,7 @@
 """Where facts about a store are kept that hold while its files do not change: its verification, and what plans derive from it.
 
-They lie beside `store.json` if the store can be written, otherwise in the folder of the run that reads it.
+They lie beside `store.json` if the store can be written, otherwise in the folder of the run that reads it. Commands outside a
+run record the verification of a read-only store in the user's cache, `$XDG_CACHE_HOME/opt_ds/stores` (`~/.cache/…`).
 """
 
 import hashlib
@@ -24,8 +25,15 @@ def is_writable(store: Path) -> bool:
 
 def run_records(store: Path, run: Path) -> Path:
     """Return the folder in the run's folder `run` that keeps the records of a read-only store. It may not exist yet."""
-    place = store.resolve()
-    return run / RUN_RECORDS / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:12]}"
+    return run / RUN_RECORDS / _name(store)
+
+
+def user_records(store: Path) -> Path | None:
+    """Return the folder in the user's cache that keeps the verification of a read-only store. None: there is no such cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # also where none is set; a relative one is to be ignored
+        cache = os.path.expanduser("~/.cache")
+    return Path(cache) / "opt_ds" / RUN_RECORDS / _name(store) if os.path.isabs(cache) else None
 
 
 def record_folder(store: Path, run: Path | None) -> Path | None:
@@ -33,6 +41,14 @@ def record_folder(store: Path, run: Path | None) -> Path | None:
     if is_writable(store):
         return store
     return None if run is None else run_records(store, run)
+
+
+def verification_folders(store: Path, run: Path | None) -> list[Path]:
+    """Return where a store's verification may be recorded, the place that is preferred first."""
+    if is_writable(store):
+        return [store]
+    folders = (None if run is None else run_records(store, run), user_records(store))
+    return [folder for folder in folders if folder is not None]
 
 
 def store_state(path: Path, description: StoreDescription) -> dict[str, Any]:
@@ -56,3 +72,8 @@ def is_recorded(folder: Path, state: dict[str, Any]) -> bool:
         return read_json_object(folder / VERIFIED_FILE, "") == state
     except UserError:  # never verified, or a broken record: verify again
         return False
+
+
+def _name(store: Path) -> str:
+    place = store.resolve()
+    return f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:12]}"

@@ -5,6 +5,7 @@ By ratio near-duplicate images stay together too (see `near_duplicates`); a list
 
 import csv
 import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from opt_ds.store.schema import StoreDescription, check_split_names, group_code
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.update import Arrays, rewrite_shards
 from opt_ds.store.verify import open_store
+from opt_ds.user_files import decode_text
 
 _HEADERS = [[name, "split"] for name in ("id", "ids", "sample", "name", "group", "groups")]
 
@@ -192,7 +194,7 @@ def _read_list(file: Path) -> dict[str, str]:
     line_of: dict[str, int] = {}
     separator = "\t" if file.suffix == ".tsv" else ","
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
+        with io.StringIO(decode_text(file.read_bytes()), newline="") as lines:
             for number, row in enumerate(csv.reader(lines, delimiter=separator, strict=True), 1):
                 if not row or (number == 1 and [cell.strip().lower() for cell in row] in _HEADERS):
                     continue

@@ -41,15 +41,19 @@ def rewrite_shards(
     path, description = store.path, store.description
     remove_unlisted(path, description, new_tokenizer)
     shards, per_shard = [], []
-    for index, old in enumerate(description.shards):
-        check_contents(path, old)
-        file = store.shard(index)
-        arrays = change(index, {name: np.asarray(file.array(name)[:]) for name in file.names()})
-        target = path / _next_name(old.file)
-        with atomic_file(target) as temporary:
-            write_datasets(temporary, arrays, compression=description.compression)
-        shards.append(describe_shard(target, arrays))
-        per_shard.append(arrays["samples/split"])
+    try:
+        for index, old in enumerate(description.shards):
+            check_contents(path, old)
+            file = store.shard(index)
+            arrays = change(index, {name: np.asarray(file.array(name)[:]) for name in file.names()})
+            target = path / _next_name(old.file)
+            with atomic_file(target) as temporary:
+                write_datasets(temporary, arrays, compression=description.compression)
+            shards.append(describe_shard(target, arrays))
+            per_shard.append(arrays["samples/split"])
+    except BaseException:
+        remove_unlisted(path, description, new_tokenizer)
+        raise
     updated = description.model_copy(update={"shards": shards, **fields()})
     if new_statistics:
         updated = updated.model_copy(update=_counts_and_statistics(path, updated, per_shard))

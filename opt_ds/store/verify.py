@@ -20,7 +20,7 @@ from opt_ds.store.dvae import dvae_problem
 from opt_ds.store.files import file_sha256, write_json
 from opt_ds.store.index import ShardFile, read_index, write_index
 from opt_ds.store.reader import FeatureStore, check_sizes
-from opt_ds.store.records import VERIFIED_FILE, is_recorded, is_writable, record_folder, run_records, store_state
+from opt_ds.store.records import VERIFIED_FILE, is_recorded, is_writable, record_folder, store_state, verification_folders
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
 
 __all__ = ["VERIFIED_FILE", "open_store", "verify_store"]
@@ -36,8 +36,8 @@ def verify_store(path: str | Path, *, with_dvae: bool = True, run: Path | None =
     """Raise UserError, naming shard and dataset, unless the store is whole and holds what `store.json` says.
 
     Presence and sizes are checked always, all else once: `verified.json` beside `store.json` records the size and the times
-    of every file. A store without a usable `index.h5` gets one. For a read-only store both are written to the run's folder;
-    without such a folder every call checks.
+    of every file. A store without a usable `index.h5` gets one. For a read-only store both are written to the run's folder, or
+    outside a run the former to the user's cache. Where neither can be written, every call checks.
 
     Args:
         path: The store's folder.
@@ -66,22 +66,21 @@ def _is_verified(path: Path, description: StoreDescription, run: Path | None) ->
     state = store_state(path, description)
     if is_recorded(path, state) and (read_index(path, description) is not None or not is_writable(path)):
         return True
-    return run is not None and not is_writable(path) and is_recorded(run_records(path, run), state)
+    return not is_writable(path) and any(is_recorded(folder, state) for folder in verification_folders(path, run))
 
 
 def _record(path: Path, description: StoreDescription, run: Path | None) -> None:
-    """Record the verification, where that can be written. A run's folder that cannot be is reported when the run locks it."""
-    folder = record_folder(path, run)
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if read_index(path, description) is None:
-            write_index(path, description, folder)
-        write_json(folder / VERIFIED_FILE, store_state(path, description))
-    except OSError:
-        if folder == path:
-            raise
+    """Record the verification in the first place that can be written. The lock of a run reports a folder that cannot be."""
+    for folder in verification_folders(path, run):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if read_index(path, description) is None and folder == record_folder(path, run):
+                write_index(path, description, folder)
+            write_json(folder / VERIFIED_FILE, store_state(path, description))
+            return
+        except OSError:
+            if folder == path:
+                raise
 
 
 def _verify_shards(path: Path, description: StoreDescription) -> None:

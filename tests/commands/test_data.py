@@ -49,6 +49,8 @@ def test_near_duplicates_are_noted_and_split_keeps_them_together_unless_told(tmp
     result = run("inspect", path)
     assert result.exit_code == 0
     assert "note: near-duplicates between train and valid (identical pixels at 64 x 64): 5 of 20 images in train" in result.output
+    without = run("inspect", path, "--no-near-duplicates").output
+    assert "note: near-duplicates were not looked for" in without and "near-duplicates between" not in without
     ratios = ("--ratio", "train=0.5", "--ratio", "valid=0.5")
     assert "10 samples of 10 groups are kept together in 5" in run("split", path, *ratios).output
     assert "near-duplicates between" not in run("inspect", path).output

@@ -74,3 +74,17 @@ def test_a_changed_file_is_made_again(path: Path, run: Path) -> None:
     for file in run.rglob("value-*.json"):
         file.write_text("{broken")
     assert value(1, 9) == 9
+
+
+def test_arrays_of_a_stores_earlier_contents_are_removed(tmp_path: Path) -> None:
+    stores = [make_store(tmp_path / name, 20, seed=1) for name in ("one", "other")]
+    opened = [FeatureStore(store.path, tmp_path / "run") for store in stores]
+    for store in opened:
+        derived.cached_array(store, "value", [1], lambda: np.array([1]))
+    mapped = derived.cached_array(opened[0], "value", [2], lambda: np.array([2]))
+    foreign = stores[0].path / "derived" / "notes.json"
+    foreign.write_text('{"identity": 3}')
+    opened[0].description = opened[0].description.model_copy(update={"fingerprint": "later"})
+    derived.cached_array(opened[0], "value", [1], lambda: np.array([5]))
+    assert [len(list((store.path / "derived").glob("*.npy"))) for store in stores] == [1, 1]
+    assert foreign.is_file() and mapped.tolist() == [2], "what is not ours stays, and so does what is in use"

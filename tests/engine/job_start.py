@@ -1,4 +1,4 @@
-"""One rank of test_start.py: a launch of a run on a read-only store; writes down which files this rank hashed."""
+"""One rank of test_start.py: launches a run, or `opt-ds finetune`, on a read-only store; notes which files it hashed."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from opt_ds.commands import run_program
+from opt_ds.commands.finetune import finetune
 from opt_ds.config import config_from_dict
 from opt_ds.engine.distributed import find_ranks
 from opt_ds.engine.launch import run_training
@@ -14,7 +16,7 @@ from opt_ds.engine.signals import StopRequest
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    store, output = Path(job["config"]["data"]["stores"][0]), Path(job["output"])
+    store, output = Path(job["store"]), Path(job["output"])
     may, digest = os.access, hashlib.file_digest
     hashed: list[str] = []
 
@@ -28,7 +30,10 @@ if __name__ == "__main__":
     os.access = access  # type: ignore[assignment]  # root may write anywhere: the permissions of the folder do not tell
     hashlib.file_digest = file_digest  # type: ignore[assignment]
     ranks = find_ranks()
-    with StopRequest("SIGUSR1") as stop:
-        code = run_training(config_from_dict(job["config"], where="job"), output, ranks, stop, print)
+    if "finetune" in job:
+        code = run_program(finetune, job["finetune"], "finetune", ranks.rank)
+    else:
+        with StopRequest("SIGUSR1") as stop:
+            code = run_training(config_from_dict(job["config"], where="job"), output, ranks, stop, print)
     Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(hashed))
     sys.exit(code)

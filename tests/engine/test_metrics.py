@@ -14,7 +14,10 @@ def test_a_full_disk_prints_no_traceback_of_a_thread_and_other_errors_do(
 ) -> None:
     printed: list[type[BaseException]] = []
     monkeypatch.setattr(threading, "excepthook", lambda arguments: printed.append(arguments.exc_type))
+    Reporter(tmp_path, 0, 1, enabled=True).close()
+    hook = threading.excepthook
     reporter = Reporter(tmp_path, 0, 1, enabled=True)
+    assert threading.excepthook is hook, "one hook, however many reporters"
 
     def fail(error: Exception) -> None:
         raise error

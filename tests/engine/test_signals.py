@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from opt_ds.engine import signals
 from opt_ds.engine.signals import SAME_REQUEST_S, StopRequest
 
 
@@ -68,3 +69,13 @@ def test_nohup_stays_in_force() -> None:
         assert child([signal.SIGHUP]) == 8, "neither ended nor asked to stop"
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_launcher_is_looked_at_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+    monkeypatch.setattr(signals, "find_launchers", lambda: ["launcher"])
+    monkeypatch.setattr(signals, "is_gone", lambda launcher: looks.append(launcher) or len(looks) > 1)
+    stop = StopRequest()
+    assert {stop.reason() for _ in range(1000)} == {""} and len(looks) == 1
+    time.sleep(signals.LOOK_EVERY_S)
+    assert {stop.reason() for _ in range(1000)} == {"the launcher has ended"} and len(looks) == 2

@@ -64,6 +64,7 @@ def test_every_ending_that_pillow_knows_of_a_decoded_format_is_listed() -> None:
         (b"\xff\xfb\x90\0", "audio"),
         (b"\xff\xf1\x50\x80", "audio"),
         (b"PK\x03\x04", "archive"),
+        ("text".encode("utf-16"), None),
         (b"A cat on a mat", None),
         (b"", None),
     ],

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from opt_ds.prepare.decoder import DecodingError
-from opt_ds.prepare.mpeg_frames import count_frames
+from opt_ds.prepare.mpeg_frames import count_frames, holds_another
 from opt_ds.prepare.recordings import load_recording
 
 ID3 = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
@@ -88,3 +88,19 @@ def test_formats_without_a_decoder_are_named_with_advice(tmp_path: Path, content
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(DecodingError, match=reason):
         load_recording(tmp_path / "a.wav")
+
+
+def test_files_joined_behind_a_vbri_index_are_seen(tmp_path: Path) -> None:
+    """VBRI is Fraunhofer's index: it lies 36 bytes into the first frame, whatever the channels."""
+    bare = without_index(tmp_path / "whole.mp3", 44100, 2, "CONSTANT")
+    header = bytes((*bare[:2], 0x90, bare[3]))  # 128 kbit/s at 44.1 kHz: 417 bytes
+    with open(tmp_path / "whole.mp3", "wb+") as file:
+        file.write(bare)
+        frames = count_frames(file, len(bare)).samples // 1152
+    fields = struct.pack(">4sHHHII", b"VBRI", 1, 0, 0, len(bare), frames)
+    index = (header + bytes(32) + fields).ljust(417, b"\0")
+    for content, joined in ((index + bare, False), (index + bare + index + bare, True), (ID3 + index + bare + ID3 + bare, True)):
+        path = tmp_path / "a.mp3"
+        path.write_bytes(content)
+        with open(path, "rb") as file:
+            assert holds_another(file, len(content)) == joined

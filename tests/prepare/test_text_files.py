@@ -118,13 +118,15 @@ def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "not.tsv.gz").write_bytes(b"a caption\thttp://a.b/c.png\n")
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[1, 2")[:-9])
     (tmp_path / "latin.csv").write_bytes("café,x".encode("latin-1"))
-    (tmp_path / "wide.csv").write_bytes("café,x".encode("utf-16"))
+    (tmp_path / "wide.csv").write_bytes("café,x".encode("utf-32"))
+    (tmp_path / "cut.csv").write_bytes("café,x".encode("utf-16")[:-1])
     (tmp_path / "t.csv").write_bytes(b"PK\x03\x04")
     assert list(read_json_lines(tmp_path / "latin.jsonl")) == [(1, "not UTF-8 text (byte 16)")]
     for name, read, why in (
         ("latin.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text: save it as UTF-8"),
-        ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-16: save it as UTF-8"),
-        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "archive, not a text file: unpack it"),
+        ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-32: save it as UTF-8"),
+        ("cut.csv", lambda path: read_rows(path, ",", quoted=True), "begins as UTF-16 text, but is cut off or damaged"),
+        ("t.csv", lambda path: read_rows(path, ",", quoted=True), "ZIP archive, not a text file: unpack it"),
         ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is cut off or damaged"),
         ("not.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "not a gzip file"),
         ("cut.json.gz", read_json_array, "the gzip file is cut off or damaged"),
@@ -138,3 +140,23 @@ def test_large_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: 
     content = [{"id": index, "text": "x" * index, "list": [1, [2, {"]": "[,"}]]} for index in range(20)] + [12345678901]
     (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
     assert list(read_json_array(tmp_path / "a.json")) == content
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("encoding", "mark"), [("utf-8", ""), ("utf-8-sig", ""), ("utf-16-le", "\ufeff"), ("utf-16-be", "\ufeff")]
+)
+def test_a_byte_order_mark_decides_between_utf8_and_utf16(encoding: str, mark: str, packed: bool, tmp_path: Path) -> None:
+    def written(name: str, text: str) -> Path:
+        content = f"{mark}{text}".encode(encoding)
+        path = tmp_path / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(content) if packed else content)
+        return path
+
+    captions = [f"caption {number} \u4e0d \U0001f600" for number in range(5000)]  # more than one block, and a surrogate pair
+    table = written("a.tsv", "".join(f"{caption}\t1\r\n" for caption in captions))
+    assert [row.cells for row in read_rows(table, "\t", quoted=False)] == [[caption, "1"] for caption in captions]
+    lines = written("a.jsonl", "".join(json.dumps({"t": caption}, ensure_ascii=False) + "\r\n" for caption in captions))
+    assert [value for _, value in read_json_lines(lines)] == [{"t": caption} for caption in captions]
+    array = written("a.json", json.dumps(captions, ensure_ascii=False))
+    assert list(read_json_array(array)) == captions and read_json(array) == captions

@@ -6,6 +6,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -88,6 +89,22 @@ def test_bad_requests_get_a_status_and_a_reason(
     assert reply.status_code == status
     assert expected in str(reply.json()["detail"]) and "/tmp" not in reply.text
     assert client.get("/api/about").status_code == 200, "it lives on"
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "expected"),
+    [
+        ("/api/paint", {"text": "a", "sead": "2"}, 'unknown field "sead" (did you mean "seed"?): choose from text, image'),
+        ("/api/describe", {"text": "a", "seed": "2"}, 'unknown field "seed": choose from text, image, audio, attention'),
+        ("/api/paint", {"text": ["a", "b"]}, "text: is given 2 times: give it once"),
+        ("/api/paint?seed=2", {"text": "a"}, '"seed" is given in the URL: send it as a field of the form'),
+    ],
+)
+def test_a_field_that_would_not_be_used_is_refused(
+    path: str, data: dict[str, Any], expected: str, client: httpx.Client
+) -> None:
+    reply = client.post(path, data=data)
+    assert reply.status_code == 422 and reply.json()["detail"].startswith(expected)
 
 
 def test_an_upload_without_a_size_is_refused(client: httpx.Client) -> None:

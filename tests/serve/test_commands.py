@@ -3,6 +3,12 @@
 import io
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +119,24 @@ def test_retrieval_and_transcription_print_what_they_found(
     shown = capsys.readouterr().out
     row = json.loads((tmp_path / "figures.json").read_text())["A"]
     assert f"{row['wer']:.1%}" in shown and f"other words {row['wer_of_other_words']:.1%}" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.faults)])
+def test_serve_finishes_what_it_computes_and_ends(number: int, run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with open(log, "wb") as output:
+        command = [sys.executable, "-m", "opt_ds", "serve", "--checkpoint", str(run), "--port", "0", "--device", "cpu"]
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    while not (match := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())):
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.05)
+    body = b"text=a+red+square&count=4"
+    head = f"POST /api/paint HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    with socket.create_connection(("127.0.0.1", int(match[1])), timeout=60) as client:
+        client.sendall(f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\n".encode() + body)
+        time.sleep(0.15)
+        os.killpg(server.pid, number)
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 200"), received[:200]
+    assert server.wait(30) == 128 + number
+    assert log.read_text().splitlines()[1:] == ["stopped"]

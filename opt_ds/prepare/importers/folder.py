@@ -28,10 +28,12 @@ from opt_ds.prepare.importers.files import Found
 from opt_ds.prepare.importers.near_names import near_pairs
 from opt_ds.prepare.manifest import Skipped
 from opt_ds.prepare.text_files import read_json
+from opt_ds.user_files import decode_text
 
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
 _NEAR_SHOWN = 5
+_MANY_PAIRS = 10  # so many pairs, or every tenth name in one: the folder was meant to be joined
 _ABOUT = re.compile(r"readme|read me|licen[cs]e", re.IGNORECASE)
 _ABOUT_AT_TOP = re.compile(
     r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
@@ -173,7 +175,10 @@ def _is_about(name: str) -> bool:
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:
-    """What looks like one sample but has different names. UserError if that is nearly all that the folder could pair."""
+    """What looks like one sample but has different names. UserError if that is nearly all that the folder could pair.
+
+    A few pairs among many samples are no reason to refuse these.
+    """
     pairs = near_pairs({name: frozenset(kinds) for name, kinds in samples.items()}, splits)
     if not pairs:
         return []
@@ -183,7 +188,8 @@ def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]
 
     shown = [f"{file_of(each.first)} and {file_of(each.second)} {each.difference}" for each in pairs[:_NEAR_SHOWN]]
     joined = sum(len(kinds) > 1 for kinds in samples.values())
-    if 10 * joined < len(pairs):
+    are_many = len(pairs) >= _MANY_PAIRS or _MANY_PAIRS * len(pairs) >= len(samples)
+    if are_many and 10 * joined < len(pairs):
         raise UserError(
             f"{folder}: {joined} samples have files of two kinds, but {len(pairs)} pairs of files have nearly the same name: "
             f"{shown[0]}: give the files of a sample one name in one folder (a.jpg, a.txt), or list them in a table for "
@@ -191,7 +197,7 @@ def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]
             "of their own"
         )
     more = f", and {len(pairs) - len(shown)} more pairs" if len(pairs) > len(shown) else ""
-    return [Note(f"{'; '.join(shown)}{more}: not paired")]
+    return [Note(f"{'; '.join(shown)}{more}: not paired; give the files of a sample one name in one folder (a.jpg, a.txt)")]
 
 
 def _kind_of_content(path: Path) -> str | None:
@@ -274,7 +280,7 @@ def _entries(samples: dict[str, Sample], start: Path, splits: dict[str, str]) ->
         text = None
         if "text" in kinds:
             try:
-                text = kinds["text"][0].read_text(encoding="utf-8-sig").strip()
+                text = decode_text(kinds["text"][0].read_bytes()).strip()
             except UnicodeDecodeError:
                 yield Skipped(name, f"the text is not UTF-8: {kinds['text'][0].name}")
                 continue

@@ -8,6 +8,7 @@ from typing import Any
 from opt_ds.errors import UserError
 from opt_ds.prepare.importers.files import Files
 from opt_ds.prepare.text_files import JsonError, parse_json
+from opt_ds.user_files import decode_text
 
 _MOST_KEPT = 100_000  # URLs, to find by how much the pictures are shifted
 
@@ -75,7 +76,7 @@ def _read_json(path: Path) -> Any:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except (UnicodeDecodeError, OSError):
         return None
 

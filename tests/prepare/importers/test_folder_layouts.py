@@ -90,8 +90,30 @@ def test_files_that_do_not_join_are_counted(tmp_path: Path) -> None:
     notes = json.loads(report_path(tmp_path / "m.jsonl").read_text())["notes"]
     assert notes == [
         "names with image and text: 2, image: 1, text: 1",
-        "b.jpg and b.jpg.txt differ in more than the ending: not paired",
+        "b.jpg and b.jpg.txt differ in more than the ending: not paired; give the files of a sample one name in one folder "
+        "(a.jpg, a.txt)",
     ]
+
+
+def test_one_nearly_equal_name_does_not_refuse_a_folder_of_good_samples(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", [*(f"{number}.jpg" for number in range(30)), "note.jpg", "Note.txt"])
+    assert len(run(folder)) == 32
+    (_, note) = json.loads(report_path(tmp_path / "m.jsonl").read_text())["notes"]
+    assert note.startswith("Note.txt and note.jpg differ in case: not paired; give the files")
+    make(folder, [f"{number}.JPG.txt" for number in range(5)])
+    with pytest.raises(UserError, match="6 pairs of files have nearly the same name"):
+        run(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_texts_in_utf16_are_read_by_their_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", ["a.jpg"])
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (folder / "a.txt").write_bytes(f"{mark}ein schöner Tag\r\n".encode(encoding))
+    (folder / "b.txt").write_bytes("ein schöner Tag".encode("utf-16-le"))
+    assert set(run(folder)) == {"a"}
+    (line,) = read_manifest(tmp_path / "m.jsonl", allow_outside=True).lines
+    assert line.text == "ein schöner Tag"
 
 
 @pytest.mark.parametrize(

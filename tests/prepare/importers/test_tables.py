@@ -282,3 +282,11 @@ def test_what_pythons_writer_writes_comes_back(tmp_path_factory: pytest.TempPath
         writer.writerows([("id", "text"), *rows])
     read = list(read_table(path, ("id", "text")).rows)
     assert [row.cells for row in read if not isinstance(row, BadRow)] == [list(row) for row in rows if row != ("id", "text")]
+
+
+def test_a_cell_of_two_quotes_makes_no_quoted_tsv(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('caption\turl\na "red" cat\tu1\n""\tu2\n\tu3\n')
+    assert [row.cells for row in read_table(path, ["caption"]).rows] == [['a "red" cat', "u1"], ['""', "u2"], ["", "u3"]]
+    path.write_text('"caption"\t"url"\n"a cat"\t"u1"\n""\t"u2"\n')
+    assert [row.cells for row in read_table(path, ["caption"]).rows] == [["a cat", "u1"], ["", "u2"]], "there it is an empty cell"
