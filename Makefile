@@ -58,7 +58,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not kernels" -rs
 
 test-faults: install
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -rsP
 
 # Everything that can be said of the kernels without a GPU, with its tables: about 25 minutes on two cores.
 test-kernels: install
