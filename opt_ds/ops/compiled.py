@@ -14,6 +14,8 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = {"opt_ds": "_C", "opt_ds_emulator": "_emulator"}
+_KERNELS = ("layer_norm", "attention", "dropout")
+_OPERATORS = {"opt_ds": (*_KERNELS, "keyed_hash", "permute", "distribute"), "opt_ds_emulator": _KERNELS}
 _REINSTALL = "install opt_ds again (pip install --no-build-isolation --no-deps --force-reinstall, with the same path)"
 
 
@@ -44,6 +46,9 @@ def load(library: str = "opt_ds") -> str:
         torch.ops.load_library(files[0])
     except OSError as error:  # built against another torch
         return f"{files[0].name} does not load ({' '.join(str(error).split())[:200]}): {_REINSTALL}"
+    missing = [name for name in _OPERATORS[library] if not hasattr(getattr(torch.ops, library), name)]
+    if missing:  # the sources were updated after the build
+        return f"{files[0].name} is of an older version, without {', '.join(missing)}: {_REINSTALL}"
     _register(library)
     return ""
 

@@ -121,6 +121,14 @@ def test_a_build_against_another_torch_is_not_loaded(monkeypatch: pytest.MonkeyP
     assert reason.startswith(f"built against torch 1.9.0, but torch here is {here}: install opt_ds again (pip install ")
 
 
+def test_a_build_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update of a checkout without a build."""
+    wanted = {name: (*operators, "of_tomorrow") for name, operators in compiled._OPERATORS.items()}
+    monkeypatch.setattr(compiled, "_OPERATORS", wanted)
+    reason = compiled.load.__wrapped__("opt_ds")
+    assert "is of an older version, without of_tomorrow: install opt_ds again" in reason
+
+
 def test_a_missing_build_says_how_to_build(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(compiled, "_PACKAGE", tmp_path)
     for function in (compiled.build_record, compiled.load):
