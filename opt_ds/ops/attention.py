@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from opt_ds.ops import backend
-from opt_ds.ops.dropout import generator_dropout
+from opt_ds.ops.dropout import generator_dropout, kind_of_device
 from opt_ds.ops.padded_groups import PaddedGroup, PaddedGroups
 from opt_ds.ops.sequences import Sequences
 
@@ -52,7 +52,7 @@ def _torch_attention(
     """Sequences of like length together, padded, with the scores written out: the reference, and on the CPU the fastest."""
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0
-    makes_code_for_shapes = q_thd.device.type == "cpu" and q_thd.dtype in (torch.float16, torch.bfloat16)  # oneDNN
+    makes_code_for_shapes = kind_of_device(q_thd) == "cpu" and q_thd.dtype in (torch.float16, torch.bfloat16)  # oneDNN
     layout = PaddedGroups.of(queries, keys, few_shapes=makes_code_for_shapes)
     parts = [x.index_select(0, index).split(sizes) for x, (index, sizes) in (
         (q_thd, (layout.query_rows, layout.query_sizes)),

@@ -32,7 +32,7 @@ def generator_dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
     On the CPU PyTorch draws a double an element, a tenth of a training step. Here 16 bits an element decide, so the probability
     is a multiple of 2⁻¹⁶; the scale is that of the multiple.
     """
-    if (_device_to_act_as or x.device.type) != "cpu":
+    if kind_of_device(x) != "cpu":
         return F.dropout(x, probability, training=True)
     kept = 2**16 - round(probability * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)
@@ -50,9 +50,14 @@ def _zero_or(scale: float, is_kept: torch.Tensor, dtype: torch.dtype) -> torch.T
     return is_kept.mul_(torch.tensor(scale, dtype=dtype, device=is_kept.device).view(torch.int16)).view(dtype)
 
 
+def kind_of_device(x: torch.Tensor) -> str:
+    """The tensor's kind of device, "cpu" or "cuda"; of a tensor without content the one that it stands for."""
+    return _device_to_act_as or x.device.type
+
+
 @contextmanager
 def acting_as(device: str) -> Iterator[None]:
-    """While entered, drop out as on this kind of device: for fake tensors that stand for a GPU's."""
+    """While entered, operators do as on this kind of device: for tensors without content that stand for it."""
     global _device_to_act_as
     former, _device_to_act_as = _device_to_act_as, device
     try:

@@ -1,15 +1,15 @@
 """Memory of a micro-batch's forward and backward pass, found by running the real model on tensors without content.
 
-Nothing is computed: fake tensors have shapes and dtypes only, and what PyTorch would allocate is added up, operator by operator.
-The tensors pretend to be on the CPU, since autograd does not run for a GPU that is not there; what a GPU holds otherwise
-(dropout's masks are a byte an element there) is put right.
+Nothing is computed: tensors on PyTorch's device "meta" have shapes and dtypes only, and what a real device would allocate is added
+up, operator by operator. The model acts as on that device; what it would hold otherwise (dropout's masks are a byte an element on
+a GPU) is put right.
 """
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -65,16 +65,11 @@ class ActivationTracer:
 
     def __init__(self, config: Config, precision: str, device: str) -> None:
         self._device = device
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        former = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[precision])  # a fake model cannot change its dtype afterwards
-        try:
-            with self._mode:
-                self.model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute).train()
-        finally:
-            torch.set_default_dtype(former)
+        with torch.device("meta"):
+            model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute).train()
+        self.model = model.to(DTYPES[precision])
         # The word embedding is used three times. PyTorch adds its gradients up in place, from the backward's beginning to its
-        # end; fake tensors would be copied, so this one gradient is left out of the trace and added to it.
+        # end; tensors without content would be copied, so this one gradient is left out of the trace and added to it.
         self._word = self.model.embeddings.text.word.weight
         self._traced = [parameter for parameter in self.model.parameters() if parameter is not self._word]
         for parameter in self._traced:  # the engine takes each gradient as soon as it is there
@@ -82,14 +77,13 @@ class ActivationTracer:
 
     def peak_bytes(self, batch: PackedBatch) -> int:
         """Most bytes held at a time, beside weights and accumulated gradients, from the batch's arrival to the backward's end."""
-        with self._mode:
-            counter = LiveBytes(self._device)
-            with counter, acting_as(self._device):
-                on_device = map_tensors(batch, torch.empty_like)
-                terms = self.model(on_device)
-                total = sum(term.sum for term in terms.values())
-                assert isinstance(total, torch.Tensor)
-                total.backward(inputs=self._traced)
+        counter = LiveBytes(self._device)
+        with counter, acting_as(self._device):
+            on_device = map_tensors(batch, partial(torch.empty_like, device="meta"))
+            terms = self.model(on_device)
+            total = sum(term.sum for term in terms.values())
+            assert isinstance(total, torch.Tensor)
+            total.backward(inputs=self._traced)
         return counter.peak + self._word.numel() * self._word.element_size()
 
 
