@@ -25,6 +25,8 @@ def gradient(config: Config, precision: str, num_micro_batches: int) -> torch.Te
     """The flat fp32 gradient of the first step from initial weights that are fp16 numbers, at the first loss scale that does
     not overflow."""
     settings = deepspeed_settings(config, precision, num_micro_batches)  # type: ignore[arg-type]
+    if precision == "fp16":  # higher ones overflow, which takes as long to find out as a step
+        settings["fp16"]["initial_scale_power"] = min(17, settings["fp16"]["initial_scale_power"])
     while not (found := _gradient(config, settings, num_micro_batches)).isfinite().all():
         settings["fp16"]["initial_scale_power"] -= 1
     return found
