@@ -115,6 +115,21 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _load_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimiser, for which its engine asks whatever the optimiser, without compiling it.
+
+    Otherwise each rank loads torch's compiler at its first step for an optimiser that no run uses: two seconds of a core.
+    """
+    from deepspeed.runtime import compiler
+
+    compiled = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiled
+
+
 class ProcessGroup:
     """The joined ranks: their device, and a small channel (gloo, on the host) for agreeing on things."""
 
@@ -135,6 +150,7 @@ class ProcessGroup:
         _set_threads(ranks)
         # Otherwise DeepSpeed compiles shared-memory collectives at first use: half a minute for nothing that we need.
         __compatible_ops__["deepspeed_shm_comm"] = False
+        _load_muon_uncompiled()
         self._timeout = timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:

@@ -1,8 +1,8 @@
 """Memory of a micro-batch's forward and backward pass, found by running the real model on tensors without content.
 
-Nothing is computed: tensors on PyTorch's device "meta" have shapes and dtypes only, and what a real device would allocate is added
-up, operator by operator. The model acts as on that device; what it would hold otherwise (dropout's masks are a byte an element on
-a GPU) is put right.
+Nothing is computed: tensors on PyTorch's device "meta" have shapes and dtypes only, and what a real device would allocate is
+added up, operator by operator. The model acts as on that device; what it would hold otherwise (dropout's masks are a byte an
+element on a GPU) is put right.
 """
 
 import weakref
