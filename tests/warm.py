@@ -1,6 +1,6 @@
 """Processes that start with torch and DeepSpeed loaded: forked from one that has imported them, in tenths of a second.
 
-Importing them takes ten seconds of a core, and the ranks of many tests start again and again. A process of its own is all the
+Importing them takes seven seconds of a core, and the ranks of many tests start again and again. A process of its own is all the
 same: own memory, own environment, own signals. Where the start of the interpreter is what matters (a launcher, a console script,
 the allocator's environment), tests start it with `subprocess`.
 """
@@ -17,11 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-#: The last three are imported by the first optimiser, by DeepSpeed's engine and by the run's log.
-_CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "opt_ds.engine.trainer", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",
-     "torch.utils.tensorboard"]
-)  # fmt: skip
+#: The last two are imported by the first optimiser and by the run's log.
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "opt_ds.engine.trainer", "torch._dynamo", "torch.utils.tensorboard"])
 
 
 class WarmProcess:
