@@ -106,3 +106,12 @@ def test_a_build_requires_torch_only_where_there_is_none(monkeypatch: pytest.Mon
         monkeypatch.setenv("OPT_DS_BUILD_KERNELS", kernels)
         monkeypatch.setattr(build_backend, "find_torch", lambda torch=torch: torch)
         assert build_backend._torch_requirement() == expected
+
+
+def test_a_setuptools_that_makes_no_wheels_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import build_backend
+
+    absent = {"setuptools.command.bdist_wheel", "wheel"}
+    monkeypatch.setattr(build_backend.importlib.util, "find_spec", lambda name: None if name in absent else object())
+    with pytest.raises(SystemExit, match=r"cannot make wheels: python -m pip install --upgrade setuptools"):
+        build_backend.prepare_metadata_for_build_wheel(str(tmp_path))
