@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from opt_ds.config import Config, config_from_dict  # noqa: E402
+from opt_ds.data.compiled import plan_operators  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedStep  # noqa: E402
 from opt_ds.data.shared_plans import read_plan, write_plan  # noqa: E402
@@ -199,6 +200,7 @@ class SimulatedStore(AssumedStore):
 def plan_of(size: int) -> dict[str, float]:
     """In a new process, for its peak of memory."""
     config = config_from_dict({}, where="benchmark")
+    plan_operators()  # loads torch, which a run has anyway
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     plan = StepPlan(config, [cast(FeatureStore, SimulatedStore(config, size))])

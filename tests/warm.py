@@ -34,7 +34,8 @@ class WarmProcess:
     ) -> None:
         """`command`: a script, or -m and a module, and its arguments. `stdout`, `stderr`: files; None: temporary ones, which
         `communicate` returns. The same file for both keeps their order."""
-        folder = Path(tempfile.mkdtemp(prefix="warm-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # goes with this object
+        folder = Path(self._folder.name)
         self._stdout, self._stderr = stdout or folder / "stdout", stderr or folder / "stderr"
         for file in {self._stdout, self._stderr}:
             file.write_bytes(b"")

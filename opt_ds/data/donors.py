@@ -5,6 +5,7 @@ A share of them may be hard negatives: of several donors drawn alike, the one wh
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class DonorPool:
         """Whether every giver finds two donors of other rows than its own, of two groups besides its own."""
         rows_of: dict[int, set[int]] = {}
         apart: dict[int, int] = {}  # row -> group, no row and no group twice
-        for block in (givers[:256], *_blocks(givers)):  # a few are mostly enough
+        for block in chain((givers[:256],), _blocks(givers)):  # a few are mostly enough
             pairs = np.unique(np.stack([self._groups[block], self._rows[block, modality]], axis=1), axis=0)
             for group, row in pairs.tolist():
                 if group not in rows_of and row not in apart:

@@ -85,13 +85,13 @@ def _distribute_in_numpy(
     lap, rank = np.divmod(np.arange(bins), world_size)
     rank = np.where(lap % 2 == 0, rank, world_size - 1 - rank)  # to and fro over the ranks, so that their sums are equal too
     dearest_first = np.argsort(-sums, kind="stable")
-    dealt = np.empty(bins, np.int64)  # micro-batch -> its place in [rank][k]
-    dealt[dearest_first] = rank * rounds + lap
+    place_of_bin = np.empty(bins, np.int64)  # micro-batch -> its place in [rank][k]
+    place_of_bin[dearest_first] = rank * rounds + lap
     place_of = np.empty(len(costs), np.int64)
-    place_of[order] = dealt[assigned]
+    place_of[order] = place_of_bin[assigned]
     sizes = np.bincount(place_of, minlength=bins)
     tokens = np.bincount(place_of, num_tokens, minlength=bins).astype(np.int64)
-    return np.argsort(place_of, kind="stable"), sizes, tokens, sums[np.argsort(dealt)]
+    return np.argsort(place_of, kind="stable"), sizes, tokens, sums[np.argsort(place_of_bin)]
 
 
 def _sums(costs: np.ndarray, assigned: np.ndarray, bins: int) -> np.ndarray:

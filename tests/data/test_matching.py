@@ -1,6 +1,7 @@
 """Sample-level draws: five cases in equal shares, donors of other groups of the same split, labels that are true."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,3 +168,23 @@ def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore
         assert not nearness.same_content(sample, donor[:, None]).any()
         mean[share] = nearness.of(sample, donor[:, None]).mean()
     assert mean[1.0] > mean[0.0] + 0.1
+
+
+def test_a_pool_of_a_large_split_looks_at_its_first_samples_only(complete: FeatureStore) -> None:
+    """A start must not depend on the size of the store."""
+
+    class Split:
+        """More samples than are ever read."""
+
+        blocks = 0
+
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, key: slice) -> np.ndarray:
+            self.blocks += 1
+            return np.arange(90)
+
+    split: Any = Split()
+    assert DonorPool(complete, np.arange(90))._suffices(split, 0)
+    assert split.blocks <= 2
