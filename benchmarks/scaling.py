@@ -260,7 +260,7 @@ def measure_lengths() -> list[dict[str, Any]]:
         store: Any = AssumedStore(config.model, text, length - text - frames - 2, frames)
         store._spread = lambda modality, s=store: np.full(4096, s._means[modality], np.int32)  # all of one length
         planned = StepPlan(config, [store]).step(0)
-        reader, packer = SampleReader(config, [store]), Packer(store.description.tokenizer, config.model)
+        reader, packer = SampleReader(config, [store]), Packer(config, store.description.tokenizer)
         batch = packer.pack([reader.read(planned.samples, slot) for slot in range(count)])
         network = OPT(config.model, config.tasks)
 

@@ -38,7 +38,8 @@ from opt_ds.config import Config, load_config  # noqa: E402
 from opt_ds.data.batch import PackedBatch, Packer  # noqa: E402
 from opt_ds.data.flops import step_flops  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
-from opt_ds.data.planned import PlannedSamples, PlannedStep  # noqa: E402
+from opt_ds.data.planned import PlannedStep  # noqa: E402
+from opt_ds.data.planned_samples import PlannedSamples  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
 from opt_ds.engine.distributed import ProcessGroup, find_ranks  # noqa: E402
@@ -51,6 +52,7 @@ from opt_ds.ops import backend  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 from opt_ds.tasks.base import total_loss  # noqa: E402
+from opt_ds.tasks.mlm import MaskedTokens  # noqa: E402
 
 ACCUMULATION = 8
 POOL = 32  # micro-batches' worth of samples that UNITER's buckets sort
@@ -100,7 +102,7 @@ class MixData:
         self.planned = StepPlan(self.config, self.stores).step(0)
         self.lengths = (2 + self.planned.samples.input_lengths.sum(1)).astype(np.int64)
         self._reader = SampleReader(self.config, self.stores)
-        self._packer = Packer(self.stores[0].description.tokenizer, model)
+        self._packer = Packer(self.config, self.stores[0].description.tokenizer)
 
     def pack(self, slots: np.ndarray) -> PackedBatch:
         batch = self._packer.pack([self._reader.read(self.planned.samples, int(slot)) for slot in slots])
@@ -226,7 +228,8 @@ class PaddedBert(nn.Module):
         self.bert.tie_weights()
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        sequences, masked = batch.inputs.sequences, batch.masked_tokens
+        sequences, masked = batch.inputs.sequences, batch.parts["mlm"]
+        assert isinstance(masked, MaskedTokens)
         rows_ble = sequences.pad(self.embeddings(batch.inputs)[0])
         valid_bl = sequences.valid.long()
         places = sequences.place_of_row[masked.index]

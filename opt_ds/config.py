@@ -10,29 +10,25 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from opt_ds.config_model import (
-    ALL_LOSSES,
-    LABELS_LOSS,
-    LOSSES,
-    LOSSES_OF_DRAW,
-    DataConfig,
-    LabelsConfig,
-    LossConfig,
-    MatchingConfig,
-    ModelConfig,
-    Section,
-    Subset,
-    TasksConfig,
-)
+from opt_ds.config_model import DataConfig, ModelConfig, Section, Subset
 from opt_ds.config_sources import parse_value, read_source, set_value
+from opt_ds.config_tasks import (
+    CurriculumPhase,
+    LossConfig,
+    TasksConfig,
+    TasksSection,
+    default_tasks,
+    plugins_of,
+    tasks_config,
+)
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.user_files import expected_kind
 
 __all__ = [
-    "ALL_LOSSES", "LABELS_LOSS", "LOSSES", "LOSSES_OF_DRAW", "BatchConfig", "CheckpointConfig", "Config", "DataConfig",
-    "EvaluateConfig", "FineTuneConfig", "GuardConfig", "InitConfig", "LabelsConfig", "LossConfig", "MatchingConfig",
-    "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig", "ScheduleConfig", "Section", "Subset", "TasksConfig",
-    "TrainConfig", "ZeroConfig", "config_from_dict", "dump_config", "load_config",
+    "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig", "FineTuneConfig", "GuardConfig",
+    "InitConfig", "LossConfig", "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig", "ScheduleConfig", "Section",
+    "Subset", "TasksConfig", "TrainConfig", "ZeroConfig", "config_from_dict", "default_tasks", "dump_config",
+    "load_config",
 ]  # fmt: skip
 
 
@@ -168,7 +164,7 @@ class Config(Section):
     deepspeed_config: str | None = Field(None, description="a DeepSpeed JSON to take further settings from")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    tasks: TasksConfig = TasksConfig()
+    tasks: TasksSection = Field(default_factory=default_tasks)
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -186,7 +182,11 @@ class Config(Section):
     def learned_losses(self) -> tuple[str, ...]:
         """What the model was trained with, by this run or by those that its weights come from."""
         before = (*(self.finetune.learned if self.finetune else ()), *(self.init.learned if self.init else ()))
-        return tuple(loss for loss in ALL_LOSSES if loss in before or loss in self.tasks.trained_losses)
+        return tuple(loss for loss in self.tasks.all_losses if loss in before or loss in self.tasks.trained_losses)
+
+    def can(self, ability: str) -> bool:
+        """Whether the model was trained with the loss that teaches this ability (see `opt_ds.abilities`)."""
+        return self.tasks.loss_for(ability) in self.learned_losses
 
     @property
     def max_steps(self) -> int:
@@ -241,7 +241,7 @@ def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...]
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error, tasks_config(plugins_of(tree.get('tasks'))))}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -249,13 +249,13 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, tasks: type[TasksConfig]) -> str:
     """One line for the first mistake; the others are counted."""
     mistakes = error.errors(include_url=False)
     first = mistakes[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(first["loc"][:-1]))}'
+        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(first["loc"][:-1], tasks))}'
     else:
         message = expected_kind(first["type"]) or first["msg"]
         text = f"{key}: {message}" if key else message
@@ -265,8 +265,9 @@ def _explain(error: ValidationError) -> str:
     return text + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], tasks: type[TasksConfig]) -> list[str]:
     section: Any = Config
     for part in location:
         section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+        section = tasks if section is TasksConfig else section
     return list(getattr(section, "model_fields", {}))

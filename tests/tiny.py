@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opt_ds.config import Config, config_from_dict
+from opt_ds.config import Config, config_from_dict, default_tasks
 from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
@@ -16,6 +16,15 @@ from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
 from opt_ds.store.index import StoreIndex, count_subsets
 from opt_ds.store.synthetic import write_synthetic_store
+from opt_ds.tasks import BUILT_IN
+from opt_ds.tasks.reconstruct import ReconstructionTargets
+
+#: The built-in tasks by name, and their numbers in a plan.
+TASK_NAMES = tuple(BUILT_IN)
+MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS = range(len(TASK_NAMES))
+#: The tasks that pre-training samples, with their losses.
+SAMPLED_TASKS = default_tasks().sampled
+LOSSES = tuple(loss for losses in SAMPLED_TASKS.values() for loss in losses)
 
 STORE = {
     "text_len": (1, 10),
@@ -86,8 +95,13 @@ def read_samples(config: Config, stores: list[FeatureStore], step: int = 0) -> l
     return [reader.read(planned.samples, slot) for slot in range(planned.num_samples)]
 
 
+def written(sample: Sample) -> ReconstructionTargets:
+    """What the decoders are to write of a sample; nothing where it has another task."""
+    return sample.targets.get("modality", ReconstructionTargets())
+
+
 def make_packer(config: Config, stores: list[FeatureStore]) -> Packer:
-    return Packer(stores[0].description.tokenizer, config.model)
+    return Packer(config, stores[0].description.tokenizer)
 
 
 def make_batches(config: Config, stores: list[FeatureStore], planned: PlannedStep) -> list[list[PackedBatch]]:

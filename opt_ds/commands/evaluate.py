@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opt_ds.abilities import GENERATE_IMAGES, MATCH, WRITE_TEXT
 from opt_ds.commands import MAX_SEED, finite, output_file, rank_of_environment
 from opt_ds.errors import UserError
 
@@ -92,7 +93,7 @@ def transcription(
     from opt_ds.evaluate.words import normalize
 
     evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
-    evaluator.require("dtr", "write text")
+    evaluator.require(WRITE_TEXT, "write text")
     ignored = frozenset(normalize(ignore_words).split())
     figures = run(evaluator, split, limit=limit, seed=seed, options=_text_decoding(beam_size), ignored_words=ignored)
     _write(figures, output)
@@ -161,7 +162,7 @@ def captioning(
     from opt_ds.evaluate.captioning import captioning as run
 
     evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
-    evaluator.require("dtr", "write text")
+    evaluator.require(WRITE_TEXT, "write text")
     figures = run(evaluator, split, limit, seed, _text_decoding(beam_size))
     _write(figures, output)
     for name, row in (("written", figures), *((n, figures[n]) for n in ("another_picture", "constant_caption"))):
@@ -212,9 +213,9 @@ def image_generation(
     from opt_ds.serve.session import Session
 
     evaluator, split = _evaluator_of_split(checkpoint, store, force, split)
-    evaluator.require("dir", "paint pictures")
+    evaluator.require(GENERATE_IMAGES, "paint pictures")
     if paint + pictures and candidates > 1:
-        evaluator.require("matching", "choose the best of several pictures: give --candidates 1")
+        evaluator.require(MATCH, "choose the best of several pictures: give --candidates 1")
     if not evaluator.store.has_codes:
         raise UserError(f"store {store}: it has no image codes: write them with opt-ds train-dvae --store {store}")
     if (pictures or paint) and not evaluator.store.has_pixels:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from opt_ds.abilities import MATCH
 from opt_ds.commands import MAX_SEED, check_output, finite, output_file
 from opt_ds.errors import UserError, did_you_mean
 
@@ -74,7 +75,7 @@ def generate(
         raise UserError("--output -: a PNG is no text for a terminal: redirect standard output, or name a file")
     session = _session(checkpoint, image_weights, speech_weights, device)
     if to == "image" and candidates > 1:
-        session.require("matching", f"choose the best of --candidates {candidates}")
+        session.require(MATCH, f"choose the best of --candidates {candidates}")
     sample = session.processor(text, image, audio)
     if to == "text":
         written = session.text(sample, DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size))

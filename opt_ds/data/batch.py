@@ -4,34 +4,23 @@ Legend: T packed positions of S sequences; n text rows, r region rows, a frame r
 `*_index` are packed positions, int64.
 """
 
-import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from opt_ds.config import ModelConfig
+from opt_ds.config import Config
+from opt_ds.data.movable import Movable, map_tensors
 from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import BatchPart, DataTask
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
 
 
 @dataclass
-class _Movable:
-    """Moves its tensors, and what holds tensors, to a device."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        def moved(value: Any) -> Any:
-            if isinstance(value, (torch.Tensor, _Movable, Sequences)):
-                return value.to(device, non_blocking=non_blocking)
-            return value
-
-        return dataclasses.replace(self, **{f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)})
-
-
-@dataclass
-class EncoderInputs(_Movable):
+class EncoderInputs(Movable):
     """Everything that the embedders and the encoder need."""
 
     sequences: Sequences
@@ -55,7 +44,7 @@ class EncoderInputs(_Movable):
 
 
 @dataclass
-class ReadRows(_Movable):
+class ReadRows(Movable):
     """Packed positions whose encoding some head or decoder reads: the encoder's last layer is computed at no others."""
 
     index: torch.Tensor  # int64 [R], ascending
@@ -63,32 +52,7 @@ class ReadRows(_Movable):
 
 
 @dataclass
-class MaskedTokens(_Movable):
-    index: torch.Tensor  # int64 [m], packed positions
-    targets: torch.Tensor  # int64 [m]
-
-
-@dataclass
-class MaskedRegions(_Movable):
-    index: torch.Tensor  # int64 [m], packed positions
-    rows: torch.Tensor  # int64 [m], region rows
-    labels: torch.Tensor  # int64 [m], the detector's class
-
-
-@dataclass
-class MaskedFrames(_Movable):
-    """Masked frames utterance by utterance, beside all frames of their utterance (the contrast)."""
-
-    index: torch.Tensor  # int64 [m], packed positions
-    rows: torch.Tensor  # int64 [m], frame rows
-    places: torch.Tensor  # int64 [m], place of the frame in its utterance
-    sequences: Sequences  # the masked frames of each utterance
-    utterance_rows: torch.Tensor  # int64 [k], frame rows of whole utterances
-    utterances: Sequences
-
-
-@dataclass
-class Written(_Movable):
+class Written(Movable):
     """What a decoder is to write (teacher-forced), and the encoder positions that it looks at."""
 
     input_ids: torch.Tensor  # int64 [w]; for images the beginning is −1
@@ -101,30 +65,12 @@ class Written(_Movable):
 
 
 @dataclass
-class Judged(_Movable):
-    index: torch.Tensor  # int64 [j], packed positions of [CLS]
-    cases: torch.Tensor  # int64 [j]
-
-
-@dataclass
-class Labelled(_Movable):
-    index: torch.Tensor  # int64 [j], packed positions of [CLS]
-    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] where no sample is labelled
-
-
-@dataclass
-class PackedBatch(_Movable):
+class PackedBatch(Movable):
     """One micro-batch. Every part is always there; a part without work has length 0."""
 
     inputs: EncoderInputs
     read: ReadRows
-    masked_tokens: MaskedTokens
-    masked_regions: MaskedRegions
-    masked_frames: MaskedFrames
-    written_text: Written
-    written_image: Written
-    judged: Judged
-    labelled: Labelled
+    parts: dict[str, BatchPart]  # task -> what it needs
     sample_names: tuple[str, ...] = ()
 
     @property
@@ -134,54 +80,34 @@ class PackedBatch(_Movable):
     @property
     def num_tokens(self) -> int:
         """Positions of encoder and decoders."""
-        return self.inputs.sequences.total + self.written_text.sequences.total + self.written_image.sequences.total
+        return self.inputs.sequences.total + sum(part.num_decoder_positions for part in self.parts.values())
 
     def pin_memory(self) -> "PackedBatch":
         """Page-locked copies, for asynchronous transfer."""
         return map_tensors(self, torch.Tensor.pin_memory)
 
 
-def map_tensors(value: Any, function: Any) -> Any:
-    """The same batch, or part of one, with the function applied to each of its tensors."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, (_Movable, Sequences)):
-        fields = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value
-
-
 class Packer:
-    """Packs samples; knows the special tokens and the widths of empty parts."""
+    """Packs samples; knows the tasks, the special tokens and the widths of empty parts."""
 
-    def __init__(self, tokenizer: TokenizerDescription, model: ModelConfig) -> None:
+    def __init__(self, config: Config, tokenizer: TokenizerDescription) -> None:
+        model = config.model
         self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
         self.image_feature_dim, self.frame_dim = model.image_feature_dim, model.audio_stack * model.audio_feature_dim
+        self._tasks: list[DataTask] = [unit(config) for unit in config.tasks.units.values()]
 
     def pack(self, samples: list[Sample]) -> PackedBatch:
         """One micro-batch of the samples, in their order."""
-        layout = _Layout(samples)
-        tokens, regions, frames = (
-            _masked_tokens(samples, layout), _masked_regions(samples, layout), _masked_frames(samples, layout)
-        )  # fmt: skip
-        text, image = self._written(samples, layout, "written_text"), self._written(samples, layout, "written_codes")
-        judged, labelled = _judged(samples, layout), _labelled(samples, layout)
-        readers = [part.index for part in (tokens, regions, frames, judged, labelled)]
-        readers += [text.memory_index, image.memory_index]
+        layout = Layout(samples, self.cls_id, self.sep_id)
+        parts = {task.name: part for task in self._tasks if (part := task.collate(samples, layout)) is not None}
         return PackedBatch(
             inputs=self._inputs(samples, layout),
-            read=_read_rows(samples, layout, readers),
-            masked_tokens=tokens,
-            masked_regions=regions,
-            masked_frames=frames,
-            written_text=text,
-            written_image=image,
-            judged=judged,
-            labelled=labelled,
+            read=_read_rows(samples, layout, [index for part in parts.values() for index in part.output_index]),
+            parts=parts,
             sample_names=tuple(sample.name for sample in samples),
         )
 
-    def _inputs(self, samples: list[Sample], layout: "_Layout") -> EncoderInputs:
+    def _inputs(self, samples: list[Sample], layout: "Layout") -> EncoderInputs:
         tokens = [
             np.array([self.cls_id]) if s.token_ids is None else np.concatenate([[self.cls_id], s.token_ids, [self.sep_id]])
             for s in samples
@@ -192,46 +118,27 @@ class Packer:
         gather[np.concatenate([token_index, region_index, frame_index])] = np.arange(layout.total)
         return EncoderInputs(
             sequences=Sequences.from_lengths(layout.lengths.sum(1), slots=[s.slot for s in samples]),
-            slots=_long([s.slot for s in samples]),
-            token_ids=_join(tokens, np.int64),
-            token_positions=_join([np.arange(len(t)) for t in tokens], np.int64),
+            slots=as_long([s.slot for s in samples]),
+            token_ids=join(tokens, np.int64),
+            token_positions=join([np.arange(len(t)) for t in tokens], np.int64),
             token_index=torch.from_numpy(token_index),
-            region_features=_join([given(s.region_features) for s in regions], np.float16, (self.image_feature_dim,)),
-            region_boxes=_join([given(s.region_boxes) for s in regions], np.float32, (7,)),
-            region_masked=_join([_or_none_masked(s.region_masked, given(s.region_features)) for s in regions], bool),
+            region_features=join([given(s.region_features) for s in regions], np.float16, (self.image_feature_dim,)),
+            region_boxes=join([given(s.region_boxes) for s in regions], np.float32, (7,)),
+            region_masked=join([_or_none_masked(s.region_masked, given(s.region_features)) for s in regions], bool),
             region_index=torch.from_numpy(region_index),
-            frames=_join([given(s.frames) for s in frames], np.float16, (self.frame_dim,)),
-            frame_positions=_join([np.arange(len(given(s.frames))) for s in frames], np.int64),
-            frame_masked=_join([_or_none_masked(s.frame_masked, given(s.frames)) for s in frames], bool),
+            frames=join([given(s.frames) for s in frames], np.float16, (self.frame_dim,)),
+            frame_positions=join([np.arange(len(given(s.frames))) for s in frames], np.int64),
+            frame_masked=join([_or_none_masked(s.frame_masked, given(s.frames)) for s in frames], bool),
             frame_index=torch.from_numpy(frame_index),
             gather_index=torch.from_numpy(gather),
         )
 
-    def _written(self, samples: list[Sample], layout: "_Layout", name: str) -> Written:
-        writing = [i for i, s in enumerate(samples) if getattr(s, name) is not None]
-        targets = [getattr(samples[i], name) for i in writing]
-        begin = -1
-        if name == "written_text":  # BOS is [CLS]; EOS is [SEP], and it is learned where the text ends
-            begin = self.cls_id
-            targets = [
-                np.append(target, self.sep_id) if samples[i].text_ends else target
-                for i, target in zip(writing, targets, strict=True)
-            ]
-        memory = [np.arange(layout.starts[i], layout.starts[i + 1]) for i in writing]
-        return Written(
-            input_ids=_join([np.append(begin, target[:-1]) for target in targets], np.int64),
-            target_ids=_join(targets, np.int64),
-            positions=_join([np.arange(len(target)) for target in targets], np.int64),
-            sequences=Sequences.from_lengths([len(target) for target in targets], slots=[samples[i].slot for i in writing]),
-            memory_index=_join(memory, np.int64),
-            memory=Sequences.from_lengths([len(positions) for positions in memory]),
-        )
 
+class Layout:
+    """Where each sample's text, region and frame rows lie in the packed order; and the special tokens."""
 
-class _Layout:
-    """Where each sample's text, region and frame rows lie in the packed order."""
-
-    def __init__(self, samples: list[Sample]) -> None:
+    def __init__(self, samples: Sequence[Sample], cls_id: int, sep_id: int) -> None:
+        self.cls_id, self.sep_id = cls_id, sep_id
         self.lengths = np.array(
             [
                 (
@@ -256,62 +163,43 @@ class _Layout:
         return shift + np.arange(len(shift))
 
 
-def _read_rows(samples: list[Sample], layout: _Layout, readers: list[torch.Tensor]) -> ReadRows:
-    index = np.unique(torch.cat(readers).numpy())
+def _read_rows(samples: list[Sample], layout: Layout, readers: list[torch.Tensor]) -> ReadRows:
+    index = np.unique(torch.cat([as_long([]), *readers]).numpy())
     lengths = np.diff(np.searchsorted(index, layout.starts))
     return ReadRows(torch.from_numpy(index), Sequences.from_lengths(lengths, slots=[s.slot for s in samples]))
 
 
-def _masked_tokens(samples: list[Sample], layout: _Layout) -> MaskedTokens:
-    who = [i for i, s in enumerate(samples) if s.mlm_masked is not None]
-    places = [np.flatnonzero(given(samples[i].mlm_masked)) for i in who]
-    return MaskedTokens(
-        index=_join([layout.first[i, 0] + 1 + p for i, p in zip(who, places, strict=True)], np.int64),
-        targets=_join([given(samples[i].mlm_targets)[p] for i, p in zip(who, places, strict=True)], np.int64),
+def decoder_targets(
+    samples: Sequence[Sample],
+    layout: Layout,
+    targets: Mapping[int, np.ndarray],
+    begin_id: int,
+) -> Written:
+    """What a decoder is to write, teacher-forced.
+
+    Args:
+        samples: The samples of the batch.
+        layout: Theirs.
+        targets: Place of a sample that writes -> int64 items, the end among them; ascending.
+        begin_id: What stands before the first item.
+    """
+    memory = [np.arange(layout.starts[i], layout.starts[i + 1]) for i in targets]
+    items = list(targets.values())
+    return Written(
+        input_ids=join([np.append(begin_id, target[:-1]) for target in items], np.int64),
+        target_ids=join(items, np.int64),
+        positions=join([np.arange(len(target)) for target in items], np.int64),
+        sequences=Sequences.from_lengths([len(target) for target in items], slots=[samples[i].slot for i in targets]),
+        memory_index=join(memory, np.int64),
+        memory=Sequences.from_lengths([len(positions) for positions in memory]),
     )
-
-
-def _masked_regions(samples: list[Sample], layout: _Layout) -> MaskedRegions:
-    who = [i for i, s in enumerate(samples) if s.predict_regions]
-    places = [np.flatnonzero(given(samples[i].region_masked)) for i in who]
-    pairs = list(zip(who, places, strict=True))
-    return MaskedRegions(
-        index=_join([layout.first[i, 1] + p for i, p in pairs], np.int64),
-        rows=_join([layout.row_start[i, 1] + p for i, p in pairs], np.int64),
-        labels=_join([given(samples[i].region_labels)[p] for i, p in pairs], np.int64),
-    )
-
-
-def _masked_frames(samples: list[Sample], layout: _Layout) -> MaskedFrames:
-    who = [i for i, s in enumerate(samples) if s.predict_frames]
-    places = [np.flatnonzero(given(samples[i].frame_masked)) for i in who]
-    pairs = list(zip(who, places, strict=True))
-    return MaskedFrames(
-        index=_join([layout.first[i, 2] + p for i, p in pairs], np.int64),
-        rows=_join([layout.row_start[i, 2] + p for i, p in pairs], np.int64),
-        places=_join(places, np.int64),
-        sequences=Sequences.from_lengths([len(p) for p in places]),
-        utterance_rows=_join([np.arange(layout.row_start[i, 2], layout.row_start[i + 1, 2]) for i in who], np.int64),
-        utterances=Sequences.from_lengths([layout.lengths[i, 2] for i in who]),
-    )
-
-
-def _judged(samples: list[Sample], layout: _Layout) -> Judged:
-    who = [i for i, s in enumerate(samples) if s.case >= 0]
-    return Judged(index=_long(layout.starts[who]), cases=_long([samples[i].case for i in who]))
-
-
-def _labelled(samples: list[Sample], layout: _Layout) -> Labelled:
-    who = [i for i, s in enumerate(samples) if s.label_targets is not None]
-    targets = np.stack([given(samples[i].label_targets) for i in who]) if who else np.empty((0, 0))
-    return Labelled(index=_long(layout.starts[who]), targets=torch.from_numpy(targets.astype(np.float32)))
 
 
 def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:
     return np.zeros(len(items), dtype=bool) if masked is None else masked
 
 
-def _join(parts: list[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> torch.Tensor:
+def join(parts: Sequence[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> torch.Tensor:
     """Return all rows end to end. PyTorch aligns its memory as the store does; NumPy's, 16 bytes off, halves the rate of a copy."""
     shape = (sum(map(len, parts)), *(parts[0].shape[1:] if parts else width))
     joined = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
@@ -320,5 +208,6 @@ def _join(parts: list[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> t
     return joined
 
 
-def _long(values: Any) -> torch.Tensor:
+def as_long(values: Any) -> torch.Tensor:
+    """int64 [n]"""
     return torch.from_numpy(np.asarray(values, dtype=np.int64).reshape(-1))

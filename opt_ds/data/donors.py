@@ -9,7 +9,6 @@ from itertools import chain
 
 import numpy as np
 
-from opt_ds.config import MatchingConfig
 from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.nearness import Nearness
@@ -23,15 +22,16 @@ class DonorPool:
     """The samples of one split that can give a text, an image or an audio to another sample of it."""
 
     def __init__(
-        self, store: FeatureStore, samples: np.ndarray, options: MatchingConfig | None = None, split: str | None = None
+        self, store: FeatureStore, samples: np.ndarray, split: str | None = None, near_share: float = 0.0, near_candidates: int = 1
     ) -> None:
         """Find who can give what.
 
         Args:
             store: The store.
             samples: int64 indices of the split's samples.
-            options: None draws all negatives evenly.
             split: The split whose samples these all are: what is derived of them is kept (see `data.derived`). None: some samples.
+            near_share: Fraction of the donors that are hard negatives.
+            near_candidates: How many are drawn for each of these.
         """
         self._rows, self._groups = store.rows, store.groups
         self._givers = [self._with(store, samples, modality, split) for modality in range(3)]
@@ -42,8 +42,8 @@ class DonorPool:
         )
         self._run_ends: dict[int, np.ndarray] = {}
         self._near_share, self._candidates, self._nearness = 0.0, 1, None
-        if options is not None and options.near_donor_share and self.usable:
-            self._near_share, self._candidates = options.near_donor_share, options.near_donor_candidates
+        if near_share and self.usable:
+            self._near_share, self._candidates = near_share, near_candidates
             assert split is not None, "hard negatives are drawn from a whole split"
             self._nearness = Nearness(store, samples, [split])
 

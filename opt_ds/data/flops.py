@@ -2,17 +2,17 @@
 
 A multiplication and an addition are two operations. Counted are matrix products, attention's among them; causal attention is
 counted in full, as is usual. Backward takes twice the forward pass, except for projections of raw features, whose input needs
-no gradient.
+no gradient. The tasks count their decoders and heads themselves (`DataTask.cost`).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from opt_ds.config import Config
-from opt_ds.data.masking import num_masked, num_masked_frames
-from opt_ds.data.matching import NUM_CASES
-from opt_ds.data.planned import AUDIO, DRAWS, IMAGE, LABELS, MAM, MATCHING, MLM, MVM, TEXT, PlannedSamples
+from opt_ds.config import Config, ModelConfig
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.task import DataTask
 
 
 @dataclass(frozen=True)
@@ -36,79 +36,67 @@ class StepFlops:
 
 def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
     """Operations of training once on these samples."""
-    return _summed(_forward_flops(config, samples))
+    return _summed(_forward_flops(config, _tasks(config), samples)[0])
 
 
 def sample_flops(config: Config, samples: PlannedSamples) -> np.ndarray:
     """float64 [B]: operations of training once on each sample."""
-    return sample_and_step_flops(config, samples)[0]
+    return sample_and_step_flops(config, _tasks(config), samples)[0]
 
 
-def sample_and_step_flops(config: Config, samples: PlannedSamples) -> tuple[np.ndarray, float]:
-    """float64 [B], operations of training once on each sample; and on all of them."""
-    parts = _forward_flops(config, samples)
+def _tasks(config: Config) -> list[DataTask]:
+    return [unit(config) for unit in config.tasks.units.values()]
+
+
+def sample_and_step_flops(
+    config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """float64 [B], operations of training once on each sample; on all of them; int64 [B], positions of the decoders."""
+    parts, decoder_positions = _forward_flops(config, tasks, samples)
     embeddings, encoder, decoders, heads = parts
-    return 2 * embeddings + 3 * (encoder + decoders + heads), _summed(parts).total
+    return 2 * embeddings + 3 * (encoder + decoders + heads), _summed(parts).total, decoder_positions
+
+
+def decoder_flops(
+    model: ModelConfig, layers: int, outputs: int, num_items: np.ndarray, memory_positions: np.ndarray
+) -> np.ndarray:
+    """float64 [n]: forward operations of a decoder that writes these items, each sequence to its encoder positions."""
+    width, rows = model.hidden_size, num_items.astype(np.float64)
+    attention = 4 * width * (np.square(rows) + rows * memory_positions)
+    projections = 2 * (6 * width**2 + 2 * width * model.ffn_size) * rows + 4 * width**2 * memory_positions
+    return layers * (projections + attention) + 2 * rows * width * outputs
 
 
 def _summed(parts: tuple[np.ndarray, ...]) -> StepFlops:
     return StepFlops(*(float(part.sum()) for part in parts))
 
 
-def _forward_flops(config: Config, samples: PlannedSamples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """float64 [B] each: operations of embeddings, encoder, decoders and heads. A sample that nothing is learned from has none.
+def _forward_flops(
+    config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """float64 [B] each: operations of embeddings, encoder, decoders and heads; int64 [B]: positions of the decoders.
 
-    They are whole numbers far below 2^53, so that no order of adding them rounds.
+    A sample that nothing is learned from has no operations. All are whole numbers far below 2^53, so that no order of adding
+    them rounds.
     """
-    model, draw = config.model, samples.draw
+    model = config.model
     _, regions, frames = samples.input_lengths.T
-    width, ffn, used = model.hidden_size, model.ffn_size, draw >= 0
-    frame_dim = model.audio_stack * model.audio_feature_dim
+    width, ffn, used = model.hidden_size, model.ffn_size, samples.task >= 0
     positions = (used * samples.input_positions()).astype(np.float64)
-    predicted = _predicted_items(config, samples)
+    decoders, heads = np.zeros(len(samples)), np.zeros(len(samples))
+    output_positions, decoder_positions = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
+    for task in tasks:
+        cost = task.cost(samples, positions)
+        decoders += cost.decoder_flops
+        heads += cost.head_flops
+        output_positions += cost.output_positions
+        decoder_positions += cost.decoder_positions
 
     per_position, keys_and_values = 2 * (4 * width**2 + 2 * width * ffn), 4 * width**2
     squares = 4 * width * positions  # of attention, for each position
     whole_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
     encoder = (model.num_layers - 1) * positions * whole_layer + keys_and_values * positions
-    encoder += last_layer * _read_positions(samples, positions, predicted)  # computed where something reads it
-
-    decoders = np.zeros(len(samples))
-    for layers, outputs, writes, written in (
-        (model.text_decoder_layers, model.vocab_size, samples.writes_text, samples.text_target_length),
-        (model.image_decoder_layers, model.image_codebook_size, samples.writes_image, model.num_image_codes),
-    ):
-        own = np.flatnonzero(used & writes & (written > 0))
-        rows = np.broadcast_to(written, len(samples))[own].astype(np.float64)
-        memory = positions[own]
-        attention = 4 * width * (np.square(rows) + rows * memory)
-        projections = 2 * (6 * width**2 + 2 * width * ffn) * rows + 4 * width**2 * memory
-        decoders[own] += layers * (projections + attention) + 2 * rows * width * outputs
-
-    num_labels = len(config.tasks.labels.names) if config.tasks.labels else 0
-    of_item, of_sample = np.zeros(len(DRAWS) + 1), np.zeros(len(DRAWS) + 1)  # the last place is that of draw -1
-    of_item[MLM] = width**2 + width * model.vocab_size
-    of_item[MVM] = width * (model.image_feature_dim + model.image_num_classes)
-    of_item[MAM] = width * 2 * frame_dim
-    of_sample[MATCHING], of_sample[LABELS] = width * NUM_CASES, width**2 + width * num_labels
-    heads = 2.0 * (predicted * of_item[draw] + of_sample[draw])
-    compared = np.flatnonzero(draw == MAM)  # with every frame of the utterance
-    heads[compared] += 2.0 * predicted[compared] * frames[compared] * frame_dim
+    encoder += last_layer * output_positions  # computed where something reads it
+    frame_dim = model.audio_stack * model.audio_feature_dim
     embeddings = 2.0 * width * used * (regions * (model.image_feature_dim + 7) + frames * frame_dim)
-    return embeddings, encoder, decoders, heads
-
-
-def _predicted_items(config: Config, samples: PlannedSamples) -> np.ndarray:
-    """int64 [B]: masked items that a token-level sample predicts."""
-    predicted, p = np.zeros(len(samples), np.int64), config.tasks.mask_probability
-    for draw, modality, count in ((MLM, TEXT, num_masked), (MVM, IMAGE, num_masked), (MAM, AUDIO, num_masked_frames)):
-        own = np.flatnonzero(samples.draw == draw)
-        predicted[own] = count(samples.input_lengths[own, modality], p)
-    return predicted
-
-
-def _read_positions(samples: PlannedSamples, positions: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """float64 [B]: positions of the encoder's output that a head or a decoder reads."""
-    read = predicted + (samples.writes_text | samples.writes_image) * positions
-    read[(samples.draw == MATCHING) | (samples.draw == LABELS)] = 1
-    return read
+    return (embeddings, encoder, decoders, heads), decoder_positions

@@ -33,7 +33,7 @@ class MicroBatchLoader:
         data = plan.config.data
         self._ahead, self._read_ahead_bytes = data.prefetch_batches, data.read_ahead_mib * 2**20
         self._reader = SampleReader(plan.config, plan.stores)
-        self._packer = Packer(plan.stores[0].description.tokenizer, plan.config.model)
+        self._packer = Packer(plan.config, plan.stores[0].description.tokenizer)
         self._threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pack")
 
     def steps(self, first: int, last: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:

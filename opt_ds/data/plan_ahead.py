@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opt_ds.data.planned import PlannedSamples, PlannedStep
+from opt_ds.data.planned import PlannedStep
+from opt_ds.data.planned_samples import PlannedSamples
 
 _MOST_MICRO_BATCHES = 64  # ahead, however few bytes they have
 

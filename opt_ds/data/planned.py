@@ -2,7 +2,7 @@
 
 A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed permutation of
 (p mod N). A step's plan is computed whole, so the counts that normalise the losses need no communication.
-What a sample is drawn for is up to the plan: `data.plan` for pre-training, `data.finetune_plan` for fine-tuning. What a single
+Which task a sample gets is up to the plan: `data.plan` for pre-training, `data.finetune_plan` for fine-tuning. What a single
 sample's masks are is decided later, by `data.samples`, from the same keys.
 
 B: samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere.
@@ -15,50 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.config import LOSSES_OF_DRAW, Config
+from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
+from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.keyed import keyed_hash, permute
 from opt_ds.data.lengths import model_lengths
-from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
+from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
+from opt_ds.data.task import MODALITIES, Candidates, DataTask, Drawn
 from opt_ds.store.reader import FeatureStore
 
-TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
-#: Inputs by the letters that tables use.
-SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
-           "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip
-#: What a sample can be drawn for: in pre-training; in fine-tuning, beside matching, to write its text or to give its labels.
-DRAWS = (*LOSSES_OF_DRAW, "write", "labels")
-MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS = range(7)
 _BLOCK = 2**18  # samples
 VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
-
-
-@dataclass(frozen=True)
-class PlannedSamples:
-    """A step's samples as arrays of length B. Rows are global rows of the sample's store; -1: not there."""
-
-    epoch: np.ndarray  # int64
-    store: np.ndarray  # int64, index into the run's stores
-    sample: np.ndarray  # int64, index into the store
-    draw: np.ndarray  # int8, index into DRAWS; -1: nothing can be learned from this sample
-    source_rows: np.ndarray  # int64 [B, 3], the sample's own
-    input_rows: np.ndarray  # int64 [B, 3], after dropping and donors
-    input_lengths: np.ndarray  # int64 [B, 3], items after truncation and stacking
-    writes_text: np.ndarray  # bool, the text decoder reconstructs
-    writes_image: np.ndarray  # bool, the image decoder reconstructs
-    text_target_length: np.ndarray  # int64, tokens that the text decoder is to write: WordPieces, and [SEP] where it ends them
-    text_ends: np.ndarray  # bool, [SEP] is to be written: not after a text that model.max_text_tokens truncates
-    case: np.ndarray  # int8, matching case (see data.matching); -1: not judged
-
-    def __len__(self) -> int:
-        return len(self.draw)
-
-    def input_positions(self) -> np.ndarray:
-        """int64 [B], positions of the encoder: [CLS] and the items, and [SEP] with text."""
-        text, image, audio = self.input_lengths.T
-        return 1 + text + image + audio + (self.input_rows[:, TEXT] >= 0)
 
 
 @dataclass(frozen=True)
@@ -86,12 +55,14 @@ class Plan(ABC):
     #: Versions that this code can follow. Version 1 had the text decoder write [SEP] after truncated texts too. Up to version 2
     #: a batch in tokens had the number of samples of stores read in proportion to their sizes, whatever `data.mix`.
     VERSIONS = (1, 2, 3)
-    off: dict[str, str]  # draw or loss -> why no sample of these stores can take it, or why the config has none of it
+    off: dict[str, str]  # task or loss -> why no sample of these stores can take it, or why the config has none of it
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         """`version`: of the run that is continued, one of `VERSIONS`; None: the newest."""
         self.config, self.stores = config, stores
         self.version = self.VERSION if version is None else version
+        self.tasks: dict[str, DataTask] = {name: unit(config) for name, unit in config.tasks.units.items()}
+        self.task_names = tuple(self.tasks)  # `PlannedSamples.task` counts in this order
         self._train = [self._usable(store, config.data.train_split) for store in stores]
         self._lengths = [model_lengths(config.model, store) for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
@@ -106,11 +77,11 @@ class Plan(ABC):
 
     @abstractmethod
     def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> "PlannedSamples":
-        """What these samples are drawn for in a training step."""
+        """The tasks of these samples in a training step."""
 
     @abstractmethod
     def _validation_samples(self, number: int, valid: np.ndarray) -> "list[PlannedSamples]":
-        """Every draw of these samples of store `number`, for the validation pass."""
+        """Every task of these samples of store `number`, for the validation pass."""
 
     # ---- steps
 
@@ -125,16 +96,16 @@ class Plan(ABC):
 
         Each PlannedStep holds up to `chunk` samples; its `step` is its place in the list.
         """
-        samples = _concatenate(self._validation_parts(max_samples))
-        kept = np.flatnonzero(samples.draw >= 0)
+        samples = concatenate(self._validation_parts(max_samples))
+        kept = np.flatnonzero(samples.task >= 0)
         return [
-            self._planned_step(place, _select(samples, kept[start : start + chunk]), world_size)
+            self._planned_step(place, select(samples, kept[start : start + chunk]), world_size)
             for place, start in enumerate(range(0, len(kept), chunk))
         ]
 
     def has_validation(self, max_samples: int = 2**62) -> bool:
         """Whether that pass has anything to judge."""
-        return any((part.draw >= 0).any() for part in self._validation_parts(max_samples))
+        return any((part.task >= 0).any() for part in self._validation_parts(max_samples))
 
     def _validation_parts(self, max_samples: int) -> "list[PlannedSamples]":
         usable = [self._usable(store, self.config.data.valid_split) for store in self.stores]
@@ -208,50 +179,42 @@ class Plan(ABC):
             lengths[there] = per_row[modality][rows[there]]
         return lengths
 
-    def _text_targets(
-        self, store: np.ndarray, rows: np.ndarray, lengths: np.ndarray, writes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(int64 [B] tokens that the text decoder is to write, bool [B] whether [SEP] is one of them) for the source's text rows
-        [B] and their lengths.
+    def _candidates(self, key: np.ndarray, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray, variant: int) -> Candidates:
+        source_rows = self._source_rows(store, sample)
+        return Candidates(
+            stores=self.stores, lengths_by_row=self._lengths, version=self.version, key=key, epoch=epoch, store=store,
+            sample=sample, source_rows=source_rows, lengths=self._input_lengths(store, source_rows), variant=variant,
+        )  # fmt: skip
 
-        A text that `max_text_tokens` truncates has no end to learn: the decoder would learn to stop in mid-sentence.
-        """
-        there = writes & (rows >= 0)
-        ends = there.copy()
-        if self.version >= 2:
-            for number, per_row in enumerate(self._lengths):
-                own = np.flatnonzero(there & (store == number))
-                ends[own] = ~per_row[TEXT].truncated(rows[own])
-        return np.where(there, lengths + ends, 0), ends
-
-    def _counts(self, s: PlannedSamples) -> dict[str, float]:
-        """Terms of each loss over the step: masked items, written tokens and codes, judged samples."""
-        p = self.config.tasks.mask_probability
-        text, image, audio = (np.flatnonzero(s.draw == draw) for draw in (MLM, MVM, MAM))
-        frames = s.input_lengths[audio, AUDIO]
-        regions = int(num_masked(s.input_lengths[image, IMAGE], p).sum())
-        masked_frames = num_masked_frames(frames, p)
-        counts = {
-            "mlm": int(num_masked(s.input_lengths[text, TEXT], p).sum()),
-            "mvfr": regions,
-            "mrc": regions,
-            "mafr": int(masked_frames.sum()),
-            "mac": int(masked_frames[frames > masked_frames].sum()),  # a frame without negatives is not counted
-            "dtr": int(s.text_target_length[s.writes_text].sum()),
-            "dir": int(s.writes_image.sum()) * self.config.model.num_image_codes,
-            "matching": int((s.draw == MATCHING).sum()),
-            "labels": int((s.draw == LABELS).sum()),
+    def _drawn(self, task: np.ndarray, input_rows: np.ndarray) -> Drawn:
+        """The samples with their tasks, of which the tasks have decided nothing yet."""
+        columns: dict[str, np.ndarray] = {
+            name: np.full(len(task), fill, dtype)
+            for unit in self.tasks.values()
+            for name, (dtype, fill) in unit.columns.items()
         }
+        return Drawn(task, input_rows, columns)
+
+    def _samples_of(self, candidates: Candidates, drawn: Drawn) -> PlannedSamples:
+        rows = drawn.input_rows
+        lengths = self._changed_lengths(candidates.store, rows, candidates.source_rows, candidates.lengths)
+        return PlannedSamples(
+            epoch=candidates.epoch, store=candidates.store, sample=candidates.sample, task=drawn.task,
+            source_rows=candidates.source_rows, input_rows=rows, input_lengths=lengths, columns=drawn.columns,
+        )  # fmt: skip
+
+    def _counts(self, samples: PlannedSamples) -> dict[str, float]:
+        """Terms of each loss over the step. A loss is the sum of the tasks' that compute it."""
+        counts: dict[str, float] = {}
+        for task in self.tasks.values():
+            for loss, count in task.num_terms(samples).items():
+                counts[loss] = counts.get(loss, 0.0) + count
         return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
 
     def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
-        from opt_ds.data.flops import sample_and_step_flops  # it knows this file's samples and draws
-
-        positions = samples.input_positions()
-        positions += samples.writes_text * samples.text_target_length
-        positions += samples.writes_image * np.int64(self.config.model.num_image_codes)
-        useful = np.flatnonzero(samples.draw >= 0)
-        costs, flops = sample_and_step_flops(self.config, samples)
+        costs, flops, decoder_positions = sample_and_step_flops(self.config, self.tasks.values(), samples)
+        positions = samples.input_positions() + decoder_positions
+        useful = np.flatnonzero(samples.task >= 0)
         micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful])
         total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
@@ -312,12 +275,3 @@ def _chosen(samples: list[np.ndarray], limit: int, seed: int) -> list[np.ndarray
     keys = [keyed_hash(seed, "validation", number, own) for number, own in enumerate(samples)]
     largest = np.partition(np.concatenate(keys), limit - 1)[limit - 1]
     return [own[key <= largest] for own, key in zip(samples, keys, strict=True)]
-
-
-def _concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
-    names = PlannedSamples.__dataclass_fields__
-    return PlannedSamples(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-
-def _select(samples: PlannedSamples, index: np.ndarray) -> PlannedSamples:
-    return PlannedSamples(**{name: getattr(samples, name)[index] for name in PlannedSamples.__dataclass_fields__})

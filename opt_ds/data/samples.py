@@ -4,6 +4,7 @@ n: WordPieces, r: regions, a: model frames (stored frames joined by `audio_stack
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -11,43 +12,28 @@ from opt_ds.config import Config
 from opt_ds.data.keyed import keyed_choice, keyed_hash
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
-from opt_ds.data.planned import (
-    AUDIO,
-    IMAGE,
-    LABELS,
-    MAM,
-    MLM,
-    MODALITY,
-    MVM,
-    TEXT,
-    VALIDATION_EPOCH,
-    PlannedSamples,
-)
+from opt_ds.data.planned import VALIDATION_EPOCH
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.task import AUDIO, IMAGE, TEXT, DataTask
 from opt_ds.store.reader import FeatureStore
 
 
 @dataclass
 class Sample:
-    """What one sequence of a batch holds. Absent modalities are None; absent targets too."""
+    """What one sequence of a batch holds. Absent modalities are None."""
 
     name: str = ""
     slot: int = 0  # place in the global batch: the key of dropout that does not depend on the ranks
-    token_ids: np.ndarray | None = None  # int64 [n], corrupted, without [CLS] and [SEP]
+    token_ids: np.ndarray | None = None  # int64 [n], corrupted where masked, without [CLS] and [SEP]
+    tokens_masked: np.ndarray | None = None  # bool [n]; None: none
+    original_ids: np.ndarray | None = None  # int64 [n], before masking
     region_features: np.ndarray | None = None  # float16 [r, v], original
     region_boxes: np.ndarray | None = None  # float32 [r, 7]
     region_labels: np.ndarray | None = None  # int64 [r]
     region_masked: np.ndarray | None = None  # bool [r]; None: none
     frames: np.ndarray | None = None  # float16 [a, stack · v], original
     frame_masked: np.ndarray | None = None  # bool [a]; None: none
-    mlm_masked: np.ndarray | None = None  # bool [n], the tokens to predict
-    mlm_targets: np.ndarray | None = None  # int64 [n], the original tokens
-    predict_regions: bool = False
-    predict_frames: bool = False
-    written_text: np.ndarray | None = field(default=None)  # int64 [n], the text decoder's target
-    text_ends: bool = True  # [SEP] follows it: not where the model's limit truncated it
-    written_codes: np.ndarray | None = field(default=None)  # int64 [64], the image decoder's target
-    case: int = -1  # matching case
-    label_targets: np.ndarray | None = None  # float32 [names of the label head], 0 … 1
+    targets: dict[str, Any] = field(default_factory=dict)  # task -> what it is to predict (see the task's file)
 
 
 def given(part: np.ndarray | None) -> np.ndarray:
@@ -63,31 +49,26 @@ class SampleReader:
         self.config, self.stores = config, stores
         self._tokenizers = [store.description.tokenizer for store in stores]
         self._ordinary = [_ordinary_ids(store) for store in stores]
-        labels = config.tasks.labels
-        self._label_places = {name: place for place, name in enumerate(labels.names)} if labels else {}
+        self._tasks: list[DataTask] = [unit(config) for unit in config.tasks.units.values()]
+        self._spans = {modality: span for task in self._tasks for modality, span in task.mask_spans.items()}
 
     def read(self, planned: PlannedSamples, slot: int) -> Sample:
-        """The sample in this slot of the step, masked as its key says."""
-        number = int(planned.store[slot])
-        store, rows, draw = self.stores[number], planned.input_rows[slot], int(planned.draw[slot])
+        """The sample in this slot of the step, masked as its key says, with the targets of its task."""
+        number, store, rows = int(planned.store[slot]), self.stores[int(planned.store[slot])], planned.input_rows[slot]
+        task = self._tasks[planned.task[slot]] if planned.task[slot] >= 0 else None
+        masked = task.masked_modalities if task else ()
         epoch = int(planned.epoch[slot])
         key = int(keyed_hash(self.config.seed, "masks", epoch, number, int(planned.sample[slot])))
-        sample = Sample(
-            name=f"{store.name}/{store.sample_id(int(planned.sample[slot]))}", slot=slot, case=int(planned.case[slot])
-        )
+        sample = Sample(name=f"{store.name}/{store.sample_id(int(planned.sample[slot]))}", slot=slot)
         if rows[TEXT] >= 0:
-            tokens = self._tokens(store, rows[TEXT])
-            masked = self._masked(planned, slot, TEXT, len(tokens), key)
-            sample.token_ids = tokens
-            if masked is not None:
-                mask_id = self._tokenizers[number].mask_id
-                sample.token_ids = corrupt_tokens(tokens, masked, mask_id, self._ordinary[number], key)
-            if draw == MLM:
-                sample.mlm_masked, sample.mlm_targets = masked, tokens
+            self.read_tokens(sample, store, rows[TEXT])
+            if TEXT in masked:
+                self._mask_tokens(sample, number, key)
         if rows[IMAGE] >= 0:
             self.read_regions(sample, store, rows[IMAGE])
-            sample.region_masked = self._masked(planned, slot, IMAGE, len(given(sample.region_features)), key)
-            sample.predict_regions = draw == MVM
+            if IMAGE in masked:
+                count = num_masked(len(given(sample.region_features)), self._mask_probability)
+                sample.region_masked = masked_items(len(given(sample.region_features)), int(count), key, IMAGE)
         if rows[AUDIO] >= 0:
             training = epoch < VALIDATION_EPOCH
             offset = (
@@ -96,16 +77,23 @@ class SampleReader:
                 else 0
             )
             self.read_frames(sample, store, rows[AUDIO], offset)
-            sample.frame_masked = self._masked(planned, slot, AUDIO, len(given(sample.frames)), key)
-            sample.predict_frames = draw == MAM
-        if planned.writes_text[slot]:
-            sample.written_text = self._tokens(store, planned.source_rows[slot, TEXT])
-            sample.text_ends = bool(planned.text_ends[slot])
-        if planned.writes_image[slot]:
-            sample.written_codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
-        if draw == LABELS:
-            sample.label_targets = self.label_targets(number, int(planned.sample[slot]))
+            if AUDIO in masked:
+                count = num_masked_frames(len(given(sample.frames)), self._mask_probability)
+                sample.frame_masked = masked_spans(len(given(sample.frames)), int(count), self._spans[AUDIO], key, AUDIO)
+        if task:
+            task.add_targets(sample, planned, slot, store)
         return sample
+
+    @property
+    def _mask_probability(self) -> float:
+        return self.config.tasks.mask_probability
+
+    def _mask_tokens(self, sample: Sample, number: int, key: int) -> None:
+        tokens = given(sample.token_ids)
+        masked = masked_items(len(tokens), int(num_masked(len(tokens), self._mask_probability)), key, TEXT)
+        mask_id = self._tokenizers[number].mask_id
+        sample.tokens_masked, sample.original_ids = masked, tokens
+        sample.token_ids = corrupt_tokens(tokens, masked, mask_id, self._ordinary[number], key)
 
     def read_ahead(self, planned: PlannedSamples, slots: np.ndarray) -> int:
         """Have the features of these samples read from the disk soon, without waiting; returns their bytes."""
@@ -116,32 +104,21 @@ class SampleReader:
             total += store.read_ahead("audio", audio) if audio >= 0 else 0
         return total
 
-    def label_targets(self, number: int, index: int) -> np.ndarray:
-        """Return float32 [names of the label head]: 1 for a sample's labels.
-
-        For answers min(times given / 3, 1) (Antol et al. 2015); where fewer than three annotators answered, their number.
-        """
-        labels = self.config.tasks.labels
-        assert labels is not None, "the model has no label head"
-        times = np.zeros(len(labels.names), dtype=np.float32)
-        for name in self.stores[number].labels(index):
-            if name in self._label_places:
-                times[self._label_places[name]] += 1
-        agreement = self.config.finetune.agreement if self.config.finetune else 3
-        return np.minimum(times / (agreement if labels.answers else 1), 1)
-
     def whole(self, number: int, index: int, modalities: tuple[int, ...] = (TEXT, IMAGE, AUDIO)) -> Sample:
         """A store's sample uncorrupted, with just these modalities (those that it has): for evaluation."""
         store = self.stores[number]
         rows = store.rows[index]
         sample = Sample(name=f"{store.name}/{store.sample_id(index)}")
         if TEXT in modalities and rows[TEXT] >= 0:
-            sample.token_ids = self._tokens(store, rows[TEXT])
+            self.read_tokens(sample, store, rows[TEXT])
         if IMAGE in modalities and rows[IMAGE] >= 0:
             self.read_regions(sample, store, rows[IMAGE])
         if AUDIO in modalities and rows[AUDIO] >= 0:
             self.read_frames(sample, store, rows[AUDIO], 0)
         return sample
+
+    def read_tokens(self, sample: Sample, store: FeatureStore, row: int) -> None:
+        sample.token_ids = read_text(store, row, self.config.model.max_text_tokens)
 
     def read_regions(self, sample: Sample, store: FeatureStore, row: int) -> None:
         regions, limit = store.regions(row), self.config.model.max_regions
@@ -151,18 +128,10 @@ class SampleReader:
     def read_frames(self, sample: Sample, store: FeatureStore, row: int, offset: int) -> None:
         sample.frames = stack_frames(store.frames(row), self.config.model.audio_stack, offset)[: self.config.model.max_frames]
 
-    def _tokens(self, store: FeatureStore, row: int) -> np.ndarray:
-        return store.text(row)[: self.config.model.max_text_tokens].astype(np.int64)
 
-    def _masked(self, planned: PlannedSamples, slot: int, modality: int, length: int, key: int) -> np.ndarray | None:
-        draw_masks = planned.draw[slot] == (MLM, MVM, MAM)[modality] or planned.draw[slot] == MODALITY
-        if not draw_masks:
-            return None
-        tasks = self.config.tasks
-        if modality == AUDIO:
-            count = int(num_masked_frames(length, tasks.mask_probability))
-            return masked_spans(length, count, tasks.mam.span, key, modality)
-        return masked_items(length, int(num_masked(length, tasks.mask_probability)), key, modality)
+def read_text(store: FeatureStore, row: int, max_tokens: int) -> np.ndarray:
+    """int64 [n], the WordPieces of a text row that the model takes."""
+    return store.text(row)[:max_tokens].astype(np.int64)
 
 
 def stack_frames(frames: np.ndarray, stack: int, offset: int) -> np.ndarray:

@@ -14,7 +14,6 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ import numpy as np
 
 from opt_ds import __version__
 from opt_ds.data.micro_batches import MicroBatches
-from opt_ds.data.planned import Plan, PlannedSamples, PlannedStep
+from opt_ds.data.planned import Plan, PlannedStep
+from opt_ds.data.planned_samples import PlannedSamples
 
 _WAIT_S, _WAIT_PLANS = 5.0, 4.0  # for another rank's plan, at least; and in times that the slowest plan took here
 _POLL_S = 0.002
 _MOST_WAITING = 64  # files that an inbox may hold
 _SHARED_FROM = 2048  # samples of a step: planning fewer takes about as long as reading a file
 _ALIGNMENT = 64  # bytes
-_SAMPLES = tuple(field.name for field in fields(PlannedSamples))
 _MICRO_BATCHES = ("slots", "sizes", "num_tokens", "costs")
 _NUMBERS = ("step", "counts", "num_tokens", "fill", "balance", "flops")
 
@@ -152,7 +151,7 @@ def _key_of(plan: Plan, world_size: int) -> str:
 def write_plan(path: Path, planned: PlannedStep, key: str) -> None:
     """Write a step's plan. Raises OSError."""
     assert isinstance(planned.micro_batches, MicroBatches)
-    arrays = {name: getattr(planned.samples, name) for name in _SAMPLES}
+    arrays = planned.samples.arrays()
     arrays |= {f"micro_batches/{name}": getattr(planned.micro_batches, name) for name in _MICRO_BATCHES}
     about: dict[str, Any] = {name: getattr(planned, name) for name in _NUMBERS}
     about |= {"key": key, "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()]}
@@ -184,8 +183,8 @@ def read_plan(path: Path, step: int, key: str) -> PlannedStep | None:
             start += _room(arrays[name])
         if start != size:
             return None
-        samples = PlannedSamples(**{name: arrays[name] for name in _SAMPLES})
-        micro_batches = MicroBatches(*(arrays[f"micro_batches/{name}"] for name in _MICRO_BATCHES))
+        micro_batches = MicroBatches(*(arrays.pop(f"micro_batches/{name}") for name in _MICRO_BATCHES))
+        samples = PlannedSamples.from_arrays(arrays)
         return PlannedStep(samples=samples, micro_batches=micro_batches, **{name: about[name] for name in _NUMBERS})
     except (OSError, ValueError, KeyError, TypeError):
         return None

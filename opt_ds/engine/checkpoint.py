@@ -185,10 +185,13 @@ def load_start(model: "OPT", config: Config) -> None:
     """Copy the weights that fine-tuning starts from; a head for other labels than that checkpoint's stays as it is."""
     assert config.finetune is not None, "pre-training starts from no checkpoint"
     folder = Path(config.finetune.checkpoint)
-    had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks.labels
-    labels = config.tasks.labels
-    same_head = bool(had and labels and had.names == labels.names)
-    load_weights(model, folder, leave=() if same_head else "labels.")
+    had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks
+    leave = [
+        f"{name}."
+        for name, unit in config.tasks.units.items()
+        if unit.is_optional and not unit.same_head(getattr(had, name, None), getattr(config.tasks, name))
+    ]
+    load_weights(model, folder, leave=tuple(leave))
 
 
 @torch.no_grad()

@@ -4,11 +4,10 @@ The run itself is pre-training's (`engine.launch`): same store, same plan of sam
 """
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opt_ds.config import LABELS_LOSS, LOSSES, LOSSES_OF_DRAW, Config, config_from_dict
+from opt_ds.config import Config, TasksConfig, config_from_dict
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.engine import checkpoint
 from opt_ds.engine.preflight import check_store
@@ -17,10 +16,9 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.verify import open_store
 
 
-class Task(NamedTuple):
-    """What a task trains, and what it takes where nothing is said."""
+class Job(NamedTuple):
+    """What a fine-tuning job takes where nothing is said. A task says which jobs train it (`DataTask.fine_tunes`)."""
 
-    loss: str
     inputs: tuple[str, ...]
     epochs: float
     lr_share: float = 1.0  # of the checkpoint's peak
@@ -28,11 +26,11 @@ class Task(NamedTuple):
 
 TASKS = {
     # A judgement says one bit of a sample, where a text says a word a position: it takes more of them.
-    "retrieval": Task("matching", ("T+I",), epochs=20, lr_share=0.5),
-    "transcription": Task("dtr", ("A", "A+I"), epochs=5),
-    "captioning": Task("dtr", ("I",), epochs=5),
-    "classification": Task(LABELS_LOSS, ("T+A+I",), epochs=5),
-    "vqa": Task(LABELS_LOSS, ("T+I",), epochs=5),
+    "retrieval": Job(("T+I",), epochs=20, lr_share=0.5),
+    "transcription": Job(("A", "A+I"), epochs=5),
+    "captioning": Job(("I",), epochs=5),
+    "classification": Job(("T+A+I",), epochs=5),
+    "vqa": Job(("T+I",), epochs=5),
 }
 _LARGEST_BATCH = 256  # samples; fine-tuning wants more steps than pre-training's batches would leave
 _WARMUP_SHARE = 0.1
@@ -56,11 +54,11 @@ def finetune_config(
     """
     if task not in TASKS:
         raise UserError(f'unknown task "{task}"{did_you_mean(task, TASKS)}: choose from {", ".join(TASKS)}')
-    loss = TASKS[task].loss
     folder = checkpoint.resolve_checkpoint(start)
     saved = config_from_dict(checkpoint.read_state(folder)["config"], where=str(folder / checkpoint.STATE_FILE))
     inputs = inputs or TASKS[task].inputs
-    _check(task, loss, inputs, saved, folder)
+    unit = next(unit for unit in saved.tasks.units.values() if task in unit.fine_tunes)
+    _check(task, unit, inputs, saved, folder)
     opened = [open_store(path) for path in stores]
     for store in opened:
         check_store(saved, store)
@@ -73,8 +71,11 @@ def finetune_config(
     }  # fmt: skip
     if task == "vqa":
         tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)
-    _train_only(tree["tasks"], loss)
-    tree["tasks"][LABELS_LOSS] = _label_head(task, loss, opened, saved.data.train_split, min_positives)
+    _train_only(tree["tasks"], saved.tasks, unit.fine_tuned_loss)
+    for other in saved.tasks.units.values():
+        if other.is_optional:
+            own = other.section_for_finetuning(task, opened, saved.data.train_split, min_positives) if other is unit else None
+            tree["tasks"][other.name] = own
     size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
     tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
     tree["optimizer"]["lr"] *= TASKS[task].lr_share
@@ -83,8 +84,9 @@ def finetune_config(
     return _with_schedule(tree, opened, epochs or TASKS[task].epochs, settings)
 
 
-def _check(task: str, loss: str, inputs: tuple[str, ...], saved: Config, folder: Path) -> None:
-    if loss != LABELS_LOSS and loss not in saved.learned_losses:
+def _check(task: str, unit: Any, inputs: tuple[str, ...], saved: Config, folder: Path) -> None:
+    loss = unit.fine_tuned_loss
+    if not unit.is_optional and loss not in saved.learned_losses:
         raise UserError(
             f"{folder}: this model was trained without {loss} (tasks.{loss}.weight is 0), which {task} fine-tunes: take a "
             "checkpoint that was trained with it"
@@ -101,33 +103,14 @@ def _check(task: str, loss: str, inputs: tuple[str, ...], saved: Config, folder:
             raise UserError(f"--inputs {name}: the question is the text: choose T+I, T+A or T+A+I")
 
 
-def _train_only(tasks: dict[str, Any], loss: str) -> None:
-    """Weight 1 for the loss and 0 for the others, in place; the draws' shares mean nothing in fine-tuning."""
-    for other in (*LOSSES, *LOSSES_OF_DRAW):
-        tasks[other]["weight"] = 0.0
-    tasks["curriculum"], tasks["mix"] = [], dict.fromkeys(LOSSES_OF_DRAW, 1.0)
-    if loss in LOSSES:
-        draw = next(draw for draw, losses in LOSSES_OF_DRAW.items() if loss in losses)
-        tasks[loss]["weight"] = tasks[draw]["weight"] = 1.0
-
-
-def _label_head(
-    task: str, loss: str, stores: list[FeatureStore], split: str, min_positives: int
-) -> dict[str, Any] | None:
-    if loss != LABELS_LOSS:
-        return None
-    names = sorted({name for store in stores for name in store.description.label_names})
-    if task == "classification":
-        found = Counter(
-            name for store in stores for index in store.split_samples(split) for name in set(store.labels(int(index)))
-        )
-        names = [name for name in names if found[name] >= min_positives]
-    if not names:
-        raise UserError(
-            f"{stores[0].path}: no label has {min_positives} samples of split {split}: prepare the store with `labels` in the "
-            "manifest (opt-ds import vqa writes answers there), or lower --min-positives"
-        )
-    return {"names": names, "answers": task == "vqa"}
+def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
+    """Weight 1 for the loss and 0 for the others, in place; the sampling weights mean nothing in fine-tuning."""
+    tree["curriculum"], tree["mix"] = [], dict.fromkeys(tasks.sampled, 1.0)
+    for task, losses in tasks.sampled.items():
+        for name in (task, *losses):
+            tree[name]["weight"] = 0.0
+        if loss in losses:
+            tree[loss]["weight"] = tree[task]["weight"] = 1.0
 
 
 def _agreement(stores: list[FeatureStore], split: str) -> int:

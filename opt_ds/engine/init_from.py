@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from opt_ds.config import LABELS_LOSS, LOSSES_OF_DRAW, Config, InitConfig, ModelConfig, config_from_dict, load_config
+from opt_ds.abilities import GENERATE_IMAGES
+from opt_ds.config import Config, InitConfig, ModelConfig, config_from_dict, load_config
 from opt_ds.config_sources import given_keys
 from opt_ds.engine import checkpoint, run_folder
 from opt_ds.engine.checkpoint_files import check_file, pointed
@@ -26,17 +27,8 @@ from opt_ds.store.schema import load_description
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-#: The parameters that only one loss trains, by the beginning of their names.
-_HEADS = {
-    "mlm": "mlm.", "mvfr": "mvm.regress.", "mrc": "mvm.classify.", "mafr": "mam.regress.", "mac": "mam.contrast.",
-    "dtr": "text_decoder.", "dir": "image_decoder.", "matching": "matching.",
-}  # fmt: skip
-#: Settings of the model that only a loss's head depends on: free where the source never trained that head.
-_SIZES_OF_HEAD = {
-    "mrc": ("image_num_classes",),
-    "dtr": ("text_decoder_layers",),
-    "dir": ("image_codebook_size", "num_image_codes", "image_decoder_layers"),
-}
+    from opt_ds.model.opt import OPT
+
 #: Settings of the model that change neither the shape nor the meaning of a weight.
 _FREE = ("dropout", "attention_dropout", "initializer_range", "embedding_range", "bert", "max_regions")
 _STANDARDIZERS = ("embeddings.region_standardizer.", "embeddings.frame_standardizer.")
@@ -58,9 +50,9 @@ class Start:
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Settings of the model that may differ from the source's."""
-        sizes = (sizes for loss, sizes in _SIZES_OF_HEAD.items() if loss not in self.init.learned)
-        return (*_FREE, *(key for keys in sizes for key in keys))
+        """Settings of the model that may differ from the source's: those of heads that it never trained are among them."""
+        losses = [loss for unit in self.config.tasks.units.values() for loss in unit.losses]
+        return (*_FREE, *(key for loss in losses if loss.name not in self.init.learned for key in loss.settings))
 
 
 # ---- before the run: which checkpoint, which settings
@@ -150,9 +142,10 @@ def _learned(config: Config, run: Path) -> tuple[str, ...]:
     """Return the losses whose heads a run trained: not those whose task had no samples in any of its launches."""
     before = (*(config.finetune.learned if config.finetune else ()), *(config.init.learned if config.init else ()))
     off = _tasks_off(run / run_folder.RUN_FILE)
-    without = off | {loss for draw in off for loss in LOSSES_OF_DRAW.get(draw, ())}
+    without = off | {loss for task in off for loss in config.tasks.sampled.get(task, ())}
     learned = (loss for loss in config.learned_losses if loss in before or loss not in without)
-    return tuple(loss for loss in learned if loss != LABELS_LOSS)
+    sampled = {loss for losses in config.tasks.sampled.values() for loss in losses}
+    return tuple(loss for loss in learned if loss in sampled)
 
 
 def _tasks_off(file: Path) -> set[str]:
@@ -221,7 +214,7 @@ def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> Non
     description = load_processor_description(processor)
     shared = {kind: description.extractors.get(kind, there) for kind, there in store.description.extractors.items()}
     own = description.model_copy(update={"extractors": shared})
-    differences = identity_differences(own, store, codes="dir" in start.init.learned)
+    differences = identity_differences(own, store, codes=start.config.tasks.loss_for(GENERATE_IMAGES) in start.init.learned)
     if differences:
         raise UserError(
             f"{store.path} does not fit --init-from {start.run}: {'; '.join(differences)}: use a store prepared as the source's "
@@ -251,6 +244,7 @@ class Carried:
     taken: tuple[str, ...]
     fresh: tuple[str, ...]
     left: tuple[str, ...]  # the source's, which this model has no place for
+    heads: tuple[str, ...]  # beginnings of the names of the parameters that only one loss trains
 
     def record(self) -> dict[str, object]:
         """Return what the run's record of this launch says."""
@@ -260,8 +254,8 @@ class Carried:
     def lines(self) -> list[str]:
         """Return what is printed at the start of the run."""
         total = len(self.taken) + len(self.fresh)
-        fresh = f"; freshly initialised: {_grouped(self.fresh)}" if self.fresh else ""
-        left = f"; left out: {_grouped(self.left)}" if self.left else ""
+        fresh = f"; freshly initialised: {_grouped(self.fresh, self.heads)}" if self.fresh else ""
+        left = f"; left out: {_grouped(self.left, self.heads)}" if self.left else ""
         moments = (
             f"Adam's moments of these after {self.init.adam_steps} updates" + (", 0 for the fresh ones" if self.fresh else "")
             if self.init.moments
@@ -273,18 +267,19 @@ class Carried:
         ]
 
 
-def load_weights(model: torch.nn.Module, init: InitConfig) -> Carried:
+def load_weights(model: "OPT", init: InitConfig) -> Carried:
     """Copy the source's weights and standardisation into a freshly initialised model, but for heads it never trained."""
     folder = Path(init.checkpoint)
     if _weights_sha256(folder) != init.weights_sha256:
         raise UserError(f"--init-from {init.run}: {folder.name} has other weights than when this run began: use another --output")
-    fresh_heads = tuple(name for loss, name in _HEADS.items() if loss not in init.learned)
+    heads = _heads(model)
+    fresh_heads = tuple(name for loss, name in heads.items() if loss not in init.learned)
     checkpoint.load_weights(model, folder, leave=(*fresh_heads, *_unset_standardizers(folder)))
     names = [name for name, _ in model.named_parameters()]
     fresh = tuple(name for name in names if name.startswith(fresh_heads))
     held = tensor_shapes(folder / checkpoint.MODEL_FILE, "use another checkpoint of the run")
     left = tuple(sorted(held.keys() - {*names, *checkpoint.buffers_of(model)}))
-    return Carried(init, tuple(name for name in names if name not in fresh), fresh, left)
+    return Carried(init, tuple(name for name in names if name not in fresh), fresh, left, tuple(heads.values()))
 
 
 def load_moments(engine: "DeepSpeedEngine", carried: Carried) -> None:
@@ -318,10 +313,15 @@ def _unset_standardizers(folder: Path) -> list[str]:
         ]
 
 
-def _grouped(names: tuple[str, ...]) -> str:
+def _heads(model: "OPT") -> dict[str, str]:
+    """Loss -> beginning of the names of the parameters that only it trains."""
+    return {loss.name: loss.parameters for unit in model.tasks.values() if unit.sampled for loss in unit.losses}
+
+
+def _grouped(names: tuple[str, ...], heads: tuple[str, ...]) -> str:
     """Return "image_decoder (24), matching (2)" for parameters' names."""
     counts: dict[str, int] = {}
     for name in names:
-        head = next((head for head in _HEADS.values() if name.startswith(head)), f"{name.partition('.')[0]}.").rstrip(".")
+        head = next((head for head in heads if name.startswith(head)), f"{name.partition('.')[0]}.").rstrip(".")
         counts[head] = counts.get(head, 0) + 1
     return ", ".join(f"{head} ({count})" for head, count in counts.items())

@@ -17,7 +17,8 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import IMAGE, TEXT, PlannedStep
+from opt_ds.data.planned import PlannedStep
+from opt_ds.data.task import IMAGE, TEXT
 from opt_ds.engine import checkpoint, gradients, init_from, optimizer_state, run_folder
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space

@@ -9,7 +9,7 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import DRAWS, PlannedStep
+from opt_ds.data.planned import PlannedStep
 from opt_ds.engine.hardware import PeakFlops
 from opt_ds.engine.metrics import TermSums
 
@@ -27,7 +27,7 @@ class Window:
     def restart(self) -> None:
         self.sums = TermSums()
         self._samples = self._tokens = self._steps = 0
-        self._flops, self._draws = 0.0, np.zeros(len(DRAWS))
+        self._flops, self._by_task = 0.0, np.zeros(len(self._loader.plan.task_names))
         self._fill = self._balance = 0.0
         self._norm = float("nan")
         self._start, self._waited = time.perf_counter(), self._loader.wait_s
@@ -40,8 +40,8 @@ class Window:
         self._samples += planned.num_samples
         self._tokens += planned.num_tokens
         self._flops += planned.flops
-        draw = planned.samples.draw
-        self._draws += np.bincount(draw[draw >= 0], minlength=len(DRAWS))
+        task = planned.samples.task
+        self._by_task += np.bincount(task[task >= 0], minlength=len(self._by_task))
         self._fill += planned.fill
         self._balance += planned.balance
         self._norm = result.gradient_norm
@@ -58,11 +58,11 @@ class Window:
         recomputation do not count)."""
         seconds = max(self.seconds(), 1e-9)
         flops = self._flops / seconds / self._loader.world_size
-        drawn = {draw: count for draw, count in zip(DRAWS, self._draws.tolist(), strict=True) if count}
+        by_task = zip(self._loader.plan.task_names, self._by_task.tolist(), strict=True)
         return {
             "samples_per_s": self._samples / seconds,
             "tokens_per_s": self._tokens / seconds,
-            **{f"samples_per_s/{draw}": count / seconds for draw, count in drawn.items()},
+            **{f"samples_per_s/{task}": count / seconds for task, count in by_task if count},
             "tflops_per_rank": flops / 1e12,
             "flops_utilisation": flops / self._peak.flops_per_s,
             "seconds_per_step": seconds / self._steps,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import opt_ds
-from opt_ds.config import LOSSES, LOSSES_OF_DRAW, Config, load_config
+from opt_ds.config import Config, TasksConfig, load_config
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.engine import checkpoint
 from opt_ds.engine.distributed import RANK_VARIABLES
 from opt_ds.engine.metrics import METRICS_FILE
@@ -31,19 +31,7 @@ from opt_ds.model.opt import initial_model
 from opt_ds.store.files import exclusive_use, write_json
 from opt_ds.store.reader import FeatureStore
 
-#: Row -> the tasks whose weight it sets to 0. The token level is mlm, mvm and mam; the modality level dtr and dir.
-ROWS: dict[str, tuple[str, ...]] = {
-    FULL: (),
-    "no-sample-level": ("matching",),
-    "no-modality-level": ("modality",),
-    "no-token-level": ("mlm", "mvm", "mam"),
-    "no-mlm": ("mlm",),
-    "no-mvm": ("mvm",),
-    "no-mam": ("mam",),
-    "no-dtr": ("dtr",),
-    "no-dir": ("dir",),
-    UNTRAINED: (),
-}
+_LEVELS = ("sample", "modality", "token")
 ROW_FILE = "row.json"
 
 
@@ -73,23 +61,38 @@ class Probe:
     limit: int | None = None
 
 
+def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
+    """Return row -> the tasks and losses whose weight it sets to 0.
+
+    Rows leave out a level, one task of a level that has several, or one loss of a level that is a single task.
+    """
+    levels = {level: [unit for unit in tasks.units.values() if unit.level == level and unit.sampled] for level in _LEVELS}
+    rows: dict[str, tuple[str, ...]] = {FULL: ()}
+    rows |= {f"no-{level}-level": tuple(unit.name for unit in units) for level, units in levels.items() if units}
+    for units in reversed(levels.values()):
+        parts = [unit.name for unit in units] if len(units) > 1 else [loss for unit in units for loss in unit.loss_names()]
+        rows |= {f"no-{part}": (part,) for part in parts if len(parts) > 1}
+    return rows | {UNTRAINED: ()}
+
+
 def plan_rows(source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = ()) -> list[Row]:
-    """The rows named (none: all that differ from the full run), in the order of `ROWS`.
+    """The rows named (none: all that differ from the full run), in the order of `rows_without`.
 
     Early stopping is off in all of them: the budget is the same. Raises UserError for an unknown row, for one that leaves no
     task, and for a named one that takes nothing away, since the full run has none of its losses.
     """
-    for name in names:
-        if name not in ROWS:
-            raise UserError(f'--row "{name}": no such row{did_you_mean(name, ROWS)}; known: {", ".join(ROWS)}')
     shared = (*settings, "train.early_stopping=0")
     full = load_config(source, shared)
+    known = rows_without(full.tasks)
+    for name in names:
+        if name not in known:
+            raise UserError(f'--row "{name}": no such row{did_you_mean(name, known)}; known: {", ".join(known)}')
     possible = possible_losses(full, stores)
     rows = []
-    for name, without in ROWS.items():
+    for name, without in known.items():
         if names and name not in names:
             continue
-        gone = {loss for task in without for loss in LOSSES_OF_DRAW.get(task, (task,))}
+        gone = {loss for task in without for loss in full.tasks.sampled.get(task, (task,))}
         left = () if name == UNTRAINED else tuple(loss for loss in possible if loss not in gone)
         if without and (not left or len(left) == len(possible)):
             if names:
@@ -108,7 +111,7 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
     mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
     drawn = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in off}
     active = config.tasks.active_losses
-    return tuple(x for draw, own in LOSSES_OF_DRAW.items() if draw in drawn for x in own if x in active and x not in off)
+    return tuple(x for draw, own in config.tasks.sampled.items() if draw in drawn for x in own if x in active and x not in off)
 
 
 def check_labels(store: FeatureStore, probe: Probe, seed: int) -> None:
@@ -145,7 +148,7 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
         state = checkpoint.train_state(checkpoint.read_state(last)) if last else checkpoint.TrainState()
         if last is None or state.step != row.steps:
             raise RunError(f"{run}: its run stands at step {state.step} of {row.steps}: give the same command again")
-        ran, seconds = losses_of_run(run), state.train_seconds
+        ran, seconds = losses_of_run(run, row.config.tasks), state.train_seconds
         if set(ran) - set(row.losses):
             raise RunError(f"{run}: {', '.join(sorted(set(ran) - set(row.losses)))} ran, which the row is without")
         model, _ = checkpoint.load_model(last)
@@ -155,7 +158,8 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
         row.config.seed,
     )  # fmt: skip
     found = {
-        "row": row.name, "without": list(ROWS[row.name]), "losses": list(ran), "steps": row.steps, "train_seconds": seconds,
+        "row": row.name, "without": list(rows_without(row.config.tasks)[row.name]), "losses": list(ran),
+        "steps": row.steps, "train_seconds": seconds,
         "probe": _probe_settings(row.config, probe), "classification": figures,
     }  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
@@ -163,11 +167,11 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
     return found
 
 
-def losses_of_run(run: Path) -> tuple[str, ...]:
+def losses_of_run(run: Path, tasks: TasksConfig) -> tuple[str, ...]:
     """The losses that a run's training steps computed, by its own log."""
     lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     logged = {key for line in lines for key in json.loads(line)}
-    return tuple(loss for loss in LOSSES if f"train/{loss}/loss" in logged)
+    return tuple(loss for loss in tasks.all_losses if f"train/{loss}/loss" in logged)
 
 
 def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
@@ -226,7 +230,7 @@ def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe
     One process at a time: of an array's tasks the last one to write has read every row.
     """
     with exclusive_use(folder / "ablation", lambda _: None):
-        found = [row for name in ROWS if (row := read_row(folder / name)) is not None]
+        found = [row for name in rows_without(config.tasks) if (row := read_row(folder / name)) is not None]
         rows = [row for row in found if _is_of(row, config, probe)]
         figures = {
             "schema": ABLATION_SCHEMA, "store": {"name": store.name, "fingerprint": store.fingerprint}, "preset": config.preset,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.extras import needs_extra
@@ -55,7 +55,7 @@ def classification(
         precision_c = average_precision_score(y_test_nc, scores_nc, average=None)
         figures[subset] = {"mAP": float(np.mean(precision_c)), "labels_not_converged": unconverged,
                            "average_precision": dict(zip(names, map(float, precision_c), strict=True))}  # fmt: skip
-        if evaluator.model.labels is not None:
+        if evaluator.label_names:
             figures[subset]["head_mAP"] = _head_precision(evaluator, test, subset, names, y_test_nc)
     return {
         "split": split, "train_split": train_split, "train_samples": len(train), "test_samples": len(test),
@@ -114,9 +114,7 @@ def _head_precision(
     evaluator: Evaluator, test: np.ndarray, subset: str, names: list[str], y_test_nc: np.ndarray
 ) -> float:
     """Mean average precision of the fine-tuned head's scores. Raises UserError for a head that lacks one of the names."""
-    labels = evaluator.config.tasks.labels
-    assert labels is not None, "a model with the head has its names"
-    place = {name: number for number, name in enumerate(labels.names)}
+    place = {name: number for number, name in enumerate(evaluator.label_names)}
     missing = [name for name in names if name not in place]
     if missing:
         raise UserError(

@@ -6,20 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from opt_ds.abilities import GENERATE_IMAGES, LABEL, MATCH, WRITE_TEXT
 from opt_ds.config import Config, EvaluateConfig
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.store.reader import FeatureStore
 
-#: experiment -> (loss that the model must be trained with, modalities of which its samples have one set or another)
+#: experiment -> (ability that it measures, modalities of which its samples have one set or another)
 _NEEDS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
-    "retrieval": ("matching", ((TEXT, IMAGE), (TEXT, AUDIO))),
-    "transcription": ("dtr", ((TEXT, AUDIO), (TEXT, IMAGE))),
-    "captioning": ("dtr", ((TEXT, IMAGE),)),
-    "image-generation": ("dir", ((IMAGE, TEXT), (IMAGE, AUDIO))),
-    "vqa": ("labels", ((TEXT, IMAGE),)),
+    "retrieval": (MATCH, ((TEXT, IMAGE), (TEXT, AUDIO))),
+    "transcription": (WRITE_TEXT, ((TEXT, AUDIO), (TEXT, IMAGE))),
+    "captioning": (WRITE_TEXT, ((TEXT, IMAGE),)),
+    "image-generation": (GENERATE_IMAGES, ((IMAGE, TEXT), (IMAGE, AUDIO))),
+    "vqa": (LABEL, ((TEXT, IMAGE),)),
 }
 _PAIRS, _TRIPLES = 50, 20  # the matching head encodes every pair: a gallery's square
 _FIGURES = ("R@1", "R@5", "R@10", "wer", "cer", "wer_shuffled_audio", "bleu_4", "cider", "bits_per_code", "accuracy")
@@ -32,8 +33,9 @@ def check_experiments(config: Config, store: FeatureStore) -> None:
         return
     for name in options.experiments:
         importlib.import_module(f"opt_ds.evaluate.{name.replace('-', '_')}")  # a missing extra is found now, not in mid-run
-        loss, alternatives = _NEEDS[name]
-        if loss not in config.learned_losses:
+        ability, alternatives = _NEEDS[name]
+        if not config.can(ability):
+            loss = config.tasks.loss_for(ability)
             raise UserError(f"evaluate.experiments has {name}, but the model does not learn {loss}: leave it out")
         if name == "image-generation" and not store.has_codes:
             raise UserError(f"evaluate.experiments has {name}, but {store.path} has no image codes: leave it out")

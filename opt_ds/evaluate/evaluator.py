@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.planned import SUBSETS, TEXT
 from opt_ds.data.samples import Sample, SampleReader
+from opt_ds.data.task import SUBSETS, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.data.samples import Sample
+from opt_ds.data.task import IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.retrieval import chance, content_names, recall
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
+from opt_ds.tasks.reconstruct import code_targets, set_code_targets
 
 if TYPE_CHECKING:
     from opt_ds.model.dvae import DiscreteVAE
@@ -32,11 +33,11 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
     samples = [evaluator.read(index, modalities) for index in gallery]
     codes = [evaluator.store.codes(int(evaluator.store.rows[index, IMAGE])).astype(np.int64) for index in gallery]
     for sample, target in zip(samples, codes, strict=True):
-        sample.written_codes = target
+        set_code_targets(sample, target)
     total, count = 0.0, 0
     for _, batch, hidden_te in evaluator.batches(samples):
-        scores = evaluator.model.image_decoder.scores(batch.written_image, hidden_te).float()
-        targets = batch.written_image.target_ids
+        scores = evaluator.model.image_decoder.scores(code_targets(batch), hidden_te).float()
+        targets = code_targets(batch).target_ids
         total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
         count += len(targets)
     total, count = evaluator.over_ranks(total), round(evaluator.over_ranks(count))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opt_ds.config import ALL_LOSSES, Config
+from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.model.opt import OPT
@@ -36,12 +36,13 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     """
     was_training = model.training
     model.eval()
-    table = torch.zeros(len(ALL_LOSSES), 3, dtype=torch.float64)  # sum, count, correct (negative: no accuracy)
+    all_losses = config.tasks.all_losses
+    table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # sum, count, correct (negative: no accuracy)
     classifies = set()
     for _, batches in loader.validation(config.train.validate_samples):
         for batch in batches:
             for loss, term in model(batch).items():
-                row = table[ALL_LOSSES.index(loss)]
+                row = table[all_losses.index(loss)]
                 row[0] += float(term.sum)
                 row[1] += term.count
                 if "correct" in term.metrics:
@@ -50,7 +51,7 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     model.train(was_training)
     if reduce is not None:
         reduce(table)
-    rows = {loss: table[i].tolist() for i, loss in enumerate(ALL_LOSSES)}
+    rows = {loss: table[i].tolist() for i, loss in enumerate(all_losses)}
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}
     accuracies = {loss: rows[loss][2] / rows[loss][1] for loss in active if loss in classifies}

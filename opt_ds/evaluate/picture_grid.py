@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.abilities import WRITE_TEXT
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.image_generation import Painter, to_uint8
 from opt_ds.model.generation import DecodingConfig
@@ -34,7 +35,7 @@ def draw_picture_grid(
         pictures.append(painter.paint(evaluator, samples)[0])
     texts = [("caption", [evaluator.caption(index) for index in gallery])]
     written = (("I", "from image"), ("A", "from audio"), ("A+I", "from both"))[: 3 if heard else 1]
-    for name, label in written if "dtr" in evaluator.config.learned_losses else ():
+    for name, label in written if evaluator.config.can(WRITE_TEXT) else ():
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
         texts.append((label, evaluator.write_text(samples, DecodingConfig())))
     return _draw(pictures, texts)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.matching import CASES
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.store.same_content import image_content
@@ -46,9 +47,9 @@ def retrieval(
     is divided by its mean over the queries: else short captions win.
     """
     result: dict[str, Any] = {"split": split, "seed": seed}
-    writes, judges = (loss in evaluator.config.learned_losses for loss in ("dtr", "matching"))
+    writes, judges = (evaluator.config.can(ability) for ability in (WRITE_TEXT, MATCH))
     if not writes:
-        evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
+        evaluator.require(MATCH, "judge what belongs together, nor (without dtr) how likely a text is")
     gallery, small = (
         {other: evaluator.samples_with(split, (TEXT, other), count, seed) for other in (IMAGE, AUDIO)}
         for count in (candidates, matching_candidates)

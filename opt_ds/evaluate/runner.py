@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from opt_ds.abilities import LABEL, MATCH
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer, Written
 from opt_ds.data.matching import NUM_CASES
@@ -45,7 +46,7 @@ class ModelRunner:
         """`group`: the ranks that share the work, each with the same model and the same calls; None: this process alone."""
         self.group = group if group and group.ranks.world_size > 1 else None
         self.model, self.config, self.device = model.eval(), config, torch.device(device)
-        self.packer = Packer(tokenizer, config.model)
+        self.packer = Packer(config, tokenizer)
         self.tokenizer = load_tokenizer(tokenizer_folder)
 
     @torch.inference_mode()
@@ -79,9 +80,10 @@ class ModelRunner:
         """Sum of what the ranks counted, each over its share of `batches`."""
         return sum(self.group.gather(total)) if self.group else total
 
-    def require(self, loss: str, what: str) -> None:
-        """Raise UserError if the model was not trained with a loss that it needs in order to do `what`."""
-        if loss not in self.config.learned_losses:
+    def require(self, ability: str, what: str | None = None) -> None:
+        """Raise UserError if the model was not trained for an ability (see `opt_ds.abilities`), which it needs to do `what`."""
+        what, loss = what or ability, self.config.tasks.loss_for(ability)
+        if not self.config.can(ability):
             raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")
 
     def _from_all(self, values: Any, own: list[int]) -> Any:
@@ -132,18 +134,39 @@ class ModelRunner:
 
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """The matching head's five scores of each sample; float32 [samples, 5]."""
-        scores = self._from_cls(samples, NUM_CASES, self.model.matching.score)
-        return torch.from_numpy(scores).log_softmax(-1).numpy() if self.config.tasks.matching.loss == "ce" else scores
+        scores = self._from_cls(samples, NUM_CASES, self._head(MATCH).score)
+        return torch.from_numpy(scores).log_softmax(-1).numpy() if self.matches_by_softmax else scores
+
+    @property
+    def matches_by_softmax(self) -> bool:
+        """Whether the cases of matching exclude each other in the model's head."""
+        return self._head(MATCH).loss == "ce"
+
+    def _head(self, ability: str) -> Any:
+        loss = self.config.tasks.loss_for(ability)
+        return next(self.model.head(name) for name, unit in self.config.tasks.units.items() if loss in unit.loss_names())
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the label head; none without one."""
+        head = self._head(LABEL)
+        return head.names if head is not None else ()
+
+    @property
+    def labels_are_answers(self) -> bool:
+        """Whether the label head was trained on answers to questions."""
+        head = self._head(LABEL)
+        return head is not None and head.answers
 
     def label_scores(self, samples: Sequence[Sample]) -> np.ndarray:
-        """The label head's score of each name (`config.tasks.labels.names`), before the sigmoid; float32 [samples, names].
+        """The label head's score of each of `label_names`, before the sigmoid; float32 [samples, names].
 
         Raises UserError for a model without that head.
         """
-        head, labels = self.model.labels, self.config.tasks.labels
-        if head is None or labels is None:
+        head = self._head(LABEL)
+        if head is None:
             raise UserError("this model has no label head: opt-ds finetune classification, or vqa, trains one")
-        return self._from_cls(samples, len(labels.names), head.scores)
+        return self._from_cls(samples, len(head.names), head.scores)
 
     def text_log_likelihood(self, samples: Sequence[Sample], texts: Sequence[np.ndarray]) -> np.ndarray:
         """log P(text | sample) for every pair, [SEP] included; float64 [samples, texts]. The texts are WordPiece ids.

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opt_ds.data.planned import IMAGE, TEXT
+from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
+from opt_ds.data.task import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import validate
@@ -48,7 +49,7 @@ def summarize(
         },
         "splits": {},
     }
-    writes, paints = (loss in config.learned_losses for loss in ("dtr", "dir"))
+    writes, paints = (config.can(ability) for ability in (WRITE_TEXT, GENERATE_IMAGES))
     for split in splits:
         figures: dict[str, Any] = {
             "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.samples import given
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator
@@ -25,7 +26,7 @@ PRIOR_INPUTS = 32
 #: A query's likeliest texts, so many, are judged over their prior (re-ranking of the N best: Li et al. 2016). The prior of a text
 #: that no training input explains is next to nothing, and over it such a text would win wherever it is a candidate.
 LIKELIEST = 50
-_LOSS_OF = {"matching": "matching", "likelihood": "dtr"}
+_ABILITY_OF = {"matching": MATCH, "likelihood": WRITE_TEXT}
 
 
 def two_stage_retrieval(
@@ -44,8 +45,8 @@ def two_stage_retrieval(
     whose loss the model was not trained with. Raises UserError if neither is left, or if the shortlist is not shorter than the
     gallery.
     """
-    if "dtr" not in evaluator.config.learned_losses:
-        evaluator.require("matching", "judge what belongs together, nor (without dtr) how likely a text is")
+    if not evaluator.config.can(WRITE_TEXT):
+        evaluator.require(MATCH, "judge what belongs together, nor (without dtr) how likely a text is")
     stages = TwoStages(evaluator, seed)
     needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
     directions = [name for name in directions if evaluator.has_samples(split, sorted(needs[name]))]
@@ -97,8 +98,8 @@ class TwoStages:
             "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
         }  # fmt: skip
         encoded = len(queries) + len(gallery)
-        learned = self.evaluator.config.learned_losses
-        for score in scores or [name for name, loss in _LOSS_OF.items() if loss in learned]:
+        can = self.evaluator.config.can
+        for score in scores or [name for name, ability in _ABILITY_OF.items() if can(ability)]:
             if score == "likelihood" and not _has_likelihood(direction):
                 continue
             rank = self.matching if score == "matching" else self.likelihood

@@ -23,8 +23,8 @@ _FEWEST = 4  # answers to a question from which the published accuracy is used: 
 def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
     """`accuracy`, 0 … 1, over the split's questions; beside it what the most frequent training answer gives, and
     `best_possible`, what the names of the head allow. Raises UserError for a model without a head for answers."""
-    labels = evaluator.config.tasks.labels
-    if labels is None or not labels.answers:
+    names = evaluator.label_names
+    if not evaluator.labels_are_answers:
         raise UserError("this model has no head for answers: opt-ds finetune vqa trains one")
     store = evaluator.store
     questions = evaluator.samples_with(split, SUBSETS[inputs], limit, seed)
@@ -34,18 +34,18 @@ def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None
     most = max(len(store.labels(int(index))) for index in evaluator.samples_with(split, SUBSETS[inputs]))
     annotators = most if most < _FEWEST else max(most, ANNOTATORS)
     scores = evaluator.label_scores([evaluator.read(index, SUBSETS[inputs]) for index in questions])
-    answers = [labels.names[place] for place in scores.argmax(1)]
+    answers = [names[place] for place in scores.argmax(1)]
     constant = _most_frequent(evaluator)
 
     def accuracy(chosen: list[str]) -> float:
         return float(np.mean([answer_accuracy(counts, name, annotators) for counts, name in zip(given, chosen, strict=True)]))
 
     best = [
-        max((answer_accuracy(counts, name, annotators) for name in counts if name in labels.names), default=0.0)
+        max((answer_accuracy(counts, name, annotators) for name in counts if name in names), default=0.0)
         for counts in given
     ]
     return {
-        "split": split, "inputs": inputs, "questions": len(questions), "answers": len(labels.names),
+        "split": split, "inputs": inputs, "questions": len(questions), "answers": len(names),
         "annotators": annotators, "measure": "any annotator" if annotators < _FEWEST else "min(others / 3, 1)",
         "accuracy": accuracy(answers), "constant_answer": {"answer": constant, "accuracy": accuracy([constant] * len(given))},
         "best_possible": float(np.mean(best)),

@@ -10,18 +10,13 @@ from torch import nn
 
 from opt_ds.config import Config, ModelConfig, TasksConfig
 from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.model.transformer import Encoder, LayerStack, number_dropout_sites
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
-from opt_ds.tasks.base import LossTerm
-from opt_ds.tasks.labels import LabelHead
-from opt_ds.tasks.mam import MaskedAudioModeling
-from opt_ds.tasks.matching import Matching
-from opt_ds.tasks.mlm import MaskedLanguageModeling
-from opt_ds.tasks.mvm import MaskedVisionModeling
-from opt_ds.tasks.reconstruct import reconstruction_term
+from opt_ds.tasks.base import Encoded, LossTerm
 
 
 class OPT(nn.Module):
@@ -35,26 +30,26 @@ class OPT(nn.Module):
         word = self.embeddings.text.word
         self.text_decoder = TextDecoder(model, word)
         self.image_decoder = ImageDecoder(model)
-        self.mlm = MaskedLanguageModeling(model, word)
-        self.mvm = MaskedVisionModeling(model)
-        self.mam = MaskedAudioModeling(model, tasks.mac.temperature)
-        self.matching = Matching(model, tasks.matching)
-        self.labels = LabelHead(model, tasks.labels) if tasks.labels else None  # fine-tuning's
+        self.tasks = dict(tasks.units)
+        for name, task in self.tasks.items():  # a head's parameters begin with its task's name
+            if (head := task.make_head(model, tasks, word)) is not None:
+                self.add_module(name, head)
         number_dropout_sites(self)
         self._initialize()
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:
         """Every loss's term of this micro-batch. Losses without work give 0, with gradients of 0."""
         hidden_te, regions_rv, frames_av = self._encode(batch.inputs, batch.read)
-        return {
-            **self.mlm(hidden_te, batch.masked_tokens),
-            **self.mvm(hidden_te, batch.masked_regions, regions_rv),
-            **self.mam(hidden_te, batch.masked_frames, frames_av, batch.inputs.frame_masked),
-            "dtr": reconstruction_term(self.text_decoder, batch.written_text, hidden_te),
-            "dir": reconstruction_term(self.image_decoder, batch.written_image, hidden_te),
-            **self.matching(hidden_te, batch.judged),
-            **(self.labels(hidden_te, batch.labelled) if self.labels else {}),
-        }
+        features, decoders = {IMAGE: regions_rv, AUDIO: frames_av}, {TEXT: self.text_decoder, IMAGE: self.image_decoder}
+        encoded = Encoded(hidden_te, batch.inputs, features, decoders)
+        terms: dict[str, LossTerm] = {}
+        for name, part in batch.parts.items():
+            terms |= self.tasks[name].terms(self.head(name), encoded, part)
+        return terms
+
+    def head(self, task: str) -> nn.Module | None:
+        """A task's head; None where it has none."""
+        return self._modules.get(task)
 
     def encode(self, inputs: EncoderInputs) -> torch.Tensor:
         """hidden_te, the encoder's packed output for any mixture of modalities."""

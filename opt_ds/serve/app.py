@@ -29,6 +29,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 
+from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.samples import Sample
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.model.generation import DecodingConfig
@@ -112,7 +113,7 @@ def build_app(
         def work() -> dict[str, Any]:
             sample, notes = read(text, image, audio)
             pictures = _paint(session, sample, count, seed)
-            if count > 1 and "matching" not in session.config.learned_losses:
+            if count > 1 and not session.config.can(MATCH):
                 notes.append("this model was trained without matching: the pictures are in the order of painting")
             return {"notes": notes, "pictures": pictures}
 
@@ -160,12 +161,12 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, attention: bool) -> dict[str, Any]:
-    learned = session.config.learned_losses
+    can = session.config.can
     answer: dict[str, Any] = {}
-    if "dtr" in learned:
+    if can(WRITE_TEXT):
         answer["text"] = session.text(sample)
     given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
-    if "matching" in learned and given > 1:
+    if can(MATCH) and given > 1:
         answer["matching"] = session.matching(sample)
     if neighbours is not None:
         answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]

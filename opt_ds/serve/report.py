@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from opt_ds.config import LOSSES, config_from_dict, load_config
+from opt_ds.config import config_from_dict, load_config
 from opt_ds.config_sources import preset_names
 from opt_ds.engine import checkpoint
 from opt_ds.engine.metrics import METRICS_FILE, VALIDATION_FILE
@@ -150,10 +150,18 @@ def _curves(metrics: list[dict[str, Any]], baselines: dict[str, float]) -> list[
     panels = [{"title": "loss, weighted sum", "svg": _panel(metrics, "train/loss", "valid/loss", None)}]
     panels += [
         {"title": loss, "svg": _panel(metrics, f"train/{loss}/loss", f"valid/{loss}/loss", baselines.get(loss))}
-        for loss in LOSSES
+        for loss in _logged_losses(metrics)
     ]
     panels += [{"title": title, "svg": _panel(metrics, key, None, None)} for title, key in _OTHER_CURVES.items()]
     return [panel for panel in panels if panel["svg"]]
+
+
+def _logged_losses(metrics: list[dict[str, Any]]) -> list[str]:
+    """Return the losses that were trained or validated, in the order in which they were logged."""
+    keys = dict.fromkeys(key for line in metrics for key in line)
+    parts = [key.split("/") for key in keys]
+    losses = [part[1] for part in parts if len(part) == 3 and part[0] in ("train", "valid") and part[2] == "loss"]
+    return list(dict.fromkeys(losses))
 
 
 def _panel(metrics: list[dict[str, Any]], train: str, valid: str | None, baseline: float | None) -> str:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from opt_ds.abilities import GENERATE_IMAGES, MATCH, WRITE_TEXT
 from opt_ds.config import Config
 from opt_ds.data.matching import CASES
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import Sample
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
 from opt_ds.evaluate.runner import ModelRunner
@@ -65,7 +66,7 @@ class Session(ModelRunner):
 
     def text(self, sample: Sample, options: DecodingConfig = DEFAULT_DECODING) -> str:
         """What the text decoder writes. Raises UserError when the model never learned to write."""
-        self.require("dtr", "write text")
+        self.require(WRITE_TEXT, "write text")
         return self.write_text([sample], options)[0]
 
     def pictures(
@@ -77,10 +78,10 @@ class Session(ModelRunner):
 
         Raises UserError when the model never learned to paint.
         """
-        self.require("dir", "paint pictures")
+        self.require(GENERATE_IMAGES, "paint pictures")
         painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
         pictures = [to_picture(pixels) for pixels in painted]
-        if count == 1 or "matching" not in self.config.learned_losses:
+        if count == 1 or not self.config.can(MATCH):
             return [(picture, None) for picture in pictures]
         scores = [self.belongs(sample, picture) for picture in pictures]
         return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
@@ -90,12 +91,12 @@ class Session(ModelRunner):
 
         Raises UserError when the model never learned to judge.
         """
-        self.require("matching", "judge what belongs together")
+        self.require(MATCH, "judge what belongs together")
         given = [m for m, part in _PART.items() if getattr(sample, part) is not None]
         if len(given) < 2:
             raise UserError("matching compares two or three inputs: give another one")
         scores = torch.from_numpy(self.matching_scores([sample])[0])
-        values = torch.sigmoid(scores) if self.config.tasks.matching.loss == "bce" else torch.softmax(scores, 0)
+        values = torch.softmax(scores, 0) if self.matches_by_softmax else torch.sigmoid(scores)
         named = dict(zip(CASES, values.tolist(), strict=True))
         possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= set(given)} | {"none"}
         return {case: value for case, value in named.items() if case in possible}

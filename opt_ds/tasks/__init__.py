@@ -1,1 +1,12 @@
-"""The pre-training tasks, one file each: head, positions that it reads, loss sum, count and metrics."""
+"""The tasks that a sample can be trained on, one file each (see `opt_ds.tasks.base`)."""
+
+#: In the order in which a step's samples are assigned to tasks, and in which the model computes their losses.
+BUILT_IN = {
+    "mlm": "opt_ds.tasks.mlm:MaskedLanguageModeling",
+    "mvm": "opt_ds.tasks.mvm:MaskedVisionModeling",
+    "mam": "opt_ds.tasks.mam:MaskedAudioModeling",
+    "modality": "opt_ds.tasks.reconstruct:ModalityReconstruction",
+    "matching": "opt_ds.tasks.matching:Matching",
+    "write": "opt_ds.tasks.write:TextWriting",
+    "labels": "opt_ds.tasks.labels:LabelPrediction",
+}

@@ -1,20 +1,53 @@
-"""Fine-tuning's classification head: a score a name from [CLS], for labels (several may hold) and for answers to a question."""
+"""Fine-tuning's classification head: one score for each name from [CLS], for labels (several may hold) and for answers."""
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
-from opt_ds.config import LABELS_LOSS, LabelsConfig, ModelConfig
-from opt_ds.data.batch import Labelled
+from opt_ds.abilities import LABEL
+from opt_ds.config import LossConfig, ModelConfig, TasksConfig
+from opt_ds.data.batch import Layout, as_long
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample
+from opt_ds.data.task import BatchPart, TaskCost
+from opt_ds.errors import UserError
 from opt_ds.model.transformer import LayerNorm
-from opt_ds.tasks.base import LossTerm
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+
+
+class LabelsConfig(LossConfig):
+    """Fine-tuning's classification head on [CLS], a score for each name."""
+
+    names: tuple[str, ...] = Field(..., min_length=1, description="what the scores stand for")
+    answers: bool = Field(False, description="VQA: a name's target is min(times given / agreement, 1), else 1 if it is given")
+
+
+@dataclass
+class LabelBatch(BatchPart):
+    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] where no sample is labelled
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.index,)
 
 
 class LabelHead(nn.Module):
-    """Dense + GELU + LN, then FC to a score a name; binary cross-entropy with the targets 0 … 1, summed over the names."""
+    """Dense + GELU + LN, then FC to one score per name; binary cross-entropy with the targets 0 … 1, summed over the names."""
 
     def __init__(self, config: ModelConfig, options: LabelsConfig) -> None:
         super().__init__()
+        self.names, self.answers = options.names, options.answers
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = LayerNorm(config)
         self.score = nn.Linear(config.hidden_size, len(options.names))
@@ -23,11 +56,106 @@ class LabelHead(nn.Module):
         """[j, e] -> [j, names], before the sigmoid"""
         return self.score(self.norm(F.gelu(self.transform(cls_je))))
 
-    def forward(self, hidden_te: torch.Tensor, labelled: Labelled) -> dict[str, LossTerm]:
+    def forward(self, hidden_te: torch.Tensor, labelled: LabelBatch) -> dict[str, LossTerm]:
         """The term counts samples; "correct" sums the target of the name that scores most (for answers: VQA's accuracy)."""
         scores_jc = self.scores(hidden_te.index_select(0, labelled.index)).float()
         if not len(labelled.index):
-            return {LABELS_LOSS: LossTerm(scores_jc.sum(), 0.0, {"correct": scores_jc.new_zeros(())})}
+            return {"labels": LossTerm(scores_jc.sum(), 0.0, {"correct": scores_jc.new_zeros(())})}
         loss = F.binary_cross_entropy_with_logits(scores_jc, labelled.targets, reduction="sum")
         best = labelled.targets.gather(1, scores_jc.detach().argmax(1, keepdim=True))
-        return {LABELS_LOSS: LossTerm(loss, float(len(labelled.index)), {"correct": best.sum()})}
+        return {"labels": LossTerm(loss, float(len(labelled.index)), {"correct": best.sum()})}
+
+
+class LabelPrediction(Task):
+    """`sample.targets["labels"]`: float32 [names], 0 … 1."""
+
+    name = "labels"
+    options = LabelsConfig
+    is_optional = True
+    losses = (Loss("labels", "labels.", ability=LABEL),)
+    sampled = False
+    fine_tunes = ("classification", "vqa")
+    fine_tuned_loss = "labels"
+    target_words = " and labels"
+
+    @classmethod
+    def section_for_finetuning(
+        cls, job: str, stores: list[FeatureStore], split: str, min_positives: int
+    ) -> dict[str, Any] | None:
+        """Labels are those that `min_positives` samples of the split have; answers are all that the stores name."""
+        names = sorted({name for store in stores for name in store.description.label_names})
+        if job == "classification":
+            found = Counter(
+                name for store in stores for index in store.split_samples(split) for name in set(store.labels(int(index)))
+            )
+            names = [name for name in names if found[name] >= min_positives]
+        if not names:
+            raise UserError(
+                f"{stores[0].path}: no label has {min_positives} samples of split {split}: prepare the store with `labels` in "
+                "the manifest (opt-ds import vqa writes answers there), or lower --min-positives"
+            )
+        return {"names": names, "answers": job == "vqa"}
+
+    @classmethod
+    def same_head(cls, section: Any, other: Any) -> bool:
+        return bool(section and other and section.names == other.names)
+
+    def has_target(self, store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+        return np.array([bool(store.labels(int(index))) for index in samples], dtype=bool)
+
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        return {"labels": float((samples.task == self.number).sum())}
+
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        cost, own, width = TaskCost.none(len(samples)), self.own(samples), self.config.model.hidden_size
+        num_names = len(self.section.names) if self.section else 0
+        cost.output_positions[own] = 1
+        cost.head_flops[own] = 2.0 * (width**2 + width * num_names)
+        return cost
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.section.names)}
+
+    def label_targets(self, store: FeatureStore, index: int) -> np.ndarray:
+        """Return float32 [names of the label head]: 1 for a sample's labels.
+
+        For answers min(times given / 3, 1) (Antol et al. 2015); where fewer than three annotators answered, their number.
+        """
+        labels = self.section
+        assert labels is not None, "the model has no label head"
+        times = np.zeros(len(labels.names), dtype=np.float32)
+        for name in store.labels(index):
+            if name in self._places:
+                times[self._places[name]] += 1
+        agreement = self.config.finetune.agreement if self.config.finetune else 3
+        return np.minimum(times / (agreement if labels.answers else 1), 1)
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        sample.targets[self.name] = self.label_targets(store, int(planned.sample[slot]))
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> LabelBatch:
+        labelled = [i for i, sample in enumerate(samples) if self.name in sample.targets]
+        targets = np.stack([samples[i].targets[self.name] for i in labelled]) if labelled else np.empty((0, 0))
+        return LabelBatch(as_long(layout.starts[labelled]), torch.from_numpy(targets.astype(np.float32)))
+
+    @classmethod
+    def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module | None:
+        return LabelHead(model, tasks.labels) if tasks.labels else None
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        return head(encoded.hidden_te, part) if head is not None else {}
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline | None:
+        """The frequency of each label in training."""
+        if self.section is None:
+            return None
+        shares = statistics.mean_of_labelled(self.label_targets)
+
+        def losses(sample: Sample, number: int) -> dict[str, Any]:
+            targets = sample.targets[self.name]
+            loss = -(targets * np.log(shares) + (1 - targets) * np.log(1 - shares)).sum()
+            return {"labels": np.array([float(loss)])}
+
+        return SampleBaseline(self.name, losses)

@@ -3,16 +3,53 @@
 U utterances, M masked frames of the longest, N frames of the longest, v feature width.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
-from opt_ds.config import ModelConfig
-from opt_ds.data.batch import MaskedFrames
-from opt_ds.tasks.base import LossTerm
+from opt_ds.config import LossConfig, ModelConfig, TasksConfig
+from opt_ds.data.batch import Layout, join
+from opt_ds.data.masking import num_masked_frames
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import AUDIO, BatchPart, TaskCost
+from opt_ds.ops.sequences import Sequences
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
-class MaskedAudioModeling(nn.Module):
+class AudioMaskConfig(LossConfig):
+    span: int = Field(3, ge=1, description="consecutive frames masked together, also where another task masks audio")
+
+
+class ContrastiveConfig(LossConfig):
+    temperature: float = Field(0.1, gt=0, description="divides the cosine similarities before the softmax")
+
+
+@dataclass
+class MaskedFrames(BatchPart):
+    """Masked frames utterance by utterance, beside all frames of their utterance (the contrast)."""
+
+    index: torch.Tensor  # int64 [m], packed positions
+    rows: torch.Tensor  # int64 [m], frame rows
+    places: torch.Tensor  # int64 [m], place of the frame in its utterance
+    sequences: Sequences  # the masked frames of each utterance
+    utterance_rows: torch.Tensor  # int64 [k], frame rows of whole utterances
+    utterances: Sequences
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.index,)
+
+
+class MamHead(nn.Module):
     """MAFR: FC to the input's dimension, squared error averaged over dimensions.
 
     MAC: −log exp(sim(h(a_m), a_m)/τ) / Σ_k exp(sim(h(a_m), a_k)/τ), sim the cosine; a_m the frame's original feature; k runs over
@@ -55,5 +92,78 @@ class MaskedAudioModeling(nn.Module):
         logits_mn = (similarity_mn / self.temperature).masked_fill(~candidate_mn, float("-inf"))
         loss_m = F.cross_entropy(logits_mn, masked.places, reduction="none")
         correct_m = (logits_mn.detach().argmax(-1) == masked.places) & counted_m
-        count = float(masked.sequences.total)  # every utterance has an unmasked frame: the plan draws no other
+        count = float(masked.sequences.total)  # every utterance has an unmasked frame: no other is assigned to this task
         return LossTerm((loss_m * counted_m).sum(), count, {"correct": correct_m.sum().float()})
+
+
+class MaskedAudioModeling(TokenLevelTask):
+    """`sample.targets["mam"]`: True."""
+
+    name = "mam"
+    options = AudioMaskConfig
+    losses = (Loss("mafr", "mam.regress."), Loss("mac", "mam.contrast.", options=ContrastiveConfig))
+    modality, modality_word, min_items = AUDIO, "audio", 2  # one frame is masked, one stays
+    masked_modalities = (AUDIO,)
+
+    @property
+    def mask_spans(self) -> dict[int, int]:
+        return {AUDIO: self.section.span}
+
+    @property
+    def _frame_dim(self) -> int:
+        return self.config.model.audio_stack * self.config.model.audio_feature_dim
+
+    def count_masked(self, lengths: np.ndarray) -> np.ndarray:
+        return num_masked_frames(lengths, self.config.tasks.mask_probability)
+
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        frames = self.lengths(samples)
+        masked = self.count_masked(frames)
+        contrasted = masked[frames > masked]  # a frame without negatives is not counted
+        return {"mafr": float(masked.sum()), "mac": float(contrasted.sum())}
+
+    def flops_per_item(self) -> float:
+        return self.config.model.hidden_size * 2 * self._frame_dim
+
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        cost, own = super().cost(samples, positions), self.own(samples)
+        # Each masked frame is compared with every frame of the utterance.
+        cost.head_flops[own] += 2.0 * cost.output_positions[own] * self.lengths(samples) * self._frame_dim
+        return cost
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        sample.targets[self.name] = True
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedFrames:
+        found = masked_places(samples, self.name, lambda sample: sample.frame_masked)
+        start = layout.row_start[:, AUDIO]
+        return MaskedFrames(
+            index=join([layout.first[i, AUDIO] + p for i, p in found], np.int64),
+            rows=join([start[i] + p for i, p in found], np.int64),
+            places=join([p for _, p in found], np.int64),
+            sequences=Sequences.from_lengths([len(p) for _, p in found]),
+            utterance_rows=join([np.arange(start[i], start[i + 1]) for i, _ in found], np.int64),
+            utterances=Sequences.from_lengths([layout.lengths[i, AUDIO] for i, _ in found]),
+        )
+
+    @classmethod
+    def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        return MamHead(model, tasks.mac.temperature)
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        assert head is not None
+        return head(encoded.hidden_te, part, encoded.features[AUDIO], encoded.inputs.frame_masked)
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline:
+        """MAFR: the mean of the training features. MAC: log K, all candidates alike."""
+        stack = self.config.model.audio_stack
+
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+            masked = given(sample.frame_masked)
+            return {
+                "mafr": statistics.mean_error(given(sample.frames)[masked], number, "audio", stack),
+                "mac": np.full(masked.sum(), np.log(1 + (~masked).sum())),
+            }
+
+        return SampleBaseline(self.name, losses)

@@ -1,16 +1,56 @@
-"""Sample-level matching: which of text, image and audio belong together, judged from [CLS] (five cases, see data.matching)."""
+"""Sample-level matching: which of text, image and audio belong together, judged from [CLS].
 
+Five cases: all three; image and audio; text and audio; text and image; none. Where a part does not belong to the sample, it is
+another sample's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
-from opt_ds.config import MatchingConfig, ModelConfig
-from opt_ds.data.batch import Judged
-from opt_ds.data.matching import NUM_CASES
-from opt_ds.tasks.base import LossTerm, classification_term
+from opt_ds.abilities import MATCH
+from opt_ds.config import LossConfig, ModelConfig, TasksConfig
+from opt_ds.data.batch import Layout, as_long
+from opt_ds.data.donors import DonorPool
+from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
+from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
+from opt_ds.data.near_donors import NearDonors
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample
+from opt_ds.data.task import OWN, BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
+from opt_ds.tasks.baselines import Baseline, TrainingStatistics
 
 
-class Matching(nn.Module):
+class MatchingConfig(LossConfig):
+    loss: Literal["bce", "ce"] = Field("bce", description="bce: sigmoid for each of the five cases (the paper); ce: softmax")
+    pair_probability: float = Field(
+        0.5, ge=0, le=1, description="fraction of the complete samples of which only two modalities are judged"
+    )
+    near_donor_share: float = Field(0.0, ge=0, le=1, description="fraction of training's negatives that are hard negatives")
+    near_donor_candidates: int = Field(
+        16, ge=2, description="candidates for each of them; the one with the most similar text is taken"
+    )
+
+
+@dataclass
+class MatchingBatch(BatchPart):
+    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    cases: torch.Tensor  # int64 [j]
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.index,)
+
+
+class MatchingHead(nn.Module):
     """FC to five scores. `bce`: sigmoid and binary cross-entropy, averaged over the five (the paper); `ce`: softmax."""
 
     def __init__(self, config: ModelConfig, options: MatchingConfig) -> None:
@@ -18,7 +58,7 @@ class Matching(nn.Module):
         self.score = nn.Linear(config.hidden_size, NUM_CASES)
         self.loss = options.loss
 
-    def forward(self, hidden_te: torch.Tensor, judged: Judged) -> dict[str, LossTerm]:
+    def forward(self, hidden_te: torch.Tensor, judged: MatchingBatch) -> dict[str, LossTerm]:
         scores = self.score(hidden_te.index_select(0, judged.index)).float()
         term = classification_term(scores, judged.cases)
         if self.loss == "bce":
@@ -26,3 +66,143 @@ class Matching(nn.Module):
             loss = F.binary_cross_entropy_with_logits(scores, targets, reduction="sum") / NUM_CASES
             term = term._replace(sum=loss)
         return {"matching": term}
+
+
+class Matching(Task):
+    """`sample.targets["matching"]`: int, the case."""
+
+    name = "matching"
+    level = "sample"
+    options = MatchingConfig
+    losses = (Loss("matching", "matching.", ability=MATCH),)
+    columns = {"case": (np.int8, -1)}  # noqa: RUF012  # -1: not judged
+    fine_tunes = ("retrieval",)
+    fine_tuned_loss = "matching"
+
+    # ---- the step plan
+
+    def derive(self, stores: list[FeatureStore], samples: list[np.ndarray], split: str | None) -> list[DonorPool]:
+        """The negatives of each store; hard ones only where a whole split is given, that is in training."""
+        near_share = self.section.near_donor_share if split is not None else 0.0
+        return [
+            DonorPool(store, rows, split, near_share, self.section.near_donor_candidates)
+            for store, rows in zip(stores, samples, strict=True)
+        ]
+
+    def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        if any(pool.usable for pool in derived):
+            return {}
+        return {self.name: "no donor: it needs two modalities, and in a split three groups that do not share a file"}
+
+    def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        return (candidates.present.sum(1) >= 2) & np.array([pool.usable for pool in derived])[candidates.store]
+
+    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
+        """Replace and drop inputs, so that one of the cases holds."""
+        key, present = candidates.key[own], candidates.present[own]
+        drawn_case = keyed_choice(NUM_CASES, key, "case")
+        kept = keyed_choice(3, key, "kept")  # the modality that stays its own in the case "none"
+        replaced = matching_case(drawn_case, kept)
+        complete = present.all(1)
+        judged_as_pair = ~complete | (keyed_uniform(key, "pair") < self.section.pair_probability)
+        absent = np.where(complete, keyed_choice(3, key, "absent"), np.argmin(present, axis=1))
+        replaced[judged_as_pair, absent[judged_as_pair]] = False
+        pair_case = np.where(replaced.any(1), NUM_CASES - 1, CASE_OF_PAIR[absent])
+        drawn.columns["case"][own] = np.where(judged_as_pair, pair_case, drawn_case)
+        rows = drawn.input_rows[own]
+        rows[judged_as_pair, absent[judged_as_pair]] = -1
+        for number, pool in enumerate(derived):
+            of_store = candidates.of_store(number, own)
+            if of_store.size:
+                sample = candidates.sample[own[of_store]]
+                rows[of_store] = pool.replace(rows[of_store], replaced[of_store], sample, key[of_store])
+        drawn.input_rows[own] = rows
+
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        return {"matching": float((samples.task == self.number).sum())}
+
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        cost, own = TaskCost.none(len(samples)), self.own(samples)
+        cost.output_positions[own] = 1
+        cost.head_flops[own] = 2.0 * self.config.model.hidden_size * NUM_CASES
+        return cost
+
+    # ---- fine-tuning: the sample as it is, or one modality of a hard negative
+
+    def derive_for_finetuning(self, stores: list[FeatureStore], usable: list[np.ndarray], key: list[Any]) -> list[NearDonors]:
+        options = self.config.finetune
+        assert options is not None
+        return [
+            NearDonors(store, rows, options.donor_candidates, options.same_group_donors, key)
+            for store, rows in zip(stores, usable, strict=True)
+        ]
+
+    def replacements(self, inputs: np.ndarray) -> tuple[int, ...]:
+        return (OWN, *np.flatnonzero(inputs).tolist())
+
+    def chosen_replacement(self, key: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        assert self.config.finetune is not None
+        order = np.argsort(keyed_hash(key[:, None], "side", np.arange(3)[None]), axis=1)
+        ranked = np.where(np.take_along_axis(inputs, order, axis=1), np.arange(3)[None], 3)
+        side = np.take_along_axis(order, ranked.argmin(1)[:, None], axis=1)[:, 0]
+        return np.where(keyed_uniform(key, "negative") < self.config.finetune.negative_share, side, OWN)
+
+    def assign_for_finetuning(
+        self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
+    ) -> None:
+        for number, pool in enumerate(derived):
+            own = candidates.of_store(number, np.arange(len(drawn.task)))
+            sample, key = candidates.sample[own], candidates.key[own]
+            drawn.input_rows[own], found = pool.replace(drawn.input_rows[own], replaced[own], sample, key)
+            drawn.task[own] = np.where(found, drawn.task[own], -1)
+        drawn.columns["case"][:] = np.where(drawn.task >= 0, _case(inputs, replaced), -1)
+
+    # ---- a sample and a batch
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        sample.targets[self.name] = int(planned.columns["case"][slot])
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
+        judged = [i for i, sample in enumerate(samples) if self.name in sample.targets]
+        return MatchingBatch(as_long(layout.starts[judged]), as_long([samples[i].targets[self.name] for i in judged]))
+
+    # ---- the model and its control
+
+    @classmethod
+    def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        return MatchingHead(model, tasks.matching)
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        assert head is not None
+        return head(encoded.hidden_te, part)
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline:
+        return _CaseFrequencies(self.section.loss)
+
+
+class _CaseFrequencies(Baseline):
+    """The frequency of each case in the validation plan."""
+
+    def __init__(self, loss: str) -> None:
+        self._loss, self._cases = loss, np.zeros(NUM_CASES)
+
+    def add(self, sample: Sample, number: int) -> None:
+        if "matching" in sample.targets:
+            self._cases[sample.targets["matching"]] += 1
+
+    def losses(self) -> dict[str, float]:
+        if not self._cases.sum():
+            return {}
+        prior = np.clip(self._cases / self._cases.sum(), 1e-12, 1 - 1e-12)
+        if self._loss == "ce":
+            return {"matching": float(-(prior * np.log(prior)).sum())}
+        return {"matching": float(-(prior * np.log(prior) + (1 - prior) * np.log(1 - prior)).mean())}
+
+
+def _case(inputs: np.ndarray, replaced: np.ndarray) -> np.ndarray:
+    """Matching case of inputs [B, 3] of which modality `replaced` [B] is another sample's."""
+    complete = inputs.all(1)
+    pair = CASE_OF_PAIR[np.argmin(inputs, axis=1)]
+    matching = np.where(complete, 0, pair)
+    return np.where(replaced < 0, matching, np.where(complete, replaced + 1, 4))

@@ -1,16 +1,36 @@
 """Masked language modelling: −log P(t_m | t_\\m, V, A) on the masked WordPieces; head tied to the word embedding."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from opt_ds.config import ModelConfig
-from opt_ds.data.batch import MaskedTokens
+from opt_ds.config import ModelConfig, TasksConfig
+from opt_ds.data.batch import Layout, join
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import TEXT, BatchPart
 from opt_ds.model.transformer import LayerNorm
-from opt_ds.tasks.base import LossTerm, vocabulary_term
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm, vocabulary_term
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
-class MaskedLanguageModeling(nn.Module):
+@dataclass
+class MaskedTokens(BatchPart):
+    index: torch.Tensor  # int64 [m], packed positions
+    targets: torch.Tensor  # int64 [m]
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.index,)
+
+
+class MlmHead(nn.Module):
     """Dense + GELU + LN, then scores by the word embedding (BERT's head)."""
 
     def __init__(self, config: ModelConfig, word: nn.Embedding) -> None:
@@ -30,3 +50,43 @@ class MaskedLanguageModeling(nn.Module):
 
     def _transformed(self, hidden_me: torch.Tensor) -> torch.Tensor:
         return self.norm(F.gelu(self.transform(hidden_me)))
+
+
+class MaskedLanguageModeling(TokenLevelTask):
+    """`sample.targets["mlm"]`: int64 [n], the text's original tokens."""
+
+    name = "mlm"
+    losses = (Loss("mlm", "mlm."),)
+    modality, modality_word = TEXT, "text"
+    masked_modalities = (TEXT,)
+
+    def flops_per_item(self) -> float:
+        width = self.config.model.hidden_size
+        return width**2 + width * self.config.model.vocab_size
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        sample.targets[self.name] = sample.original_ids
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedTokens:
+        places = masked_places(samples, self.name, lambda sample: sample.tokens_masked)
+        return MaskedTokens(
+            index=join([layout.first[i, TEXT] + 1 + p for i, p in places], np.int64),  # [CLS] is before them
+            targets=join([samples[i].targets[self.name][p] for i, p in places], np.int64),
+        )
+
+    @classmethod
+    def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        return MlmHead(model, word)
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        assert head is not None
+        return head(encoded.hidden_te, part)
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline:
+        """The unigram frequencies of the training texts."""
+
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+            return {"mlm": statistics.tokens[sample.targets[self.name][given(sample.tokens_masked)]]}
+
+        return SampleBaseline(self.name, losses)

@@ -1,14 +1,35 @@
 """Masked vision modelling on the same masked regions: feature regression (MVFR) and region classification (MRC)."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import nn
 
-from opt_ds.config import ModelConfig
-from opt_ds.data.batch import MaskedRegions
-from opt_ds.tasks.base import LossTerm, classification_term
+from opt_ds.config import ModelConfig, TasksConfig
+from opt_ds.data.batch import Layout, join
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import IMAGE, BatchPart
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm, classification_term
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
-class MaskedVisionModeling(nn.Module):
+@dataclass
+class MaskedRegions(BatchPart):
+    index: torch.Tensor  # int64 [m], packed positions
+    rows: torch.Tensor  # int64 [m], region rows
+    labels: torch.Tensor  # int64 [m], the detector's class
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.index,)
+
+
+class MvmHead(nn.Module):
     """MVFR: FC to the input's dimension, squared error averaged over dimensions.
 
     MRC: FC, cross-entropy with the detector's class.
@@ -27,3 +48,48 @@ class MaskedVisionModeling(nn.Module):
             "mvfr": LossTerm(error.square().mean(-1).sum(), float(len(masked.rows)), {}),
             "mrc": classification_term(self.classify(hidden_me), masked.labels),
         }
+
+
+class MaskedVisionModeling(TokenLevelTask):
+    """`sample.targets["mvm"]`: int64 [r], the classes of the sample's regions."""
+
+    name = "mvm"
+    losses = (Loss("mvfr", "mvm.regress."), Loss("mrc", "mvm.classify.", settings=("image_num_classes",)))
+    modality, modality_word = IMAGE, "image"
+    masked_modalities = (IMAGE,)
+
+    def flops_per_item(self) -> float:
+        model = self.config.model
+        return model.hidden_size * (model.image_feature_dim + model.image_num_classes)
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        sample.targets[self.name] = sample.region_labels
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedRegions:
+        places = masked_places(samples, self.name, lambda sample: sample.region_masked)
+        return MaskedRegions(
+            index=join([layout.first[i, IMAGE] + p for i, p in places], np.int64),
+            rows=join([layout.row_start[i, IMAGE] + p for i, p in places], np.int64),
+            labels=join([samples[i].targets[self.name][p] for i, p in places], np.int64),
+        )
+
+    @classmethod
+    def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        return MvmHead(model)
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        assert head is not None
+        return head(encoded.hidden_te, part, encoded.features[IMAGE])
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline:
+        """MVFR: the mean of the training features. MRC: the classes' frequencies in training."""
+
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+            masked = given(sample.region_masked)
+            return {
+                "mvfr": statistics.mean_error(given(sample.region_features)[masked], number, "image", 1),
+                "mrc": statistics.classes[sample.targets[self.name][masked]],
+            }
+
+        return SampleBaseline(self.name, losses)

@@ -1,16 +1,260 @@
 """Modality-level reconstruction: the text decoder writes the whole text (DTR), the image decoder the image codes (DIR).
 
-−Σ log P(item | items before, encoder's output), teacher-forced. The text begins with [CLS]; its end, [SEP], is counted.
+−Σ log P(item | items before, encoder's output), teacher-forced. The text begins with [CLS]; its end, [SEP], is counted. Whole
+modalities of the input are dropped, and items of those that stay are masked.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from pydantic import Field
+from torch import nn
 
-from opt_ds.data.batch import Written
+from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
+from opt_ds.config import LossConfig
+from opt_ds.data.batch import Layout, PackedBatch, Written, decoder_targets
+from opt_ds.data.flops import decoder_flops
+from opt_ds.data.keyed import keyed_uniform
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample, read_text
+from opt_ds.data.task import AUDIO, IMAGE, TEXT, BatchPart, Candidates, Drawn, TaskCost
 from opt_ds.model.decoders import AutoregressiveDecoder
-from opt_ds.tasks.base import LossTerm
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+
+_REDRAWS = 32
+_BEGIN_OF_CODES = -1  # no code
 
 
-def reconstruction_term(decoder: AutoregressiveDecoder, written: Written, hidden_te: torch.Tensor) -> LossTerm:
+class ModalityConfig(LossConfig):
+    drop_probability: float = Field(0.3, gt=0, lt=1, description="of each modality of the input")
+    always_drop_target: bool = Field(False, description="the reconstructed modality is never in the input")
+    text_target_share: float = Field(0.5, ge=0, le=1, description="fraction of text targets, with always_drop_target")
+
+
+@dataclass
+class ReconstructionTargets:
+    """What is to be written of one sample."""
+
+    text: np.ndarray | None = None  # int64 [n]
+    text_ends: bool = True  # [SEP] follows it: not where the model's limit truncated it
+    codes: np.ndarray | None = None  # int64 [image codes]
+
+
+@dataclass
+class ReconstructionBatch(BatchPart):
+    text: Written
+    image: Written
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.text.memory_index, self.image.memory_index)
+
+    @property
+    def num_decoder_positions(self) -> int:
+        return self.text.sequences.total + self.image.sequences.total
+
+
+def reconstruction_term(decoder: nn.Module, written: Written, hidden_te: torch.Tensor) -> LossTerm:
     """The decoder's summed cross-entropy over everything that is to be written."""
+    assert isinstance(decoder, AutoregressiveDecoder)
     loss, correct = decoder(written, hidden_te)
     return LossTerm(loss, float(len(written.target_ids)), {"correct": correct})
+
+
+def set_code_targets(sample: Sample, codes: np.ndarray) -> None:
+    """Have the image decoder write these codes (int64), teacher-forced."""
+    sample.targets["modality"] = ReconstructionTargets(codes=codes)
+
+
+def code_targets(batch: PackedBatch) -> Written:
+    """What the image decoder is to write in a batch."""
+    part = batch.parts["modality"]
+    assert isinstance(part, ReconstructionBatch)
+    return part.image
+
+
+def set_text_targets(candidates: Candidates, drawn: Drawn, writes: np.ndarray) -> None:
+    """Fill in the columns of the samples (bool [B]) whose text the decoder writes.
+
+    A text that `max_text_tokens` truncates has no end to learn: the decoder would learn to stop in mid-sentence.
+    """
+    rows = candidates.source_rows[:, TEXT]
+    there = writes & (rows >= 0)
+    ends = there.copy()
+    if candidates.version >= 2:
+        for number, per_row in enumerate(candidates.lengths_by_row):
+            own = np.flatnonzero(there & (candidates.store == number))
+            ends[own] = ~per_row[TEXT].truncated(rows[own])
+    drawn.columns["writes_text"], drawn.columns["text_ends"] = writes, ends
+    drawn.columns["text_target_length"] = np.where(there, candidates.lengths[:, TEXT] + ends, 0)
+
+
+class ModalityReconstruction(Task):
+    """`sample.targets["modality"]`: ReconstructionTargets."""
+
+    name = "modality"
+    level = "modality"
+    options = ModalityConfig
+    losses = (
+        Loss("dtr", "text_decoder.", settings=("text_decoder_layers",), ability=WRITE_TEXT),
+        Loss(
+            "dir", "image_decoder.", settings=("image_codebook_size", "num_image_codes", "image_decoder_layers"),
+            ability=GENERATE_IMAGES,
+        ),
+    )
+    masked_modalities = (TEXT, IMAGE, AUDIO)
+    columns = {  # noqa: RUF012
+        "writes_text": (np.bool_, False),  # the text decoder reconstructs
+        "writes_image": (np.bool_, False),  # the image decoder reconstructs
+        "text_target_length": (np.int64, 0),  # tokens to write: WordPieces, and [SEP] where it ends them
+        "text_ends": (np.bool_, False),  # [SEP] is to be written: not after a text that model.max_text_tokens truncates
+    }
+
+    # ---- the step plan
+
+    @property
+    def num_variants(self) -> int:
+        """Text targets, then image targets; without always_drop_target a sample has both."""
+        return 2 if self.section.always_drop_target else 1
+
+    def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        reasons = {}
+        has_codes = any(store.has_codes for store in stores)
+        text_ok = present[:, TEXT].any() and "dtr" in self.active
+        image_ok = present[:, IMAGE].any() and "dir" in self.active and has_codes
+        if not (text_ok or image_ok) or not (present.sum(1) >= self._needed).any():
+            reasons[self.name] = "no sample has a modality to write and one to write it from"
+        if not present[:, TEXT].any() and "dtr" in self.active:
+            reasons["dtr"] = "no sample has text"
+        if not has_codes and "dir" in self.active:
+            reasons["dir"] = "no store has image codes (opt-ds train-dvae writes them)"
+        return reasons
+
+    @property
+    def _needed(self) -> int:
+        """Modalities that a sample needs."""
+        return 2 if self.section.always_drop_target else 1
+
+    def _writable(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+        """bool [B] each: the samples whose text, whose image can be a target."""
+        has_codes = np.array([store.has_codes for store in candidates.stores])[candidates.store]
+        present = candidates.present
+        return present[:, TEXT] & ("dtr" in self.active), present[:, IMAGE] & has_codes & ("dir" in self.active)
+
+    def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        text_ok, image_ok = self._writable(candidates)
+        if self.section.always_drop_target:
+            text_ok, image_ok = text_ok & (candidates.variant != 1), image_ok & (candidates.variant != 0)
+        return (text_ok | image_ok) & (candidates.present.sum(1) >= self._needed)
+
+    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
+        """Drop whole modalities; those that are dropped are written, or without always_drop_target all that can be."""
+        options = self.section
+        key, present = candidates.key[own], candidates.present[own]
+        text_ok, image_ok = (writable[own] for writable in self._writable(candidates))
+        always = np.zeros_like(present)  # dropped whatever the chance
+        if options.always_drop_target:
+            to_text = keyed_uniform(key, "target") < options.text_target_share
+            if candidates.variant >= 0:
+                to_text = np.full(len(own), candidates.variant == 0)
+            to_text = text_ok & (to_text | ~image_ok)
+            always[:, TEXT] = to_text
+            always[:, IMAGE] = ~to_text & image_ok
+        dropped = self._dropped(key, present, always)
+        rows = drawn.input_rows[own]
+        rows[dropped] = -1
+        drawn.input_rows[own] = rows
+        writes_text = np.zeros(len(drawn.task), dtype=bool)
+        writes_text[own] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True)
+        drawn.columns["writes_image"][own] = image_ok & (dropped[:, IMAGE] if options.always_drop_target else True)
+        set_text_targets(candidates, drawn, writes_text)
+
+    def _dropped(self, key: np.ndarray, present: np.ndarray, always: np.ndarray) -> np.ndarray:
+        """bool [n, 3], the modalities that are dropped; one stays in the input."""
+        dropped = always.copy()
+        waiting = np.arange(len(key))
+        for attempt in range(_REDRAWS):  # drawn again when all would go; 0.3^3 of them each time
+            if not waiting.size:
+                break
+            uniform = keyed_uniform(key[waiting, None], "drop", attempt, np.arange(3)[None, :])
+            chance = uniform < self.section.drop_probability
+            dropped[waiting] = (chance | always[waiting]) & present[waiting]
+            waiting = waiting[(present[waiting] & ~dropped[waiting]).sum(1) == 0]
+        dropped[waiting] = always[waiting]
+        return dropped
+
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        """Of both decoders, whichever task has them write."""
+        columns = samples.columns
+        return {
+            "dtr": float(columns["text_target_length"][columns["writes_text"]].sum()),
+            "dir": float(columns["writes_image"].sum()) * self.config.model.num_image_codes,
+        }
+
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        cost, columns, model = TaskCost.none(len(samples)), samples.columns, self.config.model
+        writes_text, writes_image = columns["writes_text"], columns["writes_image"]
+        cost.output_positions[:] = (writes_text | writes_image) * positions
+        cost.decoder_positions[:] = writes_text * columns["text_target_length"]
+        cost.decoder_positions[:] += writes_image * np.int64(model.num_image_codes)
+        for layers, outputs, writes, items in (
+            (model.text_decoder_layers, model.vocab_size, writes_text, columns["text_target_length"]),
+            (model.image_decoder_layers, model.image_codebook_size, writes_image, model.num_image_codes),
+        ):
+            own = np.flatnonzero((samples.task >= 0) & writes & (items > 0))
+            num_items = np.broadcast_to(items, len(samples))[own]
+            cost.decoder_flops[own] += decoder_flops(model, layers, outputs, num_items, positions[own])
+        return cost
+
+    # ---- a sample and a batch
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        targets, columns = ReconstructionTargets(), planned.columns
+        if columns["writes_text"][slot]:
+            targets.text = read_text(store, planned.source_rows[slot, TEXT], self.config.model.max_text_tokens)
+            targets.text_ends = bool(columns["text_ends"][slot])
+        if columns["writes_image"][slot]:
+            targets.codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
+        sample.targets["modality"] = targets
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> BatchPart | None:
+        wanted = {i: sample.targets["modality"] for i, sample in enumerate(samples) if "modality" in sample.targets}
+        text = {  # BOS is [CLS]; EOS is [SEP], and it is learned where the text ends
+            i: np.append(target.text, layout.sep_id) if target.text_ends else target.text
+            for i, target in wanted.items()
+            if target.text is not None
+        }
+        codes = {i: target.codes for i, target in wanted.items() if target.codes is not None}
+        return ReconstructionBatch(
+            text=decoder_targets(samples, layout, text, layout.cls_id),
+            image=decoder_targets(samples, layout, codes, _BEGIN_OF_CODES),
+        )
+
+    # ---- the model and its control
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        assert isinstance(part, ReconstructionBatch)
+        return {
+            "dtr": reconstruction_term(encoded.decoders[TEXT], part.text, encoded.hidden_te),
+            "dir": reconstruction_term(encoded.decoders[IMAGE], part.image, encoded.hidden_te),
+        }
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline | None:
+        """DTR: the unigram frequencies of the training texts, their end among them. DIR: the codes' frequencies."""
+
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+            targets: ReconstructionTargets = sample.targets["modality"]
+            found = {}
+            if targets.text is not None:
+                found["dtr"] = statistics.tokens_with_end[np.append(targets.text, -1) if targets.text_ends else targets.text]
+            if targets.codes is not None:
+                found["dir"] = statistics.codes[targets.codes]
+            return found
+
+        return SampleBaseline("modality", losses)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from opt_ds.config import Config
-from opt_ds.data.batch import PackedBatch, map_tensors
+from opt_ds.data.batch import PackedBatch
+from opt_ds.data.movable import map_tensors
 from opt_ds.model.opt import OPT
 from opt_ds.ops.dropout import acting_as
 

@@ -14,8 +14,9 @@ from opt_ds.config import Config
 from opt_ds.data.batch import Packer
 from opt_ds.data.flops import step_flops
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT, PlannedStep
+from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.engine.deepspeed_config import Hardware, Precision, choose_precision
 from opt_ds.engine.hardware import Gpu
 from opt_ds.errors import UserError
@@ -150,7 +151,7 @@ class _Planner:
         by_padding = max(all_batches, key=lambda m: len(m.slots) * int(lengths[m.slots].max()) ** 2)
         fullest = max(all_batches, key=lambda m: m.num_tokens)
         reader = SampleReader(self.config, self.stores)
-        packer = Packer(self.stores[0].description.tokenizer, self.config.model)
+        packer = Packer(self.config, self.stores[0].description.tokenizer)
         traced = [
             self.tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
             for batch in ([fullest] if fullest is by_padding else [fullest, by_padding])

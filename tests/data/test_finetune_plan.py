@@ -6,11 +6,12 @@ import pytest
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import FineTunePlan
 from opt_ds.data.near_donors import NearDonors
-from opt_ds.data.planned import AUDIO, IMAGE, LABELS, MATCHING, MODALITIES, TEXT, WRITE, PlannedSamples
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.task import AUDIO, IMAGE, MODALITIES, TEXT
 from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
-from tests.tiny import index_with, make_config
+from tests.tiny import LABELS, MATCHING, WRITE, index_with, make_config, written
 
 
 def config(task: str, *inputs: str, labels: dict | None = None, size: int = 200, **options: object) -> Config:
@@ -21,7 +22,7 @@ def config(task: str, *inputs: str, labels: dict | None = None, size: int = 200,
 def test_transcription_hears_and_writes_and_never_reads_the_text(ragged: FeatureStore) -> None:
     plan = FineTunePlan(config("transcription", "A", "A+I"), [ragged])
     samples = plan.step(0).samples
-    assert (samples.draw == WRITE).all() and samples.writes_text.all()
+    assert (samples.task == WRITE).all() and samples.columns["writes_text"].all()
     assert (samples.input_rows[:, TEXT] < 0).all() and (samples.input_rows[:, AUDIO] >= 0).all()
     with_image = samples.source_rows[:, IMAGE] >= 0
     assert (samples.input_rows[~with_image, IMAGE] < 0).all()
@@ -33,14 +34,14 @@ def test_transcription_hears_and_writes_and_never_reads_the_text(ragged: Feature
 def test_nothing_is_masked_and_the_whole_text_is_the_target(complete: FeatureStore) -> None:
     setting = config("captioning", "I", size=8)
     planned, reader = FineTunePlan(setting, [complete]).step(0), SampleReader(setting, [complete])
-    written = 0
+    num_written = 0
     for slot in range(8):
         sample = reader.read(planned.samples, slot)
         text, limit = complete.text(int(planned.samples.source_rows[slot, TEXT])), setting.model.max_text_tokens
         assert sample.region_masked is None and sample.token_ids is None and sample.frames is None
-        np.testing.assert_array_equal(sample.written_text, text[:limit])
-        written += limit if len(text) > limit else len(text) + 1
-    assert planned.counts == {**dict.fromkeys(planned.counts, 0.0), "dtr": written}
+        np.testing.assert_array_equal(written(sample).text, text[:limit])
+        num_written += limit if len(text) > limit else len(text) + 1
+    assert planned.counts == {**dict.fromkeys(planned.counts, 0.0), "dtr": num_written}
 
 
 def _pairs(samples: PlannedSamples) -> tuple[np.ndarray, np.ndarray]:
@@ -54,8 +55,8 @@ def test_retrieval_judges_pairs_half_of_which_have_a_donor_on_either_side(groupe
     plan = FineTunePlan(config("retrieval", "T+I", size=1000), [grouped])
     samples = plan.step(0).samples
     negative, side = _pairs(samples)
-    assert (samples.draw == MATCHING).all() and (samples.input_rows[:, AUDIO] < 0).all()
-    assert (samples.case == np.where(negative, 4, 3)).all(), "text_image or none"
+    assert (samples.task == MATCHING).all() and (samples.input_rows[:, AUDIO] < 0).all()
+    assert (samples.columns["case"] == np.where(negative, 4, 3)).all(), "text_image or none"
     assert 0.4 < negative.mean() < 0.6
     assert 0.4 < (side[negative] == TEXT).mean() < 0.6
     for slot in np.flatnonzero(negative):
@@ -69,7 +70,7 @@ def test_a_triple_of_which_one_is_replaced_is_the_pair_that_remains(complete: Fe
     samples = FineTunePlan(config("retrieval", "T+A+I"), [complete]).step(0).samples
     negative, side = _pairs(samples)
     assert set(side[negative]) == set(MODALITIES)
-    assert (samples.case == np.where(negative, side + 1, 0)).all()
+    assert (samples.columns["case"] == np.where(negative, side + 1, 0)).all()
 
 
 def test_donors_have_nearer_texts_than_random_ones_and_never_the_same(complete: FeatureStore) -> None:
@@ -121,8 +122,8 @@ def test_labels_are_targets_and_answers_are_scored_by_how_often_they_were_given(
         setting = setting.model_copy(update={"finetune": setting.finetune.model_copy(update={"agreement": agreement})})
         planned = FineTunePlan(setting, [complete]).step(0)
         sample = SampleReader(setting, [complete]).read(planned.samples, 0)
-        np.testing.assert_allclose(sample.label_targets, expected)
-        assert (planned.samples.draw == LABELS).all() and planned.counts["labels"] == 4
+        np.testing.assert_allclose(sample.targets["labels"], expected)
+        assert (planned.samples.task == LABELS).all() and planned.counts["labels"] == 4
 
 
 def test_samples_without_labels_are_left_out(complete: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ def test_every_validation_sample_is_judged_once_matching_and_once_with_each_side
     samples = [step.samples for step in plan.validation()]
     valid = len(complete.split_samples("valid"))
     assert sum(len(s) for s in samples) == 3 * valid
-    assert sum((s.case == 3).sum() for s in samples) == valid
+    assert sum((s.columns["case"] == 3).sum() for s in samples) == valid
 
 
 def test_a_store_without_a_fitting_sample_is_refused_in_one_line(no_codes: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:

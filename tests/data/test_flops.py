@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from opt_ds.config import LOSSES_OF_DRAW
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.data.flops import step_flops
-from tests.tiny import make_config, make_model, make_packer, make_store
+from tests.tiny import SAMPLED_TASKS, make_config, make_model, make_packer, make_store
 
 
-@pytest.mark.parametrize("draw", LOSSES_OF_DRAW)
+@pytest.mark.parametrize("draw", SAMPLED_TASKS)
 def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) -> None:
     store = make_store(tmp_path / "equal", 40, text_len=(6, 6), regions=(5, 5), frames=(8, 8), seed=4)
     config = make_config(tasks={"mix": {draw: 1.0}}, batch={"size": 12, "max_tokens": 4096})
@@ -21,7 +20,7 @@ def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) 
     reader, packer = SampleReader(config, [store]), make_packer(config, [store])
     model = make_model(config)
     # Attention pads to the longest of a batch: equal lengths go together, so that nothing is padded.
-    writes = np.stack([step.samples.writes_text, step.samples.writes_image], axis=1)
+    writes = np.stack([step.samples.columns["writes_text"], step.samples.columns["writes_image"]], axis=1)
     lengths = np.concatenate([step.samples.input_lengths, writes], axis=1)
     forward = total = 0
     for row in np.unique(lengths, axis=0):

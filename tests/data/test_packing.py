@@ -10,7 +10,8 @@ from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.samples import Sample
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import TokenizerDescription
-from tests.tiny import make_config, make_packer, read_samples
+from opt_ds.tasks.reconstruct import ReconstructionTargets
+from tests.tiny import make_config, make_packer, read_samples, written
 
 CLS, SEP = 2, 3
 SUBSETS = [(bool(n & 1), bool(n & 2), bool(n & 4)) for n in range(1, 8)]
@@ -18,7 +19,7 @@ TOKENIZER = TokenizerDescription(pad_id=0, unk_id=1, cls_id=CLS, sep_id=SEP, mas
 
 
 def packer() -> Packer:
-    return Packer(TOKENIZER, make_config().model)
+    return Packer(make_config(), TOKENIZER)
 
 
 def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sample:
@@ -27,23 +28,30 @@ def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sa
     n, r, a = rng.integers(1, 9), rng.integers(1, 7), rng.integers(1, 9)
     sample = Sample(name=str(seed), slot=slot)
     if subset[0]:
-        sample.token_ids, sample.mlm_targets = rng.integers(5, 40, n), rng.integers(5, 40, n)
-        sample.mlm_masked = rng.random(n) < 0.4
+        sample.token_ids, sample.original_ids = rng.integers(5, 40, n), rng.integers(5, 40, n)
+        sample.tokens_masked = rng.random(n) < 0.4
+        sample.targets["mlm"] = sample.original_ids
     if subset[1]:
         sample.region_features = rng.standard_normal((r, 8)).astype("float16")
         sample.region_boxes = rng.random((r, 7)).astype("float32")
         sample.region_labels, sample.region_masked = rng.integers(0, 7, r), rng.random(r) < 0.4
-        sample.predict_regions = bool(rng.random() < 0.7)
+        if rng.random() < 0.7:
+            sample.targets["mvm"] = sample.region_labels
     if subset[2]:
         sample.frames = rng.standard_normal((a, 12)).astype("float16")
         sample.frame_masked = rng.random(a) < 0.4
-        sample.predict_frames = bool(rng.random() < 0.7)
+        if rng.random() < 0.7:
+            sample.targets["mam"] = True
+    targets = ReconstructionTargets()
     if rng.random() < 0.5:
-        sample.written_text = rng.integers(5, 40, rng.integers(0, 9))
-        sample.text_ends = seed % 3 > 0 or not len(sample.written_text)
+        targets.text = rng.integers(5, 40, rng.integers(0, 9))
+        targets.text_ends = seed % 3 > 0 or not len(targets.text)
     if rng.random() < 0.5:
-        sample.written_codes = rng.integers(0, 16, 64)
-    sample.case = int(rng.integers(-1, 5))
+        targets.codes = rng.integers(0, 16, 64)
+    if targets.text is not None or targets.codes is not None:
+        sample.targets["modality"] = targets
+    if (case := int(rng.integers(-1, 5))) >= 0:
+        sample.targets["matching"] = case
     return sample
 
 
@@ -93,8 +101,8 @@ def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bo
         assert rows[bounds[i] : bounds[i + 1]] == expected_rows(sample)
         assert inputs.cls_index[i] == bounds[i] and inputs.slots[i] == sample.slot
     check_targets(batch, samples, bounds)
-    parts = (batch.masked_tokens.index, batch.masked_regions.index, batch.masked_frames.index, batch.judged.index,
-             batch.written_text.memory_index, batch.written_image.memory_index)  # fmt: skip
+    parts = (batch.parts["mlm"].index, batch.parts["mvm"].index, batch.parts["mam"].index, batch.parts["matching"].index,
+             batch.parts["modality"].text.memory_index, batch.parts["modality"].image.memory_index)  # fmt: skip
     read = sorted({position for part in parts for position in part.tolist()})
     assert batch.read.index.tolist() == read, "what some task reads, once"
     assert batch.read.sequences.lengths.tolist() == [
@@ -109,18 +117,18 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
     for i, s in enumerate(samples):
         num_text = 1 if s.token_ids is None else len(s.token_ids) + 2
         num_regions = 0 if s.region_features is None else len(s.region_features)
-        if s.mlm_masked is not None:
-            tokens += [(bounds[i] + 1 + p, int(s.mlm_targets[p])) for p in np.flatnonzero(s.mlm_masked)]
-        if s.predict_regions:
+        if "mlm" in s.targets:
+            tokens += [(bounds[i] + 1 + p, int(s.original_ids[p])) for p in np.flatnonzero(s.tokens_masked)]
+        if "mvm" in s.targets:
             regions += [(bounds[i] + num_text + p, s.region_features[p].tolist(), int(s.region_labels[p]))
                         for p in np.flatnonzero(s.region_masked)]  # fmt: skip
-        if s.predict_frames:
+        if "mam" in s.targets:
             places = np.flatnonzero(s.frame_masked)
             frames += [(bounds[i] + num_text + num_regions + p, s.frames[p].tolist(), int(p)) for p in places]
             sizes.append((len(places), s.frames.tolist()))
-        if s.case >= 0:
-            judged.append((bounds[i], s.case))
-    t, r, f = batch.masked_tokens, batch.masked_regions, batch.masked_frames
+        if "matching" in s.targets:
+            judged.append((bounds[i], s.targets["matching"]))
+    t, r, f = batch.parts["mlm"], batch.parts["mvm"], batch.parts["mam"]
     assert list(zip(t.index.tolist(), t.targets.tolist(), strict=True)) == tokens
     assert list(zip(r.index.tolist(), inputs.region_features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
     assert inputs.region_masked[r.rows].all() and inputs.frame_masked[f.rows].all()
@@ -128,19 +136,20 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
     assert f.sequences.lengths.tolist() == [count for count, _ in sizes]
     utterances = torch.split(inputs.frames[f.utterance_rows], f.utterances.lengths.tolist())
     assert [u.tolist() for u in utterances] == [whole for _, whole in sizes]
-    assert list(zip(batch.judged.index.tolist(), batch.judged.cases.tolist(), strict=True)) == judged
-    for written, name, begin in ((batch.written_text, "written_text", CLS), (batch.written_image, "written_codes", -1)):
-        who = [i for i, s in enumerate(samples) if getattr(s, name) is not None]
-        assert len(written.sequences) == len(written.memory) == len(who)
-        bounds_w, bounds_m = written.sequences.cu_seqlens.tolist(), written.memory.cu_seqlens.tolist()
+    assert list(zip(batch.parts["matching"].index.tolist(), batch.parts["matching"].cases.tolist(), strict=True)) == judged
+    part = batch.parts["modality"]
+    for decoder, name, begin in ((part.text, "text", CLS), (part.image, "codes", -1)):
+        who = [i for i, s in enumerate(samples) if getattr(written(s), name) is not None]
+        assert len(decoder.sequences) == len(decoder.memory) == len(who)
+        bounds_w, bounds_m = decoder.sequences.cu_seqlens.tolist(), decoder.memory.cu_seqlens.tolist()
         for k, i in enumerate(who):
             own = slice(bounds_w[k], bounds_w[k + 1])
-            items = getattr(samples[i], name).tolist()
-            end = [SEP] if begin == CLS and samples[i].text_ends else []
-            assert written.target_ids[own].tolist() == items + end
-            assert written.input_ids[own].tolist() == [begin, *items, *end][:-1]
-            assert written.positions[own].tolist() == list(range(len(items + end)))
-            memory = written.memory_index[bounds_m[k] : bounds_m[k + 1]].tolist()
+            items = getattr(written(samples[i]), name).tolist()
+            end = [SEP] if begin == CLS and written(samples[i]).text_ends else []
+            assert decoder.target_ids[own].tolist() == items + end
+            assert decoder.input_ids[own].tolist() == [begin, *items, *end][:-1]
+            assert decoder.positions[own].tolist() == list(range(len(items + end)))
+            memory = decoder.memory_index[bounds_m[k] : bounds_m[k + 1]].tolist()
             assert memory == list(range(bounds[i], bounds[i + 1])), "a decoder sees its own sample, all of it"
 
 
@@ -161,7 +170,7 @@ def test_a_batch_moves_as_one(ragged: FeatureStore) -> None:
     config = make_config()
     batch = make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
     moved = batch.to("meta")
-    for part in (moved.inputs.token_ids, moved.inputs.sequences.cu_seqlens, moved.masked_frames.utterances.cu_seqlens,
-                 moved.written_image.memory_index, moved.judged.cases):  # fmt: skip
+    for part in (moved.inputs.token_ids, moved.inputs.sequences.cu_seqlens, moved.parts["mam"].utterances.cu_seqlens,
+                 moved.parts["modality"].image.memory_index, moved.parts["matching"].cases):  # fmt: skip
         assert part.device.type == "meta"
     assert moved.inputs.sequences.total == batch.inputs.sequences.total and moved.sample_names == batch.sample_names

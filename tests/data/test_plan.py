@@ -9,9 +9,10 @@ import torch
 from opt_ds.data.flops import sample_flops
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import AUDIO, DRAWS, IMAGE, MATCHING, MODALITY, TEXT, PlannedSamples
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.store import FeatureStore
-from tests.tiny import index_with, make_batches, make_config, make_model, make_store
+from tests.tiny import TASK_NAMES, MATCHING, MODALITY, index_with, make_batches, make_config, make_model, make_store
 
 FIELDS = tuple(PlannedSamples.__dataclass_fields__)
 
@@ -36,7 +37,7 @@ def test_a_step_is_a_pure_function_of_the_step(ragged: FeatureStore) -> None:
         assert equal(planned.samples, later.samples) and planned.counts == later.counts
         assert len(planned.micro_batches) == world_size
         slots = np.concatenate([m.slots for rank in planned.micro_batches for m in rank])
-        assert sorted(slots) == np.flatnonzero(later.samples.draw >= 0).tolist()
+        assert sorted(slots) == np.flatnonzero(later.samples.task >= 0).tolist()
     assert not equal(plan.step(8).samples, later.samples)
     assert not equal(StepPlan(make_config(seed=2), [ragged]).step(7).samples, later.samples)
 
@@ -63,7 +64,7 @@ def test_stores_of_few_samples(tmp_path, num_samples: int) -> None:
         assert sorted(sample[epoch == number]) == list(range(num_samples))
     assert ("matching" in plan.off) == (num_samples < 3)
     if num_samples < 3:
-        assert not (plan.step(0).samples.draw == MATCHING).any()
+        assert not (plan.step(0).samples.task == MATCHING).any()
 
 
 def test_two_stores_are_one_without_weights(complete: FeatureStore, ragged: FeatureStore) -> None:
@@ -96,7 +97,7 @@ def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(complete:
 def test_draws_come_in_the_mix(complete: FeatureStore) -> None:
     mix = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
     plan = StepPlan(make_config(tasks={"mix": mix}, batch={"size": 20_000, "max_tokens": 8192}), [complete])
-    draw = plan.step(0).samples.draw
+    draw = plan.step(0).samples.task
     # an impossible draw (an utterance too short for MAM) gives its share to the others: judge by samples that allow all
     long_enough = plan.step(0).samples.input_lengths
     allowed = (long_enough[:, AUDIO] >= 2) | (plan.step(0).samples.input_rows[:, AUDIO] < 0)
@@ -109,15 +110,15 @@ def test_draws_come_in_the_mix(complete: FeatureStore) -> None:
 def test_a_curriculum_changes_the_mix(complete: FeatureStore) -> None:
     tasks = {"mix": {"mlm": 1.0}, "curriculum": [{"from_fraction": 0.5, "mix": {"matching": 1.0}}]}
     plan = StepPlan(make_config(tasks=tasks), [complete])
-    assert set(plan.step(49).samples.draw) == {DRAWS.index("mlm")}
-    assert set(plan.step(50).samples.draw) == {DRAWS.index("matching")}
+    assert set(plan.step(49).samples.task) == {TASK_NAMES.index("mlm")}
+    assert set(plan.step(50).samples.task) == {TASK_NAMES.index("matching")}
 
 
 def test_a_loss_weight_of_0_switches_off(complete: FeatureStore) -> None:
     plan = StepPlan(make_config(tasks={"mvm": {"weight": 0}, "dir": {"weight": 0}}, batch={"size": 500}), [complete])
     planned = plan.step(0)
-    assert not (planned.samples.draw == DRAWS.index("mvm")).any()
-    assert not planned.samples.writes_image.any() and planned.samples.writes_text.any()
+    assert not (planned.samples.task == TASK_NAMES.index("mvm")).any()
+    assert not planned.samples.columns["writes_image"].any() and planned.samples.columns["writes_text"].any()
     assert set(planned.counts) == {"mlm", "mafr", "mac", "dtr", "matching"}
     assert plan.off == {"mvm": "its weight is 0"}
 
@@ -130,7 +131,7 @@ def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStor
     for subset in np.unique(present, axis=0):
         own = (present == subset).all(1)
         lengths = plan._input_lengths(s.store[own], s.source_rows[own])
-        draws = {DRAWS[d] for d in np.unique(s.draw[own]) if d >= 0}
+        draws = {TASK_NAMES[d] for d in np.unique(s.task[own]) if d >= 0}
         text, image, audio = subset
         expected = {"modality"} if text or image else set()
         expected |= {"mlm"} if text else set()
@@ -139,12 +140,12 @@ def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStor
         expected |= {"matching"} if subset.sum() >= 2 else set()
         assert draws == expected, subset
         if expected - {"mam"}:
-            assert (s.draw[own] >= 0).all()
+            assert (s.task[own] >= 0).all()
 
 
 def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> None:
     assert set(StepPlan(make_config(), [no_codes]).off) == {"dir"}
-    assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.writes_image.any()
+    assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.columns["writes_image"].any()
     text_only = make_store(tmp_path / "t", 20, num_codes_vocab=None)
     rows = text_only.rows.copy()
     rows[:, 1:] = -1
@@ -199,7 +200,7 @@ def test_validation_has_every_task_on_every_sample_and_stays_fixed(ragged: Featu
     assert all(step.num_samples == 16 for step in steps[:-1])
     again = StepPlan(config, [ragged]).validation(world_size=2, chunk=16)
     assert all(equal(a.samples, b.samples) for a, b in zip(steps, again, strict=True))
-    pairs = [(int(s), int(d)) for step in steps for s, d in zip(step.samples.sample, step.samples.draw, strict=True)]
+    pairs = [(int(s), int(d)) for step in steps for s, d in zip(step.samples.sample, step.samples.task, strict=True)]
     assert len(pairs) == len(set(pairs))
     for sample in ragged.split_samples("valid"):
         rows = ragged.rows[sample]
@@ -236,7 +237,7 @@ def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judge
     tasks = {"mix": {"mlm": 1.0, "modality": 0.5}, "curriculum": [{"from_fraction": 0.5, "mix": later}] if later else []}
     config = make_config(tasks=tasks)
     plan = StepPlan(config, [complete])
-    found = {DRAWS[draw] for step in plan.validation() for draw in step.samples.draw}
+    found = {TASK_NAMES[draw] for step in plan.validation() for draw in step.samples.task}
     assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
     assert plan.off["mvm"] == "its share of tasks.mix is 0" and ("matching" in plan.off) != judged
     assert set(config.learned_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
@@ -248,8 +249,8 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
     (step,) = StepPlan(config, [complete]).validation()
     s = step.samples
     own = set(complete.split_samples("valid"))
-    assert set(s.sample[s.writes_text]) == own == set(s.sample[s.writes_image])
-    assert (s.input_rows[s.writes_text, TEXT] == -1).all() and (s.input_rows[s.writes_image, IMAGE] == -1).all()
+    assert set(s.sample[s.columns["writes_text"]]) == own == set(s.sample[s.columns["writes_image"]])
+    assert (s.input_rows[s.columns["writes_text"], TEXT] == -1).all() and (s.input_rows[s.columns["writes_image"], IMAGE] == -1).all()
 
 
 # ---- modality dropping
@@ -258,7 +259,7 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
 def modality_samples(store: FeatureStore, **options) -> PlannedSamples:
     config = make_config(tasks={"mix": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192})
     samples = StepPlan(config, [store]).step(0).samples
-    keep = samples.draw == MODALITY
+    keep = samples.task == MODALITY
     return PlannedSamples(**{name: getattr(samples, name)[keep] for name in FIELDS})
 
 
@@ -273,10 +274,10 @@ def test_each_modality_is_dropped_with_its_probability_and_never_all(complete: F
     for first, second in ((0, 1), (0, 2), (1, 2)):
         both = (dropped[:, first] & dropped[:, second]).mean()
         assert both == pytest.approx((p**2 - all_go) / (1 - all_go), abs=0.008)
-    assert s.writes_text.all() and s.writes_image.all(), "both decoders work whatever is dropped"
+    assert s.columns["writes_text"].all() and s.columns["writes_image"].all(), "both decoders work whatever is dropped"
     lengths = complete.text_lengths[s.source_rows[:, TEXT]]
     assert (s.text_ends == (lengths <= 8)).all() and 0 < s.text_ends.mean() < 1, "what the model truncates has no end"
-    assert (s.text_target_length == np.minimum(lengths + 1, np.where(lengths <= 8, 9, 8))).all()
+    assert (s.columns["text_target_length"] == np.minimum(lengths + 1, np.where(lengths <= 8, 9, 8))).all()
     kept = ~dropped
     assert (s.input_rows[kept] == s.source_rows[kept]).all(), "what stays is the sample's own"
 
@@ -290,29 +291,29 @@ def test_two_modalities_and_one(ragged: FeatureStore) -> None:
     assert not ((s.input_rows < 0).all(1)).any()
     one = present.sum(1) == 1
     assert one.any() and not dropped[one].any()
-    assert (s.writes_text == present[:, TEXT]).all() and (s.writes_image == present[:, IMAGE]).all()
+    assert (s.columns["writes_text"] == present[:, TEXT]).all() and (s.columns["writes_image"] == present[:, IMAGE]).all()
 
 
 def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged: FeatureStore) -> None:
     s = modality_samples(complete, always_drop_target=True, text_target_share=0.7)
     dropped = s.input_rows < 0
-    assert (s.writes_text == dropped[:, TEXT]).all() and (s.writes_image == dropped[:, IMAGE]).all()
-    assert (s.writes_text | s.writes_image).all() and not dropped.all(1).any()
+    assert (s.columns["writes_text"] == dropped[:, TEXT]).all() and (s.columns["writes_image"] == dropped[:, IMAGE]).all()
+    assert (s.columns["writes_text"] | s.columns["writes_image"]).all() and not dropped.all(1).any()
     by_chance = (0.3 - 0.09) / (1 - 0.09)  # of the two others, never both
     expected = [0.7 + 0.3 * by_chance, 0.3 + 0.7 * by_chance, by_chance]
     assert dropped.mean(0) == pytest.approx(expected, abs=0.01)
     r = modality_samples(ragged, always_drop_target=True)
     present, left = r.source_rows >= 0, r.input_rows >= 0
     assert (present.sum(1) >= 2).all() and left.any(1).all(), "something must be left to write from"
-    assert (r.writes_text == present[:, TEXT] & ~left[:, TEXT]).all()
-    assert (r.writes_image == present[:, IMAGE] & ~left[:, IMAGE]).all()
-    assert (r.writes_text | r.writes_image).all()
+    assert (r.columns["writes_text"] == present[:, TEXT] & ~left[:, TEXT]).all()
+    assert (r.columns["writes_image"] == present[:, IMAGE] & ~left[:, IMAGE]).all()
+    assert (r.columns["writes_text"] | r.columns["writes_image"]).all()
 
 
 def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
     for options in ({}, {"always_drop_target": True}):
         s = modality_samples(no_codes, **options)
-        assert s.writes_text.all() and not s.writes_image.any()
+        assert s.columns["writes_text"].all() and not s.columns["writes_image"].any()
 
 
 # ---- truncated texts
@@ -328,7 +329,7 @@ def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_t
         old, new = (plan.step(3) for plan in plans)
         for name in set(FIELDS) - ({"text_target_length", "text_ends"} if differs else set()):
             np.testing.assert_array_equal(getattr(old.samples, name), getattr(new.samples, name), err_msg=name)
-        truncated = int((complete.text_lengths[new.samples.source_rows[new.samples.writes_text, TEXT]] > limit).sum())
+        truncated = int((complete.text_lengths[new.samples.source_rows[new.samples.columns["writes_text"], TEXT]] > limit).sum())
         assert old.counts["dtr"] - new.counts["dtr"] == truncated
         assert (truncated > 0) == differs
 
@@ -339,11 +340,11 @@ def test_the_planned_counts_are_those_of_the_batches(complete: FeatureStore, ver
     planned = StepPlan(config, [complete], version).step(0)
     batches = [batch for rank in make_batches(config, [complete], planned) for batch in rank]
     sep = complete.description.tokenizer.sep_id
-    written = [batch.written_text for batch in batches]
+    written = [batch.parts["modality"].text for batch in batches]
     targets = [ids for part in written for ids in torch.split(part.target_ids, part.sequences.lengths.tolist())]
     assert sum(map(len, targets)) == planned.counts["dtr"]
     ended = sum(int(ids[-1]) == sep for ids in targets)
-    lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.writes_text, TEXT]]
+    lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.columns["writes_text"], TEXT]]
     assert ended == (len(lengths) if version == 1 else (lengths <= config.model.max_text_tokens).sum())
     assert sum(batch.num_tokens for batch in batches) == planned.num_tokens
 

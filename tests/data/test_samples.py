@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import AUDIO, IMAGE, MAM, MLM, MODALITY, MVM, TEXT
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import SampleReader, stack_frames
 from opt_ds.store import FeatureStore, set_codes
 from opt_ds.store.writer import StoreWriter
-from tests.tiny import make_config, make_packer, make_store
+from tests.tiny import MAM, MLM, MODALITY, MVM, make_config, make_packer, make_store, written
 
 
 @given(num_frames=st.integers(0, 40), stack=st.integers(1, 9), data=st.data())
@@ -48,7 +48,7 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
     planned, reader = StepPlan(config, [ragged]).step(0), SampleReader(config, [ragged])
     s, special = planned.samples, set(range(5))
     for slot in range(400):
-        sample, draw, lengths = reader.read(s, slot), s.draw[slot], s.input_lengths[slot]
+        sample, draw, lengths = reader.read(s, slot), s.task[slot], s.input_lengths[slot]
         parts = (sample.token_ids, sample.region_features, sample.frames)
         assert [0 if part is None else len(part) for part in parts] == lengths.tolist()
         counts = (num_masked(lengths[0], 0.15), num_masked(lengths[1], 0.15), num_masked_frames(lengths[2], 0.15))
@@ -63,10 +63,9 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
             assert not set(original.tolist()) & special
             assert set(sample.token_ids[changed].tolist()) <= {4, *range(5, 40)}
             if draw == MLM:
-                assert sample.mlm_masked.sum() == counts[TEXT] and not changed[~sample.mlm_masked].any()
-                assert (sample.mlm_targets == original).all()
-        assert (sample.mlm_masked is not None) == (draw == MLM)
-        assert sample.predict_regions == (draw == MVM) and sample.predict_frames == (draw == MAM)
+                assert sample.tokens_masked.sum() == counts[TEXT] and not changed[~sample.tokens_masked].any()
+                assert (sample.targets["mlm"] == original).all()
+        assert list(sample.targets) == [TASK_NAMES[draw]], "it has the targets of its task and of no other"
         if sample.region_features is not None:
             stored = ragged.regions(s.input_rows[slot, IMAGE])
             assert (sample.region_features == stored.features[:6]).all() and (sample.region_boxes == stored.boxes[:6]).all()
@@ -84,10 +83,11 @@ def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) 
         for slot in range(20):
             a = SampleReader(large, [ragged]).read(big, 20 * step + slot)
             b = SampleReader(small, [ragged]).read(part, slot)
-            for name in ("token_ids", "region_masked", "frame_masked", "written_text", "written_codes"):
-                left, right = getattr(a, name), getattr(b, name)
+            parts = [(getattr(a, name), getattr(b, name)) for name in ("token_ids", "region_masked", "frame_masked")]
+            parts += [(getattr(written(a), name), getattr(written(b), name)) for name in ("text", "codes")]
+            for left, right in parts:
                 assert (left is None and right is None) or (left == right).all()
-            assert (a.name, a.case) == (b.name, b.case)
+            assert (a.name, a.targets.get("matching")) == (b.name, b.targets.get("matching"))
 
 
 def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: FeatureStore) -> None:
@@ -116,13 +116,13 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
     store = FeatureStore(store.path)
     config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    written = make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)]).written_image
-    targets = written.target_ids.reshape(128, 64).numpy()
+    decoder = make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)]).parts["modality"].image
+    targets = decoder.target_ids.reshape(128, 64).numpy()
     assert (targets == codes[planned.samples.source_rows[:, IMAGE]]).all()
     assert sorted(targets.reshape(-1)) == list(range(8192)), "code 0 and code 8191 are there, none is shifted"
-    inputs = written.input_ids.reshape(128, 64).numpy()
+    inputs = decoder.input_ids.reshape(128, 64).numpy()
     assert (inputs[:, 0] == -1).all() and (inputs[:, 1:] == targets[:, :-1]).all()
-    assert (written.positions.reshape(128, 64).numpy() == np.arange(64)).all()
+    assert (decoder.positions.reshape(128, 64).numpy() == np.arange(64)).all()
 
 
 @pytest.mark.parametrize("modalities", [(TEXT,), (IMAGE, AUDIO), (TEXT, IMAGE, AUDIO)])
@@ -132,16 +132,16 @@ def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple
     assert there == [m in modalities for m in range(3)]
     if TEXT in modalities:
         assert (sample.token_ids == complete.text(complete.rows[5, TEXT])[:8]).all()
-    assert sample.case == -1 and sample.written_text is None
-    assert sample.region_masked is None and sample.frame_masked is None and sample.mlm_masked is None
+    assert not sample.targets
+    assert sample.region_masked is None and sample.frame_masked is None and sample.tokens_masked is None
 
 
 def test_random_replacements_are_ordinary_tokens_of_the_vocabulary(complete: FeatureStore) -> None:
     config = make_config(tasks={"mix": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
     planned, reader = StepPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
     samples = [reader.read(planned, slot) for slot in range(3000)]
-    shown = np.concatenate([s.token_ids[s.mlm_masked] for s in samples])
-    original = np.concatenate([s.mlm_targets[s.mlm_masked] for s in samples])
+    shown = np.concatenate([s.token_ids[s.tokens_masked] for s in samples])
+    original = np.concatenate([s.original_ids[s.tokens_masked] for s in samples])
     assert len(shown) >= 3000 and np.mean(shown == 4) == pytest.approx(0.8, abs=0.03), "id 4 is [MASK]"
     random = shown[(shown != 4) & (shown != original)]
     assert len(random) / len(shown) == pytest.approx(0.1, abs=0.02)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, held_out_splits
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.prepare.text import train_wordpiece
 from opt_ds.store.tokenizer import load_tokenizer
+from opt_ds.tasks.reconstruct import ReconstructionTargets
 from tests.tiny import make_config
 
 
@@ -53,11 +54,13 @@ def test_text_log_likelihood_is_the_sum_of_the_decoder_s_log_probabilities(evalu
     likelihood = evaluator.text_log_likelihood(samples, texts)
     for i, sample in enumerate(samples):
         for j, text in enumerate(texts):
-            sample.written_text, sample.text_ends = text, len(text) < evaluator.config.model.max_text_tokens
+            ends = len(text) < evaluator.config.model.max_text_tokens
+            sample.targets["modality"] = ReconstructionTargets(text=text, text_ends=ends)
             batch = evaluator.packer.pack([sample])
+            written = batch.parts["modality"].text
             with torch.inference_mode():
-                scores = evaluator.model.text_decoder.scores(batch.written_text, evaluator.model.encode(batch.inputs)).double()
-            expected = torch.log_softmax(scores, -1).gather(1, batch.written_text.target_ids[:, None]).sum()
+                scores = evaluator.model.text_decoder.scores(written, evaluator.model.encode(batch.inputs)).double()
+            expected = torch.log_softmax(scores, -1).gather(1, written.target_ids[:, None]).sum()
             assert likelihood[i, j] == pytest.approx(float(expected), abs=1e-4)
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.config import LOSSES
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import ValidationResult, validate
@@ -13,7 +12,7 @@ from opt_ds.evaluate.picture_grid import draw_picture_grid
 from opt_ds.evaluate.summary import summarize, table
 from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE
 from opt_ds.tasks.baselines import trivial_baselines
-from tests.tiny import make_config, make_model
+from tests.tiny import LOSSES, make_config, make_model
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,12 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.micro_batches import MicroBatchPlan
-from opt_ds.data.planned import MATCHING, MODALITY, Plan, PlannedStep
+from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
 from opt_ds.engine.distributed import ProcessGroup, find_ranks
 from opt_ds.errors import UserError
 from tests.engine.runs import free_port, hashes, losses, rank_environment, tiny_config, train, zero_moments
+from tests.tiny import MATCHING, MODALITY
 from tests.warm import WarmProcess
 
 STEPS, CUT = 6, 4
@@ -225,7 +226,7 @@ def deal(planned: PlannedStep, way: int) -> list[list[MicroBatchPlan]]:
     """
     world_size = len(planned.micro_batches)
     slots = np.sort(np.concatenate([m.slots for rank in planned.micro_batches for m in rank]))
-    late = np.isin(planned.samples.draw[slots], (MODALITY, MATCHING))
+    late = np.isin(planned.samples.task[slots], (MODALITY, MATCHING))
     if way == 0:
         return planned.micro_batches
     parts: list[list[np.ndarray]] = [[] for _ in range(world_size)]

@@ -13,12 +13,11 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import DRAWS
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.base import total_loss
-from tests.tiny import make_config, make_model, make_packer
+from tests.tiny import TASK_NAMES, make_config, make_model, make_packer
 
 Calls = list[tuple[str, str]]
 
@@ -28,8 +27,8 @@ def batches(config: Config, store: FeatureStore) -> dict[str, PackedBatch]:
     planned, reader, packer = StepPlan(config, [store]).step(0), SampleReader(config, [store]), make_packer(config, [store])
     samples = [reader.read(planned.samples, slot) for slot in range(planned.num_samples)]
     found = {"all": packer.pack(samples), "none": packer.pack([])}
-    for draw in sorted(set(planned.samples.draw.tolist())):
-        found[DRAWS[draw]] = packer.pack([s for s, own in zip(samples, planned.samples.draw, strict=True) if own == draw])
+    for draw in sorted(set(planned.samples.task.tolist())):
+        found[TASK_NAMES[draw]] = packer.pack([s for s, own in zip(samples, planned.samples.task, strict=True) if own == draw])
     found |= {f"{sample.name} alone": packer.pack([sample]) for sample in samples[:8]}
     return found
 

@@ -51,7 +51,7 @@ def texts() -> list[np.ndarray]:
 
 
 def packed() -> PackedBatch:
-    return Packer(TOKENIZER, make_config().model).pack([Sample(token_ids=text) for text in texts()])
+    return Packer(make_config(), TOKENIZER).pack([Sample(token_ids=text) for text in texts()])
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:

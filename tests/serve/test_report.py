@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from opt_ds.config import LOSSES
 from opt_ds.errors import UserError
 from opt_ds.serve.report import write_report
 from tests.serve.test_commands import opt_ds
+from tests.tiny import LOSSES
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.batch import MaskedFrames, PackedBatch
+from opt_ds.data.batch import PackedBatch
 from opt_ds.data.samples import Sample
 from opt_ds.model.opt import OPT
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
-from opt_ds.tasks.mam import MaskedAudioModeling
+from opt_ds.tasks.mam import MamHead, MaskedFrames
 from tests.tiny import make_config, make_model, make_packer, positions_of, read_samples
 
 
@@ -27,7 +27,7 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, temperature: float
     w = {name: value.detach().double().numpy() for name, value in model.mam.named_parameters()}
     error, contrast, count, correct = 0.0, 0.0, 0, 0
     for sample, (_, _, _, places) in zip(samples, positions_of(samples), strict=True):
-        for m in np.flatnonzero(sample.frame_masked) if sample.predict_frames else []:
+        for m in np.flatnonzero(sample.frame_masked) if "mam" in sample.targets else []:
             frames = sample.frames.astype("float64")
             h = hidden[places[m]]
             error += np.square(w["regress.weight"] @ h + w["regress.bias"] - frames[m]).mean()
@@ -47,10 +47,10 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def identity_head() -> MaskedAudioModeling:
+def identity_head() -> MamHead:
     """A head whose prediction is the hidden state itself, so that the test chooses the cosines."""
     config = make_config(model={"audio_stack": 1, "audio_feature_dim": 16}).model
-    head = MaskedAudioModeling(config, temperature=0.1)
+    head = MamHead(config, temperature=0.1)
     with torch.no_grad():
         head.contrast.weight.copy_(torch.eye(16))
         head.contrast.bias.zero_()
@@ -108,7 +108,7 @@ def mac_of(model: OPT, batch: PackedBatch, hidden: torch.Tensor) -> float:
     """MAC with the encoder's output held fixed, so that only the candidates can change it."""
     frames = model.embeddings.frame_standardizer(batch.inputs.frames)
     with torch.no_grad():
-        return model.mam(hidden, batch.masked_frames, frames, batch.inputs.frame_masked)["mac"].sum.item()
+        return model.mam(hidden, batch.parts["mam"], frames, batch.inputs.frame_masked)["mac"].sum.item()
 
 
 def frames_sample(count: int, masked: list[int], seed: int, slot: int) -> Sample:
@@ -116,7 +116,7 @@ def frames_sample(count: int, masked: list[int], seed: int, slot: int) -> Sample
     flags = np.zeros(count, dtype=bool)
     flags[masked] = True
     frames = rng.standard_normal((count, 12)).astype("float16")
-    return Sample(slot=slot, frames=frames, frame_masked=flags, predict_frames=True)
+    return Sample(slot=slot, frames=frames, frame_masked=flags, targets={"mam": True})
 
 
 def test_the_candidates_are_the_own_frame_and_the_unmasked_frames_of_the_utterance(complete: FeatureStore) -> None:

@@ -21,12 +21,12 @@ def test_the_loss_is_its_formula(request: pytest.FixtureRequest, name: str) -> N
     with torch.no_grad():
         hidden, term = model.encode(batch.inputs).double(), model(batch)["mlm"]
     for sample, (_, places, _, _) in zip(samples, positions_of(samples), strict=True):
-        for n in np.flatnonzero(sample.mlm_masked) if sample.mlm_masked is not None else []:
+        for n in np.flatnonzero(sample.tokens_masked) if "mlm" in sample.targets else []:
             h = F.gelu(w["transform.weight"] @ hidden[places[n]] + w["transform.bias"])
             h = (h - h.mean()) / torch.sqrt(h.var(unbiased=False) + head.norm.eps) * w["norm.weight"] + w["norm.bias"]
             scores = w["word.weight"] @ h + w["bias"]
-            total -= torch.log(torch.exp(scores) / torch.exp(scores).sum())[sample.mlm_targets[n]].item()
-            correct += int(scores.argmax() == sample.mlm_targets[n])
+            total -= torch.log(torch.exp(scores) / torch.exp(scores).sum())[sample.targets["mlm"][n]].item()
+            correct += int(scores.argmax() == sample.targets["mlm"][n])
             count += 1
     assert count > 20 and term.count == count and term.metrics["correct"] == correct
     assert term.sum.item() == pytest.approx(total, rel=1e-5)

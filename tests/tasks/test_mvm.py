@@ -22,7 +22,7 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, standardize: bool)
     statistics = ragged.description.statistics["image"]
     error, cross_entropy, count, correct = 0.0, 0.0, 0, 0
     for sample, (_, _, places, _) in zip(samples, positions_of(samples), strict=True):
-        for r in np.flatnonzero(sample.region_masked) if sample.predict_regions else []:
+        for r in np.flatnonzero(sample.region_masked) if "mvm" in sample.targets else []:
             target = torch.from_numpy(sample.region_features[r].astype("float64"))
             if standardize:
                 target = ((target - torch.tensor(statistics.mean)) / torch.tensor(statistics.std)).clamp(-8, 8)

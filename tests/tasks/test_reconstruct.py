@@ -7,7 +7,8 @@ import torch
 from opt_ds.data.batch import Written
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
-from tests.tiny import make_config, make_model, make_packer, read_samples
+from opt_ds.tasks.reconstruct import code_targets
+from tests.tiny import make_config, make_model, make_packer, read_samples, written
 
 
 @pytest.mark.parametrize("always_drop_target", [False, True])
@@ -21,16 +22,16 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target
     terms = model(packer.pack(samples))
     sep = ragged.description.tokenizer.sep_id
     for loss, name, begin, end, decoder in (
-        ("dtr", "written_text", ragged.description.tokenizer.cls_id, [sep], model.text_decoder),
-        ("dir", "written_codes", -1, [], model.image_decoder),
+        ("dtr", "text", ragged.description.tokenizer.cls_id, [sep], model.text_decoder),
+        ("dir", "codes", -1, [], model.image_decoder),
     ):
         total, count, correct = 0.0, 0, 0
         for sample in samples:
-            items = getattr(sample, name)
+            items = getattr(written(sample), name)
             if items is None:
                 continue
             hidden = model.encode(packer.pack([sample]).inputs)
-            targets = [*items.tolist(), *([] if loss == "dtr" and not sample.text_ends else end)]
+            targets = [*items.tolist(), *([] if loss == "dtr" and not written(sample).text_ends else end)]
             for n in range(0, len(targets), 9 if loss == "dir" else 1):
                 scores = last_scores(decoder, [begin, *targets[:n]], hidden).double().numpy()
                 total -= scores[targets[n]] - np.log(np.exp(scores).sum())
@@ -40,18 +41,18 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target
             assert terms[loss].count == count > 10 and terms[loss].metrics["correct"] == correct
             assert terms[loss].sum.item() == pytest.approx(total, rel=1e-5)
         else:  # every ninth code, beside the same codes of the packed pass
-            packed = model.image_decoder.scores(packer.pack(samples).written_image, model.encode(packer.pack(samples).inputs))
-            written = packer.pack(samples).written_image
-            losses = -torch.log_softmax(packed.double(), -1).gather(1, written.target_ids[:, None])[:, 0]
+            batch = packer.pack(samples)
+            packed = model.image_decoder.scores(code_targets(batch), model.encode(batch.inputs))
+            losses = -torch.log_softmax(packed.double(), -1).gather(1, code_targets(batch).target_ids[:, None])[:, 0]
             assert losses.unflatten(0, (-1, 64))[:, ::9].sum().item() == pytest.approx(total, rel=1e-5)
             assert terms[loss].sum.item() == pytest.approx(losses.sum().item(), rel=1e-5)
-            assert terms[loss].count == len(losses) == 64 * sum(s.written_codes is not None for s in samples)
+            assert terms[loss].count == len(losses) == 64 * sum(written(s).codes is not None for s in samples)
 
 
 def last_scores(decoder: torch.nn.Module, ids: list[int], hidden: torch.Tensor) -> torch.Tensor:
-    written = Written(
+    items = Written(
         input_ids=torch.tensor(ids), target_ids=torch.zeros(len(ids), dtype=torch.long),
         positions=torch.arange(len(ids)), sequences=Sequences.from_lengths([len(ids)]),
         memory_index=torch.arange(len(hidden)), memory=Sequences.from_lengths([len(hidden)]),
     )  # fmt: skip
-    return decoder.scores(written, hidden)[-1]
+    return decoder.scores(items, hidden)[-1]

@@ -75,7 +75,7 @@ def config_of(case: tuple[str, ...], store: Path) -> Config:
 def predicted(case: tuple[str, ...], store: Path, world_size: int) -> RankMemory:
     config = config_of(case, store)
     stores = [FeatureStore(path) for path in config.data.stores]
-    reader, packer = SampleReader(config, stores), Packer(stores[0].description.tokenizer, config.model)
+    reader, packer = SampleReader(config, stores), Packer(config, stores[0].description.tokenizer)
     tracer = ActivationTracer(config, "fp32", "cpu")
     parameters = sum(p.numel() for p in tracer.model.parameters())
     gradients = rank_memory(config, "fp32", parameters, world_size, "cpu", 0).gradients

@@ -1,0 +1,58 @@
+"""What the token-level tasks share: some items of one modality are masked and predicted."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from opt_ds.data.masking import num_masked
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import Candidates, TaskCost
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Task
+
+
+class TokenLevelTask(Task):
+    """A task on the masked items of one modality."""
+
+    level = "token"
+    modality: ClassVar[int]
+    modality_word: ClassVar[str]
+    min_items: ClassVar[int] = 1  # of a sample that allows the task
+
+    def count_masked(self, lengths: np.ndarray) -> np.ndarray:
+        """int64, how many of these numbers of items are masked."""
+        return num_masked(lengths, self.config.tasks.mask_probability)
+
+    @abstractmethod
+    def flops_per_item(self) -> float:
+        """Multiplications of the head for each masked item."""
+
+    def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        return candidates.lengths[:, self.modality] >= self.min_items
+
+    def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        return {} if present[:, self.modality].any() else {self.name: f"no sample has {self.modality_word}"}
+
+    def lengths(self, samples: PlannedSamples) -> np.ndarray:
+        """int64 [n], items of this task's samples, of its modality."""
+        return samples.input_lengths[self.own(samples), self.modality]
+
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        count = float(self.count_masked(self.lengths(samples)).sum())
+        return dict.fromkeys(self.loss_names(), count)
+
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        cost, own = TaskCost.none(len(samples)), self.own(samples)
+        cost.output_positions[own] = self.count_masked(self.lengths(samples))
+        cost.head_flops[own] = 2.0 * (cost.output_positions[own] * self.flops_per_item())
+        return cost
+
+
+def masked_places(
+    samples: Sequence[Sample], name: str, mask: Callable[[Sample], np.ndarray | None]
+) -> list[tuple[int, np.ndarray]]:
+    """(place of the sample in the batch, int64 places of its masked items) of the samples with this task's targets."""
+    return [(i, np.flatnonzero(given(mask(sample)))) for i, sample in enumerate(samples) if name in sample.targets]

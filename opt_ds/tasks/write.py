@@ -1,0 +1,41 @@
+"""Fine-tuning's text writing: the text decoder writes the sample's text from the other inputs, which are neither masked nor
+dropped at random. Its loss is that of `opt_ds.tasks.reconstruct`.
+"""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample
+from opt_ds.data.task import TEXT, BatchPart, Candidates, Drawn
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, LossTerm, Task
+from opt_ds.tasks.reconstruct import ModalityReconstruction, set_text_targets
+
+
+class TextWriting(Task):
+    """Its targets, batch and loss are the reconstruction's."""
+
+    name = "write"
+    options = None
+    sampled = False
+    fine_tunes = ("transcription", "captioning")
+    fine_tuned_loss = "dtr"
+    target_words = " and text to write"
+
+    def has_target(self, store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+        return store.rows[samples, TEXT] >= 0
+
+    def assign_for_finetuning(
+        self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
+    ) -> None:
+        set_text_targets(candidates, drawn, np.ones(len(drawn.task), dtype=bool))
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        ModalityReconstruction(self.config).add_targets(sample, planned, slot, store)
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        return {}
