@@ -22,7 +22,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from opt_ds.data.batch import PackedBatch, Packer  # noqa: E402
 from opt_ds.data.flops import step_flops  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedStep  # noqa: E402
-from opt_ds.data.planned_samples import PlannedSamples  # noqa: E402
+from opt_ds.data.planned_samples import select  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
 from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
 from opt_ds.engine.distributed import ProcessGroup, find_ranks  # noqa: E402
@@ -110,10 +110,7 @@ class MixData:
 
     def flops(self, slots: np.ndarray) -> float:
         """Needed operations of a forward and backward pass on these samples."""
-        samples = PlannedSamples(
-            **{f.name: getattr(self.planned.samples, f.name)[slots] for f in fields(PlannedSamples)}
-        )
-        return step_flops(self.config, samples).total
+        return step_flops(self.config, select(self.planned.samples, slots)).total
 
     def tokens(self, slots: np.ndarray) -> int:
         return int(self.lengths[slots].sum())

@@ -25,10 +25,10 @@ from opt_ds.errors import UserError, did_you_mean
 from opt_ds.user_files import expected_kind
 
 __all__ = [
-    "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig", "FineTuneConfig", "GuardConfig",
-    "InitConfig", "LossConfig", "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig", "ScheduleConfig", "Section",
-    "Subset", "TasksConfig", "TrainConfig", "ZeroConfig", "config_from_dict", "default_tasks", "dump_config",
-    "load_config",
+    "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig", "FineTuneConfig",
+    "GuardConfig", "InitConfig", "LossConfig", "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig",
+    "ScheduleConfig", "Section", "Subset", "TasksConfig", "TrainConfig", "ZeroConfig", "config_from_dict", "default_tasks",
+    "dump_config", "load_config",
 ]  # fmt: skip
 
 

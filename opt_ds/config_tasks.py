@@ -117,7 +117,7 @@ class TasksConfig(Section):
 
 
 @cache
-def tasks_config(plugins: tuple[str, ...] = ()) -> type[TasksConfig]:
+def tasks_config(plugins: tuple[str, ...]) -> type[TasksConfig]:
     """Return the class with the sections of the built-in tasks and of these. Raises UserError for one that cannot be loaded."""
     units = TASKS.units(plugins)
     sections: dict[str, Any] = {}
@@ -152,4 +152,4 @@ TasksSection = Annotated[SerializeAsAny[TasksConfig], WrapValidator(_with_sectio
 
 def default_tasks() -> TasksConfig:
     """Return the section with the built-in tasks and all defaults."""
-    return tasks_config()()
+    return tasks_config(())()

@@ -35,8 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def planned(kind: type[Plan], config: Config, path: Path, run: Path | None) -> list[Any]:
     plan = kind(config, [FeatureStore(path, run)])
     steps = [plan.step(step) for step in range(5)]
-    fields = PlannedSamples.__dataclass_fields__
-    return [plan.batch_samples, *(getattr(step.samples, name).tobytes() for step in steps for name in fields)]
+    return [plan.batch_samples, *(array.tobytes() for step in steps for array in step.samples.arrays().values())]
 
 
 @pytest.mark.parametrize(("kind", "sections"), [(StepPlan, TOKENS), (StepPlan, HARD), (FineTunePlan, TUNED)])
@@ -58,7 +57,7 @@ def test_hard_negatives_read_no_text_a_second_time(path: Path, run: Path, monkey
     first = StepPlan(config, [FeatureStore(path, run)])
     monkeypatch.setattr(FeatureStore, "text", None)
     second = StepPlan(config, [FeatureStore(path, run)])
-    near: list[nearness.Nearness] = [pool._nearness for plan in (first, second) for pool in plan._train_donors]
+    near: list[nearness.Nearness] = [pool._nearness for plan in (first, second) for pool in plan._derived["matching"]]
     assert np.array_equal(near[0]._vectors, near[1]._vectors) and not near[1]._vectors.flags.owndata
 
 

@@ -10,7 +10,7 @@ from opt_ds.data.donors import DonorPool
 from opt_ds.data.matching import CASES
 from opt_ds.data.nearness import Nearness
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.planned_samples import PlannedSamples, select
 from opt_ds.store import FeatureStore
 from tests.tiny import MATCHING, index_with, make_config, make_store
 
@@ -21,7 +21,7 @@ def matching_samples(store: FeatureStore, pair_probability: float, size: int = 1
     tasks = {"mix": {"matching": 1.0}, "matching": {"pair_probability": pair_probability}}
     samples = StepPlan(make_config(tasks=tasks, batch={"size": size, "max_tokens": 8192}), [store]).step(0).samples
     keep = samples.task == MATCHING
-    return PlannedSamples(**{n: getattr(samples, n)[keep] for n in PlannedSamples.__dataclass_fields__})
+    return select(samples, keep)
 
 
 def true_case(store: FeatureStore, owners: list[dict[int, int]], rows: np.ndarray) -> str:

@@ -14,7 +14,7 @@ from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import SampleReader, stack_frames
 from opt_ds.store import FeatureStore, set_codes
 from opt_ds.store.writer import StoreWriter
-from tests.tiny import MAM, MLM, MODALITY, MVM, make_config, make_packer, make_store, written
+from tests.tiny import TASK_NAMES, MAM, MLM, MODALITY, MVM, make_config, make_packer, make_store, written
 
 
 @given(num_frames=st.integers(0, 40), stack=st.integers(1, 9), data=st.data())

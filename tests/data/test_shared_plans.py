@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def contents(planned: PlannedStep) -> list[Any]:
     """All that a step's plan says, comparable."""
-    arrays = [getattr(planned.samples, field.name) for field in dataclasses.fields(planned.samples)]
+    arrays = list(planned.samples.arrays().values())
     dealt = [[(m.slots.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
     numbers = [planned.step, planned.counts, planned.num_tokens, planned.fill, planned.balance, planned.flops]
     return [*numbers, planned.num_samples, dealt, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]

@@ -1,4 +1,4 @@
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +41,9 @@ def test_matching_scores_of_a_softmax_head_compare_between_samples(evaluator: Ev
     samples = [evaluator.read(index, (TEXT, IMAGE)) for index in gallery]
     raw = evaluator.matching_scores(samples)
     config = make_config(tasks={"matching": {"loss": "ce"}}, model={"num_image_codes": 64})
-    scores = Evaluator(evaluator.model, config, evaluator.store).matching_scores(samples)
+    model = deepcopy(evaluator.model)
+    model.matching.loss = "ce"
+    scores = Evaluator(model, config, evaluator.store).matching_scores(samples)
     np.testing.assert_allclose(np.exp(scores).sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(scores - raw, np.broadcast_to((scores - raw)[:, :1], raw.shape), atol=1e-5)
     assert np.ptp((scores - raw)[:, 0]) > 1e-3, "or raw scores would rank alike"

@@ -12,7 +12,7 @@ from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_model, make_packer, read_samples
 
-PARTS = ("written_text", "written_image")
+PARTS = ("text", "image")
 
 
 def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, torch.Tensor]:
@@ -24,7 +24,7 @@ def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, to
 
 
 def decoder_of(model: OPT, part: str) -> AutoregressiveDecoder:
-    return model.text_decoder if part == "written_text" else model.image_decoder
+    return model.text_decoder if part == "text" else model.image_decoder
 
 
 def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memo
 @pytest.mark.parametrize("part", PARTS)
 def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str, norm: str) -> None:
     model, batch, hidden = setup(ragged, norm)
-    decoder, written = decoder_of(model, part), getattr(batch, part)
+    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
     found = decoder.scores(written, hidden).split(written.sequences.lengths.tolist())
     ids = written.input_ids.split(written.sequences.lengths.tolist())
     memories = hidden[written.memory_index].split(written.memory.lengths.tolist())
@@ -91,7 +91,7 @@ def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str
 @pytest.mark.parametrize("part", PARTS)
 def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureStore, part: str, norm: str) -> None:
     model, batch, hidden = setup(ragged, norm)
-    decoder, written = decoder_of(model, part), getattr(batch, part)
+    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
     truth = decoder.scores(written, hidden)
     caches = decoder.start(hidden[written.memory_index], written.memory)
     inputs, valid = written.sequences.pad(written.input_ids), written.sequences.valid
@@ -105,7 +105,7 @@ def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureSt
 def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
     """A beam's survivors: sequence 2 twice, then sequence 0."""
     model, batch, hidden = setup(ragged)
-    decoder, written = decoder_of(model, part), getattr(batch, part)
+    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
     count = len(written.memory)
     begin = torch.full((count,), int(written.input_ids[0]))
     caches = decoder.start(hidden[written.memory_index], written.memory)
@@ -121,7 +121,7 @@ def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_written_later_is_not_seen(ragged: FeatureStore, part: str) -> None:
     model, batch, hidden = setup(ragged)
-    decoder, written = decoder_of(model, part), getattr(batch, part)
+    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
     before = decoder.scores(written, hidden)
     last = written.sequences.cu_seqlens[1:].long() - 1
     earlier = torch.ones(len(before), dtype=torch.bool)
