@@ -22,6 +22,7 @@ from opt_ds.config_tasks import (
     tasks_config,
 )
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.registry import TASKS
 from opt_ds.user_files import expected_kind
 
 __all__ = [
@@ -227,17 +228,32 @@ def load_config(source: str | None = None, settings: tuple[str, ...] | list[str]
 
     A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
     """
-    return config_from_dict(read_source(source or "opt-base"), where=f"config {source or 'opt-base'}", settings=settings)
+    tree, where = read_source(source or "opt-base"), f"config {source or 'opt-base'}"
+    return config_from_dict(tree, where, settings, trusted=True)
 
 
-def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
-    """Validate a plain tree (as YAML holds it), with settings laid over it. UserError names `where`, key and remedy."""
+def config_from_dict(
+    tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = (), trusted: bool = False
+) -> Config:
+    """Validate a plain tree (as YAML holds it), with settings laid over it.
+
+    Args:
+        tree: The tree.
+        where: What messages call its source.
+        settings: `key.path=value`, values as in YAML.
+        trusted: The user gave the tree in this command, so the tasks that it names by `module:Class` may be imported.
+
+    Raises:
+        UserError: For an unknown key or a bad value; names `where`, the key and the remedy.
+    """
     tree = copy.deepcopy(tree)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f'--set "{setting}": write it as key.path=value')
         set_value(tree, key.strip().split("."), parse_value(key, value))
+    if trusted:
+        TASKS.allow(plugins_of(tree.get("tasks")))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

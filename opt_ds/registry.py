@@ -7,15 +7,23 @@ package announces its own in its pyproject.toml, for example
     my_task = "my_package.my_module:MyTask"
 
 Entry points and `module:Class` are only loaded where a configuration names them: installing a package changes no run.
+
+`module:Class` runs whatever that module holds. So it is only followed where the user names it: in the configuration of this
+command, or in the environment variable OPT_DS_PLUGINS. A checkpoint or an exported model, which may be a stranger's, cannot name
+one alone.
 """
 
 import importlib
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from opt_ds.errors import UserError, did_you_mean
+
+#: `module:Class`, separated by commas, that files may name.
+PLUGINS_VARIABLE = "OPT_DS_PLUGINS"
 
 
 class Registry:
@@ -29,6 +37,11 @@ class Registry:
             package: The package with the built-in units, and the name of the entry points' group.
         """
         self.kind, self.package = kind, package
+        self._allowed: set[str] = set()
+
+    def allow(self, names: Iterable[str]) -> None:
+        """Follow these `module:Class` from now on: the user has named them."""
+        self._allowed.update(names)
 
     def units(self, further: Iterable[str] = ()) -> dict[str, Any]:
         """Return name -> class: the built-in units in their order, then the further ones.
@@ -46,6 +59,11 @@ class Registry:
     def load(self, given: str) -> Any:
         """Return the class of one unit, from its name or `module:Class`. Raises UserError."""
         if ":" in given:
+            if given not in self._allowed and given not in os.environ.get(PLUGINS_VARIABLE, "").split(","):
+                raise UserError(
+                    f"{self.kind} {given}: a file names it, and using it runs its code: if you trust it, set the environment "
+                    f"variable {PLUGINS_VARIABLE}={given}"
+                )
             return _loaded(given, self.kind)
         if path := self._built_in().get(given):
             return _loaded(path, self.kind)

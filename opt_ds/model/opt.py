@@ -85,7 +85,10 @@ class OPT(nn.Module):
                 standardizer.set_statistics(*_pooled(found))
 
     def load_bert(self, folder: str | Path) -> list[str]:
-        """Start encoder, word and position embedding and the MLM head from a Hugging Face BERT folder; gives what was taken."""
+        """Start encoder, word and position embedding and the heads that BERT has too from a Hugging Face BERT folder.
+
+        Returns the names of the parameters that were set.
+        """
         from opt_ds.model.warm_start import load_bert
 
         return load_bert(self, Path(folder))

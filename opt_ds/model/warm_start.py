@@ -1,4 +1,4 @@
-"""Warm start: encoder, word and position embedding and the MLM head from any Hugging Face BERT folder."""
+"""Warm start: encoder, word and position embedding and the heads that BERT has too from any Hugging Face BERT folder."""
 
 import re
 from pathlib import Path
@@ -29,23 +29,16 @@ _LAYER = {
     "ffn.down": ("output.dense",),
     "ffn_norm": ("output.LayerNorm",),
 }
-_MLM_HEAD: dict[str, tuple[str, ...]] = {
-    "mlm.transform.weight": ("cls.predictions.transform.dense.weight",),
-    "mlm.transform.bias": ("cls.predictions.transform.dense.bias",),
-    "mlm.norm.weight": ("cls.predictions.transform.LayerNorm.weight",),
-    "mlm.norm.bias": ("cls.predictions.transform.LayerNorm.bias",),
-    "mlm.bias": ("cls.predictions.bias",),
-}
 _TYPES = "embeddings.token_type_embeddings.weight"
-#: What a BERT has besides the encoder and the MLM head: the ids of positions, the pooler, heads, the tied decoder.
+#: What a BERT has besides the encoder and its language modelling head: the ids of positions, the pooler, heads, the tied decoder.
 _LEFT_OUT = r"embeddings\.position_ids|pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"
 
 
 def load_bert(model: "OPT", folder: Path) -> list[str]:
     """Copy BERT's weights into an `OPT`; gives the names that were set.
 
-    Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; the MLM head is taken where
-    the folder has it. Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
+    Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; heads are taken where the folder has
+    them (`Task.bert_names`). Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
     weight is missing or left over, or a file is not readable.
     """
     check_model_folder(folder, "fetch the folder again", allow_pickled=True)
@@ -60,7 +53,9 @@ def load_bert(model: "OPT", folder: Path) -> list[str]:
     if "cls.predictions.transform.dense.weight" in bert:
         bias = bert.get("cls.predictions.decoder.bias", torch.zeros(model.config.vocab_size))
         bert.setdefault("cls.predictions.bias", bias)
-        wanted |= _MLM_HEAD
+    for task in model.tasks.values():
+        if task.bert_names and next(iter(task.bert_names.values()))[0] in bert:
+            wanted |= task.bert_names
     values = {name: _fitting(folder, bert, name, sources, own[name].shape) for name, sources in wanted.items()}
     types = "embeddings.modality.weight"
     text_type = _fitting(folder, bert, types, (_TYPES,), own[types].shape[1:])

@@ -30,21 +30,24 @@ class OmniPerceptionConfig(PretrainedConfig):
         super().__init__(**others)
 
 
+_WORD = "opt.embeddings.text.word.weight"
+
+
 class OPTModel(PreTrainedModel):
     """The pre-trained network. `forward` gives the encoder's packed output; `session` reads raw files and writes."""
 
     config_class = OmniPerceptionConfig
     base_model_prefix = "opt_ds"
-    # The word embedding is one tensor with three uses.
-    _tied_weights_keys = {  # noqa: RUF012 - transformers reads it as it is
-        "opt.text_decoder.word.weight": "opt.embeddings.text.word.weight",
-        "opt.mlm.word.weight": "opt.embeddings.text.word.weight",
-    }
 
     def __init__(self, config: OmniPerceptionConfig, opt: OPT | None = None) -> None:
         super().__init__(config)
         settings = config_from_dict(config.opt_ds_config, where="config.json")
         self.opt = opt or OPT(settings.model, settings.tasks)
+        # The word embedding is one tensor with several uses.
+        named = dict(self.named_parameters(remove_duplicate=False))
+        self._tied_weights_keys = {
+            name: _WORD for name, parameter in named.items() if parameter is named[_WORD] and name != _WORD
+        }
         self.post_init()
 
     @classmethod

@@ -62,6 +62,8 @@ class Task(DataTask):
     options: ClassVar[type[LossConfig] | None] = LossConfig  # its section of the configuration; None: it has none
     is_optional: ClassVar[bool] = False  # the section may be missing, and the task's head with it
     level: ClassVar[str] = ""  # what the task decides of: "token", "modality" or "sample"; the ablation removes whole levels
+    #: Parameters of the head that a BERT folder has too: our name -> BERT's names. Taken where the folder has the first one.
+    bert_names: ClassVar[dict[str, tuple[str, ...]]] = {}
     #: The loss that fine-tuning trains; it is another task's where this one has none.
     fine_tuned_loss: ClassVar[str] = ""
 

@@ -59,6 +59,13 @@ class MaskedLanguageModeling(TokenLevelTask):
     losses = (Loss("mlm", "mlm."),)
     modality, modality_word = TEXT, "text"
     masked_modalities = (TEXT,)
+    bert_names = {  # noqa: RUF012
+        "mlm.transform.weight": ("cls.predictions.transform.dense.weight",),
+        "mlm.transform.bias": ("cls.predictions.transform.dense.bias",),
+        "mlm.norm.weight": ("cls.predictions.transform.LayerNorm.weight",),
+        "mlm.norm.bias": ("cls.predictions.transform.LayerNorm.bias",),
+        "mlm.bias": ("cls.predictions.bias",),
+    }
 
     def flops_per_item(self) -> float:
         width = self.config.model.hidden_size

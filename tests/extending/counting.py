@@ -1,0 +1,83 @@
+"""A task of another package: how many regions an image has, from [CLS]. The image is never dropped, and nothing is masked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from opt_ds.config import LossConfig, ModelConfig, TasksConfig
+from opt_ds.data.batch import Layout, as_long
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.samples import Sample, given
+from opt_ds.data.task import IMAGE, BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+
+
+class CountingConfig(LossConfig):
+    most: int = Field(8, ge=1, description="regions; more count as this many")
+
+
+@dataclass
+class Counts(BatchPart):
+    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    targets: torch.Tensor  # int64 [j]
+
+    @property
+    def output_index(self) -> tuple[torch.Tensor, ...]:
+        return (self.index,)
+
+
+class RegionCounting(Task):
+    """`sample.targets["counting"]`: int, the number of regions."""
+
+    name = "counting"
+    level = "sample"
+    options = CountingConfig
+    losses = (Loss("counting", "counting."),)
+    columns = {"num_regions": (np.int16, -1)}  # noqa: RUF012
+
+    def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        return candidates.lengths[:, IMAGE] >= 1
+
+    def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        return {} if present[:, IMAGE].any() else {self.name: "no sample has image"}
+
+    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
+        drawn.columns["num_regions"][own] = np.minimum(candidates.lengths[own, IMAGE], self.section.most)
+
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        return {"counting": float(len(self.own(samples)))}
+
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        cost, own = TaskCost.none(len(samples)), self.own(samples)
+        cost.output_positions[own] = 1
+        cost.head_flops[own] = 2.0 * self.config.model.hidden_size * (self.section.most + 1)
+        return cost
+
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        assert min(len(given(sample.region_features)), self.section.most) == planned.columns["num_regions"][slot]
+        sample.targets[self.name] = int(planned.columns["num_regions"][slot])
+
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> Counts:
+        counted = [i for i, sample in enumerate(samples) if self.name in sample.targets]
+        return Counts(as_long(layout.starts[counted]), as_long([samples[i].targets[self.name] for i in counted]))
+
+    @classmethod
+    def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        return nn.Linear(model.hidden_size, tasks.counting.most + 1)
+
+    @classmethod
+    def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        assert head is not None and isinstance(part, Counts)
+        return {"counting": classification_term(head(encoded.hidden_te.index_select(0, part.index)), part.targets)}
+
+    def baseline(self, statistics: TrainingStatistics) -> Baseline:
+        """All numbers alike."""
+        alike = np.array([np.log(self.section.most + 1)])
+        return SampleBaseline(self.name, lambda sample, number: {"counting": alike})
