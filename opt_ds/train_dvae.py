@@ -38,7 +38,7 @@ from opt_ds.engine.host_memory import keep_freed_memory
 from opt_ds.engine.signals import StopRequest
 from opt_ds.errors import RunError, TrainingStoppedError, UserError
 from opt_ds.model.dvae import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
-from opt_ds.model.dvae_config import StepSettings, load_dvae_config, schedule
+from opt_ds.model.dvae_config import StepSettings, load_dvae_config, preset_of_file, schedule
 from opt_ds.prepare.codes import (
     CodeExtractor,
     codebook_use,
@@ -136,8 +136,11 @@ def read_result(output: Path) -> dict[str, Any]:
 
 
 def default_preset(num_pictures: int, config_file: Path | None) -> str:
-    """Return the preset for a store of this size, aloud; the base of a config file's keys is dvae-base."""
-    preset = "dvae-base" if config_file or num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
+    """Return the preset that the configuration file starts from; without one, the preset for a store of this size. Print it."""
+    if config_file:
+        preset = preset_of_file(config_file)
+    else:
+        preset = "dvae-base" if num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
     reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} pictures"
     print(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset

@@ -1,0 +1,143 @@
+"""The base of every section of the configuration, and the one way to load, check and dump a section.
+
+A section is a frozen pydantic model. A tree of sections (`opt_ds.config.Config`) is a section too. Values come from a preset or a
+YAML file (`opt_ds.config_sources`), then from `--set key.path=value`. Each mistake is a `UserError` of one line.
+"""
+
+import copy
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from opt_ds.config_sources import PRESET_FOLDER, parse_value, read_source, set_value
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.user_files import expected_kind
+
+
+#: Our words for pydantic's types of mistakes that concern a limit.
+_LIMITS = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "finite_number": "must be a finite number",
+    "too_short": "must hold at least {min_length} items",
+    "too_long": "must hold at most {max_length} items",
+    "missing": "is missing",
+}
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration. Unknown keys, NaN and infinity are refused. Every field has a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        """Build the section from keyword arguments. Raises UserError for an unknown key or a bad value."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(f"{type(self).__name__}: {explain(error, type(self))}") from None
+
+    # As in pydantic's own RootModel: a section inside another one is validated by pydantic, which then knows the whole key path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_section(
+    kind: type[AnySection], source: str | None, settings: Sequence[str] = (), presets: Path = PRESET_FOLDER
+) -> AnySection:
+    """Load a section from a preset or a YAML file, then apply settings.
+
+    Args:
+        kind: the class of the section.
+        source: name of a preset, or path of a YAML file, which may name a `preset` to start from; None: the defaults.
+        settings: texts of the form `key.path=value`; values are YAML.
+        presets: folder of the presets.
+
+    Raises:
+        UserError: in one line, for an unknown preset or key, an unreadable file or a bad value.
+    """
+    if source is None:
+        return section_from_dict(kind, {}, where="--set", settings=settings)
+    tree = read_source(source, presets)
+    if "preset" not in kind.model_fields:
+        tree.pop("preset", None)
+    return section_from_dict(kind, tree, where=f"config {source}", settings=settings)
+
+
+def section_from_dict(
+    kind: type[AnySection], tree: dict[str, Any], where: str, settings: Sequence[str] = ()
+) -> AnySection:
+    """Validate a plain tree (as YAML holds it) with settings applied to it. Raises UserError, which begins with `where`."""
+    tree = copy.deepcopy(tree)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f'--set "{setting}": write it as key.path=value')
+        set_value(tree, key.strip().split("."), parse_value(key, value))
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, kind)}") from None
+
+
+def dump_section(section: Section) -> str:
+    """Return the whole section as YAML. `load_section` of it returns an equal section."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Return one line for the first mistake in a section of class `kind`. The number of further mistakes is appended."""
+    mistakes = error.errors(include_url=False)
+    # An unknown key comes first: it is often why another one is missing.
+    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]))}'
+    else:
+        message = _reason(first)
+        text = f"{key}: {message}" if key else message
+        if key and first["type"] != "missing" and not isinstance(first["input"], (dict, BaseModel)):
+            text += f" (found {first['input']!r})"
+    return text + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class that an annotation holds: itself, `X | None`, or the items of a tuple. None if it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return None
+
+
+def _reason(mistake: ErrorDetails) -> str:
+    """Return what is wrong with a value, without its key."""
+    context = mistake.get("ctx", {})
+    if mistake["type"] in _LIMITS:
+        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
+        return _LIMITS[mistake["type"]].format(**shown)
+    if mistake["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        near = did_you_mean(mistake["input"], known) if isinstance(mistake["input"], str) else ""
+        return f"choose {context['expected']}{near}"
+    return expected_kind(mistake["type"]) or mistake["msg"].removeprefix("Value error, ")
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of the section at `location` in a section of class `kind`; [] where no section is."""
+    section: type[BaseModel] | None = kind
+    for part in location:
+        if section is not None and isinstance(part, str):  # a number is a place in a list of sections
+            field = section.model_fields.get(part)
+            section = section_of(field.annotation) if field else None
+    return list(section.model_fields) if section else []
