@@ -44,21 +44,27 @@ class FineTuneConfig(Section):
     inputs: tuple[Subset, ...] = Field(
         ...,
         min_length=1,
-        description="Modalities of the input: T text, I image, A audio. With several entries, one is sampled for each sample.",
+        description="Modalities of the input: T text, I image, A audio. With several entries, one is sampled for "
+        "each sample.",
     )
     negative_share: float = Field(0.5, gt=0, lt=1, description="Retrieval: share of samples that are negatives.")
     donor_candidates: int = Field(
-        32, ge=1, description="Retrieval: samples drawn as candidates for a negative. The one with the most similar text is taken."
+        32,
+        ge=1,
+        description="Retrieval: samples drawn as candidates for a negative. The one with the most similar text "
+        "is taken.",
     )
     same_group_donors: bool = Field(
         False,
-        description="Retrieval: draw half of the candidates from the sample's own group, with a different text and image.",
+        description="Retrieval: draw half of the candidates from the sample's own group, with a different text "
+        "and image.",
     )
     agreement: int = Field(
         3,
         ge=1,
         le=3,
-        description="VQA: number of annotators that must give an answer for a target of 1. Fewer give a proportional target.",
+        description="VQA: number of annotators that must give an answer for a target of 1. Fewer give a "
+        "proportional target.",
     )
 
 
@@ -79,11 +85,14 @@ class BatchConfig(Section):
     """How much data one optimizer step and one micro-batch take."""
 
     size: int = Field(10240, ge=1, description="Batch size of one optimizer step over all ranks, in `batch.unit`.")
-    unit: Literal["samples", "tokens"] = Field("samples", description="What `batch.size` counts: samples, or sequence positions.")
+    unit: Literal["samples", "tokens"] = Field(
+        "samples", description="What `batch.size` counts: samples, or sequence positions."
+    )
     max_tokens: int = Field(
         8192,
         ge=1,
-        description="Largest micro-batch of one rank, in encoder plus decoder positions. It bounds memory and does not change "
+        description="Largest micro-batch of one rank, in encoder plus decoder positions. It bounds memory and "
+        "does not change "
         "the result of a step.",
     )
 
@@ -98,7 +107,9 @@ class OptimizerConfig(Section):
     betas: tuple[_Decay, _Decay] = Field((0.9, 0.98), description="Decay rates of Adam's first and second moment.")
     eps: float = Field(1e-8, gt=0, description="Term added to Adam's denominator.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay. 0: none.")
-    clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: no clipping.")
+    clip_norm: float = Field(
+        1.0, ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: no clipping."
+    )
 
 
 class ScheduleConfig(Section):
@@ -126,14 +137,16 @@ class TrainConfig(Section):
     picture_grid: int = Field(8, ge=0, description="Number of samples in the picture grid of a validation. 0: no grid.")
     recompute: bool = Field(
         False,
-        description="Recompute each layer's activations in the backward pass instead of storing them: less memory, more operations.",
+        description="Recompute each layer's activations in the backward pass instead of storing them: less "
+        "memory, more operations.",
     )
     early_stopping: int = Field(
         0, ge=0, description="Stop after this many consecutive validations without a lower loss. 0: never."
     )
     preemption_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCONT", "SIGTERM"] = Field(
         "SIGUSR1",
-        description="Signal by which a scheduler announces the end of the job. As after SIGTERM and SIGINT, the run saves a "
+        description="Signal by which a scheduler announces the end of the job. As after SIGTERM and SIGINT, the "
+        "run saves a "
         "checkpoint and exits with code 75.",
     )
     time_limit_minutes: float | None = Field(
@@ -143,7 +156,10 @@ class TrainConfig(Section):
         "None: Slurm's limit where it is known, otherwise none.",
     )
     time_reserve_s: float = Field(
-        120, ge=0, description="Time reserved for saving before the time limit, in seconds, in addition to the longest step so far."
+        120,
+        ge=0,
+        description="Time reserved for saving before the time limit, in seconds, in addition to the longest step "
+        "so far.",
     )
 
 
@@ -158,35 +174,45 @@ class CheckpointConfig(Section):
     """When checkpoints are saved, and how many are kept."""
 
     every_steps: int = Field(1000, ge=1, description="Optimizer steps between two checkpoints.")
-    keep: int = Field(2, ge=1, description="Number of newest checkpoints that are kept. The best one is kept in addition.")
+    keep: int = Field(
+        2, ge=1, description="Number of newest checkpoints that are kept. The best one is kept in addition."
+    )
 
 
 class GuardConfig(Section):
     """When a run warns, skips a step, or stops; see `opt_ds.engine.guard`."""
 
     skip_budget: int = Field(
-        3, ge=0, description="Number of non-finite steps that may be skipped within `guard.skip_window` before the run stops."
+        3,
+        ge=0,
+        description="Number of non-finite steps that may be skipped within `guard.skip_window` before the run stops.",
     )
     skip_window: int = Field(1000, ge=1, description="Optimizer steps over which skipped steps are counted.")
     spike_zscore: float = Field(
         8.0,
         ge=0,
-        description="Warn when the loss or the gradient norm exceeds its mean by more than this many standard deviations. 0: never.",
+        description="Warn when the loss or the gradient norm exceeds its mean by more than this many standard "
+        "deviations. 0: never.",
     )
     spike_window: int = Field(
         100, ge=20, description="Optimizer steps over which that mean and standard deviation are computed."
     )
-    skip_spikes: bool = Field(False, description="Skip steps whose loss is a spike. They count towards `guard.skip_budget`.")
+    skip_spikes: bool = Field(
+        False, description="Skip steps whose loss is a spike. They count towards `guard.skip_budget`."
+    )
     compare_ranks_every: int = Field(
         100, ge=0, description="Optimizer steps between two comparisons of the ranks' weights. 0: never."
     )
     rank_timeout_s: float = Field(
-        1800.0, gt=0, description="A rank that does not join a collective operation for this many seconds is considered lost."
+        1800.0,
+        gt=0,
+        description="A rank that does not join a collective operation for this many seconds is considered lost.",
     )
     compare_calls_s: float = Field(
         20.0,
         gt=0,
-        description="A rank that has waited for this many seconds compares its collective calls with those of the other ranks.",
+        description="A rank that has waited for this many seconds compares its collective calls with those of "
+        "the other ranks.",
     )
 
 
@@ -194,9 +220,13 @@ class ZeroConfig(Section):
     """DeepSpeed's ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        1, description="What is partitioned over the ranks. 0: nothing, 1: optimizer state, 2: also gradients, 3: also weights."
+        1,
+        description="What is partitioned over the ranks. 0: nothing, 1: optimizer state, 2: also gradients, 3: "
+        "also weights.",
     )
-    offload_optimizer: bool = Field(False, description="Keep the optimizer state in host memory and update the weights on the CPU.")
+    offload_optimizer: bool = Field(
+        False, description="Keep the optimizer state in host memory and update the weights on the CPU."
+    )
 
 
 class EvaluateConfig(Section):
@@ -226,14 +256,18 @@ class Config(Section):
     """Everything that a run depends on, except the stores' contents and the number of ranks."""
 
     preset: str = Field("opt-base", description="Preset that the configuration starts from.")
-    seed: int = Field(1, ge=0, lt=2**63, description="Seed of all randomness: initial weights, order of samples, masks, dropout.")
+    seed: int = Field(
+        1, ge=0, lt=2**63, description="Seed of all randomness: initial weights, order of samples, masks, dropout."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="Precision of the forward and backward pass. auto: what `deepspeed_config` enables, otherwise bf16 from Ampere "
+        description="Precision of the forward and backward pass. auto: what `deepspeed_config` enables, "
+        "otherwise bf16 from Ampere "
         "on, fp16 on older GPUs and fp32 on a CPU.",
     )
     deepspeed_config: str | None = Field(
-        None, description="JSON file with further settings for DeepSpeed. None: only those that this configuration implies."
+        None,
+        description="JSON file with further settings for DeepSpeed. None: only those that this configuration implies.",
     )
     data: DataConfig = Field(DataConfig(), description="Which stores are read, and how.")
     model: ModelConfig = Field(ModelConfig(), description="Architecture of the model.")
@@ -249,7 +283,9 @@ class Config(Section):
     profile: ProfileConfig = Field(ProfileConfig(), description="A trace of PyTorch's profiler.")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Experiments during training.")
     finetune: FineTuneConfig | None = Field(None, description="Set by `opt-ds finetune`. None: pre-training.")
-    init: InitConfig | None = Field(None, description="Set by `pretrain.py --init-from`. None: the run starts untrained.")
+    init: InitConfig | None = Field(
+        None, description="Set by `pretrain.py --init-from`. None: the run starts untrained."
+    )
 
     @property
     def learned_losses(self) -> tuple[str, ...]:

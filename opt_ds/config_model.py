@@ -34,11 +34,14 @@ class DataConfig(Section):
     train_split: str = Field("train", description="Split that is trained on.")
     valid_split: str = Field("valid", description="Split of the validation samples.")
     frame_offset: bool = Field(
-        False, description="Sample the offset of the first stacked audio frame in each epoch (augmentation). False: offset 0."
+        False,
+        description="Sample the offset of the first stacked audio frame in each epoch (augmentation). False: offset 0.",
     )
     prefetch_batches: int = Field(4, ge=1, description="Micro-batches that are prepared ahead of the training step.")
     read_ahead_mib: int = Field(
-        64, ge=0, description="Features that each rank reads from disk ahead of the prepared micro-batches, in MiB. 0: none."
+        64,
+        ge=0,
+        description="Features that each rank reads from disk ahead of the prepared micro-batches, in MiB. 0: none.",
     )
     workers: int = Field(1, ge=1, description="Threads per rank that assemble micro-batches.")
 
@@ -54,8 +57,12 @@ class ModelConfig(Section):
     image_num_classes: int = Field(1601, ge=2, description="Number of classes that image regions are labelled with.")
     max_regions: int = Field(100, ge=1, description="Largest number of image regions. Further regions are dropped.")
     audio_feature_dim: int = Field(768, ge=1, description="Dimension of a stored audio frame.")
-    audio_stack: int = Field(1, ge=1, description="Number of consecutive stored audio frames that form one model frame.")
-    max_frames: int = Field(256, ge=1, description="Longest audio, in model frames (after stacking). Longer audio is truncated.")
+    audio_stack: int = Field(
+        1, ge=1, description="Number of consecutive stored audio frames that form one model frame."
+    )
+    max_frames: int = Field(
+        256, ge=1, description="Longest audio, in model frames (after stacking). Longer audio is truncated."
+    )
     image_codebook_size: int = Field(8192, ge=2, description="Number of codes in the dVAE's codebook.")
     num_image_codes: int = Field(64, ge=1, description="Number of codes that represent one image.")
     standardize_features: bool = Field(
@@ -67,7 +74,9 @@ class ModelConfig(Section):
     ffn_size: int = Field(3072, ge=8, description="Width of the feed-forward layers.")
     text_decoder_layers: int = Field(6, ge=1, description="Number of layers of the text decoder.")
     image_decoder_layers: int = Field(6, ge=1, description="Number of layers of the image decoder.")
-    norm: Literal["post", "pre"] = Field("post", description="Position of layer normalisation: after (BERT) or before each block.")
+    norm: Literal["post", "pre"] = Field(
+        "post", description="Position of layer normalisation: after (BERT) or before each block."
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability of embeddings and layer outputs. 0: none.")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability of attention weights. 0: none.")
     layer_norm_eps: float = Field(1e-12, gt=0, description="Term added to the variance in layer normalisation.")
@@ -75,12 +84,14 @@ class ModelConfig(Section):
     embedding_range: float | None = Field(
         None,
         gt=0,
-        description="Standard deviation of the initial embedding tables and mask vectors. Feature projections are scaled so that "
+        description="Standard deviation of the initial embedding tables and mask vectors. Feature projections "
+        "are scaled so that "
         "they start with the same output deviation. None: `initializer_range` for all, without that scaling.",
     )
     bert: str | None = Field(
         None,
-        description="Folder of a Hugging Face BERT that the encoder and the word embeddings start from. None: untrained weights.",
+        description="Folder of a Hugging Face BERT that the encoder and the word embeddings start from. None: "
+        "untrained weights.",
     )
 
     @model_validator(mode="after")
@@ -104,9 +115,15 @@ class LossConfig(Section):
 
 
 class MatchingConfig(LossConfig):
-    loss: Literal["bce", "ce"] = Field("bce", description="Loss: binary cross-entropy per case, or cross-entropy over all cases.")
-    pair_probability: float = Field(0.5, ge=0, le=1, description="Share of the samples whose input is two modalities, not three.")
-    near_donor_share: float = Field(0.0, ge=0, le=1, description="Share of the negatives in training that are hard negatives.")
+    loss: Literal["bce", "ce"] = Field(
+        "bce", description="Loss: binary cross-entropy per case, or cross-entropy over all cases."
+    )
+    pair_probability: float = Field(
+        0.5, ge=0, le=1, description="Share of the samples whose input is two modalities, not three."
+    )
+    near_donor_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the negatives in training that are hard negatives."
+    )
     near_donor_candidates: int = Field(
         16, ge=2, description="Candidates drawn for each hard negative. The one with the most similar text is taken."
     )
@@ -125,20 +142,28 @@ class LabelsConfig(LossConfig):
 
     names: tuple[str, ...] = Field(..., min_length=1, description="Names of the classes.")
     answers: bool = Field(
-        False, description="Whether the labels are VQA answers, whose target is min(times given / `finetune.agreement`, 1)."
+        False,
+        description="Whether the labels are VQA answers, whose target is min(times given / `finetune.agreement`, 1).",
     )
 
 
 class ModalityConfig(LossConfig):
-    drop_probability: float = Field(0.3, gt=0, lt=1, description="Probability of dropping each modality from the input.")
-    always_drop_target: bool = Field(
-        False, description="Never show the reconstructed modality in the input. A sample then has one target, text or image."
+    drop_probability: float = Field(
+        0.3, gt=0, lt=1, description="Probability of dropping each modality from the input."
     )
-    text_target_share: float = Field(0.5, ge=0, le=1, description="With `always_drop_target`: share of samples whose target is text.")
+    always_drop_target: bool = Field(
+        False,
+        description="Never show the reconstructed modality in the input. A sample then has one target, text or image.",
+    )
+    text_target_share: float = Field(
+        0.5, ge=0, le=1, description="With `always_drop_target`: share of samples whose target is text."
+    )
 
 
 class CurriculumPhase(Section):
-    from_fraction: float = Field(..., gt=0, lt=1, description="Start of the phase, as a fraction of `schedule.total_steps`.")
+    from_fraction: float = Field(
+        ..., gt=0, lt=1, description="Start of the phase, as a fraction of `schedule.total_steps`."
+    )
     mix: dict[str, float] = Field(..., description="Task sampling weights from then on, as in `tasks.mix`.")
 
 
@@ -147,7 +172,8 @@ class TasksConfig(Section):
 
     mix: dict[str, float] = Field(
         default_factory=lambda: dict.fromkeys(LOSSES_OF_DRAW, 1.0),
-        description="Task sampling weights: how often a sample is used for each task. Tasks that are not named have weight 0.",
+        description="Task sampling weights: how often a sample is used for each task. Tasks that are not named "
+        "have weight 0.",
     )
     curriculum: tuple[CurriculumPhase, ...] = Field(
         (), description="Phases that replace `tasks.mix` from a fraction of the schedule on, in ascending order."
@@ -156,20 +182,30 @@ class TasksConfig(Section):
         0.15, gt=0, lt=1, description="Share of tokens, regions and frames that the masked tasks mask."
     )
     mlm: LossConfig = Field(LossConfig(), description="Masked language modelling.")
-    mvm: LossConfig = Field(LossConfig(), description="Masked vision modelling. Its weight is a factor on `mvfr` and `mrc`.")
-    mvfr: LossConfig = Field(LossConfig(), description="Masked vision modelling: regression of the masked regions' features.")
+    mvm: LossConfig = Field(
+        LossConfig(), description="Masked vision modelling. Its weight is a factor on `mvfr` and `mrc`."
+    )
+    mvfr: LossConfig = Field(
+        LossConfig(), description="Masked vision modelling: regression of the masked regions' features."
+    )
     mrc: LossConfig = Field(LossConfig(), description="Masked vision modelling: classification of the masked regions.")
     mam: AudioMaskConfig = Field(
         AudioMaskConfig(), description="Masked audio modelling. Its weight is a factor on `mafr` and `mac`."
     )
-    mafr: LossConfig = Field(LossConfig(), description="Masked audio modelling: regression of the masked frames' features.")
-    mac: ContrastiveConfig = Field(ContrastiveConfig(), description="Masked audio modelling: contrastive loss of the masked frames.")
+    mafr: LossConfig = Field(
+        LossConfig(), description="Masked audio modelling: regression of the masked frames' features."
+    )
+    mac: ContrastiveConfig = Field(
+        ContrastiveConfig(), description="Masked audio modelling: contrastive loss of the masked frames."
+    )
     modality: ModalityConfig = Field(
         ModalityConfig(), description="Modality-level modelling. Its weight is a factor on `dtr` and `dir`."
     )
     dtr: LossConfig = Field(LossConfig(), description="Denoising text reconstruction by the text decoder.")
     dir: LossConfig = Field(LossConfig(), description="Denoising image reconstruction by the image decoder.")
-    matching: MatchingConfig = Field(MatchingConfig(), description="Sample-level modelling: which modalities belong together.")
+    matching: MatchingConfig = Field(
+        MatchingConfig(), description="Sample-level modelling: which modalities belong together."
+    )
     labels: LabelsConfig | None = Field(
         None, description="Classification head. Set by `opt-ds finetune` for classification and vqa. None: no head."
     )
@@ -190,7 +226,9 @@ class TasksConfig(Section):
     def trained_losses(self) -> tuple[str, ...]:
         """The active losses of which some phase of the mix has samples (and fine-tuning's labels, which have no share)."""
         mixes = (self.mix, *(phase.mix for phase in self.curriculum))
-        shares = {loss: max(mix.get(draw, 0.0) for mix in mixes) for draw, losses in LOSSES_OF_DRAW.items() for loss in losses}
+        shares = {
+            loss: max(mix.get(draw, 0.0) for mix in mixes) for draw, losses in LOSSES_OF_DRAW.items() for loss in losses
+        }
         return tuple(loss for loss in self.active_losses if shares.get(loss, 1.0) > 0)
 
     def mix_at(self, fraction: float) -> dict[str, float]:
@@ -220,5 +258,7 @@ class TasksConfig(Section):
             raise ValueError("tasks.curriculum must be in the order of from_fraction")
         for fraction in (0.0, *starts):
             if not self.labels and not any(self.mix_at(fraction).values()):
-                raise ValueError("the weights of tasks and tasks.mix leave no task: give one a positive share and weight")
+                raise ValueError(
+                    "the weights of tasks and tasks.mix leave no task: give one a positive share and weight"
+                )
         return self

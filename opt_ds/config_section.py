@@ -1,7 +1,8 @@
 """The base of every section of the configuration, and the one way to load, check and dump a section.
 
-A section is a frozen pydantic model. A tree of sections (`opt_ds.config.Config`) is a section too. Values come from a preset or a
-YAML file (`opt_ds.config_sources`), then from `--set key.path=value`. Each mistake is a `UserError` of one line.
+A section is a frozen pydantic model. A tree of sections (`opt_ds.config.Config`) is a section too. Values come from a
+preset or a YAML file (`opt_ds.config_sources`), then from `--set key.path=value`. Each mistake is a `UserError` of one
+line. `opt_ds.config_reference` writes `docs/configuration.md` from the sections' fields.
 """
 
 import copy
@@ -9,7 +10,7 @@ import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +19,6 @@ from pydantic_core import ErrorDetails
 from opt_ds.config_sources import PRESET_FOLDER, parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.user_files import expected_kind
-
 
 #: Our words for pydantic's types of mistakes that concern a limit.
 _LIMITS = {
@@ -37,16 +37,24 @@ class Section(BaseModel):
     """A frozen part of the configuration. Unknown keys, NaN and infinity are refused. Every field has a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    #: What messages call a section that is built directly; "": the name of its class.
+    label: ClassVar[str] = ""
 
     def __init__(self, /, **values: Any) -> None:
         """Build the section from keyword arguments. Raises UserError for an unknown key or a bad value."""
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UserError(f"{type(self).__name__}: {explain(error, type(self))}") from None
+            raise UserError(f"{self.label or type(self).__name__}: {explain(error, type(self), values)}") from None
 
-    # As in pydantic's own RootModel: a section inside another one is validated by pydantic, which then knows the whole key path.
+    # As in pydantic's own RootModel: pydantic does not call this for a section inside another one, so that the error has
+    # the whole key path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def class_for(cls, values: Any) -> type["Section"]:
+        """Return the class that `values` are validated with. A class whose keys depend on the values overrides this."""
+        return cls
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -77,7 +85,11 @@ def load_section(
 def section_from_dict(
     kind: type[AnySection], tree: dict[str, Any], where: str, settings: Sequence[str] = ()
 ) -> AnySection:
-    """Validate a plain tree (as YAML holds it) with settings applied to it. Raises UserError, which begins with `where`."""
+    """Validate a plain tree (as YAML holds it) with settings applied to it.
+
+    Raises:
+        UserError: in one line that begins with `where`.
+    """
     tree = copy.deepcopy(tree)
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -87,7 +99,7 @@ def section_from_dict(
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, kind)}") from None
+        raise UserError(f"{where}: {explain(error, kind, tree)}") from None
 
 
 def dump_section(section: Section) -> str:
@@ -95,14 +107,14 @@ def dump_section(section: Section) -> str:
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
 
 
-def explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Return one line for the first mistake in a section of class `kind`. The number of further mistakes is appended."""
+def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
+    """Return one line for the first mistake in the values of a section of class `kind`, and the number of others."""
     mistakes = error.errors(include_url=False)
     # An unknown key comes first: it is often why another one is missing.
     first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]))}'
+        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(kind, values, first["loc"][:-1]))}'
     else:
         message = _reason(first)
         text = f"{key}: {message}" if key else message
@@ -111,11 +123,11 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     return text + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class that an annotation holds: itself, `X | None`, or the items of a tuple. None if it holds none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def section_of(annotation: Any) -> type[Section] | None:
+    """Return the section class in an annotation: itself, in `X | None`, or of a tuple's items. None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple):
+    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
         return next((found for part in get_args(annotation) if (found := section_of(part))), None)
     return None
 
@@ -133,11 +145,16 @@ def _reason(mistake: ErrorDetails) -> str:
     return expected_kind(mistake["type"]) or mistake["msg"].removeprefix("Value error, ")
 
 
-def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(kind: type[Section], values: Any, location: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the section at `location` in a section of class `kind`; [] where no section is."""
-    section: type[BaseModel] | None = kind
+    section: type[Section] | None = kind
     for part in location:
+        try:
+            values = values[part]
+        except (LookupError, TypeError):  # values that are sections already, or no values at all
+            values = {}
         if section is not None and isinstance(part, str):  # a number is a place in a list of sections
             field = section.model_fields.get(part)
             section = section_of(field.annotation) if field else None
+            section = section.class_for(values) if section else None
     return list(section.model_fields) if section else []

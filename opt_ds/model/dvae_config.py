@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -20,13 +20,18 @@ BASE_PRESET = "dvae-base"
 class DVAEConfig(Section):
     """Architecture and training of a dVAE. Presets are in `DVAE_PRESETS`."""
 
+    label: ClassVar[str] = "dVAE config"
+
     codebook_size: int = Field(8192, ge=2, le=65536, description="Number of codes. The store holds them as uint16.")
     encoder_width: int = Field(256, ge=1, description="Channels of the encoder's convolutions.")
     encoder_blocks: int = Field(2, ge=0, description="Number of residual blocks of the encoder.")
     decoder_width: int = Field(256, ge=1, description="Channels of the decoder's convolutions.")
     decoder_blocks: int = Field(4, ge=0, description="Number of residual blocks of the decoder.")
     encoder_sigma: float = Field(
-        0.2, gt=0, description="Initial σ of the mixture of patches, for pixels in 0–1. A larger σ gives softer code probabilities."
+        0.2,
+        gt=0,
+        description="Initial σ of the mixture of patches, for pixels in 0–1. A larger σ gives softer code "
+        "probabilities.",
     )
     pixel_sigma: float = Field(
         0.1, gt=0, description="σ of the pixel likelihood, for pixels in 0–1: the squared error is divided by 2σ²."
@@ -40,7 +45,10 @@ class DVAEConfig(Section):
     warmup_steps: int = Field(20, ge=0, description="Optimizer steps of the linear warm-up. 0: no warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. 0: none.")
     clip_norm: float = Field(
-        1.0, gt=0, allow_inf_nan=True, description="Largest gradient norm; larger gradients are scaled down. .inf: no clipping."
+        1.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="Largest gradient norm; larger gradients are scaled down. .inf: no clipping.",
     )
     temperature_start: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the first step.")
     temperature_end: float = Field(1 / 16, gt=0, description="Final Gumbel-softmax temperature (as DALL·E, §A.2).")
@@ -49,7 +57,8 @@ class DVAEConfig(Section):
         0.6,
         ge=0,
         le=1,
-        description="Share of the steps that train encoder and decoder on relaxed codes. The others train the decoder on argmax codes.",
+        description="Share of the steps that train encoder and decoder on relaxed codes. The others train the "
+        "decoder on argmax codes.",
     )
     anneal_share: float = Field(
         0.6, gt=0, le=1, description="Share of the steps on relaxed codes over which the temperature falls."
@@ -58,11 +67,20 @@ class DVAEConfig(Section):
         0.25, ge=0, le=1, description="Share of the steps on relaxed codes over which β rises from 0. 0: no warm-up."
     )
     straight_through_share: float = Field(
-        0.0, ge=0, le=1, description="Last share of the steps on relaxed codes that use one-hot codes (straight-through). 0: none."
+        0.0,
+        ge=0,
+        le=1,
+        description="Last share of the steps on relaxed codes that use one-hot codes (straight-through). 0: none.",
     )
-    kmeans_pictures: int = Field(4096, ge=1, description="Images whose distinct patches initialise the codebook by k-means.")
-    kmeans_patches: int = Field(30_000, ge=1, description="Largest number of distinct patches for k-means; at least `codebook_size`.")
-    kmeans_iterations: int = Field(8, ge=0, description="Iterations of k-means. 0: the codebook starts from sampled patches.")
+    kmeans_pictures: int = Field(
+        4096, ge=1, description="Images whose distinct patches initialise the codebook by k-means."
+    )
+    kmeans_patches: int = Field(
+        30_000, ge=1, description="Largest number of distinct patches for k-means; at least `codebook_size`."
+    )
+    kmeans_iterations: int = Field(
+        8, ge=0, description="Iterations of k-means. 0: the codebook starts from sampled patches."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DVAEConfig":

@@ -188,7 +188,7 @@ def test_mistakes_in_the_configuration_are_one_line(tmp_path: Path) -> None:
         (("dvae-tiny", None, ("clip_norm=.nan",)), "clip_norm: must be more than 0"),
         (("dvae-tiny", None, ("learning_rate=.inf",)), "learning_rate: must be a finite number"),
         (("dvae-tiny", None, ("kmeans_patches=8",)), "below codebook_size 32"),
-        (("dvae-tiny", tmp_path / "gone.yaml"), r'gone.yaml" is neither a preset \(dvae-base, dvae-emoji, dvae-tiny\) nor a file'),
+        (("dvae-tiny", tmp_path / "gone.yaml"), r'gone.yaml" is neither a preset \(dvae-base, dvae-emoji, .*\) nor a file'),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             load_dvae_config(*arguments)
@@ -209,7 +209,7 @@ def test_a_configuration_file_may_name_its_preset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--preset dvae-base: .*c.yaml starts from preset dvae-tiny: omit --preset"):
         load_dvae_config("dvae-base", file)
     file.write_text("preset: dvae-tny\n")
-    with pytest.raises(UserError, match='unknown preset "dvae-tny" .did you mean "dvae-tiny"'):
+    with pytest.raises(UserError, match=r'unknown preset "dvae-tny" .did you mean "dvae-tiny"'):
         load_dvae_config(None, file)
 
 
