@@ -2,7 +2,7 @@
 
 A section is a frozen pydantic model. A tree of sections (`opt_ds.config.Config`) is a section too. Values come from a
 preset or a YAML file (`opt_ds.config_sources`), then from `--set key.path=value`. Each mistake is a `UserError` of one
-line. `opt_ds.config_reference` writes `docs/configuration.md` from the sections' fields.
+line. `opt_ds.tools.config_reference` writes `docs/configuration.md` from the sections' fields.
 """
 
 import copy

@@ -18,7 +18,7 @@ BASE_PRESET = "dvae-base"
 
 
 class DVAEConfig(Section):
-    """Architecture and training of a dVAE. Presets are in `DVAE_PRESETS`."""
+    """Architecture and training of the dVAE."""
 
     label: ClassVar[str] = "dVAE config"
 

@@ -12,7 +12,7 @@ from opt_ds.prepare.text import UNICODE_FORMS
 
 
 class PrepareSettings(Section):
-    """How `opt-ds prepare` and `opt-ds update` extract features. Every key is an option of `opt-ds prepare` too."""
+    """How `opt-ds prepare` and `opt-ds update` extract features. Their options set these keys."""
 
     label: ClassVar[str] = "preparation settings"
 
