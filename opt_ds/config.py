@@ -23,6 +23,7 @@ from opt_ds.config_model import (
     TasksConfig,
 )
 from opt_ds.config_section import Section, dump_section, load_section, section_from_dict
+from opt_ds.config_sources import PRESET_FOLDER
 
 __all__ = [
     "ALL_LOSSES", "LABELS_LOSS", "LOSSES", "LOSSES_OF_DRAW", "BatchConfig", "CheckpointConfig", "Config", "DataConfig",
@@ -332,7 +333,7 @@ def load_config(source: str | None = None, settings: tuple[str, ...] | list[str]
 
     A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
     """
-    return load_section(Config, source or "opt-base", settings)
+    return load_section(Config, source or "opt-base", settings, PRESET_FOLDER)
 
 
 def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:

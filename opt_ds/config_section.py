@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from opt_ds.config_sources import PRESET_FOLDER, parse_value, read_source, set_value
+from opt_ds.config_sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.user_files import expected_kind
 
@@ -61,7 +61,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_section(
-    kind: type[AnySection], source: str | None, settings: Sequence[str] = (), presets: Path = PRESET_FOLDER
+    kind: type[AnySection], source: str | None, settings: Sequence[str] = (), presets: Path | None = None
 ) -> AnySection:
     """Load a section from a preset or a YAML file, then apply settings.
 
@@ -69,7 +69,7 @@ def load_section(
         kind: the class of the section.
         source: name of a preset, or path of a YAML file, which may name a `preset` to start from; None: the defaults.
         settings: texts of the form `key.path=value`; values are YAML.
-        presets: folder of the presets.
+        presets: folder of the presets; None: the section has none.
 
     Raises:
         UserError: in one line, for an unknown preset or key, an unreadable file or a bad value.
@@ -77,7 +77,7 @@ def load_section(
     if source is None:
         return section_from_dict(kind, {}, where="--set", settings=settings)
     tree = read_source(source, presets)
-    if "preset" not in kind.model_fields:
+    if presets and "preset" not in kind.model_fields:
         tree.pop("preset", None)
     return section_from_dict(kind, tree, where=f"config {source}", settings=settings)
 

@@ -9,20 +9,23 @@ from opt_ds.user_files import parse_yaml, read_yaml
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
 
-def preset_names(folder: Path = PRESET_FOLDER) -> list[str]:
-    """Return the names of the presets in a folder, sorted."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+def preset_names(folder: Path | None = PRESET_FOLDER) -> list[str]:
+    """Return the names of the presets in a folder, sorted; none for no folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
 
 
-def read_source(source: str, folder: Path = PRESET_FOLDER) -> dict[str, Any]:
+def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, Any]:
     """Return the tree of a preset in `folder`, or of a YAML file, which may name a `preset` to start from.
 
-    The key `preset` of the tree is the name of that preset. Raises UserError for a source that is neither.
+    The key `preset` of the tree is the name of that preset; without a folder it is a key as any other. Raises UserError for a
+    source that is neither.
     """
     names = preset_names(folder)
     is_preset = source in names
-    path = folder / f"{source}.yaml" if is_preset else Path(source)
+    path = folder / f"{source}.yaml" if folder and is_preset else Path(source)
     if not path.is_file():
+        if not names:
+            raise UserError(f'--config "{source}" is no file')
         raise UserError(f'--config "{source}" is neither a preset ({", ".join(names)}) nor a file{did_you_mean(source, names)}')
     tree = read_yaml(path)
     tree = {} if tree is None else tree
@@ -30,9 +33,9 @@ def read_source(source: str, folder: Path = PRESET_FOLDER) -> dict[str, Any]:
         raise UserError(f"{path}: expected a mapping of config keys, found {_kind(tree)}")
     if is_preset:
         tree["preset"] = source
-    elif tree.get("preset") and str(tree["preset"]) in names:
+    elif folder and tree.get("preset") and str(tree["preset"]) in names:
         tree = merge(read_source(tree["preset"], folder), tree)
-    elif tree.get("preset"):
+    elif folder and tree.get("preset"):
         raise UserError(
             f'{path}: unknown preset "{tree["preset"]}"{did_you_mean(str(tree["preset"]), names)}; known: {", ".join(names)}'
         )

@@ -36,8 +36,10 @@ Training and the dVAE read a value from these places. A later one overrides the 
 3. a YAML file, named by `--config`
 4. `--set key.path=value`, where the value is YAML; it may be repeated
 
-The other parts are set by their commands' options. In Python, `opt_ds.config_section.load_section` loads any of them
-from a YAML file and settings. `None` in the tables is `null` in YAML."""
+`opt-ds serve` has `--config` and `--set` too, without presets. The other parts are set by their commands' options. In
+Python, `opt_ds.config_section.load_section` loads any of them from a YAML file and settings.
+
+`None` in the tables is `null` in YAML."""
 
 
 class Part(NamedTuple):
