@@ -1,4 +1,4 @@
-# make install | pretrain | test | test-faults | test-kernels | test-gpu | lint | wheelhouse
+# make install | pretrain | test | test-faults | test-kernels | test-gpu | lint | docs | wheelhouse
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One rank a GPU; without a GPU, two ranks on the CPU.
 NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
 
-.PHONY: install pretrain test test-faults test-kernels test-gpu lint wheelhouse
+.PHONY: install pretrain test test-faults test-kernels test-gpu lint docs wheelhouse
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -71,6 +71,11 @@ test-gpu: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# docs/configuration.md, from the descriptions in the code.
+docs: install
+	$(BIN)/python -m opt_ds.tools.config_reference > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 # Every wheel that `make install` needs, for a machine without internet: PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make install
 wheelhouse: | $(VENV)/bin/python

@@ -1,29 +1,19 @@
-"""The run configuration: one frozen tree, its presets, and strict loading (file, then `--set key.path=value`).
+"""The configuration of a pre-training or fine-tuning run: one frozen tree of sections, its presets and its loading.
 
-Every other file receives a piece of this tree; nobody else holds a default. Rules that span several keys are checked here,
+Every other file receives a section of this tree; nobody else holds a default. Rules that span several keys are checked here,
 before anything is loaded; rules that need the store or the hardware are in `opt_ds.engine.preflight`.
+`docs/configuration.md` lists every key.
 """
 
-import copy
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from opt_ds.config_model import DataConfig, ModelConfig, Section, Subset
-from opt_ds.config_sources import parse_value, read_source, set_value
-from opt_ds.config_tasks import (
-    CurriculumPhase,
-    LossConfig,
-    TasksConfig,
-    TasksSection,
-    default_tasks,
-    plugins_of,
-    tasks_config,
-)
-from opt_ds.errors import UserError, did_you_mean
+from opt_ds.config_model import DataConfig, ModelConfig, Subset
+from opt_ds.config_section import Section, dump_section, load_section, section_from_dict
+from opt_ds.config_sources import PRESET_FOLDER
+from opt_ds.config_tasks import CurriculumPhase, LossConfig, TasksConfig, TasksSection, default_tasks, plugins_of
 from opt_ds.registry import TASKS
-from opt_ds.user_files import expected_kind
 
 __all__ = [
     "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig", "FineTuneConfig",
@@ -34,54 +24,90 @@ __all__ = [
 
 
 class FineTuneConfig(Section):
-    """What `opt-ds finetune` trains, from which checkpoint. It also switches the other tasks off."""
+    """What `opt-ds finetune` trains, from which checkpoint. It also disables the other tasks."""
 
-    task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"]
-    checkpoint: str = Field(..., description="folder of the checkpoint that the weights come from")
-    weights_sha256: str = Field(..., description="of that checkpoint's weights")
-    learned: tuple[str, ...] = Field((), description="losses that it was trained with")
-    inputs: tuple[Subset, ...] = Field(..., min_length=1, description="modalities that go in; several: drawn for each sample")
-    negative_share: float = Field(0.5, gt=0, lt=1, description="retrieval: share of samples with a donor's part")
-    donor_candidates: int = Field(32, ge=1, description="retrieval: donors drawn, of which the nearest text is taken")
+    task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"] = Field(
+        ..., description="The task that is fine-tuned."
+    )
+    checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
+    weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
+    learned: tuple[str, ...] = Field((), description="Losses that the checkpoint was trained with.")
+    inputs: tuple[Subset, ...] = Field(
+        ...,
+        min_length=1,
+        description="Modalities of the input: T text, I image, A audio. With several entries, one is sampled for "
+        "each sample.",
+    )
+    negative_share: float = Field(0.5, gt=0, lt=1, description="Retrieval: share of samples that are negatives.")
+    donor_candidates: int = Field(
+        32,
+        ge=1,
+        description="Retrieval: samples drawn as candidates for a negative. The one with the most similar text "
+        "is taken.",
+    )
     same_group_donors: bool = Field(
-        False, description="retrieval: half of the drawn donors are of the sample's own group, with another text and image"
+        False,
+        description="Retrieval: draw half of the candidates from the sample's own group, with a different text "
+        "and image.",
     )
     agreement: int = Field(
-        3, ge=1, le=3, description="vqa: annotators that must agree on an answer for a target of 1; at most as many as answered"
+        3,
+        ge=1,
+        le=3,
+        description="VQA: number of annotators that must give an answer for a target of 1. Fewer give a "
+        "proportional target.",
     )
 
 
 class InitConfig(Section):
-    """Which run's weights a new pre-training run begins with. Written by `--init-from`; the run keeps it when it resumes."""
+    """Initial weights of a pre-training run. Written by `--init-from`; a resumed run keeps it."""
 
-    run: str = Field(..., description="what --init-from named: a run's output directory, or one checkpoint")
-    checkpoint: str = Field(..., description="folder of the checkpoint that the weights come from")
-    weights_sha256: str = Field(..., description="of that checkpoint's weights")
-    learned: tuple[str, ...] = Field((), description="losses that it was trained with; the heads of others start fresh")
-    moments: bool = Field(False, description="take Adam's moments and its count of updates too")
-    adam_steps: int = Field(0, ge=0, description="updates behind those moments; 0 without moments")
+    run: str = Field(..., description="What `--init-from` named: a run's output directory, or one checkpoint.")
+    checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
+    weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
+    learned: tuple[str, ...] = Field(
+        (), description="Losses that the checkpoint was trained with. The heads of all other losses start untrained."
+    )
+    moments: bool = Field(False, description="Also take Adam's moments and number of updates from the checkpoint.")
+    adam_steps: int = Field(0, ge=0, description="Number of updates behind those moments. 0: without moments.")
 
 
 class BatchConfig(Section):
-    size: int = Field(10240, ge=1, description="per optimiser step, over all ranks, in `unit`")
-    unit: Literal["samples", "tokens"] = "samples"
-    max_tokens: int = Field(8192, ge=1, description="encoder plus decoder positions of one micro-batch")
+    """How much data one optimizer step and one micro-batch take."""
+
+    size: int = Field(10240, ge=1, description="Batch size of one optimizer step over all ranks, in `batch.unit`.")
+    unit: Literal["samples", "tokens"] = Field(
+        "samples", description="What `batch.size` counts: samples, or sequence positions."
+    )
+    max_tokens: int = Field(
+        8192,
+        ge=1,
+        description="Largest micro-batch of one rank, in encoder plus decoder positions. It bounds memory and "
+        "does not change "
+        "the result of a step.",
+    )
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(5e-5, gt=0)
-    betas: tuple[_Decay, _Decay] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
+    """AdamW and gradient clipping."""
+
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate, reached at the end of the warm-up.")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.98), description="Decay rates of Adam's first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="Term added to Adam's denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay. 0: none.")
+    clip_norm: float = Field(
+        1.0, ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: no clipping."
+    )
 
 
 class ScheduleConfig(Section):
-    total_steps: int = Field(100_000, ge=1, description="where the learning rate reaches 0")
-    warmup_steps: int = Field(10_000, ge=0)
+    """Learning rate over time: linear warm-up, then linear decay to 0."""
+
+    total_steps: int = Field(100_000, ge=1, description="Optimizer step at which the learning rate reaches 0.")
+    warmup_steps: int = Field(10_000, ge=0, description="Optimizer steps of the linear warm-up. 0: no warm-up.")
 
     def lr_factor(self, step: int) -> float:
         """Linear warm-up, then linear decay to 0 at total_steps; of the 0-based step about to be taken."""
@@ -91,93 +117,166 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    max_steps: int | None = Field(None, ge=1, description="stop here; None: at schedule.total_steps")
-    log_every: int = Field(10, ge=1)
-    validate_every: int = Field(1000, ge=1)
-    validate_samples: int = Field(2048, ge=1, description="validation samples at most")
-    picture_grid: int = Field(8, ge=0, description="samples shown in the picture grid of a validation; 0: none")
-    recompute: bool = Field(
-        False, description="backward runs each layer again, instead of keeping what was inside: less memory, more operations"
+    """The training loop: length, logging, validation, time limit."""
+
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps. None: stop at `schedule.total_steps`."
     )
-    early_stopping: int = Field(0, ge=0, description="validations without a better loss before stopping; 0: never")
+    log_every: int = Field(10, ge=1, description="Optimizer steps between two log entries.")
+    validate_every: int = Field(1000, ge=1, description="Optimizer steps between two validations.")
+    validate_samples: int = Field(2048, ge=1, description="Largest number of validation samples.")
+    picture_grid: int = Field(8, ge=0, description="Number of samples in the picture grid of a validation. 0: no grid.")
+    recompute: bool = Field(
+        False,
+        description="Recompute each layer's activations in the backward pass instead of storing them: less "
+        "memory, more operations.",
+    )
+    early_stopping: int = Field(
+        0, ge=0, description="Stop after this many consecutive validations without a lower loss. 0: never."
+    )
     preemption_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCONT", "SIGTERM"] = Field(
-        "SIGUSR1", description="beside SIGTERM and SIGINT: save, and exit with 75"
+        "SIGUSR1",
+        description="Signal by which a scheduler announces the end of the job. As after SIGTERM and SIGINT, the "
+        "run saves a "
+        "checkpoint and exits with code 75.",
     )
     time_limit_minutes: float | None = Field(
-        None, gt=0, description="of one launch; then it saves and exits with 75. None: what Slurm grants, if that is known"
+        None,
+        gt=0,
+        description="Time limit of one launch, in minutes. The run saves before it and exits with code 75. "
+        "None: Slurm's limit where it is known, otherwise none.",
     )
-    time_reserve_s: float = Field(120, ge=0, description="time for saving, kept free before the limit beside the longest step")
+    time_reserve_s: float = Field(
+        120,
+        ge=0,
+        description="Time reserved for saving before the time limit, in seconds, in addition to the longest step "
+        "so far.",
+    )
 
 
 class ProfileConfig(Section):
-    """A trace by torch's profiler, under <output>/profile."""
+    """A trace of PyTorch's profiler, written to `<output>/profile`."""
 
-    steps: int = Field(0, ge=0, description="steps to trace; 0: none")
-    skip: int = Field(2, ge=0, description="steps of this launch before the first traced one")
+    steps: int = Field(0, ge=0, description="Number of optimizer steps to trace. 0: no trace.")
+    skip: int = Field(2, ge=0, description="Optimizer steps of this launch before the first traced step.")
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(1000, ge=1)
-    keep: int = Field(2, ge=1)
+    """When checkpoints are saved, and how many are kept."""
+
+    every_steps: int = Field(1000, ge=1, description="Optimizer steps between two checkpoints.")
+    keep: int = Field(
+        2, ge=1, description="Number of newest checkpoints that are kept. The best one is kept in addition."
+    )
 
 
 class GuardConfig(Section):
     """When a run warns, skips a step, or stops; see `opt_ds.engine.guard`."""
 
-    skip_budget: int = Field(3, ge=0, description="steps that are not finite and may be skipped, per skip_window")
-    skip_window: int = Field(1000, ge=1, description="steps")
-    spike_zscore: float = Field(8.0, ge=0, description="warn of a loss or gradient norm so far above its mean; 0: never")
-    spike_window: int = Field(100, ge=20, description="steps that the mean and deviation are taken over")
-    skip_spikes: bool = Field(False, description="do not take a step whose loss is a spike (it counts to skip_budget)")
-    compare_ranks_every: int = Field(100, ge=0, description="steps between comparisons of the ranks' weights; 0: never")
-    rank_timeout_s: float = Field(1800.0, gt=0, description="a rank that answers no collective for so long is lost")
+    skip_budget: int = Field(
+        3,
+        ge=0,
+        description="Number of non-finite steps that may be skipped within `guard.skip_window` before the run stops.",
+    )
+    skip_window: int = Field(1000, ge=1, description="Optimizer steps over which skipped steps are counted.")
+    spike_zscore: float = Field(
+        8.0,
+        ge=0,
+        description="Warn when the loss or the gradient norm exceeds its mean by more than this many standard "
+        "deviations. 0: never.",
+    )
+    spike_window: int = Field(
+        100, ge=20, description="Optimizer steps over which that mean and standard deviation are computed."
+    )
+    skip_spikes: bool = Field(
+        False, description="Skip steps whose loss is a spike. They count towards `guard.skip_budget`."
+    )
+    compare_ranks_every: int = Field(
+        100, ge=0, description="Optimizer steps between two comparisons of the ranks' weights. 0: never."
+    )
+    rank_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="A rank that does not join a collective operation for this many seconds is considered lost.",
+    )
     compare_calls_s: float = Field(
-        20.0, gt=0, description="a rank that has called no collective for so long compares its calls with the other ranks'"
+        20.0,
+        gt=0,
+        description="A rank that has waited for this many seconds compares its collective calls with those of "
+        "the other ranks.",
     )
 
 
 class ZeroConfig(Section):
-    stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False
+    """DeepSpeed's ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="What is partitioned over the ranks. 0: nothing, 1: optimizer state, 2: also gradients, 3: "
+        "also weights.",
+    )
+    offload_optimizer: bool = Field(
+        False, description="Keep the optimizer state in host memory and update the weights on the CPU."
+    )
 
 
 class EvaluateConfig(Section):
-    """Experiments on the model in training: JSON lines and TensorBoard."""
+    """Experiments on the model during training. Results go to `metrics.jsonl` and TensorBoard."""
 
-    every_steps: int = Field(0, ge=0, description="and at the end of the run; 0: never")
-    experiments: tuple[Literal["retrieval", "transcription", "captioning", "image-generation", "vqa"], ...] = (
-        "transcription", "retrieval",
-    )  # fmt: skip
-    split: str = Field("valid", description="of the first store")
-    limit: int = Field(200, ge=2, description="samples of an experiment at most, a seeded choice")
+    every_steps: int = Field(
+        0, ge=0, description="Optimizer steps between two evaluations. The end of the run is evaluated too. 0: never."
+    )
+    experiments: tuple[Literal["retrieval", "transcription", "captioning", "image-generation", "vqa"], ...] = Field(
+        ("transcription", "retrieval"), description="Experiments that are run."
+    )
+    split: str = Field("valid", description="Split of the first store that is evaluated.")
+    limit: int = Field(200, ge=2, description="Largest number of samples per experiment, chosen by the seed.")
 
 
 class OpsConfig(Section):
-    backend: str = Field("auto", description="fused operators: auto, or a name that opt_ds.ops.backend knows")
+    """Which implementation of the fused operators is used."""
+
+    backend: str = Field(
+        "auto",
+        description="Backend of the fused operators: one name for all, or `layer_norm=fused,attention=torch`. "
+        "auto: the fastest one that works on this machine.",
+    )
 
 
 class Config(Section):
-    """Everything that a run depends on, besides the stores' contents and the number of ranks."""
+    """Everything that a run depends on, except the stores' contents and the number of ranks."""
 
-    preset: str = "opt-base"
-    seed: int = Field(1, ge=0, lt=2**63)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    deepspeed_config: str | None = Field(None, description="a DeepSpeed JSON to take further settings from")
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    tasks: TasksSection = Field(default_factory=default_tasks)
-    batch: BatchConfig = BatchConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    zero: ZeroConfig = ZeroConfig()
-    ops: OpsConfig = OpsConfig()
-    profile: ProfileConfig = ProfileConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    finetune: FineTuneConfig | None = Field(None, description="set by opt-ds finetune")
-    init: InitConfig | None = Field(None, description="set by pretrain.py --init-from")
+    preset: str = Field("opt-base", description="Preset that the configuration starts from.")
+    seed: int = Field(
+        1, ge=0, lt=2**63, description="Seed of all randomness: initial weights, order of samples, masks, dropout."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of the forward and backward pass. auto: what `deepspeed_config` enables, "
+        "otherwise bf16 from Ampere "
+        "on, fp16 on older GPUs and fp32 on a CPU.",
+    )
+    deepspeed_config: str | None = Field(
+        None,
+        description="JSON file with further settings for DeepSpeed. None: only those that this configuration implies.",
+    )
+    data: DataConfig = Field(DataConfig(), description="Which stores are read, and how.")
+    model: ModelConfig = Field(ModelConfig(), description="Architecture of the model.")
+    tasks: TasksSection = Field(default_factory=default_tasks, description="Pre-training tasks and their weights.")
+    batch: BatchConfig = Field(BatchConfig(), description="Batch and micro-batch size.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and gradient clipping.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate over time.")
+    train: TrainConfig = Field(TrainConfig(), description="The training loop.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When checkpoints are saved.")
+    guard: GuardConfig = Field(GuardConfig(), description="When a run warns, skips a step, or stops.")
+    zero: ZeroConfig = Field(ZeroConfig(), description="DeepSpeed's ZeRO.")
+    ops: OpsConfig = Field(OpsConfig(), description="Backend of the fused operators.")
+    profile: ProfileConfig = Field(ProfileConfig(), description="A trace of PyTorch's profiler.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Experiments during training.")
+    finetune: FineTuneConfig | None = Field(None, description="Set by `opt-ds finetune`. None: pre-training.")
+    init: InitConfig | None = Field(
+        None, description="Set by `pretrain.py --init-from`. None: the run starts untrained."
+    )
 
     @property
     def learned_losses(self) -> tuple[str, ...]:
@@ -192,6 +291,11 @@ class Config(Section):
     @property
     def max_steps(self) -> int:
         return self.train.max_steps or self.schedule.total_steps
+
+    @classmethod
+    def trust(cls, values: Any) -> None:
+        """Let the tasks that the user names by `module:Class` be imported."""
+        TASKS.allow(plugins_of(values.get("tasks")))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
@@ -228,62 +332,14 @@ def load_config(source: str | None = None, settings: tuple[str, ...] | list[str]
 
     A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
     """
-    tree, where = read_source(source or "opt-base"), f"config {source or 'opt-base'}"
-    return config_from_dict(tree, where, settings, trusted=True)
+    return load_section(Config, source or "opt-base", settings, PRESET_FOLDER)
 
 
-def config_from_dict(
-    tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = (), trusted: bool = False
-) -> Config:
-    """Validate a plain tree (as YAML holds it), with settings laid over it.
-
-    Args:
-        tree: The tree.
-        where: What messages call its source.
-        settings: `key.path=value`, values as in YAML.
-        trusted: The user gave the tree in this command, so the tasks that it names by `module:Class` may be imported.
-
-    Raises:
-        UserError: For an unknown key or a bad value; names `where`, the key and the remedy.
-    """
-    tree = copy.deepcopy(tree)
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f'--set "{setting}": write it as key.path=value')
-        set_value(tree, key.strip().split("."), parse_value(key, value))
-    if trusted:
-        TASKS.allow(plugins_of(tree.get("tasks")))
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error, tasks_config(plugins_of(tree.get('tasks'))))}") from None
+def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
+    """Validate a plain tree (as YAML holds it) with settings applied to it. UserError names `where`, key and remedy."""
+    return section_from_dict(Config, tree, where, settings)
 
 
 def dump_config(config: Config) -> str:
-    """The whole tree as YAML; `load_config` of it gives an equal tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _explain(error: ValidationError, tasks: type[TasksConfig]) -> str:
-    """One line for the first mistake; the others are counted."""
-    mistakes = error.errors(include_url=False)
-    first = mistakes[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        text = f'unknown key "{key}"{did_you_mean(str(first["loc"][-1]), _known_keys(first["loc"][:-1], tasks))}'
-    else:
-        message = expected_kind(first["type"]) or first["msg"]
-        text = f"{key}: {message}" if key else message
-        text = text.replace("Value error, ", "")
-        if key and not isinstance(first["input"], (dict, BaseModel)):
-            text += f" (found {first['input']!r})"
-    return text + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
-
-
-def _known_keys(location: tuple[Any, ...], tasks: type[TasksConfig]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
-        section = tasks if section is TasksConfig else section
-    return list(getattr(section, "model_fields", {}))
+    """Return the whole tree as YAML. `load_config` of it returns an equal tree."""
+    return dump_section(config)

@@ -1,4 +1,4 @@
-"""Where a configuration's plain tree comes from: presets, YAML files, and `key.path=value` settings. `config` validates it."""
+"""Read a configuration's plain tree: presets, YAML files and `key.path=value` settings. `config_section` validates it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,38 +9,42 @@ from opt_ds.user_files import parse_yaml, read_yaml
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+def preset_names(folder: Path | None = PRESET_FOLDER) -> list[str]:
+    """Return the names of the presets in a folder, sorted; none for no folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
 
 
-def read_source(source: str) -> dict[str, Any]:
-    """The tree of a preset's name or a YAML file, which may name a `preset` to start from. UserError for what is neither."""
-    preset = PRESET_FOLDER / f"{source}.yaml"
-    path = preset if preset.is_file() else Path(source)
+def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, Any]:
+    """Return the tree of a preset in `folder`, or of a YAML file, which may name a `preset` to start from.
+
+    The key `preset` of the tree is the name of that preset; without a folder it is a key as any other. Raises UserError for a
+    source that is neither.
+    """
+    names = preset_names(folder)
+    is_preset = source in names
+    path = folder / f"{source}.yaml" if folder and is_preset else Path(source)
     if not path.is_file():
-        raise UserError(
-            f'--config "{source}" is neither a preset ({", ".join(preset_names())}) nor a file'
-            f"{did_you_mean(source, preset_names())}"
-        )
+        if not names:
+            raise UserError(f'--config "{source}" is no file')
+        raise UserError(f'--config "{source}" is neither a preset ({", ".join(names)}) nor a file{did_you_mean(source, names)}')
     tree = read_yaml(path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of config keys, found {_kind(tree)}")
-    if path == preset:
+    if is_preset:
         tree["preset"] = source
-    elif tree.get("preset") and (PRESET_FOLDER / f"{tree['preset']}.yaml").is_file():
-        tree = _merge(read_source(tree["preset"]), tree)
-    elif tree.get("preset"):
+    elif folder and tree.get("preset") and str(tree["preset"]) in names:
+        tree = merge(read_source(tree["preset"], folder), tree)
+    elif folder and tree.get("preset"):
         raise UserError(
-            f'{path}: unknown preset "{tree["preset"]}"{did_you_mean(str(tree["preset"]), preset_names())}; '
-            f"known: {', '.join(preset_names())}"
+            f'{path}: unknown preset "{tree["preset"]}"{did_you_mean(str(tree["preset"]), names)}; known: {", ".join(names)}'
         )
     return tree
 
 
 def given_keys(source: str) -> list[str]:
-    """The keys, such as "model.vocab_size", that a configuration file itself gives; none for a preset's name."""
-    if (PRESET_FOLDER / f"{source}.yaml").is_file():
+    """Return the keys, such as "model.vocab_size", that a configuration file itself sets; none for a preset's name."""
+    if source in preset_names():
         return []
     tree = read_yaml(Path(source)) if Path(source).is_file() else None
     return _dotted(tree) if isinstance(tree, dict) else []
@@ -53,11 +57,12 @@ def _dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`, section by section."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
@@ -76,7 +81,7 @@ def _kind(value: Any) -> str:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """A setting's value as YAML reads it; also 1e-4 is a number."""
+    """Return a setting's value as YAML reads it. 1e-4 is a number too."""
     value = parse_yaml(text, f"--set {key}={text}")
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, SerializeAsAny, WrapValidator, create_model, model_validator
 
-from opt_ds.config_model import Section
+from opt_ds.config_section import Section
 from opt_ds.errors import did_you_mean
 from opt_ds.registry import TASKS
 
@@ -17,14 +17,16 @@ from opt_ds.registry import TASKS
 class LossConfig(Section):
     """What every task and every loss can set."""
 
-    weight: float = Field(1.0, ge=0, description="factor of the loss in the total; a loss counts with its own times its task's")
+    weight: float = Field(1.0, ge=0, description="Factor on this loss in the total. 0: disabled.")
 
 
 class CurriculumPhase(Section):
     """Other weights of the tasks from some point of the schedule on."""
 
-    from_fraction: float = Field(..., gt=0, lt=1, description="fraction of schedule.total_steps at which the phase begins")
-    mix: dict[str, float] = Field(..., description="task -> sampling weight; a task that is not named has 0")
+    from_fraction: float = Field(
+        ..., gt=0, lt=1, description="Start of the phase, as a fraction of `schedule.total_steps`."
+    )
+    mix: dict[str, float] = Field(..., description="Task sampling weights from then on, as in `tasks.mix`.")
 
 
 class TasksConfig(Section):
@@ -34,15 +36,28 @@ class TasksConfig(Section):
     units: ClassVar[dict[str, Any]] = {}
 
     plugins: tuple[str, ...] = Field(
-        (), description="further tasks: names that installed packages announce (entry points `opt_ds.tasks`), or module:Class"
+        (),
+        description="Tasks of other packages: names that an installed package announces (entry points `opt_ds.tasks`), or "
+        "`module:Class`.",
     )
-    mix: dict[str, float] = Field(default_factory=dict, description="task -> sampling weight; a task that is not named has 0")
-    curriculum: tuple[CurriculumPhase, ...] = Field((), description="other sampling weights later in the schedule")
-    mask_probability: float = Field(0.15, gt=0, lt=1, description="fraction of a modality's items that a token-level task masks")
+    mix: dict[str, float] = Field(
+        default_factory=dict,
+        description="Task sampling weights: how often a sample is used for each task. Tasks that are not named have weight 0.",
+    )
+    curriculum: tuple[CurriculumPhase, ...] = Field(
+        (), description="Phases that replace `tasks.mix` from a fraction of the schedule on, in ascending order."
+    )
+    mask_probability: float = Field(
+        0.15, gt=0, lt=1, description="Share of tokens, regions and frames that the masked tasks mask."
+    )
 
     if TYPE_CHECKING:  # the sections of the tasks: `config.tasks.matching`
 
         def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def class_for(cls, values: Any) -> type[Section]:
+        return tasks_config(plugins_of(values))
 
     @property
     def sampled(self) -> dict[str, tuple[str, ...]]:

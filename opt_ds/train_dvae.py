@@ -4,9 +4,9 @@ Started by path (`python opt_ds/train_dvae.py --store DIR --output DIR`) or as `
 function of (weights, moments, seed, step), so a run that was cut off continues bit-exactly from its last checkpoint,
 with the same device, precision and number of threads.
 
-The output directory: run.json (what the run is), config.json + model.safetensors (`DiscreteVAE.from_pretrained`),
-result.json (PSNR by split, codebook use, time), reconstructions.png (upper rows true, lower rows reconstructed),
-tensorboard/, and checkpoint.pt while the run is unfinished.
+The output directory is a run folder as every other one (`opt_ds.engine.run_folder`): run.json, a lock, metrics.jsonl and
+tensorboard/. It also has config.json + model.safetensors (`DiscreteVAE.from_pretrained`), result.json (PSNR by split, codebook
+use, time), reconstructions.png (upper rows true, lower rows reconstructed), and checkpoint.pt while the run is unfinished.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ import pickle
 import sys
 import time
 import zipfile
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":
     # Started by path: Python put this folder first on its search path, where our modules would shadow others.
@@ -31,14 +31,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from opt_ds.data.keyed import keyed_hash, permute
+from opt_ds.engine import run_folder
 from opt_ds.engine.host_memory import keep_freed_memory
+from opt_ds.engine.metrics import Reporter
+from opt_ds.engine.run_folder import DVAE_CHECKPOINT_FILE as CHECKPOINT_FILE
 from opt_ds.engine.signals import StopRequest
 from opt_ds.errors import RunError, TrainingStoppedError, UserError
 from opt_ds.model.dvae import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
-from opt_ds.model.dvae_config import StepSettings, load_dvae_config, schedule
+from opt_ds.model.dvae_config import StepSettings, load_dvae_config, preset_of_file, schedule
 from opt_ds.prepare.codes import (
     CodeExtractor,
     codebook_use,
@@ -57,12 +59,7 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.trainable import split_problems
 from opt_ds.store.verify import open_store
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
-CHECKPOINT_FILE = "checkpoint.pt"
 GRID_FILE = "reconstructions.png"
 GRID_PICTURES = 16
 LOG_EVERY = 20
@@ -110,7 +107,8 @@ def train_dvae(
     preset = preset or default_preset(len(rows), config_file)
     config = load_dvae_config(preset, config_file, settings, steps)
     hardware = choose_hardware(device, precision)
-    claim_output(output, run_description(store, rows, config, seed, train_split))
+    identity = run_identity(store, rows, config, seed, train_split)
+    check_output(output, identity)
     if (output / RESULT_FILE).is_file():
         result = read_result(output)
         print(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
@@ -119,7 +117,12 @@ def train_dvae(
             f"dVAE: {preset}, {len(rows)} pictures of split {train_split}, {config.steps} steps, {hardware.device}, "
             f"{hardware.precision}, {hardware.threads} threads"
         )
-        result = Training(store, rows, config, seed, hardware, output, train_split, checkpoint_every).run()
+        about = {
+            "kind": run_folder.DVAE, "preset": preset, "identity": identity, "stores": run_folder.describe_stores([store])
+        }  # fmt: skip
+        with run_folder.lock(output, print):
+            run_folder.append_launch(output, about, {**asdict(hardware), "versions": run_folder.versions()})
+            result = Training(store, rows, config, seed, hardware, output, train_split, checkpoint_every).run()
         print(summary(result))
     if write_codes:
         write_missing_codes(store_path, CodeExtractor.from_pretrained(output, hardware.device))
@@ -136,8 +139,11 @@ def read_result(output: Path) -> dict[str, Any]:
 
 
 def default_preset(num_pictures: int, config_file: Path | None) -> str:
-    """Return the preset for a store of this size, aloud; the base of a config file's keys is dvae-base."""
-    preset = "dvae-base" if config_file or num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
+    """Return the preset that the configuration file starts from; without one, the preset for a store of this size. Print it."""
+    if config_file:
+        preset = preset_of_file(config_file)
+    else:
+        preset = "dvae-base" if num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
     reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} pictures"
     print(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset
@@ -163,35 +169,32 @@ def cpu_has_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def run_description(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed: int, split: str) -> dict[str, Any]:
-    """Return what makes a run this run: configuration, seed and pictures.
+def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed: int, split: str) -> dict[str, Any]:
+    """Return what may not change between launches, by dotted key: configuration, seed and pictures.
 
     The store's fingerprint cannot tell: it changes when the codes are written. Some of its pictures can.
     """
     some = rows[permute(np.arange(min(256, len(rows))), len(rows), "pictures")]
     pictures = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
-    return {
+    tree = {
         "config": config.model_dump(),
         "seed": seed,
         "train_split": split,
         "num_pictures": len(rows),
         "pictures_sha256": pictures,
     }
+    return run_folder.flatten(tree)
 
 
-def claim_output(output: Path, description: dict[str, Any]) -> None:
-    """Make the output directory this run's own. UserError if it holds another run, or other things."""
-    file = output / RUN_FILE
-    if not file.is_file():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"{output}: not empty and no dVAE run ({RUN_FILE} not found): choose another --output")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(file, description)
+def check_output(output: Path, identity: dict[str, Any]) -> None:
+    """Raise UserError if the output directory holds another run, or other things. Nothing is written."""
+    record = run_folder.read_record(output, run_folder.DVAE)
+    if record is not None:
+        run_folder.compare_identity(output, record, identity)
         return
-    found = read_json_object(file, f"remove {output} or choose another --output")
-    difference = _first_difference(found, description)
-    if difference:
-        raise UserError(f"{output}: output of another run ({difference}): choose another --output")
+    own = (run_folder.LOCK_FILE, f".{run_folder.RUN_FILE}.")  # of a launch that was killed at its start
+    if output.exists() and any(not entry.name.startswith(own) for entry in output.iterdir()):
+        raise UserError(f"{output}: not empty and no dVAE run ({run_folder.RUN_FILE} not found): choose another --output")
 
 
 class Training:
@@ -227,36 +230,30 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the result."""
-        from torch.utils.tensorboard import SummaryWriter
-
         began, cpu_began = time.monotonic(), time.process_time()
         if not self.resume():
             self.start_codebook()
         elapsed, cpu_elapsed = self.seconds, self.cpu_seconds
-        writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step)
-        progress = partial(tqdm, total=self.config.steps, initial=self.step, desc="dVAE", unit="step")
-        with StopRequest() as stop, progress() as bar:
-            while self.step < self.config.steps:
-                losses, settings = self.train_step()
-                self.step += 1
-                bar.update()
-                at_end = self.step == self.config.steps
-                reason = "" if at_end else stop.reason()
-                logs = self.step % LOG_EVERY == 0 or at_end
-                saves = (self.step % self.checkpoint_every == 0 and not at_end) or bool(reason)
-                if logs or saves:
-                    self.check_finite(losses)
-                if logs:
-                    self.log(writer, bar, losses, settings)
-                self.seconds = elapsed + time.monotonic() - began
-                self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
-                if saves:
-                    self.save_checkpoint()
-                if reason:
-                    raise TrainingStoppedError(reason, self.step)
-        result = self.finish(writer)
-        writer.close()
-        return result
+        report = Reporter(self.output, self.step, self.config.steps, enabled=True)
+        with closing(report):
+            with StopRequest() as stop:
+                while self.step < self.config.steps:
+                    losses, settings = self.train_step()
+                    self.step += 1
+                    at_end = self.step == self.config.steps
+                    reason = "" if at_end else stop.reason()
+                    logs = self.step % LOG_EVERY == 0 or at_end
+                    saves = (self.step % self.checkpoint_every == 0 and not at_end) or bool(reason)
+                    if logs or saves:
+                        self.check_finite(losses)
+                    report.advance(self.log(report, losses, settings) if logs else None)
+                    self.seconds = elapsed + time.monotonic() - began
+                    self.cpu_seconds = cpu_elapsed + time.process_time() - cpu_began
+                    if saves:
+                        self.save_checkpoint()
+                    if reason:
+                        raise TrainingStoppedError(reason, self.step)
+            return self.finish(report)
 
     def start_codebook(self) -> None:
         """Put the codebook at k-means centroids of distinct training patches, and measure that plain quantiser."""
@@ -344,15 +341,15 @@ class Training:
                 f"--set learning_rate=… (it was {self.config.learning_rate:g}) and another --output"
             )
 
-    def log(self, writer: "SummaryWriter", bar: tqdm, losses: DVAELosses, settings: StepSettings) -> None:
+    def log(self, report: Reporter, losses: DVAELosses, settings: StepSettings) -> dict[str, str]:
+        """Report a step's figures. Return those for the progress bar."""
         loss, mse, kl = (value.item() for value in losses)
-        phase = f"temperature {settings.temperature:.2f}" if settings.soft else "argmax codes"
-        bar.set_postfix_str(f"{psnr_db(mse):.2f} dB, {phase}")
         scalars = {"loss": loss, "psnr_db": psnr_db(mse), "learning_rate": settings.learning_rate}
         if settings.soft:
             scalars |= {"kl_nats": kl, "kl_weight": settings.kl_weight, "temperature": settings.temperature}
-        for name, value in scalars.items():
-            writer.add_scalar(f"dvae/{name}", value, self.step)
+        report.scalars(self.step, {f"dvae/{name}": value for name, value in scalars.items()}, "train")
+        phase = f"temperature {settings.temperature:.2f}" if settings.soft else "argmax"
+        return {"PSNR": f"{psnr_db(mse):.2f} dB", "codes": phase}
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on, atomically."""
@@ -389,7 +386,7 @@ class Training:
         print(f"dVAE: resuming at step {self.step} of {self.config.steps}")
         return True
 
-    def finish(self, writer: "SummaryWriter") -> dict[str, Any]:
+    def finish(self, report: Reporter) -> dict[str, Any]:
         """Measure the trained model, save it, draw the grid, and write result.json last."""
         extractor, held_out = self.extractor(), self.held_out()
         splits = {self.train_split: self.sample_rows(self.rows, 1024)} | held_out
@@ -410,9 +407,8 @@ class Training:
         shown = self.sample_rows(np.concatenate(list(held_out.values()) or [self.rows]), GRID_PICTURES)
         grid_hwc = reconstruction_grid(extractor, read_pixels(self.store, shown))
         Image.fromarray(grid_hwc).save(self.output / GRID_FILE)
-        writer.add_image("dvae/true_above_reconstructed", grid_hwc, self.step, dataformats="HWC")
-        for name, values in quality.items():
-            writer.add_scalar(f"dvae/psnr_db_{name}", values["psnr_db"], self.step)
+        report.picture("dvae/true_above_reconstructed", grid_hwc, self.step)
+        report.scalars(self.step, {f"dvae/psnr_db_{name}": values["psnr_db"] for name, values in quality.items()}, "valid")
         write_json(self.output / RESULT_FILE, result)
         (self.output / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
@@ -434,18 +430,6 @@ def summary(result: dict[str, Any]) -> str:
         f"dVAE: PSNR {quality} (k-means start {result['kmeans_start_psnr_db']:.2f} dB); "
         f"{use['codes_used']} codes used ({use['fraction_used']:.0%}); {result['train_seconds']:.0f} s"
     )
-
-
-def _first_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
-    for key in sorted(found.keys() | wanted.keys()):
-        old, new = found.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = _first_difference(old, new, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif old != new:
-            return f"{prefix}{key} is {old} there, {new} here"
-    return ""
 
 
 if __name__ == "__main__":

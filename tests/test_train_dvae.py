@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import opt_ds.train_dvae as program
+from opt_ds.engine import run_folder
 from opt_ds.errors import RunError, UserError
 from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE, psnr_db
 from opt_ds.prepare.codes import CodeExtractor, codebook_use, reconstruction_quality, split_image_rows
@@ -77,15 +78,7 @@ def test_a_run_that_was_cut_off_resumes_bit_equal(
 ) -> None:
     train(store, tmp_path / "whole")
     real_step = Training.train_step
-
-    def dying_step(self: Training):
-        if self.step == cut + 1:  # past its last checkpoint
-            raise KeyboardInterrupt
-        return real_step(self)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "train_step", dying_step)
-        train(store, tmp_path / "cut", checkpoint_every=cut)
+    _train_until(cut, store, tmp_path / "cut", monkeypatch)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     started: list[int] = []
     monkeypatch.setattr(Training, "train_step", lambda self: (started.append(self.step), real_step(self))[1])
@@ -114,6 +107,66 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(
         with pytest.raises(RunError, match=r"at step 6: train anew with a lower --set learning_rate=.* another --output"):
             train(store, tmp_path / "run", checkpoint_every=3)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+def test_a_run_folder_written_before_it_recorded_launches_resumes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(store, tmp_path / "whole")
+    _train_until(3, store, tmp_path / "cut", monkeypatch)
+    file = tmp_path / "cut" / "run.json"
+    config, others = {}, {}
+    for key, value in json.loads(file.read_text())["identity"].items():
+        (config if key.startswith("config.") else others)[key.removeprefix("config.")] = value
+    file.write_text(json.dumps({"config": config, **others}, indent=1))
+    with pytest.raises(UserError, match=r"holds another run \(seed was 1 there and is 2 now\)"):
+        train(store, tmp_path / "cut", seed=2)
+    train(store, tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    record = json.loads(file.read_text())
+    assert record["kind"] == "dVAE" and [launch["threads"] for launch in record["launches"]] == [1]
+
+
+def test_a_run_folder_is_one_run_s_with_launches_and_metrics(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    monkeypatch.setattr(program, "LOG_EVERY", 2)
+    _train_until(6, store, output, monkeypatch)
+    with run_folder.lock(output, print), pytest.raises(UserError, match="another process is training there"):
+        train(store, output)
+    left = output / ".checkpoint.pt.0123456789abcdef.tmp"  # of a process that was killed while it saved
+    left.touch()
+    train(store, output)
+    assert not left.exists()
+    launches = json.loads((output / "run.json").read_text())["launches"]
+    assert len(launches) == 2 and all(launch["versions"]["torch"] for launch in launches)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12], "each once, though one is redone"
+    assert "dvae/psnr_db_train" in lines[-1]
+
+
+def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"identity": {}, "launches": []}')
+    with pytest.raises(UserError, match="holds a run of the model, not of the dVAE: use another --output"):
+        train(store, tmp_path)
+    train(store, tmp_path / "dvae")
+    with pytest.raises(UserError, match="holds a run of the dVAE, not of the model: use another --output"):
+        run_folder.read_record(tmp_path / "dvae", run_folder.MODEL)
+
+
+def _train_until(step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until one step past the checkpoint of `step`, as a process that is killed then."""
+    real_step = Training.train_step
+
+    def dying_step(self: Training):
+        if self.step == step + 1:
+            raise KeyboardInterrupt
+        return real_step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "train_step", dying_step)
+        train(store, output, checkpoint_every=step)
 
 
 def _weights_of_other_seed(store: Path, tmp_path: Path) -> bytes:
@@ -170,8 +223,8 @@ def test_bad_input_is_named(store: Path, tmp_path: Path) -> None:
         ("no feature store there", (tmp_path / "gone", tmp_path / "o"), {}),
         ("no pictures", (tmp_path / "blind", tmp_path / "o"), {}),
         ('no split "trian" .did you mean "train"', (store, tmp_path / "o"), {"train_split": "trian"}),
-        ("another run .seed is 1 there, 2 here", (store, tmp_path / "run"), {"seed": 2}),
-        ("another run .config.steps is 12 there, 13 here", (store, tmp_path / "run"), {"steps": 13}),
+        ("another run .seed was 1 there and is 2 now", (store, tmp_path / "run"), {"seed": 2}),
+        ("another run .config.steps was 12 there and is 13 now", (store, tmp_path / "run"), {"steps": 13}),
         ("not empty and no dVAE run", (store, tmp_path / "full"), {}),
         ('--precision "int3"', (store, tmp_path / "o"), {"precision": "int3"}),
     ]:

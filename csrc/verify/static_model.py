@@ -7,31 +7,20 @@ time is a bound: the larger of bytes / bandwidth and FLOPs / peak, times nothing
     python csrc/verify/static_model.py        prints the tables of benchmarks/README.md
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from opt_ds.engine import hardware
+from opt_ds.engine.hardware import Gpu
 
 FP16, FP32, INT32 = 2, 4, 4
+#: Of a multiprocessor of each of these GPUs.
+REGISTERS, MAX_THREADS, MAX_BLOCKS = 65536, 2048, 32
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Vendor's data sheet: peak dense fp16 tensor throughput (fp32 accumulation) and memory bandwidth; see also occupancy."""
-
-    name: str
-    architecture: str
-    tensor_tflops: float
-    bandwidth_gbs: float
-    multiprocessors: int
-    shared_bytes: int  # usable by blocks of a multiprocessor
-    registers: int = 65536
-    max_threads: int = 2048
-    max_blocks: int = 32
-
-
-GPUS = (
-    Gpu("V100 SXM2", "70", 125, 900, 80, 96 << 10),
-    Gpu("A100 SXM4 40 GB", "80", 312, 1555, 108, 164 << 10),
-    Gpu("H100 SXM5", "90", 989, 3350, 132, 228 << 10),
-)
+#: The GPUs of the tables.
+GPUS = tuple(hardware.GPUS[name] for name in ("V100-16GB", "A100-40GB", "H100-80GB"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class Cost:
 
     def bound_us(self, gpu: Gpu) -> float:
         """Time below which no kernel of this cost can stay, in microseconds."""
-        return max(self.bytes / gpu.bandwidth_gbs / 1e3, self.flops / gpu.tensor_tflops / 1e6)
+        return 1e6 * max(self.bytes / gpu.memory_bandwidth, self.flops / gpu.half_flops)
 
 
 # ---- LayerNorm: rows x width of fp16; bias, dropout, residual
@@ -136,10 +125,10 @@ def attention_unfused(batch: int, heads: int, length: int, size: int) -> tuple[C
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
     """Registers are given out to warps in units of 256; shared memory in units of 256 bytes (1 KB more a block from sm_80 on)."""
     per_warp = -(-registers * 32 // 256) * 256
-    by_registers = gpu.registers // per_warp // (threads // 32)
-    reserved = 1024 if int(gpu.architecture) >= 80 else 0
+    by_registers = REGISTERS // per_warp // (threads // 32)
+    reserved = 1024 if gpu.capability >= (8, 0) else 0
     by_shared = gpu.shared_bytes // max(1, -(-shared_bytes // 256) * 256 + reserved)
-    return min(by_registers, by_shared, gpu.max_threads // threads, gpu.max_blocks)
+    return min(by_registers, by_shared, MAX_THREADS // threads, MAX_BLOCKS)
 
 
 def attention_shared_bytes(size: int, backward: bool) -> int:

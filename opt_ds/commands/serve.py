@@ -118,6 +118,10 @@ def serve(
         ),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of limits: see docs/configuration.md, Serving.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one limit; may be repeated.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
     allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
     image_weights: _ImageWeights = None,
@@ -132,18 +136,22 @@ def serve(
         from opt_ds.serve.server import build_server, listen
     except ImportError as error:
         raise UserError(f"opt-ds serve needs {error.name}: pip install 'opt_ds[web]'") from None
+    from opt_ds.config_section import load_section
+    from opt_ds.serve.limits import Limits
+
+    limits = load_section(Limits, str(config) if config else None, set_ or ())
     from opt_ds.serve.neighbours import Neighbours, evaluator_beside
 
     session = _session(checkpoint, image_weights, speech_weights, device)
     neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
-    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg)
+    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, limits=limits)
     try:
         listening = listen(host, port)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}: choose another one, or --port 0") from None
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
-    build_server(app).run(sockets=[listening])
+    build_server(app, limits).run(sockets=[listening])
 
 
 def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path | None, device: str) -> Any:

@@ -1,6 +1,7 @@
-"""What devices can do: the GPUs that people train on, and this machine's own peak.
+"""Capabilities of devices: the one table of GPUs, and the measured peak of this machine.
 
-Figures are the makers' data sheets (dense, without sparsity): NVIDIA V100, A100, H100 and H200 Tensor Core GPU data sheets.
+Figures are those of the makers (dense, without sparsity): data sheets and architecture white papers of NVIDIA's V100,
+A100, H100 and H200 Tensor Core GPUs.
 """
 
 import functools
@@ -18,26 +19,31 @@ _MOMENT_S = 0.005  # a product that takes longer is large enough to measure a pr
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU. Memory as its driver reports it; rates in operations or bytes a second; `link`: NVLink, one direction."""
+    """A kind of GPU. Rates are operations or bytes per second.
+
+    The last two fields are known for NVIDIA's GPUs only; the kernels' static model reads them.
+    """
 
     name: str
-    memory_gib: float
+    memory_gib: float  # as its driver reports it
     capability: tuple[int, int]
     half_flops: float  # fp16 (and bf16, from Ampere on) matrix products
     fp32_flops: float
     memory_bandwidth: float
-    link_bandwidth: float
+    link_bandwidth: float  # NVLink, one direction
+    multiprocessors: int = 0
+    shared_bytes: int = 0  # shared memory of a multiprocessor that blocks can use
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("V100-16GB", 15.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
-        Gpu("V100-32GB", 31.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9),
-        Gpu("A100-40GB", 39.5, (8, 0), 312e12, 19.5e12, 1555e9, 300e9),
-        Gpu("A100-80GB", 79.2, (8, 0), 312e12, 19.5e12, 2039e9, 300e9),
-        Gpu("H100-80GB", 79.6, (9, 0), 989e12, 67e12, 3350e9, 450e9),
-        Gpu("H200-141GB", 140.4, (9, 0), 989e12, 67e12, 4800e9, 450e9),
+        Gpu("V100-16GB", 15.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9, 80, 96 << 10),
+        Gpu("V100-32GB", 31.7, (7, 0), 125e12, 15.7e12, 900e9, 150e9, 80, 96 << 10),
+        Gpu("A100-40GB", 39.5, (8, 0), 312e12, 19.5e12, 1555e9, 300e9, 108, 164 << 10),
+        Gpu("A100-80GB", 79.2, (8, 0), 312e12, 19.5e12, 2039e9, 300e9, 108, 164 << 10),
+        Gpu("H100-80GB", 79.6, (9, 0), 989e12, 67e12, 3350e9, 450e9, 132, 228 << 10),
+        Gpu("H200-141GB", 140.4, (9, 0), 989e12, 67e12, 4800e9, 450e9, 132, 228 << 10),
     )
 }
 

@@ -1,49 +1,86 @@
-"""Architecture and training recipe of the dVAE: one frozen object, its presets, strict loading, and the schedules."""
+"""Configuration of the dVAE (architecture and training), its presets, and its schedules."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from opt_ds.config_section import Section, section_from_dict
+from opt_ds.config_sources import PRESET_FOLDER, merge, preset_names, read_source
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.user_files import expected_kind, parse_yaml, read_yaml
+
+DVAE_PRESET_FOLDER = PRESET_FOLDER / "dvae"
+#: What a configuration file starts from that names no preset.
+BASE_PRESET = "dvae-base"
 
 
-class DVAEConfig(BaseModel):
-    """Architecture and training recipe of a dVAE; presets in `DVAE_PRESETS`. Unknown keys are refused."""
+class DVAEConfig(Section):
+    """Architecture and training of the dVAE."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    label: ClassVar[str] = "dVAE config"
 
-    codebook_size: int = Field(8192, ge=2, le=65536, description="number of codes; uint16 holds them in the store")
-    encoder_width: int = Field(256, ge=1, description="channels of the encoder's convolutions")
-    encoder_blocks: int = Field(2, ge=0, description="residual blocks of the encoder")
-    decoder_width: int = Field(256, ge=1, description="channels of the decoder's convolutions")
-    decoder_blocks: int = Field(4, ge=0, description="residual blocks of the decoder")
-    encoder_sigma: float = Field(0.2, gt=0, description="σ (pixels in 0..1) of the patch mixture at the start")
-    pixel_sigma: float = Field(0.1, gt=0, description="σ of a pixel's likelihood: a nat's price in squared error")
+    codebook_size: int = Field(8192, ge=2, le=65536, description="Number of codes. The store holds them as uint16.")
+    encoder_width: int = Field(256, ge=1, description="Channels of the encoder's convolutions.")
+    encoder_blocks: int = Field(2, ge=0, description="Number of residual blocks of the encoder.")
+    decoder_width: int = Field(256, ge=1, description="Channels of the decoder's convolutions.")
+    decoder_blocks: int = Field(4, ge=0, description="Number of residual blocks of the decoder.")
+    encoder_sigma: float = Field(
+        0.2,
+        gt=0,
+        description="Initial σ of the mixture of patches, for pixels in 0–1. A larger σ gives softer code "
+        "probabilities.",
+    )
+    pixel_sigma: float = Field(
+        0.1, gt=0, description="σ of the pixel likelihood, for pixels in 0–1: the squared error is divided by 2σ²."
+    )
 
-    steps: int = Field(20_000, ge=1)
-    batch_size: int = Field(64, ge=1, description="pictures per step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak, after a linear warm-up and before a cosine to zero")
-    warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    temperature_start: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the first step")
-    temperature_end: float = Field(1 / 16, gt=0, description="DALL·E's final temperature, §A.2")
-    kl_weight: float = Field(1.0, ge=0, description="β of the ELBO; 1 is the ELBO itself")
+    steps: int = Field(20_000, ge=1, description="Number of optimizer steps.")
+    batch_size: int = Field(64, ge=1, description="Images per optimizer step.")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="Peak learning rate, between a linear warm-up and a cosine decay to 0."
+    )
+    warmup_steps: int = Field(20, ge=0, description="Optimizer steps of the linear warm-up. 0: no warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. 0: none.")
+    clip_norm: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="Largest gradient norm; larger gradients are scaled down. .inf: no clipping.",
+    )
+    temperature_start: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the first step.")
+    temperature_end: float = Field(1 / 16, gt=0, description="Final Gumbel-softmax temperature (as DALL·E, §A.2).")
+    kl_weight: float = Field(1.0, ge=0, description="Final weight β of the KL term. 1: the ELBO. 0: no KL term.")
     soft_share: float = Field(
-        0.6, ge=0, le=1, description="share of the steps on relaxed codes; the rest trains the decoder on argmax codes"
+        0.6,
+        ge=0,
+        le=1,
+        description="Share of the steps that train encoder and decoder on relaxed codes. The others train the "
+        "decoder on argmax codes.",
     )
-    anneal_share: float = Field(0.6, gt=0, le=1, description="share of the soft steps over which the temperature falls")
-    kl_warmup_share: float = Field(0.25, ge=0, le=1, description="share of the soft steps in which β rises from zero")
+    anneal_share: float = Field(
+        0.6, gt=0, le=1, description="Share of the steps on relaxed codes over which the temperature falls."
+    )
+    kl_warmup_share: float = Field(
+        0.25, ge=0, le=1, description="Share of the steps on relaxed codes over which β rises from 0. 0: no warm-up."
+    )
     straight_through_share: float = Field(
-        0.0, ge=0, le=1, description="last share of the soft steps on one-hot samples (straight-through)"
+        0.0,
+        ge=0,
+        le=1,
+        description="Last share of the steps on relaxed codes that use one-hot codes (straight-through). 0: none.",
     )
-    kmeans_pictures: int = Field(4096, ge=1, description="pictures whose distinct patches start the codebook")
-    kmeans_patches: int = Field(30_000, ge=1)
-    kmeans_iterations: int = Field(8, ge=0)
+    kmeans_pictures: int = Field(
+        4096, ge=1, description="Images whose distinct patches initialise the codebook by k-means."
+    )
+    kmeans_patches: int = Field(
+        30_000, ge=1, description="Largest number of distinct patches for k-means; at least `codebook_size`."
+    )
+    kmeans_iterations: int = Field(
+        8, ge=0, description="Iterations of k-means. 0: the codebook starts from sampled patches."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DVAEConfig":
@@ -52,36 +89,6 @@ class DVAEConfig(BaseModel):
         if self.temperature_end > self.temperature_start:
             raise ValueError(f"temperature_end {self.temperature_end} is above temperature_start")
         return self
-
-
-DVAE_PRESETS: dict[str, DVAEConfig] = {
-    "dvae-base": DVAEConfig(kmeans_patches=200_000, kmeans_pictures=20_000),
-    "dvae-emoji": DVAEConfig(
-        codebook_size=1024,
-        encoder_width=128,
-        encoder_blocks=1,
-        decoder_width=192,
-        decoder_blocks=2,
-        steps=1200,
-        batch_size=16,
-        learning_rate=2e-3,
-        soft_share=0.33,
-    ),
-    "dvae-tiny": DVAEConfig(
-        codebook_size=32,
-        encoder_width=8,
-        encoder_blocks=1,
-        decoder_width=8,
-        decoder_blocks=1,
-        steps=12,
-        batch_size=4,
-        warmup_steps=2,
-        soft_share=0.5,
-        kmeans_patches=500,
-        kmeans_pictures=64,
-        kmeans_iterations=2,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -113,39 +120,35 @@ def schedule(config: DVAEConfig, step: int) -> StepSettings:
 
 
 def load_dvae_config(
-    preset: str, config_file: Path | None = None, settings: tuple[str, ...] = (), steps: int | None = None
+    preset: str | None, config_file: Path | str | None = None, settings: Sequence[str] = (), steps: int | None = None
 ) -> DVAEConfig:
-    """Combine preset, YAML file, `key=value` settings and number of steps, each overriding the one before."""
-    changes: dict[str, Any] = {}
-    if config_file is not None:
-        changes = read_yaml(config_file) or {}
-        if not isinstance(changes, dict):
-            raise UserError(f"{config_file}: a dVAE configuration is `key: value` lines, this is something else")
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f'--set "{setting}": write it as key=value')
-        changes[key.strip()] = parse_yaml(value, f'--set "{setting}"')
+    """Load the configuration from a preset, a YAML file, `key=value` settings and a number of steps, in this order.
+
+    Each overrides those before it. `preset` None: the one that the file names, otherwise `BASE_PRESET`. Raises UserError, one
+    line, for an unknown preset or key, an unreadable file or a bad value.
+    """
+    tree = read_source(str(config_file), DVAE_PRESET_FOLDER) if config_file is not None else {}
+    named = tree.pop("preset", None)
+    if preset is not None and named is not None and preset != named:
+        raise UserError(f"--preset {preset}: {config_file} starts from preset {named}: omit --preset")
+    tree = merge(_preset_tree(named or preset or BASE_PRESET), tree)
     if steps is not None:
-        changes["steps"] = steps
-    return build_dvae_config(preset, changes)
+        settings = [*settings, f"steps={steps}"]
+    return section_from_dict(DVAEConfig, tree, f"dVAE config {config_file or preset or BASE_PRESET}", settings)
 
 
-def build_dvae_config(preset: str, changes: dict[str, Any] | None = None) -> DVAEConfig:
-    """Return preset `preset` with some keys changed. UserError names an unknown preset, key, or bad value."""
-    if preset not in DVAE_PRESETS:
-        known = ", ".join(DVAE_PRESETS)
-        raise UserError(f'preset "{preset}" is unknown{did_you_mean(preset, DVAE_PRESETS)}: choose one of {known}')
-    try:
-        return DVAEConfig.model_validate({**DVAE_PRESETS[preset].model_dump(), **(changes or {})})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        if first["type"] == "extra_forbidden":
-            keys = DVAEConfig.model_fields
-            raise UserError(
-                f'dVAE key "{key}" is unknown{did_you_mean(key, keys)}: choose from {", ".join(keys)}'
-            ) from None
-        reason = expected_kind(first["type"]) or first["msg"].removeprefix("Value error, ")
-        given = f" (given: {first['input']!r})" if first["loc"] else ""
-        raise UserError(f"dVAE {key}: {reason}{given}: change it with --set") from None
+def preset_of_file(config_file: Path | str) -> str:
+    """Return the preset that a configuration file starts from."""
+    return str(read_source(str(config_file), DVAE_PRESET_FOLDER).get("preset") or BASE_PRESET)
+
+
+def _preset_tree(preset: str) -> dict[str, Any]:
+    names = preset_names(DVAE_PRESET_FOLDER)
+    if preset not in names:
+        raise UserError(f'preset "{preset}" is unknown{did_you_mean(preset, names)}: choose one of {", ".join(names)}')
+    tree = read_source(preset, DVAE_PRESET_FOLDER)
+    del tree["preset"]
+    return tree
+
+
+DVAE_PRESETS: dict[str, DVAEConfig] = {name: load_dvae_config(name) for name in preset_names(DVAE_PRESET_FOLDER)}

@@ -4,12 +4,13 @@ Sampling is a pure function of (seed, key of the sequence, position), so it does
 Legend: b sequences, v outputs.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from opt_ds.config_section import Section
 from opt_ds.data.keyed import keyed_uniform
 from opt_ds.model.decoders import AutoregressiveDecoder
 from opt_ds.ops.sequences import Sequences
@@ -18,18 +19,25 @@ from opt_ds.ops.sequences import Sequences
 _LOOK_EVERY = {"cuda": 8}
 
 
-class DecodingConfig(BaseModel):
-    """How to write. `top_k` 0 and `top_p` 1 leave all outcomes; `length_penalty` as in Wu et al. 2016, eq. 14."""
+class DecodingConfig(Section):
+    """How a decoder generates text tokens or image codes. The options of `opt-ds generate` and `opt-ds evaluate` set it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    method: Literal["greedy", "beam", "sample"] = "greedy"
-    beam_size: int = Field(4, ge=1)
-    length_penalty: float = Field(0.6, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_length: int | None = Field(None, ge=1, description="items at most; None: as many as the decoder has positions")
-    seed: int = Field(1, ge=0)
+    label: ClassVar[str] = "generation settings"
+
+    method: Literal["greedy", "beam", "sample"] = Field("greedy", description="Greedy decoding, beam search, or sampling.")
+    beam_size: int = Field(4, ge=1, description="beam: number of hypotheses that are kept.")
+    length_penalty: float = Field(
+        0.6, ge=0, description="beam: exponent of the length normalisation (Wu et al. 2016, eq. 14). 0: none."
+    )
+    temperature: float = Field(1.0, gt=0, description="sample: divisor of the logits.")
+    top_k: int = Field(0, ge=0, description="sample: only the k most probable outcomes are kept. 0: all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample: only the most probable outcomes of this total probability are kept. 1: all."
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="Largest number of tokens or codes. None: the number of the decoder's positions."
+    )
+    seed: int = Field(1, ge=0, description="sample: seed of the random numbers.")
 
 
 #: What texts are written with where nothing else is asked for.

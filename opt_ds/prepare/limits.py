@@ -4,9 +4,12 @@ All limits follow from --max-pixels and --max-seconds, so that every file that t
 is known once its header has been read; until then the allowance is that of a small file.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from pydantic import Field
+
+from opt_ds.config_section import Section
 from opt_ds.prepare.reasons import RefusedError
 
 MAX_PIXELS = 100_000_000
@@ -17,7 +20,10 @@ MIB = 2**20
 _BASE_MEMORY, CPU_S = 256 * MIB, 20.0
 _DRAWING_MEMORY, _DRAWING_FILE = 1024 * MIB, 64 * MIB
 _ARRAYS_FILE = 256 * MIB  # of region features; a picture's 100 regions take 1.5 MiB
-_MEMORY_PER_PIXEL, _CPU_S_PER_PIXEL = 48, 0.6e-6  # RGBA on white, and the decoder's own buffers; JPEG 2000 is the slowest
+_MEMORY_PER_PIXEL, _CPU_S_PER_PIXEL = (
+    48,
+    0.6e-6,
+)  # RGBA on white, and the decoder's own buffers; JPEG 2000 is the slowest
 _MEMORY_PER_VALUE, _CPU_S_PER_VALUE = 12, 2e-7
 
 
@@ -34,20 +40,30 @@ class Budget:
         return 5 * self.cpu_s
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The user's limits: the most pixels of a picture, the most seconds of a recording, and whether drawings are taken.
+class Limits(Section):
+    """What one file may be, and what decoding it may cost.
 
-    `cpu_s`: the seconds of CPU time that any file may take; large ones may take more.
+    `opt-ds prepare` takes the first two from its settings, `opt-ds serve` the second one from its own limits.
     """
 
-    max_pixels: int = MAX_PIXELS
-    max_seconds: float = MAX_SECONDS
-    allow_svg: bool = True
-    cpu_s: float = CPU_S
+    label: ClassVar[str] = "decoding limits"
+
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
+    )
+    max_seconds: float = Field(
+        MAX_SECONDS, gt=0, description="Longest audio, in seconds. Longer audio is refused before decoding."
+    )
+    allow_svg: bool = Field(True, description="Decode SVG drawings. False: refuse them.")
+    cpu_s: float = Field(
+        CPU_S,
+        gt=0,
+        description="CPU time for decoding any file, in seconds. Large files get more in proportion to their size.",
+    )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the limits as plain values, for a request to the decoding process."""
+        return self.model_dump()
 
     def file_bytes(self, kind: str) -> int:
         """Return the most bytes that a file of `kind` (image, audio, arrays) may have: uncompressed, at full depth."""
@@ -63,7 +79,9 @@ class Limits:
 
     def of_picture(self, file_bytes: int, pixels: int) -> Budget:
         """Return the budget for decoding this number of pixels."""
-        return Budget(_BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, self.cpu_s + _CPU_S_PER_PIXEL * pixels)
+        return Budget(
+            _BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, self.cpu_s + _CPU_S_PER_PIXEL * pixels
+        )
 
     def of_drawing(self, file_bytes: int, pixels: int) -> Budget:
         """Return the budget for a vector graphic whose embedded bitmaps have this number of pixels."""

@@ -66,7 +66,6 @@ def prepare(
     """
     started = time.monotonic()
     settings = settings or PrepareSettings()
-    settings.check()
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     folder = output if share is None else part_folder(output, *share)
@@ -167,7 +166,7 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: 
             (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
         )
         text = file_sha256(file) if file else None
-    fields = {name: str(value) for name, value in asdict(settings).items() if not name.endswith("_weights")}
+    fields = {name: str(value) for name, value in settings.model_dump().items() if not name.endswith("_weights")}
     content = [manifest.sha256, {**fields, "text": text}, identities]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -1,74 +1,93 @@
-"""How features are made: what `opt-ds prepare` can be told. Equal settings and inputs give equal bytes."""
+"""Settings of `opt-ds prepare`: how features are extracted. Equal settings and inputs give equal bytes."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from opt_ds.errors import UserError, did_you_mean
+from pydantic import Field, model_validator
+
+from opt_ds.config_section import Section
+from opt_ds.errors import did_you_mean
 from opt_ds.prepare.limits import MAX_PIXELS, MAX_SECONDS, Limits
 from opt_ds.prepare.text import UNICODE_FORMS
 
-_AT_LEAST_ONE = (
-    "pool_frames",
-    "max_frames",
-    "vocab_size",
-    "max_tokens",
-    "max_pixels",
-    "samples_per_shard",
-    "image_min_side",
-    "image_max_side",
-)
 
+class PrepareSettings(Section):
+    """How `opt-ds prepare` and `opt-ds update` extract features. Their options set these keys."""
 
-@dataclass(frozen=True)
-class PrepareSettings:
-    """Paths are None where the extractor needs none; frames are pooled by mean, then cut.
+    label: ClassVar[str] = "preparation settings"
 
-    `max_tokens`, `max_frames`: longer texts and recordings are cut, and counted in the report. `max_pixels`,
-    `max_seconds`: larger files are refused before they are decoded. `speech_layer`: 1 is the first Transformer layer's
-    output, None the last one's. `image_min_side`, `image_max_side`: faster_rcnn scales the shorter side to the one unless
-    the longer then exceeds the other. `speech_window_s`, `speech_overlap_s`: see Wav2Vec2Extractor.
-    """
+    images: str = Field(
+        "grid",
+        description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, or npz (files made "
+        "by one).",
+    )
+    image_weights: Path | None = Field(
+        None,
+        description="State dict of the detector or backbone. None: the weights of the extractor's package, if it "
+        "has any.",
+    )
+    image_backbone: str | None = Field(
+        None,
+        description="grid: torchvision's name of the backbone of `image_weights`, or timm/NAME. None: the "
+        "extractor's own.",
+    )
+    image_min_side: int = Field(
+        600, ge=1, description="faster_rcnn: pixels that the shorter side of an image is scaled to."
+    )
+    image_max_side: int = Field(
+        1000, ge=1, description="faster_rcnn: largest longer side in pixels; images are scaled less then."
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
+    )
+    pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and picture grids.")
+    speech: str = Field("logmel", description="Extractor of audio frames: logmel or wav2vec2.")
+    speech_weights: Path | None = Field(
+        None, description="wav2vec2: a torchaudio state dict or a Hugging Face folder. logmel needs none."
+    )
+    speech_layer: int | None = Field(
+        None, description="wav2vec2: Transformer layer whose output is taken, counted from 1. None: the last one."
+    )
+    speech_window_s: float = Field(
+        30.0, description="wav2vec2: length of the windows that longer audio is split into, in seconds."
+    )
+    speech_overlap_s: float = Field(2.0, description="wav2vec2: overlap of neighbouring windows, in seconds.")
+    trim_silence: bool = Field(False, description="Remove the silence at both ends of the audio.")
+    pool_frames: int = Field(1, ge=1, description="Number of neighbouring audio frames that are averaged into one.")
+    max_frames: int | None = Field(
+        None,
+        ge=1,
+        description="Longest audio, in frames after pooling. Longer audio is truncated and counted. None: no limit.",
+    )
+    max_seconds: float = Field(
+        MAX_SECONDS, gt=0, description="Longest audio, in seconds. Longer audio is refused before decoding."
+    )
+    text: Path | None = Field(
+        None, description="Hugging Face folder of a WordPiece tokenizer. None: train one on the train split's texts."
+    )
+    vocab_size: int = Field(1200, ge=1, description="Vocabulary size of the tokenizer that is trained.")
+    unicode_form: str = Field("NFC", description=f"Unicode normal form of texts: {', '.join(UNICODE_FORMS)}.")
+    max_tokens: int | None = Field(  # BERT's 512 positions, less [CLS] and [SEP]
+        510, ge=1, description="Longest text, in tokens. Longer texts are truncated and counted. None: no limit."
+    )
+    samples_per_shard: int = Field(
+        1024, ge=1, description="Samples per file of the store. A stopped run resumes after a file."
+    )
+    compression: Literal["gzip"] | None = Field(
+        None, description="Compression of the store's files: gzip for archives, slower to read. None: uncompressed."
+    )
 
-    images: str = "grid"
-    image_weights: Path | None = None
-    image_backbone: str | None = None
-    image_min_side: int = 600
-    image_max_side: int = 1000
-    max_pixels: int = MAX_PIXELS
-    pixels: bool = True
-    speech: str = "logmel"
-    speech_weights: Path | None = None
-    speech_layer: int | None = None
-    speech_window_s: float = 30.0
-    speech_overlap_s: float = 2.0
-    trim_silence: bool = False
-    pool_frames: int = 1
-    max_frames: int | None = None
-    max_seconds: float = MAX_SECONDS
-    text: Path | None = None
-    vocab_size: int = 1200
-    unicode_form: str = "NFC"
-    max_tokens: int | None = 510  # BERT's 512 positions, less [CLS] and [SEP]
-    samples_per_shard: int = 1024
-    compression: Literal["gzip"] | None = None
-
-    def decoding_limits(self) -> Limits:
-        """Return what the decoder needs to know of the settings."""
-        return Limits(max_pixels=self.max_pixels, max_seconds=self.max_seconds)
-
-    def check(self) -> None:
-        """Raise UserError for a value that cannot be."""
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if not self.max_seconds > 0:
-            raise UserError(f"--max-seconds {self.max_seconds:g}: must be more than 0")
+    @model_validator(mode="after")
+    def _check(self) -> "PrepareSettings":
         if self.unicode_form not in UNICODE_FORMS:
             near = did_you_mean(self.unicode_form, UNICODE_FORMS)
-            raise UserError(f'--unicode-form "{self.unicode_form}": unknown{near}: choose {", ".join(UNICODE_FORMS)}')
+            raise ValueError(f'--unicode-form "{self.unicode_form}": unknown{near}: choose {", ".join(UNICODE_FORMS)}')
         if not 0 <= 2 * self.speech_overlap_s < self.speech_window_s:
-            raise UserError(
+            raise ValueError(
                 f"--speech-overlap {self.speech_overlap_s:g}: must be less than half of --speech-window {self.speech_window_s:g}"
             )
+        return self
+
+    def decoding_limits(self) -> Limits:
+        """Return the limits of decoding that follow from these settings."""
+        return Limits(max_pixels=self.max_pixels, max_seconds=self.max_seconds)

@@ -44,7 +44,6 @@ def update_modality(
     the update. New images drop the image codes: `opt-ds train-dvae` makes them again. Raises UserError for samples that are
     not in the manifest and for one that would be left with nothing.
     """
-    settings.check()
     with exclusive_use(path, say):
         store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)

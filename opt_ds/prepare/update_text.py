@@ -57,7 +57,6 @@ def update_text(
     that stops the update. Raises UserError for samples that are not in the manifest, for one that would be left with nothing,
     and if a tokenizer is to be trained and no train sample has a text.
     """
-    settings.check()
     with exclusive_use(path, say):
         store = open_store(path)
         texts = _own_texts(store) if manifest_path is None else _manifest_texts(store, manifest_path, allow_outside)

@@ -48,7 +48,6 @@ _PAGE = {
 }  # fmt: skip
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s:]+/)+")
 
-_Text = Annotated[str | None, Form(max_length=_LIMITS.text_characters)]
 _Upload = Annotated[UploadFile | None, File()]
 
 
@@ -68,8 +67,12 @@ def build_app(
         neighbours: where to look for the nearest samples of a store, if anywhere.
         host: the address the server listens on; `allow_hosts`: its further names. See opt_ds.serve.guard.
         allow_svg: whether uploads may be drawings, which can take the decoder's whole time limit.
-        limits: of connections, bodies and the queue.
+        limits: of connections, bodies, the queue and the fields of a request.
     """
+    # The handlers' types: FastAPI validates by them and puts them into the schema.
+    _Text = Annotated[str | None, Form(max_length=limits.text_characters)]  # noqa: N806
+    _Count = Annotated[int, Form(ge=1, le=limits.pictures)]  # noqa: N806
+    default_count = min(4, limits.pictures)
 
     def read(text: str | None, image: UploadFile | None, audio: UploadFile | None) -> tuple[Sample, list[str]]:
         notes: list[str] = []
@@ -107,7 +110,7 @@ def build_app(
         text: _Text = None,
         image: _Upload = None,
         audio: _Upload = None,
-        count: Annotated[int, Form(ge=1, le=_LIMITS.pictures)] = 4,
+        count: _Count = default_count,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
         def work() -> dict[str, Any]:

@@ -1,33 +1,66 @@
-"""What one client may take from `opt-ds serve`: every number in one place. docs/serving.md has them as a table."""
+"""Limits of `opt-ds serve`: what one client may take. `docs/serving.md` says what happens beyond each of them."""
 
-from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import Field
+
+from opt_ds.config_section import Section
 
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of the server. A request beyond one of them is answered with a status code; the server stays up."""
+class Limits(Section):
+    """Limits of the server. A request beyond one of them is answered with a status code; the server stays up."""
+
+    label: ClassVar[str] = "serving limits"
 
     # Connections (opt_ds.serve.server)
-    connections: int = 256  # open at the same time; beyond, the oldest one without a request makes room
-    header_s: float = 10.0  # from the connection, or the last answer, to the end of the request's header
-    answer_s: float = 30.0  # for a client to take in an answer that does not fit into the socket's buffers
-    draining_s: float = 10.0  # for the rest of a body that was refused: its client can read why
-    closing_s: float = 5.0  # for the last bytes, in both directions, of a connection that is being closed
+    connections: int = Field(
+        256, ge=1, description="Open connections. Beyond them, the oldest connection without a request is closed."
+    )
+    header_s: float = Field(
+        10.0,
+        gt=0,
+        description="Time from the connection, or from the last answer, to the end of a request's header, in seconds.",
+    )
+    answer_s: float = Field(
+        30.0,
+        gt=0,
+        description="Time for a client to read an answer that does not fit into the socket's buffers, in seconds.",
+    )
+    draining_s: float = Field(
+        10.0,
+        ge=0,
+        description="Time for receiving the rest of a refused body, in seconds, so that its client can read why.",
+    )
+    closing_s: float = Field(
+        5.0,
+        gt=0,
+        description="Time for the last bytes, in both directions, of a connection that is being closed, in seconds.",
+    )
 
     # Request bodies (opt_ds.serve.admission)
-    upload_bytes: int = 20 * MIB
-    body_s: float = 60.0  # from the end of the header to the end of the body
-    ahead_bytes: int = 64 * 1024  # read before a request takes a place in the queue: slow senders take none
-    steady_s: float = 2.0  # after this, a body slower than the next number gives up its place when others need it
-    steady_bytes_per_s: int = 128 * 1024
+    upload_bytes: int = Field(20 * MIB, ge=1, description="Largest request body, in bytes.")
+    body_s: float = Field(60.0, gt=0, description="Time from the end of the header to the end of the body, in seconds.")
+    ahead_bytes: int = Field(
+        64 * 1024, ge=0, description="Bytes of a body that are read before the request takes a place in the queue."
+    )
+    steady_s: float = Field(
+        2.0, ge=0, description="Time after which a slow body may lose its place to another request, in seconds."
+    )
+    steady_bytes_per_s: int = Field(
+        128 * 1024, ge=0, description="Rate below which a body counts as slow, in bytes per second."
+    )
 
     # The queue (opt_ds.serve.admission)
-    places: int = 17  # requests that are being uploaded, waiting (16) and computed (1)
-    retry_after_s: int = 2
+    places: int = Field(
+        17, ge=1, description="Requests that are uploaded, wait (16) or are computed (1) at the same time."
+    )
+    retry_after_s: int = Field(2, ge=0, description="`Retry-After` of an answer 503, in seconds.")
 
     # What a request holds (opt_ds.serve.app)
-    text_characters: int = 10_000
-    pictures: int = 8
-    recording_s: float = 300.0  # a small file can hold hours of silence
+    text_characters: int = Field(10_000, ge=1, description="Longest text, in characters.")
+    pictures: int = Field(8, ge=1, description="Largest number of generated images per request.")
+    recording_s: float = Field(
+        300.0, gt=0, description="Longest audio, in seconds: a small file can hold hours of silence."
+    )

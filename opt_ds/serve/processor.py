@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,9 @@ class OPTProcessor:
         """The same processor, whose warnings go somewhere else, and which refuses longer recordings and drawings if so asked."""
         other = copy(self)
         other._warn = warn
-        other._limits = replace(self._limits, max_seconds=max_seconds or self._limits.max_seconds, allow_svg=allow_svg)
+        other._limits = self._limits.model_copy(
+            update={"max_seconds": max_seconds or self._limits.max_seconds, "allow_svg": allow_svg}
+        )
         return other
 
     def close(self) -> None:

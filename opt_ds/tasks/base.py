@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
@@ -40,6 +41,7 @@ class Loss:
 
     name: str
     parameters: str  # beginning of the names of the parameters that only this loss trains
+    about: str  # one sentence for the reference of the configuration
     settings: tuple[str, ...] = ()  # of the model, that only those parameters depend on
     ability: str | None = None  # what it teaches the model (see `opt_ds.abilities`)
     options: type[LossConfig] = LossConfig  # its section of the configuration
@@ -59,6 +61,7 @@ class Task(DataTask):
     """A task as the model and the evaluation see it."""
 
     losses: ClassVar[tuple[Loss, ...]] = ()
+    about: ClassVar[str]  # one sentence for the reference of the configuration
     options: ClassVar[type[LossConfig] | None] = LossConfig  # its section of the configuration; None: it has none
     is_optional: ClassVar[bool] = False  # the section may be missing, and the task's head with it
     level: ClassVar[str] = ""  # what the task decides of: "token", "modality" or "sample"; the ablation removes whole levels
@@ -75,9 +78,13 @@ class Task(DataTask):
     def sections(cls) -> dict[str, Any]:
         """Name -> (type, default) of the sections of the configuration that the task and its losses have."""
         found: dict[str, Any] = {}
-        if cls.options is not None:
-            found[cls.name] = (cls.options | None, None) if cls.is_optional else (cls.options, cls.options())
-        return found | {loss.name: (loss.options, loss.options()) for loss in cls.losses if loss.name != cls.name}
+        if cls.options is not None and cls.is_optional:
+            found[cls.name] = (cls.options | None, Field(None, description=cls.about))
+        elif cls.options is not None:
+            found[cls.name] = (cls.options, Field(cls.options(), description=cls.about))
+        for loss in cls.losses:
+            found.setdefault(loss.name, (loss.options, Field(loss.options(), description=loss.about)))
+        return found
 
     @property
     def section(self) -> Any:

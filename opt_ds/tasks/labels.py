@@ -28,8 +28,11 @@ from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
 class LabelsConfig(LossConfig):
     """Fine-tuning's classification head on [CLS], a score for each name."""
 
-    names: tuple[str, ...] = Field(..., min_length=1, description="what the scores stand for")
-    answers: bool = Field(False, description="VQA: a name's target is min(times given / agreement, 1), else 1 if it is given")
+    names: tuple[str, ...] = Field(..., min_length=1, description="Names of the classes.")
+    answers: bool = Field(
+        False,
+        description="Whether the labels are VQA answers, whose target is min(times given / `finetune.agreement`, 1).",
+    )
 
 
 @dataclass
@@ -72,7 +75,8 @@ class LabelPrediction(Task):
     name = "labels"
     options = LabelsConfig
     is_optional = True
-    losses = (Loss("labels", "labels.", ability=LABEL),)
+    about = "Classification head. Set by `opt-ds finetune` for classification and vqa. None: no head."
+    losses = (Loss("labels", "labels.", about, ability=LABEL),)
     sampled = False
     fine_tunes = ("classification", "vqa")
     fine_tuned_loss = "labels"

@@ -26,11 +26,11 @@ from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
 class AudioMaskConfig(LossConfig):
-    span: int = Field(3, ge=1, description="consecutive frames masked together, also where another task masks audio")
+    span: int = Field(3, ge=1, description="Number of consecutive audio frames that are masked together, in every task.")
 
 
 class ContrastiveConfig(LossConfig):
-    temperature: float = Field(0.1, gt=0, description="divides the cosine similarities before the softmax")
+    temperature: float = Field(0.1, gt=0, description="Divisor of the similarities in the contrastive loss.")
 
 
 @dataclass
@@ -101,7 +101,14 @@ class MaskedAudioModeling(TokenLevelTask):
 
     name = "mam"
     options = AudioMaskConfig
-    losses = (Loss("mafr", "mam.regress."), Loss("mac", "mam.contrast.", options=ContrastiveConfig))
+    about = "Masked audio modelling. Its weight is a factor on `mafr` and `mac`."
+    losses = (
+        Loss("mafr", "mam.regress.", "Masked audio modelling: regression of the masked frames' features."),
+        Loss(
+            "mac", "mam.contrast.", "Masked audio modelling: contrastive loss of the masked frames.",
+            options=ContrastiveConfig,
+        ),
+    )
     modality, modality_word, min_items = AUDIO, "audio", 2  # one frame is masked, one stays
     masked_modalities = (AUDIO,)
 

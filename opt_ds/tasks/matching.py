@@ -30,13 +30,17 @@ from opt_ds.tasks.baselines import Baseline, TrainingStatistics
 
 
 class MatchingConfig(LossConfig):
-    loss: Literal["bce", "ce"] = Field("bce", description="bce: sigmoid for each of the five cases (the paper); ce: softmax")
-    pair_probability: float = Field(
-        0.5, ge=0, le=1, description="fraction of the complete samples of which only two modalities are judged"
+    loss: Literal["bce", "ce"] = Field(
+        "bce", description="Loss: binary cross-entropy per case, or cross-entropy over all cases."
     )
-    near_donor_share: float = Field(0.0, ge=0, le=1, description="fraction of training's negatives that are hard negatives")
+    pair_probability: float = Field(
+        0.5, ge=0, le=1, description="Share of the samples whose input is two modalities, not three."
+    )
+    near_donor_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the negatives in training that are hard negatives."
+    )
     near_donor_candidates: int = Field(
-        16, ge=2, description="candidates for each of them; the one with the most similar text is taken"
+        16, ge=2, description="Candidates drawn for each hard negative. The one with the most similar text is taken."
     )
 
 
@@ -74,7 +78,8 @@ class Matching(Task):
     name = "matching"
     level = "sample"
     options = MatchingConfig
-    losses = (Loss("matching", "matching.", ability=MATCH),)
+    about = "Sample-level modelling: which modalities belong together."
+    losses = (Loss("matching", "matching.", about, ability=MATCH),)
     columns = {"case": (np.int8, -1)}  # noqa: RUF012  # -1: not judged
     fine_tunes = ("retrieval",)
     fine_tuned_loss = "matching"

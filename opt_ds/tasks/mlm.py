@@ -56,7 +56,8 @@ class MaskedLanguageModeling(TokenLevelTask):
     """`sample.targets["mlm"]`: int64 [n], the text's original tokens."""
 
     name = "mlm"
-    losses = (Loss("mlm", "mlm."),)
+    about = "Masked language modelling."
+    losses = (Loss("mlm", "mlm.", about),)
     modality, modality_word = TEXT, "text"
     masked_modalities = (TEXT,)
     bert_names = {  # noqa: RUF012

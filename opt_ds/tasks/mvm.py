@@ -54,7 +54,14 @@ class MaskedVisionModeling(TokenLevelTask):
     """`sample.targets["mvm"]`: int64 [r], the classes of the sample's regions."""
 
     name = "mvm"
-    losses = (Loss("mvfr", "mvm.regress."), Loss("mrc", "mvm.classify.", settings=("image_num_classes",)))
+    about = "Masked vision modelling. Its weight is a factor on `mvfr` and `mrc`."
+    losses = (
+        Loss("mvfr", "mvm.regress.", "Masked vision modelling: regression of the masked regions' features."),
+        Loss(
+            "mrc", "mvm.classify.", "Masked vision modelling: classification of the masked regions.",
+            settings=("image_num_classes",),
+        ),
+    )
     modality, modality_word = IMAGE, "image"
     masked_modalities = (IMAGE,)
 

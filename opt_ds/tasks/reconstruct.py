@@ -31,9 +31,16 @@ _BEGIN_OF_CODES = -1  # no code
 
 
 class ModalityConfig(LossConfig):
-    drop_probability: float = Field(0.3, gt=0, lt=1, description="of each modality of the input")
-    always_drop_target: bool = Field(False, description="the reconstructed modality is never in the input")
-    text_target_share: float = Field(0.5, ge=0, le=1, description="fraction of text targets, with always_drop_target")
+    drop_probability: float = Field(
+        0.3, gt=0, lt=1, description="Probability of dropping each modality from the input."
+    )
+    always_drop_target: bool = Field(
+        False,
+        description="Never show the reconstructed modality in the input. A sample then has one target, text or image.",
+    )
+    text_target_share: float = Field(
+        0.5, ge=0, le=1, description="With `always_drop_target`: share of samples whose target is text."
+    )
 
 
 @dataclass
@@ -99,14 +106,18 @@ class ModalityReconstruction(Task):
 
     name = "modality"
     level = "modality"
+    about = "Modality-level modelling. Its weight is a factor on `dtr` and `dir`."
     options = ModalityConfig
     losses = (
-        Loss("dtr", "text_decoder.", settings=("text_decoder_layers",), ability=WRITE_TEXT),
         Loss(
-            "dir", "image_decoder.", settings=("image_codebook_size", "num_image_codes", "image_decoder_layers"),
-            ability=GENERATE_IMAGES,
+            "dtr", "text_decoder.", "Denoising text reconstruction by the text decoder.",
+            settings=("text_decoder_layers",), ability=WRITE_TEXT,
         ),
-    )
+        Loss(
+            "dir", "image_decoder.", "Denoising image reconstruction by the image decoder.",
+            settings=("image_codebook_size", "num_image_codes", "image_decoder_layers"), ability=GENERATE_IMAGES,
+        ),
+    )  # fmt: skip
     masked_modalities = (TEXT, IMAGE, AUDIO)
     columns = {  # noqa: RUF012
         "writes_text": (np.bool_, False),  # the text decoder reconstructs

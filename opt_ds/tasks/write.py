@@ -19,6 +19,7 @@ class TextWriting(Task):
     """Its targets, batch and loss are the reconstruction's."""
 
     name = "write"
+    about = "Text writing in fine-tuning."
     options = None
     sampled = False
     fine_tunes = ("transcription", "captioning")

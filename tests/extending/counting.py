@@ -20,7 +20,7 @@ from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
 
 
 class CountingConfig(LossConfig):
-    most: int = Field(8, ge=1, description="regions; more count as this many")
+    most: int = Field(8, ge=1, description="Largest number of regions. Larger ones count as this many.")
 
 
 @dataclass
@@ -39,7 +39,8 @@ class RegionCounting(Task):
     name = "counting"
     level = "sample"
     options = CountingConfig
-    losses = (Loss("counting", "counting."),)
+    about = "Region counting."
+    losses = (Loss("counting", "counting.", about),)
     columns = {"num_regions": (np.int16, -1)}  # noqa: RUF012
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:

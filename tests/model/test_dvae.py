@@ -20,7 +20,7 @@ from opt_ds.model.dvae import (
     psnr_db,
     unfold,
 )
-from opt_ds.model.dvae_config import DVAEConfig, build_dvae_config, load_dvae_config, schedule
+from opt_ds.model.dvae_config import DVAEConfig, load_dvae_config, schedule
 from opt_ds.model.kmeans import kmeans, nearest
 
 TINY = DVAE_PRESETS["dvae-tiny"]
@@ -182,11 +182,13 @@ def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:
 def test_mistakes_in_the_configuration_are_one_line(tmp_path: Path) -> None:
     for arguments, message in [
         (("dvae-emojy",), 'preset "dvae-emojy" is unknown .did you mean "dvae-emoji"'),
-        (("dvae-tiny", None, ("codebok_size=3",)), 'key "codebok_size" is unknown .did you mean "codebook_size"'),
-        (("dvae-tiny", None, ("batch_size=0",)), "dVAE batch_size: .*given: 0"),
-        (("dvae-tiny", None, ("batch_size",)), "write it as key=value"),
+        (("dvae-tiny", None, ("codebok_size=3",)), 'unknown key "codebok_size" .did you mean "codebook_size"'),
+        (("dvae-tiny", None, ("batch_size=0",)), "dVAE config dvae-tiny: batch_size: must be at least 1 .found 0"),
+        (("dvae-tiny", None, ("batch_size",)), "write it as key.path=value"),
+        (("dvae-tiny", None, ("clip_norm=.nan",)), "clip_norm: must be more than 0"),
+        (("dvae-tiny", None, ("learning_rate=.inf",)), "learning_rate: must be a finite number"),
         (("dvae-tiny", None, ("kmeans_patches=8",)), "below codebook_size 32"),
-        (("dvae-tiny", tmp_path / "gone.yaml"), "gone.yaml: no such file"),
+        (("dvae-tiny", tmp_path / "gone.yaml"), r'gone.yaml" is neither a preset \(dvae-base, dvae-emoji, .*\) nor a file'),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             load_dvae_config(*arguments)
@@ -194,7 +196,21 @@ def test_mistakes_in_the_configuration_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("batch_size: 3\nsteps: 5\n")
     config = load_dvae_config("dvae-tiny", tmp_path / "c.yaml", ("steps=6",), steps=7)
     assert (config.batch_size, config.steps, config.codebook_size) == (3, 7, 32)
-    assert build_dvae_config("dvae-base").codebook_size == 8192
+    assert load_dvae_config("dvae-base").codebook_size == 8192
+    assert load_dvae_config("dvae-tiny", None, ("clip_norm=.inf",)).clip_norm == math.inf  # no clipping, as runs may have it
+
+
+def test_a_configuration_file_may_name_its_preset(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: dvae-tiny\nbatch_size: 3\n")
+    for preset in (None, "dvae-tiny"):
+        config = load_dvae_config(preset, file)
+        assert (config.batch_size, config.codebook_size) == (3, 32)
+    with pytest.raises(UserError, match=r"--preset dvae-base: .*c.yaml starts from preset dvae-tiny: omit --preset"):
+        load_dvae_config("dvae-base", file)
+    file.write_text("preset: dvae-tny\n")
+    with pytest.raises(UserError, match=r'unknown preset "dvae-tny" .did you mean "dvae-tiny"'):
+        load_dvae_config(None, file)
 
 
 def test_schedules_start_cool_and_end_as_configured() -> None:

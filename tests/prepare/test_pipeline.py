@@ -1,6 +1,7 @@
 """Manifest -> store: what is good is kept, what is broken is reported, and the bytes do not depend on how it ran."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,11 +137,28 @@ def test_strict_and_hopeless_runs_stop_with_one_line(messy_manifest: Path, tmp_p
         (PrepareSettings(images="gird"), "did you mean"),
         (PrepareSettings(speech="wav2vec2"), "it needs a checkpoint"),
         (PrepareSettings(text=tmp_path / "none"), "no such folder"),
-        (PrepareSettings(pool_frames=0), "--pool-frames 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(messy_manifest, tmp_path / "u", settings, **quiet)
     assert not (tmp_path / "u").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pool_frames": 0}, "pool_frames: must be at least 1 (found 0)"),
+        ({"max_seconds": 0}, "max_seconds: must be more than 0 (found 0)"),
+        ({"max_seconds": math.inf}, "max_seconds: must be a finite number (found inf)"),
+        ({"max_frame": 3}, 'unknown key "max_frame" (did you mean "max_frames"?)'),
+        ({"unicode_form": "nfkc"}, '--unicode-form "nfkc": unknown: choose NFC, NFKC, NFD, NFKD, none'),
+        ({"speech_overlap_s": 15.0}, "--speech-overlap 15: must be less than half of --speech-window 30"),
+        ({"compression": "lzf"}, "compression: choose 'gzip' (found 'lzf')"),
+    ],
+)
+def test_a_bad_setting_is_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        PrepareSettings(**values)
+    assert str(error.value) == f"preparation settings: {message}"
 
 
 def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:

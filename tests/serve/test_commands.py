@@ -16,6 +16,7 @@ from PIL import Image
 
 from opt_ds.cli import _build
 from opt_ds.commands import run_command
+from opt_ds.serve.limits import Limits
 
 
 def opt_ds(*arguments: object) -> int:
@@ -80,6 +81,42 @@ def test_mistakes_are_one_line(
     assert opt_ds("generate", "--checkpoint", run, "--output", tmp_path / "x", *given) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--set", "plases=3"), 'unknown key "plases" (did you mean "places"?)'),
+        (("--set", "places=0"), "places: must be at least 1 (found 0)"),
+        (("--set", "places"), "write it as key.path=value"),
+        (("--config", "gone.yaml"), '--config "gone.yaml" is no file'),
+    ],
+)
+def test_a_bad_limit_of_the_server_is_one_line(
+    given: tuple[str, ...], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert opt_ds("serve", "--checkpoint", tmp_path / "none", *given) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_the_server_keeps_to_the_limits_of_a_file_and_of_set(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "limits.yaml").write_text("places: 3\npictures: 2\n")
+    kept: list[Limits] = []
+
+    class Ready(BaseException):
+        pass
+
+    def build(app: object, limits: Limits) -> None:
+        kept.append(limits)
+        raise Ready
+
+    monkeypatch.setattr("opt_ds.serve.server.build_server", build)
+    with pytest.raises(Ready):
+        opt_ds("serve", "--checkpoint", run, "--port", "0", "--config", tmp_path / "limits.yaml", "--set", "pictures=1")
+    assert kept == [Limits(places=3, pictures=1)]
 
 
 def test_export_then_generate(run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opt_ds.config import load_config
-from opt_ds.engine.hardware import Gpu, find_gpu
+from opt_ds.engine.hardware import GPUS, Gpu, find_gpu
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools import plan as planning
@@ -91,6 +91,15 @@ def test_a_slow_network_becomes_the_bound() -> None:
 def test_a_precision_that_the_gpu_cannot_do_right_is_refused() -> None:
     with pytest.raises(UserError, match=r"zero\.stage"):
         plan("zero.stage=0")
+
+
+def test_the_help_names_every_gpu_of_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from opt_ds.cli import _build
+    from opt_ds.commands import run_command
+
+    monkeypatch.setenv("COLUMNS", "400")
+    assert run_command(_build(), ["plan", "--help"], "opt-ds") == 0
+    assert f"{', '.join(GPUS)}, cpu, custom" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_reads_a_store_and_writes_json(tmp_path: Path) -> None:
