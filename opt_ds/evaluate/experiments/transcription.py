@@ -1,0 +1,31 @@
+"""Word error rate of the texts that the model writes from audio and images."""
+
+from typing import Any
+
+from opt_ds.evaluate.experiments import Experiment, Request
+from opt_ds.evaluate.summary import transcription_lines
+from opt_ds.evaluate.transcription import transcription
+from opt_ds.evaluate.words import normalize
+from opt_ds.model.generation import text_decoding
+
+
+class Transcription(Experiment):
+    """See `opt_ds.evaluate.transcription`."""
+
+    needs = (("dtr", "write text"),)
+
+    def measure(self, request: Request, *, limit: int | None, beam_size: int, ignore_words: str) -> dict[str, Any]:
+        return transcription(
+            request.evaluator,
+            request.split,
+            limit=limit,
+            seed=request.seed,
+            options=text_decoding(beam_size),
+            ignored_words=frozenset(normalize(ignore_words).split()),
+        )
+
+    def table(self, figures: dict[str, Any]) -> str:
+        return "\n".join(transcription_lines(figures))
+
+
+EXPERIMENT = Transcription()

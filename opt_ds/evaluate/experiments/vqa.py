@@ -1,0 +1,23 @@
+"""Accuracy of the answers of a model that was fine-tuned for visual question answering."""
+
+from typing import Any
+
+from opt_ds.evaluate.experiments import Experiment, Request
+from opt_ds.evaluate.vqa import vqa
+
+
+class Vqa(Experiment):
+    """See `opt_ds.evaluate.vqa`."""
+
+    def measure(self, request: Request, *, limit: int | None) -> dict[str, Any]:
+        return vqa(request.evaluator, request.split, limit=limit, seed=request.seed)
+
+    def table(self, figures: dict[str, Any]) -> str:
+        constant = figures["constant_answer"]
+        return (
+            f"VQA accuracy {figures['accuracy']:.1%} of {figures['questions']} questions (\"{constant['answer']}\" "
+            f"for all: {constant['accuracy']:.1%}; best possible: {figures['best_possible']:.1%})"
+        )
+
+
+EXPERIMENT = Vqa()
