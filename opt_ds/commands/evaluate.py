@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class Target:
     """What is evaluated, on what, and where the figures go."""
 
     checkpoint: Annotated[
@@ -35,13 +35,22 @@ class Inputs:
     ]
     store: Annotated[Path, typer.Option(help="The feature store.")]
     output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
+
+    def splits(self, store: "FeatureStore") -> list[str]:
+        """Return the splits to measure on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Target):
+    """The inputs of an experiment on one split."""
+
     split: Annotated[
         str | None,
         typer.Option(help="Split of the store. Default: test_variant, else the first that begins with test, else valid."),
     ] = None
 
     def splits(self, store: "FeatureStore") -> list[str]:
-        """Return the splits to measure on."""
         return [self.split] if self.split else _held_out(store, 1)
 
 
@@ -126,8 +135,8 @@ class ImageGenerationOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryInputs(Inputs):
-    split: Annotated[  # type: ignore[assignment]  # several
+class SummaryInputs(Target):
+    split: Annotated[
         list[str] | None,
         typer.Option(help="Held-out split; may be repeated. Default: all that begin with test, else valid."),
     ] = None
@@ -151,7 +160,7 @@ class Row(NamedTuple):
     name: str
     help: str
     options: type
-    inputs: type[Inputs] = Inputs
+    inputs: type[Target] = Inputs
 
 
 EXPERIMENTS = (
@@ -203,7 +212,7 @@ EXPERIMENTS = (
 def _command(row: Row) -> Callable[..., None]:
     """Return the subcommand of a row."""
 
-    def command(inputs: Inputs, options: Any, choice: Choice) -> None:
+    def command(inputs: Target, options: Any, choice: Choice) -> None:
         _evaluate(row.name, inputs, options, choice)
 
     command.__annotations__ = {"inputs": row.inputs, "options": row.options, "choice": Choice, "return": None}
@@ -220,7 +229,7 @@ for _row in EXPERIMENTS:
     evaluate.command(_row.name)(_command(_row))
 
 
-def _evaluate(name: str, inputs: Inputs, options: Any, choice: Choice) -> None:
+def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
     """Open, measure, write, print."""
     from opt_ds.engine.checkpoint import resolve_checkpoint
     from opt_ds.evaluate.experiments import Request, load_experiment

@@ -9,8 +9,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,14 +34,16 @@ _MAX_SEED = 2**63 - 1
 Score = Literal["matching", "likelihood"]
 
 
-class GeneratedImage(NamedTuple):
+@dataclass(frozen=True)
+class GeneratedImage:
     """An image and the probability that it belongs to the input; None if nothing judged it."""
 
     image: Image.Image
     probability: float | None
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True)
+class Ranked:
     """The place of a candidate in the list that was given, and its score."""
 
     index: int

@@ -1,6 +1,7 @@
 """`opt_ds.load`: an exported model from Python does what the commands do, with files, Pillow images and arrays."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_candidates_are_ranked_as_each_alone_is_judged(model: opt_ds.Model, sess
     assert sorted(found.index for found in ranked) == [0, 1, 2, 3]
     assert [found.score for found in ranked] == sorted((found.score for found in ranked), reverse=True)
     alone = [model.match_probability(text, files[0]) for text in texts]
-    assert [found.score for found in sorted(ranked)] == pytest.approx(alone)
+    assert [found.score for found in sorted(ranked, key=lambda found: found.index)] == pytest.approx(alone)
     sounds = [raw / f"{n}.wav" for n in range(3)]
     for found in model.rank_audio(sounds, text=texts[0], image=files[0]):
         assert found.score == pytest.approx(model.match(texts[0], files[0], sounds[found.index])["all"])
@@ -231,3 +232,11 @@ def test_half_precision_halves_the_weights_and_changes_little(model: opt_ds.Mode
         model.match_probability("a red square", raw / "0.png"), abs=0.05
     )
     assert half.rank_texts(["a red square"], image=raw / "0.png", by="likelihood")[0].score < 0
+
+
+def test_the_manual_names_every_method_and_no_other() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:model\.|`)(\w+)\(", manual))
+    public = {name for name, value in vars(opt_ds.Model).items() if callable(value) and not name.startswith("_")}
+    assert public <= named
+    assert {name for name in re.findall(r"model\.(\w+)\(", manual)} <= public
