@@ -3,10 +3,12 @@
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from opt_ds.commands.evaluate import EXPERIMENTS, Row, _held_out, evaluate
+from opt_ds.config import EvaluateConfig
 from opt_ds.evaluate.experiments import Experiment, load_experiment
 from tests.tiny import make_store
 
@@ -25,6 +27,12 @@ def test_the_options_of_a_row_are_what_its_experiment_takes(row: Row) -> None:
     assert isinstance(experiment, Experiment)
     taken = [name for name in inspect.signature(experiment.measure).parameters if name != "request"]
     assert sorted(taken) == sorted(field.name for field in dataclasses.fields(row.options))
+
+
+def test_what_can_be_measured_in_training_is_what_the_configuration_takes() -> None:
+    (accepted, _) = get_args(EvaluateConfig.model_fields["experiments"].annotation)
+    in_training = {row.name for row in EXPERIMENTS if load_experiment(row.name).loss_in_training is not None}
+    assert set(get_args(accepted)) == in_training
 
 
 def test_every_file_of_an_experiment_is_a_row_and_every_row_a_command() -> None:

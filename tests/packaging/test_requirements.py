@@ -22,7 +22,7 @@ NEEDS_AN_EXTRA = {
     "opt_ds.evaluate.ablation", "opt_ds.evaluate.captioning", "opt_ds.evaluate.classification", "opt_ds.evaluate.summary",
     "opt_ds.evaluate.transcription", "opt_ds.serve.app",
     "opt_ds.evaluate.experiments.captioning", "opt_ds.evaluate.experiments.classification",
-    "opt_ds.evaluate.experiments.retrieval", "opt_ds.evaluate.experiments.summary", "opt_ds.evaluate.experiments.transcription",
+    "opt_ds.evaluate.experiments.summary", "opt_ds.evaluate.experiments.transcription",
 }  # fmt: skip
 _GUARDS = (ast.With, ast.Try, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -58,11 +58,21 @@ class Request:
 class Experiment:
     """One experiment. `measure` takes the options of its row in the table as keyword arguments."""
 
+    #: loss that a model in training must learn for `measure_in_training`; None: it is for trained models alone
+    loss_in_training: ClassVar[str | None] = None
+    #: modalities of its samples: one set or another
+    modalities: ClassVar[tuple[tuple[int, ...], ...]] = ()
+    #: whether the store must have image codes
+    needs_image_codes: ClassVar[bool] = False
     #: (loss that the model must be trained with, what it cannot do otherwise: part of the message)
     needs: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def measure(self, request: Request, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Return the figures, which are written as JSON. Raises UserError for what the model or the store does not allow."""
+        raise NotImplementedError
+
+    def measure_in_training(self, evaluator: "Evaluator", split: str, limit: int, seed: int) -> dict[str, Any]:
+        """Return the figures of a model in training: greedy decoding, at most `limit` samples."""
         raise NotImplementedError
 
     def table(self, figures: dict[str, Any]) -> str:

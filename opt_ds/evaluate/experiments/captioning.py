@@ -2,18 +2,25 @@
 
 from typing import Any
 
+from opt_ds.data.planned import IMAGE, TEXT
 from opt_ds.evaluate.captioning import captioning
+from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request
-from opt_ds.model.generation import text_decoding
+from opt_ds.model.generation import DecodingConfig, text_decoding
 
 
 class Captioning(Experiment):
     """See `opt_ds.evaluate.captioning`."""
 
+    loss_in_training = "dtr"
+    modalities = ((TEXT, IMAGE),)
     needs = (("dtr", "write text"),)
 
     def measure(self, request: Request, *, limit: int | None, beam_size: int) -> dict[str, Any]:
         return captioning(request.evaluator, request.split, limit, request.seed, text_decoding(beam_size))
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        return captioning(evaluator, split, limit, seed, DecodingConfig())
 
     def table(self, figures: dict[str, Any]) -> str:
         rows = {"written": figures} | {name: figures[name] for name in ("another_picture", "constant_caption")}

@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request
@@ -19,6 +20,9 @@ from opt_ds.store.dvae import load_store_dvae
 class ImageGeneration(Experiment):
     """See `opt_ds.evaluate.image_generation`."""
 
+    loss_in_training = "dir"
+    modalities = ((IMAGE, TEXT), (IMAGE, AUDIO))
+    needs_image_codes = True
     needs = (("dir", "paint pictures"),)
 
     def measure(
@@ -58,6 +62,10 @@ class ImageGeneration(Experiment):
         if painter is not None and pictures:
             figures["picture_grid"] = _write_grid(request, painter, pictures)
         return figures
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        names = possible_inputs(evaluator, split)
+        return {name: bits_per_code(evaluator, split, name, limit, seed) for name in names}
 
     def table(self, figures: dict[str, Any]) -> str:
         return table(figures)

@@ -2,16 +2,19 @@
 
 from typing import Any
 
+from opt_ds.data.planned import AUDIO, IMAGE, TEXT
+from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request
-from opt_ds.evaluate.summary import transcription_lines
-from opt_ds.evaluate.transcription import transcription
+from opt_ds.evaluate.transcription import transcription, transcription_lines
 from opt_ds.evaluate.words import normalize
-from opt_ds.model.generation import text_decoding
+from opt_ds.model.generation import DecodingConfig, text_decoding
 
 
 class Transcription(Experiment):
     """See `opt_ds.evaluate.transcription`."""
 
+    loss_in_training = "dtr"
+    modalities = ((TEXT, AUDIO), (TEXT, IMAGE))
     needs = (("dtr", "write text"),)
 
     def measure(self, request: Request, *, limit: int | None, beam_size: int, ignore_words: str) -> dict[str, Any]:
@@ -23,6 +26,9 @@ class Transcription(Experiment):
             options=text_decoding(beam_size),
             ignored_words=frozenset(normalize(ignore_words).split()),
         )
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        return transcription(evaluator, split, limit=limit, seed=seed, options=DecodingConfig())
 
     def table(self, figures: dict[str, Any]) -> str:
         return "\n".join(transcription_lines(figures))

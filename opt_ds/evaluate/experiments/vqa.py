@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from opt_ds.data.planned import IMAGE, TEXT
+from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request
 from opt_ds.evaluate.vqa import vqa
 
@@ -9,8 +11,14 @@ from opt_ds.evaluate.vqa import vqa
 class Vqa(Experiment):
     """See `opt_ds.evaluate.vqa`."""
 
+    loss_in_training = "labels"
+    modalities = ((TEXT, IMAGE),)
+
     def measure(self, request: Request, *, limit: int | None) -> dict[str, Any]:
         return vqa(request.evaluator, request.split, limit=limit, seed=request.seed)
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        return vqa(evaluator, split, limit=limit, seed=seed)
 
     def table(self, figures: dict[str, Any]) -> str:
         constant = figures["constant_answer"]
