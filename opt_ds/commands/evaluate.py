@@ -67,7 +67,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Options of `opt_ds.evaluate.experiments.retrieval`, as each class below of the experiment of its name."""
+    """Options of `opt_ds.evaluate.experiments.retrieval`."""
 
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200
     matching_candidates: Annotated[
@@ -80,6 +80,8 @@ class RetrievalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TranscriptionOptions:
+    """Options of `opt_ds.evaluate.experiments.transcription`."""
+
     limit: Limit = None
     beam_size: BeamSize = 4
     ignore_words: Annotated[
@@ -89,21 +91,29 @@ class TranscriptionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(ProbeOptions):
+    """Options of `opt_ds.evaluate.experiments.classification`."""
+
     limit: Limit = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqaInputs(Inputs):
+    """Questions are usually asked on the validation split."""
+
     split: Annotated[str, typer.Option(help="Split of the store.")] = "valid"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqaOptions:
+    """Options of `opt_ds.evaluate.experiments.vqa`."""
+
     limit: Limit = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningOptions:
+    """Options of `opt_ds.evaluate.experiments.captioning`."""
+
     limit: Annotated[int | None, typer.Option(help="Pictures at most, a seeded choice.", min=1)] = None
     beam_size: BeamSize = 4
 
@@ -118,11 +128,15 @@ def beside_a_grid(path: Path, param: typer.CallbackParam) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGenerationInputs(Inputs):
+    """A picture grid is written beside the figures."""
+
     output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=beside_a_grid)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGenerationOptions(SamplingOptions):
+    """Options of `opt_ds.evaluate.experiments.image_generation`."""
+
     limit: Limit = None
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None
     pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8
@@ -136,6 +150,8 @@ class ImageGenerationOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryInputs(Target):
+    """Several splits."""
+
     split: Annotated[
         list[str] | None,
         typer.Option(help="Held-out split; may be repeated. Default: all that begin with test, else valid."),
@@ -147,6 +163,8 @@ class SummaryInputs(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryOptions:
+    """Options of `opt_ds.evaluate.experiments.summary`."""
+
     candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200
     matching_candidates: Annotated[
         int, typer.Option(help="Gallery of the matching head, of triples 50 (retrieval takes 200 of both).", min=2)
