@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_ds", "opt_ds.*"]),
-    package_data={"opt_ds": ["presets/*.yaml", "presets/dvae/*.yaml", "serve/page.*", "serve/report.html"]},
+    package_data={"opt_ds": ["py.typed", "presets/*.yaml", "presets/dvae/*.yaml", "serve/page.*", "serve/report.html"]},
     ext_modules=kernel_extensions(),  # settings by environment: csrc/build_extension.py
     cmdclass={"build_ext": BuildKernels},
     install_requires=[

@@ -26,6 +26,8 @@ try:
     import typer
 
     from opt_ds.commands import run_program
+    from opt_ds.commands.option_groups import with_option_groups
+    from opt_ds.commands.options import ConfigOptions
     from opt_ds.config import Config
     from opt_ds.engine.distributed import Ranks, find_ranks
     from opt_ds.engine.launch import run_training
@@ -42,13 +44,11 @@ _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
 
 
+@with_option_groups
 def pretrain(
-    config: Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.")] = None,
-    store: Annotated[list[str] | None, typer.Option(help="A feature store; may be given several times.")] = None,
+    *,
+    config: ConfigOptions,
     output: Annotated[Path | None, typer.Option(help="Directory of the run; it resumes if it has begun.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
-    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(help="Start a new run from the weights of this run (its best checkpoint), or of one checkpoint."),
@@ -65,7 +65,7 @@ def pretrain(
     --output resumes. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
     start = _start(init_from, init_moments, output)
-    resolved, output = _resolve(config, store or [], output, settings or [], start)
+    resolved, output = _resolve(config.config, config.stores, output, config.changes, start)
     _say(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
     with StopRequest(resolved.train.preemption_signal) as stop:
         return run_training(resolved, output, _RANKS, stop, _say, must_resume=resume)

@@ -1,30 +1,38 @@
 """`opt-ds ablate`: pre-train without each task or level, probe, and make one table."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from opt_ds.commands.option_groups import with_option_groups
+from opt_ds.commands.options import ConfigOptions, ProbeOptions
 from opt_ds.errors import UserError, did_you_mean
 
 
+@dataclass(frozen=True, kw_only=True)
+class FullRunOptions(ConfigOptions):
+    """The configuration of the run with every task and level."""
+
+    store: Annotated[
+        list[str] | None, typer.Option(help="A feature store; may be repeated. The first one is probed on.")
+    ] = None
+
+
+@with_option_groups
 def ablate(
+    *,
     output: Annotated[Path, typer.Option(help="Folder of the ablation: a run a row, and the tables.")],
-    config: Annotated[str | None, typer.Option(help="A preset's name, or a YAML file: of the full run.")] = None,
-    store: Annotated[list[str] | None, typer.Option(help="A feature store; may be repeated. The first one is probed on.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting of every run.")
-    ] = None,
+    config: FullRunOptions,
     row: Annotated[list[str] | None, typer.Option(help="A row to make; may be repeated. Default: all that differ.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Split that the probe is judged on. Default: as opt-ds evaluate classification's.")
     ] = None,
-    train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train",
+    probe: ProbeOptions,
     subset: Annotated[
         list[str] | None, typer.Option(help="Input of the probe, such as T+A+I; may be repeated. Default: T+A+I.")
     ] = None,
-    min_positives: Annotated[int, typer.Option(help="Training samples that a label needs.", min=1)] = 10,
-    regularisation: Annotated[float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6)] = 1.0,
     limit: Annotated[int | None, typer.Option(help="Samples of the probe at most, a seeded choice.", min=1)] = None,
     num_ranks: Annotated[int | None, typer.Option(help="Ranks of each run. Default: a GPU each, else 1.", min=1)] = None,
     task: Annotated[int | None, typer.Option(help="Only this one of the rows, from 0: a task of a job array.", min=0)] = None,
@@ -45,9 +53,9 @@ def ablate(
     for name in subset or ():
         if name not in SUBSETS:
             raise UserError(f'--subset "{name}": choose of {", ".join(SUBSETS)}{did_you_mean(name, SUBSETS)}')
-    source = config or preflight.default_preset(store or [], torch.cuda.is_available())[0]
-    paths = store or preflight.configured_stores(source, settings or []) or [str(preflight.DEFAULT_STORE)]
-    resolved, given, taken = preflight.settle(source, settings or [], paths)
+    source = config.config or preflight.default_preset(config.stores, torch.cuda.is_available())[0]
+    paths = config.stores or preflight.configured_stores(source, config.changes) or [str(preflight.DEFAULT_STORE)]
+    resolved, given, taken = preflight.settle(source, config.changes, paths)
     if taken:
         typer.echo(f"note: {taken}", err=True)
     stores = preflight.open_stores(resolved)
@@ -67,18 +75,20 @@ def ablate(
     if split is None:
         split = held_out_splits(stores[0])[0]
         typer.echo(f"note: judged on {split}; --split chooses", err=True)
-    probe = ablation.Probe(split, train_split, tuple(subset or ("T+A+I",)), min_positives, regularisation, limit)
-    ablation.check_labels(stores[0], probe, rows[0].config.seed)
+    wanted = ablation.Probe(
+        split, probe.train_split, tuple(subset or ("T+A+I",)), probe.min_positives, probe.regularisation, limit
+    )
+    ablation.check_labels(stores[0], wanted, rows[0].config.seed)
     for planned in rows:
         run_folder.check_same_run(output / planned.name, planned.config, stores)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = num_ranks or max(1, torch.cuda.device_count())
     names = ", ".join(planned.name for planned in rows)
     typer.echo(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
-    code = ablation.make_rows(source, rows, output, stores[0], probe, ranks, device, typer.echo)
+    code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device, typer.echo)
     if code:
         return code
-    figures = ablation.write_tables(output, stores[0], rows[0].config, probe)
+    figures = ablation.write_tables(output, stores[0], rows[0].config, wanted)
     typer.echo("\n" + ablation_table.ablation_markdown(figures))
     typer.echo(f"table   {output / ablation_table.MARKDOWN_FILE}, {output / ablation_table.JSON_FILE}")
     typer.echo(f"chart   {output / ablation_table.CHART_FILE}")

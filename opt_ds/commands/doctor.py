@@ -5,16 +5,15 @@ from typing import Annotated
 
 import typer
 
+from opt_ds.commands.option_groups import with_option_groups
+from opt_ds.commands.options import ConfigOptions
 
+
+@with_option_groups
 def doctor(
-    config: Annotated[
-        str | None, typer.Option(help="A preset's name, or a YAML file. Default: what pretrain.py would take.")
-    ] = None,
-    store: Annotated[list[str] | None, typer.Option(help="A feature store to try; may be given several times.")] = None,
+    *,
+    config: ConfigOptions,
     output: Annotated[Path | None, typer.Option(help="Directory of the run: can it be written, is there room.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
-    ] = None,
     # slurm/pretrain.sh gives it what it was given
     init_from: Annotated[Path | None, typer.Option(help="The run that a new one starts from: is it whole.")] = None,
     init_moments: Annotated[bool, typer.Option("--init-moments", hidden=True)] = False,
@@ -26,9 +25,9 @@ def doctor(
     """
     from opt_ds.tools.doctor import Question, default_config, examine, resolve
 
-    source = config or default_config(store or [])
-    resolved, taken = resolve(source, settings or [], store or [])
-    if config is None:
+    source = config.config or default_config(config.stores)
+    resolved, taken = resolve(source, config.changes, config.stores)
+    if config.config is None:
         typer.echo(f"ok    config        {source}, which pretrain.py takes here without --config")
     if taken:
         typer.echo(f"ok    config        {taken}")

@@ -2,32 +2,48 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opt_ds.commands import MAX_SEED, run_program
+from opt_ds.commands.option_groups import with_option_groups
+from opt_ds.commands.options import Device
 from opt_ds.errors import TrainingStoppedError
 
 
-def train_dvae(
-    store: Annotated[Path, typer.Option(help="Feature store with pictures (image/pixels).")],
-    output: Annotated[Path, typer.Option(help="Directory of the run; the same one again resumes it.")],
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a dVAE is trained; the fields are the arguments of `opt_ds.train_dvae.train_dvae`."""
+
     preset: Annotated[
         str | None, typer.Option(help="dvae-base (8,192 codes), dvae-emoji (1,024), dvae-tiny; default: by store size.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of `key: value` that changes the preset.")] = None,
-    set_: Annotated[
+    ] = None
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of `key: value` that changes the preset.")
+    ] = None
+    settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; shorthand for --set steps=N.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Weights, batches and noise follow from it.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
-    train_split: Annotated[str, typer.Option(help="Split to train on; all others are measured.")] = "train",
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    codes: Annotated[bool, typer.Option(help="Write the codes into the store at the end.")] = True,
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; shorthand for --set steps=N.")] = None
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Weights, batches and noise follow from it.")] = 1
+    device: Device = "auto"
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto"
+    train_split: Annotated[str, typer.Option(help="Split to train on; all others are measured.")] = "train"
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200
+    write_codes: Annotated[
+        bool, typer.Option("--codes/--no-codes", help="Write the codes into the store at the end.")
+    ] = True
+
+
+@with_option_groups
+def train_dvae(
+    *,
+    store: Annotated[Path, typer.Option(help="Feature store with pictures (image/pixels).")],
+    output: Annotated[Path, typer.Option(help="Directory of the run; the same one again resumes it.")],
+    training: TrainingOptions,
 ) -> int:
     """Train the discrete VAE (stage 1 of the image decoder) on a store's pictures, write its codes into the store.
 
@@ -40,20 +56,7 @@ def train_dvae(
     from opt_ds.train_dvae import train_dvae as run
 
     try:
-        run(
-            store,
-            output,
-            preset=preset,
-            config_file=config,
-            settings=tuple(set_ or ()),
-            steps=steps,
-            seed=seed,
-            device=device,
-            precision=precision,
-            train_split=train_split,
-            checkpoint_every=checkpoint_every,
-            write_codes=codes,
-        )
+        run(store, output, **vars(training) | {"settings": tuple(training.settings or ())})
     except TrainingStoppedError as stop:
         if stop.reason == "SIGINT":
             raise KeyboardInterrupt from None

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from opt_ds.commands import finite
+from opt_ds.commands.options import Settings
 from opt_ds.config import Config
 
 
@@ -23,9 +24,7 @@ def finetune(
         typer.Option(help="Passes over the training samples. Default: the task's.", min=0.001, max=1e6, callback=finite),
     ] = None,
     min_positives: Annotated[int, typer.Option(help="classification: training samples that a label needs.", min=1)] = 10,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")
-    ] = None,
+    settings: Settings = None,
     force: Annotated[
         bool, typer.Option("--force", help="Take a store of another vocabulary or other extractors; say what will be wrong.")
     ] = False,

@@ -4,23 +4,26 @@ import io
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from opt_ds.abilities import MATCH
-from opt_ds.commands import MAX_SEED, check_output, finite, output_file
+from opt_ds.commands import MAX_SEED, check_output, output_file
+from opt_ds.commands.option_groups import with_option_groups
+from opt_ds.commands.options import BeamSize, ExtractorOptions, SamplingOptions
 from opt_ds.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from opt_ds.serve.session import Session
 
 # A name, an IPv4 address, or an IPv6 address (two colons at least: one would be a port's).
 _HOST_NAME = re.compile(r"[\w.-]+|\[?[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
 _Checkpoint = Annotated[
     Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported folder.")
 ]
-_ImageWeights = Annotated[Path | None, typer.Option(help="Weights of the image extractor, if no package brings them.")]
-_SpeechWeights = Annotated[Path | None, typer.Option(help="Weights of the speech extractor, if it has any.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def utf8(value: str | None, param: typer.CallbackParam) -> str | None:
@@ -44,47 +47,51 @@ def host_names(names: list[str] | None) -> list[str] | None:
     return names
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """The raw input: any mixture of a text, an image and a recording."""
+
+    text: Annotated[str | None, typer.Option(help="Input text.", callback=utf8)] = None
+    image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None
+    audio: Annotated[Path | None, typer.Option(help="Input recording: WAV, FLAC, OGG, MP3.")] = None
+
+
+@with_option_groups
 def generate(
+    *,
     checkpoint: _Checkpoint,
     output: Annotated[Path, typer.Option(help="File to write: text, or a PNG; -: standard output.", callback=output_file)],
     to: Annotated[str, typer.Option(help="text or image.")],
-    text: Annotated[str | None, typer.Option(help="Input text.", callback=utf8)] = None,
-    image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="Input recording: WAV, FLAC, OGG, MP3.")] = None,
-    beam_size: Annotated[int, typer.Option(help="Of the text; 1: greedy.", min=1)] = 4,
-    candidates: Annotated[int, typer.Option(help="Pictures to paint; the one that the model matches best is kept.", min=1)] = 1,
-    top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32,
-    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0, callback=finite)] = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3, callback=finite)] = 0.8,
+    given: InputOptions,
+    beam_size: BeamSize = 4,
+    sampling: SamplingOptions,
     seed: Annotated[int, typer.Option(help="Of the image codes.", min=0, max=MAX_SEED)] = 1,
-    image_weights: _ImageWeights = None,
-    speech_weights: _SpeechWeights = None,
-    device: _Device = "auto",
+    extractors: ExtractorOptions,
 ) -> None:
     """Write a text, or paint a 64×64 picture, from a text, a picture, a recording or any mixture of them.
 
     The raw input goes through the very extractors that the model was trained with.
     """
-    from opt_ds.model.generation import DecodingConfig
+    from opt_ds.model.generation import text_decoding
 
     if to not in ("text", "image"):
         raise UserError(f'--to "{to}": choose text or image{did_you_mean(to, ("text", "image"))}')
-    if text is None and image is None and audio is None:
+    if given == InputOptions():
         raise UserError("no input: give --text, --image, --audio, or several of them")
     if to == "image" and _is_stdout(output) and sys.stdout.isatty():
         raise UserError("--output -: a PNG is no text for a terminal: redirect standard output, or name a file")
-    session = _session(checkpoint, image_weights, speech_weights, device)
+    session = _session(checkpoint, extractors)
+    candidates = sampling.candidates
     if to == "image" and candidates > 1:
         session.require(MATCH, f"choose the best of --candidates {candidates}")
-    sample = session.processor(text, image, audio)
+    sample = session.processor(**vars(given))
     if to == "text":
-        written = session.text(sample, DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size))
+        written = session.text(sample, text_decoding(beam_size))
         _write(output, f"{written}\n".encode())
         if not _is_stdout(output):
             typer.echo(written)
         return
-    options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
-    picture, score = session.pictures(sample, candidates, options)[0]
+    picture, score = session.pictures(sample, candidates, sampling.decoding(seed))[0]
     file = io.BytesIO()
     picture.save(file, format="PNG")
     _write(output, file.getvalue())
@@ -106,7 +113,9 @@ def export(
     typer.echo(f"exported to {run(checkpoint, output)}")
 
 
+@with_option_groups
 def serve(
+    *,
     checkpoint: _Checkpoint,
     host: Annotated[str, typer.Option(help="Address to listen on; by default for this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
@@ -124,9 +133,7 @@ def serve(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
     allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
-    image_weights: _ImageWeights = None,
-    speech_weights: _SpeechWeights = None,
-    device: _Device = "auto",
+    extractors: ExtractorOptions,
 ) -> None:
     """A web page to try the model on, and a JSON API (its schema: /api/openapi.json). It has no password: see docs/serving.md."""
     try:
@@ -142,7 +149,7 @@ def serve(
     limits = load_section(Limits, str(config) if config else None, set_ or ())
     from opt_ds.serve.neighbours import Neighbours, evaluator_beside
 
-    session = _session(checkpoint, image_weights, speech_weights, device)
+    session = _session(checkpoint, extractors)
     neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
     app = build_app(session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, limits=limits)
     try:
@@ -154,7 +161,7 @@ def serve(
     build_server(app, limits).run(sockets=[listening])
 
 
-def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path | None, device: str) -> Any:
+def _session(checkpoint: Path, extractors: ExtractorOptions) -> "Session":
     from opt_ds.prepare.extractors import choose_device
     from opt_ds.serve.session import Session
 
@@ -162,7 +169,11 @@ def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path 
         typer.echo(f"note: {line}", err=True)
 
     return Session.load(
-        checkpoint, image_weights=image_weights, speech_weights=speech_weights, device=choose_device(device), warn=warn
+        checkpoint,
+        image_weights=extractors.image_weights,
+        speech_weights=extractors.speech_weights,
+        device=choose_device(extractors.device),
+        warn=warn,
     )
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opt_ds.commands.option_groups import with_option_groups
+from opt_ds.commands.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions
 from opt_ds.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -153,7 +155,9 @@ def split(
     typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")
 
 
+@with_option_groups
 def update(
+    *,
     store: _Store,
     modality: Annotated[str, typer.Option(help="What to add or replace: text, image, audio or codes.")],
     manifest: Annotated[
@@ -167,16 +171,10 @@ def update(
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
     layer: Annotated[int | None, typer.Option(help="wav2vec2: the Transformer layer, from 1. Default: the last.")] = None,
-    pool_frames: Annotated[int, typer.Option(help="audio: average this many neighbouring frames into one.", min=1)] = 1,
-    max_frames: Annotated[int | None, typer.Option(help="audio: keep at most this many frames.", min=1)] = None,
-    vocab_size: Annotated[int, typer.Option(help="text: size of the tokenizer trained on the train split.", min=1)] = 1200,
-    unicode_form: Annotated[str, typer.Option(help="text: Unicode normal form, NFC, NFKC, NFD, NFKD or none.")] = "NFC",
-    max_tokens: Annotated[int, typer.Option(help="text: cut after this many tokens; the report counts them.", min=1)] = 510,
-    pixels: Annotated[bool, typer.Option(help="image: keep each picture at 64 x 64 pixels.")] = True,
-    workers: Annotated[int, typer.Option(help="Processes that work at once.", min=1)] = 2,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    strict: Annotated[bool, typer.Option(help="Stop at the first file that cannot be used.")] = False,
-    allow_outside: Annotated[bool, typer.Option(help="Take files outside the manifest's folder too.")] = False,
+    frames: FrameOptions,
+    tokenizer: TokenizerOptions,
+    pixels: Pixels = True,
+    reading: ReadingOptions,
 ) -> None:
     """Add or replace one modality of a store; the features of the others are kept as they are."""
     known = ("text", "image", "audio", "codes")
@@ -188,7 +186,7 @@ def update(
 
         if weights is None:
             raise UserError("--modality codes: name the dVAE that opt-ds train-dvae wrote with --weights")
-        write_missing_codes(store, CodeExtractor.from_pretrained(weights, choose_device(device)))
+        write_missing_codes(store, CodeExtractor.from_pretrained(weights, choose_device(reading.device)))
         return
     from opt_ds.prepare.settings import PrepareSettings
     from opt_ds.prepare.update import update_modality
@@ -196,8 +194,10 @@ def update(
     if modality == "text":
         from opt_ds.prepare.update_text import update_text
 
-        settings = PrepareSettings(text=weights, vocab_size=vocab_size, unicode_form=unicode_form, max_tokens=max_tokens)
-        update_text(store, manifest, settings, strict=strict, allow_outside=allow_outside, say=typer.echo)
+        settings = PrepareSettings(text=weights, **vars(tokenizer))
+        update_text(
+            store, manifest, settings, strict=reading.strict, allow_outside=reading.allow_outside, say=typer.echo
+        )
         return
 
     if manifest is None:
@@ -208,14 +208,9 @@ def update(
         )
     else:
         settings = PrepareSettings(
-            speech=extractor or "logmel",
-            speech_weights=weights,
-            speech_layer=layer,
-            pool_frames=pool_frames,
-            max_frames=max_frames,
+            speech=extractor or "logmel", speech_weights=weights, speech_layer=layer, **vars(frames)
         )
-    update_modality(store, manifest, modality, settings, workers=workers, device=device, strict=strict,
-                    allow_outside=allow_outside, say=typer.echo)  # fmt: skip
+    update_modality(store, manifest, modality, settings, **vars(reading), say=typer.echo)
 
 
 def convert(

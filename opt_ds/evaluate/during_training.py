@@ -1,28 +1,16 @@
 """Experiments on the model in training, at intervals: the same functions as `opt-ds evaluate`'s, smaller, as flat figures."""
 
-import importlib
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from opt_ds.abilities import GENERATE_IMAGES, LABEL, MATCH, WRITE_TEXT
 from opt_ds.config import Config, EvaluateConfig
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.model.generation import DecodingConfig
+from opt_ds.evaluate.experiments import load_experiment
 from opt_ds.store.reader import FeatureStore
 
-#: experiment -> (ability that it measures, modalities of which its samples have one set or another)
-_NEEDS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
-    "retrieval": (MATCH, ((TEXT, IMAGE), (TEXT, AUDIO))),
-    "transcription": (WRITE_TEXT, ((TEXT, AUDIO), (TEXT, IMAGE))),
-    "captioning": (WRITE_TEXT, ((TEXT, IMAGE),)),
-    "image-generation": (GENERATE_IMAGES, ((IMAGE, TEXT), (IMAGE, AUDIO))),
-    "vqa": (LABEL, ((TEXT, IMAGE),)),
-}
-_PAIRS, _TRIPLES = 50, 20  # the matching head encodes every pair: a gallery's square
 _FIGURES = ("R@1", "R@5", "R@10", "wer", "cer", "wer_shuffled_audio", "bleu_4", "cider", "bits_per_code", "accuracy")
 
 
@@ -32,14 +20,15 @@ def check_experiments(config: Config, store: FeatureStore) -> None:
     if not options.every_steps:
         return
     for name in options.experiments:
-        importlib.import_module(f"opt_ds.evaluate.{name.replace('-', '_')}")  # a missing extra is found now, not in mid-run
-        ability, alternatives = _NEEDS[name]
+        experiment = load_experiment(name)  # a missing extra is found now, not in mid-run
+        ability = experiment.ability_in_training
+        assert ability is not None, "the configuration lists the experiments that run in training"
         if not config.can(ability):
             loss = config.tasks.loss_for(ability)
             raise UserError(f"evaluate.experiments has {name}, but the model does not learn {loss}: leave it out")
-        if name == "image-generation" and not store.has_codes:
+        if experiment.needs_image_codes and not store.has_codes:
             raise UserError(f"evaluate.experiments has {name}, but {store.path} has no image codes: leave it out")
-        found = max(_count_with(store, options.split, modalities) for modalities in alternatives)
+        found = max(_count_with(store, options.split, modalities) for modalities in experiment.modalities)
         if found < 2:
             raise UserError(
                 f'evaluate.experiments has {name}, but split "{options.split}" of {store.path} has {found} samples with all that '
@@ -57,33 +46,11 @@ def figures_during_training(evaluator: Evaluator, options: EvaluateConfig, seed:
     """"evaluate/<experiment>/…" -> figure; greedy decoding, galleries of at most `options.limit`."""
     figures: dict[str, float] = {}
     for name in options.experiments:
-        for key, value in _flat(_run(name, evaluator, options, seed), f"evaluate/{name}").items():
+        measured = load_experiment(name).measure_in_training(evaluator, options.split, options.limit, seed)
+        for key, value in _flat(measured, f"evaluate/{name}").items():
             if key.rpartition("/")[2] in _FIGURES:
                 figures[key] = value
     return figures
-
-
-def _run(name: str, evaluator: Evaluator, options: EvaluateConfig, seed: int) -> dict[str, Any]:
-    split, limit, greedy = options.split, options.limit, DecodingConfig()
-    if name == "retrieval":
-        from opt_ds.evaluate.retrieval import retrieval
-
-        return retrieval(evaluator, split, limit, min(limit, _PAIRS), min(limit, _TRIPLES), seed)
-    if name == "transcription":
-        from opt_ds.evaluate.transcription import transcription
-
-        return transcription(evaluator, split, limit=limit, seed=seed, options=greedy)
-    if name == "captioning":
-        from opt_ds.evaluate.captioning import captioning
-
-        return captioning(evaluator, split, limit, seed, greedy)
-    if name == "vqa":
-        from opt_ds.evaluate.vqa import vqa
-
-        return vqa(evaluator, split, limit=limit, seed=seed)
-    from opt_ds.evaluate.image_generation import bits_per_code, possible_inputs
-
-    return {inputs: bits_per_code(evaluator, split, inputs, limit, seed) for inputs in possible_inputs(evaluator, split)}
 
 
 def _flat(tree: dict[str, Any], path: str) -> dict[str, float]:

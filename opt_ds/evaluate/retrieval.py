@@ -83,6 +83,21 @@ def retrieval(
     return result
 
 
+def retrieval_lines(figures: dict[str, Any]) -> list[str]:
+    """What `retrieval` found, a line for each direction and score."""
+    lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
+    for direction in (name for name in DIRECTIONS if name in figures):
+        name = direction.replace("_to_", "→").replace("_", "+")
+        for score, label in (("likelihood", "text likelihood"), ("matching", "matching head")):
+            if score in figures[direction]:
+                row = figures[direction][score]
+                cells = "".join(f"{row[f'R@{k}']:>8.1%}" for k in RANKS)
+                chance = f"   chance {row['chance']['R@1']:.1%}"
+                lines.append(f"    {name:<20}{label:<16}of {row['candidates']:<11}{cells}{chance}")
+                name = ""
+    return lines
+
+
 def _figures(scores: np.ndarray, same: np.ndarray) -> dict[str, Any]:
     return {"candidates": len(scores), **recall(scores, same), "chance": chance(same)}
 

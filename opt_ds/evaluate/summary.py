@@ -13,8 +13,8 @@ from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import validate
 from opt_ds.evaluate.picture_grid import draw_picture_grid
-from opt_ds.evaluate.retrieval import DIRECTIONS, RANKS, retrieval
-from opt_ds.evaluate.transcription import transcription
+from opt_ds.evaluate.retrieval import retrieval, retrieval_lines
+from opt_ds.evaluate.transcription import transcription, transcription_lines
 from opt_ds.tasks.baselines import trivial_baselines
 
 if TYPE_CHECKING:
@@ -87,35 +87,6 @@ def table(summary: dict[str, Any]) -> str:
                 f"(training frequencies: {image['unigram_bits_per_code']:.2f})"
             )
     return "\n".join(lines)
-
-
-def retrieval_lines(figures: dict[str, Any]) -> list[str]:
-    """What `retrieval` found, a line for each direction and score."""
-    lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
-    for direction in (name for name in DIRECTIONS if name in figures):
-        name = direction.replace("_to_", "→").replace("_", "+")
-        for score, label in (("likelihood", "text likelihood"), ("matching", "matching head")):
-            if score in figures[direction]:
-                row = figures[direction][score]
-                cells = "".join(f"{row[f'R@{k}']:>8.1%}" for k in RANKS)
-                chance = f"   chance {row['chance']['R@1']:.1%}"
-                lines.append(f"    {name:<20}{label:<16}of {row['candidates']:<11}{cells}{chance}")
-                name = ""
-    return lines
-
-
-def transcription_lines(figures: dict[str, Any]) -> list[str]:
-    """What `transcription` found, a line for each input."""
-    names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
-    lines = ["  word error rate"]
-    for key, name in ((key, name) for key, name in names.items() if key in figures):
-        row = figures[key]
-        shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
-        others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""
-        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}{others}")
-    constant = figures["constant_caption"]
-    lines.append(f"    {'constant caption':<20}{constant['wer']:>7.1%}   (\"{constant['text']}\")")
-    return lines
 
 
 def _save_picture(picture: Any, path: Path) -> None:

@@ -81,6 +81,20 @@ def transcription(
     return result
 
 
+def transcription_lines(figures: dict[str, Any]) -> list[str]:
+    """What `transcription` found, a line for each input."""
+    names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
+    lines = ["  word error rate"]
+    for key, name in ((key, name) for key, name in names.items() if key in figures):
+        row = figures[key]
+        shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
+        others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""
+        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}{others}")
+    constant = figures["constant_caption"]
+    lines.append(f"    {'constant caption':<20}{constant['wer']:>7.1%}   (\"{constant['text']}\")")
+    return lines
+
+
 def word_error_rate(references: list[str], written: list[str]) -> float:
     """Edits over words of the references (jiwer), after normalisation. References that become empty are left out; UserError if
     all do. Scripts without spaces count by character (see words.py)."""

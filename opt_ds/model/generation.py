@@ -44,6 +44,16 @@ class DecodingConfig(Section):
 DEFAULT_DECODING = DecodingConfig(method="beam", beam_size=4)
 
 
+def text_decoding(beam_size: int) -> DecodingConfig:
+    """Return the settings of beam search for texts; greedy search for a beam of 1."""
+    return DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size)
+
+
+def image_decoding(top_k: int, top_p: float, temperature: float, seed: int) -> DecodingConfig:
+    """Return the settings of sampling image codes. A `top_p` of 0 keeps the likeliest code alone."""
+    return DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
+
+
 @torch.inference_mode()
 def write(
     decoder: AutoregressiveDecoder,

@@ -72,15 +72,22 @@ def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -
         if width * height > max_pixels:
             raise RefusedError(f"{width} x {height} pixels are more than {max_pixels} (--max-pixels)")
         allow(width * height)
-        if picture.mode.startswith("I;16"):
-            import numpy as np
+        return to_rgb(picture, in_place=True)
 
-            return on_white(ImageOps.exif_transpose(Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))))
-        if picture.mode in ("I", "F"):
-            raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits a channel")
-        picture.load()
+
+def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
+    """Return an opened picture as `load_bitmap` does; `in_place` may change the given one. Raises RefusedError likewise."""
+    if picture.mode.startswith("I;16"):
+        import numpy as np
+
+        return on_white(ImageOps.exif_transpose(Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))))
+    if picture.mode in ("I", "F"):
+        raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits a channel")
+    picture.load()
+    if in_place:
         ImageOps.exif_transpose(picture, in_place=True)  # copies only where there is something to turn
         return on_white(picture)
+    return on_white(ImageOps.exif_transpose(picture))
 
 
 def to_pixels(picture: Image.Image) -> "np.ndarray":

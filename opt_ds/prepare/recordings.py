@@ -17,7 +17,7 @@ from opt_ds.prepare.reasons import BrokenFileError, RefusedError, unreadable
 from opt_ds.prepare.sound_headers import SoundHeader, read_sound_header, with_index
 
 SAMPLE_RATE_HZ = 16_000
-_RATES_HZ = (1000, 768_000)
+RATES_HZ = (1000, 768_000)  # of a recording, the lowest and the highest
 #: By content, never by name. libsndfile also opens formats without any mark of their own, which fit any bytes.
 _FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3")
 #: Codecs that libsndfile decodes but cannot seek in are read in one piece too; DWVW it cannot read to the end.
@@ -53,7 +53,7 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
         if sound.format not in _FORMATS or sound.subtype in _REFUSED_CODECS:
             raise RefusedError(f"its encoding ({sound.format}, {sound.subtype}) is not accepted: save it as WAV or FLAC")
         rate_hz, channels = sound.samplerate, sound.channels
-        if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
+        if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
             raise RefusedError(f"a rate of {rate_hz} Hz is no recording's")
         frames = sound.frames
         if header.length_unknown and sound.format == "FLAC":

@@ -144,8 +144,7 @@ def _model_card(config: Config, state: dict[str, Any], num_parameters: int, figu
         f"{model.num_heads} heads; text decoder of {model.text_decoder_layers}, image decoder of {model.image_decoder_layers} "
         f"layers. {state['step']} steps of {config.batch.size} {config.batch.unit}, seed {config.seed}, {state['precision']}, "
         f"versions: {', '.join(f'{name} {version}' for name, version in state['versions'].items() if version)}.", "",
-        "```python", "from opt_ds.serve.pretrained import OPTModel", "", 'model = OPTModel.from_pretrained("this/folder")',
-        'session = model.session("this/folder")', 'print(session.text(session.processor(image="photo.jpg")))', "```", "",
+        "```python", "import opt_ds", "", 'model = opt_ds.load("this/folder")', 'print(model.caption("photo.jpg"))', "```", "",
     ]  # fmt: skip
     if figures is None:
         lines.append("The run was not evaluated (`opt-ds evaluate summary` writes the figures).")

@@ -14,6 +14,7 @@ from opt_ds.data.samples import Sample, stack_frames
 from opt_ds.errors import UserError
 from opt_ds.prepare.decoder import Decoder, DecodingError, EnvironmentFaultError
 from opt_ds.prepare.limits import Limits
+from opt_ds.serve.inputs import AudioInput, ImageInput, check_audio, check_image, check_text
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
@@ -57,22 +58,23 @@ class OPTProcessor:
     def __call__(
         self,
         text: str | None = None,
-        image: str | Path | Image.Image | None = None,
-        audio: str | Path | np.ndarray | None = None,
+        image: ImageInput | None = None,
+        audio: AudioInput | None = None,
     ) -> Sample:
-        """A sample of any one, two or three of: a text, a picture (file or RGB), a recording (file or mono float32 at 16 kHz).
+        """Return a sample of any one, two or three of a text, an image and audio; see `opt_ds.serve.inputs` for their types.
 
-        Raises UserError for no input at all, an empty text, a broken file, an extractor that is not the training store's.
+        Raises UserError for no input at all, an input of another type, an empty text, a broken file, an extractor that is not the
+        training store's.
         """
         if text is None and image is None and audio is None:
             raise UserError("nothing to read: give a text, an image, a recording, or several of them")
         sample = Sample(name="raw input")
         if text is not None:
-            sample.token_ids = self._tokens(text)
+            sample.token_ids = self._tokens(check_text(text))
         if image is not None:
-            self._read_regions(sample, Path(image) if isinstance(image, str) else image)
+            self._read_regions(sample, check_image(image))
         if audio is not None:
-            sample.frames = self._frames(Path(audio) if isinstance(audio, str) else audio)
+            sample.frames = self._frames(check_audio(audio))
         return sample
 
     def with_notes(
@@ -97,7 +99,7 @@ class OPTProcessor:
         return self._cut(tokens, self.config.max_text_tokens, "the text", "word pieces")
 
     def _read_regions(self, sample: Sample, image: Path | Image.Image) -> None:
-        picture = self._decoded(image, "image") if isinstance(image, Path) else image.convert("RGB")
+        picture = self._decoded(image, "image") if isinstance(image, Path) else image
         found = self._extractor("image").extract([picture])[0]
         if not len(found.features):
             raise UserError("no region was found in the image: give another picture")
@@ -109,7 +111,7 @@ class OPTProcessor:
         from opt_ds.prepare.recordings import trim_silence
         from opt_ds.prepare.speech import pool_frames
 
-        waveform = self._decoded(audio, "audio") if isinstance(audio, Path) else audio.astype(np.float32)
+        waveform = self._decoded(audio, "audio") if isinstance(audio, Path) else audio
         if self.description.extractors["audio"].get("trim_silence"):
             waveform = trim_silence(waveform)
         extractor = self._extractor("audio")
@@ -177,7 +179,7 @@ class OPTProcessor:
         if needs and weights is None:
             raise UserError(
                 f"the model reads {kind}s with {name}, whose weights are not stored with it: name their file with "
-                f"{_SETTINGS[kind]}"
+                f"{_SETTINGS[kind]} (in Python: {_SETTINGS[kind][2:].replace('-', '_')}=)"
             )
         if weights is not None and not needs:
             raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")

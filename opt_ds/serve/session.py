@@ -1,6 +1,6 @@
 """A trained model that reads raw input and answers: writes a text, paints pictures, says what belongs together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,11 @@ _CASE_OF_MODALITIES = {
     frozenset((IMAGE, AUDIO)): "image_audio", frozenset((TEXT, AUDIO)): "text_audio", frozenset((TEXT, IMAGE)): "text_image",
     frozenset((TEXT, IMAGE, AUDIO)): "all",
 }  # fmt: skip
+
+
+def _given(sample: Sample) -> frozenset[int]:
+    """Return the modalities of a sample."""
+    return frozenset(modality for modality, part in _PART.items() if getattr(sample, part) is not None)
 
 
 class Session(ModelRunner):
@@ -91,15 +96,25 @@ class Session(ModelRunner):
 
         Raises UserError when the model never learned to judge.
         """
-        self.require(MATCH, "judge what belongs together")
-        given = [m for m, part in _PART.items() if getattr(sample, part) is not None]
-        if len(given) < 2:
-            raise UserError("matching compares two or three inputs: give another one")
-        scores = torch.from_numpy(self.matching_scores([sample])[0])
-        values = torch.softmax(scores, 0) if self.matches_by_softmax else torch.sigmoid(scores)
-        named = dict(zip(CASES, values.tolist(), strict=True))
-        possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= set(given)} | {"none"}
+        (named,), given = self._matching([sample]), _given(sample)
+        possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= given} | {"none"}
         return {case: value for case, value in named.items() if case in possible}
+
+    def match_probabilities(self, samples: Sequence[Sample]) -> list[float]:
+        """Return the matching head's probability, for each sample of two or three inputs, that all of them belong together.
+
+        Raises UserError as `matching`.
+        """
+        found = self._matching(samples)
+        return [named[_CASE_OF_MODALITIES[_given(sample)]] for sample, named in zip(samples, found, strict=True)]
+
+    def _matching(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        self.require(MATCH, "judge what belongs together")
+        if any(len(_given(sample)) < 2 for sample in samples):
+            raise UserError("matching compares two or three inputs: give another one")
+        scores = torch.from_numpy(self.matching_scores(samples))
+        values = torch.softmax(scores, 1) if self.matches_by_softmax else torch.sigmoid(scores)
+        return [dict(zip(CASES, row, strict=True)) for row in values.tolist()]
 
     @property
     def dvae(self) -> DiscreteVAE:
@@ -118,8 +133,7 @@ class Session(ModelRunner):
         pair = replace(
             own, region_features=seen.region_features, region_boxes=seen.region_boxes, region_labels=seen.region_labels
         )
-        given = frozenset(m for m, part in _PART.items() if getattr(pair, part) is not None)
-        return self.matching(pair)[_CASE_OF_MODALITIES[given]] if len(given) > 1 else 0.0
+        return self.match_probabilities([pair])[0] if len(_given(pair)) > 1 else 0.0
 
     def look(self, picture: Image.Image) -> np.ndarray:
         """The mean feature vector of a picture's regions, by the model's image extractor."""

@@ -4,8 +4,7 @@ import pytest
 from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.evaluate.retrieval import DIRECTIONS, chance, recall, retrieval, same_pairs
-from opt_ds.evaluate.summary import retrieval_lines
+from opt_ds.evaluate.retrieval import DIRECTIONS, chance, recall, retrieval, retrieval_lines, same_pairs
 from opt_ds.store import FeatureStore
 from tests.tiny import index_with, masked
 

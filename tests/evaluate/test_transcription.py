@@ -4,8 +4,7 @@ import pytest
 from opt_ds.data.task import AUDIO, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
-from opt_ds.evaluate.summary import transcription_lines
-from opt_ds.evaluate.transcription import _shuffle, normalize, transcription, word_error_rate
+from opt_ds.evaluate.transcription import _shuffle, normalize, transcription, transcription_lines, word_error_rate
 from tests.tiny import masked
 
 

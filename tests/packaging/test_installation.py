@@ -53,6 +53,7 @@ def test_the_archive_is_complete(archive: Path) -> None:
         inside = {name.partition("/")[2] for name in opened.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [name for name in tracked if name not in inside and not name.startswith(".")] == []
+    assert "opt_ds/py.typed" in inside
     assert [name for name in inside if name.endswith((".so", "_build.json", ".pyc"))] == []
 
 
@@ -84,7 +85,7 @@ def test_archive_and_wheel_install_beside_the_torch_that_is_there(
         assert built.returncode == 0, built.stderr
         wanted = next(tmp_path.glob("*.whl"))
         names = zipfile.ZipFile(wanted).namelist()
-        assert {"opt_ds/_build.json", "opt_ds/serve/page.html", "opt_ds/presets/opt-base.yaml"} <= set(names)
+        assert {"opt_ds/_build.json", "opt_ds/py.typed", "opt_ds/serve/page.html", "opt_ds/presets/opt-base.yaml"} <= set(names)
     done = environment.pip_install(wanted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Downloading torch" not in done.stdout

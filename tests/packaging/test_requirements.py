@@ -21,6 +21,8 @@ BEHIND_AN_EXTRA = {"opt_ds/prepare/importers/piper_worker.py": "corpus", "opt_ds
 NEEDS_AN_EXTRA = {
     "opt_ds.evaluate.ablation", "opt_ds.evaluate.captioning", "opt_ds.evaluate.classification", "opt_ds.evaluate.summary",
     "opt_ds.evaluate.transcription", "opt_ds.serve.app",
+    "opt_ds.evaluate.experiments.captioning", "opt_ds.evaluate.experiments.classification",
+    "opt_ds.evaluate.experiments.summary", "opt_ds.evaluate.experiments.transcription",
 }  # fmt: skip
 _GUARDS = (ast.With, ast.Try, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -99,6 +101,13 @@ def test_the_package_takes_every_file_of_its_folder_along() -> None:
     packages = {Path(*name.split(".")) for name in arguments["packages"]}
     for file in map(Path, tracked.stdout.splitlines()):
         assert (file.suffix == ".py" and file.parent in packages) or file in data, f"{file} is in no wheel: add it to setup.py"
+
+
+def test_a_build_takes_the_pages_the_presets_and_the_mark_of_a_typed_package(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for file in ("py.typed", "serve/page.html", "presets/opt-base.yaml", "evaluate/experiments/retrieval.py"):
+        assert (tmp_path / "opt_ds" / file).is_file(), f"a wheel would lack opt_ds/{file}"
 
 
 def test_the_container_recipe_copies_what_the_build_needs() -> None:

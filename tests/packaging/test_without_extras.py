@@ -14,7 +14,7 @@ from opt_ds.errors import UserError
 import opt_ds.prepare, opt_ds.serve.export, opt_ds.serve.session
 from opt_ds.commands.serve import serve
 messages = []
-for use in (lambda: serve(None), lambda: importlib.import_module("opt_ds.evaluate.transcription"),
+for use in (lambda: serve(checkpoint=None), lambda: importlib.import_module("opt_ds.evaluate.transcription"),
             lambda: importlib.import_module("opt_ds.evaluate.classification")):
     try:
         use()
