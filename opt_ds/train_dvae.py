@@ -10,6 +10,7 @@ tensorboard/, and checkpoint.pt while the run is unfinished.
 """
 
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -60,6 +61,7 @@ from opt_ds.store.verify import open_store
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_LOG = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -106,21 +108,21 @@ def train_dvae(
     if not len(rows):
         raise UserError(f'{store_path}: split "{train_split}" has no pictures: name another with --train-split')
     for problem in split_problems(store_path, store.description, train_split):
-        print(f"note: pre-training would refuse: {problem}")
+        _LOG.info(f"note: pre-training would refuse: {problem}")
     preset = preset or default_preset(len(rows), config_file)
     config = load_dvae_config(preset, config_file, settings, steps)
     hardware = choose_hardware(device, precision)
     claim_output(output, run_description(store, rows, config, seed, train_split))
     if (output / RESULT_FILE).is_file():
         result = read_result(output)
-        print(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
+        _LOG.info(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
     else:
-        print(
+        _LOG.info(
             f"dVAE: {preset}, {len(rows)} pictures of split {train_split}, {config.steps} steps, {hardware.device}, "
             f"{hardware.precision}, {hardware.threads} threads"
         )
         result = Training(store, rows, config, seed, hardware, output, train_split, checkpoint_every).run()
-        print(summary(result))
+        _LOG.info(summary(result))
     if write_codes:
         write_missing_codes(store_path, CodeExtractor.from_pretrained(output, hardware.device))
     return result
@@ -139,7 +141,7 @@ def default_preset(num_pictures: int, config_file: Path | None) -> str:
     """Return the preset for a store of this size, aloud; the base of a config file's keys is dvae-base."""
     preset = "dvae-base" if config_file or num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
     reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} pictures"
-    print(f"dVAE: preset {preset} ({reason}); choose another with --preset")
+    _LOG.info(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset
 
 
@@ -386,7 +388,7 @@ class Training:
             raise damaged from None
         if not 0 <= self.step <= self.config.steps:
             raise damaged
-        print(f"dVAE: resuming at step {self.step} of {self.config.steps}")
+        _LOG.info(f"dVAE: resuming at step {self.step} of {self.config.steps}")
         return True
 
     def finish(self, writer: "SummaryWriter") -> dict[str, Any]:
