@@ -1,11 +1,15 @@
 """`opt-ds ablate`: pre-train without each task or level, probe, and make one table."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.log import ON_STDERR
+
+_LOG = logging.getLogger(__name__)
 
 
 def ablate(
@@ -49,7 +53,7 @@ def ablate(
     paths = store or preflight.configured_stores(source, settings or []) or [str(preflight.DEFAULT_STORE)]
     resolved, given, taken = preflight.settle(source, settings or [], paths)
     if taken:
-        typer.echo(f"note: {taken}", err=True)
+        _LOG.info(f"note: {taken}", extra=ON_STDERR)
     stores = preflight.open_stores(resolved)
     rows = ablation.plan_rows(source, given, stores, row or ())
     if task is not None:
@@ -66,7 +70,7 @@ def ablate(
         return 0
     if split is None:
         split = held_out_splits(stores[0])[0]
-        typer.echo(f"note: judged on {split}; --split chooses", err=True)
+        _LOG.info(f"note: judged on {split}; --split chooses", extra=ON_STDERR)
     probe = ablation.Probe(split, train_split, tuple(subset or ("T+A+I",)), min_positives, regularisation, limit)
     ablation.check_labels(stores[0], probe, rows[0].config.seed)
     for planned in rows:
@@ -74,8 +78,8 @@ def ablate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = num_ranks or max(1, torch.cuda.device_count())
     names = ", ".join(planned.name for planned in rows)
-    typer.echo(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
-    code = ablation.make_rows(source, rows, output, stores[0], probe, ranks, device, typer.echo)
+    _LOG.info(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
+    code = ablation.make_rows(source, rows, output, stores[0], probe, ranks, device)
     if code:
         return code
     figures = ablation.write_tables(output, stores[0], rows[0].config, probe)

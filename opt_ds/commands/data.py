@@ -1,5 +1,6 @@
 """`opt-ds corpus`, `prepare`, `merge` and `inspect`: arguments in, one call, results out."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from opt_ds.errors import UserError, did_you_mean
 
+_LOG = logging.getLogger(__name__)
 _CORPORA = ("emoji",)
 _Workers = Annotated[int, typer.Option(help="Processes that work at once, each on one thread.", min=1)]
 
@@ -25,8 +27,8 @@ def corpus(
         raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')
     from opt_ds.prepare.importers.emoji import write_emoji_corpus
 
-    manifest = write_emoji_corpus(output, workers=workers, limit=limit, say=typer.echo)
-    typer.echo(f"next: opt-ds prepare --manifest {manifest} --output STORE")
+    manifest = write_emoji_corpus(output, workers=workers, limit=limit)
+    _LOG.info(f"next: opt-ds prepare --manifest {manifest} --output STORE")
 
 
 def prepare(
@@ -126,7 +128,7 @@ def prepare(
         compression="gzip" if compress else None,
     )
     prepared = run(
-        folder_manifest(manifest, say=typer.echo) if manifest.is_dir() else manifest,
+        folder_manifest(manifest) if manifest.is_dir() else manifest,
         output,
         settings,
         workers=workers,
@@ -136,10 +138,9 @@ def prepare(
         allow_outside=allow_outside,
         share=share,
         retry_skipped=retry_skipped,
-        say=typer.echo,
     )
     if prepared is not None:
-        _say_training_notes(output)
+        _log_training_notes(output)
 
 
 def merge(
@@ -151,12 +152,12 @@ def merge(
     """
     from opt_ds.prepare.finish import merge_parts
 
-    merge_parts(store, say=typer.echo)
-    _say_training_notes(store)
+    merge_parts(store)
+    _log_training_notes(store)
 
 
-def _say_training_notes(store: Path) -> None:
+def _log_training_notes(store: Path) -> None:
     from opt_ds.commands.stores import training_notes
 
     for note in training_notes(store):
-        typer.echo(f"note: {note}")
+        _LOG.info(f"note: {note}")

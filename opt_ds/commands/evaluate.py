@@ -1,6 +1,7 @@
 """`opt-ds evaluate …`: a checkpoint and a store in, figures out (JSON, and a table where there is one)."""
 
 import atexit
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ import typer
 
 from opt_ds.commands import MAX_SEED, finite, output_file, rank_of_environment
 from opt_ds.errors import UserError
+from opt_ds.log import ON_STDERR
 
 if TYPE_CHECKING:
     from opt_ds.engine.distributed import ProcessGroup
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from opt_ds.model.dvae import DiscreteVAE
     from opt_ds.model.generation import DecodingConfig
     from opt_ds.store.reader import FeatureStore
+
+_LOG = logging.getLogger(__name__)
 
 evaluate = typer.Typer(
     help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary. Several ranks share the work: "
@@ -227,7 +231,7 @@ def image_generation(
     options = DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
     painter = look = None
     if pictures or paint:
-        session = Session.load(checkpoint, image_weights=image_weights, device=str(evaluator.device), warn=lambda _: None)
+        session = Session.load(checkpoint, image_weights=image_weights, device=str(evaluator.device))
         painter = Painter(_dvae(evaluator, dvae), options, candidates, session.belongs)
         look = session.look
     figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
@@ -288,7 +292,7 @@ def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
 
     found = held_out_splits(store)[:most]
     seen = ", since none begins with test (early stopping saw it too)" if found == ["valid"] else ""
-    _echo(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", err=True)
+    _LOG.info(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", extra=ON_STDERR)
     return found
 
 
@@ -317,7 +321,7 @@ def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, *splits: st
     for split in splits:
         store.split_samples(split)
     run = resolve_checkpoint(checkpoint).parent.parent
-    check_identity(run / PROCESSOR_FOLDER, store, force, lambda line: _echo(f"note: {line}", err=True))
+    check_identity(run / PROCESSOR_FOLDER, store, force)
     group = _join_ranks()
     device = group.device if group else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(checkpoint, device)
@@ -339,10 +343,10 @@ def _join_ranks() -> "ProcessGroup | None":
     return group
 
 
-def _echo(text: str, err: bool = False) -> None:
-    """Of several ranks the first one speaks."""
+def _echo(text: str) -> None:
+    """Print a result, on the first rank."""
     if rank_of_environment() == 0:
-        typer.echo(text, err=err)
+        typer.echo(text)
 
 
 def _text_decoding(beam_size: int) -> "DecodingConfig":

@@ -1,5 +1,6 @@
 """`opt-ds plan`: what a run will need, before it is started."""
 
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,9 +9,12 @@ import typer
 
 from opt_ds.commands import output_file
 from opt_ds.errors import UserError
+from opt_ds.log import ON_STDERR
 
 if TYPE_CHECKING:
     from opt_ds.engine.hardware import Gpu
+
+_LOG = logging.getLogger(__name__)
 
 
 def plan(
@@ -54,7 +58,7 @@ def plan(
     for opened in stores:
         check_store(resolved, opened)
     for line in (*([taken] if taken else []), *truncation_lines(resolved.model, stores)):
-        typer.echo(f"note: {line}", err=True)
+        _LOG.info(f"note: {line}", extra=ON_STDERR)
     kind = _gpu(gpu, memory_gib, tflops, link_gbyte, capability)
     cluster = parse_cluster(Cluster(kind, num_gpus, gpus_per_node, network_gbit * 1e9 / 8, utilisation))
     result = plan_run(resolved, cluster, stores or AssumedStore(resolved.model, text, regions, frames))

@@ -149,12 +149,7 @@ def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path 
     from opt_ds.prepare.extractors import choose_device
     from opt_ds.serve.session import Session
 
-    def warn(line: str) -> None:
-        typer.echo(f"note: {line}", err=True)
-
-    return Session.load(
-        checkpoint, image_weights=image_weights, speech_weights=speech_weights, device=choose_device(device), warn=warn
-    )
+    return Session.load(checkpoint, image_weights=image_weights, speech_weights=speech_weights, device=choose_device(device))
 
 
 def _is_stdout(output: Path) -> bool:

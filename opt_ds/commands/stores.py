@@ -137,18 +137,15 @@ def split(
     if source is not None and not ratio:
         raise UserError("--from: it goes with --ratio; --ids and --groups name the samples themselves")
     ratios = parse_ratios(ratio) if ratio else {}
-    with exclusive_use(store, typer.echo):
+    with exclusive_use(store):
         if ratio:
-            description = split_by_ratio(
-                store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates, say=typer.echo
-            )
+            description = split_by_ratio(store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates)
         else:
             description = split_by_list(
                 store,
                 (ids or groups),  # type: ignore[arg-type]
                 by_group=groups is not None,
                 count_near_duplicates=not ignore_near_duplicates,
-                say=typer.echo,
             )
     typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")
 
@@ -197,7 +194,7 @@ def update(
         from opt_ds.prepare.update_text import update_text
 
         settings = PrepareSettings(text=weights, vocab_size=vocab_size, unicode_form=unicode_form, max_tokens=max_tokens)
-        update_text(store, manifest, settings, strict=strict, allow_outside=allow_outside, say=typer.echo)
+        update_text(store, manifest, settings, strict=strict, allow_outside=allow_outside)
         return
 
     if manifest is None:
@@ -215,7 +212,7 @@ def update(
             max_frames=max_frames,
         )
     update_modality(store, manifest, modality, settings, workers=workers, device=device, strict=strict,
-                    allow_outside=allow_outside, say=typer.echo)  # fmt: skip
+                    allow_outside=allow_outside)  # fmt: skip
 
 
 def convert(
@@ -228,7 +225,7 @@ def convert(
     from opt_ds.store.convert import copy_store
 
     if is_lmdb(source):
-        export_lmdb(source, output, say=typer.echo)
+        export_lmdb(source, output)
         return
     description = copy_store(source, output, "gzip" if compress else None)
     size = sum(shard.bytes for shard in description.shards) / 2**20
