@@ -62,7 +62,7 @@ def prepare_once(manifest: Path, output: Path, workers: int) -> dict[str, float]
     pipeline.tqdm = Progress  # type: ignore[misc]
     began = time.perf_counter()
     settings = PrepareSettings(samples_per_shard=100, vocab_size=600)
-    prepare(manifest, output, settings, workers=workers, device="cpu", say=lambda _: None)
+    prepare(manifest, output, settings, workers=workers, device="cpu")
     wall = time.perf_counter() - began
     busy = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     files = np.cumsum([count for _, count in marks])

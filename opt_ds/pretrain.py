@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
+    import logging
     import time
     import traceback
     from typing import TYPE_CHECKING, Annotated
@@ -40,6 +41,7 @@ except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other
     print("stopped", file=sys.stderr)
     sys.exit(130)
 
+_LOG = logging.getLogger("opt_ds.pretrain")  # started by path, its __name__ is "__main__"
 _STORE_WAIT_S = 3 * 3600  # for rank 0 to build the emoji store
 _RANKS = Ranks()
 
@@ -66,9 +68,9 @@ def pretrain(
     """
     start = _start(init_from, init_moments, output)
     resolved, output = _resolve(config.config, config.stores, output, config.changes, start)
-    _say(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
+    _LOG.info(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
     with StopRequest(resolved.train.preemption_signal) as stop:
-        return run_training(resolved, output, _RANKS, stop, _say, must_resume=resume)
+        return run_training(resolved, output, _RANKS, stop, must_resume=resume)
 
 
 def _start(source: Path | None, moments: bool, output: Path | None) -> "Start | None":
@@ -90,24 +92,24 @@ def _resolve(
 
     if start and not (stores or preflight.configured_stores(source, settings)):
         stores = list(start.config.data.stores)
-        _say(f"no store given: taking {', '.join(stores)}, as {start.run}")
+        _LOG.info(f"no store given: taking {', '.join(stores)}, as {start.run}")
     if source is None:
         source, why = _default_source(stores, settings, start)
-        _say(f"taking {source} ({why})")
+        _LOG.info(f"taking {source} ({why})")
     configured = preflight.configured_stores(source, settings)
     if stores and configured and stores != configured:
-        _say(f"--store replaces the configuration's data.stores ({', '.join(configured)})")
+        _LOG.info(f"--store replaces the configuration's data.stores ({', '.join(configured)})")
     stores = stores or configured or [_default_store(preflight.DEFAULT_STORE)]
     if start:
         settings = init_from.settings_of_start(start, source, settings)
     config, _, taken = preflight.settle(source, settings, stores)
     if taken:
-        _say(taken)
+        _LOG.info(taken)
     output = output or Path("runs") / preflight.config_name(source)
     if start:
-        _say(init_from.describe_start(start))
+        _LOG.info(init_from.describe_start(start))
         for note in init_from.check_fit(start, config):
-            _say(note)
+            _LOG.info(note)
     else:
         init_from.refuse_forgotten(config, output)
     return config, output
@@ -134,7 +136,7 @@ def _default_store(path: Path) -> str:
     if _RANKS.is_main:
         from opt_ds.prepare import emoji_store
 
-        _say(f"{path} is not there: building the emoji store, once")
+        _LOG.info(f"{path} is not there: building the emoji store, once")
         emoji_store(path, path.parent / "emoji-corpus")
     began = time.monotonic()
     while not finished.is_file():
@@ -150,11 +152,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _say(line: str) -> None:
-    if _RANKS.is_main:
-        print(line, flush=True)
 
 
 def main() -> int:

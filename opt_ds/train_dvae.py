@@ -10,6 +10,7 @@ use, time), reconstructions.png (upper rows true, lower rows reconstructed), and
 """
 
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -59,6 +60,7 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.trainable import split_problems
 from opt_ds.store.verify import open_store
 
+_LOG = logging.getLogger(__name__)
 RESULT_FILE = "result.json"
 GRID_FILE = "reconstructions.png"
 GRID_PICTURES = 16
@@ -103,7 +105,7 @@ def train_dvae(
     if not len(rows):
         raise UserError(f'{store_path}: split "{train_split}" has no pictures: name another with --train-split')
     for problem in split_problems(store_path, store.description, train_split):
-        print(f"note: pre-training would refuse: {problem}")
+        _LOG.info(f"note: pre-training would refuse: {problem}")
     preset = preset or default_preset(len(rows), config_file)
     config = load_dvae_config(preset, config_file, settings, steps)
     hardware = choose_hardware(device, precision)
@@ -111,19 +113,19 @@ def train_dvae(
     check_output(output, identity)
     if (output / RESULT_FILE).is_file():
         result = read_result(output)
-        print(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
+        _LOG.info(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
     else:
-        print(
+        _LOG.info(
             f"dVAE: {preset}, {len(rows)} pictures of split {train_split}, {config.steps} steps, {hardware.device}, "
             f"{hardware.precision}, {hardware.threads} threads"
         )
         about = {
             "kind": run_folder.DVAE, "preset": preset, "identity": identity, "stores": run_folder.describe_stores([store])
         }  # fmt: skip
-        with run_folder.lock(output, print):
+        with run_folder.lock(output):
             run_folder.append_launch(output, about, {**asdict(hardware), "versions": run_folder.versions()})
             result = Training(store, rows, config, seed, hardware, output, train_split, checkpoint_every).run()
-        print(summary(result))
+        _LOG.info(summary(result))
     if write_codes:
         write_missing_codes(store_path, CodeExtractor.from_pretrained(output, hardware.device))
     return result
@@ -145,7 +147,7 @@ def default_preset(num_pictures: int, config_file: Path | None) -> str:
     else:
         preset = "dvae-base" if num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
     reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} pictures"
-    print(f"dVAE: preset {preset} ({reason}); choose another with --preset")
+    _LOG.info(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset
 
 
@@ -383,7 +385,7 @@ class Training:
             raise damaged from None
         if not 0 <= self.step <= self.config.steps:
             raise damaged
-        print(f"dVAE: resuming at step {self.step} of {self.config.steps}")
+        _LOG.info(f"dVAE: resuming at step {self.step} of {self.config.steps}")
         return True
 
     def finish(self, report: Reporter) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def interruptible() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What `opt_ds` logs during the test, from INFO on: a text a message."""
+    from tests.logs import logged_lines
+
+    with logged_lines() as lines:
+        yield lines
+
+
 @pytest.fixture(scope="session")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
     """Every sample has all three modalities."""

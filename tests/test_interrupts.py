@@ -153,7 +153,7 @@ def test_a_terminal_that_is_lost_costs_nothing(store: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("group", [True, False])
 def test_an_update_leaves_the_store_as_it_was(number: int, group: bool, pictures: Path, tmp_path: Path) -> None:
     path = tmp_path / "store"
-    prepare(pictures / "manifest.jsonl", path, PrepareSettings(vocab_size=60), workers=1, device="cpu", say=lambda _: None)
+    prepare(pictures / "manifest.jsonl", path, PrepareSettings(vocab_size=60), workers=1, device="cpu")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     command = ["update", str(path), "--modality", "image", "--manifest", str(pictures / "manifest.jsonl"), "--workers", "2"]
     assert interrupt(command, "file/s", group=group, folder=tmp_path, number=number) == (128 + number, ["stopped"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from opt_ds import interrupts
+from opt_ds import interrupts, log
 from opt_ds.commands.arguments import StoppedError, build, stopped
 from opt_ds.commands.arguments import rank_of_environment as rank_of_environment
 from opt_ds.errors import RunError, UserError, did_you_mean
@@ -48,7 +48,8 @@ def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0
 
 def _run(command: Any, arguments: Sequence[str], name: str, rank: int) -> int:
     try:
-        result = command.main(list(arguments), prog_name=name, standalone_mode=False)
+        with log.to_terminal(rank):
+            result = command.main(list(arguments), prog_name=name, standalone_mode=False)
         if result == _TYPERS_STOPPED:  # typer makes it of a Ctrl-C before the command itself began
             return _stop(stopped(name), rank)
         return result if isinstance(result, int) else 0

@@ -1,5 +1,6 @@
 """`opt-ds ablate`: pre-train without each task or level, probe, and make one table."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,9 @@ import typer
 from opt_ds.commands.option_groups import with_option_groups
 from opt_ds.commands.options import ConfigOptions, ProbeOptions
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.log import ON_STDERR
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ def ablate(
     paths = config.stores or preflight.configured_stores(source, config.changes) or [str(preflight.DEFAULT_STORE)]
     resolved, given, taken = preflight.settle(source, config.changes, paths)
     if taken:
-        typer.echo(f"note: {taken}", err=True)
+        _LOG.info(f"note: {taken}", extra=ON_STDERR)
     stores = preflight.open_stores(resolved)
     rows = ablation.plan_rows(source, given, stores, row or ())
     if task is not None:
@@ -74,7 +78,7 @@ def ablate(
         return 0
     if split is None:
         split = held_out_splits(stores[0])[0]
-        typer.echo(f"note: judged on {split}; --split chooses", err=True)
+        _LOG.info(f"note: judged on {split}; --split chooses", extra=ON_STDERR)
     wanted = ablation.Probe(
         split, probe.train_split, tuple(subset or ("T+A+I",)), probe.min_positives, probe.regularisation, limit
     )
@@ -84,8 +88,8 @@ def ablate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = num_ranks or max(1, torch.cuda.device_count())
     names = ", ".join(planned.name for planned in rows)
-    typer.echo(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
-    code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device, typer.echo)
+    _LOG.info(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
+    code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device)
     if code:
         return code
     figures = ablation.write_tables(output, stores[0], rows[0].config, wanted)

@@ -4,8 +4,8 @@ Every command is built by `build`, so no command has to check this itself.
 """
 
 import inspect
+import logging
 import os
-import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +15,9 @@ import typer
 import typer.core
 
 from opt_ds.errors import UserError
+from opt_ds.log import ON_STDERR
 
+_LOG = logging.getLogger(__name__)
 #: Commands that go on where they were when they are given again; what a Ctrl-C says of them.
 RESUMING = ("corpus", "prepare", "train-dvae", "train_dvae.py", "finetune", "ablate", "pretrain.py")
 #: Options that take `-` for standard output.
@@ -170,7 +172,7 @@ def _check_repeated(param: Any, given: list[str]) -> None:
 
 
 def _check_settings(given: list[str]) -> None:
-    """Of a key that is set twice the last value counts, as job scripts that pass on "$@" rely on; a line says so.
+    """Of a key that is set twice the last value counts, as job scripts that pass on "$@" rely on; a note says so.
 
     Raises UserError for a key of a section that is set as a whole after it.
     """
@@ -183,9 +185,9 @@ def _check_settings(given: list[str]) -> None:
             raise UserError(f"--set {key} replaces --set {inner}, which comes before it: give one of them, or {key} first")
         values.setdefault(key, []).append(value)
     for key, several in values.items():
-        if len(set(several)) > 1 and rank_of_environment() == 0:
+        if len(set(several)) > 1:
             overridden = ", ".join(dict.fromkeys(value for value in several if value != several[-1]))
-            print(f"note: --set {key}={several[-1]} overrides {overridden}, given before it", file=sys.stderr)
+            _LOG.info(f"note: --set {key}={several[-1]} overrides {overridden}, given before it", extra=ON_STDERR)
 
 
 def _times(count: int) -> str:

@@ -1,5 +1,6 @@
 """`opt-ds corpus`, `prepare`, `merge` and `inspect`: arguments in, one call, results out."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from opt_ds.commands.option_groups import with_option_groups
 from opt_ds.commands.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions, Workers
 from opt_ds.errors import UserError, did_you_mean
 
+_LOG = logging.getLogger(__name__)
 _CORPORA = ("emoji",)
 
 
@@ -27,8 +29,8 @@ def corpus(
         raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')
     from opt_ds.prepare.importers.emoji import write_emoji_corpus
 
-    manifest = write_emoji_corpus(output, workers=workers, limit=limit, say=typer.echo)
-    typer.echo(f"next: opt-ds prepare --manifest {manifest} --output STORE")
+    manifest = write_emoji_corpus(output, workers=workers, limit=limit)
+    _LOG.info(f"next: opt-ds prepare --manifest {manifest} --output STORE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def prepare(
         compression="gzip" if shards.compress else None,
     )
     prepared = run(
-        folder_manifest(manifest, say=typer.echo) if manifest.is_dir() else manifest,
+        folder_manifest(manifest) if manifest.is_dir() else manifest,
         output,
         settings,
         workers=reading.workers,
@@ -154,10 +156,9 @@ def prepare(
         allow_outside=reading.allow_outside,
         share=share,
         retry_skipped=samples.retry_skipped,
-        say=typer.echo,
     )
     if prepared is not None:
-        _say_training_notes(output)
+        _log_training_notes(output)
 
 
 def merge(
@@ -169,12 +170,12 @@ def merge(
     """
     from opt_ds.prepare.finish import merge_parts
 
-    merge_parts(store, say=typer.echo)
-    _say_training_notes(store)
+    merge_parts(store)
+    _log_training_notes(store)
 
 
-def _say_training_notes(store: Path) -> None:
+def _log_training_notes(store: Path) -> None:
     from opt_ds.commands.stores import training_notes
 
     for note in training_notes(store):
-        typer.echo(f"note: {note}")
+        _LOG.info(f"note: {note}")

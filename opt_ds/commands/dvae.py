@@ -1,5 +1,6 @@
 """The command `opt-ds train-dvae`: options in, one call."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from opt_ds.commands import MAX_SEED, run_program
 from opt_ds.commands.option_groups import with_option_groups
 from opt_ds.commands.options import Device
 from opt_ds.errors import TrainingStoppedError
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ def train_dvae(
     except TrainingStoppedError as stop:
         if stop.reason == "SIGINT":
             raise KeyboardInterrupt from None
-        print(f"{stop}; start again with the same --output to go on", flush=True)
+        _LOG.info(f"{stop}; start again with the same --output to go on")
         return REQUEUE_EXIT_CODE
     return 0
 

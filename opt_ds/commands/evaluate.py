@@ -5,6 +5,7 @@ once; what an experiment does is in `opt_ds/evaluate/experiments/<name>.py`, whi
 """
 
 import atexit
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from opt_ds.commands import MAX_SEED, output_file, rank_of_environment
 from opt_ds.commands.option_groups import with_option_groups
 from opt_ds.commands.options import BeamSize, ImageWeights, Limit, ProbeOptions, SamplingOptions
 from opt_ds.errors import UserError
+from opt_ds.log import ON_STDERR
 
 if TYPE_CHECKING:
     from opt_ds.engine.distributed import ProcessGroup
     from opt_ds.evaluate.evaluator import Evaluator
     from opt_ds.evaluate.experiments import ImageJudge
     from opt_ds.store.reader import FeatureStore
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +278,7 @@ def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
 
     found = held_out_splits(store)[:most]
     seen = ", since none begins with test (early stopping saw it too)" if found == ["valid"] else ""
-    _echo(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", err=True)
+    _LOG.info(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", extra=ON_STDERR)
     return found
 
 
@@ -290,7 +294,7 @@ def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, splits: Seq
     for split in splits:
         store.split_samples(split)
     run = resolve_checkpoint(checkpoint).parent.parent
-    check_identity(run / PROCESSOR_FOLDER, store, force, lambda line: _echo(f"note: {line}", err=True))
+    check_identity(run / PROCESSOR_FOLDER, store, force)
     group = _join_ranks()
     device = group.device if group else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(checkpoint, device)
@@ -301,7 +305,7 @@ def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, splits: Seq
 def _open_judge(checkpoint: Path, device: str, image_weights: Path | None) -> "ImageJudge":
     from opt_ds.serve.session import Session
 
-    return Session.load(checkpoint, image_weights=image_weights, device=device, warn=lambda _: None)
+    return Session.load(checkpoint, image_weights=image_weights, device=device)
 
 
 def _join_ranks() -> "ProcessGroup | None":
@@ -318,10 +322,10 @@ def _join_ranks() -> "ProcessGroup | None":
     return group
 
 
-def _echo(text: str, err: bool = False) -> None:
-    """Of several ranks the first one speaks."""
+def _echo(text: str) -> None:
+    """Print a result, on the first rank."""
     if rank_of_environment() == 0:
-        typer.echo(text, err=err)
+        typer.echo(text)
 
 
 def _write(figures: dict[str, Any], output: Path) -> None:

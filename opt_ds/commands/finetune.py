@@ -1,5 +1,6 @@
 """`opt-ds finetune`: one task more for a trained model, by pre-training's own engine."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,8 @@ import typer
 from opt_ds.commands import finite
 from opt_ds.commands.options import Settings
 from opt_ds.config import Config
+
+_LOG = logging.getLogger(__name__)
 
 
 def finetune(
@@ -46,21 +49,17 @@ def finetune(
 
     ranks = find_ranks()
 
-    def say(line: str) -> None:
-        if ranks.is_main:
-            print(line, flush=True)
-
     def settle() -> Config:
         config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
         for path in store:  # verified by now
-            check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force, say)
+            check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force)
         return config
 
     config, group = settle_by_main(ranks, settle)
     assert config.finetune is not None
-    say(
+    _LOG.info(
         f"fine-tuning for {task} from {config.finetune.checkpoint}, inputs {', '.join(config.finetune.inputs)}: "
         f"{config.max_steps} steps of {config.batch.size} samples, learning rate {config.optimizer.lr:g}, output {output}"
     )
     with StopRequest(config.train.preemption_signal) as stop:
-        return run_training(config, output, ranks, stop, say, must_resume=resume, group=group)
+        return run_training(config, output, ranks, stop, must_resume=resume, group=group)

@@ -1,9 +1,12 @@
 """`opt-ds import …`: published collections, folders and tables -> a manifest for `opt-ds prepare`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+_LOG = logging.getLogger(__name__)
 
 imports = typer.Typer(add_completion=False, no_args_is_help=True, help="Write a manifest from a published collection's files.")
 
@@ -16,7 +19,7 @@ _KeepIncomplete = Annotated[
 
 def _next(manifest: Path) -> None:
     outside = any('": "../' in line for line in manifest.open(encoding="utf-8"))
-    typer.echo(f"next: opt-ds prepare --manifest {manifest} --output STORE{' --allow-outside' if outside else ''}")
+    _LOG.info(f"next: opt-ds prepare --manifest {manifest} --output STORE{' --allow-outside' if outside else ''}")
 
 
 @imports.command("localized-narratives")
@@ -33,7 +36,7 @@ def localized_narratives(
     from opt_ds.prepare.importers.localized_narratives import import_localized_narratives as run
 
     _next(run(annotations, output, images=images, recordings=recordings, labels=labels or (), label_names=label_names,
-              keep_incomplete=keep_incomplete, say=typer.echo))  # fmt: skip
+              keep_incomplete=keep_incomplete))  # fmt: skip
 
 
 @imports.command("conceptual-captions")
@@ -49,7 +52,7 @@ def conceptual_captions(
     from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions as run
 
     _next(run(annotations, output, images=images, pattern=pattern, url_first=url_first,
-              first_index=first_index, say=typer.echo))  # fmt: skip
+              first_index=first_index))  # fmt: skip
 
 
 @imports.command("visual-genome")
@@ -64,8 +67,7 @@ def visual_genome(
     """Visual Genome's region descriptions: a phrase and the whole picture a sample."""
     from opt_ds.prepare.importers.visual_genome import import_visual_genome as run
 
-    _next(run(annotations, output, images=images, image_data=image_data, leave_out=leave_out, max_phrases=max_phrases,
-              say=typer.echo))  # fmt: skip
+    _next(run(annotations, output, images=images, image_data=image_data, leave_out=leave_out, max_phrases=max_phrases))
 
 
 @imports.command("coco")
@@ -77,7 +79,7 @@ def coco(
     """COCO captions in Karpathy's splits."""
     from opt_ds.prepare.importers.karpathy import import_karpathy as run
 
-    _next(run(annotations, output, images=images, say=typer.echo))
+    _next(run(annotations, output, images=images))
 
 
 @imports.command("flickr30k")
@@ -89,7 +91,7 @@ def flickr30k(
     """Flickr30k, in Karpathy's splits or from its own token file."""
     from opt_ds.prepare.importers.karpathy import import_karpathy as run
 
-    _next(run(annotations, output, images=images, say=typer.echo))
+    _next(run(annotations, output, images=images))
 
 
 @imports.command("vqa")
@@ -103,7 +105,7 @@ def vqa(
     """VQA v2: a question and its picture a sample, the annotators' answers its labels."""
     from opt_ds.prepare.importers.vqa import import_vqa as run
 
-    _next(run(questions, annotations, output, images=images, min_count=min_count, say=typer.echo))
+    _next(run(questions, annotations, output, images=images, min_count=min_count))
 
 
 @imports.command("folder")
@@ -122,7 +124,7 @@ def folder(
     """A plain folder: files of one name are one sample."""
     from opt_ds.prepare.importers.folder import import_folder as run
 
-    _next(run(folder, output, folder_splits=folder_splits, say=typer.echo))
+    _next(run(folder, output, folder_splits=folder_splits))
 
 
 @imports.command("table")
@@ -135,4 +137,4 @@ def table(
     """A table with columns id, image, text, audio, labels, group, split, or others named by --column."""
     from opt_ds.prepare.importers.table import import_table as run
 
-    _next(run(table, output, files=files, columns=column or (), say=typer.echo))
+    _next(run(table, output, files=files, columns=column or ()))

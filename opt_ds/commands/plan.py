@@ -1,5 +1,6 @@
 """`opt-ds plan`: what a run will need, before it is started."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from opt_ds.commands import output_file
 from opt_ds.commands.option_groups import with_option_groups
 from opt_ds.commands.options import ConfigOptions
 from opt_ds.errors import UserError
+from opt_ds.log import ON_STDERR
 
 if TYPE_CHECKING:
     from opt_ds.engine.hardware import Gpu
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ def plan(
     for opened in stores:
         check_store(resolved, opened)
     for line in (*([taken] if taken else []), *truncation_lines(resolved.model, stores)):
-        typer.echo(f"note: {line}", err=True)
+        _LOG.info(f"note: {line}", extra=ON_STDERR)
     network_bytes = cluster.network_gbit * 1e9 / 8
     parsed = parse_cluster(
         Cluster(_gpu(cluster), cluster.num_gpus, cluster.gpus_per_node, network_bytes, cluster.utilisation)

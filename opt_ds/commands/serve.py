@@ -165,15 +165,11 @@ def _session(checkpoint: Path, extractors: ExtractorOptions) -> "Session":
     from opt_ds.prepare.extractors import choose_device
     from opt_ds.serve.session import Session
 
-    def warn(line: str) -> None:
-        typer.echo(f"note: {line}", err=True)
-
     return Session.load(
         checkpoint,
         image_weights=extractors.image_weights,
         speech_weights=extractors.speech_weights,
         device=choose_device(extractors.device),
-        warn=warn,
     )
 
 

@@ -139,18 +139,15 @@ def split(
     if source is not None and not ratio:
         raise UserError("--from: it goes with --ratio; --ids and --groups name the samples themselves")
     ratios = parse_ratios(ratio) if ratio else {}
-    with exclusive_use(store, typer.echo):
+    with exclusive_use(store):
         if ratio:
-            description = split_by_ratio(
-                store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates, say=typer.echo
-            )
+            description = split_by_ratio(store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates)
         else:
             description = split_by_list(
                 store,
                 (ids or groups),  # type: ignore[arg-type]
                 by_group=groups is not None,
                 count_near_duplicates=not ignore_near_duplicates,
-                say=typer.echo,
             )
     typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")
 
@@ -196,7 +193,7 @@ def update(
 
         settings = PrepareSettings(text=weights, **vars(tokenizer))
         update_text(
-            store, manifest, settings, strict=reading.strict, allow_outside=reading.allow_outside, say=typer.echo
+            store, manifest, settings, strict=reading.strict, allow_outside=reading.allow_outside
         )
         return
 
@@ -210,7 +207,7 @@ def update(
         settings = PrepareSettings(
             speech=extractor or "logmel", speech_weights=weights, speech_layer=layer, **vars(frames)
         )
-    update_modality(store, manifest, modality, settings, **vars(reading), say=typer.echo)
+    update_modality(store, manifest, modality, settings, **vars(reading))
 
 
 def convert(
@@ -223,7 +220,7 @@ def convert(
     from opt_ds.store.convert import copy_store
 
     if is_lmdb(source):
-        export_lmdb(source, output, say=typer.echo)
+        export_lmdb(source, output)
         return
     description = copy_store(source, output, "gzip" if compress else None)
     size = sum(shard.bytes for shard in description.shards) / 2**20

@@ -8,6 +8,7 @@ Each rank has an inbox, a folder of files named by their steps. The rank that pl
 others; a reader removes its link as it maps the file, so that nothing is left once all have read it.
 """
 
+import logging
 import hashlib
 import json
 import mmap
@@ -23,7 +24,10 @@ from opt_ds import __version__
 from opt_ds.data.micro_batches import MicroBatches
 from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.planned import Plan, PlannedSamples, PlannedStep
+from opt_ds.log import EVERY_RANK
 
+_LOG = logging.getLogger(__name__)
 _WAIT_S, _WAIT_PLANS = 5.0, 4.0  # for another rank's plan, at least; and in times that the slowest plan took here
 _POLL_S = 0.002
 _MOST_WAITING = 64  # files that an inbox may hold
@@ -41,11 +45,9 @@ def is_worth_sharing(plan: Plan) -> bool:
 class SharedPlans:
     """A run's plan as rank `place` of the `count` ranks of this node goes through it. Plans the steps whose remainder is `place`."""
 
-    def __init__(
-        self, plan: Plan, world_size: int, folder: Path, place: int, count: int, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, plan: Plan, world_size: int, folder: Path, place: int, count: int) -> None:
         """Share what is in `folder`, which is of this launch and node alone; `make_inboxes` was called for it."""
-        self._plan, self._world_size, self._folder, self._say = plan, world_size, folder, say
+        self._plan, self._world_size, self._folder = plan, world_size, folder
         self._place, self._count = place, count
         self._key = _key_of(plan, world_size)
         self._longest_s = 0.0  # that a plan took here
@@ -112,9 +114,10 @@ class SharedPlans:
     def _note(self, step: int, reason: str) -> None:
         self.num_missed += 1
         if self.num_missed == 1:
-            self._say(
+            _LOG.warning(
                 f"step {step}: its plan is not shared between the ranks of this node, each plans it itself, which takes longer but "
-                f"changes nothing: {reason}; said once"
+                f"changes nothing: {reason}; said once",
+                extra=EVERY_RANK,
             )
 
 

@@ -12,7 +12,7 @@ them. Whatever is read was compared with its recorded hash. A checkpoint holds n
 and dropout are functions of (seed, step).
 """
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from opt_ds.model.opt import OPT
 
+_LOG = logging.getLogger(__name__)
 __all__ = [
     "COMPLETE", "FOLDER", "HUB_MODEL_TYPE", "MODEL_FILE", "MOMENTS_FILE", "STATE_FILE", "GuardState", "TrainState",
     "all_checkpoints", "buffers_of", "find_resumable", "folder_name", "is_exported", "load_model", "load_optimizer", "load_start",
@@ -89,8 +90,8 @@ def all_checkpoints(output: Path) -> list[Path]:
     return sorted((output / FOLDER).glob("step-*"), reverse=True)
 
 
-def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; None where there is none at all. Damaged newer ones are named through `say`.
+def find_resumable(output: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all. Damaged newer ones are named in warnings.
 
     Raises UserError when there are checkpoints and all are damaged: starting again is the user's choice; and for a pointer that
     names anything but a checkpoint.
@@ -103,9 +104,9 @@ def find_resumable(output: Path, say: Callable[[str], None]) -> Path | None:
         problem = problem_with(folder)
         if problem is None:
             for other, text in problems:
-                say(f"checkpoint {other} is not usable: {text}; taking {folder.name}, the one before it")
+                _LOG.warning(f"checkpoint {other} is not usable: {text}; taking {folder.name}, the one before it")
             if not (output / FOLDER / "latest").is_file():
-                say(f'{output / FOLDER}: no pointer "latest"; taking {folder.name}, the newest that is whole')
+                _LOG.warning(f'{output / FOLDER}: no pointer "latest"; taking {folder.name}, the newest that is whole')
             return folder
         problems.append((folder, problem))
     if found:

@@ -1,5 +1,6 @@
 """From a settled configuration to a finished run, the same for pre-training and fine-tuning: check, join, resume, train."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from opt_ds.engine.distributed import ProcessGroup
     from opt_ds.store.reader import FeatureStore
 
+_LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
@@ -37,7 +39,6 @@ def run_training(
     output: Path,
     ranks: Ranks,
     stop: StopRequest,
-    say: Callable[[str], None],
     must_resume: bool = False,
     group: "ProcessGroup | None" = None,
 ) -> int:
@@ -59,7 +60,7 @@ def run_training(
     deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
 
     def start() -> _Start:
-        return _start(config, stores, output, say, must_resume)
+        return _start(config, stores, output, must_resume)
 
     alone = start() if ranks.world_size == 1 else None  # its mistakes are reported before DeepSpeed is loaded
     if alone and alone.finished:
@@ -67,7 +68,7 @@ def run_training(
 
     from opt_ds.engine.distributed import ProcessGroup
 
-    held = run_folder.lock(output, say) if ranks.is_main else None
+    held = run_folder.lock(output) if ranks.is_main else None
     joined = group or ProcessGroup(ranks, config.guard.rank_timeout_s)
     joined.limit(config.guard.rank_timeout_s)
     watch = _watch(config, ranks)
@@ -126,7 +127,7 @@ class _Start:
     hashes: dict[Any, str]  # of the checkpoint's files
 
 
-def _start(config: Config, stores: "list[FeatureStore]", output: Path, say: Callable[[str], None], must_resume: bool) -> _Start:
+def _start(config: Config, stores: "list[FeatureStore]", output: Path, must_resume: bool) -> _Start:
     """Read what is read once per run, not once per rank: the stores, if they were not verified, and the checkpoint.
 
     Raises UserError for damaged stores and checkpoints, and for what they lack.
@@ -137,9 +138,9 @@ def _start(config: Config, stores: "list[FeatureStore]", output: Path, say: Call
 
     preflight.verify_stores(stores, output)
     for line in preflight.training_notes(config, stores):
-        say(line)
+        _LOG.info(line)
     check_experiments(config, stores[0])
-    resume_from = _resumable(config, output, say)
+    resume_from = _resumable(config, output)
     if must_resume and resume_from is None:
         raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
     finished, version = False, None
@@ -148,12 +149,12 @@ def _start(config: Config, stores: "list[FeatureStore]", output: Path, say: Call
         state, version = checkpoint.train_state(saved), saved["plan_version"]
         finished = state.step >= config.max_steps or state.stopped_early
         if finished:
-            say(f"{output} is finished ({resume_from.name}): nothing to do; {_way_on(config, output, state)}")
+            _LOG.info(f"{output} is finished ({resume_from.name}): nothing to do; {_way_on(config, output, state)}")
     elif config.finetune:
         checkpoint_files.check_file(Path(config.finetune.checkpoint), checkpoint.MODEL_FILE)
     if not finished:
         if config.max_steps > config.schedule.total_steps:
-            say(_beyond_schedule(config, output))
+            _LOG.info(_beyond_schedule(config, output))
         make_plan(config, stores, version)  # writes what plans derive from whole stores, for the other ranks to map
     return _Start(resume_from, finished, checkpoint_files.known_hashes())
 
@@ -190,12 +191,12 @@ def _watch(config: Config, ranks: Ranks) -> "CollectiveWatch | None":
     return CollectiveWatch(ranks.rank, ranks.world_size, config.guard.compare_calls_s, end_process(ranks.rank))
 
 
-def _resumable(config: Config, output: Path, say: Callable[[str], None]) -> Path | None:
+def _resumable(config: Config, output: Path) -> Path | None:
     from opt_ds.data.finetune_plan import plan_class
     from opt_ds.engine import checkpoint
 
     plans = plan_class(config)
-    folder = checkpoint.find_resumable(output, say)
+    folder = checkpoint.find_resumable(output)
     if folder and (version := checkpoint.read_state(folder)["plan_version"]) not in plans.VERSIONS:
         raise UserError(
             f"{folder} was written with version {version} of the step plan, this is version {plans.VERSION}, which draws "

@@ -69,7 +69,7 @@ class TermSums:
 
 
 class Reporter:
-    """Writes scalars, texts and pictures of one run; says lines on stdout without tearing the progress bar."""
+    """Writes scalars, texts and pictures of one run, and shows its progress bar."""
 
     def __init__(self, output: Path, first_step: int, last_step: int, enabled: bool) -> None:
         self.enabled, self.output = enabled, output
@@ -84,16 +84,10 @@ class Reporter:
         self._steps = (first_step, last_step)
         self._bar: tqdm | None = None
 
-    def say(self, line: str) -> None:
-        """One line on stdout."""
-        if self.enabled:
-            tqdm.write(line)
-            sys.stdout.flush()
-
     def advance(self, status: dict[str, str] | None = None) -> None:
         """One step done; `status` is shown behind the bar."""
         if self.enabled:
-            if self._bar is None:  # not before the first step, or the lines said until then would tear it
+            if self._bar is None:  # not before the first step, or what is printed until then would tear it
                 self._bar = _progress_bar(*self._steps)
             if status is not None:
                 self._bar.set_postfix(status, refresh=False)

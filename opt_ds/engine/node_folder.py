@@ -5,20 +5,22 @@ next one starts on that node: its lock is free.
 """
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from opt_ds.data.planned import Plan
 from opt_ds.data.shared_plans import SharedPlans, is_worth_sharing, make_inboxes
+from opt_ds.log import EVERY_RANK
 
 if TYPE_CHECKING:
     from opt_ds.engine.distributed import ProcessGroup
 
+_LOG = logging.getLogger(__name__)
 _MEMORY = Path("/dev/shm")
 _PREFIX = "opt-ds-ranks-"
 _LOCK = ".lock"
@@ -38,14 +40,14 @@ def share_plans(plan: Plan, group: "ProcessGroup") -> tuple[SharedPlans | None, 
     if folder.count == 1:
         return None, None
 
-    def say(text: str) -> None:
-        print(f"rank {group.ranks.rank}: {text}", file=sys.stderr, flush=True)
-
     if not folder.path.is_dir():
         if folder.place == 0:
-            say(f"{folder.path} cannot be made: each rank of this node plans every step itself, which changes nothing else")
+            _LOG.warning(
+                f"{folder.path} cannot be made: each rank of this node plans every step itself, which changes nothing else",
+                extra=EVERY_RANK,
+            )
         return None, None
-    return SharedPlans(plan, group.ranks.world_size, folder.path, folder.place, folder.count, say), folder
+    return SharedPlans(plan, group.ranks.world_size, folder.path, folder.place, folder.count), folder
 
 
 class NodeFolder:

@@ -4,7 +4,7 @@
     <output>/profile/step-00000003-rank0.txt        the operators that take the most time
 """
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from opt_ds.config import ProfileConfig
 
+_LOG = logging.getLogger(__name__)
 FOLDER = "profile"
 _ROWS = 30
 
@@ -19,8 +20,8 @@ _ROWS = 30
 class StepProfiler:
     """Rank 0's profiler of `config.steps` steps after the first `config.skip` of this launch; of other ranks, nothing."""
 
-    def __init__(self, config: ProfileConfig, output: Path, rank: int, say: Callable[[str], None]) -> None:
-        self._folder, self._rank, self._say, self._step = output / FOLDER, rank, say, 0
+    def __init__(self, config: ProfileConfig, output: Path, rank: int) -> None:
+        self._folder, self._rank, self._step = output / FOLDER, rank, 0
         self._profile: profile | None = None
         warmup = min(1, config.skip)  # the profiler's own, whose events are thrown away
         if config.steps and rank == 0:
@@ -53,4 +54,4 @@ class StepProfiler:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = traced.key_averages().table(sort_by=key, row_limit=_ROWS)
         path.with_suffix("").with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
-        self._say(f"profile: {path} (open it in https://ui.perfetto.dev)")
+        _LOG.info(f"profile: {path} (open it in https://ui.perfetto.dev)")

@@ -13,10 +13,10 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.reader import FeatureStore
 
+_LOG = logging.getLogger(__name__)
 RUN_FILE, CONFIG_FILE, LOCK_FILE = "run.json", "config.yaml", ".lock"
 #: The checkpoint of a dVAE's run.
 DVAE_CHECKPOINT_FILE = "checkpoint.pt"
@@ -123,7 +124,7 @@ def recorded_init(output: Path) -> InitConfig | None:
         return None  # no run, a run without it, or a damaged file, which check_same_run names
 
 
-def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
+def lock(output: Path) -> IO[str]:
     """Make the output directory and hold it while the file returned is open. What a killed run left half-written is removed.
 
     Raises UserError if it cannot be written to or another process trains there. Says so where the file system has no locks.
@@ -140,7 +141,7 @@ def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        say(f"{output}: no file locks there ({error.strerror}): see to it that only one run trains in it")
+        _LOG.warning(f"{output}: no file locks there ({error.strerror}): see to it that only one run trains in it")
         return file
     for folder, names in _WRITTEN.items():
         for name in names:

@@ -1,7 +1,8 @@
 """One optimiser step over the global batch: micro-batches forward and backward, a look at the loss, one update."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from opt_ds.engine.host_memory import MemoryKeeper
 from opt_ds.engine.metrics import TermSums
 from opt_ds.ops import backend
 from opt_ds.tasks.base import total_loss
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,9 @@ class Stepper:
         watch: Guard,
         memory: MemoryKeeper,
         output: Path,
-        say: Callable[[str], None],
     ) -> None:
         self.config, self.engine, self.group, self.loader = config, engine, group, loader
-        self.guard, self.memory, self.output, self.say = watch, memory, output, say
+        self.guard, self.memory, self.output = watch, memory, output
 
     def take(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch]) -> StepResult:
         """Accumulate the step's gradients and update the weights, or skip the step within the guard's budget."""
@@ -73,7 +75,7 @@ class Stepper:
         global_loss = float(self.group.sum(loss_sum)) / world_size
         verdict, z = self.guard.judge_loss(global_loss)
         if verdict == "spike":
-            self.say(f"step {planned.step}: loss {global_loss:.4g} is a spike, {z:.1f} deviations above its mean")
+            _LOG.warning(f"step {planned.step}: loss {global_loss:.4g} is a spike, {z:.1f} deviations above its mean")
         if verdict == "not finite" or (verdict == "spike" and self.config.guard.skip_spikes):
             optimizer_state.discard_gradients(self.engine)
             self._account_for_skip(planned, [sums.non_finite(vector) for vector in vectors], verdict)
@@ -100,7 +102,7 @@ class Stepper:
         if taken:
             verdict, z = self.guard.judge_gradient_norm(norm)
             if verdict == "spike":
-                self.say(f"step {planned.step}: gradient norm {norm:.4g} is a spike, {z:.1f} deviations above its mean")
+                _LOG.warning(f"step {planned.step}: gradient norm {norm:.4g} is a spike, {z:.1f} deviations above its mean")
         elif scale <= least:  # without a loss scale both are 1
             self._account_for_skip(planned, [], "not finite")
         return StepResult(sums, norm)
@@ -124,7 +126,7 @@ class Stepper:
                 f"{text}; guard.skip_budget is {options.skip_budget} step{'s' * (options.skip_budget != 1)} in "
                 f"{options.skip_window}"
             )
-        self.say(f"{text}; step skipped ({number} of at most {options.skip_budget} in {options.skip_window})")
+        _LOG.warning(f"{text}; step skipped ({number} of at most {options.skip_budget} in {options.skip_window})")
 
     def _dump_first(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]]) -> tuple[str, Path] | None:
         """Dump this rank's first micro-batch with losses that are not finite; (what is wrong with which samples, file)."""

@@ -39,14 +39,18 @@ class TimeLimit:
         self._longest_round_s, self._last_look = max(self._longest_round_s, now - self._last_look), now
         return now + self._longest_round_s + self._reserve_s >= self.end
 
+    def is_short(self) -> bool:
+        """Whether what is left is kept for saving."""
+        return self.end - self._clock() <= self._reserve_s
+
     def describe(self) -> str:
         """One line for the run's beginning; '' without a limit."""
         if not self.source:
             return ""
         left_s = self.end - self._clock()
-        if left_s <= self._reserve_s:
+        if self.is_short():
             return (
-                f"warning: {left_s:.0f} s to the time limit ({self.source}), {self._reserve_s:g} s of them kept for saving: "
+                f"{left_s:.0f} s to the time limit ({self.source}), {self._reserve_s:g} s of them kept for saving: "
                 "one step, then a requeue; ask for more time, or lower train.time_reserve_s"
             )
         return (

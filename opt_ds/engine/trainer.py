@@ -3,6 +3,7 @@
 An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
 """
 
+import logging
 import math
 import os
 from contextlib import redirect_stdout
@@ -48,6 +49,7 @@ from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER
 
+_LOG = logging.getLogger(__name__)
 _STOP, _WRITE_FAILED = 1, 2  # what a rank can ask of all at a step's end
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,7 +91,7 @@ class Trainer:
         self.engine = self._build_engine(settings, resume_from)
         group.bound_all_collectives()
         self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
-        self.profiler = StepProfiler(config.profile, output, self.ranks.rank, self.report.say)
+        self.profiler = StepProfiler(config.profile, output, self.ranks.rank)
         self.peak = peak_flops(hardware, precision)
         about = {
             "plan_version": self.plan.version,
@@ -102,9 +104,8 @@ class Trainer:
         }
         self.writer = CheckpointWriter(output, group, config.checkpoint.keep, about)
         self.stepper = Stepper(
-            config, self.engine, group, self.loader, Guard(config.guard, self.state.guard), MemoryKeeper(stores), output,
-            self.report.say,
-        )  # fmt: skip
+            config, self.engine, group, self.loader, Guard(config.guard, self.state.guard), MemoryKeeper(stores), output
+        )
         self._baselines: dict[str, float] | None = None
         self._saved_step = self.state.step if resume_from else -1
         self._describe(hardware, settings, first_step, resume_from)
@@ -120,11 +121,11 @@ class Trainer:
             stopped = self._run()
             self.writer.wait()
             if stopped:
-                self.report.say(
+                _LOG.info(
                     f"{stopped}: saved after step {self.state.step}; start again with the same --output to go on"
                 )
             else:
-                self.report.say(f"finished after step {self.state.step}: {self.output}")
+                _LOG.info(f"finished after step {self.state.step}: {self.output}")
             self.group.barrier()  # a launcher ends all ranks at the first one's exit
             return REQUEUE_EXIT_CODE if stopped else 0
         except SkipBudgetError as error:
@@ -141,7 +142,7 @@ class Trainer:
         """The steps. Gives what asked the run to stop before its end, saved by then; '' when it is finished."""
         window, time_limit = Window(self.config, self.loader, self.peak), TimeLimit(self.config.train)
         if time_limit.source:
-            self.report.say(time_limit.describe())
+            _LOG.log(logging.WARNING if time_limit.is_short() else logging.INFO, time_limit.describe())
         self.engine.train()
         for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
             window.add(planned, self.stepper.take(planned, micro_batches))
@@ -158,7 +159,7 @@ class Trainer:
                 if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
                     self.save()
             if self.state.stopped_early:
-                self.report.say(
+                _LOG.info(
                     f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
@@ -222,7 +223,7 @@ class Trainer:
         found = validation_losses(self.engine, self.config, self.loader, self.group.sum)
         step, baselines = self.state.step, self._trivial_baselines()
         self._note_validation(found.weighted)
-        self.report.say(validation_table(step, found.losses, baselines, found.accuracies, found.weighted))
+        _LOG.info(validation_table(step, found.losses, baselines, found.accuracies, found.weighted))
         values = {f"valid/{loss}/loss": value for loss, value in found.losses.items()}
         values |= {f"valid/{loss}/accuracy": value for loss, value in found.accuracies.items()}
         self.report.scalars(step, {"valid/loss": found.weighted, **values}, "valid")
@@ -246,10 +247,10 @@ class Trainer:
         figures = figures_during_training(evaluator, self.config.evaluate, self.config.seed)
         self.engine.train()
         self.report.scalars(self.state.step, figures, "evaluate")
-        self.report.say(f"evaluation after step {self.state.step}, on {self.config.evaluate.split}")
+        _LOG.info(f"evaluation after step {self.state.step}, on {self.config.evaluate.split}")
         for name, value in figures.items():
             if name.rpartition("/")[2] in ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy"):  # the others are in the files
-                self.report.say(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
+                _LOG.info(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
         return figures
 
     def save(self) -> Path:
@@ -349,7 +350,7 @@ class Trainer:
     def _describe(
         self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
     ) -> None:
-        """Say, and store, every choice that was made."""
+        """Log, and store, every choice that was made."""
         numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         launch = {
             "device": hardware.name,
@@ -372,25 +373,24 @@ class Trainer:
         }
         if self.ranks.is_main:
             run_folder.record_launch(self.output, self.config, self.stores, launch)
-        say = self.report.say
-        say(
+        _LOG.info(
             f"{hardware.name}: {self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)} of {launch['threads']} "
             f"thread{'s' * (launch['threads'] > 1)} ({self.ranks.launcher}), {self.precision}, ZeRO stage "
             f"{self.config.zero.stage}; kernels: {launch['kernels']}"
         )
-        say(
+        _LOG.info(
             f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
             f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank, "
             f"{first.fill:.0%} full; {self.plan.num_samples} training samples"
         )
         for reason in backend.reasons():
-            say(reason)
+            _LOG.info(reason)
         for task, reason in self.plan.off.items():
-            say(f"task {task} is off: {reason}")
+            _LOG.info(f"task {task} is off: {reason}")
         for line in self.carried.lines() if self.carried else ():
-            say(line)
+            _LOG.info(line)
         if resume_from:
-            say(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
+            _LOG.info(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
         self.report.text("run", settings_table(launch))
         self.report.text("config", settings_table(run_folder.identity(self.config, self.stores)))
         self.report.text("state", settings_table(asdict(self.state)))

@@ -5,12 +5,13 @@ that are there, so rows may come from several processes and at different times.
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from opt_ds.model.opt import initial_model
 from opt_ds.store.files import exclusive_use, write_json
 from opt_ds.store.reader import FeatureStore
 
+_LOG = logging.getLogger(__name__)
 _LEVELS = ("sample", "modality", "token")
 ROW_FILE = "row.json"
 
@@ -182,7 +184,6 @@ def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
 
 def make_rows(
     source: str, rows: Sequence[Row], folder: Path, store: FeatureStore, probe: Probe, ranks: int, device: str,
-    say: Callable[[str], None],
 ) -> int:  # fmt: skip
     """Pre-train and probe the rows that are not done, and write the tables after each.
 
@@ -192,9 +193,9 @@ def make_rows(
         for number, row in enumerate(rows, 1):
             where = f"[{number}/{len(rows)}] {row.name}"
             if is_done(row, folder, probe):
-                say(f"{where}: done before")
+                _LOG.info(f"{where}: done before")
                 continue
-            say(f"{where}: losses {', '.join(row.losses) or 'none'}")
+            _LOG.info(f"{where}: losses {', '.join(row.losses) or 'none'}")
             code = _pretrain(pretrain_arguments(source, row, folder), ranks, stop) if row.steps else 0
             if stop.received:
                 return REQUEUE_EXIT_CODE
@@ -229,7 +230,7 @@ def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe
 
     One process at a time: of an array's tasks the last one to write has read every row.
     """
-    with exclusive_use(folder / "ablation", lambda _: None):
+    with exclusive_use(folder / "ablation"):
         found = [row for name in rows_without(config.tasks) if (row := read_row(folder / name)) is not None]
         rows = [row for row in found if _is_of(row, config, probe)]
         figures = {

@@ -1,5 +1,6 @@
 """Pictures to image codes with a trained dVAE: the extractor, a whole store's codes, and how good they are."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from opt_ds.store.schema import DVAE_FOLDER
 from opt_ds.store.update import set_codes
 from opt_ds.store.verify import open_store
 
+_LOG = logging.getLogger(__name__)
 BATCH = 256
 
 
@@ -115,13 +117,13 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
     The store then paints its own codes: `load_store_dvae`. A kill between the codes and their dVAE leaves the former
     dVAE beside them, which `load_store_dvae` refuses; the same call mends that.
     """
-    with exclusive_use(store_path, print):
+    with exclusive_use(store_path):
         store = open_store(store_path, with_dvae=False)
         folder = store_path / DVAE_FOLDER
         for leftover in store_path.glob(f".{DVAE_FOLDER}.*.tmp"):
             shutil.rmtree(leftover)
         if store.has_codes and store.description.extractors.get("codes") == extractor.identity() == _identity_in(folder):
-            print(f"dVAE: {store_path} already has this dVAE's codes")
+            _LOG.info(f"dVAE: {store_path} already has this dVAE's codes")
             return False
         temporary = folder.with_name(f".{DVAE_FOLDER}.{os.getpid()}.tmp")
         try:
@@ -131,7 +133,7 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        print(f"dVAE: wrote the codes of {num_images(store)} pictures into {store_path}")
+        _LOG.info(f"dVAE: wrote the codes of {num_images(store)} pictures into {store_path}")
         return True
 
 

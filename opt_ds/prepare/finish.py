@@ -3,8 +3,8 @@
     <store>.part-2-of-16/    shards 2, 18, 34 … with their journals, the tokenizer, and part.json: written last
 """
 
+import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
 from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, ShardDescription, StoreDescription, load_description
 from opt_ds.store.writer import StoreWriter
 
+_LOG = logging.getLogger(__name__)
 PART_FILE = "part.json"
 
 
@@ -56,9 +57,7 @@ class StoreFacts:
         return StoreFacts(**{**values, "dims": Dims(**values["dims"])})
 
 
-def finish_store(
-    facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float, say: Callable[[str], None]
-) -> StoreDescription:
+def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
     """Write report.json, lengths.png and store.json over the shards that `writer` has. UserError if no sample was kept."""
     notes = (writer.notes(index) for index in range(facts.num_shards))
     lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
@@ -71,11 +70,11 @@ def finish_store(
     with atomic_file(output / LENGTHS_FILE) as temporary:
         draw_lengths(lengths, temporary)
     description = writer.finish(facts.num_shards)
-    say(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
+    _LOG.info(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
     for line in report_table(report, facts.limits):
-        say(line)
+        _LOG.info(line)
     if facts.groups_across_splits:
-        say(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
+        _LOG.info(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
     return description
 
 
@@ -102,17 +101,17 @@ def is_finished_part(folder: Path, key: str) -> bool:
     return (folder / PART_FILE).is_file() and _read_part(folder)["facts"]["key"] == key
 
 
-def merge_parts(output: Path, say: Callable[[str], None] = print) -> StoreDescription:
+def merge_parts(output: Path) -> StoreDescription:
     """Make the store `output` of its parts, which lie beside it, and remove them. Stopped, it goes on when called again.
 
     Raises UserError when a part is missing or unfinished, or parts are of different inputs.
     """
-    with exclusive_use(output, say):
+    with exclusive_use(output):
         folders = sorted(output.parent.glob(f"{output.name}.part-*-of-*"))
         if (output / STORE_FILE).is_file():
             description = load_description(output)
             _check_merged(output, description, folders)
-            say(f"{output}: already a feature store")
+            _LOG.info(f"{output}: already a feature store")
         else:
             parts = _whole_set(output, folders)
             facts = StoreFacts.from_dict(parts[0]["facts"])
@@ -124,7 +123,7 @@ def merge_parts(output: Path, say: Callable[[str], None] = print) -> StoreDescri
             missing = [index for index in range(facts.num_shards) if not writer.has_shard(index)]
             if missing:
                 raise UserError(f"{output}: shard {missing[0]} is in none of the parts: prepare its part again")
-            description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts), say)
+            description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts))
         for folder in folders:
             _remove_part(folder)
         return description

@@ -6,10 +6,10 @@ cut into fixed chunks (see workers.py) and results are taken in order.
 
 import hashlib
 import json
+import logging
 import shutil
 import stat
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, loa
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.writer import PARTIAL_FILE, SampleItem, ShardContent, StoreWriter, TextItem
 
+_LOG = logging.getLogger(__name__)
 _FILES = ("image", "audio")
 
 
@@ -48,7 +49,6 @@ def prepare(
     info: dict[str, Any] | None = None,
     share: tuple[int, int] | None = None,
     retry_skipped: bool = False,
-    say: Callable[[str], None] = print,
 ) -> StoreDescription | None:
     """Make the feature store `output` from a manifest, resuming an unfinished one of the same inputs and settings.
 
@@ -72,8 +72,8 @@ def prepare(
     manifest = read_manifest(manifest_path, limit=limit, strict=strict, allow_outside=allow_outside)
     chosen_device = choose_device(device)
     try:
-        with exclusive_use(folder, say):
-            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, retry_skipped, started, say)
+        with exclusive_use(folder):
+            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, retry_skipped, started)
     except EnvironmentFaultError as fault:
         raise EnvironmentFaultError(f"{fault}; what is done is kept, and the same command resumes") from None
     except OSError as error:
@@ -93,9 +93,8 @@ def _prepare(
     share: tuple[int, int] | None,
     retry_skipped: bool,
     started: float,
-    say: Callable[[str], None],
 ) -> StoreDescription | None:
-    say(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
+    _LOG.info(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
     extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
     identities = {name: extractor.identity() for name, extractor in extractors.items()}
     if settings.trim_silence:
@@ -106,20 +105,20 @@ def _prepare(
         if description.preparation_key != key:
             raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
         if not (retry_skipped and reopen(output, description, manifest, settings)):
-            say(f"{output}: already prepared from this manifest and these settings (kept files are not compared)")
-            notice_changes(manifest, skipped_files_of_store(output), say)
+            _LOG.info(f"{output}: already prepared from this manifest and these settings (kept files are not compared)")
+            notice_changes(manifest, skipped_files_of_store(output))
             return description
     elif retry_skipped and forget_skipped(output):
         (output / PART_FILE).unlink(missing_ok=True)
     if share is not None and is_finished_part(output, key):
-        say(f"{output}: this part is already prepared from these inputs")
-        notice_changes(manifest, skipped_files_of_shards(output), say)
+        _LOG.info(f"{output}: this part is already prepared from these inputs")
+        notice_changes(manifest, skipped_files_of_shards(output))
         return None
     if (output / PARTIAL_FILE).exists():
-        notice_changes(manifest, skipped_files_of_shards(output), say)
+        notice_changes(manifest, skipped_files_of_shards(output))
     _check_files(manifest, strict)
     if TRAIN_SPLIT not in manifest.splits:
-        say(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so no mean and deviation of features is measured')
+        _LOG.warning(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so no mean and deviation of features is measured')
 
     text_extractor = _tokenizer(manifest, settings, output)
     identities["text"] = text_extractor.identity()
@@ -151,9 +150,9 @@ def _prepare(
     seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(_staging(output))
     if share is None:
-        return finish_store(facts, writer, output, seconds, say)
+        return finish_store(facts, writer, output, seconds)
     finish_part(facts, output, share, seconds)
-    say(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
+    _LOG.info(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
     return None
 
 

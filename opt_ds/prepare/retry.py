@@ -6,7 +6,8 @@ What a skipped sample's files were like is kept as `skipped_files` in report.jso
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from opt_ds.prepare.settings import PrepareSettings
 from opt_ds.store.schema import STORE_FILE, StoreDescription
 from opt_ds.store.writer import StoreWriter, restore_journals
 
+_LOG = logging.getLogger(__name__)
 FileState = list[Any] | None
 _HASHED_BYTES = 2**30  # of a larger file the size must do
 _FILE_KINDS = ("image", "audio")
@@ -37,12 +39,14 @@ def file_state(path: Path) -> FileState:
         return None if missing else ["", ""]
 
 
-def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState], say: Callable[[str], None]) -> None:
+def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState]) -> None:
     """Say how many of the files that were skipped are not what they were then."""
     changed = sorted(name for name, state in skipped_files.items() if file_state(manifest.folder / name) != state)
     if changed:
         verb = "file has" if len(changed) == 1 else "files have"
-        say(f'{len(changed)} skipped {verb} changed since, such as "{changed[0]}": add --retry-skipped to use what is good now')
+        _LOG.warning(
+            f'{len(changed)} skipped {verb} changed since, such as "{changed[0]}": add --retry-skipped to use what is good now'
+        )
 
 
 def skipped_files_of_store(output: Path) -> dict[str, FileState]:

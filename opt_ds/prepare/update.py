@@ -3,7 +3,8 @@
 The raw files are found again through the manifest, by the samples' ids.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from opt_ds.store.update import Arrays, rewrite_shards
 from opt_ds.store.verify import open_store
 from opt_ds.store.writer import ImageItem
 
+_LOG = logging.getLogger(__name__)
 _OF_KIND = {"image": "image/", "audio": "audio/"}
 
 
@@ -36,7 +38,6 @@ def update_modality(
     device: str = "auto",
     strict: bool = False,
     allow_outside: bool = False,
-    say: Callable[[str], None] = print,
 ) -> StoreDescription:
     """Add or replace "image" or "audio" of every sample whose manifest line names such a file; the store is whole at any time.
 
@@ -44,7 +45,7 @@ def update_modality(
     the update. New images drop the image codes: `opt-ds train-dvae` makes them again. Raises UserError for samples that are
     not in the manifest and for one that would be left with nothing.
     """
-    with exclusive_use(path, say):
+    with exclusive_use(path):
         store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)
         chosen_device = choose_device(device)
@@ -84,11 +85,11 @@ def update_modality(
 
             description = rewrite_shards(store, change, fields)
         refresh_report(path, description, notes)
-        say(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples are left without")
+        _LOG.info(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples are left without")
         for line in notes.shown():
-            say(line)
+            _LOG.info(line)
         if kind == "image" and store.has_codes:
-            say("  the image codes are gone with the old pictures: make them again with opt-ds train-dvae")
+            _LOG.info("  the image codes are gone with the old pictures: make them again with opt-ds train-dvae")
         return description
 
 

@@ -4,10 +4,10 @@ The new tokenizer lies beside the old one, under another name, until `store.json
 """
 
 import hashlib
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from opt_ds.store.update import Arrays, remove_unlisted, rewrite_shards
 from opt_ds.store.verify import open_store
 from opt_ds.store.writer import join_items, join_strings
 
+_LOG = logging.getLogger(__name__)
 _TEXT = MODALITIES.index("text")
 _REVISION = re.compile(rf"^{TOKENIZER_FOLDER}(?:-r(\d+))?$")
 
@@ -48,7 +49,6 @@ def update_text(
     *,
     strict: bool = False,
     allow_outside: bool = False,
-    say: Callable[[str], None] = print,
 ) -> StoreDescription:
     """Tokenise every text anew: the store's own captions, or with a manifest the texts that it gives for the samples' ids.
 
@@ -57,7 +57,7 @@ def update_text(
     that stops the update. Raises UserError for samples that are not in the manifest, for one that would be left with nothing,
     and if a tokenizer is to be trained and no train sample has a text.
     """
-    with exclusive_use(path, say):
+    with exclusive_use(path):
         store = open_store(path)
         texts = _own_texts(store) if manifest_path is None else _manifest_texts(store, manifest_path, allow_outside)
         if not any(texts):
@@ -95,9 +95,9 @@ def update_text(
             raise
         refresh_report(path, description, notes)
         rows, cut = sum(shard.num_texts for shard in description.shards), len(notes.cut)
-        say(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} cut; {len(notes.lost)} samples are left without")
+        _LOG.info(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} cut; {len(notes.lost)} samples are left without")
         for line in notes.shown():
-            say(line)
+            _LOG.info(line)
         return description
 
 

@@ -76,7 +76,7 @@ def build_app(
 
     def read(text: str | None, image: UploadFile | None, audio: UploadFile | None) -> tuple[Sample, list[str]]:
         notes: list[str] = []
-        processor = session.processor.with_notes(notes.append, limits.recording_s, allow_svg=allow_svg)
+        processor = session.processor.with_notes(notes, limits.recording_s, allow_svg=allow_svg)
         return _sample(processor, text, image, audio), notes
 
     app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")

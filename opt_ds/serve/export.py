@@ -10,8 +10,8 @@ file elsewhere, and no model is built that the weights could not fill.
 """
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from opt_ds.store.seal import SEAL_FILE, check_seal, seal_folder
 if TYPE_CHECKING:
     from opt_ds.model.opt import OPT
 
-
+_LOG = logging.getLogger(__name__)
 _CARD = "README.md"
 _REMEDY = "export the model again, or use another copy"
 #: All that config.json of an exported model has; transformers acts upon other keys (it looks for code on a hub).
@@ -67,21 +67,21 @@ def export(checkpoint: Path, output: Path) -> Path:
     return output
 
 
-def load_exported(path: Path, warn: Callable[[str], None] = print) -> tuple["OPT", Config]:
+def load_exported(path: Path) -> tuple["OPT", Config]:
     """Return model (fp32, in evaluation mode) and configuration of an exported folder.
 
-    `warn` hears that an older version exported the folder, without hashes. Raises UserError as `check_exported`, and for
+    Warns if an older version exported the folder, without hashes. Raises UserError as `check_exported`, and for
     weights that are not those of the configuration.
     """
     from opt_ds.model.opt import OPT
 
-    config = check_exported(path, warn)
+    config = check_exported(path)
     model = OPT(config.model, config.tasks)
     _copy_weights(model, weight_files(path, _REMEDY), path)
     return model.eval(), config
 
 
-def check_exported(path: Path, warn: Callable[[str], None] = print) -> Config:
+def check_exported(path: Path) -> Config:
     """Return the configuration of an exported folder in which nothing is damaged and nothing leads out of it.
 
     Raises UserError for a file that is not what was exported, a configuration with foreign keys, weights in files elsewhere, and
@@ -91,7 +91,7 @@ def check_exported(path: Path, warn: Callable[[str], None] = print) -> Config:
     from opt_ds.engine.checkpoint_files import check_size
 
     if not check_seal(path, _REMEDY):
-        warn(f"{path}: no {SEAL_FILE}, an older version exported it: whether its files are damaged is not checked")
+        _LOG.warning(f"{path}: no {SEAL_FILE}, an older version exported it: whether its files are damaged is not checked")
     file = path / "config.json"
     check_inside(path, file)
     fields = read_json_object(file, _REMEDY)

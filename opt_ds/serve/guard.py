@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_LOG = logging.getLogger("opt_ds.serve")
+_LOG = logging.getLogger(__name__)
 _AUTHORITY = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(?P<port>[0-9]{1,5}))?", re.ASCII | re.IGNORECASE)
 _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>[^/?#]+)", re.IGNORECASE)
 _ONLY_OURS = "only the server's own page may send it"
@@ -80,7 +80,7 @@ class Guard:
                 await JSONResponse({"detail": "the server is being stopped"}, 503)(scope, receive, send_with_headers)
         except BaseException as error:  # a panic in a Rust library is no Exception
             number = next(self._numbers)
-            _LOG.error("error %d: %s %r", number, scope["method"], scope["path"], exc_info=error)
+            _LOG.error("internal error %d: %s %r", number, scope["method"], scope["path"], exc_info=error)
             if started:
                 raise  # the answer is cut off: the connection must close
             detail = f"internal error {number}: the server's log has its details"

@@ -7,7 +7,6 @@
     model.generate_image("red heart").save("heart.png")
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from opt_ds.serve.inputs import AudioInput, ImageInput
 from opt_ds.serve.neighbours import Neighbour, Neighbours, evaluator_beside, unit_cls
 from opt_ds.serve.session import Session
 
-_LOG = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _AMPERE = (8, 0)  # the first GPUs with bf16
 _MAX_SEED = 2**63 - 1
@@ -321,7 +319,6 @@ def load_model(
         image_weights=None if image_weights is None else Path(image_weights),
         speech_weights=None if speech_weights is None else Path(speech_weights),
         device=str(where),
-        warn=_LOG.warning,
     )
     for parameter in session.model.parameters():  # not the buffers: features are standardised in fp32, as in training
         parameter.data = parameter.data.to(dtype)

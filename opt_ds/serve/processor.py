@@ -1,5 +1,6 @@
 """Raw text, pictures and recordings -> model inputs, with the very extractors that the model was trained on."""
 
+import logging
 import re
 from collections.abc import Callable
 from copy import copy
@@ -18,6 +19,7 @@ from opt_ds.serve.inputs import AudioInput, ImageInput, check_audio, check_image
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
+_LOG = logging.getLogger(__name__)
 # Of an identity: what changes no more than the last bits, and what is no matter of the extractor.
 _MAY_DIFFER = ("version", "package", "precision", "trim_silence")
 _OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
@@ -28,7 +30,7 @@ class OPTProcessor:
     """Makes samples of raw inputs. Extractors are built when first needed, and must be those of the training store.
 
     `folder`: what `copy_processor_files` wrote. `image_weights`, `speech_weights`: files of extractors whose weights no package
-    brings; `warn` hears of what does not fit into the model and is cut off.
+    brings. What does not fit into the model is cut off, with a warning.
     """
 
     def __init__(
@@ -39,14 +41,14 @@ class OPTProcessor:
         image_weights: Path | None = None,
         speech_weights: Path | None = None,
         device: str = "cpu",
-        warn: Callable[[str], None] = print,
     ) -> None:
         from opt_ds.prepare.text import TextExtractor
 
-        self.folder, self.config, self._device, self._warn = folder, config, device, warn
+        self.folder, self.config, self._device = folder, config, device
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
         self._decoder, self._limits = Decoder(), Limits()
+        self._notes: list[str] | None = None  # of one request; None: they are logged
         for size in ("vocab_size", "image_feature_dim", "audio_feature_dim"):
             own, theirs = getattr(self.description.dims, size), getattr(config, size)
             if own != theirs:
@@ -78,11 +80,11 @@ class OPTProcessor:
         return sample
 
     def with_notes(
-        self, warn: Callable[[str], None], max_seconds: float | None = None, *, allow_svg: bool = True
+        self, notes: list[str], max_seconds: float | None = None, *, allow_svg: bool = True
     ) -> "OPTProcessor":
-        """The same processor, whose warnings go somewhere else, and which refuses longer recordings and drawings if so asked."""
+        """The same processor, which adds its warnings to `notes` instead, and refuses longer recordings and drawings if asked."""
         other = copy(self)
-        other._warn = warn
+        other._notes = notes
         other._limits = self._limits.model_copy(
             update={"max_seconds": max_seconds or self._limits.max_seconds, "allow_svg": allow_svg}
         )
@@ -135,7 +137,11 @@ class OPTProcessor:
 
     def _cut(self, items: np.ndarray, limit: int, what: str, unit: str) -> np.ndarray:
         if len(items) > limit:
-            self._warn(f"{what} has {len(items)} {unit}: only the first {limit} are read")
+            note = f"{what} has {len(items)} {unit}: only the first {limit} are read"
+            if self._notes is None:
+                _LOG.warning(note)
+            else:
+                self._notes.append(note)
         return items[:limit]
 
     def _extractor(self, kind: str) -> Any:

@@ -1,6 +1,6 @@
 """A trained model that reads raw input and answers: writes a text, paints pictures, says what belongs together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,20 +52,19 @@ class Session(ModelRunner):
         image_weights: Path | None = None,
         speech_weights: Path | None = None,
         device: str = "cpu",
-        warn: Callable[[str], None] = print,
     ) -> "Session":
         """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
         from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
         from opt_ds.serve.export import load_exported
 
         if is_exported(checkpoint):
-            model, config = load_exported(checkpoint, warn)
+            model, config = load_exported(checkpoint)
             folder = checkpoint / PROCESSOR_FOLDER
         else:
             model, config = load_model(checkpoint)
             folder = run_of(resolve_checkpoint(checkpoint)) / PROCESSOR_FOLDER
         processor = OPTProcessor(
-            folder, config.model, image_weights=image_weights, speech_weights=speech_weights, device=device, warn=warn
+            folder, config.model, image_weights=image_weights, speech_weights=speech_weights, device=device
         )
         return cls(model.to(device), config, processor, device)
 

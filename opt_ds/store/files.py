@@ -4,14 +4,17 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -41,7 +44,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 @contextmanager
-def exclusive_use(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def exclusive_use(path: Path) -> Iterator[None]:
     """Hold `path` (a folder to be written) for this process; wait, and say so, while another one holds it.
 
     The lock is a file beside `path`, locked by flock: it ends with the process, however that ends. UserError where the file
@@ -55,7 +58,7 @@ def exclusive_use(path: Path, say: Callable[[str], None]) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"{path}: another process is writing it: waiting")
+                _LOG.info(f"{path}: another process is writing it: waiting")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 lock.unlink(missing_ok=True)

@@ -6,8 +6,8 @@
     <folder>/opt_ds_files.json    the hashes of all these, compared whenever one of them is read
 """
 
+import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from opt_ds.store.tokenizer import describe_tokenizer
 if TYPE_CHECKING:
     from opt_ds.model.dvae import DiscreteVAE
 
+_LOG = logging.getLogger(__name__)
 PROCESSOR_FOLDER, PROCESSOR_FILE = "processor", "processor.json"
 
 
@@ -80,13 +81,13 @@ def _short(extractor: dict[str, Any] | None) -> str:
     return " ".join(filter(None, [extractor.get("name", ""), str(extractor.get("version") or ""), weights]))
 
 
-def check_identity(folder: Path, store: FeatureStore, force: bool, warn: Callable[[str], None]) -> None:
+def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
     """Refuse, in one line, a store that is not of the vocabulary and extractors in `folder` (a run's processor files).
 
-    With `force` what will be wrong is said through `warn`, and also that there is nothing to compare with.
+    Warns, with `force`, of what will be wrong, and where there is nothing to compare with.
     """
     if not (folder / PROCESSOR_FILE).is_file():
-        warn(f"{folder / PROCESSOR_FILE} is not there: whether {store.path} is of the model's extractors is not checked")
+        _LOG.warning(f"{folder / PROCESSOR_FILE} is not there: whether {store.path} is of the model's extractors is not checked")
         return
     differences = identity_differences(load_processor_description(folder), store)
     if differences and not force:
@@ -94,7 +95,7 @@ def check_identity(folder: Path, store: FeatureStore, force: bool, warn: Callabl
             f"{store.path}: {'; '.join(differences)}: use a store prepared as the one that the model was trained on, or --force"
         )
     for difference in differences:
-        warn(f"--force: {store.path}: {difference}")
+        _LOG.warning(f"--force: {store.path}: {difference}")
 
 
 def load_processor_description(folder: Path) -> ProcessorDescription:

@@ -6,7 +6,7 @@ By ratio near-duplicate images stay together too (see `near_duplicates`); a list
 import csv
 import hashlib
 import io
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from opt_ds.store.update import Arrays, rewrite_shards
 from opt_ds.store.verify import open_store
 from opt_ds.user_files import decode_text
 
+_LOG = logging.getLogger(__name__)
 _HEADERS = [[name, "split"] for name in ("id", "ids", "sample", "name", "group", "groups")]
 
 
@@ -47,7 +48,6 @@ def split_by_ratio(
     source: str | None = None,
     *,
     near_duplicates_together: bool = True,
-    say: Callable[[str], None] = print,
 ) -> StoreDescription:
     """Assign the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number.
 
@@ -59,7 +59,6 @@ def split_by_ratio(
         seed: Another seed assigns the groups differently.
         source: Reassign only the samples of this split.
         near_duplicates_together: Join groups by near-duplicate images.
-        say: Takes one line on what was joined.
 
     Raises:
         UserError: Fewer groups than splits, or near-duplicates join more samples than the largest share.
@@ -70,7 +69,7 @@ def split_by_ratio(
     groups = store.groups[chosen]
     near = same_images(store).near if near_duplicates_together else None
     if near is not None:
-        groups = _joined(store, chosen, near, ratios, say)
+        groups = _joined(store, chosen, near, ratios)
     split_of = _split_of_groups(np.unique(groups).tolist(), ratios, seed)
     if len(split_of) < len(ratios):
         raise UserError(f"{path}: the samples{of} have {len(split_of)} groups for {len(ratios)} splits: give fewer --ratio")
@@ -78,13 +77,11 @@ def split_by_ratio(
     for index, group in zip(chosen.tolist(), groups.tolist(), strict=True):
         splits[index] = split_of[group]
     if near is not None:
-        _say_what_stays_apart(store, near, splits, say)
+        _warn_of_what_stays_apart(store, near, splits)
     return _deal(store, splits, "group hash" if source is None else "manifest")
 
 
-def _joined(
-    store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: dict[str, float], say: Callable[[str], None]
-) -> np.ndarray:
+def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
     """Return the chosen samples' groups, joined by near-duplicate images. UserError if that makes the shares impossible."""
     own = store.groups[chosen]
     groups = joined_groups(store, near, chosen)
@@ -101,7 +98,7 @@ def _joined(
             "too many for these shares: look at what opt-ds inspect counts, or give --ignore-near-duplicates"
         )
     if joined.any():
-        say(
+        _LOG.info(
             f"{store.path}: {int(joined.sum())} samples of {int(parts[parts > 1].sum())} groups are kept together in "
             f"{int((parts > 1).sum())} by near-duplicate images"
         )
@@ -114,11 +111,11 @@ def _groups_in(groups: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.unique(pairs[0], return_counts=True)[1]
 
 
-def _say_what_stays_apart(store: FeatureStore, near: np.ndarray, splits: list[str], say: Callable[[str], None]) -> None:
+def _warn_of_what_stays_apart(store: FeatureStore, near: np.ndarray, splits: list[str]) -> None:
     """Log how many images have a near-duplicate in another split: those of samples that stay, or that a list names."""
     count = images_across_splits(store, near, np.array(splits))
     if count:
-        say(f"{store.path}: {count} images have a near-duplicate in another split; opt-ds inspect names some")
+        _LOG.warning(f"{store.path}: {count} images have a near-duplicate in another split; opt-ds inspect names some")
 
 
 def _split_of_groups(codes: list[int], ratios: dict[str, float], seed: int) -> dict[int, str]:
@@ -141,11 +138,10 @@ def split_by_list(
     *,
     by_group: bool = False,
     count_near_duplicates: bool = True,
-    say: Callable[[str], None] = print,
 ) -> StoreDescription:
     """Deal the samples as a CSV or TSV file of id (or group) and split says; what it does not name stays where it is.
 
-    Near-duplicate images in several splits are counted in one line to `say`, not moved. UserError for a name that
+    Near-duplicate images in several splits are counted in one warning, not moved. UserError for a name that
     is not in the store.
     """
     store = open_store(path)
@@ -162,7 +158,7 @@ def split_by_list(
     present = [store.description.split_names[code] for code in store.split_codes.tolist()]
     splits = [own if name is None else named[name] for name, own in zip(of_sample, present, strict=True)]
     if count_near_duplicates:
-        _say_what_stays_apart(store, same_images(store).near, splits, say)
+        _warn_of_what_stays_apart(store, same_images(store).near, splits)
     return _deal(store, splits, "manifest")
 
 

@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from opt_ds import log
 from opt_ds.commands import data, imports, run_program, stores
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
@@ -21,7 +22,8 @@ def run(*arguments: str | Path) -> Result:
     app.command("inspect")(stores.inspect_store)
     for name in ("split", "update", "convert"):
         app.command(name)(getattr(stores, name))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    with log.to_terminal():
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_inspect_prints_a_summary_and_fails_by_name(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_another_step_or_run_is_no_plan(plan: StepPlan, tmp_path: Path) -> None:
 
 def _run(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None, out: Any) -> None:
     """A rank, in a process of its own."""
-    shared = SharedPlans(plan, RANKS, folder, place, 2, lambda text: None)
+    shared = SharedPlans(plan, RANKS, folder, place, 2)
     found = []
     for planned in shared.steps(first, last):
         if planned.step == dies_at:
@@ -112,16 +112,15 @@ def test_two_processes_plan_half_of_the_steps_each(first: int, plan: StepPlan, f
     assert not [file for file in folder.rglob("*") if file.is_file()], "read files are removed"
 
 
-def test_a_killed_rank_is_done_without(plan: StepPlan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_rank_is_done_without(plan: StepPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
     monkeypatch.setattr(shared_plans, "_WAIT_S", 0.3)
     process, _ = _start(plan, folder, 1, 0, 20, dies_at=5)
-    said: list[str] = []
-    shared = SharedPlans(plan, RANKS, folder, 0, 2, said.append)
+    shared = SharedPlans(plan, RANKS, folder, 0, 2)
     steps = list(shared.steps(0, 14))
     process.join(60)
     assert [planned.step for planned in steps] == list(range(14)) and are_right(plan, steps)
     assert shared.num_read + shared.num_missed == 7 and shared.num_missed >= 4
-    assert len(said) == 1 and "rank 1 of this node" in said[0]
+    assert len(logged) == 1 and "rank 1 of this node" in logged[0]
 
 
 def test_files_of_another_run_and_torn_ones_are_planned_again(plan: StepPlan, folder: Path, complete: FeatureStore) -> None:
@@ -132,7 +131,7 @@ def test_files_of_another_run_and_torn_ones_are_planned_again(plan: StepPlan, fo
     with open(inbox / "3", "r+b") as file:
         file.truncate(1000)
     write_plan(inbox / "5", plan.step(5, RANKS), shared_plans._key_of(plan, RANKS))
-    shared = SharedPlans(plan, RANKS, folder, 0, 2, lambda text: None)
+    shared = SharedPlans(plan, RANKS, folder, 0, 2)
     steps = list(shared.steps(0, 6))
     assert are_right(plan, steps)
     assert (shared.num_read, shared.num_missed) == (1, 2)
@@ -143,20 +142,21 @@ def test_what_nobody_reads_is_bounded(plan: StepPlan, folder: Path, monkeypatch:
     monkeypatch.setattr(shared_plans, "_WAIT_S", 0.0)
     monkeypatch.setattr(shared_plans, "_WAIT_PLANS", 0.0)
     monkeypatch.setattr(shared_plans, "_MOST_WAITING", 3)
-    assert are_right(plan, list(SharedPlans(plan, RANKS, folder, 0, 2, lambda text: None).steps(0, 12)))
+    assert are_right(plan, list(SharedPlans(plan, RANKS, folder, 0, 2).steps(0, 12)))
     assert sorted(os.listdir(folder / "rank-1")) == ["0", "2", "4"]
-    late = SharedPlans(plan, RANKS, folder, 1, 2, lambda text: None)
+    late = SharedPlans(plan, RANKS, folder, 1, 2)
     assert are_right(plan, list(late.steps(3, 6)))
     assert not os.listdir(folder / "rank-1"), "what came too late goes too"
 
 
-def test_without_room_or_folder_each_plans_for_itself(plan: StepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_or_folder_each_plans_for_itself(
+    plan: StepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
     monkeypatch.setattr(shared_plans, "_WAIT_S", 0.0)
     monkeypatch.setattr(shared_plans, "_WAIT_PLANS", 0.0)
-    said: list[str] = []
-    shared = SharedPlans(plan, RANKS, tmp_path / "gone", 0, 2, said.append)
+    shared = SharedPlans(plan, RANKS, tmp_path / "gone", 0, 2)
     assert are_right(plan, list(shared.steps(0, 4)))
-    assert len(said) == 1 and "gone" in said[0]
+    assert len(logged) == 1 and "gone" in logged[0]
 
 
 def test_a_shared_plan_packs_the_same_batches(plan: StepPlan, complete: FeatureStore, tmp_path: Path) -> None:

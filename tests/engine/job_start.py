@@ -34,6 +34,6 @@ if __name__ == "__main__":
         code = run_program(finetune, job["finetune"], "finetune", ranks.rank)
     else:
         with StopRequest("SIGUSR1") as stop:
-            code = run_training(config_from_dict(job["config"], where="job"), output, ranks, stop, print)
+            code = run_training(config_from_dict(job["config"], where="job"), output, ranks, stop)
     Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(hashed))
     sys.exit(code)

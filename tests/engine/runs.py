@@ -47,7 +47,7 @@ def train(config: Config, output: Path, group: Any, precision: str | None = None
     run_folder.check_same_run(output, config, stores)
     hardware = Hardware.detect()
     output.mkdir(parents=True, exist_ok=True)
-    resume_from = group.from_main(checkpoint.find_resumable(output, print))
+    resume_from = group.from_main(checkpoint.find_resumable(output))
     precision = precision or choose_precision(config, hardware)
     with StopRequest(config.train.preemption_signal) as stop:
         return Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()

@@ -49,12 +49,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_newest_is_named_and_the_one_before_it_taken(problem: str, run: Path) -> None:
+def test_a_damaged_newest_is_named_and_the_one_before_it_taken(problem: str, run: Path, logged: list[str]) -> None:
     DAMAGES[problem](run / "checkpoints" / "step-00000006")
-    said: list[str] = []
-    found = checkpoint.find_resumable(run, said.append)
+    found = checkpoint.find_resumable(run)
     assert found is not None and found.name == "step-00000004"
-    assert len(said) == 1 and "step-00000006" in said[0] and problem in said[0]
+    assert len(logged) == 1 and "step-00000006" in logged[0] and problem in logged[0]
 
 
 def test_resuming_past_a_damaged_checkpoint_writes_it_anew(run: Path, store: Path, finished: Path, group: Any) -> None:
@@ -68,17 +67,16 @@ def test_all_damaged_is_an_error_and_never_a_silent_restart(run: Path) -> None:
     for folder in checkpoint.all_checkpoints(run):
         flip_byte(folder / "model.safetensors")
     with pytest.raises(UserError, match="no checkpoint is usable") as error:
-        checkpoint.find_resumable(run, print)
+        checkpoint.find_resumable(run)
     assert all(name in str(error.value) for name in folders(run))
 
 
-def test_a_removed_pointer_and_a_broken_off_save_do_not_matter(run: Path) -> None:
+def test_a_removed_pointer_and_a_broken_off_save_do_not_matter(run: Path, logged: list[str]) -> None:
     (run / "checkpoints" / "latest").unlink()
     (run / "checkpoints" / ".step-00000008.tmp").mkdir()
-    said: list[str] = []
-    found = checkpoint.find_resumable(run, said.append)
+    found = checkpoint.find_resumable(run)
     assert found is not None and found.name == "step-00000006"
-    assert len(said) == 1 and '"latest"' in said[0]
+    assert len(logged) == 1 and '"latest"' in logged[0]
 
 
 def test_the_last_and_the_best_are_kept(store: Path, tmp_path: Path, group: Any) -> None:
@@ -126,7 +124,7 @@ def test_a_failed_save_is_said_and_leaves_the_last_one_usable(run: Path, store: 
     with pytest.raises(CheckpointError, match=r"step-00000008 could not be written \(File exists\)"):
         train(tiny_config(store, *EVERY_TWO, "train.max_steps=8"), run, group)
     blocker.unlink()
-    found = checkpoint.find_resumable(run, print)
+    found = checkpoint.find_resumable(run)
     assert found is not None and found.name == "step-00000006"
 
 

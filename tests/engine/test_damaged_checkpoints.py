@@ -72,7 +72,7 @@ def test_weights_of_another_step_are_refused(run: Path) -> None:
         one_line(error, newest)
     with pytest.raises(UserError, match="SHA-256 differs"):
         checkpoint.load_weights(make_model(make_config()), newest)
-    assert checkpoint.find_resumable(run, print) == older
+    assert checkpoint.find_resumable(run) == older
 
 
 RECORDS: list[tuple[str, Any]] = [
@@ -95,14 +95,13 @@ RECORDS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("what", "record"), RECORDS, ids=[what for what, _ in RECORDS])
-def test_a_damaged_record_is_a_damaged_checkpoint(run: Path, what: str, record: Any) -> None:
+def test_a_damaged_record_is_a_damaged_checkpoint(run: Path, what: str, record: Any, logged: list[str]) -> None:
     newest = run / "checkpoints" / "step-00000004"
     file = newest / "COMPLETE.json"
     changed = record(json.loads(file.read_text())) if callable(record) else record
     file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    said: list[str] = []
-    found = checkpoint.find_resumable(run, said.append)
-    assert found is not None and found.name == "step-00000002" and len(said) == 1 and "step-00000004" in said[0]
+    found = checkpoint.find_resumable(run)
+    assert found is not None and found.name == "step-00000002" and len(logged) == 1 and "step-00000004" in logged[0]
     with pytest.raises(UserError, match=r"COMPLETE\.json") as error:
         checkpoint.resolve_checkpoint(newest)
     one_line(error, newest)
@@ -114,7 +113,7 @@ def test_a_damaged_record_is_a_damaged_checkpoint(run: Path, what: str, record: 
 @pytest.mark.parametrize("pointer", ["latest", "best"])
 def test_pointers_name_checkpoints_of_the_run_alone(run: Path, pointer: str, content: str) -> None:
     (run / "checkpoints" / pointer).write_text(content)
-    for use in (lambda: checkpoint.pointed(run, pointer), lambda: checkpoint.find_resumable(run, print)):
+    for use in (lambda: checkpoint.pointed(run, pointer), lambda: checkpoint.find_resumable(run)):
         with pytest.raises(UserError, match=f"{pointer}: damaged, names no checkpoint") as error:
             use()
         one_line(error, run)
@@ -213,13 +212,12 @@ def test_an_exported_folder_loads_without_a_network_and_bit_for_bit(
         assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
-def test_an_older_export_without_hashes_loads_with_a_note(exported: Path) -> None:
+def test_an_older_export_without_hashes_loads_with_a_note(exported: Path, logged: list[str]) -> None:
     from opt_ds.serve.export import load_exported
 
     (exported / "opt_ds_files.json").unlink()
-    said: list[str] = []
-    load_exported(exported, said.append)
-    assert len(said) == 1 and "whether its files are damaged is not checked" in said[0]
+    load_exported(exported)
+    assert len(logged) == 1 and "whether its files are damaged is not checked" in logged[0]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +247,7 @@ def test_configurations_of_strangers_are_refused(exported: Path, change: dict[st
     fields = json.loads(file.read_text())
     fields["opt_ds_config"]["model"] |= change.pop("sizes", {})
     file.write_text(json.dumps({**fields, **change}))
-    for use in (lambda: load_exported(exported, lambda _: None), lambda: OPTModel.from_pretrained(exported)):
+    for use in (lambda: load_exported(exported), lambda: OPTModel.from_pretrained(exported)):
         with pytest.raises(UserError, match=message) as error:
             use()
         one_line(error, exported)
@@ -266,21 +264,21 @@ def test_weights_elsewhere_or_of_another_model_are_refused(exported: Path, tmp_p
     for name in ("../stolen.safetensors", "/etc/passwd", "..", "a.bin", 3):
         index.write_text(json.dumps({"weight_map": {key: name for key in tensors}}))
         with pytest.raises(UserError, match="which is no safetensors file in the folder") as error:
-            load_exported(exported, lambda _: None)
+            load_exported(exported)
         one_line(error, exported)
     half = sorted(tensors)[::2]
     parts = {"a.safetensors": half, "b.safetensors": [name for name in sorted(tensors) if name not in half]}
     for part, names in parts.items():
         save_file({name: tensors[name] for name in names}, exported / part)
     index.write_text(json.dumps({"weight_map": {name: part for part, names in parts.items() for name in names}}))
-    load_exported(exported, lambda _: None)
+    load_exported(exported)
     first = next(name for name in half if name.endswith("weight"))
     save_file({name: tensors[name] for name in half if name != first}, exported / "a.safetensors")
     with pytest.raises(UserError, match="no weights of"):
-        load_exported(exported, lambda _: None)
+        load_exported(exported)
     weights.symlink_to(tmp_path / "stolen.safetensors")
     with pytest.raises(UserError, match="leads out of"):
-        load_exported(exported, lambda _: None)
+        load_exported(exported)
 
 
 def test_the_hash_is_computed_once_per_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_a_run_has_deepspeeds_own_weights(
 
     def states(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
         assert train(config, tmp_path / name, group, precision) == 0
-        saved = checkpoint.find_resumable(tmp_path / name, print)
+        saved = checkpoint.find_resumable(tmp_path / name)
         assert saved is not None
         model = OPT(config.model, config.tasks)
         checkpoint.load_weights(model, saved)

@@ -49,7 +49,7 @@ def poison(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (1, "fp16")])
 def test_a_step_that_is_not_finite_is_skipped_named_and_dumped(
     stage: int, precision: str, store: Path, tmp_path: Path, group: Any, poison: Callable[..., list[str]],
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    logged: list[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if precision == "fp16":
         from deepspeed.accelerator import get_accelerator
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_dumped(
     names = poison(2, 4)
     config = tiny_config(store, f"zero.stage={stage}", "train.max_steps=6", "guard.skip_budget=2", "optimizer.lr=1e-4")
     assert train(config, tmp_path, group, precision) == 0
-    said = capsys.readouterr().out
+    said = "\n".join(logged)
     assert "step 2: the loss " in said and "step skipped (2 of at most 2 in 1000)" in said
     assert all(name in said for name in names)
     dump = torch.load(tmp_path / "guard" / "step-00000002-rank-0.pt", weights_only=True)
@@ -81,7 +81,7 @@ def test_beyond_the_budget_the_run_ends_with_the_state_before_and_goes_on_when_a
     settings = ("train.max_steps=6", "guard.skip_window=3")
     with pytest.raises(TrainingError, match=r"step 2: the loss .* not finite.*skip_budget is 1") as error:
         train(tiny_config(store, *settings, "guard.skip_budget=1"), tmp_path, group)
-    saved = checkpoint.find_resumable(tmp_path, print)
+    saved = checkpoint.find_resumable(tmp_path)
     assert saved is not None and saved.name == "step-00000002" and saved.name in str(error.value)
     assert train(tiny_config(store, *settings, "guard.skip_budget=2"), tmp_path, group) == 0
     state = checkpoint.read_state(tmp_path / "checkpoints" / "step-00000006")
@@ -99,7 +99,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_weights(
 
 
 def test_a_gradient_that_is_not_finite_lists_the_steps_samples(
-    store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     from opt_ds.model.opt import OPT
 
@@ -114,14 +114,14 @@ def test_a_gradient_that_is_not_finite_lists_the_steps_samples(
     monkeypatch.setattr(OPT, "forward", lambda self, batch: (break_gradient(self), original(self, batch))[1])
     config = tiny_config(store, "zero.stage=0", "train.max_steps=4", "train.validate_every=1000000")
     assert train(config, tmp_path, group) == 0
-    assert "step 2: the gradient is not finite" in capsys.readouterr().out
+    assert any("step 2: the gradient is not finite" in line for line in logged)
     names = json.loads((tmp_path / "guard" / "step-00000002.json").read_text())["samples_by_rank"]
     assert len(names) == 1 and len(names[0]) == 12
     assert all(t.isfinite().all() for t in tensors(tmp_path, 4, "model").values())
 
 
 def test_a_spike_is_said_and_if_wanted_not_taken(
-    learnable: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    learnable: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     import opt_ds.engine.step as step_module
 
@@ -135,9 +135,10 @@ def test_a_spike_is_said_and_if_wanted_not_taken(
     monkeypatch.setattr(step_module, "total_loss", jumping)
     for name, skip in (("warned", False), ("skipped", True)):
         calls.clear()
+        logged.clear()
         settings = ("train.max_steps=28", f"guard.skip_spikes={str(skip).lower()}", "checkpoint.every_steps=24")
         train(tiny_config(learnable, *CURVE, *settings), tmp_path / name, group)
-        said = capsys.readouterr().out
+        said = "\n".join(logged)
         assert "step 24: loss" in said and "is a spike" in said
         assert ("step skipped" in said) == skip
         state = checkpoint.read_state(tmp_path / name / "checkpoints" / "step-00000028")

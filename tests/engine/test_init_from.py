@@ -83,11 +83,11 @@ def test_weights_and_asked_for_moments_are_the_sources_at_step_0(
 
 
 def test_the_schedule_is_new_and_what_carries_over_is_said_and_recorded(
-    source: Path, tmp_path: Path, group: Any, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, group: Any, logged: list[str]
 ) -> None:
     config = resolved(source, tmp_path / "new", "optimizer.lr=0.01", moments=True)
     train(config, tmp_path / "new", group, "fp32")
-    said = capsys.readouterr().out
+    said = "\n".join(logged)
     assert f"--init-from {source}: weights of step-00000004 (step 4 of 4)" in said
     assert "freshly initialised: image_decoder (" in said and "Adam's moments of these after 4 updates" in said
     assert "not carried over: step, schedule" in said

@@ -24,5 +24,5 @@ def test_a_gpu_without_memory_is_one_line_that_says_what_to_lower(
     monkeypatch.setattr(trainer, "Trainer", full)
     config = tiny_config(store)
     with StopRequest(config.train.preemption_signal) as stop, pytest.raises(RunError) as error:
-        run_training(config, tmp_path / "run", Ranks(), stop, print)
+        run_training(config, tmp_path / "run", Ranks(), stop)
     assert str(error.value).startswith("rank 0: out of GPU memory: lower batch.max_tokens")

@@ -165,7 +165,7 @@ def test_sigterm_saves_and_asks_to_be_requeued_and_sigkill_loses_nothing(
     run.send_signal(signal.SIGTERM)
     out, error = run.communicate(timeout=120)
     assert run.returncode == 75, error
-    stopped = checkpoint.find_resumable(output, print)
+    stopped = checkpoint.find_resumable(output)
     assert stopped is not None and f"SIGTERM: saved after step {int(stopped.name[5:])};" in out
 
     following = int(stopped.name[5:]) // 3 * 3 + 3

@@ -19,7 +19,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(store: Path, tmp_path: Path
     for output, reason in ((tmp_path / "file" / "run", "Not a directory"), (Path("/proc/run"), "No such file or directory")):
         run_folder.check_same_run(output, tiny_config(store), [FeatureStore(store)])
         with pytest.raises(UserError) as error:
-            run_folder.lock(output, print)
+            run_folder.lock(output)
         assert str(error.value).startswith(f"--output {output}: cannot be used ({reason}): ")
 
 
@@ -35,12 +35,11 @@ def test_a_directory_that_must_not_be_read_is_one_line(
         run_folder.check_same_run(tmp_path, config, stores)
 
 
-def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
-    said: list[str] = []
-    with run_folder.lock(tmp_path, said.append), pytest.raises(UserError, match="another process is training there"):
-        run_folder.lock(tmp_path, said.append)
-    run_folder.lock(tmp_path, said.append).close()
-    assert said == []
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, logged: list[str]) -> None:
+    with run_folder.lock(tmp_path), pytest.raises(UserError, match="another process is training there"):
+        run_folder.lock(tmp_path)
+    run_folder.lock(tmp_path).close()
+    assert logged == []
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
@@ -50,22 +49,21 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     for file in (*left, *others):
         file.parent.mkdir(exist_ok=True)
         file.touch()
-    run_folder.lock(tmp_path, print).close()
+    run_folder.lock(tmp_path).close()
     assert not any(file.exists() for file in left)
     assert all(file.exists() for file in others), "another command, evaluate say, may be writing its result"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_and_used(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    said: list[str] = []
-    run_folder.lock(tmp_path, said.append).close()
-    assert len(said) == 1 and f"{tmp_path}: no file locks there" in said[0]
+    run_folder.lock(tmp_path).close()
+    assert len(logged) == 1 and f"{tmp_path}: no file locks there" in logged[0]
 
 
 @pytest.mark.parametrize("content", [b'{"identity": 3}', b'{"identity": {}, "launches": [1]}', b"[]", b"\xff", b"[" * 3000, b""])

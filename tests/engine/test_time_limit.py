@@ -56,7 +56,7 @@ def test_a_run_out_of_time_saves_asks_for_a_requeue_and_goes_on(store: Path, tmp
     for step in range(1, 5):  # no time is left from the beginning: each launch makes one step
         limited = tiny_config(store, "train.max_steps=4", "train.time_limit_minutes=1", "train.time_reserve_s=60")
         code = train(limited, tmp_path / "limited", group)
-        last = checkpoint.find_resumable(tmp_path / "limited", print)
+        last = checkpoint.find_resumable(tmp_path / "limited")
         assert last is not None
         assert last.name == f"step-{step:08d}"
         assert code == (0 if step == 4 else REQUEUE_EXIT_CODE)

@@ -25,6 +25,7 @@ from opt_ds.serve.export import export, load_exported
 from opt_ds.store import FeatureStore, inspect_store, open_store
 from opt_ds.store.synthetic import write_synthetic_store
 from tests.engine.runs import FITTED, train
+from tests.logs import logged_lines
 
 #: Files that nobody computes from: a note or a picture for people, or one that is made again.
 FREE = {
@@ -78,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> None:
     """The command ends with code 2 and one line on stderr that names the folder."""
     capsys.readouterr()
     code, said = opt_ds(*arguments), capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if not line.startswith(("note:", "FAILED"))]
+    lines = [line for line in said.err.splitlines() if not line.startswith(("note:", "warning:", "FAILED"))]
     assert code == 2, (arguments, said)
     assert "Traceback" not in said.err and (len(lines) == 1 or "FAILED" in said.err), said.err
 
@@ -181,11 +182,11 @@ def run_config(folder: Path) -> Any:
 def assert_resume_takes_the_other(run: Path, name: str) -> None:
     from opt_ds.engine import checkpoint
 
-    said: list[str] = []
-    found = checkpoint.find_resumable(run, said.append)
+    with logged_lines() as logged:
+        found = checkpoint.find_resumable(run)
     other = "step-00000001" if "step-00000002" in name else "step-00000002"
     assert found is not None and found.name == other
-    assert len(said) == (1 if other == "step-00000001" else 0)
+    assert len(logged) == (1 if other == "step-00000001" else 0)
 
 
 def check_exported(folder: Path, name: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from opt_ds.engine import checkpoint
 from tests.engine.runs import hashes
 from tests.engine.test_checkpoint import flip_byte
 from tests.faults.ranks import ranks
+from tests.logs import logged_lines
 from tests.small_disk import SmallDisk
 
 pytestmark = pytest.mark.timeout(900)
@@ -44,7 +45,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_the_last_checkpoint_s
         assert run.wait() == [2], run.said(0)
         assert "error: checkpoint" in run.said(0) or "GiB free" in run.said(0), run.said(0)
         assert "Traceback" not in run.said(0), run.said(0)
-    newest = checkpoint.find_resumable(output, print)
+    newest = checkpoint.find_resumable(output)
     assert newest is not None and newest.name in ("step-00000008", "step-00000010")
     small_disk.resize(65536)
     with ranks(store, output, SETTINGS, num=1) as run:
@@ -68,10 +69,10 @@ def test_damaged_files_are_named_and_the_one_before_is_taken(store: Path, straig
         shutil.rmtree(output)
         shutil.copytree(straight, output)
         damage(newest)
-        said: list[str] = []
-        found = checkpoint.find_resumable(output, said.append)
+        with logged_lines() as logged:
+            found = checkpoint.find_resumable(output)
         expected = "step-00000012" if "pointer" in word else "step-00000010"
-        assert found is not None and found.name == expected and word in said[0], (word, said)
+        assert found is not None and found.name == expected and word in logged[0], (word, logged)
     shutil.rmtree(output)
     shutil.copytree(straight, output)
     DAMAGES["damaged"](newest)

@@ -55,7 +55,7 @@ def test_the_ranks_save_and_leave(
     try:
         (os.killpg if to_group else os.kill)(process.pid, number)
         said = process.communicate(timeout=PATIENCE_S)[0]
-        saved = checkpoint.find_resumable(tmp_path / "run", print)
+        saved = checkpoint.find_resumable(tmp_path / "run")
         assert saved is not None
         assert f"saved after step {int(saved.name[5:])}" in said, said
         assert code is None or process.returncode == code, said
@@ -75,7 +75,7 @@ def test_the_ranks_save_and_end_when_the_launcher_alone_ends(
     try:
         process.send_signal(number)
         said = process.communicate(timeout=PATIENCE_S)[0]  # to the end of the output: every process that writes has ended
-        saved = checkpoint.find_resumable(output, print)
+        saved = checkpoint.find_resumable(output)
         assert saved is not None
         assert f"saved after step {int(saved.name[5:])}" in said, said
     finally:

@@ -25,7 +25,7 @@ def test_a_hung_rank_does_not_hang_the_others(store: Path, tmp_path: Path) -> No
         assert run.processes[0].wait(timeout=120) == 1, run.said(0)
         assert time.monotonic() - began < 60
         assert "error: rank 0 lost contact with another rank" in run.said(0)
-    assert checkpoint.find_resumable(tmp_path / "run", print) is not None
+    assert checkpoint.find_resumable(tmp_path / "run") is not None
 
 
 def test_a_rank_that_nobody_joins_says_so(store: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def messy_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def messy_store(messy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of those samples, for reading only."""
     output = tmp_path_factory.mktemp("messy_store") / "store"
-    prepare(messy_manifest, output, SETTINGS, workers=2, device="cpu", say=lambda _: None)
+    prepare(messy_manifest, output, SETTINGS, workers=2, device="cpu")
     return output
 
 

@@ -122,7 +122,7 @@ def write_campaign(folder: Path, count: int, seed: int, killers: dict[str, Calla
 def check(folder: Path, output: Path, good: set[str], workers: int) -> Counter[str]:
     """Prepare the folder and check what became of it; return the reasons' counts."""
     settings = PrepareSettings(vocab_size=40, samples_per_shard=256)
-    prepare(folder / "manifest.jsonl", output, settings, workers=workers, device="cpu", say=lambda _: None)
+    prepare(folder / "manifest.jsonl", output, settings, workers=workers, device="cpu")
     everything = {json.loads(line)["id"] for line in (folder / "manifest.jsonl").read_text().splitlines()}
     reasons = {entry["id"]: entry["reason"] for entry in json.loads((output / REPORT_FILE).read_text())["skipped_samples"]}
     store = FeatureStore(output)

@@ -28,16 +28,15 @@ def make_extractor(seed: int = 0) -> CodeExtractor:
     return CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"]))
 
 
-def test_codes_wait_for_another_process_that_writes_the_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_codes_wait_for_another_process_that_writes_the_store(store: Path, logged: list[str]) -> None:
     with ThreadPoolExecutor(1) as pool:
-        with exclusive_use(store, print):
+        with exclusive_use(store):
             written = pool.submit(write_missing_codes, store, make_extractor())
-            said, deadline = "", time.monotonic() + 60
-            while not (said or written.done()) and time.monotonic() < deadline:
+            deadline = time.monotonic() + 60
+            while not (logged or written.done()) and time.monotonic() < deadline:
                 time.sleep(0.02)
-                said = capsys.readouterr().out
+            assert "another process is writing it: waiting" in logged[0]
             split_by_ratio(store, {"train": 0.5, "valid": 0.5})
-        assert "another process is writing it: waiting" in said
         assert written.result()
     opened = FeatureStore(store)
     assert opened.has_codes and opened.description.split_counts["valid"] > 1

@@ -73,9 +73,8 @@ def test_the_corpus_is_spoken_once_the_same_each_time_and_resumes(
 ) -> None:
     chosen = [next(sample for sample in samples if sample.split == split) for split in corpus.LENGTH_SCALES]
     monkeypatch.setattr(corpus, "collect_samples", lambda: chosen)
-    said: list[str] = []
-    manifest = write_emoji_corpus(tmp_path / "one", workers=2, say=said.append)
-    write_emoji_corpus(tmp_path / "two", workers=1, say=said.append)
+    manifest = write_emoji_corpus(tmp_path / "one", workers=2)
+    write_emoji_corpus(tmp_path / "two", workers=1)
     first, second = (
         {f.name: f.read_bytes() for f in (tmp_path / name).rglob("*.*") if f.is_file()} for name in ("one", "two")
     )
@@ -93,7 +92,7 @@ def test_the_corpus_is_spoken_once_the_same_each_time_and_resumes(
     kept = tmp_path / "one" / lines[1]["audio"]
     stamp = kept.stat().st_mtime_ns
     victim.unlink()
-    write_emoji_corpus(tmp_path / "one", workers=1, say=said.append)
+    write_emoji_corpus(tmp_path / "one", workers=1)
     assert victim.read_bytes() == second[victim.name]
     assert kept.stat().st_mtime_ns == stamp
 

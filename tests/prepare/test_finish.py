@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opt_ds.errors import UserError
-from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare import PrepareSettings, finish, prepare
 from opt_ds.prepare.finish import merge_parts, parse_share, part_folder
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.store.synthetic import write_synthetic_store
@@ -16,12 +16,8 @@ from tests.prepare.conftest import SETTINGS
 from tests.prepare.test_pipeline import contents
 
 
-def silent(_: str) -> None:
-    pass
-
-
 def make_part(manifest: Path, output: Path, index: int, settings: PrepareSettings = SETTINGS) -> None:
-    assert prepare(manifest, output, settings, workers=1, device="cpu", share=(index, 2), say=silent) is None
+    assert prepare(manifest, output, settings, workers=1, device="cpu", share=(index, 2)) is None
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +31,35 @@ def parts(messy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_merged_parts_are_the_store(parts: Path, messy_manifest: Path, tmp_path: Path) -> None:
     shutil.copytree(parts, tmp_path / "apart")
-    prepare(messy_manifest, tmp_path / "whole", SETTINGS, workers=1, device="cpu", say=silent)
+    prepare(messy_manifest, tmp_path / "whole", SETTINGS, workers=1, device="cpu")
     store = tmp_path / "apart" / "store"
-    merged = merge_parts(store, silent)
+    merged = merge_parts(store)
     assert contents(store) == contents(tmp_path / "whole")
     assert merged.num_samples == 7
     assert "bad-picture" in (store / REPORT_FILE).read_text()
     assert [path.name for path in store.parent.iterdir()] == ["store"], "the parts are gone"
-    assert merge_parts(store, silent) == merged
+    assert merge_parts(store) == merged
 
 
-def test_a_merge_that_was_stopped_goes_on(parts: Path, messy_manifest: Path, tmp_path: Path) -> None:
+class _Killed:
+    """A logger at whose first message the process ends: the store is there by then."""
+
+    def info(self, _: str) -> None:
+        raise RuntimeError("killed")
+
+
+def test_a_merge_that_was_stopped_goes_on(parts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(parts, tmp_path / "apart")
     store = tmp_path / "apart" / "store"
-    whole = merge_parts(store, silent)
+    whole = merge_parts(store)
     shutil.rmtree(tmp_path / "apart")
     shutil.copytree(parts, tmp_path / "apart")
     moved = part_folder(store, 0, 2)
-    with pytest.raises(RuntimeError):
-        merge_parts(store, lambda line: (_ for _ in ()).throw(RuntimeError("killed when the store is there")))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(finish, "_LOG", _Killed())
+        merge_parts(store)
     assert moved.is_dir()
-    assert merge_parts(store, silent) == whole
+    assert merge_parts(store) == whole
     assert not moved.exists()
 
 
@@ -81,8 +85,8 @@ def test_a_merge_that_was_stopped_while_it_removed_its_parts_goes_on(
         for name in ("unlink", "rmdir"):
             patch.setattr(os, name, deadly(getattr(os, name)))
         patch.setattr(Path, "unlink", deadly(Path.unlink))
-        merge_parts(store, silent)
-    assert merge_parts(store, silent).num_samples == 7
+        merge_parts(store)
+    assert merge_parts(store).num_samples == 7
     assert [path.name for path in store.parent.iterdir() if "part" in path.name] == []
 
 
@@ -91,7 +95,7 @@ def test_another_store_keeps_its_place(parts: Path, tmp_path: Path) -> None:
     store = tmp_path / "apart" / "store"
     write_synthetic_store(store, 4)
     with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is no part of it"):
-        merge_parts(store, silent)
+        merge_parts(store)
     assert part_folder(store, 0, 2).is_dir()
 
 
@@ -100,13 +104,13 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
     store = tmp_path / "apart" / "store"
     shutil.move(part_folder(store, 1, 2), tmp_path / "aside")
     with pytest.raises(UserError, match="part 1 of 2 is missing"):
-        merge_parts(store, silent)
+        merge_parts(store)
     (tmp_path / "aside" / "part.json").rename(tmp_path / "part.json")
     shutil.move(tmp_path / "aside", part_folder(store, 1, 2))
     with pytest.raises(UserError, match="unfinished"):
-        merge_parts(store, silent)
+        merge_parts(store)
     with pytest.raises(UserError, match="no parts beside it"):
-        merge_parts(tmp_path / "other", silent)
+        merge_parts(tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "²/3", "0/³"])

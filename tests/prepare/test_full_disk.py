@@ -43,7 +43,7 @@ def test_no_space_is_one_line_and_the_same_call_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device") if message is None else OSError(message)
         real(path, *arguments, **options)
 
-    output, quiet = tmp_path / "store", {"workers": 1, "device": "cpu", "say": lambda _: None}
+    output, quiet = tmp_path / "store", {"workers": 1, "device": "cpu"}
     with monkeypatch.context() as patched:
         patched.setattr(writer_module, "write_datasets", fail_second)
         with pytest.raises(UserError, match="the disk is full: free space and run the same command again, it resumes"):
@@ -73,7 +73,7 @@ def test_a_real_full_disk(messy_manifest: Path, tmp_path: Path, small_disk: Smal
     assert "Traceback" not in full.stderr
     small_disk.resize(65536)
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu")
     assert contents(output) == contents(tmp_path / "undisturbed")
 
 
@@ -91,9 +91,9 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
             for process in _children():
                 os.kill(process, signal.SIGKILL)
 
-    prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu")
     monkeypatch.setattr(workers, "_tasks", tasks_then_kill)
-    prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu")
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
@@ -110,7 +110,7 @@ def test_workers_that_are_always_killed_end_the_run_in_one_line(messy_manifest: 
     killer.start()
     try:
         with pytest.raises(RunError, match=r"ended from outside before they read a file .*run the same command again") as error:
-            prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+            prepare(messy_manifest, tmp_path / "store", SETTINGS, workers=1, device="cpu")
     finally:
         stop.set()
         killer.join()

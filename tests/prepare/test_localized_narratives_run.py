@@ -76,7 +76,6 @@ def test_from_published_files_to_two_training_steps(published: Path, tmp_path: P
         recordings=published / "voices",
         labels=[published / "labels.csv"],
         label_names=published / "classes.csv",
-        say=lambda _: None,
     )
     settings = PrepareSettings(
         images="faster_rcnn",
@@ -88,7 +87,7 @@ def test_from_published_files_to_two_training_steps(published: Path, tmp_path: P
         vocab_size=60,
         pixels=False,
     )
-    prepare(manifest, path, settings, workers=1, device="cpu", allow_outside=True, say=lambda _: None)
+    prepare(manifest, path, settings, workers=1, device="cpu", allow_outside=True)
     store = FeatureStore(path)
     assert inspect_store(path).failures == []
     assert store.num_samples == NUM_NARRATIVES

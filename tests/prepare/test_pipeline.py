@@ -105,8 +105,8 @@ def test_bytes_do_not_depend_on_workers_or_on_being_killed(
     whole = (output / "shard-00000.h5").stat().st_mtime_ns
     with pytest.raises(UserError, match="unfinished store of other inputs"):
         other = PrepareSettings(samples_per_shard=3, vocab_size=70)
-        prepare(messy_manifest, output, other, workers=1, device="cpu", say=lambda _: None)
-    prepare(messy_manifest, output, SETTINGS, workers=1, device="cpu", say=lambda _: None)
+        prepare(messy_manifest, output, other, workers=1, device="cpu")
+    prepare(messy_manifest, output, SETTINGS, workers=1, device="cpu")
     assert (output / "shard-00000.h5").stat().st_mtime_ns == whole
     ours, theirs = contents(output), contents(prepared)
     assert sorted(ours) == sorted(theirs)
@@ -115,18 +115,18 @@ def test_bytes_do_not_depend_on_workers_or_on_being_killed(
 
 
 def test_a_finished_store_of_the_same_inputs_is_returned_another_is_refused(
-    prepared: Path, messy_manifest: Path
+    prepared: Path, messy_manifest: Path, logged: list[str]
 ) -> None:
-    before, said = contents(prepared), []
-    prepare(messy_manifest, prepared, SETTINGS, device="cpu", say=said.append)
-    assert "already prepared" in said[-1]
+    before = contents(prepared)
+    prepare(messy_manifest, prepared, SETTINGS, device="cpu")
+    assert "already prepared" in logged[-1]
     with pytest.raises(UserError, match="another finished feature store is there"):
-        prepare(messy_manifest, prepared, SETTINGS, device="cpu", limit=3, say=said.append)
+        prepare(messy_manifest, prepared, SETTINGS, device="cpu", limit=3)
     assert contents(prepared) == before
 
 
 def test_strict_and_hopeless_runs_stop_with_one_line(messy_manifest: Path, tmp_path: Path) -> None:
-    quiet = {"device": "cpu", "workers": 1, "say": lambda _: None}
+    quiet = {"device": "cpu", "workers": 1}
     with pytest.raises(UserError, match=r"1 of 7 image files are missing, the first is .*gone.png"):
         prepare(messy_manifest, tmp_path / "s", strict=True, **quiet)
     cut = tmp_path / "cut.jsonl"
@@ -161,15 +161,15 @@ def test_a_bad_setting_is_one_line(values: dict[str, Any], message: str) -> None
     assert str(error.value) == f"preparation settings: {message}"
 
 
-def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:
+def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path, logged: list[str]) -> None:
     """Else every caption would become [UNK]."""
-    manifest, said = tmp_path / "m.jsonl", []
+    manifest = tmp_path / "m.jsonl"
     lines = [{"id": name, "text": "hello world", "split": "training"} for name in "ab"]
     manifest.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=r'no text is in split "train".* give a tokenizer with --text'):
-        prepare(manifest, tmp_path / "s", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+        prepare(manifest, tmp_path / "s", PrepareSettings(images="npz"), workers=1, device="cpu")
     assert not (tmp_path / "s").exists()
-    assert any('no sample is in split "train"' in line for line in said)
+    assert any('no sample is in split "train"' in line for line in logged)
 
 
 def test_nothing_of_a_stopped_runs_tokenizer_gets_into_the_next(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_nothing_of_a_stopped_runs_tokenizer_gets_into_the_next(tmp_path: Path) 
     (tmp_path / ".s.tokenizer").mkdir()
     (tmp_path / ".s.tokenizer" / "vocab.txt").write_text("another")
     settings = PrepareSettings(images="npz", text=tmp_path / "given")
-    prepare(manifest, tmp_path / "s", settings, workers=1, device="cpu", say=lambda _: None)
+    prepare(manifest, tmp_path / "s", settings, workers=1, device="cpu")
     assert sorted(file.name for file in (tmp_path / "s" / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -190,9 +190,7 @@ def test_frames_are_pooled_then_cut(messy_manifest: Path, prepared: Path, tmp_pa
         json.dumps({"id": "x", "text": "a a", "audio": str(messy_manifest.parent / "mono.wav"), "split": "train"})
     )
     settings = PrepareSettings(pool_frames=4, max_frames=30, vocab_size=9)
-    description = prepare(
-        only, tmp_path / "s", settings, workers=1, device="cpu", allow_outside=True, say=lambda _: None
-    )
+    description = prepare(only, tmp_path / "s", settings, workers=1, device="cpu", allow_outside=True)
     assert description.dims.audio_frame_rate_hz == 25
     plain = FeatureStore(prepared)
     row = next(plain.rows[number, 2] for number in range(plain.num_samples) if plain.sample_id(number) == "ok-1")
@@ -201,22 +199,21 @@ def test_frames_are_pooled_then_cut(messy_manifest: Path, prepared: Path, tmp_pa
     assert np.allclose(frames[3], plain.frames(row)[12:16].astype(float).mean(0), atol=0.01)
 
 
-def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_second_process_waits_for_the_first(tmp_path: Path, logged: list[str]) -> None:
     order: list[str] = []
     entered = threading.Event()
 
     def second() -> None:
-        with exclusive_use(tmp_path / "s", said.append):
+        with exclusive_use(tmp_path / "s"):
             order.append("second")
 
-    with exclusive_use(tmp_path / "s", said.append):
+    with exclusive_use(tmp_path / "s"):
         thread = threading.Thread(target=second)
         thread.start()
         entered.wait(0.3)
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert len(said) == 1
-    assert "another process is writing it" in said[0]
+    assert len(logged) == 1
+    assert "another process is writing it" in logged[0]
     assert list(tmp_path.iterdir()) == []

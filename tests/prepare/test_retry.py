@@ -19,6 +19,7 @@ from opt_ds.prepare.decoder import EnvironmentFaultError
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.store import FeatureStore
 from opt_ds.store.split import split_by_ratio
+from tests.logs import logged_lines
 from tests.prepare.test_pipeline import contents
 
 SETTINGS = PrepareSettings(images="npz", samples_per_shard=2, vocab_size=40)
@@ -26,9 +27,9 @@ NAMES = ("a", "bad", "c", "gone", "fault", "f")
 
 
 def run(folder: Path, output: Path, **options: object) -> list[str]:
-    said: list[str] = []
-    prepare(folder / "manifest.jsonl", output, SETTINGS, workers=1, device="cpu", say=said.append, **options)  # type: ignore[arg-type]
-    return said
+    with logged_lines() as logged:
+        prepare(folder / "manifest.jsonl", output, SETTINGS, workers=1, device="cpu", **options)  # type: ignore[arg-type]
+    return logged
 
 
 def write_good(path: Path, seed: int) -> None:

@@ -35,16 +35,17 @@ def uniter_arrays(seed: int, count: int = 30, dim: int = 2048) -> dict[str, np.n
     }
 
 
-def test_audio_and_images_are_replaced_and_the_rest_is_kept(messy_manifest: Path, own_store: Path, tmp_path: Path) -> None:
+def test_audio_and_images_are_replaced_and_the_rest_is_kept(
+    messy_manifest: Path, own_store: Path, tmp_path: Path, logged: list[str]
+) -> None:
     """Frames pooled by four; then regions from UNITER's files."""
     path = own_store
     before = FeatureStore(path)
     frames, caption = before.frames(0), before.caption(0)  # opens the shard, whose file the update removes
     codes = np.zeros((len(before.region_counts), 64), "uint16")
     set_codes(path, codes, {"name": "dvae", "num_codes": 8})
-    said: list[str] = []
     pooled = PrepareSettings(pool_frames=4)
-    update_modality(path, messy_manifest, "audio", pooled, workers=1, device="cpu", say=said.append)
+    update_modality(path, messy_manifest, "audio", pooled, workers=1, device="cpu")
     after = FeatureStore(path)
     assert inspect_store(path).failures == []
     assert after.description.dims.audio_frame_rate_hz == 25
@@ -66,16 +67,16 @@ def test_audio_and_images_are_replaced_and_the_rest_is_kept(messy_manifest: Path
     manifest = tmp_path / "npz.jsonl"
     manifest.write_text("\n".join(map(json.dumps, named)), encoding="utf-8")
     with pytest.raises(UserError, match='sample "ok-5" would be left with nothing'):
-        update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+        update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu")
     assert FeatureStore(path).fingerprint == after.fingerprint
     np.savez(tmp_path / "drawn.svg.npz", **uniter_arrays(99))
     manifest.write_text(manifest.read_text(encoding="utf-8").replace("drawn.svg", "drawn.svg.npz"), encoding="utf-8")
-    update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu", say=said.append)
+    update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu")
     last = FeatureStore(path)
     assert inspect_store(path).failures == []
     assert not last.has_codes
     assert not last.has_pixels
-    assert any("opt-ds train-dvae" in line for line in said)
+    assert any("opt-ds train-dvae" in line for line in logged)
     sample = next(index for index in range(last.num_samples) if last.sample_id(index) == "ok-1")
     regions = last.regions(last.rows[sample, 1])
     arrays = uniter_arrays(0)
@@ -101,7 +102,7 @@ def test_uniter_databases_become_files(tmp_path: Path) -> None:
         writing.put(b"coco_val_000000000285.npz", msgpack.packb(plain, use_bin_type=True))
         writing.put(b"__keys__", b"[]")
     assert is_lmdb(tmp_path / "db")
-    assert export_lmdb(tmp_path / "db", tmp_path / "out", say=lambda _: None) == 2
+    assert export_lmdb(tmp_path / "db", tmp_path / "out") == 2
     names = ["coco_val_000000000139.npz", "coco_val_000000000285.npz"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     ours, theirs = NpzExtractor().extract([tmp_path / "out" / name for name in names])
@@ -113,16 +114,16 @@ def test_uniter_databases_become_files(tmp_path: Path) -> None:
     with lmdb.open(str(tmp_path / "bad"), map_size=1 << 20) as environment, environment.begin(write=True) as writing:
         writing.put(b"a.npz", b"nonsense")
     with pytest.raises(UserError, match="neither NPZ nor msgpack"):
-        export_lmdb(tmp_path / "bad", tmp_path / "out", say=lambda _: None)
+        export_lmdb(tmp_path / "bad", tmp_path / "out")
     bomb = io.BytesIO()
     np.savez_compressed(bomb, features=np.zeros((70_000, 2048), "float16"))  # 274 MiB in 300 kB
     with lmdb.open(str(tmp_path / "bomb"), map_size=1 << 22) as environment, environment.begin(write=True) as writing:
         writing.put(b"a.npz", bomb.getvalue())
     with pytest.raises(UserError, match="its arrays take 273 MiB, 256 are allowed"):
-        export_lmdb(tmp_path / "bomb", tmp_path / "out", say=lambda _: None)
+        export_lmdb(tmp_path / "bomb", tmp_path / "out")
 
 
-def test_uniter_keys_that_differ_by_folder_or_ending_alone_get_files_of_their_own(tmp_path: Path) -> None:
+def test_uniter_keys_that_differ_by_folder_or_ending_alone_get_files_of_their_own(tmp_path: Path, logged: list[str]) -> None:
     import lmdb
 
     keys = ["a/1.jpg", "b/1.jpg", "1.png", "b/2.jpg", "3.tar.gz", "3.tar.bz2", "a%2F1.jpg.npz", "c/" + "n" * 300, "\0"]
@@ -133,8 +134,7 @@ def test_uniter_keys_that_differ_by_folder_or_ending_alone_get_files_of_their_ow
             writing.put(key.encode(), buffer.getvalue())
         writing.put(b"\xff", b"x")
         writing.put(b"bad", b"nonsense")
-    said: list[str] = []
-    assert export_lmdb(tmp_path / "db", tmp_path / "out", say=said.append) == len(keys)
+    assert export_lmdb(tmp_path / "db", tmp_path / "out") == len(keys)
     held = {}
     for path in (tmp_path / "out").iterdir():
         with np.load(path) as arrays:
@@ -142,29 +142,30 @@ def test_uniter_keys_that_differ_by_folder_or_ending_alone_get_files_of_their_ow
     assert set(held) == set(keys), "nothing is dropped"
     assert held["b/2.jpg"] == "2.npz", "a key without a double keeps its name"
     assert held["b/1.jpg"] == "b%2F1.jpg.npz" and held["3.tar.gz"] == "3.tar.gz.npz"
-    assert any("2 entries left out" in line for line in said) and any("neither NPZ nor msgpack" in line for line in said)
+    assert any("2 entries left out" in line for line in logged) and any("neither NPZ nor msgpack" in line for line in logged)
 
 
-def test_the_report_names_who_lost_what(messy_manifest: Path, own_store: Path) -> None:
+def test_the_report_names_who_lost_what(messy_manifest: Path, own_store: Path, logged: list[str]) -> None:
     path = own_store
     text = messy_manifest.read_text(encoding="utf-8")
     manifest = messy_manifest.parent / "two.jsonl"
     manifest.write_text(text.replace("stereo.flac", "noise.wav").replace("mono.wav", "a.ogg"), encoding="utf-8")
     with pytest.raises(UserError, match=r"audio file is broken: noise.wav.*--strict"):
-        update_modality(path, manifest, "audio", SETTINGS, workers=1, device="cpu", strict=True, say=lambda _: None)
-    said: list[str] = []
+        update_modality(path, manifest, "audio", SETTINGS, workers=1, device="cpu", strict=True)
     cut = PrepareSettings(max_frames=5)
-    update_modality(path, manifest, "audio", cut, workers=1, device="cpu", say=said.append)
+    update_modality(path, manifest, "audio", cut, workers=1, device="cpu")
     report = json.loads((path / REPORT_FILE).read_text())
     assert [entry["id"] for entry in report["lost"]["audio"]] == ["ok-3"]
     assert "audio file is broken: noise.wav" in report["lost"]["audio"][0]["reason"]
-    assert any(line.startswith('  "ok-3": audio file is broken') for line in said)
+    assert any(line.startswith('  "ok-3": audio file is broken') for line in logged)
     assert report["cut"]["audio"] == ["ok-1", "ok-4"]
     assert report["lengths"]["audio"]["rows"] == 2
     assert report["duplicates"]["audio"]["repeated"] == 1  # one file in two shards
 
 
-def test_samples_whose_line_names_no_file_are_lost_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_whose_line_names_no_file_are_lost_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
     @contextmanager
     def in_this_process(shards: list, folder: Path, settings: PrepareSettings, *_: Any) -> Iterator[Any]:
         monkeypatch.setattr(workers, "_worker", {"settings": settings, "device": "cpu"})
@@ -179,10 +180,10 @@ def test_samples_whose_line_names_no_file_are_lost_and_named(tmp_path: Path, mon
     manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     before = FeatureStore(tmp_path / "s").fingerprint
     with pytest.raises(UserError, match=r'sample "sample1": the manifest names no audio file .--strict'):
-        update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, say=lambda _: None, **options)
+        update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, **options)
     assert FeatureStore(tmp_path / "s").fingerprint == before
-    said: list[str] = []
-    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, say=said.append, **options)
-    assert "2 samples are left without" in said[0]
-    assert said[1:] == [f'  "sample{index}": the manifest names no audio file' for index in (1, 4)]
-    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, say=said.append, **options)  # nothing more is lost
+    logged.clear()
+    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, **options)
+    assert "2 samples are left without" in logged[0]
+    assert logged[1:] == [f'  "sample{index}": the manifest names no audio file' for index in (1, 4)]
+    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, **options)  # nothing more is lost

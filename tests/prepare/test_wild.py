@@ -19,6 +19,7 @@ from opt_ds.prepare.regions import GridExtractor
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.lengths import LENGTHS_FILE
+from tests.logs import logged_lines
 from tests.prepare.test_pipeline import contents
 from tests.prepare.wild_files import WILD, noise
 
@@ -78,9 +79,10 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 @pytest.fixture(scope="module")
 def prepared(wild: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    output, said = tmp_path_factory.mktemp("wild-store") / "store", []
-    prepare(wild[0], output, SETTINGS, workers=2, device="cpu", say=said.append)
-    return output, said
+    output = tmp_path_factory.mktemp("wild-store") / "store"
+    with logged_lines() as logged:
+        prepare(wild[0], output, SETTINGS, workers=2, device="cpu")
+    return output, logged
 
 
 def test_each_fault_is_reported_with_its_reason_and_the_rest_is_kept(
@@ -114,7 +116,7 @@ def test_the_report_counts_what_was_cut_and_what_is_double(prepared: tuple[Path,
 def test_one_worker_writes_the_same_bytes(
     wild: tuple[Path, dict[str, str]], prepared: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    prepare(wild[0], tmp_path / "store", SETTINGS, workers=1, device="cpu", say=lambda _: None)
+    prepare(wild[0], tmp_path / "store", SETTINGS, workers=1, device="cpu")
     ours, theirs = contents(tmp_path / "store"), contents(prepared[0])
     assert sorted(ours) == sorted(theirs)
     assert [name for name in ours if ours[name] != theirs[name]] == []
@@ -122,7 +124,7 @@ def test_one_worker_writes_the_same_bytes(
 
 def test_strict_stops_at_the_first_bad_line(wild: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line \d+: not JSON.*--strict"):
-        prepare(wild[0], tmp_path / "store", SETTINGS, strict=True, device="cpu", say=lambda _: None)
+        prepare(wild[0], tmp_path / "store", SETTINGS, strict=True, device="cpu")
     assert not any(tmp_path.iterdir())
 
 

@@ -55,7 +55,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def raw_store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of `raw`, with image codes."""
     folder = tmp_path_factory.mktemp("store")
-    prepare(raw / "manifest.jsonl", folder / "s", PrepareSettings(vocab_size=60), workers=1, device="cpu", say=lambda _: None)
+    prepare(raw / "manifest.jsonl", folder / "s", PrepareSettings(vocab_size=60), workers=1, device="cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     train_dvae(folder / "s", folder / "dvae", preset="dvae-tiny", device="cpu", precision="fp32", steps=4)
     return folder / "s"

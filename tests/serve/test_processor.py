@@ -42,14 +42,13 @@ def test_pictures_and_waveforms_in_memory_are_read_as_their_files(session: Sessi
     np.testing.assert_array_equal(of_file.frames, in_memory.frames)
 
 
-def test_what_is_too_long_is_cut_aloud(run: Path) -> None:
-    said: list[str] = []
-    session = Session.load(run, warn=said.append)
+def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
+    session = Session.load(run)
     sample = session.processor("red square " * 40, audio=np.zeros(16000 * 60, np.float32))
     assert len(sample.token_ids) == session.config.model.max_text_tokens
     assert len(sample.frames) == session.config.model.max_frames
-    assert "the text has" in said[0] and "only the first 24 are read" in said[0]
-    assert "60.0 s, the model hears 6.4 s" in said[1]
+    assert "the text has" in logged[0] and "only the first 24 are read" in logged[0]
+    assert "60.0 s, the model hears 6.4 s" in logged[1]
     Image.new("RGB", (1, 1), "red").save(run.parent / "pixel.png")
     assert len(session.processor(image=run.parent / "pixel.png").region_features) == 16, "one pixel is a picture too"
 

@@ -32,7 +32,7 @@ def test_an_array_of_shares_makes_the_store_that_one_process_makes(cluster: Loca
     assert cluster.job(merge)["JobState"] == "COMPLETED", logs
     from opt_ds.prepare import PrepareSettings
 
-    prepare(manifest, tmp_path / "whole", PrepareSettings(vocab_size=200), workers=1, device="cpu", say=lambda _: None)
+    prepare(manifest, tmp_path / "whole", PrepareSettings(vocab_size=200), workers=1, device="cpu")
     assert contents(store) == contents(tmp_path / "whole")
     assert len(list(store.glob("shard-*.h5"))) == 3
     missing = subprocess.run([str(script), "--manifest", "x"], env=cluster.environment, capture_output=True, text=True)

@@ -35,10 +35,9 @@ def other(processor: Path, part: str, **changes: str) -> Path:
     return folder
 
 
-def test_the_models_own_store_passes_in_silence(processor: Path, complete: FeatureStore) -> None:
-    said: list[str] = []
-    check_identity(processor, complete, False, said.append)
-    assert not said
+def test_the_models_own_store_passes_in_silence(processor: Path, complete: FeatureStore, logged: list[str]) -> None:
+    check_identity(processor, complete, False)
+    assert not logged
 
 
 @pytest.mark.parametrize(
@@ -50,21 +49,20 @@ def test_the_models_own_store_passes_in_silence(processor: Path, complete: Featu
     ],
 )
 def test_another_identity_is_refused_and_force_says_what_is_wrong(
-    part: str, changes: dict[str, str], expected: str, processor: Path, complete: FeatureStore
+    part: str, changes: dict[str, str], expected: str, processor: Path, complete: FeatureStore, logged: list[str]
 ) -> None:
-    folder, said = other(processor, part, **changes), list[str]()
+    folder = other(processor, part, **changes)
     with pytest.raises(UserError) as error:
-        check_identity(folder, complete, False, said.append)
+        check_identity(folder, complete, False)
     assert expected in str(error.value) and str(complete.path) in str(error.value) and "--force" in str(error.value)
-    assert not said
-    check_identity(folder, complete, True, said.append)
-    assert len(said) == 1 and expected in said[0]
+    assert not logged
+    check_identity(folder, complete, True)
+    assert len(logged) == 1 and expected in logged[0]
 
 
-def test_a_run_without_its_processor_files_is_said(tmp_path: Path, complete: FeatureStore) -> None:
-    said: list[str] = []
-    check_identity(tmp_path / "nowhere", complete, False, said.append)
-    assert len(said) == 1 and "not checked" in said[0]
+def test_a_run_without_its_processor_files_is_said(tmp_path: Path, complete: FeatureStore, logged: list[str]) -> None:
+    check_identity(tmp_path / "nowhere", complete, False)
+    assert len(logged) == 1 and "not checked" in logged[0]
 
 
 def test_what_file_managers_leave_in_a_tokenizer_folder_changes_nothing(processor: Path) -> None:

@@ -173,26 +173,24 @@ def test_captions_and_recordings_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_split_by_ratio_keeps_them_together_and_not_the_blank_ones(store: Path, seed: int) -> None:
-    said: list[str] = []
-    split_by_ratio(store, {"train": 0.5, "valid": 0.5}, seed, say=said.append)
-    assert said == [f"{store}: 8 samples of 8 groups are kept together in 4 by near-duplicate images"]
+def test_split_by_ratio_keeps_them_together_and_not_the_blank_ones(store: Path, seed: int, logged: list[str]) -> None:
+    split_by_ratio(store, {"train": 0.5, "valid": 0.5}, seed)
+    assert logged == [f"{store}: 8 samples of 8 groups are kept together in 4 by near-duplicate images"]
     assert [split_of(store, sample) for sample in range(4)] == [split_of(store, sample) for sample in range(160, 164)]
     assert len({split_of(store, sample) for sample in (10, 11, 12, 190, 191, 192)}) == 2
-    apart: list[str] = []
-    split_by_ratio(store, {"train": 0.5, "valid": 0.5}, seed, near_duplicates_together=False, say=apart.append)
-    assert apart == []
+    logged.clear()
+    split_by_ratio(store, {"train": 0.5, "valid": 0.5}, seed, near_duplicates_together=False)
+    assert logged == []
     assert [split_of(store, sample) for sample in range(4)] != [split_of(store, sample) for sample in range(160, 164)]
 
 
-def test_what_a_list_or_another_split_fixes_is_counted_and_not_moved(store: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    split_by_ratio(store, {"train": 0.5, "test": 0.5}, source="train", say=said.append)
-    assert said == [f"{store}: 8 images have a near-duplicate in another split; opt-ds inspect names some"]
+def test_what_a_list_or_another_split_fixes_is_counted_and_not_moved(store: Path, tmp_path: Path, logged: list[str]) -> None:
+    split_by_ratio(store, {"train": 0.5, "test": 0.5}, source="train")
+    assert logged == [f"{store}: 8 images have a near-duplicate in another split; opt-ds inspect names some"]
     (tmp_path / "ids.csv").write_text("".join(f"sample{index},valid\n" for index in (0, 1, 2)))
-    said.clear()
-    split_by_list(store, tmp_path / "ids.csv", say=said.append)
-    assert said == [f"{store}: 2 images have a near-duplicate in another split; opt-ds inspect names some"]
+    logged.clear()
+    split_by_list(store, tmp_path / "ids.csv")
+    assert logged == [f"{store}: 2 images have a near-duplicate in another split; opt-ds inspect names some"]
     assert [split_of(store, sample) for sample in (0, 1, 2)] == ["valid"] * 3
 
 

@@ -4,6 +4,7 @@ An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none
 sample) and `Note` (what was assumed or found out). `write_import` does the rest.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from opt_ds.prepare.manifest import ManifestLine, Skipped, is_encodable, visible
 from opt_ds.prepare.text_files import read_json_lines
 from opt_ds.store.files import write_json
 
+_LOG = logging.getLogger(__name__)
 _SHOWN = 10
 _NAMED = 5
 _MOST_NAMES = 1000
@@ -57,7 +59,7 @@ class _Report:
     notes: list[str] = field(default_factory=list)
 
 
-def write_import(output: Path, entries: Iterable[Entry], say: Callable[[str], None], *, source: str) -> Path:
+def write_import(output: Path, entries: Iterable[Entry], *, source: str) -> Path:
     """Write the manifest `output`, and beside it `<name>.report.json`: how many samples, what was left out and why.
 
     UserError, and nothing written, if there is no sample at all, or if some samples name a split and others none.
@@ -77,17 +79,17 @@ def write_import(output: Path, entries: Iterable[Entry], say: Callable[[str], No
         "notes": report.notes,
     }
     write_json(report_path(output), content)
-    say(f"{output}: {count} samples, {len(report.skipped)} left out")
+    _LOG.info(f"{output}: {count} samples, {len(report.skipped)} left out")
     for reason, number in reasons.most_common():
-        say(f"  {reason}: {number}")
+        _LOG.info(f"  {reason}: {number}")
     for entry in report.skipped[:_SHOWN]:
-        say(f'  left out "{visible(entry.id)}": {visible(entry.reason)}')
+        _LOG.info(f'  left out "{visible(entry.id)}": {visible(entry.reason)}')
     if len(report.skipped) > _SHOWN:
-        say(f"  and {len(report.skipped) - _SHOWN} more in {report_path(output).name}")
+        _LOG.info(f"  and {len(report.skipped) - _SHOWN} more in {report_path(output).name}")
     for each in report.unused:
-        say(f"  {unused_line(each)}")
+        _LOG.info(f"  {unused_line(each)}")
     for note in report.notes:
-        say(f"  note: {visible(note)}")
+        _LOG.info(f"  note: {visible(note)}")
     return output
 
 

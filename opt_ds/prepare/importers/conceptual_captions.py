@@ -11,7 +11,7 @@ picture, it must name the row's URL or caption.
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -58,7 +58,6 @@ def import_conceptual_captions(
     pattern: str = DEFAULT_PATTERN,
     url_first: bool = False,
     first_index: int = 0,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the manifest `output`. `annotations`: TSV files, each perhaps as SPLIT=FILE; `images`: the folder of each.
 
@@ -86,7 +85,7 @@ def import_conceptual_captions(
             yield from _entries(path, split, pictures[folder], pattern, url_first, first_index)
         yield from unused_files(pictures.values())
 
-    return write_import(output, entries(), say, source=", ".join(annotations))
+    return write_import(output, entries(), source=", ".join(annotations))
 
 
 def _check_pattern(pattern: str) -> None:

@@ -6,11 +6,11 @@ Pictures: OpenMoji, CC-BY-SA 4.0. Names: the `emoji` package (Unicode CLDR). Cat
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from opt_ds.errors import UserError
 from opt_ds.prepare.importers.speech_synthesis import SpeechJob, check_piper, speak_all
 from opt_ds.store.files import exclusive_use, write_json
 
+_LOG = logging.getLogger(__name__)
 ATTRIBUTION = {
     "corpus": "emoji",
     "pictures": "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0",
@@ -79,20 +80,18 @@ class EmojiSample:
     split: str = "train"
 
 
-def write_emoji_corpus(
-    output: Path, *, workers: int = 2, limit: int | None = None, say: Callable[[str], None] = print
-) -> Path:
+def write_emoji_corpus(output: Path, *, workers: int = 2, limit: int | None = None) -> Path:
     """Write manifest.jsonl, images/ (SVG), audio/ (16 kHz FLAC) and attribution.json under `output`.
 
     Files that are there already are kept, so that a stopped run resumes. `limit` takes every so-manieth sample only.
     Returns the manifest's path. Raises UserError if a package is missing or Piper fails.
     """
     check_piper()
-    with exclusive_use(output, say):
-        return _write_corpus(output, workers, limit, say)
+    with exclusive_use(output):
+        return _write_corpus(output, workers, limit)
 
 
-def _write_corpus(output: Path, workers: int, limit: int | None, say: Callable[[str], None]) -> Path:
+def _write_corpus(output: Path, workers: int, limit: int | None) -> Path:
     samples = collect_samples()
     if limit is not None:
         samples = samples[:: -(-len(samples) // limit)]
@@ -118,7 +117,7 @@ def _write_corpus(output: Path, workers: int, limit: int | None, say: Callable[[
     manifest = output / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     counts = {split: sum(sample.split == split for sample in samples) for split in LENGTH_SCALES}
-    say(f"{manifest}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    _LOG.info(f"{manifest}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     return manifest
 
 

@@ -4,11 +4,12 @@ If all samples lie below folders called train, valid (val, validation, dev) or t
 is nearly so is refused, since test samples would otherwise be trained on: the caller decides with `folder_splits`.
 """
 
+import logging
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from opt_ds.prepare.manifest import Skipped
 from opt_ds.prepare.text_files import read_json
 from opt_ds.user_files import decode_text
 
+_LOG = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
 _NEAR_SHOWN = 5
@@ -63,7 +65,6 @@ def import_folder(
     output: Path | None = None,
     *,
     folder_splits: bool | None = None,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the manifest `output` (default: manifest.jsonl in the folder) of the folder's files.
 
@@ -82,7 +83,7 @@ def import_folder(
         raise UserError(f"{folder}: no picture, recording or .txt file there{what}")
     near = _near_notes(folder, found.samples, splits)
     if splits:
-        say(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
+        _LOG.info(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
 
     def entries() -> Iterator[Entry]:
         yield from _entries(found.samples, output.parent.resolve(), splits)
@@ -93,31 +94,31 @@ def import_folder(
             yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
         yield from near
 
-    return write_import(output, entries(), say, source=str(folder))
+    return write_import(output, entries(), source=str(folder))
 
 
-def folder_manifest(folder: Path, *, say: Callable[[str], None] = print) -> Path:
+def folder_manifest(folder: Path) -> Path:
     """Return the folder's manifest.jsonl: the one that is there, or a new one."""
     manifest = folder / MANIFEST_NAME
     if manifest.is_file():
-        _say_found(manifest, say)
+        _log_found(manifest)
         return manifest
-    return import_folder(folder, say=say)
+    return import_folder(folder)
 
 
-def _say_found(manifest: Path, say: Callable[[str], None]) -> None:
+def _log_found(manifest: Path) -> None:
     """Say that the manifest is used as it is; if an import wrote it, also what it left out and what is newer."""
     report = report_path(manifest)
     if not report.is_file():
-        say(f"{manifest}: found; remove it to have the folder read again")
+        _LOG.info(f"{manifest}: found; remove it to have the folder read again")
         return
     skipped = _count_skipped(report)
     left_out = f"; {skipped} samples were left out when it was written, see {report.name}" if skipped else ""
-    say(f"{manifest}: found; remove it to have the folder read again{left_out}")
+    _LOG.info(f"{manifest}: found; remove it to have the folder read again{left_out}")
     newer = _count_newer(manifest)
     if newer:
         what = "1 file is" if newer == 1 else f"{newer} files are"
-        say(
+        _LOG.info(
             f"note: {what} newer than {manifest.name}, which is used as it is; remove it and the store, or name another "
             "--output, to have the folder read again"
         )

@@ -3,7 +3,7 @@ and Flickr30k's own token file (`1000092795.jpg#0`, tab, caption). Each caption 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ _COCO_NAME = re.compile(r"COCO_[a-z0-9]+_(\d{12})\.\w+")
 _TOKEN = re.compile(r"(.+)#\d+")
 
 
-def import_karpathy(
-    annotations: Path | Sequence[Path], output: Path, *, images: Path, say: Callable[[str], None] = print
-) -> Path:
+def import_karpathy(annotations: Path | Sequence[Path], output: Path, *, images: Path) -> Path:
     """Write the manifest `output` of Karpathy split JSON files, or of Flickr30k's token file (without splits).
 
     `images`: the folder of the pictures; COCO's may lie in train2014 and val2014 below it. A single file's ids are as
@@ -43,7 +41,7 @@ def import_karpathy(
             yield from (_entries if _is_json(path) else _token_entries)(path, pictures, prefix)
         yield from unused_files([pictures])
 
-    return write_import(output, entries(), say, source=", ".join(map(str, paths)))
+    return write_import(output, entries(), source=", ".join(map(str, paths)))
 
 
 def _is_json(path: Path) -> bool:

@@ -6,7 +6,7 @@ Flickr30k name their files so, COCO pads the id to twelve digits.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ def import_localized_narratives(
     labels: Sequence[Path] = (),
     label_names: Path | None = None,
     keep_incomplete: bool = False,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the manifest `output`. `recordings`: the folder that `voice_recording` is relative to.
 
@@ -65,7 +64,7 @@ def import_localized_narratives(
         yield from labels_of.unused
         yield from unused_files([pictures, sounds])
 
-    return write_import(output, entries(), say, source=", ".join(map(str, annotations)))
+    return write_import(output, entries(), source=", ".join(map(str, annotations)))
 
 
 def _image_ids(annotations: Sequence[Path]) -> set[str]:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ def import_table(
     *,
     files: Path | None = None,
     columns: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the manifest `output`. `columns`: FIELD=COLUMN for columns of other names; `files`: what paths are relative to.
 
@@ -69,7 +68,7 @@ def import_table(
         yield from _remarks(source, column_of)
         yield from unused_files([found])
 
-    return write_import(output, entries(), say, source=str(table))
+    return write_import(output, entries(), source=str(table))
 
 
 def _columns(columns: Sequence[str]) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 import hashlib
 import io
+import logging
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +21,7 @@ from opt_ds.prepare.npz_arrays import load_arrays
 from opt_ds.prepare.reasons import BrokenFileError, RefusedError
 from opt_ds.store.files import atomic_file
 
+_LOG = logging.getLogger(__name__)
 _DATABASE = "data.mdb"
 _OWN = b"__"  # __keys__ lists the others
 _LONGEST_NAME = 200
@@ -32,7 +34,7 @@ def is_lmdb(folder: Path) -> bool:
     return (folder / _DATABASE).is_file()
 
 
-def export_lmdb(database: Path, output: Path, *, say: Callable[[str], None] = print) -> int:
+def export_lmdb(database: Path, output: Path) -> int:
     """Write every entry of the database as a file of `output`; files that are there are kept, so that it resumes.
 
     Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them; others are left out
@@ -58,20 +60,20 @@ def export_lmdb(database: Path, output: Path, *, say: Callable[[str], None] = pr
     if not count:
         first = f"; {skipped[0]}" if skipped else ""
         raise UserError(f"{database}: {'no entry can be used' if skipped else 'the database is empty'}{first}")
-    say(f"{output}: {count} files; name them as image in a manifest, and give opt-ds prepare --images npz")
-    _say_more(names, skipped, say)
+    _LOG.info(f"{output}: {count} files; name them as image in a manifest, and give opt-ds prepare --images npz")
+    _log_left_out(names, skipped)
     return count
 
 
-def _say_more(names: dict[str, str], skipped: list[str], say: Callable[[str], None]) -> None:
+def _log_left_out(names: dict[str, str], skipped: list[str]) -> None:
     long = {key: name for key, name in names.items() if name != _plain_name(key)}
     if long:
         key, name = next(iter(long.items()))
-        say(f"  {len(long)} keys differ only by folder or ending, or are too long: they got other names: {key} is {name}")
+        _LOG.info(f"  {len(long)} keys differ only by folder or ending, or are too long: they got other names: {key} is {name}")
     if skipped:
-        say(f"  {len(skipped)} entries left out")
+        _LOG.info(f"  {len(skipped)} entries left out")
     for reason in skipped[:_SHOWN]:
-        say(f"  left out {visible(reason)}")
+        _LOG.info(f"  left out {visible(reason)}")
 
 
 def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:

@@ -3,7 +3,7 @@
 Each region's phrase is a sample with the whole picture, as UNITER takes it; the phrases of a picture share its row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ def import_visual_genome(
     image_data: Path | None = None,
     leave_out: Path | None = None,
     max_phrases: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the manifest `output`. `images`: the folder that holds VG_100K and VG_100K_2, or all pictures.
 
@@ -42,7 +41,7 @@ def import_visual_genome(
             yield from _entries(path, prefix, pictures, coco_ids, held_out, max_phrases)
         yield from unused_files([pictures])
 
-    return write_import(output, entries(), say, source=", ".join(map(str, paths)))
+    return write_import(output, entries(), source=", ".join(map(str, paths)))
 
 
 def _entries(

@@ -6,9 +6,10 @@ and only frequent ones are labels, the usual answer vocabulary. A question witho
 it counts where a model is judged.
 """
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ from opt_ds.prepare.importers.files import Files
 from opt_ds.prepare.manifest import Skipped
 from opt_ds.prepare.text_files import read_json
 
+_LOG = logging.getLogger(__name__)
 _DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
            "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
 _ARTICLES = {"a", "an", "the"}
@@ -43,7 +45,6 @@ def import_vqa(
     *,
     images: Path,
     min_count: int = 9,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the manifest `output`. `questions`, `annotations`: FILE or SPLIT=FILE, as many of one as of the other.
 
@@ -60,14 +61,14 @@ def import_vqa(
     names = answer_vocabulary(answers[pairs[0][2]].of.values(), min_count)
     if not names:
         raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
-    say(f"{len(names)} answers are labels")
+    _LOG.info(f"{len(names)} answers are labels")
     trains = {path for split, path, _ in pairs if split and split == pairs[0][0]} | {pairs[0][1]}
     entries = (
         entry
         for split, path, notes in pairs
         for entry in _entries(path, split, answers[notes], names, pictures, keep_unlabelled=path not in trains)
     )
-    return write_import(output, chain(entries, unused_files([pictures])), say, source=str(pairs[0][1]))
+    return write_import(output, chain(entries, unused_files([pictures])), source=str(pairs[0][1]))
 
 
 def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:

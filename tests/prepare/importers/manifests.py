@@ -7,10 +7,6 @@ from opt_ds.prepare.importers.common import report_path
 from opt_ds.prepare.manifest import ManifestLine, read_manifest
 
 
-def silent(_: str) -> None:
-    pass
-
-
 def touch(*paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,10 +29,6 @@ IDS = [f"{random.Random(number).randrange(10**11, 10**12)}" for number in range(
 Import = Callable[[Path, Path], object]  # folder, manifest
 
 
-def silent(_: str) -> None:
-    pass
-
-
 def caption(id: str) -> str:
     return f'a "{id}", seen'
 
@@ -68,29 +64,29 @@ def lines(rows: list[str]) -> bytes:
 
 
 def vqa(folder: Path, manifest: Path, questions: str, annotations: str) -> None:
-    import_vqa([str(folder / questions)], [str(folder / annotations)], manifest, images=folder, min_count=1, say=silent)
+    import_vqa([str(folder / questions)], [str(folder / annotations)], manifest, images=folder, min_count=1)
 
 
 FORMATS: dict[str, tuple[str, bytes, Import]] = {
     "conceptual": ("c.tsv", lines(["caption\turl", *(f"{caption(id)}\thttp://a.b/{id}" for id in IDS)]),
         lambda folder, manifest: import_conceptual_captions(
-            [str(folder / "c.tsv")], manifest, images=[folder / "downloaded"], say=silent)),
+            [str(folder / "c.tsv")], manifest, images=[folder / "downloaded"])),
     "csv": ("t.csv", lines(["image,text", *(csv_row(f"{id}.jpg", caption(id)) for id in IDS)]),
-        lambda folder, manifest: import_table(folder / "t.csv", manifest, say=silent)),
+        lambda folder, manifest: import_table(folder / "t.csv", manifest)),
     "csv, text first": ("t.csv", lines(["text,image", *(csv_row(caption(id), f"{id}.jpg") for id in IDS)]),
-        lambda folder, manifest: import_table(folder / "t.csv", manifest, say=silent)),
+        lambda folder, manifest: import_table(folder / "t.csv", manifest)),
     "tsv": ("t.tsv", lines(["image\ttext", *(f"{id}.jpg\t{caption(id)}" for id in IDS)]),
-        lambda folder, manifest: import_table(folder / "t.tsv", manifest, say=silent)),
+        lambda folder, manifest: import_table(folder / "t.tsv", manifest)),
     "csv.gz": ("t.csv.gz", gzip.compress(lines(["image,text", *(csv_row(f"{id}.jpg", caption(id)) for id in IDS)]), mtime=0),
-        lambda folder, manifest: import_table(folder / "t.csv.gz", manifest, say=silent)),
+        lambda folder, manifest: import_table(folder / "t.csv.gz", manifest)),
     "karpathy": ("k.json", as_json(KARPATHY),
-        lambda folder, manifest: import_karpathy(folder / "k.json", manifest, images=folder, say=silent)),
+        lambda folder, manifest: import_karpathy(folder / "k.json", manifest, images=folder)),
     "token": ("f.token", lines([f"{id}.jpg#0\t{caption(id)}" for id in IDS]),
-        lambda folder, manifest: import_karpathy(folder / "f.token", manifest, images=folder, say=silent)),
+        lambda folder, manifest: import_karpathy(folder / "f.token", manifest, images=folder)),
     "genome": ("v.json", as_json(GENOME),
-        lambda folder, manifest: import_visual_genome(folder / "v.json", manifest, images=folder, say=silent)),
+        lambda folder, manifest: import_visual_genome(folder / "v.json", manifest, images=folder)),
     "narratives": ("n.jsonl", lines([json.dumps(each) for each in NARRATIVES]),
-        lambda folder, manifest: import_localized_narratives([folder / "n.jsonl"], manifest, images=folder, say=silent)),
+        lambda folder, manifest: import_localized_narratives([folder / "n.jsonl"], manifest, images=folder)),
     "questions": ("q.json", as_json(QUESTIONS), lambda folder, manifest: vqa(folder, manifest, "q.json", "other.json")),
     "answers": ("a.json", as_json(ANNOTATIONS), lambda folder, manifest: vqa(folder, manifest, "other.json", "a.json")),
 }  # fmt: skip
@@ -208,7 +204,7 @@ def test_damaged_folders_shift_no_caption(tmp_path: Path) -> None:
                 victim.rename(folder / f"copy of {victim.name}")
             case 4:
                 victim.write_bytes(b"\xff\xfe")
-        import_folder(folder, say=silent)
+        import_folder(folder)
         for line in read_manifest(folder / "manifest.jsonl").lines:
             if line.image is not None and line.text is not None:
                 picture = folder / line.image

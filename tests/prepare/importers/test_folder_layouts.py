@@ -12,7 +12,8 @@ from opt_ds.errors import UserError
 from opt_ds.prepare.importers.common import report_path
 from opt_ds.prepare.importers.folder import folder_manifest, import_folder
 from opt_ds.prepare.manifest import read_manifest
-from tests.prepare.importers.manifests import left_out, lines_of, silent, touch
+from tests.logs import logged_lines
+from tests.prepare.importers.manifests import left_out, lines_of, touch
 
 
 def make(folder: Path, names: Iterable[str]) -> Path:
@@ -23,10 +24,10 @@ def make(folder: Path, names: Iterable[str]) -> Path:
 
 
 def run(folder: Path, **options: Any) -> dict[str, str | None]:
-    said: list[str] = []
-    manifest = import_folder(folder, folder.parent / "m.jsonl", say=said.append, **options)
+    with logged_lines() as logged:
+        manifest = import_folder(folder, folder.parent / "m.jsonl", **options)
     found = {line.id: line.split for line in read_manifest(manifest, allow_outside=True).lines}
-    assert (any(found.values())) == any("splits from the folders" in line for line in said)
+    assert (any(found.values())) == any("splits from the folders" in line for line in logged)
     return found
 
 
@@ -181,33 +182,32 @@ def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Pat
     assert unused(folder) == ["k.pdf", "l.npz", "n.docx", "nowhere.jpg"]
 
 
-def test_files_newer_than_the_manifest_that_is_used_are_counted(tmp_path: Path) -> None:
+def test_files_newer_than_the_manifest_that_is_used_are_counted(tmp_path: Path, logged: list[str]) -> None:
     folder = make(tmp_path / "f", ["a.jpg", "a.txt", "b.jpg", "b.txt", "store/vocab.txt", "store/store.json"])
     (folder / "store" / "vocab.txt").unlink()
-    manifest = folder_manifest(folder, say=silent)
-    said: list[str] = []
-    folder_manifest(folder, say=said.append)
-    assert said == [f"{manifest}: found; remove it to have the folder read again"]
+    manifest = folder_manifest(folder)
+    logged.clear()
+    folder_manifest(folder)
+    assert logged == [f"{manifest}: found; remove it to have the folder read again"]
     later = manifest.stat().st_mtime_ns + 10**9
     make(folder, ["c.jpg", "store/vocab.txt", ".hidden/x.jpg"])
     for name in ("a.txt", "c.jpg", "store/vocab.txt", ".hidden/x.jpg", "manifest.report.json"):
         os.utime(folder / name, ns=(later, later))
-    folder_manifest(folder, say=said.append)
-    assert said[2].startswith("note: 2 files are newer than manifest.jsonl, which is used as it is; remove it and the store")
+    folder_manifest(folder)
+    assert logged[2].startswith("note: 2 files are newer than manifest.jsonl, which is used as it is; remove it and the store")
     report_path(manifest).unlink()
-    folder_manifest(folder, say=said.append)
-    assert len(said) == 4, "a manifest of the user's own is not compared"
+    folder_manifest(folder)
+    assert len(logged) == 4, "a manifest of the user's own is not compared"
 
 
-def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
+def test_a_folder_joins_files_of_one_name(tmp_path: Path, logged: list[str]) -> None:
     top = tmp_path / "mine"
     touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
     touch(top / "val" / "twice.png", top / "val" / "notes.pdf")
     (top / "train" / "cat.txt").write_text("A cat\n", encoding="utf-8")
     (top / "train" / "latin.txt").write_bytes(b"caf\xe9")
     (top / "train" / "blank.txt").write_text(" \n")
-    said: list[str] = []
-    manifest = folder_manifest(top, say=said.append)
+    manifest = folder_manifest(top)
     samples = lines_of(manifest)
     assert sorted(samples) == ["train/cat", "val/dog"]
     cat = samples["train/cat"]
@@ -219,8 +219,8 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path) -> None:
         "val/twice": "two files of one kind: twice.jpg and twice.png",
     }
     before = manifest.read_bytes()
-    assert folder_manifest(top, say=said.append).read_bytes() == before
-    assert "found" in said[-1] and "3 samples were left out when it was written, see manifest.report.json" in said[-1]
+    assert folder_manifest(top).read_bytes() == before
+    assert "found" in logged[-1] and "3 samples were left out when it was written, see manifest.report.json" in logged[-1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
-        import_folder(tmp_path / "empty", say=silent)
+        import_folder(tmp_path / "empty")

@@ -63,10 +63,6 @@ def check(write: Callable[[Path], Callable[[Path], object]]) -> None:
         assert json.loads(report_path(manifest).read_text())["samples"] == len(read_manifest(manifest).lines)
 
 
-def silent(_: str) -> None:
-    pass
-
-
 NARRATIVE = {"dataset_id": "open_images_train", "image_id": "1", "annotator_id": 2, "caption": "A cat",
              "voice_recording": "1.jpg"}  # fmt: skip
 GENOME = [{"id": 1, "regions": [{"region_id": 5, "phrase": "a cat", "image_id": 1}, {"region_id": 6, "phrase": "a dog"}]}]
@@ -87,7 +83,7 @@ def test_localized_narratives(entry: Any) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "a.jsonl").write_text(f"{json.dumps(entry)}\n{json.dumps(GOOD)}\n")
         return lambda manifest: import_localized_narratives(
-            [folder / "a.jsonl"], manifest, images=folder, recordings=folder, say=silent
+            [folder / "a.jsonl"], manifest, images=folder, recordings=folder
         )
 
     check(write)
@@ -98,7 +94,7 @@ def test_localized_narratives(entry: Any) -> None:
 def test_visual_genome(content: Any) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "a.json").write_text(json.dumps(content))
-        return lambda manifest: import_visual_genome(folder / "a.json", manifest, images=folder, say=silent)
+        return lambda manifest: import_visual_genome(folder / "a.json", manifest, images=folder)
 
     check(write)
 
@@ -108,7 +104,7 @@ def test_visual_genome(content: Any) -> None:
 def test_coco(content: Any) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "a.json").write_text(json.dumps(content))
-        return lambda manifest: import_karpathy(folder / "a.json", manifest, images=folder, say=silent)
+        return lambda manifest: import_karpathy(folder / "a.json", manifest, images=folder)
 
     check(write)
 
@@ -121,7 +117,7 @@ def test_vqa(questions: Any, annotations: Any) -> None:
         (folder / "a.json").write_text(json.dumps(annotations))
         (folder / "COCO_val2014_000000000001.jpg").write_bytes(b"x")
         return lambda manifest: import_vqa(
-            [str(folder / "q.json")], [str(folder / "a.json")], manifest, images=folder, min_count=1, say=silent
+            [str(folder / "q.json")], [str(folder / "a.json")], manifest, images=folder, min_count=1
         )
 
     check(write)
@@ -132,7 +128,7 @@ def test_vqa(questions: Any, annotations: Any) -> None:
 def test_flickrs_token_file(rows: list[str]) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "f.token").write_text("\n".join(["1.jpg#0\tA cat", *rows]))
-        return lambda manifest: import_karpathy(folder / "f.token", manifest, images=folder, say=silent)
+        return lambda manifest: import_karpathy(folder / "f.token", manifest, images=folder)
 
     check(write)
 
@@ -146,15 +142,15 @@ def test_tables_of_any_bytes(ending: str, raw: bytes) -> None:
             (folder / "l.csv").write_bytes(b"ImageID,Source,LabelName,Confidence\n" + raw)
             (folder / "a.jsonl").write_text(json.dumps(GOOD))
             return lambda manifest: import_localized_narratives(
-                [folder / "a.jsonl"], manifest, images=folder, labels=[folder / "l.csv"], say=silent
+                [folder / "a.jsonl"], manifest, images=folder, labels=[folder / "l.csv"]
             )
         table = folder / f"t.{ending}"
         if ending == "tsv":
             table.write_bytes(raw)
             return lambda manifest: import_conceptual_captions(
-                [str(table)], manifest, images=[folder], pattern="{index}", say=silent
+                [str(table)], manifest, images=[folder], pattern="{index}"
             )
         table.write_bytes(raw if ending == "parquet" else b"image,text\n" + raw)
-        return lambda manifest: import_table(table, manifest, say=silent)
+        return lambda manifest: import_table(table, manifest)
 
     check(write)

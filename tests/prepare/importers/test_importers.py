@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from opt_ds import log
 from opt_ds.errors import UserError
 from opt_ds.prepare.importers.conceptual_captions import import_conceptual_captions
 from opt_ds.prepare.importers.karpathy import import_karpathy
 from opt_ds.prepare.importers.localized_narratives import import_localized_narratives
 from opt_ds.prepare.importers.visual_genome import import_visual_genome
 from opt_ds.prepare.text_files import read_json_array
-from tests.prepare.importers.manifests import left_out, lines_of, silent, touch
+from tests.prepare.importers.manifests import left_out, lines_of, touch
 
 
 def narrative(dataset: str, image: str, annotator: int, caption: str, recording: str) -> str:
@@ -72,7 +73,6 @@ def test_localized_narratives_with_recordings_and_labels(tmp_path: Path) -> None
         "recordings": voices,
         "labels": [tmp_path / "labels.csv"],
         "label_names": tmp_path / "classes.csv",
-        "say": silent,
     }
     import_localized_narratives([narratives], manifest, **options)
     samples = lines_of(manifest)
@@ -108,7 +108,7 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
         (tmp_path / "images" / "00000" / f"{index:09d}.json").write_text(json.dumps({"url": url.format(index)}))
         (tmp_path / "images" / "00000" / f"{index:09d}.txt").write_text(rows[index])
     manifest = tmp_path / "manifest.jsonl"
-    import_conceptual_captions([f"valid={tsv}"], manifest, images=[tmp_path / "images"], say=silent)
+    import_conceptual_captions([f"valid={tsv}"], manifest, images=[tmp_path / "images"])
     samples = lines_of(manifest)
     assert {line.text for line in samples.values()} == {'a "quoted" caption', "a very typical bus station"}
     assert samples["Train_GCC-training/1"].image == "images/00000/000000001.png"
@@ -127,13 +127,12 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
         images=[tmp_path / "other"],
         pattern="{index}_{crc32}",
         url_first=True,
-        say=silent,
     )
     assert [line.text for line in lines_of(manifest).values()] == ["a caption"]
     with pytest.raises(UserError, match=r"use .index., .crc32. and .md5."):
-        import_conceptual_captions([str(tsv)], manifest, images=[tmp_path], pattern="{number}", say=silent)
+        import_conceptual_captions([str(tsv)], manifest, images=[tmp_path], pattern="{number}")
     with pytest.raises(UserError, match="indices begin anew in each file"):
-        import_conceptual_captions([str(tsv), str(tsv)], manifest, images=[tmp_path], say=silent)
+        import_conceptual_captions([str(tsv), str(tsv)], manifest, images=[tmp_path])
 
 
 def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [{"cocoid": 139, "split": "test"}], "dataset": "coco"}))
     manifest = tmp_path / "manifest.jsonl"
     annotations = tmp_path / "region_descriptions.json"
-    import_visual_genome(annotations, manifest, images=tmp_path / "vg", say=silent)
+    import_visual_genome(annotations, manifest, images=tmp_path / "vg")
     samples = lines_of(manifest)
     assert len(samples) == 8
     assert samples["region 21"].text == "thing 1"
@@ -179,7 +178,6 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
         image_data=tmp_path / "image_data.json",
         leave_out=tmp_path / "dataset_coco.json",
         max_phrases=2,
-        say=silent,
     )
     assert sorted(lines_of(manifest)) == ["region 10", "region 12"]
     assert left_out(manifest)["image 2"] == "held out for COCO's evaluation"
@@ -190,7 +188,7 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
         ({"image_data": image_data, "leave_out": image_data}, r'image_data.json: no "images" with "cocoid" and "split"'),
     ):
         with pytest.raises(UserError, match=message):
-            import_visual_genome(annotations, manifest, images=tmp_path / "vg", say=silent, **files)
+            import_visual_genome(annotations, manifest, images=tmp_path / "vg", **files)
 
 
 def karpathy(dataset: str, images: list[dict]) -> str:
@@ -214,7 +212,7 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
     ]  # fmt: skip
     (tmp_path / "dataset_coco.json").write_text(karpathy("coco", images))
     manifest = tmp_path / "manifest.jsonl"
-    import_karpathy(tmp_path / "dataset_coco.json", manifest, images=tmp_path / "coco", say=silent)
+    import_karpathy(tmp_path / "dataset_coco.json", manifest, images=tmp_path / "coco")
     samples = lines_of(manifest)
     assert {name: (line.split, line.text) for name, line in samples.items()} == {
         "sentence 1": ("valid", "A man on a bike."),
@@ -228,7 +226,7 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
     }
     (tmp_path / "dataset_coco.json").write_text("[]")
     with pytest.raises(UserError, match='no list "images"'):
-        import_karpathy(tmp_path / "dataset_coco.json", manifest, images=tmp_path / "coco", say=silent)
+        import_karpathy(tmp_path / "dataset_coco.json", manifest, images=tmp_path / "coco")
 
 
 def test_flickr30k_from_both_of_its_files(tmp_path: Path) -> None:
@@ -240,9 +238,9 @@ def test_flickr30k_from_both_of_its_files(tmp_path: Path) -> None:
         '1000092795.jpg#0\tTwo young guys " look .\n1000092795.jpg#1\tTwo men\n36979.jpg#0\tgone\nodd line\n'
     )
     manifest = tmp_path / "manifest.jsonl"
-    import_karpathy(tmp_path / "dataset_flickr30k.json", manifest, images=tmp_path / "flickr", say=silent)
+    import_karpathy(tmp_path / "dataset_flickr30k.json", manifest, images=tmp_path / "flickr")
     assert lines_of(manifest)["sentence 0"].split == "test"
-    import_karpathy(tmp_path / "results_20130124.token", manifest, images=tmp_path / "flickr", say=silent)
+    import_karpathy(tmp_path / "results_20130124.token", manifest, images=tmp_path / "flickr")
     samples = lines_of(manifest)
     assert samples["1000092795.jpg#0"].text == 'Two young guys " look .'
     assert samples["1000092795.jpg#0"].group == samples["1000092795.jpg#1"].group
@@ -252,11 +250,11 @@ def test_flickr30k_from_both_of_its_files(tmp_path: Path) -> None:
 def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("a caption\thttp://a.b\n")
     with pytest.raises(UserError, match=r"no sample could be taken; .*image file is missing"):
-        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=[tmp_path], say=silent)
+        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=[tmp_path])
     with pytest.raises(UserError, match="no such folder"):
-        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=[tmp_path / "none"], say=silent)
+        import_conceptual_captions([str(tmp_path / "t.tsv")], tmp_path / "m.jsonl", images=[tmp_path / "none"])
     with pytest.raises(UserError, match="no such file"):
-        import_karpathy(tmp_path / "none.json", tmp_path / "m.jsonl", images=tmp_path, say=silent)
+        import_karpathy(tmp_path / "none.json", tmp_path / "m.jsonl", images=tmp_path)
     (tmp_path / "bad.json").write_text('[{"id": 1}, {"id"')
     with pytest.raises(UserError, match="not JSON: it is cut off"):
         list(read_json_array(tmp_path / "bad.json"))
@@ -270,7 +268,8 @@ def test_the_commands_say_what_comes_next(tmp_path: Path) -> None:
 
     (tmp_path / "mine").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "mine" / "a.png")
-    result = CliRunner().invoke(imports, ["folder", str(tmp_path / "mine"), "--output", str(tmp_path / "o" / "m.jsonl")])
+    with log.to_terminal():
+        result = CliRunner().invoke(imports, ["folder", str(tmp_path / "mine"), "--output", str(tmp_path / "o" / "m.jsonl")])
     assert result.exit_code == 0, result.output
     assert f"opt-ds prepare --manifest {tmp_path / 'o' / 'm.jsonl'} --output STORE --allow-outside" in result.output
     for command in ("localized-narratives", "conceptual-captions", "visual-genome", "coco", "flickr30k", "folder", "table"):

@@ -38,7 +38,7 @@ def run(tmp_path: Path, lines: list[str], **options: Any) -> dict[str, str]:
     """Import the lines; returns picture number -> caption, and asserts that they fit."""
     (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
     manifest = tmp_path / "m.jsonl"
-    import_conceptual_captions([str(tmp_path / "t.tsv")], manifest, images=[tmp_path / "p"], say=lambda _: None, **options)
+    import_conceptual_captions([str(tmp_path / "t.tsv")], manifest, images=[tmp_path / "p"], **options)
     found = {(tmp_path / str(line.image)).read_text(): str(line.text) for line in read_manifest(manifest).lines}
     assert all(picture.split()[1] == caption.split()[1] for picture, caption in found.items()), found
     return found
@@ -179,7 +179,7 @@ def karpathy(folder: Path, change: Callable[[dict[str, Any]], None]) -> list[str
         (folder / f"COCO_val2014_{n:012d}.jpg").write_text(str(n))
     change(entries[0])
     path = written(folder, "k.json", {"images": entries})
-    import_karpathy([path], folder / "m.jsonl", images=folder, say=lambda _: None)
+    import_karpathy([path], folder / "m.jsonl", images=folder)
     return [line.id for line in read_manifest(folder / "m.jsonl").lines]
 
 
@@ -202,7 +202,7 @@ def test_one_bad_region_leaves_its_siblings_and_another_pictures_region_is_refus
     regions = [{"region_id": 1, "phrase": "a"}, {"region_id": 2}, {"region_id": 3, "phrase": "b", "image_id": 9},
                {"region_id": 4, "phrase": "c", "image_id": 1}]  # fmt: skip
     path = written(tmp_path, "v.json", [{"id": 1, "regions": regions}])
-    import_visual_genome([path], tmp_path / "m.jsonl", images=tmp_path, say=lambda _: None)
+    import_visual_genome([path], tmp_path / "m.jsonl", images=tmp_path)
     assert [line.id for line in read_manifest(tmp_path / "m.jsonl").lines] == ["region 1", "region 4"]
     assert report(tmp_path)["reasons"] == {"not as published": 1, "it contradicts itself": 1}
 
@@ -218,13 +218,13 @@ def test_one_bad_answer_leaves_the_file(tmp_path: Path) -> None:
     ]
     q = written(tmp_path, "q.json", {"data_subtype": "train2014", "questions": questions})
     a = written(tmp_path, "a.json", {"data_subtype": "train2014", "annotations": notes})
-    import_vqa([str(q)], [str(a)], tmp_path / "m.jsonl", images=tmp_path, min_count=1, say=lambda _: None)
+    import_vqa([str(q)], [str(a)], tmp_path / "m.jsonl", images=tmp_path, min_count=1)
     lines = {line.id: line.labels for line in read_manifest(tmp_path / "m.jsonl").lines}
     assert lines == {"question 1": ("2", "2"), "question 3": ("2",)}
     assert set(report(tmp_path)["reasons"]) == {"an answer is no text", "it contradicts its annotation", "not as published"}
     written(tmp_path, "a.json", {"data_subtype": "val2014", "annotations": notes})
     with pytest.raises(UserError, match="questions of train2014, but its annotations are of val2014"):
-        import_vqa([str(q)], [str(a)], tmp_path / "m.jsonl", images=tmp_path, min_count=1, say=lambda _: None)
+        import_vqa([str(q)], [str(a)], tmp_path / "m.jsonl", images=tmp_path, min_count=1)
 
 
 def test_several_annotations_are_all_imported(tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_several_annotations_are_all_imported(tmp_path: Path) -> None:
         sentences = [{"raw": name, "sentid": first}]
         written(tmp_path, f"{name}.json", {"images": [{"filename": f"{name}.jpg", "split": "val", "sentences": sentences}]})
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    import_karpathy(paths, tmp_path / "m.jsonl", images=tmp_path, say=lambda _: None)
+    import_karpathy(paths, tmp_path / "m.jsonl", images=tmp_path)
     assert [line.id for line in read_manifest(tmp_path / "m.jsonl").lines] == ["a/sentence 1", "b/sentence 1"]
     with pytest.raises(UserError, match="the same name: give each once"):
-        import_karpathy([paths[0], paths[0]], tmp_path / "m.jsonl", images=tmp_path, say=lambda _: None)
+        import_karpathy([paths[0], paths[0]], tmp_path / "m.jsonl", images=tmp_path)
 
 
 def narrative(**fields: Any) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def test_narratives_of_another_picture_or_split_are_not_guessed(tmp_path: Path) 
     ]
     path = tmp_path / "n.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    import_localized_narratives([path], tmp_path / "m.jsonl", images=tmp_path, say=lambda _: None)
+    import_localized_narratives([path], tmp_path / "m.jsonl", images=tmp_path)
     found = {line.id: line.split for line in read_manifest(tmp_path / "m.jsonl").lines}
     assert found == {"mscoco_val2017/139/1": "valid", "mscoco_test2017/8/1": "test", "mscoco_val2017/8/2": "valid"}
     reasons = {entry["id"]: entry["reason"] for entry in report(tmp_path)["skipped_samples"]}

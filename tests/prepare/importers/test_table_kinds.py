@@ -8,7 +8,7 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare.importers.table import import_table
-from tests.prepare.importers.manifests import left_out, lines_of, silent, touch
+from tests.prepare.importers.manifests import left_out, lines_of, touch
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "v1.tsv", "parquet"])
@@ -34,7 +34,7 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
-    import_table(table, manifest, files=tmp_path / "p", columns=["image=path", "text=caption"], say=silent)
+    import_table(table, manifest, files=tmp_path / "p", columns=["image=path", "text=caption"])
     samples = lines_of(manifest)
     assert samples["row 0"].text == ("one, two" if kind == "tsv" else 'one, "two"')
     assert (samples["row 0"].image, samples["row 0"].labels) == ("p/a.jpg", ("x", "y z"))
@@ -42,9 +42,9 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
     assert samples["row 3"].text == "words alone"
     assert left_out(manifest) == {"row 2": "image file is missing: gone.jpg"}
     with pytest.raises(UserError, match=r'no column "captoin" .did you mean "caption"'):
-        import_table(table, manifest, columns=["text=captoin"], say=silent)
+        import_table(table, manifest, columns=["text=captoin"])
     with pytest.raises(UserError, match="write FIELD=COLUMN"):
-        import_table(table, manifest, columns=["txt=caption"], say=silent)
+        import_table(table, manifest, columns=["txt=caption"])
 
 
 def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     table, manifest = tmp_path / "train.parquet", tmp_path / "out" / "manifest.jsonl"
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema), table)
-    import_table(table, manifest, columns=["labels=label"], say=silent)
+    import_table(table, manifest, columns=["labels=label"])
     samples = lines_of(manifest)
     folder = manifest.parent / "manifest-files"
     assert (manifest.parent / samples["a"].image).read_bytes() == picture
@@ -80,7 +80,7 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
     assert left_out(manifest) == {"e": "image file is missing: no bytes and no path", "f": "image file is missing: gone.png"}
     assert len(list(folder.iterdir())) == 4  # a.jpg and b, of one content, have different endings
     stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    import_table(table, manifest, columns=["labels=label"], say=silent)
+    import_table(table, manifest, columns=["labels=label"])
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
 
 
@@ -90,8 +90,8 @@ def test_a_plain_binary_column_is_files_and_lists_are_not(tmp_path: Path) -> Non
 
     manifest = tmp_path / "manifest.jsonl"
     parquet.write_table(pyarrow.table({"image": [b"x", b"y"]}), tmp_path / "t.parquet")
-    import_table(tmp_path / "t.parquet", manifest, say=silent)
+    import_table(tmp_path / "t.parquet", manifest)
     assert [(tmp_path / line.image).read_bytes() for line in lines_of(manifest).values()] == [b"x", b"y"]
     parquet.write_table(pyarrow.table({"image": [[b"x"]], "text": ["a"]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match="column image does not hold files or paths"):
-        import_table(tmp_path / "t.parquet", manifest, say=silent)
+        import_table(tmp_path / "t.parquet", manifest)

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, content: str | bytes, name: str = "t.csv", **options: Any) -> dict[str, str]:
     """Import a table; returns picture -> caption."""
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    import_table(folder / name, folder / "m.jsonl", say=lambda _: None, **options)
+    import_table(folder / name, folder / "m.jsonl", **options)
     return {str(line.image): str(line.text) for line in read_manifest(folder / "m.jsonl").lines}
 
 

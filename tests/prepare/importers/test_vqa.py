@@ -34,7 +34,7 @@ def images(tmp_path: Path) -> Path:
 def test_answers_are_labels_as_often_as_given_and_rare_ones_are_none(tmp_path: Path, images: Path) -> None:
     answers = {1: ["Two"] * 7 + ["2", "a few", "many"], 2: ["2"] * 6 + ["3"] * 4, 3: ["blue"] * 10}
     paths = write(tmp_path, [question(n) for n in (1, 2, 3)], answers)
-    output = import_vqa(paths[:1], paths[1:], tmp_path / "manifest.jsonl", images=images, min_count=2, say=lambda _: None)
+    output = import_vqa(paths[:1], paths[1:], tmp_path / "manifest.jsonl", images=images, min_count=2)
     lines = {line.id: line for line in read_manifest(output).lines}
     assert lines["question 1"].labels == ("2",) * 8 and lines["question 2"].labels == ("2",) * 6
     assert "question 3" not in lines, "its one answer is the most frequent one of a single question"
@@ -47,7 +47,7 @@ def test_answers_are_labels_as_often_as_given_and_rare_ones_are_none(tmp_path: P
 
 def test_a_missing_picture_leaves_the_question_out_and_the_split_can_be_named(tmp_path: Path, images: Path) -> None:
     q, a = write(tmp_path, [question(1), question(2, image=10)], {1: ["yes"] * 10, 2: ["yes"] * 10})
-    output = import_vqa([f"test={q}"], [a], tmp_path / "m.jsonl", images=images, min_count=1, say=lambda _: None)
+    output = import_vqa([f"test={q}"], [a], tmp_path / "m.jsonl", images=images, min_count=1)
     (line,) = read_manifest(output).lines
     assert line.split == "test" and line.id == "question 1"
 
@@ -59,7 +59,7 @@ def test_what_has_no_frequent_answer_is_left_out_of_training_only(tmp_path: Path
         answers = {first + 1: ["yes"] * 10, first + 2: ["yes"] * 10, first + 3: ["blue"] * 10}
         for given, path in zip(files, write(folder, [question(first + n) for n in (1, 2, 3, 4)], answers), strict=True):
             given.append(f"{split}={path}")
-    output = import_vqa(*files, tmp_path / "m.jsonl", images=images, min_count=2, say=lambda _: None)
+    output = import_vqa(*files, tmp_path / "m.jsonl", images=images, min_count=2)
     found = {line.id: line.labels for line in read_manifest(output).lines}
     assert found["question 23"] == () and not {"question 3", "question 13"} & set(found)
     assert "question 24" not in found, "without annotations nobody knows whether an answer is right"
