@@ -8,13 +8,12 @@ line. `opt_ds.tools.config_reference` writes `docs/configuration.md` from the se
 import copy
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from opt_ds.config_sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
@@ -145,7 +144,7 @@ def section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _reason(mistake: ErrorDetails) -> str:
+def _reason(mistake: Mapping[str, Any]) -> str:
     """Return what is wrong with a value, without its key."""
     context = mistake.get("ctx", {})
     if mistake["type"] in _LIMITS:

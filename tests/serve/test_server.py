@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -249,7 +248,7 @@ def test_the_queue_counts_bytes_whatever_the_header_said() -> None:
         return {"type": "http.request", "body": b"a" * 1000, "more_body": True}
 
     async def read() -> None:
-        upload = Upload(endless, replace(LIMITS, upload_bytes=5000))  # type: ignore[arg-type]
+        upload = Upload(endless, LIMITS.model_copy(update={"upload_bytes": 5000}))  # type: ignore[arg-type]
         await upload.read_ahead()
         while True:
             await upload.receive()
