@@ -146,7 +146,7 @@ def serve(
 
 
 def _session(checkpoint: Path, image_weights: Path | None, speech_weights: Path | None, device: str) -> Any:
-    from opt_ds.prepare.extractors import choose_device
+    from opt_ds.devices import choose_device
     from opt_ds.serve.session import Session
 
     def warn(line: str) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from opt_ds import __version__
+from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
 from opt_ds.prepare.decoder import EnvironmentFaultError
 from opt_ds.prepare.decoder_process import FAULTS
-from opt_ds.prepare.extractors import choose_device
 from opt_ds.prepare.finish import PART_FILE, StoreFacts, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.prepare.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
