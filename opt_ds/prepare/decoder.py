@@ -35,7 +35,7 @@ from PIL import Image
 import opt_ds
 from opt_ds.errors import RunError
 from opt_ds.prepare.decoder_process import MESSAGE_BYTES
-from opt_ds.prepare.limits import MIB, Budget, Limits, readable
+from opt_ds.prepare.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
 
 Content = TypeVar("Content")
 
@@ -174,6 +174,21 @@ def own_decoder() -> Decoder:
     if _own is None:
         _own = Decoder()
     return _own
+
+
+def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the file's image as RGB, through the decoder of this process."""
+    return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
+
+
+def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """Return the file's audio as mono float32 [S] at 16 kHz, through the decoder of this process."""
+    return own_decoder().recording(path, Limits(max_seconds=max_seconds)).content
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the numeric arrays of an `.npz` file, through the decoder of this process."""
+    return own_decoder().arrays(path).content
 
 
 _KILLED = -1  # in the place of an errno: the process was ended by a signal that no file's content sends
