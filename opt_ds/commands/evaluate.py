@@ -353,7 +353,7 @@ def _text_decoding(beam_size: int) -> "DecodingConfig":
 
 def _dvae(evaluator: "Evaluator", folder: Path | None) -> "DiscreteVAE":
     from opt_ds.model.dvae import DiscreteVAE
-    from opt_ds.store.dvae import load_store_dvae
+    from opt_ds.model.dvae_storage import load_store_dvae
 
     store = evaluator.store
     dvae = DiscreteVAE.from_pretrained(folder) if folder else load_store_dvae(store.path, store.description)

@@ -17,11 +17,12 @@ from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.dvae import DiscreteVAE
+from opt_ds.model.dvae_storage import load_processor_dvae
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 from opt_ds.model.opt import OPT
 from opt_ds.serve.exported import load_exported
 from opt_ds.serve.processor import OPTProcessor
-from opt_ds.store.processor_files import PROCESSOR_FOLDER, load_processor_dvae
+from opt_ds.store.processor_files import PROCESSOR_FOLDER
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 
 #: modality -> the part of a Sample that is there with it
