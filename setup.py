@@ -75,6 +75,7 @@ setup(
             "selenium>=4.20",
             "ruff>=0.6",
             "mypy>=1.11",
+            "import-linter>=2.17",
         ],
     },
     entry_points={"console_scripts": ["opt-ds = opt_ds.cli:main"]},

@@ -99,9 +99,9 @@ def export(
     The folder loads with OPTModel.from_pretrained (opt_ds.serve.pretrained), and with transformers' AutoModel once that module
     is imported.
     """
+    check_output(output, "--output")
     from opt_ds.serve.export import export as run
 
-    check_output(output, "--output")
     typer.echo(f"exported to {run(checkpoint, output)}")
 
 
