@@ -11,7 +11,7 @@ sys.path.insert(0, str(_HERE / "csrc"))
 from build_extension import BuildKernels, kernel_extensions  # noqa: E402
 from build_torch import REQUIREMENT as TORCH  # noqa: E402
 
-_VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/__init__.py").read_text(encoding="utf-8"))[1]
+_VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/version.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="opt_ds",

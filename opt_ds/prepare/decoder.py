@@ -32,10 +32,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-import opt_ds
 from opt_ds.errors import RunError
 from opt_ds.prepare.decoder_process import MESSAGE_BYTES
 from opt_ds.prepare.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
+from opt_ds.version import PACKAGE_FOLDER
 
 Content = TypeVar("Content")
 
@@ -302,7 +302,7 @@ def _fault_message(path: Path, fault: int) -> str:
 
 def _environment() -> dict[str, str]:
     """Of the process: the same package, one thread, one heap (each further one would count as memory)."""
-    root = str(Path(opt_ds.__file__).parents[1])
+    root = str(PACKAGE_FOLDER.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Freed memory is used again for the next file, instead of being returned and mapped again page by page.
     reuse = {"PILLOW_BLOCKS_MAX": "8", "MALLOC_MMAP_THRESHOLD_": str(64 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)}

@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from opt_ds import __version__
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
 from opt_ds.prepare.decoder import EnvironmentFaultError
@@ -31,6 +30,7 @@ from opt_ds.store.files import exclusive_use, file_sha256, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.writer import PARTIAL_FILE, SampleItem, ShardContent, StoreWriter, TextItem
+from opt_ds.version import __version__
 
 _FILES = ("image", "audio")
 
