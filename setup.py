@@ -11,7 +11,7 @@ sys.path.insert(0, str(_HERE / "csrc"))
 from build_extension import BuildKernels, kernel_extensions  # noqa: E402
 from build_torch import REQUIREMENT as TORCH  # noqa: E402
 
-_VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/__init__.py").read_text(encoding="utf-8"))[1]
+_VERSION = re.search(r'__version__ = "(.+)"', (_HERE / "opt_ds/version.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="opt_ds",
@@ -75,6 +75,7 @@ setup(
             "selenium>=4.20",
             "ruff>=0.6",
             "mypy>=1.11",
+            "import-linter>=2.17",
         ],
     },
     entry_points={"console_scripts": ["opt-ds = opt_ds.cli:main"]},

@@ -11,6 +11,7 @@ Importing the package imports neither PyTorch nor NumPy; `load` does.
 from typing import TYPE_CHECKING, Any
 
 from opt_ds.errors import UserError
+from opt_ds.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from opt_ds.serve.model import Model
 
-__version__ = "0.1.0"
 __all__ = ["Model", "UserError", "__version__", "load"]
 
 

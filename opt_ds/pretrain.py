@@ -69,8 +69,10 @@ def pretrain(
     start = _start(init_from, init_moments, output)
     resolved, output = _resolve(config.config, config.stores, output, config.changes, start)
     _LOG.info(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
+    from opt_ds.evaluate.callbacks import EvaluationCallbacks  # PyTorch takes seconds to import: not for --help
+
     with StopRequest(resolved.train.preemption_signal) as stop:
-        return run_training(resolved, output, _RANKS, stop, must_resume=resume)
+        return run_training(resolved, output, _RANKS, stop, must_resume=resume, callbacks=EvaluationCallbacks())
 
 
 def _start(source: Path | None, moments: bool, output: Path | None) -> "Start | None":

@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from opt_ds.data.keyed import keyed_hash, permute
+from opt_ds.devices import choose_device
 from opt_ds.engine import run_folder
 from opt_ds.engine.host_memory import keep_freed_memory
 from opt_ds.engine.metrics import Reporter
@@ -53,7 +54,6 @@ from opt_ds.prepare.codes import (
     split_image_rows,
     write_missing_codes,
 )
-from opt_ds.prepare.extractors import choose_device
 from opt_ds.store.files import atomic_file, write_json
 from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore

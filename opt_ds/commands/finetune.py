@@ -44,6 +44,7 @@ def finetune(
     from opt_ds.engine.finetuning import finetune_config
     from opt_ds.engine.launch import run_training, settle_by_main
     from opt_ds.engine.signals import StopRequest
+    from opt_ds.evaluate.callbacks import EvaluationCallbacks
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
     from opt_ds.store.reader import FeatureStore
 
@@ -62,4 +63,4 @@ def finetune(
         f"{config.max_steps} steps of {config.batch.size} samples, learning rate {config.optimizer.lr:g}, output {output}"
     )
     with StopRequest(config.train.preemption_signal) as stop:
-        return run_training(config, output, ranks, stop, must_resume=resume, group=group)
+        return run_training(config, output, ranks, stop, must_resume=resume, group=group, callbacks=EvaluationCallbacks())

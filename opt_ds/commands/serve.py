@@ -107,9 +107,9 @@ def export(
     The folder loads with OPTModel.from_pretrained (opt_ds.serve.pretrained), and with transformers' AutoModel once that module
     is imported.
     """
+    check_output(output, "--output")
     from opt_ds.serve.export import export as run
 
-    check_output(output, "--output")
     typer.echo(f"exported to {run(checkpoint, output)}")
 
 
@@ -162,7 +162,7 @@ def serve(
 
 
 def _session(checkpoint: Path, extractors: ExtractorOptions) -> "Session":
-    from opt_ds.prepare.extractors import choose_device
+    from opt_ds.devices import choose_device
     from opt_ds.serve.session import Session
 
     return Session.load(

@@ -178,8 +178,8 @@ def update(
     if modality not in known:
         raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')
     if modality == "codes":
+        from opt_ds.devices import choose_device
         from opt_ds.prepare.codes import CodeExtractor, write_missing_codes
-        from opt_ds.prepare.extractors import choose_device
 
         if weights is None:
             raise UserError("--modality codes: name the dVAE that opt-ds train-dvae wrote with --weights")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds import __version__
+from opt_ds.version import __version__
 from opt_ds.data.micro_batches import MicroBatches
 from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.planned_samples import PlannedSamples

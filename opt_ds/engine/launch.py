@@ -12,6 +12,7 @@ from opt_ds.engine.signals import StopRequest
 from opt_ds.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from opt_ds.engine.callbacks import Callbacks
     from opt_ds.engine.checkpoint import TrainState
     from opt_ds.engine.collectives import CollectiveWatch
     from opt_ds.engine.distributed import ProcessGroup
@@ -41,10 +42,12 @@ def run_training(
     stop: StopRequest,
     must_resume: bool = False,
     group: "ProcessGroup | None" = None,
+    *,
+    callbacks: "Callbacks",
 ) -> int:
     """Train in `output`, from its newest checkpoint if it has one. Gives the exit code: 0 finished, 75 stopped and saved.
 
-    `group`: the process group, if the ranks have joined already.
+    `group`: the process group, if the ranks have joined already. `callbacks`: what is done between steps besides training.
 
     Raises UserError for what is wrong with stores, settings or `output`, before anything is written; RunError for a lost rank.
     """
@@ -60,7 +63,7 @@ def run_training(
     deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
 
     def start() -> _Start:
-        return _start(config, stores, output, must_resume)
+        return _start(config, stores, output, must_resume, callbacks)
 
     alone = start() if ranks.world_size == 1 else None  # its mistakes are reported before DeepSpeed is loaded
     if alone and alone.finished:
@@ -84,7 +87,7 @@ def run_training(
 
         # A source that still trains may have a newer checkpoint for a rank that looked later.
         agreed = config.model_copy(update={"init": joined.from_main(config.init)})
-        code = Trainer(agreed, stores, output, joined, hardware, precision, begun.resume_from, stop).train()
+        code = Trainer(agreed, stores, output, joined, hardware, precision, begun.resume_from, stop, callbacks).train()
         joined.close()
         return code
 
@@ -127,19 +130,24 @@ class _Start:
     hashes: dict[Any, str]  # of the checkpoint's files
 
 
-def _start(config: Config, stores: "list[FeatureStore]", output: Path, must_resume: bool) -> _Start:
+def _start(
+    config: Config,
+    stores: "list[FeatureStore]",
+    output: Path,
+    must_resume: bool,
+    callbacks: "Callbacks",
+) -> _Start:
     """Read what is read once per run, not once per rank: the stores, if they were not verified, and the checkpoint.
 
     Raises UserError for damaged stores and checkpoints, and for what they lack.
     """
     from opt_ds.data.finetune_plan import make_plan
     from opt_ds.engine import checkpoint, checkpoint_files, preflight
-    from opt_ds.evaluate.during_training import check_experiments
 
     preflight.verify_stores(stores, output)
     for line in preflight.training_notes(config, stores):
         _LOG.info(line)
-    check_experiments(config, stores[0])
+    callbacks.check(config, stores)
     resume_from = _resumable(config, output)
     if must_resume and resume_from is None:
         raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")

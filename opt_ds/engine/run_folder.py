@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import opt_ds
 from opt_ds.config import Config, InitConfig, dump_config
 from opt_ds.engine.metrics import VALIDATION_FILE
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.reader import FeatureStore
+from opt_ds.version import PACKAGE_FOLDER, __version__
 
 _LOG = logging.getLogger(__name__)
 RUN_FILE, CONFIG_FILE, LOCK_FILE = "run.json", "config.yaml", ".lock"
@@ -182,13 +182,13 @@ def append_launch(output: Path, about: dict[str, Any], launch: dict[str, Any]) -
 
 def versions() -> dict[str, str]:
     """Versions of this package (and its git revision), of Python and of the packages that decide the numbers."""
-    found = {"opt_ds": opt_ds.__version__, "git": git_revision(), "python": platform.python_version()}
+    found = {"opt_ds": __version__, "git": git_revision(), "python": platform.python_version()}
     return {**found, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def git_revision() -> str:
     """Commit of the checkout that this package runs from, with "-dirty" for uncommitted changes; "" outside of one."""
-    folder = Path(opt_ds.__file__).parent.parent
+    folder = PACKAGE_FOLDER.parent
     if not (folder / ".git").exists():
         return ""
     try:

@@ -19,8 +19,8 @@ from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.planned import PlannedStep
-from opt_ds.data.task import IMAGE, TEXT
 from opt_ds.engine import checkpoint, gradients, init_from, optimizer_state, run_folder
+from opt_ds.engine.callbacks import Callbacks
 from opt_ds.engine.checkpoint import TrainState
 from opt_ds.engine.checkpoint_writer import CheckpointWriter, check_space
 from opt_ds.engine.deepspeed_config import Hardware, Precision, deepspeed_settings
@@ -47,7 +47,6 @@ from opt_ds.model.opt import initial_model
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import DVAE_FOLDER
 
 _LOG = logging.getLogger(__name__)
 _STOP, _WRITE_FAILED = 1, 2  # what a rank can ask of all at a step's end
@@ -67,9 +66,10 @@ class Trainer:
         precision: Precision,
         resume_from: Path | None,
         stop: StopRequest,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
-        self.ranks, self.stop = group.ranks, stop
+        self.ranks, self.stop, self.callbacks = group.ranks, stop, callbacks or Callbacks()
         self.freed_memory = keep_freed_memory(group.device.type)
         self.primitives_kept = keep_few_primitives(group.device.type, precision)
         saved = checkpoint.read_state(resume_from) if resume_from else {}
@@ -106,7 +106,6 @@ class Trainer:
         self.stepper = Stepper(
             config, self.engine, group, self.loader, Guard(config.guard, self.state.guard), MemoryKeeper(stores), output
         )
-        self._baselines: dict[str, float] | None = None
         self._saved_step = self.state.step if resume_from else -1
         self._describe(hardware, settings, first_step, resume_from)
 
@@ -148,15 +147,14 @@ class Trainer:
             window.add(planned, self.stepper.take(planned, micro_batches))
             self.state.step += 1
             self.profiler.step_done(self.state.step)
-            status = self._log(window) if self._due(self.config.train.log_every) else None
+            status = self._log(window) if self.is_due(self.config.train.log_every) else None
             self.report.advance(status)
             with window.paused():
                 self._compare_ranks()
-                if self._due(self.config.train.validate_every):
+                if self.is_due(self.config.train.validate_every):
                     self.validate()
-                if self.config.evaluate.every_steps and self._due(self.config.evaluate.every_steps):
-                    self.evaluate()
-                if self._due(self.config.checkpoint.every_steps) or self.state.stopped_early:
+                self.callbacks.after_step(self)
+                if self.is_due(self.config.checkpoint.every_steps) or self.state.stopped_early:
                     self.save()
             if self.state.stopped_early:
                 _LOG.info(
@@ -185,7 +183,8 @@ class Trainer:
                 f"from a checkpoint at least {every} steps back (remove the newer ones)"
             )
 
-    def _due(self, every: int) -> bool:
+    def is_due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and at the end, is to be done after this one."""
         return self.state.step % every == 0 or self.state.step == self.config.max_steps
 
     # ---- between steps
@@ -221,7 +220,7 @@ class Trainer:
     def validate(self) -> float:
         """Every task on every validation sample; prints the table, keeps the best. Returns the weighted loss."""
         found = validation_losses(self.engine, self.config, self.loader, self.group.sum)
-        step, baselines = self.state.step, self._trivial_baselines()
+        step, baselines = self.state.step, self.callbacks.reference_losses(self)
         self._note_validation(found.weighted)
         _LOG.info(validation_table(step, found.losses, baselines, found.accuracies, found.weighted))
         values = {f"valid/{loss}/loss": value for loss, value in found.losses.items()}
@@ -235,23 +234,8 @@ class Trainer:
                 "accuracies": found.accuracies,
             }
             write_json(self.output / VALIDATION_FILE, {**table, "baselines": baselines})
-        self._draw_pictures()
+        self.callbacks.after_validation(self)
         return found.weighted
-
-    def evaluate(self) -> dict[str, float]:
-        """The experiments of `evaluate.experiments`, shared by the ranks; gives and reports their figures by name."""
-        from opt_ds.evaluate.during_training import figures_during_training
-        from opt_ds.evaluate.evaluator import Evaluator
-
-        evaluator = Evaluator(self.engine.module, self.config, self.stores[0], self.group.device, self.group)
-        figures = figures_during_training(evaluator, self.config.evaluate, self.config.seed)
-        self.engine.train()
-        self.report.scalars(self.state.step, figures, "evaluate")
-        _LOG.info(f"evaluation after step {self.state.step}, on {self.config.evaluate.split}")
-        for name, value in figures.items():
-            if name.rpartition("/")[2] in ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy"):  # the others are in the files
-                _LOG.info(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
-        return figures
 
     def save(self) -> Path:
         """Begin to write the checkpoint of this step, once; the best one is pointed to."""
@@ -273,35 +257,6 @@ class Trainer:
 
     def _weighted(self, losses: dict[str, float]) -> float:
         return sum(self.config.tasks.loss_weight(loss) * value for loss, value in losses.items())
-
-    def _trivial_baselines(self) -> dict[str, float]:
-        if self._baselines is None:
-            from opt_ds.tasks.baselines import trivial_baselines
-
-            self._baselines = trivial_baselines(self.config, self.stores, self.plan.version) if self.ranks.is_main else {}
-        return self._baselines
-
-    def _draw_pictures(self) -> None:
-        """The picture grid of pictures with texts, by rank 0; a model that is spread over ranks (stage 3) cannot draw alone."""
-        if not (self.ranks.is_main and self.config.train.picture_grid and self.config.zero.stage < 3):
-            return
-        valid = self.config.data.valid_split
-        store = next((store for store in self.stores if store.has_codes and store.has_pixels), None)
-        if store is None or not (store.path / DVAE_FOLDER).is_dir():
-            return
-        from opt_ds.evaluate.evaluator import Evaluator
-        from opt_ds.evaluate.image_generation import Painter
-        from opt_ds.evaluate.picture_grid import draw_picture_grid
-        from opt_ds.store.dvae import load_store_dvae
-
-        evaluator = Evaluator(self.engine.module, self.config, store, self.group.device)
-        if not evaluator.has_samples(valid, (TEXT, IMAGE)):
-            return
-        self.engine.eval()
-        dvae = load_store_dvae(store.path, store.description).to(self.group.device)
-        image = draw_picture_grid(evaluator, Painter(dvae), valid, self.config.train.picture_grid)
-        self.report.picture("valid/pictures", image, self.state.step)
-        self.engine.train()
 
     def close(self) -> None:
         """End the threads and files of the run, whatever ended it."""

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import opt_ds
 from opt_ds.config import Config, TasksConfig, load_config
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.task import AUDIO, IMAGE, TEXT
@@ -31,6 +30,7 @@ from opt_ds.evaluate.evaluator import Evaluator, samples_with
 from opt_ds.model.opt import initial_model
 from opt_ds.store.files import exclusive_use, write_json
 from opt_ds.store.reader import FeatureStore
+from opt_ds.version import PACKAGE_FOLDER
 
 _LOG = logging.getLogger(__name__)
 _LEVELS = ("sample", "modality", "token")
@@ -209,7 +209,7 @@ def make_rows(
 def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
     """Run pretrain.py, pass on what asks this process to stop, and return its exit code."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = Path(opt_ds.__file__).parent / "pretrain.py"
+    script = PACKAGE_FOLDER / "pretrain.py"
     # A rank of a job that we ourselves may be is none of the run's.
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     # In a session of its own: a Ctrl-C in the terminal reaches it once, through us.

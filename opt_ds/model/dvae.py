@@ -14,7 +14,6 @@ Ours differs in how it is built and started, so that two CPU cores are enough fo
 Shapes: n pictures, c channels, h/w pixels, d = 192 patch values, y/x the 8×8 grid, s = 64 positions, k codes.
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -22,16 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opt_ds.errors import UserError
 from opt_ds.model.dvae_config import DVAE_PRESETS, DVAEConfig
 from opt_ds.model.kmeans import kmeans
+from opt_ds.store.dvae import CONFIG_FILE, WEIGHTS_FILE, dvae_identity, read_dvae_folder
 from opt_ds.store.files import follow_umask
-from opt_ds.store.foreign import check_inside, read_json_object, tensor_shapes
-from opt_ds.store.seal import check_seal, seal_folder
+from opt_ds.store.seal import seal_folder
 
 __all__ = ["DVAE_PRESETS", "DVAEConfig", "DVAELosses", "DiscreteVAE"]
 
@@ -40,8 +38,6 @@ PATCH_SIZE = 8
 GRID_SIZE = IMAGE_SIZE // PATCH_SIZE
 NUM_POSITIONS = GRID_SIZE**2
 PATCH_DIM = 3 * PATCH_SIZE**2
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 class DVAELosses(NamedTuple):
@@ -128,11 +124,7 @@ class DiscreteVAE(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """Name, codebook size and SHA-256 of the weights: who made a store's codes, and who can paint them."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return {"name": "dvae", "num_codes": self.config.codebook_size, "sha256": digest.hexdigest()}
+        return dvae_identity(self.config, self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, making it if need be."""
@@ -151,20 +143,10 @@ class DiscreteVAE(nn.Module):
         The files are compared with their recorded hashes, and the weights' sizes with config.json before anything is built.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: no trained dVAE there (no {name}): train one with `opt-ds train-dvae`")
-            check_inside(folder, folder / name)
-        remedy = "restore it, or train it again"
-        check_seal(folder, remedy)
-        try:
-            config = DVAEConfig.model_validate(read_json_object(folder / CONFIG_FILE, remedy))
-        except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UserError(f"{folder / CONFIG_FILE}: damaged or foreign dVAE (field {where}): train it again") from None
-        shapes = tensor_shapes(folder / WEIGHTS_FILE, remedy)
+        config, shapes = read_dvae_folder(folder)
         if _least_weights(config) > sum(math.prod(shape) for shape in shapes.values()):
-            raise UserError(f"{folder / CONFIG_FILE}: asks for more weights than {WEIGHTS_FILE} holds: {remedy}")
+            problem = f"asks for more weights than {WEIGHTS_FILE} holds"
+            raise UserError(f"{folder / CONFIG_FILE}: {problem}: restore it, or train it again")
         dvae = cls(config)
         own = {name: tuple(tensor.shape) for name, tensor in dvae.state_dict().items()}
         if shapes != own:

@@ -15,6 +15,7 @@ import importlib
 
 import torch
 
+from opt_ds.data.keyed import keyed_hash
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.ops import compiled
 
@@ -66,8 +67,6 @@ def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
     """Make the dropout of the coming forward pass a pure function: PyTorch's of (seed, step, rank, micro-batch), ours of (seed,
     step) and of the place in the global batch."""
     global _dropout_key
-    from opt_ds.data.keyed import keyed_hash
-
     torch.manual_seed(int(keyed_hash(seed, "dropout", step, rank, micro_batch)) & (2**63 - 1))
     _dropout_key = int(keyed_hash(seed, "dropout", step)) & (2**63 - 1)
 

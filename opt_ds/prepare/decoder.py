@@ -32,10 +32,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-import opt_ds
 from opt_ds.errors import RunError
 from opt_ds.prepare.decoder_process import MESSAGE_BYTES
-from opt_ds.prepare.limits import MIB, Budget, Limits, readable
+from opt_ds.prepare.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
+from opt_ds.version import PACKAGE_FOLDER
 
 Content = TypeVar("Content")
 
@@ -176,6 +176,21 @@ def own_decoder() -> Decoder:
     return _own
 
 
+def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the file's image as RGB, through the decoder of this process."""
+    return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
+
+
+def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """Return the file's audio as mono float32 [S] at 16 kHz, through the decoder of this process."""
+    return own_decoder().recording(path, Limits(max_seconds=max_seconds)).content
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the numeric arrays of an `.npz` file, through the decoder of this process."""
+    return own_decoder().arrays(path).content
+
+
 _KILLED = -1  # in the place of an errno: the process was ended by a signal that no file's content sends
 
 
@@ -287,7 +302,7 @@ def _fault_message(path: Path, fault: int) -> str:
 
 def _environment() -> dict[str, str]:
     """Of the process: the same package, one thread, one heap (each further one would count as memory)."""
-    root = str(Path(opt_ds.__file__).parents[1])
+    root = str(PACKAGE_FOLDER.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Freed memory is used again for the next file, instead of being returned and mapped again page by page.
     reuse = {"PILLOW_BLOCKS_MAX": "8", "MALLOC_MMAP_THRESHOLD_": str(64 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)}

@@ -1,4 +1,4 @@
-"""The one interface of all feature extractors, and the device that they run on.
+"""The one interface of all feature extractors, and their weights.
 
 A new modality or backbone is one class with this interface; the pipeline knows nothing else about it.
 """
@@ -31,17 +31,6 @@ class Extractor(Protocol):
         ...
 
 
-def choose_device(device: str) -> str:
-    """Return "cuda" or "cpu" for "auto", "cuda" or "cpu". UserError for another word or an absent GPU."""
-    import torch
-
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f'--device "{device}": choose auto, cpu or cuda')
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch sees no GPU: use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def weights_identity(path: Path) -> str:
     """Return the SHA-256 of a weights file, or of the weight files in a folder."""
     if path.is_file():
@@ -54,7 +43,7 @@ def weights_identity(path: Path) -> str:
 
 def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
     """Load a checkpoint's tensors without running code from it. UserError if it is missing or not a state dict."""
-    from opt_ds.weights import read_state_dict
+    from opt_ds.weights import read_state_dict  # torch takes seconds to import
 
     if path is None:
         raise UserError(f"{what}: it needs a checkpoint: name its file")

@@ -2,7 +2,6 @@
 
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
@@ -61,10 +60,3 @@ def _header(stream: IO[bytes], member: zipfile.ZipInfo) -> tuple[tuple[int, ...]
 def _load(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as stream:
         return npy.read_array(stream, allow_pickle=False)
-
-
-def read_npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the numeric arrays of a foreign `.npz` file, read by this process's decoder. See decoder.py for its errors."""
-    from opt_ds.prepare.decoder import own_decoder
-
-    return own_decoder().arrays(path).content

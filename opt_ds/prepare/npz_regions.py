@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.prepare.npz_arrays import read_npz_arrays
+from opt_ds.prepare.decoder import load_arrays
 from opt_ds.prepare.regions import RegionFeatures, boxes_with_size
 from opt_ds.store.checks import BOX_TOLERANCE
 
@@ -46,7 +46,7 @@ class NpzExtractor:
 
     def _read(self, path: Path) -> RegionFeatures:
         try:
-            return self.regions(read_npz_arrays(path))
+            return self.regions(load_arrays(path))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 

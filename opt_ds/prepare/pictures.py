@@ -7,12 +7,11 @@ Drawings (SVG): see drawings.py.
 import functools
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from opt_ds.prepare.limits import MAX_PIXELS, MIB
+from opt_ds.prepare.limits import MIB
 from opt_ds.prepare.reasons import RefusedError, unreadable
 
 if TYPE_CHECKING:
@@ -24,14 +23,6 @@ _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "
 _PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif", "Jpeg2K")
 # Our own limit, a setting, is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
-
-
-def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the file's picture as RGB, through the decoder of this process: see decoder.py."""
-    from opt_ds.prepare.decoder import own_decoder
-    from opt_ds.prepare.limits import Limits
-
-    return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
 
 
 @functools.cache

@@ -16,11 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from opt_ds import __version__
+from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
 from opt_ds.prepare.decoder import EnvironmentFaultError
 from opt_ds.prepare.decoder_process import FAULTS
-from opt_ds.prepare.extractors import choose_device
 from opt_ds.prepare.finish import PART_FILE, StoreFacts, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.prepare.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.prepare.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
@@ -31,6 +30,7 @@ from opt_ds.store.files import exclusive_use, file_sha256, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.writer import PARTIAL_FILE, SampleItem, ShardContent, StoreWriter, TextItem
+from opt_ds.version import __version__
 
 _LOG = logging.getLogger(__name__)
 _FILES = ("image", "audio")

@@ -6,13 +6,12 @@ Decoding needs no torch, as it runs in the decoder's process (decoder.py); resam
 import functools
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 
-from opt_ds.prepare.limits import MAX_SECONDS, VALUES_PER_SECOND
+from opt_ds.prepare.limits import VALUES_PER_SECOND
 from opt_ds.prepare.reasons import BrokenFileError, RefusedError, unreadable
 from opt_ds.prepare.sound_headers import SoundHeader, read_sound_header, with_index
 
@@ -26,14 +25,6 @@ _REFUSED_CODECS = ("DWVW_12", "DWVW_16", "DWVW_24", "DWVW_N", "VOX_ADPCM")
 _MOST_PHASES = 1000
 _SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # below the loudest frame; 20 ms; 100 ms are kept
 _CUT_S = 0.1  # an encoder's padding is shorter
-
-
-def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Return a recording as mono float32 [S] at 16 kHz, through the decoder of this process: see decoder.py."""
-    from opt_ds.prepare.decoder import own_decoder
-    from opt_ds.prepare.limits import Limits
-
-    return own_decoder().recording(path, Limits(max_seconds=max_seconds)).content
 
 
 def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], None]) -> tuple[np.ndarray, int]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
-from opt_ds.prepare.extractors import choose_device
 from opt_ds.prepare.manifest import Manifest, ManifestLine, read_manifest
 from opt_ds.prepare.report import ModalityNotes, refresh_report
 from opt_ds.prepare.settings import PrepareSettings

@@ -65,7 +65,7 @@ def build_extractor(kind: str, settings: PrepareSettings, device: str) -> Any:
     """Build the extractor of "image" or "audio". UserError for bad settings or weights."""
     # Imported here, so that a process holds torchvision or torchaudio models only if it extracts.
     if kind == "image":
-        from opt_ds.prepare.regions import build_region_extractor
+        from opt_ds.prepare.region_extractors import build_region_extractor
 
         return build_region_extractor(
             settings.images,

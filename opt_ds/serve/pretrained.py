@@ -1,7 +1,7 @@
 """OPT as a Hugging Face model: `OPTModel.from_pretrained(folder)`, and `AutoModel.from_pretrained` once this is imported."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -11,10 +11,10 @@ from opt_ds.data.batch import EncoderInputs
 from opt_ds.engine.checkpoint import HUB_MODEL_TYPE
 from opt_ds.errors import UserError
 from opt_ds.model.opt import OPT
+from opt_ds.serve.exported import check_exported
+from opt_ds.serve.processor import OPTProcessor
+from opt_ds.serve.session import Session
 from opt_ds.store.processor_files import PROCESSOR_FOLDER
-
-if TYPE_CHECKING:
-    from opt_ds.serve.session import Session
 
 
 class OmniPerceptionConfig(PretrainedConfig):
@@ -52,7 +52,7 @@ class OPTModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> "OPTModel":
-        """Load an exported folder of this machine, after `opt_ds.serve.export.check_exported`; no network is used.
+        """Load an exported folder of this machine, after `opt_ds.serve.exported.check_exported`; no network is used.
 
         Args:
             pretrained_model_name_or_path: The folder.
@@ -62,8 +62,6 @@ class OPTModel(PreTrainedModel):
         Raises:
             UserError: For a folder that is missing, damaged or not an exported model.
         """
-        from opt_ds.serve.export import check_exported
-
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no exported model there (no config.json): give a folder that opt-ds export wrote")
@@ -74,11 +72,8 @@ class OPTModel(PreTrainedModel):
         """hidden_te [packed positions, width] of packed inputs with any mixture of modalities."""
         return self.opt.encode(inputs)
 
-    def session(self, folder: str | Path, **options: Any) -> "Session":
+    def session(self, folder: str | Path, **options: Any) -> Session:
         """This model with the processor in its folder; options as `OPTProcessor`'s."""
-        from opt_ds.serve.processor import OPTProcessor
-        from opt_ds.serve.session import Session
-
         settings = config_from_dict(self.config.opt_ds_config, where="config.json")
         return Session(self.opt, settings, OPTProcessor(Path(folder) / PROCESSOR_FOLDER, settings.model, **options), self.device)
 

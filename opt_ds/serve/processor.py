@@ -152,7 +152,8 @@ class OPTProcessor:
     def _build(self, kind: str, identity: dict[str, Any]) -> Any:
         name, weights = identity["name"], self._weights[kind]
         if kind == "image":
-            from opt_ds.prepare.regions import IMAGENET_MEAN, IMAGENET_STD, build_region_extractor
+            from opt_ds.prepare.grid import IMAGENET_MEAN, IMAGENET_STD
+            from opt_ds.prepare.region_extractors import build_region_extractor
 
             backbone = str(identity.get("backbone", ""))
             own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None

@@ -13,14 +13,17 @@ from opt_ds.config import Config
 from opt_ds.data.matching import CASES
 from opt_ds.data.samples import Sample
 from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
 from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.dvae import DiscreteVAE
+from opt_ds.model.dvae_storage import load_processor_dvae
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 from opt_ds.model.opt import OPT
+from opt_ds.serve.exported import load_exported
 from opt_ds.serve.processor import OPTProcessor
-from opt_ds.store.processor_files import PROCESSOR_FOLDER, load_processor_dvae
+from opt_ds.store.processor_files import PROCESSOR_FOLDER
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 
 #: modality -> the part of a Sample that is there with it
@@ -54,9 +57,6 @@ class Session(ModelRunner):
         device: str = "cpu",
     ) -> "Session":
         """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
-        from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
-        from opt_ds.serve.export import load_exported
-
         if is_exported(checkpoint):
             model, config = load_exported(checkpoint)
             folder = checkpoint / PROCESSOR_FOLDER

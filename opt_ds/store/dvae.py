@@ -1,34 +1,82 @@
-"""The dVAE that lies in a store beside the codes that it made."""
+"""The folder of a dVAE, as it lies in a store beside the codes that it made: its files checked and identified.
 
+    <folder>/config.json          the dVAE's configuration
+    <folder>/model.safetensors    its weights
+    <folder>/opt_ds_files.json    the hashes of both
+
+No network is built here: `DiscreteVAE.from_pretrained` does that from the same files.
+"""
+
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from opt_ds.errors import UserError
+from opt_ds.model.dvae_config import DVAEConfig
+from opt_ds.store.foreign import check_inside, read_json_object, tensor_shapes
 from opt_ds.store.schema import DVAE_FOLDER, StoreDescription
+from opt_ds.store.seal import check_seal
 
 if TYPE_CHECKING:
-    from opt_ds.model.dvae import DiscreteVAE
+    from torch import Tensor
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_REMEDY = "restore it, or train it again"
 
 
-def load_store_dvae(path: Path, description: StoreDescription) -> "DiscreteVAE":
-    """Load the dVAE of the store at `path`, on the CPU. UserError if it is missing, damaged, or not the codes' own."""
-    from opt_ds.model.dvae import DiscreteVAE
+def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...]]]:
+    """Return a dVAE's configuration and its weights' shapes by name, once its files are compared with their recorded hashes.
 
-    dvae = DiscreteVAE.from_pretrained(path / DVAE_FOLDER)
-    if dvae.identity() != description.extractors.get("codes"):
+    Raises UserError if a file is missing, damaged or leads out of the folder.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no trained dVAE there (no {name}): train one with `opt-ds train-dvae`")
+        check_inside(folder, folder / name)
+    check_seal(folder, _REMEDY)
+    try:
+        config = DVAEConfig.model_validate(read_json_object(folder / CONFIG_FILE, _REMEDY))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{folder / CONFIG_FILE}: damaged or foreign dVAE (field {where}): train it again") from None
+    return config, tensor_shapes(folder / WEIGHTS_FILE, _REMEDY)
+
+
+def dvae_identity(config: DVAEConfig, weights: "Mapping[str, Tensor]") -> dict[str, Any]:
+    """Return name, codebook size and SHA-256 of the weights: which dVAE made a store's codes, and which can decode them."""
+    import torch  # takes seconds
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
+        digest.update(content.numpy().tobytes())
+    return {"name": "dvae", "num_codes": config.codebook_size, "sha256": digest.hexdigest()}
+
+
+def dvae_problem(path: Path, description: StoreDescription) -> str | None:
+    """Return why no image can be decoded from the store's codes; None also for codes that came without a dVAE."""
+    folder = path / DVAE_FOLDER
+    if not (description.has_codes and folder.is_dir()):
+        return None
+    from safetensors.torch import load_file  # torch takes seconds to import
+
+    try:
+        config, _ = read_dvae_folder(folder)
+        check_identity(path, description, dvae_identity(config, load_file(folder / WEIGHTS_FILE)))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_identity(path: Path, description: StoreDescription, identity: dict[str, Any]) -> None:
+    """Raise UserError unless the dVAE of this identity made the codes of the store at `path`."""
+    if identity != description.extractors.get("codes"):
         raise UserError(
             f"{path / DVAE_FOLDER}: not the dVAE that made the store's codes: "
             f"write both again with opt-ds update {path} --modality codes --weights (train-dvae's output)"
         )
-    return dvae
-
-
-def dvae_problem(path: Path, description: StoreDescription) -> str | None:
-    """Return why nothing can paint the store's codes; None also for codes that came without a dVAE."""
-    if not (description.has_codes and (path / DVAE_FOLDER).is_dir()):
-        return None
-    try:
-        load_store_dvae(path, description)
-    except UserError as error:
-        return str(error)
-    return None

@@ -9,7 +9,7 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,9 +20,6 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER, Dims, TokenizerDescription
 from opt_ds.store.seal import check_seal, seal_folder
 from opt_ds.store.tokenizer import describe_tokenizer
-
-if TYPE_CHECKING:
-    from opt_ds.model.dvae import DiscreteVAE
 
 _LOG = logging.getLogger(__name__)
 PROCESSOR_FOLDER, PROCESSOR_FILE = "processor", "processor.json"
@@ -123,13 +120,3 @@ def load_processor_description(folder: Path) -> ProcessorDescription:
     if found != description.tokenizer or size != description.dims.vocab_size:
         raise UserError(f"{tokenizer}: {size} tokens, which are not those of {PROCESSOR_FILE}: {remedy}")
     return description
-
-
-def load_processor_dvae(folder: Path) -> "DiscreteVAE":
-    """Load the dVAE beside `folder/processor.json`. UserError if it is missing, damaged or not the one that made the codes."""
-    from opt_ds.model.dvae import DiscreteVAE
-
-    dvae = DiscreteVAE.from_pretrained(folder / DVAE_FOLDER)
-    if dvae.identity() != load_processor_description(folder).extractors.get("codes"):
-        raise UserError(f"{folder / DVAE_FOLDER}: not the dVAE that made the codes: start the run once more (it writes it)")
-    return dvae

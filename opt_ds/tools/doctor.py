@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from opt_ds.config import Config
 from opt_ds.errors import UserError
+from opt_ds.version import __version__
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "torchaudio", "torchvision", "h5py", "numpy", "safetensors", "tensorboard")
 _GIB = 2**30
@@ -83,9 +84,7 @@ def _subject(check: Callable[..., object]) -> str:
 
 
 def _versions(_: Question) -> Iterator[Finding]:
-    import opt_ds
-
-    found, missing = [f"opt_ds {opt_ds.__version__}", f"python {platform.python_version()}"], []
+    found, missing = [f"opt_ds {__version__}", f"python {platform.python_version()}"], []
     for name in _PACKAGES:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")

@@ -13,6 +13,7 @@ from opt_ds.config import config_from_dict
 from opt_ds.engine.distributed import find_ranks
 from opt_ds.engine.launch import run_training
 from opt_ds.engine.signals import StopRequest
+from opt_ds.evaluate.callbacks import EvaluationCallbacks
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -34,6 +35,7 @@ if __name__ == "__main__":
         code = run_program(finetune, job["finetune"], "finetune", ranks.rank)
     else:
         with StopRequest("SIGUSR1") as stop:
-            code = run_training(config_from_dict(job["config"], where="job"), output, ranks, stop)
+            config = config_from_dict(job["config"], where="job")
+            code = run_training(config, output, ranks, stop, callbacks=EvaluationCallbacks())
     Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(hashed))
     sys.exit(code)

@@ -42,6 +42,7 @@ def train(config: Config, output: Path, group: Any, precision: str | None = None
     from opt_ds.engine.deepspeed_config import Hardware, choose_precision
     from opt_ds.engine.signals import StopRequest
     from opt_ds.engine.trainer import Trainer
+    from opt_ds.evaluate.callbacks import EvaluationCallbacks
 
     stores = preflight.open_stores(config)
     run_folder.check_same_run(output, config, stores)
@@ -50,7 +51,8 @@ def train(config: Config, output: Path, group: Any, precision: str | None = None
     resume_from = group.from_main(checkpoint.find_resumable(output))
     precision = precision or choose_precision(config, hardware)
     with StopRequest(config.train.preemption_signal) as stop:
-        return Trainer(config, stores, output, group, hardware, precision, resume_from, stop).train()
+        callbacks = EvaluationCallbacks()
+        return Trainer(config, stores, output, group, hardware, precision, resume_from, stop, callbacks).train()
 
 
 def hashes(output: Path, step: int) -> dict[str, str]:

@@ -198,7 +198,7 @@ def exported(run: Path, tmp_path: Path) -> Path:
 def test_an_exported_folder_loads_without_a_network_and_bit_for_bit(
     run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opt_ds.serve.export import load_exported
+    from opt_ds.serve.exported import load_exported
     from opt_ds.serve.pretrained import OPTModel
 
     def no_network(*_: Any, **__: Any) -> None:
@@ -213,7 +213,7 @@ def test_an_exported_folder_loads_without_a_network_and_bit_for_bit(
 
 
 def test_an_older_export_without_hashes_loads_with_a_note(exported: Path, logged: list[str]) -> None:
-    from opt_ds.serve.export import load_exported
+    from opt_ds.serve.exported import load_exported
 
     (exported / "opt_ds_files.json").unlink()
     load_exported(exported)
@@ -239,7 +239,7 @@ def test_an_older_export_without_hashes_loads_with_a_note(exported: Path, logged
     ],
 )
 def test_configurations_of_strangers_are_refused(exported: Path, change: dict[str, Any], message: str) -> None:
-    from opt_ds.serve.export import load_exported
+    from opt_ds.serve.exported import load_exported
     from opt_ds.serve.pretrained import OPTModel
 
     (exported / "opt_ds_files.json").unlink()
@@ -254,7 +254,7 @@ def test_configurations_of_strangers_are_refused(exported: Path, change: dict[st
 
 
 def test_weights_elsewhere_or_of_another_model_are_refused(exported: Path, tmp_path: Path) -> None:
-    from opt_ds.serve.export import load_exported
+    from opt_ds.serve.exported import load_exported
 
     (exported / "opt_ds_files.json").unlink()
     weights = exported / "model.safetensors"

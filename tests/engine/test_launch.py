@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opt_ds.engine import distributed, trainer
+from opt_ds.engine.callbacks import Callbacks
 from opt_ds.engine.distributed import Ranks
 from opt_ds.engine.launch import run_training
 from opt_ds.engine.signals import StopRequest
@@ -24,5 +25,5 @@ def test_a_gpu_without_memory_is_one_line_that_says_what_to_lower(
     monkeypatch.setattr(trainer, "Trainer", full)
     config = tiny_config(store)
     with StopRequest(config.train.preemption_signal) as stop, pytest.raises(RunError) as error:
-        run_training(config, tmp_path / "run", Ranks(), stop)
+        run_training(config, tmp_path / "run", Ranks(), stop, callbacks=Callbacks())
     assert str(error.value).startswith("rank 0: out of GPU memory: lower batch.max_tokens")

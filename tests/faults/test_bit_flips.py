@@ -21,7 +21,8 @@ from opt_ds.commands import run_command
 from opt_ds.model.dvae import DiscreteVAE
 from opt_ds.model.dvae_config import DVAE_PRESETS
 from opt_ds.prepare.codes import CodeExtractor, write_missing_codes
-from opt_ds.serve.export import export, load_exported
+from opt_ds.serve.export import export
+from opt_ds.serve.exported import load_exported
 from opt_ds.store import FeatureStore, inspect_store, open_store
 from opt_ds.store.synthetic import write_synthetic_store
 from tests.engine.runs import FITTED, train

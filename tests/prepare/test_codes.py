@@ -9,9 +9,9 @@ import torch
 
 from opt_ds.errors import UserError
 from opt_ds.model.dvae import DVAE_PRESETS, DiscreteVAE
+from opt_ds.model.dvae_storage import load_store_dvae
 from opt_ds.prepare.codes import CodeExtractor, write_missing_codes
 from opt_ds.store import FeatureStore, inspect_store, verify_store
-from opt_ds.store.dvae import load_store_dvae
 from opt_ds.store.files import exclusive_use
 from opt_ds.store.split import split_by_ratio
 from opt_ds.store.synthetic import write_synthetic_store

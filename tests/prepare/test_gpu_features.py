@@ -8,7 +8,7 @@ import torch
 from torchvision.models import get_model
 
 from opt_ds.prepare.detector import FasterRCNNExtractor
-from opt_ds.prepare.regions import GridExtractor
+from opt_ds.prepare.grid import GridExtractor
 from tests.prepare.test_regions import noise, random_detector
 
 pytestmark = [

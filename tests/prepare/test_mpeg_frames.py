@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from opt_ds.prepare.decoder import DecodingError
+from opt_ds.prepare.decoder import DecodingError, load_recording
 from opt_ds.prepare.mpeg_frames import count_frames, holds_another
-from opt_ds.prepare.recordings import load_recording
 
 ID3 = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
 

@@ -16,8 +16,8 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
-from opt_ds.prepare.pictures import load_picture
-from opt_ds.prepare.regions import GridExtractor
+from opt_ds.prepare.decoder import load_picture
+from opt_ds.prepare.grid import GridExtractor
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.prepare.text import train_wordpiece
 from opt_ds.store import FeatureStore, inspect_store

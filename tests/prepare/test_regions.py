@@ -14,10 +14,11 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.decoder import DecodingError
+from opt_ds.prepare.decoder import DecodingError, load_picture
 from opt_ds.prepare.detector import FasterRCNNExtractor
-from opt_ds.prepare.pictures import load_picture, to_pixels
-from opt_ds.prepare.regions import GridExtractor, build_region_extractor
+from opt_ds.prepare.grid import GridExtractor
+from opt_ds.prepare.pictures import to_pixels
+from opt_ds.prepare.region_extractors import build_region_extractor
 
 RED_SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect width="5" height="10" fill="#ff0000"/></svg>'
@@ -360,7 +361,7 @@ def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp
 
 
 def test_published_normalisations_are_the_models_own() -> None:
-    from opt_ds.prepare.regions import _IMAGENET, _torchvision_normalisation
+    from opt_ds.prepare.grid import _IMAGENET, _torchvision_normalisation
 
     assert _torchvision_normalisation("efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
     assert _torchvision_normalisation("resnet50") == _torchvision_normalisation("efficientnet_b0") == _IMAGENET

@@ -12,8 +12,8 @@ import torch
 import torchaudio
 
 from opt_ds.errors import UserError
-from opt_ds.prepare.decoder import DecodingError
-from opt_ds.prepare.recordings import SAMPLE_RATE_HZ, load_recording, trim_silence
+from opt_ds.prepare.decoder import DecodingError, load_recording
+from opt_ds.prepare.recordings import SAMPLE_RATE_HZ, trim_silence
 from opt_ds.prepare.speech import build_speech_extractor
 from opt_ds.prepare.wav2vec2 import windows
 

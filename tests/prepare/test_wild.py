@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from opt_ds.errors import UserError
 from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.prepare.decoder import load_picture, load_recording
+from opt_ds.prepare.grid import GridExtractor
 from opt_ds.prepare.manifest import read_manifest
-from opt_ds.prepare.pictures import load_picture
-from opt_ds.prepare.recordings import load_recording
-from opt_ds.prepare.regions import GridExtractor
 from opt_ds.prepare.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.lengths import LENGTHS_FILE

@@ -14,8 +14,8 @@ from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_fig
 from opt_ds.evaluate.image_networks import ClipScore, check_inception
 from opt_ds.evaluate.picture_grid import draw_picture_grid
 from opt_ds.model.dvae import DiscreteVAE
+from opt_ds.model.dvae_storage import load_store_dvae
 from opt_ds.model.generation import image_decoding
-from opt_ds.store.dvae import load_store_dvae
 
 
 class ImageGeneration(Experiment):
