@@ -49,7 +49,8 @@ def retrieval(
     result: dict[str, Any] = {"split": split, "seed": seed}
     writes, judges = (evaluator.config.can(ability) for ability in (WRITE_TEXT, MATCH))
     if not writes:
-        evaluator.require(MATCH, "judge what belongs together, nor (without dtr) how likely a text is")
+        loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
+        evaluator.require(MATCH, f"judge what belongs together, nor (without {loss}) how likely a text is")
     gallery, small = (
         {other: evaluator.samples_with(split, (TEXT, other), count, seed) for other in (IMAGE, AUDIO)}
         for count in (candidates, matching_candidates)

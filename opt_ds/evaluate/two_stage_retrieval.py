@@ -46,7 +46,8 @@ def two_stage_retrieval(
     gallery.
     """
     if not evaluator.config.can(WRITE_TEXT):
-        evaluator.require(MATCH, "judge what belongs together, nor (without dtr) how likely a text is")
+        loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
+        evaluator.require(MATCH, f"judge what belongs together, nor (without {loss}) how likely a text is")
     stages = TwoStages(evaluator, seed)
     needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
     directions = [name for name in directions if evaluator.has_samples(split, sorted(needs[name]))]
