@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from opt_ds.data.task import AUDIO, IMAGE, TEXT  # noqa: E402
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT  # noqa: E402
 from opt_ds.engine.checkpoint import load_model  # noqa: E402
 from opt_ds.engine.preflight import check_store  # noqa: E402
 from opt_ds.evaluate.evaluator import Evaluator  # noqa: E402

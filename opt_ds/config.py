@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opt_ds.config_model import DataConfig, ModelConfig, Subset
+from opt_ds.config_model import STANDARD_LIMIT, DataConfig, ModelConfig, Subset
 from opt_ds.config_section import Section, dump_section, load_section, section_from_dict
 from opt_ds.config_sources import PRESET_FOLDER
 from opt_ds.config_tasks import CurriculumPhase, LossConfig, TasksConfig, TasksSection, default_tasks, plugins_of
 from opt_ds.registry import TASKS
 
 __all__ = [
-    "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig", "FineTuneConfig",
-    "GuardConfig", "InitConfig", "LossConfig", "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig",
+    "STANDARD_LIMIT", "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig",
+    "FineTuneConfig", "GuardConfig", "InitConfig", "LossConfig", "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig",
     "ScheduleConfig", "Section", "Subset", "TasksConfig", "TrainConfig", "ZeroConfig", "config_from_dict", "default_tasks",
     "dump_config", "load_config",
 ]  # fmt: skip

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from opt_ds.config_section import Section
 
+STANDARD_LIMIT = 8.0  # standardised features are clamped to this many deviations
+
 #: Modality subsets by the letters that tables use.
 Subset = Literal["T", "I", "A", "T+I", "T+A", "A+I", "T+A+I"]
 

@@ -11,7 +11,8 @@ from opt_ds.config import Config, config_from_dict, default_tasks
 from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
-from opt_ds.data.samples import Sample, SampleReader
+from opt_ds.data.sample import Sample
+from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
 from opt_ds.store.index import StoreIndex, count_subsets

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from opt_ds.config import Config
+from opt_ds.data.layout import Layout, as_long, join
 from opt_ds.data.movable import Movable, map_tensors
-from opt_ds.data.samples import Sample, given
+from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import BatchPart, DataTask
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
@@ -134,35 +135,6 @@ class Packer:
         )
 
 
-class Layout:
-    """Where each sample's text, region and frame rows lie in the packed order; and the special tokens."""
-
-    def __init__(self, samples: Sequence[Sample], cls_id: int, sep_id: int) -> None:
-        self.cls_id, self.sep_id = cls_id, sep_id
-        self.lengths = np.array(
-            [
-                (
-                    1 if s.token_ids is None else len(s.token_ids) + 2,
-                    0 if s.region_features is None else len(s.region_features),
-                    0 if s.frames is None else len(s.frames),
-                )
-                for s in samples
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 3)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1))])
-        self.total = int(self.starts[-1])
-        self.first = self.starts[:-1, None] + np.concatenate(
-            [np.zeros((len(samples), 1), np.int64), np.cumsum(self.lengths[:, :2], axis=1)], axis=1
-        )  # [S, 3], first packed position of each modality
-        self.row_start = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(self.lengths, axis=0)])  # [S + 1, 3]
-
-    def index_of(self, modality: int) -> np.ndarray:
-        """int64, packed position of each of the modality's rows."""
-        shift = np.repeat(self.first[:, modality] - self.row_start[:-1, modality], self.lengths[:, modality])
-        return shift + np.arange(len(shift))
-
-
 def _read_rows(samples: list[Sample], layout: Layout, readers: list[torch.Tensor]) -> ReadRows:
     index = np.unique(torch.cat([as_long([]), *readers]).numpy())
     lengths = np.diff(np.searchsorted(index, layout.starts))
@@ -197,17 +169,3 @@ def decoder_targets(
 
 def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:
     return np.zeros(len(items), dtype=bool) if masked is None else masked
-
-
-def join(parts: Sequence[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> torch.Tensor:
-    """Return all rows end to end. PyTorch aligns its memory as the store does; NumPy's, 16 bytes off, halves the rate of a copy."""
-    shape = (sum(map(len, parts)), *(parts[0].shape[1:] if parts else width))
-    joined = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
-    if parts:
-        np.concatenate(parts, out=joined.numpy(), casting="same_kind")
-    return joined
-
-
-def as_long(values: Any) -> torch.Tensor:
-    """int64 [n]"""
-    return torch.from_numpy(np.asarray(values, dtype=np.int64).reshape(-1))

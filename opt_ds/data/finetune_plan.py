@@ -15,9 +15,10 @@ from opt_ds.config import Config, FineTuneConfig
 from opt_ds.data.derived import cached_array
 from opt_ds.data.keyed import keyed_choice, keyed_hash
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import VALIDATION_EPOCH, Plan
-from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.task import MODALITIES, SUBSETS, DataTask
+from opt_ds.data.planned import Plan
+from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.modalities import MODALITIES, SUBSETS
+from opt_ds.data.task import DataTask
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.keyed import keyed_hash, keyed_uniform
-from opt_ds.data.planned import VALIDATION_EPOCH, Plan
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.planned import Plan
+from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
 from opt_ds.store.reader import FeatureStore
 
 

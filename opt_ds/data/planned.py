@@ -23,11 +23,11 @@ from opt_ds.data.lengths import model_lengths
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
 from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
-from opt_ds.data.task import MODALITIES, Candidates, DataTask, Drawn
+from opt_ds.data.modalities import MODALITIES
+from opt_ds.data.task import Candidates, DataTask, Drawn
 from opt_ds.store.reader import FeatureStore
 
 _BLOCK = 2**18  # samples
-VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
 
 
 @dataclass(frozen=True)

@@ -3,43 +3,17 @@
 n: WordPieces, r: regions, a: model frames (stored frames joined by `audio_stack`), v: feature width.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.keyed import keyed_choice, keyed_hash
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
-from opt_ds.data.planned import VALIDATION_EPOCH
-from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.task import AUDIO, IMAGE, TEXT, DataTask
+from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.sample import Sample, given
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.task import DataTask
 from opt_ds.store.reader import FeatureStore
-
-
-@dataclass
-class Sample:
-    """What one sequence of a batch holds. Absent modalities are None."""
-
-    name: str = ""
-    slot: int = 0  # place in the global batch: the key of dropout that does not depend on the ranks
-    token_ids: np.ndarray | None = None  # int64 [n], corrupted where masked, without [CLS] and [SEP]
-    tokens_masked: np.ndarray | None = None  # bool [n]; None: none
-    original_ids: np.ndarray | None = None  # int64 [n], before masking
-    region_features: np.ndarray | None = None  # float16 [r, v], original
-    region_boxes: np.ndarray | None = None  # float32 [r, 7]
-    region_labels: np.ndarray | None = None  # int64 [r]
-    region_masked: np.ndarray | None = None  # bool [r]; None: none
-    frames: np.ndarray | None = None  # float16 [a, stack · v], original
-    frame_masked: np.ndarray | None = None  # bool [a]; None: none
-    targets: dict[str, Any] = field(default_factory=dict)  # task -> what it is to predict (see the task's file)
-
-
-def given(part: np.ndarray | None) -> np.ndarray:
-    """An optional part of a sample where its modality or task says that it is there."""
-    assert part is not None, "the sample lacks a part that its modality or task needs"
-    return part
 
 
 class SampleReader:

@@ -13,25 +13,19 @@ Legend: B samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio.
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from opt_ds.config import Config
+from opt_ds.data.layout import Layout
 from opt_ds.data.lengths import ModelLengths
 from opt_ds.data.movable import Movable
+from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.sample import Sample
 from opt_ds.store.reader import FeatureStore
 
-if TYPE_CHECKING:
-    from opt_ds.data.batch import Layout
-    from opt_ds.data.planned_samples import PlannedSamples
-    from opt_ds.data.samples import Sample
-
-TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
-#: Inputs by the letters that tables use.
-SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
-           "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip
 OWN = -1  # of `replaced`: no modality is another sample's
 
 
@@ -114,7 +108,7 @@ class DataTask(ABC):
         self.config = config
         self.number = list(config.tasks.units).index(self.name)  # in `PlannedSamples.task`
 
-    def own(self, samples: "PlannedSamples") -> np.ndarray:
+    def own(self, samples: PlannedSamples) -> np.ndarray:
         """int64, the samples of a step that were assigned to this task."""
         return np.flatnonzero(samples.task == self.number)
 
@@ -159,11 +153,11 @@ class DataTask(ABC):
     def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
         """Drop and replace inputs of the task's samples (int64 indices `own`), in place, and fill in its columns."""
 
-    def num_terms(self, samples: "PlannedSamples") -> dict[str, float]:
+    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
         """Return the terms of each of the task's losses over the step: masked items, tokens to write, samples."""
         return {}
 
-    def cost(self, samples: "PlannedSamples", positions: np.ndarray) -> TaskCost:
+    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
         """Return what the task adds to each sample; `positions`: float64 [B], the encoder's."""
         return TaskCost.none(len(samples))
 
@@ -197,11 +191,11 @@ class DataTask(ABC):
         """Modality -> how many neighbouring items are masked together, for the modalities of which this task sets that."""
         return {}
 
-    def add_targets(self, sample: "Sample", planned: "PlannedSamples", slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Put the targets of a sample that was assigned to this task into `sample.targets`; its inputs are read and masked."""
 
     # ---- a packed batch
 
-    def collate(self, samples: "Sequence[Sample]", layout: "Layout") -> BatchPart | None:
+    def collate(self, samples: Sequence[Sample], layout: Layout) -> BatchPart | None:
         """Return the part of a batch of the samples that have `targets[name]`; None: the task adds no part of its own."""
         return None

@@ -43,7 +43,7 @@ from opt_ds.engine.time_limit import TimeLimit
 from opt_ds.engine.window import Window
 from opt_ds.errors import UserError
 from opt_ds.evaluate.losses import validation_losses
-from opt_ds.model.opt import initial_model
+from opt_ds.model.initial import initial_model
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore

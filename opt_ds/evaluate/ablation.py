@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.config import Config, TasksConfig, load_config
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.engine import checkpoint
 from opt_ds.engine.distributed import RANK_VARIABLES
 from opt_ds.engine.metrics import METRICS_FILE
@@ -27,7 +27,7 @@ from opt_ds.errors import RunError, UserError, did_you_mean
 from opt_ds.evaluate.ablation_table import ABLATION_SCHEMA, FULL, UNTRAINED, write_ablation_table
 from opt_ds.evaluate.classification import classification, label_matrices
 from opt_ds.evaluate.evaluator import Evaluator, samples_with
-from opt_ds.model.opt import initial_model
+from opt_ds.model.initial import initial_model
 from opt_ds.store.files import exclusive_use, write_json
 from opt_ds.store.reader import FeatureStore
 from opt_ds.version import PACKAGE_FOLDER

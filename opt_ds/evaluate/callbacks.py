@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from opt_ds.config import Config
-from opt_ds.data.task import IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.engine.callbacks import Callbacks, TrainingRun
 from opt_ds.evaluate.during_training import check_experiments, figures_during_training
 from opt_ds.evaluate.evaluator import Evaluator

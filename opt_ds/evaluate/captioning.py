@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.data.task import IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, seeded_choice
 from opt_ds.evaluate.transcription import constant_caption
 from opt_ds.evaluate.words import Words, normalize

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.samples import Sample, SampleReader
-from opt_ds.data.task import SUBSETS, TEXT
+from opt_ds.data.modalities import SUBSETS, TEXT
+from opt_ds.data.sample import Sample
+from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.opt import OPT

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from opt_ds.data.samples import Sample
-from opt_ds.data.task import IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.retrieval import chance, content_names, recall

@@ -13,8 +13,8 @@ import torch
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.matching import CASES
-from opt_ds.data.samples import Sample, given
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import Sample, given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.store.same_content import image_content

@@ -16,7 +16,7 @@ from opt_ds.abilities import LABEL, MATCH
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer, Written
 from opt_ds.data.matching import NUM_CASES
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig, write
 from opt_ds.model.opt import OPT

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
-from opt_ds.data.task import IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code
 from opt_ds.evaluate.losses import validate

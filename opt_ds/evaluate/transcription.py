@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_ds.data.task import AUDIO, TEXT
+from opt_ds.data.modalities import AUDIO, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.words import Words, normalize

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
-from opt_ds.data.samples import given
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import DualProjection, Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator

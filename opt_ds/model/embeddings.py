@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from opt_ds.config import ModelConfig
+from opt_ds.config import STANDARD_LIMIT, ModelConfig
 from opt_ds.data.batch import EncoderInputs
 from opt_ds.model.transformer import Dropout, LayerNorm
 
-STANDARD_LIMIT = 8.0  # standardised features are clamped to this many deviations
 TEXT_TYPE, IMAGE_TYPE, AUDIO_TYPE = range(3)
 
 

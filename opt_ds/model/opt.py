@@ -2,15 +2,14 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from opt_ds.config import Config, ModelConfig, TasksConfig
+from opt_ds.config import ModelConfig, TasksConfig
 from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.model.transformer import Encoder, LayerStack, number_dropout_sites
@@ -84,15 +83,6 @@ class OPT(nn.Module):
             if found:  # else the modality is in no training sample: the identity stays
                 standardizer.set_statistics(*_pooled(found))
 
-    def load_bert(self, folder: str | Path) -> list[str]:
-        """Start encoder, word and position embedding and the heads that BERT has too from a Hugging Face BERT folder.
-
-        Returns the names of the parameters that were set.
-        """
-        from opt_ds.model.warm_start import load_bert
-
-        return load_bert(self, Path(folder))
-
     def _initialize(self) -> None:
         """BERT's initialisation. With `embedding_range`, all summands of an input embedding begin equally large: tables with
         that deviation, projections so that features of unit variance come out with it."""
@@ -110,17 +100,6 @@ class OPT(nn.Module):
             if config.embedding_range:
                 for projection in projections:
                     nn.init.normal_(projection.weight, std=table_range / math.sqrt(projection.in_features))
-
-
-def initial_model(config: Config, stores: list[FeatureStore], warm_start: bool = True) -> OPT:
-    """The model that a run begins with: weights drawn from `seed` (on every rank the same), the stores' standardisation, and,
-    with `warm_start`, what `model.bert` gives."""
-    torch.manual_seed(config.seed)
-    model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute)
-    model.set_feature_statistics(stores)
-    if warm_start and config.model.bert:
-        model.load_bert(config.model.bert)
-    return model
 
 
 def _pooled(statistics: list) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,17 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from opt_ds.config import ModelConfig
 from opt_ds.errors import UserError
+from opt_ds.model.opt import OPT
 from opt_ds.store.foreign import check_model_folder
 from opt_ds.weights import read_config, read_folder
-
-if TYPE_CHECKING:
-    from opt_ds.model.opt import OPT
 
 #: our name -> BERT's names (several: joined along the first dimension). {i}: layer.
 _EMBEDDINGS: dict[str, tuple[str, ...]] = {
@@ -34,7 +31,7 @@ _TYPES = "embeddings.token_type_embeddings.weight"
 _LEFT_OUT = r"embeddings\.position_ids|pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"
 
 
-def load_bert(model: "OPT", folder: Path) -> list[str]:
+def load_bert(model: OPT, folder: Path) -> list[str]:
     """Copy BERT's weights into an `OPT`; gives the names that were set.
 
     Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; heads are taken where the folder has

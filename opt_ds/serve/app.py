@@ -30,7 +30,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.serve.admission import Admission, Queue

@@ -6,7 +6,7 @@ The attention kernels never form the probabilities, so the layer's own projectio
 import numpy as np
 import torch
 
-from opt_ds.data.samples import Sample, given
+from opt_ds.data.sample import Sample, given
 from opt_ds.evaluate.runner import ModelRunner
 from opt_ds.model.transformer import EncoderLayer
 

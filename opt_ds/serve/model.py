@@ -18,7 +18,7 @@ from PIL import Image
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.config import Config
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.evaluate.retrieval import joined
 from opt_ds.model.generation import image_decoding, text_decoding

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from opt_ds.data.samples import Sample
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.runner import ModelRunner

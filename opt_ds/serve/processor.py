@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.config import ModelConfig
-from opt_ds.data.samples import Sample, stack_frames
+from opt_ds.data.sample import Sample
+from opt_ds.data.samples import stack_frames
 from opt_ds.errors import UserError
 from opt_ds.prepare.decoder import Decoder, DecodingError, EnvironmentFaultError
 from opt_ds.prepare.limits import Limits

@@ -11,8 +11,8 @@ from PIL import Image
 from opt_ds.abilities import GENERATE_IMAGES, MATCH, WRITE_TEXT
 from opt_ds.config import Config
 from opt_ds.data.matching import CASES
-from opt_ds.data.samples import Sample
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import Sample
 from opt_ds.engine.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
 from opt_ds.errors import UserError
 from opt_ds.evaluate.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture

@@ -10,11 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
-from opt_ds.config import Config
+from opt_ds.config import STANDARD_LIMIT, Config
 from opt_ds.data.finetune_plan import make_plan
-from opt_ds.data.samples import Sample, SampleReader
-from opt_ds.data.task import IMAGE, TEXT
-from opt_ds.model.embeddings import STANDARD_LIMIT
+from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.data.sample import Sample
+from opt_ds.data.samples import SampleReader
 from opt_ds.store.reader import FeatureStore
 
 _TRAIN_ROWS = 20_000  # training rows that the frequencies are counted over, at most

@@ -14,9 +14,9 @@ from torch import nn
 
 from opt_ds.abilities import LABEL
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
-from opt_ds.data.batch import Layout, as_long
+from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.data.task import BatchPart, TaskCost
 from opt_ds.errors import UserError
 from opt_ds.model.transformer import LayerNorm

@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import nn
 
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
-from opt_ds.data.batch import Layout, join
+from opt_ds.data.layout import Layout, join
 from opt_ds.data.masking import num_masked_frames
+from opt_ds.data.modalities import AUDIO
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample, given
-from opt_ds.data.task import AUDIO, BatchPart, TaskCost
+from opt_ds.data.sample import Sample, given
+from opt_ds.data.task import BatchPart, TaskCost
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from opt_ds.config import ModelConfig, TasksConfig
-from opt_ds.data.batch import Layout, join
+from opt_ds.data.layout import Layout, join
+from opt_ds.data.modalities import IMAGE
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample, given
-from opt_ds.data.task import IMAGE, BatchPart
+from opt_ds.data.sample import Sample, given
+from opt_ds.data.task import BatchPart
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, classification_term
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics

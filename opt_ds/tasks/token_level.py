@@ -8,7 +8,7 @@ import numpy as np
 
 from opt_ds.data.masking import num_masked
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample, given
+from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import Candidates, TaskCost
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Task

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from opt_ds.data.modalities import TEXT
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample
-from opt_ds.data.task import TEXT, BatchPart, Candidates, Drawn
+from opt_ds.data.sample import Sample
+from opt_ds.data.task import BatchPart, Candidates, Drawn
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, LossTerm, Task
 from opt_ds.tasks.reconstruct import ModalityReconstruction, set_text_targets

@@ -13,10 +13,10 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.batch import Packer
 from opt_ds.data.flops import step_flops
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
 from opt_ds.engine.deepspeed_config import Hardware, Precision, choose_precision
 from opt_ds.engine.hardware import Gpu
 from opt_ds.errors import UserError

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import TokenizerDescription
 from opt_ds.tasks.reconstruct import ReconstructionTargets

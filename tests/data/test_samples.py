@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import num_masked, num_masked_frames
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import SampleReader, stack_frames
 from opt_ds.store import FeatureStore, set_codes
 from opt_ds.store.writer import StoreWriter

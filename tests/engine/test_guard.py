@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from opt_ds.config import GuardConfig
+from opt_ds.data.modalities import IMAGE
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample, SampleReader
-from opt_ds.data.task import IMAGE
+from opt_ds.data.sample import Sample
+from opt_ds.data.samples import SampleReader
 from opt_ds.engine import checkpoint
 from opt_ds.engine.guard import Guard, TrainingError, differing_parameter
 from opt_ds.store.reader import FeatureStore

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opt_ds.data.task import AUDIO
+from opt_ds.data.modalities import AUDIO
 from opt_ds.evaluate.evaluator import Evaluator
 from tests.tiny import make_config, make_model, make_store, masked
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from opt_ds.data.task import IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.captioning import bleu_4, captioning, cider, scores
 from opt_ds.evaluate.evaluator import Evaluator

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator, held_out_splits
 from opt_ds.model.generation import DecodingConfig

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.task import IMAGE
+from opt_ds.data.modalities import IMAGE
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluate.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, to_picture

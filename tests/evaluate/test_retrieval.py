@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.retrieval import DIRECTIONS, chance, recall, retrieval, retrieval_lines, same_pairs

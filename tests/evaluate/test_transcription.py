@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from opt_ds.data.task import AUDIO, TEXT
+from opt_ds.data.modalities import AUDIO, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.transcription import _shuffle, normalize, transcription, transcription_lines, word_error_rate

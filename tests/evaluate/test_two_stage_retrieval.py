@@ -8,8 +8,8 @@ import pytest
 
 import opt_ds.evaluate.runner as runner
 import opt_ds.evaluate.two_stage_retrieval as two_stage_retrieval_module
-from opt_ds.data.samples import given
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import given
 from opt_ds.errors import UserError
 from opt_ds.evaluate.dual_projection import Pairs, fit_dual_projection
 from opt_ds.evaluate.evaluator import Evaluator

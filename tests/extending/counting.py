@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import nn
 
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
-from opt_ds.data.batch import Layout, as_long
+from opt_ds.data.layout import Layout, as_long
+from opt_ds.data.modalities import IMAGE
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.samples import Sample, given
-from opt_ds.data.task import IMAGE, BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.data.sample import Sample, given
+from opt_ds.data.task import BatchPart, Candidates, Drawn, TaskCost
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics

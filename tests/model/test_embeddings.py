@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from opt_ds.config import STANDARD_LIMIT
 from opt_ds.data.batch import PackedBatch
-from opt_ds.model.embeddings import STANDARD_LIMIT, FeatureStandardizer
+from opt_ds.model.embeddings import FeatureStandardizer
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import Statistics

@@ -8,9 +8,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.opt import OPT
+from opt_ds.model.warm_start import load_bert
 from opt_ds.store.schema import TokenizerDescription
 from tests.tiny import make_config
 
@@ -70,7 +71,7 @@ def test_the_encoder_gives_berts_outputs(tmp_path: Path) -> None:
     ids, mask = padded()
     truth = bert(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
     assert (model.encode(packed().inputs) - truth).abs().max() > 0.1, "before loading it is another encoder"
-    taken = model.load_bert(tmp_path)
+    taken = load_bert(model, tmp_path)
     assert (model.encode(packed().inputs) - truth).abs().max() <= 1e-5
     assert "encoder.layers.1.ffn.down.weight" in taken and not any(name.startswith("mlm") for name in taken)
 
@@ -84,7 +85,7 @@ def test_the_mlm_head_gives_berts_scores(tmp_path: Path, file: str) -> None:
         old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
                for n, value in bert.state_dict().items()}  # fmt: skip
         torch.save(old, tmp_path / file)
-    taken = model.load_bert(tmp_path)
+    taken = load_bert(model, tmp_path)
     ids, mask = padded()
     truth = bert(input_ids=ids, attention_mask=mask).logits[mask.bool()]
     assert (model.mlm.scores(model.encode(packed().inputs)) - truth).abs().max() <= 1e-5
@@ -110,17 +111,17 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, bert: dict, ours: dict, w
     model = make_model(**ours)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=words) as error:
-        model.load_bert(tmp_path)
+        load_bert(model, tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing half loaded"
 
 
 def test_a_folder_that_is_no_bert_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
-        make_model().load_bert(tmp_path)
+        load_bert(make_model(), tmp_path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"cut off")
         with pytest.raises(UserError, match=f"{name}: not a checkpoint of plain tensors: cut off") as error:
-            make_model().load_bert(tmp_path)
+            load_bert(make_model(), tmp_path)
         assert "\n" not in str(error.value)
         (tmp_path / name).unlink()

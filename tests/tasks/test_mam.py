@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opt_ds.data.batch import PackedBatch
-from opt_ds.data.samples import Sample
+from opt_ds.data.sample import Sample
 from opt_ds.model.opt import OPT
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore

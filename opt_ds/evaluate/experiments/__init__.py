@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from opt_ds.data.samples import Sample
+    from opt_ds.data.sample import Sample
     from opt_ds.evaluate.evaluator import Evaluator
 
 

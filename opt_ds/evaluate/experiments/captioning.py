@@ -3,7 +3,7 @@
 from typing import Any
 
 from opt_ds.abilities import WRITE_TEXT
-from opt_ds.data.task import IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluate.captioning import captioning
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request

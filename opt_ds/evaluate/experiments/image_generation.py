@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from opt_ds.abilities import GENERATE_IMAGES, MATCH
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request

@@ -3,7 +3,7 @@
 from typing import Any
 
 from opt_ds.abilities import MATCH
-from opt_ds.data.task import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.evaluate.evaluator import Evaluator
 from opt_ds.evaluate.experiments import Experiment, Request
 from opt_ds.evaluate.retrieval import retrieval, retrieval_lines
