@@ -1,7 +1,7 @@
 """The experiments of `opt-ds evaluate`, one per file: what each needs, how it measures, what it prints.
 
-To add one: write `opt_ds/evaluate/experiments/<name>.py` with `EXPERIMENT`, an instance of a subclass of `Experiment`, and add a
-row with its options to the table in `opt_ds/commands/evaluate.py`.
+To add one: write `opt_ds/evaluate/experiments/<name>.py` with `EXPERIMENT`, an instance of a subclass of `Experiment`, and
+add a row with its options to the table in `opt_ds/commands/evaluate.py`.
 """
 
 import importlib
