@@ -71,6 +71,7 @@ test-gpu: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # docs/configuration.md, from the descriptions in the code.
 docs: install

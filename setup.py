@@ -20,14 +20,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_ds", "opt_ds.*"]),
-    package_data={"opt_ds": ["py.typed", "presets/*.yaml", "presets/dvae/*.yaml", "serve/page.*", "serve/report.html"]},
+    package_data={"opt_ds": ["py.typed", "presets/*.yaml", "presets/dvae/*.yaml", "serving/page.*", "serving/report.html"]},
     ext_modules=kernel_extensions(),  # settings by environment: csrc/build_extension.py
     cmdclass={"build_ext": BuildKernels},
     install_requires=[
         TORCH,
         "torchvision>=0.21",
         "torchaudio>=2.6",
-        "deepspeed>=0.19.8,<0.20",  # the engine relies on what this series does; see opt_ds/engine/deepspeed_config.py
+        "deepspeed>=0.19.8,<0.20",  # the engine relies on what this series does; see opt_ds/training/deepspeed_config.py
         "transformers>=4.48",
         "tokenizers>=0.21",
         "h5py>=3.12",

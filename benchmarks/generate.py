@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.measure import interleaved, machine, median_ratio, print_table, write_result  # noqa: E402
 from opt_ds.config import load_config  # noqa: E402
-from opt_ds.data.batch import Written  # noqa: E402
-from opt_ds.model.decoders import AutoregressiveDecoder, ImageDecoder  # noqa: E402
+from opt_ds.model.decoders import ImageDecoder  # noqa: E402
 from opt_ds.model.generation import DecodingConfig, write  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
+from opt_ds.nn.autoregressive import AutoregressiveDecoder  # noqa: E402
+from opt_ds.nn.inputs import Written  # noqa: E402
 from opt_ds.ops import backend  # noqa: E402
 from opt_ds.ops.sequences import Sequences  # noqa: E402
 

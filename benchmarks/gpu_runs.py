@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.measure import print_table, write_result  # noqa: E402
 from opt_ds.config import load_config  # noqa: E402
-from opt_ds.engine.hardware import known_gpu, this_machine  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 from opt_ds.tools.plan import Cluster, plan_run  # noqa: E402
+from opt_ds.training.hardware import known_gpu, this_machine  # noqa: E402
 
 GIB = 2**30
 STEPS, WARM = 14, 5

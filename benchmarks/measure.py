@@ -61,7 +61,7 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    from opt_ds.engine.deepspeed_config import Hardware
+    from opt_ds.training.deepspeed_config import Hardware
 
     return {
         "device": Hardware.detect().name,

@@ -50,7 +50,7 @@ def write_corpus(folder: Path, num_samples: int) -> Path:
 
 def prepare_once(manifest: Path, output: Path, workers: int) -> dict[str, float]:
     """In a new process: prepare, and say when which share of the files was done."""
-    from opt_ds.prepare import PrepareSettings, pipeline, prepare
+    from opt_ds.ingest import PrepareSettings, pipeline, prepare
 
     marks: list[tuple[float, int]] = []
 

@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT  # noqa: E402
-from opt_ds.engine.checkpoint import load_model  # noqa: E402
-from opt_ds.engine.preflight import check_store  # noqa: E402
-from opt_ds.evaluate.evaluator import Evaluator  # noqa: E402
-from opt_ds.evaluate.retrieval import DIRECTIONS, recall, same_pairs  # noqa: E402
-from opt_ds.evaluate.two_stage_retrieval import TwoStages  # noqa: E402
+from opt_ds.evaluation.evaluator import Evaluator  # noqa: E402
+from opt_ds.evaluation.retrieval import DIRECTIONS, recall, same_pairs  # noqa: E402
+from opt_ds.evaluation.two_stage_retrieval import TwoStages  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
+from opt_ds.training.checkpoint import load_model  # noqa: E402
+from opt_ds.training.preflight import check_store  # noqa: E402
 
 
 def whole_gallery(store: FeatureStore) -> np.ndarray:

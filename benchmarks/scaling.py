@@ -33,10 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from opt_ds.config import Config, config_from_dict  # noqa: E402
-from opt_ds.data.compiled import plan_operators  # noqa: E402
 from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedStep  # noqa: E402
 from opt_ds.data.shared_plans import read_plan, write_plan  # noqa: E402
+from opt_ds.ops.plan_operators import plan_operators  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402

@@ -41,11 +41,6 @@ from opt_ds.data.plan import StepPlan  # noqa: E402
 from opt_ds.data.planned import PlannedStep  # noqa: E402
 from opt_ds.data.planned_samples import select  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
-from opt_ds.engine.deepspeed_config import Precision  # noqa: E402
-from opt_ds.engine.distributed import ProcessGroup, find_ranks  # noqa: E402
-from opt_ds.engine.gradients import add_to_sums  # noqa: E402
-from opt_ds.engine.host_memory import keep_few_primitives, keep_freed_memory  # noqa: E402
-from opt_ds.engine.trainer import parameter_groups  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
 from opt_ds.ops import backend  # noqa: E402
@@ -53,6 +48,11 @@ from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 from opt_ds.tasks.base import total_loss  # noqa: E402
 from opt_ds.tasks.mlm import MaskedTokens  # noqa: E402
+from opt_ds.training.deepspeed_config import Precision  # noqa: E402
+from opt_ds.training.distributed import ProcessGroup, find_ranks  # noqa: E402
+from opt_ds.training.gradients import add_to_sums  # noqa: E402
+from opt_ds.training.host_memory import keep_few_primitives, keep_freed_memory  # noqa: E402
+from opt_ds.training.trainer import parameter_groups  # noqa: E402
 
 ACCUMULATION = 8
 POOL = 32  # micro-batches' worth of samples that UNITER's buckets sort
@@ -316,9 +316,9 @@ def compare_engine(
     folder: Path, mix: Mix, precision: Precision, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
     """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
-    from opt_ds.engine.deepspeed_config import Hardware
-    from opt_ds.engine.signals import StopRequest
-    from opt_ds.engine.trainer import Trainer
+    from opt_ds.training.deepspeed_config import Hardware
+    from opt_ds.training.signals import StopRequest
+    from opt_ds.training.trainer import Trainer
 
     data = MixData(folder, mix, [f"batch.size={ACCUMULATION * mix.samples}", "guard.spike_zscore=0", *settings], device)
     slots = data_of_plan(data, ACCUMULATION)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from opt_ds.serve.model import Model
+    from opt_ds.serving.model import Model
 
 __all__ = ["Model", "UserError", "__version__", "load"]
 
@@ -47,7 +47,7 @@ def load(
     Raises:
         UserError: If there is no model at `path`, it is damaged, or device or precision do not exist here.
     """
-    from opt_ds.serve.model import load_model
+    from opt_ds.serving.model import load_model
 
     return load_model(
         path, device=device, precision=precision, image_weights=image_weights, speech_weights=speech_weights
@@ -56,7 +56,7 @@ def load(
 
 def __getattr__(name: str) -> Any:
     if name == "Model":
-        from opt_ds.serve.model import Model
+        from opt_ds.serving.model import Model
 
         return Model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,17 +26,17 @@ try:
 
     import typer
 
-    from opt_ds.commands import run_program
-    from opt_ds.commands.option_groups import with_option_groups
-    from opt_ds.commands.options import ConfigOptions
+    from opt_ds.cli.option_groups import with_option_groups
+    from opt_ds.cli.options import ConfigOptions
+    from opt_ds.cli.program import run_program
     from opt_ds.config import Config
-    from opt_ds.engine.distributed import Ranks, find_ranks
-    from opt_ds.engine.launch import run_training
-    from opt_ds.engine.signals import REQUEUE_EXIT_CODE, StopRequest
     from opt_ds.errors import UserError
+    from opt_ds.training.distributed import Ranks, find_ranks
+    from opt_ds.training.launch import run_training
+    from opt_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
 
     if TYPE_CHECKING:
-        from opt_ds.engine.init_from import Start
+        from opt_ds.training.init_from import Start
 except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other does
     print("stopped", file=sys.stderr)
     sys.exit(130)
@@ -69,7 +69,7 @@ def pretrain(
     start = _start(init_from, init_moments, output)
     resolved, output = _resolve(config.config, config.stores, output, config.changes, start)
     _LOG.info(f"config {resolved.preset}, stores {', '.join(resolved.data.stores)}, output {output}")
-    from opt_ds.evaluate.callbacks import EvaluationCallbacks  # PyTorch takes seconds to import: not for --help
+    from opt_ds.evaluation.callbacks import EvaluationCallbacks  # PyTorch takes seconds to import: not for --help
 
     with StopRequest(resolved.train.preemption_signal) as stop:
         return run_training(resolved, output, _RANKS, stop, must_resume=resume, callbacks=EvaluationCallbacks())
@@ -81,7 +81,7 @@ def _start(source: Path | None, moments: bool, output: Path | None) -> "Start | 
         if moments:
             raise UserError("--init-moments takes moments from the run that --init-from names: add --init-from RUN")
         return None
-    from opt_ds.engine.init_from import find_start
+    from opt_ds.training.init_from import find_start
 
     return find_start(source, moments, output)
 
@@ -90,7 +90,7 @@ def _resolve(
     source: str | None, stores: list[str], output: Path | None, settings: list[str], start: "Start | None" = None
 ) -> tuple[Config, Path]:
     """The configuration with every default settled, and the output directory; builds the emoji store if it is meant."""
-    from opt_ds.engine import init_from, preflight
+    from opt_ds.training import init_from, preflight
 
     if start and not (stores or preflight.configured_stores(source, settings)):
         stores = list(start.config.data.stores)
@@ -119,8 +119,8 @@ def _resolve(
 
 def _default_source(stores: list[str], settings: list[str], start: "Start | None") -> tuple[str, str]:
     """(preset, why) where no --config is given."""
-    from opt_ds.config_sources import preset_names
-    from opt_ds.engine import preflight
+    from opt_ds.config.sources import preset_names
+    from opt_ds.training import preflight
 
     named = next((s.partition("=")[2] for s in settings if s.startswith("preset=")), None)
     if named:
@@ -136,7 +136,7 @@ def _default_store(path: Path) -> str:
     if finished.is_file():
         return str(path)
     if _RANKS.is_main:
-        from opt_ds.prepare import emoji_store
+        from opt_ds.ingest import emoji_store
 
         _LOG.info(f"{path} is not there: building the emoji store, once")
         emoji_store(path, path.parent / "emoji-corpus")

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from opt_ds.store import FeatureStore
 
 #: Files that take longest, or wait most: begun first, so that no test process is left alone with one at the end.
-LONGEST = ("slurm/test_pretrain", "engine/test_ranks", "engine/test_resume", "faults/test_kills", "faults/test_lost_ranks",
-           "faults/test_disk", "tools/test_memory", "faults/test_matrix", "engine/test_pretrain", "faults/test_launchers",
-           "engine/test_gradients", "tools/test_plan", "prepare/test_retry", "prepare/test_campaign", "prepare/test_full_disk",
-           "prepare/test_localized_narratives_run", "csrc/test_seeded_bugs")  # fmt: skip
+LONGEST = ("slurm/test_pretrain", "training/test_ranks", "training/test_resume", "faults/test_kills", "faults/test_lost_ranks",
+           "faults/test_disk", "tools/test_memory", "faults/test_matrix", "training/test_pretrain", "faults/test_launchers",
+           "training/test_gradients", "tools/test_plan", "ingest/test_retry", "ingest/test_campaign", "ingest/test_full_disk",
+           "ingest/test_localized_narratives_run", "csrc/test_seeded_bugs")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -90,7 +90,7 @@ def no_codes(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
 @pytest.fixture(scope="session")
 def group() -> Iterator[Any]:
     """This process as a run's only rank: one for all tests of a process, since PyTorch has one default group."""
-    from opt_ds.engine.distributed import ProcessGroup, find_ranks
+    from opt_ds.training.distributed import ProcessGroup, find_ranks
 
     joined = ProcessGroup(find_ranks())
     yield joined

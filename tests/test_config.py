@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from opt_ds.config import config_from_dict, dump_config, load_config
-from opt_ds.config_sources import preset_names
+from opt_ds.config.sources import preset_names
 from opt_ds.errors import UserError
 from tests.tiny import LOSSES
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from opt_ds.prepare import PrepareSettings, prepare
+from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.store.synthetic import write_synthetic_store
 
 RESUMES = "stopped: the same command goes on where it was"

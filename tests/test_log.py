@@ -17,7 +17,7 @@ import typer
 from tqdm import tqdm
 
 from opt_ds import log
-from opt_ds.commands import run_program
+from opt_ds.cli.program import run_program
 from opt_ds.errors import UserError
 from opt_ds.log import EVERY_RANK, LEVEL_VARIABLE, ON_STDERR, LineFormatter
 from opt_ds.store.files import exclusive_use
@@ -128,7 +128,7 @@ def test_one_module_configures_logging_and_only_commands_print() -> None:
                     found["getLogger"].add(name)
     assert found == {
         # what ends a program: before logging is there, and after it; an answer to the parent process; the lines themselves
-        "print": {"cli.py", "pretrain.py", "commands/__init__.py", "prepare/importers/piper_worker.py", "log.py"},
+        "print": {"cli.py", "pretrain.py", "cli/program.py", "prepare/importers/piper_worker.py", "log.py"},
         "configure": {"log.py"},
         "getLogger": {"log.py", "pretrain.py"},
     }
@@ -138,10 +138,10 @@ def test_importing_configures_nothing_and_a_program_without_logging_sees_warning
     """As a notebook does: no command runs. Python prints warnings itself, unless somebody attached a handler."""
     program = (
         "import json, logging, sys\n"
-        "import opt_ds, opt_ds.cli, opt_ds.commands.data, opt_ds.store.files\n"
+        "import opt_ds, opt_ds.cli, opt_ds.cli.data, opt_ds.store.files\n"
         "before = [logging.getLogger().handlers, logging.getLogger('opt_ds').handlers]\n"
         "logging.getLogger('opt_ds.store').info('progress')\n"
-        "logging.getLogger('opt_ds.serve').warning('cut')\n"
+        "logging.getLogger('opt_ds.serving').warning('cut')\n"
         "print(json.dumps([len(handlers) for handlers in before]))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=_environment(), capture_output=True, text=True)

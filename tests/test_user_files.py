@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from opt_ds.config import load_config
+from opt_ds.config.dvae import load_dvae_config
 from opt_ds.errors import UserError
-from opt_ds.model.dvae_config import load_dvae_config
 from opt_ds.user_files import read_json, read_yaml
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

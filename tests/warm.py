@@ -18,7 +18,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 #: The last two are imported by the first optimiser and by the run's log.
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "opt_ds.engine.trainer", "torch._dynamo", "torch.utils.tensorboard"])
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "opt_ds.training.trainer", "torch._dynamo", "torch.utils.tensorboard"])
 
 
 class WarmProcess:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from opt_ds.engine import hardware
-from opt_ds.engine.hardware import Gpu
+from opt_ds.training import hardware
+from opt_ds.training.hardware import Gpu
 
 FP16, FP32, INT32 = 2, 4, 4
 #: Of a multiprocessor of each of these GPUs.

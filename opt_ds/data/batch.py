@@ -6,16 +6,16 @@ Legend: T packed positions of S sequences; n text rows, r region rows, a frame r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from opt_ds.config import Config
 from opt_ds.data.layout import Layout, as_long, join
-from opt_ds.data.movable import Movable, map_tensors
 from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import BatchPart, DataTask
+from opt_ds.nn.inputs import ReadRows, Written
+from opt_ds.ops.movable import Movable, map_tensors
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
 
@@ -42,27 +42,6 @@ class EncoderInputs(Movable):
     @property
     def cls_index(self) -> torch.Tensor:
         return self.sequences.cu_seqlens[:-1].long()
-
-
-@dataclass
-class ReadRows(Movable):
-    """Packed positions whose encoding some head or decoder reads: the encoder's last layer is computed at no others."""
-
-    index: torch.Tensor  # int64 [R], ascending
-    sequences: Sequences  # of each sample
-
-
-@dataclass
-class Written(Movable):
-    """What a decoder is to write (teacher-forced), and the encoder positions that it looks at."""
-
-    input_ids: torch.Tensor  # int64 [w]; for images the beginning is −1
-    target_ids: torch.Tensor  # int64 [w]
-    positions: torch.Tensor  # int64 [w]
-    sequences: Sequences
-    memory_index: torch.Tensor  # int64 [m], packed positions of the samples that write
-    memory: Sequences
-    readers: Sequences | None = None  # written rows by the memory that they look at, where several sequences share one
 
 
 @dataclass

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
+from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.nearness import Nearness
 from opt_ds.store.reader import FeatureStore
 

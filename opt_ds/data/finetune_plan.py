@@ -13,7 +13,7 @@ import numpy as np
 
 from opt_ds.config import Config, FineTuneConfig
 from opt_ds.data.derived import cached_array
-from opt_ds.data.keyed import keyed_choice, keyed_hash
+from opt_ds.ops.keyed import keyed_choice, keyed_hash
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import Plan
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
+from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # the rest stays as it is (Devlin et al. 2019, §3.1)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opt_ds.data.compiled import as_tensor, plan_operators
+from opt_ds.ops.plan_operators import as_tensor, plan_operators
 
 _TRIES = 64  # micro-batches that a sample is offered, the cheapest first
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.data.keyed import keyed_choice
+from opt_ds.ops.keyed import keyed_choice
 from opt_ds.data.nearness import Nearness
 from opt_ds.store.reader import FeatureStore
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.data.keyed import keyed_hash, keyed_uniform
+from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.data.planned import Plan
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
 from opt_ds.store.reader import FeatureStore

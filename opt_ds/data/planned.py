@@ -18,7 +18,7 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
 from opt_ds.data.flops import sample_and_step_flops
-from opt_ds.data.keyed import keyed_hash, permute
+from opt_ds.ops.keyed import keyed_hash, permute
 from opt_ds.data.lengths import model_lengths
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import MIX_BLOCK, mix_quotas

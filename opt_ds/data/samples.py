@@ -6,7 +6,7 @@ n: WordPieces, r: regions, a: model frames (stored frames joined by `audio_stack
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.data.keyed import keyed_choice, keyed_hash
+from opt_ds.ops.keyed import keyed_choice, keyed_hash
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples

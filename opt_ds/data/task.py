@@ -21,7 +21,7 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.layout import Layout
 from opt_ds.data.lengths import ModelLengths
-from opt_ds.data.movable import Movable
+from opt_ds.ops.movable import Movable
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
 from opt_ds.store.reader import FeatureStore

@@ -10,7 +10,7 @@ from torch import nn
 
 from opt_ds.config import STANDARD_LIMIT, ModelConfig
 from opt_ds.data.batch import EncoderInputs
-from opt_ds.model.transformer import Dropout, LayerNorm
+from opt_ds.nn.transformer import Dropout, LayerNorm
 
 TEXT_TYPE, IMAGE_TYPE, AUDIO_TYPE = range(3)
 

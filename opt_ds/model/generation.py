@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from opt_ds.config_section import Section
-from opt_ds.data.keyed import keyed_uniform
-from opt_ds.model.decoders import AutoregressiveDecoder
+from opt_ds.config.section import Section
+from opt_ds.nn.autoregressive import AutoregressiveDecoder
+from opt_ds.ops.keyed import keyed_uniform
 from opt_ds.ops.sequences import Sequences
 
 #: Items between two looks at which sequences have ended; a GPU would wait at each.

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from opt_ds.config import ModelConfig, TasksConfig
-from opt_ds.data.batch import EncoderInputs, PackedBatch, ReadRows
+from opt_ds.data.batch import EncoderInputs, PackedBatch
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
-from opt_ds.model.transformer import Encoder, LayerStack, number_dropout_sites
+from opt_ds.nn.inputs import ReadRows
+from opt_ds.nn.transformer import Encoder, LayerStack, number_dropout_sites
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, LossTerm

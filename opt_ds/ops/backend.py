@@ -15,9 +15,9 @@ import importlib
 
 import torch
 
-from opt_ds.data.keyed import keyed_hash
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.ops import compiled
+from opt_ds.ops.keyed import keyed_hash
 
 OPERATORS = ("layer_norm", "attention", "dropout")
 BACKENDS = ("torch", "fused", "apex", "emulator")

@@ -1,1 +1,1 @@
-"""A trained model for users: one raw sample in, text or a picture out; export to Hugging Face's layout."""
+"""The former name of `opt_ds.serving`; goes with the next release."""

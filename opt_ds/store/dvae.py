@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from opt_ds.config.dvae import DVAEConfig
 from opt_ds.errors import UserError
-from opt_ds.model.dvae_config import DVAEConfig
 from opt_ds.store.foreign import check_inside, read_json_object, tensor_shapes
 from opt_ds.store.schema import DVAE_FOLDER, StoreDescription
 from opt_ds.store.seal import check_seal

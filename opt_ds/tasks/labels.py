@@ -19,7 +19,7 @@ from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
 from opt_ds.data.task import BatchPart, TaskCost
 from opt_ds.errors import UserError
-from opt_ds.model.transformer import LayerNorm
+from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics

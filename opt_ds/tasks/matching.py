@@ -17,13 +17,13 @@ from torch import nn
 from opt_ds.abilities import MATCH
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.donors import DonorPool
-from opt_ds.data.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
 from opt_ds.data.near_donors import NearDonors
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
 from opt_ds.data.task import OWN, BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
 from opt_ds.tasks.baselines import Baseline, TrainingStatistics

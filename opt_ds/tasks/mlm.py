@@ -14,7 +14,7 @@ from opt_ds.data.modalities import TEXT
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import BatchPart
-from opt_ds.model.transformer import LayerNorm
+from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, vocabulary_term
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics

@@ -15,16 +15,17 @@ from torch import nn
 
 from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
 from opt_ds.config import LossConfig
-from opt_ds.data.batch import PackedBatch, Written, decoder_targets
+from opt_ds.data.batch import PackedBatch, decoder_targets
 from opt_ds.data.flops import decoder_flops
-from opt_ds.data.keyed import keyed_uniform
 from opt_ds.data.layout import Layout
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
 from opt_ds.data.samples import read_text
 from opt_ds.data.task import BatchPart, Candidates, Drawn, TaskCost
-from opt_ds.model.decoders import AutoregressiveDecoder
+from opt_ds.nn.autoregressive import AutoregressiveDecoder
+from opt_ds.nn.inputs import Written
+from opt_ds.ops.keyed import keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics

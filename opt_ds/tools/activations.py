@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map_only
 
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
-from opt_ds.data.movable import map_tensors
 from opt_ds.model.opt import OPT
 from opt_ds.ops.dropout import acting_as
+from opt_ds.ops.movable import map_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from opt_ds.config import Config
-from opt_ds.config_section import Section, section_of
-from opt_ds.config_sources import preset_names
-from opt_ds.model.dvae_config import DVAE_PRESET_FOLDER, DVAEConfig
+from opt_ds.config.dvae import DVAE_PRESET_FOLDER, DVAEConfig
+from opt_ds.config.section import Section, section_of
+from opt_ds.config.sources import preset_names
+from opt_ds.decoding.limits import Limits as DecodingLimits
+from opt_ds.ingest.settings import PrepareSettings
 from opt_ds.model.generation import DecodingConfig
-from opt_ds.prepare.limits import Limits as DecodingLimits
-from opt_ds.prepare.settings import PrepareSettings
-from opt_ds.serve.limits import Limits as ServingLimits
+from opt_ds.serving.limits import Limits as ServingLimits
 
 _SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 _NAMES = {int: "int", float: "float", bool: "bool", str: "str", Path: "path"}
@@ -37,7 +37,7 @@ Training and the dVAE read a value from these places. A later one overrides the 
 4. `--set key.path=value`, where the value is YAML; it may be repeated
 
 `opt-ds serve` has `--config` and `--set` too, without presets. The other parts are set by their commands' options. In
-Python, `opt_ds.config_section.load_section` loads any of them from a YAML file and settings.
+Python, `opt_ds.config.section.load_section` loads any of them from a YAML file and settings.
 
 `None` in the tables is `null` in YAML."""
 
@@ -63,13 +63,13 @@ PARTS = (
         f"Read by `opt-ds train-dvae`. Presets: {', '.join(preset_names(DVAE_PRESET_FOLDER))}. "
         "A run's resolved configuration is in its `run.json`.",
     ),
-    Part("Preparation", PrepareSettings, "Class `opt_ds.prepare.settings.PrepareSettings`."),
-    Part("Decoding of files", DecodingLimits, "Class `opt_ds.prepare.limits.Limits`."),
+    Part("Preparation", PrepareSettings, "Class `opt_ds.ingest.settings.PrepareSettings`."),
+    Part("Decoding of files", DecodingLimits, "Class `opt_ds.decoding.limits.Limits`."),
     Part("Generation", DecodingConfig, "Class `opt_ds.model.generation.DecodingConfig`."),
     Part(
         "Serving",
         ServingLimits,
-        "Class `opt_ds.serve.limits.Limits`. [Serving](serving.md#limits) describes what happens beyond each limit.",
+        "Class `opt_ds.serving.limits.Limits`. [Serving](serving.md#limits) describes what happens beyond each limit.",
     ),
 )
 

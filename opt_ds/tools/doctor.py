@@ -49,7 +49,7 @@ def default_config(stores: list[str]) -> str:
     try:
         import torch
 
-        from opt_ds.engine.preflight import default_preset
+        from opt_ds.training.preflight import default_preset
 
         return default_preset(stores, torch.cuda.is_available())[0]
     except (ImportError, UserError):
@@ -59,7 +59,7 @@ def default_config(stores: list[str]) -> str:
 def resolve(source: str, settings: list[str], stores: list[str]) -> tuple[Config, str | None]:
     """The configuration with the stores' sizes, and a line that says which; the report names stores that cannot be read."""
     from opt_ds.config import load_config
-    from opt_ds.engine.preflight import settle
+    from opt_ds.training.preflight import settle
 
     try:
         config, _, taken = settle(source, settings, stores)
@@ -110,7 +110,7 @@ def _versions(_: Question) -> Iterator[Finding]:
 def _device(question: Question) -> Iterator[Finding]:
     import torch
 
-    from opt_ds.engine.deepspeed_config import Hardware, choose_precision, has_kernels
+    from opt_ds.training.deepspeed_config import Hardware, choose_precision, has_kernels
 
     driver = _first_line(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
     if not torch.cuda.is_available():
@@ -224,8 +224,8 @@ def _kernels(question: Question) -> Iterator[Finding]:
 
 def _stores(question: Question) -> Iterator[Finding]:
     from opt_ds.data.truncation import truncation_lines
-    from opt_ds.engine.preflight import training_problems
     from opt_ds.store.verify import open_store
+    from opt_ds.training.preflight import training_problems
 
     if not question.config.data.stores:
         yield Finding("ok", "store", "none named: --store DIR checks one")
@@ -278,7 +278,7 @@ def _output_folder(question: Question) -> Iterator[Finding]:
 
 
 def _slurm(_: Question) -> Iterator[Finding]:
-    from opt_ds.engine.time_limit import END_TIME_VARIABLE
+    from opt_ds.training.time_limit import END_TIME_VARIABLE
 
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:

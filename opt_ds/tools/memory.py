@@ -1,6 +1,6 @@
 """The memory of one rank: what it holds all the time, and what a micro-batch and an optimiser step add to it.
 
-Bytes a parameter follow from DeepSpeed 0.19's optimisers as `engine/deepspeed_config.py` sets them up (fp32 accumulation);
+Bytes a parameter follow from DeepSpeed 0.19's optimisers as `training/deepspeed_config.py` sets them up (fp32 accumulation);
 the figures were found by measuring on a CPU, where a test holds fp32's to 15 %; half precision takes some 0.2 GiB more there
 (oneDNN's buffers). Activations come from `activations.py`.
 
@@ -10,7 +10,7 @@ N: ranks; b: bytes of a weight in the run's precision.
 from dataclasses import asdict, dataclass
 
 from opt_ds.config import Config
-from opt_ds.engine.deepspeed_config import Precision, deepspeed_settings
+from opt_ds.training.deepspeed_config import Precision, deepspeed_settings
 
 #: Python, PyTorch and DeepSpeed on the host, or a CUDA context with cuBLAS' workspace and NCCL's buffers on a GPU. On an H100 the
 #: driver counted 2.9 to 3.4 GiB above the tensors' peak: with what the allocator kept, as nothing pressed it to give back.

@@ -17,13 +17,13 @@ from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
-from opt_ds.engine.deepspeed_config import Hardware, Precision, choose_precision
-from opt_ds.engine.hardware import Gpu
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools.activations import ActivationTracer
 from opt_ds.tools.assumed_store import AssumedStore
 from opt_ds.tools.memory import FRAGMENTATION, RankMemory, rank_memory
+from opt_ds.training.deepspeed_config import Hardware, Precision, choose_precision
+from opt_ds.training.hardware import Gpu
 
 _BUDGET_STEP = 256  # budgets are given in multiples of it
 _MOST_ROUNDS = 6  # traces in the search for the largest one

@@ -1,6 +1,6 @@
 """The stores of the engine's and the server's tests."""
 
-from tests.engine.conftest import store
-from tests.serve.conftest import raw, raw_store
+from tests.serving.conftest import raw, raw_store
+from tests.training.conftest import store
 
 __all__ = ["raw", "raw_store", "store"]

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from opt_ds.cli import _build
-from opt_ds.commands import run_command
+from opt_ds.cli.program import run_command
 from opt_ds.config import config_from_dict, load_config
 from opt_ds.data.plan import StepPlan
-from opt_ds.engine import checkpoint
 from opt_ds.errors import UserError
-from opt_ds.evaluate.ablation import rows_without
+from opt_ds.evaluation.ablation import rows_without
 from opt_ds.registry import PLUGINS_VARIABLE, TASKS
 from opt_ds.store.reader import FeatureStore
-from tests.engine.runs import FITTED, free_port, hashes, rank_environment
-from tests.engine.test_pretrain import SCRIPT
-from tests.serve.conftest import start_run
+from opt_ds.training import checkpoint
+from tests.serving.conftest import start_run
+from tests.training.runs import FITTED, free_port, hashes, rank_environment
+from tests.training.test_pretrain import SCRIPT
 from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_checkpoint_alone_cannot_name_code(whole: Path) -> None:
     """A stranger's folder must not choose what is imported; the user may allow it."""
     def load(allowed: str | None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **({PLUGINS_VARIABLE: allowed} if allowed else {})}
-        code = f"from opt_ds.engine.checkpoint import load_model; print(*load_model({str(whole)!r})[0].tasks)"
+        code = f"from opt_ds.training.checkpoint import load_model; print(*load_model({str(whole)!r})[0].tasks)"
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     refused = load(None)
@@ -103,7 +103,7 @@ def test_it_is_evaluated_exported_and_loaded(
     assert "counting" in capsys.readouterr().out
     command = ["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "model")]
     assert run_command(_build(), command, "opt-ds") == 0, capsys.readouterr().err
-    from opt_ds.serve.session import Session
+    from opt_ds.serving.session import Session
 
     trained, exported = checkpoint.load_model(tmp_path / "run")[0], Session.load(tmp_path / "model")
     head = exported.model.head("counting")

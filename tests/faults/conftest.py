@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.runs import make_store
+from tests.training.runs import make_store
 
 
 @pytest.fixture(scope="session")

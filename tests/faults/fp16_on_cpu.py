@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from opt_ds import pretrain
-from opt_ds.engine import deepspeed_config
+from opt_ds.training import deepspeed_config
 
 
 def main() -> int:

@@ -24,11 +24,11 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.micro_batches import MicroBatchPlan
 from opt_ds.data.planned import Plan, PlannedStep
-from opt_ds.engine.deepspeed_config import Hardware, choose_precision, deepspeed_settings
-from opt_ds.engine.distributed import ProcessGroup, find_ranks
 from opt_ds.errors import UserError
-from tests.engine.runs import free_port, hashes, losses, rank_environment, tiny_config, train, zero_moments
+from opt_ds.training.deepspeed_config import Hardware, choose_precision, deepspeed_settings
+from opt_ds.training.distributed import ProcessGroup, find_ranks
 from tests.tiny import MATCHING, MODALITY
+from tests.training.runs import free_port, hashes, losses, rank_environment, tiny_config, train, zero_moments
 from tests.warm import WarmProcess
 
 STEPS, CUT = 6, 4
@@ -176,8 +176,8 @@ def hardships(rank: int, world_size: int) -> Iterator[None]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    import opt_ds.engine.step as step_module
-    from opt_ds.engine.step import Stepper
+    import opt_ds.training.step as step_module
+    from opt_ds.training.step import Stepper
 
     class Overflow(torch.autograd.Function):
         """The loss as it is, with an infinite gradient."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.engine.runs import FITTED, free_port, rank_environment
+from tests.training.runs import FITTED, free_port, rank_environment
 from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 from opt_ds import pretrain
 from opt_ds.data.planned import PlannedStep
-from opt_ds.engine.step import Stepper
+from opt_ds.training.step import Stepper
 
 STEP = 1  # in which the first gather is skipped
 

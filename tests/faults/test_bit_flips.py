@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 from opt_ds.cli import _build
-from opt_ds.commands import run_command
-from opt_ds.model.dvae import DiscreteVAE
-from opt_ds.model.dvae_config import DVAE_PRESETS
-from opt_ds.prepare.codes import CodeExtractor, write_missing_codes
-from opt_ds.serve.export import export
-from opt_ds.serve.exported import load_exported
+from opt_ds.cli.program import run_command
+from opt_ds.config.dvae import DVAE_PRESETS
+from opt_ds.dvae.codes import CodeExtractor, write_missing_codes
+from opt_ds.dvae.model import DiscreteVAE
+from opt_ds.serving.export import export
+from opt_ds.serving.exported import load_exported
 from opt_ds.store import FeatureStore, inspect_store, open_store
 from opt_ds.store.synthetic import write_synthetic_store
-from tests.engine.runs import FITTED, train
 from tests.logs import logged_lines
+from tests.training.runs import FITTED, train
 
 #: Files that nobody computes from: a note or a picture for people, or one that is made again.
 FREE = {
@@ -149,7 +149,7 @@ def check_run(folder: Path, name: str, count: int, capsys: pytest.CaptureFixture
     evaluate = (*evaluation(folder), "--output", out)
     for _ in each_flip(folder, "run", name, count):
         if name == "run.json":
-            from opt_ds.engine import run_folder
+            from opt_ds.training import run_folder
 
             try:
                 run_folder.check_same_run(run, run_config(folder), [FeatureStore(store)])
@@ -181,7 +181,7 @@ def run_config(folder: Path) -> Any:
 
 
 def assert_resume_takes_the_other(run: Path, name: str) -> None:
-    from opt_ds.engine import checkpoint
+    from opt_ds.training import checkpoint
 
     with logged_lines() as logged:
         found = checkpoint.find_resumable(run)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from opt_ds.engine import checkpoint
-from tests.engine.runs import hashes
-from tests.engine.test_checkpoint import flip_byte
+from opt_ds.training import checkpoint
 from tests.faults.ranks import ranks
 from tests.logs import logged_lines
 from tests.small_disk import SmallDisk
+from tests.training.runs import hashes
+from tests.training.test_checkpoint import flip_byte
 
 pytestmark = pytest.mark.timeout(900)
 

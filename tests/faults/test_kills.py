@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from opt_ds.engine import checkpoint
-from tests.engine.runs import hashes
+from opt_ds.training import checkpoint
 from tests.faults.ranks import ranks
+from tests.training.runs import hashes
 
 STEPS_PER_KILL = 18  # more than a run does between its first step and the latest kill
 VICTIMS = {"starting": [[0, 1]], "running": [[0], [1], [0, 1]], "saving": [[0], [0, 1]]}

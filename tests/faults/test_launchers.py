@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from opt_ds.engine import checkpoint
-from tests.engine.runs import FITTED, free_port, rank_environment
+from opt_ds.training import checkpoint
 from tests.faults.ranks import PATIENCE_S, ROOT
+from tests.training.runs import FITTED, free_port, rank_environment
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opt_ds.engine import checkpoint
+from opt_ds.training import checkpoint
 from tests.faults.ranks import ranks
 
 pytestmark = pytest.mark.timeout(900)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.engine.runs import make_store
 from tests.faults.matrix import (
     REFERENCE,
     TOLERANCE,
@@ -22,6 +21,7 @@ from tests.faults.matrix import (
     run_ranks,
     verdict,
 )
+from tests.training.runs import make_store
 
 ALONE = (
     Combination(2, 1, "fp16", offload=True),

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opt_ds.data.batch import PackedBatch, Written
+from opt_ds.data.batch import PackedBatch
 from opt_ds.data.samples import SampleReader
-from opt_ds.model.decoders import AutoregressiveDecoder
 from opt_ds.model.opt import OPT
+from opt_ds.nn.autoregressive import AutoregressiveDecoder
+from opt_ds.nn.inputs import Written
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_model, make_packer, read_samples

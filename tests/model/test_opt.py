@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.batch import PackedBatch, ReadRows
+from opt_ds.data.batch import PackedBatch
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
+from opt_ds.nn.inputs import ReadRows
 from opt_ds.ops import backend
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.base import total_loss

@@ -12,7 +12,7 @@ import pytest
 
 from tests.packaging.declared import ROOT
 from tests.packaging.environments import Environment, base_packages
-from tests.serve.conftest import raw, raw_store, run  # noqa: F401 - a tiny trained run
+from tests.serving.conftest import raw, raw_store, run  # noqa: F401 - a tiny trained run
 
 _PROBE = """
 import json, torch, opt_ds
@@ -85,7 +85,7 @@ def test_archive_and_wheel_install_beside_the_torch_that_is_there(
         assert built.returncode == 0, built.stderr
         wanted = next(tmp_path.glob("*.whl"))
         names = zipfile.ZipFile(wanted).namelist()
-        assert {"opt_ds/_build.json", "opt_ds/py.typed", "opt_ds/serve/page.html", "opt_ds/presets/opt-base.yaml"} <= set(names)
+        assert {"opt_ds/_build.json", "opt_ds/py.typed", "opt_ds/serving/page.html", "opt_ds/presets/opt-base.yaml"} <= set(names)
     done = environment.pip_install(wanted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Downloading torch" not in done.stdout

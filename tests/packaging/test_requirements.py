@@ -16,13 +16,13 @@ from tests.packaging.declared import ROOT, base_requirements, canonical, closure
 #: Imported only where an installation has them, and never installed by us.
 FOREIGN = {"apex", "fused_layer_norm_cuda", "detectron2"}
 #: Files that are only reached where an extra is installed; they may use all that it brings.
-BEHIND_AN_EXTRA = {"opt_ds/prepare/importers/piper_worker.py": "corpus", "opt_ds/serve": "web"}
+BEHIND_AN_EXTRA = {"opt_ds/ingest/importers/piper_worker.py": "corpus", "opt_ds/serving": "web"}
 #: The modules that cannot be imported without an extra.
 NEEDS_AN_EXTRA = {
-    "opt_ds.evaluate.ablation", "opt_ds.evaluate.captioning", "opt_ds.evaluate.classification", "opt_ds.evaluate.summary",
-    "opt_ds.evaluate.transcription", "opt_ds.serve.app",
-    "opt_ds.evaluate.experiments.captioning", "opt_ds.evaluate.experiments.classification",
-    "opt_ds.evaluate.experiments.summary", "opt_ds.evaluate.experiments.transcription",
+    "opt_ds.evaluation.ablation", "opt_ds.evaluation.captioning", "opt_ds.evaluation.classification", "opt_ds.evaluation.summary",
+    "opt_ds.evaluation.transcription", "opt_ds.serving.app",
+    "opt_ds.evaluation.experiments.captioning", "opt_ds.evaluation.experiments.classification",
+    "opt_ds.evaluation.experiments.summary", "opt_ds.evaluation.experiments.transcription",
 }  # fmt: skip
 _GUARDS = (ast.With, ast.Try, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -57,7 +57,7 @@ def test_an_extra_is_needed_by_these_modules_alone() -> None:
     """Whatever imports one of them at its top needs the extra as well: `generate` and `pretrain` must not."""
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "opt_ds").rglob("*.py")}
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in trees}
-    needing = {name for name, file in names.items() if any(map(_asks_for_an_extra, trees[file].body))} | {"opt_ds.serve.app"}
+    needing = {name for name, file in names.items() if any(map(_asks_for_an_extra, trees[file].body))} | {"opt_ds.serving.app"}
     while more := {name for name, file in names.items() if needing & set(_modules_at_the_top(trees[file]))} - needing:
         needing |= more
     assert needing == NEEDS_AN_EXTRA
@@ -106,7 +106,7 @@ def test_the_package_takes_every_file_of_its_folder_along() -> None:
 def test_a_build_takes_the_pages_the_presets_and_the_mark_of_a_typed_package(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    for file in ("py.typed", "serve/page.html", "presets/opt-base.yaml", "evaluate/experiments/retrieval.py"):
+    for file in ("py.typed", "serving/page.html", "presets/opt-base.yaml", "evaluate/experiments/retrieval.py"):
         assert (tmp_path / "opt_ds" / file).is_file(), f"a wheel would lack opt_ds/{file}"
 
 

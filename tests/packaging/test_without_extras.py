@@ -11,11 +11,11 @@ from tests.packaging.environments import base_packages, without_extras
 _USES_AN_EXTRA = """
 import importlib, json
 from opt_ds.errors import UserError
-import opt_ds.prepare, opt_ds.serve.export, opt_ds.serve.session
-from opt_ds.commands.serve import serve
+import opt_ds.ingest, opt_ds.serving.export, opt_ds.serving.session
+from opt_ds.cli.serve import serve
 messages = []
-for use in (lambda: serve(checkpoint=None), lambda: importlib.import_module("opt_ds.evaluate.transcription"),
-            lambda: importlib.import_module("opt_ds.evaluate.classification")):
+for use in (lambda: serve(checkpoint=None), lambda: importlib.import_module("opt_ds.evaluation.transcription"),
+            lambda: importlib.import_module("opt_ds.evaluation.classification")):
     try:
         use()
     except UserError as error:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.runs import make_store
 from tests.slurm.local_cluster import LocalCluster, SlurmMissingError
+from tests.training.runs import make_store
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.engine.runs import FITTED, hashes
 from tests.slurm.local_cluster import LocalCluster
+from tests.training.runs import FITTED, hashes
 
 ROOT = Path(__file__).parents[2]
 _SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")

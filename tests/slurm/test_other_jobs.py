@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from opt_ds.prepare import prepare
-from tests.engine.runs import FITTED
-from tests.prepare.test_pipeline import contents
+from opt_ds.ingest import prepare
+from tests.ingest.test_pipeline import contents
 from tests.slurm.jobs import ROOT, PretrainJob
 from tests.slurm.local_cluster import LocalCluster
+from tests.training.runs import FITTED
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -30,7 +30,7 @@ def test_an_array_of_shares_makes_the_store_that_one_process_makes(cluster: Loca
     cluster.wait(lambda: cluster.job(merge)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 300, submitted.stdout)
     logs = "\n".join(log.read_text() for log in tmp_path.glob("*.log"))
     assert cluster.job(merge)["JobState"] == "COMPLETED", logs
-    from opt_ds.prepare import PrepareSettings
+    from opt_ds.ingest import PrepareSettings
 
     prepare(manifest, tmp_path / "whole", PrepareSettings(vocab_size=200), workers=1, device="cpu")
     assert contents(store) == contents(tmp_path / "whole")

@@ -7,9 +7,9 @@ import torch
 from opt_ds.data.matching import NUM_CASES
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
-from opt_ds.evaluate.losses import validate
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.baselines import trivial_baselines
+from opt_ds.training.validation import validate
 from tests.tiny import MATCHING, make_config, make_model
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.batch import Written
+from opt_ds.nn.inputs import Written
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.reconstruct import code_targets

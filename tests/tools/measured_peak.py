@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from opt_ds.config import load_config
-from opt_ds.engine.distributed import ProcessGroup, find_ranks
-from tests.engine.runs import train
+from opt_ds.training.distributed import ProcessGroup, find_ranks
+from tests.training.runs import train
 
 STEPS = 2
 #: Every tensor of some size gets pages of its own, given back when it goes: the resident set is what is in use, without the C

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import opt_ds
-from opt_ds.config_section import Section, dump_section, load_section
+from opt_ds.config.section import Section, dump_section, load_section
 from opt_ds.errors import UserError
 from opt_ds.tools.config_reference import PARTS, Part, nested_section, page, tables
 

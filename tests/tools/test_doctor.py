@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from opt_ds.commands import run_program
-from opt_ds.commands.doctor import doctor as doctor_command
+from opt_ds.cli.doctor import doctor as doctor_command
+from opt_ds.cli.program import run_program
 from opt_ds.config import load_config
 from opt_ds.pretrain import pretrain
 from opt_ds.tools import doctor
 from opt_ds.tools.doctor import Finding, Question, examine
-from tests.engine.runs import make_store
+from tests.training.runs import make_store
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def find(subject: str, question: Question) -> Finding:
 
 
 def test_the_report_of_this_machine(store: Path, tmp_path: Path) -> None:
-    from tests.engine.runs import FITTED
+    from tests.training.runs import FITTED
 
     settings = [word for setting in FITTED for word in ("--set", setting)]
     command = [sys.executable, "-m", "opt_ds", "doctor", "--config", "opt-tiny", "--store", store, "--output", tmp_path / "run"]

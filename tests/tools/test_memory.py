@@ -20,8 +20,8 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.synthetic import write_synthetic_store
 from opt_ds.tools.activations import ActivationTracer
 from opt_ds.tools.memory import RankMemory, rank_memory
-from tests.engine.runs import free_port, make_store, rank_environment, tiny_config
 from tests.tools.measured_peak import ENVIRONMENT, STEPS
+from tests.training.runs import free_port, make_store, rank_environment, tiny_config
 
 COMMON = (
     "model.vocab_size=4000", "model.image_feature_dim=128", "model.audio_feature_dim=128", "model.image_num_classes=100",

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from opt_ds.config import load_config
-from opt_ds.engine.hardware import GPUS, Gpu, find_gpu
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools import plan as planning
 from opt_ds.tools.assumed_store import AssumedStore
 from opt_ds.tools.plan import Cluster, communication_bytes, plan_run, plan_text
-from tests.engine.runs import FITTED, make_store
+from opt_ds.training.hardware import GPUS, Gpu, find_gpu
+from tests.training.runs import FITTED, make_store
 
 SMALL = (
     "batch.size=1024", "batch.max_tokens=2048", "model.num_layers=2", "model.text_decoder_layers=1",
@@ -95,7 +95,7 @@ def test_a_precision_that_the_gpu_cannot_do_right_is_refused() -> None:
 
 def test_the_help_names_every_gpu_of_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from opt_ds.cli import _build
-    from opt_ds.commands import run_command
+    from opt_ds.cli.program import run_command
 
     monkeypatch.setenv("COLUMNS", "400")
     assert run_command(_build(), ["plan", "--help"], "opt-ds") == 0
@@ -105,7 +105,7 @@ def test_the_help_names_every_gpu_of_the_table(capsys: pytest.CaptureFixture[str
 def test_the_command_reads_a_store_and_writes_json(tmp_path: Path) -> None:
 
     from opt_ds.cli import _build
-    from opt_ds.commands import run_command
+    from opt_ds.cli.program import run_command
 
     store = make_store(tmp_path / "store")
     settings = [word for setting in FITTED for word in ("--set", setting)]
@@ -133,7 +133,7 @@ def test_numbers_that_no_machine_has_are_refused_before_anything_is_planned(
     options: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from opt_ds.cli import _build
-    from opt_ds.commands import run_command
+    from opt_ds.cli.program import run_command
 
     monkeypatch.setattr(planning, "plan_run", None)
     assert run_command(_build(), ["plan", *options.split()], "opt-ds") == 2

@@ -1,0 +1,181 @@
+"""`opt-ds corpus`, `prepare`, `merge` and `inspect`: arguments in, one call, results out."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opt_ds.cli.option_groups import with_option_groups
+from opt_ds.cli.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions, Workers
+from opt_ds.errors import UserError, did_you_mean
+
+_LOG = logging.getLogger(__name__)
+_CORPORA = ("emoji",)
+
+
+def corpus(
+    name: Annotated[str, typer.Argument(help="Which built-in corpus: emoji.")],
+    output: Annotated[Path, typer.Option(help="Folder for manifest.jsonl, images/ and audio/. A stopped run resumes.")],
+    workers: Workers = 2,
+    limit: Annotated[int | None, typer.Option(help="Take about this many samples, evenly spread.", min=1)] = None,
+) -> None:
+    """Write a built-in corpus as raw files and a manifest, ready for `opt-ds prepare`.
+
+    emoji: 3,944 OpenMoji pictures, their English names, and the names spoken by Piper. About four minutes on two cores.
+    """
+    if name not in _CORPORA:
+        raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')
+    from opt_ds.ingest.importers.emoji import write_emoji_corpus
+
+    manifest = write_emoji_corpus(output, workers=workers, limit=limit)
+    _LOG.info(f"next: opt-ds prepare --manifest {manifest} --output STORE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """The region extractor; the fields are those of `PrepareSettings`."""
+
+    images: Annotated[
+        str, typer.Option(help="Region extractor: grid (cells of a classifier), faster_rcnn, or npz (files made by one).")
+    ] = "grid"
+    image_weights: Annotated[
+        Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
+    ] = None
+    image_backbone: Annotated[
+        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME.")
+    ] = None
+    image_min_side: Annotated[int, typer.Option(help="faster_rcnn: pixels that the shorter side is scaled to.", min=1)] = 600
+    image_max_side: Annotated[int, typer.Option(help="faster_rcnn: unless the longer side then exceeds this.", min=1)] = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechOptions:
+    """The speech extractor; the fields are those of `PrepareSettings`."""
+
+    speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel"
+    speech_weights: Annotated[
+        Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
+    ] = None
+    speech_layer: Annotated[
+        int | None, typer.Option(help="wav2vec2: the Transformer layer whose output is taken, from 1. Default: the last.")
+    ] = None
+    speech_window_s: Annotated[
+        float, typer.Option("--speech-window", help="wav2vec2: seconds of a window of a longer recording.")
+    ] = 30.0
+    speech_overlap_s: Annotated[
+        float, typer.Option("--speech-overlap", help="wav2vec2: seconds that neighbouring windows share.")
+    ] = 2.0
+    trim_silence: Annotated[bool, typer.Option(help="Cut the silence at both ends of recordings.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """The largest files that are decoded, and what is kept of pictures; the fields are those of `PrepareSettings`."""
+
+    max_pixels: Annotated[int, typer.Option(help="Refuse larger pictures, before decoding them.", min=1)] = 100_000_000
+    max_seconds: Annotated[float, typer.Option(help="Refuse longer recordings, before decoding them.")] = 3600.0
+    pixels: Pixels = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """The files of the store."""
+
+    samples_per_shard: Annotated[
+        int, typer.Option(help="Samples a file of the store; a stopped run resumes at the last whole one.", min=1)
+    ] = 1024
+    compress: Annotated[bool, typer.Option(help="Compress shards with gzip: for archives, slower to read.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Which samples of the manifest are prepared."""
+
+    retry_skipped: Annotated[
+        bool, typer.Option(help="Try the files again that an earlier run skipped, and take in what is good now.")
+    ] = False
+    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: only part i (from 0) of n, for a job array; opt-ds merge joins the parts.")
+    ] = None
+
+
+@with_option_groups
+def prepare(
+    *,
+    manifest: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL, one sample a line: id, and any of image, text, audio, labels, group, split. "
+            "Or a folder of name.jpg, name.txt, name.wav."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the new feature store. A stopped run resumes.")],
+    image: ImageOptions,
+    speech: SpeechOptions,
+    text: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of a WordPiece tokenizer. Default: train one.")
+    ] = None,
+    tokenizer: TokenizerOptions,
+    files: FileOptions,
+    frames: FrameOptions,
+    shards: ShardOptions,
+    reading: ReadingOptions,
+    samples: SampleOptions,
+) -> None:
+    """Extract features from the files that a manifest names, and write them as a feature store.
+
+    Samples that cannot be used are skipped and listed in the store's report.json. docs/data.md has recipes.
+    """
+    from opt_ds.ingest import PrepareSettings
+    from opt_ds.ingest import prepare as run
+    from opt_ds.ingest.finish import parse_share
+    from opt_ds.ingest.importers.folder import folder_manifest
+
+    share = parse_share(samples.shard) if samples.shard is not None else None
+    settings = PrepareSettings(
+        **vars(image),
+        **vars(speech),
+        **vars(tokenizer),
+        **vars(files),
+        **vars(frames),
+        text=text,
+        samples_per_shard=shards.samples_per_shard,
+        compression="gzip" if shards.compress else None,
+    )
+    prepared = run(
+        folder_manifest(manifest) if manifest.is_dir() else manifest,
+        output,
+        settings,
+        workers=reading.workers,
+        device=reading.device,
+        strict=reading.strict,
+        limit=samples.limit,
+        allow_outside=reading.allow_outside,
+        share=share,
+        retry_skipped=samples.retry_skipped,
+    )
+    if prepared is not None:
+        _log_training_notes(output)
+
+
+def merge(
+    store: Annotated[Path, typer.Argument(help="The store whose parts (STORE.part-…) lie beside it.")],
+) -> None:
+    """Join the parts that `opt-ds prepare --shard i/n` made into one feature store, and remove them.
+
+    The store is the one that a single `opt-ds prepare` would have made, byte for byte.
+    """
+    from opt_ds.ingest.finish import merge_parts
+
+    merge_parts(store)
+    _log_training_notes(store)
+
+
+def _log_training_notes(store: Path) -> None:
+    from opt_ds.cli.stores import training_notes
+
+    for note in training_notes(store):
+        _LOG.info(f"note: {note}")

@@ -1,0 +1,337 @@
+"""`opt-ds evaluate …`: a checkpoint and a store in, figures out (JSON and a table).
+
+`EXPERIMENTS` is the list of subcommands. Everything that they share (options, opening model and store, writing figures) is here
+once; what an experiment does is in `opt_ds/evaluation/experiments/<name>.py`, which is imported when it is called.
+"""
+
+import atexit
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from opt_ds.cli.option_groups import with_option_groups
+from opt_ds.cli.options import BeamSize, ImageWeights, Limit, ProbeOptions, SamplingOptions
+from opt_ds.cli.program import MAX_SEED, output_file, rank_of_environment
+from opt_ds.errors import UserError
+from opt_ds.log import ON_STDERR
+
+if TYPE_CHECKING:
+    from opt_ds.evaluation.evaluator import Evaluator
+    from opt_ds.evaluation.experiments import ImageJudge
+    from opt_ds.store.reader import FeatureStore
+    from opt_ds.training.distributed import ProcessGroup
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is evaluated, on what, and where the figures go."""
+
+    checkpoint: Annotated[
+        Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint; no exported folder.")
+    ]
+    store: Annotated[Path, typer.Option(help="The feature store.")]
+    output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
+
+    def splits(self, store: "FeatureStore") -> list[str]:
+        """Return the splits to measure on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Target):
+    """The inputs of an experiment on one split."""
+
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of the store. Default: test_variant, else the first that begins with test, else valid."),
+    ] = None
+
+    def splits(self, store: "FeatureStore") -> list[str]:
+        return [self.split] if self.split else _held_out(store, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What every experiment has at the end."""
+
+    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0, max=MAX_SEED)] = 1
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Take a store of another vocabulary or other extractors too, and say what will be wrong."),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalOptions:
+    """Options of `opt_ds.evaluation.experiments.retrieval`."""
+
+    candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200
+    matching_candidates: Annotated[
+        int, typer.Option(help="Gallery of the matching head, of triples too (summary takes 100, and 50 triples).", min=2)
+    ] = 200
+    shortlist: Annotated[
+        int | None, typer.Option(help="In two stages: a projection of [CLS] ranks all, the model re-ranks so many.", min=1)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscriptionOptions:
+    """Options of `opt_ds.evaluation.experiments.transcription`."""
+
+    limit: Limit = None
+    beam_size: BeamSize = 4
+    ignore_words: Annotated[
+        str, typer.Option(help="A second word error rate leaves these out: words, spaces between.")
+    ] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(ProbeOptions):
+    """Options of `opt_ds.evaluation.experiments.classification`."""
+
+    limit: Limit = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaInputs(Inputs):
+    """Questions are usually asked on the validation split."""
+
+    split: Annotated[str, typer.Option(help="Split of the store.")] = "valid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaOptions:
+    """Options of `opt_ds.evaluation.experiments.vqa`."""
+
+    limit: Limit = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningOptions:
+    """Options of `opt_ds.evaluation.experiments.captioning`."""
+
+    limit: Annotated[int | None, typer.Option(help="Pictures at most, a seeded choice.", min=1)] = None
+    beam_size: BeamSize = 4
+
+
+def beside_a_grid(path: Path, param: typer.CallbackParam) -> Path:
+    """Refuse, as callback of --output, the name of the picture grid, which is written beside the figures."""
+    if path.suffix == ".png":
+        raise UserError(f"--output {path}: the picture grid gets this name: name the figures' file, such as {path.stem}.json")
+    output_file(path, param)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGenerationInputs(Inputs):
+    """A picture grid is written beside the figures."""
+
+    output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=beside_a_grid)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGenerationOptions(SamplingOptions):
+    """Options of `opt_ds.evaluation.experiments.image_generation`."""
+
+    limit: Limit = None
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None
+    pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8
+    paint: Annotated[int, typer.Option(help="Samples to paint and judge, for each input; 0: none.", min=0)] = 100
+    inception: Annotated[
+        Path | None, typer.Option(help="Weights of torch-fidelity's Inception-v3: Fréchet inception distance.")
+    ] = None
+    clip: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face CLIP: CLIP score.")] = None
+    image_weights: ImageWeights = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryInputs(Target):
+    """Several splits."""
+
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Held-out split; may be repeated. Default: all that begin with test, else valid."),
+    ] = None
+
+    def splits(self, store: "FeatureStore") -> list[str]:
+        return list(self.split or _held_out(store))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryOptions:
+    """Options of `opt_ds.evaluation.experiments.summary`."""
+
+    candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200
+    matching_candidates: Annotated[
+        int, typer.Option(help="Gallery of the matching head, of triples 50 (retrieval takes 200 of both).", min=2)
+    ] = 100
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None
+
+
+class Row(NamedTuple):
+    """A subcommand: its name and help text, the group of its own options, and the group of its inputs."""
+
+    name: str
+    help: str
+    options: type
+    inputs: type[Target] = Inputs
+
+
+EXPERIMENTS = (
+    Row(
+        "retrieval",
+        "Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood.\n\n"
+        "With --shortlist a small projection, fitted on the frozen [CLS] of the training split, ranks the --candidates, and the "
+        "model scores only the best with the query: for galleries of thousands.",
+        RetrievalOptions,
+    ),
+    Row(
+        "transcription",
+        "Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption.",
+        TranscriptionOptions,
+    ),
+    Row(
+        "classification",
+        "mAP of a linear probe on the frozen model, for each of the seven modality subsets (of what the store has).",
+        ClassificationOptions,
+    ),
+    Row(
+        "vqa",
+        "VQA accuracy of a model fine-tuned for answers, beside one constant answer and the best that its answers allow.",
+        VqaOptions,
+        VqaInputs,
+    ),
+    Row(
+        "captioning",
+        "BLEU-4 and CIDEr of captions written from pictures, beside a constant caption and another picture's.",
+        CaptioningOptions,
+    ),
+    Row(
+        "image-generation",
+        "Bits per image code from text, from audio and from both; pictures painted from each, judged, and a picture grid.\n\n"
+        "Paintings are judged by the features of the model's own image extractor: whether the true picture is the nearest. "
+        "--inception and --clip add what other networks say.",
+        ImageGenerationOptions,
+        ImageGenerationInputs,
+    ),
+    Row(
+        "summary",
+        "What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids.",
+        SummaryOptions,
+        SummaryInputs,
+    ),
+)
+
+
+def _command(row: Row) -> Callable[..., None]:
+    """Return the subcommand of a row."""
+
+    def command(inputs: Target, options: Any, choice: Choice) -> None:
+        _evaluate(row.name, inputs, options, choice)
+
+    command.__annotations__ = {"inputs": row.inputs, "options": row.options, "choice": Choice, "return": None}
+    command.__doc__ = row.help
+    return with_option_groups(command)
+
+
+evaluate = typer.Typer(
+    help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary. Several ranks share the work: "
+    "torchrun --nproc_per_node 4 -m opt_ds evaluate …",
+    no_args_is_help=True,
+)
+for _row in EXPERIMENTS:
+    evaluate.command(_row.name)(_command(_row))
+
+
+def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
+    """Open, measure, write, print."""
+    from opt_ds.evaluation.experiments import Request, load_experiment
+    from opt_ds.store.verify import open_store
+    from opt_ds.training.checkpoint import resolve_checkpoint
+
+    experiment = load_experiment(name)
+    resolve_checkpoint(inputs.checkpoint)
+    store = open_store(inputs.store)
+    splits = inputs.splits(store)
+    others = [options.train_split] if isinstance(options, ProbeOptions) else []
+    evaluator = _evaluator(inputs.checkpoint, store, choice.force, [*splits, *others])
+    for loss, what in experiment.needs:
+        evaluator.require(loss, what)
+    open_judge = partial(_open_judge, inputs.checkpoint, str(evaluator.device))
+    request = Request(evaluator, tuple(splits), inputs.checkpoint, inputs.output, choice.seed, open_judge)
+    figures = experiment.measure(request, **vars(options))
+    _write(figures, inputs.output)
+    _echo(experiment.report(request, figures))
+
+
+def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
+    """The store's held-out splits, `most` of them, where none was asked for."""
+    from opt_ds.evaluation.evaluator import held_out_splits
+
+    found = held_out_splits(store)[:most]
+    seen = ", since none begins with test (early stopping saw it too)" if found == ["valid"] else ""
+    _LOG.info(f"note: evaluated on {', '.join(found)}{seen}; --split chooses", extra=ON_STDERR)
+    return found
+
+
+def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, splits: Sequence[str]) -> "Evaluator":
+    """Model and store, checked against each other before anything is computed; of several ranks, each joins here."""
+    import torch
+
+    from opt_ds.evaluation.evaluator import Evaluator
+    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
+    from opt_ds.training.checkpoint import load_model, resolve_checkpoint
+    from opt_ds.training.preflight import check_store
+
+    for split in splits:
+        store.split_samples(split)
+    run = resolve_checkpoint(checkpoint).parent.parent
+    check_identity(run / PROCESSOR_FOLDER, store, force)
+    group = _join_ranks()
+    device = group.device if group else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(checkpoint, device)
+    check_store(config, store)
+    return Evaluator(model, config, store, device, group)
+
+
+def _open_judge(checkpoint: Path, device: str, image_weights: Path | None) -> "ImageJudge":
+    from opt_ds.serving.session import Session
+
+    return Session.load(checkpoint, image_weights=image_weights, device=device)
+
+
+def _join_ranks() -> "ProcessGroup | None":
+    """The ranks that a launcher started; None for a process of its own."""
+    if not {"RANK", "WORLD_SIZE", "SLURM_STEP_ID"} & os.environ.keys():
+        return None
+    from opt_ds.training.distributed import ProcessGroup, find_ranks
+
+    ranks = find_ranks()
+    if ranks.world_size == 1:
+        return None
+    group = ProcessGroup(ranks)
+    atexit.register(group.close)
+    return group
+
+
+def _echo(text: str) -> None:
+    """Print a result, on the first rank."""
+    if rank_of_environment() == 0:
+        typer.echo(text)
+
+
+def _write(figures: dict[str, Any], output: Path) -> None:
+    from opt_ds.store.files import write_json
+
+    if rank_of_environment():
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, figures)

@@ -1,0 +1,188 @@
+"""`opt-ds generate`, `opt-ds export` and `opt-ds serve`: a trained model for use."""
+
+import io
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opt_ds.abilities import MATCH
+from opt_ds.cli.option_groups import with_option_groups
+from opt_ds.cli.options import BeamSize, ExtractorOptions, SamplingOptions
+from opt_ds.cli.program import MAX_SEED, check_output, output_file
+from opt_ds.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from opt_ds.serving.session import Session
+
+# A name, an IPv4 address, or an IPv6 address (two colons at least: one would be a port's).
+_HOST_NAME = re.compile(r"[\w.-]+|\[?[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
+_Checkpoint = Annotated[
+    Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported folder.")
+]
+
+
+def utf8(value: str | None, param: typer.CallbackParam) -> str | None:
+    """An option's callback: refuses text that is not UTF-8, which Python hands on as lone surrogates."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        byte = os.fsencode(value[error.start])[0] if value else 0
+        raise UserError(
+            f"{param.opts[0]}: is not UTF-8 (byte 0x{byte:02x} at character {error.start + 1}): "
+            "convert it, as with iconv -t UTF-8"
+        ) from None
+    return value
+
+
+def host_names(names: list[str] | None) -> list[str] | None:
+    """The callback of --allow-host: names without a scheme and a port."""
+    for name in names or ():
+        if not _HOST_NAME.fullmatch(name):
+            raise UserError(f'--allow-host "{name}": give a name alone, such as opt.example.org, without http:// and port')
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """The raw input: any mixture of a text, an image and a recording."""
+
+    text: Annotated[str | None, typer.Option(help="Input text.", callback=utf8)] = None
+    image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None
+    audio: Annotated[Path | None, typer.Option(help="Input recording: WAV, FLAC, OGG, MP3.")] = None
+
+
+@with_option_groups
+def generate(
+    *,
+    checkpoint: _Checkpoint,
+    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG; -: standard output.", callback=output_file)],
+    to: Annotated[str, typer.Option(help="text or image.")],
+    given: InputOptions,
+    beam_size: BeamSize = 4,
+    sampling: SamplingOptions,
+    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0, max=MAX_SEED)] = 1,
+    extractors: ExtractorOptions,
+) -> None:
+    """Write a text, or paint a 64×64 picture, from a text, a picture, a recording or any mixture of them.
+
+    The raw input goes through the very extractors that the model was trained with.
+    """
+    from opt_ds.model.generation import text_decoding
+
+    if to not in ("text", "image"):
+        raise UserError(f'--to "{to}": choose text or image{did_you_mean(to, ("text", "image"))}')
+    if given == InputOptions():
+        raise UserError("no input: give --text, --image, --audio, or several of them")
+    if to == "image" and _is_stdout(output) and sys.stdout.isatty():
+        raise UserError("--output -: a PNG is no text for a terminal: redirect standard output, or name a file")
+    session = _session(checkpoint, extractors)
+    candidates = sampling.candidates
+    if to == "image" and candidates > 1:
+        session.require(MATCH, f"choose the best of --candidates {candidates}")
+    sample = session.processor(**vars(given))
+    if to == "text":
+        written = session.text(sample, text_decoding(beam_size))
+        _write(output, f"{written}\n".encode())
+        if not _is_stdout(output):
+            typer.echo(written)
+        return
+    picture, score = session.pictures(sample, candidates, sampling.decoding(seed))[0]
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    _write(output, file.getvalue())
+    chosen = "" if score is None else f" (matching {score:.3f}, the best of {candidates})"
+    typer.echo(f"{output}{chosen}", err=_is_stdout(output))
+
+
+def export(
+    checkpoint: _Checkpoint, output: Annotated[Path, typer.Option(help="New folder for the exported model.")]
+) -> None:
+    """Write safetensors, configuration, tokenizer, extractors' identities, dVAE and a model card.
+
+    The folder loads with OPTModel.from_pretrained (opt_ds.serving.pretrained), and with transformers' AutoModel once that module
+    is imported.
+    """
+    check_output(output, "--output")
+    from opt_ds.serving.export import export as run
+
+    typer.echo(f"exported to {run(checkpoint, output)}")
+
+
+@with_option_groups
+def serve(
+    *,
+    checkpoint: _Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", callback=host_names, help="Another name of this server, as behind a proxy; may be repeated. "
+            "Requests by other names than localhost, loopback addresses and --host are refused.",
+        ),
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of limits: see docs/configuration.md, Serving.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one limit; may be repeated.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
+    allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
+    extractors: ExtractorOptions,
+) -> None:
+    """A web page to try the model on, and a JSON API (its schema: /api/openapi.json). It has no password: see docs/serving.md."""
+    try:
+        import python_multipart  # noqa: F401 - FastAPI's forms
+
+        from opt_ds.serving.app import build_app
+        from opt_ds.serving.server import build_server, listen
+    except ImportError as error:
+        raise UserError(f"opt-ds serve needs {error.name}: pip install 'opt_ds[web]'") from None
+    from opt_ds.config.section import load_section
+    from opt_ds.serving.limits import Limits
+
+    limits = load_section(Limits, str(config) if config else None, set_ or ())
+    from opt_ds.serving.neighbours import Neighbours, evaluator_beside
+
+    session = _session(checkpoint, extractors)
+    neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
+    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, limits=limits)
+    try:
+        listening = listen(host, port)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}: choose another one, or --port 0") from None
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+    build_server(app, limits).run(sockets=[listening])
+
+
+def _session(checkpoint: Path, extractors: ExtractorOptions) -> "Session":
+    from opt_ds.devices import choose_device
+    from opt_ds.serving.session import Session
+
+    return Session.load(
+        checkpoint,
+        image_weights=extractors.image_weights,
+        speech_weights=extractors.speech_weights,
+        device=choose_device(extractors.device),
+    )
+
+
+def _is_stdout(output: Path) -> bool:
+    return str(output) == "-"
+
+
+def _write(output: Path, content: bytes) -> None:
+    from opt_ds.store.files import atomic_file
+
+    if _is_stdout(output):
+        typer.echo(content, nl=False)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output) as temporary:
+        temporary.write_bytes(content)

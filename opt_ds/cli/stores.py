@@ -1,0 +1,227 @@
+"""`opt-ds inspect`, `split`, `update` and `convert`: tools for a feature store that is there."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opt_ds.cli.option_groups import with_option_groups
+from opt_ds.cli.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions
+from opt_ds.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
+
+
+def inspect_store(
+    store: _Store,
+    sample: Annotated[str | None, typer.Option(help="Show this sample in full: its id, or #7 for the seventh but one.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="With --sample: where its picture is named, to draw boxes on.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the sample's PNG.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A preset or YAML file: the training that the notes are for. Default: pretrain.py's.")
+    ] = None,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option("--near-duplicates/--no-near-duplicates", help="Count images and texts that are nearly the same."),
+    ] = True,
+) -> None:
+    """Check a feature store and print a summary; exit code 2 on a failure.
+
+    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says. Notes say what training would refuse, and
+    what the model's limits truncate; they do not change the exit code.
+    """
+    from opt_ds.store.inspect import inspect_store as inspect
+
+    if manifest is not None and sample is None:
+        raise UserError("--manifest: it goes with --sample, whose picture it names: give --sample too")
+    inspection = inspect(store, near_duplicates=near_duplicates)
+    _print(inspection.summary)
+    for note in inspection.notes:
+        typer.echo(f"note: {note}")
+    for failure in inspection.failures:
+        typer.echo(f"FAILED {failure}", err=True)
+    if inspection.failures:
+        raise typer.Exit(2)
+    for note in training_notes(store, config):
+        typer.echo(f"note: {note}")
+    typer.echo("all checks passed")
+    if pictures is not None:
+        _draw_lengths(store, pictures)
+    if sample is not None:
+        _show_sample(store, sample, manifest, pictures)
+
+
+def training_notes(store: Path, source: str | None = None) -> list[str]:
+    """What training would refuse of a store, and what the model's limits drop, for a preset or a YAML file."""
+    from opt_ds.store.reader import FeatureStore
+    from opt_ds.tools.doctor import default_config
+    from opt_ds.training.preflight import settle, training_problems
+    from opt_ds.training.preflight import training_notes as notes
+
+    config, _, _ = settle(source or default_config([str(store)]), [], [str(store)])
+    opened = [FeatureStore(store)]
+    return [
+        *(f"training would refuse: {problem}" for problem in training_problems(config, opened)),
+        *(f"with {config.preset}, {line}" for line in notes(config, opened)),
+    ]
+
+
+def _print(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _draw_lengths(store: Path, pictures: Path) -> None:
+    from opt_ds.store.files import atomic_file
+    from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
+    from opt_ds.store.schema import load_description
+
+    pictures.mkdir(parents=True, exist_ok=True)
+    with atomic_file(pictures / LENGTHS_FILE) as temporary:
+        draw_lengths(shard_lengths([store / shard.file for shard in load_description(store).shards]), temporary)
+    typer.echo(f"wrote {pictures / LENGTHS_FILE}")
+
+
+def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path | None) -> None:
+    from opt_ds.ingest.manifest import read_manifest
+    from opt_ds.store import FeatureStore
+    from opt_ds.store.show import describe_sample, draw_sample, find_sample
+
+    opened = FeatureStore(store)
+    index = find_sample(opened, name)
+    _print(describe_sample(opened, index))
+    if pictures is None:
+        return
+    picture = None
+    if manifest is not None:
+        lines = read_manifest(manifest, allow_outside=True).lines
+        file = next((line.image for line in lines if line.id == opened.sample_id(index)), None)
+        picture = _picture(manifest.parent / file) if file is not None else None
+    target = pictures / f"sample-{index}.png"
+    draw_sample(opened, index, target, picture)
+    typer.echo(f"wrote {target}")
+
+
+def _picture(file: Path) -> "Image":
+    from opt_ds.decoding.decoder import DecodingError, own_decoder
+
+    try:
+        return own_decoder().picture(file).content
+    except DecodingError as error:
+        raise UserError(f"{file}: not readable as a picture ({error}): leave out --manifest to go without it") from None
+
+
+def split(
+    store: _Store,
+    ratio: Annotated[list[str] | None, typer.Option(help="SPLIT=SHARE, such as train=0.9; several times; they sum to 1.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of sample id and split; others stay where they are.")] = None,
+    groups: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of group and split; others stay where they are.")] = None,
+    seed: Annotated[int, typer.Option(help="With --ratio: another seed deals the groups otherwise.")] = 0,
+    source: Annotated[str | None, typer.Option("--from", help="With --ratio: only samples of this split; others stay.")] = None,
+    ignore_near_duplicates: Annotated[
+        bool, typer.Option("--ignore-near-duplicates", help="Do not look for images that are nearly the same.")
+    ] = False,
+) -> None:
+    """Deal a store's samples to other splits: by ratio (groups stay whole), by ids or by groups.
+
+    By ratio, groups that share nearly the same image stay together; by ids or groups, such images in several splits are counted.
+    """
+    from opt_ds.store.files import exclusive_use
+    from opt_ds.store.split import parse_ratios, split_by_list, split_by_ratio
+
+    given = [option for option in (ratio, ids, groups) if option]
+    if len(given) != 1:
+        raise UserError("opt-ds split: give one of --ratio, --ids and --groups")
+    if source is not None and not ratio:
+        raise UserError("--from: it goes with --ratio; --ids and --groups name the samples themselves")
+    ratios = parse_ratios(ratio) if ratio else {}
+    with exclusive_use(store):
+        if ratio:
+            description = split_by_ratio(store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates)
+        else:
+            description = split_by_list(
+                store,
+                (ids or groups),  # type: ignore[arg-type]
+                by_group=groups is not None,
+                count_near_duplicates=not ignore_near_duplicates,
+            )
+    typer.echo(f"{store}: {', '.join(f'{name} {count}' for name, count in description.split_counts.items())}")
+
+
+@with_option_groups
+def update(
+    *,
+    store: _Store,
+    modality: Annotated[str, typer.Option(help="What to add or replace: text, image, audio or codes.")],
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="image, audio: the manifest that names the samples' files. text: new texts. Default: the store's own."),
+    ] = None,
+    extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The extractor's weights; codes: the dVAE's folder; text: a tokenizer's. Default: train one."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
+    layer: Annotated[int | None, typer.Option(help="wav2vec2: the Transformer layer, from 1. Default: the last.")] = None,
+    frames: FrameOptions,
+    tokenizer: TokenizerOptions,
+    pixels: Pixels = True,
+    reading: ReadingOptions,
+) -> None:
+    """Add or replace one modality of a store; the features of the others are kept as they are."""
+    known = ("text", "image", "audio", "codes")
+    if modality not in known:
+        raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')
+    if modality == "codes":
+        from opt_ds.devices import choose_device
+        from opt_ds.dvae.codes import CodeExtractor, write_missing_codes
+
+        if weights is None:
+            raise UserError("--modality codes: name the dVAE that opt-ds train-dvae wrote with --weights")
+        write_missing_codes(store, CodeExtractor.from_pretrained(weights, choose_device(reading.device)))
+        return
+    from opt_ds.ingest.settings import PrepareSettings
+    from opt_ds.ingest.update import update_modality
+
+    if modality == "text":
+        from opt_ds.ingest.update_text import update_text
+
+        settings = PrepareSettings(text=weights, **vars(tokenizer))
+        update_text(
+            store, manifest, settings, strict=reading.strict, allow_outside=reading.allow_outside
+        )
+        return
+
+    if manifest is None:
+        raise UserError(f"--modality {modality}: name the manifest of the samples' files with --manifest")
+    if modality == "image":
+        settings = PrepareSettings(
+            images=extractor or "grid", image_weights=weights, image_backbone=backbone, pixels=pixels
+        )
+    else:
+        settings = PrepareSettings(
+            speech=extractor or "logmel", speech_weights=weights, speech_layer=layer, **vars(frames)
+        )
+    update_modality(store, manifest, modality, settings, **vars(reading))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A feature store, or a folder with UNITER's LMDB of image features.")],
+    output: Annotated[Path, typer.Option(help="The new store; of an LMDB, the folder of .npz files.")],
+    compress: Annotated[bool, typer.Option(help="Compress the new store with gzip: for archives, slower to read.")] = False,
+) -> None:
+    """Copy a store, compressed or uncompressed; or take image features out of UNITER's LMDB."""
+    from opt_ds.ingest.importers.uniter import export_lmdb, is_lmdb
+    from opt_ds.store.convert import copy_store
+
+    if is_lmdb(source):
+        export_lmdb(source, output)
+        return
+    description = copy_store(source, output, "gzip" if compress else None)
+    size = sum(shard.bytes for shard in description.shards) / 2**20
+    typer.echo(f"{output}: {description.num_samples} samples, {size:.1f} MiB, compression {description.compression}")

@@ -1,0 +1,345 @@
+"""The configuration of a pre-training or fine-tuning run: one frozen tree of sections, its presets and its loading.
+
+Every other file receives a section of this tree; nobody else holds a default. Rules that span several keys are checked here,
+before anything is loaded; rules that need the store or the hardware are in `opt_ds.training.preflight`.
+`docs/configuration.md` lists every key.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from opt_ds.config.model import STANDARD_LIMIT, DataConfig, ModelConfig, Subset
+from opt_ds.config.section import Section, dump_section, load_section, section_from_dict
+from opt_ds.config.sources import PRESET_FOLDER
+from opt_ds.config.tasks import CurriculumPhase, LossConfig, TasksConfig, TasksSection, default_tasks, plugins_of
+from opt_ds.registry import TASKS
+
+__all__ = [
+    "STANDARD_LIMIT", "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig",
+    "FineTuneConfig", "GuardConfig", "InitConfig", "LossConfig", "ModelConfig", "OpsConfig", "OptimizerConfig", "ProfileConfig",
+    "ScheduleConfig", "Section", "Subset", "TasksConfig", "TrainConfig", "ZeroConfig", "config_from_dict", "default_tasks",
+    "dump_config", "load_config",
+]  # fmt: skip
+
+
+class FineTuneConfig(Section):
+    """What `opt-ds finetune` trains, from which checkpoint. It also disables the other tasks."""
+
+    task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"] = Field(
+        ..., description="The task that is fine-tuned."
+    )
+    checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
+    weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
+    learned: tuple[str, ...] = Field((), description="Losses that the checkpoint was trained with.")
+    inputs: tuple[Subset, ...] = Field(
+        ...,
+        min_length=1,
+        description="Modalities of the input: T text, I image, A audio. With several entries, one is sampled for "
+        "each sample.",
+    )
+    negative_share: float = Field(0.5, gt=0, lt=1, description="Retrieval: share of samples that are negatives.")
+    donor_candidates: int = Field(
+        32,
+        ge=1,
+        description="Retrieval: samples drawn as candidates for a negative. The one with the most similar text "
+        "is taken.",
+    )
+    same_group_donors: bool = Field(
+        False,
+        description="Retrieval: draw half of the candidates from the sample's own group, with a different text "
+        "and image.",
+    )
+    agreement: int = Field(
+        3,
+        ge=1,
+        le=3,
+        description="VQA: number of annotators that must give an answer for a target of 1. Fewer give a "
+        "proportional target.",
+    )
+
+
+class InitConfig(Section):
+    """Initial weights of a pre-training run. Written by `--init-from`; a resumed run keeps it."""
+
+    run: str = Field(..., description="What `--init-from` named: a run's output directory, or one checkpoint.")
+    checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
+    weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
+    learned: tuple[str, ...] = Field(
+        (), description="Losses that the checkpoint was trained with. The heads of all other losses start untrained."
+    )
+    moments: bool = Field(False, description="Also take Adam's moments and number of updates from the checkpoint.")
+    adam_steps: int = Field(0, ge=0, description="Number of updates behind those moments. 0: without moments.")
+
+
+class BatchConfig(Section):
+    """How much data one optimizer step and one micro-batch take."""
+
+    size: int = Field(10240, ge=1, description="Batch size of one optimizer step over all ranks, in `batch.unit`.")
+    unit: Literal["samples", "tokens"] = Field(
+        "samples", description="What `batch.size` counts: samples, or sequence positions."
+    )
+    max_tokens: int = Field(
+        8192,
+        ge=1,
+        description="Largest micro-batch of one rank, in encoder plus decoder positions. It bounds memory and "
+        "does not change "
+        "the result of a step.",
+    )
+
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """AdamW and gradient clipping."""
+
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate, reached at the end of the warm-up.")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.98), description="Decay rates of Adam's first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="Term added to Adam's denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay. 0: none.")
+    clip_norm: float = Field(
+        1.0, ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: no clipping."
+    )
+
+
+class ScheduleConfig(Section):
+    """Learning rate over time: linear warm-up, then linear decay to 0."""
+
+    total_steps: int = Field(100_000, ge=1, description="Optimizer step at which the learning rate reaches 0.")
+    warmup_steps: int = Field(10_000, ge=0, description="Optimizer steps of the linear warm-up. 0: no warm-up.")
+
+    def lr_factor(self, step: int) -> float:
+        """Linear warm-up, then linear decay to 0 at total_steps; of the 0-based step about to be taken."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
+
+
+class TrainConfig(Section):
+    """The training loop: length, logging, validation, time limit."""
+
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps. None: stop at `schedule.total_steps`."
+    )
+    log_every: int = Field(10, ge=1, description="Optimizer steps between two log entries.")
+    validate_every: int = Field(1000, ge=1, description="Optimizer steps between two validations.")
+    validate_samples: int = Field(2048, ge=1, description="Largest number of validation samples.")
+    picture_grid: int = Field(8, ge=0, description="Number of samples in the picture grid of a validation. 0: no grid.")
+    recompute: bool = Field(
+        False,
+        description="Recompute each layer's activations in the backward pass instead of storing them: less "
+        "memory, more operations.",
+    )
+    early_stopping: int = Field(
+        0, ge=0, description="Stop after this many consecutive validations without a lower loss. 0: never."
+    )
+    preemption_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCONT", "SIGTERM"] = Field(
+        "SIGUSR1",
+        description="Signal by which a scheduler announces the end of the job. As after SIGTERM and SIGINT, the "
+        "run saves a "
+        "checkpoint and exits with code 75.",
+    )
+    time_limit_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Time limit of one launch, in minutes. The run saves before it and exits with code 75. "
+        "None: Slurm's limit where it is known, otherwise none.",
+    )
+    time_reserve_s: float = Field(
+        120,
+        ge=0,
+        description="Time reserved for saving before the time limit, in seconds, in addition to the longest step "
+        "so far.",
+    )
+
+
+class ProfileConfig(Section):
+    """A trace of PyTorch's profiler, written to `<output>/profile`."""
+
+    steps: int = Field(0, ge=0, description="Number of optimizer steps to trace. 0: no trace.")
+    skip: int = Field(2, ge=0, description="Optimizer steps of this launch before the first traced step.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are saved, and how many are kept."""
+
+    every_steps: int = Field(1000, ge=1, description="Optimizer steps between two checkpoints.")
+    keep: int = Field(
+        2, ge=1, description="Number of newest checkpoints that are kept. The best one is kept in addition."
+    )
+
+
+class GuardConfig(Section):
+    """When a run warns, skips a step, or stops; see `opt_ds.training.guard`."""
+
+    skip_budget: int = Field(
+        3,
+        ge=0,
+        description="Number of non-finite steps that may be skipped within `guard.skip_window` before the run stops.",
+    )
+    skip_window: int = Field(1000, ge=1, description="Optimizer steps over which skipped steps are counted.")
+    spike_zscore: float = Field(
+        8.0,
+        ge=0,
+        description="Warn when the loss or the gradient norm exceeds its mean by more than this many standard "
+        "deviations. 0: never.",
+    )
+    spike_window: int = Field(
+        100, ge=20, description="Optimizer steps over which that mean and standard deviation are computed."
+    )
+    skip_spikes: bool = Field(
+        False, description="Skip steps whose loss is a spike. They count towards `guard.skip_budget`."
+    )
+    compare_ranks_every: int = Field(
+        100, ge=0, description="Optimizer steps between two comparisons of the ranks' weights. 0: never."
+    )
+    rank_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="A rank that does not join a collective operation for this many seconds is considered lost.",
+    )
+    compare_calls_s: float = Field(
+        20.0,
+        gt=0,
+        description="A rank that has waited for this many seconds compares its collective calls with those of "
+        "the other ranks.",
+    )
+
+
+class ZeroConfig(Section):
+    """DeepSpeed's ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="What is partitioned over the ranks. 0: nothing, 1: optimizer state, 2: also gradients, 3: "
+        "also weights.",
+    )
+    offload_optimizer: bool = Field(
+        False, description="Keep the optimizer state in host memory and update the weights on the CPU."
+    )
+
+
+class EvaluateConfig(Section):
+    """Experiments on the model during training. Results go to `metrics.jsonl` and TensorBoard."""
+
+    every_steps: int = Field(
+        0, ge=0, description="Optimizer steps between two evaluations. The end of the run is evaluated too. 0: never."
+    )
+    experiments: tuple[Literal["retrieval", "transcription", "captioning", "image-generation", "vqa"], ...] = Field(
+        ("transcription", "retrieval"), description="Experiments that are run."
+    )
+    split: str = Field("valid", description="Split of the first store that is evaluated.")
+    limit: int = Field(200, ge=2, description="Largest number of samples per experiment, chosen by the seed.")
+
+
+class OpsConfig(Section):
+    """Which implementation of the fused operators is used."""
+
+    backend: str = Field(
+        "auto",
+        description="Backend of the fused operators: one name for all, or `layer_norm=fused,attention=torch`. "
+        "auto: the fastest one that works on this machine.",
+    )
+
+
+class Config(Section):
+    """Everything that a run depends on, except the stores' contents and the number of ranks."""
+
+    preset: str = Field("opt-base", description="Preset that the configuration starts from.")
+    seed: int = Field(
+        1, ge=0, lt=2**63, description="Seed of all randomness: initial weights, order of samples, masks, dropout."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of the forward and backward pass. auto: what `deepspeed_config` enables, "
+        "otherwise bf16 from Ampere "
+        "on, fp16 on older GPUs and fp32 on a CPU.",
+    )
+    deepspeed_config: str | None = Field(
+        None,
+        description="JSON file with further settings for DeepSpeed. None: only those that this configuration implies.",
+    )
+    data: DataConfig = Field(DataConfig(), description="Which stores are read, and how.")
+    model: ModelConfig = Field(ModelConfig(), description="Architecture of the model.")
+    tasks: TasksSection = Field(default_factory=default_tasks, description="Pre-training tasks and their weights.")
+    batch: BatchConfig = Field(BatchConfig(), description="Batch and micro-batch size.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and gradient clipping.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate over time.")
+    train: TrainConfig = Field(TrainConfig(), description="The training loop.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When checkpoints are saved.")
+    guard: GuardConfig = Field(GuardConfig(), description="When a run warns, skips a step, or stops.")
+    zero: ZeroConfig = Field(ZeroConfig(), description="DeepSpeed's ZeRO.")
+    ops: OpsConfig = Field(OpsConfig(), description="Backend of the fused operators.")
+    profile: ProfileConfig = Field(ProfileConfig(), description="A trace of PyTorch's profiler.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Experiments during training.")
+    finetune: FineTuneConfig | None = Field(None, description="Set by `opt-ds finetune`. None: pre-training.")
+    init: InitConfig | None = Field(
+        None, description="Set by `pretrain.py --init-from`. None: the run starts untrained."
+    )
+
+    @property
+    def learned_losses(self) -> tuple[str, ...]:
+        """What the model was trained with, by this run or by those that its weights come from."""
+        before = (*(self.finetune.learned if self.finetune else ()), *(self.init.learned if self.init else ()))
+        return tuple(loss for loss in self.tasks.all_losses if loss in before or loss in self.tasks.trained_losses)
+
+    def can(self, ability: str) -> bool:
+        """Whether the model was trained with the loss that teaches this ability (see `opt_ds.abilities`)."""
+        return self.tasks.loss_for(ability) in self.learned_losses
+
+    @property
+    def max_steps(self) -> int:
+        return self.train.max_steps or self.schedule.total_steps
+
+    @classmethod
+    def trust(cls, values: Any) -> None:
+        """Let the tasks that the user names by `module:Class` be imported."""
+        TASKS.allow(plugins_of(values.get("tasks")))
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        if self.schedule.warmup_steps >= self.schedule.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is not below schedule.total_steps "
+                f"{self.schedule.total_steps}"
+            )
+        if self.precision == "fp16" and self.zero.stage == 0:
+            raise ValueError(
+                "precision fp16 with zero.stage 0 trains wrongly in DeepSpeed (the loss is not scaled, the gradient is "
+                "unscaled): use zero.stage=1"
+            )
+        if self.evaluate.every_steps and self.zero.stage == 3:
+            raise ValueError(
+                "evaluate.every_steps runs the model on each rank alone, which zero.stage 3 does not allow: use a lower stage, "
+                "or evaluate the checkpoints"
+            )
+        if self.data.mix is not None and len(self.data.mix) != len(self.data.stores):
+            raise ValueError(f"data.mix has {len(self.data.mix)} weights for {len(self.data.stores)} stores")
+        if self.data.mix is not None and min(self.data.mix) <= 0:
+            raise ValueError("data.mix must hold positive weights")
+        decoder = max(self.model.max_text_tokens + 1, 0) + self.model.num_image_codes
+        if self.batch.max_tokens < self.model.max_sequence + decoder:
+            raise ValueError(
+                f"batch.max_tokens {self.batch.max_tokens} cannot hold the longest sample of "
+                f"{self.model.max_sequence + decoder} positions (text, regions, frames and what the decoders write): raise it"
+            )
+        return self
+
+
+def load_config(source: str | None = None, settings: tuple[str, ...] | list[str] = ()) -> Config:
+    """Build the configuration from a preset's name or a YAML file, then `key.path=value` settings (YAML values).
+
+    A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
+    """
+    return load_section(Config, source or "opt-base", settings, PRESET_FOLDER)
+
+
+def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
+    """Validate a plain tree (as YAML holds it) with settings applied to it. UserError names `where`, key and remedy."""
+    return section_from_dict(Config, tree, where, settings)
+
+
+def dump_config(config: Config) -> str:
+    """Return the whole tree as YAML. `load_config` of it returns an equal tree."""
+    return dump_section(config)

@@ -1,0 +1,170 @@
+"""Which tasks a run trains: `tasks`, whose sections are those of the tasks themselves (see `opt_ds.tasks.base`).
+
+`TasksConfig` holds what is common to all tasks. Each task and each of its losses adds a section of its own name, such as
+`tasks.matching`; so the class that a configuration is checked against is made of `TasksConfig` and the tasks that it names.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, SerializeAsAny, WrapValidator, create_model, model_validator
+
+from opt_ds.config.section import Section
+from opt_ds.errors import did_you_mean
+from opt_ds.registry import TASKS
+
+
+class LossConfig(Section):
+    """What every task and every loss can set."""
+
+    weight: float = Field(1.0, ge=0, description="Factor on this loss in the total. 0: disabled.")
+
+
+class CurriculumPhase(Section):
+    """Other weights of the tasks from some point of the schedule on."""
+
+    from_fraction: float = Field(
+        ..., gt=0, lt=1, description="Start of the phase, as a fraction of `schedule.total_steps`."
+    )
+    mix: dict[str, float] = Field(..., description="Task sampling weights from then on, as in `tasks.mix`.")
+
+
+class TasksConfig(Section):
+    """The tasks. A loss's weight is its own times its task's; a task without a weighted loss is disabled."""
+
+    #: name -> class of the tasks whose sections this class has
+    units: ClassVar[dict[str, Any]] = {}
+
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Tasks of other packages: names that an installed package announces (entry points `opt_ds.tasks`), or "
+        "`module:Class`.",
+    )
+    mix: dict[str, float] = Field(
+        default_factory=dict,
+        description="Task sampling weights: how often a sample is used for each task. Tasks that are not named have weight 0.",
+    )
+    curriculum: tuple[CurriculumPhase, ...] = Field(
+        (), description="Phases that replace `tasks.mix` from a fraction of the schedule on, in ascending order."
+    )
+    mask_probability: float = Field(
+        0.15, gt=0, lt=1, description="Share of tokens, regions and frames that the masked tasks mask."
+    )
+
+    if TYPE_CHECKING:  # the sections of the tasks: `config.tasks.matching`
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def class_for(cls, values: Any) -> type[Section]:
+        return tasks_config(plugins_of(values))
+
+    @property
+    def sampled(self) -> dict[str, tuple[str, ...]]:
+        """Task -> its losses, of the tasks that pre-training samples."""
+        return {name: unit.loss_names() for name, unit in self.units.items() if unit.sampled}
+
+    @property
+    def all_losses(self) -> tuple[str, ...]:
+        """Every loss that this model can have, in the order of the tasks."""
+        return tuple(loss for unit in self.units.values() for loss in unit.loss_names())
+
+    def loss_for(self, ability: str) -> str:
+        """The loss that teaches an ability (see `opt_ds.abilities`)."""
+        return next(loss.name for unit in self.units.values() for loss in unit.losses if loss.ability == ability)
+
+    def loss_weight(self, loss: str) -> float:
+        """Weight of one of `all_losses` in the total."""
+        task = next(name for name, unit in self.units.items() if loss in unit.loss_names())
+        own, of_task = getattr(self, loss), getattr(self, task)
+        if own is None or of_task is None:
+            return 0.0
+        return own.weight if task == loss else own.weight * of_task.weight
+
+    @property
+    def active_losses(self) -> tuple[str, ...]:
+        return tuple(loss for loss in self.all_losses if self.loss_weight(loss) > 0)
+
+    @property
+    def trained_losses(self) -> tuple[str, ...]:
+        """The active losses of which some phase of the mix has samples (and those of tasks that are not sampled)."""
+        mixes = (self.mix, *(phase.mix for phase in self.curriculum))
+        shares = {loss: max(mix.get(task, 0.0) for mix in mixes) for task, losses in self.sampled.items() for loss in losses}
+        return tuple(loss for loss in self.active_losses if shares.get(loss, 1.0) > 0)
+
+    def mix_at(self, fraction: float) -> dict[str, float]:
+        """Sampling weights of the tasks at this fraction of the schedule; tasks without a weighted loss have 0. They sum to 1."""
+        mix = self.mix
+        for phase in self.curriculum:
+            if fraction >= phase.from_fraction:
+                mix = phase.mix
+        active = self.active_losses
+        shares = {
+            task: mix.get(task, 0.0) if any(loss in active for loss in losses) else 0.0
+            for task, losses in self.sampled.items()
+        }
+        total = sum(shares.values())
+        return {task: share / total for task, share in shares.items()} if total else shares
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TasksConfig":
+        if not self.units:  # the common part alone
+            return self
+        for name, mix in [("tasks.mix", self.mix), *(("tasks.curriculum", p.mix) for p in self.curriculum)]:
+            for task, share in mix.items():
+                if task not in self.sampled:
+                    raise ValueError(f'{name} names no task "{task}"{did_you_mean(task, self.sampled)}')
+                if share < 0:
+                    raise ValueError(f"{name}.{task} is {share}: a share cannot be negative")
+        starts = [phase.from_fraction for phase in self.curriculum]
+        if starts != sorted(starts):
+            raise ValueError("tasks.curriculum must be in the order of from_fraction")
+        for fraction in (0.0, *starts):
+            if not self._has_unsampled and not any(self.mix_at(fraction).values()):
+                raise ValueError("the weights of tasks and tasks.mix leave no task: give one a positive share and weight")
+        return self
+
+    @property
+    def _has_unsampled(self) -> bool:
+        """Whether a task that needs no sampling weight is trained (fine-tuning's)."""
+        sampled = {loss for losses in self.sampled.values() for loss in losses}
+        return any(loss not in sampled for loss in self.active_losses)
+
+
+@cache
+def tasks_config(plugins: tuple[str, ...]) -> type[TasksConfig]:
+    """Return the class with the sections of the built-in tasks and of these. Raises UserError for one that cannot be loaded."""
+    units = TASKS.units(plugins)
+    sections: dict[str, Any] = {}
+    for unit in units.values():
+        sections |= unit.sections()
+    sampled = [name for name, unit in units.items() if unit.sampled]
+    mix = Field(
+        default_factory=lambda: dict.fromkeys(sampled, 1.0), description=TasksConfig.model_fields["mix"].description
+    )
+    made = create_model("TasksConfig", __base__=TasksConfig, __doc__=TasksConfig.__doc__, mix=(dict[str, float], mix), **sections)
+    made.units = units
+    return made
+
+
+def _with_sections(value: Any, _: Any) -> TasksConfig:
+    if isinstance(value, TasksConfig):
+        return value
+    return tasks_config(plugins_of(value)).model_validate(value)
+
+
+def plugins_of(tree: Any) -> tuple[str, ...]:
+    """Return `plugins` of a plain tree of the section; none where they are no list of names (which validation then reports)."""
+    given = tree.get("plugins") if isinstance(tree, dict) else None
+    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
+        return ()
+    return tuple(given)
+
+
+#: The section of the run's configuration.
+TasksSection = Annotated[SerializeAsAny[TasksConfig], WrapValidator(_with_sections)]
+
+
+def default_tasks() -> TasksConfig:
+    """Return the section with the built-in tasks and all defaults."""
+    return tasks_config(())()

@@ -1,0 +1,221 @@
+"""The process that decodes foreign files, one after another, under limits. `decoder.py` starts it and talks to it.
+
+Nothing that happens here, a crash of a native library included, harms the process that asked:
+
+- memory (RLIMIT_AS) and CPU time (RLIMIT_CPU) are limited for each file by what its header announces; a timer bounds the
+  time on the clock; each ends this process only;
+- it ends with the process that started it, whatever it computes at that moment (see `_end_with_parent`);
+- it writes nothing but its answer: no core dumps, and what libraries print goes to memory that the parent may read.
+
+A request is one JSON message: kind (image, audio, arrays), path, limits. The answer is one JSON message, its arrays' bytes
+lie in shared memory. A file is read to its end once, for its hash, before any decoder sees it: errors of the file system
+("fault") are so told apart from errors of the content ("failure").
+"""
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import select
+import signal
+import socket
+import stat
+import sys
+from typing import Any, BinaryIO, cast
+
+from opt_ds.decoding.limits import Budget, Limits, readable
+
+MESSAGE_BYTES = 2**17  # a request holds one path
+DIGEST_BYTES = 8  # identical files are counted, not proven
+_STACK_BYTES = 64 * 2**20  # a drawing of a thousand nested groups is drawn; deeper ones end this process
+_RETIRE_BYTES = 512 * 2**20  # of memory that libraries did not give back
+_UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO)
+#: What the file system, the network or the kernel says, never a file's content.
+FAULTS = tuple(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EMFILE", "ENFILE", "EREMOTEIO", "EHOSTDOWN",
+                 "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNABORTED", "ENODEV", "ENOLINK", "EAGAIN", "EBUSY")
+)  # fmt: skip
+
+
+class Process:
+    """The loop of the process. `answers`: memory shared with the parent; `status`: the budget at work, for its reports."""
+
+    def __init__(self, requests: socket.socket, answers: int, status: int) -> None:
+        self._requests, self._answers, self._status = requests, answers, status
+        self._idle_bytes = 0
+        self._budget = Budget()
+
+    def run(self) -> None:
+        """Answer requests until the parent closes its end."""
+        while message := self._requests.recv(MESSAGE_BYTES):
+            answer = self._answer(json.loads(message))
+            self._allow(None)
+            answer["retire"] = bool(self._idle_bytes) and _own_memory() > self._idle_bytes + _RETIRE_BYTES
+            self._requests.send(json.dumps(answer).encode())
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        path, limits = request["path"], Limits(**request["limits"])
+        kind = request["kind"].removeprefix("digest of ")
+        digest_only = kind != request["kind"]
+        if not digest_only:
+            _import_decoders(kind)
+        self._idle_bytes = self._idle_bytes or _own_memory()
+        try:
+            with _open(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > limits.file_bytes(kind):
+                    allowed = f"{readable(limits.file_bytes(kind))} are allowed"
+                    return {"failure": f"the file has {readable(size)}, {allowed}", "refused": True}
+                digest = hashlib.file_digest(cast(io.BufferedReader, file), _new_digest).hexdigest()
+                if digest_only:
+                    return {"digest": digest}
+                file.seek(0)
+                return {"digest": digest, **self._decode(kind, file, path, size, limits)}
+        except OSError as error:
+            return _answer_of_os_error(error)
+
+    def _decode(self, kind: str, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
+        from opt_ds.decoding.reasons import RefusedError, reason_of
+
+        self._allow(limits.of_header(size))
+        try:
+            if kind == "image":
+                return self._picture(file, path, size, limits)
+            if kind == "audio":
+                return self._recording(file, path, size, limits)
+            return self._arrays(file, limits)
+        except MemoryError:
+            return {"failure": f"it needs more than {readable(self._budget.memory_bytes)} of memory", "refused": True}
+        except Exception as error:  # decoders raise anything at all
+            if isinstance(error, OSError) and error.errno in FAULTS:
+                raise
+            file.seek(0)
+            return {"failure": reason_of(error, kind, file.read(4096)), "refused": isinstance(error, RefusedError)}
+
+    def _picture(self, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
+        from opt_ds.decoding import drawings, pictures
+
+        if drawings.is_drawing(file):
+            picture = drawings.draw(path, limits, lambda pixels: self._allow(limits.of_drawing(size, pixels)))
+        else:
+            picture = pictures.load_bitmap(file, limits.max_pixels, lambda pixels: self._allow(limits.of_picture(size, pixels)))
+        self._write(picture.tobytes(), 0)
+        return {"size": picture.size}
+
+    def _recording(self, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
+        from opt_ds.decoding.recordings import decode_recording
+
+        def allow(values: int) -> None:
+            self._allow(limits.of_recording(size, values))
+
+        mono, rate_hz = decode_recording(file, limits.max_seconds, allow)
+        self._write(mono, 0)
+        return {"samples": len(mono), "rate_hz": rate_hz}
+
+    def _arrays(self, file: BinaryIO, limits: Limits) -> dict[str, Any]:
+        from opt_ds.decoding.npz_arrays import load_arrays
+
+        arrays = load_arrays(file, lambda unpacked_bytes: self._allow(limits.of_arrays(unpacked_bytes)))
+        described, offset = [], 0
+        for name, array in arrays.items():
+            self._write(array.tobytes(), offset)
+            described.append([name, array.dtype.str, array.shape, offset])
+            offset += array.nbytes
+        return {"arrays": described}
+
+    def _allow(self, budget: Budget | None) -> None:
+        """Limit what follows; None: what belongs to no file is not limited."""
+        self._budget = budget or Budget()
+        hard = resource.RLIM_INFINITY
+        if budget is None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            return
+        os.pwrite(self._status, json.dumps([budget.memory_bytes, budget.cpu_s]).ljust(64).encode(), 0)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + budget.cpu_s), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (_own_memory() + budget.memory_bytes, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (budget.memory_bytes, hard))  # shared memory counts as files
+        signal.setitimer(signal.ITIMER_REAL, budget.wall_s)
+
+    def _write(self, data: Any, offset: int) -> None:
+        left = memoryview(data).cast("B")
+        while left:
+            done = os.pwrite(self._answers, left, offset)
+            left, offset = left[done:], offset + done
+
+
+def _new_digest() -> Any:
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
+def _import_decoders(kind: str) -> None:
+    """Import what the kind needs, before any limit is set: code is no part of a file's needs."""
+    if kind == "image":
+        import opt_ds.decoding.drawings
+        from opt_ds.decoding.pictures import accepted_formats
+
+        accepted_formats()
+    elif kind == "audio":
+        import opt_ds.decoding.recordings
+    else:
+        import opt_ds.decoding.npz_arrays  # noqa: F401
+
+
+def _open(path: str) -> BinaryIO:
+    # Without waiting: opening a pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _answer_of_os_error(error: OSError) -> dict[str, Any]:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return {"missing": True}
+    if error.errno in _UNUSABLE_NAME:
+        return {"failure": "the name is not that of a regular file", "refused": True}
+    return {"fault": error.errno or errno.EIO}
+
+
+def _own_memory() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """Have the kernel end this process (SIGIO) as soon as the pipe's other end, which only the parent holds, is closed.
+
+    A thread could not do that: native code may hold the interpreter's lock for ever. PR_SET_PDEATHSIG would end this process
+    with the *thread* that started it, and a web server's threads come and go.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # it was closed before we asked
+        os._exit(1)
+
+
+def main(arguments: list[str]) -> None:
+    """Run with the numbers of inherited descriptors: socket, memory for answers, memory for the status, pipe."""
+    connection, answers, status, lifeline = map(int, arguments)
+    _end_with_parent(lifeline)
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: they reach the parent too, which decides
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES if hard < 0 else min(_STACK_BYTES, hard), hard))
+    with socket.socket(fileno=connection) as requests:
+        Process(requests, answers, status).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Picture files of any usual kind as RGB: JPEG, PNG, WebP, HEIC and more; palette, grey, transparent ones on white.
+
+A file is not trusted: its size is read before a pixel is decoded, and this code runs in the decoder's process (decoder.py).
+Drawings (SVG): see drawings.py.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from opt_ds.decoding.limits import MIB
+from opt_ds.decoding.reasons import RefusedError, unreadable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PIXELS_SIDE = 64
+# Pillow would also open PostScript (by starting Ghostscript) and dozens of formats that nobody trains on.
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
+_PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif", "Jpeg2K")
+# Our own limit, a setting, is checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@functools.cache
+def accepted_formats() -> list[str]:
+    """Import the decoders of all accepted formats, and return Pillow's names of these. Only a process that decodes needs them."""
+    import pi_heif
+    from PIL import AvifImagePlugin, PngImagePlugin
+
+    for plugin in _PLUGINS:
+        importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    pi_heif.register_heif_opener()
+    # Editors leave histories of megabytes in a PNG's text.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * MIB
+    # As many threads as the preparation's worker has: one.
+    pi_heif.options.DECODE_THREADS = AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    return [name for name in _WANTED if name in Image.OPEN]
+
+
+def open_bitmap(file: BinaryIO) -> Image.Image:
+    """Return the picture with its header read; nothing is decoded yet. Raises what its decoder raises."""
+    return Image.open(file, formats=accepted_formats())
+
+
+def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -> Image.Image:
+    """Return the file's picture as RGB, drawn on white, turned upright by its EXIF tag; of an animation the first frame.
+
+    16-bit grey becomes 8-bit by its high byte. `allow` hears of the number of pixels before they are decoded. Raises
+    RefusedError for more than `max_pixels`, or a depth that has no fixed range; BrokenFileError for a file of another format;
+    OSError, ValueError or another exception of the decoder for a broken file.
+    """
+    try:
+        picture = open_bitmap(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        raise unreadable("image", file.read(4096)) from None
+    with picture:
+        width, height = picture.size
+        if width * height > max_pixels:
+            raise RefusedError(f"{width} x {height} pixels are more than {max_pixels} (--max-pixels)")
+        allow(width * height)
+        return to_rgb(picture, in_place=True)
+
+
+def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
+    """Return an opened picture as `load_bitmap` does; `in_place` may change the given one. Raises RefusedError likewise."""
+    if picture.mode.startswith("I;16"):
+        import numpy as np
+
+        return on_white(ImageOps.exif_transpose(Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))))
+    if picture.mode in ("I", "F"):
+        raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits a channel")
+    picture.load()
+    if in_place:
+        ImageOps.exif_transpose(picture, in_place=True)  # copies only where there is something to turn
+        return on_white(picture)
+    return on_white(ImageOps.exif_transpose(picture))
+
+
+def to_pixels(picture: Image.Image) -> "np.ndarray":
+    """Return the picture's centre square as uint8 [3, 64, 64] (as DALL-E prepares pictures for its dVAE)."""
+    import numpy as np
+
+    square = ImageOps.fit(picture, (PIXELS_SIDE, PIXELS_SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(square).transpose(2, 0, 1).copy()
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Return the picture as RGB; where it is transparent, white."""
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -1,0 +1,89 @@
+"""Why a file was not used, in our words: what it is instead, cut off, damaged. Libraries' own messages name neither."""
+
+import re
+from typing import Any
+
+from opt_ds.decoding.file_kinds import SVG, format_of_content, why_not_decodable
+
+ACCEPTED = {
+    "image": "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC, JPEG 2000 and SVG pictures",
+    "audio": "WAV, RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3 recordings",
+    "arrays": ".npz files of numbers",
+}
+_OWN = {"image": "picture", "audio": "recording", "arrays": "archive"}  # how the names below end
+#: What the first bytes of further files say, which no list of formats has: nobody gives them for a picture or recording.
+_OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x80\x02", "a pickle"),
+    (b"\x80\x04", "a pickle"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+)
+_SPOKEN_WITH_A_VOWEL = frozenset((
+    "AVIF", "SVG", "icon", "OpenEXR", "RF64", "OGG", "MP3", "AIFF", "AU", "M4A", "AMR", "NIST", "AC-3", "XML", "HTML", "MPEG-4",
+    "xz", "RAR",
+))  # fmt: skip
+_CUT = re.compile(r"truncat|unexpected end|end of file|not enough|premature|lost sync|incomplete|EOF", re.IGNORECASE)
+
+
+class RefusedError(ValueError):
+    """A file that may be whole, but is larger than allowed or of a kind that is not accepted. The message is for the user."""
+
+
+class BrokenFileError(ValueError):
+    """A file whose content contradicts itself. The message is for the user."""
+
+
+def what_it_is(head: bytes) -> str | None:
+    """Return what a file is by its first bytes, such as "an HTML page"; None if nothing is known about them."""
+    if not head:
+        return "an empty file"
+    found = format_of_content(head)
+    if found is not None and found != SVG:
+        return f"{_article(str(found))} {found}"
+    for start, name in _OTHER_CONTENT:
+        if head.startswith(start):
+            return name
+    if head[:1] in b"{[" and head.isascii():
+        return "JSON"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        return "XML"
+    if not any(head):
+        return "nothing but zeros"
+    return "text" if head.isascii() and b"\0" not in head else None
+
+
+def _article(name: str) -> str:
+    return "an" if name.split()[0] in _SPOKEN_WITH_A_VOWEL else "a"
+
+
+def unreadable(kind: str, head: bytes) -> BrokenFileError:
+    """Return the error for a file that no decoder of its kind takes: another kind of file, or a damaged one of this kind."""
+    if (advice := _advice(kind, head)) is not None:
+        return BrokenFileError(advice)
+    found = what_it_is(head)
+    if found is None:
+        return BrokenFileError(f"it is none of the {ACCEPTED[kind]}")
+    if found.endswith(_OWN[kind]):
+        return BrokenFileError(f"it is {found}, damaged or cut off")
+    return BrokenFileError(f"it is {found}: accepted are {ACCEPTED[kind]}")
+
+
+def _advice(kind: str, head: bytes) -> str | None:
+    """Return what to do with a picture or recording of a format that is known and has no decoder here."""
+    found = format_of_content(head)
+    return why_not_decodable("", head) if found is not None and found.kind == kind else None
+
+
+def reason_of(error: Any, kind: str, head: bytes) -> str:
+    """Return the reason to report for a decoder's exception. `head`: the file's first bytes."""
+    if isinstance(error, (RefusedError, BrokenFileError)):
+        return " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if (advice := _advice(kind, head)) is not None:
+        return advice
+    found = what_it_is(head) or "of an accepted format"
+    if _CUT.search(str(error)):
+        return f"it is {found}, cut off or damaged"
+    return f"it is {found}, damaged"

@@ -1,0 +1,122 @@
+"""Sound files of any usual kind as mono: WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG, MP3; any rate and channels.
+
+Decoding needs no torch, as it runs in the decoder's process (decoder.py); resampling to 16 kHz does, in the process that asks.
+"""
+
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+
+from opt_ds.decoding.limits import VALUES_PER_SECOND
+from opt_ds.decoding.reasons import BrokenFileError, RefusedError, unreadable
+from opt_ds.decoding.sound_headers import SoundHeader, read_sound_header, with_index
+
+SAMPLE_RATE_HZ = 16_000
+RATES_HZ = (1000, 768_000)  # of a recording, the lowest and the highest
+#: By content, never by name. libsndfile also opens formats without any mark of their own, which fit any bytes.
+_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3")
+#: Codecs that libsndfile decodes but cannot seek in are read in one piece too; DWVW it cannot read to the end.
+_REFUSED_CODECS = ("DWVW_12", "DWVW_16", "DWVW_24", "DWVW_N", "VOX_ADPCM")
+# The resampling filter has one phase a term of the ratio: two rates without a common divisor would need gigabytes.
+_MOST_PHASES = 1000
+_SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # below the loudest frame; 20 ms; 100 ms are kept
+_CUT_S = 0.1  # an encoder's padding is shorter
+
+
+def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], None]) -> tuple[np.ndarray, int]:
+    """Return a recording as mono float32 [S], its channels averaged, and its rate in Hz.
+
+    `allow` hears of the number of values (over all channels) before they are decoded. Raises RefusedError for another format, a
+    rate outside 1 to 768 kHz, more than `max_seconds`, or more values than so many seconds at 192 kHz have; BrokenFileError for a
+    recording without samples, with NaN, cut off, or of which only a part would be read; soundfile's error for a broken one.
+    """
+    header = read_sound_header(file)
+    if header is None:
+        file.seek(0)
+        raise unreadable("audio", file.read(4096))
+    if header.problem is not None:
+        raise BrokenFileError(header.problem)
+    with _opened(header, file) as sound:
+        if sound.format not in _FORMATS or sound.subtype in _REFUSED_CODECS:
+            raise RefusedError(f"its encoding ({sound.format}, {sound.subtype}) is not accepted: save it as WAV or FLAC")
+        rate_hz, channels = sound.samplerate, sound.channels
+        if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
+            raise RefusedError(f"a rate of {rate_hz} Hz is no recording's")
+        frames = sound.frames
+        if header.length_unknown and sound.format == "FLAC":
+            raise RefusedError("its header does not say how long it is (a FLAC written to a pipe): encode it again into a file")
+        _check_length(frames, channels, rate_hz, max_seconds)
+        if header.is_cut:
+            assert header.announced is not None and header.held is not None
+            whole = frames * header.announced / max(1, header.held)
+            raise BrokenFileError(f"it is cut off: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
+        allow(frames * channels)
+        # In one piece: MP3 comes out otherwise, in the last bits, where reading stops and goes on.
+        samples = sound.read(frames=frames, dtype="float32", always_2d=True)
+    if frames - len(samples) > _CUT_S * rate_hz:
+        raise BrokenFileError(f"it is cut off: {len(samples) / rate_hz:.1f} of {frames / rate_hz:.1f} s")
+    mono = samples.mean(1)
+    if not len(mono):
+        raise BrokenFileError("the recording has no samples")
+    if not np.isfinite(mono).all():
+        raise BrokenFileError("the recording has NaN or infinite samples")
+    return mono, rate_hz
+
+
+def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:
+    try:
+        sound = soundfile.SoundFile(header.readable(file))
+    except soundfile.LibsndfileError:
+        if header.is_cut:  # some formats it does not open then
+            raise BrokenFileError(f"it is cut off: {header.held} of {header.announced} bytes of sound") from None
+        raise
+    if header.mpeg is None or abs(sound.frames - header.mpeg.samples) <= _CUT_S * sound.samplerate:
+        return sound
+    sound.close()
+    with with_index(header.mpeg, file) as indexed:
+        return soundfile.SoundFile(f"/proc/self/fd/{indexed.fileno()}")
+
+
+def _check_length(frames: int, channels: int, rate_hz: int, max_seconds: float) -> None:
+    if frames > max_seconds * rate_hz:
+        raise RefusedError(f"{frames / rate_hz:.0f} s are more than {max_seconds:g} (--max-seconds)")
+    if frames * channels > max_seconds * VALUES_PER_SECOND:
+        raise RefusedError(
+            f"{frames / rate_hz:.0f} s of {channels} channels at {rate_hz} Hz are more than {max_seconds:g} s of "
+            f"one at {VALUES_PER_SECOND} Hz (--max-seconds)"
+        )
+
+
+def resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
+    """Return float32 samples at 16 kHz. Of an odd rate (such as 44,057 Hz) the ratio is rounded: by 1e-6 at most."""
+    if rate_hz == SAMPLE_RATE_HZ:
+        return mono
+    import torch
+
+    ratio = Fraction(rate_hz, SAMPLE_RATE_HZ).limit_denominator(_MOST_PHASES)
+    return _resampler(ratio.numerator, ratio.denominator)(torch.from_numpy(mono)).numpy()
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(rate: int, new_rate: int) -> Any:
+    """Return the resampling from one rate to another. Its filter costs as much as a short recording's resampling."""
+    import torch
+    import torchaudio
+
+    return torchaudio.transforms.Resample(rate, new_rate, dtype=torch.float32)
+
+
+def trim_silence(mono: np.ndarray) -> np.ndarray:
+    """Return the recording without the silence at its ends: frames 40 dB below the loudest one; 100 ms of it stay."""
+    count = -(-len(mono) // _SILENCE_FRAME)
+    frames = np.pad(mono, (0, count * _SILENCE_FRAME - len(mono))).reshape(count, _SILENCE_FRAME)
+    power = np.square(frames, dtype="float64").mean(1)
+    loud = np.flatnonzero(power > power.max() * 10 ** (_SILENCE_DB / 10))
+    if not len(loud):  # silence alone
+        return mono
+    start, stop = loud[0] * _SILENCE_FRAME - _SILENCE_MARGIN, (loud[-1] + 1) * _SILENCE_FRAME + _SILENCE_MARGIN
+    return mono[max(0, start) : stop]

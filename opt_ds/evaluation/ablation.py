@@ -1,0 +1,250 @@
+"""The paper's ablation (Liu et al. 2021, §4): the same seed and budget without a task or a level, judged by a linear probe.
+
+Each row is a run of pretrain.py in a folder of its own, and `row.json` beside it once it is probed. The table is made of the rows
+that are there, so rows may come from several processes and at different times.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opt_ds.config import Config, TasksConfig, load_config
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.plan import StepPlan
+from opt_ds.errors import RunError, UserError, did_you_mean
+from opt_ds.evaluation.ablation_table import ABLATION_SCHEMA, FULL, UNTRAINED, write_ablation_table
+from opt_ds.evaluation.classification import classification, label_matrices
+from opt_ds.evaluation.evaluator import Evaluator, samples_with
+from opt_ds.model.initial import initial_model
+from opt_ds.store.files import exclusive_use, write_json
+from opt_ds.store.reader import FeatureStore
+from opt_ds.training import checkpoint
+from opt_ds.training.distributed import RANK_VARIABLES
+from opt_ds.training.metrics import METRICS_FILE
+from opt_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.version import PACKAGE_FOLDER
+
+_LOG = logging.getLogger(__name__)
+_LEVELS = ("sample", "modality", "token")
+ROW_FILE = "row.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the ablation: its name, settings on top of the full run's, configuration, and the losses that it can compute."""
+
+    name: str
+    settings: tuple[str, ...]
+    config: Config
+    losses: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        return 0 if self.name == UNTRAINED else self.config.max_steps
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a row is judged; the arguments of `classification`."""
+
+    split: str = "test_variant"
+    train_split: str = "train"
+    subsets: tuple[str, ...] = ("T+A+I",)
+    min_positives: int = 10
+    regularisation: float = 1.0
+    limit: int | None = None
+
+
+def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
+    """Return row -> the tasks and losses whose weight it sets to 0.
+
+    Rows leave out a level, one task of a level that has several, or one loss of a level that is a single task.
+    """
+    levels = {level: [unit for unit in tasks.units.values() if unit.level == level and unit.sampled] for level in _LEVELS}
+    rows: dict[str, tuple[str, ...]] = {FULL: ()}
+    rows |= {f"no-{level}-level": tuple(unit.name for unit in units) for level, units in levels.items() if units}
+    for units in reversed(levels.values()):
+        parts = [unit.name for unit in units] if len(units) > 1 else [loss for unit in units for loss in unit.loss_names()]
+        rows |= {f"no-{part}": (part,) for part in parts if len(parts) > 1}
+    return rows | {UNTRAINED: ()}
+
+
+def plan_rows(source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = ()) -> list[Row]:
+    """The rows named (none: all that differ from the full run), in the order of `rows_without`.
+
+    Early stopping is off in all of them: the budget is the same. Raises UserError for an unknown row, for one that leaves no
+    task, and for a named one that takes nothing away, since the full run has none of its losses.
+    """
+    shared = (*settings, "train.early_stopping=0")
+    full = load_config(source, shared)
+    known = rows_without(full.tasks)
+    for name in names:
+        if name not in known:
+            raise UserError(f'--row "{name}": no such row{did_you_mean(name, known)}; known: {", ".join(known)}')
+    possible = possible_losses(full, stores)
+    rows = []
+    for name, without in known.items():
+        if names and name not in names:
+            continue
+        gone = {loss for task in without for loss in full.tasks.sampled.get(task, (task,))}
+        left = () if name == UNTRAINED else tuple(loss for loss in possible if loss not in gone)
+        if without and (not left or len(left) == len(possible)):
+            if names:
+                why = "leaves no task" if not left else "takes nothing away: the full run has none of its losses"
+                raise UserError(f"--row {name} {why} (those of the full run: {', '.join(possible)}): leave it away")
+            continue
+        own = tuple(f"tasks.{task}.weight=0" for task in without)
+        rows.append(Row(name, (*shared, *own), load_config(source, (*shared, *own)), left))
+    return rows
+
+
+def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ...]:
+    """Losses that a run of this configuration computes on these stores: weighted, drawn at some time, and possible."""
+    off = StepPlan(config, stores).off
+    last = config.max_steps / config.schedule.total_steps
+    mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
+    drawn = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in off}
+    active = config.tasks.active_losses
+    return tuple(x for draw, own in config.tasks.sampled.items() if draw in drawn for x in own if x in active and x not in off)
+
+
+def check_labels(store: FeatureStore, probe: Probe, seed: int) -> None:
+    """Raise UserError if the probe would have no label to learn: before anything is trained."""
+    train, test = (samples_with(store, s, (TEXT, IMAGE, AUDIO), probe.limit, seed) for s in (probe.train_split, probe.split))
+    label_matrices(store, train, test, probe.min_positives)
+
+
+def is_done(row: Row, folder: Path, probe: Probe) -> bool:
+    """Whether the row's figures are there, of the same budget and probe."""
+    found = read_row(folder / row.name)
+    return found is not None and _is_of(found, row.config, probe)
+
+
+def read_row(folder: Path) -> dict[str, Any] | None:
+    """A row's figures; None while there are none."""
+    try:
+        return json.loads((folder / ROW_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{folder / ROW_FILE}: not readable ({error}): remove it, and the row is probed again") from None
+
+
+def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device: str) -> dict[str, Any]:
+    """Probe the last checkpoint of the row's run, and write row.json. Raises RunError if the run is not what the row says."""
+    run = folder / row.name
+    seconds = 0.0
+    ran: tuple[str, ...] = ()
+    if row.name == UNTRAINED:
+        model = initial_model(row.config, [store])
+    else:
+        last = checkpoint.pointed(run, "latest")
+        state = checkpoint.train_state(checkpoint.read_state(last)) if last else checkpoint.TrainState()
+        if last is None or state.step != row.steps:
+            raise RunError(f"{run}: its run stands at step {state.step} of {row.steps}: give the same command again")
+        ran, seconds = losses_of_run(run, row.config.tasks), state.train_seconds
+        if set(ran) - set(row.losses):
+            raise RunError(f"{run}: {', '.join(sorted(set(ran) - set(row.losses)))} ran, which the row is without")
+        model, _ = checkpoint.load_model(last)
+    evaluator = Evaluator(model.to(device), row.config, store, device)
+    figures = classification(
+        evaluator, probe.split, probe.train_split, probe.subsets, probe.min_positives, probe.regularisation, probe.limit,
+        row.config.seed,
+    )  # fmt: skip
+    found = {
+        "row": row.name, "without": list(rows_without(row.config.tasks)[row.name]), "losses": list(ran),
+        "steps": row.steps, "train_seconds": seconds,
+        "probe": _probe_settings(row.config, probe), "classification": figures,
+    }  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / ROW_FILE, found)
+    return found
+
+
+def losses_of_run(run: Path, tasks: TasksConfig) -> tuple[str, ...]:
+    """The losses that a run's training steps computed, by its own log."""
+    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    logged = {key for line in lines for key in json.loads(line)}
+    return tuple(loss for loss in tasks.all_losses if f"train/{loss}/loss" in logged)
+
+
+def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
+    """What pretrain.py is given for a row."""
+    settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py takes a key once
+    return ["--config", source, "--output", str(folder / row.name), *(part for x in settings.values() for part in ("--set", x))]
+
+
+def make_rows(
+    source: str, rows: Sequence[Row], folder: Path, store: FeatureStore, probe: Probe, ranks: int, device: str,
+) -> int:  # fmt: skip
+    """Pre-train and probe the rows that are not done, and write the tables after each.
+
+    Returns 0, or 75 when a signal stopped it (a run that it cut has saved). Raises RunError when a run fails.
+    """
+    with StopRequest() as stop:
+        for number, row in enumerate(rows, 1):
+            where = f"[{number}/{len(rows)}] {row.name}"
+            if is_done(row, folder, probe):
+                _LOG.info(f"{where}: done before")
+                continue
+            _LOG.info(f"{where}: losses {', '.join(row.losses) or 'none'}")
+            code = _pretrain(pretrain_arguments(source, row, folder), ranks, stop) if row.steps else 0
+            if stop.received:
+                return REQUEUE_EXIT_CODE
+            if code:
+                raise RunError(f"row {row.name}: pretrain.py ended with code {code}, see above; the same command goes on")
+            probe_row(row, folder, store, probe, device)
+            write_tables(folder, store, row.config, probe)
+    return 0
+
+
+def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
+    """Run pretrain.py, pass on what asks this process to stop, and return its exit code."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    script = PACKAGE_FOLDER / "pretrain.py"
+    # A rank of a job that we ourselves may be is none of the run's.
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    # In a session of its own: a Ctrl-C in the terminal reaches it once, through us.
+    with subprocess.Popen(
+        [sys.executable, *launcher, str(script), *arguments], env=environment, start_new_session=True
+    ) as process:
+        passed_on = False
+        while (code := process.poll()) is None:
+            if stop.received and not passed_on:
+                process.send_signal(signal.SIGTERM)  # the one signal that torchrun gives to its ranks
+                passed_on = True
+            time.sleep(0.2)
+    return code
+
+
+def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe) -> dict[str, Any]:
+    """The table of all rows in `folder` of this budget and probe (see ablation_table); gives its figures.
+
+    One process at a time: of an array's tasks the last one to write has read every row.
+    """
+    with exclusive_use(folder / "ablation"):
+        found = [row for name in rows_without(config.tasks) if (row := read_row(folder / name)) is not None]
+        rows = [row for row in found if _is_of(row, config, probe)]
+        figures = {
+            "schema": ABLATION_SCHEMA, "store": {"name": store.name, "fingerprint": store.fingerprint}, "preset": config.preset,
+            "seed": config.seed, "batch": config.batch.model_dump(include={"size", "unit"}), "rows": rows,
+        }  # fmt: skip
+        write_ablation_table(figures, folder)
+    return figures
+
+
+def _is_of(found: dict[str, Any], config: Config, probe: Probe) -> bool:
+    steps = 0 if found["row"] == UNTRAINED else config.max_steps
+    return found["steps"] == steps and found["probe"] == _probe_settings(config, probe)
+
+
+def _probe_settings(config: Config, probe: Probe) -> dict[str, Any]:
+    return {**json.loads(json.dumps(asdict(probe))), "seed": config.seed}

@@ -1,0 +1,68 @@
+"""Evaluation during a run: trivial baselines beside the validation losses, the picture grid, experiments at intervals."""
+
+import logging
+from collections.abc import Sequence
+
+from opt_ds.config import Config
+from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.dvae.storage import load_store_dvae
+from opt_ds.evaluation.during_training import check_experiments, figures_during_training
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.image_generation import Painter
+from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import DVAE_FOLDER
+from opt_ds.tasks.baselines import trivial_baselines
+from opt_ds.training.callbacks import Callbacks, TrainingRun
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy")  # printed; the others are in the files
+
+
+class EvaluationCallbacks(Callbacks):
+    """Evaluates the model while it is trained, as the configuration's `evaluate` and `train.picture_grid` say."""
+
+    def __init__(self) -> None:
+        self._baselines: dict[str, float] | None = None
+
+    def check(self, config: Config, stores: Sequence[FeatureStore]) -> None:
+        """Raise UserError if an experiment of `evaluation.experiments` cannot be run on the first store."""
+        check_experiments(config, stores[0])
+
+    def reference_losses(self, run: TrainingRun) -> dict[str, float]:
+        """Return each loss's trivial baseline, computed once."""
+        if self._baselines is None:
+            is_main = run.group.ranks.is_main
+            self._baselines = trivial_baselines(run.config, run.stores, run.plan.version) if is_main else {}
+        return self._baselines
+
+    def after_validation(self, run: TrainingRun) -> None:
+        """Draw the picture grid, by rank 0; a model that is spread over ranks (stage 3) cannot draw alone."""
+        if not (run.group.ranks.is_main and run.config.train.picture_grid and run.config.zero.stage < 3):
+            return
+        valid = run.config.data.valid_split
+        store = next((store for store in run.stores if store.has_codes and store.has_pixels), None)
+        if store is None or not (store.path / DVAE_FOLDER).is_dir():
+            return
+        evaluator = Evaluator(run.engine.module, run.config, store, run.group.device)
+        if not evaluator.has_samples(valid, (TEXT, IMAGE)):
+            return
+        run.engine.eval()
+        dvae = load_store_dvae(store.path, store.description).to(run.group.device)
+        image = draw_picture_grid(evaluator, Painter(dvae), valid, run.config.train.picture_grid)
+        run.report.picture("valid/pictures", image, run.state.step)
+        run.engine.train()
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Run the experiments of `evaluation.experiments` where they are due, shared by the ranks, and report their figures."""
+        options = run.config.evaluate
+        if not (options.every_steps and run.is_due(options.every_steps)):
+            return
+        evaluator = Evaluator(run.engine.module, run.config, run.stores[0], run.group.device, run.group)
+        figures = figures_during_training(evaluator, options, run.config.seed)
+        run.engine.train()
+        run.report.scalars(run.state.step, figures, "evaluate")
+        _LOG.info(f"evaluation after step {run.state.step}, on {options.split}")
+        for name, value in figures.items():
+            if name.rpartition("/")[2] in _SHOWN:
+                _LOG.info(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")

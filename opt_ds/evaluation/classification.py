@@ -1,0 +1,140 @@
+"""Multi-modal classification (Liu et al. 2021, §4): a linear probe on the frozen [CLS], mAP, for each of the seven modality
+subsets.
+
+Legend: n samples, e width, c labels.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.extras import needs_extra
+from opt_ds.store.reader import FeatureStore
+
+with needs_extra("downstream", "the classification probe"):
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import average_precision_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+_ITERATIONS = 2000
+
+
+def classification(
+    evaluator: Evaluator,
+    split: str,
+    train_split: str = "train",
+    subsets: tuple[str, ...] | None = None,
+    min_positives: int = 10,
+    regularisation: float = 1.0,
+    limit: int | None = None,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Mean average precision over the labels, in per cent of 1, of a logistic regression per label on standardised [CLS].
+
+    `subsets`: by default all of the modalities that both splits have. Samples are those with all of these modalities, so that all
+    subsets are judged on the same ones. A label counts if at least `min_positives` training samples have it, and a test sample.
+    `regularisation` is scikit-learn's C. Raises UserError when no sample or no label is left. `chance` is the mAP of scores
+    without information: the labels' shares. `head_mAP`: of the same labels by the head that `opt-ds finetune classification`
+    trained, where the model has one.
+    """
+    splits = (train_split, split)
+    there = [part for part in (TEXT, IMAGE, AUDIO) if all(evaluator.has_samples(name, (part,)) for name in splits)]
+    train, test = (evaluator.require_samples(name, there, limit, seed) for name in splits)
+    subsets = subsets or tuple(name for name, modalities in SUBSETS.items() if set(modalities) <= set(there))
+    names, y_train_nc, y_test_nc = label_matrices(evaluator.store, train, test, min_positives)
+    figures: dict[str, Any] = {}
+    for subset in subsets:
+        x_train_ne, x_test_ne = (_cls(evaluator, samples, subset) for samples in (train, test))
+        scores_nc, unconverged = _probe(x_train_ne, y_train_nc, x_test_ne, regularisation)
+        precision_c = average_precision_score(y_test_nc, scores_nc, average=None)
+        figures[subset] = {"mAP": float(np.mean(precision_c)), "labels_not_converged": unconverged,
+                           "average_precision": dict(zip(names, map(float, precision_c), strict=True))}  # fmt: skip
+        if evaluator.label_names:
+            figures[subset]["head_mAP"] = _head_precision(evaluator, test, subset, names, y_test_nc)
+    return {
+        "split": split, "train_split": train_split, "train_samples": len(train), "test_samples": len(test),
+        "labels": len(names), "min_positives": min_positives, "regularisation": regularisation,
+        "chance": float(y_test_nc.mean(0).mean()), "subsets": figures,
+    }  # fmt: skip
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as text, the subsets side by side."""
+    subsets = figures["subsets"]
+    lines = [
+        f"mAP of a linear probe on the frozen [CLS], {figures['labels']} labels, {figures['test_samples']} samples of "
+        f"{figures['split']} ({figures['train_samples']} to train on)",
+        "".join(f"{name:>9}" for name in [*subsets, "chance"]),
+        "".join(f"{value:>9.1%}" for value in [*(row["mAP"] for row in subsets.values()), figures["chance"]]),
+    ]
+    if all("head_mAP" in row for row in subsets.values()):
+        lines.append("".join(f"{row['head_mAP']:>9.1%}" for row in subsets.values()) + "   by the fine-tuned head")
+    return "\n".join(lines)
+
+
+def label_matrices(
+    store: FeatureStore, train: np.ndarray, test: np.ndarray, min_positives: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names of the labels that count (see `classification`); bool [n, c] of the training and of the test samples.
+
+    Raises UserError when no label is left.
+    """
+    all_names = store.description.label_names
+    column = {name: number for number, name in enumerate(all_names)}
+
+    def matrix(samples: np.ndarray) -> np.ndarray:
+        y_nc = np.zeros((len(samples), len(all_names)), dtype=bool)
+        for row, index in enumerate(samples):
+            y_nc[row, [column[name] for name in store.labels(int(index))]] = True
+        return y_nc
+
+    y_train_nc, y_test_nc = matrix(train), matrix(test)
+    positives_c = y_train_nc.sum(0)
+    kept = (positives_c >= min_positives) & (positives_c < len(train)) & y_test_nc.any(0)
+    if not kept.any():
+        raise UserError(
+            f"{store.path}: no label has {min_positives} samples of {len(train)} to train on and one to test: prepare the store "
+            "with `labels` in the manifest, or lower --min-positives"
+        )
+    return [name for name, keep in zip(all_names, kept, strict=True) if keep], y_train_nc[:, kept], y_test_nc[:, kept]
+
+
+def _cls(evaluator: Evaluator, samples: np.ndarray, subset: str) -> np.ndarray:
+    """float32 [n, e], the encoder's [CLS] of the samples' subset."""
+    return evaluator.cls_vectors([evaluator.read(index, SUBSETS[subset]) for index in samples])
+
+
+def _head_precision(
+    evaluator: Evaluator, test: np.ndarray, subset: str, names: list[str], y_test_nc: np.ndarray
+) -> float:
+    """Mean average precision of the fine-tuned head's scores. Raises UserError for a head that lacks one of the names."""
+    place = {name: number for number, name in enumerate(evaluator.label_names)}
+    missing = [name for name in names if name not in place]
+    if missing:
+        raise UserError(
+            f'{evaluator.store.path}: the fine-tuned head has no label "{missing[0]}" (and {len(missing) - 1} more of the '
+            "store's): raise --min-positives to what it was fine-tuned with"
+        )
+    scores_nc = evaluator.label_scores([evaluator.read(index, SUBSETS[subset]) for index in test])
+    return float(np.mean(average_precision_score(y_test_nc, scores_nc[:, [place[name] for name in names]], average=None)))
+
+
+def _probe(
+    x_train_ne: np.ndarray, y_train_nc: np.ndarray, x_test_ne: np.ndarray, regularisation: float
+) -> tuple[np.ndarray, int]:
+    """Scores [n, c] of the test samples, and how many labels' regressions did not converge."""
+    scores, unconverged = [], 0
+    for y_n in y_train_nc.T:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation, max_iter=_ITERATIONS))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            probe.fit(x_train_ne, y_n)
+        unconverged += any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        scores.append(probe.decision_function(x_test_ne))
+    return np.stack(scores, axis=1), unconverged

@@ -1,0 +1,29 @@
+"""Mean average precision of a linear probe on the frozen model."""
+
+from typing import Any
+
+from opt_ds.evaluation.classification import classification, table
+from opt_ds.evaluation.experiments import Experiment, Request
+
+
+class Classification(Experiment):
+    """See `opt_ds.evaluation.classification`."""
+
+    def measure(
+        self, request: Request, *, train_split: str, min_positives: int, regularisation: float, limit: int | None
+    ) -> dict[str, Any]:
+        return classification(
+            request.evaluator,
+            request.split,
+            train_split,
+            min_positives=min_positives,
+            regularisation=regularisation,
+            limit=limit,
+            seed=request.seed,
+        )
+
+    def table(self, figures: dict[str, Any]) -> str:
+        return table(figures)
+
+
+EXPERIMENT = Classification()

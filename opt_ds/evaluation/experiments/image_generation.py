@@ -1,0 +1,102 @@
+"""Bits per image code; images generated from text and audio, judged, and a grid of them."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from opt_ds.abilities import GENERATE_IMAGES, MATCH
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.dvae.model import DiscreteVAE
+from opt_ds.dvae.storage import load_store_dvae
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.experiments import Experiment, Request
+from opt_ds.evaluation.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, table
+from opt_ds.evaluation.image_networks import ClipScore, check_inception
+from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.model.generation import image_decoding
+
+
+class ImageGeneration(Experiment):
+    """See `opt_ds.evaluation.image_generation`."""
+
+    ability_in_training = GENERATE_IMAGES
+    modalities = ((IMAGE, TEXT), (IMAGE, AUDIO))
+    needs_image_codes = True
+    needs = ((GENERATE_IMAGES, "paint pictures"),)
+
+    def measure(
+        self,
+        request: Request,
+        *,
+        limit: int | None,
+        dvae: Path | None,
+        pictures: int,
+        paint: int,
+        candidates: int,
+        top_k: int,
+        top_p: float,
+        temperature: float,
+        inception: Path | None,
+        clip: Path | None,
+        image_weights: Path | None,
+    ) -> dict[str, Any]:
+        evaluator, split, seed = request.evaluator, request.split, request.seed
+        generates = pictures > 0 or paint > 0
+        _check_possible(evaluator, generates, candidates)
+        if inception is not None:
+            check_inception(inception)
+        if clip is not None:
+            ClipScore(clip)
+        inputs = possible_inputs(evaluator, split)
+        judge = painter = None
+        if generates:
+            judge = request.open_judge(image_weights)
+            options = image_decoding(top_k, top_p, temperature, seed)
+            painter = Painter(open_dvae(evaluator, dvae), options, candidates, judge.belongs)
+        figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
+        if painter is not None and judge is not None and paint:
+            count = min(paint, limit or paint)
+            for name, row in figures.items():
+                row["painted"] = painted_figures(evaluator, split, name, painter, count, seed, judge.look, inception, clip)
+        if painter is not None and pictures:
+            figures["picture_grid"] = _write_grid(request, painter, pictures)
+        return figures
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        names = possible_inputs(evaluator, split)
+        return {name: bits_per_code(evaluator, split, name, limit, seed) for name in names}
+
+    def table(self, figures: dict[str, Any]) -> str:
+        return table(figures)
+
+
+def open_dvae(evaluator: Evaluator, folder: Path | None) -> DiscreteVAE:
+    """Return the dVAE of a folder, or the one that made the store's image codes, on the evaluator's device."""
+    store = evaluator.store
+    dvae = DiscreteVAE.from_pretrained(folder) if folder else load_store_dvae(store.path, store.description)
+    return dvae.to(evaluator.device)
+
+
+def _check_possible(evaluator: Evaluator, generates: bool, candidates: int) -> None:
+    store = evaluator.store
+    if generates and candidates > 1:
+        evaluator.require(MATCH, "choose the best of several pictures: give --candidates 1")
+    if not store.has_codes:
+        raise UserError(f"store {store.path}: it has no image codes: write them with opt-ds train-dvae --store {store.path}")
+    if generates and not store.has_pixels:
+        raise UserError(f"store {store.path}: it has no pixels to judge pictures by: give --paint 0 --pictures 0")
+
+
+def _write_grid(request: Request, painter: Painter, rows: int) -> str:
+    """Draw the grid beside the figures' file; return its name. Only the main rank writes it."""
+    grid = request.output.with_suffix(".png")
+    drawn = draw_picture_grid(request.evaluator, painter, request.split, rows, request.seed)
+    if request.evaluator.is_main:
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn).save(grid)
+    return grid.name
+
+
+EXPERIMENT = ImageGeneration()

@@ -1,0 +1,35 @@
+"""Zero-shot retrieval: by all pairs, or in two stages."""
+
+from typing import Any
+
+from opt_ds.abilities import MATCH
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.experiments import Experiment, Request
+from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
+from opt_ds.evaluation.two_stage_retrieval import table, two_stage_retrieval
+
+# In training, the matching head encodes every pair: the square of a gallery.
+_PAIRS, _TRIPLES = 50, 20
+
+
+class Retrieval(Experiment):
+    """See `opt_ds.evaluation.retrieval` and, with a shortlist, `opt_ds.evaluation.two_stage_retrieval`."""
+
+    ability_in_training = MATCH
+    modalities = ((TEXT, IMAGE), (TEXT, AUDIO))
+
+    def measure(self, request: Request, *, candidates: int, matching_candidates: int, shortlist: int | None) -> dict[str, Any]:
+        evaluator, split, seed = request.evaluator, request.split, request.seed
+        if shortlist is not None:
+            return two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
+        return retrieval(evaluator, split, candidates, matching_candidates, matching_candidates, seed)
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        return retrieval(evaluator, split, limit, min(limit, _PAIRS), min(limit, _TRIPLES), seed)
+
+    def table(self, figures: dict[str, Any]) -> str:
+        return table(figures) if "shortlist" in figures else "\n".join(retrieval_lines(figures))
+
+
+EXPERIMENT = Retrieval()

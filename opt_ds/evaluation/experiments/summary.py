@@ -1,0 +1,34 @@
+"""What pre-training ends with: validation losses and one table per held-out split."""
+
+from pathlib import Path
+from typing import Any
+
+from opt_ds.evaluation.experiments import Experiment, Request
+from opt_ds.evaluation.experiments.image_generation import open_dvae
+from opt_ds.evaluation.summary import summarize, table
+
+
+class Summary(Experiment):
+    """See `opt_ds.evaluation.summary`."""
+
+    def measure(self, request: Request, *, candidates: int, matching_candidates: int, dvae: Path | None) -> dict[str, Any]:
+        evaluator, splits = request.evaluator, list(request.splits)
+        shows = evaluator.store.has_codes and evaluator.store.has_pixels
+        painter = open_dvae(evaluator, dvae) if shows else None
+        folder = request.output.parent
+        return summarize(evaluator, painter, splits, folder, candidates, matching_candidates, request.seed)
+
+    def table(self, figures: dict[str, Any]) -> str:
+        return table(figures)
+
+    def report(self, request: Request, figures: dict[str, Any]) -> str:
+        grids = [figures["splits"][split].get("picture_grid") for split in request.splits]
+        return "\n".join([
+            self.table(figures),
+            f"\ncheckpoint    {request.checkpoint}\nfigures       {request.output}",
+            *(f"picture grid  {request.output.parent / grid}" for grid in grids if grid),
+            f"curves        tensorboard --logdir {request.checkpoint}",
+        ])  # fmt: skip
+
+
+EXPERIMENT = Summary()

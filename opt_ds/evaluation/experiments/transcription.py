@@ -1,0 +1,38 @@
+"""Word error rate of the texts that the model writes from audio and images."""
+
+from typing import Any
+
+from opt_ds.abilities import WRITE_TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.experiments import Experiment, Request
+from opt_ds.evaluation.transcription import transcription, transcription_lines
+from opt_ds.evaluation.words import normalize
+from opt_ds.model.generation import DecodingConfig, text_decoding
+
+
+class Transcription(Experiment):
+    """See `opt_ds.evaluation.transcription`."""
+
+    ability_in_training = WRITE_TEXT
+    modalities = ((TEXT, AUDIO), (TEXT, IMAGE))
+    needs = ((WRITE_TEXT, "write text"),)
+
+    def measure(self, request: Request, *, limit: int | None, beam_size: int, ignore_words: str) -> dict[str, Any]:
+        return transcription(
+            request.evaluator,
+            request.split,
+            limit=limit,
+            seed=request.seed,
+            options=text_decoding(beam_size),
+            ignored_words=frozenset(normalize(ignore_words).split()),
+        )
+
+    def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        return transcription(evaluator, split, limit=limit, seed=seed, options=DecodingConfig())
+
+    def table(self, figures: dict[str, Any]) -> str:
+        return "\n".join(transcription_lines(figures))
+
+
+EXPERIMENT = Transcription()

@@ -1,0 +1,188 @@
+"""Image generation: bits per image code of the true codes; pictures painted from sampled codes, the best by matching, judged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.data.sample import Sample
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluation.retrieval import chance, content_names, recall
+from opt_ds.evaluation.runner import ModelRunner
+from opt_ds.model.generation import DecodingConfig
+from opt_ds.tasks.reconstruct import code_targets, set_code_targets
+
+if TYPE_CHECKING:
+    from opt_ds.dvae.model import DiscreteVAE
+
+#: What pictures are sampled with where nothing else is asked for.
+DEFAULT_SAMPLING = DecodingConfig(method="sample", top_k=32, temperature=0.8)
+
+
+@torch.inference_mode()
+def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
+    """Mean −log2 P(code | codes before, input) over all true codes of the split, beside the codes' training frequencies."""
+    modalities = SUBSETS[inputs]
+    gallery = evaluator.require_samples(split, (IMAGE, *modalities), limit, seed)
+    samples = [evaluator.read(index, modalities) for index in gallery]
+    codes = [evaluator.store.codes(int(evaluator.store.rows[index, IMAGE])).astype(np.int64) for index in gallery]
+    for sample, target in zip(samples, codes, strict=True):
+        set_code_targets(sample, target)
+    total, count = 0.0, 0
+    for _, batch, hidden_te in evaluator.batches(samples):
+        scores = evaluator.model.image_decoder.scores(code_targets(batch), hidden_te).float()
+        targets = code_targets(batch).target_ids
+        total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
+        count += len(targets)
+    total, count = evaluator.over_ranks(total), round(evaluator.over_ranks(count))
+    unigram = _unigram_bits(evaluator, codes)
+    return {"split": split, "inputs": inputs, "bits_per_code": total / count / np.log(2), "unigram_bits_per_code": unigram,
+            "samples": len(gallery)}  # fmt: skip
+
+
+def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
+    """Of text, audio and both, those that samples of the split have beside an image. UserError if none has any."""
+    found = tuple(name for name in ("T", "A", "T+A") if evaluator.has_samples(split, (IMAGE, *SUBSETS[name])))
+    if not found:
+        raise UserError(f'{evaluator.store.path}: no sample of split "{split}" has an image and text or audio: choose another')
+    return found
+
+
+@dataclass(frozen=True)
+class Painter:
+    """How pictures are made: sampling, and of how many candidates the best is kept.
+
+    `belongs` gives the matching head's probability that a picture and an input belong together; needed for several candidates.
+    """
+
+    dvae: "DiscreteVAE"
+    options: DecodingConfig = DEFAULT_SAMPLING
+    candidates: int = 1
+    belongs: Callable[[Sample, Image.Image], float] | None = None
+
+    def paint(self, runner: ModelRunner, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
+        """uint8 [samples, 3, 64, 64], the picture of each sample that the model matches best; and the matching probabilities
+        [samples, candidates] in the order of painting (None for one candidate, which nothing is compared with)."""
+        painted = paint_candidates(runner, self.dvae, samples, self.options, self.candidates)
+        if self.candidates == 1:
+            return painted[:, 0], None
+        assert self.belongs is not None, "several candidates are compared"
+        scores = np.array(
+            [[self.belongs(sample, to_picture(one)) for one in own] for sample, own in zip(samples, painted, strict=True)]
+        )
+        return painted[np.arange(len(samples)), scores.argmax(1)], scores
+
+
+def paint_candidates(
+    runner: ModelRunner, dvae: "DiscreteVAE", samples: Sequence[Sample], options: DecodingConfig, count: int
+) -> np.ndarray:
+    """uint8 [samples, count, 3, 64, 64]: the dVAE's pictures of the codes that the image decoder writes, each drawn anew."""
+    codes = torch.from_numpy(runner.write_codes(list(samples) * count, options)).to(runner.device)  # each place draws anew
+    with torch.inference_mode():
+        painted = np.concatenate([to_uint8(dvae.decode(part)) for part in codes.split(256)])
+    return painted.reshape(count, len(samples), *painted.shape[1:]).swapaxes(0, 1)
+
+
+def painted_figures(
+    evaluator: Evaluator,
+    split: str,
+    inputs: str,
+    painter: Painter,
+    limit: int | None = None,
+    seed: int = 1,
+    look: Callable[[Image.Image], np.ndarray] | None = None,
+    inception: Path | None = None,
+    clip: Path | None = None,
+) -> dict[str, Any]:
+    """Pictures painted from each sample's `inputs`, judged beside the true ones.
+
+    `nearest`, with `look` (a feature vector of a picture): share of paintings whose own picture is among the 1, 5, 10 nearest
+    true pictures by cosine, features centred. `fid`, with `inception`: Fréchet inception distance to the true pictures.
+    `clip_score`, with `clip`: of the paintings, of the true pictures, and of paintings beside another caption. `matching`, with
+    several candidates: mean probability of the first candidate and of the one kept.
+    """
+    from opt_ds.evaluation import image_networks
+
+    modalities = SUBSETS[inputs]
+    needed = {IMAGE, *modalities} | ({TEXT} if clip is not None else set())
+    gallery = evaluator.require_samples(split, sorted(needed), limit, seed)
+    samples = [evaluator.read(index, modalities) for index in gallery]
+    painted, scores = painter.paint(evaluator, samples)
+    true = np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, IMAGE]])
+    figures: dict[str, Any] = {
+        "split": split, "inputs": inputs, "samples": len(gallery), "candidates": painter.candidates,
+        "sampling": painter.options.model_dump(),
+    }  # fmt: skip
+    if scores is not None:
+        figures["matching"] = {"first": float(scores[:, 0].mean()), "kept": float(scores.max(1).mean())}
+    if look is not None:
+        names = content_names(evaluator, gallery, IMAGE)
+        same = names[:, None] == names[None, :]
+        figures["nearest"] = {**recall(_cosines(painted, true, look), same), "chance": chance(same)}
+    if inception is not None:
+        figures["fid"] = image_networks.frechet_inception_distance(painted, true, inception)
+    if clip is not None:
+        captions = [evaluator.caption(index) for index in gallery]
+        judge = image_networks.ClipScore(clip, evaluator.device)
+        figures["clip_score"] = {
+            "painted": judge.mean(painted, captions), "true": judge.mean(true, captions),
+            "another_caption": judge.mean(painted, [captions[-1], *captions[:-1]]) if len(captions) > 1 else None,
+        }  # fmt: skip
+    return figures
+
+
+def _cosines(painted: np.ndarray, true: np.ndarray, look: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Cosines [painted, true] of the pictures' features, centred on the true ones' mean."""
+    seen_pe, seen_te = (np.stack([look(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true))
+    mean_e = seen_te.mean(0)
+    seen_pe, seen_te = seen_pe - mean_e, seen_te - mean_e
+    lengths = np.linalg.norm(seen_pe, axis=1)[:, None] * np.linalg.norm(seen_te, axis=1)[None, :]
+    return seen_pe @ seen_te.T / np.maximum(lengths, 1e-12)
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 [3, H, W] as a picture."""
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+@torch.inference_mode()
+def to_uint8(pictures: torch.Tensor) -> np.ndarray:
+    """Pictures in 0…1 as uint8."""
+    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _unigram_bits(evaluator: Evaluator, codes: list[np.ndarray]) -> float:
+    store = evaluator.store
+    train = store.rows[store.split_samples(evaluator.config.data.train_split), IMAGE]
+    counts = np.full(evaluator.config.model.image_codebook_size, 0.5)
+    for row in np.unique(train[train >= 0]):
+        np.add.at(counts, store.codes(int(row)), 1)
+    bits = -np.log2(counts / counts.sum())
+    return float(np.mean(bits[np.stack(codes)]))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """What `opt-ds evaluate image-generation` found, an input a line."""
+    lines = []
+    for name in (name for name in SUBSETS if name in figures):
+        row = figures[name]
+        unigram = row["unigram_bits_per_code"]
+        line = f"{name:>4} → image   {row['bits_per_code']:.2f} bits per code (by training frequencies {unigram:.2f})"
+        painted = row.get("painted", {})
+        if nearest := painted.get("nearest"):
+            chance_of_it = nearest["chance"]["R@1"]
+            line += f"   own picture the nearest {nearest['R@1']:.1%} of {painted['samples']} (chance {chance_of_it:.1%})"
+        if matching := painted.get("matching"):
+            line += f"   matching {matching['first']:.3f}, best of {painted['candidates']} {matching['kept']:.3f}"
+        if "fid" in painted:
+            line += f"   FID {painted['fid']:.1f}"
+        if score := painted.get("clip_score"):
+            line += f"   CLIP score {score['painted']:.1f} (true pictures {score['true']:.1f})"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""The picture grid of the paper's last figure: the true image beside the generated one, and the texts beside the truth."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from opt_ds.abilities import WRITE_TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluation.image_generation import Painter, to_uint8
+from opt_ds.model.generation import DecodingConfig
+
+if TYPE_CHECKING:
+    from opt_ds.dvae.model import DiscreteVAE
+
+_PICTURE, _MARGIN, _TEXT_WIDTH, _LINE = 128, 10, 470, 21
+_COLUMNS = ("true image", "dVAE of it", "from text", "from audio")
+
+
+def draw_picture_grid(
+    evaluator: Evaluator, painter: Painter, split: str, num_samples: int = 8, seed: int = 1
+) -> np.ndarray:
+    """uint8 [H, W, 3]: a row a sample: true image | what the dVAE can show of it | image from text | image from audio |
+    the caption, and the texts written from image, from audio, from both. Without what is made from audio where no sample has any,
+    and without texts of a model that does not learn to write; UserError where no sample has text and image."""
+    heard = evaluator.has_samples(split, (TEXT, IMAGE, AUDIO))
+    gallery = evaluator.require_samples(split, (TEXT, IMAGE, AUDIO) if heard else (TEXT, IMAGE), num_samples, seed)
+    rows = evaluator.store.rows[gallery, IMAGE]
+    true = np.stack([evaluator.store.pixels(int(row)) for row in rows])
+    codes = np.stack([evaluator.store.codes(int(row)) for row in rows]).astype(np.int64)
+    pictures = [true, to_uint8(_decode(painter.dvae, codes))]
+    for name in ("T", "A") if heard else ("T",):
+        samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
+        pictures.append(painter.paint(evaluator, samples)[0])
+    texts = [("caption", [evaluator.caption(index) for index in gallery])]
+    written = (("I", "from image"), ("A", "from audio"), ("A+I", "from both"))[: 3 if heard else 1]
+    for name, label in written if evaluator.config.can(WRITE_TEXT) else ():
+        samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
+        texts.append((label, evaluator.write_text(samples, DecodingConfig())))
+    return _draw(pictures, texts)
+
+
+def _decode(dvae: "DiscreteVAE", codes: np.ndarray):
+    import torch
+
+    with torch.inference_mode():
+        return dvae.decode(torch.from_numpy(codes))
+
+
+def _draw(pictures: list[np.ndarray], texts: list[tuple[str, list[str]]]) -> np.ndarray:
+    num_samples, columns = len(pictures[0]), len(pictures)
+    step = _PICTURE + _MARGIN
+    width, height = columns * step + _MARGIN + _TEXT_WIDTH, _LINE + _MARGIN + num_samples * step
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, font, bold = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(16)
+    for column, title in enumerate(_COLUMNS[:columns]):
+        draw.text((_MARGIN + column * step, 5), title, fill="#555555", font=font)
+    for sample in range(num_samples):
+        top = _LINE + _MARGIN + sample * step
+        for column in range(columns):
+            tile = Image.fromarray(pictures[column][sample].transpose(1, 2, 0))
+            tile = tile.resize((_PICTURE, _PICTURE), Image.Resampling.NEAREST)
+            left = _MARGIN + column * step
+            canvas.paste(tile, (left, top))
+            draw.rectangle((left, top, left + _PICTURE, top + _PICTURE), outline="#dddddd")
+        left = _MARGIN + columns * step
+        truth = texts[0][1][sample]
+        for line, (label, written) in enumerate(texts):
+            colour = "#000000" if line == 0 else "#1a7f37" if written[sample] == truth.lower() else "#b35900"
+            text = f"{label}: {written[sample]}"
+            draw.text((left, top + 8 + line * (_LINE + 6)), text[:58], fill=colour, font=bold if line == 0 else font)
+    return np.asarray(canvas)

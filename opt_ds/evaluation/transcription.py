@@ -1,0 +1,143 @@
+"""Speech recognition and captioning by the text decoder: word error rate, beside what it is without listening.
+
+Both sides are normalised and cut into words as in words.py: lower case, no punctuation, scripts without spaces by character.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from opt_ds.data.modalities import AUDIO, TEXT
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluation.words import Words, normalize
+from opt_ds.extras import needs_extra
+from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
+
+with needs_extra("downstream", "the word error rate"):
+    import jiwer
+
+_CONSTANT_CANDIDATES, _CONSTANT_REFERENCES = 200, 300
+
+
+def transcription(
+    evaluator: Evaluator,
+    split: str,
+    inputs: tuple[str, ...] = ("A", "A+I", "I"),
+    limit: int | None = None,
+    seed: int = 1,
+    options: DecodingConfig | None = None,
+    ignored_words: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Word error rate of the text written from each input, with the audio of other samples as control, and of one constant
+    caption (the one of the training split that errs least there). An input that no sample has beside a caption is left out;
+    UserError if that leaves none.
+
+    `ignored_words` (normalised) are counted nowhere in a second figure, `wer_of_other_words`: frequent words that are easily
+    guessed hide how well the rare ones were heard.
+    """
+    options = options or DEFAULT_DECODING
+    result: dict[str, Any] = {"split": split, "decoding": options.model_dump()}
+    if ignored_words:
+        result["ignored_words"] = sorted(ignored_words)
+    for name in inputs:
+        modalities = SUBSETS[name]
+        gallery = evaluator.samples_with(split, (TEXT, *modalities), limit, seed)
+        if not len(gallery):
+            continue
+        references = [evaluator.caption(index) for index in gallery]
+        samples = [evaluator.read(index, modalities) for index in gallery]
+        written = evaluator.write_text(samples, options)
+        result[name] = {
+            "wer": word_error_rate(references, written),
+            "cer": character_error_rate(references, written),
+            "samples": len(gallery),
+            "references_beyond_model": evaluator.captions_beyond_model(gallery),
+        }
+        wordless = sum(not normalize(reference) for reference in references)
+        if wordless:
+            result[name]["references_without_words"] = wordless
+        if ignored_words:
+            result[name]["wer_of_other_words"] = _wer_of_other_words(references, written, ignored_words)
+        if AUDIO in modalities and len(gallery) > 1:
+            order = _shuffle(references, seed)
+            for sample, other in zip(samples, order, strict=True):
+                sample.frames = evaluator.read(gallery[other], (AUDIO,)).frames
+            shuffled = evaluator.write_text(samples, options)
+            result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
+    if inputs and not any(name in result for name in inputs):
+        raise UserError(
+            f'{evaluator.store.path}: no sample of split "{split}" has text and what it can be written from '
+            f"({', '.join(inputs)}): choose another split"
+        )
+    gallery = evaluator.require_samples(split, (TEXT,), limit, seed)
+    constant = constant_caption(evaluator, seed)
+    references = [evaluator.caption(index) for index in gallery]
+    constants = [constant] * len(references)
+    result["tokenization"] = Words.of(map(normalize, references)).name
+    result["constant_caption"] = {"wer": word_error_rate(references, constants), "text": constant}
+    if ignored_words:
+        result["constant_caption"]["wer_of_other_words"] = _wer_of_other_words(references, constants, ignored_words)
+    return result
+
+
+def transcription_lines(figures: dict[str, Any]) -> list[str]:
+    """What `transcription` found, a line for each input."""
+    names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
+    lines = ["  word error rate"]
+    for key, name in ((key, name) for key, name in names.items() if key in figures):
+        row = figures[key]
+        shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
+        others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""
+        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}{others}")
+    constant = figures["constant_caption"]
+    lines.append(f"    {'constant caption':<20}{constant['wer']:>7.1%}   (\"{constant['text']}\")")
+    return lines
+
+
+def word_error_rate(references: list[str], written: list[str]) -> float:
+    """Edits over words of the references (jiwer), after normalisation. References that become empty are left out; UserError if
+    all do. Scripts without spaces count by character (see words.py)."""
+    wanted, found = _normalized_pairs(references, written)
+    words = Words.of(wanted)
+    return float(jiwer.wer(list(map(words.spaced, wanted)), list(map(words.spaced, found))))
+
+
+def character_error_rate(references: list[str], written: list[str]) -> float:
+    """The same over characters; spaces beside scripts that need none do not count."""
+    wanted, found = _normalized_pairs(references, written)
+    words = Words.of(wanted)
+    return float(jiwer.cer(list(map(words.unspaced, wanted)), list(map(words.unspaced, found))))
+
+
+def _wer_of_other_words(references: list[str], written: list[str], ignored: frozenset[str]) -> float:
+    words = Words.of(map(normalize, references))
+
+    def others(text: str) -> str:
+        return " ".join(word for word in words.split(normalize(text)) if word not in ignored)
+
+    return word_error_rate([others(text) for text in references], [others(text) for text in written])
+
+
+def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[str], list[str]]:
+    pairs = [(normalize(r), normalize(w)) for r, w in zip(references, written, strict=True)]
+    pairs = [(r, w) for r, w in pairs if r]
+    if not pairs:
+        raise UserError("no caption has a word left to count errors by, once punctuation and ignored words are away")
+    return [r for r, _ in pairs], [w for _, w in pairs]
+
+
+def constant_caption(evaluator: Evaluator, seed: int) -> str:
+    """The training caption that, said of everything, errs least over a sample of the training captions."""
+    train = evaluator.require_samples(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
+    references = [evaluator.caption(index) for index in train]
+    return min(references[:_CONSTANT_CANDIDATES], key=lambda text: word_error_rate(references, [text] * len(references)))
+
+
+def _shuffle(captions: list[str], seed: int) -> np.ndarray:
+    """A permutation without a fixed place: each sample hears another one's audio, which may happen to say the same."""
+    order = np.random.default_rng(seed).permutation(len(captions))
+    turned = np.roll(order, 1)
+    other = np.empty_like(order)
+    other[order] = turned
+    return other

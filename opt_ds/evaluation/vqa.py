@@ -1,0 +1,72 @@
+"""Visual question answering by the fine-tuned label head: the published VQA accuracy (Antol et al. 2015, §5), or agreement.
+
+A question's text and picture go in; its answer is the name that scores most. The store's labels are the annotators' answers, as
+often as they were given (`opt-ds import vqa`); a question without labels has answers that are no name, and none is right.
+
+The published accuracy wants three annotators of ten who agree. Where no question of the split has four answers, nobody can be
+right by it: there an answer that any annotator gave is right (the max consensus of Malinowski et al. 2015). Rare answers are no
+labels, so that a question's own number of labels does not tell how many annotators it had, but the most of the split does.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+
+ANNOTATORS = 10  # of each question, as published
+_FEWEST = 4  # answers to a question from which the published accuracy is used: one left out, three can agree
+
+
+def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
+    """`accuracy`, 0 … 1, over the split's questions; beside it what the most frequent training answer gives, and
+    `best_possible`, what the names of the head allow. Raises UserError for a model without a head for answers."""
+    names = evaluator.label_names
+    if not evaluator.labels_are_answers:
+        raise UserError("this model has no head for answers: opt-ds finetune vqa trains one")
+    store = evaluator.store
+    questions = evaluator.samples_with(split, SUBSETS[inputs], limit, seed)
+    given = [Counter(store.labels(int(index))) for index in questions]
+    if not any(given):
+        raise UserError(f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them')
+    most = max(len(store.labels(int(index))) for index in evaluator.samples_with(split, SUBSETS[inputs]))
+    annotators = most if most < _FEWEST else max(most, ANNOTATORS)
+    scores = evaluator.label_scores([evaluator.read(index, SUBSETS[inputs]) for index in questions])
+    answers = [names[place] for place in scores.argmax(1)]
+    constant = _most_frequent(evaluator)
+
+    def accuracy(chosen: list[str]) -> float:
+        return float(np.mean([answer_accuracy(counts, name, annotators) for counts, name in zip(given, chosen, strict=True)]))
+
+    best = [
+        max((answer_accuracy(counts, name, annotators) for name in counts if name in names), default=0.0)
+        for counts in given
+    ]
+    return {
+        "split": split, "inputs": inputs, "questions": len(questions), "answers": len(names),
+        "annotators": annotators, "measure": "any annotator" if annotators < _FEWEST else "min(others / 3, 1)",
+        "accuracy": accuracy(answers), "constant_answer": {"answer": constant, "accuracy": accuracy([constant] * len(given))},
+        "best_possible": float(np.mean(best)),
+    }  # fmt: skip
+
+
+def answer_accuracy(given: Counter[str], answer: str, annotators: int = ANNOTATORS) -> float:
+    """min(number of other annotators who gave it / 3, 1), averaged over the choices of all annotators but one.
+
+    `given`: how often each answer was given (those that are no label are missing from it). With fewer than four annotators,
+    1 for an answer that any of them gave.
+    """
+    times = given[answer]
+    if annotators < _FEWEST:
+        return float(times > 0)
+    without_one_of_them, without_another = min((times - 1) / 3, 1.0), min(times / 3, 1.0)
+    return (times * without_one_of_them + (annotators - times) * without_another) / annotators if times else 0.0
+
+
+def _most_frequent(evaluator: Evaluator) -> str:
+    counts: Counter[str] = Counter()
+    for index in evaluator.store.split_samples(evaluator.config.data.train_split):
+        counts.update(evaluator.store.labels(int(index)))
+    return min(counts, key=lambda name: (-counts[name], name)) if counts else ""

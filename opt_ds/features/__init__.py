@@ -1,0 +1,1 @@
+"""Feature extractors: images, speech and text -> what a store holds."""

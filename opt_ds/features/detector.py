@@ -1,0 +1,183 @@
+"""Faster R-CNN region features, as "bottom-up attention" gives them: 10 to 100 regions, feature after the box head.
+
+Source of the selection rule: Anderson et al. 2018 (arXiv 1707.07998): confidence 0.2, at least 10, at most 100 regions.
+Shapes: P proposals, K classes (0 = background), R regions.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.ops import batched_nms
+
+from opt_ds.errors import UserError
+from opt_ds.features import detectron2
+from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.regions import RegionFeatures, boxes_with_size
+from opt_ds.store.schema import BOX_SIZE
+from opt_ds.weights import fit
+
+# (bottleneck blocks?, blocks of the third stage) -> architecture; the four stages differ most in the third.
+_RESNETS = {
+    (False, 2): "resnet18",
+    (False, 6): "resnet34",
+    (True, 6): "resnet50",
+    (True, 23): "resnet101",
+    (True, 36): "resnet152",
+}
+_FPN_CHANNELS = 256
+_NMS_IOU = 0.5
+_GPU_BATCH = 8
+
+
+class FasterRCNNExtractor:
+    """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size follow from the checkpoint.
+
+    `weights`: a state dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models 1,601)
+    or in Detectron2's FPN layout (see detectron2.py). fp16 on a GPU, fp32 on a CPU.
+    """
+
+    name = "faster_rcnn"
+
+    def __init__(
+        self,
+        weights: Path | None,
+        *,
+        min_regions: int = 10,
+        max_regions: int = 100,
+        confidence: float = 0.2,
+        min_side: int = 600,
+        max_side: int = 1000,
+        device: str = "cpu",
+    ) -> None:
+        state = load_state_dict(weights, "--image-weights of faster_rcnn")
+        assert weights is not None, "load_state_dict refuses None"
+        self._model, self._backbone = build_faster_rcnn(state, str(weights), min_side, max_side)
+        self._model.to(device)
+        self._settings = {
+            "min_regions": min_regions,
+            "max_regions": max_regions,
+            "confidence": confidence,
+            "min_side": min_side,
+            "max_side": max_side,
+        }
+        self._device = device
+        self._weights_sha256 = weights_identity(weights)
+        self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
+        self.dim = self._model.roi_heads.box_head.fc7.out_features
+        self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the features depend on."""
+        return {
+            "name": self.name,
+            "backbone": f"torchvision/{self._backbone}_fpn",
+            "package": "torchvision",
+            "version": version("torchvision"),
+            "weights_sha256": self._weights_sha256,
+            "precision": "fp32" if self._device == "cpu" else "fp16",
+            **self._settings,
+        }
+
+    @torch.inference_mode()
+    def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
+        """Return the regions of each picture, best first.
+
+        On a GPU pictures of one size share a batch. On a CPU, where it would gain nothing, each one runs alone, so that
+        its features do not depend on its neighbours.
+        """
+        results: list[RegionFeatures | None] = [None] * len(inputs)
+        for indices in _batches(inputs, 1 if self._device == "cpu" else _GPU_BATCH):
+            pictures = [picture for index in indices if (picture := inputs[index]) is not None]
+            for index, regions in zip(indices, self._regions(pictures), strict=True):
+                results[index] = regions
+        return results
+
+    def _regions(self, pictures: Sequence[Image.Image]) -> list[RegionFeatures]:
+        tensors = [
+            torch.from_numpy(np.array(picture)).to(self._device).permute(2, 0, 1).float() / 255 for picture in pictures
+        ]
+        images, _ = self._model.transform(tensors)
+        with torch.autocast(torch.device(self._device).type, torch.float16, enabled=self._device != "cpu"):
+            maps = self._model.backbone(images.tensors)
+            proposals, _ = self._model.rpn(images, maps)
+            heads = self._model.roi_heads
+            features_pc = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
+            logits_pk, deltas = heads.box_predictor(features_pc)
+        counts = [len(boxes) for boxes in proposals]
+        # The decoder cannot tell the shape of no boxes at all.
+        boxes_pk4 = heads.box_coder.decode(deltas.float(), proposals) if sum(counts) else deltas.reshape(0, 1, 4)
+        parts = zip(
+            features_pc.split(counts),
+            logits_pk.float().softmax(1).split(counts),
+            boxes_pk4.split(counts),
+            images.image_sizes,
+            strict=True,
+        )
+        return [self._select(*part) for part in parts]
+
+    def _select(
+        self, features_pc: torch.Tensor, scores_pk: torch.Tensor, boxes_pk4: torch.Tensor, size: tuple[int, int]
+    ) -> RegionFeatures:
+        if not len(features_pc):  # nothing was proposed
+            return RegionFeatures(*(np.zeros((0, *tail), kind) for tail, kind in self._empty))
+        height, width = size
+        scale = torch.tensor([width, height, width, height], device=boxes_pk4.device)
+        scores, labels = scores_pk[:, 1:].max(1)
+        labels = labels + 1
+        boxes = boxes_pk4[torch.arange(len(labels)), labels].div(scale).clamp(0, 1)
+        kept = batched_nms(boxes, scores, labels, _NMS_IOU)  # sorted by score, best first
+        confident = int((scores[kept] >= self._settings["confidence"]).sum())
+        kept = kept[: min(max(confident, self._settings["min_regions"]), self._settings["max_regions"])]
+        return RegionFeatures(
+            features_pc[kept].to(torch.float16).cpu().numpy(),
+            boxes_with_size(boxes[kept].cpu().numpy()),
+            labels[kept].to(torch.int16).cpu().numpy(),
+            scores[kept].to(torch.float16).cpu().numpy(),
+        )
+
+
+def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]:
+    """Return the indices of the pictures that share a batch: those of one size, at most so many."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, picture in enumerate(inputs):
+        if picture is not None:
+            by_size.setdefault(picture.size, []).append(index)
+    return [group[start : start + most] for group in by_size.values() for start in range(0, len(group), most)]
+
+
+def build_faster_rcnn(
+    state: dict[str, torch.Tensor], where: str, min_side: int, max_side: int
+) -> tuple[FasterRCNN, str]:
+    """Build the detector that a state dict belongs to and load it; also return the backbone's name."""
+    foreign = detectron2.is_detectron2(state)
+    if foreign:
+        state = detectron2.to_torchvision(state, where)
+    try:
+        bottleneck = "backbone.body.layer3.0.conv3.weight" in state
+        blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.body.layer3.")})
+        num_classes = len(state["roi_heads.box_predictor.cls_score.bias"])
+        feature_size = len(state["roi_heads.box_head.fc7.bias"])
+        name = _RESNETS[bottleneck, blocks]
+    except KeyError as error:
+        raise UserError(
+            f"{where}: not a torchvision Faster R-CNN with a ResNet FPN backbone (no {error.args[0]})"
+        ) from None
+    backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=0)
+    head = TwoMLPHead(_FPN_CHANNELS * 7 * 7, feature_size)
+    # The head's own predictor belongs to 1024-d features: replaced below by one of this checkpoint's sizes.
+    model = FasterRCNN(backbone, num_classes=num_classes, min_size=min_side, max_size=max_side, box_head=head)
+    predictor = model.roi_heads.box_predictor
+    if predictor.cls_score.in_features != feature_size:
+        model.roi_heads.box_predictor = type(predictor)(feature_size, num_classes)
+    fit(model, state, where, f"a Faster R-CNN {name}")
+    if foreign:
+        detectron2.adapt(model)
+    return model.eval(), name

@@ -1,0 +1,177 @@
+"""wav2vec 2.0 (arXiv 2006.11477) frame features, from checkpoints in torchaudio's and in Hugging Face's layout.
+
+Shapes: S samples of 16 kHz audio, T frames, C feature size.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchaudio
+
+from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.errors import UserError
+from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.weights import fit, read_config, read_folder
+
+# The convolutions of every wav2vec 2.0 model: a frame sees 400 samples, the next one starts 320 later.
+_RECEPTIVE, _HOP = 400, 320
+# What folders of models for training or recognition have besides the encoder.
+_HEADS = r"lm_head\..*|quantizer\..*|project_(q|hid)\..*|masked_spec_embed|classifier\..*|projector\..*"
+# Fields of config.json by which a folder could choose code or precision.
+_NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config")
+
+
+class Wav2Vec2Extractor:
+    """Output of one Transformer layer (`layer`, from 1; None: the last), about 50 frames a second; unpadded.
+
+    `weights`: a Hugging Face folder, or a torchaudio state dict file (base, large or large-lv60k). The waveform is
+    normalised as the checkpoint wants it. A recording of more than `window_s` seconds is cut into windows, of which
+    neighbours share `overlap_s`; each frame comes from the window in whose middle it lies, and there are as many as in
+    one pass. Shorter ones give exactly the model's own features.
+    """
+
+    name = "wav2vec2"
+    frame_rate_hz = SAMPLE_RATE_HZ / _HOP
+
+    def __init__(
+        self,
+        weights: Path | None,
+        *,
+        layer: int | None = None,
+        window_s: float = 30.0,
+        overlap_s: float = 2.0,
+        device: str = "cpu",
+    ) -> None:
+        if weights is None:
+            raise UserError("--speech wav2vec2: it needs a checkpoint: name its file or folder with --speech-weights")
+        self._device = device
+        self._hidden: Callable[[torch.Tensor], torch.Tensor]
+        self._layer = layer
+        self._window_s, self._overlap_s = window_s, overlap_s
+        self._window = max(1, round(window_s * self.frame_rate_hz))
+        self._margin = round(overlap_s * self.frame_rate_hz / 2)
+        if weights.is_dir():
+            self._load_hugging_face(weights)
+        else:
+            self._load_torchaudio(weights)
+        self._weights_sha256 = weights_identity(weights)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the features depend on."""
+        return {
+            "name": self.name,
+            "layer": self._layer,
+            "window_s": self._window_s,
+            "overlap_s": self._overlap_s,
+            "normalise": self._normalise,
+            "package": self._package,
+            "version": version(self._package),
+            "weights_sha256": self._weights_sha256,
+        }
+
+    @torch.inference_mode()
+    def extract(self, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """Return float16 [T, C] per waveform; a recording shorter than one frame (25 ms) is padded to one."""
+        return [None if waveform is None else self._frames(waveform) for waveform in inputs]
+
+    def _frames(self, waveform: np.ndarray) -> np.ndarray:
+        if self._normalise:
+            waveform = (waveform - waveform.mean()) / np.sqrt(waveform.var() + self._epsilon)
+        padded = np.pad(waveform, (0, max(0, _RECEPTIVE - len(waveform)))).astype("float32")
+        count = (len(padded) - _RECEPTIVE) // _HOP + 1
+        parts = []
+        for first, last, start, stop in windows(count, self._window, self._margin):
+            samples = torch.from_numpy(padded[first * _HOP : (last - 1) * _HOP + _RECEPTIVE] if count > self._window else padded)
+            hidden_tc = self._hidden(samples.to(self._device)[None])[0]
+            parts.append(hidden_tc[start - first : stop - first].to(torch.float16).cpu().numpy())
+        return np.concatenate(parts)
+
+    def _load_hugging_face(self, folder: Path) -> None:
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+        config = read_config(folder, "wav2vec2", "wav2vec 2.0")
+        state = read_folder(folder, "--speech-weights of wav2vec2")
+        try:
+            model = Wav2Vec2Model(Wav2Vec2Config(**{key: value for key, value in config.items() if key not in _NOT_OURS}))
+        except Exception:  # transformers raises errors of many kinds for values that it cannot use
+            raise UserError(f"{folder}: not a wav2vec 2.0 folder (its config.json cannot be used): fetch it again") from None
+        own = model.state_dict()
+        state = {_modern(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
+        # Checkpoints without a mask vector are whole: it is of use in training alone.
+        state.setdefault("masked_spec_embed", own.get("masked_spec_embed", torch.zeros(0)))
+        fit(model, state, f"{folder}", "the wav2vec 2.0 of its config.json", _HEADS)
+        self._normalise = _normalises(folder)
+        model.eval().to(self._device)
+        self._epsilon = 1e-7
+        self._package = "transformers"
+        self.dim = model.config.hidden_size
+        layer = self._check_layer(model.config.num_hidden_layers)
+        self._hidden = lambda waveforms: model(waveforms, output_hidden_states=True).hidden_states[layer]
+
+    def _load_torchaudio(self, file: Path) -> None:
+        state = load_state_dict(file, "--speech-weights of wav2vec2")
+        bias = state.get("encoder.feature_projection.projection.bias")
+        width = 0 if bias is None else len(bias)
+        # The lv60k models normalise every convolution's output, the others only the first one's.
+        layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
+        builders = {
+            (768, False): "wav2vec2_base",
+            (1024, False): "wav2vec2_large",
+            (1024, True): "wav2vec2_large_lv60k",
+        }
+        builder = builders.get((width, layer_norms))
+        if builder is None:
+            raise UserError(f"{file}: not a torchaudio wav2vec 2.0 base, large or large-lv60k state dict")
+        aux = state.get("aux.bias")
+        model = getattr(torchaudio.models, builder)(aux_num_out=None if aux is None else len(aux))
+        fit(model, state, str(file), f"torchaudio's {builder}")
+        model.eval().to(self._device)
+        self._normalise = layer_norms
+        self._epsilon = 1e-5  # torchaudio's bundles use layer_norm
+        self._package = "torchaudio"
+        self.dim = width
+        layer = self._check_layer(len(model.encoder.transformer.layers))
+        self._hidden = lambda waveforms: model.extract_features(waveforms, num_layers=layer)[0][-1]
+
+    def _check_layer(self, count: int) -> int:
+        layer = count if self._layer is None else self._layer
+        if not 1 <= layer <= count:
+            raise UserError(f"--speech-layer {layer}: the checkpoint has layers 1 to {count}")
+        return layer
+
+
+def _modern(key: str) -> str:
+    """Return today's name of a weight: without the prefix of models with a head, and of torch's present weight norm."""
+    key = key.removeprefix("wav2vec2.")
+    for old, new in (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1")):
+        if key == f"encoder.pos_conv_embed.conv.{old}":
+            return f"encoder.pos_conv_embed.conv.{new}"
+    return key
+
+
+def _normalises(folder: Path) -> bool:
+    """Whether the feature extractor of a Hugging Face folder normalises: in a file of its own, or within the processor's."""
+    own, processor = folder / "preprocessor_config.json", folder / "processor_config.json"
+    file = own if own.is_file() else processor
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        settings = settings.get("feature_extractor") if file is processor and settings is not None else settings
+        return settings is not None and bool(settings.get("do_normalize", True))
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{file}: not readable as a feature extractor's settings: fetch it again") from None
+
+
+def windows(count: int, window: int, margin: int) -> list[tuple[int, int, int, int]]:
+    """Cut `count` frames into windows: (first, last + 1) of what is computed, (start, stop) of what is kept of it."""
+    if count <= window:
+        return [(0, count, 0, count)]
+    step = window - 2 * margin
+    return [
+        (max(0, start - margin), min(count, start + step + margin), start, min(count, start + step))
+        for start in range(0, count, max(1, step))
+    ]

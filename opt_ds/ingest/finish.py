@@ -1,0 +1,200 @@
+"""The end of preparation: a store of its shards, or one part of n for a job array, and the store of such parts.
+
+    <store>.part-2-of-16/    shards 2, 18, 34 … with their journals, the tokenizer, and part.json: written last
+"""
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from opt_ds.errors import UserError
+from opt_ds.ingest.report import REPORT_FILE, build_report, report_table
+from opt_ds.store.files import atomic_file, exclusive_use, file_sha256, write_json
+from opt_ds.store.foreign import read_json_object
+from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
+from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, ShardDescription, StoreDescription, load_description
+from opt_ds.store.writer import StoreWriter
+
+_LOG = logging.getLogger(__name__)
+PART_FILE = "part.json"
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What a store is made of besides its shards; equal in all parts of one store."""
+
+    dims: Dims
+    split_names: list[str]
+    splits_source: Literal["manifest", "group hash"]
+    extractors: dict[str, dict[str, Any]]
+    label_names: list[str]
+    info: dict[str, Any]
+    key: str
+    compression: Literal["gzip"] | None
+    num_shards: int
+    num_lines: int
+    groups_across_splits: int
+    rejected: list[dict[str, str]]  # manifest lines that are no samples: id and reason
+    limits: dict[str, int | None]  # max_tokens, max_frames
+
+    def writer(self, path: Path, tokenizer_folder: Path) -> StoreWriter:
+        """Begin, or resume, a store at `path`."""
+        return StoreWriter(
+            path, dims=self.dims, split_names=self.split_names, splits_source=self.splits_source, extractors=self.extractors,
+            tokenizer_folder=tokenizer_folder, label_names=self.label_names, info=self.info, key=self.key,
+            compression=self.compression,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "dims": self.dims.model_dump()}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "StoreFacts":
+        return StoreFacts(**{**values, "dims": Dims(**values["dims"])})
+
+
+def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
+    """Write report.json, lengths.png and store.json over the shards that `writer` has. UserError if no sample was kept."""
+    notes = (writer.notes(index) for index in range(facts.num_shards))
+    lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
+    report = build_report(facts.num_lines, facts.rejected, notes, lengths)
+    report["groups_across_splits"] = facts.groups_across_splits
+    if not report["kept"]:
+        first = report["skipped_samples"][0]
+        raise UserError(f'{output}: no sample could be used; "{first["id"]}": {first["reason"]}')
+    write_json(output / REPORT_FILE, report)
+    with atomic_file(output / LENGTHS_FILE) as temporary:
+        draw_lengths(lengths, temporary)
+    description = writer.finish(facts.num_shards)
+    _LOG.info(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
+    for line in report_table(report, facts.limits):
+        _LOG.info(line)
+    if facts.groups_across_splits:
+        _LOG.info(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
+    return description
+
+
+def part_folder(output: Path, index: int, count: int) -> Path:
+    """Where part `index` of `count` of the store `output` is made."""
+    return output.with_name(f"{output.name}.part-{index}-of-{count}")
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """ "2/16" -> (2, 16). Raises UserError for anything but i/n with 0 <= i < n."""
+    index, slash, count = text.partition("/")
+    if not (slash and text.isascii() and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f'--shard "{text}": write i/n with i from 0 to n - 1, such as 0/16')
+    return int(index), int(count)
+
+
+def finish_part(facts: StoreFacts, folder: Path, share: tuple[int, int], seconds: float) -> None:
+    """Mark a part as whole."""
+    write_json(folder / PART_FILE, {"index": share[0], "count": share[1], "seconds": seconds, "facts": facts.as_dict()})
+
+
+def is_finished_part(folder: Path, key: str) -> bool:
+    """Whether the part was made, of these inputs and settings."""
+    return (folder / PART_FILE).is_file() and _read_part(folder)["facts"]["key"] == key
+
+
+def merge_parts(output: Path) -> StoreDescription:
+    """Make the store `output` of its parts, which lie beside it, and remove them. Stopped, it goes on when called again.
+
+    Raises UserError when a part is missing or unfinished, or parts are of different inputs.
+    """
+    with exclusive_use(output):
+        folders = sorted(output.parent.glob(f"{output.name}.part-*-of-*"))
+        if (output / STORE_FILE).is_file():
+            description = load_description(output)
+            _check_merged(output, description, folders)
+            _LOG.info(f"{output}: already a feature store")
+        else:
+            parts = _whole_set(output, folders)
+            facts = StoreFacts.from_dict(parts[0]["facts"])
+            writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
+            for folder in folders:
+                _check_shards(folder)
+            for folder in folders:
+                _take_shards(folder, output)
+            missing = [index for index in range(facts.num_shards) if not writer.has_shard(index)]
+            if missing:
+                raise UserError(f"{output}: shard {missing[0]} is in none of the parts: prepare its part again")
+            description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts))
+        for folder in folders:
+            _remove_part(folder)
+        return description
+
+
+def _check_merged(output: Path, description: StoreDescription, folders: list[Path]) -> None:
+    """Raise UserError unless the folders are what a merge into the store that is there had still to remove."""
+    for folder in folders:
+        if any(folder.iterdir()) and not is_finished_part(folder, description.preparation_key):
+            raise UserError(
+                f"{output}: another finished feature store is there, {folder.name} is no part of it: remove it, or move the parts"
+            )
+
+
+def _remove_part(folder: Path) -> None:
+    """`part.json` goes last: as long as anything is left, it says of what."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != PART_FILE:
+            entry.unlink()
+    shutil.rmtree(folder)
+
+
+def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
+    if not folders:
+        raise UserError(f"{output}: no parts beside it ({output.name}.part-…): make them with opt-ds prepare --shard i/n")
+    unfinished = [folder for folder in folders if not (folder / PART_FILE).is_file()]
+    if unfinished:
+        raise UserError(f"{unfinished[0]}: unfinished: run its opt-ds prepare --shard again, it resumes")
+    parts = [_read_part(folder) for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
+        if part["count"] != parts[0]["count"] or part["facts"] != parts[0]["facts"]:
+            raise UserError(f"{folder}: of other inputs, settings or number of parts than {folders[0].name}: remove one of them")
+    absent = sorted(set(range(parts[0]["count"])) - {part["index"] for part in parts})
+    if absent:
+        raise UserError(f"{output}: part {absent[0]} of {parts[0]['count']} is missing: opt-ds prepare --shard {absent[0]}/…")
+    return parts
+
+
+def _check_shards(folder: Path) -> None:
+    """Parts may have been copied from other machines: a shard that was damaged on the way must not get into a store."""
+    for journal in sorted(folder.glob("shard-*.json")):
+        shard = _shard_of(journal)
+        file = folder / shard.file
+        if file.is_file() and file_sha256(file) != shard.sha256:
+            raise UserError(f"{file}: damaged since it was made: remove {folder} and run its opt-ds prepare --shard again")
+
+
+def _take_shards(folder: Path, output: Path) -> None:
+    """Move each shard, then its journal: a shard counts only with its journal beside it."""
+    for journal in sorted(folder.glob("shard-*.json")):
+        shard = _shard_of(journal).file
+        if (folder / shard).is_file():
+            (folder / shard).replace(output / shard)
+        journal.replace(output / journal.name)
+
+
+def _read_part(folder: Path) -> dict[str, Any]:
+    remedy = f"remove {folder} and run its opt-ds prepare --shard again"
+    part = read_json_object(folder / PART_FILE, remedy)
+    kinds: dict[str, type | tuple[type, ...]] = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
+    if wrong or set(part["facts"]) != {field.name for field in fields(StoreFacts)}:
+        raise UserError(f"{folder / PART_FILE}: damaged, field {wrong[0] if wrong else 'facts'}: {remedy}")
+    return part
+
+
+def _shard_of(journal: Path) -> ShardDescription:
+    remedy = f"remove {journal.parent} and run its opt-ds prepare --shard again"
+    try:
+        return ShardDescription.model_validate(read_json_object(journal, remedy).get("shard"))
+    except ValidationError:
+        raise UserError(f"{journal}: damaged: {remedy}") from None

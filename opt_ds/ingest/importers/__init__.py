@@ -1,0 +1,1 @@
+"""Importers: each writes a manifest (see opt_ds/ingest/manifest.py) from one corpus."""

@@ -1,0 +1,307 @@
+"""A plain folder: `name.jpg`, `name.txt` and `name.wav` are one sample `name`. Folders below count as part of the name.
+
+If all samples lie below folders called train, valid (val, validation, dev) or test, these are the splits. A folder that
+is nearly so is refused, since test samples would otherwise be trained on: the caller decides with `folder_splits`.
+"""
+
+import logging
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from opt_ds.decoding.file_kinds import HEAD_BYTES, is_clutter, kind_of_content, kind_of_name, why_not_decodable
+from opt_ds.errors import UserError
+from opt_ds.ingest.importers.common import (
+    Entry,
+    Note,
+    Unused,
+    report_path,
+    sample,
+    split_of_name,
+    unused_line,
+    write_import,
+)
+from opt_ds.ingest.importers.files import Found
+from opt_ds.ingest.importers.near_names import near_pairs
+from opt_ds.ingest.manifest import Skipped
+from opt_ds.ingest.text_files import read_json
+from opt_ds.user_files import decode_text
+
+_LOG = logging.getLogger(__name__)
+MANIFEST_NAME = "manifest.jsonl"
+_KINDS = ("image", "audio", "text")
+_NEAR_SHOWN = 5
+_MANY_PAIRS = 10  # so many pairs, or every tenth name in one: the folder was meant to be joined
+_ABOUT = re.compile(r"readme|read me|licen[cs]e", re.IGNORECASE)
+_ABOUT_AT_TOP = re.compile(
+    r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
+    re.IGNORECASE,
+)
+_NEARLY_SPLIT = re.compile(  # train_images, test-2, LibriSpeech's train-clean-100; but train_station and test_tube are classes
+    r"([a-z]+?)([-_ .]*\d+|[-_ .]+v?\d+[a-z]?"
+    r"|[-_ .]+(set|data|dataset|images?|imgs?|pictures?|pics|audio|wavs?|speech|texts?|captions?|files?"
+    r"|samples?|parts?|splits?|clean|other|full|small|large|all|raw|new|old|final"
+    r"|processed|resized|subset))+",
+    re.IGNORECASE,
+)
+
+Sample = dict[str, list[Path]]  # kind -> files
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The samples of a folder by name, in the order of the names, and the files that are no part of one."""
+
+    samples: dict[str, Sample]
+    unused: list[str]
+
+
+def import_folder(
+    folder: Path,
+    output: Path | None = None,
+    *,
+    folder_splits: bool | None = None,
+) -> Path:
+    """Write the manifest `output` (default: manifest.jsonl in the folder) of the folder's files.
+
+    `folder_splits`: True takes the splits from the folders train, valid and test at the top and leaves out what lies
+    outside; False takes none from folders; None infers them. UserError where that is not certain.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    output = output or folder / MANIFEST_NAME
+    found = _files(folder, {output, report_path(output)})
+    splits = _splits(folder, found.samples, folder_splits)
+    found = _without_loose_texts(found) if splits else found
+    unused = Unused("files", len(found.unused), tuple(found.unused))
+    if not found.samples:
+        what = f"; {unused_line(unused)}" if found.unused else ""
+        raise UserError(f"{folder}: no picture, recording or .txt file there{what}")
+    near = _near_notes(folder, found.samples, splits)
+    if splits:
+        _LOG.info(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
+
+    def entries() -> Iterator[Entry]:
+        yield from _entries(found.samples, output.parent.resolve(), splits)
+        if found.unused:
+            yield unused
+        held = Counter(" and ".join(kind for kind in _KINDS if kind in kinds) for kinds in found.samples.values())
+        if len(held) > 1:  # such as a.jpg beside a.jpg.txt, which are not one sample
+            yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
+        yield from near
+
+    return write_import(output, entries(), source=str(folder))
+
+
+def folder_manifest(folder: Path) -> Path:
+    """Return the folder's manifest.jsonl: the one that is there, or a new one."""
+    manifest = folder / MANIFEST_NAME
+    if manifest.is_file():
+        _log_found(manifest)
+        return manifest
+    return import_folder(folder)
+
+
+def _log_found(manifest: Path) -> None:
+    """Say that the manifest is used as it is; if an import wrote it, also what it left out and what is newer."""
+    report = report_path(manifest)
+    if not report.is_file():
+        _LOG.info(f"{manifest}: found; remove it to have the folder read again")
+        return
+    skipped = _count_skipped(report)
+    left_out = f"; {skipped} samples were left out when it was written, see {report.name}" if skipped else ""
+    _LOG.info(f"{manifest}: found; remove it to have the folder read again{left_out}")
+    newer = _count_newer(manifest)
+    if newer:
+        what = "1 file is" if newer == 1 else f"{newer} files are"
+        _LOG.info(
+            f"note: {what} newer than {manifest.name}, which is used as it is; remove it and the store, or name another "
+            "--output, to have the folder read again"
+        )
+
+
+def _count_skipped(report: Path) -> int:
+    try:
+        content = read_json(report)
+    except UserError:
+        return 0  # of no use, but of no harm either: the manifest counts
+    skipped = content.get("skipped") if isinstance(content, dict) else None
+    return skipped if isinstance(skipped, int) else 0
+
+
+def _count_newer(manifest: Path) -> int:
+    """How many pictures, recordings and texts of the folder were written after its manifest; stores in it do not count."""
+    written, newer = manifest.stat().st_mtime_ns, 0
+    for folder, folders, names in os.walk(manifest.parent):
+        if "store.json" in names:
+            folders.clear()
+            continue
+        for name in names:
+            path = Path(folder, name)
+            if kind_of_name(name) in _KINDS and not is_clutter(path.relative_to(manifest.parent)) and path.is_file():
+                newer += path.stat().st_mtime_ns > written
+    return newer
+
+
+def _files(folder: Path, ours: set[Path]) -> _Folder:
+    """Sort the folder's files into samples. A text that is about the folder (README.txt) belongs to none."""
+    samples: dict[str, Sample] = defaultdict(lambda: defaultdict(list))
+    spelled: dict[str, str] = {}  # composed Unicode -> as the first file has it: a Mac's copy may be decomposed
+    unused: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        if path in ours or (path.is_dir() and not path.is_symlink()):
+            continue
+        name = path.relative_to(folder).as_posix()
+        is_unknown = is_clutter(name) or not path.is_file()  # such as a link to nowhere, or to a folder
+        kind = None if is_unknown else kind_of_name(path) or _kind_of_content(path)
+        if kind in _KINDS:
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            samples[spelled.setdefault(unicodedata.normalize("NFC", stem), stem)][str(kind)].append(path)
+        else:
+            unused.append(name)
+    texts = [name for name, kinds in samples.items() if set(kinds) == {"text"}]
+    for name in (name for name in texts if _is_about(name)):
+        unused.extend(path.relative_to(folder).as_posix() for path in samples.pop(name)["text"])
+    return _Folder(dict(samples), sorted(unused))
+
+
+def _is_about(name: str) -> bool:
+    """Whether a text is about the collection; below its top only README and LICENSE are."""
+    is_at_top = "/" not in name and _ABOUT_AT_TOP.fullmatch(name) is not None
+    return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
+
+
+def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:
+    """What looks like one sample but has different names. UserError if that is nearly all that the folder could pair.
+
+    A few pairs among many samples are no reason to refuse these.
+    """
+    pairs = near_pairs({name: frozenset(kinds) for name, kinds in samples.items()}, splits)
+    if not pairs:
+        return []
+
+    def file_of(name: str) -> str:
+        return next(iter(samples[name].values()))[0].relative_to(folder).as_posix()
+
+    shown = [f"{file_of(each.first)} and {file_of(each.second)} {each.difference}" for each in pairs[:_NEAR_SHOWN]]
+    joined = sum(len(kinds) > 1 for kinds in samples.values())
+    are_many = len(pairs) >= _MANY_PAIRS or _MANY_PAIRS * len(pairs) >= len(samples)
+    if are_many and 10 * joined < len(pairs):
+        raise UserError(
+            f"{folder}: {joined} samples have files of two kinds, but {len(pairs)} pairs of files have nearly the same name: "
+            f"{shown[0]}: give the files of a sample one name in one folder (a.jpg, a.txt), or list them in a table for "
+            "opt-ds import table; if they do not belong together, import pictures, recordings and texts each from a folder "
+            "of their own"
+        )
+    more = f", and {len(pairs) - len(shown)} more pairs" if len(pairs) > len(shown) else ""
+    return [Note(f"{'; '.join(shown)}{more}: not paired; give the files of a sample one name in one folder (a.jpg, a.txt)")]
+
+
+def _kind_of_content(path: Path) -> str | None:
+    """The kind of a file whose ending tells nothing: content decides."""
+    with open(path, "rb") as file:
+        return kind_of_content(file.read(HEAD_BYTES))
+
+
+def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> dict[str, str]:
+    """Return top folder -> split; empty if there are no splits. UserError for a layout that is nearly split."""
+    if wanted is False:
+        return {}
+    tops = Counter(name.split("/")[0] for name in samples if "/" in name)
+    splits = {top: split for top in tops if (split := split_of_name(top)) is not None}
+    if wanted:
+        if not splits:
+            raise UserError(
+                f"{folder}: no folder called train, valid or test with samples at its top: --folder-splits needs them"
+            )
+        return splits
+    others = {top: count for top, count in tops.items() if top not in splits}
+    loose = [name for name, kinds in samples.items() if "/" not in name]
+    if splits and all(set(samples[name]) == {"text"} for name in loose) and _has_media(samples):
+        loose = []  # classes.txt beside the splits of a collection of pictures is no sample
+    fix = (
+        f"move them, or choose: opt-ds import folder {folder} --folder-splits leaves them out, --no-folder-splits ignores "
+        "folders"
+    )
+    if splits and (others or loose):
+        where = [f"in {top} ({count})" for top, count in sorted(others.items())][:3]
+        where += [f"beside them ({len(loose)}, such as {loose[0]})"] if loose else []
+        raise UserError(
+            f"{folder}: the folders {', '.join(sorted(splits))} look like splits, but samples lie outside of them, "
+            f"{', '.join(where)}: {fix}"
+        )
+    if not splits:
+        _refuse_hidden_splits(folder, samples)
+    return splits
+
+
+def _refuse_hidden_splits(folder: Path, samples: dict[str, Sample]) -> None:
+    """UserError for folders that mean different splits, but not by their exact names, or not at the top."""
+    parts = {part for name in samples for part in name.split("/")[:-1]}
+    near = {part: split for part in parts if (split := split_of_name(part) or _nearly_split(part)) is not None}
+    if len(set(near.values())) < 2:
+        return
+    names = ", ".join(sorted(near)[:6])
+    raise UserError(
+        f"{folder}: the folders {names} look like splits, but they are not called train, valid and test at its top: "
+        "rename or move them, or import the folder that holds them; "
+        f"opt-ds import folder {folder} --no-folder-splits ignores folders"
+    )
+
+
+def _nearly_split(name: str) -> str | None:
+    match = _NEARLY_SPLIT.fullmatch(name)
+    return split_of_name(match[1]) if match else None
+
+
+def _has_media(samples: dict[str, Sample]) -> bool:
+    return any("image" in kinds or "audio" in kinds for kinds in samples.values())
+
+
+def _without_loose_texts(found: _Folder) -> _Folder:
+    loose = {name for name, kinds in found.samples.items() if "/" not in name and set(kinds) == {"text"}}
+    names = [path.name for name in loose for path in found.samples[name]["text"]]
+    kept = {name: kinds for name, kinds in found.samples.items() if name not in loose}
+    return _Folder(kept, sorted([*found.unused, *names]))
+
+
+def _entries(samples: dict[str, Sample], start: Path, splits: dict[str, str]) -> Iterator[Entry]:
+    for name, kinds in samples.items():
+        split = splits.get(name.split("/")[0])
+        reason = _why_not(kinds)
+        if reason is None and splits and split is None:
+            reason = "outside of the folders that are splits"
+        if reason is not None:
+            yield Skipped(name, reason)
+            continue
+        text = None
+        if "text" in kinds:
+            try:
+                text = decode_text(kinds["text"][0].read_bytes()).strip()
+            except UnicodeDecodeError:
+                yield Skipped(name, f"the text is not UTF-8: {kinds['text'][0].name}")
+                continue
+        files: dict[str, tuple[str, Found] | None] = {
+            kind: (kinds[kind][0].name, os.path.relpath(kinds[kind][0].parent.resolve() / kinds[kind][0].name, start))
+            for kind in ("image", "audio")
+            if kind in kinds
+        }
+        yield sample(name, text=text, files=files, split=split)
+
+
+def _why_not(kinds: Sample) -> str | None:
+    """Why the files of one name are no sample; None if they are one."""
+    twice = next((paths for paths in kinds.values() if len(paths) > 1), None)
+    if twice is not None:
+        return f"two files of one kind: {twice[0].name} and {twice[1].name}"
+    for paths in (kinds[kind] for kind in ("image", "audio") if kind in kinds):
+        with open(paths[0], "rb") as file:
+            reason = why_not_decodable(paths[0], file.read(HEAD_BYTES))
+        if reason is not None:
+            what, _, advice = reason.partition(": ")
+            return f"{what}: {paths[0].name}: {advice}"
+    return None

@@ -1,0 +1,109 @@
+"""COCO captions and Flickr30k in Karpathy's splits (dataset_coco.json, dataset_flickr30k.json; Karpathy & Fei-Fei 2015),
+and Flickr30k's own token file (`1000092795.jpg#0`, tab, caption). Each caption is a sample; a picture's share its row.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from opt_ds.errors import UserError
+from opt_ds.ingest.importers.common import (
+    Entry,
+    guarded,
+    prefixes,
+    sample,
+    split_of_name,
+    typed,
+    unused_files,
+    write_import,
+)
+from opt_ds.ingest.importers.files import Files
+from opt_ds.ingest.importers.tables import read_rows
+from opt_ds.ingest.manifest import Skipped
+from opt_ds.ingest.text_files import open_text, read_json
+
+_COCO_NAME = re.compile(r"COCO_[a-z0-9]+_(\d{12})\.\w+")
+_TOKEN = re.compile(r"(.+)#\d+")
+
+
+def import_karpathy(annotations: Path | Sequence[Path], output: Path, *, images: Path) -> Path:
+    """Write the manifest `output` of Karpathy split JSON files, or of Flickr30k's token file (without splits).
+
+    `images`: the folder of the pictures; COCO's may lie in train2014 and val2014 below it. A single file's ids are as
+    they always were; of several files the ids begin with the file's name.
+    """
+    paths = [annotations] if isinstance(annotations, Path) else list(annotations)
+    pictures = Files(images, output, "image")
+
+    def entries() -> Iterator[Entry]:
+        for path, prefix in zip(paths, prefixes(paths), strict=True):
+            yield from (_entries if _is_json(path) else _token_entries)(path, pictures, prefix)
+        yield from unused_files([pictures])
+
+    return write_import(output, entries(), source=", ".join(map(str, paths)))
+
+
+def _is_json(path: Path) -> bool:
+    with open_text(path) as file:
+        return path.name.removesuffix(".gz").endswith(".json") or file.read(1024).lstrip().startswith(("{", "["))
+
+
+def _entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]:
+    content = read_json(annotations)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise UserError(f'{annotations}: no list "images": give a Karpathy split JSON')
+
+    def caption(picture: dict[str, Any], sentence: dict[str, Any]) -> Iterator[Entry]:
+        id = f"{prefix}sentence {typed(sentence['sentid'], (int, str), 'sentid')}"
+        own, imgid = sentence.get("imgid"), picture.get("imgid")
+        if own is not None and imgid is not None and own != imgid:
+            yield Skipped(id, f"it contradicts itself: its imgid is {own}, its picture's {imgid}")
+            return
+        name, split = typed(picture["filename"], str, "filename"), typed(picture["split"], str, "split")
+        below = f"{typed(picture['filepath'], str, 'filepath')}/{name}" if picture.get("filepath") else name
+        file = pictures.get(below) or pictures.get(name) or pictures.by_stem(Path(name).stem)
+        yield sample(
+            id,
+            text=typed(sentence["raw"], str, "raw"),
+            files={"image": (below, file)},
+            group=f"{prefix}image {name}",
+            split="train" if split == "restval" else split_of_name(split) or split,
+        )
+
+    def captions(place: str, picture: dict[str, Any]) -> Iterator[Entry]:
+        wrong = _contradiction(picture)
+        if wrong is not None:
+            yield Skipped(place, wrong)
+            return
+        for name in ("split", "filename"):
+            picture[name]
+        for number, sentence in enumerate(picture["sentences"]):
+            yield from guarded(f"{place} sentence {number}", lambda sentence=sentence: caption(picture, sentence))  # type: ignore[misc]
+
+    for number, picture in enumerate(content["images"]):
+        place = f"{prefix}image {number}"
+        yield from guarded(place, lambda place=place, picture=picture: captions(place, picture))  # type: ignore[misc]
+
+
+def _contradiction(picture: dict[str, Any]) -> str | None:
+    """COCO's file names hold the picture's number: it must be the entry's own."""
+    match = _COCO_NAME.fullmatch(str(picture.get("filename")))
+    if match and isinstance(picture.get("cocoid"), int) and int(match[1]) != picture["cocoid"]:
+        return f"it contradicts itself: cocoid is {picture['cocoid']}, its file is {picture['filename']}"
+    return None
+
+
+def _token_entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]:
+    for row in read_rows(annotations, "\t", quoted=False):
+        match = _TOKEN.fullmatch(row.cells[0]) if len(row.cells) == 2 else None
+        if match is None:
+            place = f"line {row.line}"
+            yield Skipped(prefix + place, f"not name#number and caption: {annotations.name} {place}")
+            continue
+        yield sample(
+            prefix + row.cells[0],
+            text=row.cells[1],
+            files={"image": (match[1], pictures.get_or_say(match[1], "image"))},
+            group=f"{prefix}image {match[1]}",
+        )

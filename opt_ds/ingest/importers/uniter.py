@@ -1,0 +1,167 @@
+"""UNITER's image feature databases (LMDB): each entry becomes the `.npz` file that it was made of."""
+
+import hashlib
+import io
+import logging
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from opt_ds.decoding.limits import Limits
+from opt_ds.decoding.npz_arrays import load_arrays
+from opt_ds.decoding.reasons import BrokenFileError, RefusedError
+from opt_ds.errors import UserError
+from opt_ds.ingest.manifest import visible
+from opt_ds.store.files import atomic_file
+
+_LOG = logging.getLogger(__name__)
+_DATABASE = "data.mdb"
+_OWN = b"__"  # __keys__ lists the others
+_LONGEST_NAME = 200
+_SHOWN = 10
+_BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+
+
+def is_lmdb(folder: Path) -> bool:
+    """Whether a folder holds an LMDB database."""
+    return (folder / _DATABASE).is_file()
+
+
+def export_lmdb(database: Path, output: Path) -> int:
+    """Write every entry of the database as a file of `output`; files that are there are kept, so that it resumes.
+
+    Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them; others are left out
+    and named. Returns the number of files. UserError if there is none.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    names, unnamed = _names(_keys(database))
+    skipped = [f"{key!r}: its key is not UTF-8" for key in unnamed]
+    count = 0
+    for key, value in _entries(database):
+        if key not in names:
+            continue
+        target = output / names[key]
+        if not target.is_file():
+            try:
+                arrays = _arrays(value)
+            except ValueError as error:
+                skipped.append(f"{key}: {error}")
+                continue
+            with atomic_file(target) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+        count += 1
+    if not count:
+        first = f"; {skipped[0]}" if skipped else ""
+        raise UserError(f"{database}: {'no entry can be used' if skipped else 'the database is empty'}{first}")
+    _LOG.info(f"{output}: {count} files; name them as image in a manifest, and give opt-ds prepare --images npz")
+    _log_left_out(names, skipped)
+    return count
+
+
+def _log_left_out(names: dict[str, str], skipped: list[str]) -> None:
+    long = {key: name for key, name in names.items() if name != _plain_name(key)}
+    if long:
+        key, name = next(iter(long.items()))
+        _LOG.info(f"  {len(long)} keys differ only by folder or ending, or are too long: they got other names: {key} is {name}")
+    if skipped:
+        _LOG.info(f"  {len(skipped)} entries left out")
+    for reason in skipped[:_SHOWN]:
+        _LOG.info(f"  left out {visible(reason)}")
+
+
+def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
+    """Return key -> file name, no two the same, and the keys that are no text.
+
+    The name is the key's last part with .npz as its ending; where several keys have the same, it is the whole key,
+    quoted as in a URL.
+    """
+    texts: list[str] = []
+    unnamed: list[bytes] = []
+    for raw in keys:
+        try:
+            texts.append(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            unnamed.append(raw)
+    plain = Counter(map(_plain_name, texts))
+    names = {key: name for key in texts if plain[name := _plain_name(key)] == 1 and _is_file_name(name)}
+    taken = set(plain)
+    for key in texts:
+        if key not in names:
+            name = f"{quote(key, safe='')}.npz"
+            if name in taken or not _is_file_name(name):
+                name = f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+            names[key] = name
+            taken.add(name)
+    return names, unnamed
+
+
+def _is_file_name(name: str) -> bool:
+    return name != ".npz" and "\0" not in name and len(name.encode()) <= _LONGEST_NAME
+
+
+def _plain_name(key: str) -> str:
+    last = PurePosixPath(key).name
+    return f"{PurePosixPath(last).stem}.npz"
+
+
+def _keys(database: Path) -> Iterator[bytes]:
+    with _cursor(database) as cursor:
+        yield from (key for key in cursor.iternext(keys=True, values=False) if not key.startswith(_OWN))
+
+
+def _entries(database: Path) -> Iterator[tuple[str, bytes]]:
+    with _cursor(database) as cursor:
+        for key, value in cursor.iternext():
+            if not key.startswith(_OWN):
+                yield key.decode("utf-8", "backslashreplace"), value
+
+
+@contextmanager
+def _cursor(database: Path) -> Iterator[Any]:
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError(f"{database}: reading LMDB needs lmdb and msgpack: pip install 'opt_ds[tables]'") from None
+    try:
+        with (
+            lmdb.open(str(database), readonly=True, lock=False, readahead=False, create=False) as environment,
+            environment.begin(buffers=False) as transaction,
+        ):
+            yield transaction.cursor()
+    except lmdb.Error:
+        raise UserError(f"{database}: not readable as LMDB: copy {_DATABASE} again") from None
+
+
+def _arrays(value: bytes) -> dict[str, Any]:
+    """Return the arrays of an entry. Raises ValueError for anything else."""
+    import msgpack
+
+    try:
+        if value.startswith(b"PK"):
+            return load_arrays(io.BytesIO(value), Limits().of_arrays)
+        fields = msgpack.unpackb(value, raw=False, object_hook=_array)
+    except (BrokenFileError, RefusedError) as error:
+        raise ValueError(str(error)) from None
+    except (*_BROKEN, msgpack.UnpackException):
+        raise ValueError("neither NPZ nor msgpack") from None
+    items = fields.items() if isinstance(fields, dict) else ()
+    found = {name: array for name, array in items if isinstance(name, str) and isinstance(array, np.ndarray)}
+    if not found:
+        raise ValueError("it holds no arrays")
+    return found
+
+
+def _array(fields: dict[Any, Any]) -> Any:
+    """Undo msgpack_numpy's form of an array: {b"nd": True, b"type": "<f2", b"kind": b"", b"shape": …, b"data": …}."""
+    named = {key.decode() if isinstance(key, bytes) else key: value for key, value in fields.items()}
+    if named.get("nd") is not True:
+        return fields
+    kind = named["type"].decode() if isinstance(named["type"], bytes) else named["type"]
+    return np.frombuffer(named["data"], np.dtype(kind)).reshape(named["shape"])

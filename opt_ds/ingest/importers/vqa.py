@@ -1,0 +1,170 @@
+"""VQA v2 (Goyal et al. 2017): the published question and annotation files -> a manifest; a question is a sample's text, the
+answers of its annotators are its labels, as often as they were given.
+
+Answers are normalised as the published evaluation does it (Antol et al. 2015: numbers as digits, no articles, no punctuation),
+and only frequent ones are labels, the usual answer vocabulary. A question without a frequent answer teaches nothing, but
+it counts where a model is judged.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from opt_ds.errors import UserError
+from opt_ds.ingest.importers.common import (
+    Entry,
+    Unused,
+    guarded,
+    sample,
+    split_and_file,
+    split_of_name,
+    typed,
+    unused_files,
+    write_import,
+)
+from opt_ds.ingest.importers.files import Files
+from opt_ds.ingest.manifest import Skipped
+from opt_ds.ingest.text_files import read_json
+
+_LOG = logging.getLogger(__name__)
+_DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+           "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
+_ARTICLES = {"a", "an", "the"}
+_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`?!]")
+
+
+def import_vqa(
+    questions: Sequence[str],
+    annotations: Sequence[str],
+    output: Path,
+    *,
+    images: Path,
+    min_count: int = 9,
+) -> Path:
+    """Write the manifest `output`. `questions`, `annotations`: FILE or SPLIT=FILE, as many of one as of the other.
+
+    `min_count`: questions of the first file whose most frequent answer is the same, for that answer to become a label (9 leaves
+    3,129 of VQA v2's train and validation questions). Questions without any label are left out of the first file and of others
+    of its split; elsewhere they stay, to count as answered wrong. Pictures are found by COCO's names, in any folder below
+    `images`. UserError for files that are none of VQA's, or when no answer is so frequent.
+    """
+    if len(questions) != len(annotations):
+        raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
+    pictures = Files(images, output, "image")
+    pairs = [(*split_and_file(q), split_and_file(a)[1]) for q, a in zip(questions, annotations, strict=True)]
+    answers = {path: _answers(path) for _, _, path in pairs}
+    names = answer_vocabulary(answers[pairs[0][2]].of.values(), min_count)
+    if not names:
+        raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
+    _LOG.info(f"{len(names)} answers are labels")
+    trains = {path for split, path, _ in pairs if split and split == pairs[0][0]} | {pairs[0][1]}
+    entries = (
+        entry
+        for split, path, notes in pairs
+        for entry in _entries(path, split, answers[notes], names, pictures, keep_unlabelled=path not in trains)
+    )
+    return write_import(output, chain(entries, unused_files([pictures])), source=str(pairs[0][1]))
+
+
+def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:
+    """Answers that are the most frequent one of at least `min_count` questions; `answers`: those of each question."""
+    most_frequent = Counter(Counter(given).most_common(1)[0][0] for given in answers if given)
+    return {answer for answer, count in most_frequent.items() if count >= min_count and answer}
+
+
+def normalized_answer(text: str) -> str:
+    """Lower case, punctuation and articles away, number words as digits: what the published evaluation compares."""
+    text = " ".join(text.lower().split())
+    text = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", text)  # a point stays within a number
+    text = re.sub(r"(?<=\d),(?=\d)", "", text).replace(",", " ")
+    words = _PUNCTUATION.sub(" ", text).split()
+    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A file of annotations. `of`: question id -> normalised answers; `image`: question id -> its picture's id or None."""
+
+    subtype: str
+    of: dict[Any, list[str]]
+    image: dict[Any, Any]
+    skipped: list[Skipped]
+
+
+def _answers(path: Path) -> _Answers:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise UserError(f'{path}: no "annotations" with answers: give v2_mscoco_…_annotations.json as published')
+    found = _Answers(str(content.get("data_subtype", "")), {}, {}, [])
+    for number, entry in enumerate(content["annotations"]):
+        place = f"{path.name} annotation {number}"
+        try:
+            id = typed(entry["question_id"], (int, str), "question_id")
+            answers = typed(entry["answers"], list, "answers")
+        except (KeyError, TypeError) as error:
+            found.skipped.append(Skipped(place, f"not as published: {place}: {error}"))
+            continue
+        if id in found.of:
+            found.skipped.append(Skipped(place, f"annotated twice: question {id}"))
+            continue
+        good = [text for answer in answers if (text := _answer(answer)) is not None]
+        if len(good) < len(answers):
+            reason = f"an answer is no text: {len(answers) - len(good)} of {len(answers)} answers to question {id}"
+            found.skipped.append(Skipped(place, reason))
+        found.of[id], found.image[id] = good, entry.get("image_id")
+    return found
+
+
+def _answer(entry: Any) -> str | None:
+    """The normalised answer of one annotator; numbers become text. None for anything else."""
+    answer = entry.get("answer") if isinstance(entry, dict) else None
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    return normalized_answer(answer) if isinstance(answer, str) else None
+
+
+def _entries(
+    path: Path, split: str | None, answers: _Answers, names: set[str], pictures: Files, keep_unlabelled: bool
+) -> Iterator[Entry]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+        raise UserError(f'{path}: no list "questions": give v2_OpenEnded_mscoco_…_questions.json')
+    subtype = str(content.get("data_subtype", ""))
+    if subtype and answers.subtype and subtype != answers.subtype:
+        other = answers.subtype
+        raise UserError(f"{path}: questions of {subtype}, but its annotations are of {other}: give each its own")
+
+    def question(entry: dict[str, Any]) -> Iterator[Entry]:
+        image_id, number = int(entry["image_id"]), typed(entry["question_id"], (int, str), "question_id")
+        id = f"question {number}"
+        given = answers.of.get(number, [])
+        labels = tuple(answer for answer in given if answer in names)
+        annotated = answers.image.get(number)
+        if not given:
+            yield Skipped(id, "the annotations have no answers to it")
+        elif annotated is not None and annotated != entry["image_id"]:
+            yield Skipped(id, f"it contradicts its annotation: image_id {entry['image_id']} and {annotated}")
+        elif not (labels or keep_unlabelled):
+            yield Skipped(id, "none of its answers is frequent enough to be a label")
+        else:
+            name = f"COCO_{subtype}_{image_id:012d}"
+            yield sample(
+                id,
+                text=typed(entry["question"], str, "question"),
+                files={"image": (name, pictures.by_stem(name) or pictures.by_stem(f"{image_id:012d}"))},
+                labels=labels,
+                group=f"image {entry['image_id']}",
+                split=split or split_of_name(subtype),
+            )
+
+    yield from answers.skipped
+    rare = sum(answer not in names for given in answers.of.values() for answer in given)
+    if rare:
+        yield Unused("answers", rare, why=f"of {path.name}, too rare to be labels: --min-count")
+    for number, entry in enumerate(content["questions"]):
+        yield from guarded(f"question {number}", lambda entry=entry: question(entry))  # type: ignore[misc]

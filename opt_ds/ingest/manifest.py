@@ -1,0 +1,279 @@
+"""The manifest: one JSON object a line, one line a sample. What may be in it, and how lines form shards and splits.
+
+A line that cannot be used is rejected with its reason, and the rest is kept.
+"""
+
+import hashlib
+import json
+import os.path
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from opt_ds.decoding.file_kinds import HEAD_BYTES, TABLE, format_of_content, format_of_name
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.ingest.text_files import JsonError, byte_lines, open_bytes, parse_json
+from opt_ds.store.files import atomic_file
+from opt_ds.store.schema import check_split_names
+
+DEFAULT_SPLITS = ("train", "valid")
+_VALID_PERCENT = 5
+_WORDS = {
+    "text": ("caption", "captions", "sentence", "sentences", "transcript", "transcription"),
+    "image": ("path", "file", "file_name", "filename", "file_path", "filepath", "img", "picture", "photo"),
+    "audio": ("wav", "sound", "speech", "recording", "audio_filepath"),
+    "labels": ("label", "class", "classes", "category"),
+}  # what other collections call the fields
+_FIELD_OF_WORD = {word: name for name, words in _WORDS.items() for word in words}
+_NAMES = ("id", "group", "split")  # fields that may be whole numbers, which then stand for their digits
+
+
+class ManifestLine(BaseModel):
+    """A sample: `id`, and any of image, text, audio (files relative to the manifest's folder), labels, group, split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
+
+    id: str
+    image: str | None = None
+    text: str | None = None
+    audio: str | None = None
+    labels: tuple[str, ...] = ()
+    group: str | None = None
+    split: str | None = None
+
+    @property
+    def group_name(self) -> str:
+        """The named group; else lines that share a picture are one group, and any other line is alone."""
+        if self.group is not None:
+            return self.group
+        return f"image {self.image}" if self.image is not None else f"id {self.id}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that is not used: its id (or "line 7" where it has none that can be used), and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest. `splits` holds one split name per line, `splits_source` where they come from.
+
+    `rejected`: the lines that are no samples; they are not among `lines`.
+    """
+
+    path: Path
+    lines: list[ManifestLine]
+    splits: list[str]
+    split_names: list[str]
+    splits_source: Literal["manifest", "group hash"]
+    sha256: str
+    rejected: list[Skipped] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """What the lines' files are relative to."""
+        return self.path.parent
+
+    @property
+    def label_names(self) -> list[str]:
+        """All labels, sorted."""
+        return sorted({label for line in self.lines for label in line.labels})
+
+    def shards(self, samples_per_shard: int) -> list[list[int]]:
+        """Cut the lines into shards: lists of line indices. Lines that share a picture are neighbours in one shard."""
+        first_line: dict[str, int] = {}
+        place = [first_line.setdefault(line.image or f"\0{index}", index) for index, line in enumerate(self.lines)]
+        shards: list[list[int]] = []
+        for index in sorted(range(len(self.lines)), key=lambda line: (place[line], line)):
+            full = not shards or len(shards[-1]) >= samples_per_shard
+            if full and (not shards or place[shards[-1][-1]] != place[index]):
+                shards.append([])
+            shards[-1].append(index)
+        return shards
+
+
+def read_manifest(
+    path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False
+) -> Manifest:
+    """Read and check a manifest, gzipped or not, at most its first `limit` good samples.
+
+    Rejected are lines that are not UTF-8 or JSON, with unknown or missing fields, a repeated id or no modality, and,
+    unless `allow_outside`, with a file outside the manifest's folder (links inside it are followed). With `strict` the
+    first such line is a UserError; otherwise it is one if no line is left, or if only some lines name their split.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a manifest' if path.is_dir() else 'no such manifest'}")
+    _check_is_manifest(path)
+    lines: list[ManifestLine] = []
+    rejected: list[Skipped] = []
+    seen: dict[str, int] = {}  # id -> line number
+    digest = hashlib.sha256()
+    for number, raw in _raw_lines(path):
+        try:
+            line, canonical = _parse(raw)
+            _check_line(line, seen, path.parent, allow_outside)
+        except _LineError as error:
+            if strict:
+                raise UserError(f"{path} line {number}: {error} (--strict stops at the first)") from None
+            rejected.append(Skipped(error.id or f"line {number}", f"not a sample: line {number}: {error}"))
+            continue
+        seen[line.id] = number
+        lines.append(line)
+        digest.update(canonical + b"\n")
+        if limit is not None and len(lines) >= limit:
+            break
+    if not lines:
+        why = f"no line can be used; {rejected[0].reason}" if rejected else "the manifest has no lines"
+        raise UserError(f"{path}: {why}")
+    named = sum(line.split is not None for line in lines)
+    if named not in (0, len(lines)):
+        without = next(line.id for line in lines if line.split is None)
+        raise UserError(f'{path}: id "{without}" has no "split" though others have: name it on all lines or on none')
+    splits = [line.split or _hashed_split(line.group_name) for line in lines]
+    names = list(DEFAULT_SPLITS) if not named else sorted(set(splits), key=lambda name: (name != "train", name))
+    check_split_names(names, str(path))
+    source: Literal["manifest", "group hash"] = "manifest" if named else "group hash"
+    return Manifest(path, lines, splits, names, source, digest.hexdigest(), rejected)
+
+
+def write_manifest(path: Path, lines: Iterator[ManifestLine] | list[ManifestLine]) -> int:
+    """Write a manifest, whole or not at all; returns the number of lines."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def groups_across_splits(manifest: Manifest) -> int:
+    """Return how many groups have samples in more than one split."""
+    pairs = {(line.group_name, split) for line, split in zip(manifest.lines, manifest.splits, strict=True)}
+    return sum(count > 1 for count in Counter(group for group, _ in pairs).values())
+
+
+def _check_is_manifest(path: Path) -> None:
+    """UserError for a table, a picture or another file that is known not to be one; what begins as a manifest may be one."""
+    with open_bytes(path) as file:
+        head = file.read(HEAD_BYTES)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return
+    found = format_of_content(head) or format_of_name(path.with_suffix("") if path.suffix.lower() == ".gz" else path)
+    if found == TABLE or head.startswith(b"PAR1"):
+        raise UserError(
+            f"{path}: a table, not a manifest: opt-ds import table {path} --output manifest.jsonl makes a manifest of it"
+        )
+    if found is not None and found.kind in ("image", "audio", "video"):
+        raise UserError(
+            f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample a line), or the "
+            "folder that holds the files"
+        )
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open_bytes(path) as file:
+        yield from byte_lines(file)
+
+
+class _LineError(Exception):
+    """What is wrong with a line; `id` is the line's own, as far as it can be shown."""
+
+    def __init__(self, message: str, id: object = None) -> None:
+        super().__init__(message)
+        name = _name(id)
+        self.id = name if name and is_encodable(name) else None
+
+
+def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
+    """Return the line, and it as JSON in one form."""
+    try:
+        fields = parse_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _LineError(f"not UTF-8 text (byte {error.start})") from None
+    except JsonError as error:
+        raise _LineError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise _LineError("not a JSON object: write one sample per line")
+    own_id = fields.get("id")
+    unknown = [key for key in fields if key not in ManifestLine.model_fields]
+    if unknown:
+        meant = _FIELD_OF_WORD.get(unknown[0].strip().lower())
+        near = f' (did you mean "{meant}"?)' if meant else did_you_mean(unknown[0], ManifestLine.model_fields)
+        raise _LineError(f'unknown field "{_shown(unknown[0])}"{near}', own_id)
+    if own_id is None:
+        raise _LineError("field id: it is missing: every sample needs one")
+    line = ManifestLine.model_validate({name: _value(name, value, own_id) for name, value in fields.items()})
+    if not line.id:
+        raise _LineError("field id: it is empty")
+    if line.image is None and line.text is None and line.audio is None:
+        raise _LineError("none of image, text, audio: a sample needs at least one", own_id)
+    try:
+        return line, line.model_dump_json().encode()
+    except ValueError:
+        raise _LineError("half of a surrogate pair in it is no text", own_id) from None
+
+
+def _value(name: str, value: Any, id: object) -> Any:
+    """Return a field's value as ManifestLine takes it: whole numbers that are names become text, null labels none."""
+    if name == "labels":
+        if value is None:
+            return ()
+        labels = [_name(label) for label in value] if isinstance(value, list) else [None]
+        if None in labels:
+            raise _LineError('field labels: give a list of names, such as ["cat"]', id)
+        return tuple(labels)
+    if value is None:
+        return None
+    text = _name(value) if name in _NAMES else value
+    if not isinstance(text, str):
+        what = {"image": "a file's name", "audio": "a file's name", "text": "a text"}.get(name, "a name")
+        raise _LineError(f"field {name}: give {what} in quotes", id)
+    return text
+
+
+def _name(value: Any) -> str | None:
+    """A name as text, also if it is a whole number; None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_outside: bool) -> None:
+    if line.id in seen:
+        raise _LineError(f'id "{line.id}" is also on line {seen[line.id]}: ids must differ', line.id)
+    for kind in ("image", "audio"):
+        name = getattr(line, kind)
+        if name is not None and not allow_outside and not _is_inside(name, folder):
+            raise _LineError(f'{kind} "{name}" lies outside the manifest\'s folder (--allow-outside)', line.id)
+
+
+def _is_inside(name: str, folder: Path) -> bool:
+    top = os.path.abspath(folder)
+    return os.path.abspath(os.path.join(top, name)).startswith(top.rstrip(os.sep) + os.sep)
+
+
+def visible(text: str) -> str:
+    """Return the text with control and direction characters written out: an id must not repaint the terminal."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+
+
+def is_encodable(text: str) -> bool:
+    """Whether the text has no half of a surrogate pair: no file or terminal takes one."""
+    return text == _shown(text)
+
+
+def _shown(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _hashed_split(group: str) -> str:
+    digest = hashlib.blake2b(f"split {group}".encode(), digest_size=8).digest()
+    return "valid" if int.from_bytes(digest, "little") % 100 < _VALID_PERCENT else "train"

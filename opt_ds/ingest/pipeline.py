@@ -1,0 +1,307 @@
+"""Manifest -> feature store: workers decode and extract, the main process tokenises and writes shard after shard.
+
+The bytes written depend on the manifest, the extractors and the settings alone, never on the number of workers: work is
+cut into fixed chunks (see workers.py) and results are taken in order.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import stat
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from opt_ds.decoding.decoder import EnvironmentFaultError
+from opt_ds.decoding.decoder_process import FAULTS
+from opt_ds.devices import choose_device
+from opt_ds.errors import UserError
+from opt_ds.features.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
+from opt_ds.ingest.finish import PART_FILE, StoreFacts, finish_part, finish_store, is_finished_part, part_folder
+from opt_ds.ingest.manifest import Manifest, groups_across_splits, read_manifest
+from opt_ds.ingest.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
+from opt_ds.ingest.settings import PrepareSettings
+from opt_ds.ingest.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.store.files import exclusive_use, file_sha256, is_disk_full
+from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
+from opt_ds.store.statistics import TRAIN_SPLIT
+from opt_ds.store.writer import PARTIAL_FILE, SampleItem, ShardContent, StoreWriter, TextItem
+from opt_ds.version import __version__
+
+_LOG = logging.getLogger(__name__)
+_FILES = ("image", "audio")
+
+
+def prepare(
+    manifest_path: Path,
+    output: Path,
+    settings: PrepareSettings | None = None,
+    *,
+    workers: int = 2,
+    device: str = "auto",
+    strict: bool = False,
+    limit: int | None = None,
+    allow_outside: bool = False,
+    info: dict[str, Any] | None = None,
+    share: tuple[int, int] | None = None,
+    retry_skipped: bool = False,
+) -> StoreDescription | None:
+    """Make the feature store `output` from a manifest, resuming an unfinished one of the same inputs and settings.
+
+    A sample that cannot be used is skipped and listed in the store's report.json; with `strict` it stops the run.
+    `info` goes into store.json as it is; `allow_outside`: see `read_manifest`. Returns the description; a finished store
+    of the same inputs is returned as it is. Raises UserError for a bad manifest, setting, checkpoint or output before any
+    feature is made, and when the disk is full or a worker was killed: the same call then resumes.
+
+    `share` (i, n): only the i-th of n parts (i from 0), into a folder of its own beside `output`; gives None. When all n are
+    there, `merge_parts` makes the very store of them that one call without `share` makes.
+
+    `retry_skipped`: try the samples again whose files an earlier call skipped; what is good now gets into the store, which then
+    is the very one that would have been made had it been good at once. Raises EnvironmentFaultError (a RunError) where a file
+    cannot be read for a reason outside it, such as its permissions: nothing is skipped for that, and the same call resumes.
+    """
+    started = time.monotonic()
+    settings = settings or PrepareSettings()
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    folder = output if share is None else part_folder(output, *share)
+    manifest = read_manifest(manifest_path, limit=limit, strict=strict, allow_outside=allow_outside)
+    chosen_device = choose_device(device)
+    try:
+        with exclusive_use(folder):
+            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, retry_skipped, started)
+    except EnvironmentFaultError as fault:
+        raise EnvironmentFaultError(f"{fault}; what is done is kept, and the same command resumes") from None
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(f"{folder}: the disk is full: free space and run the same command again, it resumes") from None
+        raise
+
+
+def _prepare(
+    manifest: Manifest,
+    output: Path,
+    settings: PrepareSettings,
+    workers: int,
+    device: str,
+    strict: bool,
+    info: dict[str, Any] | None,
+    share: tuple[int, int] | None,
+    retry_skipped: bool,
+    started: float,
+) -> StoreDescription | None:
+    _LOG.info(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
+    extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
+    identities = {name: extractor.identity() for name, extractor in extractors.items()}
+    if settings.trim_silence:
+        identities["audio"]["trim_silence"] = True  # whoever serves the model must trim too
+    key = _preparation_key(manifest, settings, identities)
+    if (output / STORE_FILE).exists():
+        description = load_description(output)
+        if description.preparation_key != key:
+            raise UserError(f"{output}: another finished feature store is there: choose another --output or remove it")
+        if not (retry_skipped and reopen(output, description, manifest, settings)):
+            _LOG.info(f"{output}: already prepared from this manifest and these settings (kept files are not compared)")
+            notice_changes(manifest, skipped_files_of_store(output))
+            return description
+    elif retry_skipped and forget_skipped(output):
+        (output / PART_FILE).unlink(missing_ok=True)
+    if share is not None and is_finished_part(output, key):
+        _LOG.info(f"{output}: this part is already prepared from these inputs")
+        notice_changes(manifest, skipped_files_of_shards(output))
+        return None
+    if (output / PARTIAL_FILE).exists():
+        notice_changes(manifest, skipped_files_of_shards(output))
+    _check_files(manifest, strict)
+    if TRAIN_SPLIT not in manifest.splits:
+        _LOG.warning(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so no mean and deviation of features is measured')
+
+    text_extractor = _tokenizer(manifest, settings, output)
+    identities["text"] = text_extractor.identity()
+    dims = Dims(
+        image_feature_dim=extractors["image"].dim,
+        image_num_classes=extractors["image"].num_classes,
+        audio_feature_dim=extractors["audio"].dim,
+        audio_frame_rate_hz=extractors["audio"].frame_rate_hz / settings.pool_frames,
+        vocab_size=text_extractor.dim,
+    )
+    facts = StoreFacts(
+        dims=dims,
+        split_names=manifest.split_names,
+        splits_source=manifest.splits_source,
+        extractors=identities,
+        label_names=manifest.label_names,
+        info={"created_by": f"opt_ds {__version__}", "manifest_sha256": manifest.sha256, **(info or {})},
+        key=key,
+        compression=settings.compression,
+        num_shards=len(manifest.shards(settings.samples_per_shard)),
+        num_lines=len(manifest.lines),
+        groups_across_splits=groups_across_splits(manifest),
+        rejected=[asdict(entry) for entry in manifest.rejected],
+        limits={"max_tokens": settings.max_tokens, "max_frames": settings.max_frames},
+    )
+    writer = facts.writer(output, _staging(output))
+    del extractors  # the workers build their own
+    _extract_shards(manifest, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
+    seconds = round(time.monotonic() - started, 1)
+    shutil.rmtree(_staging(output))
+    if share is None:
+        return finish_store(facts, writer, output, seconds)
+    finish_part(facts, output, share, seconds)
+    _LOG.info(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
+    return None
+
+
+def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: dict[str, Any]) -> str:
+    text = None
+    if settings.text is not None:
+        if not settings.text.is_dir():
+            raise UserError(f"--text {settings.text}: no such folder")
+        file = next(
+            (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
+        )
+        text = file_sha256(file) if file else None
+    fields = {name: str(value) for name, value in settings.model_dump().items() if not name.endswith("_weights")}
+    content = [manifest.sha256, {**fields, "text": text}, identities]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_files(manifest: Manifest, strict: bool) -> None:
+    for kind in _FILES:
+        names = {name for line in manifest.lines if (name := getattr(line, kind)) is not None}
+        missing = sorted(name for name in names if not _is_file(manifest.folder / name))
+        if missing and (strict or len(missing) == len(names)):
+            raise UserError(
+                f"{manifest.path}: {len(missing)} of {len(names)} {kind} files are missing, "
+                f"the first is {manifest.folder / missing[0]}: paths are relative to the manifest"
+            )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file; of one that cannot be looked at (permissions, a lost mount) the decoder will tell."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        return isinstance(error, OSError) and error.errno in FAULTS
+
+
+def _staging(output: Path) -> Path:
+    return output.with_name(f".{output.name}.tokenizer")
+
+
+def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> TextExtractor:
+    """Copy or train the tokenizer beside the output (the writer then takes it in), and return its extractor."""
+    folder = _staging(output)
+    shutil.rmtree(folder, ignore_errors=True)  # a stopped run's may hold files that another --text does not have
+    if settings.text is not None:
+        copy_tokenizer(settings.text, folder)
+    else:
+        pairs = zip(manifest.lines, manifest.splits, strict=True)
+        captions = [
+            normalise_unicode(line.text, settings.unicode_form)
+            for line, split in pairs
+            if line.text is not None and split == TRAIN_SPLIT
+        ]
+        if not captions and any(line.text is not None for line in manifest.lines):
+            raise UserError(
+                f'{manifest.path}: no text is in split "{TRAIN_SPLIT}", on which the tokenizer is trained: '
+                f'name the split "{TRAIN_SPLIT}", or give a tokenizer with --text'
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        train_wordpiece(captions, settings.vocab_size, folder)
+    return TextExtractor(folder, settings.unicode_form)
+
+
+def _extract_shards(
+    manifest: Manifest,
+    settings: PrepareSettings,
+    writer: StoreWriter,
+    text_extractor: TextExtractor,
+    workers: int,
+    device: str,
+    strict: bool,
+    share: tuple[int, int],
+) -> None:
+    own, of = share
+    shards = [ShardFiles(index, lines) for index, lines in enumerate(manifest.shards(settings.samples_per_shard))]
+    todo = [shard for shard in shards if shard.index % of == own and not writer.has_shard(shard.index)]
+    for shard in todo:
+        for kind in _FILES:
+            wanted = (getattr(manifest.lines[line], kind) for line in shard.lines)
+            shard.files[kind] = list(dict.fromkeys(name for name in wanted if name is not None))
+    total = sum(len(files) for shard in todo for files in shard.files.values())
+    with (
+        extraction(todo, manifest.folder, settings, workers, device) as results,
+        tqdm(total=total, unit="file", desc="features", dynamic_ncols=True) as progress,
+    ):
+        for shard in todo:
+            items: dict[str, dict[str, Any]] = {kind: {} for kind in _FILES}
+            while sum(map(len, items.values())) < sum(map(len, shard.files.values())):
+                kind, names, values = next(results)
+                items[kind].update(zip(names, values, strict=True))
+                progress.update(len(names))
+                if strict and any(isinstance(value, Failure) for value in values):
+                    break  # no further file is read
+            content, notes = _assemble(manifest, shard.lines, items, text_extractor, settings.max_tokens)
+            if strict and notes["skipped"]:
+                first = notes["skipped"][0]
+                raise UserError(f'sample "{first["id"]}": {first["reason"]} (--strict stops at the first)')
+            writer.write_shard(shard.index, content, notes=notes)
+
+
+def _assemble(
+    manifest: Manifest,
+    lines: list[int],
+    items: dict[str, dict[str, Any]],
+    text_extractor: TextExtractor,
+    max_tokens: int | None,
+) -> tuple[ShardContent, dict[str, Any]]:
+    """Put a shard together; return it and its notes for the report (see report.py).
+
+    Lines that name the same file share its row. Of a file that was not extracted (the run is stopping) nothing is known.
+    """
+    content = ShardContent()
+    skipped: list[dict[str, str]] = []
+    files: dict[str, Any] = {}
+    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    rows: dict[str, dict[str, int]] = {kind: {} for kind in _FILES}
+    digests: dict[str, list[list[str]]] = {"text": [], **{kind: [] for kind in _FILES}}
+    targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios}
+    for index in lines:
+        line, split = manifest.lines[index], manifest.splits[index]
+        parts = {
+            kind: items[kind][name] for kind in _FILES if (name := getattr(line, kind)) is not None and name in items[kind]
+        }
+        tokens = text_extractor.extract([line.text])[0] if line.text is not None else None
+        reason = next((part.reason for part in parts.values() if isinstance(part, Failure)), None)
+        if reason is None and tokens is not None and not len(tokens):
+            reason = "the text has no tokens"
+        if reason is not None:
+            skipped.append({"id": line.id, "reason": reason})
+            files |= {getattr(line, kind): part.state for kind, part in parts.items() if isinstance(part, Failure)}
+            continue
+        sample_rows = {"text": MISSING, "image": MISSING, "audio": MISSING}
+        for kind, part in parts.items():
+            assert isinstance(part, Extracted)
+            row = rows[kind].setdefault(getattr(line, kind), len(targets[kind]))
+            if row == len(targets[kind]):
+                targets[kind].append(part.item)
+                digests[kind].append([part.digest, split, line.id])
+                if part.was_cut:
+                    cut[kind].append(line.id)
+            sample_rows[kind] = row
+        if tokens is not None and line.text is not None:
+            if max_tokens is not None and len(tokens) > max_tokens:
+                cut["text"].append(line.id)
+                tokens = tokens[:max_tokens]
+            sample_rows["text"] = len(content.texts)
+            content.texts.append(TextItem(tokens, line.text))
+            digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=8).hexdigest(), split, line.id])
+        own_rows = (sample_rows["text"], sample_rows["image"], sample_rows["audio"])
+        content.samples.append(SampleItem(line.id, own_rows, line.group_name, split, line.labels))
+    notes = {"skipped": skipped, "cut": cut, "digests": digests}
+    return content, {**notes, "files": files} if files else notes

@@ -1,0 +1,139 @@
+"""What preparation reports: report.json and a table for people. The same bytes every time.
+
+A shard's notes (kept in its journal until the store is whole): `skipped` [{id, reason}], `files` {name of a file that was not
+used: [bytes, hash] or null} (see retry.py), `cut` {text, audio: [id]}, `digests` {text, image, audio: [[hash of the content,
+split, id of the first sample that uses it], … by row]}.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_ds.ingest.manifest import visible
+from opt_ds.store.files import atomic_file, write_json
+from opt_ds.store.lengths import LENGTHS_FILE, UNITS, draw_lengths, length_summary, shard_lengths
+from opt_ds.store.schema import MODALITIES, StoreDescription
+
+REPORT_FILE = "report.json"
+_SHOWN = 10
+
+
+def build_report(
+    num_lines: int, rejected: Sequence[dict[str, str]], notes: Iterable[dict[str, Any]], lengths: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return report.json's content. `rejected`: manifest lines that are no samples; `lengths`: see store/lengths.py.
+
+    `notes` are gone through once, shard by shard.
+    """
+    skipped = list(rejected)
+    files: dict[str, Any] = {}
+    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    duplicates = {kind: _Duplicates() for kind in MODALITIES}
+    for note in notes:
+        skipped += note["skipped"]
+        files |= note.get("files", {})
+        for kind, ids in note["cut"].items():
+            cut[kind] += ids
+        for kind, rows in note["digests"].items():
+            for digest, split, id in rows:
+                duplicates[kind].add(digest, split, id)
+    return {
+        "kept": num_lines + len(rejected) - len(skipped),
+        "skipped": len(skipped),
+        "reasons": dict(Counter(entry["reason"].split(":")[0] for entry in skipped).most_common()),
+        "skipped_samples": skipped,
+        **({"skipped_files": files} if files else {}),
+        "cut": cut,
+        "duplicates": {kind: found.summary() for kind, found in duplicates.items()},
+        "lengths": {kind: length_summary(lengths[kind]) for kind in MODALITIES},
+    }
+
+
+@dataclass
+class ModalityNotes:
+    """What an update of one modality has to report. `digests`: as in a shard's notes."""
+
+    kind: str
+    lost: list[dict[str, str]] = field(default_factory=list)  # samples that are left without this modality: id and reason
+    cut: list[str] = field(default_factory=list)
+    digests: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def shown(self) -> list[str]:
+        """Return the first few losses as lines, and how many more there are."""
+        lines = [f'  "{visible(entry["id"])}": {visible(entry["reason"])}' for entry in self.lost[:_SHOWN]]
+        more = len(self.lost) - _SHOWN
+        return [*lines, f"  and {more} more in {REPORT_FILE}"] if more > 0 else lines
+
+
+def refresh_report(path: Path, description: StoreDescription, notes: ModalityNotes) -> None:
+    """Make report.json and lengths.png of the store `path` true again after an update of one modality.
+
+    Its `cut`, `duplicates` and the lengths are new; `lost` names the samples that are left without it. What was skipped when
+    the store was made stays. A store that came without a report gets lengths.png alone.
+    """
+    lengths = shard_lengths([path / shard.file for shard in description.shards])
+    with atomic_file(path / LENGTHS_FILE) as temporary:
+        draw_lengths(lengths, temporary)
+    if not (path / REPORT_FILE).is_file():
+        return
+    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    duplicates = _Duplicates()
+    for digest, split, id in notes.digests:
+        duplicates.add(digest, split, id)
+    report["cut"] = {**report["cut"], **({notes.kind: notes.cut} if notes.kind in report["cut"] else {})}
+    report["duplicates"][notes.kind] = duplicates.summary()
+    report["lost"] = {**report.get("lost", {}), notes.kind: notes.lost}
+    report["lengths"] = {kind: length_summary(lengths[kind]) for kind in MODALITIES}
+    write_json(path / REPORT_FILE, report)
+
+
+def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[str]:
+    """Return the report as lines of a table, the first few skipped samples by name."""
+    rows = [("samples kept", str(report["kept"])), ("samples skipped", str(report["skipped"]))]
+    rows += [(f"  {reason}", str(count)) for reason, count in report["reasons"].items()]
+    for kind, limit in (("text", limits["max_tokens"]), ("audio", limits["max_frames"])):
+        if report["cut"][kind]:
+            rows.append((f"{kind} cut at {limit} {UNITS[kind]}", str(len(report["cut"][kind]))))
+    for kind, found in report["duplicates"].items():
+        if found["repeated"]:
+            across = f", {found['across_splits']} of them in several splits" if found["across_splits"] else ""
+            rows.append((f"{kind} rows equal to another", f"{found['repeated']}{across}"))
+    for kind, summary in report["lengths"].items():
+        if summary["rows"]:
+            numbers = " / ".join(f"{summary[name]:g}" for name in ("min", "median", "p95", "max"))
+            rows.append((f"{UNITS[kind]} a row, min / median / 95 % / max", numbers))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+    for entry in report["skipped_samples"][:_SHOWN]:
+        lines.append(f'  skipped "{visible(entry["id"])}": {visible(entry["reason"])}')
+    more = report["skipped"] - _SHOWN
+    return [*lines, f"  and {more} more in {REPORT_FILE}"] if more > 0 else lines
+
+
+class _Duplicates:
+    """Counts rows of equal content, keeping names only of those that have an equal."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, str]] = {}  # digest -> split and id
+        self._repeated: dict[str, tuple[list[str], set[str]]] = {}  # digest -> all ids and splits
+
+    def add(self, digest: str, split: str, id: str) -> None:
+        first = self._first.setdefault(digest, (split, id))
+        if first[1] == id:
+            return
+        ids, splits = self._repeated.setdefault(digest, ([first[1]], {first[0]}))
+        ids.append(id)
+        splits.add(split)
+
+    def summary(self) -> dict[str, Any]:
+        largest = sorted(self._repeated.values(), key=lambda found: len(found[0]), reverse=True)[:_SHOWN]
+        return {
+            "repeated": sum(len(ids) - 1 for ids, _ in self._repeated.values()),
+            "across_splits": sum(len(splits) > 1 for _, splits in self._repeated.values()),
+            "largest": [ids[:_SHOWN] for ids, _ in largest],
+        }

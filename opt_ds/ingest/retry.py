@@ -1,0 +1,137 @@
+"""Samples that an earlier run skipped: noticing that their files were corrected, and making a store ready to redo them.
+
+What a skipped sample's files were like is kept as `skipped_files` in report.json: name -> [bytes, hash], null for a missing one.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from opt_ds.decoding.decoder import DecodingError, own_decoder
+from opt_ds.decoding.decoder_process import DIGEST_BYTES
+from opt_ds.errors import UserError
+from opt_ds.ingest.manifest import Manifest
+from opt_ds.ingest.report import REPORT_FILE
+from opt_ds.ingest.settings import PrepareSettings
+from opt_ds.store.schema import STORE_FILE, StoreDescription
+from opt_ds.store.writer import StoreWriter, restore_journals
+
+_LOG = logging.getLogger(__name__)
+FileState = list[Any] | None
+_HASHED_BYTES = 2**30  # of a larger file the size must do
+_FILE_KINDS = ("image", "audio")
+
+
+def file_state(path: Path) -> FileState:
+    """Return [bytes, hash] of a file that was not used, None if there is none."""
+    try:
+        size = path.stat().st_size
+        if size > _HASHED_BYTES or not path.is_file():
+            return [size, ""]
+        with open(path, "rb") as file:
+            return [size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()]
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, ValueError) or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+        return None if missing else ["", ""]
+
+
+def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState]) -> None:
+    """Say how many of the files that were skipped are not what they were then."""
+    changed = sorted(name for name, state in skipped_files.items() if file_state(manifest.folder / name) != state)
+    if changed:
+        verb = "file has" if len(changed) == 1 else "files have"
+        _LOG.warning(
+            f'{len(changed)} skipped {verb} changed since, such as "{changed[0]}": add --retry-skipped to use what is good now'
+        )
+
+
+def skipped_files_of_store(output: Path) -> dict[str, FileState]:
+    """Return the files of the samples that a finished store lacks, as they were then."""
+    try:
+        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a store without a report
+        return {}
+    return report.get("skipped_files", {})
+
+
+def skipped_files_of_shards(folder: Path) -> dict[str, FileState]:
+    """Return the same of the shards that an unfinished store or a part has."""
+    files: dict[str, FileState] = {}
+    for journal in sorted(folder.glob("shard-*.json")):
+        files |= json.loads(journal.read_text(encoding="utf-8"))["notes"].get("files", {})
+    return files
+
+
+def forget_skipped(folder: Path) -> int:
+    """Of an unfinished store or a part: drop the shards with skipped samples that name a file. Return how many."""
+    dropped = 0
+    for journal in sorted(folder.glob("shard-*.json")):
+        if json.loads(journal.read_text(encoding="utf-8"))["notes"].get("files"):
+            journal.unlink()
+            dropped += 1
+    return dropped
+
+
+def reopen(output: Path, description: StoreDescription, manifest: Manifest, settings: PrepareSettings) -> int:
+    """Make a finished store unfinished, without the shards in which a file was skipped. Return how many those are.
+
+    `prepare` then makes them, and with them the very store that it would have made at once. A kill at any moment leaves the
+    finished store, or an unfinished one that the same command resumes. UserError for a store that was changed since.
+    """
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    files: dict[str, FileState] = report.get("skipped_files", {})
+    if not files:
+        return 0
+    names = [StoreWriter.shard_name(index) for index in range(len(description.shards))]
+    if [shard.file for shard in description.shards] != names or description.has_codes:
+        raise UserError(
+            f"{output}: it was changed after its preparation (opt-ds split, update or train-dvae): "
+            "prepare it again into another --output"
+        )
+    reasons = {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
+    cut = {kind: set(ids) for kind, ids in report["cut"].items()}
+    kept: dict[int, dict[str, Any]] = {}
+    shards = manifest.shards(settings.samples_per_shard)
+    for index, lines in enumerate(shards):
+        if not any(name in files for line in lines for name in _files_of(manifest, line)):
+            kept[index] = _notes(manifest, lines, reasons, cut)
+    restore_journals(output, description, kept)
+    (output / STORE_FILE).unlink()
+    return len(shards) - len(kept)
+
+
+def _files_of(manifest: Manifest, line: int) -> Iterable[str]:
+    return [name for kind in _FILE_KINDS if (name := getattr(manifest.lines[line], kind)) is not None]
+
+
+def _notes(manifest: Manifest, lines: list[int], reasons: dict[str, str], cut: dict[str, set[str]]) -> dict[str, Any]:
+    """Return the notes of a shard none of whose files was skipped (see report.py), from the report and the files."""
+    skipped, digests = [], {kind: [] for kind in ("text", *_FILE_KINDS)}  # type: ignore[var-annotated]
+    own_cut: dict[str, list[str]] = {kind: [] for kind in cut}
+    seen: set[tuple[str, str]] = set()
+    for index in lines:
+        line, split = manifest.lines[index], manifest.splits[index]
+        if line.id in reasons:
+            skipped.append({"id": line.id, "reason": reasons[line.id]})
+            continue
+        for kind in _FILE_KINDS:
+            name = getattr(line, kind)
+            if name is not None and (kind, name) not in seen:
+                seen.add((kind, name))
+                digests[kind].append([_digest(manifest.folder / name, kind), split, line.id])
+        if line.text is not None:
+            digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=DIGEST_BYTES).hexdigest(), split, line.id])
+        for kind, ids in cut.items():
+            own_cut[kind] += [line.id] if line.id in ids else []
+    return {"skipped": skipped, "cut": own_cut, "digests": digests}
+
+
+def _digest(path: Path, kind: str) -> str:
+    try:
+        return own_decoder().digest(path, kind)
+    except DecodingError as error:
+        raise UserError(f"{path}: {error}, but the store has its features: bring the file back, or prepare again") from None

@@ -1,0 +1,212 @@
+"""Replaces one modality of a finished store by features of another extractor; the others are kept as they are.
+
+The raw files are found again through the manifest, by the samples' ids.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from opt_ds.devices import choose_device
+from opt_ds.errors import UserError
+from opt_ds.ingest.manifest import Manifest, ManifestLine, read_manifest
+from opt_ds.ingest.report import ModalityNotes, refresh_report
+from opt_ds.ingest.settings import PrepareSettings
+from opt_ds.ingest.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.store.files import exclusive_use
+from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, StoreDescription
+from opt_ds.store.update import Arrays, rewrite_shards
+from opt_ds.store.verify import open_store
+from opt_ds.store.writer import ImageItem
+
+_LOG = logging.getLogger(__name__)
+_OF_KIND = {"image": "image/", "audio": "audio/"}
+
+
+def update_modality(
+    path: Path,
+    manifest_path: Path,
+    kind: str,
+    settings: PrepareSettings,
+    *,
+    workers: int = 2,
+    device: str = "auto",
+    strict: bool = False,
+    allow_outside: bool = False,
+) -> StoreDescription:
+    """Add or replace "image" or "audio" of every sample whose manifest line names such a file; the store is whole at any time.
+
+    A sample whose file cannot be read, or whose line names none, loses this modality and is named; with `strict` that stops
+    the update. New images drop the image codes: `opt-ds train-dvae` makes them again. Raises UserError for samples that are
+    not in the manifest and for one that would be left with nothing.
+    """
+    with exclusive_use(path):
+        store = open_store(path, with_dvae=False)
+        files = _files_of_samples(store, manifest_path, kind, allow_outside)
+        chosen_device = choose_device(device)
+        extractor = build_extractor(kind, settings, chosen_device)
+        identity, dims = extractor.identity(), _dims(store, extractor, kind, settings)
+        if settings.trim_silence:
+            identity["trim_silence"] = True
+        del extractor
+        shards = _shards(store, files, kind)
+        notes = ModalityNotes(kind)
+        splits = [store.description.split_names[code] for code in store.split_codes.tolist()]
+        pixels: list[bool] = []
+        total = sum(len(shard.files[kind]) for shard in shards)
+        with (
+            extraction(shards, manifest_path.parent, settings, workers, chosen_device) as results,
+            tqdm(total=total, unit="file", desc=f"{kind} features", dynamic_ncols=True) as progress,
+        ):
+
+            def change(index: int, arrays: Arrays) -> Arrays:
+                found = _take(results, shards[index].files[kind], progress)
+                names = [files[sample] for sample in shards[index].lines]
+                _note(notes, store, shards[index].lines, names, found, splits)
+                if strict and notes.lost:
+                    raise UserError(f'sample "{notes.lost[0]["id"]}": {notes.lost[0]["reason"]} (--strict stops at the first)')
+                changed = _replace(arrays, kind, names, found, dims)
+                refuse_empty(store, shards[index].lines, changed["samples/rows"])
+                if len(changed["image/offsets"]) > 1:
+                    pixels.append("image/pixels" in changed)
+                return changed
+
+            def fields() -> dict[str, Any]:
+                new = {"dims": dims, "extractors": {**store.description.extractors, kind: identity}, "preparation_key": ""}
+                if kind == "image":
+                    new["extractors"].pop("codes", None)
+                    new |= {"has_codes": False, "has_pixels": bool(pixels) and all(pixels)}
+                return new
+
+            description = rewrite_shards(store, change, fields)
+        refresh_report(path, description, notes)
+        _LOG.info(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples are left without")
+        for line in notes.shown():
+            _LOG.info(line)
+        if kind == "image" and store.has_codes:
+            _LOG.info("  the image codes are gone with the old pictures: make them again with opt-ds train-dvae")
+        return description
+
+
+def sample_lines(store: FeatureStore, manifest: Manifest) -> list[ManifestLine]:
+    """Return the manifest's line of each of the store's samples. UserError for a sample that is not in it."""
+    line_of = {line.id: line for line in manifest.lines}
+    ids = [store.sample_id(index) for index in range(store.num_samples)]
+    absent = [id for id in ids if id not in line_of]
+    if absent:
+        raise UserError(f'{manifest.path}: {len(absent)} samples of {store.path} are not in it, such as "{absent[0]}"')
+    return [line_of[id] for id in ids]
+
+
+def _files_of_samples(store: FeatureStore, manifest_path: Path, kind: str, allow_outside: bool) -> list[str | None]:
+    manifest = read_manifest(manifest_path, allow_outside=allow_outside)
+    files = [getattr(line, kind) for line in sample_lines(store, manifest)]
+    if not any(files):
+        raise UserError(f'{manifest_path}: no line of the store\'s samples names an "{kind}" file')
+    return files
+
+
+def _dims(store: FeatureStore, extractor: Any, kind: str, settings: PrepareSettings) -> Any:
+    if kind == "image":
+        new = {"image_feature_dim": extractor.dim, "image_num_classes": extractor.num_classes, "num_codes": None}
+    else:
+        rate = extractor.frame_rate_hz / settings.pool_frames
+        new = {"audio_feature_dim": extractor.dim, "audio_frame_rate_hz": rate}
+    return store.description.dims.model_copy(update=new)
+
+
+def _shards(store: FeatureStore, files: list[str | None], kind: str) -> list[ShardFiles]:
+    shards, start = [], 0
+    for index, shard in enumerate(store.description.shards):
+        samples = list(range(start, start + shard.num_samples))
+        start += shard.num_samples
+        names = list(dict.fromkeys(name for sample in samples if (name := files[sample]) is not None))
+        shards.append(ShardFiles(index, samples, {other: names if other == kind else [] for other in _OF_KIND}))
+    return shards
+
+
+def _take(results: Iterator[tuple[str, list[str], list[Any]]], names: list[str], progress: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    while len(found) < len(names):
+        _, chunk, values = next(results)
+        found.update(zip(chunk, values, strict=True))
+        progress.update(len(chunk))
+    return found
+
+
+def _note(
+    notes: ModalityNotes,
+    store: FeatureStore,
+    samples: list[int],
+    names: list[str | None],
+    found: dict[str, Any],
+    splits: list[str],
+) -> None:
+    seen: set[str] = set()
+    for sample, name in zip(samples, names, strict=True):
+        id = store.sample_id(sample)
+        if name is None:
+            if store.rows[sample, MODALITIES.index(notes.kind)] != MISSING:
+                notes.lost.append({"id": id, "reason": f"the manifest names no {notes.kind} file"})
+            continue
+        value = found[name]
+        if isinstance(value, Failure):
+            notes.lost.append({"id": id, "reason": value.reason})
+        elif name not in seen:
+            notes.digests.append((value.digest, splits[sample], id))
+            notes.cut += [id] if value.was_cut else []
+        seen.add(name)
+
+
+def _replace(arrays: Arrays, kind: str, names: list[str | None], found: dict[str, Any], dims: Any) -> Arrays:
+    """Return a shard's arrays with new ones of `kind`; `names` are its samples' files."""
+    row_of: dict[str, int] = {}
+    items: list[Any] = []
+    rows = arrays["samples/rows"].copy()
+    for sample, name in enumerate(names):
+        value = None if name is None else found[name]
+        if name is None or not isinstance(value, Extracted):
+            rows[sample, MODALITIES.index(kind)] = MISSING
+            continue
+        if name not in row_of:
+            row_of[name] = len(items)
+            items.append(value.item)
+        rows[sample, MODALITIES.index(kind)] = row_of[name]
+    kept = {key: array for key, array in arrays.items() if not key.startswith(_OF_KIND[kind])}
+    new = _image_arrays(items, dims.image_feature_dim) if kind == "image" else _audio_arrays(items, dims.audio_feature_dim)
+    return {**kept, "samples/rows": rows, **{key: array.astype(DATASETS[key], copy=False) for key, array in new.items()}}
+
+
+def _audio_arrays(items: list[np.ndarray], dim: int) -> Arrays:
+    return {"audio/offsets": _offsets(items), "audio/features": np.concatenate([np.zeros((0, dim), "float16"), *items])}
+
+
+def _image_arrays(items: list[ImageItem], dim: int) -> Arrays:
+    new = {
+        "image/offsets": _offsets([item.features for item in items]),
+        "image/features": np.concatenate([np.zeros((0, dim), "float16"), *(item.features for item in items)]),
+        "image/boxes": np.concatenate([np.zeros((0, BOX_SIZE), "float32"), *(item.boxes for item in items)]),
+        "image/labels": np.concatenate([np.zeros(0, "int16"), *(item.labels for item in items)]),
+        "image/scores": np.concatenate([np.zeros(0, "float16"), *(item.scores for item in items)]),
+    }
+    pixels = [item.pixels for item in items if item.pixels is not None]
+    if items and len(pixels) == len(items):
+        new["image/pixels"] = np.stack(pixels).reshape(-1, *PIXELS_SHAPE)
+    return new
+
+
+def _offsets(items: list[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *map(len, items)], dtype="int64")
+
+
+def refuse_empty(store: FeatureStore, samples: list[int], rows: np.ndarray) -> None:
+    """Raise UserError if one of the samples would have no modality left. `rows`: int64 [n, 3], theirs."""
+    empty = np.flatnonzero((rows == MISSING).all(1))
+    if len(empty):
+        id = store.sample_id(samples[int(empty[0])])
+        raise UserError(f'{store.path}: sample "{id}" would be left with nothing: mend its file, or prepare the store anew')

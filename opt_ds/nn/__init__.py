@@ -1,0 +1,1 @@
+"""Layers that the model and the tasks are built of."""

@@ -1,0 +1,310 @@
+"""Transformer layers over packed sequences, shared by the encoder and both decoders. They call only `opt_ds.ops`.
+
+Legend: t packed query rows, r those of them that are read, u packed memory rows, e width, h heads, d head width, b sequences
+decoded side by side.
+
+Norm placement: every sublayer is followed by one LayerNorm. `post` (BERT): the stream is what the norm gives. `pre`: the stream
+stays un-normalised and the next sublayer reads the norm's output; the embedding's own LayerNorm serves the first sublayer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from opt_ds.config import ModelConfig
+from opt_ds.nn.inputs import ReadRows
+from opt_ds.ops.attention import attention, cached_attention
+from opt_ds.ops.dropout import dropout
+from opt_ds.ops.layer_norm import add_layer_norm, layer_norm
+from opt_ds.ops.sequences import Sequences
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm through `opt_ds.ops`, alone or with the dropout and residual sum before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.eps, self.probability, self.pre = config.layer_norm_eps, config.dropout, config.norm == "pre"
+        self.dropout_site = 0
+
+    def forward(
+        self, x: torch.Tensor, stream: torch.Tensor | None = None, rows: Sequences | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream). `rows`: the packed rows' sequences, for the
+        dropout."""
+        if stream is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        probability = self.probability if self.training else 0.0
+        normed, total = add_layer_norm(x, stream, self.weight, self.bias, self.eps, probability, rows, self.dropout_site)
+        return normed, (total if self.pre else normed)
+
+
+class Dropout(nn.Module):
+    """Dropout of packed rows."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability, self.dropout_site = probability, 0
+
+    def forward(self, x_te: torch.Tensor, rows: Sequences | None) -> torch.Tensor:
+        return dropout(x_te, self.probability if self.training else 0.0, rows, self.dropout_site)
+
+
+def number_dropout_sites(model: nn.Module) -> None:
+    """Give every dropout of the model its own number, which keys its bits."""
+    sites = (m for m in model.modules() if isinstance(m, (LayerNorm, Dropout, SelfAttention, CrossAttention)))
+    for number, module in enumerate(sites):
+        module.dropout_site = number
+
+
+class FusedProjection(nn.Linear):
+    """Queries, keys and values in one product."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+
+    def forward(self, x_te: torch.Tensor, rows_r: torch.Tensor | None = None) -> Any:
+        """[t, 3e]; with `rows_r` a pair: queries [r, e] of these rows alone, keys and values [t, 2e] of all."""
+        if rows_r is None:
+            return super().forward(x_te)
+        sizes = [self.in_features, 2 * self.in_features]
+        (query, key_value), (query_bias, key_value_bias) = self.weight.split(sizes), self.bias.split(sizes)
+        return F.linear(x_te.index_select(0, rows_r), query, query_bias), F.linear(x_te, key_value, key_value_bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal, self.probability = config.num_heads, causal, config.attention_dropout
+        self.dropout_site = 0
+        self.qkv = FusedProjection(config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def project(self, x_te: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values [t, h, d]."""
+        return self.qkv(x_te).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+
+    def forward(self, x_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
+        """[t, e]; with `read`: [r, e], what its rows see of all rows."""
+        queries = sequences if read is None else read.sequences
+        if read is None:
+            q_thd, k_thd, v_thd = self.project(x_te)
+        else:
+            q_re, kv_te = self.qkv(x_te, read.index)
+            q_thd = q_re.unflatten(-1, (self.num_heads, -1))
+            k_thd, v_thd = kv_te.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        probability = self.probability if self.training else 0.0
+        attended = attention(q_thd, k_thd, v_thd, queries, sequences, self.causal, probability, self.dropout_site)
+        return self.output(attended.flatten(-2))
+
+    def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
+        """One new position of each sequence; its key and value join the cache."""
+        q_bhd, k_bhd, v_bhd = self.project(x_be)
+        keys, values = cache.append(k_bhd, v_bhd)
+        return self.output(cached_attention(q_bhd[:, :, None], keys, values).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a decoder over the encoder's output of the same sample."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.probability, self.dropout_site = config.num_heads, config.attention_dropout, 0
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_value = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def memory(self, memory_ue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [u, h, d] of the encoder's output."""
+        return self.key_value(memory_ue).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+
+    def forward(self, x_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
+        q_thd = self.query(x_te).unflatten(-1, (self.num_heads, -1))
+        k_uhd, v_uhd = self.memory(memory_ue)
+        probability = self.probability if self.training else 0.0
+        attended = attention(q_thd, k_uhd, v_uhd, sequences, memory, False, probability, self.dropout_site)
+        return self.output(attended.flatten(-2))
+
+    def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
+        q_bhd = self.query(x_be).unflatten(-1, (self.num_heads, -1))
+        attended = cached_attention(q_bhd[:, :, None], cache.memory_keys, cache.memory_values, cache.memory_valid)
+        return self.output(attended.flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.ffn_size)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward; each with its residual and norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = SelfAttention(config, causal=False), LayerNorm(config)
+        self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
+
+    def forward(
+        self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows see all rows; with `read` only its rows come out, [r, e]."""
+        attended = self.attention(x_te, sequences, read)
+        if read is not None:
+            stream_te, sequences = stream_te.index_select(0, read.index), read.sequences
+        x_te, stream_te = self.attention_norm(attended, stream_te, sequences)
+        return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention, feed-forward; each with its residual and norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = SelfAttention(config, causal=True), LayerNorm(config)
+        self.cross, self.cross_norm = CrossAttention(config), LayerNorm(config)
+        self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
+
+    def forward(
+        self,
+        x_te: torch.Tensor,
+        stream_te: torch.Tensor,
+        sequences: Sequences,
+        readers: Sequences,
+        memory_ue: torch.Tensor,
+        memory: Sequences,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te, sequences)
+        x_te, stream_te = self.cross_norm(self.cross(x_te, readers, memory_ue, memory), stream_te, sequences)
+        return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
+
+    def decode(self, x_be: torch.Tensor, stream_be: torch.Tensor, cache: "LayerCache") -> tuple[torch.Tensor, torch.Tensor]:
+        x_be, stream_be = self.attention_norm(self.attention.decode(x_be, cache), stream_be)
+        x_be, stream_be = self.cross_norm(self.cross.decode(x_be, cache), stream_be)
+        return self.ffn_norm(self.ffn(x_be), stream_be)
+
+
+class LayerStack(nn.Module):
+    """Layers one after another; with `recompute` what is inside them is not kept for backward but computed again there
+    (Chen et al. 2016, "Training deep nets with sublinear memory cost")."""
+
+    recompute = False
+
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed rows, stream) of one layer."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)  # with the same dropout: generators are put back
+        return layer(*arguments)
+
+
+class Encoder(LayerStack):
+    """The cross-modal encoder: a stack of layers over the packed sequences."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+
+    def forward(self, hidden_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
+        """[t, e]. With `read` the last layer is computed at its rows only; the others come out 0."""
+        stream_te = hidden_te
+        *lower, last = self.layers
+        for layer in lower:
+            hidden_te, stream_te = self.run_layer(layer, hidden_te, stream_te, sequences)
+        if read is None:
+            return self.run_layer(last, hidden_te, stream_te, sequences)[0]
+        hidden_re, _ = self.run_layer(last, hidden_te, stream_te, sequences, read)
+        return torch.zeros_like(hidden_te).index_copy(0, read.index, hidden_re)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one decoder layer while it writes: [b, h, l, d], and of the memory [b, h, m, d]."""
+
+    memory_keys: torch.Tensor
+    memory_values: torch.Tensor
+    memory_valid: torch.Tensor | None  # bool [b, m]; None: no memory is padded
+    keys: torch.Tensor  # room for all positions that may come
+    values: torch.Tensor
+    length: int = 0  # positions written
+
+    @staticmethod
+    def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, room: int) -> "LayerCache":
+        """Over memory keys and values [u, h, d] of b sequences, with room for so many positions."""
+        keys, values = memory.pad(keys_ume).transpose(1, 2), memory.pad(values_ume).transpose(1, 2)
+        shape = (len(memory), keys.shape[1], room, keys.shape[3])
+        valid = None if memory.min_length == memory.max_length else memory.valid
+        return LayerCache(keys, values, valid, keys.new_empty(shape), keys.new_empty(shape))
+
+    def append(self, k_bhd: torch.Tensor, v_bhd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one position; gives all keys and values so far."""
+        self.keys[:, :, self.length] = k_bhd
+        self.values[:, :, self.length] = v_bhd
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def select(self, index: torch.Tensor) -> "LayerCache":
+        """The cache of these sequences (those that go on, a repetition)."""
+        keys, values = (x.new_empty(len(index), *x.shape[1:]) for x in (self.keys, self.values))
+        for chosen, x in ((keys, self.keys), (values, self.values)):
+            chosen[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
+        valid = None if self.memory_valid is None else self.memory_valid.index_select(0, index)
+        memory_keys, memory_values = (x.index_select(0, index) for x in (self.memory_keys, self.memory_values))
+        return LayerCache(memory_keys, memory_values, valid, keys, values, self.length)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Sequence i goes on from what sequence index[i] wrote, over the same memory (a beam's survivors)."""
+        for x in (self.keys, self.values):
+            x[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
+
+
+class Decoder(LayerStack):
+    """A stack of decoder layers: teacher-forced over packed sequences, or one position at a time with a cache."""
+
+    def __init__(self, config: ModelConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(num_layers))
+
+    def forward(
+        self,
+        hidden_te: torch.Tensor,
+        sequences: Sequences,
+        memory_ue: torch.Tensor,
+        memory: Sequences,
+        readers: Sequences | None = None,
+    ) -> torch.Tensor:
+        """`readers`: the rows grouped by the memory sequence that they look at, where several sequences share one; None: each
+        sequence has its own."""
+        stream_te = hidden_te
+        readers = sequences if readers is None else readers
+        for layer in self.layers:
+            hidden_te, stream_te = self.run_layer(layer, hidden_te, stream_te, sequences, readers, memory_ue, memory)
+        return hidden_te
+
+    def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:
+        """Empty caches over the encoder's output of b sequences, with room for so many positions."""
+        return [LayerCache.empty(*layer.cross.memory(memory_ue), memory, room) for layer in self._decoder_layers()]
+
+    def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
+        """Hidden state [b, e] of one new position of each sequence."""
+        stream_be = hidden_be
+        for layer, cache in zip(self._decoder_layers(), caches, strict=True):
+            hidden_be, stream_be = layer.decode(hidden_be, stream_be, cache)
+        return hidden_be
+
+    def _decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer), "a ModuleList does not know the type of its items"
+            yield layer

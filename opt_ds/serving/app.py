@@ -1,0 +1,203 @@
+"""The web application: a page to try a model on, and a JSON API.
+
+    POST /api/describe       text, image, audio (any mixture) -> what the model writes, what belongs together (where it
+                             learned to), neighbours, attention
+    POST /api/paint          the same inputs -> pictures
+    GET  /api/about          the model
+    GET  /api/openapi.json   the API's schema
+
+Requests pass the guard (opt_ds.serving.guard: whose they are) and the queue (opt_ds.serving.admission: size, time, whose turn).
+Uploads are decoded from files with names of our own in a folder that is deleted afterwards. Whatever goes wrong is answered with
+a status code and one line that says why.
+
+There is no Swagger page: it loads its scripts from another server, which the Content-Security-Policy forbids and a machine
+without internet cannot do.
+"""
+
+import base64
+import io
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, File, Form, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from PIL import Image
+
+from opt_ds.abilities import MATCH, WRITE_TEXT
+from opt_ds.data.sample import Sample
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.model.generation import DecodingConfig
+from opt_ds.serving.admission import Admission, Queue
+from opt_ds.serving.attention import word_attention
+from opt_ds.serving.guard import Guard
+from opt_ds.serving.limits import Limits
+from opt_ds.serving.neighbours import Neighbours
+from opt_ds.serving.processor import OPTProcessor
+from opt_ds.serving.session import Session
+
+_LIMITS = Limits()
+_HERE = Path(__file__).parent
+_PAGE = {
+    "/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css"),
+}  # fmt: skip
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s:]+/)+")
+
+_Upload = Annotated[UploadFile | None, File()]
+
+
+def build_app(
+    session: Session,
+    neighbours: Neighbours | None = None,
+    *,
+    host: str = "127.0.0.1",
+    allow_hosts: Iterable[str] = (),
+    allow_svg: bool = False,
+    limits: Limits = _LIMITS,
+) -> FastAPI:
+    """Build the application around one model.
+
+    Args:
+        session: the model.
+        neighbours: where to look for the nearest samples of a store, if anywhere.
+        host: the address the server listens on; `allow_hosts`: its further names. See opt_ds.serving.guard.
+        allow_svg: whether uploads may be drawings, which can take the decoder's whole time limit.
+        limits: of connections, bodies, the queue and the fields of a request.
+    """
+    # The handlers' types: FastAPI validates by them and puts them into the schema.
+    _Text = Annotated[str | None, Form(max_length=limits.text_characters)]  # noqa: N806
+    _Count = Annotated[int, Form(ge=1, le=limits.pictures)]  # noqa: N806
+    default_count = min(4, limits.pictures)
+
+    def read(text: str | None, image: UploadFile | None, audio: UploadFile | None) -> tuple[Sample, list[str]]:
+        notes: list[str] = []
+        processor = session.processor.with_notes(notes, limits.recording_s, allow_svg=allow_svg)
+        return _sample(processor, text, image, audio), notes
+
+    app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
+    queue = Queue(limits)
+    _add_error_answers(app)
+    _add_page(app)
+
+    @app.get("/api/about")
+    async def about() -> dict[str, Any]:
+        parameters = sum(p.numel() for p in session.model.parameters())
+        return {"preset": session.config.preset, "parameters": parameters, "device": str(session.device),
+                "extractors": session.processor.description.extractors, "neighbours": neighbours is not None}  # fmt: skip
+
+    @app.post("/api/describe", dependencies=[Depends(_check_fields)])
+    async def describe(
+        request: Request,
+        text: _Text = None,
+        image: _Upload = None,
+        audio: _Upload = None,
+        attention: Annotated[bool, Form()] = True,
+    ) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            sample, notes = read(text, image, audio)
+            return {"notes": notes} | _describe(session, neighbours, sample, attention)
+
+        return await queue.compute(request.receive, work)
+
+    @app.post("/api/paint", dependencies=[Depends(_check_fields)])
+    async def paint(
+        request: Request,
+        text: _Text = None,
+        image: _Upload = None,
+        audio: _Upload = None,
+        count: _Count = default_count,
+        seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
+    ) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            sample, notes = read(text, image, audio)
+            pictures = _paint(session, sample, count, seed)
+            if count > 1 and not session.config.can(MATCH):
+                notes.append("this model was trained without matching: the pictures are in the order of painting")
+            return {"notes": notes, "pictures": pictures}
+
+        return await queue.compute(request.receive, work)
+
+    app.add_middleware(Admission, queue=queue, limits=limits, paths={"/api/describe", "/api/paint"})
+    app.add_middleware(Guard, host=host, allow_hosts=tuple(allow_hosts))  # the last one added comes first
+    return app
+
+
+async def _check_fields(request: Request) -> None:
+    """Raise UserError for a field that the path does not know, one that is given twice, and parameters in the URL."""
+    known = [field.alias for field in request.scope["route"].dependant.body_params]
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise UserError(f'"{name[:80]}" is given in the URL: send it as a field of the form')
+    given = Counter(name for name, _ in (await request.form()).multi_items())
+    for name, count in given.items():
+        if name not in known:
+            raise UserError(f'unknown field "{name[:80]}"{did_you_mean(name[:80], known)}: choose from {", ".join(known)}')
+        if count > 1:
+            raise UserError(f"{name}: is given {count} times: give it once")
+
+
+def _add_error_answers(app: FastAPI) -> None:
+    @app.exception_handler(UserError)
+    async def bad_input(_: Request, error: UserError) -> JSONResponse:
+        # Where the server keeps its files is not the client's business.
+        return JSONResponse({"detail": _FOLDERS.sub("", str(error))}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_field(_: Request, error: RequestValidationError) -> JSONResponse:
+        fields = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+        return JSONResponse({"detail": fields}, 422)
+
+
+def _add_page(app: FastAPI) -> None:
+    def add(path: str, content: bytes, media_type: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def file() -> Response:
+            return Response(content, media_type=media_type)
+
+    for path, (name, media_type) in _PAGE.items():
+        add(path, (_HERE / name).read_bytes(), media_type)
+
+
+def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, attention: bool) -> dict[str, Any]:
+    can = session.config.can
+    answer: dict[str, Any] = {}
+    if can(WRITE_TEXT):
+        answer["text"] = session.text(sample)
+    given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
+    if can(MATCH) and given > 1:
+        answer["matching"] = session.matching(sample)
+    if neighbours is not None:
+        answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
+    if attention and sample.token_ids is not None:
+        answer["attention"] = word_attention(session, sample)
+    return answer
+
+
+def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict[str, Any]]:
+    options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
+    return [{"png": _png_url(picture), "matching": score} for picture, score in session.pictures(sample, count, options)]
+
+
+def _sample(processor: OPTProcessor, text: str | None, image: UploadFile | None, audio: UploadFile | None) -> Sample:
+    with tempfile.TemporaryDirectory(prefix="opt-ds-") as folder:
+        # The names are ours: an upload's own name says nothing about where it is written.
+        return processor(text or None, _kept(image, Path(folder) / "image"), _kept(audio, Path(folder) / "audio"))
+
+
+def _kept(upload: UploadFile | None, path: Path) -> Path | None:
+    if upload is None or not upload.size:
+        return None
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file)
+    return path
+
+
+def _png_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,386 @@
+"""A trained model for use from Python: `opt_ds.load`.
+
+    import opt_ds
+
+    model = opt_ds.load("my-model")
+    model.caption("photo.png")
+    model.generate_image("red heart").save("heart.png")
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opt_ds.abilities import MATCH, WRITE_TEXT
+from opt_ds.config import Config
+from opt_ds.data.sample import Sample
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.evaluation.retrieval import joined
+from opt_ds.model.generation import image_decoding, text_decoding
+from opt_ds.serving.inputs import AudioInput, ImageInput
+from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_beside, unit_cls
+from opt_ds.serving.session import Session
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AMPERE = (8, 0)  # the first GPUs with bf16
+_MAX_SEED = 2**63 - 1
+
+Score = Literal["matching", "likelihood"]
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image and the probability that it belongs to the input; None if nothing judged it."""
+
+    image: Image.Image
+    probability: float | None
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The place of a candidate in the list that was given, and its score."""
+
+    index: int
+    score: float
+
+
+class Model:
+    """A trained model with the extractors, tokenizer and dVAE that it was trained with. `opt_ds.load` makes it.
+
+    Every method takes the inputs `text`, `image` and `audio`, of which any may be omitted:
+
+    - text: a str.
+    - image: the path of a file, a `PIL.Image`, or a uint8 array [height, width], [height, width, 3] or [height, width, 4].
+    - audio: the path of a file, mono samples [n] at 16 kHz, or a tuple (samples [n], rate in Hz). Samples are floats from -1
+      to 1, or int16, int32 or uint8 as in WAV files.
+
+    Every method raises `opt_ds.UserError` (a ValueError) for an input that cannot be read, for no input at all, and for what
+    the model was not trained to do. Inputs that exceed the limits of the model are truncated, and `logging` warns of it. An
+    instance must not be used by several threads at once.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Use `opt_ds.load` instead.
+
+        Args:
+            session: The model in inference mode with its processor.
+        """
+        self._session = session
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self._session.model.parameters())
+        return f"<opt_ds.Model {self.config.preset}, {parameters / 1e6:.1f} million parameters, {self.device}, {self.dtype}>"
+
+    @property
+    def config(self) -> Config:
+        """The configuration that the model was trained with."""
+        return self._session.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._session.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's weights."""
+        return next(self._session.model.parameters()).dtype
+
+    def close(self) -> None:
+        """End the process that decodes files. The model can be used again; it starts another one."""
+        self._session.processor.close()
+
+    def caption(self, image: ImageInput, *, beam_size: int = 4) -> str:
+        """Return a text for an image. `beam_size` 1: greedy search."""
+        return self.describe(image=image, beam_size=beam_size)
+
+    def transcribe(self, audio: AudioInput, *, image: ImageInput | None = None, beam_size: int = 4) -> str:
+        """Return the text that is spoken; an image of what is spoken about helps. `beam_size` 1: greedy search."""
+        return self.describe(image=image, audio=audio, beam_size=beam_size)
+
+    def describe(
+        self,
+        text: str | None = None,
+        image: ImageInput | None = None,
+        audio: AudioInput | None = None,
+        *,
+        beam_size: int = 4,
+    ) -> str:
+        """Return the text that the text decoder writes for any mixture of inputs. `beam_size` 1: greedy search."""
+        _check_count("beam_size", beam_size)
+        return self._session.text(self._read(text, image, audio), text_decoding(beam_size))
+
+    def generate_image(
+        self,
+        text: str | None = None,
+        image: ImageInput | None = None,
+        audio: AudioInput | None = None,
+        *,
+        candidates: int = 1,
+        top_k: int = 32,
+        top_p: float = 1.0,
+        temperature: float = 0.8,
+        seed: int = 1,
+    ) -> Image.Image:
+        """Generate a 64 x 64 image.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            candidates: Images to generate; the one that matches the input best is returned. Needs a model trained with matching.
+            top_k: Sample each image code from this many likeliest ones; 0: from all.
+            top_p: Sample each image code from the likeliest ones of this total probability.
+            temperature: Divides the logits; lower is less varied.
+            seed: Equal seeds and inputs give equal images on the same hardware.
+        """
+        if candidates != 1:
+            self._session.require(MATCH, f"choose the best of {candidates} candidates")
+        return self.generate_images(
+            text, image, audio, count=candidates, top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
+        )[0].image
+
+    def generate_images(
+        self,
+        text: str | None = None,
+        image: ImageInput | None = None,
+        audio: AudioInput | None = None,
+        *,
+        count: int = 4,
+        top_k: int = 32,
+        top_p: float = 1.0,
+        temperature: float = 0.8,
+        seed: int = 1,
+    ) -> list[GeneratedImage]:
+        """Generate `count` images of 64 x 64 pixels, the best match first; the other arguments as in `generate_image`.
+
+        The probabilities are None, and the order is that of sampling, for one image and for a model trained without matching.
+        """
+        _check_count("candidates or count", count)
+        _check_range("top_k", top_k, 0, None)
+        _check_range("top_p", top_p, 0, 1)
+        _check_range("temperature", temperature, 1e-3, None)
+        _check_range("seed", seed, 0, _MAX_SEED)
+        options = image_decoding(top_k, top_p, temperature, seed)
+        found = self._session.pictures(self._read(text, image, audio), count, options)
+        return [GeneratedImage(picture, probability) for picture, probability in found]
+
+    def embed(
+        self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, normalize: bool = True
+    ) -> np.ndarray:
+        """Return the encoder's output at [CLS], float32 [hidden_size]; of length 1 if `normalize`.
+
+        It is a feature vector for classifiers and for finding similar inputs of the same kind. Training does not make the
+        vectors of a text and of its image similar: `rank_images` compares these.
+        """
+        sample = self._read(text, image, audio)
+        vectors = unit_cls(self._session, [sample]) if normalize else self._session.cls_vectors([sample])
+        return vectors[0]
+
+    def match(
+        self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None
+    ) -> dict[str, float]:
+        """Return the probability of each matching label of two or three inputs.
+
+        The labels: "all" (of three inputs), "text_image", "text_audio", "image_audio" (just these two belong together), "none".
+        """
+        return self._session.matching(self._read(text, image, audio))
+
+    def match_probability(
+        self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None
+    ) -> float:
+        """Return the probability that two or three inputs all belong together."""
+        return self._session.match_probabilities([self._read(text, image, audio)])[0]
+
+    def rank_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        image: ImageInput | None = None,
+        audio: AudioInput | None = None,
+        by: Score = "matching",
+    ) -> list[Ranked]:
+        """Rank texts for an image, audio or both, the best first.
+
+        Args:
+            texts: The candidates.
+            image: The query.
+            audio: The query.
+            by: "matching": the score is the probability that query and candidate belong together. "likelihood": it is the log
+                likelihood of the text, in nats, by the text decoder; longer texts are less likely.
+        """
+        query, candidates = self._read(None, image, audio), [self._read(text, None, None) for text in texts]
+        if _check_score(by) == "matching":
+            return self._ranked_by_matching(query, candidates)
+        self._session.require(WRITE_TEXT, "rank by likelihood")
+        return _ranked(self._session.text_log_likelihood([query], [_tokens(sample) for sample in candidates])[0])
+
+    def rank_images(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        text: str | None = None,
+        audio: AudioInput | None = None,
+        by: Score = "matching",
+    ) -> list[Ranked]:
+        """Rank images for a text, audio or both, the best first.
+
+        Args:
+            images: The candidates.
+            text: The query.
+            audio: The query.
+            by: "matching": the score is the probability that query and candidate belong together. "likelihood": it is the log
+                likelihood of the text, in nats, for each image (and the audio) by the text decoder.
+        """
+        return self._ranked_for(self._read(text, None, audio), [self._read(None, image, None) for image in images], by)
+
+    def rank_audio(
+        self,
+        recordings: Sequence[AudioInput],
+        *,
+        text: str | None = None,
+        image: ImageInput | None = None,
+        by: Score = "matching",
+    ) -> list[Ranked]:
+        """Rank audio for a text, an image or both, the best first; the arguments as in `rank_images`."""
+        return self._ranked_for(self._read(text, image, None), [self._read(None, None, audio) for audio in recordings], by)
+
+    def index(self, store: str | Path, split: str = "train", limit: int = 2000) -> "StoreIndex":
+        """Embed samples of a feature store, for `StoreIndex.nearest`.
+
+        Args:
+            store: A store with the tokenizer and extractors of this model.
+            split: Split of the store.
+            limit: Samples at most, a seeded choice.
+        """
+        _check_count("limit", limit)
+        return StoreIndex(Neighbours(evaluator_beside(self._session, Path(store)), split, limit), self._read)
+
+    def _read(self, text: str | None, image: ImageInput | None, audio: AudioInput | None) -> Sample:
+        return self._session.processor(text, image, audio)
+
+    def _ranked_for(self, query: Sample, candidates: list[Sample], by: Score) -> list[Ranked]:
+        """Rank images or audio."""
+        if _check_score(by) == "matching":
+            return self._ranked_by_matching(query, candidates)
+        self._session.require(WRITE_TEXT, "rank by likelihood")
+        if query.token_ids is None:
+            raise UserError('by="likelihood" ranks by the likelihood of a text: give text=, or use by="matching"')
+        asked = Sample(region_features=query.region_features, region_boxes=query.region_boxes,
+                       region_labels=query.region_labels, frames=query.frames)  # fmt: skip
+        samples = [joined(asked, candidate) for candidate in candidates]
+        return _ranked(self._session.text_log_likelihood(samples, [query.token_ids])[:, 0] if samples else np.empty(0))
+
+    def _ranked_by_matching(self, query: Sample, candidates: list[Sample]) -> list[Ranked]:
+        return _ranked(np.array(self._session.match_probabilities([joined(query, candidate) for candidate in candidates])))
+
+
+class StoreIndex:
+    """Embedded samples of a feature store. `Model.index` makes it."""
+
+    def __init__(self, neighbours: Neighbours, read: Callable[..., Sample]) -> None:
+        self._neighbours, self._read = neighbours, read
+
+    def __len__(self) -> int:
+        return len(self._neighbours.samples)
+
+    def nearest(
+        self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, count: int = 5
+    ) -> list[Neighbour]:
+        """Return the samples whose embeddings have the largest cosine with that of the input, the nearest first."""
+        _check_count("count", count)
+        return self._neighbours.nearest(self._read(text, image, audio), count)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    image_weights: str | Path | None = None,
+    speech_weights: str | Path | None = None,
+) -> Model:
+    """See `opt_ds.load`."""
+    where = _choose_device(str(device))
+    dtype = _choose_dtype(precision, where)
+    session = Session.load(
+        Path(path).expanduser(),
+        image_weights=None if image_weights is None else Path(image_weights),
+        speech_weights=None if speech_weights is None else Path(speech_weights),
+        device=str(where),
+    )
+    for parameter in session.model.parameters():  # not the buffers: features are standardised in fp32, as in training
+        parameter.data = parameter.data.to(dtype)
+    return Model(session)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        known = ("auto", "cpu", "cuda", "cuda:0")
+        raise UserError(f'device "{device}": choose auto, cpu, cuda or cuda:N{did_you_mean(device, known)}')
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UserError(f'device "{device}": this PyTorch sees {count} GPUs: choose another one, or cpu')
+    return found
+
+
+def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    known = ("auto", *_DTYPES)
+    if precision not in known:
+        raise UserError(f'precision "{precision}": choose {", ".join(known)}{did_you_mean(precision, known)}')
+    has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= _AMPERE
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 does not run on the CPU: use fp32 or bf16")
+    if precision == "bf16" and not has_bf16:
+        raise UserError("precision bf16: this GPU is older than Ampere: use fp16 or fp32")
+    return _DTYPES[precision]
+
+
+def _check_count(name: str, value: int) -> None:
+    _check_range(name, value, 1, None)
+    if not isinstance(value, (int, np.integer)):
+        raise UserError(f"{name}: {value}: give a whole number")
+
+
+def _check_range(name: str, value: float, least: float, most: float | None) -> None:
+    """Raise UserError for another type, for NaN and for infinity too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise UserError(f"{name}: expected a number, got {type(value).__name__}")
+    if not np.isfinite(value) or value < least or (most is not None and value > most):
+        raise UserError(f"{name} {value}: give {f'at least {least:g}' if most is None else f'{least:g} to {most:g}'}")
+
+
+def _check_score(by: str) -> str:
+    known = ("matching", "likelihood")
+    if by not in known:
+        raise UserError(f'by="{by}": choose {" or ".join(known)}{did_you_mean(by, known)}')
+    return by
+
+
+def _tokens(sample: Sample) -> np.ndarray:
+    assert sample.token_ids is not None, "it was read from a text"
+    return sample.token_ids
+
+
+def _ranked(scores: np.ndarray) -> list[Ranked]:
+    """The best first; of equal ones the first."""
+    return [Ranked(int(index), float(scores[index])) for index in np.argsort(-scores, kind="stable")]

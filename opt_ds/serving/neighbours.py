@@ -1,0 +1,60 @@
+"""Nearest samples of a store: cosine of frozen [CLS] vectors, computed once when the server starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import Sample
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.runner import ModelRunner
+from opt_ds.serving.session import Session
+from opt_ds.store.processor_files import identity_differences
+from opt_ds.store.verify import open_store
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A sample of the store, its caption ('' without one) and its cosine."""
+
+    index: int
+    name: str
+    caption: str
+    cosine: float
+
+
+class Neighbours:
+    """Vectors of a split's samples, all modalities together."""
+
+    def __init__(self, evaluator: Evaluator, split: str, limit: int = 2000) -> None:
+        self._evaluator = evaluator
+        self.samples = evaluator.samples_with(split, (), limit)
+        self._unit_ne = unit_cls(evaluator, [evaluator.read(i, (TEXT, IMAGE, AUDIO)) for i in self.samples])
+
+    def nearest(self, sample: Sample, count: int = 5) -> list[Neighbour]:
+        """The nearest first."""
+        cosine_n = self._unit_ne @ unit_cls(self._evaluator, [sample])[0]
+        store = self._evaluator.store
+        found = []
+        for place in np.argsort(-cosine_n)[:count]:
+            index = int(self.samples[place])
+            caption = self._evaluator.caption(index) if store.rows[index, TEXT] >= 0 else ""
+            found.append(Neighbour(index, store.sample_id(index), caption, float(cosine_n[place])))
+        return found
+
+
+def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
+    """The session's model on a store of the same tokenizer and extractors. Raises UserError for another one."""
+    store = open_store(store_path)
+    differences = identity_differences(session.processor.description, store, codes=False)
+    if differences:
+        raise UserError(f"{store_path}: {'; '.join(differences)}: use the store that the model was trained on")
+    return Evaluator(session.model, session.config, store, session.device)
+
+
+def unit_cls(runner: ModelRunner, samples: list[Sample]) -> np.ndarray:
+    """float32 [n, e], the samples' [CLS] of length 1."""
+    cls_ne = runner.cls_vectors(samples)
+    return cls_ne / np.maximum(np.linalg.norm(cls_ne, axis=1, keepdims=True), 1e-12)

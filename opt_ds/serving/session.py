@@ -1,0 +1,141 @@
+"""A trained model that reads raw input and answers: writes a text, paints pictures, says what belongs together."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opt_ds.abilities import GENERATE_IMAGES, MATCH, WRITE_TEXT
+from opt_ds.config import Config
+from opt_ds.data.matching import CASES
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import Sample
+from opt_ds.dvae.model import DiscreteVAE
+from opt_ds.dvae.storage import load_processor_dvae
+from opt_ds.errors import UserError
+from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
+from opt_ds.evaluation.runner import ModelRunner
+from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
+from opt_ds.model.opt import OPT
+from opt_ds.serving.exported import load_exported
+from opt_ds.serving.processor import OPTProcessor
+from opt_ds.store.processor_files import PROCESSOR_FOLDER
+from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
+from opt_ds.training.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
+
+#: modality -> the part of a Sample that is there with it
+_PART = {TEXT: "token_ids", IMAGE: "region_features", AUDIO: "frames"}
+_CASE_OF_MODALITIES = {
+    frozenset((IMAGE, AUDIO)): "image_audio", frozenset((TEXT, AUDIO)): "text_audio", frozenset((TEXT, IMAGE)): "text_image",
+    frozenset((TEXT, IMAGE, AUDIO)): "all",
+}  # fmt: skip
+
+
+def _given(sample: Sample) -> frozenset[int]:
+    """Return the modalities of a sample."""
+    return frozenset(modality for modality, part in _PART.items() if getattr(sample, part) is not None)
+
+
+class Session(ModelRunner):
+    """A model, its processor and its dVAE."""
+
+    def __init__(self, model: OPT, config: Config, processor: OPTProcessor, device: torch.device | str = "cpu") -> None:
+        super().__init__(model, config, processor.description.tokenizer, processor.folder / TOKENIZER_FOLDER, device)
+        self.processor = processor
+        self._dvae: DiscreteVAE | None = None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path,
+        *,
+        image_weights: Path | None = None,
+        speech_weights: Path | None = None,
+        device: str = "cpu",
+    ) -> "Session":
+        """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
+        if is_exported(checkpoint):
+            model, config = load_exported(checkpoint)
+            folder = checkpoint / PROCESSOR_FOLDER
+        else:
+            model, config = load_model(checkpoint)
+            folder = run_of(resolve_checkpoint(checkpoint)) / PROCESSOR_FOLDER
+        processor = OPTProcessor(
+            folder, config.model, image_weights=image_weights, speech_weights=speech_weights, device=device
+        )
+        return cls(model.to(device), config, processor, device)
+
+    def text(self, sample: Sample, options: DecodingConfig = DEFAULT_DECODING) -> str:
+        """What the text decoder writes. Raises UserError when the model never learned to write."""
+        self.require(WRITE_TEXT, "write text")
+        return self.write_text([sample], options)[0]
+
+    def pictures(
+        self, sample: Sample, count: int = 1, options: DecodingConfig = DEFAULT_SAMPLING
+    ) -> list[tuple[Image.Image, float | None]]:
+        """`count` sampled 64 × 64 pictures, the best first, each with the matching head's probability that it belongs to the
+        input. None, in the order of painting, where nothing is compared: of one picture alone, and where that head was never
+        trained.
+
+        Raises UserError when the model never learned to paint.
+        """
+        self.require(GENERATE_IMAGES, "paint pictures")
+        painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
+        pictures = [to_picture(pixels) for pixels in painted]
+        if count == 1 or not self.config.can(MATCH):
+            return [(picture, None) for picture in pictures]
+        scores = [self.belongs(sample, picture) for picture in pictures]
+        return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
+
+    def matching(self, sample: Sample) -> dict[str, float]:
+        """Probability of each matching case (see data.matching); what two or three given inputs allow.
+
+        Raises UserError when the model never learned to judge.
+        """
+        (named,), given = self._matching([sample]), _given(sample)
+        possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= given} | {"none"}
+        return {case: value for case, value in named.items() if case in possible}
+
+    def match_probabilities(self, samples: Sequence[Sample]) -> list[float]:
+        """Return the matching head's probability, for each sample of two or three inputs, that all of them belong together.
+
+        Raises UserError as `matching`.
+        """
+        found = self._matching(samples)
+        return [named[_CASE_OF_MODALITIES[_given(sample)]] for sample, named in zip(samples, found, strict=True)]
+
+    def _matching(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        self.require(MATCH, "judge what belongs together")
+        if any(len(_given(sample)) < 2 for sample in samples):
+            raise UserError("matching compares two or three inputs: give another one")
+        scores = torch.from_numpy(self.matching_scores(samples))
+        values = torch.softmax(scores, 1) if self.matches_by_softmax else torch.sigmoid(scores)
+        return [dict(zip(CASES, row, strict=True)) for row in values.tolist()]
+
+    @property
+    def dvae(self) -> DiscreteVAE:
+        """The dVAE that the model's image codes belong to."""
+        if self._dvae is None:
+            folder = self.processor.folder / DVAE_FOLDER
+            if not folder.is_dir():
+                raise UserError(f"{folder}: the model has no dVAE, it was trained on a store without image codes")
+            self._dvae = load_processor_dvae(self.processor.folder).to(self.device).eval()
+        return self._dvae
+
+    def belongs(self, sample: Sample, picture: Image.Image) -> float:
+        """The matching head's probability that the picture belongs to the sample's text and recording."""
+        own = replace(sample, region_features=None, region_boxes=None, region_labels=None)
+        seen = self.processor(image=picture)
+        pair = replace(
+            own, region_features=seen.region_features, region_boxes=seen.region_boxes, region_labels=seen.region_labels
+        )
+        return self.match_probabilities([pair])[0] if len(_given(pair)) > 1 else 0.0
+
+    def look(self, picture: Image.Image) -> np.ndarray:
+        """The mean feature vector of a picture's regions, by the model's image extractor."""
+        features = self.processor(image=picture).region_features
+        assert features is not None, "a picture has regions"
+        return np.asarray(features, dtype=np.float32).mean(0)

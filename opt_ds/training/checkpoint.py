@@ -1,0 +1,254 @@
+"""One canonical checkpoint, whatever the rank count, ZeRO stage and precision: complete, or not there at all.
+
+    <output>/checkpoints/step-00001000/
+        model.safetensors     fp32 master weights by parameter name, and the model's buffers
+        moments.safetensors   Adam's exp_avg and exp_avg_sq, as "<parameter>.exp_avg"
+        state.json            step, Adam's updates, loss scale, best validation, config, plan version, stores, versions
+        COMPLETE.json         size and SHA-256 of each of these; written last
+    <output>/checkpoints/latest, best    text files: the name of a folder, and the SHA-256 of its COMPLETE.json
+
+Here: which checkpoints there are, and reading them; `checkpoint_files` checks that they are whole, `checkpoint_writer` writes
+them. Whatever is read was compared with its recorded hash. A checkpoint holds nothing of a random number generator: the plan
+and dropout are functions of (seed, step).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+
+from opt_ds.config import Config, config_from_dict
+from opt_ds.errors import UserError
+from opt_ds.store.foreign import read_json_object, tensor_shapes
+from opt_ds.store.seal import SEAL_FILE
+from opt_ds.training.checkpoint_files import (
+    COMPLETE,
+    FOLDER,
+    MODEL_FILE,
+    MOMENTS_FILE,
+    STATE_FILE,
+    check_file,
+    check_size,
+    pointed,
+    pointer_fields,
+    problem_with,
+    read_record,
+)
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from opt_ds.model.opt import OPT
+
+_LOG = logging.getLogger(__name__)
+__all__ = [
+    "COMPLETE", "FOLDER", "HUB_MODEL_TYPE", "MODEL_FILE", "MOMENTS_FILE", "STATE_FILE", "GuardState", "TrainState",
+    "all_checkpoints", "buffers_of", "find_resumable", "folder_name", "is_exported", "load_model", "load_optimizer", "load_start",
+    "load_weights", "pointed", "problem_with", "read_record", "read_state", "resolve_checkpoint", "train_state",
+]  # fmt: skip
+
+HUB_MODEL_TYPE = "opt_ds"  # what the config.json of an exported folder says
+
+
+@dataclass
+class GuardState:
+    """The history that the guard's decisions depend on."""
+
+    losses: list[float] = field(default_factory=list)  # of the last `spike_window` steps
+    gradient_norms: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # steps not taken, within the last `skip_window`
+    num_skipped: int = 0
+    num_spikes: int = 0
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, besides weights and moments."""
+
+    step: int = 0  # optimiser steps behind us; the next one has this number
+    best_loss: float | None = None  # weighted validation loss
+    best_step: int | None = None
+    validations_without_gain: int = 0
+    stopped_early: bool = False
+    train_seconds: float = 0.0
+    adam_steps: int = 0  # less than step where an overflow skipped the update
+    scaler: dict[str, float] = field(default_factory=dict)
+    guard: GuardState = field(default_factory=GuardState)
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint folder after so many steps."""
+    return f"step-{step:08d}"
+
+
+def all_checkpoints(output: Path) -> list[Path]:
+    """The output directory's checkpoint folders, the newest first, whole or not."""
+    return sorted((output / FOLDER).glob("step-*"), reverse=True)
+
+
+def find_resumable(output: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all. Damaged newer ones are named in warnings.
+
+    Raises UserError when there are checkpoints and all are damaged: starting again is the user's choice; and for a pointer that
+    names anything but a checkpoint.
+    """
+    for pointer in ("latest", "best"):
+        pointer_fields(output, pointer)
+    found = all_checkpoints(output)
+    problems: list[tuple[Path, str]] = []
+    for folder in found:
+        problem = problem_with(folder)
+        if problem is None:
+            for other, text in problems:
+                _LOG.warning(f"checkpoint {other} is not usable: {text}; taking {folder.name}, the one before it")
+            if not (output / FOLDER / "latest").is_file():
+                _LOG.warning(f'{output / FOLDER}: no pointer "latest"; taking {folder.name}, the newest that is whole')
+            return folder
+        problems.append((folder, problem))
+    if found:
+        raise UserError(
+            f"{output / FOLDER}: no checkpoint is usable ({'; '.join(f'{f.name}: {p}' for f, p in problems)}): "
+            "restore one, or start anew with another --output"
+        )
+    return None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `--checkpoint PATH` means: itself, or the best (else the latest) of a run's output directory.
+
+    Raises UserError when there is none, a file of it is missing or cut off, what is read of it (weights, state.json) is not what
+    was written, or it is an exported folder.
+    """
+    path = Path(path)
+    if is_exported(path):
+        raise UserError(f"{path}: an exported folder is for generate and serve: name the run that it is of")
+    folder: Path | None = path
+    if not (path / COMPLETE).is_file():
+        folder = pointed(path, "best") or pointed(path, "latest") or next(iter(all_checkpoints(path)), None)
+    if folder is None or not folder.is_dir():
+        raise UserError(f"{path}: neither a checkpoint nor a run's output directory with one: train first")
+    problem = problem_with(folder, (MODEL_FILE, STATE_FILE))
+    if problem:
+        raise UserError(f"checkpoint {folder}: {problem}: use another one of the run")
+    return folder
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the run's output directory that a checkpoint lies in. UserError for one that was copied out of its run."""
+    folder = checkpoint.resolve()
+    if folder.parent.name != FOLDER:
+        raise UserError(
+            f"{checkpoint}: a checkpoint alone lacks its run's processor folder, which says how to read raw files: name the "
+            f"run's output directory, or copy the checkpoint to RUN/{FOLDER}/ beside RUN/processor/"
+        )
+    return folder.parent.parent
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `opt-ds export` wrote this folder, damaged or not: a model without the run around it."""
+    if not (path / "config.json").is_file():
+        return False
+    try:
+        return read_json_object(path / "config.json", "").get("model_type") == HUB_MODEL_TYPE or (path / SEAL_FILE).is_file()
+    except UserError:
+        return (path / MODEL_FILE).is_file()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return state.json of a checkpoint. UserError if it is not what was written, or lacks what every one has."""
+    file = check_file(folder, STATE_FILE)
+    state = read_json_object(file, "use another checkpoint of the run")
+    expected = {"step": int, "plan_version": int, "config": dict}
+    wrong = [name for name, kind in expected.items() if type(state.get(name)) is not kind]
+    if not wrong and state["step"] != read_record(folder)[0]:
+        wrong = ["step"]
+    if wrong:
+        raise UserError(f"{file}: damaged, field {wrong[0]}: use another checkpoint of the run")
+    return state
+
+
+def train_state(saved: dict[str, Any]) -> TrainState:
+    """Return the TrainState in a state.json. UserError for fields that are missing or of another type."""
+    try:
+        return TypeAdapter(TrainState).validate_python({name: saved[name] for name in TrainState.__dataclass_fields__})
+    except KeyError as error:
+        raise UserError(f"{STATE_FILE}: damaged, no field {error.args[0]}: use another checkpoint of the run") from None
+    except ValidationError as error:
+        field_name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{STATE_FILE}: damaged, field {field_name}: use another checkpoint of the run") from None
+
+
+def load_start(model: "OPT", config: Config) -> None:
+    """Copy the weights that fine-tuning starts from; a head for other labels than that checkpoint's stays as it is."""
+    assert config.finetune is not None, "pre-training starts from no checkpoint"
+    folder = Path(config.finetune.checkpoint)
+    had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks
+    leave = [
+        f"{name}."
+        for name, unit in config.tasks.units.items()
+        if unit.is_optional and not unit.same_head(getattr(had, name, None), getattr(config.tasks, name))
+    ]
+    load_weights(model, folder, leave=tuple(leave))
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, folder: Path, leave: str | tuple[str, ...] = ()) -> None:
+    """Copy a checkpoint's weights and buffers into a model of the same shape.
+
+    What has a name that begins with `leave` (or one of them) is left as it is. Raises UserError for another shape, or a file
+    whose hash is not the recorded one.
+    """
+    file_path = check_file(folder, MODEL_FILE)
+    shapes = tensor_shapes(file_path, "use another checkpoint of the run")
+    own = {**dict(model.named_parameters()), **buffers_of(model)}
+    if leave:
+        own = {name: tensor for name, tensor in own.items() if not name.startswith(leave)}
+    with safe_open(file_path, "pt") as file:
+        for name, tensor in own.items():
+            shape = shapes.get(name)
+            if shape != tuple(tensor.shape):
+                raise UserError(
+                    f"checkpoint {folder}: {name} is {shape or 'missing'}, the model's is {tuple(tensor.shape)}: it "
+                    "belongs to another model"
+                )
+            tensor.copy_(file.get_tensor(name))
+
+
+def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
+    """Put master weights, moments, Adam's step count and the loss scale of a checkpoint into a fresh engine.
+
+    The engine must have been made from a model that went through `load_weights` with the same folder.
+    """
+    from opt_ds.training import optimizer_state
+
+    state = train_state(read_state(folder))
+    optimizer_state.create_moments(engine, state.adam_steps)
+    with safe_open(folder / MODEL_FILE, "pt") as weights, safe_open(folder / MOMENTS_FILE, "pt") as moments:
+
+        def read(name: str, key: str) -> torch.Tensor:
+            return weights.get_tensor(name) if key == "weight" else moments.get_tensor(f"{name}.{key}")
+
+        optimizer_state.scatter(engine, read, ("weight", *optimizer_state.MOMENTS))
+    optimizer_state.set_scaler_state(engine, state.scaler)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["OPT", Config]:
+    """The trained model (fp32, in evaluation mode) and its configuration, from a run's directory or one checkpoint."""
+    from opt_ds.model.opt import OPT
+
+    folder = resolve_checkpoint(path)
+    config = config_from_dict(read_state(folder)["config"], where=f"{folder / STATE_FILE}")
+    check_size(config.model, tensor_shapes(folder / MODEL_FILE, "use another checkpoint of the run"), f"{folder / STATE_FILE}")
+    model = OPT(config.model, config.tasks)
+    load_weights(model, folder)
+    return model.to(device).eval(), config
+
+
+def buffers_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent buffers by name."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if not isinstance(value, torch.nn.Parameter)}

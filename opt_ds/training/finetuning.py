@@ -1,0 +1,138 @@
+"""The configuration of a fine-tuning run: the checkpoint's own, with one task on, a schedule counted in epochs, and a new head.
+
+The run itself is pre-training's (`training.launch`): same store, same plan of samples, same checkpoints, same resume.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from opt_ds.config import Config, TasksConfig, config_from_dict
+from opt_ds.data.finetune_plan import make_plan
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.store.reader import FeatureStore
+from opt_ds.store.verify import open_store
+from opt_ds.training import checkpoint
+from opt_ds.training.preflight import check_store
+
+
+class Job(NamedTuple):
+    """What a fine-tuning job takes where nothing is said. A task says which jobs train it (`DataTask.fine_tunes`)."""
+
+    inputs: tuple[str, ...]
+    epochs: float
+    lr_share: float = 1.0  # of the checkpoint's peak
+
+
+TASKS = {
+    # A judgement says one bit of a sample, where a text says a word a position: it takes more of them.
+    "retrieval": Job(("T+I",), epochs=20, lr_share=0.5),
+    "transcription": Job(("A", "A+I"), epochs=5),
+    "captioning": Job(("I",), epochs=5),
+    "classification": Job(("T+A+I",), epochs=5),
+    "vqa": Job(("T+I",), epochs=5),
+}
+_LARGEST_BATCH = 256  # samples; fine-tuning wants more steps than pre-training's batches would leave
+_WARMUP_SHARE = 0.1
+
+
+def finetune_config(
+    task: str,
+    start: Path,
+    stores: list[str],
+    inputs: tuple[str, ...] = (),
+    epochs: float | None = None,
+    min_positives: int = 10,
+    settings: tuple[str, ...] | list[str] = (),
+) -> Config:
+    """The run's configuration. `start`: a checkpoint, or a run's directory (its best); `settings`: key.path=value, laid over.
+
+    Batch: the checkpoint's, at most 256 samples; learning rate: the task's share of the checkpoint's peak; warm-up: a tenth;
+    epochs: the task's. Labels are those that `min_positives` training samples have; answers are all that the store names. Raises
+    UserError for a checkpoint that never learned what the task fine-tunes, inputs that do not fit the task, a store without
+    samples for it.
+    """
+    if task not in TASKS:
+        raise UserError(f'unknown task "{task}"{did_you_mean(task, TASKS)}: choose from {", ".join(TASKS)}')
+    folder = checkpoint.resolve_checkpoint(start)
+    saved = config_from_dict(checkpoint.read_state(folder)["config"], where=str(folder / checkpoint.STATE_FILE))
+    inputs = inputs or TASKS[task].inputs
+    unit = next(unit for unit in saved.tasks.units.values() if task in unit.fine_tunes)
+    _check(task, unit, inputs, saved, folder)
+    opened = [open_store(path) for path in stores]
+    for store in opened:
+        check_store(saved, store)
+    tree = saved.model_dump(mode="json")
+    tree["model"]["bert"] = tree["deepspeed_config"] = tree["init"] = None
+    tree["data"] |= {"stores": [str(store.path) for store in opened], "mix": None}
+    tree["finetune"] = {
+        "task": task, "checkpoint": str(folder), "weights_sha256": _weights_sha256(folder), "inputs": list(inputs),
+        "learned": list(saved.learned_losses),
+    }  # fmt: skip
+    if task == "vqa":
+        tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)
+    _train_only(tree["tasks"], saved.tasks, unit.fine_tuned_loss)
+    for other in saved.tasks.units.values():
+        if other.is_optional:
+            own = other.section_for_finetuning(task, opened, saved.data.train_split, min_positives) if other is unit else None
+            tree["tasks"][other.name] = own
+    size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
+    tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
+    tree["optimizer"]["lr"] *= TASKS[task].lr_share
+    tree["train"] |= {"max_steps": None, "picture_grid": 0, "early_stopping": 0, "time_limit_minutes": None}
+    tree["profile"] = {}
+    return _with_schedule(tree, opened, epochs or TASKS[task].epochs, settings)
+
+
+def _check(task: str, unit: Any, inputs: tuple[str, ...], saved: Config, folder: Path) -> None:
+    loss = unit.fine_tuned_loss
+    if not unit.is_optional and loss not in saved.learned_losses:
+        raise UserError(
+            f"{folder}: this model was trained without {loss} (tasks.{loss}.weight is 0), which {task} fine-tunes: take a "
+            "checkpoint that was trained with it"
+        )
+    for name in inputs:
+        letters = name.split("+")
+        if task in ("transcription", "captioning") and "T" in letters:
+            raise UserError(f"--inputs {name}: {task} writes the text, which cannot go in: choose A, I or A+I")
+        if task == "transcription" and "A" not in letters:
+            raise UserError(f"--inputs {name}: transcription listens: choose A or A+I, or finetune captioning")
+        if task == "retrieval" and len(letters) < 2:
+            raise UserError(f"--inputs {name}: retrieval judges what belongs together: choose T+I, T+A, A+I or T+A+I")
+        if task == "vqa" and "T" not in letters:
+            raise UserError(f"--inputs {name}: the question is the text: choose T+I, T+A or T+A+I")
+
+
+def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
+    """Weight 1 for the loss and 0 for the others, in place; the sampling weights mean nothing in fine-tuning."""
+    tree["curriculum"], tree["mix"] = [], dict.fromkeys(tasks.sampled, 1.0)
+    for task, losses in tasks.sampled.items():
+        for name in (task, *losses):
+            tree[name]["weight"] = 0.0
+        if loss in losses:
+            tree[loss]["weight"] = tree[task]["weight"] = 1.0
+
+
+def _agreement(stores: list[FeatureStore], split: str) -> int:
+    """Return the annotators that can agree on an answer: 3 as published, fewer where no question has as many answers."""
+    most = max((len(store.labels(int(index))) for store in stores for index in store.split_samples(split)), default=3)
+    return min(3, max(1, most))
+
+
+def _with_schedule(
+    tree: dict[str, Any], stores: list[FeatureStore], epochs: float, settings: tuple[str, ...] | list[str]
+) -> Config:
+    where = "fine-tuning"
+    tree["schedule"] = {"total_steps": 2, "warmup_steps": 0}
+    sized = [setting for setting in settings if not setting.startswith(("schedule.", "train.", "checkpoint."))]
+    plan = make_plan(config_from_dict(tree, where, sized), stores)
+    steps_per_epoch = max(1, math.ceil(plan.num_samples / plan.batch_samples))
+    total = max(2, math.ceil(epochs * plan.num_samples / plan.batch_samples))
+    tree["schedule"] = {"total_steps": total, "warmup_steps": min(total - 1, round(_WARMUP_SHARE * total))}
+    tree["train"] |= {"validate_every": steps_per_epoch, "log_every": max(1, min(20, steps_per_epoch))}
+    tree["checkpoint"] |= {"every_steps": steps_per_epoch}
+    return config_from_dict(tree, where, settings)
+
+
+def _weights_sha256(folder: Path) -> str:
+    return checkpoint.read_record(folder)[1][checkpoint.MODEL_FILE].sha256

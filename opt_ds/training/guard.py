@@ -1,0 +1,121 @@
+"""Watches over a run: steps that are not finite, losses that jump, ranks that drift apart.
+
+What it decides is a function of the run's own history, which is part of a checkpoint: a resumed run decides alike.
+"""
+
+import math
+import statistics
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from opt_ds.config import GuardConfig
+from opt_ds.data.batch import PackedBatch
+from opt_ds.errors import RunError
+from opt_ds.store.files import atomic_file, write_json
+from opt_ds.training.checkpoint import GuardState
+from opt_ds.training.distributed import ProcessGroup
+
+FOLDER = "guard"
+_LEAST_HISTORY = 20  # values before a z-score says anything
+
+Verdict = Literal["fine", "spike", "not finite"]
+
+
+class TrainingError(RunError):
+    """Training itself cannot go on."""
+
+
+class Guard:
+    """Judges each step's loss (before the update) and gradient norm (after it); keeps the account of skipped steps."""
+
+    def __init__(self, config: GuardConfig, state: GuardState | None = None) -> None:
+        self.config, self.state = config, state or GuardState()
+
+    def judge_loss(self, loss: float) -> tuple[Verdict, float]:
+        """The verdict on a step's loss over the global batch, and its z-score among the window's losses."""
+        return self._judge(loss, self.state.losses)
+
+    def judge_gradient_norm(self, norm: float) -> tuple[Verdict, float]:
+        """The verdict on a gradient's global norm, and its z-score among the window's norms."""
+        return self._judge(norm, self.state.gradient_norms)
+
+    def count_skip(self, step: int) -> bool:
+        """Note that `step` is not taken; whether the budget allows it."""
+        recent = [s for s in self.state.skipped if s > step - self.config.skip_window] + [step]
+        if len(recent) > self.config.skip_budget:
+            return False  # and it is not noted: who continues with a larger budget meets this step again
+        self.state.skipped = recent
+        self.state.num_skipped += 1
+        return True
+
+    def _judge(self, value: float, history: list[float]) -> tuple[Verdict, float]:
+        if not math.isfinite(value):
+            return "not finite", math.nan
+        z = 0.0
+        if len(history) >= _LEAST_HISTORY:
+            deviation = statistics.pstdev(history)
+            z = (value - statistics.fmean(history)) / max(deviation, 1e-12 * abs(value), 1e-300)
+        history.append(value)
+        del history[: -self.config.spike_window]
+        if self.config.spike_zscore and z > self.config.spike_zscore:
+            self.state.num_spikes += 1
+            return "spike", z
+        return "fine", z
+
+
+def dump_micro_batch(
+    output: Path, step: int, rank: int, number: int, batch: PackedBatch, losses: list[str], samples: list[str]
+) -> Path:
+    """Write a micro-batch to `guard/step-…-rank-….pt`: nested dicts of tensors and names, for `torch.load`."""
+    path = output / FOLDER / f"step-{step:08d}-rank-{rank}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "step": step, "rank": rank, "micro_batch": number, "not_finite": losses, "samples": samples, "batch": _plain(batch)
+    }  # fmt: skip
+    with atomic_file(path) as temporary:
+        torch.save(content, temporary)
+    return path
+
+
+def dump_sample_names(output: Path, step: int, names_by_rank: list[list[str]], write: bool) -> Path:
+    """Where no micro-batch alone is to blame: the step's samples, to `guard/step-….json` (by the rank with `write`)."""
+    path = output / FOLDER / f"step-{step:08d}.json"
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"step": step, "samples_by_rank": names_by_rank})
+    return path
+
+
+def differing_parameter(module: nn.Module, group: ProcessGroup) -> str | None:
+    """The first parameter that is not the same, bit by bit, on all ranks; None if all are. A collective call.
+
+    For stages 0 to 2, where every rank holds every parameter.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    sums = torch.stack([_bit_sum(parameter) for parameter in module.parameters()]).cpu()
+    every = group.gather(sums.tolist())
+    for number, name in enumerate(names):
+        if any(sums[number] != every[0][number] for sums in every[1:]):
+            return name
+    return None
+
+
+def _bit_sum(parameter: torch.Tensor) -> torch.Tensor:
+    """An int64 that changes with any bit of the tensor: the sum of its words, each times its odd place number."""
+    flat = parameter.detach().contiguous().flatten()
+    words = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
+    places = torch.arange(len(words), device=words.device, dtype=torch.int64).mul_(2).add_(1)
+    return (words.long() * places).sum()
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return list(value) if isinstance(value, tuple) else value

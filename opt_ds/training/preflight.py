@@ -1,0 +1,192 @@
+"""What must hold between configuration and stores; checked before the model is built, one line a mistake."""
+
+from pathlib import Path
+
+from opt_ds.config import Config, load_config
+from opt_ds.config.sources import given_keys, parse_value, preset_names, read_source, set_value
+from opt_ds.data.finetune_plan import make_plan
+from opt_ds.data.mixing import mix_note, mix_quotas
+from opt_ds.data.truncation import truncation_lines
+from opt_ds.errors import UserError
+from opt_ds.store.reader import FeatureStore
+from opt_ds.store.schema import Dims, load_description
+from opt_ds.store.trainable import split_problems
+from opt_ds.store.verify import verify_store
+
+DEFAULT_STORE = Path("data/emoji")
+_SMALLEST_SIZE = {
+    "model.vocab_size": 8, "model.image_feature_dim": 1, "model.image_num_classes": 2, "model.audio_feature_dim": 1,
+    "model.image_codebook_size": 2,
+}  # fmt: skip
+
+
+def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
+    """(preset, why) for a start without --config: the paper's model on a GPU, the emoji model on a CPU, if they fit.
+
+    Without a store the emoji store is meant, and its preset.
+    """
+    if not stores:
+        return "opt-emoji", "no --config and no --store: the emoji store's own preset" + (
+            ", small for a GPU; --config opt-base trains the paper's model on a store of your own" if has_gpu else ""
+        )
+    dims = load_description(Path(stores[0])).dims
+    order = ["opt-base", "opt-emoji"] if has_gpu else ["opt-emoji", "opt-base"]
+    fitting = [name for name in order if not _differences(load_config(name), dims)]
+    device = "GPU" if has_gpu else "CPU"
+    return (fitting or order)[0], f"no --config, the store's sizes and a {device}"
+
+
+def open_stores(config: Config, run: Path | None = None, *, verify: bool = True) -> list[FeatureStore]:
+    """Open the stores, check them against each other and the configuration, and verify their contents once.
+
+    Args:
+        config: The run's configuration.
+        run: The run's output directory, which keeps the records of read-only stores.
+        verify: False leaves the contents to `verify_stores`, which one rank calls for all.
+
+    Raises UserError: a store missing, cut off, of another schema, with NaN; sizes that disagree; a split not there; no task.
+    """
+    stores = [FeatureStore(path, run) for path in config.data.stores]
+    for problem in store_problems(config, stores):
+        raise UserError(problem)
+    if verify:
+        verify_stores(stores, run)
+    return stores
+
+
+def verify_stores(stores: list[FeatureStore], run: Path | None = None) -> None:
+    """Raise UserError unless the stores' contents are whole; reads them only if they changed since they were verified."""
+    for store in stores:
+        verify_store(store.path, run=run)
+
+
+def training_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
+    """Return a line, with its fix, for everything that training with this configuration refuses of these whole stores.
+
+    Tasks are looked at only where splits and sizes are right.
+    """
+    return store_problems(config, stores) or (_task_problems(config, stores) if stores else [])
+
+
+def store_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
+    """Return a line, with its fix, for each split, size, vocabulary and weight that does not fit."""
+    problems: list[str] = []
+    for store in stores:
+        problems += split_problems(store.path, store.description, config.data.train_split, config.data.valid_split)
+        try:
+            check_store(config, store)
+        except UserError as error:
+            problems.append(str(error))
+        if store.description.tokenizer != stores[0].description.tokenizer:
+            problems.append(
+                f"{store.path} and {stores[0].path} have different vocabularies: prepare one of them with the other's, opt-ds "
+                f"prepare --text {stores[0].tokenizer_folder}"
+            )
+    if config.data.mix is not None and len(stores) > 1:
+        try:
+            mix_quotas(config.data.mix)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def training_notes(config: Config, stores: list[FeatureStore]) -> list[str]:
+    """Return a line for each of the model's limits that truncates samples, and for shares of `data.mix` that are rounded."""
+    lines = truncation_lines(config.model, stores)
+    note = mix_note(config.data.mix) if config.data.mix is not None and len(stores) > 1 else None
+    return [*lines, *([note] if note else [])]
+
+
+def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
+    try:
+        plan = make_plan(config, stores)
+    except UserError as error:
+        return [str(error)]
+    where = ", ".join(str(store.path) for store in stores)
+    shares = config.tasks.mix_at(0.0) if config.finetune is None else {}
+    if shares and all(task in plan.off for task, share in shares.items() if share):
+        why = "; ".join(f"{task}: {reason}" for task, reason in plan.off.items() if shares.get(task))
+        return [f"{where}: no task can be trained ({why}): prepare samples that have it, or change tasks.mix"]
+    if not plan.has_validation(config.train.validate_samples):
+        return [
+            f'{where}: no sample of split "{config.data.valid_split}" has what the tasks need: move samples that have it to this '
+            f"split (opt-ds split {stores[0].path} --ids FILE), or name another split with data.valid_split"
+        ]
+    return []
+
+
+def check_store(config: Config, store: FeatureStore) -> None:
+    """Raise UserError, with the settings that mend it, if the store's sizes are not the model's."""
+    differences = _differences(config, store.description.dims)
+    if differences:
+        remedy = " ".join(f"--set {key}={there}" for key, _, there in differences)
+        text = ", ".join(f"{key} is {ours} but the store has {there}" for key, ours, there in differences)
+        raise UserError(
+            f"{store.path} does not fit preset {config.preset}: {text}: add {remedy}, or omit these keys: they are taken from "
+            "the (first) store"
+        )
+
+
+def with_store_sizes(source: str | None, settings: list[str], stores: list[str]) -> tuple[list[str], str | None]:
+    """Settings that give the model the first store's sizes, for those that neither the file `source` nor `settings` gives.
+
+    Returns all settings, and a line that says what was taken from the store (None: nothing differs from the preset).
+    """
+    if not stores:
+        return settings, None
+    given = [*given_keys(source or "opt-base"), *(setting.partition("=")[0].strip() for setting in settings)]
+    shapes = [setting for setting in settings if setting.startswith(("model.", "data."))]
+    config = load_config(source, [*shapes, f"data.stores={stores!r}"])
+    found = [
+        (key, ours, there)
+        for key, ours, there in _differences(config, load_description(Path(stores[0])).dims)
+        if key not in given and "model" not in given and there >= _SMALLEST_SIZE[key]
+    ]
+    if not found:
+        return settings, None
+    taken = ", ".join(f"{key}={there} ({config.preset}: {ours})" for key, ours, there in found)
+    return [*settings, *(f"{key}={there}" for key, _, there in found)], f"from {stores[0]}: {taken}"
+
+
+def _differences(config: Config, dims: Dims) -> list[tuple[str, int, int]]:
+    """(config key, its value, the store's value) for each size that disagrees."""
+    model = config.model
+    pairs = [
+        ("model.vocab_size", model.vocab_size, dims.vocab_size),
+        ("model.image_feature_dim", model.image_feature_dim, dims.image_feature_dim),
+        ("model.image_num_classes", model.image_num_classes, dims.image_num_classes),
+        ("model.audio_feature_dim", model.audio_feature_dim, dims.audio_feature_dim),
+    ]
+    if dims.num_codes is not None:
+        pairs.append(("model.image_codebook_size", model.image_codebook_size, dims.num_codes))
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def config_name(source: str | None) -> str:
+    """Name of a run's default output directory under runs/: the preset without "opt-", or the file's stem."""
+    name = Path(source or "opt-emoji").stem if source not in preset_names() else str(source)
+    return name.removeprefix("opt-")
+
+
+def settle(source: str | None, settings: list[str], stores: list[str]) -> tuple[Config, list[str], str | None]:
+    """The configuration with its stores named (`stores`, else its own) and the first one's sizes.
+
+    Returns the configuration, its settings, and a line that says what was taken from the store (None: nothing).
+    """
+    stores = stores or configured_stores(source, settings)
+    settings, taken = with_store_sizes(source, settings, stores)
+    settings = [setting for setting in settings if setting.partition("=")[0].strip() != "data.stores"]
+    settings += [f"data.stores={stores!r}"] if stores else []
+    return load_config(source, settings), settings, taken
+
+
+def configured_stores(source: str | None, settings: list[str]) -> list[str]:
+    """The stores that the settings or the configuration file name."""
+    named = [setting for setting in settings if setting.partition("=")[0].strip() == "data.stores"]
+    tree = read_source(source or "opt-base")
+    for setting in named:
+        set_value(tree, ["data", "stores"], parse_value("data.stores", setting.partition("=")[2]))
+    found = tree.get("data", {}).get("stores", []) if isinstance(tree.get("data", {}), dict) else []
+    if not isinstance(found, (list, tuple)) or not all(isinstance(path, str) for path in found):
+        raise UserError(f"data.stores: a list of folders is expected, such as [data/mine] (found {found!r})")
+    return list(found)

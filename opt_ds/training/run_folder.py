@@ -1,0 +1,211 @@
+"""The output directory of a run, of the model or of the dVAE: what identifies the run, its lock, and a record of each launch.
+
+run.json      kind (of a dVAE's run), identity (what may not change between launches), stores, the start that --init-from gave,
+              and one entry per launch: versions, device, …
+
+A run of the model also has:
+
+config.yaml   the resolved configuration of the last launch
+processor/    what the model needs to read raw files (see store/processor_files.py)
+"""
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from opt_ds.config import Config, InitConfig, dump_config
+from opt_ds.errors import UserError
+from opt_ds.store.files import atomic_file, remove_leftovers, write_json
+from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
+from opt_ds.store.reader import FeatureStore
+from opt_ds.training.metrics import VALIDATION_FILE
+from opt_ds.version import PACKAGE_FOLDER, __version__
+
+_LOG = logging.getLogger(__name__)
+RUN_FILE, CONFIG_FILE, LOCK_FILE = "run.json", "config.yaml", ".lock"
+#: The checkpoint of a dVAE's run.
+DVAE_CHECKPOINT_FILE = "checkpoint.pt"
+#: What training replaces as a whole, by folder.
+_WRITTEN = {
+    "": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE, DVAE_CHECKPOINT_FILE),
+    "checkpoints": ("latest", "best"),
+    "guard": ("step-*",),
+}
+#: Kinds of runs. The key is absent from run.json for a run of the model.
+MODEL, DVAE = "model", "dVAE"
+
+#: What makes the run. All else (batch.max_tokens, zero.*, train.*, precision …) may change on resume.
+_IDENTITY = (
+    "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
+    "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
+    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.donor_candidates",
+    "finetune.same_group_donors", "init.weights_sha256", "init.moments",
+)  # fmt: skip
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
+
+
+def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
+    """Flat key -> value of all that makes a run this run."""
+    flat = flatten(config.model_dump(mode="json"))
+    own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _IDENTITY)}
+    return {**own, "data.stores": [store.fingerprint for store in stores]}
+
+
+def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> None:
+    """Raise UserError, naming the first key that differs, if `output` holds another run; or anything that is no run."""
+    record = read_record(output, MODEL)
+    if record is not None:
+        compare_identity(output, record, identity(config, stores))
+    elif (output / "checkpoints").exists():
+        raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
+
+
+def read_record(output: Path, kind: str) -> dict[str, Any] | None:
+    """Return run.json of a run of this kind; None where there is no run.
+
+    Raises UserError if `output` cannot be read, is a file, holds a run of another kind, or a damaged run.json.
+    """
+    path = output / RUN_FILE
+    try:
+        is_file = output.exists() and not output.is_dir()
+        has_run = path.is_file()
+    except OSError as error:
+        raise _unusable(output, error) from None
+    if is_file:
+        raise UserError(f"--output {output} is a file: name a directory")
+    if not has_run:
+        return None
+    try:
+        record = _upgraded(json.loads(path.read_text(encoding="utf-8")))
+        saved, launches = record["identity"], record["launches"]
+        is_damaged = not (isinstance(saved, dict) and isinstance(launches, list) and all(isinstance(x, dict) for x in launches))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_damaged = True
+    if is_damaged:
+        raise UserError(f"{path}: damaged, it does not hold a run's identity and launches: restore it, or use another --output")
+    found = record.get("kind", MODEL)
+    if found != kind:
+        raise UserError(f"{output} holds a run of the {found}, not of the {kind}: use another --output")
+    return record
+
+
+def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """Return run.json as it is written today. A dVAE's run once had its identity alone, as a tree."""
+    if "identity" not in record and "pictures_sha256" in record:
+        return {"kind": DVAE, "identity": flatten(record), "launches": []}
+    return record
+
+
+def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError, naming the first key that differs, if a run.json is not of the run with the identity `wanted`."""
+    saved, wanted = record["identity"], json.loads(json.dumps(wanted))
+    for key in sorted({*saved, *wanted}):
+        if saved.get(key) != wanted.get(key):
+            was, now = _short(saved.get(key)), _short(wanted.get(key))
+            text = "its stores' contents differ" if key == "data.stores" else f"{key} was {was} there and is {now} now"
+            raise UserError(
+                f"{output} holds another run ({text}): use another --output, or the same settings to resume"
+            )
+
+
+def recorded_init(output: Path) -> InitConfig | None:
+    """Return the start that --init-from gave the run in `output`; None without one, or where run.json cannot tell."""
+    try:
+        return InitConfig.model_validate(json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["init_from"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no run, a run without it, or a damaged file, which check_same_run names
+
+
+def lock(output: Path) -> IO[str]:
+    """Make the output directory and hold it while the file returned is open. What a killed run left half-written is removed.
+
+    Raises UserError if it cannot be written to or another process trains there. Says so where the file system has no locks.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = open(output / LOCK_FILE, "w")  # noqa: SIM115 - open for as long as the run lasts
+    except OSError as error:
+        raise _unusable(output, error) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{output}: another process is training there: wait for it, or use another --output") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _LOG.warning(f"{output}: no file locks there ({error.strerror}): see to it that only one run trains in it")
+        return file
+    for folder, names in _WRITTEN.items():
+        for name in names:
+            remove_leftovers(output / folder, name)
+    return file
+
+
+def _unusable(output: Path, error: OSError) -> UserError:
+    return UserError(f"--output {output}: cannot be used ({error.strerror}): name a directory that can be written to")
+
+
+def record_launch(output: Path, config: Config, stores: list[FeatureStore], launch: dict[str, Any]) -> None:
+    """Write config.yaml and processor/, and run.json with this launch appended."""
+    copy_processor_files(stores[0], output / PROCESSOR_FOLDER)
+    with atomic_file(output / CONFIG_FILE) as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+    about = {
+        "preset": config.preset,
+        "identity": identity(config, stores),
+        "stores": describe_stores(stores),
+        **({"init_from": config.init.model_dump(mode="json")} if config.init else {}),
+    }
+    append_launch(output, about, launch)
+
+
+def describe_stores(stores: list[FeatureStore]) -> list[dict[str, Any]]:
+    """Return what run.json records of the stores."""
+    return [{"path": str(s.path), "name": s.name, "fingerprint": s.fingerprint, "num_samples": s.num_samples} for s in stores]
+
+
+def append_launch(output: Path, about: dict[str, Any], launch: dict[str, Any]) -> None:
+    """Write run.json: `about` the run, and the earlier launches with this one appended."""
+    path = output / RUN_FILE
+    launches = _upgraded(json.loads(path.read_text(encoding="utf-8")))["launches"] if path.is_file() else []
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(path, {**about, "launches": [*launches, {"started": started, **launch}]})
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package (and its git revision), of Python and of the packages that decide the numbers."""
+    found = {"opt_ds": __version__, "git": git_revision(), "python": platform.python_version()}
+    return {**found, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def git_revision() -> str:
+    """Commit of the checkout that this package runs from, with "-dirty" for uncommitted changes; "" outside of one."""
+    folder = PACKAGE_FOLDER.parent
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of sections as one dictionary of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

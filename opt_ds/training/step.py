@@ -1,0 +1,165 @@
+"""One optimiser step over the global batch: micro-batches forward and backward, a look at the loss, one update."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from opt_ds.config import Config
+from opt_ds.data.batch import PackedBatch
+from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.data.planned import PlannedStep
+from opt_ds.ops import backend
+from opt_ds.tasks.base import total_loss
+from opt_ds.training import guard, optimizer_state
+from opt_ds.training.distributed import ProcessGroup
+from opt_ds.training.guard import Guard
+from opt_ds.training.host_memory import MemoryKeeper
+from opt_ds.training.metrics import TermSums
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave."""
+
+    sums: TermSums | None  # this rank's terms; None: the loss was not finite, or a spike that is skipped
+    gradient_norm: float  # global, before clipping; infinite where it overflowed
+
+
+class SkipBudgetError(Exception):
+    """More steps were not finite than the guard may skip; the weights are those before the step."""
+
+
+class Stepper:
+    """Takes the steps of one rank. All ranks come to the same decisions: they judge the same global loss and norm."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: DeepSpeedEngine,
+        group: ProcessGroup,
+        loader: MicroBatchLoader,
+        watch: Guard,
+        memory: MemoryKeeper,
+        output: Path,
+    ) -> None:
+        self.config, self.engine, self.group, self.loader = config, engine, group, loader
+        self.guard, self.memory, self.output = watch, memory, output
+
+    def take(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch]) -> StepResult:
+        """Accumulate the step's gradients and update the weights, or skip the step within the guard's budget."""
+        self._set_lr(planned.step)
+        world_size = self.group.ranks.world_size
+        last = len(planned.micro_batches[self.group.ranks.rank]) - 1
+        sums, vectors = TermSums(), []
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        for k, batch in enumerate(micro_batches):
+            backend.seed_dropout(self.config.seed, planned.step, self.group.ranks.rank, k)
+            self.engine.set_gradient_accumulation_boundary(k == last)
+            terms = self.engine(batch)
+            loss = total_loss(terms, planned.counts, self.config.tasks, world_size)
+            self.engine.backward(loss, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            vectors.append(sums.add(terms))
+            self.memory.after_micro_batch(k)
+        sums.add_counts(planned.counts)
+
+        global_loss = float(self.group.sum(loss_sum)) / world_size
+        verdict, z = self.guard.judge_loss(global_loss)
+        if verdict == "spike":
+            _LOG.warning(f"step {planned.step}: loss {global_loss:.4g} is a spike, {z:.1f} deviations above its mean")
+        if verdict == "not finite" or (verdict == "spike" and self.config.guard.skip_spikes):
+            optimizer_state.discard_gradients(self.engine)
+            self._account_for_skip(planned, [sums.non_finite(vector) for vector in vectors], verdict)
+            return StepResult(None, math.nan)
+        return self._update(planned, sums)
+
+    def _update(self, planned: PlannedStep, sums: TermSums) -> StepResult:
+        """Clip and update; a gradient that is not finite is not taken (at fp16 its scale goes down instead)."""
+        scale, least = optimizer_state.loss_scale(self.engine), optimizer_state.least_loss_scale(self.engine)
+        if self.config.zero.stage == 0:  # DeepSpeed neither reports a norm there nor looks at it
+            weights = [p for p in self.engine.module.parameters() if p.grad is not None]
+            total_norm = nn.utils.get_total_norm([p.grad for p in weights])
+            norm = float(total_norm)
+            if math.isfinite(norm):
+                if self.config.optimizer.clip_norm:
+                    nn.utils.clip_grads_with_norm_(weights, self.config.optimizer.clip_norm, total_norm)
+                taken = optimizer_state.take_step(self.engine)
+            else:
+                optimizer_state.discard_gradients(self.engine)
+                taken = False
+        else:
+            taken = optimizer_state.take_step(self.engine)
+            norm = float(self.engine.get_global_grad_norm())
+        if taken:
+            verdict, z = self.guard.judge_gradient_norm(norm)
+            if verdict == "spike":
+                _LOG.warning(f"step {planned.step}: gradient norm {norm:.4g} is a spike, {z:.1f} deviations above its mean")
+        elif scale <= least:  # without a loss scale both are 1
+            self._account_for_skip(planned, [], "not finite")
+        return StepResult(sums, norm)
+
+    def _account_for_skip(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]], verdict: str) -> None:
+        """Name and dump what is to blame; raises SkipBudgetError when the budget does not allow another one."""
+        allowed = self.guard.count_skip(planned.step)
+        named = [item for item in self.group.gather(self._dump_first(planned, bad_by_micro_batch)) if item is not None]
+        if named:
+            what, path = named[0]
+        else:
+            every = self.group.gather(self.loader.sample_names(planned))
+            path = guard.dump_sample_names(self.output, planned.step, every, write=self.group.ranks.is_main)
+            what = "the loss" if verdict == "spike" else "the gradient"
+        scale = optimizer_state.loss_scale(self.engine)
+        at_scale = f" at loss scale {scale:g}" if scale != 1 else ""
+        options, number = self.config.guard, len(self.guard.state.skipped)
+        text = f"step {planned.step}: {what} is {'a spike' if verdict == 'spike' else 'not finite'}{at_scale}, see {path}"
+        if not allowed:
+            raise SkipBudgetError(
+                f"{text}; guard.skip_budget is {options.skip_budget} step{'s' * (options.skip_budget != 1)} in "
+                f"{options.skip_window}"
+            )
+        _LOG.warning(f"{text}; step skipped ({number} of at most {options.skip_budget} in {options.skip_window})")
+
+    def _dump_first(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]]) -> tuple[str, Path] | None:
+        """Dump this rank's first micro-batch with losses that are not finite; (what is wrong with which samples, file)."""
+        number = next((k for k, bad in enumerate(bad_by_micro_batch) if bad), None)
+        if number is None:
+            return None
+        rank = self.group.ranks.rank
+        slots = planned.micro_batches[rank][number].slots
+        batch = self.loader.batch_of(planned, slots)
+        names, losses = self._to_blame(planned, slots) or (list(batch.sample_names), bad_by_micro_batch[number])
+        path = guard.dump_micro_batch(self.output, planned.step, rank, number, batch, losses, names)
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return f"the loss {', '.join(losses)} of {', '.join(names[:8])}{more}", path
+
+    @torch.no_grad()
+    def _to_blame(self, planned: PlannedStep, slots: np.ndarray) -> tuple[list[str], list[str]] | None:
+        """Samples whose losses are not finite when each is alone, and these losses; None where that tells nothing.
+
+        A NaN spreads over its micro-batch, so the micro-batch's own losses do not tell which sample brought it.
+        """
+        if self.config.zero.stage == 3:  # a forward pass there is a collective call
+            return None
+        names, losses = [], []
+        self.engine.module.eval()
+        for slot in slots:
+            batch, sums = self.loader.batch_of(planned, [slot]).to(self.group.device), TermSums()
+            if bad := sums.non_finite(sums.add(self.engine.module(batch))):
+                names += batch.sample_names
+                losses += [loss for loss in bad if loss not in losses]
+        self.engine.module.train()
+        return (names, losses) if 0 < len(names) < len(slots) or len(slots) == 1 else None
+
+    def _set_lr(self, step: int) -> None:
+        lr = self.config.optimizer.lr * self.config.schedule.lr_factor(step)
+        for parameters in self.engine.basic_optimizer.param_groups:
+            parameters["lr"] = lr

@@ -1,0 +1,363 @@
+"""The training loop: micro-batches forward and backward, one optimiser step, and what happens between steps.
+
+An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
+"""
+
+import logging
+import math
+import os
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from opt_ds.config import Config
+from opt_ds.data.finetune_plan import make_plan
+from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.data.planned import PlannedStep
+from opt_ds.errors import UserError
+from opt_ds.model.initial import initial_model
+from opt_ds.ops import backend
+from opt_ds.store.files import write_json
+from opt_ds.store.reader import FeatureStore
+from opt_ds.training import checkpoint, gradients, init_from, optimizer_state, run_folder
+from opt_ds.training.callbacks import Callbacks
+from opt_ds.training.checkpoint import TrainState
+from opt_ds.training.checkpoint_writer import CheckpointWriter, check_space
+from opt_ds.training.deepspeed_config import Hardware, Precision, deepspeed_settings
+from opt_ds.training.distributed import ProcessGroup
+from opt_ds.training.guard import Guard, TrainingError, differing_parameter
+from opt_ds.training.hardware import peak_flops
+from opt_ds.training.host_memory import (
+    MemoryKeeper,
+    keep_few_primitives,
+    keep_freed_memory,
+    peak_memory_gib,
+    spare_loaded_objects,
+)
+from opt_ds.training.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
+from opt_ds.training.node_folder import share_plans
+from opt_ds.training.profile import StepProfiler
+from opt_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
+from opt_ds.training.step import SkipBudgetError, Stepper
+from opt_ds.training.time_limit import TimeLimit
+from opt_ds.training.validation import validation_losses
+from opt_ds.training.window import Window
+
+_LOG = logging.getLogger(__name__)
+_STOP, _WRITE_FAILED = 1, 2  # what a rank can ask of all at a step's end
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Trains one model on the ranks of `group`, from the newest checkpoint of `output` or from the beginning."""
+
+    def __init__(
+        self,
+        config: Config,
+        stores: list[FeatureStore],
+        output: Path,
+        group: ProcessGroup,
+        hardware: Hardware,
+        precision: Precision,
+        resume_from: Path | None,
+        stop: StopRequest,
+        callbacks: Callbacks | None = None,
+    ) -> None:
+        self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
+        self.ranks, self.stop, self.callbacks = group.ranks, stop, callbacks or Callbacks()
+        self.freed_memory = keep_freed_memory(group.device.type)
+        self.primitives_kept = keep_few_primitives(group.device.type, precision)
+        saved = checkpoint.read_state(resume_from) if resume_from else {}
+        self.plan = make_plan(config, stores, saved.get("plan_version"))
+        if not self.plan.has_validation(config.train.validate_samples):
+            raise UserError(
+                f'{stores[0].path}: no sample of split "{config.data.valid_split}" has what the run\'s tasks need: deal samples '
+                "that have it to this split (opt-ds split), or name another one with data.valid_split"
+            )
+        shared, self._node_folder = share_plans(self.plan, group)
+        self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device, shared)
+        backend.choose(config.ops.backend, group.device)
+
+        self.state = checkpoint.train_state(saved) if saved else TrainState()
+        first_step = self.plan.step(self.state.step, self.ranks.world_size)
+        settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
+        self.carried: init_from.Carried | None = None  # what --init-from brought, in the launch that begins the run
+        self.adam_steps_before = config.init.adam_steps if config.init else 0
+        self.engine = self._build_engine(settings, resume_from)
+        group.bound_all_collectives()
+        self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
+        self.profiler = StepProfiler(config.profile, output, self.ranks.rank)
+        self.peak = peak_flops(hardware, precision)
+        about = {
+            "plan_version": self.plan.version,
+            "config": config.model_dump(mode="json"),
+            "stores": [store.fingerprint for store in stores],
+            "versions": run_folder.versions(),
+            "precision": precision,
+            "zero_stage": config.zero.stage,
+            "world_size": self.ranks.world_size,
+        }
+        self.writer = CheckpointWriter(output, group, config.checkpoint.keep, about)
+        self.stepper = Stepper(
+            config, self.engine, group, self.loader, Guard(config.guard, self.state.guard), MemoryKeeper(stores), output
+        )
+        self._saved_step = self.state.step if resume_from else -1
+        self._describe(hardware, settings, first_step, resume_from)
+
+    # ---- the loop
+
+    def train(self) -> int:
+        """Train to `max_steps` or an early stop. Returns the process's exit code: 0, or 75 after a signal.
+
+        Raises TrainingError when it cannot go on, CheckpointError when the disk cannot take a checkpoint.
+        """
+        try:
+            stopped = self._run()
+            self.writer.wait()
+            if stopped:
+                _LOG.info(
+                    f"{stopped}: saved after step {self.state.step}; start again with the same --output to go on"
+                )
+            else:
+                _LOG.info(f"finished after step {self.state.step}: {self.output}")
+            self.group.barrier()  # a launcher ends all ranks at the first one's exit
+            return REQUEUE_EXIT_CODE if stopped else 0
+        except SkipBudgetError as error:
+            folder = self.save()
+            self.writer.wait()
+            raise TrainingError(
+                f"{error}; the weights before it are in {folder}: look at these samples, or lower optimizer.lr and start "
+                "with another --output, or allow more with guard.skip_budget"
+            ) from None
+        finally:
+            self.close()
+
+    def _run(self) -> str:
+        """The steps. Gives what asked the run to stop before its end, saved by then; '' when it is finished."""
+        window, time_limit = Window(self.config, self.loader, self.peak), TimeLimit(self.config.train)
+        if time_limit.source:
+            _LOG.log(logging.WARNING if time_limit.is_short() else logging.INFO, time_limit.describe())
+        self.engine.train()
+        for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
+            window.add(planned, self.stepper.take(planned, micro_batches))
+            self.state.step += 1
+            self.profiler.step_done(self.state.step)
+            status = self._log(window) if self.is_due(self.config.train.log_every) else None
+            self.report.advance(status)
+            with window.paused():
+                self._compare_ranks()
+                if self.is_due(self.config.train.validate_every):
+                    self.validate()
+                self.callbacks.after_step(self)
+                if self.is_due(self.config.checkpoint.every_steps) or self.state.stopped_early:
+                    self.save()
+            if self.state.stopped_early:
+                _LOG.info(
+                    f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
+                )
+                break
+            out_of_time, done = time_limit.is_near(), self.state.step == self.config.max_steps
+            reason = self.stop.reason()
+            asks_to_stop = not done and (reason or out_of_time)
+            request = self.group.max(_WRITE_FAILED if self.writer.has_failed else _STOP if asks_to_stop else 0)
+            if request == _WRITE_FAILED:
+                self.writer.wait()  # raises
+            if request == _STOP:
+                self.save()
+                return reason or ("time limit" if out_of_time else "a signal to another rank")
+        return ""
+
+    def _compare_ranks(self) -> None:
+        every = self.config.guard.compare_ranks_every
+        if not every or self.state.step % every or self.ranks.world_size == 1 or self.config.zero.stage == 3:
+            return
+        name = differing_parameter(self.engine.module, self.group)
+        if name:
+            raise TrainingError(
+                f"after step {self.state.step} the ranks' weights differ ({name}): memory or network is faulty; start again "
+                f"from a checkpoint at least {every} steps back (remove the newer ones)"
+            )
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and at the end, is to be done after this one."""
+        return self.state.step % every == 0 or self.state.step == self.config.max_steps
+
+    # ---- between steps
+
+    def _log(self, window: Window) -> dict[str, str]:
+        """Losses, rates and times since the last log."""
+        means = window.sums.means(self.group.sum(window.sums.vector()))
+        losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
+        total = self._weighted(losses)
+        lr = self.config.optimizer.lr * self.config.schedule.lr_factor(self.state.step - 1)
+        rates = window.rates()
+        self.state.train_seconds += window.seconds()
+        values = {
+            **({"train/loss": total} if losses else {}),  # no loss where no step of the window was taken
+            **{f"train/{loss}/{name}": value for (loss, name), value in means.items()},
+            "optimizer/lr": lr,
+            "optimizer/gradient_norm": window.gradient_norm(),
+            "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
+            "optimizer/skipped_steps": float(
+                self.state.step + self.adam_steps_before - optimizer_state.adam_steps(self.engine)
+            ),
+            "guard/not_finite": float(self.state.guard.num_skipped),
+            "guard/spikes": float(self.state.guard.num_spikes),
+            "checkpoint/stall_s": self.writer.stall_s,
+            "checkpoint/write_s": self.writer.write_s,
+            **{f"speed/{name}": value for name, value in rates.items()},
+            "memory/peak_gib": peak_memory_gib(self.group.device),
+        }
+        self.report.scalars(self.state.step, values, "train")
+        window.restart()
+        return {"loss": f"{total:.3f}" if losses else "–", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+
+    def validate(self) -> float:
+        """Every task on every validation sample; prints the table, keeps the best. Returns the weighted loss."""
+        found = validation_losses(self.engine, self.config, self.loader, self.group.sum)
+        step, baselines = self.state.step, self.callbacks.reference_losses(self)
+        self._note_validation(found.weighted)
+        _LOG.info(validation_table(step, found.losses, baselines, found.accuracies, found.weighted))
+        values = {f"valid/{loss}/loss": value for loss, value in found.losses.items()}
+        values |= {f"valid/{loss}/accuracy": value for loss, value in found.accuracies.items()}
+        self.report.scalars(step, {"valid/loss": found.weighted, **values}, "valid")
+        if self.ranks.is_main:
+            table = {
+                "step": step,
+                "weighted_loss": found.weighted,
+                "losses": found.losses,
+                "accuracies": found.accuracies,
+            }
+            write_json(self.output / VALIDATION_FILE, {**table, "baselines": baselines})
+        self.callbacks.after_validation(self)
+        return found.weighted
+
+    def save(self) -> Path:
+        """Begin to write the checkpoint of this step, once; the best one is pointed to."""
+        if self._saved_step != self.state.step:
+            self.writer.save(self.engine, self.state, best=self.state.best_step == self.state.step)
+            self._saved_step = self.state.step
+        return self.output / checkpoint.FOLDER / checkpoint.folder_name(self.state.step)
+
+    def _note_validation(self, total: float) -> None:
+        """Compare with the best so far; the best is saved at once, so that it exists whatever comes."""
+        best = self.state.best_loss
+        if math.isfinite(total) and (best is None or not math.isfinite(best) or total < best):
+            self.state.best_loss, self.state.best_step, self.state.validations_without_gain = total, self.state.step, 0
+            self.save()
+        else:
+            self.state.validations_without_gain += 1
+            patience = self.config.train.early_stopping
+            self.state.stopped_early = bool(patience) and self.state.validations_without_gain >= patience
+
+    def _weighted(self, losses: dict[str, float]) -> float:
+        return sum(self.config.tasks.loss_weight(loss) * value for loss, value in losses.items())
+
+    def close(self) -> None:
+        """End the threads and files of the run, whatever ended it."""
+        self.loader.close()
+        if self._node_folder is not None:
+            self._node_folder.close()
+        self.writer.close()
+        self.profiler.close()
+        self.report.close()
+
+    # ---- building
+
+    def _build_engine(self, settings: dict[str, Any], resume_from: Path | None) -> deepspeed.DeepSpeedEngine:
+        model = initial_model(self.config, self.stores, warm_start=not resume_from)
+        if resume_from:
+            checkpoint.load_weights(model, resume_from)
+        elif self.config.finetune:
+            checkpoint.load_start(model, self.config)
+        elif self.config.init:
+            self.carried = init_from.load_weights(model, self.config.init)
+        if self.ranks.is_main:
+            check_space(self.output, sum(p.numel() for p in model.parameters()))
+        # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.
+        exact = (
+            {n: p.detach().clone() for n, p in model.named_parameters()}
+            if self.precision in _HALF and not resume_from
+            else {}
+        )
+        optimizer = self.config.optimizer
+        adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=0.0, betas=optimizer.betas,
+                                 eps=optimizer.eps, fused=True)  # fmt: skip
+        spare_loaded_objects()
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
+        gradients.use_few_kernels(engine)
+        if resume_from:
+            checkpoint.load_optimizer(engine, resume_from)
+        else:
+            optimizer_state.create_moments(engine, self.adam_steps_before)
+            if exact:
+                optimizer_state.scatter(engine, lambda name, key: exact[name], ("weight",))
+            if self.carried and self.carried.init.moments:
+                init_from.load_moments(engine, self.carried)
+        return engine
+
+    def _describe(
+        self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
+    ) -> None:
+        """Log, and store, every choice that was made."""
+        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        launch = {
+            "device": hardware.name,
+            "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
+            "threads": torch.get_num_threads(),
+            "freed_memory": self.freed_memory,
+            "primitives_kept": self.primitives_kept,
+            "precision": self.precision,
+            "zero_stage": self.config.zero.stage,
+            "kernels": ", ".join(f"{operator}: {kernel}" for operator, kernel in backend.describe().items()),
+            "kernels_not_used": backend.reasons(),
+            "parameters": numel,
+            "samples_per_step": self.plan.batch_samples,
+            "micro_batches": len(first.micro_batches[0]),
+            "tasks_off": self.plan.off,
+            "resumed_from": resume_from.name if resume_from else None,
+            **({"init_from": self.carried.record()} if self.carried else {}),
+            "versions": run_folder.versions(),
+            "deepspeed": settings,
+        }
+        if self.ranks.is_main:
+            run_folder.record_launch(self.output, self.config, self.stores, launch)
+        _LOG.info(
+            f"{hardware.name}: {self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)} of {launch['threads']} "
+            f"thread{'s' * (launch['threads'] > 1)} ({self.ranks.launcher}), {self.precision}, ZeRO stage "
+            f"{self.config.zero.stage}; kernels: {launch['kernels']}"
+        )
+        _LOG.info(
+            f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
+            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank, "
+            f"{first.fill:.0%} full; {self.plan.num_samples} training samples"
+        )
+        for reason in backend.reasons():
+            _LOG.info(reason)
+        for task, reason in self.plan.off.items():
+            _LOG.info(f"task {task} is off: {reason}")
+        for line in self.carried.lines() if self.carried else ():
+            _LOG.info(line)
+        if resume_from:
+            _LOG.info(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
+        self.report.text("run", settings_table(launch))
+        self.report.text("config", settings_table(run_folder.identity(self.config, self.stores)))
+        self.report.text("state", settings_table(asdict(self.state)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: not for LayerNorm's weights, biases and single vectors.
+
+    DeepSpeed lays a group's weights end to end. Those of an odd size come last (a bias of 30,522 words, of 1,601 classes): what
+    follows them does not start at 16 bytes, and kernels read it by single elements.
+    """
+    aligned_first = sorted(model.parameters(), key=lambda p: p.numel() % 8 != 0)
+    matrices = [p for p in aligned_first if p.ndim >= 2]
+    vectors = [p for p in aligned_first if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,0 +1,75 @@
+"""Validation loss per task: the fixed validation pass, every task on every sample, summed over ranks."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from opt_ds.config import Config
+from opt_ds.data.finetune_plan import make_plan
+from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.model.opt import OPT
+from opt_ds.store.reader import FeatureStore
+
+if TYPE_CHECKING:
+    from opt_ds.training.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Mean loss, and accuracy where a task classifies, of each active loss; the weighted sum is what early stopping watches.
+
+    Without any loss the sum is NaN: the 0 of an empty sum would be better than every loss.
+    """
+
+    losses: dict[str, float]
+    accuracies: dict[str, float]
+    weighted: float
+
+
+@torch.no_grad()
+def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatchLoader, reduce=None) -> ValidationResult:
+    """Run the validation pass of `loader`'s rank; `reduce` sums a float64 tensor over ranks in place (None: one rank).
+
+    `model` gives a dict of LossTerm for a batch (an `OPT`, or the engine around it); it is put back into its mode afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    all_losses = config.tasks.all_losses
+    table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # sum, count, correct (negative: no accuracy)
+    classifies = set()
+    for _, batches in loader.validation(config.train.validate_samples):
+        for batch in batches:
+            for loss, term in model(batch).items():
+                row = table[all_losses.index(loss)]
+                row[0] += float(term.sum)
+                row[1] += term.count
+                if "correct" in term.metrics:
+                    classifies.add(loss)
+                    row[2] += float(term.metrics["correct"])
+    model.train(was_training)
+    if reduce is not None:
+        reduce(table)
+    rows = {loss: table[i].tolist() for i, loss in enumerate(all_losses)}
+    active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
+    losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}
+    accuracies = {loss: rows[loss][2] / rows[loss][1] for loss in active if loss in classifies}
+    weighted = sum(config.tasks.loss_weight(loss) * losses[loss] for loss in losses) if losses else math.nan
+    return ValidationResult(losses, accuracies, weighted)
+
+
+def validate(
+    model: OPT,
+    config: Config,
+    store: FeatureStore,
+    device: torch.device | str = "cpu",
+    group: "ProcessGroup | None" = None,
+) -> ValidationResult:
+    """The same for a model on one store; `group`: the ranks that share the work, None for this process alone."""
+    rank, world_size = (group.ranks.rank, group.ranks.world_size) if group else (0, 1)
+    loader = MicroBatchLoader(make_plan(config, [store]), rank, world_size, torch.device(device))
+    try:
+        return validation_losses(model, config, loader, group.sum if group else None)
+    finally:
+        loader.close()

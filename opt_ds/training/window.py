@@ -1,0 +1,80 @@
+"""What is summed up between two logs: losses, samples, tokens, times."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opt_ds.config import Config
+from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.data.planned import PlannedStep
+from opt_ds.training.hardware import PeakFlops
+from opt_ds.training.metrics import TermSums
+
+if TYPE_CHECKING:
+    from opt_ds.training.step import StepResult
+
+
+class Window:
+    """What is summed up between two logs."""
+
+    def __init__(self, config: Config, loader: MicroBatchLoader, peak: PeakFlops) -> None:
+        self._config, self._loader, self._peak = config, loader, peak
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums = TermSums()
+        self._samples = self._tokens = self._steps = 0
+        self._flops, self._by_task = 0.0, np.zeros(len(self._loader.plan.task_names))
+        self._fill = self._balance = 0.0
+        self._norm = float("nan")
+        self._start, self._waited = time.perf_counter(), self._loader.wait_s
+
+    def add(self, planned: PlannedStep, result: "StepResult") -> None:
+        """Count a step; losses that are not finite are left out."""
+        if result.sums is not None:
+            self.sums.include(result.sums)
+        self._steps += 1
+        self._samples += planned.num_samples
+        self._tokens += planned.num_tokens
+        self._flops += planned.flops
+        task = planned.samples.task
+        self._by_task += np.bincount(task[task >= 0], minlength=len(self._by_task))
+        self._fill += planned.fill
+        self._balance += planned.balance
+        self._norm = result.gradient_norm
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping; infinite where it overflowed."""
+        return self._norm
+
+    def rates(self) -> dict[str, float]:
+        """Over all ranks, but `tflops_per_rank`; `flops_utilisation` is its share of the device's peak (model FLOPs: padding and
+        recomputation do not count)."""
+        seconds = max(self.seconds(), 1e-9)
+        flops = self._flops / seconds / self._loader.world_size
+        by_task = zip(self._loader.plan.task_names, self._by_task.tolist(), strict=True)
+        return {
+            "samples_per_s": self._samples / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            **{f"samples_per_s/{task}": count / seconds for task, count in by_task if count},
+            "tflops_per_rank": flops / 1e12,
+            "flops_utilisation": flops / self._peak.flops_per_s,
+            "seconds_per_step": seconds / self._steps,
+            "fill": self._fill / self._steps,
+            "rank_balance": self._balance / self._steps,
+            "data_wait_share": (self._loader.wait_s - self._waited) / seconds,
+        }
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count as training."""
+        began, waited = time.perf_counter(), self._loader.wait_s
+        yield
+        self._start += time.perf_counter() - began
+        self._waited += self._loader.wait_s - waited

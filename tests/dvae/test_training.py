@@ -1,0 +1,246 @@
+"""Training the dVAE on a store: it learns, resumes bit-exactly, writes codes, and names bad input in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import opt_ds.dvae.training as program
+from opt_ds.dvae.codes import CodeExtractor, codebook_use, reconstruction_quality, split_image_rows
+from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE, psnr_db
+from opt_ds.dvae.training import Training, train_dvae
+from opt_ds.errors import RunError, UserError
+from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.store.synthetic import write_synthetic_store
+from opt_ds.training import run_folder
+
+NUM_SAMPLES = 24
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_synthetic_store(tmp_path / "store", NUM_SAMPLES, num_codes_vocab=None, samples_per_shard=10, missing=0.2)
+    return tmp_path / "store"
+
+
+def train(store: Path, output: Path, **options) -> dict:
+    return train_dvae(store, output, preset="dvae-tiny", device="cpu", **{"write_codes": False, **options})
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path, tmp_path: Path) -> None:
+    result = train(store, tmp_path / "run", write_codes=True)
+    opened = FeatureStore(store)
+    assert inspect_store(store).failures == []
+    dvae = DiscreteVAE.from_pretrained(tmp_path / "run")
+    assert opened.description.extractors["codes"] == dvae.identity() == result["identity"]
+    assert opened.description.dims.num_codes == 32
+    num_images = len(opened.region_counts)
+    assert num_images < NUM_SAMPLES  # some samples have no picture
+    for row in range(num_images):
+        expected = dvae.encode(torch.from_numpy(np.array(opened.pixels(row)))[None])[0]
+        assert (opened.codes(row) == expected.numpy()).all()
+    assert DiscreteVAE.from_pretrained(store / "dvae").identity() == dvae.identity()
+    for file in ("run.json", "result.json", "reconstructions.png", "tensorboard"):
+        assert (tmp_path / "run" / file).exists()
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written == result and set(written["reconstruction"]) == {"train", "valid"}
+    assert written["codebook"]["codes_used"] <= 32
+
+
+def test_training_lowers_the_loss_of_relaxed_and_of_argmax_codes(store: Path, tmp_path: Path) -> None:
+    settings = ("learning_rate=3e-3", "steps=60", "batch_size=8")
+    result = train(store, tmp_path / "run", settings=settings)
+    assert result["reconstruction"]["train"]["psnr_db"] > result["kmeans_start_psnr_db"] + 0.02
+
+
+@pytest.mark.parametrize("cut", [3, 9])  # with relaxed codes; with the decoder alone
+def test_a_run_that_was_cut_off_resumes_bit_equal(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    train(store, tmp_path / "whole")
+    real_step = Training.train_step
+    _train_until(cut, store, tmp_path / "cut", monkeypatch)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    started: list[int] = []
+    monkeypatch.setattr(Training, "train_step", lambda self: (started.append(self.step), real_step(self))[1])
+    train(store, tmp_path / "cut", checkpoint_every=cut)
+    assert started[0] == cut
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "cut") != _weights_of_other_seed(store, tmp_path)
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    real_step = Training.train_step
+
+    def step(self: Training):
+        losses, settings = real_step(self)
+        if self.step >= 4 and spoilt == "loss":
+            losses = losses._replace(loss=losses.loss * float("nan"))
+        elif self.step >= 4:
+            self.gradient_norm = self.gradient_norm * float("inf")
+        return losses, settings
+
+    monkeypatch.setattr(Training, "train_step", step)
+    for _ in range(2):  # given again, too
+        with pytest.raises(RunError, match=r"at step 6: train anew with a lower --set learning_rate=.* another --output"):
+            train(store, tmp_path / "run", checkpoint_every=3)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+def test_a_run_folder_written_before_it_recorded_launches_resumes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(store, tmp_path / "whole")
+    _train_until(3, store, tmp_path / "cut", monkeypatch)
+    file = tmp_path / "cut" / "run.json"
+    config, others = {}, {}
+    for key, value in json.loads(file.read_text())["identity"].items():
+        (config if key.startswith("config.") else others)[key.removeprefix("config.")] = value
+    file.write_text(json.dumps({"config": config, **others}, indent=1))
+    with pytest.raises(UserError, match=r"holds another run \(seed was 1 there and is 2 now\)"):
+        train(store, tmp_path / "cut", seed=2)
+    train(store, tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    record = json.loads(file.read_text())
+    assert record["kind"] == "dVAE" and [launch["threads"] for launch in record["launches"]] == [1]
+
+
+def test_a_run_folder_is_one_run_s_with_launches_and_metrics(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    monkeypatch.setattr(program, "LOG_EVERY", 2)
+    _train_until(6, store, output, monkeypatch)
+    with run_folder.lock(output, print), pytest.raises(UserError, match="another process is training there"):
+        train(store, output)
+    left = output / ".checkpoint.pt.0123456789abcdef.tmp"  # of a process that was killed while it saved
+    left.touch()
+    train(store, output)
+    assert not left.exists()
+    launches = json.loads((output / "run.json").read_text())["launches"]
+    assert len(launches) == 2 and all(launch["versions"]["torch"] for launch in launches)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12], "each once, though one is redone"
+    assert "dvae/psnr_db_train" in lines[-1]
+
+
+def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"identity": {}, "launches": []}')
+    with pytest.raises(UserError, match="holds a run of the model, not of the dVAE: use another --output"):
+        train(store, tmp_path)
+    train(store, tmp_path / "dvae")
+    with pytest.raises(UserError, match="holds a run of the dVAE, not of the model: use another --output"):
+        run_folder.read_record(tmp_path / "dvae", run_folder.MODEL)
+
+
+def _train_until(step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until one step past the checkpoint of `step`, as a process that is killed then."""
+    real_step = Training.train_step
+
+    def dying_step(self: Training):
+        if self.step == step + 1:
+            raise KeyboardInterrupt
+        return real_step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "train_step", dying_step)
+        train(store, output, checkpoint_every=step)
+
+
+def _weights_of_other_seed(store: Path, tmp_path: Path) -> bytes:
+    train(store, tmp_path / "other", seed=2)
+    return weights(tmp_path / "other")
+
+
+def test_a_complete_run_only_writes_missing_codes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    result = train(store, tmp_path / "run")
+    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained again"))
+    assert train(store, tmp_path / "run", write_codes=True) == result
+    assert any("is complete" in line for line in logged)
+    fingerprint = FeatureStore(store).fingerprint
+    train(store, tmp_path / "run", write_codes=True)  # the store's new fingerprint is no other run
+    assert "already has this dVAE's codes" in logged[-1]
+    assert FeatureStore(store).fingerprint == fingerprint
+    (store / "dvae" / "config.json").unlink()
+    train(store, tmp_path / "run", write_codes=True)
+    DiscreteVAE.from_pretrained(store / "dvae")
+
+
+def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
+    rows = split_image_rows(FeatureStore(store), "train")
+    hardware = program.Hardware("cpu", "fp32", 1)
+    run = Training(FeatureStore(store), rows, DVAE_PRESETS["dvae-tiny"], 5, hardware, tmp_path, "train", 1)
+    drawn = np.concatenate([run.batch_index(step) for step in range(len(rows))])
+    epochs = drawn[: 4 * len(rows)].reshape(4, len(rows))
+    assert all((np.sort(epoch) == np.arange(len(rows))).all() for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_quality_is_the_formula_on_the_store_s_pictures(store: Path) -> None:
+    torch.manual_seed(0)
+    extractor, opened = CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])), FeatureStore(store)
+    rows = np.arange(5)
+    true = np.stack([opened.pixels(row) for row in rows]) / 255.0
+    painted = extractor.reconstruct(np.stack([opened.pixels(row) for row in rows])).astype("float64")
+    quality = reconstruction_quality(extractor, opened, rows)
+    assert quality.psnr_db == pytest.approx(10 * np.log10(1 / np.mean((true - painted) ** 2)), abs=1e-6)
+    own = [psnr_db(float(np.mean((t - p) ** 2))) for t, p in zip(true, painted, strict=True)]
+    assert quality.mean_psnr_db == pytest.approx(np.mean(own), abs=1e-6)
+    use = codebook_use(np.array([[0, 0, 3, 3]]), 8)
+    assert use == {"codes_used": 2, "fraction_used": 0.25, "perplexity": pytest.approx(2.0)}
+
+
+def test_bad_input_is_named(store: Path, tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "blind", 4, num_codes_vocab=None, pixels=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    train(store, tmp_path / "run")
+    for message, arguments, options in [
+        ("no feature store there", (tmp_path / "gone", tmp_path / "o"), {}),
+        ("no pictures", (tmp_path / "blind", tmp_path / "o"), {}),
+        ('no split "trian" .did you mean "train"', (store, tmp_path / "o"), {"train_split": "trian"}),
+        ("another run .seed was 1 there and is 2 now", (store, tmp_path / "run"), {"seed": 2}),
+        ("another run .config.steps was 12 there and is 13 now", (store, tmp_path / "run"), {"steps": 13}),
+        ("not empty and no dVAE run", (store, tmp_path / "full"), {}),
+        ('--precision "int3"', (store, tmp_path / "o"), {"precision": "int3"}),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            train(*arguments, **options)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_started_by_path_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
+    script = str(Path(__file__).parents[2] / "opt_ds" / "train_dvae.py")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, script, "--store", str(tmp_path / "gone"), "--output", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "no feature store there" in done.stderr
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0 and "--checkpoint-every" in shown.stdout

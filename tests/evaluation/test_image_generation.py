@@ -1,0 +1,142 @@
+"""Painted pictures: the best candidate by matching is kept, and what FID, CLIP score and the extractor's features say of them.
+
+The networks have random weights in the very files that the real ones come in.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opt_ds.data.modalities import IMAGE
+from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
+from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluation.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, to_picture
+from opt_ds.evaluation.image_networks import ClipScore, check_inception, frechet_inception_distance
+from opt_ds.model.generation import DecodingConfig
+from tests.tiny import masked
+
+SAMPLING = DecodingConfig(method="sample", temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def dvae() -> DiscreteVAE:
+    torch.manual_seed(0)
+    return DiscreteVAE(DVAE_PRESETS["dvae-tiny"].model_copy(update={"codebook_size": 16})).eval()
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """torch-fidelity's Inception-v3 with random weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=str(path))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)  # or the deep layers see nothing
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of two thin layers, saved as Hugging Face saves one."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    words = {piece: number for number, piece in enumerate(pieces)}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    thin: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    text = {**thin, "vocab_size": len(words), "max_position_embeddings": 12, "eos_token_id": len(words) - 1}
+    config = CLIPConfig(text_config=text, vision_config={**thin, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer = CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    gallery = evaluator.samples_with("train", SUBSETS["T"], 3)
+    samples = [evaluator.read(index, SUBSETS["T"]) for index in gallery]
+    redness = lambda sample, picture: float(np.asarray(picture)[..., 0].mean()) / 255  # noqa: E731
+    pictures, scores = Painter(dvae, SAMPLING, 5, redness).paint(evaluator, samples)
+    assert scores is not None and scores.shape == (3, 5)
+    assert len(np.unique(scores)) > 5, "candidates are drawn anew"
+    kept = [redness(sample, to_picture(one)) for sample, one in zip(samples, pictures, strict=True)]
+    assert kept == pytest.approx(scores.max(1))
+    alone, none = Painter(dvae, SAMPLING).paint(evaluator, samples)
+    assert none is None and alone.shape == (3, 3, 64, 64)
+    assert redness(samples[0], to_picture(alone[0])) == pytest.approx(scores[0, 0]), "the first candidate is the only one's"
+
+
+def test_true_pictures_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    class Copying(Painter):
+        def paint(self, runner: Any, samples: Any) -> tuple[np.ndarray, None]:
+            gallery = evaluator.samples_with("train", (0, 1), 20)
+            return np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, 1]]), None
+
+    look = lambda picture: np.asarray(picture, dtype=np.float32).reshape(-1)  # noqa: E731
+    copied = painted_figures(evaluator, "train", "T", Copying(dvae), 20, look=look)
+    assert copied["nearest"]["R@1"] == 1.0 and copied["nearest"]["chance"]["R@1"] == pytest.approx(1 / 20)
+    painted = painted_figures(evaluator, "train", "T", Painter(dvae, SAMPLING), 20, look=look)
+    assert painted["nearest"]["R@1"] < 0.5
+
+
+def test_the_distance_is_between_the_paintings_and_the_true_pictures(inception: Path) -> None:
+    """It is 0 if either is compared with itself; of torch-fidelity's own figure only that is ours."""
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
+    assert frechet_inception_distance(pictures, pictures // 3, inception) > 0.01
+
+
+def test_clip_score_is_the_cosine_of_transformers_own_embeddings(evaluator: Evaluator, dvae: DiscreteVAE, clip: Path) -> None:
+    judge = ClipScore(clip)
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
+    found = judge.scores(pictures, ["a red heart", "a very long caption of more tokens than the model reads"])
+    given = judge.processor(text=["a red heart"], images=[to_picture(pictures[0])], return_tensors="pt")
+    with torch.inference_mode():
+        output = judge.model(**given)
+    cosine = float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds))
+    assert found[0] == pytest.approx(100 * max(cosine, 0), abs=0.01) and found.shape == (2,)
+    figures = painted_figures(evaluator, "train", "T+A", Painter(dvae, SAMPLING), 4, clip=clip)
+    assert set(figures["clip_score"]) == {"painted", "true", "another_caption"}
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        check_inception(tmp_path / "nowhere.pth")
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="not the weights of torch-fidelity's Inception-v3"):
+        check_inception(tmp_path / "bad.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not the weights"):
+        check_inception(tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        ClipScore(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"not a CLIP folder: its config\.json says model_type 'bert'"):
+        ClipScore(tmp_path)
+
+
+def test_only_what_samples_have_is_painted_from(evaluator: Evaluator, without_audio: Evaluator) -> None:
+    assert possible_inputs(evaluator, "valid") == ("T", "A", "T+A")
+    assert possible_inputs(without_audio, "valid") == ("T",)
+    with pytest.raises(UserError, match='no sample of split "valid" has an image and audio'):
+        bits_per_code(without_audio, "valid", "A")
+    pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
+    with pytest.raises(UserError, match='no sample of split "valid" has an image and text or audio'):
+        possible_inputs(pictureless, "valid")

@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.image_generation import Painter, bits_per_code
+from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.evaluation.summary import summarize, table
+from opt_ds.tasks.baselines import trivial_baselines
+from opt_ds.training.validation import ValidationResult, validate
+from tests.tiny import LOSSES, make_config, make_model
+
+
+@pytest.fixture(scope="module")
+def dvae() -> DiscreteVAE:
+    torch.manual_seed(0)
+    return DiscreteVAE(DVAE_PRESETS["dvae-tiny"].model_copy(update={"codebook_size": 16})).eval()
+
+
+def test_bits_per_code_of_a_model_that_knows_nothing_is_log2_of_the_codebook(evaluator: Evaluator) -> None:
+    decoder = evaluator.model.image_decoder
+    saved = {name: value.clone() for name, value in decoder.state_dict().items()}
+    torch.nn.init.zeros_(decoder.code.weight)
+    torch.nn.init.zeros_(decoder.bias)
+    try:
+        assert bits_per_code(evaluator, "train", limit=4)["bits_per_code"] == pytest.approx(4.0)
+    finally:
+        decoder.load_state_dict(saved)
+
+
+def test_validation_measures_every_loss_and_has_a_baseline_for_each(evaluator: Evaluator) -> None:
+    result = validate(evaluator.model, evaluator.config, evaluator.store)
+    assert set(result.losses) == set(LOSSES)
+    assert set(trivial_baselines(evaluator.config, [evaluator.store])) == set(LOSSES)
+    assert result.weighted == pytest.approx(sum(result.losses.values()))
+
+
+def test_the_picture_grid_shows_the_true_pictures(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    grid = draw_picture_grid(evaluator, Painter(dvae), "train", num_samples=2)
+    assert grid.dtype == np.uint8 and grid.ndim == 3
+    first = evaluator.samples_with("train", (0, 1, 2), 2)[0]
+    pixels = evaluator.store.pixels(int(evaluator.store.rows[first, 1])).transpose(1, 2, 0)
+    shown = grid[31 : 31 + 128 : 2, 10 : 10 + 128 : 2]
+    assert (shown[1:-1, 1:-1] == pixels[1:-1, 1:-1]).all()
+
+
+def test_a_store_without_recordings_is_summed_up_without_them(
+    without_audio: Evaluator, dvae: DiscreteVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_ds.evaluation.summary.validate", lambda *_: ValidationResult({}, {}, 0.0))
+    monkeypatch.setattr("opt_ds.evaluation.summary.trivial_baselines", lambda *_: {})
+    figures = summarize(without_audio, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)
+    assert (tmp_path / figures["splits"]["valid"]["picture_grid"]).is_file()
+    assert "image→text" in table(figures) and "audio" not in table(figures)
+
+
+def test_what_the_model_never_learned_is_left_out_of_the_summary(
+    evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_ds.evaluation.summary.validate", lambda *_: ValidationResult({}, {}, 0.0))
+    monkeypatch.setattr("opt_ds.evaluation.summary.trivial_baselines", lambda *_: {})
+    config = make_config(
+        data={"stores": [str(evaluator.store.path)]}, model={"num_image_codes": 64},
+        tasks={loss: {"weight": 0} for loss in ("dtr", "dir")},
+    )  # fmt: skip
+    sorter = Evaluator(make_model(config), config, evaluator.store)
+    figures = summarize(sorter, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)["splits"]["valid"]
+    assert set(figures) == {"retrieval", "transcription"} and not {"A", "A+I", "I"} & set(figures["transcription"])
+    assert "likelihood" not in figures["retrieval"]["text_to_image"]
+
+
+def test_the_summary_is_plain_json_and_its_table_names_all(evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path) -> None:
+    figures = summarize(evaluator, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)
+    assert json.loads(json.dumps(figures)) == figures
+    assert (tmp_path / figures["splits"]["valid"]["picture_grid"]).is_file()
+    text = table(figures)
+    for word in [*LOSSES, "image→text", "text+audio→image", "audio+image→text", "constant caption", "bits per image code"]:
+        assert word in text

@@ -1,0 +1,29 @@
+"""What tests of importers share: files with any content, and the samples and reports that came out."""
+
+import json
+from pathlib import Path
+
+from opt_ds.ingest.importers.common import report_path
+from opt_ds.ingest.manifest import ManifestLine, read_manifest
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def lines_of(manifest: Path) -> dict[str, ManifestLine]:
+    """The samples by id, through the reader that `opt-ds prepare` uses."""
+    read = read_manifest(manifest, allow_outside=True)
+    assert read.rejected == []
+    for line in read.lines:
+        for name in (line.image, line.audio):
+            assert name is None or (manifest.parent / name).is_file(), "paths are relative to the manifest"
+    return {line.id: line for line in read.lines}
+
+
+def left_out(manifest: Path) -> dict[str, str]:
+    report = json.loads(report_path(manifest).read_text())
+    assert report["skipped"] == len(report["skipped_samples"]) == sum(report["reasons"].values())
+    return {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
