@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from opt_ds.errors import UserError
@@ -230,9 +230,9 @@ def reference(text: str, separator: str) -> list[list[str]] | None:
             continue
         if end == separator:
             row.append("")
-        place += text[place - 1 : place + 1] == "\r\n"
         if row != [""] or end == separator or text[: place - 1].endswith('"'):
             rows.append(row)
+        place += text[place - 1 : place + 1] == "\r\n"
         row = []
     return rows
 
@@ -243,6 +243,7 @@ def reference(text: str, separator: str) -> list[list[str]] | None:
     end=st.sampled_from(["\n", "\r\n", "\r"]),
     name=st.sampled_from(["t.csv", "t.tsv"]),
 )
+@example(body=[['""\r'], [""]], end="\n", name="t.csv")
 def test_no_row_is_merged_dropped_or_shifted(tmp_path_factory: pytest.TempPathFactory, body: list, end: str, name: str) -> None:
     """Rows of any letters, unquoted: what comes out is what the reference reads, row for row, or a report of the row."""
     path = tmp_path_factory.mktemp("t") / name
