@@ -127,7 +127,7 @@ def test_one_module_configures_logging_and_only_commands_print() -> None:
                 case ast.Call(func=ast.Attribute(attr="getLogger")) if ast.unparse(node) != "logging.getLogger(__name__)":
                     found["getLogger"].add(name)
     assert found == {
-        # what ends a program: before logging is there, and after it; an answer to the parent process; a page; the lines themselves
+        # what ends a program, before logging is there and after it; an answer to the parent process; a page; the lines
         "print": {
             "cli/__init__.py", "pretrain.py", "cli/program.py", "ingest/importers/piper_worker.py", "tools/config_reference.py",
             "log.py",
