@@ -26,7 +26,7 @@ class EvaluationCallbacks(Callbacks):
         self._baselines: dict[str, float] | None = None
 
     def check(self, config: Config, stores: Sequence[FeatureStore]) -> None:
-        """Raise UserError if an experiment of `evaluation.experiments` cannot be run on the first store."""
+        """Raise UserError if an experiment of `evaluate.experiments` cannot be run on the first store."""
         check_experiments(config, stores[0])
 
     def reference_losses(self, run: TrainingRun) -> dict[str, float]:
@@ -54,7 +54,7 @@ class EvaluationCallbacks(Callbacks):
         run.engine.train()
 
     def after_step(self, run: TrainingRun) -> None:
-        """Run the experiments of `evaluation.experiments` where they are due, shared by the ranks, and report their figures."""
+        """Run the experiments of `evaluate.experiments` where they are due, shared by the ranks, and report their figures."""
         options = run.config.evaluate
         if not (options.every_steps and run.is_due(options.every_steps)):
             return

@@ -15,7 +15,7 @@ _FIGURES = ("R@1", "R@5", "R@10", "wer", "cer", "wer_shuffled_audio", "bleu_4", 
 
 
 def check_experiments(config: Config, store: FeatureStore) -> None:
-    """Raise UserError if an experiment of `evaluation.experiments` cannot be run during training on this store."""
+    """Raise UserError if an experiment of `evaluate.experiments` cannot be run during training on this store."""
     options = config.evaluate
     if not options.every_steps:
         return

@@ -133,7 +133,7 @@ def test_a_run_folder_is_one_run_s_with_launches_and_metrics(
     output = tmp_path / "run"
     monkeypatch.setattr(program, "LOG_EVERY", 2)
     _train_until(6, store, output, monkeypatch)
-    with run_folder.lock(output, print), pytest.raises(UserError, match="another process is training there"):
+    with run_folder.lock(output), pytest.raises(UserError, match="another process is training there"):
         train(store, output)
     left = output / ".checkpoint.pt.0123456789abcdef.tmp"  # of a process that was killed while it saved
     left.touch()

@@ -63,7 +63,7 @@ def test_it_is_trained_and_validated_beside_its_baseline(whole: Path) -> None:
     lines = metrics(whole)
     losses = [line["train/counting/loss"] for line in lines if "train/counting/loss" in line]
     assert len(losses) > STEPS // 2 and np.mean(losses[-5:]) < np.mean(losses[:5])
-    assert any("samples_per_s/counting" in line or "rate/samples_per_s/counting" in line for line in lines)
+    assert any(key.endswith("samples_per_s/counting") for line in lines for key in line)
     table = json.loads((whole / "validation.json").read_text())
     assert table["baselines"]["counting"] == pytest.approx(np.log(7)) and 0 <= table["accuracies"]["counting"] <= 1
 
@@ -98,8 +98,8 @@ def test_it_is_evaluated_exported_and_loaded(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv(PLUGINS_VARIABLE, PLUGIN)
     start_run(raw_store, tmp_path / "run", *WITH_TASK)
-    command = ["evaluate", "summary", "--checkpoint", str(tmp_path / "run"), "--store", str(raw_store), "--device", "cpu"]
-    assert run_command(_build(), [*command, "--output", str(tmp_path / "summary")], "opt-ds") == 0, capsys.readouterr().err
+    command = ["evaluate", "summary", "--checkpoint", str(tmp_path / "run"), "--store", str(raw_store)]
+    assert run_command(_build(), [*command, "--output", str(tmp_path / "summary.json")], "opt-ds") == 0, capsys.readouterr().err
     assert "counting" in capsys.readouterr().out
     command = ["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "model")]
     assert run_command(_build(), command, "opt-ds") == 0, capsys.readouterr().err

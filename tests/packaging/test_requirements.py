@@ -106,7 +106,7 @@ def test_the_package_takes_every_file_of_its_folder_along() -> None:
 def test_a_build_takes_the_pages_the_presets_and_the_mark_of_a_typed_package(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    for file in ("py.typed", "serving/page.html", "presets/opt-base.yaml", "evaluate/experiments/retrieval.py"):
+    for file in ("py.typed", "serving/page.html", "presets/opt-base.yaml", "evaluation/experiments/retrieval.py"):
         assert (tmp_path / "opt_ds" / file).is_file(), f"a wheel would lack opt_ds/{file}"
 
 

@@ -62,7 +62,8 @@ def test_the_examples_in_python_run_as_they_are_written(
     text = (exported / "README.md" if page == "card" else Path(__file__).parents[2] / page).read_text()
     (example,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(raw)
-    for name, there in {"this/folder": exported, "my-model": exported, "photo.jpg": "0.png", "photo.png": "0.png"}.items():
+    files = {"photo.jpg": "0.png", "photo.png": "0.png", "speech.wav": "0.wav"}
+    for name, there in {"this/folder": exported, "my-model": exported, **files}.items():
         example = example.replace(f'"{name}"', f'"{there}"')
     exec(example, {})
     assert capsys.readouterr().out.endswith("\n")
