@@ -116,6 +116,8 @@ def _bit_sum(parameter: torch.Tensor) -> torch.Tensor:
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     return list(value) if isinstance(value, tuple) else value
