@@ -24,7 +24,7 @@ class Job(NamedTuple):
     lr_share: float = 1.0  # of the checkpoint's peak
 
 
-TASKS = {
+JOBS = {
     # A judgement says one bit of a sample, where a text says a word a position: it takes more of them.
     "retrieval": Job(("T+I",), epochs=20, lr_share=0.5),
     "transcription": Job(("A", "A+I"), epochs=5),
@@ -52,11 +52,11 @@ def finetune_config(
     UserError for a checkpoint that never learned what the task fine-tunes, inputs that do not fit the task, a store without
     samples for it.
     """
-    if task not in TASKS:
-        raise UserError(f'unknown task "{task}"{did_you_mean(task, TASKS)}: choose from {", ".join(TASKS)}')
+    if task not in JOBS:
+        raise UserError(f'unknown task "{task}"{did_you_mean(task, JOBS)}: choose from {", ".join(JOBS)}')
     folder = checkpoint.resolve_checkpoint(start)
     saved = config_from_dict(checkpoint.read_state(folder)["config"], where=str(folder / checkpoint.STATE_FILE))
-    inputs = inputs or TASKS[task].inputs
+    inputs = inputs or JOBS[task].inputs
     unit = next(unit for unit in saved.tasks.units.values() if task in unit.fine_tunes)
     _check(task, unit, inputs, saved, folder)
     opened = [open_store(path) for path in stores]
@@ -78,10 +78,10 @@ def finetune_config(
             tree["tasks"][other.name] = own
     size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
     tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
-    tree["optimizer"]["lr"] *= TASKS[task].lr_share
+    tree["optimizer"]["lr"] *= JOBS[task].lr_share
     tree["train"] |= {"max_steps": None, "picture_grid": 0, "early_stopping": 0, "time_limit_minutes": None}
     tree["profile"] = {}
-    return _with_schedule(tree, opened, epochs or TASKS[task].epochs, settings)
+    return _with_schedule(tree, opened, epochs or JOBS[task].epochs, settings)
 
 
 def _check(task: str, unit: Any, inputs: tuple[str, ...], saved: Config, folder: Path) -> None:
