@@ -1,1 +1,3 @@
-"""From feature stores to packed batches: `plan` decides, `masking` corrupts, `batch` packs, `loader` does it ahead of time."""
+"""Data pipeline from feature stores to packed batches: step plan (`plan`), masking, packing (`batch`), prefetching
+(`loader`).
+"""
