@@ -1,4 +1,4 @@
-"""The model that a run begins with."""
+"""Initial model of a run."""
 
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from opt_ds.store.reader import FeatureStore
 
 
 def initial_model(config: Config, stores: list[FeatureStore], warm_start: bool = True) -> OPT:
-    """The model that a run begins with: weights drawn from `seed` (on every rank the same), the stores' standardisation, and,
-    with `warm_start`, what `model.bert` gives."""
+    """Return the initial model of a run: weights sampled from `seed` (the same on every rank) and the stores'
+    standardisation.
+
+    With `warm_start`, the weights of `model.bert` are loaded too.
+    """
     torch.manual_seed(config.seed)
     model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute)
     model.set_feature_statistics(stores)
