@@ -110,8 +110,9 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(10_000, ge=0, description="Optimizer steps of the linear warm-up. 0: no warm-up.")
 
     def lr_factor(self, step: int) -> float:
-        """Return the factor on the peak learning rate at step `step` (0-based): linear warm-up, then linear decay to 0
-        at total_steps.
+        """Return the factor on the peak learning rate at step `step` (0-based).
+
+        It is a linear warm-up, then a linear decay to 0 at total_steps.
         """
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -331,8 +332,9 @@ class Config(Section):
 
 
 def load_config(source: str | None = None, settings: tuple[str, ...] | list[str] = ()) -> Config:
-    """Return the configuration from a preset's name or a YAML file, with `key.path=value` settings applied (values are
-    YAML).
+    """Return the configuration from a preset's name or a YAML file, with settings applied.
+
+    Settings have the form `key.path=value`; values are YAML.
 
     A file may name a `preset` to start from. Raise UserError, in one line, for an unknown preset or key, or a bad
     value.

@@ -126,8 +126,9 @@ def dump_section(section: Section) -> str:
 
 
 def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
-    """Return one line about the first mistake in the values of a section of class `kind`, and the number of further
-    mistakes.
+    """Return one line about the first mistake in the values of a section of class `kind`.
+
+    It includes the number of further mistakes.
     """
     mistakes = error.errors(include_url=False)
     # An unknown key comes first, because it is often the reason why another one is missing.

@@ -90,8 +90,9 @@ class TasksConfig(Section):
 
     @property
     def trained_losses(self) -> tuple[str, ...]:
-        """The active losses whose task is sampled in some phase of the schedule, and those of tasks that are not
-        sampled.
+        """The active losses whose task is sampled in some phase of the schedule.
+
+        Active losses of tasks that are not sampled are included.
         """
         mixes = (self.mix, *(phase.mix for phase in self.curriculum))
         shares = {loss: max(mix.get(task, 0.0) for mix in mixes) for task, losses in self.sampled.items() for loss in losses}

@@ -1,3 +1,4 @@
-"""Data pipeline from feature stores to packed batches: step plan (`plan`), masking, packing (`batch`), prefetching
-(`loader`).
+"""Data pipeline from feature stores to packed batches.
+
+Its stages are the step plan (`plan`), masking (`masking`), packing (`batch`) and prefetching (`loader`).
 """

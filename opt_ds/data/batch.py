@@ -1,5 +1,6 @@
-"""The packed batch: samples concatenated as `[CLS] text [SEP] regions frames`, without padding, and the output
-positions of each task.
+"""The packed batch, and the output positions of each task.
+
+Samples are concatenated as `[CLS] text [SEP] regions frames`, without padding.
 
 Legend: T packed positions of S sequences; n text rows, r region rows, a frame rows (over all sequences); `*_index` are
 packed positions, int64.

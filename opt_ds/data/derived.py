@@ -1,5 +1,7 @@
 """Cache of arrays that a step plan derives from a complete store.
 
+Each array is computed once, stored in a file with the store's records, and memory-mapped by every rank.
+
 Each is computed once, stored in a file with the store's records, and memory-mapped by every rank.
 
 A file is valid for one store fingerprint and one key (what the array depends on besides the store). A file that was

@@ -1,5 +1,6 @@
-"""Negative sampler of the sample-level task: modalities are replaced by those of other samples of the same split and
-another group.
+"""Negative sampler of the sample-level task.
+
+Modalities are replaced by those of other samples of the same split and another group.
 
 A fraction of the negatives may be hard negatives: of several sampled negatives, the one whose text is most similar to
 the sample's own.
@@ -64,7 +65,9 @@ class DonorPool:
         return find() if split is None else cached_array(store, "with", [split, modality], find)
 
     def _suffices(self, givers: np.ndarray, modality: int) -> bool:
-        """Return whether each candidate has negatives, with rows other than its own, in two groups other than its own.
+        """Return whether each candidate has negatives in two groups other than its own.
+
+        The rows of the negatives must differ from the candidate's own row.
         """
         rows_of: dict[int, set[int]] = {}
         apart: dict[int, int] = {}  # row -> group; each row and each group occurs at most once

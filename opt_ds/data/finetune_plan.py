@@ -93,8 +93,9 @@ class FineTunePlan(Plan):
         replaced: np.ndarray,
         derived: Any,
     ) -> PlannedSamples:
-        """Return samples with the inputs of subset `chosen` [B], with modality `replaced` [B] from another sample (−1:
-        none).
+        """Return samples with the inputs of subset `chosen` [B].
+
+        Modality `replaced` [B] comes from another sample (−1: none).
         """
         candidates = self._candidates(key, epoch, store, sample, variant=-1)
         inputs = self._input_sm[chosen]

@@ -52,8 +52,9 @@ def _tasks(config: Config) -> list[DataTask]:
 def sample_and_step_flops(
     config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Return the operations of training once on each sample (float64 [B]) and on all of them, and the decoder positions
-    (int64 [B]).
+    """Return the operations of training once on each sample and on all of them.
+
+    The results are float64 [B], the total, and the decoder positions, int64 [B].
     """
     parts, decoder_positions = _forward_flops(config, tasks, samples)
     embeddings, encoder, decoders, heads = parts
@@ -88,8 +89,9 @@ def _summed(parts: tuple[np.ndarray, ...]) -> StepFlops:
 def _forward_flops(
     config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """Return operations of embeddings, encoder, decoders and heads (float64 [B] each), and the decoder positions (int64
-    [B]).
+    """Return operations of embeddings, encoder, decoders and heads, float64 [B] each.
+
+    The decoder positions, int64 [B], are returned too.
 
     A sample without a task has no operations. All values are integers far below 2^53, so their sum is exact in any
     order.

@@ -7,7 +7,9 @@ from opt_ds.store.reader import FeatureStore
 
 
 class ModelLengths:
-    """Lengths per row, computed on access, because a step plan must not hold an array with every row of a large store.
+    """Lengths per row, computed on access.
+
+    A step plan must not hold an array with every row of a large store.
     """
 
     def __init__(self, stored: np.ndarray, limit: int, stack: int = 1) -> None:

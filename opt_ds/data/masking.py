@@ -17,7 +17,9 @@ def num_masked(lengths: np.ndarray | int, probability: float) -> np.ndarray:
 
 
 def num_masked_frames(lengths: np.ndarray | int, probability: float) -> np.ndarray:
-    """Return `num_masked`, but leave at least one frame of an utterance unmasked, as context and as a negative for MAC.
+    """Return `num_masked`, but leave at least one frame of an utterance unmasked.
+
+    That frame is the context, and a negative for MAC.
     """
     return np.minimum(num_masked(lengths, probability), np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0))
 
@@ -45,8 +47,9 @@ def masked_spans(length: int, count: int, span: int, *keys: int | str) -> np.nda
 def corrupt_tokens(
     tokens: np.ndarray, masked: np.ndarray, mask_id: int, ordinary_ids: np.ndarray, *keys: int | str
 ) -> np.ndarray:
-    """Return int64 [n] tokens in which the masked ones are replaced by [MASK] (80 %), by a random token (10 %) or kept
-    (10 %).
+    """Return the tokens with the masked ones replaced.
+
+    A masked token becomes [MASK] (80 %) or a random token (10 %), or it is kept (10 %).
 
     Args:
         tokens: int64 [n].

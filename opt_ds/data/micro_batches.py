@@ -1,5 +1,6 @@
-"""Micro-batches: a step's samples distributed over ranks and accumulation rounds, with balanced cost, within the token
-budget.
+"""Micro-batches: a step's samples, distributed over ranks and accumulation rounds.
+
+Their cost is balanced, and none exceeds the token budget.
 """
 
 import heapq

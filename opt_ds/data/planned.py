@@ -32,7 +32,9 @@ _BLOCK = 2**18  # samples
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """Plan of one optimiser step: its samples, the losses' counts over the global batch, and each rank's micro-batches.
+    """Plan of one optimiser step.
+
+    It holds the samples, the losses' counts over the global batch, and each rank's micro-batches.
     """
 
     step: int
@@ -177,7 +179,9 @@ class Plan(ABC):
         return lengths
 
     def _lengths_of(self, store: np.ndarray, rows: np.ndarray, modality: int) -> np.ndarray:
-        """Return the number of items that the model reads of each row of this modality, int64 [n]; 0 for absent rows.
+        """Return the number of items that the model reads of each row of this modality.
+
+        The result is int64 [n], and 0 for absent rows.
         """
         if len(self.stores) == 1 and (rows >= 0).all():
             return self._lengths[0][modality][rows]

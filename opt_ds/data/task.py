@@ -169,7 +169,9 @@ class DataTask(ABC):
         """
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
-        """Return the number of terms of each of the task's losses over the step: masked items, target tokens, samples.
+        """Return the number of terms of each of the task's losses over the step.
+
+        Terms are masked items, target tokens or samples.
         """
         return {}
 
@@ -191,7 +193,9 @@ class DataTask(ABC):
         return None
 
     def replacements(self, inputs: np.ndarray) -> tuple[int, ...]:
-        """Return the modalities that are replaced, one per pass, in a validation sample with these inputs (bool [3]).
+        """Return the modalities that are replaced, one per pass, in a validation sample.
+
+        `inputs` is bool [3].
         """
         return (OWN,)
 
@@ -219,8 +223,9 @@ class DataTask(ABC):
 
     @property
     def mask_spans(self) -> dict[int, int]:
-        """Modality -> number of neighbouring items that are masked together, for the modalities that this task
-        configures.
+        """Modality -> number of neighbouring items that are masked together.
+
+        Only modalities that this task configures are included.
         """
         return {}
 

@@ -15,8 +15,9 @@ _BLOCK = 2**20
 
 
 class _Dropped(NamedTuple):
-    """Counts over the rows of one modality: all rows, truncated rows, the sum of their dropped fractions, the longest
-    row.
+    """Counts over the rows of one modality.
+
+    They are all rows, truncated rows, the sum of the dropped fractions, and the longest row.
     """
 
     rows: float

@@ -41,8 +41,9 @@ ROW_FILE = "row.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One run of the ablation: its name, its settings on top of the full run's, its configuration, and the losses that
-    it can compute.
+    """One run of the ablation.
+
+    It has a name, settings on top of the full run's, its configuration, and the losses that it can compute.
     """
 
     name: str

@@ -22,8 +22,9 @@ def write_ablation_table(figures: dict[str, Any], folder: Path) -> None:
 
 
 def ablation_markdown(figures: dict[str, Any]) -> str:
-    """Return the table: per row the trained losses, mAP per input, and the relative change from the full run next to
-    the paper's.
+    """Return the table as Markdown.
+
+    Each row has the trained losses, mAP per input, and the relative change from the full run next to the paper's.
     """
     rows = figures["rows"]
     subsets = list(rows[0]["classification"]["subsets"])

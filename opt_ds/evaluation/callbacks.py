@@ -55,8 +55,9 @@ class EvaluationCallbacks(Callbacks):
         run.engine.train()
 
     def after_step(self, run: TrainingRun) -> None:
-        """Run the experiments of `evaluate.experiments` if they are due, distributed over the ranks, and report their
-        figures.
+        """Run the experiments of `evaluate.experiments` if they are due, and report their figures.
+
+        The experiments are distributed over the ranks.
         """
         options = run.config.evaluate
         if not (options.every_steps and run.is_due(options.every_steps)):

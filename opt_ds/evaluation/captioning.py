@@ -25,8 +25,9 @@ with needs_extra("downstream", "the evaluation of captions"):
 def captioning(
     evaluator: Evaluator, split: str, limit: int | None = None, seed: int = 1, options: DecodingConfig | None = None
 ) -> dict[str, Any]:
-    """Return BLEU-4 (0 … 100) and CIDEr (about 0 … 10) over the split's images, with two baselines: one constant
-    caption, and the captions generated for other images.
+    """Return BLEU-4 (0 … 100) and CIDEr (about 0 … 10) over the split's images.
+
+    There are two baselines: one constant caption, and the captions generated for other images.
 
     CIDEr weights n-grams by their rarity among this split's references. It compares models on one split, not splits.
 

@@ -36,8 +36,9 @@ def classification(
     limit: int | None = None,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Return the mean average precision over the labels (0 … 1) of one logistic regression per label on standardised
-    [CLS] vectors.
+    """Return the mean average precision (0 … 1) of a linear probe, over the labels.
+
+    The probe is one logistic regression per label on standardised [CLS] vectors.
 
     The samples are those that have all modalities that both splits have, so that all subsets are compared on the same
     samples. A label is used if at least `min_positives` training samples and one test sample have it. `chance` is the
@@ -98,8 +99,9 @@ def table(figures: dict[str, Any]) -> str:
 def label_matrices(
     store: FeatureStore, train: np.ndarray, test: np.ndarray, min_positives: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the names of the labels that are used (see `classification`), and their bool [n, c] for training and test
-    samples.
+    """Return the names of the labels that are used, and their bool [n, c] for both splits.
+
+    `classification` defines which labels are used.
 
     Raise UserError if no label is left.
     """

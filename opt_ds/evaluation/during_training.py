@@ -43,8 +43,9 @@ def _count_with(store: FeatureStore, split: str, modalities: Collection[int]) ->
 
 
 def figures_during_training(evaluator: Evaluator, options: EvaluateConfig, seed: int) -> dict[str, float]:
-    """Return "evaluate/<experiment>/…" -> figure, with greedy decoding and galleries of at most `options.limit`
-    samples.
+    """Return "evaluate/<experiment>/…" -> figure.
+
+    Decoding is greedy and galleries have at most `options.limit` samples.
     """
     figures: dict[str, float] = {}
     for name in options.experiments:

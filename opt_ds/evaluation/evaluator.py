@@ -26,8 +26,9 @@ _NAMES = ("text", "an image", "audio")
 def samples_with(
     store: FeatureStore, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1
 ) -> np.ndarray:
-    """Return the samples of the split that have these modalities, int64, in store order; with a limit, a seeded choice
-    of them.
+    """Return the samples of the split that have these modalities, int64, in store order.
+
+    With a limit, they are a seeded choice.
     """
     samples = store.split_samples(split)
     samples = samples[(store.rows[samples][:, list(modalities)] >= 0).all(1)]
@@ -94,8 +95,9 @@ class Evaluator(ModelRunner):
         return self.reader.whole(0, int(index), tuple(modalities))
 
     def captions_beyond_model(self, samples: np.ndarray) -> int:
-        """Return how many of these samples' texts have more WordPieces than the model can write
-        (model.max_text_tokens).
+        """Return how many of these samples' texts are longer than the model can write.
+
+        The limit is model.max_text_tokens WordPieces.
         """
         rows = self.store.rows[samples, TEXT]
         return int((self.store.text_lengths[rows[rows >= 0]] > self.config.model.max_text_tokens).sum())

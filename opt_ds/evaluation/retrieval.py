@@ -1,5 +1,6 @@
-"""Zero-shot retrieval in five directions, by the matching head and, if text is one side, by the text decoder's
-likelihood.
+"""Zero-shot retrieval in five directions.
+
+The scores are the matching head's and, if text is one side, the text decoder's likelihood.
 
 A gallery of seeded candidates provides both queries and targets. Equal captions and identical images count as correct:
 a hit is any candidate whose target is the same text, image or audio as the query's own. A hit is also any candidate of
@@ -145,8 +146,9 @@ def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int
 
 
 def case_of(query: tuple[int, ...], target: int) -> int:
-    """Return the index, among the matching head's scores, of the matching label that means: exactly these modalities
-    match.
+    """Return the index of the matching label that means: exactly these modalities match.
+
+    It is an index into the matching head's scores.
     """
     return _CASE_OF_PAIR.get(frozenset((*query, target)), CASES.index("all"))
 

@@ -145,8 +145,9 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
 
 
 def constant_caption(evaluator: Evaluator, seed: int) -> str:
-    """Return the training caption that, as the prediction for all samples, has the lowest error on a sample of training
-    captions.
+    """Return the training caption with the lowest error as the prediction for all samples.
+
+    The error is measured on a sample of the training captions.
     """
     train = evaluator.require_samples(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
     references = [evaluator.caption(index) for index in train]
@@ -154,8 +155,9 @@ def constant_caption(evaluator: Evaluator, seed: int) -> str:
 
 
 def _shuffle(captions: list[str], seed: int) -> np.ndarray:
-    """Return a permutation without fixed points, so that each sample gets another one's audio (which may have the same
-    content).
+    """Return a permutation without fixed points, so that each sample gets another one's audio.
+
+    The other audio may have the same content.
     """
     order = np.random.default_rng(seed).permutation(len(captions))
     turned = np.roll(order, 1)

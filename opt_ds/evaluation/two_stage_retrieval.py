@@ -193,8 +193,9 @@ class TwoStages:
         return Scores(scores_qk, len(np.unique(best_qk)), best_qk.size)
 
     def _log_priors(self, direction: str, samples: np.ndarray) -> Scores:
-        """Return the log of the mean likelihood of these samples' texts over their nearest training inputs, float64
-        [samples].
+        """Return the log prior of these samples' texts, float64 [samples].
+
+        The prior is the mean likelihood over the nearest training inputs.
         """
         nearest_kt = self._prior_inputs(direction, samples)
         inputs, places = np.unique(nearest_kt, return_inverse=True)
@@ -208,8 +209,9 @@ class TwoStages:
         return Scores(log_mean_exp(values.reshape(nearest_kt.shape), axis=0)[0], len(inputs), nearest_kt.size)
 
     def _prior_inputs(self, direction: str, samples: np.ndarray) -> np.ndarray:
-        """Return the training samples whose inputs are nearest to these samples' texts by the projection, int64 [k,
-        samples].
+        """Return the training samples that are nearest to these samples' texts, int64 [k, samples].
+
+        The distance is that of the projection.
         """
         fitted = self._fit(direction)
         scores_nt = fitted.projection.scores(fitted.query_ne, self._vectors(samples, (TEXT,)))
@@ -267,8 +269,9 @@ def _likeliest_first(log_likelihood_qk: np.ndarray, over_prior_qk: np.ndarray, l
 
 
 def reranked(first_qc: np.ndarray, best_qk: np.ndarray, second_qk: np.ndarray) -> np.ndarray:
-    """Return scores [q, c] that rank the shortlist first, in the second stage's order, then the rest in the first
-    stage's order.
+    """Return scores [q, c] that rank the shortlist first, in the second stage's order.
+
+    The other candidates follow in the first stage's order.
     """
     scores_qc = first_qc.astype(np.float64) - first_qc.max(1, keepdims=True)
     np.put_along_axis(scores_qc, best_qk, second_qk - second_qk.min(1, keepdims=True) + 1, axis=1)

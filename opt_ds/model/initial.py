@@ -11,8 +11,9 @@ from opt_ds.store.reader import FeatureStore
 
 
 def initial_model(config: Config, stores: list[FeatureStore], warm_start: bool = True) -> OPT:
-    """Return the initial model of a run: weights sampled from `seed` (the same on every rank) and the stores'
-    standardisation.
+    """Return the initial model of a run.
+
+    Its weights are sampled from `seed`, equal on every rank. The standardisation is that of the stores.
 
     With `warm_start`, the weights of `model.bert` are loaded too.
     """

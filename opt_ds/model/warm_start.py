@@ -1,5 +1,6 @@
-"""Warm start from any Hugging Face BERT folder: encoder, word and position embeddings, and the heads that BERT also
-has.
+"""Warm start from any Hugging Face BERT folder.
+
+It sets the encoder, the word and position embeddings, and the heads that BERT also has.
 """
 
 import re
@@ -92,7 +93,9 @@ def _fitting(
 
 
 def _check_config(config: ModelConfig, folder: Path) -> None:
-    """Raise UserError for other heads, activations or positions, which change the meaning of weights of the same shape.
+    """Raise UserError for other heads, activations or positions.
+
+    They change the meaning of weights of the same shape.
     """
     if config.norm != "post":
         raise UserError(

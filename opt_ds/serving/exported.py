@@ -37,8 +37,9 @@ def load_exported(path: Path) -> tuple[OPT, Config]:
 
 
 def check_exported(path: Path) -> Config:
-    """Return the configuration of an exported folder, after checking that no file is damaged or leads out of the
-    folder.
+    """Return the configuration of an exported folder, after checking the folder.
+
+    No file may be damaged or lead out of the folder.
 
     Raise UserError if a file differs from what was exported, the configuration has unknown keys, weights are in files
     elsewhere, or the weights cannot fill the configured sizes.

@@ -310,7 +310,9 @@ class StoreIndex:
     def nearest(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, count: int = 5
     ) -> list[Neighbour]:
-        """Return the samples whose embeddings have the largest cosine similarity with that of the input, nearest first.
+        """Return the samples that are nearest to the input, nearest first.
+
+        Nearness is the cosine similarity of the embeddings.
         """
         _check_count("count", count)
         return self._neighbours.nearest(self._read(text, image, audio), count)

@@ -1,5 +1,6 @@
-"""OPT as a Hugging Face model: `OPTModel.from_pretrained(folder)`, and `AutoModel.from_pretrained` after importing
-this.
+"""OPT as a Hugging Face model.
+
+`OPTModel.from_pretrained(folder)` loads it, and so does `AutoModel.from_pretrained` after importing this module.
 """
 
 from pathlib import Path
@@ -20,8 +21,9 @@ from opt_ds.training.checkpoint import HUB_MODEL_TYPE
 
 
 class OmniPerceptionConfig(PretrainedConfig):
-    """Configuration that holds the run's complete configuration, as dumped by `opt_ds.config.Config`, in
-    `opt_ds_config`.
+    """Configuration that holds the run's complete configuration in `opt_ds_config`.
+
+    It is the dump of an `opt_ds.config.Config`.
 
     The name avoids a conflict with transformers' OPTConfig, which is for Meta's OPT.
     """

@@ -170,8 +170,9 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close at once every connection whose request is not being computed, so that Ctrl-C does not wait for slow
-        clients.
+        """Close at once every connection whose request is not being computed.
+
+        Ctrl-C therefore does not wait for slow clients.
         """
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):

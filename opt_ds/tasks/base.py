@@ -115,8 +115,9 @@ class Task(DataTask):
 
     @classmethod
     def same_head(cls, section: Any, other: Any) -> bool:
-        """Return whether two sections of an optional task describe the same head, so that the weights of one fit the
-        other.
+        """Return whether two sections of an optional task describe the same head.
+
+        If they do, the weights of one fit the other.
         """
         return section == other
 
@@ -138,15 +139,17 @@ class Task(DataTask):
     # ---- evaluation
 
     def baseline(self, statistics: "TrainingStatistics") -> "Baseline | None":
-        """Return the loss of a model that ignores the inputs (see `opt_ds.tasks.baselines`), or None if the task has
-        none.
+        """Return the loss of a model that ignores the inputs, or None if the task has none.
+
+        See `opt_ds.tasks.baselines`.
         """
         return None
 
 
 def classification_term(scores: torch.Tensor, targets: torch.Tensor) -> LossTerm:
-    """Return the summed cross-entropy of fp32 scores [m, classes] and targets [m], with the number of correct
-    predictions.
+    """Return the summed cross-entropy of fp32 scores [m, classes] and targets [m].
+
+    The metric "correct" is the number of correct predictions.
     """
     loss = F.cross_entropy(scores.float(), targets, reduction="sum")
     correct = (scores.detach().argmax(-1) == targets).sum().float() if len(targets) else torch.zeros((), device=scores.device)

@@ -118,8 +118,9 @@ class TrainingStatistics:
         return tokens, num_texts, classes, codes
 
     def mean_error(self, vectors: np.ndarray, store: int, name: str, repeat: int) -> np.ndarray:
-        """Return the squared error of the training mean, averaged over dimensions, in the units that the model
-        regresses.
+        """Return the squared error of the training mean, averaged over dimensions.
+
+        It is in the units that the model regresses.
 
         Args:
             vectors: Stored features [n, repeat · v].

@@ -95,8 +95,9 @@ class LabelPrediction(Task):
     def section_for_finetuning(
         cls, job: str, stores: list[FeatureStore], split: str, min_positives: int
     ) -> dict[str, Any] | None:
-        """Return the names of the head: labels with at least `min_positives` samples in the split, or all answers of
-        the stores.
+        """Return the section with the names of the head.
+
+        They are the labels with at least `min_positives` samples in the split, or all answers of the stores.
         """
         names = sorted({name for store in stores for name in store.description.label_names})
         if job == "classification":

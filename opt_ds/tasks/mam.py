@@ -192,8 +192,9 @@ class MaskedAudioModeling(TokenLevelTask):
         return head(encoded.hidden_te, part, encoded.features[AUDIO], encoded.inputs.frame_masked)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """Return the baselines: the mean of the training features for MAFR, log K (K equally likely candidates) for
-        MAC.
+        """Return the baselines of MAFR and MAC.
+
+        They are the mean of the training features, and log K for K equally likely candidates.
         """
         stack = self.config.model.audio_stack
 

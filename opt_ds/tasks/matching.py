@@ -164,8 +164,9 @@ class Matching(Task):
         ]
 
     def replacements(self, inputs: np.ndarray) -> tuple[int, ...]:
-        """Return `OWN`, then each input modality: each validation sample is matched as it is and with each modality
-        replaced.
+        """Return `OWN`, then each input modality.
+
+        Each validation sample is matched as it is and with each modality replaced.
         """
         return (OWN, *np.flatnonzero(inputs).tolist())
 

@@ -100,7 +100,9 @@ class MaskedVisionModeling(TokenLevelTask):
         return head(encoded.hidden_te, part, encoded.features[IMAGE])
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """Return the baselines: the mean of the training features for MVFR, the classes' training frequencies for MRC.
+        """Return the baselines of MVFR and MRC.
+
+        They are the mean of the training features, and the classes' training frequencies.
         """
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:

@@ -141,8 +141,9 @@ class ModalityReconstruction(Task):
 
     @property
     def num_variants(self) -> int:
-        """Two variants with `always_drop_target` (text targets, then image targets); otherwise one, in which a sample
-        has both.
+        """Two variants with `always_drop_target`, otherwise one.
+
+        The two have text targets and image targets. Otherwise a sample has both.
         """
         return 2 if self.section.always_drop_target else 1
 
@@ -280,8 +281,9 @@ class ModalityReconstruction(Task):
         }
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline | None:
-        """Return the loss of unigram frequencies: of training tokens and the end of a text for DTR, of image codes for
-        DIR.
+        """Return the loss of unigram frequencies.
+
+        They are those of training tokens and the end of a text for DTR, and of image codes for DIR.
         """
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:

@@ -58,7 +58,8 @@ class TokenLevelTask(Task):
 def masked_places(
     samples: Sequence[Sample], name: str, mask: Callable[[Sample], np.ndarray | None]
 ) -> list[tuple[int, np.ndarray]]:
-    """Return (index of the sample in the batch, int64 positions of its masked items) for each sample with targets of
-    this task.
+    """Return the positions of masked items for each sample with targets of this task.
+
+    Each entry is (index of the sample in the batch, int64 positions).
     """
     return [(i, np.flatnonzero(given(mask(sample)))) for i, sample in enumerate(samples) if name in sample.targets]

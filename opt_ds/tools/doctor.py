@@ -45,8 +45,9 @@ class Question:
 
 
 def default_config(stores: list[str]) -> str:
-    """Return the preset that pretrain.py without --config uses on this machine, or opt-base if that cannot be
-    determined.
+    """Return the preset that pretrain.py without --config uses on this machine.
+
+    Return opt-base if that cannot be determined.
     """
     try:
         import torch

@@ -1,5 +1,6 @@
-"""Requirements of a run, estimated before it starts: memory, micro-batch budget, accumulation, operations, traffic,
-time and bottleneck.
+"""Requirements of a run, estimated before it starts.
+
+They are memory, micro-batch budget, accumulation, operations, traffic, time and bottleneck.
 
 Memory comes from the model in `memory.py`, which tests compare with measured CPU peaks. Nothing of this has been
 measured on GPUs. Times are computed: operations divided by the data sheet's peak times `utilisation`, bytes divided by
@@ -155,8 +156,9 @@ class _Planner:
         return StepPlan(config, self.stores).step(0, self.cluster.num_gpus)
 
     def _memory(self, max_tokens: int) -> RankMemory:
-        """Return the memory at this budget, from the micro-batches of the first step with the most positions and the
-        most padding.
+        """Return the memory at this budget.
+
+        It is traced with the micro-batches of the first step that have the most positions and the most padding.
         """
         step = self._planned(max_tokens)
         lengths = step.samples.input_lengths.sum(1)
@@ -219,8 +221,9 @@ class _Planner:
 def communication_bytes(
     config: Config, precision: Precision, parameters: int, world_size: int, accumulation: int
 ) -> float:
-    """Return the bytes that a rank sends in one optimiser step, with ring algorithms and fp32 gradients (see
-    deepspeed_config).
+    """Return the bytes that a rank sends in one optimiser step.
+
+    Collectives are assumed to be ring algorithms, with gradients in fp32 (see deepspeed_config).
 
     Stage 1 reduces once per step, stages 2 and 3 on every micro-batch. Stage 3 also gathers weights for forward and
     backward.

@@ -29,8 +29,9 @@ class TrainingRun(Protocol):
     state: TrainState
 
     def is_due(self, every: int) -> bool:
-        """Return whether an action that runs every `every` steps, and after the last step, is due after the current
-        step.
+        """Return whether an action that runs every `every` steps is due after this step.
+
+        It is also due after the last step.
         """
         ...
 

@@ -123,8 +123,9 @@ def find_resumable(output: Path) -> Path | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that `--checkpoint PATH` means: the folder itself, or the best (else the latest) one of a
-    run's output directory.
+    """Return the checkpoint that `--checkpoint PATH` means.
+
+    It is the folder itself, or the best (else the latest) checkpoint of a run's output directory.
 
     Raises:
         UserError: There is no checkpoint, one of its files is missing or truncated, the weights or state.json do not
@@ -250,8 +251,9 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["OPT", Config]:
-    """Return the trained model (fp32, in evaluation mode) and its configuration from a run's output directory or a
-    checkpoint.
+    """Return the trained model (fp32, in evaluation mode) and its configuration.
+
+    `path` is a run's output directory or a checkpoint.
     """
     from opt_ds.model.opt import OPT
 

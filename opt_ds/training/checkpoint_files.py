@@ -1,5 +1,6 @@
-"""Checks of a checkpoint's files: recorded sizes and hashes, pointers, and whether the weights can fill the configured
-model.
+"""Checks of a checkpoint's files.
+
+They cover recorded sizes and hashes, pointers, and whether the weights can fill the configured model.
 """
 
 import math

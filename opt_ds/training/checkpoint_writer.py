@@ -201,10 +201,11 @@ def _best(output: Path) -> Path | None:
 
 
 def _prune(output: Path, keep: int, newest: Path, best_step: int | None) -> None:
-    """Remove all checkpoints except the last `keep` ones up to `newest`, and the best one.
+    """Remove old checkpoints.
 
-    Checkpoints later than `newest` are removed: they were unusable, since otherwise the run would have resumed from
-    them. If "best" names one of these, it is pointed at the best remaining checkpoint.
+    The last `keep` ones up to `newest` and the best one are kept. Checkpoints later than `newest` are removed: they
+    were unusable, since otherwise the run would have resumed from them. If "best" names one of these, it is pointed at
+    the checkpoint of `best_step`, or removed if there is none.
     """
     found, best = checkpoint.all_checkpoints(output), _best(output)
     later = [folder for folder in found if folder.name > newest.name]

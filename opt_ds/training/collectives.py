@@ -49,8 +49,9 @@ class CollectiveNotes:
 
 
 def first_difference(notes: dict[int, bytes]) -> str | None:
-    """Return a description of the first position at which two ranks made different calls, or None if their common
-    positions agree.
+    """Return a description of the first position at which two ranks made different calls.
+
+    Return None if their common positions agree.
     """
     unpacked = {rank: json.loads(zlib.decompress(packed)) for rank, packed in notes.items()}
     first, *others = sorted(unpacked)
@@ -119,8 +120,9 @@ class CollectiveWatch:
 
 
 def end_process(rank: int) -> Callable[[str], None]:
-    """Return a `fail` callback that ends this process with code 1, because its main thread waits in a call that never
-    returns.
+    """Return a `fail` callback that ends this process with code 1.
+
+    It does not raise, because the main thread waits in a call that never returns.
     """
 
     def fail(difference: str) -> None:
@@ -164,8 +166,9 @@ def _note_calls(notes: CollectiveNotes) -> Callable[[], None]:
 
 
 def _size(arguments: tuple[Any, ...]) -> tuple[int, str]:
-    """Return the number of elements and the dtype of a call's first argument, which is a tensor or nested lists of
-    tensors.
+    """Return the number of elements and the dtype of a call's first argument.
+
+    The argument is a tensor or nested lists of tensors.
     """
     first = arguments[0] if arguments else None
     numel, dtype = 0, ""

@@ -273,7 +273,9 @@ def _native_precision(hardware: Hardware) -> Precision:
 
 
 def has_kernels(hardware: Hardware) -> bool:
-    """Return whether torch's binaries run on this GPU: same major and no newer minor version, or PTX to compile from.
+    """Return whether torch's binaries run on this GPU.
+
+    They do for the same major and no newer minor version, or if there is PTX to compile from.
     """
     assert hardware.capability is not None
     major, minor = hardware.capability

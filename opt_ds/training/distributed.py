@@ -43,8 +43,9 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """Return this process's ranks from the environment of `deepspeed`, `torchrun` or `srun`, or a single rank if there
-    is no launcher.
+    """Return this process's ranks from the environment of `deepspeed`, `torchrun` or `srun`.
+
+    Without a launcher there is a single rank.
 
     The environment variables that torch and DeepSpeed read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are
     completed. Raise UserError if the launcher's variables are incomplete.

@@ -133,7 +133,9 @@ def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
 
 
 def _agreement(stores: list[FeatureStore], split: str) -> int:
-    """Return how many annotators must agree on an answer: 3 as published, fewer if no question has that many answers.
+    """Return how many annotators must agree on an answer.
+
+    It is 3 as published, and fewer if no question has that many answers.
     """
     most = max((len(store.labels(int(index))) for store in stores for index in store.split_samples(split)), default=3)
     return min(3, max(1, most))

@@ -106,8 +106,9 @@ def _chunks(parameters: Iterable[nn.Parameter]) -> Iterable[list[Any]]:
 
 
 def add_to_sums(sums: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-    """Add gradients of any dtype to contiguous sums of a wider dtype, in place, with the same bits as `sum +=
-    gradient`.
+    """Add gradients of any dtype to contiguous sums of a wider dtype, in place.
+
+    The result has the same bits as `sum += gradient`.
     """
     if not sums:
         return

@@ -125,8 +125,9 @@ def differing_parameter(module: nn.Module, group: ProcessGroup) -> str | None:
 
 
 def _bit_sum(parameter: torch.Tensor) -> torch.Tensor:
-    """Return an int64 checksum of the tensor's bits: the sum of its words, each multiplied by an odd number unique to
-    its position.
+    """Return an int64 checksum that changes with any bit of the tensor.
+
+    It is the sum of the tensor's words, each multiplied by an odd number unique to its position.
     """
     flat = parameter.detach().contiguous().flatten()
     words = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)

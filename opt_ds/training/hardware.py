@@ -84,8 +84,9 @@ class PeakFlops:
 
 
 def peak_flops(hardware: "Hardware", precision: "Precision") -> PeakFlops:
-    """Return the peak of this rank's device: from the data sheet for a known GPU, otherwise measured with a short
-    matrix product.
+    """Return the peak of this rank's device.
+
+    It comes from the data sheet for a known GPU. Otherwise a short matrix product is measured.
     """
     gpu = known_gpu(hardware.name) if hardware.kind == "cuda" else None
     if gpu is not None:

@@ -50,8 +50,9 @@ class Start:
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Settings of the model that may differ from the source's, including those of heads that the source never
-        trained.
+        """Settings of the model that may differ from the source's.
+
+        They include those of heads that the source never trained.
         """
         losses = [loss for unit in self.config.tasks.units.values() for loss in unit.losses]
         return (*_FREE, *(key for loss in losses if loss.name not in self.init.learned for key in loss.settings))
@@ -163,8 +164,9 @@ def _tasks_off(file: Path) -> set[str]:
 
 
 def settings_of_start(start: Start, source: str, settings: list[str]) -> list[str]:
-    """Return the settings, extended by the start and by the source's model settings that neither the file nor
-    `settings` contains.
+    """Return the settings, extended by the start and by the source's model settings.
+
+    Model settings that the file or `settings` already contains are not taken from the source.
     """
     given = {*given_keys(source), *(setting.partition("=")[0].strip() for setting in settings)}
     model = start.config.model.model_dump(mode="json")
@@ -217,8 +219,9 @@ def _check_stores(start: Start, config: Config) -> list[str]:
 
 
 def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> None:
-    """Raise UserError for another vocabulary, or another extractor of a modality that the source and the store both
-    have.
+    """Raise UserError for another vocabulary or another extractor.
+
+    Extractors are compared for the modalities that the source and the store both have.
     """
     description = load_processor_description(processor)
     shared = {kind: description.extractors.get(kind, there) for kind, there in store.description.extractors.items()}
@@ -277,8 +280,9 @@ class Carried:
 
 
 def load_weights(model: "OPT", init: InitConfig) -> Carried:
-    """Copy the source's weights and standardisation into a freshly initialised model, except for heads that the source
-    never trained.
+    """Copy the source's weights and standardisation into a freshly initialised model.
+
+    Heads that the source never trained keep their initialisation.
     """
     folder = Path(init.checkpoint)
     if _weights_sha256(folder) != init.weights_sha256:

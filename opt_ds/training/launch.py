@@ -152,8 +152,9 @@ def _start(
     must_resume: bool,
     callbacks: "Callbacks",
 ) -> _Start:
-    """Do on rank 0 the checks that are needed once per run: verify the stores, run the callbacks' checks, find the
-    checkpoint.
+    """Do, on rank 0, the checks that are needed once per run.
+
+    The stores are verified, the callbacks' checks run, and the checkpoint is found.
 
     Raise UserError if stores or checkpoints are damaged or lack something that the run needs.
     """

@@ -1,5 +1,6 @@
-"""Launchers among a rank's ancestor processes (deepspeed, torchrun, Slurm's step daemon), and whether one of them has
-ended.
+"""Launchers among a rank's ancestor processes, and whether one of them has ended.
+
+Launchers are deepspeed, torchrun and Slurm's step daemon.
 
 A shell, tmux or nohup does not count as a launcher: a rank started from one of these keeps running when it ends.
 """

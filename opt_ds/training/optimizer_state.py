@@ -56,8 +56,9 @@ def gather(engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, torch.Tenso
 
 @torch.no_grad()
 def scatter(engine: DeepSpeedEngine, read: Callable[[str, str], torch.Tensor], keys: tuple[str, ...]) -> None:
-    """Set each of `keys` ("weight", "exp_avg", "exp_avg_sq") of every parameter to `read(name, key)`, a full fp32
-    tensor.
+    """Set each of `keys` of every parameter to `read(name, key)`, a full fp32 tensor.
+
+    The keys are "weight", "exp_avg" and "exp_avg_sq".
 
     Only master weights are set. The module must have been loaded with the same weights before DeepSpeed wrapped it.
     """

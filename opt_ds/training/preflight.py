@@ -69,8 +69,7 @@ def verify_stores(stores: list[FeatureStore], run: Path | None = None) -> None:
 
 
 def training_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
-    """Return one line, with its fix, for each reason why training with this configuration rejects these complete
-    stores.
+    """Return one line, with its fix, for each reason why training rejects these complete stores.
 
     Tasks are checked only if splits and sizes are right.
     """
@@ -100,8 +99,9 @@ def store_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
 
 
 def training_notes(config: Config, stores: list[FeatureStore]) -> list[str]:
-    """Return one line for each model limit that truncates samples, and one if the proportions of `data.mix` are
-    rounded.
+    """Return one line for each model limit that truncates samples.
+
+    A further line reports rounded proportions of `data.mix`.
     """
     lines = truncation_lines(config.model, stores)
     note = mix_note(config.data.mix) if config.data.mix is not None and len(stores) > 1 else None
@@ -139,8 +139,9 @@ def check_store(config: Config, store: FeatureStore) -> None:
 
 
 def with_store_sizes(source: str | None, settings: list[str], stores: list[str]) -> tuple[list[str], str | None]:
-    """Add settings that set the model's sizes to those of the first store, unless `source` or `settings` already sets
-    them.
+    """Add settings that set the model's sizes to those of the first store.
+
+    Sizes that `source` or `settings` already sets are left unchanged.
 
     Return all settings, and a line that lists what was taken from the store (None if nothing differs from the preset).
     """
@@ -175,7 +176,9 @@ def _differences(config: Config, dims: Dims) -> list[tuple[str, int, int]]:
 
 
 def config_name(source: str | None) -> str:
-    """Return the name of a run's default output directory under runs/: the preset without "opt-", or the file's stem.
+    """Return the name of a run's default output directory under runs/.
+
+    It is the preset without "opt-", or the file's stem.
     """
     name = Path(source or "opt-emoji").stem if source not in preset_names() else str(source)
     return name.removeprefix("opt-")

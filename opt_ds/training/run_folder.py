@@ -61,7 +61,9 @@ def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
 
 
 def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> None:
-    """Raise UserError if `output` holds another run (naming the first key that differs), or checkpoints without a run.
+    """Raise UserError if `output` holds another run, or checkpoints without a run.
+
+    The message names the first key that differs.
     """
     record = read_record(output, MODEL)
     if record is not None:
@@ -107,7 +109,9 @@ def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise UserError, naming the first key that differs, if a run.json is not that of the run with identity `wanted`.
+    """Raise UserError if a run.json is not that of the run with identity `wanted`.
+
+    The message names the first key that differs.
     """
     saved, wanted = record["identity"], json.loads(json.dumps(wanted))
     for key in sorted({*saved, *wanted}):
@@ -120,7 +124,9 @@ def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any
 
 
 def recorded_init(output: Path) -> InitConfig | None:
-    """Return the start that --init-from gave the run in `output`, or None if there is none or run.json is unreadable.
+    """Return the start that --init-from gave the run in `output`.
+
+    Return None if there is none or run.json is unreadable.
     """
     try:
         return InitConfig.model_validate(json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["init_from"])
@@ -186,16 +192,18 @@ def append_launch(output: Path, about: dict[str, Any], launch: dict[str, Any]) -
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package (with its git revision), of Python, and of the packages that affect numerical
-    results.
+    """Return the versions of everything that affects numerical results.
+
+    These are this package (with its git revision), Python and the packages of `_PACKAGES`.
     """
     found = {"opt_ds": __version__, "git": git_revision(), "python": platform.python_version()}
     return {**found, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def git_revision() -> str:
-    """Return the commit of the checkout that contains this package, with "-dirty" for uncommitted changes, or ""
-    outside of one.
+    """Return the commit of the checkout that contains this package, or "" outside of one.
+
+    "-dirty" is appended if there are uncommitted changes.
     """
     folder = PACKAGE_FOLDER.parent
     if not (folder / ".git").exists():

@@ -156,8 +156,7 @@ class Stepper:
 
     @torch.no_grad()
     def _to_blame(self, planned: PlannedStep, slots: np.ndarray) -> tuple[list[str], list[str]] | None:
-        """Return the names of the samples whose losses are not finite when computed alone, and the names of these
-        losses.
+        """Return the samples whose losses are not finite when computed alone, and these losses.
 
         A NaN spreads over its micro-batch, so the losses of the micro-batch do not identify the sample. Return None if
         the losses of single samples do not identify it either.

@@ -187,8 +187,9 @@ class Trainer:
             )
 
     def is_due(self, every: int) -> bool:
-        """Return whether an action that runs every `every` steps, and after the last step, is due after the current
-        step.
+        """Return whether an action that runs every `every` steps is due after this step.
+
+        It is also due after the last step.
         """
         return self.state.step % every == 0 or self.state.step == self.config.max_steps
 
@@ -367,8 +368,9 @@ class Trainer:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimiser's parameter groups: weight decay for matrices, none for LayerNorm weights, biases and other
-    vectors.
+    """Return the optimiser's parameter groups, with weight decay for matrices only.
+
+    LayerNorm weights, biases and other vectors have no weight decay.
 
     DeepSpeed concatenates the weights of a group. Weights with a size that is not a multiple of 8 (a bias of 30,522
     words or of 1,601 classes) come last, because what follows them is not aligned to 16 bytes and is read by kernels

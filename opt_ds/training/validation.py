@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Mean loss of each active loss, accuracy where the task classifies, and the weighted sum that early stopping
-    monitors.
+    """Result of a validation pass.
+
+    It holds the mean of each active loss, the accuracy where the task classifies, and the weighted sum that early
+    stopping monitors.
 
     Without any loss the weighted sum is NaN. The 0 of an empty sum would be better than every loss.
     """

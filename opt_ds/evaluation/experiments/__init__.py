@@ -22,9 +22,7 @@ class ImageJudge(Protocol):
     """Evaluates images with the image extractor of the evaluated model."""
 
     def belongs(self, sample: "Sample", picture: "Image.Image") -> float:
-        """Return the match probability: the matching head's probability that the image matches the sample's text and
-        audio.
-        """
+        """Return the match probability of the image with the sample's text and audio."""
 
     def look(self, picture: "Image.Image") -> "np.ndarray":
         """Return the embedding (feature vector) of an image."""
