@@ -31,16 +31,35 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8,}\.tmp")
 
 
 def run_program(function: Callable[..., Any], arguments: Sequence[str], name: str, rank: int = 0) -> int:
-    """Run a function with typer's annotations as a standalone program. Return the exit code."""
+    """Run a function with typer's annotations as a standalone program.
+
+    Args:
+        function: The function.
+        arguments: Command line arguments.
+        name: Name of the program in messages.
+        rank: Rank of this process.
+
+    Returns:
+        The exit code.
+    """
     return run_command(build(function, name), arguments, name, rank)
 
 
 def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0) -> int:
-    """Run a click command and return the exit code. Mistakes become one line on stderr and exit code 2.
+    """Run a click command. Mistakes become one line on stderr and exit code 2.
 
     With several ranks only rank 0 reports errors. The others wait for it, because a launcher ends all ranks when the
     first one exits. A Ctrl-C becomes one line and exit code 130; SIGTERM becomes 143, and the loss of the terminal
     (SIGHUP) becomes 129. A second signal ends the process at once.
+
+    Args:
+        command: The command.
+        arguments: Command line arguments.
+        name: Name of the program in messages.
+        rank: Rank of this process.
+
+    Returns:
+        The exit code.
     """
     with interrupts.ended_by_signals():
         return _run(command, arguments, name, rank)

@@ -181,9 +181,20 @@ class DonorPool:
         own_row: np.ndarray,
         donor: np.ndarray,
     ) -> np.ndarray:
-        """Try the candidates of the waiting samples.
+        """Try the candidates of the waiting samples and store them.
 
-        Store them, and return the samples whose candidate is not allowed.
+        Args:
+            givers: Samples that have the modality.
+            place: Index into `givers` per sample of `who`.
+            waiting: Indices into `who` of the samples without a negative.
+            modality: The modality that is replaced.
+            who: Indices of the samples.
+            used: Groups that the negatives may not have, one array per source.
+            own_row: The samples' own rows.
+            donor: The negatives, which are set.
+
+        Returns:
+            The waiting samples whose candidate is not allowed.
         """
         candidate = givers[place[waiting]]
         good = self._rows[candidate, modality] != own_row[waiting]

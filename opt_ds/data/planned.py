@@ -83,7 +83,17 @@ class Plan(ABC):
 
     @abstractmethod
     def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> "PlannedSamples":
-        """Return these samples with their tasks in a training step."""
+        """Return these samples with their tasks in a training step.
+
+        Args:
+            step: Index of the step.
+            epoch: int64 [B].
+            store: int64 [B], indices of the stores.
+            sample: int64 [B], sample indices in their stores.
+
+        Returns:
+            The samples.
+        """
 
     @abstractmethod
     def _validation_samples(self, number: int, valid: np.ndarray) -> "list[PlannedSamples]":

@@ -102,7 +102,14 @@ class SampleReader:
         sample.region_labels = regions.labels[:limit].astype(np.int64)
 
     def read_frames(self, sample: Sample, store: FeatureStore, row: int, offset: int) -> None:
-        """Read the frames of the sample and stack them from `offset`."""
+        """Read the frames of the sample and stack them.
+
+        Args:
+            sample: The sample, which is changed.
+            store: Its store.
+            row: Audio row of the store.
+            offset: Offset of the first stacked frame, from 0 to audio_stack − 1.
+        """
         sample.frames = stack_frames(store.frames(row), self.config.model.audio_stack, offset)[: self.config.model.max_frames]
 
 

@@ -158,9 +158,20 @@ def read_row(folder: Path) -> dict[str, Any] | None:
 
 
 def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device: str) -> dict[str, Any]:
-    """Probe the last checkpoint of the row's run and write row.json. Return the row's figures.
+    """Probe the last checkpoint of the row's run and write row.json.
 
-    Raise RunError if the run is unfinished or trained a loss that the row leaves out.
+    Args:
+        row: The row.
+        folder: Folder of the ablation.
+        store: The store to probe on.
+        probe: Settings of the probe.
+        device: Device of the model.
+
+    Returns:
+        The row's figures.
+
+    Raises:
+        RunError: The run is unfinished or trained a loss that the row leaves out.
     """
     run = folder / row.name
     seconds = 0.0
@@ -261,9 +272,18 @@ def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
 
 
 def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe) -> dict[str, Any]:
-    """Write the table of all rows in `folder` with this budget and probe (see ablation_table). Return its figures.
+    """Write the table of all rows in `folder` with this budget and probe (see ablation_table).
 
     Processes take turns. The last of an array job's tasks to write has therefore read every row.
+
+    Args:
+        folder: Folder of the ablation.
+        store: The store of the runs.
+        config: Configuration of any row, which defines the budget.
+        probe: Settings of the probe.
+
+    Returns:
+        The figures of the table.
     """
     with exclusive_use(folder / "ablation"):
         found = [row for name in rows_without(config.tasks) if (row := read_row(folder / name)) is not None]

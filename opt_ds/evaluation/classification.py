@@ -99,11 +99,19 @@ def table(figures: dict[str, Any]) -> str:
 def label_matrices(
     store: FeatureStore, train: np.ndarray, test: np.ndarray, min_positives: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the names of the labels that are used, and their bool [n, c] for both splits.
+    """Return the labels that are used (see `classification`) and which samples have them.
 
-    `classification` defines which labels are used.
+    Args:
+        store: The store.
+        train: int64, sample indices to fit on.
+        test: int64, sample indices to test on.
+        min_positives: Minimum number of training samples per label.
 
-    Raise UserError if no label is left.
+    Returns:
+        The labels' names, and bool [n, c] of the training and of the test samples.
+
+    Raises:
+        UserError: No label is left.
     """
     all_names = store.description.label_names
     column = {name: number for number, name in enumerate(all_names)}

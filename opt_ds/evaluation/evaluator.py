@@ -26,9 +26,17 @@ _NAMES = ("text", "an image", "audio")
 def samples_with(
     store: FeatureStore, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1
 ) -> np.ndarray:
-    """Return the samples of the split that have these modalities, int64, in store order.
+    """Return the samples of a split that have these modalities.
 
-    With a limit, they are a seeded choice.
+    Args:
+        store: The store.
+        split: Name of the split.
+        modalities: Modality numbers; each sample must have all of them.
+        limit: Maximum number of samples. None: all.
+        seed: Seed of the choice if there are more samples than `limit`.
+
+    Returns:
+        int64 sample indices, in store order.
     """
     samples = store.split_samples(split)
     samples = samples[(store.rows[samples][:, list(modalities)] >= 0).all(1)]
@@ -75,7 +83,7 @@ class Evaluator(ModelRunner):
         self.reader = SampleReader(config, [store])
 
     def samples_with(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
-        """Call the function of the same name for the evaluator's store."""
+        """Return the samples of a split that have these modalities (see the function of the same name)."""
         return samples_with(self.store, split, modalities, limit, seed)
 
     def has_samples(self, split: str, modalities: Sequence[int]) -> bool:

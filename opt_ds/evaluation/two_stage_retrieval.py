@@ -154,7 +154,17 @@ class TwoStages:
         return self._fit(direction).projection.scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
 
     def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
-        """Return the matching head's scores [q, k] of the shortlisted pairs. Each pair takes one encoder pass."""
+        """Return the matching head's scores of the shortlisted pairs. Each pair takes one encoder pass.
+
+        Args:
+            direction: Key of DIRECTIONS.
+            queries: Sample indices of the queries.
+            gallery: Sample indices of the candidates.
+            best_qk: Gallery indices of the shortlist, int64 [q, k].
+
+        Returns:
+            Scores [q, k] and the numbers of passes.
+        """
         query, target = DIRECTIONS[direction]
         case = case_of(query, target)
         scores_qk = np.empty(best_qk.shape, dtype=np.float32)
@@ -165,10 +175,19 @@ class TwoStages:
         return Scores(scores_qk, best_qk.size, 0)
 
     def likelihood(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
-        """Return log P(text | other side) [q, k] of the shortlisted pairs.
+        """Return log P(text | other side) of the shortlisted pairs.
 
         If texts are ranked, each query's `LIKELIEST` texts are ranked by likelihood over prior, and the other texts
         after them.
+
+        Args:
+            direction: Key of DIRECTIONS.
+            queries: Sample indices of the queries.
+            gallery: Sample indices of the candidates.
+            best_qk: Gallery indices of the shortlist, int64 [q, k].
+
+        Returns:
+            Scores [q, k] and the numbers of passes.
         """
         query, target = DIRECTIONS[direction]
         read, texts_of = self.evaluator.read, self._texts

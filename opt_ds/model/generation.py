@@ -53,7 +53,17 @@ def text_decoding(beam_size: int) -> DecodingConfig:
 
 
 def image_decoding(top_k: int, top_p: float, temperature: float, seed: int) -> DecodingConfig:
-    """Return the options of sampling image codes. A `top_p` of 0 keeps only the likeliest code."""
+    """Return the options of sampling image codes.
+
+    Args:
+        top_k: Sample from this many likeliest codes; 0: from all.
+        top_p: Sample from the likeliest codes of this total probability; 0: only the likeliest one.
+        temperature: Divides the logits.
+        seed: Seed of the sampling.
+
+    Returns:
+        The options.
+    """
     return DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
 
 

@@ -123,7 +123,11 @@ class Model:
     ) -> str:
         """Return the text that the text decoder generates for any mixture of inputs.
 
-        `beam_size` 1 means greedy search.
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            beam_size: Beam size; 1: greedy search.
         """
         _check_count("beam_size", beam_size)
         return self._session.text(self._read(text, image, audio), text_decoding(beam_size))
@@ -173,10 +177,18 @@ class Model:
     ) -> list[GeneratedImage]:
         """Generate `count` images of 64 x 64 pixels, best match first.
 
-        The other arguments are those of `generate_image`.
-
         For a single image and for a model trained without matching, the probabilities are None and the order is that of
         sampling.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            count: Images to generate.
+            top_k: Sample each image code from this many likeliest ones; 0: from all.
+            top_p: Sample each image code from the likeliest ones of this total probability.
+            temperature: Divides the logits; lower values give less variation.
+            seed: Equal seeds and inputs give equal images on the same hardware.
         """
         _check_count("candidates or count", count)
         _check_range("top_k", top_k, 0, None)
@@ -190,10 +202,16 @@ class Model:
     def embed(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, normalize: bool = True
     ) -> np.ndarray:
-        """Return the encoder's output at [CLS], float32 [hidden_size], with length 1 if `normalize`.
+        """Return the encoder's output at [CLS], float32 [hidden_size].
 
         It is a feature vector for classifiers and for finding similar inputs of the same kind. Training does not make
         the vectors of a text and of its image similar; use `rank_images` to compare these.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            normalize: Whether the vector is scaled to length 1.
         """
         sample = self._read(text, image, audio)
         vectors = unit_cls(self._session, [sample]) if normalize else self._session.cls_vectors([sample])
@@ -265,7 +283,14 @@ class Model:
         image: ImageInput | None = None,
         by: Score = "matching",
     ) -> list[Ranked]:
-        """Rank audio for a text, an image or both, best first. The arguments are those of `rank_images`."""
+        """Rank audio for a text, an image or both, best first.
+
+        Args:
+            recordings: The candidates.
+            text: The query.
+            image: The query.
+            by: "matching" or "likelihood", as in `rank_images`.
+        """
         return self._ranked_for(self._read(text, image, None), [self._read(None, None, audio) for audio in recordings], by)
 
     def index(self, store: str | Path, split: str = "train", limit: int = 2000) -> "StoreIndex":
@@ -312,7 +337,14 @@ class StoreIndex:
     ) -> list[Neighbour]:
         """Return the samples that are nearest to the input, nearest first.
 
-        Nearness is the cosine similarity of the embeddings.
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            count: Number of samples.
+
+        Returns:
+            The samples whose embeddings have the largest cosine similarity with that of the input.
         """
         _check_count("count", count)
         return self._neighbours.nearest(self._read(text, image, audio), count)
@@ -326,7 +358,18 @@ def load_model(
     image_weights: str | Path | None = None,
     speech_weights: str | Path | None = None,
 ) -> Model:
-    """Load a trained model. See `opt_ds.load`."""
+    """Load a trained model. `opt_ds.load` is the public name.
+
+    Args:
+        path: A run's output directory, one of its checkpoints, or an exported folder.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "auto", "fp32", "bf16" or "fp16": dtype of the weights.
+        image_weights: Weights of an image extractor whose package does not include them.
+        speech_weights: Weights of a speech extractor whose package does not include them.
+
+    Returns:
+        The model.
+    """
     where = _choose_device(str(device))
     dtype = _choose_dtype(precision, where)
     session = Session.load(

@@ -99,7 +99,14 @@ def dump_micro_batch(
 def dump_sample_names(output: Path, step: int, names_by_rank: list[list[str]], write: bool) -> Path:
     """Write the names of the step's samples to `guard/step-….json`, for a step that no single micro-batch explains.
 
-    Only the rank with `write` writes the file. Every rank gets its path.
+    Args:
+        output: The run's output directory.
+        step: Index of the step.
+        names_by_rank: Names of the samples of each rank.
+        write: Whether this rank writes the file.
+
+    Returns:
+        Path of the file, on every rank.
     """
     path = output / FOLDER / f"step-{step:08d}.json"
     if write:

@@ -165,7 +165,14 @@ def _unusable(output: Path, error: OSError) -> UserError:
 
 
 def record_launch(output: Path, config: Config, stores: list[FeatureStore], launch: dict[str, Any]) -> None:
-    """Write config.yaml and processor/, and run.json with this launch appended."""
+    """Write config.yaml and processor/, and run.json with this launch appended.
+
+    Args:
+        output: The run's output directory.
+        config: The resolved configuration.
+        stores: The run's stores. The processor files come from the first one.
+        launch: The entry of this launch.
+    """
     copy_processor_files(stores[0], output / PROCESSOR_FOLDER)
     with atomic_file(output / CONFIG_FILE) as temporary:
         temporary.write_text(dump_config(config), encoding="utf-8")

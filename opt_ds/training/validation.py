@@ -79,7 +79,15 @@ def validate(
 ) -> ValidationResult:
     """Run the validation pass for a model on one store.
 
-    `group` is the ranks that share the work, or None for this process alone.
+    Args:
+        model: The model.
+        config: Its configuration.
+        store: The store.
+        device: Device of the model.
+        group: The ranks that share the work. None: this process alone.
+
+    Returns:
+        Losses, accuracies and the weighted loss, over all ranks.
     """
     rank, world_size = (group.ranks.rank, group.ranks.world_size) if group else (0, 1)
     loader = MicroBatchLoader(make_plan(config, [store]), rank, world_size, torch.device(device))

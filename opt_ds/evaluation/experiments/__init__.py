@@ -77,7 +77,17 @@ class Experiment:
         raise NotImplementedError
 
     def measure_in_training(self, evaluator: "Evaluator", split: str, limit: int, seed: int) -> dict[str, Any]:
-        """Return the figures of a model in training, with greedy decoding and at most `limit` samples."""
+        """Return the figures of a model in training, with greedy decoding.
+
+        Args:
+            evaluator: The model and the store.
+            split: Name of the split.
+            limit: Maximum number of samples.
+            seed: Seed of the choice of samples.
+
+        Returns:
+            The figures, as plain values.
+        """
         raise NotImplementedError
 
     def table(self, figures: dict[str, Any]) -> str:
