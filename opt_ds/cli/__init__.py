@@ -1,4 +1,7 @@
-"""`opt-ds …`: the list of commands. A command's module is imported when the command is called, so `--help` is quick."""
+"""`opt-ds …`: the list of commands.
+
+A command's module is imported only when the command is called, so that `--help` is fast.
+"""
 
 import sys
 
@@ -14,13 +17,13 @@ try:
     from opt_ds.cli.program import rank_of_environment, run_command
     from opt_ds.errors import UserError, did_you_mean
     from opt_ds.training.signals import REQUEUE_EXIT_CODE
-except KeyboardInterrupt:  # a Ctrl-C while the libraries load ends as any other does
+except KeyboardInterrupt:  # handle a Ctrl-C while the libraries load like any other
     print("stopped", file=sys.stderr)
     sys.exit(130)
 
 
 class Command(NamedTuple):
-    """Where a command's function (or group of functions) is, and its line in `opt-ds --help`."""
+    """Location of a command's function (or group of functions), and its line in `opt-ds --help`."""
 
     module: str
     function: str
@@ -52,7 +55,7 @@ COMMANDS = {
 
 
 class _LazyGroup(typer.core.TyperGroup):
-    """Commands of `COMMANDS`, each imported on its first use."""
+    """Commands of `COMMANDS`, each imported at its first use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -88,7 +91,7 @@ def _build() -> Any:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     code = run_command(_build(), sys.argv[1:], "opt-ds", rank_of_environment())
     if code not in (0, REQUEUE_EXIT_CODE) and (torch := sys.modules.get("torch.distributed")) and torch.is_initialized():
         sys.stdout.flush()

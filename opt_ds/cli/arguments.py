@@ -1,6 +1,6 @@
-"""What holds for every option of every command: it is given once, is not empty, and a path in it can be one.
+"""Checks of every option of every command: it is given once, is not empty, and a path in it is possible.
 
-Every command is built by `build`, so no command has to check this itself.
+Every command is built by `build`, so that no command has to check this itself.
 """
 
 import inspect
@@ -18,26 +18,26 @@ from opt_ds.errors import UserError
 from opt_ds.log import ON_STDERR
 
 _LOG = logging.getLogger(__name__)
-#: Commands that go on where they were when they are given again; what a Ctrl-C says of them.
+#: Commands that resume when they are called again, which the message after a Ctrl-C says.
 RESUMING = ("corpus", "prepare", "train-dvae", "train_dvae.py", "finetune", "ablate", "pretrain.py")
-#: Options that take `-` for standard output.
+#: Options that accept `-` for standard output.
 _STDOUT = {("generate", "output"), ("plan", "json_file")}
-#: Options whose text names a file or a folder although it is no `Path`: a preset's name is a --config too.
+#: Options of type text that may name a file or a folder: --config also accepts a preset's name.
 _PATH_TEXTS = ("store", "config")
-#: Options that may hold no text at all.
+#: Options whose text may be empty.
 _MAY_BE_EMPTY = ("ignore_words",)
 #: Options that name what a command writes.
 _OUTPUTS = ("output", "json_file", "pictures")
-_LONGEST_NAME = 255  # bytes, of every Linux file system
-_LONGEST_OUTPUT = _LONGEST_NAME - 32  # a file is written under a longer, temporary name first
+_LONGEST_NAME = 255  # bytes; the limit of all Linux file systems
+_LONGEST_OUTPUT = _LONGEST_NAME - 32  # a file is first written under a longer, temporary name
 
 
 class StoppedError(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP ended a command. The message is what is printed."""
+    """Ctrl-C, SIGTERM or SIGHUP ended a command. The message is printed."""
 
 
 class CheckedCommand(typer.core.TyperCommand):
-    """A command that refuses a repeated option, an empty value and an impossible path before it runs."""
+    """A command that rejects a repeated option, an empty value and an impossible path before it runs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +46,7 @@ class CheckedCommand(typer.core.TyperCommand):
             _check_values(self, param, types.get(param.name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments and reject repeated options."""
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in self.params:
             if order.count(param) > 1:
@@ -53,11 +54,12 @@ class CheckedCommand(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command. Turn a Ctrl-C into StoppedError."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise StoppedError(stopped(ctx.info_name)) from None
-        except EOFError as error:  # typer takes it for the end of what a user types
+        except EOFError as error:  # otherwise typer would treat it as the end of the user's input
             raise RuntimeError(f"a file ends too early: {error}") from error
 
 
@@ -76,17 +78,20 @@ def build(found: Callable[..., Any] | typer.Typer, name: str) -> Any:
 
 
 def rank_of_environment() -> int:
-    """Return this process's rank by its launcher's variables; 0 without one."""
+    """Return this process's rank from its launcher's variables, or 0 without a launcher."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def stopped(name: str | None) -> str:
-    """Return the line that ends a command after a Ctrl-C."""
+    """Return the line that is printed when a Ctrl-C ends a command."""
     return "stopped: the same command goes on where it was" if name in RESUMING else "stopped"
 
 
 def check_path(text: str, option: str, *, is_output: bool = False) -> str:
-    """Return the path as commands take it: `~` expanded, "." and ".." by their names. UserError if nothing can be there."""
+    """Return a path with `~` expanded, and "." and ".." replaced by their names.
+
+    Raise UserError if no such path can exist.
+    """
     if "\0" in text:
         raise UserError(f"{option}: a path cannot hold a zero byte")
     try:
@@ -102,7 +107,7 @@ def check_path(text: str, option: str, *, is_output: bool = False) -> str:
     longest = _LONGEST_OUTPUT if is_output else _LONGEST_NAME
     if any(len(part.encode()) > longest for part in Path(text).parts):
         raise UserError(f"{option}: a name in {text[:40]}… has more than {longest} bytes: use a shorter one")
-    if Path(text).name in ("", ".."):  # "." has no name, and files are written beside a folder by its name
+    if Path(text).name in ("", ".."):  # "." has no name, but files are written next to a folder by its name
         text = os.path.abspath(text)
         if is_output and text == os.path.sep:
             raise UserError(f"{option} /: the root folder cannot be written: name a folder in it")
@@ -110,7 +115,7 @@ def check_path(text: str, option: str, *, is_output: bool = False) -> str:
 
 
 def _check_values(command: Any, param: Any, kind: Any) -> None:
-    """Have every text and path that is given for a parameter of this type checked before typer converts it."""
+    """Check every text and path for a parameter of this type before typer converts it."""
     option = param.opts[0] if param.param_type_name == "option" else param.name.upper()
     is_path = _holds(kind, Path)
     if not (is_path or _holds(kind, str)):
@@ -135,7 +140,7 @@ def _check_values(command: Any, param: Any, kind: Any) -> None:
 
 
 def _holds(kind: Any, wanted: type) -> bool:
-    """Whether an annotation is this type, or a list or an optional one of it."""
+    """Return whether an annotation is this type, or a list or an optional of it."""
     return kind is wanted or any(_holds(part, wanted) for part in typing.get_args(kind))
 
 
@@ -150,7 +155,7 @@ def _check_path_of(command: Any, param: Any, value: str, option: str) -> str:
 
 
 def _given(param: Any, args: Sequence[str]) -> list[str]:
-    """Return what was given for an option, in order: values, or a flag's names."""
+    """Return what was given for an option, in order: its values, or a flag's names."""
     found, names = [], (*param.opts, *param.secondary_opts)
     for place, token in enumerate(args):
         name, equals, value = token.partition("=")
@@ -172,9 +177,10 @@ def _check_repeated(param: Any, given: list[str]) -> None:
 
 
 def _check_settings(given: list[str]) -> None:
-    """Of a key that is set twice the last value counts, as job scripts that pass on "$@" rely on; a note says so.
+    """Check the keys of repeated --set options.
 
-    Raises UserError for a key of a section that is set as a whole after it.
+    If a key is set twice, the last value counts, which job scripts that pass on "$@" rely on; this is logged. Raise
+    UserError if a section is set as a whole after one of its keys.
     """
     values: dict[str, list[str]] = {}
     for setting in given:

@@ -1,4 +1,4 @@
-"""`opt-ds corpus`, `prepare`, `merge` and `inspect`: arguments in, one call, results out."""
+"""`opt-ds corpus`, `prepare` and `merge`: write a corpus, prepare a store, merge its parts."""
 
 import logging
 from dataclasses import dataclass

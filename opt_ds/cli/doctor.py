@@ -1,4 +1,4 @@
-"""`opt-ds doctor`: this machine's fitness, a line a fact."""
+"""`opt-ds doctor`: check this machine, with one line per check."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ def doctor(
     *,
     config: ConfigOptions,
     output: Annotated[Path | None, typer.Option(help="Directory of the run: can it be written, is there room.")] = None,
-    # slurm/pretrain.sh gives it what it was given
+    # slurm/pretrain.sh passes all its arguments to this command.
     init_from: Annotated[Path | None, typer.Option(help="The run that a new one starts from: is it whole.")] = None,
     init_moments: Annotated[bool, typer.Option("--init-moments", hidden=True)] = False,
     resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,

@@ -1,4 +1,4 @@
-"""The command `opt-ds train-dvae`: options in, one call."""
+"""`opt-ds train-dvae`: train the dVAE."""
 
 import logging
 import os
@@ -52,9 +52,9 @@ def train_dvae(
 
     Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, 130 stopped by Ctrl-C and saved, others failed.
     """
-    # Before torch is loaded: threads that spin while they wait cost several times the work when the cores are shared.
+    # This must be set before torch is loaded. On shared cores, threads that spin while waiting would multiply the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # PyTorch takes seconds to import: not for --help.
+    # Importing PyTorch takes seconds, which --help should not need.
     from opt_ds.dvae.training import train_dvae as run
     from opt_ds.training.signals import REQUEUE_EXIT_CODE
 
@@ -69,5 +69,5 @@ def train_dvae(
 
 
 def main() -> None:
-    """Run the command as a program of its own, as `python opt_ds/train_dvae.py` does, and exit with its code."""
+    """Run the command as a standalone program, as `python opt_ds/train_dvae.py` does, and exit with its code."""
     sys.exit(run_program(train_dvae, sys.argv[1:], "train_dvae.py"))

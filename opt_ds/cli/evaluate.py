@@ -1,7 +1,7 @@
-"""`opt-ds evaluate …`: a checkpoint and a store in, figures out (JSON and a table).
+"""`opt-ds evaluate …`: evaluate a checkpoint on a store and write the figures (JSON and a table).
 
-`EXPERIMENTS` is the list of subcommands. Everything that they share (options, opening model and store, writing figures) is here
-once; what an experiment does is in `opt_ds/evaluation/experiments/<name>.py`, which is imported when it is called.
+`EXPERIMENTS` is the list of subcommands. What they share (options, opening model and store, writing figures) is here.
+Each experiment is in `opt_ds/evaluation/experiments/<name>.py`, which is imported when it is called.
 """
 
 import atexit
@@ -55,6 +55,7 @@ class Inputs(Target):
     ] = None
 
     def splits(self, store: "FeatureStore") -> list[str]:
+        """Return the given split, or the first held-out split."""
         return [self.split] if self.split else _held_out(store, 1)
 
 
@@ -123,7 +124,10 @@ class CaptioningOptions:
 
 
 def beside_a_grid(path: Path, param: typer.CallbackParam) -> Path:
-    """Refuse, as callback of --output, the name of the picture grid, which is written beside the figures."""
+    """Return the path given for --output.
+
+    Raise UserError if it is the name of the image grid, which is written next to it.
+    """
     if path.suffix == ".png":
         raise UserError(f"--output {path}: the picture grid gets this name: name the figures' file, such as {path.stem}.json")
     output_file(path, param)
@@ -162,6 +166,7 @@ class SummaryInputs(Target):
     ] = None
 
     def splits(self, store: "FeatureStore") -> list[str]:
+        """Return the given splits, or all held-out splits."""
         return list(self.split or _held_out(store))
 
 
@@ -252,7 +257,7 @@ for _row in EXPERIMENTS:
 
 
 def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
-    """Open, measure, write, print."""
+    """Run an experiment: open model and store, measure, write and print the figures."""
     from opt_ds.evaluation.experiments import Request, load_experiment
     from opt_ds.store.verify import open_store
     from opt_ds.training.checkpoint import resolve_checkpoint
@@ -273,7 +278,7 @@ def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
 
 
 def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
-    """The store's held-out splits, `most` of them, where none was asked for."""
+    """Return the store's held-out splits, at most `most` of them, and log them because the user chose none."""
     from opt_ds.evaluation.evaluator import held_out_splits
 
     found = held_out_splits(store)[:most]
@@ -283,7 +288,7 @@ def _held_out(store: "FeatureStore", most: int | None = None) -> list[str]:
 
 
 def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, splits: Sequence[str]) -> "Evaluator":
-    """Model and store, checked against each other before anything is computed; of several ranks, each joins here."""
+    """Return the evaluator after checking model and store against each other. With several ranks, each joins here."""
     import torch
 
     from opt_ds.evaluation.evaluator import Evaluator
@@ -309,7 +314,7 @@ def _open_judge(checkpoint: Path, device: str, image_weights: Path | None) -> "I
 
 
 def _join_ranks() -> "ProcessGroup | None":
-    """The ranks that a launcher started; None for a process of its own."""
+    """Return the ranks that a launcher started, or None for a single process."""
     if not {"RANK", "WORLD_SIZE", "SLURM_STEP_ID"} & os.environ.keys():
         return None
     from opt_ds.training.distributed import ProcessGroup, find_ranks
@@ -323,7 +328,7 @@ def _join_ranks() -> "ProcessGroup | None":
 
 
 def _echo(text: str) -> None:
-    """Print a result, on the first rank."""
+    """Print a result on the first rank."""
     if rank_of_environment() == 0:
         typer.echo(text)
 

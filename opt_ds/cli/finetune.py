@@ -1,4 +1,4 @@
-"""`opt-ds finetune`: one task more for a trained model, by pre-training's own engine."""
+"""`opt-ds finetune`: train a checkpoint for one more task, with the engine of pre-training."""
 
 import logging
 import os
@@ -38,7 +38,8 @@ def finetune(
     Several ranks: torchrun --nproc_per_node 4 -m opt_ds finetune … The result is a run like a pre-trained one: evaluate,
     generate, export and serve take it. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads must not spin where ranks share cores
+    # Set before torch is loaded, because waiting threads must not spin if ranks share cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from opt_ds.evaluation.callbacks import EvaluationCallbacks
     from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
     from opt_ds.store.reader import FeatureStore
@@ -52,7 +53,7 @@ def finetune(
 
     def settle() -> Config:
         config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
-        for path in store:  # verified by now
+        for path in store:  # already verified
             check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force)
         return config
 

@@ -1,4 +1,4 @@
-"""`opt-ds import …`: published collections, folders and tables -> a manifest for `opt-ds prepare`."""
+"""`opt-ds import …`: convert published collections, folders and tables to a manifest for `opt-ds prepare`."""
 
 import logging
 from pathlib import Path

@@ -53,7 +53,7 @@ def with_option_groups(function: Callable[..., Result]) -> Callable[..., Result]
     command.__name__, command.__qualname__, command.__module__ = function.__name__, function.__qualname__, function.__module__
     command.__doc__ = function.__doc__
     command.__annotations__ = {option.name: option.annotation for option in options} | {"return": returned}
-    command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads the options from
+    command.__signature__ = signature  # type: ignore[attr-defined]  # typer reads the options from this
     return command
 
 

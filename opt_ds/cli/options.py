@@ -1,4 +1,4 @@
-"""The options that several commands share: single ones (type aliases) and groups (see `option_groups`)."""
+"""Options that several commands share: single options (type aliases) and groups (see `option_groups`)."""
 
 from dataclasses import dataclass
 from pathlib import Path

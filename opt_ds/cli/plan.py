@@ -1,4 +1,4 @@
-"""`opt-ds plan`: what a run will need, before it is started."""
+"""`opt-ds plan`: estimate the requirements of a run before it starts."""
 
 import logging
 import math

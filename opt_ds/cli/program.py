@@ -1,6 +1,6 @@
-"""Commands: each file holds the functions behind some `opt-ds …` commands. Here: how a command runs and how it fails.
+"""Running of commands and reporting of their errors. The other files hold the functions of the `opt-ds …` commands.
 
-A user's mistake is one line on stderr and exit code 2, never a traceback.
+A user's mistake is reported as one line on stderr with exit code 2, never as a traceback.
 """
 
 import errno
@@ -22,7 +22,7 @@ from opt_ds.errors import RunError, UserError, did_you_mean
 
 EXIT_BAD_INPUT = 2
 MAX_SEED = 2**63 - 1
-_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's, wherever this typer keeps it
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base class, wherever this version of typer keeps it
 _OTHER_RANKS_WAIT_S = 15
 _TYPERS_STOPPED = 130
 _WRONG_PATH = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -31,16 +31,35 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8,}\.tmp")
 
 
 def run_program(function: Callable[..., Any], arguments: Sequence[str], name: str, rank: int = 0) -> int:
-    """Run a function with typer's annotations as a program of its own; returns the exit code."""
+    """Run a function with typer's annotations as a standalone program.
+
+    Args:
+        function: The function.
+        arguments: Command line arguments.
+        name: Name of the program in messages.
+        rank: Rank of this process.
+
+    Returns:
+        The exit code.
+    """
     return run_command(build(function, name), arguments, name, rank)
 
 
 def run_command(command: Any, arguments: Sequence[str], name: str, rank: int = 0) -> int:
     """Run a click command. Mistakes become one line on stderr and exit code 2.
 
-    Of several ranks only rank 0 speaks: the others give it time to, since a launcher ends all at the first one's exit. A
-    Ctrl-C is one line and exit code 130, SIGTERM and the loss of the terminal (SIGHUP) likewise 143 and 129; a second one ends
-    the process at once.
+    With several ranks only rank 0 reports errors. The others wait for it, because a launcher ends all ranks when the
+    first one exits. A Ctrl-C becomes one line and exit code 130; SIGTERM becomes 143, and the loss of the terminal
+    (SIGHUP) becomes 129. A second signal ends the process at once.
+
+    Args:
+        command: The command.
+        arguments: Command line arguments.
+        name: Name of the program in messages.
+        rank: Rank of this process.
+
+    Returns:
+        The exit code.
     """
     with interrupts.ended_by_signals():
         return _run(command, arguments, name, rank)
@@ -50,7 +69,7 @@ def _run(command: Any, arguments: Sequence[str], name: str, rank: int) -> int:
     try:
         with log.to_terminal(rank):
             result = command.main(list(arguments), prog_name=name, standalone_mode=False)
-        if result == _TYPERS_STOPPED:  # typer makes it of a Ctrl-C before the command itself began
+        if result == _TYPERS_STOPPED:  # typer returns it for a Ctrl-C before the command itself started
             return _stop(stopped(name), rank)
         return result if isinstance(result, int) else 0
     except UserError as error:
@@ -67,7 +86,7 @@ def _run(command: Any, arguments: Sequence[str], name: str, rank: int) -> int:
 
         if is_disk_full(error):
             return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, EXIT_BAD_INPUT)
-        if error.filename is None:  # no file of the user's: a mistake of ours keeps its traceback
+        if error.filename is None:  # not a file of the user's: a bug, which keeps its traceback
             raise
         code = EXIT_BAD_INPUT if isinstance(error, _WRONG_PATH) or error.errno in _WRONG_NAME else 1
         return _fail(f"{_users_name(error.filename2 or error.filename)}: {error.strerror}", rank, code)
@@ -80,7 +99,10 @@ def _run(command: Any, arguments: Sequence[str], name: str, rank: int) -> int:
 
 
 def output_file(path: Path | None, param: typer.CallbackParam) -> Path | None:
-    """An option's callback: refuses, before any work, a file that could not be written after it. `-` stands for stdout."""
+    """Return the path of an output option.
+
+    Raise UserError, before any work, if it cannot be written. `-` means stdout.
+    """
     if path is not None and str(path) != "-":
         check_output(path, param.opts[0])
         if os.path.exists(path) and not os.path.isfile(path):
@@ -89,14 +111,17 @@ def output_file(path: Path | None, param: typer.CallbackParam) -> Path | None:
 
 
 def finite(value: float | None, param: typer.CallbackParam) -> float | None:
-    """An option's callback: refuses NaN, which passes any range, and infinity."""
+    """Return the value of an option. Raise UserError for infinity and for NaN, which passes any range check."""
     if value is not None and not math.isfinite(value):
         raise UserError(f"{param.opts[0]} {value}: give a finite number")
     return value
 
 
 def check_output(path: Path, option: str) -> None:
-    """Raise UserError if there can be no file or folder of this name: the nearest folder above is none, or is not ours."""
+    """Raise UserError if no file or folder of this name can be created.
+
+    That is the case if the nearest existing parent is not a folder or is not writable.
+    """
     above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not above.is_dir():
         raise UserError(f"{option} {path}: {above} is no folder: name another place")
@@ -112,7 +137,7 @@ def _stop(line: str, rank: int) -> int:
 
 
 def _users_name(path: Any) -> str:
-    """Return the name of the file that was to be written, for that of a temporary one."""
+    """Return the final name of a file, given that of its temporary file."""
     found = Path(os.fsdecode(path))
     match = _TEMPORARY.fullmatch(found.name)
     return str(found.with_name(match[1]) if match else found)
@@ -120,7 +145,8 @@ def _users_name(path: Any) -> str:
 
 def _fail(message: str, rank: int, code: int = EXIT_BAD_INPUT) -> int:
     if rank:
-        time.sleep(_OTHER_RANKS_WAIT_S)  # whoever is still here was not ended by rank 0's exit: then it speaks itself
+        # If this rank is still running, rank 0 did not end it, so it reports its own error.
+        time.sleep(_OTHER_RANKS_WAIT_S)
     where = f"rank {rank}: " if rank else ""
     print(f"error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

@@ -1,4 +1,4 @@
-"""`opt-ds report`: a run as one HTML page."""
+"""`opt-ds report`: write a run's report as one HTML page."""
 
 from pathlib import Path
 from typing import Annotated

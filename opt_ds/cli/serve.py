@@ -1,4 +1,4 @@
-"""`opt-ds generate`, `opt-ds export` and `opt-ds serve`: a trained model for use."""
+"""`opt-ds generate`, `opt-ds export` and `opt-ds serve`: use a trained model."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from opt_ds.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from opt_ds.serving.session import Session
 
-# A name, an IPv4 address, or an IPv6 address (two colons at least: one would be a port's).
+# A name, an IPv4 address, or an IPv6 address (at least two colons, because a single one would separate a port).
 _HOST_NAME = re.compile(r"[\w.-]+|\[?[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
 _Checkpoint = Annotated[
     Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported folder.")
@@ -27,7 +27,7 @@ _Checkpoint = Annotated[
 
 
 def utf8(value: str | None, param: typer.CallbackParam) -> str | None:
-    """An option's callback: refuses text that is not UTF-8, which Python hands on as lone surrogates."""
+    """Return the text of an option. Raise UserError if it is not UTF-8, which Python passes on as lone surrogates."""
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
@@ -40,7 +40,7 @@ def utf8(value: str | None, param: typer.CallbackParam) -> str | None:
 
 
 def host_names(names: list[str] | None) -> list[str] | None:
-    """The callback of --allow-host: names without a scheme and a port."""
+    """Return the names given for --allow-host. Raise UserError if one has a scheme or a port."""
     for name in names or ():
         if not _HOST_NAME.fullmatch(name):
             raise UserError(f'--allow-host "{name}": give a name alone, such as opt.example.org, without http:// and port')

@@ -1,4 +1,4 @@
-"""`opt-ds inspect`, `split`, `update` and `convert`: tools for a feature store that is there."""
+"""`opt-ds inspect`, `split`, `update` and `convert`: tools for an existing feature store."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,7 +55,10 @@ def inspect_store(
 
 
 def training_notes(store: Path, source: str | None = None) -> list[str]:
-    """What training would refuse of a store, and what the model's limits drop, for a preset or a YAML file."""
+    """Return notes on a store: why training would reject it, and what the model's limits drop.
+
+    `source` is a preset or a YAML file; None means the one that pretrain.py would use.
+    """
     from opt_ds.store.reader import FeatureStore
     from opt_ds.tools.doctor import default_config
     from opt_ds.training.preflight import settle, training_problems

@@ -13,7 +13,7 @@ from opt_ds.config.sources import PRESET_FOLDER, merge, preset_names, read_sourc
 from opt_ds.errors import UserError, did_you_mean
 
 DVAE_PRESET_FOLDER = PRESET_FOLDER / "dvae"
-#: What a configuration file starts from that names no preset.
+#: Preset for configuration files that name none.
 BASE_PRESET = "dvae-base"
 
 
@@ -93,7 +93,10 @@ class DVAEConfig(Section):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules give for one step. `soft`: relaxed codes, encoder and decoder; else the decoder alone."""
+    """Scheduled settings of one step.
+
+    If `soft`, encoder and decoder are trained on relaxed codes, otherwise the decoder alone.
+    """
 
     soft: bool
     learning_rate: float
@@ -103,12 +106,12 @@ class StepSettings:
 
 
 def schedule(config: DVAEConfig, step: int) -> StepSettings:
-    """Return the settings of step `step` (from 0), a pure function of the configuration."""
+    """Return the settings of step `step` (0-based), a pure function of the configuration."""
     soft_steps = round(config.steps * config.soft_share)
     progress = step / max(1, soft_steps)
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    # Geometric, so that the low temperatures, at which the codes are used, get as many steps as the high ones.
+    # The decay is geometric, so that low temperatures, at which the codes are used, get as many steps as high ones.
     cooling = (config.temperature_end / config.temperature_start) ** min(1.0, progress / config.anneal_share)
     return StepSettings(
         soft=step < soft_steps,
@@ -122,10 +125,21 @@ def schedule(config: DVAEConfig, step: int) -> StepSettings:
 def load_dvae_config(
     preset: str | None, config_file: Path | str | None = None, settings: Sequence[str] = (), steps: int | None = None
 ) -> DVAEConfig:
-    """Load the configuration from a preset, a YAML file, `key=value` settings and a number of steps, in this order.
+    """Load the configuration from a preset, a YAML file, `key=value` settings and a number of steps.
 
-    Each overrides those before it. `preset` None: the one that the file names, otherwise `BASE_PRESET`. Raises UserError, one
-    line, for an unknown preset or key, an unreadable file or a bad value.
+    Later ones override earlier ones.
+
+    Args:
+        preset: Name of the preset. None: the one that the file names, otherwise `BASE_PRESET`.
+        config_file: YAML file, or None.
+        settings: Overrides of the form "key=value".
+        steps: Number of steps, or None.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: In one line, for an unknown preset or key, an unreadable file or a bad value.
     """
     tree = read_source(str(config_file), DVAE_PRESET_FOLDER) if config_file is not None else {}
     named = tree.pop("preset", None)

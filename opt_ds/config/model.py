@@ -1,4 +1,4 @@
-"""What is trained on what: the sections of the configuration for data and model. `opt_ds.config` hands them on."""
+"""Configuration sections of the data and the model. `opt_ds.config` re-exports them."""
 
 from typing import Literal
 
@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from opt_ds.config.section import Section
 
-STANDARD_LIMIT = 8.0  # standardised features are clamped to this many deviations
+STANDARD_LIMIT = 8.0  # standardised features are clamped to this many standard deviations
 
-#: Modality subsets by the letters that tables use.
+#: Subsets of the modalities, by the letters used in tables.
 Subset = Literal["T", "I", "A", "T+I", "T+A", "A+I", "T+A+I"]
 
 
@@ -90,9 +90,10 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def max_sequence(self) -> int:
-        """Longest packed sequence of one sample: [CLS] text [SEP] regions frames."""
+        """Maximum packed length of one sample: [CLS] text [SEP] regions frames."""
         return self.max_text_tokens + 2 + self.max_regions + self.max_frames

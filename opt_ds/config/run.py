@@ -1,8 +1,8 @@
-"""The configuration of a pre-training or fine-tuning run: one frozen tree of sections, its presets and its loading.
+"""Configuration of a pre-training or fine-tuning run: one frozen tree of sections, its presets and its loading.
 
-Every other file receives a section of this tree; nobody else holds a default. Rules that span several keys are checked here,
-before anything is loaded; rules that need the store or the hardware are in `opt_ds.training.preflight`.
-`docs/configuration.md` lists every key.
+All other code receives a section of this tree, and only this tree holds defaults. Rules that span several keys are
+checked here, before anything is loaded. Rules that depend on the store or the hardware are in
+`opt_ds.training.preflight`. `docs/configuration.md` lists every key.
 """
 
 from typing import Annotated, Any, Literal
@@ -110,7 +110,10 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(10_000, ge=0, description="Optimizer steps of the linear warm-up. 0: no warm-up.")
 
     def lr_factor(self, step: int) -> float:
-        """Linear warm-up, then linear decay to 0 at total_steps; of the 0-based step about to be taken."""
+        """Return the factor on the peak learning rate at step `step` (0-based).
+
+        It is a linear warm-up, then a linear decay to 0 at total_steps.
+        """
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
@@ -280,21 +283,22 @@ class Config(Section):
 
     @property
     def learned_losses(self) -> tuple[str, ...]:
-        """What the model was trained with, by this run or by those that its weights come from."""
+        """Losses that the model was trained with, in this run or in those that its weights come from."""
         before = (*(self.finetune.learned if self.finetune else ()), *(self.init.learned if self.init else ()))
         return tuple(loss for loss in self.tasks.all_losses if loss in before or loss in self.tasks.trained_losses)
 
     def can(self, ability: str) -> bool:
-        """Whether the model was trained with the loss that teaches this ability (see `opt_ds.abilities`)."""
+        """Return whether the model was trained with the loss that teaches this ability (see `opt_ds.abilities`)."""
         return self.tasks.loss_for(ability) in self.learned_losses
 
     @property
     def max_steps(self) -> int:
+        """Number of optimiser steps of the run."""
         return self.train.max_steps or self.schedule.total_steps
 
     @classmethod
     def trust(cls, values: Any) -> None:
-        """Let the tasks that the user names by `module:Class` be imported."""
+        """Allow the import of tasks that the user names by `module:Class`."""
         TASKS.allow(plugins_of(values.get("tasks")))
 
     @model_validator(mode="after")
@@ -328,18 +332,24 @@ class Config(Section):
 
 
 def load_config(source: str | None = None, settings: tuple[str, ...] | list[str] = ()) -> Config:
-    """Build the configuration from a preset's name or a YAML file, then `key.path=value` settings (YAML values).
+    """Return the configuration from a preset's name or a YAML file, with settings applied.
 
-    A file may name a `preset` to start from. Raises UserError, one line, for an unknown preset, key or a bad value.
+    Settings have the form `key.path=value`; values are YAML.
+
+    A file may name a `preset` to start from. Raise UserError, in one line, for an unknown preset or key, or a bad
+    value.
     """
     return load_section(Config, source or "opt-base", settings, PRESET_FOLDER)
 
 
 def config_from_dict(tree: dict[str, Any], where: str, settings: tuple[str, ...] | list[str] = ()) -> Config:
-    """Validate a plain tree (as YAML holds it) with settings applied to it. UserError names `where`, key and remedy."""
+    """Return the validated configuration of a plain tree (as in YAML) with settings applied.
+
+    The UserError names `where`, the key and the fix.
+    """
     return section_from_dict(Config, tree, where, settings)
 
 
 def dump_config(config: Config) -> str:
-    """Return the whole tree as YAML. `load_config` of it returns an equal tree."""
+    """Return the complete configuration as YAML. `load_config` of it returns an equal configuration."""
     return dump_section(config)

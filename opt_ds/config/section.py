@@ -1,8 +1,8 @@
-"""The base of every section of the configuration, and the one way to load, check and dump a section.
+"""Base class of all configuration sections, and the functions that load, check and dump a section.
 
 A section is a frozen pydantic model. A tree of sections (`opt_ds.config.Config`) is a section too. Values come from a
-preset or a YAML file (`opt_ds.config.sources`), then from `--set key.path=value`. Each mistake is a `UserError` of one
-line. `opt_ds.tools.config_reference` writes `docs/configuration.md` from the sections' fields.
+preset or a YAML file (`opt_ds.config.sources`), then from `--set key.path=value`. Each mistake is a `UserError` in one
+line. `opt_ds.tools.config_reference` generates `docs/configuration.md` from the sections' fields.
 """
 
 import copy
@@ -19,7 +19,7 @@ from opt_ds.config.sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.user_files import expected_kind
 
-#: Our words for pydantic's types of mistakes that concern a limit.
+#: Messages for pydantic's error types that concern a limit.
 _LIMITS = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be more than {gt}",
@@ -36,28 +36,28 @@ class Section(BaseModel):
     """A frozen part of the configuration. Unknown keys, NaN and infinity are refused. Every field has a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    #: What messages call a section that is built directly; "": the name of its class.
+    #: Name in messages of a section that is constructed directly. "": the name of its class.
     label: ClassVar[str] = ""
 
     def __init__(self, /, **values: Any) -> None:
-        """Build the section from keyword arguments. Raises UserError for an unknown key or a bad value."""
+        """Construct the section from keyword arguments. Raise UserError for an unknown key or a bad value."""
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise UserError(f"{self.label or type(self).__name__}: {explain(error, type(self), values)}") from None
 
-    # As in pydantic's own RootModel: pydantic does not call this for a section inside another one, so that the error has
-    # the whole key path.
+    # As in pydantic's own RootModel: with this marker pydantic does not call __init__ for a section inside another one,
+    # so that the error has the complete key path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
     def class_for(cls, values: Any) -> type["Section"]:
-        """Return the class that `values` are validated with. A class whose keys depend on the values overrides this."""
+        """Return the class that validates `values`. Classes whose keys depend on the values override this."""
         return cls
 
     @classmethod
     def trust(cls, values: Any) -> None:
-        """Note that the user gave these values in this command, rather than a file that may be a stranger's."""
+        """Record that the user gave these values in this command. Other values may come from an untrusted file."""
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -69,13 +69,16 @@ def load_section(
     """Load a section from a preset or a YAML file, then apply settings.
 
     Args:
-        kind: the class of the section.
-        source: name of a preset, or path of a YAML file, which may name a `preset` to start from; None: the defaults.
-        settings: texts of the form `key.path=value`; values are YAML.
-        presets: folder of the presets; None: the section has none.
+        kind: The class of the section.
+        source: Name of a preset, or path of a YAML file, which may name a `preset` to start from. None: the defaults.
+        settings: Overrides of the form "key.path=value"; values are YAML.
+        presets: Folder of the presets. None: the section has none.
+
+    Returns:
+        The section.
 
     Raises:
-        UserError: in one line, for an unknown preset or key, an unreadable file or a bad value.
+        UserError: In one line, for an unknown preset or key, an unreadable file or a bad value.
     """
     if source is None:
         return section_from_dict(kind, {}, where="--set", settings=settings, trusted=True)
@@ -88,17 +91,20 @@ def load_section(
 def section_from_dict(
     kind: type[AnySection], tree: dict[str, Any], where: str, settings: Sequence[str] = (), trusted: bool = False
 ) -> AnySection:
-    """Validate a plain tree (as YAML holds it) with settings applied to it.
+    """Validate a plain tree (as in YAML) with settings applied.
 
     Args:
-        kind: the class of the section.
-        tree: the tree.
-        where: what messages call its source.
-        settings: texts of the form `key.path=value`; values are YAML.
-        trusted: the user gave the tree in this command (see `Section.trust`).
+        kind: The class of the section.
+        tree: The tree.
+        where: Name of its source in messages.
+        settings: Overrides of the form "key.path=value"; values are YAML.
+        trusted: Whether the user gave the tree in this command (see `Section.trust`).
+
+    Returns:
+        The section.
 
     Raises:
-        UserError: in one line that begins with `where`.
+        UserError: In one line that begins with `where`.
     """
     tree = copy.deepcopy(tree)
     for setting in settings:
@@ -115,14 +121,17 @@ def section_from_dict(
 
 
 def dump_section(section: Section) -> str:
-    """Return the whole section as YAML. `load_section` of it returns an equal section."""
+    """Return the complete section as YAML. `load_section` of it returns an equal section."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
 
 
 def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
-    """Return one line for the first mistake in the values of a section of class `kind`, and the number of others."""
+    """Return one line about the first mistake in the values of a section of class `kind`.
+
+    It includes the number of further mistakes.
+    """
     mistakes = error.errors(include_url=False)
-    # An unknown key comes first: it is often why another one is missing.
+    # An unknown key comes first, because it is often the reason why another one is missing.
     first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -136,7 +145,10 @@ def explain(error: ValidationError, kind: type[Section], values: Any) -> str:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """Return the section class in an annotation: itself, in `X | None`, or of a tuple's items. None if there is none."""
+    """Return the section class in an annotation: the annotation itself, in `X | None`, or of a tuple's items.
+
+    Otherwise return None.
+    """
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
@@ -158,14 +170,14 @@ def _reason(mistake: Mapping[str, Any]) -> str:
 
 
 def _known_keys(kind: type[Section], values: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys of the section at `location` in a section of class `kind`; [] where no section is."""
+    """Return the keys of the section at `location` in a section of class `kind`, or [] if there is no section."""
     section: type[Section] | None = kind
     for part in location:
         try:
             values = values[part]
-        except (LookupError, TypeError):  # values that are sections already, or no values at all
+        except (LookupError, TypeError):  # values that are already sections, or missing values
             values = {}
-        if section is not None and isinstance(part, str):  # a number is a place in a list of sections
+        if section is not None and isinstance(part, str):  # a number is an index into a list of sections
             field = section.model_fields.get(part)
             section = section_of(field.annotation) if field else None
             section = section.class_for(values) if section else None

@@ -1,4 +1,7 @@
-"""Read a configuration's plain tree: presets, YAML files and `key.path=value` settings. `config.section` validates it."""
+"""Reading of a configuration's plain tree: presets, YAML files and `key.path=value` settings.
+
+`config.section` validates it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,15 @@ PRESET_FOLDER = Path(__file__).parent.parent / "presets"
 
 
 def preset_names(folder: Path | None = PRESET_FOLDER) -> list[str]:
-    """Return the names of the presets in a folder, sorted; none for no folder."""
+    """Return the names of the presets in a folder, sorted. Without a folder there are none."""
     return sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
 
 
 def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, Any]:
     """Return the tree of a preset in `folder`, or of a YAML file, which may name a `preset` to start from.
 
-    The key `preset` of the tree is the name of that preset; without a folder it is a key as any other. Raises UserError for a
-    source that is neither.
+    The key `preset` of the tree is the name of that preset; without a folder it is an ordinary key. Raise UserError if
+    the source is neither.
     """
     names = preset_names(folder)
     is_preset = source in names
@@ -43,7 +46,7 @@ def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, A
 
 
 def given_keys(source: str) -> list[str]:
-    """Return the keys, such as "model.vocab_size", that a configuration file itself sets; none for a preset's name."""
+    """Return the keys, such as "model.vocab_size", that a configuration file itself sets. A preset's name has none."""
     if source in preset_names():
         return []
     tree = read_yaml(Path(source)) if Path(source).is_file() else None
@@ -58,7 +61,7 @@ def _dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `over`, section by section."""
+    """Return `base` with the values of `over`, merged section by section."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -81,9 +84,9 @@ def _kind(value: Any) -> str:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """Return a setting's value as YAML reads it. 1e-4 is a number too."""
+    """Return a setting's value as read by YAML. 1e-4 is also a number."""
     value = parse_yaml(text, f"--set {key}={text}")
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)
         except ValueError:

@@ -1,7 +1,8 @@
-"""Which tasks a run trains: `tasks`, whose sections are those of the tasks themselves (see `opt_ds.tasks.base`).
+"""Section `tasks`: which tasks a run trains. Its subsections are defined by the tasks (see `opt_ds.tasks.base`).
 
-`TasksConfig` holds what is common to all tasks. Each task and each of its losses adds a section of its own name, such as
-`tasks.matching`; so the class that a configuration is checked against is made of `TasksConfig` and the tasks that it names.
+`TasksConfig` holds what is common to all tasks. Each task and each of its losses adds a section of its own name, such
+as `tasks.matching`. The class that validates a configuration is therefore composed of `TasksConfig` and the tasks that
+it names.
 """
 
 from functools import cache
@@ -32,7 +33,7 @@ class CurriculumPhase(Section):
 class TasksConfig(Section):
     """The tasks. A loss's weight is its own times its task's; a task without a weighted loss is disabled."""
 
-    #: name -> class of the tasks whose sections this class has
+    #: Name -> class of the tasks whose sections this class has.
     units: ClassVar[dict[str, Any]] = {}
 
     plugins: tuple[str, ...] = Field(
@@ -51,30 +52,31 @@ class TasksConfig(Section):
         0.15, gt=0, lt=1, description="Share of tokens, regions and frames that the masked tasks mask."
     )
 
-    if TYPE_CHECKING:  # the sections of the tasks: `config.tasks.matching`
+    if TYPE_CHECKING:  # the tasks' sections, as in `config.tasks.matching`
 
         def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def class_for(cls, values: Any) -> type[Section]:
+        """Return the class with the sections of the tasks that the values name."""
         return tasks_config(plugins_of(values))
 
     @property
     def sampled(self) -> dict[str, tuple[str, ...]]:
-        """Task -> its losses, of the tasks that pre-training samples."""
+        """Task -> its losses, for the tasks that pre-training samples."""
         return {name: unit.loss_names() for name, unit in self.units.items() if unit.sampled}
 
     @property
     def all_losses(self) -> tuple[str, ...]:
-        """Every loss that this model can have, in the order of the tasks."""
+        """All losses that this model can have, in the order of the tasks."""
         return tuple(loss for unit in self.units.values() for loss in unit.loss_names())
 
     def loss_for(self, ability: str) -> str:
-        """The loss that teaches an ability (see `opt_ds.abilities`)."""
+        """Return the loss that teaches an ability (see `opt_ds.abilities`)."""
         return next(loss.name for unit in self.units.values() for loss in unit.losses if loss.ability == ability)
 
     def loss_weight(self, loss: str) -> float:
-        """Weight of one of `all_losses` in the total."""
+        """Return the weight of one of `all_losses` in the total."""
         task = next(name for name, unit in self.units.items() if loss in unit.loss_names())
         own, of_task = getattr(self, loss), getattr(self, task)
         if own is None or of_task is None:
@@ -83,17 +85,24 @@ class TasksConfig(Section):
 
     @property
     def active_losses(self) -> tuple[str, ...]:
+        """Losses with a positive weight."""
         return tuple(loss for loss in self.all_losses if self.loss_weight(loss) > 0)
 
     @property
     def trained_losses(self) -> tuple[str, ...]:
-        """The active losses of which some phase of the mix has samples (and those of tasks that are not sampled)."""
+        """The active losses whose task is sampled in some phase of the schedule.
+
+        Active losses of tasks that are not sampled are included.
+        """
         mixes = (self.mix, *(phase.mix for phase in self.curriculum))
         shares = {loss: max(mix.get(task, 0.0) for mix in mixes) for task, losses in self.sampled.items() for loss in losses}
         return tuple(loss for loss in self.active_losses if shares.get(loss, 1.0) > 0)
 
     def mix_at(self, fraction: float) -> dict[str, float]:
-        """Sampling weights of the tasks at this fraction of the schedule; tasks without a weighted loss have 0. They sum to 1."""
+        """Return the task sampling weights at this fraction of the schedule.
+
+        They sum to 1; tasks without a weighted loss have 0.
+        """
         mix = self.mix
         for phase in self.curriculum:
             if fraction >= phase.from_fraction:
@@ -108,7 +117,7 @@ class TasksConfig(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "TasksConfig":
-        if not self.units:  # the common part alone
+        if not self.units:  # a class with the common keys only
             return self
         for name, mix in [("tasks.mix", self.mix), *(("tasks.curriculum", p.mix) for p in self.curriculum)]:
             for task, share in mix.items():
@@ -126,14 +135,17 @@ class TasksConfig(Section):
 
     @property
     def _has_unsampled(self) -> bool:
-        """Whether a task that needs no sampling weight is trained (fine-tuning's)."""
+        """Whether a task that needs no sampling weight (one of fine-tuning) is trained."""
         sampled = {loss for losses in self.sampled.values() for loss in losses}
         return any(loss not in sampled for loss in self.active_losses)
 
 
 @cache
 def tasks_config(plugins: tuple[str, ...]) -> type[TasksConfig]:
-    """Return the class with the sections of the built-in tasks and of these. Raises UserError for one that cannot be loaded."""
+    """Return the class with the sections of the built-in tasks and of these plugins.
+
+    Raise UserError if one cannot be loaded.
+    """
     units = TASKS.units(plugins)
     sections: dict[str, Any] = {}
     for unit in units.values():
@@ -154,14 +166,17 @@ def _with_sections(value: Any, _: Any) -> TasksConfig:
 
 
 def plugins_of(tree: Any) -> tuple[str, ...]:
-    """Return `plugins` of a plain tree of the section; none where they are no list of names (which validation then reports)."""
+    """Return `plugins` of the section's plain tree.
+
+    Return none if they are not a list of names; validation then reports that.
+    """
     given = tree.get("plugins") if isinstance(tree, dict) else None
     if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
         return ()
     return tuple(given)
 
 
-#: The section of the run's configuration.
+#: Type of the section in the run's configuration.
 TasksSection = Annotated[SerializeAsAny[TasksConfig], WrapValidator(_with_sections)]
 
 

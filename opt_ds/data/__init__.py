@@ -1,1 +1,4 @@
-"""From feature stores to packed batches: `plan` decides, `masking` corrupts, `batch` packs, `loader` does it ahead of time."""
+"""Data pipeline from feature stores to packed batches.
+
+Its stages are the step plan (`plan`), masking (`masking`), packing (`batch`) and prefetching (`loader`).
+"""

@@ -1,7 +1,9 @@
-"""The packed batch: samples laid end to end, `[CLS] text [SEP] regions frames`, no padding, and where each task reads.
+"""The packed batch, and the output positions of each task.
 
-Legend: T packed positions of S sequences; n text rows, r region rows, a frame rows (over all sequences);
-`*_index` are packed positions, int64.
+Samples are concatenated as `[CLS] text [SEP] regions frames`, without padding.
+
+Legend: T packed positions of S sequences; n text rows, r region rows, a frame rows (over all sequences); `*_index` are
+packed positions, int64.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,53 +24,55 @@ from opt_ds.store.schema import TokenizerDescription
 
 @dataclass
 class EncoderInputs(Movable):
-    """Everything that the embedders and the encoder need."""
+    """Inputs of the embedders and the encoder."""
 
     sequences: Sequences
-    slots: torch.Tensor  # int64 [S], places in the global batch
+    slots: torch.Tensor  # int64 [S], global sample indices
     token_ids: torch.Tensor  # int64 [n], with [CLS] and [SEP]
     token_positions: torch.Tensor  # int64 [n]
     token_index: torch.Tensor  # int64 [n]
-    region_features: torch.Tensor  # float16 [r, v], original also where masked
+    region_features: torch.Tensor  # float16 [r, v], the original features even where masked
     region_boxes: torch.Tensor  # float32 [r, 7]
     region_masked: torch.Tensor  # bool [r]
     region_index: torch.Tensor  # int64 [r]
-    frames: torch.Tensor  # float16 [a, stack · v], original also where masked
+    frames: torch.Tensor  # float16 [a, stack · v], the original features even where masked
     frame_positions: torch.Tensor  # int64 [a]
     frame_masked: torch.Tensor  # bool [a]
     frame_index: torch.Tensor  # int64 [a]
-    gather_index: torch.Tensor  # int64 [T]: row of (text rows, region rows, frame rows) at each packed position
+    gather_index: torch.Tensor  # int64 [T], for each packed position its row in (text rows, region rows, frame rows)
 
     @property
     def cls_index(self) -> torch.Tensor:
+        """Packed positions of [CLS], int64 [S]."""
         return self.sequences.cu_seqlens[:-1].long()
 
 
 @dataclass
 class PackedBatch(Movable):
-    """One micro-batch. Every part is always there; a part without work has length 0."""
+    """One micro-batch. All parts are present; a part without work has length 0."""
 
     inputs: EncoderInputs
     read: ReadRows
-    parts: dict[str, BatchPart]  # task -> what it needs
+    parts: dict[str, BatchPart]  # task -> its part
     sample_names: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
+        """Number of samples."""
         return len(self.inputs.sequences)
 
     @property
     def num_tokens(self) -> int:
-        """Positions of encoder and decoders."""
+        """Number of positions of the encoder and the decoders."""
         return self.inputs.sequences.total + sum(part.num_decoder_positions for part in self.parts.values())
 
     def pin_memory(self) -> "PackedBatch":
-        """Page-locked copies, for asynchronous transfer."""
+        """Return a copy in page-locked memory, for asynchronous transfer."""
         return map_tensors(self, torch.Tensor.pin_memory)
 
 
 class Packer:
-    """Packs samples; knows the tasks, the special tokens and the widths of empty parts."""
+    """Packs samples into batches. It holds the tasks, the special tokens and the widths of empty parts."""
 
     def __init__(self, config: Config, tokenizer: TokenizerDescription) -> None:
         model = config.model
@@ -77,7 +81,7 @@ class Packer:
         self._tasks: list[DataTask] = [unit(config) for unit in config.tasks.units.values()]
 
     def pack(self, samples: list[Sample]) -> PackedBatch:
-        """One micro-batch of the samples, in their order."""
+        """Return one micro-batch of the samples, in their order."""
         layout = Layout(samples, self.cls_id, self.sep_id)
         parts = {task.name: part for task in self._tasks if (part := task.collate(samples, layout)) is not None}
         return PackedBatch(
@@ -126,13 +130,16 @@ def decoder_targets(
     targets: Mapping[int, np.ndarray],
     begin_id: int,
 ) -> Written:
-    """What a decoder is to write, teacher-forced.
+    """Return the teacher-forced targets of a decoder.
 
     Args:
         samples: The samples of the batch.
-        layout: Theirs.
-        targets: Place of a sample that writes -> int64 items, the end among them; ascending.
-        begin_id: What stands before the first item.
+        layout: Their layout.
+        targets: Index of a sample in the batch -> its int64 target items, including the end; ascending.
+        begin_id: The input before the first item.
+
+    Returns:
+        The decoder's part of the batch.
     """
     memory = [np.arange(layout.starts[i], layout.starts[i + 1]) for i in targets]
     items = list(targets.values())

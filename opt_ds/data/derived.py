@@ -1,7 +1,11 @@
-"""Arrays that a plan derives from a whole store: made once, kept in a file beside the store's records, mapped by every rank.
+"""Cache of arrays that a step plan derives from a complete store.
 
-A file holds for one store's fingerprint and one key (what the array depends on besides the store). A file that was changed
-after it was written, or that is damaged, is made again. Writing one removes those of the store's earlier contents.
+Each array is computed once, stored in a file with the store's records, and memory-mapped by every rank.
+
+Each is computed once, stored in a file with the store's records, and memory-mapped by every rank.
+
+A file is valid for one store fingerprint and one key (what the array depends on besides the store). A file that was
+modified or damaged is computed again. Writing a file removes those of the store's earlier contents.
 """
 
 import hashlib
@@ -20,20 +24,20 @@ from opt_ds.store.reader import FeatureStore
 
 DERIVED_FOLDER = "derived"
 _LOG = logging.getLogger(__name__)
-VERSION = 1  # of what the arrays hold; a file of another version is not used
+VERSION = 1  # of the arrays' definition; files of other versions are not used
 
 
 def cached_array(store: FeatureStore, name: str, key: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the array that `make` returns, from its file if there is one, otherwise made and written.
+    """Return the array that `make` returns, from its file if there is one. Otherwise compute and store it.
 
     Args:
         store: The store that the array is derived from.
-        name: What the array is; part of the file's name.
-        key: What it depends on besides the store's contents, as JSON has it.
-        make: Makes the array. Where no file can be written its result is returned as it is.
+        name: Name of the array, part of the file's name.
+        key: What the array depends on besides the store's contents; must be JSON-serialisable.
+        make: Computes the array. If no file can be written, its result is returned as it is.
 
     Returns:
-        The array, read-only, mapped from the file where it has one.
+        The array, memory-mapped read-only if it has a file.
     """
     folder = getattr(store, "records", None)
     if folder is None:
@@ -58,7 +62,7 @@ def _read(path: Path, identity: str) -> np.ndarray | None:
         if read_json_object(path.with_suffix(".json"), "") != _note(path, identity):
             return None
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (UserError, OSError, ValueError):  # missing, or damaged
+    except (UserError, OSError, ValueError):  # missing or damaged
         return None
 
 
@@ -70,12 +74,15 @@ def _write(path: Path, identity: str, array: np.ndarray) -> None:
 
 
 def _remove_outdated(folder: Path, fingerprint: str) -> None:
-    """Remove the arrays of another fingerprint: the folder belongs to one store. Whoever has mapped one keeps it."""
+    """Remove the arrays with another fingerprint, because the folder belongs to one store.
+
+    Existing mappings stay valid.
+    """
     removed = 0
     for note in folder.glob("*.json"):
         try:
             of = json.loads(read_json_object(note, "")["identity"])[1]
-        except (UserError, KeyError, TypeError, ValueError, IndexError):  # damaged, or not ours
+        except (UserError, KeyError, TypeError, ValueError, IndexError):  # damaged, or not written by this module
             continue
         if isinstance(of, str) and of != fingerprint:
             note.with_suffix(".npy").unlink(missing_ok=True)

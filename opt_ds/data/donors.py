@@ -1,6 +1,9 @@
-"""Donors of the sample-level task: another sample of the same split and another group gives one of its modalities.
+"""Negative sampler of the sample-level task.
 
-A share of them may be hard negatives: of several donors drawn alike, the one whose text is nearest to the sample's own.
+Modalities are replaced by those of other samples of the same split and another group.
+
+A fraction of the negatives may be hard negatives: of several sampled negatives, the one whose text is most similar to
+the sample's own.
 """
 
 from collections import Counter
@@ -10,8 +13,8 @@ from itertools import chain
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.data.nearness import Nearness
+from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
 _TRIES = 16
@@ -19,24 +22,25 @@ _BLOCK = 65_536
 
 
 class DonorPool:
-    """The samples of one split that can give a text, an image or an audio to another sample of it."""
+    """Samples of one split whose text, image or audio can replace that of another sample."""
 
     def __init__(
         self, store: FeatureStore, samples: np.ndarray, split: str | None = None, near_share: float = 0.0, near_candidates: int = 1
     ) -> None:
-        """Find who can give what.
+        """Find the candidate negatives of each modality.
 
         Args:
             store: The store.
             samples: int64 indices of the split's samples.
-            split: The split whose samples these all are: what is derived of them is kept (see `data.derived`). None: some samples.
-            near_share: Fraction of the donors that are hard negatives.
-            near_candidates: How many are drawn for each of these.
+            split: Name of the split if `samples` are all of its samples; derived arrays are then cached (see
+                `data.derived`). None: some of its samples.
+            near_share: Fraction of the negatives that are hard negatives.
+            near_candidates: Number of candidates sampled for each hard negative.
         """
         self._rows, self._groups = store.rows, store.groups
         self._givers = [self._with(store, samples, modality, split) for modality in range(3)]
         several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
-        # "none" wants two donors of two groups besides the sample's own
+        # The label "none" needs negatives from two groups other than the sample's own.
         self.usable = several_modalities and all(
             not len(givers) or self._suffices(givers, modality) for modality, givers in enumerate(self._givers)
         )
@@ -48,7 +52,10 @@ class DonorPool:
             self._nearness = Nearness(store, samples, [split])
 
     def _with(self, store: FeatureStore, samples: np.ndarray, modality: int, split: str | None) -> np.ndarray:
-        """The samples that have the modality; where all have it the very array, which may be a map of 10^8 samples."""
+        """Return the samples that have the modality.
+
+        If all have it, return `samples` itself, which may be a memory map of 10^8 entries.
+        """
         if store.all_have(modality):
             return samples
 
@@ -58,23 +65,38 @@ class DonorPool:
         return find() if split is None else cached_array(store, "with", [split, modality], find)
 
     def _suffices(self, givers: np.ndarray, modality: int) -> bool:
-        """Whether every giver finds two donors of other rows than its own, of two groups besides its own."""
+        """Return whether each candidate has negatives in two groups other than its own.
+
+        The rows of the negatives must differ from the candidate's own row.
+        """
         rows_of: dict[int, set[int]] = {}
-        apart: dict[int, int] = {}  # row -> group, no row and no group twice
-        for block in chain((givers[:256],), _blocks(givers)):  # a few are mostly enough
+        apart: dict[int, int] = {}  # row -> group; each row and each group occurs at most once
+        for block in chain((givers[:256],), _blocks(givers)):  # the first few candidates are usually enough
             pairs = np.unique(np.stack([self._groups[block], self._rows[block, modality]], axis=1), axis=0)
             for group, row in pairs.tolist():
                 if group not in rows_of and row not in apart:
                     apart[row] = group
-                if len(apart) > 3:  # one may be of the giver's group, one of its row: two are left
+                if len(apart) > 3:  # one may be of the candidate's own group and one of its own row, so two are left
                     return True
                 rows_of.setdefault(group, set()).add(row)
         only: Counter[int] = Counter(next(iter(rows)) for rows in rows_of.values() if len(rows) == 1)
-        # The groups that have no other row than the giver's are no donors, nor is its own group.
+        # Groups whose only row is the candidate's own row are no negatives, and neither is its own group.
         return all(len(rows_of) - only[row] - (len(rows) > 1) >= 2 for rows in rows_of.values() for row in rows)
 
     def replace(self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """Rows [B, 3] with the replaced ones taken from donors; no two of a sample's sources share a group or a row."""
+        """Return rows [B, 3] in which the entries marked by `replaced` come from negatives.
+
+        No two sources of a sample have the same group or the same row.
+
+        Args:
+            rows: int64 [B, 3], rows of the samples; -1: absent.
+            replaced: bool [B, 3], the modalities to replace.
+            sample: int64 [B], sample indices.
+            key: uint64 [B], keys of the random choices.
+
+        Returns:
+            int64 [B, 3].
+        """
         rows = rows.copy()
         used = [self._groups[sample]]
         for modality in range(3):
@@ -93,7 +115,10 @@ class DonorPool:
     def _nearest(
         self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray, sample: np.ndarray
     ) -> np.ndarray:
-        """Return, of several negatives drawn evenly, the one of nearest text; not one of the same content, if there is another."""
+        """Return, of several uniformly sampled negatives, the one with the most similar text.
+
+        A negative with the same content as the sample is chosen only if there is no other.
+        """
         assert self._nearness is not None
         number = np.tile(np.arange(self._candidates), len(who))
         several = keyed_hash(np.repeat(key, self._candidates), "candidate", number)
@@ -113,7 +138,7 @@ class DonorPool:
                 break
             place[waiting] = keyed_choice(len(givers), key[waiting], "donor", modality, attempt)
             waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
-        for _ in range(len(givers)):  # a split of few groups: walk on to the next sample that will do
+        for _ in range(len(givers)):  # in a split with few groups, continue with the next sample that qualifies
             if not waiting.size:
                 break
             place[waiting] = self._next_place(place[waiting], modality, [groups[who[waiting]] for groups in used])
@@ -122,7 +147,10 @@ class DonorPool:
         return donor
 
     def _next_place(self, place: np.ndarray, modality: int, used: list[np.ndarray]) -> np.ndarray:
-        """The place to try after one that would not do; past its neighbours of the same group if it is for its group."""
+        """Return the next index to try.
+
+        If an index failed because of its group, skip the neighbours of the same group.
+        """
         givers = self._givers[modality]
         if modality not in self._run_ends:
             self._run_ends[modality] = self._ends_of_runs(givers)
@@ -131,7 +159,7 @@ class DonorPool:
         return np.where(of_used_group, ends[np.searchsorted(ends, place, side="right")], place + 1) % len(givers)
 
     def _ends_of_runs(self, givers: np.ndarray) -> np.ndarray:
-        """Where the runs of neighbours of one group end, ascending; the last is len(givers)."""
+        """Return the ends of runs of neighbours of one group, ascending; the last one is len(givers)."""
         ends: list[np.ndarray] = []
         start, last = 0, None
         for block in _blocks(givers):
@@ -153,7 +181,21 @@ class DonorPool:
         own_row: np.ndarray,
         donor: np.ndarray,
     ) -> np.ndarray:
-        """Try the waiting places; keep those whose group is new to the sample, give back those that still wait."""
+        """Try the candidates of the waiting samples and store them.
+
+        Args:
+            givers: Samples that have the modality.
+            place: Index into `givers` per sample of `who`.
+            waiting: Indices into `who` of the samples without a negative.
+            modality: The modality that is replaced.
+            who: Indices of the samples.
+            used: Groups that the negatives may not have, one array per source.
+            own_row: The samples' own rows.
+            donor: The negatives, which are set.
+
+        Returns:
+            The waiting samples whose candidate is not allowed.
+        """
         candidate = givers[place[waiting]]
         good = self._rows[candidate, modality] != own_row[waiting]
         own_group = self._groups[candidate]

@@ -1,7 +1,8 @@
-"""The plan of fine-tuning: one task, and which modalities of a sample are its inputs.
+"""Step plan of fine-tuning: one task, and the input modalities of each sample.
 
-Nothing is masked. A sample whose modalities allow several of `finetune.inputs` gets one of them, another one in each epoch. All
-is a function of hashes of (seed, epoch, store, sample); the order of samples is that of `data.planned`.
+Nothing is masked. A sample whose modalities allow several of `finetune.inputs` gets one of them, chosen again in each
+epoch. All choices are functions of hashes of (seed, epoch, store, sample). The order of samples is that of
+`data.planned`.
 
 Legend: B samples of a step, S input subsets.
 """
@@ -13,18 +14,21 @@ import numpy as np
 
 from opt_ds.config import Config, FineTuneConfig
 from opt_ds.data.derived import cached_array
-from opt_ds.ops.keyed import keyed_choice, keyed_hash
+from opt_ds.data.modalities import MODALITIES, SUBSETS
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import Plan
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
-from opt_ds.data.modalities import MODALITIES, SUBSETS
 from opt_ds.data.task import DataTask
 from opt_ds.errors import UserError
+from opt_ds.ops.keyed import keyed_choice, keyed_hash
 from opt_ds.store.reader import FeatureStore
 
 
 class FineTunePlan(Plan):
-    """One task of fine-tuning; its samples are those that have all modalities of one of the input subsets, and a target."""
+    """Step plan of one fine-tuning task.
+
+    Its samples have a target and all modalities of at least one input subset.
+    """
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         assert config.finetune is not None, "the plan of a pre-training run is StepPlan"
@@ -57,13 +61,13 @@ class FineTunePlan(Plan):
         return samples[self._task.has_target(store, samples) & self._possible(store.rows[samples]).any(1)]
 
     def _possible(self, rows: np.ndarray) -> np.ndarray:
-        """bool [B, S]: the samples of these rows have all modalities of the subset."""
+        """Return whether the samples of these rows have all modalities of each subset, bool [B, S]."""
         return np.logical_not((self._input_sm[None] & (rows < 0)[:, None]).any(2))
 
     def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> PlannedSamples:
         key = keyed_hash(self.config.seed, "finetune", epoch, store, sample)
         possible = self._possible(self._source_rows(store, sample))
-        place = keyed_choice(possible.sum(1), key, "inputs")  # of the possible subsets
+        place = keyed_choice(possible.sum(1), key, "inputs")  # index among the possible subsets
         chosen = np.argmax(possible & (np.cumsum(possible, axis=1) == place[:, None] + 1), axis=1)
         replaced = self._task.chosen_replacement(key, self._input_sm[chosen])
         return self._assigned(key, epoch, store, sample, chosen, replaced, self._derived)
@@ -89,7 +93,10 @@ class FineTunePlan(Plan):
         replaced: np.ndarray,
         derived: Any,
     ) -> PlannedSamples:
-        """Samples with the inputs of subset `chosen` [B], of which modality `replaced` [B] is another sample's (−1: none)."""
+        """Return samples with the inputs of subset `chosen` [B].
+
+        Modality `replaced` [B] comes from another sample (−1: none).
+        """
         candidates = self._candidates(key, epoch, store, sample, variant=-1)
         inputs = self._input_sm[chosen]
         task = np.full(len(sample), self._number, dtype=np.int8)
@@ -99,13 +106,13 @@ class FineTunePlan(Plan):
 
 
 def plan_class(config: Config) -> type[Plan]:
-    """The plan that the run follows."""
+    """Return the class of the run's step plan."""
     return StepPlan if config.finetune is None else FineTunePlan
 
 
 def make_plan(config: Config, stores: list[FeatureStore], version: int | None = None) -> Plan:
-    """The plan of a run, of the version that it began with (None: the newest).
+    """Return the run's step plan, in the version that the run began with (None: the newest).
 
-    Raises UserError when the stores have no sample for fine-tuning's task.
+    Raise UserError if the stores have no sample for the fine-tuning task.
     """
     return plan_class(config)(config, stores, version)

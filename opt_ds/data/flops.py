@@ -1,8 +1,8 @@
-"""Floating-point operations of a planned step: what the model has to compute, whatever the kernels and the padding.
+"""Floating-point operations of a step: the work of the model itself, independent of kernels and padding.
 
-A multiplication and an addition are two operations. Counted are matrix products, attention's among them; causal attention is
-counted in full, as is usual. Backward takes twice the forward pass, except for projections of raw features, whose input needs
-no gradient. The tasks count their decoders and heads themselves (`DataTask.cost`).
+A multiplication and an addition count as two operations. Matrix products are counted, including those of attention;
+causal attention is counted in full, as is usual. The backward pass takes twice the forward pass, except for projections
+of raw features, whose input needs no gradient. The tasks count their own decoders and heads (`DataTask.cost`).
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from opt_ds.data.task import DataTask
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Forward operations by part of the model, for a set of samples."""
+    """Forward operations of a set of samples, by part of the model."""
 
     embeddings: float
     encoder: float
@@ -26,21 +26,22 @@ class StepFlops:
 
     @property
     def forward(self) -> float:
+        """Operations of a forward pass."""
         return self.embeddings + self.encoder + self.decoders + self.heads
 
     @property
     def total(self) -> float:
-        """Forward and backward."""
+        """Operations of a forward and a backward pass."""
         return 3 * self.forward - self.embeddings
 
 
 def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
-    """Operations of training once on these samples."""
+    """Return the operations of training once on these samples."""
     return _summed(_forward_flops(config, _tasks(config), samples)[0])
 
 
 def sample_flops(config: Config, samples: PlannedSamples) -> np.ndarray:
-    """float64 [B]: operations of training once on each sample."""
+    """Return the operations of training once on each sample, float64 [B]."""
     return sample_and_step_flops(config, _tasks(config), samples)[0]
 
 
@@ -51,7 +52,10 @@ def _tasks(config: Config) -> list[DataTask]:
 def sample_and_step_flops(
     config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """float64 [B], operations of training once on each sample; on all of them; int64 [B], positions of the decoders."""
+    """Return the operations of training once on each sample and on all of them.
+
+    The results are float64 [B], the total, and the decoder positions, int64 [B].
+    """
     parts, decoder_positions = _forward_flops(config, tasks, samples)
     embeddings, encoder, decoders, heads = parts
     return 2 * embeddings + 3 * (encoder + decoders + heads), _summed(parts).total, decoder_positions
@@ -60,7 +64,18 @@ def sample_and_step_flops(
 def decoder_flops(
     model: ModelConfig, layers: int, outputs: int, num_items: np.ndarray, memory_positions: np.ndarray
 ) -> np.ndarray:
-    """float64 [n]: forward operations of a decoder that writes these items, each sequence to its encoder positions."""
+    """Return the forward operations of a decoder for each sequence, float64 [n].
+
+    Args:
+        model: The model's configuration.
+        layers: Number of decoder layers.
+        outputs: Number of output classes.
+        num_items: int64 [n], target items.
+        memory_positions: float64 [n], encoder positions that the decoder attends to.
+
+    Returns:
+        float64 [n].
+    """
     width, rows = model.hidden_size, num_items.astype(np.float64)
     attention = 4 * width * (np.square(rows) + rows * memory_positions)
     projections = 2 * (6 * width**2 + 2 * width * model.ffn_size) * rows + 4 * width**2 * memory_positions
@@ -74,10 +89,12 @@ def _summed(parts: tuple[np.ndarray, ...]) -> StepFlops:
 def _forward_flops(
     config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """float64 [B] each: operations of embeddings, encoder, decoders and heads; int64 [B]: positions of the decoders.
+    """Return operations of embeddings, encoder, decoders and heads, float64 [B] each.
 
-    A sample that nothing is learned from has no operations. All are whole numbers far below 2^53, so that no order of adding
-    them rounds.
+    The decoder positions, int64 [B], are returned too.
+
+    A sample without a task has no operations. All values are integers far below 2^53, so their sum is exact in any
+    order.
     """
     model = config.model
     _, regions, frames = samples.input_lengths.T
@@ -93,10 +110,10 @@ def _forward_flops(
         decoder_positions += cost.decoder_positions
 
     per_position, keys_and_values = 2 * (4 * width**2 + 2 * width * ffn), 4 * width**2
-    squares = 4 * width * positions  # of attention, for each position
+    squares = 4 * width * positions  # of attention, per position
     whole_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
     encoder = (model.num_layers - 1) * positions * whole_layer + keys_and_values * positions
-    encoder += last_layer * output_positions  # computed where something reads it
+    encoder += last_layer * output_positions  # the last layer is computed only at positions that are used
     frame_dim = model.audio_stack * model.audio_feature_dim
     embeddings = 2.0 * width * used * (regions * (model.image_feature_dim + 7) + frames * frame_dim)
     return (embeddings, encoder, decoders, heads), decoder_positions

@@ -1,4 +1,4 @@
-"""Where the samples of a packed batch lie: `[CLS] text [SEP] regions frames`, one sample after another."""
+"""Layout of a packed batch: the samples are concatenated as `[CLS] text [SEP] regions frames`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from opt_ds.data.sample import Sample
 
 
 class Layout:
-    """Where each sample's text, region and frame rows lie in the packed order; and the special tokens."""
+    """Positions of each sample's text, region and frame rows in the packed order, and the special tokens."""
 
     def __init__(self, samples: Sequence[Sample], cls_id: int, sep_id: int) -> None:
         self.cls_id, self.sep_id = cls_id, sep_id
@@ -33,13 +33,17 @@ class Layout:
         self.row_start = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(self.lengths, axis=0)])  # [S + 1, 3]
 
     def index_of(self, modality: int) -> np.ndarray:
-        """int64, packed position of each of the modality's rows."""
+        """Return the packed position of each of the modality's rows, int64."""
         shift = np.repeat(self.first[:, modality] - self.row_start[:-1, modality], self.lengths[:, modality])
         return shift + np.arange(len(shift))
 
 
 def join(parts: Sequence[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -> torch.Tensor:
-    """Return all rows end to end. PyTorch aligns its memory as the store does; NumPy's, 16 bytes off, halves the rate of a copy."""
+    """Return all rows concatenated.
+
+    The tensor is allocated by PyTorch, which aligns memory as the store does. NumPy's arrays are 16 bytes off, which
+    halves the rate of a copy.
+    """
     shape = (sum(map(len, parts)), *(parts[0].shape[1:] if parts else width))
     joined = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
     if parts:
@@ -48,5 +52,5 @@ def join(parts: Sequence[np.ndarray], dtype: Any, width: tuple[int, ...] = ()) -
 
 
 def as_long(values: Any) -> torch.Tensor:
-    """int64 [n]"""
+    """Return the values as an int64 [n] tensor."""
     return torch.from_numpy(np.asarray(values, dtype=np.int64).reshape(-1))

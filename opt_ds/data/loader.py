@@ -1,8 +1,8 @@
-"""Micro-batches made ahead of the training step, in the known order, by threads.
+"""Loader that prepares micro-batches ahead of the training step, in a fixed order, in threads.
 
-A thread plans and reads ahead (see `plan_ahead`), others pack. Threads suffice: the work is memory-mapped copies and NumPy, which
-release the interpreter lock for their larger part, and the maps stay shared. Order and content do not depend on the number of
-threads.
+One thread plans and reads ahead (see `plan_ahead`); the others pack. Threads are sufficient, because most of the work
+is copies from memory maps and NumPy operations, which release the interpreter lock, and the maps stay shared. Order and
+content do not depend on the number of threads.
 """
 
 import time
@@ -21,15 +21,23 @@ from opt_ds.data.shared_plans import SharedPlans
 
 
 class MicroBatchLoader:
-    """One rank's micro-batches of the plan's steps, on the device."""
+    """Micro-batches of one rank for the steps of the step plan, on the device."""
 
     def __init__(
         self, plan: Plan, rank: int, world_size: int, device: torch.device, shared: SharedPlans | None = None
     ) -> None:
-        """`shared`: the plan of the steps as this node's ranks share it; None: this rank plans every step."""
+        """Create the loader.
+
+        Args:
+            plan: The step plan.
+            rank: This rank.
+            world_size: Number of ranks.
+            device: Device of the batches.
+            shared: The step plan as shared by this node's ranks. None: this rank plans every step itself.
+        """
         self._shared = shared
         self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
-        self.wait_s = 0.0  # seconds that the consumer has waited for data so far
+        self.wait_s = 0.0  # seconds for which the consumer has waited for data so far
         data = plan.config.data
         self._ahead, self._read_ahead_bytes = data.prefetch_batches, data.read_ahead_mib * 2**20
         self._reader = SampleReader(plan.config, plan.stores)
@@ -37,33 +45,37 @@ class MicroBatchLoader:
         self._threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pack")
 
     def steps(self, first: int, last: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
-        """Steps first … last − 1, each with this rank's micro-batches; consume a step's batches before the next step."""
+        """Yield steps first … last − 1 with this rank's micro-batches.
+
+        A step's batches must be consumed before the next step.
+        """
         if self._shared is not None:
             return self._run(self._shared.steps(first, last))
         return self._run(self.plan.step(step, self.world_size) for step in range(first, last))
 
     def validation(self, max_samples: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
-        """The fixed validation pass, chunk by chunk."""
+        """Yield the chunks of the fixed validation pass with this rank's micro-batches."""
         return self._run(iter(self.plan.validation(self.world_size, max_samples)))
 
     def batch_of(self, planned: PlannedStep, slots: Iterable[int]) -> PackedBatch:
-        """These samples of a step in one batch, on the host."""
+        """Return these samples of a step as one batch on the host."""
         return self._packer.pack([self._reader.read(planned.samples, int(slot)) for slot in slots])
 
     def sample_names(self, planned: PlannedStep) -> list[str]:
-        """Names of this rank's samples of a step."""
+        """Return the names of this rank's samples of a step."""
         return [name for m in planned.micro_batches[self.rank] for name in self.batch_of(planned, m.slots).sample_names]
 
     def close(self) -> None:
+        """Stop the packing threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, planned_steps: Iterator[PlannedStep]) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
         ahead = PlanAhead(planned_steps, self.rank, self._reader.read_ahead, self._read_ahead_bytes)
         waiting: deque[tuple[PlannedStep, Future[PackedBatch]]] = deque()
-        left = 0  # micro-batches of the step that the consumer is at
+        left = 0  # micro-batches left of the step that is being consumed
 
         def fill(*, wait: bool) -> None:
-            """Have the next micro-batches packed; `wait` for the plan if there is none at all."""
+            """Submit the next micro-batches for packing. With `wait`, wait for the step plan if none is submitted."""
             while len(waiting) < self._ahead and (following := ahead.take(wait=wait and not waiting)) is not None:
                 planned, place, _ = following
                 waiting.append((planned, self._threads.submit(self._make, planned, place)))

@@ -1,18 +1,18 @@
-"""The five sample-level cases: which of text, image and audio belong together, and which inputs donors replace."""
+"""The five matching labels: which of text, image and audio match, and which inputs are replaced by negatives."""
 
 import numpy as np
 
 #: Names in the order of the matching head's scores.
 CASES = ("all", "image_audio", "text_audio", "text_image", "none")
 NUM_CASES = len(CASES)
-#: The case of the matching pair that remains without modality 0 text, 1 image, 2 audio.
+#: Matching label of the pair that remains without modality 0 text, 1 image, 2 audio.
 CASE_OF_PAIR = np.array([1, 2, 3], dtype=np.int8)
 
 
 def matching_case(case: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """bool [B, 3]: the modalities that donors replace, so that exactly this case holds.
+    """Return bool [B, 3], the modalities to replace by negatives so that exactly this matching label holds.
 
-    `kept` names the modality that stays the sample's own where nothing matches; the two others come from two donors.
+    `kept` is the modality that is kept if the label is "none"; the two others come from two negatives.
     """
     modality = np.arange(3)[None, :]
     case, kept = np.asarray(case)[:, None], np.asarray(kept)[:, None]

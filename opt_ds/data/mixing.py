@@ -1,16 +1,16 @@
-"""The shares in which several weighted stores are read: places in a block of samples, at least one for each store."""
+"""Proportions in which several weighted stores are read: quotas per block of samples, at least one for each store."""
 
 import numpy as np
 
 from opt_ds.errors import UserError
 
-MIX_BLOCK = 4096  # positions in which several weighted stores take exactly their shares
+MIX_BLOCK = 4096  # number of positions in which several weighted stores have exactly their proportions
 
 
 def mix_quotas(weights: tuple[float, ...]) -> np.ndarray:
-    """int64, places of each store in a block of `MIX_BLOCK` samples: its weight's share, rounded so that all are taken.
+    """Return the number of samples of each store per block of `MIX_BLOCK` samples, int64: its proportion, rounded.
 
-    Raises UserError for a weight so small that its store would never be read, with the smallest that is possible.
+    Raise UserError, with the smallest possible weight, if a weight is so small that its store would never be read.
     """
     shares = np.array(weights) / sum(weights)
     quota = np.floor(shares * MIX_BLOCK).astype(np.int64)
@@ -27,7 +27,7 @@ def mix_quotas(weights: tuple[float, ...]) -> np.ndarray:
 
 
 def mix_note(weights: tuple[float, ...]) -> str | None:
-    """Return a line for weights whose shares cannot be taken as they are; None where each is within 1 % of its own."""
+    """Return a line about rounded proportions, or None if each is within 1 % of its exact value."""
     shares, taken = np.array(weights) / sum(weights), mix_quotas(weights) / MIX_BLOCK
     if (np.abs(taken - shares) <= 0.01 * shares).all():
         return None

@@ -1,6 +1,6 @@
-"""The modalities by their numbers: columns of a store's rows and of every array over the modalities."""
+"""Modality numbers: columns of a store's rows and of every array over the modalities."""
 
 TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
-#: Inputs by the letters that tables use.
+#: Input modalities by the letters used in tables.
 SUBSETS = {"T": (TEXT,), "I": (IMAGE,), "A": (AUDIO,), "T+I": (TEXT, IMAGE), "T+A": (TEXT, AUDIO), "A+I": (AUDIO, IMAGE),
            "T+A+I": (TEXT, AUDIO, IMAGE)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hard negatives for retrieval: of some drawn donors, the one whose text is nearest to the sample's own.
+"""Hard negatives for retrieval: of several sampled negatives, the one whose text is most similar to the sample's own.
 
 The choice is a function of the sample's key.
 
@@ -11,24 +11,24 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.ops.keyed import keyed_choice
 from opt_ds.data.nearness import Nearness
+from opt_ds.ops.keyed import keyed_choice
 from opt_ds.store.reader import FeatureStore
 
 
 class NearDonors:
-    """The samples of one split that can give a modality to another sample of it."""
+    """Hard-negative sampler over the samples of one split."""
 
     def __init__(
         self, store: FeatureStore, samples: np.ndarray, candidates: int, same_group: bool, key: list[Any]
     ) -> None:
-        """Derive what the draws need of the whole split, once per store.
+        """Derive the arrays that sampling requires from the complete split, once per store.
 
         Args:
             store: The store.
             samples: int64 indices of the split's samples.
-            candidates: How many are drawn for each sample that wants one.
-            same_group: Every other candidate is of the sample's own group; otherwise none is.
+            candidates: Number of candidates sampled for each hard negative.
+            same_group: If true, every other candidate is of the sample's own group; otherwise none is.
             key: What `samples` depends on besides the store (see `data.derived`).
         """
         self._rows, self._groups = store.rows, store.groups
@@ -43,7 +43,17 @@ class NearDonors:
     def replace(
         self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [b, 3] with modality `replaced` [b] (−1: none) taken from donors; and bool [b], False where none will do."""
+        """Replace modality `replaced` [b] (−1: none) by that of a hard negative.
+
+        Args:
+            rows: int64 [b, 3], rows of the samples.
+            replaced: int64 [b], the modality to replace.
+            sample: int64 [b], sample indices.
+            key: uint64 [b], keys of the random choices.
+
+        Returns:
+            Rows int64 [b, 3]; and bool [b], false if no candidate is allowed.
+        """
         rows, found = rows.copy(), np.ones(len(rows), dtype=bool)
         for modality in range(3):
             who = np.flatnonzero(replaced == modality)
@@ -62,7 +72,7 @@ class NearDonors:
         return rows, found
 
     def _drawn(self, modality: int, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """int64 [b, k], drawn donors."""
+        """Return the sampled candidates, int64 [b, k]."""
         givers = self._givers[modality]
         number = np.arange(self._candidates)[None]
         candidate = givers[keyed_choice(len(givers), key[:, None], "near", number)]
@@ -77,7 +87,7 @@ class NearDonors:
         return candidate
 
     def _refused(self, modality: int, candidate: np.ndarray, sample: np.ndarray) -> np.ndarray:
-        """bool [b, k]: candidates that belong to the sample as well as its own part does."""
+        """Return which candidates match the sample as well as its own modality does, bool [b, k]."""
         refused = self._rows[candidate, modality] == self._rows[sample, modality][:, None]
         refused |= self._nearness.same_content(sample, candidate)
         if not self._same_group:

@@ -1,7 +1,7 @@
-"""How near two samples' texts are, and whether they have the same content: what a hard negative must be, and must not be.
+"""Text similarity of two samples, and whether they have the same content: the criteria for hard negatives.
 
-Nearness is the cosine of hashed TF-IDF vectors of WordPieces (feature hashing: Weinberger et al. 2009), so that it costs a few
-products whatever the size of the store.
+The similarity is the cosine of hashed TF-IDF vectors of WordPieces (feature hashing: Weinberger et al. 2009). It takes
+a few products, whatever the size of the store.
 
 Legend: b samples, k candidates.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.ops.keyed import keyed_hash
 from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.ops.keyed import keyed_hash
 from opt_ds.store.reader import FeatureStore
 
 _DIMENSIONS = 64
@@ -20,7 +20,7 @@ _BLOCK = 4096  # texts
 
 
 class Nearness:
-    """Of the samples of one split. A sample without text is as near (0) to all."""
+    """Text similarity of the samples of one split. A sample without text has similarity 0 to all others."""
 
     def __init__(self, store: FeatureStore, samples: np.ndarray, key: list[Any]) -> None:
         """Read texts and image codes, once per store.
@@ -38,16 +38,16 @@ class Nearness:
             return _contents(store, samples)
 
         self._vectors = cached_array(store, "vectors", key, vectors)  # float16 [samples of the store, _DIMENSIONS]
-        #: int64 [samples of the store, 2], hashes of text and picture, −1 where there is none.
+        #: int64 [samples of the store, 2], hashes of text and image; −1 if absent.
         self._content = cached_array(store, "contents", key, content)
 
     def of(self, sample: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-        """float32 [b, k], −1 … 1, of samples [b] and candidates [b, k]."""
+        """Return the similarity of samples [b] and candidates [b, k], float32 [b, k] in −1 … 1."""
         own, others = self._vectors[sample].astype(np.float32), self._vectors[candidate].astype(np.float32)
         return np.einsum("bd,bkd->bk", own, others)
 
     def same_content(self, sample: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-        """bool [b, k]: their texts or their pictures (by the image codes, where there are any) are equal."""
+        """Return whether texts or images (compared by image codes, if there are any) are equal, bool [b, k]."""
         same = np.zeros(candidate.shape, dtype=bool)
         for column in range(2):
             own = self._content[sample, column][:, None]
@@ -56,7 +56,7 @@ class Nearness:
 
 
 def _vectors(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
-    """Return the float16 TF-IDF vectors of the samples' texts, 0 elsewhere."""
+    """Return the TF-IDF vectors of the samples' texts, float16, 0 elsewhere."""
     texts = _texts(store, samples)
     frequency = np.zeros(store.description.dims.vocab_size)
     for row in texts.tolist():
@@ -80,7 +80,7 @@ def _vectors(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
 
 
 def _contents(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
-    """Return hashes of the samples' texts and pictures (by their image codes, where there are any), −1 elsewhere."""
+    """Return hashes of the samples' texts and images (by image codes, if there are any), −1 elsewhere."""
     contents = np.full((len(store.rows), 2), -1, dtype=np.int64)
     texts = _texts(store, samples)
     of_text = np.array([_content(store.text(row)) for row in texts.tolist()], dtype=np.int64)
@@ -93,12 +93,12 @@ def _contents(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
 
 
 def _texts(store: FeatureStore, samples: np.ndarray) -> np.ndarray:
-    """Return the text rows of the samples, ascending, each once."""
+    """Return the text rows of the samples, ascending and unique."""
     rows = np.unique(store.rows[samples, TEXT])
     return rows[rows >= 0]
 
 
 def _content(items: np.ndarray) -> int:
-    """A hash of integers, 0 … 2^62 − 1, equal for equal ones."""
+    """Return a hash of integers, 0 … 2^62 − 1. Equal arrays have equal hashes."""
     places = keyed_hash("content", np.arange(len(items)), items.astype(np.int64))
     return int(np.bitwise_xor.reduce(places, initial=np.uint64(len(items))) >> np.uint64(2))

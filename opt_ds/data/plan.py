@@ -1,6 +1,7 @@
-"""The plan of pre-training: which task each sample of a step gets, and which of its modalities are dropped or replaced.
+"""Step plan of pre-training: the task of each sample, and which of its modalities are dropped or replaced.
 
-Tasks, dropping and replacing are hashes of (seed, epoch, store, sample); the order of samples is that of `data.planned`.
+Tasks, dropping and replacing are hashes of (seed, epoch, store, sample). The order of samples is that of
+`data.planned`.
 """
 
 from itertools import accumulate
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.data.planned import Plan
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
 
 class StepPlan(Plan):
-    """The pre-training tasks, sampled by `tasks.mix`."""
+    """Step plan of the pre-training tasks, which are sampled by `tasks.mix`."""
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         super().__init__(config, stores, version)
@@ -64,7 +65,10 @@ class StepPlan(Plan):
         return self._samples_of(candidates, drawn)
 
     def _chosen_task(self, key: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
-        """int8 [B]: a task with its share among the possible ones (an impossible one's share goes to the others)."""
+        """Return a task per sample, int8 [B], sampled by weight among the possible ones.
+
+        Weights of impossible tasks go to the others.
+        """
         cumulative = list(accumulate(shares))
         total = cumulative[-1]
         place = keyed_uniform(key, "draw") * total
@@ -75,9 +79,10 @@ class StepPlan(Plan):
         return np.where(total > 0, numbers[chosen], np.int8(-1))
 
     def _disabled(self) -> dict[str, str]:
-        """Task or loss -> why no sample of these stores can take it, or why the config has none of it."""
+        """Return task or loss -> why no sample of these stores can take it, or why the configuration disables it."""
         subsets = sum(store.split_subsets(self.config.data.train_split) for store in self.stores)
-        present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0  # a row for each subset of modalities that occurs
+        # One row per subset of modalities that occurs.
+        present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0
         active, trained = self.config.tasks.active_losses, self.config.tasks.trained_losses
         tasks: dict[str, str] = {}
         losses: dict[str, str] = {}

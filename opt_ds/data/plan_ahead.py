@@ -1,6 +1,6 @@
-"""Plans steps ahead of the packing threads, and has the bytes that they will read fetched from the disk, in the known order.
+"""Prefetcher: plans steps ahead of the packing threads and starts reading the bytes that they will need, in order.
 
-One thread does both. It stays a bounded way ahead, so that neither plans nor pages that nobody has used yet pile up.
+One thread does both. It stays a bounded distance ahead, so that neither step plans nor unused pages accumulate.
 """
 
 import threading
@@ -13,11 +13,11 @@ import numpy as np
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.planned_samples import PlannedSamples
 
-_MOST_MICRO_BATCHES = 64  # ahead, however few bytes they have
+_MOST_MICRO_BATCHES = 64  # maximum number of prefetched micro-batches, however few bytes they have
 
 
 class Announced(NamedTuple):
-    """A micro-batch that is planned: number `place` of this rank's in the step, and the bytes asked for."""
+    """A prefetched micro-batch: number `place` of this rank in the step, and the bytes whose reading was started."""
 
     planned: PlannedStep
     place: int
@@ -25,7 +25,10 @@ class Announced(NamedTuple):
 
 
 class PlanAhead:
-    """This rank's micro-batches of the steps, in order. At most `max_bytes` are asked for and not taken, or one micro-batch."""
+    """Prefetcher of this rank's micro-batches, in order.
+
+    At most `max_bytes`, or one micro-batch, are prefetched and not yet taken.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,15 @@ class PlanAhead:
         read_ahead: Callable[[PlannedSamples, np.ndarray], int],
         max_bytes: int,
     ) -> None:
-        """`read_ahead(samples, slots)` asks for the samples' bytes and says how many; not called when `max_bytes` is 0."""
+        """Start the thread.
+
+        Args:
+            planned_steps: The steps.
+            rank: This rank.
+            read_ahead: Called with samples and global sample indices; starts reading their bytes and returns the number
+                of bytes. It is not called if `max_bytes` is 0.
+            max_bytes: Maximum number of bytes ahead.
+        """
         self._rank, self._read_ahead, self._max_bytes = rank, read_ahead, max_bytes
         self._ready: deque[Announced] = deque()
         self._changed = threading.Condition()
@@ -45,9 +56,9 @@ class PlanAhead:
         self._thread.start()
 
     def take(self, *, wait: bool) -> Announced | None:
-        """The next micro-batch. None: there is none yet, or with `wait` none any more.
+        """Return the next micro-batch. Return None if there is none yet or, with `wait`, if there are no more.
 
-        An error of the planning is raised when its turn comes.
+        An error of the planning thread is raised when its position is reached.
         """
         with self._changed:
             while wait and not self._ready and not self._ended:
@@ -87,7 +98,7 @@ class PlanAhead:
                 self._changed.notify_all()
 
     def _wait_for_room(self) -> bool:
-        """Wait until one more micro-batch may be announced; False when nobody wants it any more."""
+        """Wait until one more micro-batch may be prefetched. Return False if the prefetcher is closed."""
         with self._changed:
             while not self._stopped and (self._num_bytes >= max(1, self._max_bytes) or len(self._ready) >= _MOST_MICRO_BATCHES):
                 self._changed.wait()

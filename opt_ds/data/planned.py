@@ -1,11 +1,11 @@
-"""What every plan of steps shares: the order of samples, their lengths, the losses' counts, the micro-batches.
+"""Base of all step plans: the order of samples, their lengths, the losses' counts, the micro-batches.
 
-A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed permutation of
-(p mod N). A step's plan is computed whole, so the counts that normalise the losses need no communication.
-Which task a sample gets is up to the plan: `data.plan` for pre-training, `data.finetune_plan` for fine-tuning. What a single
-sample's masks are is decided later, by `data.samples`, from the same keys.
+A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed
+permutation of (p mod N). The plan of a step is computed completely, so the counts that normalise the losses need no
+communication. The subclass decides the task of a sample: `data.plan` for pre-training, `data.finetune_plan` for
+fine-tuning. The masks of a sample are decided later, by `data.samples`, from the same keys.
 
-B: samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere.
+Legend: B samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere.
 """
 
 from abc import ABC, abstractmethod
@@ -18,13 +18,13 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
 from opt_ds.data.flops import sample_and_step_flops
-from opt_ds.ops.keyed import keyed_hash, permute
 from opt_ds.data.lengths import model_lengths
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
-from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
 from opt_ds.data.modalities import MODALITIES
+from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
 from opt_ds.data.task import Candidates, DataTask, Drawn
+from opt_ds.ops.keyed import keyed_hash, permute
 from opt_ds.store.reader import FeatureStore
 
 _BLOCK = 2**18  # samples
@@ -32,69 +32,85 @@ _BLOCK = 2**18  # samples
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One optimiser step: its samples, the losses' counts over the whole global batch, and each rank's micro-batches."""
+    """Plan of one optimiser step.
+
+    It holds the samples, the losses' counts over the global batch, and each rank's micro-batches.
+    """
 
     step: int
     samples: PlannedSamples
     counts: dict[str, float]
-    micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], equally many on every rank
+    micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], the same number on every rank
     num_tokens: int
-    fill: float  # positions used, as a share of the micro-batches' budget
-    balance: float  # the most loaded rank's operations over the mean rank's
-    flops: float  # operations of training on all its samples once
+    fill: float  # packing efficiency: used positions as a fraction of the micro-batches' budget
+    balance: float  # load imbalance: maximum operations of a rank divided by the mean
+    flops: float  # operations of training once on all its samples
 
     @property
     def num_samples(self) -> int:
+        """Number of samples of the step."""
         return len(self.samples)
 
 
 class Plan(ABC):
-    """Plans every step of a run over the train split, and the fixed validation pass over the valid split."""
+    """Step plan of a run over the training split, and the fixed validation pass over the validation split."""
 
-    VERSION = 3  # part of a checkpoint: a plan that draws otherwise must not continue an older run
-    #: Versions that this code can follow. Version 1 had the text decoder write [SEP] after truncated texts too. Up to version 2
-    #: a batch in tokens had the number of samples of stores read in proportion to their sizes, whatever `data.mix`.
+    VERSION = 3  # Stored in checkpoints, because a plan that samples differently must not continue an older run.
+    #: Versions that this code can follow. In version 1 the text decoder also learned [SEP] after truncated texts. Up to
+    #: version 2, with a batch size in tokens, the number of samples was computed for stores read in proportion to their
+    #: sizes, whatever `data.mix`.
     VERSIONS = (1, 2, 3)
-    off: dict[str, str]  # task or loss -> why no sample of these stores can take it, or why the config has none of it
+    # Task or loss -> why no sample of these stores can take it, or why the configuration disables it.
+    off: dict[str, str]
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
-        """`version`: of the run that is continued, one of `VERSIONS`; None: the newest."""
+        """Create the plan. `version` is that of the run that is continued, one of `VERSIONS`; None means the newest."""
         self.config, self.stores = config, stores
         self.version = self.VERSION if version is None else version
         self.tasks: dict[str, DataTask] = {name: unit(config) for name, unit in config.tasks.units.items()}
-        self.task_names = tuple(self.tasks)  # `PlannedSamples.task` counts in this order
+        self.task_names = tuple(self.tasks)  # in the order of the indices in `PlannedSamples.task`
         self._train = [self._usable(store, config.data.train_split) for store in stores]
         self._lengths = [model_lengths(config.model, store) for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
         self.batch_samples = self._batch_samples()
         self._starts = np.cumsum([0, *(len(rows) for rows in self._train)])
 
-    # ---- what a plan decides itself
+    # ---- decided by subclasses
 
     def _usable(self, store: FeatureStore, split: str) -> np.ndarray:
-        """int64, the split's samples that the plan deals out."""
+        """Return the split's samples that the plan uses, int64."""
         return store.split_samples(split)
 
     @abstractmethod
     def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> "PlannedSamples":
-        """The tasks of these samples in a training step."""
+        """Return these samples with their tasks in a training step.
+
+        Args:
+            step: Index of the step.
+            epoch: int64 [B].
+            store: int64 [B], indices of the stores.
+            sample: int64 [B], sample indices in their stores.
+
+        Returns:
+            The samples.
+        """
 
     @abstractmethod
     def _validation_samples(self, number: int, valid: np.ndarray) -> "list[PlannedSamples]":
-        """Every task of these samples of store `number`, for the validation pass."""
+        """Return these samples of store `number` once per task, for the validation pass."""
 
     # ---- steps
 
     def step(self, step: int, world_size: int = 1) -> "PlannedStep":
-        """Plan of optimiser step `step` (0-based) for this many ranks; the samples do not depend on the ranks."""
+        """Return the plan of optimiser step `step` (0-based). The samples do not depend on the number of ranks."""
         positions = step * self.batch_samples + np.arange(self.batch_samples, dtype=np.int64)
         return self._planned_step(step, self._training_samples(step, *self._samples_at(positions)), world_size)
 
     def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> "list[PlannedStep]":
-        """The fixed validation pass: every task that is trained on every sample of the valid split, or on a choice of
-        `max_samples` of all stores, a function of the seed.
+        """Return the fixed validation pass: every trained task on every sample of the validation split.
 
-        Each PlannedStep holds up to `chunk` samples; its `step` is its place in the list.
+        If there are more than `max_samples` samples in all stores, a choice that is a function of the seed is used.
+        Each PlannedStep holds up to `chunk` samples; its `step` is its index in the list.
         """
         samples = concatenate(self._validation_parts(max_samples))
         kept = np.flatnonzero(samples.task >= 0)
@@ -104,7 +120,7 @@ class Plan(ABC):
         ]
 
     def has_validation(self, max_samples: int = 2**62) -> bool:
-        """Whether that pass has anything to judge."""
+        """Return whether the validation pass has any sample."""
         return any((part.task >= 0).any() for part in self._validation_parts(max_samples))
 
     def _validation_parts(self, max_samples: int) -> "list[PlannedSamples]":
@@ -135,7 +151,10 @@ class Plan(ABC):
     def _weighted_samples_at(
         self, positions: np.ndarray, weights: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Blocks in which each store has exactly its share of places; a store's own epoch advances at its own pace."""
+        """Return (epoch, store, index) for positions in blocks in which each store has exactly its quota.
+
+        Each store has its own epochs, which advance at its own pace.
+        """
         quota = mix_quotas(weights)
         starts = np.cumsum([0, *quota])
         block = positions // MIX_BLOCK
@@ -154,15 +173,15 @@ class Plan(ABC):
     # ---- lengths, counts, micro-batches
 
     def _of_store(self, store: np.ndarray, number: int) -> np.ndarray | slice:
-        """An index of the samples of store `number`; of a run's only store a slice, which copies nothing."""
+        """Return an index of the samples of store `number`. For a single store it is a slice, which copies nothing."""
         return slice(None) if len(self.stores) == 1 else np.flatnonzero(store == number)
 
     def _input_lengths(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """int64 [B, 3], items that the model reads of these rows."""
+        """Return the number of items that the model reads of these rows, int64 [B, 3]."""
         return np.stack([self._lengths_of(store, rows[:, modality], modality) for modality in MODALITIES]).T
 
     def _changed_lengths(self, store: np.ndarray, rows: np.ndarray, old_rows: np.ndarray, old: np.ndarray) -> np.ndarray:
-        """`_input_lengths` of the rows, where those of the old rows are known."""
+        """Return `_input_lengths` of the rows, reusing the known lengths of the old rows."""
         lengths = old.copy(order="K")
         for modality in MODALITIES:
             changed = np.flatnonzero(rows[:, modality] != old_rows[:, modality])
@@ -170,7 +189,10 @@ class Plan(ABC):
         return lengths
 
     def _lengths_of(self, store: np.ndarray, rows: np.ndarray, modality: int) -> np.ndarray:
-        """int64 [n], items that the model reads of each row of this modality; 0 where there is none."""
+        """Return the number of items that the model reads of each row of this modality.
+
+        The result is int64 [n], and 0 for absent rows.
+        """
         if len(self.stores) == 1 and (rows >= 0).all():
             return self._lengths[0][modality][rows]
         lengths = np.zeros(len(rows), np.int64)
@@ -187,7 +209,7 @@ class Plan(ABC):
         )  # fmt: skip
 
     def _drawn(self, task: np.ndarray, input_rows: np.ndarray) -> Drawn:
-        """The samples with their tasks, of which the tasks have decided nothing yet."""
+        """Return the samples with their tasks, before the tasks make their decisions."""
         columns: dict[str, np.ndarray] = {
             name: np.full(len(task), fill, dtype)
             for unit in self.tasks.values()
@@ -204,7 +226,7 @@ class Plan(ABC):
         )  # fmt: skip
 
     def _counts(self, samples: PlannedSamples) -> dict[str, float]:
-        """Terms of each loss over the step. A loss is the sum of the tasks' that compute it."""
+        """Return the number of terms of each loss over the step, summed over the tasks that compute it."""
         counts: dict[str, float] = {}
         for task in self.tasks.values():
             for loss, count in task.num_terms(samples).items():
@@ -225,7 +247,7 @@ class Plan(ABC):
         )  # fmt: skip
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:
-        """int64 [B, 3], the samples' own rows."""
+        """Return the samples' own rows, int64 [B, 3]."""
         if len(self.stores) == 1:
             return self.stores[0].rows[sample].astype(np.int64, copy=False)
         rows = np.empty((len(sample), 3), dtype=np.int64)
@@ -248,7 +270,10 @@ class Plan(ABC):
         return max(1, round(self.config.batch.size / (2 + mean)))
 
     def _num_items(self, number: int) -> float:
-        """Tokens, regions and frames that the model reads of all training samples of a store. Read once per store."""
+        """Return the total tokens, regions and frames that the model reads of a store's training samples.
+
+        Computed once per store.
+        """
         store, samples = self.stores[number], self._train[number]
         model = self.config.model
         limits = [model.max_text_tokens, model.max_regions, model.max_frames, model.audio_stack]
@@ -263,13 +288,15 @@ class Plan(ABC):
         return float(cached_array(store, "items", [*self._rows_key(self.config.data.train_split), limits], count)[0])
 
     def _rows_key(self, split: str) -> list[Any]:
-        """What `_usable` depends on, besides the store."""
+        """Return what `_usable` depends on besides the store."""
         return [split]
 
 
 def _chosen(samples: list[np.ndarray], limit: int, seed: int) -> list[np.ndarray]:
-    """At most `limit` of all stores' samples, in their order: those with the smallest hashes, so that a larger choice holds a
-    smaller one."""
+    """Return at most `limit` samples over all stores, in their order.
+
+    The samples with the smallest hashes are chosen, so that a larger choice contains a smaller one.
+    """
     if sum(map(len, samples)) <= limit:
         return samples
     keys = [keyed_hash(seed, "validation", number, own) for number, own in enumerate(samples)]

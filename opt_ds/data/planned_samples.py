@@ -1,6 +1,6 @@
-"""A step's samples as arrays: which they are, their task, their inputs, and what the tasks decided of them.
+"""A step's samples as arrays: their indices, tasks and inputs, and what the tasks decided about them.
 
-B: samples of a step.
+Legend: B samples of a step.
 """
 
 from dataclasses import dataclass, fields
@@ -9,39 +9,38 @@ import numpy as np
 
 from opt_ds.data.modalities import TEXT
 
-
-VALIDATION_EPOCH = 2**40  # no training run gets there, so its hashes are its own
+VALIDATION_EPOCH = 2**40  # no training run reaches this epoch, so its hashes are distinct
 
 
 @dataclass(frozen=True)
 class PlannedSamples:
-    """Arrays of length B. Rows are global rows of the sample's store; -1: not there."""
+    """Arrays of length B. Rows are global rows of the sample's store; -1: absent."""
 
     epoch: np.ndarray  # int64
     store: np.ndarray  # int64, index into the run's stores
     sample: np.ndarray  # int64, index into the store
-    task: np.ndarray  # int8, index into the plan's tasks; -1: nothing can be learned from this sample
-    source_rows: np.ndarray  # int64 [B, 3], the sample's own
+    task: np.ndarray  # int8, index into the plan's tasks; -1: no task can use this sample
+    source_rows: np.ndarray  # int64 [B, 3], the sample's own rows
     input_rows: np.ndarray  # int64 [B, 3], after dropping and replacing
     input_lengths: np.ndarray  # int64 [B, 3], items after truncation and stacking
-    columns: dict[str, np.ndarray]  # what the tasks keep of their samples (`DataTask.columns`)
+    columns: dict[str, np.ndarray]  # columns of the tasks (`DataTask.columns`)
 
     def __len__(self) -> int:
         return len(self.task)
 
     def input_positions(self) -> np.ndarray:
-        """int64 [B], positions of the encoder: [CLS] and the items, and [SEP] with text."""
+        """Return the number of encoder positions, int64 [B]: [CLS] and the items, and [SEP] if there is text."""
         text, image, audio = self.input_lengths.T
         return 1 + text + image + audio + (self.input_rows[:, TEXT] >= 0)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name; a task's column as "columns/<name>"."""
+        """Return all arrays by name. The name of a task's column is "columns/<name>"."""
         own = {name: getattr(self, name) for name in FIELDS}
         return own | {f"{_COLUMNS}{name}": array for name, array in self.columns.items()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "PlannedSamples":
-        """The inverse of `arrays`."""
+        """Return the samples for the result of `arrays`."""
         columns = {name.removeprefix(_COLUMNS): array for name, array in arrays.items() if name.startswith(_COLUMNS)}
         return cls(**{name: arrays[name] for name in FIELDS}, columns=columns)
 
@@ -51,11 +50,11 @@ FIELDS = tuple(field.name for field in fields(PlannedSamples) if field.name != "
 
 
 def concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
-    """Return the samples of all parts, one after another."""
+    """Return the samples of all parts, concatenated."""
     arrays = [part.arrays() for part in parts]
     return PlannedSamples.from_arrays({name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]})
 
 
 def select(samples: PlannedSamples, index: np.ndarray) -> PlannedSamples:
-    """Return the samples at these places."""
+    """Return the samples with these indices."""
     return PlannedSamples.from_arrays({name: array[index] for name, array in samples.arrays().items()})

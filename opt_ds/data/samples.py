@@ -1,23 +1,23 @@
-"""One planned sample made concrete: its rows read from the store, its items masked, its targets cut out.
+"""Sample reader: reads the rows of a planned sample from the store, masks its items and sets its targets.
 
-n: WordPieces, r: regions, a: model frames (stored frames joined by `audio_stack`), v: feature width.
+Legend: n WordPieces, r regions, a model frames (`audio_stack` stored frames each), v feature width.
 """
 
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.ops.keyed import keyed_choice, keyed_hash
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_masked, num_masked_frames
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
 from opt_ds.data.sample import Sample, given
-from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.task import DataTask
+from opt_ds.ops.keyed import keyed_choice, keyed_hash
 from opt_ds.store.reader import FeatureStore
 
 
 class SampleReader:
-    """Makes `Sample`s of a plan's slots. Holds the stores and the keys, no state."""
+    """Reads `Sample`s of a step plan. It holds the stores and the keys, and no state."""
 
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         self.config, self.stores = config, stores
@@ -27,7 +27,7 @@ class SampleReader:
         self._spans = {modality: span for task in self._tasks for modality, span in task.mask_spans.items()}
 
     def read(self, planned: PlannedSamples, slot: int) -> Sample:
-        """The sample in this slot of the step, masked as its key says, with the targets of its task."""
+        """Return the sample with this global sample index, masked by its key, with the targets of its task."""
         number, store, rows = int(planned.store[slot]), self.stores[int(planned.store[slot])], planned.input_rows[slot]
         task = self._tasks[planned.task[slot]] if planned.task[slot] >= 0 else None
         masked = task.masked_modalities if task else ()
@@ -70,7 +70,7 @@ class SampleReader:
         sample.token_ids = corrupt_tokens(tokens, masked, mask_id, self._ordinary[number], key)
 
     def read_ahead(self, planned: PlannedSamples, slots: np.ndarray) -> int:
-        """Have the features of these samples read from the disk soon, without waiting; returns their bytes."""
+        """Start reading the features of these samples from disk, without waiting. Return their number of bytes."""
         total = 0
         for number, (_, image, audio) in zip(planned.store[slots].tolist(), planned.input_rows[slots].tolist(), strict=True):
             store = self.stores[number]
@@ -79,7 +79,7 @@ class SampleReader:
         return total
 
     def whole(self, number: int, index: int, modalities: tuple[int, ...] = (TEXT, IMAGE, AUDIO)) -> Sample:
-        """A store's sample uncorrupted, with just these modalities (those that it has): for evaluation."""
+        """Return a store's sample without masking, with only those of these modalities that it has, for evaluation."""
         store = self.stores[number]
         rows = store.rows[index]
         sample = Sample(name=f"{store.name}/{store.sample_id(index)}")
@@ -92,25 +92,38 @@ class SampleReader:
         return sample
 
     def read_tokens(self, sample: Sample, store: FeatureStore, row: int) -> None:
+        """Read the text of the sample."""
         sample.token_ids = read_text(store, row, self.config.model.max_text_tokens)
 
     def read_regions(self, sample: Sample, store: FeatureStore, row: int) -> None:
+        """Read the regions of the sample."""
         regions, limit = store.regions(row), self.config.model.max_regions
         sample.region_features, sample.region_boxes = regions.features[:limit], regions.boxes[:limit]
         sample.region_labels = regions.labels[:limit].astype(np.int64)
 
     def read_frames(self, sample: Sample, store: FeatureStore, row: int, offset: int) -> None:
+        """Read the frames of the sample and stack them.
+
+        Args:
+            sample: The sample, which is changed.
+            store: Its store.
+            row: Audio row of the store.
+            offset: Offset of the first stacked frame, from 0 to audio_stack − 1.
+        """
         sample.frames = stack_frames(store.frames(row), self.config.model.audio_stack, offset)[: self.config.model.max_frames]
 
 
 def read_text(store: FeatureStore, row: int, max_tokens: int) -> np.ndarray:
-    """int64 [n], the WordPieces of a text row that the model takes."""
+    """Return the first `max_tokens` WordPieces of a text row, int64 [n]."""
     return store.text(row)[:max_tokens].astype(np.int64)
 
 
 def stack_frames(frames: np.ndarray, stack: int, offset: int) -> np.ndarray:
-    """[T, v] -> [a, stack · v]: `stack` frames side by side; the first frame is repeated `offset` times before, the last one
-    after, as needed. a does not depend on the offset (0 <= offset < stack)."""
+    """Return frames [T, v] as [a, stack · v], with `stack` frames per row.
+
+    The first frame is repeated `offset` times at the start, and the last one at the end as needed. `a` does not depend
+    on the offset (0 <= offset < stack).
+    """
     if stack == 1 or not len(frames):
         return frames.reshape(len(frames), stack * frames.shape[1])
     count = int(stacked_length(len(frames), stack))
@@ -119,6 +132,6 @@ def stack_frames(frames: np.ndarray, stack: int, offset: int) -> np.ndarray:
 
 
 def _ordinary_ids(store: FeatureStore) -> np.ndarray:
-    """What a random replacement may be: every id but the special ones."""
+    """Return the ids that may replace a masked token: all ids except the special ones."""
     t = store.description.tokenizer
     return np.setdiff1d(np.arange(store.description.dims.vocab_size), [t.pad_id, t.unk_id, t.cls_id, t.sep_id, t.mask_id])

@@ -1,61 +1,77 @@
-"""Plans of steps shared by the ranks of one node: of n ranks each plans every n-th step, and leaves it in a file for the others.
+"""Step plans shared by the ranks of one node.
 
-A plan is a function of (config, stores, step), so that a shared one is only a cache: a rank that does not find it in time, or finds
-one that is damaged or another run's, plans the step itself. A file holds a whole `PlannedStep`, which the others map: its pages are
-in memory once, however many ranks of the node are ahead by how many steps.
+Of n ranks, each plans every n-th step and writes it to a file for the others.
 
-Each rank has an inbox, a folder of files named by their steps. The rank that plans a step links one file into the inboxes of all
-others; a reader removes its link as it maps the file, so that nothing is left once all have read it.
+A plan is a function of (config, stores, step), so sharing is only a cache. A rank plans a step itself if it does not
+find the file in time, or if the file is damaged or belongs to another run. A file holds a complete `PlannedStep` that
+the others map. Its pages are in memory once, whatever the number of ranks and however many steps they are ahead.
+
+Each rank has an inbox, a folder of files named by their steps. The rank that plans a step links one file into the
+inboxes of all others. A reader removes its link when it maps the file, so nothing remains once all have read it.
 """
 
-import logging
 import hashlib
 import json
+import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opt_ds.version import __version__
 from opt_ds.data.micro_batches import MicroBatches
-from opt_ds.data.planned import Plan, PlannedStep
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.planned import Plan, PlannedSamples, PlannedStep
+from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.log import EVERY_RANK
+from opt_ds.version import __version__
 
 _LOG = logging.getLogger(__name__)
-_WAIT_S, _WAIT_PLANS = 5.0, 4.0  # for another rank's plan, at least; and in times that the slowest plan took here
+# Patience for another rank's plan: minimum in seconds, and multiple of the longest planning time here.
+_WAIT_S, _WAIT_PLANS = 5.0, 4.0
 _POLL_S = 0.002
-_MOST_WAITING = 64  # files that an inbox may hold
-_SHARED_FROM = 2048  # samples of a step: planning fewer takes about as long as reading a file
+_MOST_WAITING = 64  # maximum number of files in an inbox
+_SHARED_FROM = 2048  # samples per step; planning a smaller step takes about as long as reading a file
 _ALIGNMENT = 64  # bytes
 _MICRO_BATCHES = ("slots", "sizes", "num_tokens", "costs")
 _NUMBERS = ("step", "counts", "num_tokens", "fill", "balance", "flops")
 
 
 def is_worth_sharing(plan: Plan) -> bool:
-    """Whether reading a step's plan is quicker than planning it again."""
+    """Return whether reading a step's plan is faster than computing it."""
     return plan.batch_samples >= _SHARED_FROM
 
 
 class SharedPlans:
-    """A run's plan as rank `place` of the `count` ranks of this node goes through it. Plans the steps whose remainder is `place`."""
+    """Step plan of a run, shared by the `count` ranks of this node.
+
+    Rank `place` plans the steps with this remainder.
+    """
 
     def __init__(self, plan: Plan, world_size: int, folder: Path, place: int, count: int) -> None:
-        """Share what is in `folder`, which is of this launch and node alone; `make_inboxes` was called for it."""
+        """Share plans through `folder`.
+
+        Args:
+            plan: The step plan.
+            world_size: Number of ranks of the run.
+            folder: Folder of this launch and node only, for which `make_inboxes` was called.
+            place: Number of this rank on its node.
+            count: Number of ranks of the node.
+        """
         self._plan, self._world_size, self._folder = plan, world_size, folder
         self._place, self._count = place, count
         self._key = _key_of(plan, world_size)
-        self._longest_s = 0.0  # that a plan took here
-        self._late: set[int] = set()  # ranks that are not waited for until they are seen again
+        self._longest_s = 0.0  # longest time that planning a step took here
+        self._late: set[int] = set()  # ranks that are not waited for until their plans appear again
         self.num_read = self.num_missed = 0
 
     def steps(self, first: int, last: int) -> Iterator[PlannedStep]:
-        """The plans of steps first … last − 1. The next own step is planned and left before another rank's is waited for."""
+        """Yield the plans of steps first … last − 1.
+
+        The next own step is planned and shared before this rank waits for another rank's plan.
+        """
         own: PlannedStep | None = None
         for step in range(first, last):
             following = step + (self._place - step) % self._count
@@ -73,10 +89,13 @@ class SharedPlans:
         self._longest_s = max(self._longest_s, time.perf_counter() - began)
         return planned
 
-    # ---- leaving and reading
+    # ---- writing and reading
 
     def _leave(self, planned: PlannedStep) -> None:
-        """Link the plan's file into the others' inboxes, as far as they have room. A full disk leaves the others to plan it."""
+        """Link the plan's file into the other ranks' inboxes that have room.
+
+        If the disk is full, the others plan the step themselves.
+        """
         temporary = self._folder / f".{planned.step}-{self._place}.tmp"
         try:
             write_plan(temporary, planned, self._key)
@@ -90,14 +109,14 @@ class SharedPlans:
             temporary.unlink(missing_ok=True)
 
     def _read(self, step: int) -> PlannedStep | None:
-        """Another rank's plan of a step; None where it is not there in time, or is none of this run's."""
+        """Return another rank's plan of a step, or None if it is not there in time or belongs to another run."""
         owner, inbox = step % self._count, _inbox(self._folder, self._place)
         _remove_before(inbox, step)
         patience = 0.0 if owner in self._late else max(_WAIT_S, _WAIT_PLANS * self._longest_s)
         until = time.monotonic() + patience
         path = inbox / str(step)
         while not path.exists():
-            if time.monotonic() >= until or not inbox.is_dir():  # its folder goes when the run ends
+            if time.monotonic() >= until or not inbox.is_dir():  # the folder is removed when the run ends
                 self._late.add(owner)
                 self._note(step, f"rank {owner} of this node has not planned it in {patience:.0f} s")
                 return None
@@ -122,7 +141,7 @@ class SharedPlans:
 
 
 def make_inboxes(folder: Path, count: int) -> None:
-    """Make what the `count` ranks of a node share plans in."""
+    """Create the inboxes of the node's `count` ranks."""
     for place in range(count):
         _inbox(folder, place).mkdir()
 
@@ -132,27 +151,27 @@ def _inbox(folder: Path, place: int) -> Path:
 
 
 def _remove_before(inbox: Path, step: int) -> None:
-    """Remove what came too late."""
+    """Remove plans that arrived too late."""
     try:
         for name in os.listdir(inbox):
             if int(name) < step:
                 (inbox / name).unlink(missing_ok=True)
-    except (OSError, ValueError):  # the folder is gone: the first rank of the node has ended
+    except (OSError, ValueError):  # the folder is gone because the node's first rank has ended
         pass
 
 
 def _key_of(plan: Plan, world_size: int) -> str:
-    """What plans of a step depend on."""
+    """Return a hash of everything that the plan of a step depends on."""
     stores = [store.fingerprint for store in plan.stores]
     about = [__version__, type(plan).__name__, plan.version, plan.config.model_dump(mode="json"), stores, world_size]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-# ---- a file: a line of JSON that says what follows, and the arrays
+# ---- file format: one line of JSON that describes the content, then the arrays
 
 
 def write_plan(path: Path, planned: PlannedStep, key: str) -> None:
-    """Write a step's plan. Raises OSError."""
+    """Write a step's plan. Raise OSError if that fails."""
     assert isinstance(planned.micro_batches, MicroBatches)
     arrays = planned.samples.arrays()
     arrays |= {f"micro_batches/{name}": getattr(planned.micro_batches, name) for name in _MICRO_BATCHES}
@@ -170,7 +189,7 @@ def write_plan(path: Path, planned: PlannedStep, key: str) -> None:
 
 
 def read_plan(path: Path, step: int, key: str) -> PlannedStep | None:
-    """Return the plan that a file holds, mapped; None if it is not whole, or not this step's of the run with this key."""
+    """Return the memory-mapped plan in a file, or None if the file is incomplete or of another step or run."""
     try:
         with open(path, "rb") as file:
             about = json.loads(file.readline())
@@ -194,10 +213,10 @@ def read_plan(path: Path, step: int, key: str) -> PlannedStep | None:
 
 
 def _room(array: np.ndarray) -> int:
-    """Bytes from its beginning to the next array's."""
+    """Return the number of bytes from the start of the array to that of the next one."""
     return array.nbytes + -array.nbytes % _ALIGNMENT
 
 
 def _sum(content: np.ndarray) -> int:
-    """Of the content's words of 64 bits, modulo 2^64."""
+    """Return the sum of the content's 64-bit words, modulo 2^64."""
     return int(content.view(np.uint64).sum(dtype=np.uint64))

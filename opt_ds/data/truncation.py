@@ -1,4 +1,4 @@
-"""What the model's limits drop of the stores' items: counted over the stores' indexes, one line for each limit that drops any."""
+"""Report of truncation by the model's limits, from the stores' indexes: one line for each limit that drops items."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,7 +15,10 @@ _BLOCK = 2**20
 
 
 class _Dropped(NamedTuple):
-    """Counts over the rows of one modality: all of them, the truncated ones, the share that they lose in all, the longest."""
+    """Counts over the rows of one modality.
+
+    They are all rows, truncated rows, the sum of the dropped fractions, and the longest row.
+    """
 
     rows: float
     truncated: float
@@ -31,10 +34,10 @@ class _Dropped(NamedTuple):
 
 
 def truncation_lines(model: ModelConfig, stores: list[FeatureStore]) -> list[str]:
-    """Return a line for each of max_text_tokens, max_regions and max_frames that truncates samples of these stores.
+    """Return one line for each of max_text_tokens, max_regions and max_frames that truncates samples of these stores.
 
-    All rows of a store are counted, whatever their split. Time is linear in the number of rows, memory is constant; a run counts
-    a store once.
+    All rows of a store are counted, in every split. Time is linear in the number of rows and memory is constant. A
+    store is counted once.
     """
     return list(_lines(model, stores))
 
@@ -57,7 +60,7 @@ def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
 
 
 def _count(model: ModelConfig, store: FeatureStore) -> np.ndarray:
-    """Return float64 [3, 4]: the fields of _Dropped for texts, images and recordings."""
+    """Return the fields of _Dropped for texts, images and audio, float64 [3, 4]."""
     return np.array([
         _dropped(store.text_lengths, model.max_text_tokens, 1),
         _dropped(store.region_counts, model.max_regions, 1),
@@ -68,7 +71,7 @@ def _count(model: ModelConfig, store: FeatureStore) -> np.ndarray:
 def _dropped(stored: np.ndarray, limit: int, stack: int) -> _Dropped:
     truncated = longest = 0
     lost = 0.0
-    for start in range(0, len(stored), _BLOCK):  # an index may be a map of 10^8 rows
+    for start in range(0, len(stored), _BLOCK):  # an index may be a memory map of 10^8 rows
         lengths = stacked_length(stored[start : start + _BLOCK], stack)
         longer = lengths[lengths > limit]
         truncated += len(longer)

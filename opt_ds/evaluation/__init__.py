@@ -1,1 +1,1 @@
-"""The paper's experiments: each file is a function of a trained model and a store, and gives plain figures."""
+"""The paper's experiments. Each file holds a function of a trained model and a store that returns plain figures."""

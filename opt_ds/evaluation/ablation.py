@@ -1,7 +1,9 @@
-"""The paper's ablation (Liu et al. 2021, §4): the same seed and budget without a task or a level, judged by a linear probe.
+"""The paper's ablation (Liu et al.
 
-Each row is a run of pretrain.py in a folder of its own, and `row.json` beside it once it is probed. The table is made of the rows
-that are there, so rows may come from several processes and at different times.
+2021, §4): runs with the same seed and budget without a task or a level, compared by a linear probe.
+
+Each row is a run of pretrain.py in its own folder, with a `row.json` once it is probed. The table is made from the rows
+that exist, so rows may come from several processes and different times.
 """
 
 import json
@@ -39,7 +41,10 @@ ROW_FILE = "row.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One run of the ablation: its name, settings on top of the full run's, configuration, and the losses that it can compute."""
+    """One run of the ablation.
+
+    It has a name, settings on top of the full run's, its configuration, and the losses that it can compute.
+    """
 
     name: str
     settings: tuple[str, ...]
@@ -48,12 +53,13 @@ class Row:
 
     @property
     def steps(self) -> int:
+        """Number of training steps; 0 for the untrained row."""
         return 0 if self.name == UNTRAINED else self.config.max_steps
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How a row is judged; the arguments of `classification`."""
+    """Settings of the linear probe. These are the arguments of `classification`."""
 
     split: str = "test_variant"
     train_split: str = "train"
@@ -64,9 +70,9 @@ class Probe:
 
 
 def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
-    """Return row -> the tasks and losses whose weight it sets to 0.
+    """Return row name -> the tasks and losses whose weight the row sets to 0.
 
-    Rows leave out a level, one task of a level that has several, or one loss of a level that is a single task.
+    A row leaves out one level, one task of a level that has several, or one loss of a level that has a single task.
     """
     levels = {level: [unit for unit in tasks.units.values() if unit.level == level and unit.sampled] for level in _LEVELS}
     rows: dict[str, tuple[str, ...]] = {FULL: ()}
@@ -78,10 +84,19 @@ def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
 
 
 def plan_rows(source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = ()) -> list[Row]:
-    """The rows named (none: all that differ from the full run), in the order of `rows_without`.
+    """Return the ablation's rows in the order of `rows_without`.
 
-    Early stopping is off in all of them: the budget is the same. Raises UserError for an unknown row, for one that leaves no
-    task, and for a named one that takes nothing away, since the full run has none of its losses.
+    Early stopping is disabled in all of them, so that the budget is the same.
+
+    Args:
+        source: Preset or configuration file of the full run.
+        settings: Overrides of the form "key.path=value" for all rows.
+        stores: The stores to train on.
+        names: The rows to return. Empty: all rows that differ from the full run.
+
+    Raises:
+        UserError: A row is unknown or leaves no task, or a named row removes nothing because the full run has none of
+            its losses.
     """
     shared = (*settings, "train.early_stopping=0")
     full = load_config(source, shared)
@@ -107,7 +122,11 @@ def plan_rows(source: str, settings: Sequence[str], stores: list[FeatureStore], 
 
 
 def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ...]:
-    """Losses that a run of this configuration computes on these stores: weighted, drawn at some time, and possible."""
+    """Return the losses that a run of this configuration computes on these stores.
+
+    These losses have a positive weight, belong to a task that is sampled at some time, and are possible on the stores'
+    samples.
+    """
     off = StepPlan(config, stores).off
     last = config.max_steps / config.schedule.total_steps
     mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
@@ -117,19 +136,19 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
 
 
 def check_labels(store: FeatureStore, probe: Probe, seed: int) -> None:
-    """Raise UserError if the probe would have no label to learn: before anything is trained."""
+    """Raise UserError, before anything is trained, if the probe would have no label to learn."""
     train, test = (samples_with(store, s, (TEXT, IMAGE, AUDIO), probe.limit, seed) for s in (probe.train_split, probe.split))
     label_matrices(store, train, test, probe.min_positives)
 
 
 def is_done(row: Row, folder: Path, probe: Probe) -> bool:
-    """Whether the row's figures are there, of the same budget and probe."""
+    """Return whether the row's figures exist for the same budget and probe."""
     found = read_row(folder / row.name)
     return found is not None and _is_of(found, row.config, probe)
 
 
 def read_row(folder: Path) -> dict[str, Any] | None:
-    """A row's figures; None while there are none."""
+    """Return a row's figures, or None if there are none yet."""
     try:
         return json.loads((folder / ROW_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,7 +158,21 @@ def read_row(folder: Path) -> dict[str, Any] | None:
 
 
 def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device: str) -> dict[str, Any]:
-    """Probe the last checkpoint of the row's run, and write row.json. Raises RunError if the run is not what the row says."""
+    """Probe the last checkpoint of the row's run and write row.json.
+
+    Args:
+        row: The row.
+        folder: Folder of the ablation.
+        store: The store to probe on.
+        probe: Settings of the probe.
+        device: Device of the model.
+
+    Returns:
+        The row's figures.
+
+    Raises:
+        RunError: The run is unfinished or trained a loss that the row leaves out.
+    """
     run = folder / row.name
     seconds = 0.0
     ran: tuple[str, ...] = ()
@@ -170,24 +203,37 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
 
 
 def losses_of_run(run: Path, tasks: TasksConfig) -> tuple[str, ...]:
-    """The losses that a run's training steps computed, by its own log."""
+    """Return the losses that a run's training steps computed, according to its metrics.jsonl."""
     lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     logged = {key for line in lines for key in json.loads(line)}
     return tuple(loss for loss in tasks.all_losses if f"train/{loss}/loss" in logged)
 
 
 def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
-    """What pretrain.py is given for a row."""
-    settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py takes a key once
+    """Return the command line arguments of pretrain.py for a row."""
+    settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py accepts each key once
     return ["--config", source, "--output", str(folder / row.name), *(part for x in settings.values() for part in ("--set", x))]
 
 
 def make_rows(
     source: str, rows: Sequence[Row], folder: Path, store: FeatureStore, probe: Probe, ranks: int, device: str,
 ) -> int:  # fmt: skip
-    """Pre-train and probe the rows that are not done, and write the tables after each.
+    """Pre-train and probe the rows that are not done, and write the tables after each row.
 
-    Returns 0, or 75 when a signal stopped it (a run that it cut has saved). Raises RunError when a run fails.
+    Args:
+        source: Preset or configuration file of the full run.
+        rows: The rows to make.
+        folder: Folder of the ablation, with one folder per row.
+        store: The store to train and probe on.
+        probe: Settings of the probe.
+        ranks: Number of ranks of each pre-training run.
+        device: Device of the probe.
+
+    Returns:
+        0, or 75 if a signal stopped the process. A run that was interrupted has saved a checkpoint.
+
+    Raises:
+        RunError: A run failed.
     """
     with StopRequest() as stop:
         for number, row in enumerate(rows, 1):
@@ -207,28 +253,37 @@ def make_rows(
 
 
 def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
-    """Run pretrain.py, pass on what asks this process to stop, and return its exit code."""
+    """Run pretrain.py, forward requests to stop to it, and return its exit code."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     script = PACKAGE_FOLDER / "pretrain.py"
-    # A rank of a job that we ourselves may be is none of the run's.
+    # If this process is a rank of a job itself, the run must not inherit its rank variables.
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    # In a session of its own: a Ctrl-C in the terminal reaches it once, through us.
+    # The run gets its own session, so that a Ctrl-C in the terminal reaches it only once, through this process.
     with subprocess.Popen(
         [sys.executable, *launcher, str(script), *arguments], env=environment, start_new_session=True
     ) as process:
         passed_on = False
         while (code := process.poll()) is None:
             if stop.received and not passed_on:
-                process.send_signal(signal.SIGTERM)  # the one signal that torchrun gives to its ranks
+                process.send_signal(signal.SIGTERM)  # the only signal that torchrun forwards to its ranks
                 passed_on = True
             time.sleep(0.2)
     return code
 
 
 def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe) -> dict[str, Any]:
-    """The table of all rows in `folder` of this budget and probe (see ablation_table); gives its figures.
+    """Write the table of all rows in `folder` with this budget and probe (see ablation_table).
 
-    One process at a time: of an array's tasks the last one to write has read every row.
+    Processes take turns. The last of an array job's tasks to write has therefore read every row.
+
+    Args:
+        folder: Folder of the ablation.
+        store: The store of the runs.
+        config: Configuration of any row, which defines the budget.
+        probe: Settings of the probe.
+
+    Returns:
+        The figures of the table.
     """
     with exclusive_use(folder / "ablation"):
         found = [row for name in rows_without(config.tasks) if (row := read_row(folder / name)) is not None]

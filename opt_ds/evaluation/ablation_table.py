@@ -1,4 +1,4 @@
-"""The ablation's rows as JSON, as a Markdown table and as a bar chart."""
+"""Output of the ablation: JSON, a Markdown table and a bar chart."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,10 @@ def write_ablation_table(figures: dict[str, Any], folder: Path) -> None:
 
 
 def ablation_markdown(figures: dict[str, Any]) -> str:
-    """The table: a row's losses, its mAP by input, and the relative change against the full run beside the paper's."""
+    """Return the table as Markdown.
+
+    Each row has the trained losses, mAP per input, and the relative change from the full run next to the paper's.
+    """
     rows = figures["rows"]
     subsets = list(rows[0]["classification"]["subsets"])
     full = next((row for row in rows if row["row"] == FULL), None)
@@ -48,7 +51,7 @@ def ablation_markdown(figures: dict[str, Any]) -> str:
 
 
 def _draw_chart(figures: dict[str, Any], path: Path) -> None:
-    """A horizontal bar a row: mAP of the last subset; a line marks the full run."""
+    """Draw one horizontal bar per row for the mAP of the last subset, and a line for the full run."""
     from matplotlib.figure import Figure
 
     rows = figures["rows"][::-1]

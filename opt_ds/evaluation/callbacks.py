@@ -1,4 +1,5 @@
-"""Evaluation during a run: trivial baselines beside the validation losses, the picture grid, experiments at intervals."""
+"""Evaluation during a run: trivial baselines for the validation losses, the image grid, and experiments at intervals.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -16,28 +17,28 @@ from opt_ds.tasks.baselines import trivial_baselines
 from opt_ds.training.callbacks import Callbacks, TrainingRun
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy")  # printed; the others are in the files
+_SHOWN = ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy")  # printed; the other figures are in the files only
 
 
 class EvaluationCallbacks(Callbacks):
-    """Evaluates the model while it is trained, as the configuration's `evaluate` and `train.picture_grid` say."""
+    """Evaluates the model during training, as configured by `evaluate` and `train.picture_grid`."""
 
     def __init__(self) -> None:
         self._baselines: dict[str, float] | None = None
 
     def check(self, config: Config, stores: Sequence[FeatureStore]) -> None:
-        """Raise UserError if an experiment of `evaluate.experiments` cannot be run on the first store."""
+        """Raise UserError if an experiment of `evaluate.experiments` cannot run on the first store."""
         check_experiments(config, stores[0])
 
     def reference_losses(self, run: TrainingRun) -> dict[str, float]:
-        """Return each loss's trivial baseline, computed once."""
+        """Return each loss's trivial baseline. The baselines are computed once."""
         if self._baselines is None:
             is_main = run.group.ranks.is_main
             self._baselines = trivial_baselines(run.config, run.stores, run.plan.version) if is_main else {}
         return self._baselines
 
     def after_validation(self, run: TrainingRun) -> None:
-        """Draw the picture grid, by rank 0; a model that is spread over ranks (stage 3) cannot draw alone."""
+        """Draw the image grid on rank 0. This is skipped at ZeRO stage 3, where one rank alone cannot run the model."""
         if not (run.group.ranks.is_main and run.config.train.picture_grid and run.config.zero.stage < 3):
             return
         valid = run.config.data.valid_split
@@ -54,7 +55,10 @@ class EvaluationCallbacks(Callbacks):
         run.engine.train()
 
     def after_step(self, run: TrainingRun) -> None:
-        """Run the experiments of `evaluate.experiments` where they are due, shared by the ranks, and report their figures."""
+        """Run the experiments of `evaluate.experiments` if they are due, and report their figures.
+
+        The experiments are distributed over the ranks.
+        """
         options = run.config.evaluate
         if not (options.every_steps and run.is_due(options.every_steps)):
             return

@@ -1,8 +1,9 @@
-"""Image captioning: BLEU-4 (sacrebleu) and CIDEr (pycocoevalcap) of the text written from the image, by beam search.
+"""Image captioning: BLEU-4 (sacrebleu) and CIDEr (pycocoevalcap) of texts generated from images by beam search.
 
-Both sides are normalised and cut into words as for word error rates (words.py: lower case, no punctuation, scripts without
-spaces by character); a picture's references are all captions of samples that share it. A figure that the captions cannot have
-is None, with the reason under `undefined`: it would be 0 for a perfect writer too.
+Both sides are normalised and tokenised as for word error rates (words.py: lower case, no punctuation, scripts without
+spaces by character). The references of an image are all captions of the samples that share it. A figure that is
+undefined for these captions is None, with the reason under `undefined`. Otherwise it would be 0 even for perfect
+captions.
 """
 
 from typing import Any
@@ -24,16 +25,27 @@ with needs_extra("downstream", "the evaluation of captions"):
 def captioning(
     evaluator: Evaluator, split: str, limit: int | None = None, seed: int = 1, options: DecodingConfig | None = None
 ) -> dict[str, Any]:
-    """BLEU-4 (0 … 100) and CIDEr (about 0 … 10) over the split's pictures, beside one constant caption and another picture's.
+    """Return BLEU-4 (0 … 100) and CIDEr (about 0 … 10) over the split's images.
 
-    `limit`: pictures at most, a seeded choice; each keeps all its captions. CIDEr weighs n-grams by their rarity among this
-    split's references: it compares models on one split, not splits.
+    There are two baselines: one constant caption, and the captions generated for other images.
+
+    CIDEr weights n-grams by their rarity among this split's references. It compares models on one split, not splits.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        limit: Maximum number of images, chosen by `seed`. Each image keeps all its captions.
+        seed: Seed of the choice and of the constant caption.
+        options: Decoding options. None: the defaults.
+
+    Returns:
+        The figures, as plain values.
     """
     options = options or DEFAULT_DECODING
     samples = evaluator.require_samples(split, (TEXT, IMAGE))
     beyond = evaluator.captions_beyond_model(samples)
     rows = evaluator.store.rows[samples, IMAGE]
-    first = np.sort(np.unique(rows, return_index=True)[1])  # of the samples that share a picture
+    first = np.sort(np.unique(rows, return_index=True)[1])  # index of the first sample of each image
     pictures = seeded_choice(samples[first], limit, seed)
     references: dict[int, list[str]] = {int(row): [] for row in evaluator.store.rows[pictures, IMAGE]}
     for index, row in zip(samples, rows.tolist(), strict=True):
@@ -56,14 +68,20 @@ _ALONE = "there is only one picture"
 
 
 def _with_words(references: list[list[str]], written: list[str]) -> tuple[list[list[str]], list[str], int]:
-    """Leave out references without a word, and pictures that have no other; also return how many pictures those are."""
+    """Drop references without a word, and images that then have no reference.
+
+    Also return the number of dropped images.
+    """
     pairs = [([text for text in texts if text], own) for texts, own in zip(references, written, strict=True)]
     kept = [(texts, own) for texts, own in pairs if texts]
     return [texts for texts, _ in kept], [own for _, own in kept], len(pairs) - len(kept)
 
 
 def scores(references: list[list[str]], written: list[str]) -> dict[str, Any]:
-    """BLEU-4 and CIDEr of normalised texts, each with one or more references; None where one is undefined, with `undefined`."""
+    """Return BLEU-4 and CIDEr of normalised texts, each with one or more references.
+
+    An undefined figure is None. Its reason is then under `undefined`.
+    """
     words = Words.of(text for texts in references for text in texts)
     references = [list(map(words.spaced, texts)) for texts in references]
     written = list(map(words.spaced, written))
@@ -83,7 +101,10 @@ def scores(references: list[list[str]], written: list[str]) -> dict[str, Any]:
 
 
 def _cider_problem(references: list[list[str]]) -> str | None:
-    """n-grams are weighed by their rarity among the pictures: what all have weighs nothing."""
+    """Return why CIDEr is undefined, or None.
+
+    n-grams are weighted by their rarity among the images, so n-grams that all images have carry no weight.
+    """
     if len(references) < 2:
         return _ALONE
     own = [texts[0] for texts in references]
@@ -91,14 +112,17 @@ def _cider_problem(references: list[list[str]]) -> str | None:
 
 
 def bleu_4(references: list[list[str]], written: list[str]) -> float:
-    """Corpus BLEU of n-grams up to 4, as sacrebleu counts them, without smoothing. Texts have spaces between their words."""
+    """Return the corpus BLEU of n-grams up to 4, as counted by sacrebleu, without smoothing.
+
+    Words must be separated by spaces.
+    """
     most = max(map(len, references))
     columns: Any = [[texts[k] if k < len(texts) else None for texts in references] for k in range(most)]
     return float(sacrebleu.corpus_bleu(written, columns, tokenize="none", smooth_method="none").score)
 
 
 def cider(references: list[list[str]], written: list[str]) -> float:
-    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, which needs at least two pictures."""
+    """Return CIDEr-D (Vedantam et al. 2015) as computed by pycocoevalcap, which needs at least two images."""
     wanted = dict(enumerate(references))
     found = {number: [text] for number, text in enumerate(written)}
     return float(Cider().compute_score(wanted, found)[0])

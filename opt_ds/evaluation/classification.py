@@ -1,5 +1,6 @@
-"""Multi-modal classification (Liu et al. 2021, §4): a linear probe on the frozen [CLS], mAP, for each of the seven modality
-subsets.
+"""Multi-modal classification (Liu et al.
+
+2021, §4): mAP of a linear probe on the frozen [CLS], per subset of the modalities.
 
 Legend: n samples, e width, c labels.
 """
@@ -35,13 +36,30 @@ def classification(
     limit: int | None = None,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Mean average precision over the labels, in per cent of 1, of a logistic regression per label on standardised [CLS].
+    """Return the mean average precision (0 … 1) of a linear probe, over the labels.
 
-    `subsets`: by default all of the modalities that both splits have. Samples are those with all of these modalities, so that all
-    subsets are judged on the same ones. A label counts if at least `min_positives` training samples have it, and a test sample.
-    `regularisation` is scikit-learn's C. Raises UserError when no sample or no label is left. `chance` is the mAP of scores
-    without information: the labels' shares. `head_mAP`: of the same labels by the head that `opt-ds finetune classification`
-    trained, where the model has one.
+    The probe is one logistic regression per label on standardised [CLS] vectors.
+
+    The samples are those that have all modalities that both splits have, so that all subsets are compared on the same
+    samples. A label is used if at least `min_positives` training samples and one test sample have it. `chance` is the
+    mAP of uninformative scores, which is the labels' mean frequency. If the model has the head of `opt-ds finetune
+    classification`, `head_mAP` is the mAP of that head on the same labels.
+
+    Args:
+        evaluator: The model and the store.
+        split: The split to test on.
+        train_split: The split to fit on.
+        subsets: Subsets of the modalities. None: all subsets of the modalities that both splits have.
+        min_positives: Minimum number of training samples per label.
+        regularisation: scikit-learn's C.
+        limit: Maximum number of samples per split. None: all.
+        seed: Seed of the choice of samples.
+
+    Returns:
+        The figures, as plain values.
+
+    Raises:
+        UserError: No sample or no label is left.
     """
     splits = (train_split, split)
     there = [part for part in (TEXT, IMAGE, AUDIO) if all(evaluator.has_samples(name, (part,)) for name in splits)]
@@ -65,7 +83,7 @@ def classification(
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as text, the subsets side by side."""
+    """Return the figures as text, with one column per subset."""
     subsets = figures["subsets"]
     lines = [
         f"mAP of a linear probe on the frozen [CLS], {figures['labels']} labels, {figures['test_samples']} samples of "
@@ -81,9 +99,19 @@ def table(figures: dict[str, Any]) -> str:
 def label_matrices(
     store: FeatureStore, train: np.ndarray, test: np.ndarray, min_positives: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names of the labels that count (see `classification`); bool [n, c] of the training and of the test samples.
+    """Return the labels that are used (see `classification`) and which samples have them.
 
-    Raises UserError when no label is left.
+    Args:
+        store: The store.
+        train: int64, sample indices to fit on.
+        test: int64, sample indices to test on.
+        min_positives: Minimum number of training samples per label.
+
+    Returns:
+        The labels' names, and bool [n, c] of the training and of the test samples.
+
+    Raises:
+        UserError: No label is left.
     """
     all_names = store.description.label_names
     column = {name: number for number, name in enumerate(all_names)}
@@ -106,14 +134,14 @@ def label_matrices(
 
 
 def _cls(evaluator: Evaluator, samples: np.ndarray, subset: str) -> np.ndarray:
-    """float32 [n, e], the encoder's [CLS] of the samples' subset."""
+    """Return the encoder's [CLS] of the samples' subset, float32 [n, e]."""
     return evaluator.cls_vectors([evaluator.read(index, SUBSETS[subset]) for index in samples])
 
 
 def _head_precision(
     evaluator: Evaluator, test: np.ndarray, subset: str, names: list[str], y_test_nc: np.ndarray
 ) -> float:
-    """Mean average precision of the fine-tuned head's scores. Raises UserError for a head that lacks one of the names."""
+    """Return the mean average precision of the fine-tuned head. Raise UserError if the head lacks one of the labels."""
     place = {name: number for number, name in enumerate(evaluator.label_names)}
     missing = [name for name in names if name not in place]
     if missing:
@@ -128,7 +156,7 @@ def _head_precision(
 def _probe(
     x_train_ne: np.ndarray, y_train_nc: np.ndarray, x_test_ne: np.ndarray, regularisation: float
 ) -> tuple[np.ndarray, int]:
-    """Scores [n, c] of the test samples, and how many labels' regressions did not converge."""
+    """Return scores [n, c] of the test samples, and the number of labels whose regression did not converge."""
     scores, unconverged = [], 0
     for y_n in y_train_nc.T:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation, max_iter=_ITERATIONS))

@@ -1,7 +1,7 @@
-"""A dual projection of frozen [CLS] vectors: two linear maps into one space, where a query ranks candidates by cosine.
+"""Dual projection of frozen [CLS] vectors: two linear maps into one space, in which candidates are ranked by cosine.
 
-It is fitted after pre-training, by symmetric InfoNCE (van den Oord et al. 2018; Radford et al. 2021) on the training split, and
-stops where the validation split's loss is least.
+It is fitted after pre-training with symmetric InfoNCE (van den Oord et al. 2018; Radford et al. 2021) on the training
+split, with early stopping on the validation split's loss.
 
 Legend: q queries, c candidates, n pairs, e width of [CLS], d width of the projection.
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Pairs:
-    """[CLS] of queries and of their own targets, float32 [n, e]; target_names int [n]: equal where the targets are the same."""
+    """[CLS] of queries and of their targets, float32 [n, e]; target_names int [n] are equal for equal targets."""
 
     query_ne: np.ndarray
     target_ne: np.ndarray
@@ -25,7 +25,7 @@ class Pairs:
 
 
 class DualProjection(nn.Module):
-    """Scores are cosines over a learned temperature."""
+    """Two linear projections. Scores are cosines divided by a learned temperature."""
 
     def __init__(self, fitted_on: Pairs, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class DualProjection(nn.Module):
         self.of_query, self.of_target = _statistics(fitted_on.query_ne), _statistics(fitted_on.target_ne)
 
     def forward(self, query_qe: torch.Tensor, target_ce: torch.Tensor) -> torch.Tensor:
-        """Scores [q, c]."""
+        """Return scores [q, c]."""
         (query_mean, query_std), (target_mean, target_std) = self.of_query, self.of_target
         query_qd = F.normalize(self.query((query_qe - query_mean) / query_std), dim=-1)
         target_cd = F.normalize(self.target((target_ce - target_mean) / target_std), dim=-1)
@@ -43,21 +43,31 @@ class DualProjection(nn.Module):
 
     @torch.inference_mode()
     def scores(self, query_qe: np.ndarray, target_ce: np.ndarray) -> np.ndarray:
-        """float32 [q, c]"""
+        """Return scores of NumPy vectors, float32 [q, c]."""
         return self(torch.from_numpy(query_qe), torch.from_numpy(target_ce)).numpy()
 
 
 def _statistics(vectors_ne: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [e]."""
+    """Return mean and standard deviation, each [e]."""
     return torch.from_numpy(vectors_ne.mean(0)), torch.from_numpy(vectors_ne.std(0)).clamp_min(1e-6)
 
 
 def fit_dual_projection(
     train: Pairs, valid: Pairs, width: int = 128, steps: int = 2000, batch: int = 256, patience: int = 10, seed: int = 1
 ) -> DualProjection:
-    """Fit on `train`, look at `valid` every 20 steps, stop after `patience` looks without a better loss, keep the best weights.
+    """Fit a projection. The result is a function of the arguments alone.
 
-    A function of its arguments alone.
+    Args:
+        train: Pairs to fit on.
+        valid: Pairs whose loss is evaluated every 20 steps.
+        width: Width of the projection.
+        steps: Maximum number of steps.
+        batch: Pairs per step.
+        patience: Number of evaluations without improvement after which fitting stops.
+        seed: Seed of the initialisation and of the batches.
+
+    Returns:
+        The projection with the weights of the best evaluation, in evaluation mode.
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)
@@ -86,7 +96,7 @@ def fit_dual_projection(
 
 
 def _contrastive_loss(projection: DualProjection, pairs: Pairs, part: np.ndarray) -> torch.Tensor:
-    """InfoNCE both ways. Another pair with the same target is no negative."""
+    """Return the symmetric InfoNCE loss. Another pair with the same target is not used as a negative."""
     scores = projection(torch.from_numpy(pairs.query_ne[part]), torch.from_numpy(pairs.target_ne[part]))
     names = pairs.target_names[part]
     same = torch.from_numpy((names[:, None] == names[None, :]) & ~np.eye(len(part), dtype=bool))

@@ -1,4 +1,4 @@
-"""Experiments on the model in training, at intervals: the same functions as `opt-ds evaluate`'s, smaller, as flat figures."""
+"""Experiments at intervals during training: the functions of `opt-ds evaluate` on fewer samples, with flat figures."""
 
 from collections.abc import Collection
 from typing import Any
@@ -15,12 +15,12 @@ _FIGURES = ("R@1", "R@5", "R@10", "wer", "cer", "wer_shuffled_audio", "bleu_4", 
 
 
 def check_experiments(config: Config, store: FeatureStore) -> None:
-    """Raise UserError if an experiment of `evaluate.experiments` cannot be run during training on this store."""
+    """Raise UserError if an experiment of `evaluate.experiments` cannot run during training on this store."""
     options = config.evaluate
     if not options.every_steps:
         return
     for name in options.experiments:
-        experiment = load_experiment(name)  # a missing extra is found now, not in mid-run
+        experiment = load_experiment(name)  # so that a missing extra is reported now and not during the run
         ability = experiment.ability_in_training
         assert ability is not None, "the configuration lists the experiments that run in training"
         if not config.can(ability):
@@ -37,13 +37,16 @@ def check_experiments(config: Config, store: FeatureStore) -> None:
 
 
 def _count_with(store: FeatureStore, split: str, modalities: Collection[int]) -> int:
-    """Return how many samples of the split have these modalities, by the index's counts: no sample is looked at."""
+    """Return how many samples of the split have these modalities. Only the counts in the store's index are read."""
     counts, wanted = store.split_subsets(split), sum(1 << modality for modality in modalities)
     return int(counts[np.arange(len(counts)) & wanted == wanted].sum())
 
 
 def figures_during_training(evaluator: Evaluator, options: EvaluateConfig, seed: int) -> dict[str, float]:
-    """"evaluate/<experiment>/…" -> figure; greedy decoding, galleries of at most `options.limit`."""
+    """Return "evaluate/<experiment>/…" -> figure.
+
+    Decoding is greedy and galleries have at most `options.limit` samples.
+    """
     figures: dict[str, float] = {}
     for name in options.experiments:
         measured = load_experiment(name).measure_in_training(evaluator, options.split, options.limit, seed)

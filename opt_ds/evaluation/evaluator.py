@@ -1,4 +1,4 @@
-"""A trained model beside the store that it is evaluated on."""
+"""Evaluator: a trained model together with the store that it is evaluated on."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,15 +26,29 @@ _NAMES = ("text", "an image", "audio")
 def samples_with(
     store: FeatureStore, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1
 ) -> np.ndarray:
-    """int64: samples of the split that have these modalities; with a limit, a seeded choice of them, in store order."""
+    """Return the samples of a split that have these modalities.
+
+    Args:
+        store: The store.
+        split: Name of the split.
+        modalities: Modality numbers; each sample must have all of them.
+        limit: Maximum number of samples. None: all.
+        seed: Seed of the choice if there are more samples than `limit`.
+
+    Returns:
+        int64 sample indices, in store order.
+    """
     samples = store.split_samples(split)
     samples = samples[(store.rows[samples][:, list(modalities)] >= 0).all(1)]
     return seeded_choice(samples, limit, seed)
 
 
 def held_out_splits(store: FeatureStore) -> list[str]:
-    """Where a model is judged if nobody says: the splits whose names begin with "test" (first the emoji corpus's unseen variants
-    of known concepts), else the validation split. UserError for a store without either."""
+    """Return the default splits to evaluate on.
+
+    These are the splits whose names begin with "test" ("test_variant" first: the emoji corpus's unseen variants of
+    known concepts), otherwise the validation split. Raise UserError for a store with neither.
+    """
     there = [name for name in store.description.split_names if len(store.split_samples(name))]
     tests = sorted((name for name in there if name.startswith("test")), key=lambda name: (name != "test_variant", name))
     found = tests or [name for name in there if name == "valid"]
@@ -47,7 +61,7 @@ def held_out_splits(store: FeatureStore) -> list[str]:
 
 
 def seeded_choice(samples: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """At most `limit` of these samples, in their order (None: all)."""
+    """Return at most `limit` of these samples, in their order (None: all)."""
     if limit is None or len(samples) <= limit:
         return samples
     return np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
@@ -69,15 +83,15 @@ class Evaluator(ModelRunner):
         self.reader = SampleReader(config, [store])
 
     def samples_with(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
-        """As the function of this name, of the evaluator's store."""
+        """Return the samples of a split that have these modalities (see the function of the same name)."""
         return samples_with(self.store, split, modalities, limit, seed)
 
     def has_samples(self, split: str, modalities: Sequence[int]) -> bool:
-        """Whether a sample of the split has these modalities."""
+        """Return whether a sample of the split has these modalities."""
         return len(self.samples_with(split, modalities)) > 0
 
     def require_samples(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
-        """As `samples_with`; UserError naming split and modalities where there is none."""
+        """Return the result of `samples_with`. Raise UserError with the split and the modalities if it is empty."""
         samples = self.samples_with(split, modalities, limit, seed)
         if not len(samples):
             wanted = " and ".join(_NAMES[modality] for modality in sorted(set(modalities)))
@@ -85,14 +99,17 @@ class Evaluator(ModelRunner):
         return samples
 
     def read(self, index: int, modalities: Sequence[int]) -> Sample:
-        """A sample of the store, whole, with just these modalities."""
+        """Return a sample of the store, not truncated, with only these modalities."""
         return self.reader.whole(0, int(index), tuple(modalities))
 
     def captions_beyond_model(self, samples: np.ndarray) -> int:
-        """Return how many of these samples' texts have more WordPieces than the model can write (model.max_text_tokens)."""
+        """Return how many of these samples' texts are longer than the model can write.
+
+        The limit is model.max_text_tokens WordPieces.
+        """
         rows = self.store.rows[samples, TEXT]
         return int((self.store.text_lengths[rows[rows >= 0]] > self.config.model.max_text_tokens).sum())
 
     def caption(self, index: int) -> str:
-        """The caption as it came, before the tokenizer."""
+        """Return the original caption, before tokenisation."""
         return self.store.caption(int(self.store.rows[index, TEXT]))

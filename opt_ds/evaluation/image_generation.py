@@ -1,4 +1,4 @@
-"""Image generation: bits per image code of the true codes; pictures painted from sampled codes, the best by matching, judged."""
+"""Image generation: bits per image code of the true codes, and metrics of images generated from sampled codes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,26 @@ from opt_ds.tasks.reconstruct import code_targets, set_code_targets
 if TYPE_CHECKING:
     from opt_ds.dvae.model import DiscreteVAE
 
-#: What pictures are sampled with where nothing else is asked for.
+#: Default sampling options.
 DEFAULT_SAMPLING = DecodingConfig(method="sample", top_k=32, temperature=0.8)
 
 
 @torch.inference_mode()
 def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
-    """Mean −log2 P(code | codes before, input) over all true codes of the split, beside the codes' training frequencies."""
+    """Return the mean −log2 P(code | previous codes, input) over all true codes of the split.
+
+    The baseline `unigram_bits_per_code` uses the codes' training frequencies.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        inputs: Input modalities, a key of SUBSETS.
+        limit: Maximum number of samples. None: all.
+        seed: Seed of the choice of samples.
+
+    Returns:
+        The figures, as plain values.
+    """
     modalities = SUBSETS[inputs]
     gallery = evaluator.require_samples(split, (IMAGE, *modalities), limit, seed)
     samples = [evaluator.read(index, modalities) for index in gallery]
@@ -47,7 +60,10 @@ def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: in
 
 
 def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
-    """Of text, audio and both, those that samples of the split have beside an image. UserError if none has any."""
+    """Return those of "T", "A" and "T+A" that samples of the split have together with an image.
+
+    Raise UserError if there are none.
+    """
     found = tuple(name for name in ("T", "A", "T+A") if evaluator.has_samples(split, (IMAGE, *SUBSETS[name])))
     if not found:
         raise UserError(f'{evaluator.store.path}: no sample of split "{split}" has an image and text or audio: choose another')
@@ -56,9 +72,9 @@ def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Painter:
-    """How pictures are made: sampling, and of how many candidates the best is kept.
+    """Image generator: sampling options, and the number of candidates of which the best is kept.
 
-    `belongs` gives the matching head's probability that a picture and an input belong together; needed for several candidates.
+    `belongs` returns the match probability of an input and an image. It is required if there are several candidates.
     """
 
     dvae: "DiscreteVAE"
@@ -67,8 +83,12 @@ class Painter:
     belongs: Callable[[Sample, Image.Image], float] | None = None
 
     def paint(self, runner: ModelRunner, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
-        """uint8 [samples, 3, 64, 64], the picture of each sample that the model matches best; and the matching probabilities
-        [samples, candidates] in the order of painting (None for one candidate, which nothing is compared with)."""
+        """Generate one image per sample.
+
+        Returns:
+            The best candidate of each sample, uint8 [samples, 3, 64, 64]; and the match probabilities [samples,
+            candidates] in the order of generation, or None with a single candidate.
+        """
         painted = paint_candidates(runner, self.dvae, samples, self.options, self.candidates)
         if self.candidates == 1:
             return painted[:, 0], None
@@ -82,8 +102,20 @@ class Painter:
 def paint_candidates(
     runner: ModelRunner, dvae: "DiscreteVAE", samples: Sequence[Sample], options: DecodingConfig, count: int
 ) -> np.ndarray:
-    """uint8 [samples, count, 3, 64, 64]: the dVAE's pictures of the codes that the image decoder writes, each drawn anew."""
-    codes = torch.from_numpy(runner.write_codes(list(samples) * count, options)).to(runner.device)  # each place draws anew
+    """Return images uint8 [samples, count, 3, 64, 64], decoded by the dVAE from independently sampled image codes.
+
+    Args:
+        runner: The model.
+        dvae: Decoder of the codes.
+        samples: The inputs.
+        options: Sampling options.
+        count: Candidates per sample.
+
+    Returns:
+        The candidates of each sample.
+    """
+    # Repeated samples get different keys and so independent codes.
+    codes = torch.from_numpy(runner.write_codes(list(samples) * count, options)).to(runner.device)
     with torch.inference_mode():
         painted = np.concatenate([to_uint8(dvae.decode(part)) for part in codes.split(256)])
     return painted.reshape(count, len(samples), *painted.shape[1:]).swapaxes(0, 1)
@@ -100,12 +132,28 @@ def painted_figures(
     inception: Path | None = None,
     clip: Path | None = None,
 ) -> dict[str, Any]:
-    """Pictures painted from each sample's `inputs`, judged beside the true ones.
+    """Return metrics of images generated from each sample's `inputs`, compared with the true images.
 
-    `nearest`, with `look` (a feature vector of a picture): share of paintings whose own picture is among the 1, 5, 10 nearest
-    true pictures by cosine, features centred. `fid`, with `inception`: Fréchet inception distance to the true pictures.
-    `clip_score`, with `clip`: of the paintings, of the true pictures, and of paintings beside another caption. `matching`, with
-    several candidates: mean probability of the first candidate and of the one kept.
+    - `nearest`, with `look`: fraction of generated images whose own true image is among the 1, 5, 10 nearest true
+      images, by cosine of centred embeddings.
+    - `fid`, with `inception`: Fréchet inception distance to the true images.
+    - `clip_score`, with `clip`: of the generated images, of the true images, and of generated images with another
+      caption.
+    - `matching`, with several candidates: mean match probability of the first candidate and of the kept one.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        inputs: Input modalities, a key of SUBSETS.
+        painter: The image generator.
+        limit: Maximum number of samples. None: all.
+        seed: Seed of the choice of samples.
+        look: Returns the embedding of an image.
+        inception: Weights of Inception-v3.
+        clip: Folder of a CLIP model.
+
+    Returns:
+        The figures, as plain values.
     """
     from opt_ds.evaluation import image_networks
 
@@ -138,7 +186,7 @@ def painted_figures(
 
 
 def _cosines(painted: np.ndarray, true: np.ndarray, look: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """Cosines [painted, true] of the pictures' features, centred on the true ones' mean."""
+    """Return cosines [generated, true] of the images' embeddings, centred on the mean of the true ones."""
     seen_pe, seen_te = (np.stack([look(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true))
     mean_e = seen_te.mean(0)
     seen_pe, seen_te = seen_pe - mean_e, seen_te - mean_e
@@ -147,13 +195,13 @@ def _cosines(painted: np.ndarray, true: np.ndarray, look: Callable[[Image.Image]
 
 
 def to_picture(pixels: np.ndarray) -> Image.Image:
-    """uint8 [3, H, W] as a picture."""
+    """Return uint8 [3, H, W] as a PIL image."""
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 @torch.inference_mode()
 def to_uint8(pictures: torch.Tensor) -> np.ndarray:
-    """Pictures in 0…1 as uint8."""
+    """Return images with values in 0…1 as uint8."""
     return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
@@ -168,7 +216,7 @@ def _unigram_bits(evaluator: Evaluator, codes: list[np.ndarray]) -> float:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """What `opt-ds evaluate image-generation` found, an input a line."""
+    """Return the figures of `opt-ds evaluate image-generation` as text, one line per input."""
     lines = []
     for name in (name for name in SUBSETS if name in figures):
         row = figures[name]

@@ -1,7 +1,8 @@
-"""Judgements of pictures by networks whose weights the user names: Fréchet inception distance and CLIP score.
+"""Image metrics computed by networks whose weights the user supplies: Fréchet inception distance and CLIP score.
 
-Nothing is downloaded. FID (Heusel et al. 2017) is torch-fidelity's, with its Inception-v3 (the TensorFlow weights of 2015); CLIP
-score (Hessel et al. 2021) is 100 · max(cos, 0), as torchmetrics scales it, of a Hugging Face CLIP.
+Nothing is downloaded. FID (Heusel et al. 2017) is computed by torch-fidelity with its Inception-v3 (the TensorFlow
+weights of 2015). The CLIP score (Hessel et al. 2021) is 100 · max(cos, 0), the scale of torchmetrics, from a Hugging
+Face CLIP.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ _IDS = r".*\.position_ids"
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """uint8 [n, 3, H, W], as torch-fidelity reads pictures."""
+    """Images uint8 [n, 3, H, W] as the dataset that torch-fidelity reads."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -32,9 +33,12 @@ class _Pictures(torch.utils.data.Dataset):
 
 
 def frechet_inception_distance(painted: np.ndarray, true: np.ndarray, weights: Path) -> float:
-    """FID of uint8 [n, 3, H, W] pictures; it falls with n, so compare figures of equal n only.
+    """Return the FID of images, uint8 [n, 3, H, W].
 
-    Raises UserError for weights that are missing or not those of torch-fidelity's Inception-v3, and for fewer than two pictures.
+    It decreases with n, so only figures with equal n are comparable.
+
+    Raise UserError if the weights are missing or not those of torch-fidelity's Inception-v3, or if there are fewer than
+    two images.
     """
     check_inception(weights)
     from torch_fidelity import calculate_metrics
@@ -57,7 +61,7 @@ _NOT_INCEPTION = "not the weights of torch-fidelity's Inception-v3 (weights-ince
 
 
 def check_inception(weights: Path) -> None:
-    """Raise UserError unless the file is a dictionary of tensors: torch-fidelity itself unpickles whatever it is given."""
+    """Raise UserError unless the file is a dictionary of tensors, because torch-fidelity unpickles any file."""
     with needs_extra("downstream", "--inception"):
         import torch_fidelity  # noqa: F401 - before hours of generation
     if not weights.is_file():
@@ -66,7 +70,7 @@ def check_inception(weights: Path) -> None:
         read_state_dict(weights, "--inception")
     except UserError as error:
         raise UserError(f"--inception: {_NOT_INCEPTION}: {error}") from None
-    try:  # as torch-fidelity reads it, whatever else the file may be
+    try:  # load it as torch-fidelity does, whatever else the file contains
         state = torch.load(weights, map_location="meta", weights_only=True)
     except Exception:
         state = {}
@@ -75,9 +79,9 @@ def check_inception(weights: Path) -> None:
 
 
 class ClipScore:
-    """A Hugging Face CLIP in a local folder (model and processor, as save_pretrained writes them).
+    """CLIP score by a Hugging Face CLIP in a local folder (model and processor, as written by save_pretrained).
 
-    Raises UserError for a folder that is none.
+    Raise UserError if the folder does not hold one.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
@@ -86,14 +90,14 @@ class ClipScore:
         if not (folder / "config.json").is_file():
             raise UserError(f"--clip {folder}: no config.json there: give a folder that Hugging Face's CLIP was saved to")
         read_config(folder, "clip", "CLIP")
-        read_folder(folder, "--clip")  # says in plain words what is wrong with the weights
+        read_folder(folder, "--clip")  # reports problems with the weights in plain words
         try:
             found: Any = CLIPModel.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
             )
             model, loaded = found
             self.processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception:  # transformers raises errors of many kinds, whose words are not ours
+        except Exception:  # transformers raises many kinds of errors, with messages that do not help here
             raise UserError(
                 f"--clip {folder}: not readable as CLIP: give the folder that its model and processor were saved to"
             ) from None
@@ -101,12 +105,12 @@ class ClipScore:
         self.model, self.device = model.to(device).eval(), device
 
     def mean(self, pictures: np.ndarray, captions: Sequence[str]) -> float:
-        """Mean score of uint8 [n, 3, H, W] pictures beside their captions, 0 … 100."""
+        """Return the mean score (0 … 100) of images, uint8 [n, 3, H, W], and their captions."""
         return float(np.mean(self.scores(pictures, captions)))
 
     @torch.inference_mode()
     def scores(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """float32 [n]; captions are cut to what the model reads."""
+        """Return scores, float32 [n]. Captions are truncated to the length that the model reads."""
         found = []
         for start in range(0, len(pictures), 64):
             part = slice(start, start + 64)

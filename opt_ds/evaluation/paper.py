@@ -1,10 +1,10 @@
-"""What the paper reports of its model (Liu et al. 2021, arXiv 2107.00249), in per cent: the figures that ours stand beside.
+"""Figures that the paper reports (Liu et al. 2021, arXiv 2107.00249), in per cent, for comparison.
 
-Its galleries have 5,000 candidates of Open Images; none of its figures comes from the emoji corpus.
+Its galleries have 5,000 candidates from Open Images. None of its figures comes from the emoji corpus.
 """
 
-CLASSIFICATION_MAP = 58.11  # of which input, the paper does not say here
-#: direction -> R@1, R@5, R@10; None where no figure is known
+CLASSIFICATION_MAP = 58.11  # the paper does not state the input modalities of this figure
+#: Direction -> R@1, R@5, R@10; None where the figure is unknown.
 RETRIEVAL: dict[str, tuple[float | None, float | None, float | None]] = {
     "image_to_text": (39.4, 71.94, 82.56),
     "text_to_image": (41.96, 72.0, 81.26),

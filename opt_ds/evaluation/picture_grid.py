@@ -1,4 +1,4 @@
-"""The picture grid of the paper's last figure: the true image beside the generated one, and the texts beside the truth."""
+"""Image grid like the paper's last figure: true and generated images, with true and generated texts."""
 
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,25 @@ _COLUMNS = ("true image", "dVAE of it", "from text", "from audio")
 def draw_picture_grid(
     evaluator: Evaluator, painter: Painter, split: str, num_samples: int = 8, seed: int = 1
 ) -> np.ndarray:
-    """uint8 [H, W, 3]: a row a sample: true image | what the dVAE can show of it | image from text | image from audio |
-    the caption, and the texts written from image, from audio, from both. Without what is made from audio where no sample has any,
-    and without texts of a model that does not learn to write; UserError where no sample has text and image."""
+    """Return the image grid, uint8 [H, W, 3], with one row per sample.
+
+    The columns are: true image | its reconstruction by the dVAE | image from text | image from audio | the caption, and
+    the texts generated from image, from audio and from both. What depends on audio is omitted if no sample has audio.
+    Generated texts are omitted if the model does not learn to write text.
+
+    Args:
+        evaluator: The model and the store.
+        painter: The image generator.
+        split: Name of the split.
+        num_samples: Number of rows.
+        seed: Seed of the choice of samples.
+
+    Returns:
+        The grid.
+
+    Raises:
+        UserError: No sample has text and an image.
+    """
     heard = evaluator.has_samples(split, (TEXT, IMAGE, AUDIO))
     gallery = evaluator.require_samples(split, (TEXT, IMAGE, AUDIO) if heard else (TEXT, IMAGE), num_samples, seed)
     rows = evaluator.store.rows[gallery, IMAGE]

@@ -1,8 +1,10 @@
-"""Zero-shot retrieval in five directions, by the matching head and, where text is one side, by the text decoder's likelihood.
+"""Zero-shot retrieval in five directions.
 
-A gallery of seeded candidates serves both as queries and as targets. Equal captions and identical pictures count as right: a
-hit is any candidate whose target is the same text, picture or recording as the query's own, and any that belongs to the same
-query, as each of a picture's captions does.
+The scores are the matching head's and, if text is one side, the text decoder's likelihood.
+
+A gallery of seeded candidates provides both queries and targets. Equal captions and identical images count as correct:
+a hit is any candidate whose target is the same text, image or audio as the query's own. A hit is also any candidate of
+the same query, such as each caption of an image.
 """
 
 from dataclasses import replace
@@ -19,7 +21,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.store.same_content import image_content
 
-#: direction -> (query modalities, target modality)
+#: Direction -> (query modalities, target modality).
 DIRECTIONS: dict[str, tuple[tuple[int, ...], int]] = {
     "image_to_text": ((IMAGE,), TEXT),
     "text_to_image": ((TEXT,), IMAGE),
@@ -39,12 +41,25 @@ def retrieval(
     triple_candidates: int = 50,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """R@1/5/10 of each direction, beside chance: `likelihood` over a gallery of `candidates` samples, `matching` over one of
-    `matching_candidates`, since the matching head must encode every pair (of `triple_candidates` where a pair is a triple).
+    """Return R@1/5/10 of each direction, with chance, for the scores `likelihood` and `matching`.
 
-    A direction's gallery is of samples that have its modalities; a direction without any is left out, and UserError raised if
-    that leaves none. A score whose loss the model was not trained with is left out. Where texts are ranked, a text's likelihood
-    is divided by its mean over the queries: else short captions win.
+    The gallery of a direction consists of samples that have its modalities. A direction without such samples is
+    omitted, and so is a score whose loss the model was not trained with. If texts are ranked, a text's likelihood is
+    divided by its mean over the queries; otherwise short captions would win.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        candidates: Gallery size for `likelihood`.
+        matching_candidates: Gallery size for `matching`, smaller because the matching head must encode every pair.
+        triple_candidates: Gallery size for `matching` if a pair consists of three modalities.
+        seed: Seed of the galleries.
+
+    Returns:
+        Direction -> score -> figures.
+
+    Raises:
+        UserError: No direction is left, or the model was trained with neither loss.
     """
     result: dict[str, Any] = {"split": split, "seed": seed}
     writes, judges = (evaluator.config.can(ability) for ability in (WRITE_TEXT, MATCH))
@@ -85,7 +100,7 @@ def retrieval(
 
 
 def retrieval_lines(figures: dict[str, Any]) -> list[str]:
-    """What `retrieval` found, a line for each direction and score."""
+    """Return the figures of `retrieval` as text, one line per direction and score."""
     lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
     for direction in (name for name in DIRECTIONS if name in figures):
         name = direction.replace("_to_", "→").replace("_", "+")
@@ -104,10 +119,12 @@ def _figures(scores: np.ndarray, same: np.ndarray) -> dict[str, Any]:
 
 
 def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
-    """Share of queries with a right candidate among the k best; scores and same are [queries, candidates].
+    """Return the fraction of queries with a correct candidate among the k best.
 
-    The rank of the best right candidate counts the wrong ones that score higher, and half of those that score the same, so that
-    constant scores give chance. A score that is NaN counts as the lowest.
+    `scores` and `same` are [queries, candidates].
+
+    The rank of the best correct candidate counts the incorrect ones with a higher score and half of those with the same
+    score, so that constant scores give chance. NaN counts as the lowest score.
     """
     scores = np.where(np.isnan(scores), -np.inf, scores)
     best_right = np.where(same, scores, -np.inf).max(1, keepdims=True)
@@ -117,7 +134,7 @@ def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
 
 
 def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int, ...], target: int) -> np.ndarray:
-    """Score [queries, targets] of the case in which just these modalities belong together."""
+    """Return scores [queries, targets] of the matching label that means: exactly these modalities match."""
     case = case_of(query, target)
     targets = [evaluator.read(index, (target,)) for index in gallery]
     scores = np.empty((len(gallery), len(gallery)), dtype=np.float32)
@@ -129,12 +146,15 @@ def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int
 
 
 def case_of(query: tuple[int, ...], target: int) -> int:
-    """Place, among the matching head's scores, of the case in which just these modalities belong together."""
+    """Return the index of the matching label that means: exactly these modalities match.
+
+    It is an index into the matching head's scores.
+    """
     return _CASE_OF_PAIR.get(frozenset((*query, target)), CASES.index("all"))
 
 
 def joined(query: Sample, target: Sample) -> Sample:
-    """The query's sample with the target's modalities added."""
+    """Return the query's sample with the target's modalities added."""
     parts = ("token_ids", "region_features", "region_boxes", "region_labels", "frames")
     taken = {name: getattr(target, name) for name in parts if getattr(target, name) is not None}
     return replace(query, **taken)
@@ -149,7 +169,20 @@ def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int)
 def same_pairs(
     evaluator: Evaluator, queries: np.ndarray, candidates: np.ndarray, query: tuple[int, ...], target: int
 ) -> np.ndarray:
-    """bool [queries, candidates]: the candidate's target is as good as the query's own: the same, or that of the same query."""
+    """Return which candidates are correct, bool [queries, candidates].
+
+    A candidate is correct if its target equals the query's own target, or if its query equals the query.
+
+    Args:
+        evaluator: The model and the store.
+        queries: Sample indices of the queries.
+        candidates: Sample indices of the candidates.
+        query: Modalities of the query.
+        target: Modality of the target.
+
+    Returns:
+        Whether each candidate is correct for each query.
+    """
 
     def equal(modality: int) -> np.ndarray:
         names = content_names(evaluator, np.concatenate([queries, candidates]), modality)
@@ -159,7 +192,7 @@ def same_pairs(
 
 
 def content_names(evaluator: Evaluator, samples: np.ndarray, modality: int) -> np.ndarray:
-    """int64 [n], equal where two samples' captions, pictures or recordings are."""
+    """Return int64 [n] identifiers that are equal if and only if two samples' captions, images or audio are equal."""
     content: list[str] | list[bytes]
     if modality == TEXT:
         content = [evaluator.caption(index) for index in samples]
@@ -172,7 +205,7 @@ def content_names(evaluator: Evaluator, samples: np.ndarray, modality: int) -> n
 
 
 def chance(same: np.ndarray) -> dict[str, float]:
-    """R@k of a random order, exact: 1 − C(n − right, k) / C(n, k), averaged over the queries."""
+    """Return the exact R@k of a random order: 1 − C(n − correct, k) / C(n, k), averaged over the queries."""
     n, right = same.shape[1], same.sum(1)
     chance = {}
     for k in RANKS:
@@ -184,5 +217,5 @@ def chance(same: np.ndarray) -> dict[str, float]:
 
 
 def log_mean_exp(values: np.ndarray, axis: int) -> np.ndarray:
-    """log of the mean of exp(values) along the axis, which stays with length 1."""
+    """Return the log of the mean of exp(values) along the axis, which is kept with length 1."""
     return torch.logsumexp(torch.from_numpy(values), axis, keepdim=True).numpy() - np.log(values.shape[axis])

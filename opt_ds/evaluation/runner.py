@@ -1,6 +1,7 @@
-"""A trained model at work on samples: encodes them, writes text and image codes, scores pairs and texts.
+"""Inference of a trained model on samples: encoding, generation of text and image codes, scores of pairs and texts.
 
-Of several ranks each works on its share of the samples, and all get every sample's result: what calls this need not know.
+With several ranks, each rank processes a part of the samples and receives the results of all of them. Callers need not
+handle ranks.
 
 Legend: u packed rows of the encoder's output over all samples.
 """
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from opt_ds.training.distributed import ProcessGroup
 
 _POSITIONS_PER_BATCH = 8192
-_SCORES_AT_ONCE = 1 << 24  # 64 MiB in fp32
+_SCORES_AT_ONCE = 1 << 24  # elements, 64 MiB in fp32
 
 
 class ModelRunner:
-    """One model and the tokenizer of its words. The model is put into inference mode."""
+    """A model with its tokenizer. The model is put into evaluation mode."""
 
     def __init__(
         self,
@@ -44,7 +45,17 @@ class ModelRunner:
         device: torch.device | str,
         group: "ProcessGroup | None" = None,
     ) -> None:
-        """`group`: the ranks that share the work, each with the same model and the same calls; None: this process alone."""
+        """Prepare the model for inference.
+
+        Args:
+            model: The model.
+            config: Its configuration.
+            tokenizer: Description of its vocabulary.
+            tokenizer_folder: Folder of its tokenizer.
+            device: Device of the model.
+            group: The ranks that process the samples together, each with the same model and the same calls. None: this
+                process alone.
+        """
         self.group = group if group and group.ranks.world_size > 1 else None
         self.model, self.config, self.device = model.eval(), config, torch.device(device)
         self.packer = Packer(config, tokenizer)
@@ -52,8 +63,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch, torch.Tensor]]:
-        """(places, batch, hidden_te): this rank's share of the samples in batches of about equal length; places say which
-        samples they are."""
+        """Yield (places, batch, hidden_te) for this rank's part of the samples, in batches of similar lengths.
+
+        `places` are the indices of the batch's samples in `samples`.
+        """
         for places, batch in self._packed(samples):
             yield places, batch, self.model.encode(batch.inputs)
 
@@ -74,21 +87,21 @@ class ModelRunner:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that speaks and writes."""
+        """Whether this rank logs and writes files."""
         return self.group is None or self.group.ranks.is_main
 
     def over_ranks(self, total: float) -> float:
-        """Sum of what the ranks counted, each over its share of `batches`."""
+        """Return the sum over the ranks of what each computed on its part of `batches`."""
         return sum(self.group.gather(total)) if self.group else total
 
     def require(self, ability: str, what: str | None = None) -> None:
-        """Raise UserError if the model was not trained for an ability (see `opt_ds.abilities`), which it needs to do `what`."""
+        """Raise UserError if the model lacks an ability (see `opt_ds.abilities`) that it requires to do `what`."""
         what, loss = what or ability, self.config.tasks.loss_for(ability)
         if not self.config.can(ability):
             raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")
 
     def _from_all(self, values: Any, own: list[int]) -> Any:
-        """An array or list with every rank's entries, of one that has this rank's own."""
+        """Fill an array or list that holds this rank's entries with the entries of the other ranks, and return it."""
         if self.group:
             for part in self.group.gather({place: values[place] for place in own}):
                 for place, value in part.items():
@@ -96,14 +109,14 @@ class ModelRunner:
         return values
 
     def cls_vectors(self, samples: Sequence[Sample]) -> np.ndarray:
-        """The encoder's [CLS] of each sample; float32 [samples, e]."""
+        """Return the encoder's [CLS] of each sample, float32 [samples, e]."""
         return self._from_cls(samples, self.config.model.hidden_size, lambda cls_se: cls_se)
 
     @torch.inference_mode()
     def _from_cls(
         self, samples: Sequence[Sample], width: int, head: Callable[[torch.Tensor], torch.Tensor]
     ) -> np.ndarray:
-        """What a head makes of each sample's [CLS]; float32 [samples, width]."""
+        """Return a head's output for each sample's [CLS], float32 [samples, width]."""
         found, own = np.empty((len(samples), width), dtype=np.float32), list[int]()
         for places, batch in self._packed(samples):
             own += places
@@ -111,7 +124,7 @@ class ModelRunner:
         return self._from_all(found, own)
 
     def write_text(self, samples: Sequence[Sample], options: DecodingConfig) -> list[str]:
-        """What the text decoder writes for each sample, decoded to words."""
+        """Return the text that the text decoder generates for each sample."""
         texts, own = [""] * len(samples), list[int]()
         for places, batch, hidden_te in self.batches(samples):
             own += places
@@ -124,7 +137,7 @@ class ModelRunner:
         return self._from_all(texts, own)
 
     def write_codes(self, samples: Sequence[Sample], options: DecodingConfig) -> np.ndarray:
-        """Image codes that the image decoder writes for each sample; int64 [samples, 64]."""
+        """Return the image codes that the image decoder generates for each sample, int64 [samples, codes per image]."""
         codes = np.empty((len(samples), self.config.model.num_image_codes), dtype=np.int64)
         decoder, own = self.model.image_decoder, list[int]()
         for places, batch, hidden_te in self.batches(samples):
@@ -134,13 +147,13 @@ class ModelRunner:
         return self._from_all(codes, own)
 
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
-        """The matching head's five scores of each sample; float32 [samples, 5]."""
+        """Return the matching head's scores of each sample, float32 [samples, 5]."""
         scores = self._from_cls(samples, NUM_CASES, self._head(MATCH).score)
         return torch.from_numpy(scores).log_softmax(-1).numpy() if self.matches_by_softmax else scores
 
     @property
     def matches_by_softmax(self) -> bool:
-        """Whether the cases of matching exclude each other in the model's head."""
+        """Whether the matching labels are mutually exclusive in the model's head."""
         return self._head(MATCH).loss == "ce"
 
     def _head(self, ability: str) -> Any:
@@ -149,7 +162,7 @@ class ModelRunner:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The names of the label head; none without one."""
+        """Names of the label head's labels; empty without such a head."""
         head = self._head(LABEL)
         return head.names if head is not None else ()
 
@@ -160,9 +173,9 @@ class ModelRunner:
         return head is not None and head.answers
 
     def label_scores(self, samples: Sequence[Sample]) -> np.ndarray:
-        """The label head's score of each of `label_names`, before the sigmoid; float32 [samples, names].
+        """Return the label head's logits for `label_names`, float32 [samples, names].
 
-        Raises UserError for a model without that head.
+        Raise UserError if the model has no such head.
         """
         head = self._head(LABEL)
         if head is None:
@@ -170,9 +183,11 @@ class ModelRunner:
         return self._from_cls(samples, len(head.names), head.scores)
 
     def text_log_likelihood(self, samples: Sequence[Sample], texts: Sequence[np.ndarray]) -> np.ndarray:
-        """log P(text | sample) for every pair, [SEP] included; float64 [samples, texts]. The texts are WordPiece ids.
+        """Return log P(text | sample) for every pair, including [SEP], float64 [samples, texts].
 
-        Each sample is encoded once; its keys and values serve all texts.
+        Texts are WordPiece ids.
+
+        Each sample is encoded once. Its keys and values are used for all texts.
         """
         found = self.text_log_likelihood_of(samples, texts, [np.arange(len(texts))] * len(samples))
         return np.stack(found) if found else np.empty((0, len(texts)))
@@ -181,7 +196,11 @@ class ModelRunner:
     def text_log_likelihood_of(
         self, samples: Sequence[Sample], texts: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
-        """The same for chosen pairs: of sample i with the texts whose places are wanted[i]; float64 [wanted[i]] each."""
+        """Return log P(text | sample) for selected pairs.
+
+        Sample i is paired with the texts whose indices are wanted[i]. The result has one float64 array of
+        len(wanted[i]) per sample.
+        """
         found, own = [np.empty(len(places)) for places in wanted], list[int]()
         chosen = [i for i, places in enumerate(wanted) if len(places)]
         for inner, batch, hidden_te in self.batches([samples[i] for i in chosen]):
@@ -198,8 +217,20 @@ class ModelRunner:
     def _score_texts(
         self, texts: Sequence[np.ndarray], ks: Sequence[int], hidden_te: torch.Tensor, starts: list[int]
     ) -> list[float]:
-        """log P of each text given the sample at starts[k], in the order of the samples; texts of one sample share its memory."""
-        # A text of the greatest length may be truncated: no model has learned an end of it.
+        """Return log P of each text given its sample, in the order of the samples.
+
+        The texts of one sample share its memory.
+
+        Args:
+            texts: WordPiece ids.
+            ks: Per text, the index of its sample in the batch, in ascending order.
+            hidden_te: The encoder's packed output.
+            starts: Row of `hidden_te` at which each sample starts.
+
+        Returns:
+            One log likelihood per text.
+        """
+        # A text of the maximum length may be truncated, so no model has learned to end it.
         ends = [[self.packer.sep_id] if len(text) < self.config.model.max_text_tokens else [] for text in texts]
         ids, targets, sequences = _teacher_forced(texts, self.packer.cls_id, ends, self.device)
         rows = np.array([len(text) + len(end) for text, end in zip(texts, ends, strict=True)])
@@ -219,7 +250,8 @@ class ModelRunner:
         return (sequences.pad(item) * sequences.valid).double().sum(1).tolist()
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        # Cleaned up, "man ' s shoe" is "man's shoe" again.
+        """Return WordPiece ids as text."""
+        # The clean-up turns "man ' s shoe" back into "man's shoe".
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=True)
         assert isinstance(text, str), "one list of ids gives one text"
         return text
@@ -231,7 +263,7 @@ def _length(sample: Sample) -> int:
 
 
 def _parts(rows: Sequence[int], outputs: int) -> Iterator[slice]:
-    """Consecutive parts of the texts whose scores [rows, outputs] take no more than a bounded memory."""
+    """Yield consecutive slices of the texts whose scores [rows, outputs] fit into a bounded amount of memory."""
     start, total = 0, 0
     for place, count in enumerate(rows):
         if place > start and (total + count) * outputs > _SCORES_AT_ONCE:

@@ -1,6 +1,6 @@
-"""The end of a pre-training run: one table of everything that was learned, each figure beside its trivial baseline.
+"""Summary at the end of a pre-training run: one table of all figures, each with its trivial baseline.
 
-`summarize` gives what goes into `result.json`; docs/results.md says what each key means.
+`summarize` returns the content of `result.json`. docs/results.md defines each key.
 """
 
 import time
@@ -32,9 +32,21 @@ def summarize(
     matching_candidates: int = 100,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate on the validation split and on each held-out split; writes picture_grid-<split>.png into `output`.
+    """Evaluate on the validation split and on each held-out split.
 
-    What the model was not trained to do is left out.
+    Tasks that the model was not trained for are omitted.
+
+    Args:
+        evaluator: The model and the store.
+        dvae: Decoder of the image codes. None: no image grid.
+        splits: The held-out splits.
+        output: Folder that picture_grid-<split>.png is written to.
+        candidates: Gallery size for retrieval by likelihood.
+        matching_candidates: Gallery size for retrieval by the matching head.
+        seed: Seed of the choices of samples.
+
+    Returns:
+        The figures, as plain values.
     """
     started = time.perf_counter()
     config, store = evaluator.config, evaluator.store
@@ -70,7 +82,7 @@ def summarize(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as text, for a terminal of 100 columns."""
+    """Return the summary as text for a terminal of 100 columns."""
     lines = ["", "Validation loss            loss   trivial baseline   accuracy"]
     for loss, row in summary["validation"].items():
         baseline = "—" if row["baseline"] is None else f"{row['baseline']:.3f}"

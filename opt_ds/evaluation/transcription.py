@@ -1,6 +1,6 @@
-"""Speech recognition and captioning by the text decoder: word error rate, beside what it is without listening.
+"""Speech recognition and captioning by the text decoder: word error rates, and the rates without the right audio.
 
-Both sides are normalised and cut into words as in words.py: lower case, no punctuation, scripts without spaces by character.
+Both sides are normalised and tokenised as in words.py: lower case, no punctuation, scripts without spaces by character.
 """
 
 from typing import Any
@@ -29,12 +29,26 @@ def transcription(
     options: DecodingConfig | None = None,
     ignored_words: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Word error rate of the text written from each input, with the audio of other samples as control, and of one constant
-    caption (the one of the training split that errs least there). An input that no sample has beside a caption is left out;
-    UserError if that leaves none.
+    """Return the word error rate of the text generated from each input, with two baselines.
 
-    `ignored_words` (normalised) are counted nowhere in a second figure, `wer_of_other_words`: frequent words that are easily
-    guessed hide how well the rare ones were heard.
+    The baselines are the audio of other samples, and one constant caption (the training caption with the fewest errors
+    on the training split). An input that no sample has together with a caption is omitted.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        inputs: Input modalities, keys of SUBSETS.
+        limit: Maximum number of samples per input. None: all.
+        seed: Seed of the choices and of the shuffled audio.
+        options: Decoding options. None: the defaults.
+        ignored_words: Normalised words that a second figure, `wer_of_other_words`, does not count. Frequent words that
+            are easy to guess hide how well rare words are recognised.
+
+    Returns:
+        The figures, as plain values.
+
+    Raises:
+        UserError: No input is left.
     """
     options = options or DEFAULT_DECODING
     result: dict[str, Any] = {"split": split, "decoding": options.model_dump()}
@@ -82,7 +96,7 @@ def transcription(
 
 
 def transcription_lines(figures: dict[str, Any]) -> list[str]:
-    """What `transcription` found, a line for each input."""
+    """Return the figures of `transcription` as text, one line per input."""
     names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
     lines = ["  word error rate"]
     for key, name in ((key, name) for key, name in names.items() if key in figures):
@@ -96,15 +110,18 @@ def transcription_lines(figures: dict[str, Any]) -> list[str]:
 
 
 def word_error_rate(references: list[str], written: list[str]) -> float:
-    """Edits over words of the references (jiwer), after normalisation. References that become empty are left out; UserError if
-    all do. Scripts without spaces count by character (see words.py)."""
+    """Return the number of edits divided by the number of reference words (jiwer), after normalisation.
+
+    Scripts without spaces count by character (see words.py). References that become empty are dropped. Raise UserError
+    if all do.
+    """
     wanted, found = _normalized_pairs(references, written)
     words = Words.of(wanted)
     return float(jiwer.wer(list(map(words.spaced, wanted)), list(map(words.spaced, found))))
 
 
 def character_error_rate(references: list[str], written: list[str]) -> float:
-    """The same over characters; spaces beside scripts that need none do not count."""
+    """Return the same over characters. Spaces next to scripts without spaces do not count."""
     wanted, found = _normalized_pairs(references, written)
     words = Words.of(wanted)
     return float(jiwer.cer(list(map(words.unspaced, wanted)), list(map(words.unspaced, found))))
@@ -128,14 +145,20 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
 
 
 def constant_caption(evaluator: Evaluator, seed: int) -> str:
-    """The training caption that, said of everything, errs least over a sample of the training captions."""
+    """Return the training caption with the lowest error as the prediction for all samples.
+
+    The error is measured on a sample of the training captions.
+    """
     train = evaluator.require_samples(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
     references = [evaluator.caption(index) for index in train]
     return min(references[:_CONSTANT_CANDIDATES], key=lambda text: word_error_rate(references, [text] * len(references)))
 
 
 def _shuffle(captions: list[str], seed: int) -> np.ndarray:
-    """A permutation without a fixed place: each sample hears another one's audio, which may happen to say the same."""
+    """Return a permutation without fixed points, so that each sample gets another one's audio.
+
+    The other audio may have the same content.
+    """
     order = np.random.default_rng(seed).permutation(len(captions))
     turned = np.roll(order, 1)
     other = np.empty_like(order)

@@ -1,7 +1,7 @@
-"""Retrieval in two stages: a dual projection of the frozen [CLS] ranks all candidates, the model itself re-ranks the best K.
+"""Two-stage retrieval: a dual projection of the frozen [CLS] ranks all candidates, then the model re-ranks the best K.
 
-Ranking N candidates for N queries by the model alone takes N² runs: of the encoder by the matching head, of the text decoder by
-likelihood. In two stages it takes 2 N + K N, and by likelihood N more of the encoder.
+To rank N candidates for N queries, the model alone takes N² forward passes (of the encoder for the matching head, of
+the text decoder for the likelihood). Two stages take 2 N + K N passes, and for the likelihood N more of the encoder.
 
 Legend: q queries, c candidates, k shortlisted candidates.
 """
@@ -30,11 +30,13 @@ from opt_ds.evaluation.retrieval import (
     same_pairs,
 )
 
-#: Training inputs, the nearest by the projection, whose mean likelihood stands for a text's prior, where texts are ranked. Any
-#: others would tell little: nearly all of a text's likelihood lies with the few inputs that it nearly fits.
+#: Number of training inputs whose mean likelihood estimates a text's prior, where texts are ranked. They are the
+#: nearest inputs by the projection. Other inputs would contribute little, because nearly all of a text's likelihood
+#: comes from the few inputs that it nearly fits.
 PRIOR_INPUTS = 32
-#: A query's likeliest texts, so many, are judged over their prior (re-ranking of the N best: Li et al. 2016). The prior of a text
-#: that no training input explains is next to nothing, and over it such a text would win wherever it is a candidate.
+#: Number of likeliest texts per query whose likelihood is divided by their prior (re-ranking of the N best: Li et al.
+#: 2016). The prior of a text that no training input explains is close to 0, so that text would otherwise win for every
+#: query.
 LIKELIEST = 50
 _ABILITY_OF = {"matching": MATCH, "likelihood": WRITE_TEXT}
 
@@ -47,13 +49,26 @@ def two_stage_retrieval(
     directions: Sequence[str] = tuple(DIRECTIONS),
     seed: int = 1,
 ) -> dict[str, Any]:
-    """R@1/5/10 of each direction over a gallery of `candidates` samples of the split (None: all), each query and candidate.
+    """Return R@1/5/10 of each direction over one gallery, whose samples are both queries and candidates.
 
-    Per direction: `projection`, the first stage alone; `shortlist_recall`, the share of queries with a right candidate among the
-    `shortlist` best of it; `matching` and (where text is one side) `likelihood`, the re-ranked order, with the runs that it took
-    of encoder and decoder beside those of all pairs. A direction whose modalities no sample has is left out, and so is a score
-    whose loss the model was not trained with. Raises UserError if neither is left, or if the shortlist is not shorter than the
-    gallery.
+    The figures per direction are: `projection`, the first stage alone; `shortlist_recall`, the fraction of queries with
+    a correct candidate in the shortlist; `matching` and (if text is one side) `likelihood`, the re-ranked order, with
+    the number of encoder and decoder passes relative to all pairs. A direction whose modalities no sample has is
+    omitted, and so is a score whose loss the model was not trained with.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        shortlist: Number of candidates that are re-ranked.
+        candidates: Gallery size. None: all samples of the split.
+        directions: Keys of DIRECTIONS.
+        seed: Seed of the gallery and of the projection.
+
+    Returns:
+        The figures, as plain values.
+
+    Raises:
+        UserError: No direction or no score is left, or the shortlist is not shorter than the gallery.
     """
     if not evaluator.config.can(WRITE_TEXT):
         loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
@@ -72,15 +87,15 @@ def two_stage_retrieval(
 
 
 class _Fitted(NamedTuple):
-    """A direction's projection, and what it was fitted on."""
+    """A direction's projection and the samples that it was fitted on."""
 
     projection: DualProjection
     samples: np.ndarray  # int64 [n], of the training split
-    query_ne: np.ndarray  # their [CLS]
+    query_ne: np.ndarray  # their [CLS], float32 [n, e]
 
 
 class Scores(NamedTuple):
-    """What a score gave, and the runs of encoder and decoder that it took."""
+    """Scores, and the numbers of encoder and decoder passes that they took."""
 
     values: np.ndarray
     encoder_runs: int
@@ -89,7 +104,7 @@ class Scores(NamedTuple):
 
 @dataclass
 class TwoStages:
-    """The two stages of one model on one store; [CLS] vectors and projections are made once."""
+    """The two stages for one model and one store. [CLS] vectors and projections are computed once."""
 
     evaluator: Evaluator
     seed: int = 1
@@ -99,8 +114,18 @@ class TwoStages:
     def figures(
         self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Recalls and costs of one direction; queries and gallery are sample indices. `scores` none: all that the
-        model learned."""
+        """Return recalls and costs of one direction.
+
+        Args:
+            direction: Key of DIRECTIONS.
+            queries: Sample indices of the queries.
+            gallery: Sample indices of the candidates.
+            shortlist: Number of candidates that are re-ranked.
+            scores: Scores to re-rank by. Empty: all that the model learned.
+
+        Returns:
+            The figures, as plain values.
+        """
         same_qc = same_pairs(self.evaluator, queries, gallery, *DIRECTIONS[direction])
         first_qc = self.first_stage(direction, queries, gallery)
         best_qk = shortlisted(first_qc, shortlist)
@@ -124,12 +149,22 @@ class TwoStages:
         return found
 
     def first_stage(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-        """Scores [q, c] of the dual projection."""
+        """Return the dual projection's scores [q, c]."""
         query, target = DIRECTIONS[direction]
         return self._fit(direction).projection.scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
 
     def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
-        """The matching head's scores [q, k] of the shortlisted pairs: an encoder run each."""
+        """Return the matching head's scores of the shortlisted pairs. Each pair takes one encoder pass.
+
+        Args:
+            direction: Key of DIRECTIONS.
+            queries: Sample indices of the queries.
+            gallery: Sample indices of the candidates.
+            best_qk: Gallery indices of the shortlist, int64 [q, k].
+
+        Returns:
+            Scores [q, k] and the numbers of passes.
+        """
         query, target = DIRECTIONS[direction]
         case = case_of(query, target)
         scores_qk = np.empty(best_qk.shape, dtype=np.float32)
@@ -140,13 +175,25 @@ class TwoStages:
         return Scores(scores_qk, best_qk.size, 0)
 
     def likelihood(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
-        """log P(text | other side) [q, k] of the shortlisted pairs; where texts are ranked, a query's `LIKELIEST` are judged over
-        their prior, and the others come after them."""
+        """Return log P(text | other side) of the shortlisted pairs.
+
+        If texts are ranked, each query's `LIKELIEST` texts are ranked by likelihood over prior, and the other texts
+        after them.
+
+        Args:
+            direction: Key of DIRECTIONS.
+            queries: Sample indices of the queries.
+            gallery: Sample indices of the candidates.
+            best_qk: Gallery indices of the shortlist, int64 [q, k].
+
+        Returns:
+            Scores [q, k] and the numbers of passes.
+        """
         query, target = DIRECTIONS[direction]
         read, texts_of = self.evaluator.read, self._texts
         if target == TEXT:
             samples = [read(index, query) for index in queries]
-            ranked, places = np.unique(best_qk, return_inverse=True)  # the texts that are in a shortlist at all
+            ranked, places = np.unique(best_qk, return_inverse=True)  # texts that are in at least one shortlist
             texts, wanted_qk = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
             found_qk = np.stack(self.evaluator.text_log_likelihood_of(samples, texts, list(wanted_qk)))
             likely_qk = _likeliest(found_qk)
@@ -165,11 +212,14 @@ class TwoStages:
         return Scores(scores_qk, len(np.unique(best_qk)), best_qk.size)
 
     def _log_priors(self, direction: str, samples: np.ndarray) -> Scores:
-        """log of the mean likelihood of these samples' texts over their nearest training inputs; float64 [samples]."""
+        """Return the log prior of these samples' texts, float64 [samples].
+
+        The prior is the mean likelihood over the nearest training inputs.
+        """
         nearest_kt = self._prior_inputs(direction, samples)
         inputs, places = np.unique(nearest_kt, return_inverse=True)
         rows, texts = places.reshape(-1), np.tile(np.arange(len(samples)), len(nearest_kt))
-        order = np.argsort(rows, kind="stable")  # input by input
+        order = np.argsort(rows, kind="stable")  # grouped by input
         wanted = np.split(texts[order], np.cumsum(np.bincount(rows))[:-1])
         read = [self.evaluator.read(index, DIRECTIONS[direction][0]) for index in inputs]
         found = self.evaluator.text_log_likelihood_of(read, self._texts(samples), wanted)
@@ -178,14 +228,17 @@ class TwoStages:
         return Scores(log_mean_exp(values.reshape(nearest_kt.shape), axis=0)[0], len(inputs), nearest_kt.size)
 
     def _prior_inputs(self, direction: str, samples: np.ndarray) -> np.ndarray:
-        """int64 [k, samples], the training samples whose inputs the projection takes for nearest to these samples' texts."""
+        """Return the training samples that are nearest to these samples' texts, int64 [k, samples].
+
+        The distance is that of the projection.
+        """
         fitted = self._fit(direction)
         scores_nt = fitted.projection.scores(fitted.query_ne, self._vectors(samples, (TEXT,)))
         count = min(PRIOR_INPUTS, len(fitted.samples))
         return fitted.samples[np.sort(np.argpartition(-scores_nt, count - 1, axis=0)[:count], axis=0)]
 
     def _fit(self, direction: str) -> _Fitted:
-        """The direction's projection, fitted when it is first asked for."""
+        """Return the direction's projection. It is fitted at the first call."""
         if direction not in self._fitted:
             query, target = DIRECTIONS[direction]
             data = self.evaluator.config.data
@@ -202,7 +255,7 @@ class TwoStages:
         return self._fitted[direction]
 
     def _vectors(self, samples: np.ndarray, modalities: tuple[int, ...]) -> np.ndarray:
-        """float32 [samples, e]: [CLS] of these modalities; each sample is encoded once."""
+        """Return the [CLS] of these modalities, float32 [samples, e]. Each sample is encoded once."""
         width, store = self.evaluator.config.model.hidden_size, self.evaluator.store
         empty = (np.empty((store.num_samples, width), np.float32), np.zeros(store.num_samples, bool))
         vectors, known = self._cls.setdefault(modalities, empty)
@@ -216,12 +269,12 @@ class TwoStages:
 
 
 def shortlisted(first_qc: np.ndarray, shortlist: int) -> np.ndarray:
-    """int64 [q, k]: places of the best candidates of the first stage, in their order in the gallery."""
+    """Return the gallery indices of the first stage's best candidates in ascending order, int64 [q, k]."""
     return np.sort(np.argpartition(-first_qc, shortlist - 1, axis=1)[:, :shortlist], axis=1)
 
 
 def _likeliest(log_likelihood_qk: np.ndarray) -> np.ndarray:
-    """bool [q, k]: the `LIKELIEST` of each query."""
+    """Return which texts are among the `LIKELIEST` of each query, bool [q, k]."""
     count = min(LIKELIEST, log_likelihood_qk.shape[1])
     likely_qk = np.zeros(log_likelihood_qk.shape, dtype=bool)
     np.put_along_axis(likely_qk, np.argpartition(-log_likelihood_qk, count - 1, axis=1)[:, :count], True, axis=1)
@@ -229,20 +282,23 @@ def _likeliest(log_likelihood_qk: np.ndarray) -> np.ndarray:
 
 
 def _likeliest_first(log_likelihood_qk: np.ndarray, over_prior_qk: np.ndarray, likely_qk: np.ndarray) -> np.ndarray:
-    """Scores [q, k]: the likeliest by their likelihood over the prior, and after them the others by their likelihood."""
+    """Return scores [q, k]: the likeliest texts by likelihood over prior, then the other texts by likelihood."""
     least_q = np.where(likely_qk, over_prior_qk, np.inf).min(1, keepdims=True)
     return np.where(likely_qk, over_prior_qk, least_q + log_likelihood_qk - log_likelihood_qk.max(1, keepdims=True) - 1)
 
 
 def reranked(first_qc: np.ndarray, best_qk: np.ndarray, second_qk: np.ndarray) -> np.ndarray:
-    """Scores [q, c] that put the shortlist first, in the second stage's order, and leave the others in the first stage's."""
+    """Return scores [q, c] that rank the shortlist first, in the second stage's order.
+
+    The other candidates follow in the first stage's order.
+    """
     scores_qc = first_qc.astype(np.float64) - first_qc.max(1, keepdims=True)
     np.put_along_axis(scores_qc, best_qk, second_qk - second_qk.min(1, keepdims=True) + 1, axis=1)
     return scores_qc
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as text."""
+    """Return the figures as text."""
     lines = [
         f"{result['candidates']} candidates of {result['split']}, the best {result['shortlist']} re-ranked",
         f"  {'':<22}{'':<14}" + "".join(f"{f'R@{k}':>8}" for k in RANKS) + "   encoder, decoder runs of all pairs",

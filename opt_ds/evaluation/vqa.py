@@ -1,11 +1,15 @@
-"""Visual question answering by the fine-tuned label head: the published VQA accuracy (Antol et al. 2015, §5), or agreement.
+"""Visual question answering by the fine-tuned label head: the published VQA accuracy (Antol et al.
 
-A question's text and picture go in; its answer is the name that scores most. The store's labels are the annotators' answers, as
-often as they were given (`opt-ds import vqa`); a question without labels has answers that are no name, and none is right.
+2015, §5), or agreement.
 
-The published accuracy wants three annotators of ten who agree. Where no question of the split has four answers, nobody can be
-right by it: there an answer that any annotator gave is right (the max consensus of Malinowski et al. 2015). Rare answers are no
-labels, so that a question's own number of labels does not tell how many annotators it had, but the most of the split does.
+The inputs are a question's text and its image. The answer is the label with the highest score. The store's labels are
+the annotators' answers, repeated as often as they were given (`opt-ds import vqa`). A question without labels has only
+answers that are not labels, so no prediction is correct.
+
+The published accuracy requires three agreeing annotators out of ten. If no question of the split has four answers, no
+prediction could be correct by it. Then an answer that any annotator gave is correct (the max consensus of Malinowski et
+al. 2015). Rare answers are not labels, so a question's own number of labels does not tell how many annotators it had,
+but the split's maximum does.
 """
 
 from collections import Counter
@@ -16,13 +20,29 @@ import numpy as np
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 
-ANNOTATORS = 10  # of each question, as published
-_FEWEST = 4  # answers to a question from which the published accuracy is used: one left out, three can agree
+ANNOTATORS = 10  # per question, as published
+_FEWEST = 4  # Minimum number of answers per question for the published accuracy: without one of them, three can agree.
 
 
 def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
-    """`accuracy`, 0 … 1, over the split's questions; beside it what the most frequent training answer gives, and
-    `best_possible`, what the names of the head allow. Raises UserError for a model without a head for answers."""
+    """Return the accuracy (0 … 1) over the split's questions.
+
+    `constant_answer` is the accuracy of the most frequent training answer. `best_possible` is the best accuracy that
+    the head's labels allow.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        inputs: Input modalities, a key of SUBSETS.
+        limit: Maximum number of questions. None: all.
+        seed: Seed of the choice of questions.
+
+    Returns:
+        The figures, as plain values.
+
+    Raises:
+        UserError: The model has no head for answers, or the split has no answers.
+    """
     names = evaluator.label_names
     if not evaluator.labels_are_answers:
         raise UserError("this model has no head for answers: opt-ds finetune vqa trains one")
@@ -53,10 +73,10 @@ def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None
 
 
 def answer_accuracy(given: Counter[str], answer: str, annotators: int = ANNOTATORS) -> float:
-    """min(number of other annotators who gave it / 3, 1), averaged over the choices of all annotators but one.
+    """Return min(number of other annotators who gave the answer / 3, 1), averaged over leaving out each annotator.
 
-    `given`: how often each answer was given (those that are no label are missing from it). With fewer than four annotators,
-    1 for an answer that any of them gave.
+    `given` maps each answer to how often it was given; answers that are not labels are missing. With fewer than four
+    annotators the result is 1 for an answer that any of them gave.
     """
     times = given[answer]
     if annotators < _FEWEST:

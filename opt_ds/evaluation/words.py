@@ -1,8 +1,9 @@
-"""How texts are compared: normalised, and cut into words for BLEU, CIDEr and word error rates.
+"""Normalisation and tokenisation of texts for BLEU, CIDEr and word error rates.
 
-Words are what stands between spaces. Scripts that are written without spaces are cut into characters, as sacrebleu's "zh"
-tokenizer does with Chinese: otherwise a sentence is one word, and only an equal sentence has any word right. Which of them are
-cut is decided by the references alone, so that texts of one language are always counted in the same way.
+Words are separated by spaces. Scripts that are written without spaces are split into characters, like Chinese in
+sacrebleu's "zh" tokenizer. Otherwise a sentence would be one word, and only an identical sentence would have a correct
+word. The references alone decide which scripts are split, so that texts of one language are always counted in the same
+way.
 """
 
 import unicodedata
@@ -29,7 +30,10 @@ _FIRST = min(start for blocks in _SPACELESS.values() for start, _ in blocks)
 
 @lru_cache(maxsize=1 << 14)  # the constant caption is chosen by comparing the same texts hundreds of times
 def normalize(text: str) -> str:
-    """Lower case, composed (NFC); letters with their marks, digits and apostrophes (all plain) of any script; single spaces."""
+    """Return the text in lower case and composed form (NFC), with single spaces.
+
+    Letters with their marks, digits and apostrophes (as ') of any script are kept.
+    """
     text = unicodedata.normalize("NFC", text.lower()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return " ".join("".join(char if _is_of_a_word(char) else " " for char in text).split())
 
@@ -40,18 +44,18 @@ def _is_of_a_word(char: str) -> bool:
 
 @dataclass(frozen=True)
 class Words:
-    """Cuts normalised texts into words; `scripts` are cut into characters, each with its combining marks."""
+    """Splits normalised texts into words. `scripts` are split into characters, each with its combining marks."""
 
     scripts: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, references: Iterable[str]) -> "Words":
-        """Return the way to cut that the references' scripts ask for."""
+        """Return the tokenisation that the references' scripts require."""
         return cls(frozenset().union(*map(_spaceless_scripts, references)))
 
     @property
     def name(self) -> str:
-        """What a result names: "words", or also the scripts that are cut into characters."""
+        """Name of the tokenisation in results: "words", and the scripts that are split into characters."""
         return "; ".join(["words", *(f"characters of {script}" for script in sorted(self.scripts))])
 
     def spaced(self, text: str) -> str:
@@ -66,7 +70,7 @@ class Words:
         return words
 
     def unspaced(self, text: str) -> str:
-        """Return a normalised text without the spaces beside scripts that need none: what characters are counted of."""
+        """Return a normalised text without the spaces next to scripts that need none, as used to count characters."""
         if not self.scripts:
             return text
         joined = ""
@@ -77,7 +81,7 @@ class Words:
 
     def _pieces(self, part: str) -> list[str]:
         pieces: list[str] = []
-        within = False  # a word that further letters belong to
+        within = False  # whether the last piece is a word that further letters extend
         for char in part:
             if pieces and unicodedata.category(char)[0] == "M":
                 pieces[-1] += char
@@ -102,7 +106,7 @@ def _spaceless_scripts(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=1 << 14)
 def _script(char: str) -> str | None:
-    """Return the script of a character if it is one that is written without spaces between words."""
+    """Return the script of a character if that script is written without spaces between words, otherwise None."""
     code = ord(char)
     if code < _FIRST or unicodedata.category(char)[0] not in "LMN":
         return None

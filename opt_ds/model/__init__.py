@@ -1,1 +1,1 @@
-"""The network: embedders, cross-modal encoder, decoders, and `OPT`, which joins them to the tasks' heads."""
+"""The network: embedders, cross-modal encoder, decoders, and `OPT`, which combines them with the tasks' heads."""

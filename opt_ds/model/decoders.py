@@ -1,4 +1,4 @@
-"""The text decoder and the image decoder: what they write, token by token or code by code, from the encoder's output."""
+"""The text decoder and the image decoder, which generate tokens and image codes from the encoder's output."""
 
 import torch
 from torch import nn
@@ -9,25 +9,28 @@ from opt_ds.nn.autoregressive import AutoregressiveDecoder
 
 
 class TextDecoder(AutoregressiveDecoder):
-    """Writes WordPieces; the word embedding is the text embedder's own. Begins with [CLS], ends with [SEP]."""
+    """Decoder of WordPieces.
+
+    It shares the text embedder's word embedding. Texts start with [CLS] and end with [SEP].
+    """
 
     def __init__(self, config: ModelConfig, word: WordEmbedding) -> None:
         super().__init__(config, config.text_decoder_layers, config.max_text_tokens + 1, config.vocab_size)
         self.word = word
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.word(ids, skip_empty_gradient=True)  # the embedder gives the table one
+        return self.word(ids, skip_empty_gradient=True)  # the embedder already gives the table a gradient
 
     def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.word.weight, self.bias
 
 
 class ImageDecoder(AutoregressiveDecoder):
-    """Writes the dVAE's codes row by row. Begins with −1, which is no code."""
+    """Decoder of the dVAE's codes, row by row. The first input is −1, which is not a code."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, config.image_decoder_layers, config.num_image_codes, config.image_codebook_size)
-        self.code = nn.Embedding(config.image_codebook_size + 1, config.hidden_size)  # row 0: the beginning
+        self.code = nn.Embedding(config.image_codebook_size + 1, config.hidden_size)  # row 0 is the start
 
     begin_id = -1
 

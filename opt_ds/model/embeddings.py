@@ -1,4 +1,6 @@
-"""Three embedders, one per modality, into the width of the encoder; `InputEmbeddings` puts their rows in packed order.
+"""Embedders of the three modalities, which project to the encoder's width.
+
+`InputEmbeddings` puts their rows into packed order.
 
 Legend: n text rows, r region rows, a frame rows, t packed rows; e width; v feature width.
 """
@@ -16,7 +18,10 @@ TEXT_TYPE, IMAGE_TYPE, AUDIO_TYPE = range(3)
 
 
 class FeatureStandardizer(nn.Module):
-    """(x − mean) / deviation, clamped; the identity until statistics are set. The statistics travel with the weights."""
+    """(x − mean) / deviation, clamped.
+
+    It is the identity until statistics are set. The statistics are stored with the weights.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -28,12 +33,12 @@ class FeatureStandardizer(nn.Module):
         self.register_buffer("std", torch.ones(feature_dim))
 
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """mean, std: [v] over the training split. A dimension that never varies keeps its scale."""
+        """Set mean and standard deviation [v] of the training split. A dimension that never varies keeps its scale."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-4, std, 1.0))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """float32 of the same shape; the last dimension is `repeat` stored vectors side by side."""
+        """Return standardised features, float32 of the same shape. The last dimension holds `repeat` stored vectors."""
         features = features.float()
         if not self.enabled:
             return features
@@ -42,7 +47,7 @@ class FeatureStandardizer(nn.Module):
 
 
 class _NoRows(torch.autograd.Function):
-    """Rows [0, e] of a table; backward gives the table no gradient, instead of zeros of its size."""
+    """Rows [0, e] of a table. Backward gives the table no gradient, instead of zeros of its size."""
 
     @staticmethod
     def forward(ctx: Any, table: torch.Tensor) -> torch.Tensor:
@@ -54,14 +59,17 @@ class _NoRows(torch.autograd.Function):
 
 
 class WordEmbedding(nn.Embedding):
-    """The table of WordPieces, which the embedder and the text decoder share.
+    """Table of WordPiece embeddings that the embedder and the text decoder share.
 
-    ZeRO 3 gathers the table when this module is called, forward and backward. So every rank must call it in every
-    micro-batch, with or without ids. Every rank must also give the table a gradient; the embedder does.
+    ZeRO 3 gathers the table when this module is called, in forward and backward. Every rank must therefore call it in
+    every micro-batch, with or without ids. Every rank must also give the table a gradient; the embedder does.
     """
 
     def forward(self, ids: torch.Tensor, skip_empty_gradient: bool = False) -> torch.Tensor:
-        """[n] -> [n, e]. With `skip_empty_gradient` and no ids this call gives the table no gradient, instead of zeros."""
+        """Return embeddings [n, e] of ids [n].
+
+        With `skip_empty_gradient` and no ids, this call gives the table no gradient, instead of zeros.
+        """
         return _NoRows.apply(self.weight) if skip_empty_gradient and not len(ids) else super().forward(ids)
 
 
@@ -75,11 +83,12 @@ class TextEmbedder(nn.Module):
         self.norm = LayerNorm(config)
 
     def forward(self, token_ids_n: torch.Tensor, positions_n: torch.Tensor, type_e: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [n, e]."""
         return self.norm(self.word(token_ids_n) + self.position(positions_n) + type_e)
 
 
 class RegionEmbedder(nn.Module):
-    """FC(feature) + FC(box) + type -> LN. A masked region's feature is zero, plus a learned vector."""
+    """FC(feature) + FC(box) + type -> LN. The feature of a masked region is zero, and a learned vector is added."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -91,13 +100,21 @@ class RegionEmbedder(nn.Module):
     def forward(
         self, features_rv: torch.Tensor, boxes_r7: torch.Tensor, masked_r: torch.Tensor, type_e: torch.Tensor
     ) -> torch.Tensor:
+        """Return embeddings [r, e].
+
+        Args:
+            features_rv: Standardised features.
+            boxes_r7: Boxes.
+            masked_r: Which regions are masked, bool.
+            type_e: The type embedding of images.
+        """
         dtype = self.feature.weight.dtype
         hidden_re = self.feature(features_rv.masked_fill(masked_r[:, None], 0.0).to(dtype)) + self.box(boxes_r7.to(dtype))
         return self.norm(hidden_re + masked_r[:, None].to(dtype) * self.mask + type_e)
 
 
 class FrameEmbedder(nn.Module):
-    """FC(frame) + position + type -> LN. A masked frame is zero, plus a learned vector."""
+    """FC(frame) + position + type -> LN. A masked frame is zero, and a learned vector is added."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,14 +126,24 @@ class FrameEmbedder(nn.Module):
     def forward(
         self, frames_av: torch.Tensor, positions_a: torch.Tensor, masked_a: torch.Tensor, type_e: torch.Tensor
     ) -> torch.Tensor:
+        """Return embeddings [a, e].
+
+        Args:
+            frames_av: Standardised features.
+            positions_a: Positions of the frames in their sample.
+            masked_a: Which frames are masked, bool.
+            type_e: The type embedding of audio.
+        """
         dtype = self.feature.weight.dtype
         hidden_ae = self.feature(frames_av.masked_fill(masked_a[:, None], 0.0).to(dtype)) + self.position(positions_a)
         return self.norm(hidden_ae + masked_a[:, None].to(dtype) * self.mask + type_e)
 
 
 class InputEmbeddings(nn.Module):
-    """All three embedders, then dropout; gives the packed rows, and the standardised features, which are also the tasks'
-    targets."""
+    """All three embedders, followed by dropout.
+
+    The output is the packed rows and the standardised features, which are also targets of tasks.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -129,7 +156,7 @@ class InputEmbeddings(nn.Module):
         )
 
     def forward(self, inputs: EncoderInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden_te, and the original features regions_rv and frames_av in float32."""
+        """Return hidden_te, and the original features regions_rv and frames_av in float32."""
         regions_rv = self.region_standardizer(inputs.region_features)
         frames_av = self.frame_standardizer(inputs.frames)
         type_3e = self.modality.weight

@@ -1,6 +1,9 @@
-"""Writing with a decoder: greedy, beam search, and sampling with temperature, top-k and top-p; keys and values are cached.
+"""Generation with a decoder: greedy, beam search, and sampling with temperature, top-k and top-p.
 
-Sampling is a pure function of (seed, key of the sequence, position), so it does not depend on what else is in the batch.
+Keys and values are cached.
+
+Sampling is a pure function of (seed, key of the sequence, position), so it does not depend on the rest of the batch.
+
 Legend: b sequences, v outputs.
 """
 
@@ -15,7 +18,7 @@ from opt_ds.nn.autoregressive import AutoregressiveDecoder
 from opt_ds.ops.keyed import keyed_uniform
 from opt_ds.ops.sequences import Sequences
 
-#: Items between two looks at which sequences have ended; a GPU would wait at each.
+#: Steps between two checks of which sequences have ended; a GPU has to synchronise at each check.
 _LOOK_EVERY = {"cuda": 8}
 
 
@@ -40,17 +43,27 @@ class DecodingConfig(Section):
     seed: int = Field(1, ge=0, description="sample: seed of the random numbers.")
 
 
-#: What texts are written with where nothing else is asked for.
+#: Default decoding of texts.
 DEFAULT_DECODING = DecodingConfig(method="beam", beam_size=4)
 
 
 def text_decoding(beam_size: int) -> DecodingConfig:
-    """Return the settings of beam search for texts; greedy search for a beam of 1."""
+    """Return the options of beam search for texts, or of greedy search for a beam size of 1."""
     return DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size)
 
 
 def image_decoding(top_k: int, top_p: float, temperature: float, seed: int) -> DecodingConfig:
-    """Return the settings of sampling image codes. A `top_p` of 0 keeps the likeliest code alone."""
+    """Return the options of sampling image codes.
+
+    Args:
+        top_k: Sample from this many likeliest codes; 0: from all.
+        top_p: Sample from the likeliest codes of this total probability; 0: only the likeliest one.
+        temperature: Divides the logits.
+        seed: Seed of the sampling.
+
+    Returns:
+        The options.
+    """
     return DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
 
 
@@ -64,9 +77,19 @@ def write(
     options: DecodingConfig,
     keys: np.ndarray | None = None,
 ) -> list[list[int]]:
-    """One list of items per memory sequence, without begin and end. `end_id` None: every sequence has full length.
+    """Return one list of generated items per memory sequence, without start and end.
 
-    keys: int64 [b], the identity of each sequence for sampling; None: 0 … b − 1.
+    Args:
+        decoder: The decoder.
+        memory_ue: The encoder's packed output.
+        memory: Its sequences.
+        begin_id: The first input.
+        end_id: The item that ends a sequence. None: every sequence has the maximum length.
+        options: Decoding options.
+        keys: int64 [b], a key per sequence for sampling. None: 0 … b − 1.
+
+    Returns:
+        The items of each sequence.
     """
     if len(memory) == 0:
         return []
@@ -77,7 +100,7 @@ def write(
     device = memory_ue.device
     caches = decoder.start(memory_ue, memory, length)
     ids_b = torch.full((len(memory),), begin_id, dtype=torch.long, device=device)
-    going_b = torch.arange(len(memory), device=device)  # the sequences that are still written
+    going_b = torch.arange(len(memory), device=device)  # sequences that have not ended
     written_sl = torch.full((len(memory), length), -1 if end_id is None else end_id, dtype=torch.long, device=device)
     for position in range(length):
         scores_bv = decoder.decode(ids_b, position, caches).float()
@@ -92,21 +115,23 @@ def write(
         kept_k = (written_sl[going_b, : position + 1] != end_id).all(1).nonzero().squeeze(1)
         if not len(kept_k):
             break
-        if 2 * len(kept_k) <= len(going_b):  # fewer would not pay for the copy of the caches
+        if 2 * len(kept_k) <= len(going_b):  # with fewer the copy of the caches would not pay off
             caches = [cache.select(kept_k) for cache in caches]
             ids_b, going_b, keys = ids_b[kept_k], going_b[kept_k], keys[kept_k.cpu().numpy()]
     return [_until(row, end_id) for row in written_sl.tolist()]
 
 
 def sample_scores(scores_bv: torch.Tensor, uniform_b: torch.Tensor, options: DecodingConfig) -> torch.Tensor:
-    """int64 [b] drawn from softmax(scores / temperature) within the top k and the smallest set of mass top p, by inverting the
-    distribution function at uniform_b in [0, 1)."""
+    """Return int64 [b], sampled from softmax(scores / temperature) within the top k and the smallest set of mass top p.
+
+    The distribution function is inverted at uniform_b in [0, 1).
+    """
     sorted_bv, order_bv = torch.sort(scores_bv.double() / options.temperature, dim=-1, descending=True, stable=True)
     if options.top_k:
         sorted_bv[:, options.top_k :] = float("-inf")
     probability_bv = torch.softmax(sorted_bv, dim=-1)
     before_bv = probability_bv.cumsum(-1) - probability_bv
-    probability_bv = probability_bv.masked_fill(before_bv >= options.top_p, 0.0)  # the first one always stays
+    probability_bv = probability_bv.masked_fill(before_bv >= options.top_p, 0.0)  # the first one is always kept
     cumulative_bv = probability_bv.cumsum(-1)
     target_b1 = (uniform_b[:, None] * cumulative_bv[:, -1:]).to(cumulative_bv.dtype)
     place_b1 = torch.searchsorted(cumulative_bv, target_b1, right=True)
@@ -123,13 +148,16 @@ def _beam(
     length: int,
     options: DecodingConfig,
 ) -> list[list[int]]:
-    """Beam search; a finished hypothesis competes by log-probability over its length penalty."""
+    """Return the result of beam search.
+
+    Finished hypotheses are compared by log probability divided by their length penalty.
+    """
     batch, beams, device = len(memory), options.beam_size, memory_ue.device
     first = torch.arange(batch, device=device).repeat_interleave(beams)
     caches = [cache.select(first) for cache in decoder.start(memory_ue, memory, length)]
     ids = torch.full((batch * beams,), begin_id, dtype=torch.long, device=device)
     total = torch.full((batch, beams), float("-inf"), device=device)
-    total[:, 0] = 0.0  # all beams begin alike: one of them speaks
+    total[:, 0] = 0.0  # all beams start equal, so only one of them is expanded
     written = torch.empty((batch * beams, 0), dtype=torch.long, device=device)
     best: list[tuple[float, list[int]]] = [(float("-inf"), []) for _ in range(batch)]
     for position in range(length):
@@ -153,7 +181,7 @@ def _beam(
         best_possible = (total.max(-1).values / ((5.0 + length) / 6.0) ** options.length_penalty).tolist()
         if end_id is not None and all(score >= possible for (score, _), possible in zip(best, best_possible, strict=True)):
             break
-    unfinished = written.reshape(batch, beams, -1)[:, 0].tolist()  # beams are in order of their scores
+    unfinished = written.reshape(batch, beams, -1)[:, 0].tolist()  # beams are sorted by score
     return [text if score > float("-inf") else unfinished[b] for b, (score, text) in enumerate(best)]
 
 

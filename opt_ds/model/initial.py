@@ -1,4 +1,4 @@
-"""The model that a run begins with."""
+"""Initial model of a run."""
 
 from pathlib import Path
 
@@ -11,8 +11,12 @@ from opt_ds.store.reader import FeatureStore
 
 
 def initial_model(config: Config, stores: list[FeatureStore], warm_start: bool = True) -> OPT:
-    """The model that a run begins with: weights drawn from `seed` (on every rank the same), the stores' standardisation, and,
-    with `warm_start`, what `model.bert` gives."""
+    """Return the initial model of a run.
+
+    Its weights are sampled from `seed`, equal on every rank. The standardisation is that of the stores.
+
+    With `warm_start`, the weights of `model.bert` are loaded too.
+    """
     torch.manual_seed(config.seed)
     model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute)
     model.set_feature_statistics(stores)

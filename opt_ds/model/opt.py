@@ -1,4 +1,7 @@
-"""OPT: embedders, cross-modal encoder, decoders and task heads in one module. One encoder pass serves all tasks of a batch."""
+"""OPT: embedders, cross-modal encoder, decoders and task heads in one module.
+
+One encoder pass serves all tasks of a batch.
+"""
 
 import math
 from dataclasses import replace
@@ -31,14 +34,14 @@ class OPT(nn.Module):
         self.text_decoder = TextDecoder(model, word)
         self.image_decoder = ImageDecoder(model)
         self.tasks = dict(tasks.units)
-        for name, task in self.tasks.items():  # a head's parameters begin with its task's name
+        for name, task in self.tasks.items():  # the name of the task is the prefix of its head's parameters
             if (head := task.make_head(model, tasks, word)) is not None:
                 self.add_module(name, head)
         number_dropout_sites(self)
         self._initialize()
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:
-        """Every loss's term of this micro-batch. Losses without work give 0, with gradients of 0."""
+        """Return the term of every loss for this micro-batch. Losses without work return 0, with gradients of 0."""
         hidden_te, regions_rv, frames_av = self._encode(batch.inputs, batch.read)
         features, decoders = {IMAGE: regions_rv, AUDIO: frames_av}, {TEXT: self.text_decoder, IMAGE: self.image_decoder}
         encoded = Encoded(hidden_te, batch.inputs, features, decoders)
@@ -48,15 +51,15 @@ class OPT(nn.Module):
         return terms
 
     def head(self, task: str) -> nn.Module | None:
-        """A task's head; None where it has none."""
+        """Return a task's head, or None if it has none."""
         return self._modules.get(task)
 
     def encode(self, inputs: EncoderInputs) -> torch.Tensor:
-        """hidden_te, the encoder's packed output for any mixture of modalities."""
+        """Return hidden_te, the encoder's packed output for any mixture of modalities."""
         return self._encode(inputs)[0]
 
     def encode_cls(self, inputs: EncoderInputs) -> torch.Tensor:
-        """cls_se, the encoder's [CLS] of each sample; the last layer computes no other position."""
+        """Return cls_se, the encoder's [CLS] of each sample. The last layer computes no other position."""
         one_each = Sequences.from_lengths(np.ones(len(inputs.sequences)), inputs.sequences.cu_seqlens.device)
         read = ReadRows(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
         return self._encode(inputs, read)[0].index_select(0, inputs.cls_index)
@@ -66,14 +69,17 @@ class OPT(nn.Module):
         return self.encoder(hidden_te, inputs.sequences, read), regions_rv, frames_av
 
     def recompute_layers(self, recompute: bool = True) -> "OPT":
-        """Trade time for memory in backward: see `LayerStack`."""
+        """Set whether activations are recomputed in backward, which saves memory and takes time (see `LayerStack`).
+
+        Return self.
+        """
         for module in self.modules():
             if isinstance(module, LayerStack):
                 module.recompute = recompute
         return self
 
     def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
-        """Take the standardisation from the stores' training statistics, pooled by the number of vectors."""
+        """Set the standardisation from the stores' training statistics, pooled by the number of vectors."""
         pairs = [
             ("image", self.embeddings.region_standardizer),
             ("audio", self.embeddings.frame_standardizer),
@@ -81,12 +87,15 @@ class OPT(nn.Module):
         for name, standardizer in pairs:
             described = [store.description.statistics.get(name) for store in stores]
             found = [statistics for statistics in described if statistics and statistics.count]
-            if found:  # else the modality is in no training sample: the identity stays
+            if found:  # otherwise no training sample has the modality, and the identity is kept
                 standardizer.set_statistics(*_pooled(found))
 
     def _initialize(self) -> None:
-        """BERT's initialisation. With `embedding_range`, all summands of an input embedding begin equally large: tables with
-        that deviation, projections so that features of unit variance come out with it."""
+        """Initialise the weights as BERT does.
+
+        With `embedding_range`, all summands of an input embedding start with this deviation: tables directly, and
+        projections scaled so that features of unit variance are mapped to it.
+        """
         config = self.config
         table_range = config.embedding_range or config.initializer_range
         for module in self.modules():

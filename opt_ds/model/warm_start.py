@@ -1,4 +1,7 @@
-"""Warm start: encoder, word and position embedding and the heads that BERT has too from any Hugging Face BERT folder."""
+"""Warm start from any Hugging Face BERT folder.
+
+It sets the encoder, the word and position embeddings, and the heads that BERT also has.
+"""
 
 import re
 from pathlib import Path
@@ -11,7 +14,7 @@ from opt_ds.model.opt import OPT
 from opt_ds.store.foreign import check_model_folder
 from opt_ds.weights import read_config, read_folder
 
-#: our name -> BERT's names (several: joined along the first dimension). {i}: layer.
+#: Our name -> BERT's names (several: concatenated along the first dimension). {i}: layer.
 _EMBEDDINGS: dict[str, tuple[str, ...]] = {
     "embeddings.text.word.weight": ("embeddings.word_embeddings.weight",),
     "embeddings.text.position.weight": ("embeddings.position_embeddings.weight",),
@@ -27,16 +30,18 @@ _LAYER = {
     "ffn_norm": ("output.LayerNorm",),
 }
 _TYPES = "embeddings.token_type_embeddings.weight"
-#: What a BERT has besides the encoder and its language modelling head: the ids of positions, the pooler, heads, the tied decoder.
+#: What a BERT has besides the encoder and its language modelling head: position ids, pooler, heads, the tied decoder.
 _LEFT_OUT = r"embeddings\.position_ids|pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"
 
 
 def load_bert(model: OPT, folder: Path) -> list[str]:
-    """Copy BERT's weights into an `OPT`; gives the names that were set.
+    """Copy BERT's weights into an `OPT`. Return the names of the parameters that were set.
 
-    Longer position tables are cut to the model's; BERT's segment 0 becomes the text type; heads are taken where the folder has
-    them (`Task.bert_names`). Raises UserError, and changes nothing, where a shape or the number of heads differs, an encoder
-    weight is missing or left over, or a file is not readable.
+    Longer position tables are truncated to the model's. BERT's segment 0 becomes the text type. Heads are loaded if the
+    folder has them (`Task.bert_names`).
+
+    Raise UserError, without changing the model, if a shape or the number of heads differs, an encoder weight is missing
+    or unused, or a file is not readable.
     """
     check_model_folder(folder, "fetch the folder again", allow_pickled=True)
     _check_config(model.config, folder)
@@ -67,7 +72,7 @@ def load_bert(model: OPT, folder: Path) -> list[str]:
 def _fitting(
     folder: Path, bert: dict[str, torch.Tensor], name: str, sources: tuple[str, ...], shape: torch.Size
 ) -> torch.Tensor:
-    """BERT's value for our parameter `name`, which has this shape. Raises UserError where there is none."""
+    """Return BERT's value for our parameter `name` of this shape. Raise UserError if there is none."""
     missing = [source for source in sources if source not in bert]
     if missing:
         layers = len({key.split(".")[2] for key in bert if key.startswith("encoder.layer.")})
@@ -88,7 +93,10 @@ def _fitting(
 
 
 def _check_config(config: ModelConfig, folder: Path) -> None:
-    """Other heads, activations or positions give weights of the same shape another meaning."""
+    """Raise UserError for other heads, activations or positions.
+
+    They change the meaning of weights of the same shape.
+    """
     if config.norm != "post":
         raise UserError(
             f"model.bert {folder}: BERT normalises after each sublayer, model.norm is {config.norm}: set model.norm=post"
@@ -108,7 +116,7 @@ def _check_config(config: ModelConfig, folder: Path) -> None:
 
 
 def _refuse_unused(bert: dict[str, torch.Tensor], used: set[str], config: ModelConfig, folder: Path) -> None:
-    """A layer or term that is left out makes another network of the rest."""
+    """Raise UserError if weights are unused, because without a layer or term the rest is a different network."""
     left = sorted(name for name in bert.keys() - used if not re.fullmatch(_LEFT_OUT, name))
     if not left:
         return
@@ -121,6 +129,9 @@ def _refuse_unused(bert: dict[str, torch.Tensor], used: set[str], config: ModelC
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of a Hugging Face folder, by their names in the file (old LayerNorm names modernised)."""
+    """Return the weights of a Hugging Face folder by their names in the file.
+
+    Old LayerNorm names are replaced by current ones.
+    """
     weights = read_folder(folder, "model.bert")
     return {name.replace(".gamma", ".weight").replace(".beta", ".bias"): value for name, value in weights.items()}

@@ -1,1 +1,1 @@
-"""A trained model for users: one raw sample in, text or a picture out; export to Hugging Face's layout."""
+"""Serving of a trained model: raw samples in, text or images out; and export to Hugging Face's layout."""

@@ -1,8 +1,9 @@
-"""Which requests `opt-ds serve` computes, and when: one bounded queue, and request bodies under limits of size and time.
+"""Admission control of `opt-ds serve`: one bounded queue, and limits on the size and duration of request bodies.
 
-A request takes a place before the bulk of its body is read, so that the places bound what uploads hold of memory and disk.
-The first 64 KiB are read without one: who sends more slowly than that takes no place from anybody. Everything here runs in the
-event loop and waits there. Only the computation itself takes a thread, one at a time.
+A request takes a place in the queue before most of its body is read, so that the number of places bounds the memory and
+disk that uploads use. The first 64 KiB are read without a place, so a client that sends more slowly than that never
+takes a place from another one. Everything here runs and waits in the event loop. Only the computation itself runs in a
+thread, one request at a time.
 """
 
 import asyncio
@@ -22,26 +23,29 @@ from opt_ds.serving.limits import MIB, Limits
 
 T = TypeVar("T")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-_CLIENT_CLOSED = 499  # nobody reads it
+_CLIENT_CLOSED = 499  # sent to a client that is gone, so the code is never read
 
 
 class Queue:
-    """The places, and whose turn it is to compute."""
+    """The queue's places, and a lock that lets one request at a time compute."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._places: dict[Upload, None] = {}  # in the order of coming
+        self._places: dict[Upload, None] = {}  # in order of arrival
         self._turn = asyncio.Lock()  # first come, first served
 
     def check(self) -> None:
-        """Raise a 503 if a request that came now would find no place."""
+        """Raise a 503 if there is no place for a request that arrives now."""
         if len(self._places) >= self._limits.places and self._slow() is None:
             retry = {"Retry-After": str(self._limits.retry_after_s)}
             raise HTTPException(503, "too many requests are waiting: try again soon", headers=retry)
 
     @contextmanager
     def place(self, upload: "Upload") -> Iterator[Callable[[], None]]:
-        """Hold a place, which the function that is handed out gives back early. Raises a 503 if there is none."""
+        """Hold a place.
+
+        The context's value is a function that releases the place early. Raise a 503 if there is no place.
+        """
         self.check()
         if len(self._places) >= self._limits.places and (slow := self._slow()):
             slow.interrupt()
@@ -56,7 +60,10 @@ class Queue:
         return next((upload for upload in self._places if upload.is_slow()), None)
 
     async def compute(self, receive: Receive, work: Callable[[], T]) -> T:
-        """Run `work` in a thread when its turn comes. A client that disconnects while it waits is forgotten."""
+        """Run `work` in a thread when it is this request's turn.
+
+        A request whose client disconnects while waiting is dropped.
+        """
         await self._wait(receive)
         try:
             return await run_in_threadpool(work)
@@ -81,7 +88,7 @@ class Queue:
 
 
 class Upload:
-    """A request's body: counted, timed, and the first part of it read ahead."""
+    """A request's body. Its size and duration are tracked, and its first part is read ahead."""
 
     def __init__(self, receive: Receive, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
@@ -91,24 +98,27 @@ class Upload:
         self._timeout: asyncio.Timeout | None = None
 
     async def read_ahead(self) -> None:
-        """Read until the body ends, or is long enough for its sender to deserve a place."""
+        """Read until the body ends or is long enough (`ahead_bytes`) to get a place."""
         while not self._complete and self._bytes < self._limits.ahead_bytes:
             self._ahead.append(await self._next())
 
     async def receive(self) -> Message:
-        """The ASGI channel of the application. Raises a 408 for a body that takes too long, a 413 for one that is too long."""
+        """Return the next message of the application's ASGI channel.
+
+        Raise a 408 for a body that takes too long, and a 413 for one that is too large.
+        """
         if self._ahead:
             return self._ahead.popleft()
         return await (self._receive() if self._complete else self._next())
 
     def is_slow(self) -> bool:
-        """Whether the body's sender may be asked to make room for another one."""
+        """Return whether the upload may lose its place to another request."""
         seconds = self._clock() - self._start
         steady = seconds <= self._limits.steady_s or self._bytes >= self._limits.steady_bytes_per_s * seconds
         return not (self._complete or steady)
 
     def interrupt(self) -> None:
-        """End the upload: whoever waits for its next bytes gets a 408."""
+        """End the upload. A pending read of its next bytes raises a 408."""
         self._interrupted = True
         if self._timeout is not None:
             self._timeout.reschedule(self._clock())
@@ -131,9 +141,9 @@ class Upload:
 
 
 class Admission:
-    """ASGI middleware: checks a body's declared size, and lets requests to `paths` in as the queue has places.
+    """ASGI middleware that checks a body's declared size and admits requests to `paths` as the queue has places.
 
-    The place is given back as soon as the answer begins, so that a client that reads slowly holds none.
+    The place is released as soon as the response begins, so that a client that reads slowly does not hold one.
     """
 
     def __init__(self, app: ASGIApp, queue: Queue, limits: Limits, paths: Collection[str]) -> None:
@@ -166,7 +176,7 @@ class Admission:
 
 
 def _check_size(method: str, headers: Headers, limits: Limits) -> None:
-    # A body in chunks has no size before its end, whatever Content-Length says beside it.
+    # The size of a chunked body is unknown before its end, even if there is a Content-Length too.
     sizes, chunked = headers.getlist("content-length"), "transfer-encoding" in headers
     if chunked or (not sizes and method == "POST"):
         raise HTTPException(411, "the upload has no size: send Content-Length, and no chunks")

@@ -1,17 +1,17 @@
-"""The web application: a page to try a model on, and a JSON API.
+"""The web application: a page for trying a model, and a JSON API.
 
-    POST /api/describe       text, image, audio (any mixture) -> what the model writes, what belongs together (where it
-                             learned to), neighbours, attention
-    POST /api/paint          the same inputs -> pictures
+    POST /api/describe       text, image, audio (any mixture) -> generated text, match probabilities (if the model
+                             learned matching), neighbours, attention
+    POST /api/paint          the same inputs -> images
     GET  /api/about          the model
     GET  /api/openapi.json   the API's schema
 
-Requests pass the guard (opt_ds.serving.guard: whose they are) and the queue (opt_ds.serving.admission: size, time, whose turn).
-Uploads are decoded from files with names of our own in a folder that is deleted afterwards. Whatever goes wrong is answered with
-a status code and one line that says why.
+Requests pass the guard (opt_ds.serving.guard: allowed hosts and origins) and the queue (opt_ds.serving.admission: size,
+time, order). Uploads are decoded from files with names chosen by the server, in a folder that is deleted afterwards.
+Every error is answered with a status code and one line that states the reason.
 
-There is no Swagger page: it loads its scripts from another server, which the Content-Security-Policy forbids and a machine
-without internet cannot do.
+There is no Swagger page. It loads its scripts from another server, which the Content-Security-Policy forbids and which
+fails on a machine without internet access.
 """
 
 import base64
@@ -60,16 +60,20 @@ def build_app(
     allow_svg: bool = False,
     limits: Limits = _LIMITS,
 ) -> FastAPI:
-    """Build the application around one model.
+    """Build the application for one model.
 
     Args:
-        session: the model.
-        neighbours: where to look for the nearest samples of a store, if anywhere.
-        host: the address the server listens on; `allow_hosts`: its further names. See opt_ds.serving.guard.
-        allow_svg: whether uploads may be drawings, which can take the decoder's whole time limit.
-        limits: of connections, bodies, the queue and the fields of a request.
+        session: The model.
+        neighbours: Index for the nearest samples of a store. None: no neighbours are reported.
+        host: The address that the server listens on. See opt_ds.serving.guard.
+        allow_hosts: Further names of the server.
+        allow_svg: Whether uploads may be SVG drawings, which can take the decoder's whole time limit.
+        limits: Limits of connections, bodies, the queue and the fields of a request.
+
+    Returns:
+        The application.
     """
-    # The handlers' types: FastAPI validates by them and puts them into the schema.
+    # Types of the handlers' parameters. FastAPI validates with them and includes them in the schema.
     _Text = Annotated[str | None, Form(max_length=limits.text_characters)]  # noqa: N806
     _Count = Annotated[int, Form(ge=1, le=limits.pictures)]  # noqa: N806
     default_count = min(4, limits.pictures)
@@ -123,12 +127,12 @@ def build_app(
         return await queue.compute(request.receive, work)
 
     app.add_middleware(Admission, queue=queue, limits=limits, paths={"/api/describe", "/api/paint"})
-    app.add_middleware(Guard, host=host, allow_hosts=tuple(allow_hosts))  # the last one added comes first
+    app.add_middleware(Guard, host=host, allow_hosts=tuple(allow_hosts))  # the middleware that is added last runs first
     return app
 
 
 async def _check_fields(request: Request) -> None:
-    """Raise UserError for a field that the path does not know, one that is given twice, and parameters in the URL."""
+    """Raise UserError for an unknown field, a field that is sent twice, and parameters in the URL."""
     known = [field.alias for field in request.scope["route"].dependant.body_params]
     if request.query_params:
         name = next(iter(request.query_params))
@@ -144,7 +148,7 @@ async def _check_fields(request: Request) -> None:
 def _add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def bad_input(_: Request, error: UserError) -> JSONResponse:
-        # Where the server keeps its files is not the client's business.
+        # Clients must not learn where the server keeps its files.
         return JSONResponse({"detail": _FOLDERS.sub("", str(error))}, 422)
 
     @app.exception_handler(RequestValidationError)
@@ -185,7 +189,7 @@ def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict
 
 def _sample(processor: OPTProcessor, text: str | None, image: UploadFile | None, audio: UploadFile | None) -> Sample:
     with tempfile.TemporaryDirectory(prefix="opt-ds-") as folder:
-        # The names are ours: an upload's own name says nothing about where it is written.
+        # The server chooses the names, so that an upload's own name does not affect where it is written.
         return processor(text or None, _kept(image, Path(folder) / "image"), _kept(audio, Path(folder) / "audio"))
 
 

@@ -1,6 +1,7 @@
-"""Where the encoder looks: attention of a word over regions and frames, for showing.
+"""Attention of each word over regions and frames, for visualisation.
 
-The attention kernels never form the probabilities, so the layer's own projections are used once more, for one sample.
+The attention kernels do not materialise the probabilities. They are recomputed from the layer's projections, for one
+sample.
 """
 
 import numpy as np
@@ -13,8 +14,11 @@ from opt_ds.nn.transformer import EncoderLayer
 
 @torch.inference_mode()
 def word_attention(runner: ModelRunner, sample: Sample) -> list[dict[str, object]]:
-    """For each WordPiece of the sample's text: {"word", "regions": [r], "frames": [a]}, the last encoder layer's probabilities,
-    mean over heads, rescaled so that each list's largest is 1 (empty where the modality is absent)."""
+    """Return {"word", "regions": [r], "frames": [a]} for each WordPiece of the sample's text.
+
+    The values are the last encoder layer's attention probabilities, averaged over heads and rescaled so that the
+    maximum of each list is 1. A list is empty if its modality is absent.
+    """
     model = runner.model
     batch = runner.packer.pack([sample]).to(runner.device)
     inputs = batch.inputs

@@ -1,11 +1,11 @@
-"""A trained model as a folder of its own, in Hugging Face's layout.
+"""Export of a trained model to a self-contained folder in Hugging Face's layout.
 
     <folder>/config.json, model.safetensors    `OPTModel.from_pretrained`, `AutoModel.from_pretrained`
-    <folder>/processor/                        tokenizer, extractors' identities, dVAE (store/processor_files.py)
+    <folder>/processor/                        tokenizer, extractors' fingerprints, dVAE (store/processor_files.py)
     <folder>/README.md                         the model card, with the run's figures
-    <folder>/opt_ds_files.json                 the hashes of all these but the card, compared before any of them is used
+    <folder>/opt_ds_files.json                 the hashes of all files except the card, checked before use
 
-exported.py reads it again.
+exported.py reads the folder.
 """
 
 import json
@@ -25,7 +25,10 @@ _CARD = "README.md"
 
 
 def export(checkpoint: Path, output: Path) -> Path:
-    """Write the folder. UserError if it exists and is not empty; whole or not at all."""
+    """Write the folder and return it.
+
+    Raise UserError if it exists and is not empty. The folder is complete or absent.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder")
     folder = resolve_checkpoint(checkpoint)
@@ -37,7 +40,8 @@ def export(checkpoint: Path, output: Path) -> Path:
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    portable = config.model_copy(update={"data": DataConfig(), "deepspeed_config": None})  # paths mean nothing elsewhere
+    # Paths have no meaning on another machine.
+    portable = config.model_copy(update={"data": DataConfig(), "deepspeed_config": None})
     hub_config = OmniPerceptionConfig(opt_ds_config=portable.model_dump(mode="json"))
     OPTModel(hub_config, model).save_pretrained(temporary)
     for weights in temporary.glob("*.safetensors"):

@@ -1,7 +1,7 @@
-"""Read a folder that `opt-ds export` wrote: its files checked, its model loaded.
+"""Reading of a folder that `opt-ds export` wrote: its files are checked and its model is loaded.
 
-Configuration and safetensors are read here: nothing in the folder can make it import code, use a network or read a file
-elsewhere, and no model is built that the weights could not fill.
+The configuration and the safetensors are read by this module alone. Nothing in the folder can make it import code, use
+a network or read a file elsewhere, and no model is built that is larger than the weights can fill.
 """
 
 import logging
@@ -20,15 +20,15 @@ from opt_ds.training.checkpoint_files import check_size
 
 _LOG = logging.getLogger(__name__)
 _REMEDY = "export the model again, or use another copy"
-#: All that config.json of an exported model has; transformers acts upon other keys (it looks for code on a hub).
+#: The only keys in config.json of an exported model. transformers acts on other keys (it looks for code on a hub).
 _CONFIG_KEYS = frozenset({"architectures", "dtype", "torch_dtype", "model_type", "opt_ds_config", "transformers_version"})
 
 
 def load_exported(path: Path) -> tuple[OPT, Config]:
-    """Return model (fp32, in evaluation mode) and configuration of an exported folder.
+    """Return the model (fp32, in evaluation mode) and the configuration of an exported folder.
 
-    Warns if an older version exported the folder, without hashes. Raises UserError as `check_exported`, and for
-    weights that are not those of the configuration.
+    Log a warning if an older version exported the folder, without hashes. Raise UserError as `check_exported`, and if
+    the weights do not belong to the configuration.
     """
     config = check_exported(path)
     model = OPT(config.model, config.tasks)
@@ -37,10 +37,12 @@ def load_exported(path: Path) -> tuple[OPT, Config]:
 
 
 def check_exported(path: Path) -> Config:
-    """Return the configuration of an exported folder in which nothing is damaged and nothing leads out of it.
+    """Return the configuration of an exported folder, after checking the folder.
 
-    Raises UserError for a file that is not what was exported, a configuration with foreign keys, weights in files elsewhere, and
-    sizes that the weights could not fill.
+    No file may be damaged or lead out of the folder.
+
+    Raise UserError if a file differs from what was exported, the configuration has unknown keys, weights are in files
+    elsewhere, or the weights cannot fill the configured sizes.
     """
     if not check_seal(path, _REMEDY):
         _LOG.warning(f"{path}: no {SEAL_FILE}, an older version exported it: whether its files are damaged is not checked")
@@ -67,7 +69,7 @@ def check_exported(path: Path) -> Config:
 
 @torch.no_grad()
 def _copy_weights(model: OPT, files: list[Path], where: Path) -> None:
-    """Fill every tensor of the model; one that several names share is stored once."""
+    """Fill every tensor of the model. A tensor with several names is stored once."""
     missing = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     own = dict(model.state_dict(keep_vars=True))
     for file in files:

@@ -1,12 +1,13 @@
-"""Whose requests `opt-ds serve` answers, and what goes with every answer.
+"""Guard of `opt-ds serve`: which requests are answered, and the security headers of every response.
 
-The server has no password. What protects it is that only programs of this machine reach it. A web page that the user visits
-runs on this machine too, so two things are checked before a request is looked at:
+The server has no password. It is protected by being reachable only from programs on this machine. A web page that the
+user visits also runs on this machine, so two things are checked before a request is processed:
 
 - **Host**: the name in the address bar. A page whose own name resolves to 127.0.0.1 (DNS rebinding) is refused.
-- **Origin** and **Sec-Fetch-Site**: the page that sends the request. Any page but the server's own is refused.
+- **Origin** and **Sec-Fetch-Site**: the page that sends the request. Any page except the server's own is refused.
 
-Starlette's TrustedHostMiddleware does the first in part: it cannot read an IPv6 address, and answers 400.
+Starlette's TrustedHostMiddleware covers the first check only partly: it cannot parse IPv6 addresses, and answers with
+400.
 """
 
 import asyncio
@@ -42,12 +43,14 @@ SECURITY_HEADERS = {
 
 
 class Guard:
-    """ASGI middleware, the outermost: refuses foreign Hosts and Origins with 403, adds security headers to every answer, and
-    turns an exception into a 500 whose traceback goes to the log once.
+    """Outermost ASGI middleware: checks Host and Origin, adds security headers, and handles exceptions.
+
+    A foreign Host or Origin is refused with 403. An exception becomes a 500, and its traceback is logged once.
 
     Args:
-        host: the address the server listens on (`--host`).
-        allow_hosts: further names that clients may use (`--allow-host`), without a port.
+        app: The application.
+        host: The address that the server listens on (`--host`).
+        allow_hosts: Further names that clients may use (`--allow-host`), without a port.
     """
 
     def __init__(self, app: ASGIApp, host: str = "127.0.0.1", allow_hosts: Iterable[str] = ()) -> None:
@@ -75,19 +78,19 @@ class Guard:
             await self._app(scope, receive, send_with_headers)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
+        except asyncio.CancelledError:  # the server is stopping and has waited long enough
             if not started:
                 await JSONResponse({"detail": "the server is being stopped"}, 503)(scope, receive, send_with_headers)
-        except BaseException as error:  # a panic in a Rust library is no Exception
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             number = next(self._numbers)
             _LOG.error("internal error %d: %s %r", number, scope["method"], scope["path"], exc_info=error)
             if started:
-                raise  # the answer is cut off: the connection must close
+                raise  # the response is truncated, so the connection must close
             detail = f"internal error {number}: the server's log has its details"
             await JSONResponse({"detail": detail}, 500)(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> str | None:
-        """Why a request is refused, or None."""
+        """Return why a request is refused, or None."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         match = _AUTHORITY.fullmatch(hosts[0]) if len(hosts) == 1 else None
@@ -111,12 +114,16 @@ class Guard:
         address = _address(name)
         if address is None:
             return False
-        own = (scope.get("server") or ("", None))[0]  # an address, unlike a name, cannot be pointed here by somebody else
+        # Unlike a name, an address cannot be made to resolve to this machine by an attacker.
+        own = (scope.get("server") or ("", None))[0]
         return address.is_loopback or (self._any_own_address and address == _address(own))
 
 
 def _bare(name: str) -> str:
-    """A name or address as it is compared: lower case, without brackets and the root's dot, addresses in one spelling."""
+    """Return a name or address in the form used for comparisons.
+
+    That is lower case, without brackets and the root's dot; addresses are in canonical spelling.
+    """
     name = name.strip().lower().removeprefix("[").removesuffix("]").removesuffix(".")
     address = _address(name)
     return str(address) if address else name
@@ -135,17 +142,20 @@ def _is_wildcard(host: str) -> bool:
 
 
 def _same_authority(origin: str, host: re.Match[str]) -> bool:
-    """Whether an Origin ("http://name:port") names the host and port of the Host header. The scheme is the proxy's matter."""
+    """Return whether an Origin ("http://name:port") has the host and port of the Host header.
+
+    The scheme is not compared, because a proxy may change it.
+    """
     parts = _ORIGIN.fullmatch(origin.strip())
     authority = _AUTHORITY.fullmatch(parts["authority"]) if parts else None
     if parts is None or authority is None:
-        return False  # among others "null"
+        return False  # for example "null"
     default = _DEFAULT_PORT[parts["scheme"].lower()]
     ports = {authority["port"] or default, host["port"] or default}
     return _bare(authority["name"]) == _bare(host["name"]) and len(ports) == 1
 
 
 def _opens_page(scope: Scope, headers: Headers) -> bool:
-    """Whether the request is a link to the page, followed in a tab: harmless, and what a bookmark or a wiki does."""
+    """Return whether the request opens the page by a link in a tab. That is harmless; bookmarks and wikis do it."""
     mode, target = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest", "document")
     return scope["method"] == "GET" and scope["path"] == "/" and mode == "navigate" and target == "document"

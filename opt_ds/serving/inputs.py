@@ -1,4 +1,4 @@
-"""Images and audio as Python programs have them: files, Pillow images, NumPy arrays."""
+"""Images and audio in the forms that Python programs use: files, Pillow images, NumPy arrays."""
 
 import os
 from pathlib import Path
@@ -13,16 +13,17 @@ from opt_ds.errors import UserError
 
 #: A file, a Pillow image of any mode, or uint8 [height, width], [height, width, 3 or 4].
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
-#: A file, mono samples [n] at 16 kHz, or (samples [n], rate in Hz). Samples: float in −1 … 1, or int16, int32, uint8 as in WAV.
+#: A file, mono samples [n] at 16 kHz, or (samples [n], rate in Hz). Samples: float in −1 … 1, or int16, int32, uint8 as
+#: in WAV.
 AudioInput = str | os.PathLike[str] | np.ndarray | tuple[np.ndarray, int]
 
-#: of an integer sample: (its zero, its largest magnitude)
+#: Integer dtype -> (its zero, its largest magnitude).
 _INTEGER_SAMPLES = {"uint8": (128, 2**7), "int16": (0, 2**15), "int32": (0, 2**31)}
-_LOUDEST = 8.0  # files of floats exceed 1 a little; integers that were only cast exceed this
+_LOUDEST = 8.0  # Files of floats exceed 1 slightly; integers that were cast without scaling exceed this.
 
 
 def check_text(text: object) -> str:
-    """Return the text. Raises UserError for another type, and for text that is not Unicode (lone surrogates)."""
+    """Return the text. Raise UserError for another type and for text that is not Unicode (lone surrogates)."""
     if not isinstance(text, str):
         raise UserError(f"text: expected a str, got {type(text).__name__}")
     try:
@@ -33,9 +34,10 @@ def check_text(text: object) -> str:
 
 
 def check_image(image: ImageInput) -> Path | Image.Image:
-    """Return a path, or the image as RGB: upright by its EXIF tag, on white where it is transparent, as files are read.
+    """Return a path unchanged, and any other image as RGB.
 
-    Raises UserError for another type, shape or dtype, and for an image that Pillow cannot decode.
+    As for files, the EXIF orientation is applied and transparency is rendered on white. Raise UserError for another
+    type, shape or dtype, and for an image that Pillow cannot decode.
     """
     if isinstance(image, (str, os.PathLike)):
         return Path(image)
@@ -47,14 +49,15 @@ def check_image(image: ImageInput) -> Path | Image.Image:
         return to_rgb(image)
     except RefusedError as error:
         raise UserError(f"image: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for a broken file that was opened lazily
+    except (OSError, ValueError, SyntaxError) as error:  # raised by Pillow for a broken file that was opened lazily
         raise UserError(f"image: cannot be decoded ({error}): give another image") from None
 
 
 def check_audio(audio: AudioInput) -> Path | np.ndarray:
-    """Return a path, or mono float32 [n] at 16 kHz.
+    """Return a path unchanged, and any other audio as mono float32 [n] at 16 kHz.
 
-    Raises UserError for another type, shape, dtype or rate, and for samples that are empty, not finite or not in −1 … 1.
+    Raise UserError for another type, shape, dtype or rate, and for samples that are empty, not finite or far outside −1
+    … 1.
     """
     if isinstance(audio, (str, os.PathLike)):
         return Path(audio)

@@ -1,4 +1,7 @@
-"""Limits of `opt-ds serve`: what one client may take. `docs/serving.md` says what happens beyond each of them."""
+"""Limits of `opt-ds serve`: the resources that one client may use.
+
+`docs/serving.md` describes what happens beyond each limit.
+"""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""A trained model for use from Python: `opt_ds.load`.
+"""Python interface to a trained model: `opt_ds.load`.
 
     import opt_ds
 
@@ -27,7 +27,7 @@ from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_beside, u
 from opt_ds.serving.session import Session
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_AMPERE = (8, 0)  # the first GPUs with bf16
+_AMPERE = (8, 0)  # compute capability of the first GPUs with bf16
 _MAX_SEED = 2**63 - 1
 
 Score = Literal["matching", "likelihood"]
@@ -35,7 +35,7 @@ Score = Literal["matching", "likelihood"]
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image and the probability that it belongs to the input; None if nothing judged it."""
+    """An image and its match probability with the input, or None if it was not computed."""
 
     image: Image.Image
     probability: float | None
@@ -43,25 +43,26 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The place of a candidate in the list that was given, and its score."""
+    """The index of a candidate in the given list, and its score."""
 
     index: int
     score: float
 
 
 class Model:
-    """A trained model with the extractors, tokenizer and dVAE that it was trained with. `opt_ds.load` makes it.
+    """A trained model with the extractors, tokenizer and dVAE of its training. Use `opt_ds.load` to create it.
 
     Every method takes the inputs `text`, `image` and `audio`, of which any may be omitted:
 
     - text: a str.
-    - image: the path of a file, a `PIL.Image`, or a uint8 array [height, width], [height, width, 3] or [height, width, 4].
-    - audio: the path of a file, mono samples [n] at 16 kHz, or a tuple (samples [n], rate in Hz). Samples are floats from -1
-      to 1, or int16, int32 or uint8 as in WAV files.
+    - image: the path of a file, a `PIL.Image`, or a uint8 array [height, width], [height, width, 3] or [height, width,
+      4].
+    - audio: the path of a file, mono samples [n] at 16 kHz, or a tuple (samples [n], rate in Hz). Samples are floats
+      from -1 to 1, or int16, int32 or uint8 as in WAV files.
 
-    Every method raises `opt_ds.UserError` (a ValueError) for an input that cannot be read, for no input at all, and for what
-    the model was not trained to do. Inputs that exceed the limits of the model are truncated, and `logging` warns of it. An
-    instance must not be used by several threads at once.
+    Every method raises `opt_ds.UserError` (a ValueError) for an input that cannot be read, for no input at all, and for
+    tasks that the model was not trained for. Inputs that exceed the limits of the model are truncated, and `logging`
+    warns of it. An instance must not be used by several threads at once.
     """
 
     def __init__(self, session: Session) -> None:
@@ -89,24 +90,27 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self._session.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the model's weights."""
+        """The dtype of the model's weights."""
         return next(self._session.model.parameters()).dtype
 
     def close(self) -> None:
-        """End the process that decodes files. The model can be used again; it starts another one."""
+        """End the process that decodes files. The model remains usable and starts another one when needed."""
         self._session.processor.close()
 
     def caption(self, image: ImageInput, *, beam_size: int = 4) -> str:
-        """Return a text for an image. `beam_size` 1: greedy search."""
+        """Return a text for an image. `beam_size` 1 means greedy search."""
         return self.describe(image=image, beam_size=beam_size)
 
     def transcribe(self, audio: AudioInput, *, image: ImageInput | None = None, beam_size: int = 4) -> str:
-        """Return the text that is spoken; an image of what is spoken about helps. `beam_size` 1: greedy search."""
+        """Return the text that is spoken.
+
+        An image of the subject improves the result. `beam_size` 1 means greedy search.
+        """
         return self.describe(image=image, audio=audio, beam_size=beam_size)
 
     def describe(
@@ -117,7 +121,14 @@ class Model:
         *,
         beam_size: int = 4,
     ) -> str:
-        """Return the text that the text decoder writes for any mixture of inputs. `beam_size` 1: greedy search."""
+        """Return the text that the text decoder generates for any mixture of inputs.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            beam_size: Beam size; 1: greedy search.
+        """
         _check_count("beam_size", beam_size)
         return self._session.text(self._read(text, image, audio), text_decoding(beam_size))
 
@@ -139,10 +150,11 @@ class Model:
             text: Input.
             image: Input.
             audio: Input.
-            candidates: Images to generate; the one that matches the input best is returned. Needs a model trained with matching.
+            candidates: Images to generate, of which the one that matches the input best is returned. More than one
+                requires a model trained with matching.
             top_k: Sample each image code from this many likeliest ones; 0: from all.
             top_p: Sample each image code from the likeliest ones of this total probability.
-            temperature: Divides the logits; lower is less varied.
+            temperature: Divides the logits; lower values give less variation.
             seed: Equal seeds and inputs give equal images on the same hardware.
         """
         if candidates != 1:
@@ -163,9 +175,20 @@ class Model:
         temperature: float = 0.8,
         seed: int = 1,
     ) -> list[GeneratedImage]:
-        """Generate `count` images of 64 x 64 pixels, the best match first; the other arguments as in `generate_image`.
+        """Generate `count` images of 64 x 64 pixels, best match first.
 
-        The probabilities are None, and the order is that of sampling, for one image and for a model trained without matching.
+        For a single image and for a model trained without matching, the probabilities are None and the order is that of
+        sampling.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            count: Images to generate.
+            top_k: Sample each image code from this many likeliest ones; 0: from all.
+            top_p: Sample each image code from the likeliest ones of this total probability.
+            temperature: Divides the logits; lower values give less variation.
+            seed: Equal seeds and inputs give equal images on the same hardware.
         """
         _check_count("candidates or count", count)
         _check_range("top_k", top_k, 0, None)
@@ -179,10 +202,16 @@ class Model:
     def embed(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, normalize: bool = True
     ) -> np.ndarray:
-        """Return the encoder's output at [CLS], float32 [hidden_size]; of length 1 if `normalize`.
+        """Return the encoder's output at [CLS], float32 [hidden_size].
 
-        It is a feature vector for classifiers and for finding similar inputs of the same kind. Training does not make the
-        vectors of a text and of its image similar: `rank_images` compares these.
+        It is a feature vector for classifiers and for finding similar inputs of the same kind. Training does not make
+        the vectors of a text and of its image similar; use `rank_images` to compare these.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            normalize: Whether the vector is scaled to length 1.
         """
         sample = self._read(text, image, audio)
         vectors = unit_cls(self._session, [sample]) if normalize else self._session.cls_vectors([sample])
@@ -193,14 +222,15 @@ class Model:
     ) -> dict[str, float]:
         """Return the probability of each matching label of two or three inputs.
 
-        The labels: "all" (of three inputs), "text_image", "text_audio", "image_audio" (just these two belong together), "none".
+        The labels are "all" (of three inputs), "text_image", "text_audio", "image_audio" (only these two match) and
+        "none".
         """
         return self._session.matching(self._read(text, image, audio))
 
     def match_probability(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None
     ) -> float:
-        """Return the probability that two or three inputs all belong together."""
+        """Return the probability that two or three inputs all match."""
         return self._session.match_probabilities([self._read(text, image, audio)])[0]
 
     def rank_texts(
@@ -211,13 +241,13 @@ class Model:
         audio: AudioInput | None = None,
         by: Score = "matching",
     ) -> list[Ranked]:
-        """Rank texts for an image, audio or both, the best first.
+        """Rank texts for an image, audio or both, best first.
 
         Args:
             texts: The candidates.
             image: The query.
             audio: The query.
-            by: "matching": the score is the probability that query and candidate belong together. "likelihood": it is the log
+            by: "matching": the score is the probability that query and candidate match. "likelihood": it is the log
                 likelihood of the text, in nats, by the text decoder; longer texts are less likely.
         """
         query, candidates = self._read(None, image, audio), [self._read(text, None, None) for text in texts]
@@ -234,13 +264,13 @@ class Model:
         audio: AudioInput | None = None,
         by: Score = "matching",
     ) -> list[Ranked]:
-        """Rank images for a text, audio or both, the best first.
+        """Rank images for a text, audio or both, best first.
 
         Args:
             images: The candidates.
             text: The query.
             audio: The query.
-            by: "matching": the score is the probability that query and candidate belong together. "likelihood": it is the log
+            by: "matching": the score is the probability that query and candidate match. "likelihood": it is the log
                 likelihood of the text, in nats, for each image (and the audio) by the text decoder.
         """
         return self._ranked_for(self._read(text, None, audio), [self._read(None, image, None) for image in images], by)
@@ -253,7 +283,14 @@ class Model:
         image: ImageInput | None = None,
         by: Score = "matching",
     ) -> list[Ranked]:
-        """Rank audio for a text, an image or both, the best first; the arguments as in `rank_images`."""
+        """Rank audio for a text, an image or both, best first.
+
+        Args:
+            recordings: The candidates.
+            text: The query.
+            image: The query.
+            by: "matching" or "likelihood", as in `rank_images`.
+        """
         return self._ranked_for(self._read(text, image, None), [self._read(None, None, audio) for audio in recordings], by)
 
     def index(self, store: str | Path, split: str = "train", limit: int = 2000) -> "StoreIndex":
@@ -262,7 +299,7 @@ class Model:
         Args:
             store: A store with the tokenizer and extractors of this model.
             split: Split of the store.
-            limit: Samples at most, a seeded choice.
+            limit: Maximum number of samples, chosen by a fixed seed.
         """
         _check_count("limit", limit)
         return StoreIndex(Neighbours(evaluator_beside(self._session, Path(store)), split, limit), self._read)
@@ -287,7 +324,7 @@ class Model:
 
 
 class StoreIndex:
-    """Embedded samples of a feature store. `Model.index` makes it."""
+    """Embedded samples of a feature store. Use `Model.index` to create it."""
 
     def __init__(self, neighbours: Neighbours, read: Callable[..., Sample]) -> None:
         self._neighbours, self._read = neighbours, read
@@ -298,7 +335,17 @@ class StoreIndex:
     def nearest(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, count: int = 5
     ) -> list[Neighbour]:
-        """Return the samples whose embeddings have the largest cosine with that of the input, the nearest first."""
+        """Return the samples that are nearest to the input, nearest first.
+
+        Args:
+            text: Input.
+            image: Input.
+            audio: Input.
+            count: Number of samples.
+
+        Returns:
+            The samples whose embeddings have the largest cosine similarity with that of the input.
+        """
         _check_count("count", count)
         return self._neighbours.nearest(self._read(text, image, audio), count)
 
@@ -311,7 +358,18 @@ def load_model(
     image_weights: str | Path | None = None,
     speech_weights: str | Path | None = None,
 ) -> Model:
-    """See `opt_ds.load`."""
+    """Load a trained model. `opt_ds.load` is the public name.
+
+    Args:
+        path: A run's output directory, one of its checkpoints, or an exported folder.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "auto", "fp32", "bf16" or "fp16": dtype of the weights.
+        image_weights: Weights of an image extractor whose package does not include them.
+        speech_weights: Weights of a speech extractor whose package does not include them.
+
+    Returns:
+        The model.
+    """
     where = _choose_device(str(device))
     dtype = _choose_dtype(precision, where)
     session = Session.load(
@@ -320,7 +378,7 @@ def load_model(
         speech_weights=None if speech_weights is None else Path(speech_weights),
         device=str(where),
     )
-    for parameter in session.model.parameters():  # not the buffers: features are standardised in fp32, as in training
+    for parameter in session.model.parameters():  # Not the buffers: features are standardised in fp32, as in training.
         parameter.data = parameter.data.to(dtype)
     return Model(session)
 
@@ -362,7 +420,7 @@ def _check_count(name: str, value: int) -> None:
 
 
 def _check_range(name: str, value: float, least: float, most: float | None) -> None:
-    """Raise UserError for another type, for NaN and for infinity too."""
+    """Raise UserError for a value outside the range, of another type, NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise UserError(f"{name}: expected a number, got {type(value).__name__}")
     if not np.isfinite(value) or value < least or (most is not None and value > most):
@@ -382,5 +440,5 @@ def _tokens(sample: Sample) -> np.ndarray:
 
 
 def _ranked(scores: np.ndarray) -> list[Ranked]:
-    """The best first; of equal ones the first."""
+    """Return the candidates, best first. Ties keep their order."""
     return [Ranked(int(index), float(scores[index])) for index in np.argsort(-scores, kind="stable")]

@@ -1,4 +1,4 @@
-"""Nearest samples of a store: cosine of frozen [CLS] vectors, computed once when the server starts."""
+"""Nearest samples of a store, by the cosine similarity of frozen [CLS] vectors that are computed once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from opt_ds.store.verify import open_store
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A sample of the store, its caption ('' without one) and its cosine."""
+    """A sample of the store with its caption ('' if it has none) and its cosine similarity."""
 
     index: int
     name: str
@@ -26,7 +26,7 @@ class Neighbour:
 
 
 class Neighbours:
-    """Vectors of a split's samples, all modalities together."""
+    """Vectors of a split's samples, each encoded with all its modalities."""
 
     def __init__(self, evaluator: Evaluator, split: str, limit: int = 2000) -> None:
         self._evaluator = evaluator
@@ -34,7 +34,7 @@ class Neighbours:
         self._unit_ne = unit_cls(evaluator, [evaluator.read(i, (TEXT, IMAGE, AUDIO)) for i in self.samples])
 
     def nearest(self, sample: Sample, count: int = 5) -> list[Neighbour]:
-        """The nearest first."""
+        """Return the `count` nearest samples, nearest first."""
         cosine_n = self._unit_ne @ unit_cls(self._evaluator, [sample])[0]
         store = self._evaluator.store
         found = []
@@ -46,7 +46,7 @@ class Neighbours:
 
 
 def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
-    """The session's model on a store of the same tokenizer and extractors. Raises UserError for another one."""
+    """Return the session's model with a store of the same tokenizer and extractors. Raise UserError if these differ."""
     store = open_store(store_path)
     differences = identity_differences(session.processor.description, store, codes=False)
     if differences:
@@ -55,6 +55,6 @@ def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
 
 
 def unit_cls(runner: ModelRunner, samples: list[Sample]) -> np.ndarray:
-    """float32 [n, e], the samples' [CLS] of length 1."""
+    """Return the samples' [CLS] vectors, normalised to length 1, float32 [n, e]."""
     cls_ne = runner.cls_vectors(samples)
     return cls_ne / np.maximum(np.linalg.norm(cls_ne, axis=1, keepdims=True), 1e-12)

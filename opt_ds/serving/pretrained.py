@@ -1,4 +1,7 @@
-"""OPT as a Hugging Face model: `OPTModel.from_pretrained(folder)`, and `AutoModel.from_pretrained` once this is imported."""
+"""OPT as a Hugging Face model.
+
+`OPTModel.from_pretrained(folder)` loads it, and so does `AutoModel.from_pretrained` after importing this module.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,11 @@ from opt_ds.training.checkpoint import HUB_MODEL_TYPE
 
 
 class OmniPerceptionConfig(PretrainedConfig):
-    """Holds the run's whole configuration, as `opt_ds.config.Config` dumps it, under `opt_ds_config`.
+    """Configuration that holds the run's complete configuration in `opt_ds_config`.
 
-    (transformers has an OPTConfig already, of Meta's OPT.)
+    It is the dump of an `opt_ds.config.Config`.
+
+    The name avoids a conflict with transformers' OPTConfig, which is for Meta's OPT.
     """
 
     model_type = HUB_MODEL_TYPE
@@ -34,7 +39,10 @@ _WORD = "opt.embeddings.text.word.weight"
 
 
 class OPTModel(PreTrainedModel):
-    """The pre-trained network. `forward` gives the encoder's packed output; `session` reads raw files and writes."""
+    """The pre-trained network.
+
+    `forward` returns the encoder's packed output; `session` reads raw files and generates.
+    """
 
     config_class = OmniPerceptionConfig
     base_model_prefix = "opt_ds"
@@ -43,7 +51,7 @@ class OPTModel(PreTrainedModel):
         super().__init__(config)
         settings = config_from_dict(config.opt_ds_config, where="config.json")
         self.opt = opt or OPT(settings.model, settings.tasks)
-        # The word embedding is one tensor with several uses.
+        # The word embedding is one tensor with several names.
         named = dict(self.named_parameters(remove_duplicate=False))
         self._tied_weights_keys = {
             name: _WORD for name, parameter in named.items() if parameter is named[_WORD] and name != _WORD
@@ -52,15 +60,20 @@ class OPTModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> "OPTModel":
-        """Load an exported folder of this machine, after `opt_ds.serving.exported.check_exported`; no network is used.
+        """Load an exported folder of this machine, after `opt_ds.serving.exported.check_exported`.
+
+        No network is used.
 
         Args:
             pretrained_model_name_or_path: The folder.
-            *arguments: As transformers' `PreTrainedModel.from_pretrained`.
-            **options: Likewise.
+            *arguments: As for transformers' `PreTrainedModel.from_pretrained`.
+            **options: As for transformers' `PreTrainedModel.from_pretrained`.
+
+        Returns:
+            The model.
 
         Raises:
-            UserError: For a folder that is missing, damaged or not an exported model.
+            UserError: The folder is missing, damaged or not an exported model.
         """
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "config.json").is_file():
@@ -69,16 +82,16 @@ class OPTModel(PreTrainedModel):
         return super().from_pretrained(folder, *arguments, **{**options, "local_files_only": True})
 
     def forward(self, inputs: EncoderInputs) -> torch.Tensor:
-        """hidden_te [packed positions, width] of packed inputs with any mixture of modalities."""
+        """Return hidden_te [packed positions, width] of packed inputs with any mixture of modalities."""
         return self.opt.encode(inputs)
 
     def session(self, folder: str | Path, **options: Any) -> Session:
-        """This model with the processor in its folder; options as `OPTProcessor`'s."""
+        """Return this model as a Session with the processor in its folder. The options are those of `OPTProcessor`."""
         settings = config_from_dict(self.config.opt_ds_config, where="config.json")
         return Session(self.opt, settings, OPTProcessor(Path(folder) / PROCESSOR_FOLDER, settings.model, **options), self.device)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: OPT initialises itself."""
+        """Do nothing: OPT initialises itself."""
 
 
 AutoConfig.register(HUB_MODEL_TYPE, OmniPerceptionConfig)

@@ -1,4 +1,4 @@
-"""Raw text, pictures and recordings -> model inputs, with the very extractors that the model was trained on."""
+"""Conversion of raw text, images and audio to model inputs, with the extractors that were used in training."""
 
 import logging
 import re
@@ -21,17 +21,23 @@ from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
 _LOG = logging.getLogger(__name__)
-# Of an identity: what changes no more than the last bits, and what is no matter of the extractor.
+# Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
 _MAY_DIFFER = ("version", "package", "precision", "trim_silence")
 _OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
 
 class OPTProcessor:
-    """Makes samples of raw inputs. Extractors are built when first needed, and must be those of the training store.
+    """Creates samples from raw inputs. Extractors are built at first use and must be those of the training store.
 
-    `folder`: what `copy_processor_files` wrote. `image_weights`, `speech_weights`: files of extractors whose weights no package
-    brings. What does not fit into the model is cut off, with a warning.
+    Inputs that exceed the model's limits are truncated, with a warning.
+
+    Args:
+        folder: A folder written by `copy_processor_files`.
+        config: The model's configuration.
+        image_weights: Weights of an image extractor whose package does not include them.
+        speech_weights: Weights of a speech extractor whose package does not include them.
+        device: Device of the extractors.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class OPTProcessor:
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
         self._decoder, self._limits = Decoder(), Limits()
-        self._notes: list[str] | None = None  # of one request; None: they are logged
+        self._notes: list[str] | None = None  # warnings of one request; None: they are logged
         for size in ("vocab_size", "image_feature_dim", "audio_feature_dim"):
             own, theirs = getattr(self.description.dims, size), getattr(config, size)
             if own != theirs:
@@ -64,10 +70,12 @@ class OPTProcessor:
         image: ImageInput | None = None,
         audio: AudioInput | None = None,
     ) -> Sample:
-        """Return a sample of any one, two or three of a text, an image and audio; see `opt_ds.serving.inputs` for their types.
+        """Return a sample with one, two or three of text, image and audio.
 
-        Raises UserError for no input at all, an input of another type, an empty text, a broken file, an extractor that is not the
-        training store's.
+        See `opt_ds.serving.inputs` for their types.
+
+        Raise UserError for no input at all, an input of another type, an empty text, a broken file, and an extractor
+        that is not the training store's.
         """
         if text is None and image is None and audio is None:
             raise UserError("nothing to read: give a text, an image, a recording, or several of them")
@@ -83,7 +91,10 @@ class OPTProcessor:
     def with_notes(
         self, notes: list[str], max_seconds: float | None = None, *, allow_svg: bool = True
     ) -> "OPTProcessor":
-        """The same processor, which adds its warnings to `notes` instead, and refuses longer recordings and drawings if asked."""
+        """Return a copy of this processor that appends its warnings to `notes` instead of logging them.
+
+        `max_seconds` limits the duration of audio. `allow_svg` controls whether SVG drawings are accepted.
+        """
         other = copy(self)
         other._notes = notes
         other._limits = self._limits.model_copy(
@@ -163,7 +174,7 @@ class OPTProcessor:
             needs = name != "grid" or own_name is not None
             self._check_given(kind, name, weights, needs)
             sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
-            # Stores whose identity names none were made with ImageNet's.
+            # Stores whose fingerprint lacks these values were prepared with ImageNet's.
             normalisation = (tuple(identity.get("mean", IMAGENET_MEAN)), tuple(identity.get("std", IMAGENET_STD)))
             extractor: Any = build_region_extractor(
                 name, weights=weights, backbone=own_name, device=self._device, normalisation=normalisation, **sides

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of a run: curves, tables in the paper's layout, picture grids, configuration, cost.
+"""Self-contained HTML report of a run: curves, tables in the paper's layout, image grids, configuration, cost.
 
-It shows what is in the run's folder: `result.json` and whatever the `opt-ds evaluate` commands wrote there under the names that
-the README gives. What was not measured is said with the command that would.
+The report shows what is in the run's folder: `result.json`, and whatever the `opt-ds evaluate` commands wrote there
+under the names given in the README. For experiments that are missing, it shows the command that runs them.
 """
 
 import base64
@@ -26,9 +26,9 @@ from opt_ds.training import checkpoint
 from opt_ds.training.metrics import METRICS_FILE, VALIDATION_FILE
 from opt_ds.training.run_folder import CONFIG_FILE, RUN_FILE
 
-#: Figures that the page shows, by the file in the run's folder; `opt-ds evaluate <key>` writes them.
+#: Experiments that the report shows; `opt-ds evaluate <key>` writes the file of each one into the run's folder.
 EXPERIMENTS = ("summary", "classification", "retrieval", "two_stages", "transcription", "captioning", "image_generation")
-# What damaged JSON and YAML lead to on the way to the page.
+# Exceptions that damaged JSON and YAML can cause while the report is rendered.
 _DAMAGES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError, yaml.YAMLError)
 _OTHER_CURVES = {
     "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples a second": "speed/samples_per_s",
@@ -37,9 +37,9 @@ _FILES = {name: ("result" if name == "summary" else name) + ".json" for name in 
 
 
 def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[str]:
-    """Write the page; gives the names of the experiments that were not found.
+    """Write the report. Return the names of the experiments that were not found.
 
-    `ablation`: a folder of `opt-ds ablate`. Raises UserError for a folder that is no run, and for figures that cannot be read.
+    `ablation` is a folder of `opt-ds ablate`. Raise UserError if `run` is not a run or if figures cannot be read.
     """
     if not (run / RUN_FILE).is_file():
         raise UserError(f"{run}: no {RUN_FILE} there: name the output directory of a run")
@@ -67,7 +67,7 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
 
 
 def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[str, Any]:
-    """Return what the template shows."""
+    """Return the values for the template."""
     metrics, summary = _metrics(run), found.get("summary", {})
     return {
         "name": run.resolve().name, "about": _about(run, metrics), "curves": _curves(metrics, _baselines(run)), "found": found,
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    """The run's logged lines; the last one may be cut off where a run is still going."""
+    """Return the lines that the run logged. The last line may be truncated if the run is still going."""
     path = run / METRICS_FILE
     lines = []
     logged = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
@@ -101,7 +101,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _about(run: Path, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the run is and what it cost."""
+    """Return a description of the run and its cost."""
     record = _read(run / RUN_FILE)
     launches = record["launches"]
     last = launches[-1]
@@ -131,7 +131,7 @@ def _baselines(run: Path) -> dict[str, float]:
 
 
 def _validation(run: Path) -> dict[str, Any]:
-    """The last validation of the run itself, in the layout of result.json."""
+    """Return the last validation of the run itself, in the layout of result.json."""
     path = run / VALIDATION_FILE
     if not path.is_file():
         return {}
@@ -146,7 +146,7 @@ def _validation(run: Path) -> dict[str, Any]:
 
 
 def _curves(metrics: list[dict[str, Any]], baselines: dict[str, float]) -> list[dict[str, Any]]:
-    """SVG drawings, a panel each loss and some of the optimiser's and the machine's."""
+    """Return SVG plots: one panel per loss, and some for the optimiser and the throughput."""
     panels = [{"title": "loss, weighted sum", "svg": _panel(metrics, "train/loss", "valid/loss", None)}]
     panels += [
         {"title": loss, "svg": _panel(metrics, f"train/{loss}/loss", f"valid/{loss}/loss", baselines.get(loss))}
@@ -165,7 +165,10 @@ def _logged_losses(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _panel(metrics: list[dict[str, Any]], train: str, valid: str | None, baseline: float | None) -> str:
-    """One drawing as SVG; '' where nothing was logged. What is validated is a loss: noisy, so its running mean is drawn too."""
+    """Return one plot as SVG, or '' if nothing was logged.
+
+    Panels with validation also show the running mean, because losses are noisy.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -196,7 +199,7 @@ def _series(metrics: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:
-    """Mean over the `width` values up to each."""
+    """Return the mean over the last `width` values up to each value."""
     means = []
     for place in range(len(values)):
         window = values[max(0, place - width + 1) : place + 1]
@@ -208,7 +211,7 @@ def _running_mean(values: list[float], width: int) -> list[float]:
 
 
 def _retrieval(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A table a split: a row for each direction and score, in the paper's order."""
+    """Return one table per split, with one row per direction and score, in the paper's order."""
     tables: dict[str, dict[str, Any]] = {}
     for split, figures in found.get("summary", {}).get("splits", {}).items():
         tables[split] = dict(figures["retrieval"])
@@ -241,7 +244,7 @@ def _two_stage_rows(two_stages: dict[str, Any], direction: str) -> list[tuple[st
 
 
 def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(split, figures) of result.json, or of transcription.json for its split."""
+    """Return (split, figures) from result.json; for the split of transcription.json, its figures replace them."""
     tables = {split: figures["transcription"] for split, figures in found.get("summary", {}).get("splits", {}).items()}
     if "transcription" in found:
         tables[found["transcription"]["split"]] = found["transcription"]
@@ -249,7 +252,7 @@ def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _grids(run: Path, found: dict[str, Any]) -> list[dict[str, str]]:
-    """Picture grids of the evaluation as data URLs."""
+    """Return the evaluation's image grids as data URLs."""
     splits = found.get("summary", {}).get("splits", {})
     named = {f"Held-out split {split}": figures.get("picture_grid") for split, figures in splits.items()}
     named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("picture_grid")
@@ -277,7 +280,7 @@ def _ablation(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """The configuration as YAML, and what of it is not the preset's: key, value, the preset's value."""
+    """Return the configuration as YAML, and its differences from the preset: key, value, the preset's value."""
     tree = _yaml(run / CONFIG_FILE)
     text = yaml.safe_dump(tree, sort_keys=False)
     preset = str(tree.get("preset"))

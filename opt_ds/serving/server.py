@@ -1,8 +1,9 @@
-"""The server around the application: uvicorn, with limits on connections and on how long each part of a request may take.
+"""HTTP server of the application: uvicorn, with limits on connections and on the duration of each stage of a request.
 
-uvicorn bounds idle connections (`timeout_keep_alive`) and the size of a header. It has no limit on the time that a header, a
-body or the reading of an answer takes, and its `limit_concurrency` turns away every client while slow ones hold all places. Both
-are added here: each connection is looked at twice a second, and closed when its present stage lasts too long.
+uvicorn limits idle connections (`timeout_keep_alive`) and the size of a header. It does not limit how long a header, a
+body or the reading of a response takes, and its `limit_concurrency` rejects every client while slow ones hold all
+places. This module adds both: each connection is checked twice per second and closed if its current stage lasts too
+long.
 """
 
 import signal
@@ -24,13 +25,13 @@ from opt_ds.serving.guard import SECURITY_HEADERS
 from opt_ds.serving.limits import Limits
 
 _BACKLOG = 1024
-_TICKS_BETWEEN_LOOKS = 5  # of uvicorn's main loop, ten a second
+_TICKS_BETWEEN_LOOKS = 5  # ticks of uvicorn's main loop, which has ten per second
 _KEEP_ALIVE_S = 5
 _SHUTDOWN_S = 10
 
 
 class Stage(Enum):
-    """What a connection is doing."""
+    """What a connection is currently doing."""
 
     HEADER = "waiting for a request, or the rest of its header"
     BODY = "receiving a body"
@@ -41,29 +42,32 @@ class Stage(Enum):
 
 
 class Connection(H11Protocol):
-    """A connection that knows how long its present stage has lasted."""
+    """A connection that tracks how long its current stage has lasted."""
 
     limits = Limits()
     _refused = False
 
-    def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def,override]  # asyncio's own kinds differ
+    def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def,override]
+        """Accept the connection, or refuse one if there are too many."""
         super().connection_made(transport)
         self._request: object = None
         self._stage, self._since = Stage.HEADER, self.loop.time()
         if len(self.connections) > 2 * self.limits.connections:
-            transport.abort()  # refused connections that still linger are bounded too
+            transport.abort()  # refused connections that linger are bounded too
         elif sum(not connection._refused for connection in self._all()) > self.limits.connections:
             self._make_room()
 
     def data_received(self, data: bytes) -> None:
+        """Process received data. Data on a refused connection is discarded."""
         if not self._refused:
             super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
+        """Refuse a request that is not valid HTTP."""
         self._refuse(400, "the request is not valid HTTP")
 
     def look(self) -> None:
-        """Close the connection if its present stage has lasted too long."""
+        """Close the connection if its current stage has lasted too long."""
         now, stage = self.loop.time(), self._present_stage()
         if stage is not self._stage or self.cycle is not self._request:
             self._stage, self._request, self._since = stage, self.cycle, now
@@ -75,7 +79,7 @@ class Connection(H11Protocol):
             self.transport.abort()
 
     def leave(self) -> None:
-        """Close the connection, unless its request is being computed."""
+        """Close the connection unless its request is being computed."""
         if self._present_stage() is not Stage.COMPUTING:
             self.transport.abort()
 
@@ -95,7 +99,7 @@ class Connection(H11Protocol):
         limits = self.limits
         return {
             Stage.HEADER: limits.header_s,
-            Stage.BODY: limits.body_s + limits.closing_s,  # the application answers 408 before this
+            Stage.BODY: limits.body_s + limits.closing_s,  # the application answers with 408 before this
             Stage.COMPUTING: float("inf"),
             Stage.DRAINING: limits.draining_s,
             Stage.SENDING: limits.answer_s,
@@ -103,16 +107,19 @@ class Connection(H11Protocol):
         }[stage]
 
     def _make_room(self) -> None:
-        """Refuse the oldest connection that has no request yet; this one, if all have one."""
+        """Refuse the oldest connection that has no request yet. That is this connection if all others have one."""
         waiting = [connection for connection in self._all() if connection._present_stage() is Stage.HEADER]
         oldest = min(waiting, key=lambda connection: connection._since)
         oldest._refuse(503, "too many connections: try again soon")
 
     def _refuse(self, status: int, reason: str) -> None:
-        """Answer without the application. What still arrives is read and dropped, so that the client can read the answer."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # the answer has begun
+        """Answer without the application.
+
+        Data that still arrives is discarded, so that the client can read the answer.
+        """
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # the answer has already begun
             return self.transport.abort()
-        if self.cycle is not None:  # the application learns that its client is gone
+        if self.cycle is not None:  # tells the application that its client is gone
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         body = f'{{"detail": "{reason}"}}'.encode()
@@ -127,15 +134,16 @@ class Connection(H11Protocol):
         self._unset_keepalive_if_required()
         try:
             self.transport.write_eof()
-        except OSError:  # the client is gone already
+        except OSError:  # the client is already gone
             self.transport.abort()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which looks after its connections, and ends at SIGHUP as at SIGTERM."""
+    """uvicorn's server with checks of its connections. SIGHUP ends it like SIGTERM."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Handle SIGHUP in addition to uvicorn's signals, unless it is ignored."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         with super().capture_signals():
             if not in_main_thread or interrupts.is_ignored(signal.SIGHUP):
@@ -148,11 +156,13 @@ class Server(uvicorn.Server):
                 signal.signal(signal.SIGHUP, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Request the shutdown. After SIGHUP, first detach from the lost terminal."""
         if sig == signal.SIGHUP:
             interrupts.leave_lost_terminal()
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
+        """Check the connections at every fifth tick."""
         if counter % _TICKS_BETWEEN_LOOKS == 0:
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection):
@@ -160,7 +170,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End at once what is not being computed: nobody's Ctrl-C waits for a slow client."""
+        """Close at once every connection whose request is not being computed.
+
+        Ctrl-C therefore does not wait for slow clients.
+        """
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
                 connection.leave()
@@ -168,9 +181,9 @@ class Server(uvicorn.Server):
 
 
 def build_server(app: ASGIApp, limits: Limits | None = None) -> Server:
-    """The server of an application (opt_ds.serving.app.build_app); `run(sockets=[listen(…)])` starts it.
+    """Return the server of an application (opt_ds.serving.app.build_app). `run(sockets=[listen(…)])` starts it.
 
-    The guard logs the application's exceptions, so uvicorn does not.
+    uvicorn does not log exceptions of the application, because the guard does.
     """
     protocol = type("Connection", (Connection,), {"limits": limits or Limits()})
     config = uvicorn.Config(
@@ -181,6 +194,6 @@ def build_server(app: ASGIApp, limits: Limits | None = None) -> Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, IPv4 or IPv6 as the address is. Raises OSError."""
+    """Return a listening IPv4 or IPv6 socket, depending on the address. Raise OSError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG)

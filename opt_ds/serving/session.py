@@ -1,4 +1,4 @@
-"""A trained model that reads raw input and answers: writes a text, paints pictures, says what belongs together."""
+"""Session: a trained model that reads raw inputs, generates text and images, and computes match probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from opt_ds.store.processor_files import PROCESSOR_FOLDER
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 from opt_ds.training.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
 
-#: modality -> the part of a Sample that is there with it
+#: Modality -> the field of Sample that is set if the sample has it.
 _PART = {TEXT: "token_ids", IMAGE: "region_features", AUDIO: "frames"}
 _CASE_OF_MODALITIES = {
     frozenset((IMAGE, AUDIO)): "image_audio", frozenset((TEXT, AUDIO)): "text_audio", frozenset((TEXT, IMAGE)): "text_image",
@@ -40,7 +40,7 @@ def _given(sample: Sample) -> frozenset[int]:
 
 
 class Session(ModelRunner):
-    """A model, its processor and its dVAE."""
+    """A model with its processor and its dVAE."""
 
     def __init__(self, model: OPT, config: Config, processor: OPTProcessor, device: torch.device | str = "cpu") -> None:
         super().__init__(model, config, processor.description.tokenizer, processor.folder / TOKENIZER_FOLDER, device)
@@ -56,7 +56,17 @@ class Session(ModelRunner):
         speech_weights: Path | None = None,
         device: str = "cpu",
     ) -> "Session":
-        """From a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote."""
+        """Load a model from a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote.
+
+        Args:
+            checkpoint: The directory.
+            image_weights: Weights of an image extractor whose package does not include them.
+            speech_weights: Weights of a speech extractor whose package does not include them.
+            device: Device of the model and the extractors.
+
+        Returns:
+            The session.
+        """
         if is_exported(checkpoint):
             model, config = load_exported(checkpoint)
             folder = checkpoint / PROCESSOR_FOLDER
@@ -69,18 +79,17 @@ class Session(ModelRunner):
         return cls(model.to(device), config, processor, device)
 
     def text(self, sample: Sample, options: DecodingConfig = DEFAULT_DECODING) -> str:
-        """What the text decoder writes. Raises UserError when the model never learned to write."""
+        """Return the text that the text decoder generates. Raise UserError if the model never learned to write text."""
         self.require(WRITE_TEXT, "write text")
         return self.write_text([sample], options)[0]
 
     def pictures(
         self, sample: Sample, count: int = 1, options: DecodingConfig = DEFAULT_SAMPLING
     ) -> list[tuple[Image.Image, float | None]]:
-        """`count` sampled 64 × 64 pictures, the best first, each with the matching head's probability that it belongs to the
-        input. None, in the order of painting, where nothing is compared: of one picture alone, and where that head was never
-        trained.
+        """Return `count` sampled images of 64 × 64 pixels with their match probabilities, best first.
 
-        Raises UserError when the model never learned to paint.
+        The probabilities are None and the order is that of generation if there is only one image, or if the matching
+        head was never trained. Raise UserError if the model never learned to generate images.
         """
         self.require(GENERATE_IMAGES, "paint pictures")
         painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
@@ -91,18 +100,18 @@ class Session(ModelRunner):
         return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
-        """Probability of each matching case (see data.matching); what two or three given inputs allow.
+        """Return the probability of each matching label (see data.matching) that the two or three given inputs allow.
 
-        Raises UserError when the model never learned to judge.
+        Raise UserError if the model never learned matching.
         """
         (named,), given = self._matching([sample]), _given(sample)
         possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= given} | {"none"}
         return {case: value for case, value in named.items() if case in possible}
 
     def match_probabilities(self, samples: Sequence[Sample]) -> list[float]:
-        """Return the matching head's probability, for each sample of two or three inputs, that all of them belong together.
+        """Return, for each sample of two or three inputs, the matching head's probability that all of them match.
 
-        Raises UserError as `matching`.
+        Raise UserError if the model never learned matching.
         """
         found = self._matching(samples)
         return [named[_CASE_OF_MODALITIES[_given(sample)]] for sample, named in zip(samples, found, strict=True)]
@@ -117,7 +126,7 @@ class Session(ModelRunner):
 
     @property
     def dvae(self) -> DiscreteVAE:
-        """The dVAE that the model's image codes belong to."""
+        """The dVAE that decodes the model's image codes."""
         if self._dvae is None:
             folder = self.processor.folder / DVAE_FOLDER
             if not folder.is_dir():
@@ -126,7 +135,7 @@ class Session(ModelRunner):
         return self._dvae
 
     def belongs(self, sample: Sample, picture: Image.Image) -> float:
-        """The matching head's probability that the picture belongs to the sample's text and recording."""
+        """Return the match probability of the image with the sample's text and audio."""
         own = replace(sample, region_features=None, region_boxes=None, region_labels=None)
         seen = self.processor(image=picture)
         pair = replace(
@@ -135,7 +144,7 @@ class Session(ModelRunner):
         return self.match_probabilities([pair])[0] if len(_given(pair)) > 1 else 0.0
 
     def look(self, picture: Image.Image) -> np.ndarray:
-        """The mean feature vector of a picture's regions, by the model's image extractor."""
+        """Return the image embedding: the mean of the region features by the model's image extractor."""
         features = self.processor(image=picture).region_features
         assert features is not None, "a picture has regions"
         return np.asarray(features, dtype=np.float32).mean(0)

@@ -1,6 +1,6 @@
-"""The tasks that a sample can be trained on, one file each (see `opt_ds.tasks.base`)."""
+"""The tasks that a sample can be trained on, one per file (see `opt_ds.tasks.base`)."""
 
-#: In the order in which a step's samples are assigned to tasks, and in which the model computes their losses.
+#: This is the order in which a step's samples are assigned to tasks, and in which the model computes their losses.
 BUILT_IN = {
     "mlm": "opt_ds.tasks.mlm:MaskedLanguageModeling",
     "mvm": "opt_ds.tasks.mvm:MaskedVisionModeling",

@@ -1,7 +1,7 @@
-"""The loss that each task has without learning anything: what a validation loss must fall below to mean something.
+"""Trivial baselines: the loss of a model that ignores the inputs. A useful validation loss must be below it.
 
-A task says itself what its trivial model predicts (`Task.baseline`), from frequencies and means of the training split.
-Frequencies are smoothed by one half, so that an unseen item has a finite loss.
+Each task defines the prediction of its trivial model (`Task.baseline`) from frequencies and means of the training
+split. Frequencies are smoothed by adding one half, so that an unseen item has a finite loss.
 """
 
 from abc import ABC, abstractmethod
@@ -17,31 +17,36 @@ from opt_ds.data.sample import Sample
 from opt_ds.data.samples import SampleReader
 from opt_ds.store.reader import FeatureStore
 
-_TRAIN_ROWS = 20_000  # training rows that the frequencies are counted over, at most
+_TRAIN_ROWS = 20_000  # maximum number of training rows that the frequencies are counted over
 
 
 class Baseline(ABC):
-    """A trivial model's losses, over the samples of the validation."""
+    """Losses of a trivial model over the validation samples."""
 
     @abstractmethod
     def add(self, sample: Sample, number: int) -> None:
-        """Count a sample of store `number`, whichever task it has."""
+        """Add a sample of the store with index `number`, whichever task it was assigned to."""
 
     @abstractmethod
     def losses(self) -> dict[str, float]:
-        """Return loss -> its mean over the terms of all samples; only losses that have a term."""
+        """Return loss -> its mean over the terms of all samples. Losses without terms are omitted."""
 
 
 class SampleBaseline(Baseline):
-    """A trivial model whose losses are those of the samples one by one."""
+    """A trivial model whose losses are computed sample by sample."""
 
     def __init__(self, task: str, losses: Callable[[Sample, int], dict[str, np.ndarray]]) -> None:
-        """`losses`: of a sample with targets of the task, and the number of its store: loss -> float64 [terms]."""
+        """Create the baseline of a task.
+
+        `losses` takes a sample with targets of the task and the index of its store, and returns loss -> float64
+        [terms].
+        """
         self._task, self._losses = task, losses
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, sample: Sample, number: int) -> None:
+        """Add the losses of a sample that has targets of the task."""
         if self._task not in sample.targets:
             return
         for loss, values in self._losses(sample, number).items():
@@ -49,11 +54,12 @@ class SampleBaseline(Baseline):
             self._counts[loss] = self._counts.get(loss, 0) + len(values)
 
     def losses(self) -> dict[str, float]:
+        """Return the mean of each loss over the terms added so far."""
         return {loss: total / self._counts[loss] for loss, total in self._sums.items()}
 
 
 def trivial_baselines(config: Config, stores: list[FeatureStore], version: int | None = None) -> dict[str, float]:
-    """Loss -> mean validation loss of its trivial baseline, over exactly the terms of the plan's validation pass."""
+    """Return loss -> mean validation loss of its trivial baseline, over exactly the terms of the validation pass."""
     plan, reader = make_plan(config, stores, version), SampleReader(config, stores)
     statistics = TrainingStatistics(config, stores)
     found = [unit(config).baseline(statistics) for unit in config.tasks.units.values()]
@@ -68,7 +74,7 @@ def trivial_baselines(config: Config, stores: list[FeatureStore], version: int |
 
 
 class TrainingStatistics:
-    """Negative log-frequencies of the training split, and the mean vectors."""
+    """Statistics of the training split: negative log frequencies, and mean vectors."""
 
     def __init__(self, config: Config, stores: list[FeatureStore]) -> None:
         self._config, self._stores = config, stores
@@ -76,27 +82,27 @@ class TrainingStatistics:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """float64 [vocabulary]"""
+        """Negative log frequency of each token, float64 [vocabulary]."""
         return _negative_log(self._counts[0])
 
     @cached_property
     def tokens_with_end(self) -> np.ndarray:
-        """float64 [vocabulary + 1]; the text's end is the last entry: index −1."""
+        """Negative log frequency of each token and of the end of a text (index −1), float64 [vocabulary + 1]."""
         return _negative_log(np.append(self._counts[0], self._counts[1]))
 
     @cached_property
     def classes(self) -> np.ndarray:
-        """float64 [classes of regions]"""
+        """Negative log frequency of each region class, float64 [classes]."""
         return _negative_log(self._counts[2])
 
     @cached_property
     def codes(self) -> np.ndarray:
-        """float64 [image codes]"""
+        """Negative log frequency of each image code, float64 [image codes]."""
         return _negative_log(self._counts[3])
 
     @cached_property
     def _counts(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-        """How often each token, a text, each class and each image code occurs."""
+        """Counts of each token, of texts, of each region class and of each image code."""
         model = self._config.model
         tokens, classes = np.zeros(model.vocab_size), np.zeros(model.image_num_classes)
         codes, num_texts = np.zeros(model.image_codebook_size), 0
@@ -112,13 +118,18 @@ class TrainingStatistics:
         return tokens, num_texts, classes, codes
 
     def mean_error(self, vectors: np.ndarray, store: int, name: str, repeat: int) -> np.ndarray:
-        """float64 [n]: squared error of the training mean, averaged over dimensions, in the units that the model regresses.
+        """Return the squared error of the training mean, averaged over dimensions.
+
+        It is in the units that the model regresses.
 
         Args:
-            vectors: [n, repeat · v] stored features.
-            store: The number of their store.
+            vectors: Stored features [n, repeat · v].
+            store: Index of their store.
             name: The modality's name in the store's statistics.
-            repeat: How many stored vectors are side by side.
+            repeat: Number of stored vectors that are stacked per row.
+
+        Returns:
+            float64 [n].
         """
         statistics = self._statistics[store][name]
         mean, std = np.tile(statistics.mean, repeat), np.tile(statistics.std, repeat)
@@ -128,7 +139,7 @@ class TrainingStatistics:
         return np.square(error).mean(-1)
 
     def mean_of_labelled(self, targets: Callable[[FeatureStore, int], np.ndarray]) -> np.ndarray:
-        """float64 [names], the mean of these targets over the training samples that have labels."""
+        """Return the smoothed mean of `targets` over the training samples that have labels, float64 [names]."""
         total, count = np.zeros(()), 0
         for store in self._stores:
             for index in store.split_samples(self._config.data.train_split)[:_TRAIN_ROWS]:

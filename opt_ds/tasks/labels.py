@@ -1,4 +1,4 @@
-"""Fine-tuning's classification head: one score for each name from [CLS], for labels (several may hold) and for answers."""
+"""Classification head of fine-tuning: one score per name from [CLS], for labels (several may apply) and for answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -37,16 +37,22 @@ class LabelsConfig(LossConfig):
 
 @dataclass
 class LabelBatch(BatchPart):
+    """Classification targets of a batch."""
+
     index: torch.Tensor  # int64 [j], packed positions of [CLS]
-    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] where no sample is labelled
+    targets: torch.Tensor  # float32 [j, c], 0 … 1 for each name of the label head; [0, 0] if no sample is labelled
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
+        """Return the positions of [CLS] of the labelled samples."""
         return (self.index,)
 
 
 class LabelHead(nn.Module):
-    """Dense + GELU + LN, then FC to one score per name; binary cross-entropy with the targets 0 … 1, summed over the names."""
+    """Dense + GELU + LN, then FC to one score per name.
+
+    The loss is the binary cross-entropy with targets 0 … 1, summed over the names.
+    """
 
     def __init__(self, config: ModelConfig, options: LabelsConfig) -> None:
         super().__init__()
@@ -56,11 +62,14 @@ class LabelHead(nn.Module):
         self.score = nn.Linear(config.hidden_size, len(options.names))
 
     def scores(self, cls_je: torch.Tensor) -> torch.Tensor:
-        """[j, e] -> [j, names], before the sigmoid"""
+        """Return logits [j, names] of [CLS] vectors [j, e]."""
         return self.score(self.norm(F.gelu(self.transform(cls_je))))
 
     def forward(self, hidden_te: torch.Tensor, labelled: LabelBatch) -> dict[str, LossTerm]:
-        """The term counts samples; "correct" sums the target of the name that scores most (for answers: VQA's accuracy)."""
+        """Return the loss term. It counts samples.
+
+        "correct" sums the target of the name with the highest score, which for answers is the VQA accuracy.
+        """
         scores_jc = self.scores(hidden_te.index_select(0, labelled.index)).float()
         if not len(labelled.index):
             return {"labels": LossTerm(scores_jc.sum(), 0.0, {"correct": scores_jc.new_zeros(())})}
@@ -70,7 +79,7 @@ class LabelHead(nn.Module):
 
 
 class LabelPrediction(Task):
-    """`sample.targets["labels"]`: float32 [names], 0 … 1."""
+    """Label prediction. `sample.targets["labels"]` is float32 [names] with values 0 … 1."""
 
     name = "labels"
     options = LabelsConfig
@@ -86,7 +95,10 @@ class LabelPrediction(Task):
     def section_for_finetuning(
         cls, job: str, stores: list[FeatureStore], split: str, min_positives: int
     ) -> dict[str, Any] | None:
-        """Labels are those that `min_positives` samples of the split have; answers are all that the stores name."""
+        """Return the section with the names of the head.
+
+        They are the labels with at least `min_positives` samples in the split, or all answers of the stores.
+        """
         names = sorted({name for store in stores for name in store.description.label_names})
         if job == "classification":
             found = Counter(
@@ -102,15 +114,19 @@ class LabelPrediction(Task):
 
     @classmethod
     def same_head(cls, section: Any, other: Any) -> bool:
+        """Return whether both sections exist and have the same names."""
         return bool(section and other and section.names == other.names)
 
     def has_target(self, store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+        """Return which samples have labels."""
         return np.array([bool(store.labels(int(index))) for index in samples], dtype=bool)
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        """Return the number of samples of this task."""
         return {"labels": float((samples.task == self.number).sum())}
 
     def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        """Return the cost of one output position and the head per sample."""
         cost, own, width = TaskCost.none(len(samples)), self.own(samples), self.config.model.hidden_size
         num_names = len(self.section.names) if self.section else 0
         cost.output_positions[own] = 1
@@ -122,9 +138,10 @@ class LabelPrediction(Task):
         return {name: place for place, name in enumerate(self.section.names)}
 
     def label_targets(self, store: FeatureStore, index: int) -> np.ndarray:
-        """Return float32 [names of the label head]: 1 for a sample's labels.
+        """Return float32 [names of the label head], which is 1 for a sample's labels.
 
-        For answers min(times given / 3, 1) (Antol et al. 2015); where fewer than three annotators answered, their number.
+        For answers the value is min(times given / 3, 1) (Antol et al. 2015). If fewer than three annotators answered
+        each question, their number replaces the 3.
         """
         labels = self.section
         assert labels is not None, "the model has no label head"
@@ -136,23 +153,27 @@ class LabelPrediction(Task):
         return np.minimum(times / (agreement if labels.answers else 1), 1)
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Set the label targets of the sample."""
         sample.targets[self.name] = self.label_targets(store, int(planned.sample[slot]))
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> LabelBatch:
+        """Return the targets of the labelled samples."""
         labelled = [i for i, sample in enumerate(samples) if self.name in sample.targets]
         targets = np.stack([samples[i].targets[self.name] for i in labelled]) if labelled else np.empty((0, 0))
         return LabelBatch(as_long(layout.starts[labelled]), torch.from_numpy(targets.astype(np.float32)))
 
     @classmethod
     def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module | None:
+        """Return the label head, or None without a `tasks.labels` section."""
         return LabelHead(model, tasks.labels) if tasks.labels else None
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return the head's term, or none without a head."""
         return head(encoded.hidden_te, part) if head is not None else {}
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline | None:
-        """The frequency of each label in training."""
+        """Return the loss of predicting each label's training frequency."""
         if self.section is None:
             return None
         shares = statistics.mean_of_labelled(self.label_targets)

@@ -1,6 +1,6 @@
-"""Masked audio modelling on the same masked frames: feature regression (MAFR) and contrast (MAC).
+"""Masked audio modelling on the masked frames: feature regression (MAFR) and a contrastive loss (MAC).
 
-U utterances, M masked frames of the longest, N frames of the longest, v feature width.
+Legend: U utterances, M masked frames of the longest one, N frames of the longest one, v feature width.
 """
 
 from collections.abc import Sequence
@@ -27,34 +27,42 @@ from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
 class AudioMaskConfig(LossConfig):
+    """Masked audio modelling."""
+
     span: int = Field(3, ge=1, description="Number of consecutive audio frames that are masked together, in every task.")
 
 
 class ContrastiveConfig(LossConfig):
+    """Contrastive loss of masked audio modelling."""
+
     temperature: float = Field(0.1, gt=0, description="Divisor of the similarities in the contrastive loss.")
 
 
 @dataclass
 class MaskedFrames(BatchPart):
-    """Masked frames utterance by utterance, beside all frames of their utterance (the contrast)."""
+    """Masked frames by utterance, and all frames of their utterances (for the contrastive loss)."""
 
     index: torch.Tensor  # int64 [m], packed positions
     rows: torch.Tensor  # int64 [m], frame rows
-    places: torch.Tensor  # int64 [m], place of the frame in its utterance
+    places: torch.Tensor  # int64 [m], position of the frame in its utterance
     sequences: Sequences  # the masked frames of each utterance
-    utterance_rows: torch.Tensor  # int64 [k], frame rows of whole utterances
+    utterance_rows: torch.Tensor  # int64 [k], rows of all frames of these utterances
     utterances: Sequences
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
+        """Return the positions of the masked frames."""
         return (self.index,)
 
 
 class MamHead(nn.Module):
-    """MAFR: FC to the input's dimension, squared error averaged over dimensions.
+    """Head of MAFR and MAC.
 
-    MAC: −log exp(sim(h(a_m), a_m)/τ) / Σ_k exp(sim(h(a_m), a_k)/τ), sim the cosine; a_m the frame's original feature; k runs over
-    a_m and the unmasked original frames of the same utterance, never over padding or other masked frames.
+    MAFR: FC to the input's dimension, squared error averaged over dimensions.
+
+    MAC: −log exp(sim(h(a_m), a_m)/τ) / Σ_k exp(sim(h(a_m), a_k)/τ), where sim is the cosine and a_m is the frame's
+    original feature. k runs over a_m and the unmasked original frames of the same utterance, never over padding or
+    other masked frames.
     """
 
     def __init__(self, config: ModelConfig, temperature: float) -> None:
@@ -67,7 +75,17 @@ class MamHead(nn.Module):
     def forward(
         self, hidden_te: torch.Tensor, masked: MaskedFrames, frames_av: torch.Tensor, frame_masked_a: torch.Tensor
     ) -> dict[str, LossTerm]:
-        """frames_av: the original features, float32; frame_masked_a: which of them the encoder did not see."""
+        """Return the terms of MAFR and MAC.
+
+        Args:
+            hidden_te: The encoder's packed output.
+            masked: The masked frames.
+            frames_av: Original features, float32 [a, v].
+            frame_masked_a: Which frames the encoder did not see, bool [a].
+
+        Returns:
+            Loss -> term.
+        """
         hidden_me = hidden_te.index_select(0, masked.index)
         error = self.regress(hidden_me).float() - frames_av.index_select(0, masked.rows)
         return {
@@ -93,12 +111,13 @@ class MamHead(nn.Module):
         logits_mn = (similarity_mn / self.temperature).masked_fill(~candidate_mn, float("-inf"))
         loss_m = F.cross_entropy(logits_mn, masked.places, reduction="none")
         correct_m = (logits_mn.detach().argmax(-1) == masked.places) & counted_m
-        count = float(masked.sequences.total)  # every utterance has an unmasked frame: no other is assigned to this task
+        # Every utterance has an unmasked frame, because no other utterance is assigned to this task.
+        count = float(masked.sequences.total)
         return LossTerm((loss_m * counted_m).sum(), count, {"correct": correct_m.sum().float()})
 
 
 class MaskedAudioModeling(TokenLevelTask):
-    """`sample.targets["mam"]`: True."""
+    """Masked audio modelling. `sample.targets["mam"]` is True."""
 
     name = "mam"
     options = AudioMaskConfig
@@ -110,11 +129,12 @@ class MaskedAudioModeling(TokenLevelTask):
             options=ContrastiveConfig,
         ),
     )
-    modality, modality_word, min_items = AUDIO, "audio", 2  # one frame is masked, one stays
+    modality, modality_word, min_items = AUDIO, "audio", 2  # one frame is masked and one is not
     masked_modalities = (AUDIO,)
 
     @property
     def mask_spans(self) -> dict[int, int]:
+        """Return the configured span of audio frames."""
         return {AUDIO: self.section.span}
 
     @property
@@ -122,27 +142,33 @@ class MaskedAudioModeling(TokenLevelTask):
         return self.config.model.audio_stack * self.config.model.audio_feature_dim
 
     def count_masked(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the number of masked frames."""
         return num_masked_frames(lengths, self.config.tasks.mask_probability)
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        """Return the number of masked frames; for MAC only those with a negative."""
         frames = self.lengths(samples)
         masked = self.count_masked(frames)
         contrasted = masked[frames > masked]  # a frame without negatives is not counted
         return {"mafr": float(masked.sum()), "mac": float(contrasted.sum())}
 
     def flops_per_item(self) -> float:
+        """Return the multiplications of both linear layers."""
         return self.config.model.hidden_size * 2 * self._frame_dim
 
     def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        """Return the cost, including the comparisons of the contrastive loss."""
         cost, own = super().cost(samples, positions), self.own(samples)
-        # Each masked frame is compared with every frame of the utterance.
+        # Each masked frame is compared with every frame of its utterance.
         cost.head_flops[own] += 2.0 * cost.output_positions[own] * self.lengths(samples) * self._frame_dim
         return cost
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Mark the sample. Its original frames are the targets."""
         sample.targets[self.name] = True
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedFrames:
+        """Return the masked frames, and all frames of their utterances."""
         found = masked_places(samples, self.name, lambda sample: sample.frame_masked)
         start = layout.row_start[:, AUDIO]
         return MaskedFrames(
@@ -156,15 +182,20 @@ class MaskedAudioModeling(TokenLevelTask):
 
     @classmethod
     def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        """Return the head with the configured temperature."""
         return MamHead(model, tasks.mac.temperature)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return the terms of MAFR and MAC."""
         assert head is not None
         return head(encoded.hidden_te, part, encoded.features[AUDIO], encoded.inputs.frame_masked)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """MAFR: the mean of the training features. MAC: log K, all candidates alike."""
+        """Return the baselines of MAFR and MAC.
+
+        They are the mean of the training features, and log K for K equally likely candidates.
+        """
         stack = self.config.model.audio_stack
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Sample-level matching: which of text, image and audio belong together, judged from [CLS].
+"""Sample-level matching: classify from [CLS] which of text, image and audio match.
 
-Five cases: all three; image and audio; text and audio; text and image; none. Where a part does not belong to the sample, it is
-another sample's.
+There are five matching labels: all three; image and audio; text and audio; text and image; none. A modality that does
+not match comes from another sample.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,8 @@ from opt_ds.tasks.baselines import Baseline, TrainingStatistics
 
 
 class MatchingConfig(LossConfig):
+    """Sample-level matching."""
+
     loss: Literal["bce", "ce"] = Field(
         "bce", description="Loss: binary cross-entropy per case, or cross-entropy over all cases."
     )
@@ -46,16 +48,23 @@ class MatchingConfig(LossConfig):
 
 @dataclass
 class MatchingBatch(BatchPart):
+    """Matching examples of a batch."""
+
     index: torch.Tensor  # int64 [j], packed positions of [CLS]
-    cases: torch.Tensor  # int64 [j]
+    cases: torch.Tensor  # int64 [j], matching labels
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
+        """Return the positions of [CLS] of the matching examples."""
         return (self.index,)
 
 
 class MatchingHead(nn.Module):
-    """FC to five scores. `bce`: sigmoid and binary cross-entropy, averaged over the five (the paper); `ce`: softmax."""
+    """FC to five scores.
+
+    `bce`: sigmoid and binary cross-entropy, averaged over the five labels (as in the paper). `ce`: softmax
+    cross-entropy.
+    """
 
     def __init__(self, config: ModelConfig, options: MatchingConfig) -> None:
         super().__init__()
@@ -63,6 +72,10 @@ class MatchingHead(nn.Module):
         self.loss = options.loss
 
     def forward(self, hidden_te: torch.Tensor, judged: MatchingBatch) -> dict[str, LossTerm]:
+        """Return the loss term.
+
+        It counts samples, and "correct" counts the samples whose label has the highest score.
+        """
         scores = self.score(hidden_te.index_select(0, judged.index)).float()
         term = classification_term(scores, judged.cases)
         if self.loss == "bce":
@@ -73,21 +86,24 @@ class MatchingHead(nn.Module):
 
 
 class Matching(Task):
-    """`sample.targets["matching"]`: int, the case."""
+    """Sample-level matching. `sample.targets["matching"]` is an int, the matching label."""
 
     name = "matching"
     level = "sample"
     options = MatchingConfig
     about = "Sample-level modelling: which modalities belong together."
     losses = (Loss("matching", "matching.", about, ability=MATCH),)
-    columns = {"case": (np.int8, -1)}  # noqa: RUF012  # -1: not judged
+    columns = {"case": (np.int8, -1)}  # noqa: RUF012  # -1: not a matching example
     fine_tunes = ("retrieval",)
     fine_tuned_loss = "matching"
 
     # ---- the step plan
 
     def derive(self, stores: list[FeatureStore], samples: list[np.ndarray], split: str | None) -> list[DonorPool]:
-        """The negatives of each store; hard ones only where a whole split is given, that is in training."""
+        """Return the negative sampler of each store.
+
+        Hard negatives are sampled only if a complete split is given, that is in training.
+        """
         near_share = self.section.near_donor_share if split is not None else 0.0
         return [
             DonorPool(store, rows, split, near_share, self.section.near_donor_candidates)
@@ -95,18 +111,20 @@ class Matching(Task):
         ]
 
     def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        """Return a reason if no store has usable negatives."""
         if any(pool.usable for pool in derived):
             return {}
         return {self.name: "no donor: it needs two modalities, and in a split three groups that do not share a file"}
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        """Return which samples have two modalities and a store with usable negatives."""
         return (candidates.present.sum(1) >= 2) & np.array([pool.usable for pool in derived])[candidates.store]
 
     def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
-        """Replace and drop inputs, so that one of the cases holds."""
+        """Replace and drop inputs so that they have the sampled matching label."""
         key, present = candidates.key[own], candidates.present[own]
         drawn_case = keyed_choice(NUM_CASES, key, "case")
-        kept = keyed_choice(3, key, "kept")  # the modality that stays its own in the case "none"
+        kept = keyed_choice(3, key, "kept")  # the modality that is kept if the label is "none"
         replaced = matching_case(drawn_case, kept)
         complete = present.all(1)
         judged_as_pair = ~complete | (keyed_uniform(key, "pair") < self.section.pair_probability)
@@ -124,17 +142,20 @@ class Matching(Task):
         drawn.input_rows[own] = rows
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        """Return the number of samples of this task."""
         return {"matching": float((samples.task == self.number).sum())}
 
     def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        """Return the cost of one output position and the head per sample."""
         cost, own = TaskCost.none(len(samples)), self.own(samples)
         cost.output_positions[own] = 1
         cost.head_flops[own] = 2.0 * self.config.model.hidden_size * NUM_CASES
         return cost
 
-    # ---- fine-tuning: the sample as it is, or one modality of a hard negative
+    # ---- fine-tuning: the unchanged sample, or one modality replaced by that of a hard negative
 
     def derive_for_finetuning(self, stores: list[FeatureStore], usable: list[np.ndarray], key: list[Any]) -> list[NearDonors]:
+        """Return the hard negatives of each store."""
         options = self.config.finetune
         assert options is not None
         return [
@@ -143,9 +164,14 @@ class Matching(Task):
         ]
 
     def replacements(self, inputs: np.ndarray) -> tuple[int, ...]:
+        """Return `OWN`, then each input modality.
+
+        Each validation sample is matched as it is and with each modality replaced.
+        """
         return (OWN, *np.flatnonzero(inputs).tolist())
 
     def chosen_replacement(self, key: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        """Return a random input modality with probability `finetune.negative_share`, otherwise `OWN`."""
         assert self.config.finetune is not None
         order = np.argsort(keyed_hash(key[:, None], "side", np.arange(3)[None]), axis=1)
         ranked = np.where(np.take_along_axis(inputs, order, axis=1), np.arange(3)[None], 3)
@@ -155,6 +181,7 @@ class Matching(Task):
     def assign_for_finetuning(
         self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
     ) -> None:
+        """Replace the chosen modality and set the label. Samples without a suitable negative get no task."""
         for number, pool in enumerate(derived):
             own = candidates.of_store(number, np.arange(len(drawn.task)))
             sample, key = candidates.sample[own], candidates.key[own]
@@ -162,32 +189,37 @@ class Matching(Task):
             drawn.task[own] = np.where(found, drawn.task[own], -1)
         drawn.columns["case"][:] = np.where(drawn.task >= 0, _case(inputs, replaced), -1)
 
-    # ---- a sample and a batch
+    # ---- samples and batches
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Set the matching label of the sample."""
         sample.targets[self.name] = int(planned.columns["case"][slot])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
+        """Return the matching examples."""
         judged = [i for i, sample in enumerate(samples) if self.name in sample.targets]
         return MatchingBatch(as_long(layout.starts[judged]), as_long([samples[i].targets[self.name] for i in judged]))
 
-    # ---- the model and its control
+    # ---- the model and its baseline
 
     @classmethod
     def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        """Return the matching head."""
         return MatchingHead(model, tasks.matching)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return the head's term."""
         assert head is not None
         return head(encoded.hidden_te, part)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
+        """Return the loss of predicting the frequencies of the matching labels."""
         return _CaseFrequencies(self.section.loss)
 
 
 class _CaseFrequencies(Baseline):
-    """The frequency of each case in the validation plan."""
+    """Baseline that predicts the frequency of each matching label in the validation pass."""
 
     def __init__(self, loss: str) -> None:
         self._loss, self._cases = loss, np.zeros(NUM_CASES)
@@ -206,7 +238,7 @@ class _CaseFrequencies(Baseline):
 
 
 def _case(inputs: np.ndarray, replaced: np.ndarray) -> np.ndarray:
-    """Matching case of inputs [B, 3] of which modality `replaced` [B] is another sample's."""
+    """Return the matching labels [B] of inputs bool [B, 3] whose modality `replaced` [B] comes from another sample."""
     complete = inputs.all(1)
     pair = CASE_OF_PAIR[np.argmin(inputs, axis=1)]
     matching = np.where(complete, 0, pair)

@@ -1,4 +1,7 @@
-"""Masked language modelling: −log P(t_m | t_\\m, V, A) on the masked WordPieces; head tied to the word embedding."""
+r"""Masked language modelling: −log P(t_m | t_\m, V, A) on the masked WordPieces.
+
+The head is tied to the word embedding.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +26,14 @@ from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 @dataclass
 class MaskedTokens(BatchPart):
+    """Masked tokens of a batch."""
+
     index: torch.Tensor  # int64 [m], packed positions
-    targets: torch.Tensor  # int64 [m]
+    targets: torch.Tensor  # int64 [m], original tokens
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
+        """Return the positions of the masked tokens."""
         return (self.index,)
 
 
@@ -42,10 +48,11 @@ class MlmHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def scores(self, hidden_me: torch.Tensor) -> torch.Tensor:
-        """[m, e] -> [m, vocabulary]"""
+        """Return scores [m, vocabulary] of hidden states [m, e]."""
         return F.linear(self._transformed(hidden_me), self.word.weight, self.bias)
 
     def forward(self, hidden_te: torch.Tensor, masked: MaskedTokens) -> dict[str, LossTerm]:
+        """Return the loss term of the masked tokens."""
         hidden_me = self._transformed(hidden_te.index_select(0, masked.index))
         return {"mlm": vocabulary_term(hidden_me, self.word.weight, self.bias, masked.targets)}
 
@@ -54,7 +61,7 @@ class MlmHead(nn.Module):
 
 
 class MaskedLanguageModeling(TokenLevelTask):
-    """`sample.targets["mlm"]`: int64 [n], the text's original tokens."""
+    """Masked language modelling. `sample.targets["mlm"]` is int64 [n], the text's original tokens."""
 
     name = "mlm"
     about = "Masked language modelling."
@@ -70,30 +77,35 @@ class MaskedLanguageModeling(TokenLevelTask):
     }
 
     def flops_per_item(self) -> float:
+        """Return the multiplications of the transform and of the scores over the vocabulary."""
         width = self.config.model.hidden_size
         return width**2 + width * self.config.model.vocab_size
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Set the original tokens of the sample."""
         sample.targets[self.name] = sample.original_ids
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedTokens:
+        """Return the masked tokens and their positions."""
         places = masked_places(samples, self.name, lambda sample: sample.tokens_masked)
         return MaskedTokens(
-            index=join([layout.first[i, TEXT] + 1 + p for i, p in places], np.int64),  # [CLS] is before them
+            index=join([layout.first[i, TEXT] + 1 + p for i, p in places], np.int64),  # [CLS] comes before them
             targets=join([samples[i].targets[self.name][p] for i, p in places], np.int64),
         )
 
     @classmethod
     def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        """Return the head, which shares the word embedding."""
         return MlmHead(model, word)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return the head's term."""
         assert head is not None
         return head(encoded.hidden_te, part)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """The unigram frequencies of the training texts."""
+        """Return the loss of predicting the unigram frequencies of the training texts."""
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
             return {"mlm": statistics.tokens[sample.targets[self.name][given(sample.tokens_masked)]]}

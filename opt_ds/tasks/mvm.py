@@ -1,4 +1,4 @@
-"""Masked vision modelling on the same masked regions: feature regression (MVFR) and region classification (MRC)."""
+"""Masked vision modelling on the masked regions: feature regression (MVFR) and region classification (MRC)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,19 +21,23 @@ from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 @dataclass
 class MaskedRegions(BatchPart):
+    """Masked regions of a batch."""
+
     index: torch.Tensor  # int64 [m], packed positions
     rows: torch.Tensor  # int64 [m], region rows
     labels: torch.Tensor  # int64 [m], the detector's class
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
+        """Return the positions of the masked regions."""
         return (self.index,)
 
 
 class MvmHead(nn.Module):
-    """MVFR: FC to the input's dimension, squared error averaged over dimensions.
+    """Head of MVFR and MRC.
 
-    MRC: FC, cross-entropy with the detector's class.
+    MVFR: FC to the input's dimension, squared error averaged over dimensions. MRC: FC, cross-entropy with the
+    detector's class.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,7 +46,7 @@ class MvmHead(nn.Module):
         self.classify = nn.Linear(config.hidden_size, config.image_num_classes)
 
     def forward(self, hidden_te: torch.Tensor, masked: MaskedRegions, regions_rv: torch.Tensor) -> dict[str, LossTerm]:
-        """regions_rv: the original features, float32."""
+        """Return the terms of MVFR and MRC. `regions_rv` are the original features, float32."""
         hidden_me = hidden_te.index_select(0, masked.index)
         error = self.regress(hidden_me).float() - regions_rv.index_select(0, masked.rows)
         return {
@@ -52,7 +56,7 @@ class MvmHead(nn.Module):
 
 
 class MaskedVisionModeling(TokenLevelTask):
-    """`sample.targets["mvm"]`: int64 [r], the classes of the sample's regions."""
+    """Masked vision modelling. `sample.targets["mvm"]` is int64 [r], the classes of the sample's regions."""
 
     name = "mvm"
     about = "Masked vision modelling. Its weight is a factor on `mvfr` and `mrc`."
@@ -67,13 +71,16 @@ class MaskedVisionModeling(TokenLevelTask):
     masked_modalities = (IMAGE,)
 
     def flops_per_item(self) -> float:
+        """Return the multiplications of both linear layers."""
         model = self.config.model
         return model.hidden_size * (model.image_feature_dim + model.image_num_classes)
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Set the region classes of the sample."""
         sample.targets[self.name] = sample.region_labels
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedRegions:
+        """Return the masked regions with their classes."""
         places = masked_places(samples, self.name, lambda sample: sample.region_masked)
         return MaskedRegions(
             index=join([layout.first[i, IMAGE] + p for i, p in places], np.int64),
@@ -83,15 +90,20 @@ class MaskedVisionModeling(TokenLevelTask):
 
     @classmethod
     def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module:
+        """Return the head."""
         return MvmHead(model)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return the terms of MVFR and MRC."""
         assert head is not None
         return head(encoded.hidden_te, part, encoded.features[IMAGE])
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """MVFR: the mean of the training features. MRC: the classes' frequencies in training."""
+        """Return the baselines of MVFR and MRC.
+
+        They are the mean of the training features, and the classes' training frequencies.
+        """
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
             masked = given(sample.region_masked)

@@ -1,7 +1,7 @@
-"""Modality-level reconstruction: the text decoder writes the whole text (DTR), the image decoder the image codes (DIR).
+"""Modality-level reconstruction: the text decoder generates the text (DTR), the image decoder the image codes (DIR).
 
-−Σ log P(item | items before, encoder's output), teacher-forced. The text begins with [CLS]; its end, [SEP], is counted. Whole
-modalities of the input are dropped, and items of those that stay are masked.
+The loss is −Σ log P(item | previous items, encoder's output), teacher-forced. The text starts with [CLS]. Its end,
+[SEP], counts as an item. Entire modalities of the input are dropped, and items of the remaining ones are masked.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,12 @@ from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
 
 _REDRAWS = 32
-_BEGIN_OF_CODES = -1  # no code
+_BEGIN_OF_CODES = -1  # not a code
 
 
 class ModalityConfig(LossConfig):
+    """Modality-level reconstruction."""
+
     drop_probability: float = Field(
         0.3, gt=0, lt=1, description="Probability of dropping each modality from the input."
     )
@@ -49,50 +51,55 @@ class ModalityConfig(LossConfig):
 
 @dataclass
 class ReconstructionTargets:
-    """What is to be written of one sample."""
+    """Decoder targets of one sample."""
 
     text: np.ndarray | None = None  # int64 [n]
-    text_ends: bool = True  # [SEP] follows it: not where the model's limit truncated it
+    text_ends: bool = True  # whether [SEP] follows; false if the model's limit truncated the text
     codes: np.ndarray | None = None  # int64 [image codes]
 
 
 @dataclass
 class ReconstructionBatch(BatchPart):
+    """Decoder targets of a batch."""
+
     text: Written
     image: Written
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
+        """Return the positions that the decoders attend to."""
         return (self.text.memory_index, self.image.memory_index)
 
     @property
     def num_decoder_positions(self) -> int:
+        """Return the number of target items of both decoders."""
         return self.text.sequences.total + self.image.sequences.total
 
 
 def reconstruction_term(decoder: nn.Module, written: Written, hidden_te: torch.Tensor) -> LossTerm:
-    """The decoder's summed cross-entropy over everything that is to be written."""
+    """Return the decoder's summed cross-entropy over all target items."""
     assert isinstance(decoder, AutoregressiveDecoder)
     loss, correct = decoder(written, hidden_te)
     return LossTerm(loss, float(len(written.target_ids)), {"correct": correct})
 
 
 def set_code_targets(sample: Sample, codes: np.ndarray) -> None:
-    """Have the image decoder write these codes (int64), teacher-forced."""
+    """Set image codes (int64) as the decoder targets of a sample, teacher-forced."""
     sample.targets["modality"] = ReconstructionTargets(codes=codes)
 
 
 def code_targets(batch: PackedBatch) -> Written:
-    """What the image decoder is to write in a batch."""
+    """Return the image decoder's targets in a batch."""
     part = batch.parts["modality"]
     assert isinstance(part, ReconstructionBatch)
     return part.image
 
 
 def set_text_targets(candidates: Candidates, drawn: Drawn, writes: np.ndarray) -> None:
-    """Fill in the columns of the samples (bool [B]) whose text the decoder writes.
+    """Set the columns of the samples (`writes`, bool [B]) whose text the decoder generates.
 
-    A text that `max_text_tokens` truncates has no end to learn: the decoder would learn to stop in mid-sentence.
+    A text that `max_text_tokens` truncates gets no end token. Otherwise the decoder would learn to stop in
+    mid-sentence.
     """
     rows = candidates.source_rows[:, TEXT]
     there = writes & (rows >= 0)
@@ -106,7 +113,7 @@ def set_text_targets(candidates: Candidates, drawn: Drawn, writes: np.ndarray) -
 
 
 class ModalityReconstruction(Task):
-    """`sample.targets["modality"]`: ReconstructionTargets."""
+    """Modality-level reconstruction. `sample.targets["modality"]` is a ReconstructionTargets."""
 
     name = "modality"
     level = "modality"
@@ -124,20 +131,24 @@ class ModalityReconstruction(Task):
     )  # fmt: skip
     masked_modalities = (TEXT, IMAGE, AUDIO)
     columns = {  # noqa: RUF012
-        "writes_text": (np.bool_, False),  # the text decoder reconstructs
-        "writes_image": (np.bool_, False),  # the image decoder reconstructs
-        "text_target_length": (np.int64, 0),  # tokens to write: WordPieces, and [SEP] where it ends them
-        "text_ends": (np.bool_, False),  # [SEP] is to be written: not after a text that model.max_text_tokens truncates
+        "writes_text": (np.bool_, False),  # whether the text decoder has a target
+        "writes_image": (np.bool_, False),  # whether the image decoder has a target
+        "text_target_length": (np.int64, 0),  # target tokens: WordPieces, and [SEP] if it follows
+        "text_ends": (np.bool_, False),  # whether [SEP] follows; false if model.max_text_tokens truncated the text
     }
 
     # ---- the step plan
 
     @property
     def num_variants(self) -> int:
-        """Text targets, then image targets; without always_drop_target a sample has both."""
+        """Two variants with `always_drop_target`, otherwise one.
+
+        The two have text targets and image targets. Otherwise a sample has both.
+        """
         return 2 if self.section.always_drop_target else 1
 
     def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        """Return reasons if no sample allows reconstruction, or if texts or image codes are missing."""
         reasons = {}
         has_codes = any(store.has_codes for store in stores)
         text_ok = present[:, TEXT].any() and "dtr" in self.active
@@ -152,27 +163,31 @@ class ModalityReconstruction(Task):
 
     @property
     def _needed(self) -> int:
-        """Modalities that a sample needs."""
+        """Number of modalities that a sample must have."""
         return 2 if self.section.always_drop_target else 1
 
     def _writable(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
-        """bool [B] each: the samples whose text, whose image can be a target."""
+        """Return bool [B] twice: the samples whose text can be a target, and those whose image can be one."""
         has_codes = np.array([store.has_codes for store in candidates.stores])[candidates.store]
         present = candidates.present
         return present[:, TEXT] & ("dtr" in self.active), present[:, IMAGE] & has_codes & ("dir" in self.active)
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        """Return which samples have a possible target and enough modalities."""
         text_ok, image_ok = self._writable(candidates)
         if self.section.always_drop_target:
             text_ok, image_ok = text_ok & (candidates.variant != 1), image_ok & (candidates.variant != 0)
         return (text_ok | image_ok) & (candidates.present.sum(1) >= self._needed)
 
     def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
-        """Drop whole modalities; those that are dropped are written, or without always_drop_target all that can be."""
+        """Drop entire modalities from the input and set the targets.
+
+        With `always_drop_target` the targets are the dropped modalities, otherwise all that can be targets.
+        """
         options = self.section
         key, present = candidates.key[own], candidates.present[own]
         text_ok, image_ok = (writable[own] for writable in self._writable(candidates))
-        always = np.zeros_like(present)  # dropped whatever the chance
+        always = np.zeros_like(present)  # dropped regardless of chance
         if options.always_drop_target:
             to_text = keyed_uniform(key, "target") < options.text_target_share
             if candidates.variant >= 0:
@@ -190,10 +205,11 @@ class ModalityReconstruction(Task):
         set_text_targets(candidates, drawn, writes_text)
 
     def _dropped(self, key: np.ndarray, present: np.ndarray, always: np.ndarray) -> np.ndarray:
-        """bool [n, 3], the modalities that are dropped; one stays in the input."""
+        """Return which modalities are dropped, bool [n, 3]. At least one remains in the input."""
         dropped = always.copy()
         waiting = np.arange(len(key))
-        for attempt in range(_REDRAWS):  # drawn again when all would go; 0.3^3 of them each time
+        # Sampled again if all modalities would be dropped; 0.3^3 of the samples each time.
+        for attempt in range(_REDRAWS):
             if not waiting.size:
                 break
             uniform = keyed_uniform(key[waiting, None], "drop", attempt, np.arange(3)[None, :])
@@ -204,7 +220,7 @@ class ModalityReconstruction(Task):
         return dropped
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
-        """Of both decoders, whichever task has them write."""
+        """Return the number of target items of both decoders, for all tasks that set decoder targets."""
         columns = samples.columns
         return {
             "dtr": float(columns["text_target_length"][columns["writes_text"]].sum()),
@@ -212,6 +228,7 @@ class ModalityReconstruction(Task):
         }
 
     def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        """Return the cost of the decoders, for all tasks that set decoder targets."""
         cost, columns, model = TaskCost.none(len(samples)), samples.columns, self.config.model
         writes_text, writes_image = columns["writes_text"], columns["writes_image"]
         cost.output_positions[:] = (writes_text | writes_image) * positions
@@ -226,9 +243,10 @@ class ModalityReconstruction(Task):
             cost.decoder_flops[own] += decoder_flops(model, layers, outputs, num_items, positions[own])
         return cost
 
-    # ---- a sample and a batch
+    # ---- samples and batches
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Set the decoder targets of the sample."""
         targets, columns = ReconstructionTargets(), planned.columns
         if columns["writes_text"][slot]:
             targets.text = read_text(store, planned.source_rows[slot, TEXT], self.config.model.max_text_tokens)
@@ -238,8 +256,9 @@ class ModalityReconstruction(Task):
         sample.targets["modality"] = targets
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> BatchPart | None:
+        """Return the decoder targets of the batch."""
         wanted = {i: sample.targets["modality"] for i, sample in enumerate(samples) if "modality" in sample.targets}
-        text = {  # BOS is [CLS]; EOS is [SEP], and it is learned where the text ends
+        text = {  # The first token is [CLS]; the last one is [SEP], which is a target only if the text ends there.
             i: np.append(target.text, layout.sep_id) if target.text_ends else target.text
             for i, target in wanted.items()
             if target.text is not None
@@ -250,10 +269,11 @@ class ModalityReconstruction(Task):
             image=decoder_targets(samples, layout, codes, _BEGIN_OF_CODES),
         )
 
-    # ---- the model and its control
+    # ---- the model and its baseline
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return the terms of both decoders."""
         assert isinstance(part, ReconstructionBatch)
         return {
             "dtr": reconstruction_term(encoded.decoders[TEXT], part.text, encoded.hidden_te),
@@ -261,7 +281,10 @@ class ModalityReconstruction(Task):
         }
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline | None:
-        """DTR: the unigram frequencies of the training texts, their end among them. DIR: the codes' frequencies."""
+        """Return the loss of unigram frequencies.
+
+        They are those of training tokens and the end of a text for DTR, and of image codes for DIR.
+        """
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
             targets: ReconstructionTargets = sample.targets["modality"]

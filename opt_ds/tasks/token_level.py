@@ -1,4 +1,4 @@
-"""What the token-level tasks share: some items of one modality are masked and predicted."""
+"""Base class of the token-level tasks, in which some items of one modality are masked and predicted."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,31 +20,35 @@ class TokenLevelTask(Task):
     level = "token"
     modality: ClassVar[int]
     modality_word: ClassVar[str]
-    min_items: ClassVar[int] = 1  # of a sample that allows the task
+    min_items: ClassVar[int] = 1  # minimum number of items of a sample that allows the task
 
     def count_masked(self, lengths: np.ndarray) -> np.ndarray:
-        """int64, how many of these numbers of items are masked."""
+        """Return how many items are masked for each number of items, int64."""
         return num_masked(lengths, self.config.tasks.mask_probability)
 
     @abstractmethod
     def flops_per_item(self) -> float:
-        """Multiplications of the head for each masked item."""
+        """Return the multiplications of the head per masked item."""
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
+        """Return which samples have at least `min_items` items of the modality."""
         return candidates.lengths[:, self.modality] >= self.min_items
 
     def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        """Return a reason if no sample has the modality."""
         return {} if present[:, self.modality].any() else {self.name: f"no sample has {self.modality_word}"}
 
     def lengths(self, samples: PlannedSamples) -> np.ndarray:
-        """int64 [n], items of this task's samples, of its modality."""
+        """Return the number of items of the modality for each sample of this task, int64 [n]."""
         return samples.input_lengths[self.own(samples), self.modality]
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+        """Return the number of masked items for each loss."""
         count = float(self.count_masked(self.lengths(samples)).sum())
         return dict.fromkeys(self.loss_names(), count)
 
     def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
+        """Return the cost of the masked items."""
         cost, own = TaskCost.none(len(samples)), self.own(samples)
         cost.output_positions[own] = self.count_masked(self.lengths(samples))
         cost.head_flops[own] = 2.0 * (cost.output_positions[own] * self.flops_per_item())
@@ -54,5 +58,8 @@ class TokenLevelTask(Task):
 def masked_places(
     samples: Sequence[Sample], name: str, mask: Callable[[Sample], np.ndarray | None]
 ) -> list[tuple[int, np.ndarray]]:
-    """(place of the sample in the batch, int64 places of its masked items) of the samples with this task's targets."""
+    """Return the positions of masked items for each sample with targets of this task.
+
+    Each entry is (index of the sample in the batch, int64 positions).
+    """
     return [(i, np.flatnonzero(given(mask(sample)))) for i, sample in enumerate(samples) if name in sample.targets]

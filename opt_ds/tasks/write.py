@@ -1,5 +1,6 @@
-"""Fine-tuning's text writing: the text decoder writes the sample's text from the other inputs, which are neither masked nor
-dropped at random. Its loss is that of `opt_ds.tasks.reconstruct`.
+"""Text generation in fine-tuning: the text decoder generates the sample's text from the other inputs.
+
+The inputs are neither masked nor randomly dropped. The loss is that of `opt_ds.tasks.reconstruct`.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from opt_ds.tasks.reconstruct import ModalityReconstruction, set_text_targets
 
 
 class TextWriting(Task):
-    """Its targets, batch and loss are the reconstruction's."""
+    """Text generation. Its targets, batch and loss are those of the reconstruction."""
 
     name = "write"
     about = "Text writing in fine-tuning."
@@ -28,16 +29,20 @@ class TextWriting(Task):
     target_words = " and text to write"
 
     def has_target(self, store: FeatureStore, samples: np.ndarray) -> np.ndarray:
+        """Return which samples have text."""
         return store.rows[samples, TEXT] >= 0
 
     def assign_for_finetuning(
         self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
     ) -> None:
+        """Set the text of every sample as its target."""
         set_text_targets(candidates, drawn, np.ones(len(drawn.task), dtype=bool))
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+        """Set the decoder targets of the sample."""
         ModalityReconstruction(self.config).add_targets(sample, planned, slot, store)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
+        """Return no terms: the reconstruction's `dtr` covers these targets."""
         return {}

@@ -1,1 +1,1 @@
-"""Tools around training: what a run will need (`plan`), and whether this machine can run it (`doctor`)."""
+"""Tools around training: requirements of a run (`plan`), and whether this machine can run it (`doctor`)."""

@@ -1,8 +1,8 @@
-"""Memory of a micro-batch's forward and backward pass, found by running the real model on tensors without content.
+"""Memory of a micro-batch's forward and backward pass, found by running the real model on meta tensors.
 
-Nothing is computed: tensors on PyTorch's device "meta" have shapes and dtypes only, and what a real device would allocate is
-added up, operator by operator. The model acts as on that device; what it would hold otherwise (dropout's masks are a byte an
-element on a GPU) is put right.
+Nothing is computed. Tensors on PyTorch's "meta" device have only shapes and dtypes, and what a real device would
+allocate is added up, operator by operator. The model behaves as on that device. Differences in allocation are corrected
+(dropout's masks take one byte per element on a GPU).
 """
 
 import weakref
@@ -23,13 +23,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered: bytes of the tensors made here that are still referenced, and the most there were."""
+    """Counts the bytes of tensors that are created while entered and still referenced, and their maximum."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._on_gpu = device == "cuda"
-        self._alignment = 512 if self._on_gpu else 64  # the allocator hands out multiples of it
+        self._alignment = 512 if self._on_gpu else 64  # granularity of the allocator
         self._sizes: dict[int, int] = {}
         self._references: dict[int, Any] = {}
 
@@ -62,22 +62,25 @@ class LiveBytes(TorchDispatchMode):
 
 
 class ActivationTracer:
-    """Traces micro-batches through one model, as they would be on `device`, "cpu" or "cuda"."""
+    """Traces micro-batches through one model as on `device` ("cpu" or "cuda")."""
 
     def __init__(self, config: Config, precision: str, device: str) -> None:
         self._device = device
         with torch.device("meta"):
             model = OPT(config.model, config.tasks).recompute_layers(config.train.recompute).train()
         self.model = model.to(DTYPES[precision])
-        # The word embedding is used three times. PyTorch adds its gradients up in place, from the backward's beginning to its
-        # end; tensors without content would be copied, so this one gradient is left out of the trace and added to it.
+        # The word embedding is used three times. PyTorch accumulates its gradients in place, from the start of backward
+        # to its end. Meta tensors would be copied, so this gradient is excluded from the trace and added to the result.
         self._word = self.model.embeddings.text.word.weight
         self._traced = [parameter for parameter in self.model.parameters() if parameter is not self._word]
-        for parameter in self._traced:  # the engine takes each gradient as soon as it is there
+        for parameter in self._traced:  # the engine takes each gradient as soon as it is computed
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def peak_bytes(self, batch: PackedBatch) -> int:
-        """Most bytes held at a time, beside weights and accumulated gradients, from the batch's arrival to the backward's end."""
+        """Return the peak memory in bytes, from the arrival of the batch to the end of backward.
+
+        Weights and accumulated gradients are not included.
+        """
         counter = LiveBytes(self._device)
         with counter, acting_as(self._device):
             on_device = map_tensors(batch, partial(torch.empty_like, device="meta"))

@@ -1,4 +1,5 @@
-"""A store that is not there: lengths as one assumes them, features of zeros. For planning before anything is prepared."""
+"""Placeholder for a store that does not exist yet: assumed lengths and zero features, for estimates before preparation.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,15 @@ from opt_ds.store.schema import CODES_PER_IMAGE, Dims, StoreDescription, Tokeniz
 
 _SAMPLES = 4096
 _VALID_SHARE = 0.05
-_SPREAD = 0.5  # lengths are spread evenly over this share around their means
+_SPREAD = 0.5  # lengths are spread uniformly over this fraction around their means
 
 
 class AssumedStore:
-    """Looks like a `FeatureStore` to the step plan and the sample reader; every sample has all three modalities.
+    """Has the interface of a `FeatureStore` for the step plan and the sample reader.
 
-    `text`, `regions`, `frames`: mean items a sample (WordPieces, regions, stored speech frames).
+    Every sample has all three modalities.
+
+    `text`, `regions`, `frames` are the mean items per sample (WordPieces, regions, stored speech frames).
     """
 
     has_codes = has_pixels = True
@@ -42,35 +45,42 @@ class AssumedStore:
 
     @cached_property
     def text_lengths(self) -> np.ndarray:
+        """Length of each text row in WordPieces, int32."""
         return self._spread(0)
 
     @cached_property
     def region_counts(self) -> np.ndarray:
+        """Number of regions of each image row, int32."""
         return self._spread(1)
 
     @cached_property
     def frame_counts(self) -> np.ndarray:
+        """Number of frames of each audio row, int32."""
         return self._spread(2)
 
     def split_samples(self, split: str) -> np.ndarray:
-        """The last samples are the valid split's; any other name gives the rest."""
+        """Return the last samples for the split "valid", and the rest for any other name."""
         start = int(_SAMPLES * (1 - _VALID_SHARE))
         return np.arange(start, _SAMPLES) if split == "valid" else np.arange(start)
 
     def split_subsets(self, split: str) -> np.ndarray:
-        """All samples of the split have all three modalities."""
+        """Return the number of samples per subset of modalities. All samples of the split have all three."""
         return np.array([*[0] * 7, len(self.split_samples(split))])
 
     def all_have(self, modality: int) -> bool:
+        """Return True, because all samples have all modalities."""
         return True
 
     def sample_id(self, index: int) -> str:
+        """Return the index as the id."""
         return str(index)
 
     def text(self, row: int) -> np.ndarray:
+        """Return a text of the row's length that repeats the last token."""
         return np.full(int(self.text_lengths[row]), self._model.vocab_size - 1, dtype=np.int32)
 
     def regions(self, row: int) -> Regions:
+        """Return zero regions."""
         count = int(self.region_counts[row])
         return Regions(
             np.zeros((count, self._model.image_feature_dim), np.float16),
@@ -80,17 +90,20 @@ class AssumedStore:
         )
 
     def frames(self, row: int) -> np.ndarray:
+        """Return zero frames."""
         return np.zeros((int(self.frame_counts[row]), self._model.audio_feature_dim), np.float16)
 
     def codes(self, row: int) -> np.ndarray:
+        """Return zero image codes."""
         return np.zeros(CODES_PER_IMAGE, np.uint16)
 
     def release_pages(self) -> None:
+        """Do nothing, because no pages are mapped."""
         pass
 
     def _spread(self, modality: int) -> np.ndarray:
         mean = self._means[modality]
         low, high = max(1, round(mean * (1 - _SPREAD))), round(mean * (1 + _SPREAD))
-        # A fixed shuffle of evenly spread lengths, another one for each modality.
+        # A fixed shuffle of uniformly spread lengths, different for each modality.
         lengths = np.rint(np.linspace(low, high, _SAMPLES)).astype(np.int32)
         return lengths[np.random.default_rng(modality).permutation(_SAMPLES)]

@@ -75,14 +75,14 @@ PARTS = (
 
 
 class Key(NamedTuple):
-    """One row of a table. `path`: the key with its sections."""
+    """One row of a table. `path` is the key with its sections."""
 
     path: str
     field: FieldInfo
 
 
 class Table(NamedTuple):
-    """One section: the path of its keys ("" for the top level), its class and its rows."""
+    """One section: the prefix of its keys ("" at the top level), its class and its rows."""
 
     prefix: str
     section: type[Section]
@@ -108,7 +108,7 @@ def tables(section: type[Section], prefix: str = "") -> Iterator[Table]:
 
 
 def page() -> str:
-    """Return the whole page, Markdown."""
+    """Return the page in Markdown."""
     blocks = [_INTRODUCTION]
     for part in PARTS:
         about = textwrap.fill(f"{_first_line(part.section)} {part.about}", 120, break_on_hyphens=False)
@@ -170,7 +170,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a default as YAML has it, on one line."""
+    """Return a default on one line, as in YAML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

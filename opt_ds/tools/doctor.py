@@ -1,6 +1,6 @@
-"""Can this machine run opt_ds, and with what? One finding a fact: ok, or what is wrong and how to mend it.
+"""Checks of whether this machine can run opt_ds. Each check reports ok, or what is wrong and how to fix it.
 
-A check never raises: a checker that dies on a broken installation would be of no use there.
+Errors of a check are reported as findings, because a checker that fails on a broken installation would be useless.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ from opt_ds.version import __version__
 _PACKAGES = ("torch", "deepspeed", "transformers", "torchaudio", "torchvision", "h5py", "numpy", "safetensors", "tensorboard")
 _GIB = 2**30
 _LITTLE_SHM = 1 * _GIB
-_SLOW_STORE = 100e6  # bytes a second
+_SLOW_STORE = 100e6  # bytes per second
 _READ_SECONDS = 1.0
 _NOFILE = 1024
 
@@ -38,14 +38,17 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be run: the checks of precision, kernels, stores and output depend on it."""
+    """What is to be run. The checks of precision, kernels, stores and output depend on it."""
 
     config: Config
     output: Path | None = None
 
 
 def default_config(stores: list[str]) -> str:
-    """The preset that a start of pretrain.py without --config takes here; opt-base where that cannot be told."""
+    """Return the preset that pretrain.py without --config uses on this machine.
+
+    Return opt-base if that cannot be determined.
+    """
     try:
         import torch
 
@@ -53,11 +56,14 @@ def default_config(stores: list[str]) -> str:
 
         return default_preset(stores, torch.cuda.is_available())[0]
     except (ImportError, UserError):
-        return "opt-base"  # the report says what is wrong
+        return "opt-base"  # the report names the cause
 
 
 def resolve(source: str, settings: list[str], stores: list[str]) -> tuple[Config, str | None]:
-    """The configuration with the stores' sizes, and a line that says which; the report names stores that cannot be read."""
+    """Return the configuration with the stores' sizes, and a line that lists them.
+
+    The report names stores that cannot be read.
+    """
     from opt_ds.config import load_config
     from opt_ds.training.preflight import settle
 
@@ -69,7 +75,7 @@ def resolve(source: str, settings: list[str], stores: list[str]) -> tuple[Config
 
 
 def examine(question: Question) -> Iterator[Finding]:
-    """Every finding, as soon as it is there."""
+    """Yield every finding as soon as it is available."""
     for check in CHECKS:
         try:
             yield from check(question)
@@ -95,7 +101,8 @@ def _versions(_: Question) -> Iterator[Finding]:
         yield Finding("FAIL", "versions", f"not installed: {', '.join(missing)}: run make install")
     import torch
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed guesses, and says so
+    # Otherwise DeepSpeed guesses, with a warning.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import transformers
 
@@ -244,7 +251,10 @@ def _stores(question: Question) -> Iterator[Finding]:
 
 
 def reading_rate(store: "object", seconds: float = _READ_SECONDS) -> tuple[float, float]:
-    """Bytes and samples a second, one thread, samples in a random order. The first shards are opened beforehand."""
+    """Return bytes and samples per second, read by one thread in random order.
+
+    The first shards are opened in advance.
+    """
     import numpy as np
 
     from opt_ds.store.reader import FeatureStore
@@ -258,7 +268,7 @@ def reading_rate(store: "object", seconds: float = _READ_SECONDS) -> tuple[float
         arrays = [store.text(text)] if text >= 0 else []
         arrays += [store.region_features(image)] if image >= 0 else []
         arrays += [store.frames(audio)] if audio >= 0 else []
-        total += sum(np.array(array).nbytes for array in arrays)  # a copy, so that the pages are really read
+        total += sum(np.array(array).nbytes for array in arrays)  # copy the arrays so that the pages are really read
         count += 1
         if time.perf_counter() - began > seconds:
             break

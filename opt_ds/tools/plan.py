@@ -1,7 +1,10 @@
-"""What a run will need before it is started: memory, micro-batch budget, accumulation, operations, traffic, time, and its bound.
+"""Requirements of a run, estimated before it starts.
 
-Memory is the model of `memory.py` (held by tests to measured CPU peaks); on GPUs nothing of this has been measured. Times are
-arithmetic: operations over the data sheet's peak times `utilisation`, bytes over the link's rate times `link_efficiency`.
+They are memory, micro-batch budget, accumulation, operations, traffic, time and bottleneck.
+
+Memory comes from the model in `memory.py`, which tests compare with measured CPU peaks. Nothing of this has been
+measured on GPUs. Times are computed: operations divided by the data sheet's peak times `utilisation`, bytes divided by
+the link's rate times `link_efficiency`.
 """
 
 import math
@@ -25,15 +28,15 @@ from opt_ds.tools.memory import FRAGMENTATION, RankMemory, rank_memory
 from opt_ds.training.deepspeed_config import Hardware, Precision, choose_precision
 from opt_ds.training.hardware import Gpu
 
-_BUDGET_STEP = 256  # budgets are given in multiples of it
-_MOST_ROUNDS = 6  # traces in the search for the largest one
-_AIM, _NEAR = 0.99, 1.02  # below the limit, and near enough to it: micro-batches differ in their padding
+_BUDGET_STEP = 256  # budgets are multiples of this
+_MOST_ROUNDS = 6  # maximum number of traces in the search for the largest budget
+_AIM, _NEAR = 0.99, 1.02  # target below the limit, and tolerance; micro-batches differ in their padding
 _OTHER_BYTES = 64 * 2 + 8  # image codes and the sample's own numbers
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machine that is planned for. `network_bandwidth` is a node's, in bytes a second, one direction."""
+    """The machine of the estimate. `network_bandwidth` is per node, in bytes per second, one direction."""
 
     gpu: Gpu
     num_gpus: int
@@ -44,17 +47,22 @@ class Cluster:
 
     @property
     def device(self) -> str:
+        """Kind of device: "cpu" or "cuda"."""
         return "cpu" if self.gpu.name == "cpu" else "cuda"
 
     @property
     def hardware(self) -> Hardware:
+        """The rank's hardware, for the choice of the precision."""
         if self.device == "cpu":
             return Hardware("cpu", self.gpu.name)
         return Hardware("cuda", self.gpu.name, self.gpu.capability, (f"sm_{self.gpu.capability[0]}{self.gpu.capability[1]}",))
 
     @property
     def rank_bandwidth(self) -> float:
-        """Bytes a second that a rank exchanges with the others: the network's share where there are several nodes."""
+        """Bytes per second that a rank exchanges with others.
+
+        With several nodes, this is its part of the network's bandwidth.
+        """
         link = self.gpu.link_bandwidth
         if self.num_gpus > self.gpus_per_node:
             link = min(link, self.network_bandwidth / self.gpus_per_node)
@@ -63,7 +71,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All figures; memory in bytes a rank, times in seconds, traffic in bytes a rank and step."""
+    """All figures: memory in bytes per rank, times in seconds, traffic in bytes per rank and step."""
 
     preset: str
     gpu: str
@@ -76,15 +84,15 @@ class RunPlan:
     memory_limit: float
     memory: RankMemory  # at batch.max_tokens
     fits: bool
-    largest_budget: int  # the largest batch.max_tokens that fits; 0: none does
-    max_tokens: int  # what the figures below are for: batch.max_tokens, or the largest budget where that is smaller
+    largest_budget: int  # the largest batch.max_tokens that fits, or 0
+    max_tokens: int  # basis of the figures below: batch.max_tokens, or the largest budget if that is smaller
     batch_samples: int
     accumulation: int
     fill: float
     flops_per_step: float
     communication_bytes: float
     bytes_per_sample: float
-    read_rate: float  # bytes a second over all ranks that keep the GPUs busy
+    read_rate: float  # bytes per second over all ranks that keep the GPUs busy
     compute_s: float
     communication_s: float
     step_s: float
@@ -93,12 +101,15 @@ class RunPlan:
     bound: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; memory with its total."""
+        """Return plain values for JSON, with the total memory."""
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
 def plan_run(config: Config, cluster: Cluster, stores: list[FeatureStore] | AssumedStore) -> RunPlan:
-    """Plan a run of this configuration on this cluster. Raises UserError for a precision that the GPU or DeepSpeed cannot do."""
+    """Return the requirements of a run on a cluster.
+
+    Raise UserError for a precision that the GPU or DeepSpeed does not support.
+    """
     return _Planner(config, cluster, stores).plan()
 
 
@@ -121,7 +132,8 @@ class _Planner:
         flops = step_flops(config, step.samples).total
         accumulation = len(step.micro_batches[0])
         peak = cluster.gpu.fp32_flops if self.precision == "fp32" else cluster.gpu.half_flops
-        repeated = 4 / 3 if config.train.recompute else 1.0  # one more forward pass beside forward and backward (twice that)
+        # One more forward pass in addition to forward and backward (which takes twice as long).
+        repeated = 4 / 3 if config.train.recompute else 1.0
         compute_s = repeated * flops / cluster.num_gpus / (peak * cluster.utilisation)
         traffic = communication_bytes(config, self.precision, self.parameters, cluster.num_gpus, accumulation)
         communication_s = traffic / cluster.rank_bandwidth
@@ -144,7 +156,10 @@ class _Planner:
         return StepPlan(config, self.stores).step(0, self.cluster.num_gpus)
 
     def _memory(self, max_tokens: int) -> RankMemory:
-        """At this budget, by the micro-batches of the first step that hold the most positions and the most padding."""
+        """Return the memory at this budget.
+
+        It is traced with the micro-batches of the first step that have the most positions and the most padding.
+        """
         step = self._planned(max_tokens)
         lengths = step.samples.input_lengths.sum(1)
         all_batches = [m for rank in step.micro_batches for m in rank if len(m.slots)]
@@ -156,7 +171,8 @@ class _Planner:
             self.tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
             for batch in ([fullest] if fullest is by_padding else [fullest, by_padding])
         ]
-        # Micro-batches of a step are equal, so they may be well below the budget; those of another batch size may fill it.
+        # A step's micro-batches are balanced, so they may be well below the budget. Those of another batch size may
+        # fill it.
         full = max_tokens / fullest.num_tokens if len(step.micro_batches[0]) > 1 else 1.0
         activations = max(traced) * full
         return rank_memory(
@@ -164,12 +180,12 @@ class _Planner:
         )
 
     def _largest_budget(self, wanted: int, at_wanted: RankMemory) -> int:
-        """The largest budget that fits: activations are nearly proportional to it, so a few traces find it."""
+        """Return the largest budget that fits. Activations are nearly proportional to it, so a few traces find it."""
         model = self.config.model
         least = model.max_sequence + model.max_text_tokens + 1 + model.num_image_codes
-        # More than a whole step on one rank is never used.
+        # A budget larger than a complete step on one rank is never used.
         most = max(least, sum(m.num_tokens for m in self._planned(wanted).micro_batches[0]))
-        fits, fails = 0, most + _BUDGET_STEP  # budgets: the largest known to fit, the smallest known not to
+        fits, fails = 0, most + _BUDGET_STEP  # the largest budget known to fit, and the smallest known not to fit
         budget, memory = wanted, at_wanted
         for _ in range(_MOST_ROUNDS):
             if memory.total <= self.limit:
@@ -186,7 +202,7 @@ class _Planner:
         return fits
 
     def _bytes_per_sample(self) -> float:
-        """Mean bytes read from the stores for one training sample."""
+        """Return the mean number of bytes read from the stores per training sample."""
         total, count = 0.0, 0
         for store in self.stores:
             rows = store.rows[store.split_samples(self.config.data.train_split)]
@@ -205,9 +221,22 @@ class _Planner:
 def communication_bytes(
     config: Config, precision: Precision, parameters: int, world_size: int, accumulation: int
 ) -> float:
-    """Bytes that a rank sends in one optimiser step, by ring algorithms; gradients travel in fp32 (see deepspeed_config).
+    """Return the bytes that a rank sends in one optimiser step.
 
-    Stage 1 reduces once a step, stages 2 and 3 on every micro-batch; stage 3 also gathers weights for forward and backward.
+    Collectives are assumed to be ring algorithms, with gradients in fp32 (see deepspeed_config).
+
+    Stage 1 reduces once per step, stages 2 and 3 on every micro-batch. Stage 3 also gathers weights for forward and
+    backward.
+
+    Args:
+        config: The run's configuration.
+        precision: The run's precision.
+        parameters: Parameters of the model.
+        world_size: Number of ranks.
+        accumulation: Micro-batches per step and rank.
+
+    Returns:
+        Bytes.
     """
     ring = (world_size - 1) / world_size * parameters
     weight = 4 if precision == "fp32" else 2
@@ -220,7 +249,7 @@ def communication_bytes(
 
 
 def plan_text(plan: RunPlan) -> str:
-    """The figures as aligned lines."""
+    """Return the figures as aligned lines."""
     gib = 2**30
     parts = {
         "weights": plan.memory.weights,
@@ -255,7 +284,7 @@ def plan_text(plan: RunPlan) -> str:
 
 
 def parse_cluster(cluster: Cluster) -> Cluster:
-    """The same cluster, if its numbers make sense. Raises UserError otherwise."""
+    """Return the cluster after checking its numbers. Raise UserError if they make no sense."""
     if cluster.num_gpus < 1 or cluster.gpus_per_node < 1:
         raise UserError("--num-gpus and --gpus-per-node must be at least 1")
     if not 0 < cluster.utilisation <= 1:

@@ -1,1 +1,1 @@
-"""The training engine: DeepSpeed under our own batch arithmetic, checkpoints, metrics and loop."""
+"""Training engine: DeepSpeed with the package's own batch arithmetic, checkpoints, metrics and training loop."""

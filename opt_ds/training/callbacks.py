@@ -1,6 +1,7 @@
-"""What a run does between its steps besides training: the trainer calls it, and knows nothing else of it.
+"""Callbacks: what a run does between its steps besides training.
 
-The entry points (`pretrain.py`, `opt-ds finetune`) hand over evaluation's (`opt_ds.evaluation.callbacks`).
+The trainer calls the callbacks and knows nothing else about them. The entry points (`pretrain.py`, `opt-ds finetune`)
+pass those of `opt_ds.evaluation.callbacks`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from opt_ds.training.metrics import Reporter
 
 
 class TrainingRun(Protocol):
-    """What callbacks see of the trainer. `engine.module` is the model; callbacks leave it in training mode."""
+    """The trainer, as callbacks see it.
+
+    `engine.module` is the model. Callbacks must leave it in training mode.
+    """
 
     config: Config
     stores: list[FeatureStore]
@@ -25,22 +29,28 @@ class TrainingRun(Protocol):
     state: TrainState
 
     def is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is to be done after this one."""
+        """Return whether an action that runs every `every` steps is due after this step.
+
+        It is also due after the last step.
+        """
         ...
 
 
 class Callbacks:
-    """Does nothing. All ranks call the same methods in the same order, except `check`, which rank 0 alone calls."""
+    """Base class whose methods do nothing.
+
+    All ranks call the same methods in the same order. `check` is the exception: only rank 0 calls it.
+    """
 
     def check(self, config: Config, stores: Sequence[FeatureStore]) -> None:
-        """Raise UserError, before anything is trained, for what could not be done during the run."""
+        """Raise UserError, before training starts, for anything that could not be done during the run."""
 
     def reference_losses(self, run: TrainingRun) -> dict[str, float]:
-        """Return loss name -> value that the validation table shows beside the model's; on rank 0, empty on the others."""
+        """Return loss name -> baseline value for the validation table, on rank 0; an empty dict on the other ranks."""
         return {}
 
     def after_validation(self, run: TrainingRun) -> None:
-        """Called once the validation losses are reported."""
+        """Run after the validation losses are reported."""
 
     def after_step(self, run: TrainingRun) -> None:
-        """Called after every optimiser step, outside the time that the throughput is measured over."""
+        """Run after every optimiser step. Its time does not count towards the measured throughput."""

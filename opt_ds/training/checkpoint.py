@@ -1,15 +1,17 @@
-"""One canonical checkpoint, whatever the rank count, ZeRO stage and precision: complete, or not there at all.
+"""Canonical checkpoints: one format for every rank count, ZeRO stage and precision.
+
+A checkpoint is complete or absent.
 
     <output>/checkpoints/step-00001000/
         model.safetensors     fp32 master weights by parameter name, and the model's buffers
         moments.safetensors   Adam's exp_avg and exp_avg_sq, as "<parameter>.exp_avg"
         state.json            step, Adam's updates, loss scale, best validation, config, plan version, stores, versions
-        COMPLETE.json         size and SHA-256 of each of these; written last
+        COMPLETE.json         size and SHA-256 of each of these files; written last
     <output>/checkpoints/latest, best    text files: the name of a folder, and the SHA-256 of its COMPLETE.json
 
-Here: which checkpoints there are, and reading them; `checkpoint_files` checks that they are whole, `checkpoint_writer` writes
-them. Whatever is read was compared with its recorded hash. A checkpoint holds nothing of a random number generator: the plan
-and dropout are functions of (seed, step).
+This module finds and reads checkpoints. `checkpoint_files` checks that they are complete and `checkpoint_writer` writes
+them. Every file is compared with its recorded hash before it is read. A checkpoint holds no random number generator
+state, because the step plan and dropout are functions of (seed, step).
 """
 
 import logging
@@ -51,50 +53,53 @@ __all__ = [
     "load_weights", "pointed", "problem_with", "read_record", "read_state", "resolve_checkpoint", "train_state",
 ]  # fmt: skip
 
-HUB_MODEL_TYPE = "opt_ds"  # what the config.json of an exported folder says
+HUB_MODEL_TYPE = "opt_ds"  # `model_type` in the config.json of an exported folder
 
 
 @dataclass
 class GuardState:
-    """The history that the guard's decisions depend on."""
+    """History that the guard's decisions depend on."""
 
     losses: list[float] = field(default_factory=list)  # of the last `spike_window` steps
     gradient_norms: list[float] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)  # steps not taken, within the last `skip_window`
+    skipped: list[int] = field(default_factory=list)  # skipped steps within the last `skip_window`
     num_skipped: int = 0
     num_spikes: int = 0
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, besides weights and moments."""
+    """Progress of a run, apart from weights and moments."""
 
-    step: int = 0  # optimiser steps behind us; the next one has this number
+    step: int = 0  # completed optimiser steps, and so the index of the next one
     best_loss: float | None = None  # weighted validation loss
     best_step: int | None = None
     validations_without_gain: int = 0
     stopped_early: bool = False
     train_seconds: float = 0.0
-    adam_steps: int = 0  # less than step where an overflow skipped the update
+    adam_steps: int = 0  # less than `step` if an overflow skipped updates
     scaler: dict[str, float] = field(default_factory=dict)
     guard: GuardState = field(default_factory=GuardState)
 
 
 def folder_name(step: int) -> str:
-    """Name of the checkpoint folder after so many steps."""
+    """Return the name of the checkpoint folder after `step` steps."""
     return f"step-{step:08d}"
 
 
 def all_checkpoints(output: Path) -> list[Path]:
-    """The output directory's checkpoint folders, the newest first, whole or not."""
+    """Return the output directory's checkpoint folders, newest first, complete or not."""
     return sorted((output / FOLDER).glob("step-*"), reverse=True)
 
 
 def find_resumable(output: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there is none at all. Damaged newer ones are named in warnings.
+    """Return the newest complete checkpoint, or None if there are no checkpoints.
 
-    Raises UserError when there are checkpoints and all are damaged: starting again is the user's choice; and for a pointer that
-    names anything but a checkpoint.
+    Log a warning for each newer one that is damaged.
+
+    Raises:
+        UserError: All checkpoints are damaged (starting from scratch must be the user's choice), or a pointer names
+            something that is not a checkpoint.
     """
     for pointer in ("latest", "best"):
         pointer_fields(output, pointer)
@@ -118,10 +123,13 @@ def find_resumable(output: Path) -> Path | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `--checkpoint PATH` means: itself, or the best (else the latest) of a run's output directory.
+    """Return the checkpoint that `--checkpoint PATH` means.
 
-    Raises UserError when there is none, a file of it is missing or cut off, what is read of it (weights, state.json) is not what
-    was written, or it is an exported folder.
+    It is the folder itself, or the best (else the latest) checkpoint of a run's output directory.
+
+    Raises:
+        UserError: There is no checkpoint, one of its files is missing or truncated, the weights or state.json do not
+            match their recorded hash, or `path` is an exported folder.
     """
     path = Path(path)
     if is_exported(path):
@@ -138,7 +146,10 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the run's output directory that a checkpoint lies in. UserError for one that was copied out of its run."""
+    """Return the output directory of the run that contains a checkpoint.
+
+    Raise UserError if it was copied out of its run.
+    """
     folder = checkpoint.resolve()
     if folder.parent.name != FOLDER:
         raise UserError(
@@ -149,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether `opt-ds export` wrote this folder, damaged or not: a model without the run around it."""
+    """Return whether `opt-ds export` wrote this folder (a model without its run), damaged or not."""
     if not (path / "config.json").is_file():
         return False
     try:
@@ -159,7 +170,7 @@ def is_exported(path: Path) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint. UserError if it is not what was written, or lacks what every one has."""
+    """Return the state.json of a checkpoint. Raise UserError if its hash differs or a required field is missing."""
     file = check_file(folder, STATE_FILE)
     state = read_json_object(file, "use another checkpoint of the run")
     expected = {"step": int, "plan_version": int, "config": dict}
@@ -172,7 +183,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def train_state(saved: dict[str, Any]) -> TrainState:
-    """Return the TrainState in a state.json. UserError for fields that are missing or of another type."""
+    """Return the TrainState stored in a state.json. Raise UserError if a field is missing or has another type."""
     try:
         return TypeAdapter(TrainState).validate_python({name: saved[name] for name in TrainState.__dataclass_fields__})
     except KeyError as error:
@@ -183,7 +194,10 @@ def train_state(saved: dict[str, Any]) -> TrainState:
 
 
 def load_start(model: "OPT", config: Config) -> None:
-    """Copy the weights that fine-tuning starts from; a head for other labels than that checkpoint's stays as it is."""
+    """Copy the weights that fine-tuning starts from into the model.
+
+    A head for other labels than the checkpoint's keeps its initialisation.
+    """
     assert config.finetune is not None, "pre-training starts from no checkpoint"
     folder = Path(config.finetune.checkpoint)
     had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks
@@ -199,8 +213,8 @@ def load_start(model: "OPT", config: Config) -> None:
 def load_weights(model: torch.nn.Module, folder: Path, leave: str | tuple[str, ...] = ()) -> None:
     """Copy a checkpoint's weights and buffers into a model of the same shape.
 
-    What has a name that begins with `leave` (or one of them) is left as it is. Raises UserError for another shape, or a file
-    whose hash is not the recorded one.
+    Tensors whose names start with `leave` (or with one of its items) keep their values. Raise UserError if a shape
+    differs or the file's hash is not the recorded one.
     """
     file_path = check_file(folder, MODEL_FILE)
     shapes = tensor_shapes(file_path, "use another checkpoint of the run")
@@ -219,9 +233,9 @@ def load_weights(model: torch.nn.Module, folder: Path, leave: str | tuple[str, .
 
 
 def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
-    """Put master weights, moments, Adam's step count and the loss scale of a checkpoint into a fresh engine.
+    """Load a checkpoint's master weights, moments, Adam's step count and loss scale into a new engine.
 
-    The engine must have been made from a model that went through `load_weights` with the same folder.
+    The engine's model must already have been passed to `load_weights` with the same folder.
     """
     from opt_ds.training import optimizer_state
 
@@ -237,7 +251,10 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["OPT", Config]:
-    """The trained model (fp32, in evaluation mode) and its configuration, from a run's directory or one checkpoint."""
+    """Return the trained model (fp32, in evaluation mode) and its configuration.
+
+    `path` is a run's output directory or a checkpoint.
+    """
     from opt_ds.model.opt import OPT
 
     folder = resolve_checkpoint(path)
@@ -249,6 +266,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["O
 
 
 def buffers_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Persistent buffers by name."""
+    """Return the model's persistent buffers by name."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if not isinstance(value, torch.nn.Parameter)}

@@ -1,4 +1,7 @@
-"""Which files of a checkpoint may be believed: its record of sizes and hashes, the pointers to it, what its weights can fill."""
+"""Checks of a checkpoint's files.
+
+They cover recorded sizes and hashes, pointers, and whether the weights can fill the configured model.
+"""
 
 import math
 import re
@@ -21,14 +24,17 @@ _REMEDY = "use another checkpoint of the run"
 
 
 class RecordedFile(NamedTuple):
-    """Size and hash of one file, as COMPLETE.json has them."""
+    """Size and hash of one file, as recorded in COMPLETE.json."""
 
     bytes: int
     sha256: str
 
 
 def read_record(folder: Path) -> tuple[int, dict[str, RecordedFile]]:
-    """Return the step and the files of a checkpoint's COMPLETE.json. UserError if it is missing or not as it is written."""
+    """Return the step and the files recorded in a checkpoint's COMPLETE.json.
+
+    Raise UserError if it is missing or malformed.
+    """
     file = folder / COMPLETE
     found = read_json_object(file, _REMEDY)
     files, step = found.get("files"), found.get("step")
@@ -45,9 +51,10 @@ def read_record(folder: Path) -> tuple[int, dict[str, RecordedFile]]:
 
 
 def problem_with(folder: Path, hashes: Sequence[str] = ALL_FILES) -> str | None:
-    """Return what is wrong with a checkpoint, None if nothing.
+    """Return a description of what is wrong with a checkpoint, or None.
 
-    Presence and sizes of all files are checked, and the SHA-256 of those named in `hashes`: at least of all that will be read.
+    The presence and size of all files are checked. The SHA-256 is checked for the files in `hashes`, which must include
+    every file that will be read.
     """
     try:
         step, files = read_record(folder)
@@ -69,19 +76,19 @@ def problem_with(folder: Path, hashes: Sequence[str] = ALL_FILES) -> str | None:
 
 
 def check_file(folder: Path, name: str) -> Path:
-    """Return a checkpoint's file whose hash is as recorded. UserError otherwise."""
+    """Return the path of a checkpoint's file after checking its hash. Raise UserError if the hash differs."""
     problem = problem_with(folder, (name,))
     if problem:
         raise UserError(f"checkpoint {folder}: {problem}: {_REMEDY}")
     return folder / name
 
 
-_Identity = tuple[str, int, int, int, int]  # path, size, times of the last change of content and status (ns), inode
+_Identity = tuple[str, int, int, int, int]  # path, size, mtime (ns), ctime (ns), inode
 _hashes: dict[_Identity, str] = {}
 
 
 def sha256_once(path: Path) -> str:
-    """Return a file's SHA-256, read once by this process as long as the file does not change."""
+    """Return a file's SHA-256. This process reads the file only once, unless it changes."""
     stat = path.stat()
     key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     if key not in _hashes:
@@ -90,25 +97,26 @@ def sha256_once(path: Path) -> str:
 
 
 def known_hashes() -> dict[_Identity, str]:
-    """Return what this process has hashed so far, for `take_hashes` of the other ranks."""
+    """Return the hashes that this process has computed so far, for `take_hashes` on the other ranks."""
     return dict(_hashes)
 
 
 def take_hashes(known: dict[_Identity, str]) -> None:
-    """Trust another rank's hashes, for the files that this process sees with the same size, times and inode."""
+    """Accept another rank's hashes for the files that this process sees with the same size, times and inode."""
     _hashes.update(known)
 
 
 def pointer_text(target: Path) -> str:
-    """Return the content of a pointer to this checkpoint: its name, and the SHA-256 of its COMPLETE.json."""
+    """Return the content of a pointer to this checkpoint: its name and the SHA-256 of its COMPLETE.json."""
     record = target / COMPLETE
     return f"{target.name}\n" + (f"{file_sha256(record)}\n" if record.is_file() else "")
 
 
 def pointed(output: Path, pointer: str) -> Path | None:
-    """Return the checkpoint that `checkpoints/<pointer>` names; None where there is no pointer.
+    """Return the checkpoint that `checkpoints/<pointer>` names, or None if there is no such pointer.
 
-    Raises UserError for a damaged pointer: one that names no checkpoint of this run, or one with another COMPLETE.json.
+    Raise UserError if the pointer is damaged: it names no checkpoint of this run, or one whose COMPLETE.json has
+    another hash.
     """
     file = output / FOLDER / pointer
     name, sha256 = pointer_fields(output, pointer)
@@ -124,7 +132,10 @@ def pointed(output: Path, pointer: str) -> Path | None:
 
 
 def pointer_fields(output: Path, pointer: str) -> tuple[str | None, str | None]:
-    """Return the name and the hash in a pointer (versions before the hash: None). UserError if it holds anything else."""
+    """Return the name and the hash in a pointer; the hash is None in pointers of older versions.
+
+    Raise UserError for any other content.
+    """
     file = output / FOLDER / pointer
     try:
         text = file.read_bytes()[:1000].decode("ascii", "replace")
@@ -137,7 +148,7 @@ def pointer_fields(output: Path, pointer: str) -> tuple[str | None, str | None]:
 
 
 def check_size(model: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Refuse a configuration of a larger model than a file's tensors could fill, before anything of that size is built."""
+    """Raise UserError if the configured model is larger than the file's tensors can fill, before it is allocated."""
     held = sum(math.prod(shape) for shape in shapes.values())
     width = model.hidden_size
     rows = (

@@ -1,7 +1,9 @@
-"""Writes a run's checkpoints: training waits for the copy to host memory only; a thread of rank 0 writes it to disk.
+"""Asynchronous checkpoint writer.
 
-A checkpoint is written into a temporary folder, flushed to disk, and renamed; then the pointers are replaced and old ones
-removed. At most one is being written: the next `save`, and the end of the run, wait for it.
+Training waits only for the copy to host memory; a thread of rank 0 writes it to disk.
+
+A checkpoint is written to a temporary folder, flushed to disk and renamed. Then the pointers are replaced and old
+checkpoints are removed. At most one checkpoint is being written: the next `save` and the end of the run wait for it.
 """
 
 import os
@@ -30,36 +32,41 @@ _SPACE_MARGIN = 1.05
 
 
 class CheckpointError(UserError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+    """A checkpoint could not be written. Earlier checkpoints are unchanged."""
 
 
 class CheckpointWriter:
-    """`save` and `wait` are collective calls; rank 0 writes.
+    """Writer of a run's checkpoints. `save` and `wait` are collective calls; rank 0 writes.
 
-    `about` (config, plan version, stores, versions) goes into every state.json. Keeps the last `keep` checkpoints and the best.
+    `about` (config, plan version, stores, versions) is stored in every state.json. The last `keep` checkpoints and the
+    best one are kept.
     """
 
     def __init__(self, output: Path, group: ProcessGroup, keep: int, about: dict[str, Any]) -> None:
         self._output, self._group, self._keep, self._about = output, group, keep, about
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self.stall_s = 0.0  # how long training stood still for the last checkpoint
-        self.write_s = 0.0  # how long writing the last one took
+        self.stall_s = 0.0  # time for which the last checkpoint blocked training
+        self.write_s = 0.0  # time spent writing the last checkpoint
         if group.ranks.is_main:
-            for leftover in (output / FOLDER).glob(".step-*.tmp"):  # of a process that was killed
+            for leftover in (output / FOLDER).glob(".step-*.tmp"):  # left by a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
 
     @property
     def has_failed(self) -> bool:
-        """On rank 0: the last checkpoint could not be written. `wait` then raises on every rank."""
+        """Whether the last checkpoint could not be written, known on rank 0 only. `wait` then raises on every rank."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def save(self, engine: "DeepSpeedEngine", state: TrainState, best: bool = False) -> Path:
-        """Take a copy of everything and start writing the checkpoint of `state.step`; gives the folder that it will be.
+        """Copy weights and moments to host memory and start writing the checkpoint of `state.step`.
 
-        Raises CheckpointError on every rank when the one before could not be written, or the disk has no room for this one.
+        Return its future folder.
+
+        Raise CheckpointError on every rank if the previous checkpoint could not be written or the disk has no space for
+        this one.
         """
-        from opt_ds.training import optimizer_state  # needs DeepSpeed, which a reader of checkpoints does not
+        # Imported here because readers of checkpoints do not need DeepSpeed.
+        from opt_ds.training import optimizer_state
 
         began = time.perf_counter()
         self.wait()
@@ -85,7 +92,7 @@ class CheckpointWriter:
         return target
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises CheckpointError on every rank when it could not be."""
+        """Wait until no checkpoint is being written. Raise CheckpointError on every rank if writing failed."""
         problem = None
         if self._writing is not None:
             try:
@@ -96,7 +103,7 @@ class CheckpointWriter:
         self._raise_everywhere(problem)
 
     def close(self) -> None:
-        """Finish what is being written, whatever becomes of it."""
+        """Wait for the writer thread to end, whether or not it succeeds."""
         self._thread.shutdown(wait=True)
 
     def _raise_everywhere(self, problem: str | None) -> None:
@@ -115,7 +122,8 @@ class CheckpointWriter:
         began = time.perf_counter()
         try:
             _write_folder(target, weights, moments, state)
-            if _best(self._output) == target:  # written again: the pointer holds the hash of the former one
+            # A rewrite of the best checkpoint: its pointer holds the hash of the former one.
+            if _best(self._output) == target:
                 pointers = (*pointers, "best")
             for pointer in pointers:
                 point_to(self._output, pointer, target)
@@ -132,7 +140,7 @@ def point_to(output: Path, pointer: str, target: Path) -> None:
 
 
 def check_space(output: Path, num_parameters: int) -> None:
-    """Raise UserError when the disk cannot hold one more checkpoint of a model of this size."""
+    """Raise UserError if the disk has no space for one more checkpoint of a model of this size."""
     problem = _no_room(output, num_parameters * _BYTES_PER_PARAMETER * _SPACE_MARGIN)
     if problem:
         raise UserError(problem)
@@ -193,9 +201,11 @@ def _best(output: Path) -> Path | None:
 
 
 def _prune(output: Path, keep: int, newest: Path, best_step: int | None) -> None:
-    """Keep the last `keep` checkpoints up to `newest`, and the best.
+    """Remove old checkpoints.
 
-    Later ones could not be used, or the run would have gone on from them; "best" may name one of these.
+    The last `keep` ones up to `newest` and the best one are kept. Checkpoints later than `newest` are removed: they
+    were unusable, since otherwise the run would have resumed from them. If "best" names one of these, it is pointed at
+    the checkpoint of `best_step`, or removed if there is none.
     """
     found, best = checkpoint.all_checkpoints(output), _best(output)
     later = [folder for folder in found if folder.name > newest.name]

@@ -1,11 +1,12 @@
-"""A watch over the ranks' collective calls: ranks that call different ones end with a message instead of waiting for ever.
+"""Watchdog for collective calls: ranks that make different calls fail with a message instead of waiting forever.
 
-Every rank notes its calls, group by group. A rank that has made none for `still_s` seconds publishes its notes in the store
-through which the ranks joined, and reads those of the others. Calls that were made do not change, so two different calls in
-the same place of two ranks' notes prove a mismatch, however long a legitimate call may take.
+Every rank records its calls per process group. A rank that has made no call for `still_s` seconds publishes its record
+in the rendezvous store and reads the records of the others. Recorded calls do not change. Two different calls at the
+same position in the records of two ranks therefore prove a mismatch, however long a legitimate call may take.
 
-Tried with gloo: without this, ranks wait until `guard.rank_timeout_s` after a skipped gather, unless a later message is
-longer than what the other rank expects. Then gloo aborts that process itself, and the others lose contact with it.
+Measured with gloo: without this watchdog, ranks wait until `guard.rank_timeout_s` after a skipped gather, unless a
+later message is longer than the other rank expects. In that case gloo aborts the process itself and the other ranks
+lose contact with it.
 """
 
 import json
@@ -20,15 +21,15 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-_KEPT = 16384  # calls of a group that a rank remembers; stage 3 makes some thousands in a step
-#: How the names of a group's collective methods begin; torch's versions differ in the names themselves.
+_KEPT = 16384  # calls remembered per group; stage 3 makes some thousands per step
+#: Prefixes of the names of a process group's collective methods. The full names differ between versions of torch.
 _METHODS = ("all", "_allgather", "reduce", "_reduce_scatter", "broadcast", "gather", "scatter", "barrier")
 
 Call = tuple[str, int, str]  # method, elements, dtype
 
 
 class CollectiveNotes:
-    """What this process has called, by group: how often in all, and the last calls."""
+    """Record of this process's collective calls per group: the number of calls, and the last calls themselves."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -36,19 +37,22 @@ class CollectiveNotes:
         self.total = 0
 
     def add(self, group: str, call: Call) -> None:
-        """Note a call that is about to be made."""
+        """Record a call that is about to be made."""
         self.calls.setdefault(group, deque(maxlen=_KEPT)).append(call)
         self.counts[group] = self.counts.get(group, 0) + 1
         self.total += 1
 
     def pack(self) -> bytes:
-        """For the store."""
+        """Return the record in the compressed form that is published in the store."""
         plain = {group: [self.counts[group], list(calls)] for group, calls in self.calls.items()}
         return zlib.compress(json.dumps(plain).encode())
 
 
 def first_difference(notes: dict[int, bytes]) -> str | None:
-    """The first place in which two ranks called different collectives, in words; None if their common places are equal."""
+    """Return a description of the first position at which two ranks made different calls.
+
+    Return None if their common positions agree.
+    """
     unpacked = {rank: json.loads(zlib.decompress(packed)) for rank, packed in notes.items()}
     first, *others = sorted(unpacked)
     for other in others:
@@ -68,10 +72,17 @@ def _words(call: list[Any]) -> str:
 
 
 class CollectiveWatch:
-    """The notes of this process, and the thread that compares them."""
+    """The record of this process's calls, and the thread that compares it with the records of other ranks."""
 
     def __init__(self, rank: int, world_size: int, still_s: float, fail: Callable[[str], None]) -> None:
-        """Begin to watch. `fail`: called, in a thread, with the words of a mismatch."""
+        """Start watching.
+
+        Args:
+            rank: This process's rank.
+            world_size: Number of ranks.
+            still_s: Seconds without a call after which records are compared.
+            fail: Called from the watching thread with the description of a mismatch.
+        """
         self.notes = CollectiveNotes()
         self._rank, self._world_size, self._still_s, self._fail = rank, world_size, still_s, fail
         self._ended = threading.Event()
@@ -98,18 +109,21 @@ class CollectiveWatch:
                 store.set(_key(self._rank), self.notes.pack())
                 there = [rank for rank in range(self._world_size) if store.check([_key(rank)])]
                 difference = first_difference({rank: store.get(_key(rank)) for rank in there})
-            except RuntimeError:  # the store ended with rank 0; or notes that grew while they were packed
+            except RuntimeError:  # The store ended with rank 0, or the record grew while it was packed.
                 store = None
                 continue
             if difference:
                 if self._rank == 0:
-                    self._ended.wait(2 * period)  # it has the store, which the others must read first
+                    self._ended.wait(2 * period)  # rank 0 hosts the store, which the other ranks must read first
                 self._fail(difference)
                 return
 
 
 def end_process(rank: int) -> Callable[[str], None]:
-    """A `fail` that ends this process with code 1: its main thread waits in a call that never returns."""
+    """Return a `fail` callback that ends this process with code 1.
+
+    It does not raise, because the main thread waits in a call that never returns.
+    """
 
     def fail(difference: str) -> None:
         text = (
@@ -127,13 +141,13 @@ def _key(rank: int) -> str:
 
 
 def _own_store() -> Any:
-    """A connection of the thread's own: the main thread may hold the lock of its one while it waits."""
+    """Return a connection for this thread alone. The main thread may hold its connection's lock while it waits."""
     port = int(os.environ["MASTER_PORT"])
     return distributed.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, wait_for_workers=False)
 
 
 def _note_calls(notes: CollectiveNotes) -> Callable[[], None]:
-    """Note every collective of every group from now on; gives the way back."""
+    """Record every collective call of every group from now on. Return a function that undoes this."""
     cls = distributed_c10d.ProcessGroup
     originals = {name: getattr(cls, name) for name in dir(cls) if name.startswith(_METHODS)}
     for name, original in originals.items():
@@ -152,7 +166,10 @@ def _note_calls(notes: CollectiveNotes) -> Callable[[], None]:
 
 
 def _size(arguments: tuple[Any, ...]) -> tuple[int, str]:
-    """Elements and dtype of a call's first argument: a tensor, or lists of tensors."""
+    """Return the number of elements and the dtype of a call's first argument.
+
+    The argument is a tensor or nested lists of tensors.
+    """
     first = arguments[0] if arguments else None
     numel, dtype = 0, ""
     waiting = [first]

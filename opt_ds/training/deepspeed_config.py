@@ -1,11 +1,16 @@
-"""From the run configuration to DeepSpeed's: the only owner of precision, batch arithmetic, clipping and ZeRO settings.
+"""Conversion of the run configuration to DeepSpeed's.
 
-Facts of DeepSpeed 0.19 that decide here (each is held by a test):
-- `gradient_clipping` is 1.0 when the JSON does not name it, so it is always written; 0.0 is off. At stage 0 it works out the norm
-  tensor by tensor and tells nobody: there `Stepper` clips, which needs the norm anyway.
-- Gradients accumulate in the model's dtype unless `data_types.grad_accum_dtype` says fp32; stage 0 cannot: refused.
-- We own the accumulation boundary (`set_gradient_accumulation_boundary`, `backward(scale_wrt_gas=False)`): the number
-  of micro-batches differs from step to step, so DeepSpeed is told 1 × 1 and never divides.
+Only this module sets precision, batch arithmetic, clipping and ZeRO.
+
+Behaviour of DeepSpeed 0.19 that matters here (each item is covered by a test):
+- `gradient_clipping` defaults to 1.0 if the JSON does not name it, so it is always written; 0.0 disables it. At stage 0
+  DeepSpeed computes the norm tensor by tensor and does not report it. There `Stepper` clips, because it needs the norm
+  anyway.
+- Gradients accumulate in the model's dtype unless `data_types.grad_accum_dtype` is fp32. Stage 0 does not support that
+  setting, so half precision at stage 0 is an error.
+- The number of micro-batches varies from step to step. The trainer therefore sets the accumulation boundary
+  (`set_gradient_accumulation_boundary`, `backward(scale_wrt_gas=False)`), and DeepSpeed is configured for 1 × 1 and
+  never divides.
 """
 
 import json
@@ -20,7 +25,8 @@ from opt_ds.user_files import read_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-#: Sections of a DeepSpeed JSON that a run may take over. What is not here has an owner in the run config, or no use.
+#: Sections of a DeepSpeed JSON that a run accepts. All other sections are owned by the run configuration or have no
+#: use.
 _TAKEN_SECTIONS = (
     "zero_optimization", "fp16", "bf16", "data_types", "communication_data_type", "prescale_gradients",
     "gradient_predivide_factor", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown",
@@ -37,21 +43,21 @@ _OWNED = {
 }
 _OBJECTS = ("zero_optimization", "fp16", "bf16", "data_types", "comms_logger", "flops_profiler", "aio", "compile")
 _MAX_SCALE_POWER = 32
-_AMPERE = (8, 0)  # the first with bf16
+_AMPERE = (8, 0)  # the first compute capability with bf16
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What decides the precision: the device, its name and, for a GPU, its compute capability."""
+    """What determines the precision: the kind of device, its name and, for a GPU, its compute capability."""
 
     kind: Literal["cpu", "cuda"]
     name: str
     capability: tuple[int, int] | None = None
-    architectures: tuple[str, ...] = ()  # that this torch was built for
+    architectures: tuple[str, ...] = ()  # CUDA architectures that this torch was built for
 
     @staticmethod
     def detect() -> "Hardware":
-        """This process's hardware."""
+        """Return this process's hardware."""
         import platform
 
         import torch
@@ -68,10 +74,13 @@ class Hardware:
 
 
 def choose_precision(config: Config, hardware: Hardware) -> Precision:
-    """The precision of the run. `auto`: what the DeepSpeed JSON enables; else bf16 from Ampere on, fp16 on older GPUs,
-    fp32 on the CPU.
+    """Return the precision of the run.
 
-    Raises UserError for what cannot be done right: fp16 on CPU, bf16 on a GPU without it, half precision with stage 0.
+    `auto` means the precision that the DeepSpeed JSON enables. Without one it means bf16 from Ampere on, fp16 on older
+    GPUs and fp32 on the CPU.
+
+    Raise UserError for unsupported combinations: fp16 on the CPU, bf16 on a GPU without it, half precision with stage
+    0.
     """
     if config.precision != "auto":
         chosen, why = config.precision, f"precision {config.precision}"
@@ -95,11 +104,13 @@ def choose_precision(config: Config, hardware: Hardware) -> Precision:
 
 
 def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: int = 1) -> dict[str, Any]:
-    """DeepSpeed's configuration for this run, with the JSON of `deepspeed_config` merged in.
+    """Return DeepSpeed's configuration for this run, with the JSON of `deepspeed_config` merged in.
 
-    `num_micro_batches`: of one step on one rank. Losses are divided by their counts over the whole global batch, so
-    each micro-batch's gradient is that much smaller, and fp16's initial scale is that much larger (2¹⁶ for one).
-    Raises UserError, naming the JSON's key and the run config's, where the two disagree.
+    `num_micro_batches` is the number per step and rank. Losses are divided by their counts over the global batch, so
+    the gradient of each micro-batch is smaller by about this factor. The initial fp16 loss scale is larger by the same
+    factor (2¹⁶ for one micro-batch).
+
+    Raise UserError, naming the JSON's key and the run config's key, if the two disagree.
     """
     if config.zero.offload_optimizer and not config.zero.stage:
         raise UserError("zero.offload_optimizer needs a partitioned optimizer, zero.stage 0 has none: use --set zero.stage=1")
@@ -115,7 +126,7 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": {
             "stage": config.zero.stage,
-            # DeepSpeed's 500 million elements would reserve 2 GB for gradients on their way.
+            # DeepSpeed's default of 500 million elements would reserve 2 GB for gradients in transit.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
         },
@@ -132,7 +143,8 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
         }
     if config.zero.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": precision == "fp16"}
-        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW serves; DeepSpeed's own wants a compiler
+        # Torch's fused AdamW is used instead of DeepSpeed's own, which needs a compiler.
+        settings["zero_force_ds_cpu_optimizer"] = False
     tree = _read_json(config)
     for section, value in tree.items():
         merged = _merged(config, precision, section, value, settings.get(section))
@@ -143,14 +155,15 @@ def deepspeed_settings(config: Config, precision: Precision, num_micro_batches: 
 
 
 def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
-    """Raise UserError for what DeepSpeed would refuse in these sections of its JSON, once ranks have joined."""
+    """Raise UserError for settings in these sections that DeepSpeed would reject only after the ranks have joined."""
     if not sections:
         return
     import os
 
     import torch
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it guesses, with a warning
+    # Otherwise DeepSpeed guesses, with a warning.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -163,7 +176,7 @@ def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
         where = f"{config.deepspeed_config}: {section}"
         try:
             model(**sections.get(section, {}))
-        except AssertionError as error:  # a deprecated key beside the one that replaces it
+        except AssertionError as error:  # a deprecated key together with the one that replaces it
             raise UserError(f"{where}: {error}: remove the deprecated one") from None
         except ValidationError as error:
             first = error.errors()[0]
@@ -201,7 +214,7 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
         raise UserError(f'{where} {_short(value)}: expected an object of settings, as in {{"fp16": {{"enabled": true}}}}')
     if not isinstance(value, dict):
         return value
-    agreed = {  # key -> (ours, the run config's key)
+    agreed = {  # key -> (expected value, the run config's key)
         ("zero_optimization", "stage"): (config.zero.stage, "zero.stage"),
         ("fp16", "enabled"): (precision == "fp16", "precision"),
         ("bf16", "enabled"): (precision == "bf16", "precision"),
@@ -260,7 +273,10 @@ def _native_precision(hardware: Hardware) -> Precision:
 
 
 def has_kernels(hardware: Hardware) -> bool:
-    """Whether torch's binaries run there: the same major version and no newer a minor one, or PTX to compile from."""
+    """Return whether torch's binaries run on this GPU.
+
+    They do for the same major and no newer minor version, or if there is PTX to compile from.
+    """
     assert hardware.capability is not None
     major, minor = hardware.capability
     for name in hardware.architectures:

@@ -1,6 +1,7 @@
-"""Ranks: how they are found under each launcher, how they join, and the few things that they must agree on.
+"""Ranks: how each launcher identifies them, how they join, and the small collectives on the host.
 
-Nothing here imports torch at module level: `find_ranks` runs before anything heavy, so a mistake is reported at once.
+Nothing here imports torch at module level. `find_ranks` runs before heavy imports, so that mistakes are reported at
+once.
 """
 
 import os
@@ -19,15 +20,15 @@ from opt_ds.errors import RunError, UserError
 if TYPE_CHECKING:
     import torch
 
-#: What `deepspeed` and `torchrun` tell a rank by its environment.
+#: Environment variables through which `deepspeed` and `torchrun` identify a rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_REPORT_S = 10.0  # how often rank 0 reports to the ranks that wait for its work
+_REPORT_S = 10.0  # interval at which rank 0 reports to ranks that wait for its work
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all processes of the run, and among those of its node."""
+    """This process's rank among all processes of the run and among those of its node."""
 
     rank: int = 0
     world_size: int = 1
@@ -37,15 +38,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that speaks and writes."""
+        """Whether this is rank 0, the only rank that logs and writes files."""
         return self.rank == 0
 
 
 def find_ranks() -> Ranks:
-    """This process's ranks from the environment of `deepspeed`, `torchrun` or `srun`; one process on its own otherwise.
+    """Return this process's ranks from the environment of `deepspeed`, `torchrun` or `srun`.
 
-    Completes the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), which torch and DeepSpeed read.
-    Raises UserError when the launcher's variables are incomplete.
+    Without a launcher there is a single rank.
+
+    The environment variables that torch and DeepSpeed read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are
+    completed. Raise UserError if the launcher's variables are incomplete.
     """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -73,7 +76,10 @@ def find_ranks() -> Ranks:
 
 
 def _slurm_ranks(env: Any) -> Ranks:
-    """Ranks of a process that `srun` started; all processes of the step derive the same address without talking."""
+    """Return the ranks of a process that `srun` started.
+
+    All processes of the step derive the same address without communication.
+    """
     world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
     per_node = tasks_per_node(
         env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
@@ -89,7 +95,7 @@ def _slurm_ranks(env: Any) -> Ranks:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Expand Slurm's "2(x3),1" to [2, 2, 2, 1]."""
+    """Return Slurm's "2(x3),1" as [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -116,9 +122,10 @@ def _free_port() -> int:
 
 
 def _load_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon optimiser, for which its engine asks whatever the optimiser, without compiling it.
+    """Import DeepSpeed's Muon optimiser without compiling it. The engine imports it whatever the optimiser.
 
-    Otherwise each rank loads torch's compiler at its first step for an optimiser that no run uses: two seconds of a core.
+    Otherwise each rank would load torch's compiler at its first step for an optimiser that no run uses, which takes two
+    seconds of one core.
     """
     from deepspeed.runtime import compiler
 
@@ -131,24 +138,30 @@ def _load_muon_uncompiled() -> None:
 
 
 class ProcessGroup:
-    """The joined ranks: their device, and a small channel (gloo, on the host) for agreeing on things."""
+    """The joined ranks: this rank's device, and a gloo group on the host for small collectives."""
 
     def __init__(self, ranks: Ranks, timeout_s: float = 1800.0) -> None:
-        """Join. `timeout_s`: a collective that takes longer fails: another rank is lost."""
+        """Join the other ranks.
+
+        A collective that takes longer than `timeout_s` seconds fails, because another rank is then presumed lost.
+        """
         import torch
 
         self.ranks = ranks
         self.device = _own_device(ranks)
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # or DeepSpeed guesses, with a warning on a CPU
+        # Otherwise DeepSpeed guesses, with a warning on a CPU.
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
 
-        # DeepSpeed 0.19 calls collectives by names that newer versions of torch deprecate, at every step.
+        # DeepSpeed 0.19 calls collectives by names that newer versions of torch deprecate. The warning would appear at
+        # every step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
         _set_threads(ranks)
-        # Otherwise DeepSpeed compiles shared-memory collectives at first use: half a minute for nothing that we need.
+        # Otherwise DeepSpeed compiles its shared-memory collectives at first use, which takes half a minute and is not
+        # needed.
         __compatible_ops__["deepspeed_shm_comm"] = False
         _load_muon_uncompiled()
         self._timeout = timeout = timedelta(seconds=timeout_s)
@@ -173,22 +186,25 @@ class ProcessGroup:
             self._control = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
     def bound_all_collectives(self) -> None:
-        """Give groups that others made since (DeepSpeed's have half an hour) this one's timeout."""
+        """Set this group's timeout on all groups that other code has created since.
+
+        DeepSpeed's default is half an hour.
+        """
         from torch.distributed import distributed_c10d
 
-        # The V100's PyTorch has it under its private name only.
+        # The torch version used on a V100 has this function under its private name only.
         set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
         for group in distributed_c10d._world.pg_map:
             set_timeout(self._timeout, group)
 
     def limit(self, timeout_s: float) -> None:
-        """Have a collective that takes longer fail from now on."""
+        """Set the timeout of collectives, in seconds."""
         if self._timeout.total_seconds() != timeout_s:
             self._timeout = timedelta(seconds=timeout_s)
             self.bound_all_collectives()
 
     def max(self, value: int) -> int:
-        """The largest of the ranks' values."""
+        """Return the maximum of the ranks' values."""
         if self.ranks.world_size == 1:
             return value
         import torch
@@ -198,7 +214,7 @@ class ProcessGroup:
         return int(largest)
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Sum of a tensor over the ranks, on the host; in place where it lies there."""
+        """Return the sum of a tensor over the ranks, on the host. A tensor on the host is summed in place."""
         import torch
 
         values = values.detach().cpu()
@@ -207,7 +223,7 @@ class ProcessGroup:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's small Python value, in the order of ranks."""
+        """Return every rank's value (a small picklable object) in rank order."""
         import torch
 
         values = [None] * self.ranks.world_size
@@ -215,7 +231,7 @@ class ProcessGroup:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's small Python value."""
+        """Return rank 0's value (a small picklable object)."""
         import torch
 
         values = [value]
@@ -223,9 +239,12 @@ class ProcessGroup:
         return values[0]
 
     def main_does(self, work: Callable[[], Any]) -> Any:
-        """Return, on every rank, what `work` returns on rank 0, which alone runs it. A UserError of it is raised on every rank.
+        """Run `work` on rank 0 only and return its result on every rank.
 
-        `work` may take longer than the timeout of a collective: rank 0 runs it in a thread and reports to the others meanwhile.
+        A UserError that it raises is raised on every rank.
+
+        `work` may take longer than the timeout of a collective, because rank 0 runs it in a thread and reports to the
+        others meanwhile.
         """
         if self.ranks.world_size == 1:
             return work()
@@ -249,7 +268,7 @@ class ProcessGroup:
         torch.distributed.barrier(group=self._control)
 
     def close(self) -> None:
-        """Leave; the process can end without torch's warning."""
+        """Destroy the process group, which avoids torch's warning at exit."""
         import torch
 
         if torch.distributed.is_initialized():
@@ -266,7 +285,11 @@ class _Running:
         self._thread.start()
 
     def report(self, wait_s: float) -> tuple[bool, Any, str | None, str | None]:
-        """Wait this long at most. Return whether it has ended, its value, and the user's mistake or the fault that ended it."""
+        """Wait for at most `wait_s` seconds.
+
+        Return whether the function has ended, its value, and the UserError's text or the name of the exception that
+        ended it.
+        """
         self._thread.join(wait_s)
         if self._thread.is_alive():
             return False, None, None, None
@@ -277,12 +300,12 @@ class _Running:
     def _run(self, work: Callable[[], Any]) -> None:
         try:
             self.value = work()
-        except BaseException as error:  # raised by the thread that waits
+        except BaseException as error:  # raised again by the thread that waits
             self.error = error
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank ended, or did not answer in time."""
+    """Return whether a collective failed because another rank ended or did not answer in time."""
     import torch
 
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error) or "NCCL" in str(error)
@@ -295,8 +318,8 @@ def _own_device(ranks: Ranks) -> "torch.device":
         return torch.device("cpu")
     count, index = torch.cuda.device_count(), ranks.local_rank
     if ranks.launcher == "srun" and count == 1 and _slurm_gpus(ranks.local_world_size) >= ranks.local_world_size:
-        index = 0  # Slurm bound a GPU to each task, which sees no other (--gpus-per-task, --gpu-bind)
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes it for the device
+        index = 0  # Slurm bound one GPU to each task, which sees no other (--gpus-per-task, --gpu-bind).
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed uses this as the device index
     if index >= count:
         remedy = (
             f"start {count} tasks a node (--ntasks-per-node), or show every task all GPUs (--gpu-bind=none)"
@@ -309,13 +332,13 @@ def _own_device(ranks: Ranks) -> "torch.device":
 
 
 def _slurm_gpus(unknown: int) -> int:
-    """GPUs that Slurm gave to the job on this node; `unknown` where it does not say."""
+    """Return the number of GPUs that Slurm assigned to the job on this node, or `unknown` if it does not report one."""
     told = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return int(told) if told.isdigit() else unknown
 
 
 def _set_threads(ranks: Ranks) -> None:
-    """An equal share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    """Give each rank of the node an equal number of cores, unless OMP_NUM_THREADS is set."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:

@@ -1,6 +1,7 @@
-"""The configuration of a fine-tuning run: the checkpoint's own, with one task on, a schedule counted in epochs, and a new head.
+"""Configuration of a fine-tuning run: the checkpoint's own, with one task enabled, a schedule in epochs and a new head.
 
-The run itself is pre-training's (`training.launch`): same store, same plan of samples, same checkpoints, same resume.
+The run itself is that of pre-training (`training.launch`): same store, same kind of step plan, same checkpoints, same
+resume.
 """
 
 import math
@@ -17,22 +18,22 @@ from opt_ds.training.preflight import check_store
 
 
 class Job(NamedTuple):
-    """What a fine-tuning job takes where nothing is said. A task says which jobs train it (`DataTask.fine_tunes`)."""
+    """Default settings of a fine-tuning job. Each task declares the jobs that train it (`DataTask.fine_tunes`)."""
 
     inputs: tuple[str, ...]
     epochs: float
-    lr_share: float = 1.0  # of the checkpoint's peak
+    lr_share: float = 1.0  # factor on the checkpoint's peak learning rate
 
 
 JOBS = {
-    # A judgement says one bit of a sample, where a text says a word a position: it takes more of them.
+    # A matching label carries one bit per sample and a text one word per position, so retrieval needs more epochs.
     "retrieval": Job(("T+I",), epochs=20, lr_share=0.5),
     "transcription": Job(("A", "A+I"), epochs=5),
     "captioning": Job(("I",), epochs=5),
     "classification": Job(("T+A+I",), epochs=5),
     "vqa": Job(("T+I",), epochs=5),
 }
-_LARGEST_BATCH = 256  # samples; fine-tuning wants more steps than pre-training's batches would leave
+_LARGEST_BATCH = 256  # In samples. With pre-training's batches fine-tuning would have too few steps.
 _WARMUP_SHARE = 0.1
 
 
@@ -45,12 +46,27 @@ def finetune_config(
     min_positives: int = 10,
     settings: tuple[str, ...] | list[str] = (),
 ) -> Config:
-    """The run's configuration. `start`: a checkpoint, or a run's directory (its best); `settings`: key.path=value, laid over.
+    """Return the configuration of a fine-tuning run.
 
-    Batch: the checkpoint's, at most 256 samples; learning rate: the task's share of the checkpoint's peak; warm-up: a tenth;
-    epochs: the task's. Labels are those that `min_positives` training samples have; answers are all that the store names. Raises
-    UserError for a checkpoint that never learned what the task fine-tunes, inputs that do not fit the task, a store without
-    samples for it.
+    The batch is the checkpoint's, limited to 256 samples. The learning rate is the checkpoint's peak times the task's
+    factor. Warm-up takes a tenth of the steps.
+
+    Args:
+        task: Name of the fine-tuning job.
+        start: A checkpoint, or a run's output directory (its best checkpoint is used).
+        stores: Paths of the stores.
+        inputs: Combinations of modalities that the task is trained on, such as "T+I". Empty: the task's default.
+        epochs: Number of epochs. None: the task's default.
+        min_positives: Labels with fewer training samples than this are dropped. Answers are not: all that the store
+            names are kept.
+        settings: Overrides of the form "key.path=value".
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UserError: The checkpoint never learned what the task fine-tunes, the inputs do not fit the task, or a store has
+            no samples for it.
     """
     if task not in JOBS:
         raise UserError(f'unknown task "{task}"{did_you_mean(task, JOBS)}: choose from {", ".join(JOBS)}')
@@ -104,7 +120,10 @@ def _check(task: str, unit: Any, inputs: tuple[str, ...], saved: Config, folder:
 
 
 def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
-    """Weight 1 for the loss and 0 for the others, in place; the sampling weights mean nothing in fine-tuning."""
+    """Set the weight of `loss` to 1 and of all others to 0, in place.
+
+    Task sampling weights have no meaning in fine-tuning.
+    """
     tree["curriculum"], tree["mix"] = [], dict.fromkeys(tasks.sampled, 1.0)
     for task, losses in tasks.sampled.items():
         for name in (task, *losses):
@@ -114,7 +133,10 @@ def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
 
 
 def _agreement(stores: list[FeatureStore], split: str) -> int:
-    """Return the annotators that can agree on an answer: 3 as published, fewer where no question has as many answers."""
+    """Return how many annotators must agree on an answer.
+
+    It is 3 as published, and fewer if no question has that many answers.
+    """
     most = max((len(store.labels(int(index))) for store in stores for index in store.split_samples(split)), default=3)
     return min(3, max(1, most))
 

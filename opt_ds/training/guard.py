@@ -1,6 +1,7 @@
-"""Watches over a run: steps that are not finite, losses that jump, ranks that drift apart.
+"""Guard of a run: detects non-finite steps, loss spikes and ranks whose weights differ.
 
-What it decides is a function of the run's own history, which is part of a checkpoint: a resumed run decides alike.
+Its decisions are a function of the run's own history, which is part of each checkpoint. A resumed run therefore makes
+the same decisions.
 """
 
 import math
@@ -21,34 +22,34 @@ from opt_ds.training.checkpoint import GuardState
 from opt_ds.training.distributed import ProcessGroup
 
 FOLDER = "guard"
-_LEAST_HISTORY = 20  # values before a z-score says anything
+_LEAST_HISTORY = 20  # number of values before z-scores are used
 
 Verdict = Literal["fine", "spike", "not finite"]
 
 
 class TrainingError(RunError):
-    """Training itself cannot go on."""
+    """Training itself cannot continue."""
 
 
 class Guard:
-    """Judges each step's loss (before the update) and gradient norm (after it); keeps the account of skipped steps."""
+    """Checks each step's loss (before the update) and gradient norm (after it), and counts skipped steps."""
 
     def __init__(self, config: GuardConfig, state: GuardState | None = None) -> None:
         self.config, self.state = config, state or GuardState()
 
     def judge_loss(self, loss: float) -> tuple[Verdict, float]:
-        """The verdict on a step's loss over the global batch, and its z-score among the window's losses."""
+        """Return the verdict on a step's loss over the global batch, and its z-score among the losses in the window."""
         return self._judge(loss, self.state.losses)
 
     def judge_gradient_norm(self, norm: float) -> tuple[Verdict, float]:
-        """The verdict on a gradient's global norm, and its z-score among the window's norms."""
+        """Return the verdict on the global gradient norm, and its z-score among the norms in the window."""
         return self._judge(norm, self.state.gradient_norms)
 
     def count_skip(self, step: int) -> bool:
-        """Note that `step` is not taken; whether the budget allows it."""
+        """Record that `step` is skipped. Return whether the budget allows it."""
         recent = [s for s in self.state.skipped if s > step - self.config.skip_window] + [step]
         if len(recent) > self.config.skip_budget:
-            return False  # and it is not noted: who continues with a larger budget meets this step again
+            return False  # Not recorded: a run that resumes with a larger budget meets this step again.
         self.state.skipped = recent
         self.state.num_skipped += 1
         return True
@@ -71,7 +72,20 @@ class Guard:
 def dump_micro_batch(
     output: Path, step: int, rank: int, number: int, batch: PackedBatch, losses: list[str], samples: list[str]
 ) -> Path:
-    """Write a micro-batch to `guard/step-…-rank-….pt`: nested dicts of tensors and names, for `torch.load`."""
+    """Write a micro-batch to `guard/step-…-rank-….pt` as nested dicts of tensors and names, for `torch.load`.
+
+    Args:
+        output: The run's output directory.
+        step: Index of the step.
+        rank: Rank that holds the micro-batch.
+        number: Index of the micro-batch in the step.
+        batch: The micro-batch.
+        losses: Names of the losses that are not finite.
+        samples: Names of the samples that cause them.
+
+    Returns:
+        Path of the file.
+    """
     path = output / FOLDER / f"step-{step:08d}-rank-{rank}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -83,7 +97,17 @@ def dump_micro_batch(
 
 
 def dump_sample_names(output: Path, step: int, names_by_rank: list[list[str]], write: bool) -> Path:
-    """Where no micro-batch alone is to blame: the step's samples, to `guard/step-….json` (by the rank with `write`)."""
+    """Write the names of the step's samples to `guard/step-….json`, for a step that no single micro-batch explains.
+
+    Args:
+        output: The run's output directory.
+        step: Index of the step.
+        names_by_rank: Names of the samples of each rank.
+        write: Whether this rank writes the file.
+
+    Returns:
+        Path of the file, on every rank.
+    """
     path = output / FOLDER / f"step-{step:08d}.json"
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +116,11 @@ def dump_sample_names(output: Path, step: int, names_by_rank: list[list[str]], w
 
 
 def differing_parameter(module: nn.Module, group: ProcessGroup) -> str | None:
-    """The first parameter that is not the same, bit by bit, on all ranks; None if all are. A collective call.
+    """Return the name of the first parameter that differs in any bit between ranks, or None.
 
-    For stages 0 to 2, where every rank holds every parameter.
+    This is a collective call.
+
+    It applies to stages 0 to 2, where every rank holds every parameter.
     """
     names = [name for name, _ in module.named_parameters()]
     sums = torch.stack([_bit_sum(parameter) for parameter in module.parameters()]).cpu()
@@ -106,7 +132,10 @@ def differing_parameter(module: nn.Module, group: ProcessGroup) -> str | None:
 
 
 def _bit_sum(parameter: torch.Tensor) -> torch.Tensor:
-    """An int64 that changes with any bit of the tensor: the sum of its words, each times its odd place number."""
+    """Return an int64 checksum that changes with any bit of the tensor.
+
+    It is the sum of the tensor's words, each multiplied by an odd number unique to its position.
+    """
     flat = parameter.detach().contiguous().flatten()
     words = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
     places = torch.arange(len(words), device=words.device, dtype=torch.int64).mul_(2).add_(1)

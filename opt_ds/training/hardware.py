@@ -1,7 +1,7 @@
-"""Capabilities of devices: the one table of GPUs, and the measured peak of this machine.
+"""Capabilities of devices: the table of known GPUs, and the measured peak of this machine.
 
-Figures are those of the makers (dense, without sparsity): data sheets and architecture white papers of NVIDIA's V100,
-A100, H100 and H200 Tensor Core GPUs.
+The figures are the manufacturer's (dense, without sparsity), from the data sheets and architecture white papers of
+NVIDIA's V100, A100, H100 and H200 Tensor Core GPUs.
 """
 
 import functools
@@ -14,25 +14,25 @@ from opt_ds.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from opt_ds.training.deepspeed_config import Hardware, Precision
 
-_MOMENT_S = 0.005  # a product that takes longer is large enough to measure a processor by
+_MOMENT_S = 0.005  # seconds; a matrix product that takes longer is large enough to measure the peak
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU. Rates are operations or bytes per second.
+    """A GPU model. Rates are in operations or bytes per second.
 
-    The last two fields are known for NVIDIA's GPUs only; the kernels' static model reads them.
+    The last two fields are known for NVIDIA's GPUs only. The static model of the kernels reads them.
     """
 
     name: str
-    memory_gib: float  # as its driver reports it
+    memory_gib: float  # as reported by the driver
     capability: tuple[int, int]
-    half_flops: float  # fp16 (and bf16, from Ampere on) matrix products
+    half_flops: float  # matrix products in fp16 (and in bf16, from Ampere on)
     fp32_flops: float
     memory_bandwidth: float
     link_bandwidth: float  # NVLink, one direction
     multiprocessors: int = 0
-    shared_bytes: int = 0  # shared memory of a multiprocessor that blocks can use
+    shared_bytes: int = 0  # shared memory per multiprocessor that blocks can use
 
 
 GPUS: dict[str, Gpu] = {
@@ -49,7 +49,10 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The kind of this name ("V100" alone takes the first that fits). Raises UserError for an unknown one."""
+    """Return the GPU with this name or the first whose name starts with it ("V100").
+
+    Raise UserError if there is none.
+    """
     for known, gpu in GPUS.items():
         if known.lower().startswith(name.lower()):
             return gpu
@@ -57,12 +60,15 @@ def find_gpu(name: str) -> Gpu:
 
 
 def known_gpu(device_name: str) -> Gpu | None:
-    """The kind of a GPU that calls itself so ("Tesla V100-SXM2-16GB", "NVIDIA H200"), as far as rates go; None: not in GPUS."""
+    """Return the entry of GPUS for a device name such as "Tesla V100-SXM2-16GB" or "NVIDIA H200", or None.
+
+    Only the rates of the entry are reliable: the memory size may be that of another variant.
+    """
     return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in device_name), None)
 
 
 def this_machine() -> Gpu:
-    """This machine's processor as one more kind: all its memory, its measured peak, and loopback as the link."""
+    """Return this machine's processor as a Gpu, with all of its memory, its measured peak, and loopback as the link."""
     import os
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -71,14 +77,17 @@ def this_machine() -> Gpu:
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """The most matrix operations a second that a rank's device does, and where the figure comes from."""
+    """Peak matrix throughput of a rank's device, and the source of the figure."""
 
     flops_per_s: float
     source: str
 
 
 def peak_flops(hardware: "Hardware", precision: "Precision") -> PeakFlops:
-    """Of this rank's device: the data sheet's for a known GPU, else that of a matrix product measured now, in a moment."""
+    """Return the peak of this rank's device.
+
+    It comes from the data sheet for a known GPU. Otherwise a short matrix product is measured.
+    """
     gpu = known_gpu(hardware.name) if hardware.kind == "cuda" else None
     if gpu is not None:
         return PeakFlops(gpu.fp32_flops if precision == "fp32" else gpu.half_flops, f"{gpu.name.split('-')[0]}'s data sheet")
@@ -87,11 +96,15 @@ def peak_flops(hardware: "Hardware", precision: "Precision") -> PeakFlops:
 
 @functools.cache
 def _measured_peak(device: str, precision: "Precision") -> float:
-    """Of a matrix product on this device, of the largest size that takes a moment only: in bf16 a processor without instructions
-    for it does a hundredth of its fp32."""
+    """Return the measured rate of a matrix product on this device, in FLOP/s.
+
+    Sizes grow until one product takes more than _MOMENT_S. Larger sizes are not run, because bf16 on a processor
+    without bf16 instructions reaches only a hundredth of its fp32 rate.
+    """
     import torch
 
-    if device == "cpu" and precision == "fp16":  # software, a hundred times slower: no peak to compare with
+    # Emulated in software, a hundred times slower, and so useless as a peak.
+    if device == "cpu" and precision == "fp16":
         precision = "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     best = 0.0

@@ -1,4 +1,4 @@
-"""Host memory of a training run: how much it held, and that the allocator keeps what is freed, whole and within bounds."""
+"""Host memory of a training run: its peak, and settings that make the allocator keep freed memory within bounds."""
 
 import ctypes
 import gc
@@ -12,17 +12,23 @@ import torch
 from opt_ds.store.reader import FeatureStore
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-_PRIMITIVE_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # read by oneDNN at its first operator
-# fp32: what a micro-batch makes for GELU, at most, about. bf16: attention's products too, whose shapes come again (PaddedGroups).
+# Read by oneDNN at its first operator.
+_PRIMITIVE_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+# fp32: about the most primitives that a micro-batch creates for GELU. bf16: also attention's products, whose shapes
+# recur (PaddedGroups).
 _PRIMITIVES = {"fp32": 16, "bf16": 512}
 
 
 def keep_freed_memory(device_type: str) -> str:
-    """Have this process's allocator keep freed memory for what is allocated next, where the device is the CPU; says what it does
-    with it now. Only glibc's can be told, and it is left as it is where the environment has settings for it.
+    """Make this process's allocator keep freed memory for later allocations, on the CPU only.
 
-    Left to itself glibc returns large blocks to the system, and every micro-batch on a CPU has its hundreds of megabytes handed
-    out anew, page by page, zeroed by the kernel (measured: benchmarks/README.md). `MemoryKeeper` bounds what is kept.
+    Return a description of what it does.
+
+    Only glibc's allocator supports this. It is left unchanged if the environment has settings for it.
+
+    By default glibc returns large blocks to the system. Every micro-batch on a CPU then gets its hundreds of megabytes
+    again page by page, zeroed by the kernel (measured: benchmarks/README.md). `MemoryKeeper` bounds the memory that is
+    kept.
     """
     if device_type != "cpu":
         return "the allocator's default: tensors are not in host memory"
@@ -35,13 +41,16 @@ def keep_freed_memory(device_type: str) -> str:
 
 
 def keep_few_primitives(device_type: str, precision: str) -> str:
-    """Have oneDNN keep the machine code of the last few shapes only, where the device is the CPU; says how many. It is left as it
-    is where the environment has a setting for it; call before the first operator that it runs.
+    """Make oneDNN cache machine code for only the last few shapes, on the CPU only.
 
-    It makes code for every new shape (of GELU; in bf16 of matrix products too). Packed micro-batches seldom have the same number
-    of rows twice, so most of the last 1,024, its default, are of no use, and each lies amid the tensors of its micro-batch and
-    keeps the memory freed around it in pieces (measured: benchmarks/README.md). What comes again is kept: in a micro-batch's
-    layers, and in bf16 attention's padded groups.
+    Return a description with the number.
+
+    It is left unchanged if the environment has a setting for it. Call this before the first oneDNN operator.
+
+    oneDNN generates code for every new shape (of GELU; in bf16 also of matrix products). Packed micro-batches seldom
+    have the same number of rows twice, so most of the default 1,024 entries are useless. Each entry lies between the
+    tensors of its micro-batch and fragments the memory freed around it (measured: benchmarks/README.md). Shapes that do
+    recur stay cached: within the layers of a micro-batch, and in the padded groups of bf16 attention.
     """
     if device_type != "cpu":
         return "oneDNN's default: operators do not run there"
@@ -54,17 +63,17 @@ def keep_few_primitives(device_type: str, precision: str) -> str:
 
 
 def spare_loaded_objects() -> None:
-    """Take what is loaded by now out of Python's garbage collections: modules, stores, the plan.
+    """Exclude the objects that exist now (modules, stores, the step plan) from Python's garbage collection.
 
-    DeepSpeed's engine calls for six collections while it is made. Each looked at the half a million objects of torch and
-    DeepSpeed, for up to a second (an EPYC of Zen 3).
+    DeepSpeed's engine triggers six collections while it is constructed. Each scanned the half a million objects of
+    torch and DeepSpeed, for up to a second on an EPYC (Zen 3).
     """
-    gc.collect()  # garbage must not be kept for good
+    gc.collect()  # otherwise existing garbage would never be freed
     gc.freeze()
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far: allocated on a GPU; on the CPU, this process's resident set."""
+    """Return the peak memory so far in GiB: allocated memory on a GPU, this process's resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:  # getrusage's maximum includes that of the program that started this one
@@ -75,23 +84,24 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MemoryKeeper:
-    """Keeps the host memory of a long accumulation near that of a short one.
+    """Keeps the host memory of a long accumulation close to that of a short one.
 
-    Micro-batches differ in shape, so some freed memory comes to lie in pieces too small for what is allocated next, and pages of
-    the stores pile up. Once what is held has grown past what a step's first micro-batches left, the stores' pages are given back,
-    which costs next to nothing, and if that is not enough, freed memory: seldom, since the next micro-batch fetches it again.
+    Micro-batches differ in shape, so some freed memory is fragmented into pieces too small for later allocations.
+    Mapped pages of the stores accumulate too. Once the resident memory exceeds that of a step's first micro-batches,
+    the stores' pages are released, which is nearly free. If that is not enough, freed memory is returned to the system.
+    This happens seldom, because the next micro-batch has to allocate that memory again.
     """
 
-    _FIRST = 3  # micro-batches that show what is needed
-    _ROOM = 1.05  # what may be held, over what is needed
-    _EVERY = 16  # micro-batches from one return of freed memory to the next, at least
+    _FIRST = 3  # micro-batches that show how much memory is needed
+    _ROOM = 1.05  # allowed resident memory, relative to the needed memory
+    _EVERY = 16  # minimum number of micro-batches between two returns of freed memory
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self._stores, self._needed, self._since_trim = stores, 0, self._EVERY
-        self._trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; elsewhere there is none
+        self._trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
     def after_micro_batch(self, number: int) -> None:
-        """Give memory back if it is time to; `number` counts from 0 in each step."""
+        """Release memory if it has grown. `number` counts micro-batches from 0 in each step."""
         self._since_trim += 1
         if number < self._FIRST:
             self._needed = max(self._needed, _resident_pages())

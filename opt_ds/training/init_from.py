@@ -1,8 +1,8 @@
-"""`--init-from RUN`: a new pre-training run that begins with another run's weights, and on request Adam's moments.
+"""`--init-from RUN`: start a new pre-training run from another run's weights, and optionally from Adam's moments.
 
-Carried over: weights and the standardisation of features; with moments, Adam's two moments and its count of updates. Not
-carried over: step, schedule, position in the data, loss scale, best validation. `InitConfig` records the start in the new
-run, so that resuming never reads the other run again.
+Carried over: weights, the standardisation of features and, with `--init-moments`, Adam's two moments and its count of
+updates. Not carried over: step, schedule, position in the data, loss scale, best validation. `InitConfig` records the
+start in the new run, so that resuming never reads the source run again.
 """
 
 import json
@@ -37,32 +37,37 @@ _OF_STORE = ("vocab_size", "image_feature_dim", "image_num_classes", "audio_feat
 
 @dataclass(frozen=True)
 class Start:
-    """What a new run begins with, and the configuration that its model's settings come from."""
+    """What a new run starts from, and the configuration that its model's settings come from."""
 
     init: InitConfig
-    config: Config  # the source's; of a run that has begun, its own
+    config: Config  # the source's configuration, or the run's own if it has already begun
     resumes: bool = False
 
     @property
     def run(self) -> Path:
-        """The source as the user named it."""
+        """Path of the source, as the user specified it."""
         return Path(self.init.run)
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Settings of the model that may differ from the source's: those of heads that it never trained are among them."""
+        """Settings of the model that may differ from the source's.
+
+        They include those of heads that the source never trained.
+        """
         losses = [loss for unit in self.config.tasks.units.values() for loss in unit.losses]
         return (*_FREE, *(key for loss in losses if loss.name not in self.init.learned for key in loss.settings))
 
 
-# ---- before the run: which checkpoint, which settings
+# ---- before the run: checkpoint and settings
 
 
 def find_start(given: Path, moments: bool, output: Path | None) -> Start:
-    """Return the start that `--init-from given` means for the run in `output`; one that has begun keeps its own.
+    """Return the start that `--init-from given` means for the run in `output`.
 
-    Raises UserError for no `output`, for a source without a readable checkpoint, for `output` itself, and for a run in `output`
-    that began otherwise.
+    A run that has begun keeps its own start.
+
+    Raise UserError if `output` is None, the source has no readable checkpoint or is `output` itself, or the run in
+    `output` began with another start.
     """
     if output is None:
         raise UserError("--init-from starts a new run: name its folder with --output")
@@ -90,13 +95,13 @@ def find_start(given: Path, moments: bool, output: Path | None) -> Start:
 
 
 def recorded(output: Path) -> Config | None:
-    """Return the configuration of the run that `output` holds; None where no run has begun."""
+    """Return the configuration of the run in `output`, or None if no run has begun there."""
     files = (output / run_folder.RUN_FILE, output / run_folder.CONFIG_FILE)
     return load_config(str(files[1])) if all(file.is_file() for file in files) else None
 
 
 def refuse_forgotten(config: Config, output: Path) -> None:
-    """Raise UserError if `output` holds a run that began with --init-from, and this start does not name it."""
+    """Raise UserError if the run in `output` began with --init-from and the current command omits the option."""
     init = run_folder.recorded_init(output) if config.init is None else None
     if init is not None:
         flag = " --init-moments" if init.moments else ""
@@ -106,7 +111,7 @@ def refuse_forgotten(config: Config, output: Path) -> None:
 
 
 def _is_same(init: InitConfig, given: Path) -> bool:
-    """Whether this is the source of `init`, also under another path."""
+    """Return whether `given` is the source recorded in `init`, possibly under another path."""
     if str(given.resolve()) == init.run:
         return True
     try:
@@ -139,7 +144,7 @@ def _weights_sha256(folder: Path) -> str:
 
 
 def _learned(config: Config, run: Path) -> tuple[str, ...]:
-    """Return the losses whose heads a run trained: not those whose task had no samples in any of its launches."""
+    """Return the losses whose heads a run trained. Losses of tasks that had no samples in any launch are excluded."""
     before = (*(config.finetune.learned if config.finetune else ()), *(config.init.learned if config.init else ()))
     off = _tasks_off(run / run_folder.RUN_FILE)
     without = off | {loss for task in off for loss in config.tasks.sampled.get(task, ())}
@@ -159,7 +164,10 @@ def _tasks_off(file: Path) -> set[str]:
 
 
 def settings_of_start(start: Start, source: str, settings: list[str]) -> list[str]:
-    """Return the settings, with the start and those of the source's model that neither file nor settings give."""
+    """Return the settings, extended by the start and by the source's model settings.
+
+    Model settings that the file or `settings` already contains are not taken from the source.
+    """
     given = {*given_keys(source), *(setting.partition("=")[0].strip() for setting in settings)}
     model = start.config.model.model_dump(mode="json")
     of_head = [key for key in ("image_codebook_size", "image_num_classes") if key in start.free and not start.resumes]
@@ -170,9 +178,10 @@ def settings_of_start(start: Start, source: str, settings: list[str]) -> list[st
 
 
 def check_fit(start: Start, config: Config) -> list[str]:
-    """Return lines about what cannot be checked. UserError, naming the first thing, if the new run does not fit the source.
+    """Check that the new run fits the source. Return notes about what cannot be checked.
 
-    Compared: settings of the model, and each store's sizes, vocabulary and extractors.
+    Model settings are compared, and each store's sizes, vocabulary and extractors. Raise UserError with the first
+    mismatch.
     """
     if config.finetune is not None:
         raise UserError("--init-from: the configuration is that of a fine-tuning run: use opt-ds finetune, or another --config")
@@ -210,7 +219,10 @@ def _check_stores(start: Start, config: Config) -> list[str]:
 
 
 def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> None:
-    """Refuse another vocabulary, and other extractors of a modality that the source and the store both have."""
+    """Raise UserError for another vocabulary or another extractor.
+
+    Extractors are compared for the modalities that the source and the store both have.
+    """
     description = load_processor_description(processor)
     shared = {kind: description.extractors.get(kind, there) for kind, there in store.description.extractors.items()}
     own = description.model_copy(update={"extractors": shared})
@@ -223,7 +235,7 @@ def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> Non
 
 
 def describe_start(start: Start) -> str:
-    """Return the line that says which checkpoint the weights come from."""
+    """Return a log line that says which checkpoint the weights come from."""
     folder = Path(start.init.checkpoint)
     if start.resumes:
         return f"--init-from {start.run}: this run began with its {folder.name} and goes on from its own checkpoints"
@@ -238,21 +250,21 @@ def describe_start(start: Start) -> str:
 
 @dataclass(frozen=True)
 class Carried:
-    """Which parameters came from the source; the others are freshly initialised."""
+    """Which parameters came from the source. The others are freshly initialised."""
 
     init: InitConfig
     taken: tuple[str, ...]
     fresh: tuple[str, ...]
-    left: tuple[str, ...]  # the source's, which this model has no place for
-    heads: tuple[str, ...]  # beginnings of the names of the parameters that only one loss trains
+    left: tuple[str, ...]  # parameters of the source that this model does not have
+    heads: tuple[str, ...]  # name prefixes of the parameters that only one loss trains
 
     def record(self) -> dict[str, object]:
-        """Return what the run's record of this launch says."""
+        """Return the entry for run.json's record of this launch."""
         fields = self.init.model_dump(mode="json")
         return {**fields, "parameters_taken": len(self.taken), "fresh": list(self.fresh), "left_out": list(self.left)}
 
     def lines(self) -> list[str]:
-        """Return what is printed at the start of the run."""
+        """Return the lines to log at the start of the run."""
         total = len(self.taken) + len(self.fresh)
         fresh = f"; freshly initialised: {_grouped(self.fresh, self.heads)}" if self.fresh else ""
         left = f"; left out: {_grouped(self.left, self.heads)}" if self.left else ""
@@ -268,7 +280,10 @@ class Carried:
 
 
 def load_weights(model: "OPT", init: InitConfig) -> Carried:
-    """Copy the source's weights and standardisation into a freshly initialised model, but for heads it never trained."""
+    """Copy the source's weights and standardisation into a freshly initialised model.
+
+    Heads that the source never trained keep their initialisation.
+    """
     folder = Path(init.checkpoint)
     if _weights_sha256(folder) != init.weights_sha256:
         raise UserError(f"--init-from {init.run}: {folder.name} has other weights than when this run began: use another --output")
@@ -283,8 +298,12 @@ def load_weights(model: "OPT", init: InitConfig) -> Carried:
 
 
 def load_moments(engine: "DeepSpeedEngine", carried: Carried) -> None:
-    """Put the source's moments into an engine that has moments of 0; freshly initialised parameters keep those."""
-    from opt_ds.training import optimizer_state  # loads DeepSpeed, which the checks before the run do without
+    """Load the source's moments into an engine whose moments are 0.
+
+    Freshly initialised parameters keep moments of 0.
+    """
+    # Imported here because it loads DeepSpeed, which the checks before the run do not need.
+    from opt_ds.training import optimizer_state
 
     file = check_file(Path(carried.init.checkpoint), checkpoint.MOMENTS_FILE)
     held, taken = tensor_shapes(file, "use another checkpoint of the run"), set(carried.taken)
@@ -301,7 +320,10 @@ def load_moments(engine: "DeepSpeedEngine", carried: Carried) -> None:
 
 
 def _unset_standardizers(folder: Path) -> list[str]:
-    """Return the standardisers that the source never set, as it had no samples of the modality: the new stores set them."""
+    """Return the standardisers that the source never set because it had no samples of their modality.
+
+    The new stores set them instead.
+    """
     with safe_open(check_file(folder, checkpoint.MODEL_FILE), "pt") as file:
         held = set(file.keys())
         return [
@@ -314,12 +336,12 @@ def _unset_standardizers(folder: Path) -> list[str]:
 
 
 def _heads(model: "OPT") -> dict[str, str]:
-    """Loss -> beginning of the names of the parameters that only it trains."""
+    """Return loss name -> name prefix of the parameters that only this loss trains."""
     return {loss.name: loss.parameters for unit in model.tasks.values() if unit.sampled for loss in unit.losses}
 
 
 def _grouped(names: tuple[str, ...], heads: tuple[str, ...]) -> str:
-    """Return "image_decoder (24), matching (2)" for parameters' names."""
+    """Return parameter names as a summary such as "image_decoder (24), matching (2)"."""
     counts: dict[str, int] = {}
     for name in names:
         head = next((head for head in heads if name.startswith(head)), f"{name.partition('.')[0]}.").rstrip(".")

@@ -1,4 +1,5 @@
-"""From a settled configuration to a finished run, the same for pre-training and fine-tuning: check, join, resume, train."""
+"""Launch of a run, the same for pre-training and fine-tuning: check the configuration, join the ranks, resume, train.
+"""
 
 import logging
 from collections.abc import Callable
@@ -23,9 +24,10 @@ _Result = TypeVar("_Result")
 
 
 def settle_by_main(ranks: Ranks, settle: Callable[[], Config]) -> "tuple[Config, ProcessGroup | None]":
-    """Return, on every rank, the configuration that `settle` reads from stores and checkpoints, which rank 0 alone does.
+    """Return, on every rank, the configuration that `settle` reads from stores and checkpoints on rank 0.
 
-    Several ranks join for it: their process group is to be handed to `run_training`. Raises UserError of `settle` on every rank.
+    If there are several ranks, they join first; pass their process group to `run_training`. A UserError of `settle` is
+    raised on every rank.
     """
     if ranks.world_size == 1:
         return settle(), None
@@ -45,11 +47,23 @@ def run_training(
     *,
     callbacks: "Callbacks",
 ) -> int:
-    """Train in `output`, from its newest checkpoint if it has one. Gives the exit code: 0 finished, 75 stopped and saved.
+    """Train in `output`, starting from its newest checkpoint if there is one.
 
-    `group`: the process group, if the ranks have joined already. `callbacks`: what is done between steps besides training.
+    Args:
+        config: The run's configuration.
+        output: The run's output directory.
+        ranks: This process's ranks.
+        stop: Receives the signals that ask the run to stop.
+        must_resume: Whether a missing checkpoint is an error.
+        group: The process group, if the ranks have already joined.
+        callbacks: What is done between steps besides training.
 
-    Raises UserError for what is wrong with stores, settings or `output`, before anything is written; RunError for a lost rank.
+    Returns:
+        The exit code: 0 if the run is finished, 75 if it was stopped and saved.
+
+    Raises:
+        UserError: Stores, settings or `output` are wrong. It is raised before anything is written.
+        RunError: Another rank was lost, or GPU memory is exhausted.
     """
     import torch
 
@@ -60,12 +74,13 @@ def run_training(
     run_folder.check_same_run(output, config, stores)
     hardware = Hardware.detect()
     precision = choose_precision(config, hardware)
-    deepspeed_settings(config, precision)  # a JSON that contradicts is refused here
+    deepspeed_settings(config, precision)  # raises for a DeepSpeed JSON that contradicts the configuration
 
     def start() -> _Start:
         return _start(config, stores, output, must_resume, callbacks)
 
-    alone = start() if ranks.world_size == 1 else None  # its mistakes are reported before DeepSpeed is loaded
+    # Run before DeepSpeed is loaded, so that mistakes are reported at once.
+    alone = start() if ranks.world_size == 1 else None
     if alone and alone.finished:
         return 0
 
@@ -85,7 +100,7 @@ def run_training(
 
         from opt_ds.training.trainer import Trainer
 
-        # A source that still trains may have a newer checkpoint for a rank that looked later.
+        # A source run that is still training may have written a newer checkpoint by the time another rank looked.
         agreed = config.model_copy(update={"init": joined.from_main(config.init)})
         code = Trainer(agreed, stores, output, joined, hardware, precision, begun.resume_from, stop, callbacks).train()
         joined.close()
@@ -106,7 +121,7 @@ def run_training(
 
 
 def _with_lost_ranks_named(ranks: Ranks, work: Callable[[], _Result]) -> _Result:
-    """Return what `work` returns. RunError where it fails since another rank is gone."""
+    """Return the result of `work`. Raise RunError if it fails because another rank was lost."""
     from opt_ds.training.distributed import is_lost_rank
 
     try:
@@ -126,7 +141,7 @@ class _Start:
     """What rank 0 found before training, for all ranks."""
 
     resume_from: Path | None
-    finished: bool  # nothing is left to train
+    finished: bool  # no steps are left
     hashes: dict[Any, str]  # of the checkpoint's files
 
 
@@ -137,9 +152,11 @@ def _start(
     must_resume: bool,
     callbacks: "Callbacks",
 ) -> _Start:
-    """Read what is read once per run, not once per rank: the stores, if they were not verified, and the checkpoint.
+    """Do, on rank 0, the checks that are needed once per run.
 
-    Raises UserError for damaged stores and checkpoints, and for what they lack.
+    The stores are verified, the callbacks' checks run, and the checkpoint is found.
+
+    Raise UserError if stores or checkpoints are damaged or lack something that the run needs.
     """
     from opt_ds.data.finetune_plan import make_plan
     from opt_ds.training import checkpoint, checkpoint_files, preflight
@@ -163,12 +180,13 @@ def _start(
     if not finished:
         if config.max_steps > config.schedule.total_steps:
             _LOG.info(_beyond_schedule(config, output))
-        make_plan(config, stores, version)  # writes what plans derive from whole stores, for the other ranks to map
+        # Writes the data that step plans derive from complete stores, for the other ranks to map.
+        make_plan(config, stores, version)
     return _Start(resume_from, finished, checkpoint_files.known_hashes())
 
 
 def _way_on(config: Config, output: Path, state: "TrainState") -> str:
-    """How a finished run's training can be continued."""
+    """Return how the training of a finished run can be continued."""
     total = config.schedule.total_steps
     if state.stopped_early:
         return f"early stopping ended it; {_new_run(config, output)} continues from its weights"
@@ -178,7 +196,7 @@ def _way_on(config: Config, output: Path, state: "TrainState") -> str:
 
 
 def _beyond_schedule(config: Config, output: Path) -> str:
-    """The line for a run whose last steps change nothing."""
+    """Return the log line for a run whose last steps do not change the weights."""
     return (
         f"train.max_steps {config.max_steps} is beyond schedule.total_steps {config.schedule.total_steps}: the learning rate is "
         f"0 from there on, so those steps do not change the weights; {_new_run(config, output)} continues from its weights"
@@ -191,7 +209,7 @@ def _new_run(config: Config, output: Path) -> str:
 
 
 def _watch(config: Config, ranks: Ranks) -> "CollectiveWatch | None":
-    """A watch over the collective calls of several ranks."""
+    """Return the watchdog for collective calls, or None with a single rank."""
     if ranks.world_size == 1:
         return None
     from opt_ds.training.collectives import CollectiveWatch, end_process

@@ -1,6 +1,8 @@
-"""The launchers among a rank's ancestors (deepspeed, torchrun, srun's step), and whether one of them has ended.
+"""Launchers among a rank's ancestor processes, and whether one of them has ended.
 
-A shell, tmux or nohup is no launcher: a rank that was started from one goes on without it.
+Launchers are deepspeed, torchrun and Slurm's step daemon.
+
+A shell, tmux or nohup does not count as a launcher: a rank started from one of these keeps running when it ends.
 """
 
 import os
@@ -13,14 +15,14 @@ _STEP = "slurmstepd"
 
 
 class Launcher(NamedTuple):
-    """A process; its start time tells it from a later one of the same number."""
+    """A process. The start time distinguishes it from a later process with the same PID."""
 
     pid: int
     started: str
 
 
 def find_launchers() -> list[Launcher]:
-    """The launchers among this process's ancestors, the nearest first; none where the system has no /proc."""
+    """Return the launchers among this process's ancestors, nearest first. Return none if the system has no /proc."""
     found, pid = [], os.getppid()
     while pid > 1 and (status := _status(pid)):
         if _is_launcher(_command(pid)):
@@ -30,13 +32,13 @@ def find_launchers() -> list[Launcher]:
 
 
 def is_gone(launcher: Launcher) -> bool:
-    """Whether it has ended, also if its parent has not collected its exit code yet."""
+    """Return whether the launcher has ended, including when its parent has not yet collected its exit code."""
     status = _status(launcher.pid)
     return not status or status[0] in "ZX" or status[19] != launcher.started
 
 
 def _status(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on: 0 is the state, 1 the parent, 19 the start time."""
+    """Return the fields of /proc/PID/stat from the state on: 0 is the state, 1 the parent's PID, 19 the start time."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl, the progress bar and the validation table. Only rank 0 tells it."""
+"""Output of a run: TensorBoard, metrics.jsonl, the progress bar and the validation table. Only rank 0 writes it."""
 
 import json
 import math
@@ -18,15 +18,15 @@ METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.json"
 
 
 class TermSums:
-    """Sums of losses and their metrics over micro-batches, kept on the device; one transfer reads them all."""
+    """Sums of losses and their metrics over micro-batches. They stay on the device and are read in one transfer."""
 
     def __init__(self) -> None:
-        self._names: list[tuple[str, str]] = []  # (loss, "loss" or a metric)
+        self._names: list[tuple[str, str]] = []  # (loss, "loss" or the name of a metric)
         self._total: torch.Tensor | None = None
         self.counts: dict[str, float] = {}
 
     def add(self, terms: dict[str, LossTerm]) -> torch.Tensor:
-        """Add a micro-batch's terms; returns its vector, detached."""
+        """Add a micro-batch's terms. Return its vector of values (float64, detached)."""
         found = {(loss, "loss"): term.sum.detach() for loss, term in terms.items()}
         found |= {(loss, name): value for loss, term in terms.items() for name, value in term.metrics.items()}
         vector = torch.stack([value.double() for value in found.values()])
@@ -40,20 +40,20 @@ class TermSums:
             self.counts[loss] = self.counts.get(loss, 0.0) + count
 
     def include(self, other: "TermSums") -> None:
-        """Add another sum's micro-batches and counts."""
+        """Add the micro-batches and counts of another TermSums."""
         if other._total is not None:
             self._names = other._names
             self._total = other._total if self._total is None else self._total + other._total
         self.add_counts(other.counts)
 
     def vector(self) -> torch.Tensor:
-        """This rank's sums; empty while nothing was added."""
+        """Return this rank's sums (float64), empty if nothing was added."""
         return torch.zeros(0, dtype=torch.float64) if self._total is None else self._total
 
     def means(self, vector: torch.Tensor) -> dict[tuple[str, str], float]:
-        """(loss, "loss" | metric) -> mean over the counted terms, of a vector of sums over all ranks.
+        """Return (loss, "loss" or metric) -> mean over the counted terms, for a vector of sums over all ranks.
 
-        Losses with count 0 are left out. The metric "correct" becomes "accuracy".
+        Losses with count 0 are omitted. The metric "correct" becomes "accuracy".
         """
         values = dict(zip(self._names, vector.tolist(), strict=True))
         return {
@@ -63,13 +63,13 @@ class TermSums:
         }
 
     def non_finite(self, vector: torch.Tensor) -> list[str]:
-        """Losses of a micro-batch's vector that are NaN or infinite."""
+        """Return the losses in a micro-batch's vector that are NaN or infinite."""
         values = zip(self._names, vector.tolist(), strict=True)
         return [loss for (loss, name), value in values if name == "loss" and not math.isfinite(value)]
 
 
 class Reporter:
-    """Writes scalars, texts and pictures of one run, and shows its progress bar."""
+    """Writes scalars, texts and images of one run, and shows its progress bar. Does nothing unless `enabled`."""
 
     def __init__(self, output: Path, first_step: int, last_step: int, enabled: bool) -> None:
         self.enabled, self.output = enabled, output
@@ -85,16 +85,16 @@ class Reporter:
         self._bar: tqdm | None = None
 
     def advance(self, status: dict[str, str] | None = None) -> None:
-        """One step done; `status` is shown behind the bar."""
+        """Advance the progress bar by one step and show `status` after it."""
         if self.enabled:
-            if self._bar is None:  # not before the first step, or what is printed until then would tear it
+            if self._bar is None:  # created after the first step, because earlier log lines would break the bar
                 self._bar = _progress_bar(*self._steps)
             if status is not None:
                 self._bar.set_postfix(status, refresh=False)
             self._bar.update(1)
 
     def scalars(self, step: int, values: dict[str, float], kind: str) -> None:
-        """Named values after `step` steps, to TensorBoard and as one JSON line."""
+        """Write named values after `step` steps to TensorBoard and, as one JSON line, to metrics.jsonl."""
         if not self.enabled:
             return
         for name, value in values.items():
@@ -104,16 +104,17 @@ class Reporter:
         self._jsonl.flush()
 
     def text(self, name: str, markdown: str) -> None:
-        """A text tab of TensorBoard."""
+        """Write a text for TensorBoard's text tab."""
         if self.enabled:
             self._board.add_text(name, markdown)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """A uint8 [H, W, 3] picture."""
+        """Write an image, uint8 [H, W, 3], to TensorBoard."""
         if self.enabled:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
+        """Close the progress bar and the files."""
         if self.enabled:
             if self._bar is not None:
                 self._bar.close()
@@ -122,7 +123,10 @@ class Reporter:
 
 
 def _keep_full_disk_quiet() -> None:
-    """Print no traceback of TensorBoard's thread when the disk is full: the next call in the main thread raises the error."""
+    """Suppress the traceback of TensorBoard's thread when the disk is full.
+
+    The next call in the main thread raises the error.
+    """
     others = threading.excepthook
     if getattr(others, "keeps_full_disk_quiet", False):
         return
@@ -151,7 +155,15 @@ def _progress_bar(first_step: int, last_step: int) -> tqdm:
 def validation_table(
     step: int, losses: dict[str, float], baselines: dict[str, float], accuracies: dict[str, float], total: float
 ) -> str:
-    """The losses of a validation beside those of their trivial baselines."""
+    """Return a table of the validation losses and the losses of their trivial baselines.
+
+    Args:
+        step: Number of completed steps.
+        losses: Loss name -> validation loss.
+        baselines: Loss name -> loss of the baseline, where there is one.
+        accuracies: Loss name -> accuracy, where the task classifies.
+        total: The weighted validation loss.
+    """
     lines = [
         f"validation after step {step}: weighted loss {total:.4f}",
         f"  {'task':<10}{'loss':>9}{'baseline':>10}{'accuracy':>10}",
@@ -164,12 +176,12 @@ def validation_table(
 
 
 def settings_table(values: dict[str, Any]) -> str:
-    """A Markdown table for TensorBoard's text tab."""
+    """Return a Markdown table for TensorBoard's text tab."""
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in values.items())])
 
 
 def _drop_later_lines(path: Path, step: int) -> None:
-    """Forget what an interrupted run logged beyond the checkpoint that it continues from."""
+    """Remove the lines that an interrupted run logged after the checkpoint from which it resumes."""
     if not path.is_file():
         return
     kept = []
@@ -178,5 +190,5 @@ def _drop_later_lines(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # cut off in the middle of a line
+            continue  # a truncated line
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

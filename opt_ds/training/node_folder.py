@@ -1,7 +1,7 @@
-"""A folder in memory that the ranks of one node share for one launch: files that they leave for each other.
+"""In-memory folder through which the ranks of one node exchange files during one launch.
 
-The node's first rank makes it, holds a lock in it and removes it at the end. What a killed launch left behind is removed when the
-next one starts on that node: its lock is free.
+The node's first rank creates it, holds a lock in it and removes it at the end. The next launch on the node removes what
+a killed launch left behind, because its lock is free.
 """
 
 import fcntl
@@ -27,9 +27,10 @@ _LOCK = ".lock"
 
 
 def share_plans(plan: Plan, group: "ProcessGroup") -> tuple[SharedPlans | None, "NodeFolder | None"]:
-    """The plan as this node's ranks share it, and their folder, which the caller closes. All ranks of the run call it together.
+    """Return the step plan as this node's ranks share it, and their folder, which the caller closes.
 
-    None where there is nothing to share: a rank that is alone on its node, or steps of few samples.
+    All ranks of the run must call this together. Return (None, None) if there is nothing to share: the rank is alone on
+    its node, or the steps have few samples.
     """
     if group.ranks.world_size == 1 or not is_worth_sharing(plan):
         return None, None
@@ -51,7 +52,10 @@ def share_plans(plan: Plan, group: "ProcessGroup") -> tuple[SharedPlans | None, 
 
 
 class NodeFolder:
-    """Rank `place` of the `count` ranks of its node, and their folder. All ranks of the run make it together."""
+    """The folder of one node's ranks. This rank is number `place` of the node's `count` ranks.
+
+    All ranks of the run must create it together.
+    """
 
     def __init__(self, group: "ProcessGroup") -> None:
         base = _base()
@@ -67,11 +71,11 @@ class NodeFolder:
 
     @property
     def is_own(self) -> bool:
-        """Whether this rank made it."""
+        """Whether this rank created the folder."""
         return self._lock is not None
 
     def close(self) -> None:
-        """Remove the folder, if it is this rank's."""
+        """Remove the folder if this rank created it."""
         if self._lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             self._lock.close()
@@ -92,7 +96,7 @@ def remove_leftovers(base: Path) -> None:
 
 
 def _make(path: Path) -> IO[str] | None:
-    """Make the folder, locked before it has the name that others look for; None where it cannot be made."""
+    """Create the folder and lock it before it gets its final name. Return None if it cannot be created."""
     hidden = path.with_name(f".{path.name}")
     try:
         hidden.mkdir(mode=0o700)
@@ -110,7 +114,7 @@ def _base() -> Path:
 
 
 def _node(base: Path) -> tuple[str, int]:
-    """What only processes that see the same folder have in common: the running kernel and the file system."""
+    """Return what only processes that see the same folder have in common: the running kernel and the file system."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

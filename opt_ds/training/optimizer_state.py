@@ -1,7 +1,7 @@
-"""Weights and Adam moments by parameter name, whatever the ZeRO stage: the one place that knows DeepSpeed's layout.
+"""Weights and Adam moments by parameter name, for every ZeRO stage. Only this module knows DeepSpeed's layout.
 
-Stages 1 and 2 keep fp32 master weights as one flat partition per parameter group and rank, stage 3 as flat sub-groups
-of every parameter's slices; stage 0 (fp32) has the parameters themselves.
+Stages 1 and 2 keep fp32 master weights as one flat partition per parameter group and rank. Stage 3 keeps them as flat
+sub-groups of every parameter's slices. Stage 0 (fp32) has the parameters themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 
 def create_moments(engine: DeepSpeedEngine, adam_steps: int) -> None:
-    """Give Adam its state now instead of at its first step: moments of 0, `adam_steps` updates done."""
+    """Create Adam's state now instead of at its first step, with moments of 0 and `adam_steps` completed updates."""
     for master in _flat_masters(engine):
         engine.basic_optimizer.state[master] = {
-            # float32, and beside the weights: what torch's fused AdamW wants
+            # Torch's fused AdamW requires a float32 step count on the device of the weights.
             "step": torch.tensor(float(adam_steps), dtype=torch.float32, device=master.device),
             **{key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS},
         }
@@ -37,13 +37,13 @@ def create_moments(engine: DeepSpeedEngine, adam_steps: int) -> None:
 
 
 def adam_steps(engine: DeepSpeedEngine) -> int:
-    """Updates that Adam has done (steps skipped for an overflow do not count)."""
+    """Return the number of updates that Adam has done. Steps skipped because of an overflow do not count."""
     state = engine.basic_optimizer.state[_flat_masters(engine)[0]]
     return int(state["step"].item())
 
 
 def gather(engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Each parameter's name with its fp32 "weight", "exp_avg" and "exp_avg_sq", whole. A collective call."""
+    """Yield each parameter's name and its full fp32 "weight", "exp_avg" and "exp_avg_sq". This is a collective call."""
     staged = engine.zero_optimization_stage() > 0
     for name, parameter in engine.module.named_parameters():
         if staged:
@@ -56,9 +56,11 @@ def gather(engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, torch.Tenso
 
 @torch.no_grad()
 def scatter(engine: DeepSpeedEngine, read: Callable[[str, str], torch.Tensor], keys: tuple[str, ...]) -> None:
-    """Set "weight", "exp_avg" or "exp_avg_sq" of every parameter to `read(name, key)`, a whole fp32 tensor.
+    """Set each of `keys` of every parameter to `read(name, key)`, a full fp32 tensor.
 
-    Only master weights are set: the module must have been loaded with the same weights before DeepSpeed took it over.
+    The keys are "weight", "exp_avg" and "exp_avg_sq".
+
+    Only master weights are set. The module must have been loaded with the same weights before DeepSpeed wrapped it.
     """
     stage = engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
@@ -80,7 +82,7 @@ def scatter(engine: DeepSpeedEngine, read: Callable[[str, str], torch.Tensor], k
 
 
 def scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
-    """State of the dynamic loss scale; empty without one."""
+    """Return the state of the dynamic loss scale, or an empty dict if there is none."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not scaler.dynamic:
         return {}
@@ -88,27 +90,28 @@ def scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
 
 
 def set_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
-    """Put a dynamic loss scale back; does nothing when this run, or the saved one, has none."""
+    """Restore the dynamic loss scale. Do nothing if this run or the saved one has none."""
     if scaler_state(engine):
         for field, value in state.items():
             setattr(engine.optimizer.loss_scaler, field, value)
 
 
 def loss_scale(engine: DeepSpeedEngine) -> float:
-    """The loss scale in use; 1 without one."""
+    """Return the current loss scale, or 1 if there is none."""
     return float(scaler_state(engine).get("cur_scale", 1.0))
 
 
 def least_loss_scale(engine: DeepSpeedEngine) -> float:
-    """The scale below which it does not go; 1 without one."""
+    """Return the minimum loss scale, or 1 if there is none."""
     return float(engine.optimizer.loss_scaler.min_scale) if scaler_state(engine) else 1.0
 
 
 def take_step(engine: DeepSpeedEngine) -> bool:
-    """`engine.step()`; gives whether the weights were updated (not so when the gradient is not finite).
+    """Call `engine.step()`. Return whether the weights were updated, which is false if the gradient is not finite.
 
-    DeepSpeed grows the loss scale before it divides by it: in that step the gradient would come out halved. So the growth
-    waits for the step's end. At the smallest scale it would raise; here the step is just not taken.
+    DeepSpeed grows the loss scale before it divides by it, so the gradient of that step would be halved. Here the
+    growth is deferred to the end of the step. At the minimum scale DeepSpeed would raise; here the step is only
+    skipped.
     """
     taken = _step(engine)
     if not taken:
@@ -131,7 +134,10 @@ def _step(engine: DeepSpeedEngine) -> bool:
 
 
 def discard_gradients(engine: DeepSpeedEngine) -> None:
-    """Drop what the step's micro-batches accumulated: DeepSpeed's own way with an overflow, but the loss scale stays."""
+    """Discard the gradients that the step's micro-batches accumulated.
+
+    This uses DeepSpeed's own handling of an overflow but leaves the loss scale unchanged.
+    """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
 
     def overflow(*_: object, **__: object) -> None:
@@ -153,10 +159,10 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
 
 
 def _drop_offloaded_sums(engine: DeepSpeedEngine) -> None:
-    """Drop the fp32 sums of a step that was not taken.
+    """Discard the fp32 sums of a step that was skipped.
 
-    With an offloaded optimizer at stages 1 and 2, DeepSpeed 0.19 keeps them after an overflow and adds the next
-    gradients to them, so one infinity would make every later step overflow.
+    With an offloaded optimizer at stages 1 and 2, DeepSpeed 0.19 keeps these sums after an overflow and adds the next
+    gradients to them. A single infinity would then make every later step overflow.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
@@ -166,7 +172,7 @@ def _drop_offloaded_sums(engine: DeepSpeedEngine) -> None:
 
 @contextmanager
 def _changed(thing: Any, changes: dict[str, Any]) -> Iterator[None]:
-    """Give an object other attributes for a while."""
+    """Temporarily replace attributes of an object."""
     own = vars(thing)
     before = {name: own[name] for name in changes if name in own}
     own.update(changes)
@@ -179,14 +185,14 @@ def _changed(thing: Any, changes: dict[str, Any]) -> Iterator[None]:
 
 
 def _flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The tensors that Adam updates on this rank."""
+    """Return the tensors that Adam updates on this rank."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
 
 
 def _own_slice(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    """This rank's slice of a stage-3 parameter; DeepSpeed pads the last one with zeros."""
+    """Return this rank's slice of a stage-3 parameter. DeepSpeed pads the last slice with zeros."""
     numel = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
     start = numel * torch.distributed.get_rank()
     part = torch.zeros(numel, dtype=value.dtype)

@@ -1,4 +1,4 @@
-"""What must hold between configuration and stores; checked before the model is built, one line a mistake."""
+"""Checks of the configuration against the stores, before the model is built. Each mistake is reported in one line."""
 
 from pathlib import Path
 
@@ -21,9 +21,10 @@ _SMALLEST_SIZE = {
 
 
 def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
-    """(preset, why) for a start without --config: the paper's model on a GPU, the emoji model on a CPU, if they fit.
+    """Return the preset for a command without --config, and the reason.
 
-    Without a store the emoji store is meant, and its preset.
+    The paper's model is the default on a GPU and the emoji model on a CPU, provided that they fit the store. Without a
+    store, the emoji store and its preset are used.
     """
     if not stores:
         return "opt-emoji", "no --config and no --store: the emoji store's own preset" + (
@@ -42,9 +43,13 @@ def open_stores(config: Config, run: Path | None = None, *, verify: bool = True)
     Args:
         config: The run's configuration.
         run: The run's output directory, which keeps the records of read-only stores.
-        verify: False leaves the contents to `verify_stores`, which one rank calls for all.
+        verify: If False, contents are not verified here. One rank calls `verify_stores` for all instead.
 
-    Raises UserError: a store missing, cut off, of another schema, with NaN; sizes that disagree; a split not there; no task.
+    Returns:
+        The opened stores.
+
+    Raises:
+        UserError: A store is missing, truncated, of another schema or contains NaN; sizes disagree; a split is missing.
     """
     stores = [FeatureStore(path, run) for path in config.data.stores]
     for problem in store_problems(config, stores):
@@ -55,21 +60,24 @@ def open_stores(config: Config, run: Path | None = None, *, verify: bool = True)
 
 
 def verify_stores(stores: list[FeatureStore], run: Path | None = None) -> None:
-    """Raise UserError unless the stores' contents are whole; reads them only if they changed since they were verified."""
+    """Raise UserError unless the stores' contents are complete.
+
+    A store is read only if it changed since its last verification.
+    """
     for store in stores:
         verify_store(store.path, run=run)
 
 
 def training_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
-    """Return a line, with its fix, for everything that training with this configuration refuses of these whole stores.
+    """Return one line, with its fix, for each reason why training rejects these complete stores.
 
-    Tasks are looked at only where splits and sizes are right.
+    Tasks are checked only if splits and sizes are right.
     """
     return store_problems(config, stores) or (_task_problems(config, stores) if stores else [])
 
 
 def store_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
-    """Return a line, with its fix, for each split, size, vocabulary and weight that does not fit."""
+    """Return one line, with its fix, for each split, size, vocabulary and mixing weight that does not fit."""
     problems: list[str] = []
     for store in stores:
         problems += split_problems(store.path, store.description, config.data.train_split, config.data.valid_split)
@@ -91,7 +99,10 @@ def store_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
 
 
 def training_notes(config: Config, stores: list[FeatureStore]) -> list[str]:
-    """Return a line for each of the model's limits that truncates samples, and for shares of `data.mix` that are rounded."""
+    """Return one line for each model limit that truncates samples.
+
+    A further line reports rounded proportions of `data.mix`.
+    """
     lines = truncation_lines(config.model, stores)
     note = mix_note(config.data.mix) if config.data.mix is not None and len(stores) > 1 else None
     return [*lines, *([note] if note else [])]
@@ -116,7 +127,7 @@ def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
 
 
 def check_store(config: Config, store: FeatureStore) -> None:
-    """Raise UserError, with the settings that mend it, if the store's sizes are not the model's."""
+    """Raise UserError, with the settings that fix it, if the store's sizes differ from the model's."""
     differences = _differences(config, store.description.dims)
     if differences:
         remedy = " ".join(f"--set {key}={there}" for key, _, there in differences)
@@ -128,9 +139,11 @@ def check_store(config: Config, store: FeatureStore) -> None:
 
 
 def with_store_sizes(source: str | None, settings: list[str], stores: list[str]) -> tuple[list[str], str | None]:
-    """Settings that give the model the first store's sizes, for those that neither the file `source` nor `settings` gives.
+    """Add settings that set the model's sizes to those of the first store.
 
-    Returns all settings, and a line that says what was taken from the store (None: nothing differs from the preset).
+    Sizes that `source` or `settings` already sets are left unchanged.
+
+    Return all settings, and a line that lists what was taken from the store (None if nothing differs from the preset).
     """
     if not stores:
         return settings, None
@@ -149,7 +162,7 @@ def with_store_sizes(source: str | None, settings: list[str], stores: list[str])
 
 
 def _differences(config: Config, dims: Dims) -> list[tuple[str, int, int]]:
-    """(config key, its value, the store's value) for each size that disagrees."""
+    """Return (config key, its value, the store's value) for each size that disagrees."""
     model = config.model
     pairs = [
         ("model.vocab_size", model.vocab_size, dims.vocab_size),
@@ -163,15 +176,18 @@ def _differences(config: Config, dims: Dims) -> list[tuple[str, int, int]]:
 
 
 def config_name(source: str | None) -> str:
-    """Name of a run's default output directory under runs/: the preset without "opt-", or the file's stem."""
+    """Return the name of a run's default output directory under runs/.
+
+    It is the preset without "opt-", or the file's stem.
+    """
     name = Path(source or "opt-emoji").stem if source not in preset_names() else str(source)
     return name.removeprefix("opt-")
 
 
 def settle(source: str | None, settings: list[str], stores: list[str]) -> tuple[Config, list[str], str | None]:
-    """The configuration with its stores named (`stores`, else its own) and the first one's sizes.
+    """Return the configuration with its stores (`stores`, otherwise its own) and the sizes of the first store.
 
-    Returns the configuration, its settings, and a line that says what was taken from the store (None: nothing).
+    Returns the configuration, its settings, and a line that lists what was taken from the store (None if nothing).
     """
     stores = stores or configured_stores(source, settings)
     settings, taken = with_store_sizes(source, settings, stores)
@@ -181,7 +197,7 @@ def settle(source: str | None, settings: list[str], stores: list[str]) -> tuple[
 
 
 def configured_stores(source: str | None, settings: list[str]) -> list[str]:
-    """The stores that the settings or the configuration file name."""
+    """Return the stores that the settings or the configuration file name."""
     named = [setting for setting in settings if setting.partition("=")[0].strip() == "data.stores"]
     tree = read_source(source or "opt-base")
     for setting in named:

@@ -1,4 +1,4 @@
-"""A trace of a few training steps on demand (`--set profile.steps=N`), by torch's profiler.
+"""Profiler traces of a few training steps (`--set profile.steps=N`), made with torch's profiler.
 
     <output>/profile/step-00000003-rank0.json.gz    for https://ui.perfetto.dev or chrome://tracing
     <output>/profile/step-00000003-rank0.txt        the operators that take the most time
@@ -18,12 +18,12 @@ _ROWS = 30
 
 
 class StepProfiler:
-    """Rank 0's profiler of `config.steps` steps after the first `config.skip` of this launch; of other ranks, nothing."""
+    """Profiler of `config.steps` steps after the first `config.skip` steps of this launch, on rank 0 only."""
 
     def __init__(self, config: ProfileConfig, output: Path, rank: int) -> None:
         self._folder, self._rank, self._step = output / FOLDER, rank, 0
         self._profile: profile | None = None
-        warmup = min(1, config.skip)  # the profiler's own, whose events are thrown away
+        warmup = min(1, config.skip)  # the profiler's own warm-up, whose events it discards
         if config.steps and rank == 0:
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
@@ -36,13 +36,13 @@ class StepProfiler:
             self._profile.start()
 
     def step_done(self, step: int) -> None:
-        """Say that a step ended; `step` counts from 1."""
+        """Notify the profiler that a step has ended. `step` counts from 1."""
         if self._profile is not None:
             self._step = step
             self._profile.step()
 
     def close(self) -> None:
-        """End; what was traced so far is written."""
+        """Stop the profiler and write what was traced so far."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

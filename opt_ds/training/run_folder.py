@@ -1,7 +1,7 @@
-"""The output directory of a run, of the model or of the dVAE: what identifies the run, its lock, and a record of each launch.
+"""Output directory of a run (of the model or of the dVAE): the run's identity, its lock, and a record of each launch.
 
-run.json      kind (of a dVAE's run), identity (what may not change between launches), stores, the start that --init-from gave,
-              and one entry per launch: versions, device, …
+run.json      kind (for a dVAE's run), identity (what may not change between launches), stores, the start set by
+--init-from, and one entry per launch: versions, device, …
 
 A run of the model also has:
 
@@ -30,9 +30,9 @@ from opt_ds.version import PACKAGE_FOLDER, __version__
 
 _LOG = logging.getLogger(__name__)
 RUN_FILE, CONFIG_FILE, LOCK_FILE = "run.json", "config.yaml", ".lock"
-#: The checkpoint of a dVAE's run.
+#: Checkpoint file of a dVAE's run.
 DVAE_CHECKPOINT_FILE = "checkpoint.pt"
-#: What training replaces as a whole, by folder.
+#: Files that training replaces atomically, by folder.
 _WRITTEN = {
     "": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE, DVAE_CHECKPOINT_FILE),
     "checkpoints": ("latest", "best"),
@@ -41,7 +41,8 @@ _WRITTEN = {
 #: Kinds of runs. The key is absent from run.json for a run of the model.
 MODEL, DVAE = "model", "dVAE"
 
-#: What makes the run. All else (batch.max_tokens, zero.*, train.*, precision …) may change on resume.
+#: Settings that identify a run. All other settings (batch.max_tokens, zero.*, train.*, precision, …) may change on
+#: resume.
 _IDENTITY = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
     "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
@@ -53,14 +54,17 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors
 
 
 def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
-    """Flat key -> value of all that makes a run this run."""
+    """Return a flat dict of key -> value with everything that identifies a run."""
     flat = flatten(config.model_dump(mode="json"))
     own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _IDENTITY)}
     return {**own, "data.stores": [store.fingerprint for store in stores]}
 
 
 def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> None:
-    """Raise UserError, naming the first key that differs, if `output` holds another run; or anything that is no run."""
+    """Raise UserError if `output` holds another run, or checkpoints without a run.
+
+    The message names the first key that differs.
+    """
     record = read_record(output, MODEL)
     if record is not None:
         compare_identity(output, record, identity(config, stores))
@@ -69,9 +73,9 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
 
 
 def read_record(output: Path, kind: str) -> dict[str, Any] | None:
-    """Return run.json of a run of this kind; None where there is no run.
+    """Return the run.json of a run of this kind, or None if there is no run.
 
-    Raises UserError if `output` cannot be read, is a file, holds a run of another kind, or a damaged run.json.
+    Raise UserError if `output` cannot be read, is a file, or holds a run of another kind or a damaged run.json.
     """
     path = output / RUN_FILE
     try:
@@ -98,14 +102,17 @@ def read_record(output: Path, kind: str) -> dict[str, Any] | None:
 
 
 def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """Return run.json as it is written today. A dVAE's run once had its identity alone, as a tree."""
+    """Return run.json in its current format. Old runs of the dVAE recorded only their identity, as a tree."""
     if "identity" not in record and "pictures_sha256" in record:
         return {"kind": DVAE, "identity": flatten(record), "launches": []}
     return record
 
 
 def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise UserError, naming the first key that differs, if a run.json is not of the run with the identity `wanted`."""
+    """Raise UserError if a run.json is not that of the run with identity `wanted`.
+
+    The message names the first key that differs.
+    """
     saved, wanted = record["identity"], json.loads(json.dumps(wanted))
     for key in sorted({*saved, *wanted}):
         if saved.get(key) != wanted.get(key):
@@ -117,17 +124,21 @@ def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any
 
 
 def recorded_init(output: Path) -> InitConfig | None:
-    """Return the start that --init-from gave the run in `output`; None without one, or where run.json cannot tell."""
+    """Return the start that --init-from gave the run in `output`.
+
+    Return None if there is none or run.json is unreadable.
+    """
     try:
         return InitConfig.model_validate(json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["init_from"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # no run, a run without it, or a damaged file, which check_same_run names
+        return None  # No run, a run without a start, or a damaged file, which check_same_run reports.
 
 
 def lock(output: Path) -> IO[str]:
-    """Make the output directory and hold it while the file returned is open. What a killed run left half-written is removed.
+    """Create the output directory and lock it while the returned file is open. Remove partial files of a killed run.
 
-    Raises UserError if it cannot be written to or another process trains there. Says so where the file system has no locks.
+    Raise UserError if the directory cannot be written or another process trains there. Log a warning if the file system
+    has no locks.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -154,7 +165,14 @@ def _unusable(output: Path, error: OSError) -> UserError:
 
 
 def record_launch(output: Path, config: Config, stores: list[FeatureStore], launch: dict[str, Any]) -> None:
-    """Write config.yaml and processor/, and run.json with this launch appended."""
+    """Write config.yaml and processor/, and run.json with this launch appended.
+
+    Args:
+        output: The run's output directory.
+        config: The resolved configuration.
+        stores: The run's stores. The processor files come from the first one.
+        launch: The entry of this launch.
+    """
     copy_processor_files(stores[0], output / PROCESSOR_FOLDER)
     with atomic_file(output / CONFIG_FILE) as temporary:
         temporary.write_text(dump_config(config), encoding="utf-8")
@@ -168,12 +186,12 @@ def record_launch(output: Path, config: Config, stores: list[FeatureStore], laun
 
 
 def describe_stores(stores: list[FeatureStore]) -> list[dict[str, Any]]:
-    """Return what run.json records of the stores."""
+    """Return what run.json records about the stores."""
     return [{"path": str(s.path), "name": s.name, "fingerprint": s.fingerprint, "num_samples": s.num_samples} for s in stores]
 
 
 def append_launch(output: Path, about: dict[str, Any], launch: dict[str, Any]) -> None:
-    """Write run.json: `about` the run, and the earlier launches with this one appended."""
+    """Write run.json with the fields in `about` and the earlier launches, followed by this one."""
     path = output / RUN_FILE
     launches = _upgraded(json.loads(path.read_text(encoding="utf-8")))["launches"] if path.is_file() else []
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -181,13 +199,19 @@ def append_launch(output: Path, about: dict[str, Any], launch: dict[str, Any]) -
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package (and its git revision), of Python and of the packages that decide the numbers."""
+    """Return the versions of everything that affects numerical results.
+
+    These are this package (with its git revision), Python and the packages of `_PACKAGES`.
+    """
     found = {"opt_ds": __version__, "git": git_revision(), "python": platform.python_version()}
     return {**found, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def git_revision() -> str:
-    """Commit of the checkout that this package runs from, with "-dirty" for uncommitted changes; "" outside of one."""
+    """Return the commit of the checkout that contains this package, or "" outside of one.
+
+    "-dirty" is appended if there are uncommitted changes.
+    """
     folder = PACKAGE_FOLDER.parent
     if not (folder / ".git").exists():
         return ""

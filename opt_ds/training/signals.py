@@ -1,6 +1,8 @@
-"""SIGTERM, SIGINT, SIGHUP and the scheduler's pre-emption signal: remembered, agreed upon by all ranks at a step boundary, then
-the run saves and ends. A second signal ends the process at once, unless it belongs to the first: a Ctrl-C under a launcher
-arrives as SIGINT from the terminal and, moments later, as SIGTERM from the launcher.
+"""Handling of SIGTERM, SIGINT, SIGHUP and the scheduler's pre-emption signal.
+
+A signal is recorded. All ranks agree on it at a step boundary; then the run saves and ends. A second signal ends the
+process at once, unless it has the same cause as the first: a Ctrl-C under a launcher arrives as SIGINT from the
+terminal and, moments later, as SIGTERM from the launcher.
 """
 
 import os
@@ -11,19 +13,19 @@ from types import FrameType, TracebackType
 from opt_ds import interrupts
 from opt_ds.training.launchers import find_launchers, is_gone
 
-REQUEUE_EXIT_CODE = 75  # "save done, requeue me" (EX_TEMPFAIL of sysexits.h)
-LOOK_EVERY_S = 1.0  # at the launchers, which takes reading /proc
-SAME_REQUEST_S = 2.0  # a signal so soon after the first says nothing new
+REQUEUE_EXIT_CODE = 75  # "saved, requeue me" (EX_TEMPFAIL of sysexits.h)
+LOOK_EVERY_S = 1.0  # interval between checks of the launchers, which read /proc
+SAME_REQUEST_S = 2.0  # a signal within this time after the first counts as the same request
 
 
 class StopRequest:
-    """While entered, `received` is the name of the first signal that asked to stop, '' while there is none."""
+    """Signal handlers, active while the context is entered. `received` is the name of the first signal, or ''."""
 
     def __init__(self, preemption_signal: str = "SIGUSR1") -> None:
         self.received = ""
         self._received_at = 0.0
         self.numbers = {signal.SIGTERM, signal.SIGINT, signal.Signals[preemption_signal]}
-        if not interrupts.is_ignored(signal.SIGHUP):  # nohup ignores it: the run outlives its terminal
+        if not interrupts.is_ignored(signal.SIGHUP):  # nohup ignores SIGHUP, so that the run outlives its terminal
             self.numbers.add(signal.SIGHUP)
         self._launchers = find_launchers()
         self._is_abandoned, self._looked_at = False, -LOOK_EVERY_S
@@ -41,12 +43,15 @@ class StopRequest:
         self.put_back()
 
     def put_back(self) -> None:
-        """Give the signals their former handlers."""
+        """Restore the former signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def reason(self) -> str:
-        """What asks to stop: the signal's name, or the loss of the launcher that started this rank; '' while nothing does."""
+        """Return why the run should stop: a signal's name, or that the launcher of this rank has ended.
+
+        Return '' otherwise.
+        """
         if self.received or not self._launchers:
             return self.received
         now = time.monotonic()
@@ -64,8 +69,9 @@ class StopRequest:
             os._exit(128 + number)
 
 
-# A forked worker must not inherit the handlers, or whoever ends it with SIGTERM would wait for it for ever. From before the
-# fork until the child has its former handlers back the signals are blocked: Python forgets those that arrive in between.
+# A forked worker must not inherit the handlers, or a process that ends it with SIGTERM would wait for it forever. The
+# signals are blocked from before the fork until the child has its former handlers back, because Python loses signals
+# that arrive in between.
 _entered: list[StopRequest] = []
 _masks: list[set[int]] = []
 

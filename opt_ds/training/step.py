@@ -1,4 +1,5 @@
-"""One optimiser step over the global batch: micro-batches forward and backward, a look at the loss, one update."""
+"""One optimiser step over the global batch: forward and backward of the micro-batches, check of the loss, one update.
+"""
 
 import logging
 import math
@@ -28,18 +29,21 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave."""
+    """Result of one step."""
 
-    sums: TermSums | None  # this rank's terms; None: the loss was not finite, or a spike that is skipped
-    gradient_norm: float  # global, before clipping; infinite where it overflowed
+    sums: TermSums | None  # This rank's terms. None: the loss was not finite, or it was a spike that is skipped.
+    gradient_norm: float  # global norm before clipping; infinite if it overflowed
 
 
 class SkipBudgetError(Exception):
-    """More steps were not finite than the guard may skip; the weights are those before the step."""
+    """More steps were not finite than the guard may skip. The weights are those before the step."""
 
 
 class Stepper:
-    """Takes the steps of one rank. All ranks come to the same decisions: they judge the same global loss and norm."""
+    """Takes the steps of one rank.
+
+    All ranks make the same decisions, because they check the same global loss and norm.
+    """
 
     def __init__(
         self,
@@ -83,9 +87,12 @@ class Stepper:
         return self._update(planned, sums)
 
     def _update(self, planned: PlannedStep, sums: TermSums) -> StepResult:
-        """Clip and update; a gradient that is not finite is not taken (at fp16 its scale goes down instead)."""
+        """Clip the gradient and update the weights.
+
+        Skip the update if the gradient is not finite; in fp16 its loss scale is then reduced.
+        """
         scale, least = optimizer_state.loss_scale(self.engine), optimizer_state.least_loss_scale(self.engine)
-        if self.config.zero.stage == 0:  # DeepSpeed neither reports a norm there nor looks at it
+        if self.config.zero.stage == 0:  # there DeepSpeed neither reports a norm nor checks it
             weights = [p for p in self.engine.module.parameters() if p.grad is not None]
             total_norm = nn.utils.get_total_norm([p.grad for p in weights])
             norm = float(total_norm)
@@ -108,7 +115,10 @@ class Stepper:
         return StepResult(sums, norm)
 
     def _account_for_skip(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]], verdict: str) -> None:
-        """Name and dump what is to blame; raises SkipBudgetError when the budget does not allow another one."""
+        """Count a skipped step, and dump and log its cause.
+
+        Raise SkipBudgetError if the budget allows no further one.
+        """
         allowed = self.guard.count_skip(planned.step)
         named = [item for item in self.group.gather(self._dump_first(planned, bad_by_micro_batch)) if item is not None]
         if named:
@@ -129,7 +139,10 @@ class Stepper:
         _LOG.warning(f"{text}; step skipped ({number} of at most {options.skip_budget} in {options.skip_window})")
 
     def _dump_first(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]]) -> tuple[str, Path] | None:
-        """Dump this rank's first micro-batch with losses that are not finite; (what is wrong with which samples, file)."""
+        """Dump this rank's first micro-batch whose losses are not finite.
+
+        Return a description with the samples, and the file.
+        """
         number = next((k for k, bad in enumerate(bad_by_micro_batch) if bad), None)
         if number is None:
             return None
@@ -143,11 +156,12 @@ class Stepper:
 
     @torch.no_grad()
     def _to_blame(self, planned: PlannedStep, slots: np.ndarray) -> tuple[list[str], list[str]] | None:
-        """Samples whose losses are not finite when each is alone, and these losses; None where that tells nothing.
+        """Return the samples whose losses are not finite when computed alone, and these losses.
 
-        A NaN spreads over its micro-batch, so the micro-batch's own losses do not tell which sample brought it.
+        A NaN spreads over its micro-batch, so the losses of the micro-batch do not identify the sample. Return None if
+        the losses of single samples do not identify it either.
         """
-        if self.config.zero.stage == 3:  # a forward pass there is a collective call
+        if self.config.zero.stage == 3:  # a forward pass at stage 3 is a collective call
             return None
         names, losses = [], []
         self.engine.module.eval()

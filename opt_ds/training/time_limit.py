@@ -1,5 +1,6 @@
-"""When this launch must end: what the scheduler grants it, or `train.time_limit_minutes`. Before that, the run saves and asks to
-be requeued.
+"""Time limit of a launch, set by the scheduler or by `train.time_limit_minutes`.
+
+Before it expires, the run saves and asks to be requeued.
 """
 
 import os
@@ -9,13 +10,14 @@ from collections.abc import Callable, Mapping
 from opt_ds.config import TrainConfig
 from opt_ds.errors import UserError
 
-END_TIME_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970; Slurm sets it from 23.02 on, slurm/pretrain.sh before
+# Seconds since 1970; set by Slurm from 23.02 on, and by slurm/pretrain.sh before.
+END_TIME_VARIABLE = "SLURM_JOB_END_TIME"
 
 
 class TimeLimit:
-    """The moment of a launch's end, and the longest time between two looks at it: a step with what follows it.
+    """End time of a launch, and the longest time between two checks of it (one step and the work that follows it).
 
-    Each rank looks at its own clock; the trainer lets them agree. Without a limit the end is infinitely far.
+    Each rank reads its own clock; the trainer makes the ranks agree. Without a limit the end is infinity.
     """
 
     def __init__(
@@ -34,17 +36,17 @@ class TimeLimit:
             self.end, self.source = clock() + config.time_limit_minutes * 60, "train.time_limit_minutes"
 
     def is_near(self) -> bool:
-        """Whether another step may not end, and be saved, in time. Call it once after every step."""
+        """Return whether another step might not end and be saved in time. Call this once after every step."""
         now = self._clock()
         self._longest_round_s, self._last_look = max(self._longest_round_s, now - self._last_look), now
         return now + self._longest_round_s + self._reserve_s >= self.end
 
     def is_short(self) -> bool:
-        """Whether what is left is kept for saving."""
+        """Return whether the remaining time is reserved for saving."""
         return self.end - self._clock() <= self._reserve_s
 
     def describe(self) -> str:
-        """One line for the run's beginning; '' without a limit."""
+        """Return a line to log at the start of the run, or '' without a limit."""
         if not self.source:
             return ""
         left_s = self.end - self._clock()

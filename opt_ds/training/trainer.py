@@ -1,4 +1,4 @@
-"""The training loop: micro-batches forward and backward, one optimiser step, and what happens between steps.
+"""The training loop: one optimiser step after the other, and what happens between steps.
 
 An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
 """
@@ -49,12 +49,12 @@ from opt_ds.training.validation import validation_losses
 from opt_ds.training.window import Window
 
 _LOG = logging.getLogger(__name__)
-_STOP, _WRITE_FAILED = 1, 2  # what a rank can ask of all at a step's end
+_STOP, _WRITE_FAILED = 1, 2  # what a rank can request of all ranks at the end of a step
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """Trains one model on the ranks of `group`, from the newest checkpoint of `output` or from the beginning."""
+    """Trains one model on the ranks of `group`, from the checkpoint `resume_from` or from the beginning."""
 
     def __init__(
         self,
@@ -86,7 +86,8 @@ class Trainer:
         self.state = checkpoint.train_state(saved) if saved else TrainState()
         first_step = self.plan.step(self.state.step, self.ranks.world_size)
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
-        self.carried: init_from.Carried | None = None  # what --init-from brought, in the launch that begins the run
+        # Parameters taken from the --init-from run, in the first launch only.
+        self.carried: init_from.Carried | None = None
         self.adam_steps_before = config.init.adam_steps if config.init else 0
         self.engine = self._build_engine(settings, resume_from)
         group.bound_all_collectives()
@@ -109,12 +110,14 @@ class Trainer:
         self._saved_step = self.state.step if resume_from else -1
         self._describe(hardware, settings, first_step, resume_from)
 
-    # ---- the loop
+    # ---- training loop
 
     def train(self) -> int:
-        """Train to `max_steps` or an early stop. Returns the process's exit code: 0, or 75 after a signal.
+        """Train until `max_steps` or early stopping.
 
-        Raises TrainingError when it cannot go on, CheckpointError when the disk cannot take a checkpoint.
+        Return the exit code of the process: 0, or 75 after a request to stop.
+
+        Raise TrainingError if training cannot continue, and CheckpointError if a checkpoint cannot be written.
         """
         try:
             stopped = self._run()
@@ -125,7 +128,7 @@ class Trainer:
                 )
             else:
                 _LOG.info(f"finished after step {self.state.step}: {self.output}")
-            self.group.barrier()  # a launcher ends all ranks at the first one's exit
+            self.group.barrier()  # because a launcher ends all ranks when the first one exits
             return REQUEUE_EXIT_CODE if stopped else 0
         except SkipBudgetError as error:
             folder = self.save()
@@ -138,7 +141,7 @@ class Trainer:
             self.close()
 
     def _run(self) -> str:
-        """The steps. Gives what asked the run to stop before its end, saved by then; '' when it is finished."""
+        """Run the steps. Return the reason for a stop before the end, after saving, or '' if the run is finished."""
         window, time_limit = Window(self.config, self.loader, self.peak), TimeLimit(self.config.train)
         if time_limit.source:
             _LOG.log(logging.WARNING if time_limit.is_short() else logging.INFO, time_limit.describe())
@@ -184,13 +187,16 @@ class Trainer:
             )
 
     def is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is to be done after this one."""
+        """Return whether an action that runs every `every` steps is due after this step.
+
+        It is also due after the last step.
+        """
         return self.state.step % every == 0 or self.state.step == self.config.max_steps
 
     # ---- between steps
 
     def _log(self, window: Window) -> dict[str, str]:
-        """Losses, rates and times since the last log."""
+        """Report losses, rates and times since the last report. Return the status for the progress bar."""
         means = window.sums.means(self.group.sum(window.sums.vector()))
         losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
         total = self._weighted(losses)
@@ -198,7 +204,7 @@ class Trainer:
         rates = window.rates()
         self.state.train_seconds += window.seconds()
         values = {
-            **({"train/loss": total} if losses else {}),  # no loss where no step of the window was taken
+            **({"train/loss": total} if losses else {}),  # no loss if every step of the interval was skipped
             **{f"train/{loss}/{name}": value for (loss, name), value in means.items()},
             "optimizer/lr": lr,
             "optimizer/gradient_norm": window.gradient_norm(),
@@ -218,7 +224,10 @@ class Trainer:
         return {"loss": f"{total:.3f}" if losses else "–", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
 
     def validate(self) -> float:
-        """Every task on every validation sample; prints the table, keeps the best. Returns the weighted loss."""
+        """Evaluate every task on every validation sample.
+
+        Log the table, save the best checkpoint and return the weighted loss.
+        """
         found = validation_losses(self.engine, self.config, self.loader, self.group.sum)
         step, baselines = self.state.step, self.callbacks.reference_losses(self)
         self._note_validation(found.weighted)
@@ -238,14 +247,20 @@ class Trainer:
         return found.weighted
 
     def save(self) -> Path:
-        """Begin to write the checkpoint of this step, once; the best one is pointed to."""
+        """Start writing the checkpoint of this step, once per step.
+
+        Point "best" at it if it is the best. Return its folder.
+        """
         if self._saved_step != self.state.step:
             self.writer.save(self.engine, self.state, best=self.state.best_step == self.state.step)
             self._saved_step = self.state.step
         return self.output / checkpoint.FOLDER / checkpoint.folder_name(self.state.step)
 
     def _note_validation(self, total: float) -> None:
-        """Compare with the best so far; the best is saved at once, so that it exists whatever comes."""
+        """Compare a validation with the best one so far.
+
+        Save a new best at once, so that it survives a later failure.
+        """
         best = self.state.best_loss
         if math.isfinite(total) and (best is None or not math.isfinite(best) or total < best):
             self.state.best_loss, self.state.best_step, self.state.validations_without_gain = total, self.state.step, 0
@@ -259,7 +274,7 @@ class Trainer:
         return sum(self.config.tasks.loss_weight(loss) * value for loss, value in losses.items())
 
     def close(self) -> None:
-        """End the threads and files of the run, whatever ended it."""
+        """Close the threads and files of the run. This is called however the run ended."""
         self.loader.close()
         if self._node_folder is not None:
             self._node_folder.close()
@@ -267,7 +282,7 @@ class Trainer:
         self.profiler.close()
         self.report.close()
 
-    # ---- building
+    # ---- construction
 
     def _build_engine(self, settings: dict[str, Any], resume_from: Path | None) -> deepspeed.DeepSpeedEngine:
         model = initial_model(self.config, self.stores, warm_start=not resume_from)
@@ -279,7 +294,8 @@ class Trainer:
             self.carried = init_from.load_weights(model, self.config.init)
         if self.ranks.is_main:
             check_space(self.output, sum(p.numel() for p in model.parameters()))
-        # DeepSpeed makes its fp32 masters from the halved weights; ours start from the unrounded ones.
+        # DeepSpeed copies its fp32 master weights from the half-precision weights. These copies keep the unrounded
+        # values.
         exact = (
             {n: p.detach().clone() for n, p in model.named_parameters()}
             if self.precision in _HALF and not resume_from
@@ -305,7 +321,7 @@ class Trainer:
     def _describe(
         self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
     ) -> None:
-        """Log, and store, every choice that was made."""
+        """Log and record every choice that was made for this launch."""
         numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         launch = {
             "device": hardware.name,
@@ -352,10 +368,13 @@ class Trainer:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: not for LayerNorm's weights, biases and single vectors.
+    """Return the optimiser's parameter groups, with weight decay for matrices only.
 
-    DeepSpeed lays a group's weights end to end. Those of an odd size come last (a bias of 30,522 words, of 1,601 classes): what
-    follows them does not start at 16 bytes, and kernels read it by single elements.
+    LayerNorm weights, biases and other vectors have no weight decay.
+
+    DeepSpeed concatenates the weights of a group. Weights with a size that is not a multiple of 8 (a bias of 30,522
+    words or of 1,601 classes) come last, because what follows them is not aligned to 16 bytes and is read by kernels
+    element by element.
     """
     aligned_first = sorted(model.parameters(), key=lambda p: p.numel() % 8 != 0)
     matrices = [p for p in aligned_first if p.ndim >= 2]

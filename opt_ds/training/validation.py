@@ -1,4 +1,4 @@
-"""Validation loss per task: the fixed validation pass, every task on every sample, summed over ranks."""
+"""Validation loss per task: a fixed pass that evaluates every task on every sample, summed over ranks."""
 
 import math
 from dataclasses import dataclass
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Mean loss, and accuracy where a task classifies, of each active loss; the weighted sum is what early stopping watches.
+    """Result of a validation pass.
 
-    Without any loss the sum is NaN: the 0 of an empty sum would be better than every loss.
+    It holds the mean of each active loss, the accuracy where the task classifies, and the weighted sum that early
+    stopping monitors.
+
+    Without any loss the weighted sum is NaN. The 0 of an empty sum would be better than every loss.
     """
 
     losses: dict[str, float]
@@ -30,14 +33,22 @@ class ValidationResult:
 
 @torch.no_grad()
 def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatchLoader, reduce=None) -> ValidationResult:
-    """Run the validation pass of `loader`'s rank; `reduce` sums a float64 tensor over ranks in place (None: one rank).
+    """Run the validation pass for the rank of `loader`.
 
-    `model` gives a dict of LossTerm for a batch (an `OPT`, or the engine around it); it is put back into its mode afterwards.
+    Args:
+        model: An `OPT` or its engine, which returns a dict of LossTerm for a batch. Its training mode is restored
+            afterwards.
+        config: The run's configuration.
+        loader: Loader of this rank's validation batches.
+        reduce: Sums a float64 tensor over the ranks in place. None: there is one rank.
+
+    Returns:
+        Losses, accuracies and the weighted loss, over all ranks.
     """
     was_training = model.training
     model.eval()
     all_losses = config.tasks.all_losses
-    table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # sum, count, correct (negative: no accuracy)
+    table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # columns: sum, count, correct
     classifies = set()
     for _, batches in loader.validation(config.train.validate_samples):
         for batch in batches:
@@ -66,7 +77,18 @@ def validate(
     device: torch.device | str = "cpu",
     group: "ProcessGroup | None" = None,
 ) -> ValidationResult:
-    """The same for a model on one store; `group`: the ranks that share the work, None for this process alone."""
+    """Run the validation pass for a model on one store.
+
+    Args:
+        model: The model.
+        config: Its configuration.
+        store: The store.
+        device: Device of the model.
+        group: The ranks that share the work. None: this process alone.
+
+    Returns:
+        Losses, accuracies and the weighted loss, over all ranks.
+    """
     rank, world_size = (group.ranks.rank, group.ranks.world_size) if group else (0, 1)
     loader = MicroBatchLoader(make_plan(config, [store]), rank, world_size, torch.device(device))
     try:

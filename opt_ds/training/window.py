@@ -1,4 +1,4 @@
-"""What is summed up between two logs: losses, samples, tokens, times."""
+"""Throughput meter: losses, samples, tokens and times between two log lines."""
 
 import time
 from collections.abc import Iterator
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """What is summed up between two logs."""
+    """Accumulates losses, samples, tokens and times between two log lines."""
 
     def __init__(self, config: Config, loader: MicroBatchLoader, peak: PeakFlops) -> None:
         self._config, self._loader, self._peak = config, loader, peak
         self.restart()
 
     def restart(self) -> None:
+        """Reset all sums and restart the clock."""
         self.sums = TermSums()
         self._samples = self._tokens = self._steps = 0
         self._flops, self._by_task = 0.0, np.zeros(len(self._loader.plan.task_names))
@@ -33,7 +34,7 @@ class Window:
         self._start, self._waited = time.perf_counter(), self._loader.wait_s
 
     def add(self, planned: PlannedStep, result: "StepResult") -> None:
-        """Count a step; losses that are not finite are left out."""
+        """Add a step. Losses that are not finite are not included."""
         if result.sums is not None:
             self.sums.include(result.sums)
         self._steps += 1
@@ -47,15 +48,19 @@ class Window:
         self._norm = result.gradient_norm
 
     def seconds(self) -> float:
+        """Return the seconds since the last restart, without paused time."""
         return time.perf_counter() - self._start
 
     def gradient_norm(self) -> float:
-        """Of the last step, before clipping; infinite where it overflowed."""
+        """Return the gradient norm of the last step, before clipping; infinite if it overflowed."""
         return self._norm
 
     def rates(self) -> dict[str, float]:
-        """Over all ranks, but `tflops_per_rank`; `flops_utilisation` is its share of the device's peak (model FLOPs: padding and
-        recomputation do not count)."""
+        """Return rates over all ranks; `tflops_per_rank` and `flops_utilisation` are per rank.
+
+        `flops_utilisation` is the fraction of the device's peak. It counts model FLOPs, without padding and
+        recomputation.
+        """
         seconds = max(self.seconds(), 1e-9)
         flops = self._flops / seconds / self._loader.world_size
         by_task = zip(self._loader.plan.task_names, self._by_task.tolist(), strict=True)
@@ -73,7 +78,7 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside does not count as training."""
+        """Exclude the time spent inside this context from the training time."""
         began, waited = time.perf_counter(), self._loader.wait_s
         yield
         self._start += time.perf_counter() - began

@@ -11,7 +11,6 @@ from opt_ds.data import derived, nearness
 from opt_ds.data.finetune_plan import FineTunePlan
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import Plan
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_store
 

@@ -5,9 +5,9 @@ import pytest
 
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import FineTunePlan
+from opt_ds.data.modalities import AUDIO, IMAGE, MODALITIES, TEXT
 from opt_ds.data.near_donors import NearDonors
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.modalities import AUDIO, IMAGE, MODALITIES, TEXT
 from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore

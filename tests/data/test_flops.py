@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from opt_ds.data.flops import step_flops
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
-from opt_ds.data.flops import step_flops
 from tests.tiny import SAMPLED_TASKS, make_config, make_model, make_packer, make_store
 
 

@@ -8,11 +8,12 @@ import torch
 
 from opt_ds.data.flops import sample_flops
 from opt_ds.data.lengths import stacked_length
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned_samples import PlannedSamples, select
-from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.store import FeatureStore
-from tests.tiny import TASK_NAMES, MATCHING, MODALITY, index_with, make_batches, make_config, make_model, make_store
+from tests.tiny import MATCHING, MODALITY, TASK_NAMES, index_with, make_batches, make_config, make_model, make_store
+
 
 def equal(a: PlannedSamples, b: PlannedSamples) -> bool:
     return all((x == y).all() for x, y in zip(a.arrays().values(), b.arrays().values(), strict=True))

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import num_masked, num_masked_frames
-from opt_ds.data.plan import StepPlan
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader, stack_frames
 from opt_ds.store import FeatureStore, set_codes
 from opt_ds.store.writer import StoreWriter
-from tests.tiny import TASK_NAMES, MAM, MLM, MODALITY, MVM, make_config, make_packer, make_store, written
+from tests.tiny import MAM, MLM, MODALITY, MVM, TASK_NAMES, make_config, make_packer, make_store, written
 
 
 @given(num_frames=st.integers(0, 40), stack=st.integers(1, 9), data=st.data())

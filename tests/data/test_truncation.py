@@ -8,9 +8,9 @@ import pytest
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.mixing import MIX_BLOCK, mix_note, mix_quotas
 from opt_ds.data.truncation import truncation_lines
-from opt_ds.training.preflight import settle, store_problems
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
+from opt_ds.training.preflight import settle, store_problems
 from tests.tiny import make_config, make_store
 
 

@@ -1,7 +1,7 @@
-"""The experiments of `opt-ds evaluate`, one per file: what each needs, how it measures, what it prints.
+"""The experiments of `opt-ds evaluate`, one per file: what each one requires, how it measures, what it prints.
 
-To add one: write `opt_ds/evaluation/experiments/<name>.py` with `EXPERIMENT`, an instance of a subclass of `Experiment`, and
-add a row with its options to the table in `opt_ds/cli/evaluate.py`.
+To add one, write `opt_ds/evaluation/experiments/<name>.py` with `EXPERIMENT`, an instance of a subclass of
+`Experiment`. Then add a row with its options to the table in `opt_ds/cli/evaluate.py`.
 """
 
 import importlib
@@ -19,26 +19,27 @@ if TYPE_CHECKING:
 
 
 class ImageJudge(Protocol):
-    """Looks at images with the image extractor of the evaluated model."""
+    """Evaluates images with the image extractor of the evaluated model."""
 
     def belongs(self, sample: "Sample", picture: "Image.Image") -> float:
-        """Return the matching head's probability that the image belongs to the sample's text and audio."""
+        """Return the match probability of the image with the sample's text and audio."""
 
     def look(self, picture: "Image.Image") -> "np.ndarray":
-        """Return the feature vector of an image."""
+        """Return the embedding (feature vector) of an image."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every experiment is given.
+    """Input of every experiment.
 
     Attributes:
         evaluator: The model and the store, checked against each other.
-        splits: The splits to measure on; one, except in summary.
-        checkpoint: The run or checkpoint, as it was named.
-        output: The JSON file that the figures are written to. An experiment may write images beside it.
-        seed: Of the choice of samples and of sampling.
-        open_judge: Opens the model's image extractor; its argument: the extractor's weights, None if a package brings them.
+        splits: The splits to measure on; a single one, except in summary.
+        checkpoint: The run or checkpoint, as the user specified it.
+        output: The JSON file that the figures are written to. An experiment may write images into the same folder.
+        seed: Seed of the choice of samples and of sampling.
+        open_judge: Opens the model's image extractor. Its argument is the extractor's weights, or None if a package
+            includes them.
     """
 
     evaluator: "Evaluator"
@@ -50,29 +51,43 @@ class Request:
 
     @property
     def split(self) -> str:
-        """The one split of an experiment that measures on one."""
+        """The split of an experiment that measures on a single one."""
         (split,) = self.splits
         return split
 
 
 class Experiment:
-    """One experiment. `measure` takes the options of its row in the table as keyword arguments."""
+    """Base class of experiments. `measure` takes the options of its row in the table as keyword arguments."""
 
-    #: ability (`opt_ds.abilities`) that a model in training must learn for `measure_in_training`; None: only for trained models
+    #: Ability (`opt_ds.abilities`) that a model in training must learn for `measure_in_training`; None: trained models
+    #: only.
     ability_in_training: ClassVar[str | None] = None
-    #: modalities of its samples: one set or another
+    #: Alternative sets of modalities that its samples must have.
     modalities: ClassVar[tuple[tuple[int, ...], ...]] = ()
-    #: whether the store must have image codes
+    #: Whether the store must have image codes.
     needs_image_codes: ClassVar[bool] = False
-    #: (ability that the model must have, what it cannot do otherwise: part of the message)
+    #: (Ability that the model must have, what it cannot do otherwise: part of the error message.)
     needs: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def measure(self, request: Request, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Return the figures, which are written as JSON. Raises UserError for what the model or the store does not allow."""
+        """Return the figures, which are written as JSON.
+
+        Raise UserError if the model or the store does not allow the experiment.
+        """
         raise NotImplementedError
 
     def measure_in_training(self, evaluator: "Evaluator", split: str, limit: int, seed: int) -> dict[str, Any]:
-        """Return the figures of a model in training: greedy decoding, at most `limit` samples."""
+        """Return the figures of a model in training, with greedy decoding.
+
+        Args:
+            evaluator: The model and the store.
+            split: Name of the split.
+            limit: Maximum number of samples.
+            seed: Seed of the choice of samples.
+
+        Returns:
+            The figures, as plain values.
+        """
         raise NotImplementedError
 
     def table(self, figures: dict[str, Any]) -> str:
@@ -80,11 +95,11 @@ class Experiment:
         raise NotImplementedError
 
     def report(self, request: Request, figures: dict[str, Any]) -> str:
-        """Return what is printed at the end."""
+        """Return the text that is printed at the end."""
         return self.table(figures)
 
 
 def load_experiment(name: str) -> Experiment:
-    """Return the experiment of this name. Raises UserError if an extra that it needs is not installed."""
+    """Return the experiment of this name. Raise UserError if an extra that it requires is not installed."""
     experiment: Experiment = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").EXPERIMENT
     return experiment

@@ -1,4 +1,4 @@
-"""BLEU-4 and CIDEr of captions that the model writes from images."""
+"""Experiment: BLEU-4 and CIDEr of captions generated from images."""
 
 from typing import Any
 
@@ -18,12 +18,15 @@ class Captioning(Experiment):
     needs = ((WRITE_TEXT, "write text"),)
 
     def measure(self, request: Request, *, limit: int | None, beam_size: int) -> dict[str, Any]:
+        """Return the figures of `captioning`, by beam search."""
         return captioning(request.evaluator, request.split, limit, request.seed, text_decoding(beam_size))
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        """Return the figures of `captioning`, by greedy decoding."""
         return captioning(evaluator, split, limit, seed, DecodingConfig())
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return one line per caption source, and one per undefined figure."""
         rows = {"written": figures} | {name: figures[name] for name in ("another_picture", "constant_caption")}
         lines = []
         for name, row in rows.items():

@@ -1,4 +1,4 @@
-"""Mean average precision of a linear probe on the frozen model."""
+"""Experiment: mean average precision of a linear probe on the frozen model."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ class Classification(Experiment):
     def measure(
         self, request: Request, *, train_split: str, min_positives: int, regularisation: float, limit: int | None
     ) -> dict[str, Any]:
+        """Return the figures of `classification`."""
         return classification(
             request.evaluator,
             request.split,
@@ -23,6 +24,7 @@ class Classification(Experiment):
         )
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return the mAP per subset as text."""
         return table(figures)
 
 

@@ -1,4 +1,4 @@
-"""Bits per image code; images generated from text and audio, judged, and a grid of them."""
+"""Experiment: bits per image code, and metrics and a grid of images generated from text and audio."""
 
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,28 @@ class ImageGeneration(Experiment):
         clip: Path | None,
         image_weights: Path | None,
     ) -> dict[str, Any]:
+        """Return bits per code for each input and, on request, metrics of generated images and an image grid.
+
+        Args:
+            request: The model, the store and the split.
+            limit: Maximum number of samples. None: all.
+            dvae: Folder of the dVAE. None: the one that made the store's image codes.
+            pictures: Number of rows of the image grid; 0: no grid.
+            paint: Number of samples to generate images for; 0: none.
+            candidates: Images generated per sample, of which the best match is kept.
+            top_k: Sampling option.
+            top_p: Sampling option.
+            temperature: Sampling option.
+            inception: Weights of Inception-v3 for the FID. None: no FID.
+            clip: Folder of a CLIP model for the CLIP score. None: no CLIP score.
+            image_weights: Weights of the image extractor. None: its package includes them.
+
+        Returns:
+            Figures per input.
+
+        Raises:
+            UserError: The model or the store does not allow what is requested.
+        """
         evaluator, split, seed = request.evaluator, request.split, request.seed
         generates = pictures > 0 or paint > 0
         _check_possible(evaluator, generates, candidates)
@@ -65,10 +87,12 @@ class ImageGeneration(Experiment):
         return figures
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        """Return bits per code for each possible input."""
         names = possible_inputs(evaluator, split)
         return {name: bits_per_code(evaluator, split, name, limit, seed) for name in names}
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return one line per input."""
         return table(figures)
 
 
@@ -90,7 +114,7 @@ def _check_possible(evaluator: Evaluator, generates: bool, candidates: int) -> N
 
 
 def _write_grid(request: Request, painter: Painter, rows: int) -> str:
-    """Draw the grid beside the figures' file; return its name. Only the main rank writes it."""
+    """Draw the image grid into the folder of the figures' file and return its name. Only the main rank writes it."""
     grid = request.output.with_suffix(".png")
     drawn = draw_picture_grid(request.evaluator, painter, request.split, rows, request.seed)
     if request.evaluator.is_main:

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: by all pairs, or in two stages."""
+"""Experiment: zero-shot retrieval, with all pairs or in two stages."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from opt_ds.evaluation.experiments import Experiment, Request
 from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
 from opt_ds.evaluation.two_stage_retrieval import table, two_stage_retrieval
 
-# In training, the matching head encodes every pair: the square of a gallery.
+# During training galleries are small, because the matching head encodes every pair: the square of the gallery's size.
 _PAIRS, _TRIPLES = 50, 20
 
 
@@ -20,15 +20,18 @@ class Retrieval(Experiment):
     modalities = ((TEXT, IMAGE), (TEXT, AUDIO))
 
     def measure(self, request: Request, *, candidates: int, matching_candidates: int, shortlist: int | None) -> dict[str, Any]:
+        """Return the figures of `two_stage_retrieval` if there is a shortlist, otherwise of `retrieval`."""
         evaluator, split, seed = request.evaluator, request.split, request.seed
         if shortlist is not None:
             return two_stage_retrieval(evaluator, split, shortlist, candidates, seed=seed)
         return retrieval(evaluator, split, candidates, matching_candidates, matching_candidates, seed)
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        """Return the figures of `retrieval` with small galleries."""
         return retrieval(evaluator, split, limit, min(limit, _PAIRS), min(limit, _TRIPLES), seed)
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return one line per direction and score."""
         return table(figures) if "shortlist" in figures else "\n".join(retrieval_lines(figures))
 
 

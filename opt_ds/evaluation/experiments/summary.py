@@ -1,4 +1,4 @@
-"""What pre-training ends with: validation losses and one table per held-out split."""
+"""Experiment: the summary at the end of pre-training, with validation losses and one table per held-out split."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ class Summary(Experiment):
     """See `opt_ds.evaluation.summary`."""
 
     def measure(self, request: Request, *, candidates: int, matching_candidates: int, dvae: Path | None) -> dict[str, Any]:
+        """Return the figures of `summarize`."""
         evaluator, splits = request.evaluator, list(request.splits)
         shows = evaluator.store.has_codes and evaluator.store.has_pixels
         painter = open_dvae(evaluator, dvae) if shows else None
@@ -19,9 +20,11 @@ class Summary(Experiment):
         return summarize(evaluator, painter, splits, folder, candidates, matching_candidates, request.seed)
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return the summary as text."""
         return table(figures)
 
     def report(self, request: Request, figures: dict[str, Any]) -> str:
+        """Return the summary and the paths of the files that belong to it."""
         grids = [figures["splits"][split].get("picture_grid") for split in request.splits]
         return "\n".join([
             self.table(figures),

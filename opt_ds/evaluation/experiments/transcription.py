@@ -1,4 +1,4 @@
-"""Word error rate of the texts that the model writes from audio and images."""
+"""Experiment: word error rate of the texts generated from audio and images."""
 
 from typing import Any
 
@@ -19,6 +19,7 @@ class Transcription(Experiment):
     needs = ((WRITE_TEXT, "write text"),)
 
     def measure(self, request: Request, *, limit: int | None, beam_size: int, ignore_words: str) -> dict[str, Any]:
+        """Return the figures of `transcription`, by beam search."""
         return transcription(
             request.evaluator,
             request.split,
@@ -29,9 +30,11 @@ class Transcription(Experiment):
         )
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        """Return the figures of `transcription`, by greedy decoding."""
         return transcription(evaluator, split, limit=limit, seed=seed, options=DecodingConfig())
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return one line per input."""
         return "\n".join(transcription_lines(figures))
 
 

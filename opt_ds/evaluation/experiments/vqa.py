@@ -1,4 +1,4 @@
-"""Accuracy of the answers of a model that was fine-tuned for visual question answering."""
+"""Experiment: accuracy of a model that was fine-tuned for visual question answering."""
 
 from typing import Any
 
@@ -16,12 +16,15 @@ class Vqa(Experiment):
     modalities = ((TEXT, IMAGE),)
 
     def measure(self, request: Request, *, limit: int | None) -> dict[str, Any]:
+        """Return the figures of `vqa`."""
         return vqa(request.evaluator, request.split, limit=limit, seed=request.seed)
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
+        """Return the figures of `vqa`."""
         return vqa(evaluator, split, limit=limit, seed=seed)
 
     def table(self, figures: dict[str, Any]) -> str:
+        """Return the accuracy with its baseline and upper bound as one line."""
         constant = figures["constant_answer"]
         return (
             f"VQA accuracy {figures['accuracy']:.1%} of {figures['questions']} questions (\"{constant['answer']}\" "
