@@ -78,8 +78,8 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", architecture).groups()  # type: ignore[union-attr]
     built = divmod(int(number), 10)
     if suffix == "a":
-            return built == (major, minor)  # code for "a" architectures runs on exactly this capability
-        # Machine code runs on later chips of the same generation. PTX is translated for all later generations.
+        return built == (major, minor)  # code for "a" architectures runs on exactly this capability
+    # Machine code runs on later chips of the same generation. PTX is translated for all later generations.
     return built <= (major, minor) and (built[0] == major or (ptx is not None and not suffix))
 
 
