@@ -1,4 +1,5 @@
-"""What training needs of a store's splits, said where the store is made and inspected, not first where training refuses it."""
+"""Requirements of training on a store's splits. They are reported when a store is made or inspected, before training
+starts."""
 
 from pathlib import Path
 
@@ -12,7 +13,7 @@ _VALID_SHARE = 0.1
 def split_problems(
     path: Path, description: StoreDescription, train_split: str = TRAIN_SPLIT, valid_split: str = VALID_SPLIT
 ) -> list[str]:
-    """Return a line, with the command that fixes it, for each split that training reads and the store has no samples in."""
+    """Return one line per split that training reads and that has no samples, with the command that fixes it."""
     counts = {name: count for name, count in description.split_counts.items() if count}
     if not counts:
         return [f"{path}: no sample is in it: prepare a store with samples"]
