@@ -77,10 +77,10 @@ class Decoded(Generic[Content]):
 
 
 class Decoder:
-    """Decodes one file at a time, in a process that is started for the first file and after each crash. `close` ends
-    it.
+    """Decodes one file at a time, in a process that is started for the first file and after each crash.
 
-    The decoding methods raise `DecodingError` and `EnvironmentFaultError`, as described in the module docstring.
+    `close` ends it. The decoding methods raise `DecodingError` and `EnvironmentFaultError`, as described in the module
+    docstring.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -121,8 +121,10 @@ class Decoder:
         return self._ask("arrays", path, limits, take)
 
     def digest(self, path: Path, kind: str) -> str:
-        """Return the hash of a file's bytes. Its size is checked, its content is not decoded. Raise the errors of
-        decoding."""
+        """Return the hash of a file's bytes.
+
+        Its size is checked, its content is not decoded. Raise the errors of decoding.
+        """
         return self._ask(f"digest of {kind}", path, None, lambda *_: None).digest
 
     def close(self) -> None:
@@ -291,8 +293,10 @@ class _Child:
 
 
 def refuse_lost_folder(path: Path) -> None:
-    """Raise EnvironmentFaultError if the folder of a missing file is missing too, as for a lost mount or a moved
-    corpus."""
+    """Raise EnvironmentFaultError if the folder of a missing file is missing too.
+
+    That is the case for a lost mount or a moved corpus.
+    """
     try:
         os.stat(path.parent)
     except OSError as error:
@@ -310,8 +314,10 @@ def _fault_message(path: Path, fault: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of the process: the same package, one thread, one heap (each further heap counts as
-    memory)."""
+    """Return the environment of the process: the same package, one thread, one heap.
+
+    Each further heap would count as memory.
+    """
     root = str(PACKAGE_FOLDER.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Freed memory is reused for the next file, instead of being returned to the system and mapped again page by page.

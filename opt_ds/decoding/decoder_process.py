@@ -1,7 +1,7 @@
-"""The process that decodes untrusted files, one after another, under limits. `decoder.py` starts it and communicates
-with it.
+"""The process that decodes untrusted files, one after another, under limits.
 
-Nothing that happens here harms the process that asked, not even a crash of a native library:
+`decoder.py` starts it and communicates with it. Nothing that happens here harms the process that asked, not even a
+crash of a native library:
 
 - Memory (RLIMIT_AS) and CPU time (RLIMIT_CPU) are limited per file, based on its header. A timer limits the wall-clock
 time.
@@ -198,11 +198,11 @@ def _own_memory() -> int:
 
 
 def _end_with_parent(lifeline: int) -> None:
-    """Let the kernel end this process (SIGIO) as soon as the parent's end of the pipe is closed. Only the parent holds
-    it.
+    """Let the kernel end this process (SIGIO) as soon as the parent's end of the pipe is closed.
 
-    A thread could not do that, since native code may hold the interpreter lock forever. PR_SET_PDEATHSIG would end this
-    process together with the *thread* that started it, and the threads of a web server are short-lived.
+    Only the parent holds it. A thread could not do that, since native code may hold the interpreter lock forever.
+    PR_SET_PDEATHSIG would end this process together with the *thread* that started it, and the threads of a web server
+    are short-lived.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
@@ -212,8 +212,10 @@ def _end_with_parent(lifeline: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the process. The arguments are inherited descriptors: socket, memory for answers, memory for the status,
-    pipe."""
+    """Run the process.
+
+    The arguments are inherited descriptors: socket, memory for answers, memory for the status, pipe.
+    """
     connection, answers, status, lifeline = map(int, arguments)
     _end_with_parent(lifeline)
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends these to the parent too, which decides

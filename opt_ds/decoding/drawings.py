@@ -1,5 +1,7 @@
-"""Render vector graphics (SVG) to bitmaps: sizes in every CSS unit, no external references, limits on embedded
-bitmaps."""
+"""Render vector graphics (SVG) to bitmaps.
+
+Sizes may be in any CSS unit. External references are refused. Embedded bitmaps are limited.
+"""
 
 import base64
 import binascii

@@ -186,8 +186,7 @@ def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | 
 
 
 def is_clutter(path: str | os.PathLike[str]) -> bool:
-    """Return whether a relative path is a file that systems leave in folders: hidden files, `__MACOSX/`, `Thumbs.db`
-    etc."""
+    """Return whether a relative path is clutter: hidden files, `__MACOSX/`, `Thumbs.db` and the like."""
     *folders, name = os.fspath(path).replace(os.sep, "/").split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in (*folders, name))
     return hidden or name.lower() in _CLUTTER_NAMES or any(part.lower() in _CLUTTER_FOLDERS for part in folders)

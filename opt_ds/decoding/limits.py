@@ -29,8 +29,10 @@ _MEMORY_PER_VALUE, _CPU_S_PER_VALUE = 12, 2e-7
 
 @dataclass(frozen=True)
 class Budget:
-    """The allowance of one step of decoding: memory in bytes beyond that of the idle process, and CPU time in
-    seconds."""
+    """The allowance of one step of decoding.
+
+    It consists of memory in bytes beyond that of the idle process, and CPU time in seconds.
+    """
 
     memory_bytes: int = _BASE_MEMORY
     cpu_s: float = CPU_S
@@ -85,8 +87,10 @@ class Limits(Section):
         )
 
     def of_drawing(self, file_bytes: int, pixels: int) -> Budget:
-        """Return the budget for an SVG whose embedded bitmaps have `pixels` pixels. Raise RefusedError if the file is
-        too large."""
+        """Return the budget for an SVG whose embedded bitmaps have `pixels` pixels.
+
+        Raise RefusedError if the file is too large.
+        """
         if file_bytes > _DRAWING_FILE:
             raise RefusedError(f"the drawing has {file_bytes / MIB:.0f} MiB, {_DRAWING_FILE // MIB} are allowed")
         return Budget(_DRAWING_MEMORY + _MEMORY_PER_PIXEL * pixels, self.cpu_s)
@@ -96,8 +100,10 @@ class Limits(Section):
         return Budget(_BASE_MEMORY + _MEMORY_PER_VALUE * values, self.cpu_s + _CPU_S_PER_VALUE * values)
 
     def of_arrays(self, unpacked_bytes: int) -> Budget:
-        """Return the budget for arrays of this size. Raise RefusedError if they are larger than the regions of any
-        image."""
+        """Return the budget for arrays of this size.
+
+        Raise RefusedError if they are larger than the regions of any image.
+        """
         if unpacked_bytes > _ARRAYS_FILE:
             raise RefusedError(f"its arrays take {unpacked_bytes / MIB:.0f} MiB, {_ARRAYS_FILE // MIB} are allowed")
         return Budget(_BASE_MEMORY + 2 * unpacked_bytes, self.cpu_s)

@@ -76,8 +76,10 @@ def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
 
 
 def holds_another(file: BinaryIO, size: int) -> bool:
-    """Return whether more frames follow than the index announces. Of concatenated files only the first would be
-    read."""
+    """Return whether more frames follow than the index announces.
+
+    Of concatenated files only the first would be read.
+    """
     start = _behind_tags(file)
     first = _frame_at(file, start)
     announced = None if first is None else _announced(file, start, first)

@@ -1,5 +1,4 @@
-"""Image files of all common formats as RGB: JPEG, PNG, WebP, HEIC and more; palette, grey and transparent images on
-white.
+"""Decode image files of all common formats (JPEG, PNG, WebP, HEIC and more) to RGB, on white.
 
 Files are not trusted. The size is checked before any pixel is decoded, and this code runs in the decoding process
 (decoder.py). For SVG see drawings.py.
@@ -28,8 +27,10 @@ Image.MAX_IMAGE_PIXELS = None
 
 @functools.cache
 def accepted_formats() -> list[str]:
-    """Import the decoders of all accepted formats and return Pillow's names of them. Only processes that decode need
-    them."""
+    """Import the decoders of all accepted formats and return Pillow's names of them.
+
+    Only processes that decode need them.
+    """
     import pi_heif
     from PIL import AvifImagePlugin, PngImagePlugin
 
@@ -77,8 +78,10 @@ def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -
 
 
 def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
-    """Convert an open image like `load_bitmap`. `in_place` may modify the image. Raise RefusedError like
-    `load_bitmap`."""
+    """Convert an open image like `load_bitmap`.
+
+    `in_place` may modify the image. Raise RefusedError like `load_bitmap`.
+    """
     if picture.mode.startswith("I;16"):
         import numpy as np
 

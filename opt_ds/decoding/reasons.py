@@ -1,5 +1,7 @@
-"""Reasons why a file was not used: what it is instead, truncated, damaged. The messages of the libraries state
-neither."""
+"""Reasons why a file was not used: what it is instead, truncated, damaged.
+
+The messages of the libraries state neither.
+"""
 
 import re
 from typing import Any

@@ -1,6 +1,6 @@
-"""Audio files of all common formats as mono: WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG, MP3; any rate,
-any channels.
+"""Decode audio files of all common formats to mono.
 
+The formats are WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3, at any rate and number of channels.
 Decoding runs in the decoding process (decoder.py) and does not import torch. Resampling to 16 kHz imports it, in the
 calling process.
 """

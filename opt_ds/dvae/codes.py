@@ -69,8 +69,10 @@ class ReconstructionQuality:
 
 
 def reconstruction_quality(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray) -> ReconstructionQuality:
-    """Measure how well argmax codes reproduce the images of some image rows; pixels in 0..1. Requires at least one
-    row."""
+    """Measure how well argmax codes reproduce the images of some image rows; pixels in 0..1.
+
+    Requires at least one row.
+    """
     errors = []
     for pixels_nchw in _batches(store, rows):
         difference = extractor.reconstruct(pixels_nchw).astype("float64") - pixels_nchw / 255.0
@@ -83,16 +85,17 @@ def reconstruction_quality(extractor: CodeExtractor, store: FeatureStore, rows: 
 
 
 def encode_store(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray | None = None) -> np.ndarray:
-    """Return the codes of all images of the store, or of the image rows `rows`: uint16 [num_images, 64], by image
-    row."""
+    """Return the codes of all images of the store, uint16 [num_images, 64], by image row.
+
+    With `rows`, return the codes of these image rows.
+    """
     rows = np.arange(num_images(store)) if rows is None else rows
     parts = [extractor.encode(pixels_nchw).astype("uint16") for pixels_nchw in _batches(store, rows)]
     return np.concatenate(parts) if parts else np.zeros((0, NUM_POSITIONS), "uint16")
 
 
 def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
-    """Return the number of codes that occur, their fraction of the codebook, and exp(entropy) of the code
-    distribution."""
+    """Return the number of codes that occur, their fraction of the codebook, and exp(entropy) of their distribution."""
     counts_k = np.bincount(codes_ns.reshape(-1), minlength=codebook_size)
     share_k = counts_k[counts_k > 0] / counts_k.sum()
     return {
@@ -105,8 +108,10 @@ def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
 def reconstruction_grid(
     extractor: CodeExtractor, pixels_nchw: np.ndarray, per_row: int = 8, zoom: int = 2
 ) -> np.ndarray:
-    """Return a grid of images, uint8 [H, W, 3]: rows of original images, each above the row of their
-    reconstructions."""
+    """Return a grid of images, uint8 [H, W, 3].
+
+    Each row of originals is above the row of their reconstructions.
+    """
     painted_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
     bands = []
     for start in range(0, len(pixels_nchw), per_row):
@@ -119,12 +124,11 @@ def reconstruction_grid(
 
 
 def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
-    """Write the codes of all images, and the dVAE, into the store unless they are already there. Return whether it
-    wrote.
+    """Write the codes of all images, and the dVAE, into the store unless they are already there.
 
-    Afterwards the store can decode its own codes: see `load_store_dvae`. If the process is killed between writing the
-    codes and the dVAE, the store has the new codes and the previous dVAE. `load_store_dvae` refuses that combination,
-    and calling this function again fixes it.
+    Return whether it wrote. Afterwards the store can decode its own codes: see `load_store_dvae`. If the process is
+    killed between writing the codes and the dVAE, the store has the new codes and the previous dVAE. `load_store_dvae`
+    refuses that combination, and calling this function again fixes it.
     """
     with exclusive_use(store_path):
         store = open_store(store_path, with_dvae=False)
@@ -159,8 +163,10 @@ def num_images(store: FeatureStore) -> int:
 
 
 def split_image_rows(store: FeatureStore, split: str) -> np.ndarray:
-    """Return the distinct image rows of a split's samples, ascending, int64. Raise UserError if there is no such
-    split."""
+    """Return the distinct image rows of a split's samples, ascending, int64.
+
+    Raise UserError if there is no such split.
+    """
     rows = np.unique(store.rows[store.split_samples(split), 1])
     return rows[rows >= 0]
 

@@ -67,8 +67,10 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def start_from_patches(self, patches_md: Tensor, generator: torch.Generator) -> None:
-        """Initialise the codebook with k-means centroids of patches (`fold` of images), float [m >= codebook_size,
-        192]."""
+        """Initialise the codebook with k-means centroids of patches.
+
+        `patches_md` is float [m >= codebook_size, 192], patches as `fold` makes them.
+        """
         patches_md = patches_md.to(self.codebook_kd)
         self._start_at(kmeans(patches_md, self.config.codebook_size, self.config.kmeans_iterations, generator))
 
@@ -85,14 +87,18 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_nchw: Tensor) -> Tensor:
-        """Return the most probable codes, int64 [n, 64], on the model's device. Images on another device are moved
-        there."""
+        """Return the most probable codes, int64 [n, 64], on the model's device.
+
+        Images on another device are moved there.
+        """
         return self.encode_logits(pixels_nchw.to(self.codebook_kd.device)).argmax(-1)
 
     @torch.no_grad()
     def decode(self, codes_ns: Tensor) -> Tensor:
-        """Decode codes (any integer type, any device) to float32 pixels in 0..1, [n, 3, 64, 64], on the model's
-        device."""
+        """Decode codes (any integer type, any device) to images on the model's device.
+
+        The result is float32 [n, 3, 64, 64] in 0..1.
+        """
         codes_ns = codes_ns.to(self.codebook_kd.device, torch.int64)
         return unfold(self._paint(F.embedding(codes_ns, self.codebook_kd))).clamp(0.0, 1.0)
 
@@ -139,8 +145,10 @@ class DiscreteVAE(nn.Module):
         return [*self.encoder.parameters(), self.keys_kd, self.key_bias_k]
 
     def identity(self) -> dict[str, Any]:
-        """Return the fingerprint: name, codebook size and SHA-256 of the weights. It links codes to the dVAE that made
-        them."""
+        """Return the fingerprint: name, codebook size and SHA-256 of the weights.
+
+        It links codes to the dVAE that made them.
+        """
         return dvae_identity(self.config, self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -155,11 +163,10 @@ class DiscreteVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DiscreteVAE":
-        """Load the output of `save_pretrained` on the CPU, in evaluation mode. Raise UserError if it is missing or
-        damaged.
+        """Load the output of `save_pretrained` on the CPU, in evaluation mode.
 
-        Before the model is built, the files are compared with their recorded hashes and the weights' sizes with
-        config.json.
+        Raise UserError if it is missing or damaged. Before the model is built, the files are compared with their
+        recorded hashes and the weights' sizes with config.json.
         """
         folder = Path(folder)
         config, shapes = read_dvae_folder(folder)
@@ -190,8 +197,10 @@ class DiscreteVAE(nn.Module):
 
 
 class PatchNet(nn.Module):
-    """Residual convolutional network on the 8×8 grid of patches, [n, 192, 8, 8] -> [n, 192, 8, 8]. Initially its output
-    is 0."""
+    """Residual convolutional network on the 8×8 grid of patches, [n, 192, 8, 8] -> [n, 192, 8, 8].
+
+    Initially its output is 0.
+    """
 
     def __init__(self, width: int, num_blocks: int) -> None:
         super().__init__()

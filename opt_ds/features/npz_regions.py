@@ -162,8 +162,10 @@ def _check_order(name: str, boxes: np.ndarray) -> None:
 
 
 def _check_sizes(boxes: np.ndarray) -> None:
-    """Raise ValueError if widths and heights disagree with the corners: then a column is something else (such as x, y,
-    w, h)."""
+    """Raise ValueError if widths and heights disagree with the corners.
+
+    Then a column has another meaning (such as x, y, w, h).
+    """
     x1, y1, x2, y2, width, height = boxes[:, :6].T
     wrong = (np.abs(x2 - x1 - width) > _SIZE_TOLERANCE) | (np.abs(y2 - y1 - height) > _SIZE_TOLERANCE)
     if boxes.shape[1] == 7:

@@ -17,8 +17,10 @@ from opt_ds.errors import UserError, did_you_mean
 
 
 class SpeechExtractor(Protocol):
-    """An extractor (see extractors.py) that converts mono 16 kHz audio to frames, float16 [T, C], at
-    `frame_rate_hz`."""
+    """An extractor (see extractors.py) of audio frames.
+
+    It converts mono 16 kHz audio to frames, float16 [T, C], at `frame_rate_hz`.
+    """
 
     name: str
     dim: int

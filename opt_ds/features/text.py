@@ -58,8 +58,10 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
 
 
 def _without_rare_letters(captions: list[str], tokenizer: "Tokenizer", vocab_size: int) -> list[str]:
-    """Return the normalised captions with a space instead of each rare character; unchanged if the loss would be too
-    large."""
+    """Return the normalised captions with a space instead of each rare character.
+
+    Return them unchanged if too many characters would be lost.
+    """
     plain = [tokenizer.normalizer.normalize_str(caption) for caption in captions]
     counts = Counter("".join(plain))
     counts.pop(" ", None)
@@ -143,8 +145,10 @@ class TextExtractor:
         return [self._as_text(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _as_text(self, text: str, ids: list[int]) -> np.ndarray:
-        """Return the ids of a text without control tokens. A tokenizer that splits at spaces only would map "[SEP]" to
-        one."""
+        """Return the ids of a text without control tokens.
+
+        A tokenizer that splits at spaces only would map "[SEP]" to one.
+        """
         if self._controls.intersection(ids):
             spaced = _BRACKETED.sub(r"[ \1 ]", text)
             ids = self._tokenizer.encode(spaced, add_special_tokens=False).ids

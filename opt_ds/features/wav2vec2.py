@@ -146,8 +146,10 @@ class Wav2Vec2Extractor:
 
 
 def _modern(key: str) -> str:
-    """Return the current name of a weight: without the prefix of models with a head, and with torch's current weight
-    norm."""
+    """Return the current name of a weight.
+
+    Models with a head have a prefix, and torch's weight norm had other names.
+    """
     key = key.removeprefix("wav2vec2.")
     for old, new in (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1")):
         if key == f"encoder.pos_conv_embed.conv.{old}":
@@ -171,8 +173,10 @@ def _normalises(folder: Path) -> bool:
 
 
 def windows(count: int, window: int, margin: int) -> list[tuple[int, int, int, int]]:
-    """Split `count` frames into windows: (first, last + 1) of the computed frames, (start, stop) of the frames that are
-    kept."""
+    """Split `count` frames into windows.
+
+    Return per window (first, last + 1) of the computed frames and (start, stop) of the frames that are kept.
+    """
     if count <= window:
         return [(0, count, 0, count)]
     step = window - 2 * margin

@@ -10,8 +10,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def emoji_store(output: Path, work_dir: Path, *, workers: int = 2) -> StoreDescription:
-    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it exists. Resume an unfinished
-    one."""
+    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it exists.
+
+    Resume an unfinished one.
+    """
     from opt_ds.ingest.importers.emoji import ATTRIBUTION, write_emoji_corpus
 
     if (output / STORE_FILE).is_file():

@@ -60,8 +60,10 @@ class StoreFacts:
 
 
 def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
-    """Write report.json, lengths.png and store.json for the shards that `writer` has. Raise UserError if no sample was
-    kept."""
+    """Write report.json, lengths.png and store.json for the shards that `writer` has.
+
+    Raise UserError if no sample was kept.
+    """
     notes = (writer.notes(index) for index in range(facts.num_shards))
     lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
     report = build_report(facts.num_lines, facts.rejected, notes, lengths)
@@ -105,10 +107,10 @@ def is_finished_part(folder: Path, key: str) -> bool:
 
 
 def merge_parts(output: Path) -> StoreDescription:
-    """Merge the partitions next to `output` into the store `output`, and remove them. An interrupted merge can be
-    resumed.
+    """Merge the partitions next to `output` into the store `output`, and remove them.
 
-    Raise UserError if a partition is missing or unfinished, or if partitions have different inputs.
+    An interrupted merge can be resumed. Raise UserError if a partition is missing or unfinished, or if partitions have
+    different inputs.
     """
     with exclusive_use(output):
         folders = sorted(output.parent.glob(f"{output.name}.part-*-of-*"))
@@ -169,8 +171,10 @@ def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def _check_shards(folder: Path) -> None:
-    """Check the shards of a partition. It may have been copied from another machine, where damaged shards must be
-    detected."""
+    """Check the shards of a partition.
+
+    It may have been copied from another machine, where damaged shards must be detected.
+    """
     for journal in sorted(folder.glob("shard-*.json")):
         shard = _shard_of(journal)
         file = folder / shard.file

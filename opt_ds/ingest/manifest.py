@@ -1,7 +1,7 @@
-"""The manifest: one JSON object per line, one line per sample. Its validation, and the assignment of lines to shards
-and splits.
+"""The manifest: one JSON object per line, one line per sample.
 
-A line that cannot be used is rejected with a reason, and the others are kept.
+Its validation, and the assignment of lines to shards and splits. A line that cannot be used is rejected with a reason,
+and the others are kept.
 """
 
 import hashlib
@@ -48,8 +48,10 @@ class ManifestLine(BaseModel):
 
     @property
     def group_name(self) -> str:
-        """The explicit group. Without one, lines that share an image form a group, and any other line is its own
-        group."""
+        """The explicit group.
+
+        Without one, lines that share an image form a group, and any other line is its own group.
+        """
         if self.group is not None:
             return self.group
         return f"image {self.image}" if self.image is not None else f"id {self.id}"
@@ -89,8 +91,10 @@ class Manifest:
         return sorted({label for line in self.lines for label in line.labels})
 
     def shards(self, samples_per_shard: int) -> list[list[int]]:
-        """Partition the lines into shards, as lists of line indices. Lines that share an image are adjacent in one
-        shard."""
+        """Partition the lines into shards, as lists of line indices.
+
+        Lines that share an image are adjacent in one shard.
+        """
         first_line: dict[str, int] = {}
         place = [first_line.setdefault(line.image or f"\0{index}", index) for index, line in enumerate(self.lines)]
         shards: list[list[int]] = []
@@ -172,8 +176,10 @@ def groups_across_splits(manifest: Manifest) -> int:
 
 
 def _check_is_manifest(path: Path) -> None:
-    """Raise UserError for a table, an image or another file that is known not to be a manifest. "{" at the start may be
-    one."""
+    """Raise UserError for a table, an image or another file that is known not to be a manifest.
+
+    "{" at the start may be one.
+    """
     with open_bytes(path) as file:
         head = file.read(HEAD_BYTES)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
@@ -234,8 +240,10 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
 
 
 def _value(name: str, value: Any, id: object) -> Any:
-    """Return the value of a field in ManifestLine's type. Integers that are names become text, null labels an empty
-    tuple."""
+    """Return the value of a field in ManifestLine's type.
+
+    Integers that are names become text, null labels an empty tuple.
+    """
     if name == "labels":
         if value is None:
             return ()

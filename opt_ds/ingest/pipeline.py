@@ -197,8 +197,10 @@ def _check_files(manifest: Manifest, strict: bool) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Return whether it is a file. If it cannot be checked (permissions, a lost mount), return True: the decoder
-    reports that."""
+    """Return whether it is a file.
+
+    If it cannot be checked (permissions, a lost mount), return True: the decoder reports that.
+    """
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError) as error:

@@ -61,8 +61,10 @@ def build_report(
 
 @dataclass
 class ModalityNotes:
-    """The report of an update of one modality. `digests` are as in the notes of a shard, `cut` are truncated
-    samples."""
+    """The report of an update of one modality.
+
+    `digests` are as in the notes of a shard, `cut` are truncated samples.
+    """
 
     kind: str
     lost: list[dict[str, str]] = field(default_factory=list)  # id and reason of samples left without this modality

@@ -68,8 +68,10 @@ def skipped_files_of_shards(folder: Path) -> dict[str, FileState]:
 
 
 def forget_skipped(folder: Path) -> int:
-    """Drop the shards of an unfinished store or partition that have skipped samples with a file. Return their
-    number."""
+    """Drop the shards of an unfinished store or partition that have skipped samples with a file.
+
+    Return their number.
+    """
     dropped = 0
     for journal in sorted(folder.glob("shard-*.json")):
         if json.loads(journal.read_text(encoding="utf-8"))["notes"].get("files"):
@@ -79,12 +81,11 @@ def forget_skipped(folder: Path) -> int:
 
 
 def reopen(output: Path, description: StoreDescription, manifest: Manifest, settings: PrepareSettings) -> int:
-    """Make a finished store unfinished, without the shards in which a file was skipped. Return the number of these
-    shards.
+    """Make a finished store unfinished, without the shards in which a file was skipped.
 
-    `prepare` then makes these shards. The result is the same store as if the files had been readable at once. A kill at
-    any moment leaves the finished store, or an unfinished one that the same command resumes. Raise UserError for a
-    store that was changed since.
+    Return the number of these shards. `prepare` then makes these shards. The result is the same store as if the files
+    had been readable at once. A kill at any moment leaves the finished store, or an unfinished one that the same
+    command resumes. Raise UserError for a store that was changed since.
     """
     report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
     files: dict[str, FileState] = report.get("skipped_files", {})

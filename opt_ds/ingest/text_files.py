@@ -74,8 +74,10 @@ def byte_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 text file, gzipped or not. Line ends are kept. Raise UserError like `open_bytes`, and for other
-    encodings."""
+    """Open a UTF-8 text file, gzipped or not.
+
+    Line ends are kept. Raise UserError like `open_bytes`, and for other encodings.
+    """
     with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
             yield text
@@ -99,8 +101,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def read_json_array(path: Path) -> Iterator[Any]:
-    """Yield the elements of a file that is one JSON array, without loading all of it (Visual Genome's files are
-    large)."""
+    """Yield the elements of a file that is one JSON array, without loading all of it.
+
+    Visual Genome's files are large.
+    """
     with open_text(path) as file:
         reader = _ArrayReader(path, file)
         if reader.next_letter() != "[":

@@ -39,11 +39,10 @@ def update_modality(
     strict: bool = False,
     allow_outside: bool = False,
 ) -> StoreDescription:
-    """Add or replace "image" or "audio" of every sample whose manifest line names such a file. The store stays valid
-    throughout.
+    """Add or replace "image" or "audio" of every sample whose manifest line names such a file.
 
-    A sample whose file cannot be read, or whose line names none, loses this modality and is logged. New images remove
-    the image codes, which `opt-ds train-dvae` makes again.
+    The store stays valid throughout. A sample whose file cannot be read, or whose line names none, loses this modality
+    and is logged. New images remove the image codes, which `opt-ds train-dvae` makes again.
 
     Args:
         path: The store's folder.
@@ -110,8 +109,10 @@ def update_modality(
 
 
 def sample_lines(store: FeatureStore, manifest: Manifest) -> list[ManifestLine]:
-    """Return the manifest line of each sample of the store. Raise UserError for a sample that is not in the
-    manifest."""
+    """Return the manifest line of each sample of the store.
+
+    Raise UserError for a sample that is not in the manifest.
+    """
     line_of = {line.id: line for line in manifest.lines}
     ids = [store.sample_id(index) for index in range(store.num_samples)]
     absent = [id for id in ids if id not in line_of]

@@ -157,8 +157,10 @@ def _tokenised(
     max_tokens: int | None,
     notes: ModalityNotes,
 ) -> Arrays:
-    """Return the arrays of a shard with its texts tokenised again. Record truncated, lost and equal texts in
-    `notes`."""
+    """Return the arrays of a shard with its texts tokenised again.
+
+    Record truncated texts, missing texts and duplicates in `notes`.
+    """
     first: dict[Any, int] = {}  # key -> the first sample that uses it
     for sample in samples:
         if (text := texts[sample]) is not None:

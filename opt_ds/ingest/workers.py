@@ -136,8 +136,10 @@ class _Pool:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def extract_alone(self, task: "_Task") -> list[Extracted | Failure]:
-        """Extract a chunk after the end of a worker, with no other chunk running. If it ends the worker again, go file
-        by file."""
+        """Extract a chunk after the end of a worker, with no other chunk running.
+
+        If it ends the worker again, go file by file.
+        """
         results = self._attempt(task)
         if results is not None:
             return results
@@ -236,8 +238,10 @@ def _tasks(shards: Iterable[ShardFiles], folder: Path) -> Iterator[_Task]:
 def _in_order(
     pool: _Pool, tasks: Iterator[_Task], ahead: int
 ) -> Iterator[tuple[str, list[str], list[Extracted | Failure]]]:
-    """Yield the results of the tasks in order. At most `ahead` tasks are running or waiting, so that memory stays
-    bounded."""
+    """Yield the results of the tasks in order.
+
+    At most `ahead` tasks are running or waiting, so that memory stays bounded.
+    """
     pending: deque[tuple[_Task, Future]] = deque()
     while True:
         for task in islice(tasks, ahead - len(pending)):

@@ -75,8 +75,10 @@ class FusedProjection(nn.Linear):
         super().__init__(width, 3 * width)
 
     def forward(self, x_te: torch.Tensor, rows_r: torch.Tensor | None = None) -> Any:
-        """Return [t, 3e]. With `rows_r`, return a pair: queries [r, e] of these rows, and keys and values [t, 2e] of
-        all rows."""
+        """Return [t, 3e].
+
+        With `rows_r`, return a pair: queries [r, e] of these rows, and keys and values [t, 2e] of all rows.
+        """
         if rows_r is None:
             return super().forward(x_te)
         sizes = [self.in_features, 2 * self.in_features]
@@ -268,8 +270,10 @@ class LayerCache:
 
     @staticmethod
     def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, room: int) -> "LayerCache":
-        """Build a cache over the memory's keys and values [u, h, d] of b sequences. `room` is the maximum number of
-        positions."""
+        """Build a cache over the memory's keys and values [u, h, d] of b sequences.
+
+        `room` is the maximum number of positions.
+        """
         keys, values = memory.pad(keys_ume).transpose(1, 2), memory.pad(values_ume).transpose(1, 2)
         shape = (len(memory), keys.shape[1], room, keys.shape[3])
         valid = None if memory.min_length == memory.max_length else memory.valid
@@ -333,8 +337,10 @@ class Decoder(LayerStack):
         return hidden_te
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:
-        """Return empty caches, one per layer, over the encoder's output of b sequences; `room` is the maximum number of
-        positions."""
+        """Return empty caches, one per layer, over the encoder's output of b sequences.
+
+        `room` is the maximum number of positions.
+        """
         return [LayerCache.empty(*layer.cross.memory(memory_ue), memory, room) for layer in self._decoder_layers()]
 
     def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:

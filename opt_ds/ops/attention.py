@@ -62,10 +62,10 @@ def _torch_attention(
     causal: bool,
     dropout: float,
 ) -> torch.Tensor:
-    """Compute attention in plain PyTorch: sequences of similar length are padded together and the scores are
-    materialised.
+    """Compute attention in plain PyTorch.
 
-    This is the reference. On the CPU it is also the fastest.
+    Sequences of similar length are padded together and the scores are materialised. This is the reference. On the CPU
+    it is also the fastest.
     """
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0

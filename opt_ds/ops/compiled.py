@@ -73,8 +73,7 @@ def missing_on(device: torch.device) -> str:
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Return whether code for an architecture ("80", "90a", "80+PTX") runs on a GPU of compute capability
-    major.minor."""
+    """Return whether code for an architecture ("80", "90a", "80+PTX") runs on a GPU of capability major.minor."""
     number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", architecture).groups()  # type: ignore[union-attr]
     built = divmod(int(number), 10)
     if suffix == "a":
@@ -92,8 +91,10 @@ def _statistics(x: torch.Tensor) -> torch.dtype:
 
 
 def _register(library: str) -> None:
-    """Register the output shapes of one library's operators for torch.compile. csrc/autograd.cpp has their
-    gradients."""
+    """Register the output shapes of one library's operators for torch.compile.
+
+    csrc/autograd.cpp has their gradients.
+    """
 
     @torch.library.register_fake(f"{library}::layer_norm")
     def _(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site):

@@ -23,8 +23,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def keyed_hash(*keys: int | str | np.ndarray) -> np.ndarray:
-    """Return 64 well-mixed bits per combination of the (broadcast) keys; uint64. A key may be a string that names a
-    purpose."""
+    """Return 64 well-mixed bits per combination of the (broadcast) keys; uint64.
+
+    A key may be a string that names a purpose.
+    """
     numbers = [np.asarray(_number_of(key) if isinstance(key, str) else key).astype(np.uint64) for key in keys]
     shape = np.broadcast_shapes(*(number.shape for number in numbers))
     if int(np.prod(shape)) >= _COMPILED_FROM and (operators := plan_operators()) is not None:
@@ -60,8 +62,10 @@ def keyed_choice(count: int | np.ndarray, *keys: int | str | np.ndarray) -> np.n
 
 
 def permute(index: np.ndarray, count: int, *keys: int | str | np.ndarray) -> np.ndarray:
-    """Return the image of each index (0 <= index < count) under a permutation of range(count) chosen by the keys;
-    int64."""
+    """Return the image of each index under a permutation of range(count) chosen by the keys; int64.
+
+    Every index must satisfy 0 <= index < count.
+    """
     if np.size(index) >= _COMPILED_FROM and (operators := plan_operators()) is not None:
         key = np.broadcast_to(keyed_hash(*keys), np.shape(index))
         images = operators.permute(as_tensor(np.asarray(index).astype(np.uint64)), count, as_tensor(key))

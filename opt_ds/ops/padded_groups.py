@@ -41,12 +41,11 @@ class PaddedGroups:
 
     @staticmethod
     def of(queries: Sequences, keys: Sequences, few_shapes: bool = False) -> "PaddedGroups":
-        """Return the groups of a pair of sequences. They are computed once and cached, so every layer uses the same
-        groups.
+        """Return the groups of a pair of sequences.
 
-        With `few_shapes` a group is padded to its rounded length instead of its longest sequence, so that the same
-        shapes occur again in other micro-batches. oneDNN, which multiplies in half precision on the CPU, generates
-        machine code per shape.
+        They are computed once and cached, so every layer uses the same groups. With `few_shapes` a group is padded to
+        its rounded length instead of its longest sequence, so that the same shapes occur again in other micro-batches.
+        oneDNN, which multiplies in half precision on the CPU, generates machine code per shape.
         """
         made = queries.__dict__.setdefault("_padded_groups", {})  # cached on the instance, like cached_property
         if (id(keys), few_shapes) not in made:

@@ -17,8 +17,10 @@ def plan_operators() -> Any:
 
 
 def as_tensor(array: np.ndarray) -> Any:
-    """Return the array, flattened and contiguous, as a tensor. uint64 becomes int64 with the same bits. Copy only if
-    necessary."""
+    """Return the array, flattened and contiguous, as a tensor. uint64 becomes int64 with the same bits.
+
+    Copy only if necessary.
+    """
     import torch
 
     flat = np.require(array, requirements=("C", "W")).reshape(-1)  # PyTorch warns about read-only memory

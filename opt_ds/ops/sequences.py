@@ -84,8 +84,10 @@ class Sequences:
         return torch.stack([slot, row - first], dim=1)
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """Convert packed rows [T, …] to the padded layout [S, L, …]. Padding repeats row 0, so the caller must mask
-        it."""
+        """Convert packed rows [T, …] to the padded layout [S, L, …].
+
+        Padding repeats row 0, so the caller must mask it.
+        """
         return rows.index_select(0, self.row_of_place).unflatten(0, (len(self), self.max_length))
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:

@@ -113,8 +113,10 @@ def corner_problems(corners: np.ndarray) -> Iterator[str]:
 
 
 def row_problems(rows: np.ndarray, shard: ShardDescription) -> Iterator[str]:
-    """Yield the first sample of `rows` [N, 3] with a row that the shard does not have, and the first without any
-    modality."""
+    """Yield what is wrong with `rows` [N, 3].
+
+    That is the first sample with a row that the shard does not have, and the first without any modality.
+    """
     for column, count in enumerate((shard.num_texts, shard.num_images, shard.num_audios)):
         bad = (rows[:, column] < MISSING) | (rows[:, column] >= count)
         if bad.any():
@@ -182,8 +184,10 @@ def text_problem(tokens: np.ndarray, vocab_size: int) -> str | None:
 
 
 def codes_problem(codes: np.ndarray, num_codes: int | None) -> str | None:
-    """Return why a store could not hold the codes [64] of an image; None if it can. `num_codes` None: a store without
-    codes."""
+    """Return why a store could not hold the codes [64] of an image; None if it can.
+
+    `num_codes` None: a store without codes.
+    """
     return item_problem("image/codes", codes, (CODES_PER_IMAGE,), 0, (num_codes or 0) - 1)
 
 

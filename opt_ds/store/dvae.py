@@ -29,10 +29,10 @@ _REMEDY = "restore it, or train it again"
 
 
 def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...]]]:
-    """Return the configuration of a dVAE and the shapes of its weights by name. The files are compared with their
-    hashes first.
+    """Return the configuration of a dVAE and the shapes of its weights by name.
 
-    Raise UserError if a file is missing, is damaged or leads out of the folder.
+    The files are compared with their hashes first. Raise UserError if a file is missing, is damaged or leads out of the
+    folder.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -48,8 +48,10 @@ def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...
 
 
 def dvae_identity(config: DVAEConfig, weights: "Mapping[str, Tensor]") -> dict[str, Any]:
-    """Return the fingerprint of a dVAE: name, codebook size and SHA-256 of the weights. It links codes to their
-    dVAE."""
+    """Return the fingerprint of a dVAE: name, codebook size and SHA-256 of the weights.
+
+    It links codes to their dVAE.
+    """
     import torch  # takes seconds to import
 
     digest = hashlib.sha256()

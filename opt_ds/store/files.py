@@ -24,8 +24,10 @@ def is_disk_full(error: OSError) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`. On success, sync the file and rename it to `path`; on an exception, remove
-    it."""
+    """Yield a temporary path next to `path`.
+
+    On success, sync the file and rename it to `path`; on an exception, remove it.
+    """
     # The name is random, because processes on several nodes or in several containers may have the same PID.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -46,11 +48,10 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 @contextmanager
 def exclusive_use(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, a folder to be written. Wait, with a log message, while another process holds
-    it.
+    """Hold an exclusive lock on `path`, a folder to be written.
 
-    The lock is a file next to `path`, locked by flock, so it ends with the process in every case. Raise UserError if
-    the file system does not support locks.
+    Wait, with a log message, while another process holds it. The lock is a file next to `path`, locked by flock, so it
+    ends with the process in every case. Raise UserError if the file system does not support locks.
     """
     folder = path.resolve()  # one lock for all names of a folder, and a name for "."
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def exclusive_use(path: Path) -> Iterator[None]:
                 raise UserError(
                     f"{folder.parent}: its file system has no file locks ({error.strerror}): mount it with locks, or use another"
                 ) from None
-            # The previous holder removed its lock file. A lock on a removed file excludes nobody.
+            # The previous holder removed its lock file. A lock on a removed file does not exclude others.
             if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue
             try:
@@ -84,8 +85,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def follow_umask(path: Path) -> None:
-    """Set the permissions of a file to those of a new file of this process. safetensors makes its files private to the
-    owner."""
+    """Set the permissions of a file to those of a new file of this process.
+
+    safetensors makes its files private to the owner.
+    """
     probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # reading the umask would require changing it
     probe.touch()
     path.chmod(probe.stat().st_mode & 0o777)
@@ -111,8 +114,10 @@ def folder_sha256(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Sync a folder to disk. Without it a power failure may undo a rename although the content of the file is on
-    disk."""
+    """Sync a folder to disk.
+
+    Without it a power failure may undo a rename although the content of the file is on disk.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Checks for folders of unknown origin: nothing in them may refer to a file outside the folder, to code, or to a
-network.
+"""Checks for folders of unknown origin.
 
-They are used for stores, exported models, tokenizers and Hugging Face folders. Each check raises a one-line UserError.
+Nothing in them may refer to a file outside the folder, to code, or to a network. They are used for stores, exported
+models, tokenizers and Hugging Face folders. Each check raises a one-line UserError.
 """
 
 import json
@@ -23,8 +23,7 @@ _PLAIN_WORD = re.compile(r"[A-Za-z0-9_]*")
 
 
 def is_plain_name(name: object) -> bool:
-    """Return whether `name` is the name of a file or folder directly in a folder: no path, no "..", no control
-    characters."""
+    """Return whether `name` is a plain file or folder name: no path, no "..", no control characters."""
     return (
         isinstance(name, str)
         and 0 < len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME
@@ -84,8 +83,10 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 def tensor_shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in the header of a safetensors file, by name. No tensor is read. Raise UserError if it is
-    damaged."""
+    """Return the shapes in the header of a safetensors file, by name.
+
+    No tensor is read. Raise UserError if it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -98,8 +99,10 @@ def tensor_shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: Path, remedy: str) -> list[Path]:
-    """Return the safetensors files of a folder: model.safetensors, or the files named by the index. They must be in the
-    folder."""
+    """Return the safetensors files of a folder: model.safetensors, or the files named by the index.
+
+    They must be in the folder.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single]
@@ -162,7 +165,9 @@ def _is_plain_word(value: object) -> bool:
 
 
 def _in_hub_cache(folder: Path, file: Path) -> bool:
-    """Return whether `file` is in Hugging Face's cache, which stores a snapshot's files as links to
-    models--…/blobs/."""
+    """Return whether `file` is in Hugging Face's cache.
+
+    It stores the files of a snapshot as links to models--…/blobs/.
+    """
     real = folder.resolve()
     return real.parent.name == "snapshots" and is_inside(real.parent.parent / "blobs", file)

@@ -19,8 +19,10 @@ _LIBRARY_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, NotIm
 
 
 def open_hdf5(path: Path) -> h5py.File:
-    """Open a file of groups and plain datasets for reading. Raise UserError, naming the dataset, for anything else in
-    it."""
+    """Open a file of groups and plain datasets for reading.
+
+    Raise UserError, naming the dataset, for anything else in it.
+    """
     file = None
     try:
         # Some network file systems refuse HDF5's lock. A store is never written in place, so no lock is needed.

@@ -130,8 +130,10 @@ class ShardFile:
         return slice(bounds[index], bounds[index + 1])
 
     def will_need(self, name: str, start: int, stop: int) -> int:
-        """Ask the system to read rows start … stop − 1 of a dataset from disk. Return their size in bytes (0 if
-        compressed)."""
+        """Ask the system to read rows start … stop − 1 of a dataset from disk.
+
+        Return their size in bytes (0 if compressed).
+        """
         array, offset = self._arrays[name], self._offsets.get(name)
         if offset is None:
             return 0
@@ -140,8 +142,10 @@ class ShardFile:
         return (stop - start) * size
 
     def release_pages(self) -> None:
-        """Remove the pages read so far from this process's memory. They stay in the page cache, and views stay
-        valid."""
+        """Remove the pages read so far from this process's memory.
+
+        They stay in the page cache, and views stay valid.
+        """
         self._mapped.release()
 
 

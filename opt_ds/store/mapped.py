@@ -62,10 +62,10 @@ class MappedFile:
         self._advise(start, stop - start, mmap.MADV_WILLNEED)
 
     def check_size(self) -> None:
-        """Raise RunError if the file has become shorter. Reading the missing part would end the process by a signal
-        (SIGBUS).
+        """Raise RunError if the file has become shorter.
 
-        The file system is queried at most five times per second.
+        Reading the missing part would end the process by a signal (SIGBUS). The file system is queried at most five
+        times per second.
         """
         now = time.monotonic()
         if now < self._next_look:

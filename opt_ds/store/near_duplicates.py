@@ -92,10 +92,10 @@ def joined_groups(store: FeatureStore, near: np.ndarray, samples: np.ndarray) ->
 
 
 def images_across_splits(store: FeatureStore, near: np.ndarray, splits: np.ndarray) -> int:
-    """Return the number of images with a near-duplicate that is another image row in another split, for splits [N] of
-    samples.
+    """Return the number of images with a near-duplicate in another split.
 
-    An image row that samples of several splits share is not counted, since it is a single image.
+    `splits` [N] holds the split of each sample. An image row that samples of several splits share is not counted, since
+    it is a single image.
     """
     codes = np.unique(splits, return_inverse=True)[1]
     names, rows = _of_samples(store, near), np.array(store.rows[:, _IMAGE])
@@ -178,8 +178,10 @@ class _Uses:
         return int(np.isin(self.names[self.splits == code], names).sum())
 
     def example(self, store: FeatureStore, name: int, one: int, other: int) -> str:
-        """Return the ids of two samples that use this content: one per split, or the first two if both splits are the
-        same."""
+        """Return the ids of two samples that use this content.
+
+        There is one per split, or the first two if both splits are the same.
+        """
         start, stop = np.searchsorted(self.names, (name, name + 1))
         samples, splits = self.samples[start:stop], self.splits[start:stop]
         first = samples[splits == one][0]
@@ -194,8 +196,7 @@ def _names(hashes: np.ndarray) -> np.ndarray:
 
 
 def _pixel_hashes(store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return, per image row: hash of the pixels, difference hash, mean block colours, and whether the image is
-    blank."""
+    """Return hash of the pixels, difference hash, mean block colours and blankness per image row."""
     blocks = [
         (
             np.array([content_hash(image.tobytes()) for image in pixels], "uint64"),

@@ -35,8 +35,10 @@ class ProcessorDescription(BaseModel):
 
 
 def copy_processor_files(store: FeatureStore, folder: Path) -> None:
-    """Copy what a model of this store needs into `folder`. Existing content is replaced; an interruption leaves no
-    partial folder."""
+    """Copy what a model of this store needs into `folder`.
+
+    Existing content is replaced; an interruption leaves no partial folder.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -52,8 +54,7 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
 
 
 def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:
-    """Return where a store differs from what a model was trained on, by fingerprints, and the effect of each
-    difference.
+    """Return the differences, by fingerprints, of a store from what a model was trained on, each with its effect.
 
     `codes`: compare the image codes too.
     """
@@ -81,8 +82,7 @@ def _short(extractor: dict[str, Any] | None) -> str:
 
 
 def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
-    """Refuse, in one line, a store whose vocabulary or extractors differ from those in `folder` (a run's processor
-    files).
+    """Refuse a store whose vocabulary or extractors differ from those in `folder`, a run's processor files.
 
     With `force`, log a warning per difference instead. Without processor files, log that nothing was compared.
     """

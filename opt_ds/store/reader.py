@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 class Regions(NamedTuple):
-    """The regions of one image: features float16 [R, Dv], boxes float32 [R, 7], labels int16 [R], scores float16
-    [R]."""
+    """The regions of one image.
+
+    `features` is float16 [R, Dv], `boxes` float32 [R, 7], `labels` int16 [R], `scores` float16 [R].
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -42,8 +44,10 @@ class FeatureStore:
     """
 
     def __init__(self, path: str | Path, run: Path | None = None) -> None:
-        """Open the store. `run` is the output directory of a run, which keeps the records of a read-only store
-        (`store.records`)."""
+        """Open the store.
+
+        `run` is the output directory of a run, which keeps the records of a read-only store (`store.records`).
+        """
         self.path, self._run = Path(path), run
         self.description: StoreDescription = load_description(self.path)
         check_sizes(self.path, self.description)
@@ -141,8 +145,10 @@ class FeatureStore:
         return self.index.by_split[ends[place] - self.index.subsets[place].sum() : ends[place]]
 
     def split_subsets(self, split: str) -> np.ndarray:
-        """Return the number of samples of a split by modalities, int64 [8]; bit 0 of the index is text, 1 image, 2
-        audio."""
+        """Return the number of samples of a split by modalities, int64 [8].
+
+        Bit 0 of the index is text, 1 image, 2 audio.
+        """
         return self.index.subsets[self._split_place(split)]
 
     def all_have(self, modality: int) -> bool:
@@ -198,8 +204,10 @@ class FeatureStore:
         return shard.item("audio/features", "audio/offsets", local)
 
     def codes(self, row: int) -> np.ndarray:
-        """Return the codes of an image row, uint16 [64], in row-major order of the 8 x 8 grid. Raise UserError if there
-        are none."""
+        """Return the codes of an image row, uint16 [64], in row-major order of the 8 x 8 grid.
+
+        Raise UserError if there are none.
+        """
         if not self.has_codes:
             raise UserError(f"{self.path}: the store has no image codes: train a dVAE with `opt-ds train-dvae`")
         shard, local = self._locate(self._image_starts, row)
@@ -219,15 +227,19 @@ class FeatureStore:
         return load_tokenizer(self.tokenizer_folder)
 
     def read_ahead(self, modality: str, row: int) -> int:
-        """Ask the system to read the features of an "image" or "audio" row from disk, without waiting. Return their
-        bytes."""
+        """Ask the system to read the features of an "image" or "audio" row from disk, without waiting.
+
+        Return their bytes.
+        """
         shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
         kept = shard.bounds(f"{modality}/offsets", local)
         return shard.will_need(f"{modality}/features", kept.start, kept.stop)
 
     def release_pages(self) -> None:
-        """Release the memory of pages read so far. Otherwise the process appears to hold everything that it has ever
-        read."""
+        """Release the memory of pages read so far.
+
+        Otherwise the process appears to hold everything that it has ever read.
+        """
         for file in list(self._open.values()):
             file.release_pages()
 
@@ -264,8 +276,10 @@ def check_sizes(path: Path, description: StoreDescription) -> None:
 
 
 def check_contents(path: Path, shard: ShardDescription) -> None:
-    """Raise UserError, naming the file, if a shard differs from its checksum. A rewritten copy would get a valid
-    checksum."""
+    """Raise UserError, naming the file, if a shard differs from its checksum.
+
+    A rewritten copy would get a valid checksum.
+    """
     if file_sha256(path / shard.file) != shard.sha256:
         raise UserError(f"{path / shard.file}: checksum differs from store.json's: restore the file, or prepare the store again")
 

@@ -1,9 +1,8 @@
-"""Locations of records about a store that hold while its files do not change: verification, and data derived for step
-plans.
+"""Locations of records about a store: its verification, and data derived for step plans.
 
-They are stored next to `store.json` if the store is writable, otherwise in the folder of the run that reads it.
-Commands outside a run record the verification of a read-only store in the user's cache, `$XDG_CACHE_HOME/opt_ds/stores`
-(`~/.cache/…`).
+Records are valid while the files of the store do not change. They are stored next to `store.json` if the store is
+writable, otherwise in the folder of the run that reads it. Commands outside a run record the verification of a
+read-only store in the user's cache, `$XDG_CACHE_HOME/opt_ds/stores` (`~/.cache/…`).
 """
 
 import hashlib
@@ -31,8 +30,7 @@ def run_records(store: Path, run: Path) -> Path:
 
 
 def user_records(store: Path) -> Path | None:
-    """Return the folder in the user's cache for the verification of a read-only store; None if there is no such
-    cache."""
+    """Return the folder in the user's cache for the verification of a read-only store; None if there is no cache."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):  # unset, or relative, which the specification says to ignore
         cache = os.path.expanduser("~/.cache")

@@ -1,10 +1,10 @@
-"""Decide which images, captions and audio are the same. This module handles hashes and arrays; `near_duplicates` reads
-stores.
+"""Decide which images, captions and audio are the same.
 
-Two images match nearly if a 64-bit difference hash and the mean colours of 8 x 8 blocks agree, up to a change of
-brightness or contrast. The hash only proposes pairs. The colours decide, so that drawings that differ in one colour are
-not merged. An image without contrast ("blank") never matches another one, because empty placeholders would connect
-unrelated samples. Cropped copies, and copies so bright that parts turn white, are not found.
+This module handles hashes and arrays; `near_duplicates` reads stores. Two images match nearly if a 64-bit difference
+hash and the mean colours of 8 x 8 blocks agree, up to a change of brightness or contrast. The hash only proposes pairs.
+The colours decide, so that drawings that differ in one colour are not merged. An image without contrast ("blank") never
+matches another one, because empty placeholders would connect unrelated samples. Cropped copies, and copies so bright
+that parts turn white, are not found.
 
 n is the number of images; pixels are uint8 [n, 3, 64, 64].
 """
@@ -46,8 +46,10 @@ def plain_caption(caption: str) -> str:
 
 
 def difference_hashes(pixels: np.ndarray) -> np.ndarray:
-    """Return difference hashes, uint64 [n]: one bit per position of an 8 x 8 grid, set if brightness rises from left to
-    right."""
+    """Return difference hashes, uint64 [n].
+
+    They have one bit per position of an 8 x 8 grid, set if brightness rises from left to right.
+    """
     grey = np.tensordot(pixels.astype("float32"), np.array([0.299, 0.587, 0.114], "float32"), axes=(1, 0))
     blocks = _averages(_HASH_ROWS) @ grey @ _averages(_HASH_COLUMNS).T
     bits = (np.diff(blocks, axis=2) > _STEP).reshape(len(pixels), 64)
@@ -142,8 +144,10 @@ def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _averages(count: int, side: int = 64) -> np.ndarray:
-    """Return a matrix float32 [count, side] whose row i averages the i-th of `count` equal parts of a line of `side`
-    pixels."""
+    """Return an averaging matrix, float32 [count, side].
+
+    Row i averages the i-th of `count` equal parts of a line of `side` pixels.
+    """
     bounds = np.linspace(0, side, count + 1)
     pixel = np.arange(side)
     covered = np.minimum(bounds[1:, None], pixel + 1) - np.maximum(bounds[:-1, None], pixel)

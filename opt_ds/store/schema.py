@@ -86,8 +86,7 @@ class TokenizerDescription(_Frozen):
 
 
 class Statistics(_Frozen):
-    """Mean and standard deviation of each feature dimension over the distinct rows of the train split, and their
-    count."""
+    """Mean and standard deviation per feature dimension over the distinct rows of the train split, and their count."""
 
     mean: list[float]
     std: list[Annotated[float, Field(ge=0)]]

@@ -1,5 +1,7 @@
-"""Recorded hashes of a folder's files. They are written when the folder is complete and checked before a file is
-used."""
+"""Recorded hashes of a folder's files.
+
+They are written when the folder is complete and checked before a file is used.
+"""
 
 import os
 import re
@@ -23,10 +25,10 @@ def seal_folder(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def check_seal(folder: Path, remedy: str) -> bool:
-    """Compare the files of a folder with its recorded hashes. Return False if it has none, as folders of older
-    versions.
+    """Compare the files of a folder with its recorded hashes.
 
-    Raise UserError, naming the first file that is missing or damaged, or the record itself.
+    Return False if it has none, as folders of older versions. Raise UserError, naming the first file that is missing or
+    damaged, or the record itself.
     """
     record = folder / SEAL_FILE
     if not record.is_file():

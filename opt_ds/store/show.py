@@ -54,8 +54,10 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
 
 
 def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Image | None = None) -> None:
-    """Write a PNG with the boxes over `picture` (over an empty square without it), the stored 64 x 64 pixels and the
-    frames."""
+    """Write a PNG with the boxes, the stored 64 x 64 pixels and the frames of a sample.
+
+    The boxes are drawn over `picture`, or over an empty square without it.
+    """
     from matplotlib.figure import Figure
 
     _, image, audio = store.rows[index]

@@ -1,5 +1,4 @@
-"""Reassign the samples of a finished store to splits: by ratio (without dividing groups), or by a list of ids or
-groups.
+"""Reassign the samples of a finished store to splits, by ratio or by a list of ids or groups.
 
 By ratio, near-duplicate images stay in one split too (see `near_duplicates`). With a list, they are only counted.
 """
@@ -88,8 +87,10 @@ def split_by_ratio(
 
 
 def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
-    """Return the groups of the chosen samples, merged by near-duplicate images. Raise UserError if the fractions are
-    impossible."""
+    """Return the groups of the chosen samples, merged by near-duplicate images.
+
+    Raise UserError if the fractions are impossible.
+    """
     own = store.groups[chosen]
     groups = joined_groups(store, near, chosen)
     names, counts = np.unique(groups, return_counts=True)
@@ -119,16 +120,20 @@ def _groups_in(groups: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def _warn_of_what_stays_apart(store: FeatureStore, near: np.ndarray, splits: list[str]) -> None:
-    """Log how many images have a near-duplicate in another split. Samples that are not reassigned or are listed can
-    have some."""
+    """Log how many images have a near-duplicate in another split.
+
+    Samples that are not reassigned or are listed can have some.
+    """
     count = images_across_splits(store, near, np.array(splits))
     if count:
         _LOG.warning(f"{store.path}: {count} images have a near-duplicate in another split; opt-ds inspect names some")
 
 
 def _split_of_groups(codes: list[int], ratios: dict[str, float], seed: int) -> dict[int, str]:
-    """Return the split of each group. A split that would be empty gets the first group of the split with the most
-    groups."""
+    """Return the split of each group.
+
+    A split that would be empty gets the first group of the split with the most groups.
+    """
     bounds, names = np.cumsum(list(ratios.values())), list(ratios)
     place = {code: _uniform(seed, code) for code in codes}
     of_split: dict[str, list[int]] = {name: [] for name in names}
@@ -148,11 +153,10 @@ def split_by_list(
     by_group: bool = False,
     count_near_duplicates: bool = True,
 ) -> StoreDescription:
-    """Assign samples to splits by a CSV or TSV file of id (or group) and split. Samples that it does not name are
-    unchanged.
+    """Assign samples to splits by a CSV or TSV file of id (or group) and split.
 
-    Near-duplicate images in several splits are counted in one warning, not moved. Raise UserError for a name that is
-    not in the store.
+    Samples that it does not name are unchanged. Near-duplicate images in several splits are counted in one warning, not
+    moved. Raise UserError for a name that is not in the store.
     """
     store = open_store(path)
     named = _read_list(file)

@@ -56,8 +56,7 @@ def save_wordpiece(tokenizer: "Tokenizer", folder: Path, *, lowercase: bool = Tr
 
 
 def checked_tokenizer(folder: Path) -> "Tokenizer":
-    """Load `folder/tokenizer.json`, whose origin may be unknown, if it is a BERT WordPiece tokenizer of allowed
-    components.
+    """Load `folder/tokenizer.json`, of unknown origin, if it is a BERT WordPiece tokenizer of allowed components.
 
     Raise a one-line UserError if the file is missing, damaged, too large or a link out of the folder, if the tokenizer
     is of another kind, or if a component has its own regular expression.
@@ -135,8 +134,10 @@ def describe_tokenizer(folder: Path) -> tuple[TokenizerDescription, int]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only. Raise UserError like
-    `checked_tokenizer`."""
+    """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only.
+
+    Raise UserError like `checked_tokenizer`.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, file = checked_tokenizer(folder), folder / "tokenizer_config.json"

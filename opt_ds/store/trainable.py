@@ -1,5 +1,7 @@
-"""Requirements of training on a store's splits. They are reported when a store is made or inspected, before training
-starts."""
+"""Requirements of training on a store's splits.
+
+They are reported when a store is made or inspected, before training starts.
+"""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
-"""Change a finished store in place. If the process is killed, either the old or the new store remains, never a
-mixture."""
+"""Change a finished store in place.
+
+If the process is killed, either the old or the new store remains, never a mixture.
+"""
 
 import re
 import shutil

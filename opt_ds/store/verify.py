@@ -28,8 +28,10 @@ __all__ = ["VERIFIED_FILE", "open_store", "verify_store"]
 
 
 def open_store(path: str | Path, *, with_dvae: bool = True) -> FeatureStore:
-    """Verify a store, unless that was done since its files last changed, and open it. Raise UserError if it must not be
-    used."""
+    """Verify a store, unless that was done since its files last changed, and open it.
+
+    Raise UserError if it must not be used.
+    """
     verify_store(path, with_dvae=with_dvae)
     return FeatureStore(path)
 
@@ -73,8 +75,10 @@ def _is_verified(path: Path, description: StoreDescription, run: Path | None) ->
 
 
 def _record(path: Path, description: StoreDescription, run: Path | None) -> None:
-    """Record the verification in the first writable place. If the run's folder is not writable, the run's lock reports
-    it."""
+    """Record the verification in the first writable place.
+
+    If the run's folder is not writable, the run's lock reports it.
+    """
     for folder in verification_folders(path, run):
         try:
             folder.mkdir(parents=True, exist_ok=True)

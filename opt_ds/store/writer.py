@@ -1,7 +1,7 @@
-"""Write a feature store shard by shard. Shards are written atomically, `store.json` last, and a killed run can be
-resumed.
+"""Write a feature store shard by shard.
 
-Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
+Shards are written atomically, `store.json` last, and a killed run can be resumed. Shape letters: N samples, L tokens, R
+regions, T frames; Dv, Da feature sizes.
 """
 
 import shutil
@@ -51,8 +51,10 @@ class TextItem:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """An image: features [R, Dv], boxes [R, 7] in 0..1, labels [R], scores [R]; optional pixels uint8 [3, 64, 64],
-    codes [64]."""
+    """An image.
+
+    `features` is [R, Dv], `boxes` [R, 7] in 0..1, `labels` [R], `scores` [R], `pixels` uint8 [3, 64, 64], `codes` [64].
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -154,8 +156,10 @@ class StoreWriter:
         return _read_journal(self._journal(index))["notes"]
 
     def finish(self, num_shards: int, *, info: dict[str, Any] | None = None) -> StoreDescription:
-        """Write `store.json` over shards 0..num_shards-1 and remove the journals. All these shards must have been
-        written."""
+        """Write `store.json` over shards 0..num_shards-1 and remove the journals.
+
+        All these shards must have been written.
+        """
         journals = [_read_journal(self._journal(index)) for index in range(num_shards)]
         shards = [ShardDescription(**journal["shard"]) for journal in journals]
         split_counts = np.sum([journal["split_counts"] for journal in journals], axis=0, dtype=int)
@@ -296,8 +300,10 @@ def _read_journal(journal: Path) -> dict[str, Any]:
 
 
 def restore_journals(path: Path, description: StoreDescription, notes: dict[int, dict[str, Any]]) -> None:
-    """Write the journals of these shards of a finished store again. Without its `store.json` the store is then
-    unfinished."""
+    """Write the journals of these shards of a finished store again.
+
+    Without its `store.json` the store is then unfinished.
+    """
     names = ("samples/rows", "samples/split", "image/offsets", "image/features", "audio/offsets", "audio/features")
     for index, own in notes.items():
         shard = description.shards[index]
@@ -327,8 +333,10 @@ def _journal_of(
 
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
-    """Write the arrays of a shard as HDF5: contiguous, aligned, in fixed order, without time stamps. Equal input, equal
-    bytes."""
+    """Write the arrays of a shard as HDF5: contiguous, aligned, in fixed order, without time stamps.
+
+    Equal input, equal bytes.
+    """
     assert arrays.keys() <= DATASETS.keys(), f"no datasets of a store: {arrays.keys() - DATASETS.keys()}"
     with h5py.File(
         path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES

@@ -31,8 +31,10 @@ _SPLIT_NAME = re.compile(r"([a-z]+)([-_ ]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Unused:
-    """Things that an import did not use and that are not samples: `count` of `what` ("files"), some names, and the
-    reason."""
+    """Things that an import did not use and that are not samples.
+
+    There are `count` of `what` ("files"), with some names and the reason.
+    """
 
     what: str
     count: int
@@ -61,10 +63,10 @@ class _Report:
 
 
 def write_import(output: Path, entries: Iterable[Entry], *, source: str) -> Path:
-    """Write the manifest `output`, and `<name>.report.json` next to it: number of samples, and what was skipped and
-    why.
+    """Write the manifest `output`, and `<name>.report.json` next to it.
 
-    Raise UserError, and write nothing, if there are no samples, or if only some samples have a split.
+    The report has the number of samples, and what was skipped and why. Raise UserError, and write nothing, if there are
+    no samples, or if only some samples have a split.
     """
     report = _Report()
     count = write_manifest(output, _samples(entries, report, source))
@@ -230,8 +232,10 @@ def prefixes(annotations: Sequence[Path]) -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    """Escape unpaired surrogates, which cannot be written to a file. Names of files that are not UTF-8 contain some
-    too."""
+    """Escape unpaired surrogates, which cannot be written to a file.
+
+    Names of files that are not UTF-8 contain some too.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -33,8 +33,7 @@ class EmbeddedFiles:
         self._start = manifest.parent
 
     def take(self, value: Any) -> str | Problem | None:
-        """Return where the bytes of a cell were written, relative to the manifest; None if it has no bytes (see
-        `path_of`).
+        """Return where the bytes of a cell were written, relative to the manifest; None if it has no bytes.
 
         Return a Problem for a format that cannot be decoded here.
         """

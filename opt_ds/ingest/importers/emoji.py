@@ -164,8 +164,10 @@ def spoken_caption(name: str, identifier: str) -> str:
 
 
 def concept_of(identifier: str) -> str:
-    """Return the code points of an emoji without skin tone, gender and joiners. They are equal for all variants of a
-    concept."""
+    """Return the code points of an emoji without skin tone, gender and joiners.
+
+    They are equal for all variants of a concept.
+    """
     points: list[str] = []
     for point in identifier.split("-"):
         if point in _TONES or point in _GENDER_SIGNS or point in (_JOINER, _VARIATION_SELECTOR):
@@ -179,12 +181,12 @@ def concept_of(identifier: str) -> str:
 
 
 def assign_splits(samples: list[EmojiSample]) -> list[EmojiSample]:
-    """Hold out complete concepts (test_concept), and single variants of concepts that stay in train (test_variant,
-    valid).
+    """Assign the splits.
 
-    At least half of a concept's samples stay in train. An image that another emoji has too is never assigned to
-    test_variant or valid, because it would not be unseen. Files that differ but look the same at 64 x 64 pixels are not
-    recognised (`opt-ds inspect` counts them). The choice depends on the code points only.
+    Complete concepts are held out as test_concept. Single variants of concepts that stay in train are held out as
+    test_variant and valid. At least half of a concept's samples stay in train. An image that another emoji has too is
+    never assigned to test_variant or valid, because it would not be unseen. Files that differ but look the same at 64 x
+    64 pixels are not recognised (`opt-ds inspect` counts them). The choice depends on the code points only.
     """
     concepts: dict[str, list[EmojiSample]] = defaultdict(list)
     for sample in samples:
@@ -228,8 +230,7 @@ def _merge_identical_pictures(samples: list[EmojiSample]) -> list[EmojiSample]:
 
 
 def _labels(identifier: str, concept: str, categories: dict[str, tuple[str, str]]) -> tuple[str, ...]:
-    """Return the targets of classification: category and subcategory (of the emoji or its concept), skin tones,
-    genders."""
+    """Return the labels: category and subcategory (of the emoji or its concept), skin tones, genders."""
     points = identifier.split("-")
     found = categories.get(identifier) or categories.get(concept) or categories.get(points[0]) or ()
     tones = sorted({_TONES[point] for point in points if point in _TONES and len(points) > 1})

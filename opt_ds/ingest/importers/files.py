@@ -1,5 +1,4 @@
-"""The image or audio files of a folder, looked up by path or by name without ending, and those that were never looked
-up.
+"""Look up the image or audio files of a folder by path or by name without ending, and list those never looked up.
 
 Files are never guessed. If two files match, or one that cannot be decoded here, the lookup returns a `Problem`.
 """
@@ -69,8 +68,10 @@ class Files:
         return None
 
     def get_or_say(self, name: str, kind: str) -> Found:
-        """Look up a file like `get`. For a missing file, return a Problem with the name of a file that differs in case
-        or ending."""
+        """Look up a file like `get`.
+
+        For a missing file, return a Problem with the name of a file that differs in case or ending.
+        """
         found = self.get(name)
         called = self._nearly(name.strip().replace("\\", "/"), kind) if found is None else None
         if called is None:

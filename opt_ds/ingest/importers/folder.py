@@ -108,8 +108,10 @@ def folder_manifest(folder: Path) -> Path:
 
 
 def _log_found(manifest: Path) -> None:
-    """Log that an existing manifest is used. If an import wrote it, also log what it skipped and which files are
-    newer."""
+    """Log that an existing manifest is used.
+
+    If an import wrote it, also log what it skipped and which files are newer.
+    """
     report = report_path(manifest)
     if not report.is_file():
         _LOG.info(f"{manifest}: found; remove it to have the folder read again")
@@ -178,10 +180,9 @@ def _is_about(name: str) -> bool:
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:
-    """Return notes on files that resemble one sample but have different names. Raise UserError if most files are such
-    pairs.
+    """Return notes on files that resemble one sample but have different names.
 
-    A few pairs among many samples are not an error.
+    Raise UserError if most files are such pairs. A few pairs among many samples are not an error.
     """
     pairs = near_pairs({name: frozenset(kinds) for name, kinds in samples.items()}, splits)
     if not pairs:
@@ -211,8 +212,10 @@ def _kind_of_content(path: Path) -> str | None:
 
 
 def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> dict[str, str]:
-    """Return top-level folder -> split; empty if there are no splits. Raise UserError for a layout that resembles
-    splits."""
+    """Return top-level folder -> split; empty if there are no splits.
+
+    Raise UserError for a layout that resembles splits.
+    """
     if wanted is False:
         return {}
     tops = Counter(name.split("/")[0] for name in samples if "/" in name)

@@ -127,8 +127,10 @@ def _is_of_another_picture(recording: str, dataset: str, image_id: str) -> bool:
 
 
 def _picture(pictures: Files, image_id: str) -> Found:
-    """Return the image named by the id, or by the id padded to twelve digits as in COCO. Return a Problem if both
-    exist."""
+    """Return the image named by the id, or by the id padded to twelve digits as in COCO.
+
+    Return a Problem if both exist.
+    """
     own = pictures.get(f"{image_id}.jpg") or pictures.by_stem(image_id)
     padded = image_id.zfill(12)
     if padded == image_id or not image_id.isdigit():

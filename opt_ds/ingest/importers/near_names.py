@@ -58,8 +58,10 @@ def _folded(name: str, _: frozenset[str]) -> str:
 
 
 def _without_ending(name: str, kinds: frozenset[str]) -> str:
-    """Strip a second ending that names a kind of file, such as .jpg of a.jpg.txt. For texts strip any: 1.normalized ->
-    1."""
+    """Strip a second ending that names a kind of file, such as .jpg of a.jpg.txt.
+
+    For texts strip any: 1.normalized -> 1.
+    """
     stem, ending = os.path.splitext(name.casefold())
     return stem if kinds == {"text"} or kind_of_name(name) is not None else stem + ending
 

@@ -1,5 +1,7 @@
-"""Match img2dataset's files next to an image (`000000001.json` with url and caption, `.txt` with the caption) with its
-row."""
+"""Match img2dataset's files next to an image with the row of the image.
+
+They are `000000001.json` with url and caption, and `.txt` with the caption.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -41,8 +43,10 @@ class Sidecars:
         return f"its {path.name} names {own[:100]}"
 
     def check(self, table: Path, first_index: int) -> None:
-        """Raise UserError if most images belong to other rows. Then the numbers are shifted, and other matches are
-        coincidence."""
+        """Raise UserError if most images belong to other rows.
+
+        Then the numbers are shifted, and other matches are coincidence.
+        """
         if self._wrong < 2 or 2 * self._wrong <= self.checked:
             return
         shifts = Counter(self._row_of[own] - row for row, own in self._named if own in self._row_of)

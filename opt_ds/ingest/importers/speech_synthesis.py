@@ -41,8 +41,10 @@ def check_piper() -> None:
 
 
 def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
-    """Speak all jobs whose file does not exist yet. Files are written atomically. Return the failures as path ->
-    reason."""
+    """Speak all jobs whose file does not exist yet.
+
+    Files are written atomically. Return the failures as path -> reason.
+    """
     check_piper()
     waiting: queue.SimpleQueue[SpeechJob] = queue.SimpleQueue()
     todo = [job for job in jobs if not job.path.is_file()]

@@ -1,8 +1,8 @@
-"""Tables with one row per sample: CSV and TSV (with a header) and Parquet. Columns are named like manifest fields, or
-mapped.
+"""Tables with one row per sample: CSV and TSV (with a header) and Parquet.
 
-Parquet files may contain the image and audio files, and classes as numbers, as written by Hugging Face `datasets`. Rows
-that do not match the header are reported with their line, and unused columns are reported too.
+Columns are named like manifest fields, or mapped. Parquet files may contain the image and audio files, and classes as
+numbers, as written by Hugging Face `datasets`. Rows that do not match the header are reported with their line, and
+unused columns are reported too.
 """
 
 import itertools
@@ -49,12 +49,12 @@ def import_table(
     files: Path | None = None,
     columns: Sequence[str] = (),
 ) -> Path:
-    """Write the manifest `output`. `columns` holds FIELD=COLUMN for columns with other names; paths are relative to
-    `files`.
+    """Write the manifest `output`.
 
-    Without an id column the number of the row is the id. Labels are a list (Parquet) or separated by "|". Files inside
-    a Parquet table (see importers/embedded.py) are written to `<name>-files/` next to the manifest. A number of a
-    ClassLabel feature is converted to the name of the class.
+    `columns` holds FIELD=COLUMN for columns with other names; paths are relative to `files`. Without an id column the
+    number of the row is the id. Labels are a list (Parquet) or separated by "|". Files inside a Parquet table (see
+    importers/embedded.py) are written to `<name>-files/` next to the manifest. A number of a ClassLabel feature is
+    converted to the name of the class.
     """
     column_of = _columns(columns)
     wanted = tuple(column_of.values())
@@ -141,8 +141,10 @@ def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
 
 
 def _check_texts(source: _Source, column_of: dict[str, str]) -> _Source:
-    """Return the source with all its rows. Raise UserError if the first texts are all names of files instead of
-    texts."""
+    """Return the source with all its rows.
+
+    Raise UserError if the first texts are all names of files instead of texts.
+    """
     column = column_of["text"]
     first = list(itertools.islice(source.rows, _FIRST_TEXTS))
     texts = [str(row[column]) for row in first if isinstance(row, dict) and not _is_missing(row.get(column))]
@@ -262,8 +264,7 @@ def _parquet_rows(table: Path, names: dict[str, list[str]]) -> Iterator[dict[str
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Return column -> names of its classes, from the metadata of Hugging Face `datasets` in a Parquet file's
-    schema."""
+    """Return column -> names of its classes, from the metadata of Hugging Face `datasets` in a Parquet schema."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         inner = {column: feature.get("feature") or feature for column, feature in features.items()}

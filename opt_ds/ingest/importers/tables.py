@@ -137,8 +137,10 @@ def _cells(line: str, separator: str) -> set[str]:
 
 
 def is_quoted_tsv(path: Path) -> bool:
-    """Return whether the cells of a TSV file are quoted as by spreadsheets and pandas. Quoting must match, and be
-    necessary."""
+    """Return whether the cells of a TSV file are quoted as by spreadsheets and pandas.
+
+    Quoting must match, and be necessary.
+    """
     first: list[str] = []
     opens = misfit = doubled = False
     for row in read_rows(path, "\t", quoted=False):

@@ -82,15 +82,19 @@ def import_vqa(
 
 
 def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:
-    """Return the answers that are the most frequent one of at least `min_count` questions. `answers`: those of each
-    question."""
+    """Return the answers that are the most frequent one of at least `min_count` questions.
+
+    `answers`: those of each question.
+    """
     most_frequent = Counter(Counter(given).most_common(1)[0][0] for given in answers if given)
     return {answer for answer, count in most_frequent.items() if count >= min_count and answer}
 
 
 def normalized_answer(text: str) -> str:
-    """Normalise an answer as in the published evaluation: lower case, no punctuation or articles, number words as
-    digits."""
+    """Normalise an answer as in the published evaluation.
+
+    The result is lower case, has no punctuation or articles, and has digits for number words.
+    """
     text = " ".join(text.lower().split())
     text = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", text)  # keeps a point within a number
     text = re.sub(r"(?<=\d),(?=\d)", "", text).replace(",", " ")
@@ -100,8 +104,10 @@ def normalized_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Answers:
-    """A file of annotations. `of`: question id -> normalised answers; `image`: question id -> id of its image or
-    None."""
+    """A file of annotations.
+
+    `of`: question id -> normalised answers; `image`: question id -> id of its image or None.
+    """
 
     subtype: str
     of: dict[Any, list[str]]
