@@ -108,9 +108,16 @@ def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
 def reconstruction_grid(
     extractor: CodeExtractor, pixels_nchw: np.ndarray, per_row: int = 8, zoom: int = 2
 ) -> np.ndarray:
-    """Return a grid of images, uint8 [H, W, 3].
+    """Return a grid of images with each row of originals above the row of their reconstructions.
 
-    Each row of originals is above the row of their reconstructions.
+    Args:
+        extractor: The trained dVAE.
+        pixels_nchw: Original images, uint8 [n, 3, 64, 64].
+        per_row: Number of images per row.
+        zoom: Integer factor by which the grid is enlarged.
+
+    Returns:
+        The grid, uint8 [H, W, 3].
     """
     painted_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
     bands = []

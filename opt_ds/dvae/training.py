@@ -198,6 +198,13 @@ def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed
 
     The store's fingerprint is not usable, because it changes when the codes are written. A hash of some images is used
     instead.
+
+    Args:
+        store: The store.
+        rows: The image rows of the train split.
+        config: The configuration of the dVAE.
+        seed: The seed of the run.
+        split: The train split.
     """
     some = rows[permute(np.arange(min(256, len(rows))), len(rows), "pictures")]
     pictures = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
@@ -223,7 +230,18 @@ def check_output(output: Path, identity: dict[str, Any]) -> None:
 
 
 class Training:
-    """The training loop of one run, from its start or its checkpoint."""
+    """The training loop of one run, from its start or its checkpoint.
+
+    Args:
+        store: The store.
+        rows: The image rows to train on.
+        config: The configuration of the dVAE.
+        seed: Seed of all randomness.
+        hardware: Device, precision and number of threads.
+        output: The run folder.
+        train_split: Name of the split that `rows` belong to.
+        checkpoint_every: Steps between checkpoints.
+    """
 
     def __init__(
         self,

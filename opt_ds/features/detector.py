@@ -41,8 +41,17 @@ _GPU_BATCH = 8
 class FasterRCNNExtractor:
     """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size are inferred from the checkpoint.
 
-    `weights` is a state dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models
-    1,601) or in Detectron2's FPN layout (see detectron2.py). The model runs in fp16 on a GPU and in fp32 on a CPU.
+    The model runs in fp16 on a GPU and in fp32 on a CPU.
+
+    Args:
+        weights: State dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models
+            1,601) or in Detectron2's FPN layout (see detectron2.py).
+        min_regions: Smallest number of regions per image, as far as there are proposals.
+        max_regions: Largest number of regions per image.
+        confidence: Regions below this score are dropped, except to reach `min_regions`.
+        min_side: Shorter side of the resized image, in pixels.
+        max_side: Upper bound of its longer side, in pixels.
+        device: Device that the model runs on.
     """
 
     name = "faster_rcnn"

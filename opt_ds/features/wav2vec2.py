@@ -27,12 +27,18 @@ _NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype",
 
 
 class Wav2Vec2Extractor:
-    """Output of one Transformer layer (`layer`, from 1; None: the last), about 50 frames per second, without padding.
+    """Output of one Transformer layer, about 50 frames per second, without padding.
 
-    `weights` is a Hugging Face folder or a torchaudio state dict file (base, large or large-lv60k). The waveform is
-    normalised as the checkpoint requires. Audio longer than `window_s` seconds is split into windows; adjacent windows
-    overlap by `overlap_s` seconds. Each frame is taken from the window in which it is farthest from the edges. The
-    number of frames is that of a single pass. Shorter audio yields exactly the features of the model.
+    The waveform is normalised as the checkpoint requires. Audio longer than `window_s` is split into overlapping
+    windows. Each frame is taken from the window in which it is farthest from the edges. The number of frames is that of
+    a single pass. Shorter audio yields exactly the features of the model.
+
+    Args:
+        weights: A Hugging Face folder, or a torchaudio state dict file (base, large or large-lv60k).
+        layer: The layer, from 1. None: the last.
+        window_s: Length of a window in seconds.
+        overlap_s: Overlap of adjacent windows in seconds.
+        device: Device that the model runs on.
     """
 
     name = "wav2vec2"

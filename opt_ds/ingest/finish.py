@@ -60,9 +60,19 @@ class StoreFacts:
 
 
 def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
-    """Write report.json, lengths.png and store.json for the shards that `writer` has.
+    """Write report.json, lengths.png and store.json.
 
-    Raise UserError if no sample was kept.
+    Args:
+        facts: The store metadata.
+        writer: The writer, which has all shards.
+        output: The store's folder.
+        seconds: Duration of the preparation, for the log.
+
+    Returns:
+        The description of the store.
+
+    Raises:
+        UserError: No sample was kept.
     """
     notes = (writer.notes(index) for index in range(facts.num_shards))
     lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
@@ -97,7 +107,14 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def finish_part(facts: StoreFacts, folder: Path, share: tuple[int, int], seconds: float) -> None:
-    """Mark a partition as complete."""
+    """Mark a partition as complete.
+
+    Args:
+        facts: The store metadata.
+        folder: The partition's folder.
+        share: (i, n) for partition i of n.
+        seconds: Duration of its preparation.
+    """
     write_json(folder / PART_FILE, {"index": share[0], "count": share[1], "seconds": seconds, "facts": facts.as_dict()})
 
 

@@ -83,9 +83,20 @@ def forget_skipped(folder: Path) -> int:
 def reopen(output: Path, description: StoreDescription, manifest: Manifest, settings: PrepareSettings) -> int:
     """Make a finished store unfinished, without the shards in which a file was skipped.
 
-    Return the number of these shards. `prepare` then makes these shards. The result is the same store as if the files
-    had been readable at once. A kill at any moment leaves the finished store, or an unfinished one that the same
-    command resumes. Raise UserError for a store that was changed since.
+    `prepare` then makes these shards. The result is the same store as if the files had been readable at once. A kill at
+    any moment leaves the finished store, or an unfinished one that the same command resumes.
+
+    Args:
+        output: The store's folder.
+        description: The store's description.
+        manifest: The manifest that the store was made from.
+        settings: The settings that the store was made with.
+
+    Returns:
+        The number of shards that were removed.
+
+    Raises:
+        UserError: The store was changed since its preparation.
     """
     report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
     files: dict[str, FileState] = report.get("skipped_files", {})

@@ -135,7 +135,17 @@ class CrossAttention(nn.Module):
         return self.key_value(memory_ue).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
-        """Attend from the decoder's rows to the memory rows of the same sample; return [t, e]."""
+        """Attend from the decoder's rows to the memory rows of the same sample.
+
+        Args:
+            x_te: Decoder rows [t, e].
+            sequences: Query groups: the decoder rows grouped by the memory sequence that they attend to.
+            memory_ue: The encoder's output [u, e].
+            memory: The memory sequences.
+
+        Returns:
+            [t, e].
+        """
         q_thd = self.query(x_te).unflatten(-1, (self.num_heads, -1))
         k_uhd, v_uhd = self.memory(memory_ue)
         probability = self.probability if self.training else 0.0
@@ -172,7 +182,17 @@ class EncoderLayer(nn.Module):
     def forward(
         self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (normed rows, stream), each [t, e]. With `read` both are [r, e]: the output positions only."""
+        """Run the layer over all rows, or compute its output at the output positions only.
+
+        Args:
+            x_te: Normed rows [t, e].
+            stream_te: Residual stream [t, e].
+            sequences: The sequences of the rows.
+            read: The output positions. None: all rows.
+
+        Returns:
+            (normed rows, stream), each [t, e], or [r, e] with `read`. The output positions attend to all rows.
+        """
         attended = self.attention(x_te, sequences, read)
         if read is not None:
             stream_te, sequences = stream_te.index_select(0, read.index), read.sequences
@@ -270,9 +290,13 @@ class LayerCache:
 
     @staticmethod
     def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, room: int) -> "LayerCache":
-        """Build a cache over the memory's keys and values [u, h, d] of b sequences.
+        """Build a cache without decoded positions.
 
-        `room` is the maximum number of positions.
+        Args:
+            keys_ume: Keys of the memory [u, h, d].
+            values_ume: Values of the memory [u, h, d].
+            memory: The b memory sequences.
+            room: Maximum number of positions per sequence.
         """
         keys, values = memory.pad(keys_ume).transpose(1, 2), memory.pad(values_ume).transpose(1, 2)
         shape = (len(memory), keys.shape[1], room, keys.shape[3])

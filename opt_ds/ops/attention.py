@@ -114,9 +114,16 @@ def _padded_attention(
 def cached_attention(
     q_bhld: torch.Tensor, k_bhld: torch.Tensor, v_bhld: torch.Tensor, key_valid_bl: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attend from a few new queries to cached keys, for decoding; return [b, h, l, d].
+    """Attend from a few new queries to cached keys, for decoding.
 
-    `key_valid_bl` is a bool mask of the keys that exist. None: all keys exist.
+    Args:
+        q_bhld: Queries [b, h, l, d].
+        k_bhld: Keys [b, h, L, d].
+        v_bhld: Values [b, h, L, d].
+        key_valid_bl: Mask of the keys that exist, bool [b, L]. None: all keys exist.
+
+    Returns:
+        [b, h, l, d].
     """
     mask = None if key_valid_bl is None else key_valid_bl[:, None, None, :]
     return F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=mask)

@@ -70,8 +70,14 @@ def library(operator: str) -> str | None:
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
     """Make the dropout of the next forward pass deterministic.
 
-    PyTorch's dropout becomes a function of (seed, step, rank, micro-batch). Our dropout becomes a function of (seed,
-    step) and of the sample's index in the global batch.
+    Instead of rank and micro-batch, our dropout is keyed by the sample's index in the global batch. It therefore does not
+    depend on how samples are distributed.
+
+    Args:
+        seed: The seed of the run. Keys both PyTorch's dropout and ours.
+        step: The optimiser step. Keys both.
+        rank: The data-parallel rank. Keys PyTorch's dropout only.
+        micro_batch: The index of the micro-batch within the step. Keys PyTorch's dropout only.
     """
     global _dropout_key
     torch.manual_seed(int(keyed_hash(seed, "dropout", step, rank, micro_batch)) & (2**63 - 1))

@@ -12,7 +12,17 @@ from opt_ds.ops.sequences import Sequences
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """Apply LayerNorm over the last dimension (Ba et al. 2016), in the dtype of x with fp32 statistics."""
+    """Apply LayerNorm over the last dimension (Ba et al. 2016).
+
+    Args:
+        x: Input [..., E].
+        weight: Scale [E].
+        bias: Shift [E].
+        eps: Added to the variance.
+
+    Returns:
+        [..., E] in the dtype of x. Mean and variance are computed in fp32.
+    """
     library = backend.library("layer_norm")
     if library is not None:
         return getattr(torch.ops, library).layer_norm(x, None, None, weight, bias, eps, None, 0.0, 0, 0)[0]

@@ -56,7 +56,11 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
 def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Image | None = None) -> None:
     """Write a PNG with the boxes, the stored 64 x 64 pixels and the frames of a sample.
 
-    The boxes are drawn over `picture`, or over an empty square without it.
+    Args:
+        store: The store.
+        index: The sample.
+        path: The PNG to write.
+        picture: The original image, over which the boxes are drawn. None: an empty square.
     """
     from matplotlib.figure import Figure
 

@@ -153,10 +153,19 @@ def split_by_list(
     by_group: bool = False,
     count_near_duplicates: bool = True,
 ) -> StoreDescription:
-    """Assign samples to splits by a CSV or TSV file of id (or group) and split.
+    """Assign samples to splits by a list. Samples that it does not name are unchanged.
 
-    Samples that it does not name are unchanged. Near-duplicate images in several splits are counted in one warning, not
-    moved. Raise UserError for a name that is not in the store.
+    Args:
+        path: The store's folder.
+        file: CSV or TSV file with the columns id (or group) and split.
+        by_group: The first column holds groups instead of ids.
+        count_near_duplicates: Log how many images have a near-duplicate in another split. They are not moved.
+
+    Returns:
+        The new description of the store.
+
+    Raises:
+        UserError: A name is not in the store.
     """
     store = open_store(path)
     named = _read_list(file)

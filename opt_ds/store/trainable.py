@@ -15,7 +15,17 @@ _VALID_SHARE = 0.1
 def split_problems(
     path: Path, description: StoreDescription, train_split: str = TRAIN_SPLIT, valid_split: str = VALID_SPLIT
 ) -> list[str]:
-    """Return one line per split that training reads and that has no samples, with the command that fixes it."""
+    """Check that the splits that training reads have samples.
+
+    Args:
+        path: The store's folder, for messages.
+        description: The store's description.
+        train_split: Name of the split to train on.
+        valid_split: Name of the split to validate on.
+
+    Returns:
+        One line per split without samples, with the command that fixes it.
+    """
     counts = {name: count for name, count in description.split_counts.items() if count}
     if not counts:
         return [f"{path}: no sample is in it: prepare a store with samples"]

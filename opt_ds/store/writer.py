@@ -88,8 +88,21 @@ class ShardContent:
 class StoreWriter:
     """Writes shards in any order, then `store.json`.
 
-    `key` identifies the inputs of the store. Opening an unfinished store with the same key resumes it. An unfinished
-    store with another key, or a finished store, is a UserError. `tokenizer_folder` is copied into the store.
+    Opening an unfinished store with the same `key` resumes it. An unfinished store with another key, or a finished
+    store, is a UserError.
+
+    Args:
+        path: The store's folder.
+        dims: Sizes of features and vocabulary.
+        split_names: Names of the splits.
+        splits_source: Origin of the splits.
+        extractors: Fingerprints of the extractors.
+        tokenizer_folder: The tokenizer, which is copied into the store.
+        label_names: All labels that samples may have.
+        info: Additional entries of `info` in store.json.
+        key: Identifies the inputs of the store.
+        train_split: The split that the feature statistics are computed over.
+        compression: Compression of the shards.
     """
 
     def __init__(

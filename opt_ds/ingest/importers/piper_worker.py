@@ -35,7 +35,17 @@ def load_voice(model: str, config: str) -> PiperVoice:
 
 
 def speak(voice: PiperVoice, text: str, length_scale: float, path: str) -> float:
-    """Speak `text` into the FLAC file `path`, atomically. Return its duration in seconds."""
+    """Speak a text into a FLAC file, atomically.
+
+    Args:
+        voice: The voice.
+        text: The text.
+        length_scale: Duration relative to the voice's normal speed; above 1 is slower.
+        path: The FLAC file to write.
+
+    Returns:
+        The duration of the audio in seconds.
+    """
     settings = SynthesisConfig(length_scale=length_scale, noise_scale=0.0, noise_w_scale=0.0)
     chunks = [chunk.audio_float_array for chunk in voice.synthesize(text, settings)]
     if not chunks:

@@ -26,7 +26,18 @@ class Sidecars:
     _named: list[tuple[int, str]] = field(default_factory=list)  # row, and what the file of its image contains instead
 
     def contradiction(self, files: Files, found: str, row: int, caption: str, url: str) -> str | None:
-        """Return why the image `found` cannot belong to the row; None if its files agree, or if there are none."""
+        """Check whether an image belongs to the row that it was paired with.
+
+        Args:
+            files: The folder of the images.
+            found: The image, relative to the manifest.
+            row: Number of the row.
+            caption: Caption of the row.
+            url: URL of the row.
+
+        Returns:
+            Why the image cannot belong to the row. None if its files agree, or if there are none.
+        """
         if len(self._row_of) < _MOST_KEPT:
             self._row_of.update({_plain(url): row, _plain(caption): row})
         named = _url_and_caption(files, found)

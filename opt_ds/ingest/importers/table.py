@@ -49,12 +49,17 @@ def import_table(
     files: Path | None = None,
     columns: Sequence[str] = (),
 ) -> Path:
-    """Write the manifest `output`.
+    """Write the manifest `output` for a table.
 
-    `columns` holds FIELD=COLUMN for columns with other names; paths are relative to `files`. Without an id column the
-    number of the row is the id. Labels are a list (Parquet) or separated by "|". Files inside a Parquet table (see
-    importers/embedded.py) are written to `<name>-files/` next to the manifest. A number of a ClassLabel feature is
-    converted to the name of the class.
+    Without an id column the number of the row is the id. Labels are a list (Parquet) or separated by "|". Files inside
+    a Parquet table (see importers/embedded.py) are written to `<name>-files/` next to the manifest. A number of a
+    ClassLabel feature is converted to the name of the class.
+
+    Args:
+        table: The CSV, TSV or Parquet file.
+        output: The manifest to write.
+        files: The folder that paths are relative to. None: the folder of the table.
+        columns: FIELD=COLUMN for columns with other names than the manifest's fields.
     """
     column_of = _columns(columns)
     wanted = tuple(column_of.values())
