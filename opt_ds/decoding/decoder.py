@@ -166,7 +166,7 @@ class Decoder:
             return Decoded(content, answer["digest"])
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._child is None or self._child.has_ended():  # no file caused an end between two requests
+        if self._child is None or self._child.has_ended():  # an end between two requests is no fault of a file
             self.close()
             self._child = _Child()
         answer = self._child.ask(request)

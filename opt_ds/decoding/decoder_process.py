@@ -4,10 +4,10 @@
 crash of a native library:
 
 - Memory (RLIMIT_AS) and CPU time (RLIMIT_CPU) are limited per file, based on its header. A timer limits the wall-clock
-time.
-  Exceeding a limit ends this process only.
-- It ends with the process that started it, whatever it computes at that moment (see `_end_with_parent`). - It writes
-nothing but its answer: there are no core dumps, and output of libraries goes to memory that the parent may read.
+  time. Exceeding a limit ends this process only.
+- It ends with the process that started it, whatever it computes at that moment (see `_end_with_parent`).
+- It writes nothing but its answer. There are no core dumps, and output of libraries goes to memory that the parent may
+  read.
 
 A request is one JSON message: kind (image, audio, arrays), path, limits. The answer is one JSON message; the bytes of
 its arrays are in shared memory. A file is first read to its end, for its hash, before any decoder sees it. This

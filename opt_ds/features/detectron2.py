@@ -1,4 +1,6 @@
-"""Convert checkpoints in Detectron2's Faster R-CNN FPN layout to torchvision's. The keys are renamed as follows:
+"""Convert checkpoints in Detectron2's Faster R-CNN FPN layout to torchvision's.
+
+The keys are renamed as follows:
 
     backbone.bottom_up.stem.conv1 (.norm)              backbone.body.conv1 (bn1), input channels BGR -> RGB
     backbone.bottom_up.res2..res5.B.convN (.norm)      backbone.body.layer1..layer4.B.convN (bnN)
@@ -8,13 +10,13 @@
     proposal_generator.rpn_head.objectness_logits      rpn.head.cls_logits
     proposal_generator.rpn_head.anchor_deltas          rpn.head.bbox_pred
     roi_heads.box_head.fc1, fc2                        roi_heads.box_head.fc6, fc7
-        roi_heads.box_predictor.cls_score                  the same, with the background's row moved from last to first
-        roi_heads.box_predictor.bbox_pred                  the same, with four rows for the background prepended
+    roi_heads.box_predictor.cls_score                  the same, with the background's row moved from last to first
+    roi_heads.box_predictor.bbox_pred                  the same, with four rows for the background prepended
 
-    Attribute heads of Visual Genome models, pixel_mean, pixel_std and anchors are ignored. `adapt` makes the network
-    compute like Detectron2's with its own ImageNet ResNets: stride in the 1x1 convolutions, pixels 0..255 minus the
-    mean, anchors not rounded, RoIAlign with the half-pixel shift. It was written from Detectron2's public source and
-    not compared with a running Detectron2.
+Attribute heads of Visual Genome models, pixel_mean, pixel_std and anchors are ignored. `adapt` makes the network compute
+like Detectron2's with its own ImageNet ResNets: stride in the 1x1 convolutions, pixels 0..255 minus the mean, anchors
+not rounded, RoIAlign with the half-pixel shift. It was written from Detectron2's public source and not compared with a
+running Detectron2.
 """
 
 import re

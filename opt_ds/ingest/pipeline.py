@@ -74,8 +74,9 @@ def prepare(
         The description of the store; None for a partition.
 
     Raises:
-        UserError: A manifest, setting, checkpoint or output is invalid (before any feature is computed), the disk is
-            full, or a worker was killed.
+        UserError: A manifest, setting, checkpoint or output is invalid (before any feature is computed), or the disk is
+            full.
+        RunError: Worker processes are killed again and again, for example because memory is full.
         EnvironmentFaultError: A file cannot be read for a reason outside it, such as its permissions. Nothing is
             skipped for that.
     """

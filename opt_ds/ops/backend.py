@@ -6,8 +6,8 @@
     apex       NVIDIA's apex for LayerNorm, where it is installed (CUDA only)
     emulator   our CUDA kernels, run on the CPU thread by thread; slow, to test the kernels inside a model
 
-`auto` takes the fastest backend that is available and correct for the device, per operator. The order is fused, apex,
-torch on a GPU. On the CPU it is torch (measured: benchmarks/README.md).
+`auto` takes the fastest backend that is available and correct for the device, per operator. On a GPU
+the order is fused, apex, torch. On the CPU it is torch (measured: benchmarks/README.md).
 """
 
 import functools
@@ -70,8 +70,8 @@ def library(operator: str) -> str | None:
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
     """Make the dropout of the next forward pass deterministic.
 
-    Instead of rank and micro-batch, our dropout is keyed by the sample's index in the global batch. It therefore does not
-    depend on how samples are distributed.
+    Instead of rank and micro-batch, our dropout is keyed by the sample's index in the global batch. It therefore does
+    not depend on how samples are distributed.
 
     Args:
         seed: The seed of the run. Keys both PyTorch's dropout and ours.

@@ -1,7 +1,8 @@
-"""Open HDF5 files of unknown origin. Features that a store's files never have are refused before any data is read:
+"""Open HDF5 files of unknown origin.
 
-data outside the file (external storage, external and soft links, virtual datasets), types other than plain numbers,
-filters other than gzip and shuffle, and shapes that require more data than the file has.
+Features that a store's files never have are refused before any data is read: data outside the file (external storage,
+external and soft links, virtual datasets), types other than plain numbers, filters other than gzip and shuffle, and
+shapes that require more data than the file has.
 """
 
 import math
