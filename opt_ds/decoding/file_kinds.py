@@ -193,7 +193,7 @@ def is_clutter(path: str | os.PathLike[str]) -> bool:
 
 
 def _format_of_tag(head: bytes) -> FileFormat | None:
-    """Return SVG or HTML by the first telling tag. A byte order mark, an XML declaration or comments may precede it."""
+    """Return SVG or HTML by the first known tag. A byte order mark, an XML declaration or comments may precede it."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:HEAD_BYTES].lower()
     if not text.startswith(b"<"):
         return None

@@ -14,8 +14,8 @@ ACCEPTED = {
     "arrays": ".npz files of numbers",
 }
 _OWN = {"image": "picture", "audio": "recording", "arrays": "archive"}  # the last words of the names below
-#: First bytes of further kinds of content. They are not in the list of formats, as nobody supplies them as image or
-#: audio.
+#: First bytes of further kinds of content. They are not in the list of formats, as they are never supplied as image
+#: or audio.
 _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF", "an HDF5 file"),

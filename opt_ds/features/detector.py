@@ -1,7 +1,9 @@
 """Faster R-CNN region features in the style of "bottom-up attention": 10 to 100 regions, features after the box head.
 
 The selection rule is that of Anderson et al. 2018 (arXiv 1707.07998): confidence 0.2, at least 10 and at most 100
-regions. Shape letters: P proposals, K classes (0 = background), R regions.
+regions.
+
+Shape letters: P proposals, K classes (0 = background), R regions.
 """
 
 from collections.abc import Sequence

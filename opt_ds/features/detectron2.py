@@ -13,10 +13,10 @@ The keys are renamed as follows:
     roi_heads.box_predictor.cls_score                  the same, with the background's row moved from last to first
     roi_heads.box_predictor.bbox_pred                  the same, with four rows for the background prepended
 
-Attribute heads of Visual Genome models, pixel_mean, pixel_std and anchors are ignored. `adapt` makes the network compute
-like Detectron2's with its own ImageNet ResNets: stride in the 1x1 convolutions, pixels 0..255 minus the mean, anchors
-not rounded, RoIAlign with the half-pixel shift. It was written from Detectron2's public source and not compared with a
-running Detectron2.
+Attribute heads of Visual Genome models, pixel_mean, pixel_std and anchors are ignored. `adapt` makes the network
+compute like Detectron2's with its own ImageNet ResNets: stride in the 1x1 convolutions, pixels 0..255 minus the mean,
+anchors not rounded, RoIAlign with the half-pixel shift. It was written from Detectron2's public source and not compared
+with a running Detectron2.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The manifest: one JSON object per line, one line per sample.
 
-Its validation, and the assignment of lines to shards and splits. A line that cannot be used is rejected with a reason,
-and the others are kept.
+This module validates manifests and assigns lines to shards and splits. A line that cannot be used is rejected with a
+reason, and the others are kept.
 """
 
 import hashlib
@@ -178,7 +178,7 @@ def groups_across_splits(manifest: Manifest) -> int:
 def _check_is_manifest(path: Path) -> None:
     """Raise UserError for a table, an image or another file that is known not to be a manifest.
 
-    "{" at the start may be one.
+    A file that begins with "{" is accepted here.
     """
     with open_bytes(path) as file:
         head = file.read(HEAD_BYTES)

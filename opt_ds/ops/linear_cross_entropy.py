@@ -1,6 +1,8 @@
 """A linear layer and the cross-entropy of its scores in one operator.
 
-The scores of all rows are never in memory at once. Shape letters: m rows, e width, v classes (tens of thousands).
+The scores of all rows are never in memory at once.
+
+Shape letters: m rows, e width, v classes (tens of thousands).
 """
 
 from typing import Any

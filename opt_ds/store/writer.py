@@ -1,7 +1,8 @@
 """Write a feature store shard by shard.
 
-Shards are written atomically, `store.json` last, and a killed run can be resumed. Shape letters: N samples, L tokens, R
-regions, T frames; Dv, Da feature sizes.
+Shards are written atomically, `store.json` last, and a killed run can be resumed.
+
+Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
 """
 
 import shutil
@@ -348,7 +349,7 @@ def _journal_of(
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
     """Write the arrays of a shard as HDF5: contiguous, aligned, in fixed order, without time stamps.
 
-    Equal input, equal bytes.
+    Equal input produces equal bytes.
     """
     assert arrays.keys() <= DATASETS.keys(), f"no datasets of a store: {arrays.keys() - DATASETS.keys()}"
     with h5py.File(

@@ -139,7 +139,7 @@ def _cells(line: str, separator: str) -> set[str]:
 def is_quoted_tsv(path: Path) -> bool:
     """Return whether the cells of a TSV file are quoted as by spreadsheets and pandas.
 
-    Quoting must match, and be necessary.
+    That is the case if there is evidence of quoting, and if all rows have the same number of cells when read so.
     """
     first: list[str] = []
     opens = misfit = doubled = False
