@@ -1,1 +1,1 @@
-"""Untrusted files -> images, waveforms and arrays, in a process of their own, under limits."""
+"""Decode untrusted files to images, waveforms and arrays, in a separate process under limits."""

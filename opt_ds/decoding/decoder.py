@@ -1,13 +1,13 @@
-"""Decoding of files that nobody vouches for: in a process of its own, under limits, for every command that reads such files.
+"""Decode untrusted files in a separate process, under limits. Every command that reads such files uses this module.
 
     decoder = Decoder(Limits(max_pixels=100_000_000))
     picture = decoder.picture(path).content       # RGB, upright, on white
     recording = decoder.recording(path).content   # mono float32 at 16 kHz
     arrays = decoder.arrays(path).content         # of an .npz file
 
-A file's content can cost a `DecodingError`, and nothing else: the process (decoder_process.py) may crash, hang, or run into its
-limit of memory or time; the next file gets a new one. What the file system reports is an `EnvironmentFaultError` instead: the
-file may be good, so it must not be counted as bad.
+The content of a file can cause a `DecodingError` and nothing else. The process (decoder_process.py) may crash, hang, or
+reach its limit of memory or time; the next file gets a new process. Errors of the file system raise
+`EnvironmentFaultError` instead: the file may be good, so it must not be counted as bad.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ from opt_ds.version import PACKAGE_FOLDER
 Content = TypeVar("Content")
 
 _PROGRAM = "opt_ds.decoding.decoder_process"
-_READ_S = 600.0  # for the process to start and the file system to answer
+_READ_S = 600.0  # time for the process to start and the file system to respond
 _LOOK_EVERY_S = 5.0
-_KEPT_ANSWER_BYTES = 64 * MIB  # of shared memory, until the next answer
+_KEPT_ANSWER_BYTES = 64 * MIB  # shared memory that is kept for the next answer
 _RETRY_AFTER_S = (0.2, 1.0, 3.0)
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY,
               errno.ECONNRESET, errno.EREMOTEIO)  # fmt: skip
@@ -50,7 +50,10 @@ _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class DecodingError(ValueError):
-    """A file's content cannot be used, and why. `refused`: it may be whole, but is of a kind or size that is not accepted."""
+    """The content of a file cannot be used. The message is the reason.
+
+    `refused`: the file may be intact, but its format or size is not accepted.
+    """
 
     def __init__(self, reason: str, *, refused: bool = False) -> None:
         super().__init__(reason)
@@ -58,7 +61,7 @@ class DecodingError(ValueError):
 
 
 class MissingFileError(DecodingError):
-    """There is no such file, but the folder that should hold it is there."""
+    """The file does not exist, but the folder that should contain it does."""
 
 
 class EnvironmentFaultError(RunError):
@@ -67,14 +70,18 @@ class EnvironmentFaultError(RunError):
 
 @dataclass(frozen=True)
 class Decoded(Generic[Content]):
-    """What a file holds, and a hash of its bytes."""
+    """The content of a file, and a hash of its bytes."""
 
     content: Content
     digest: str
 
 
 class Decoder:
-    """Decodes one file at a time. The process is started at the first file and again after each crash; `close` ends it."""
+    """Decodes one file at a time, in a process that is started for the first file and after each crash.
+
+    `close` ends it. The decoding methods raise `DecodingError` and `EnvironmentFaultError`, as described in the module
+    docstring.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -82,7 +89,7 @@ class Decoder:
         self._turn = threading.Lock()
 
     def picture(self, path: Path, limits: Limits | None = None) -> Decoded[Image.Image]:
-        """Return the file's picture as RGB, upright, on white. DecodingError, EnvironmentFaultError: see the module."""
+        """Return the image as RGB, upright, on white."""
 
         def take(child: "_Child", answer: dict[str, Any]) -> Image.Image:
             width, height = answer["size"]
@@ -92,7 +99,7 @@ class Decoder:
         return self._ask("image", path, limits, take)
 
     def recording(self, path: Path, limits: Limits | None = None) -> Decoded[np.ndarray]:
-        """Return the recording as mono float32 [S] at 16 kHz. DecodingError, EnvironmentFaultError: see the module."""
+        """Return the audio as mono float32 [S] at 16 kHz."""
         from opt_ds.decoding.recordings import resample
 
         def take(child: "_Child", answer: dict[str, Any]) -> np.ndarray:
@@ -102,7 +109,7 @@ class Decoder:
         return self._ask("audio", path, limits, take)
 
     def arrays(self, path: Path, limits: Limits | None = None) -> Decoded[dict[str, np.ndarray]]:
-        """Return an .npz file's numeric arrays by name. DecodingError, EnvironmentFaultError: see the module."""
+        """Return the numeric arrays of an .npz file by name."""
 
         def take(child: "_Child", answer: dict[str, Any]) -> dict[str, np.ndarray]:
             arrays = {}
@@ -114,7 +121,10 @@ class Decoder:
         return self._ask("arrays", path, limits, take)
 
     def digest(self, path: Path, kind: str) -> str:
-        """Return the hash of a file's bytes; the content is not looked at, its size is. Errors as of decoding it."""
+        """Return the hash of a file's bytes.
+
+        Its size is checked, its content is not decoded. Raise the errors of decoding.
+        """
         return self._ask(f"digest of {kind}", path, None, lambda *_: None).digest
 
     def close(self) -> None:
@@ -156,7 +166,7 @@ class Decoder:
             return Decoded(content, answer["digest"])
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._child is None or self._child.has_ended():  # ended between two files: by neither of them
+        if self._child is None or self._child.has_ended():  # an end between two requests is no fault of a file
             self.close()
             self._child = _Child()
         answer = self._child.ask(request)
@@ -169,7 +179,7 @@ _own: Decoder | None = None
 
 
 def own_decoder() -> Decoder:
-    """Return the decoder of this process, made at the first call: for callers that are handed a path alone."""
+    """Return the decoder of this process, created at the first call. For callers that receive only a path."""
     global _own
     if _own is None:
         _own = Decoder()
@@ -177,31 +187,31 @@ def own_decoder() -> Decoder:
 
 
 def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the file's image as RGB, through the decoder of this process."""
+    """Return the image of a file as RGB, using the decoder of this process."""
     return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
 
 
 def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Return the file's audio as mono float32 [S] at 16 kHz, through the decoder of this process."""
+    """Return the audio of a file as mono float32 [S] at 16 kHz, using the decoder of this process."""
     return own_decoder().recording(path, Limits(max_seconds=max_seconds)).content
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the numeric arrays of an `.npz` file, through the decoder of this process."""
+    """Return the numeric arrays of an `.npz` file, using the decoder of this process."""
     return own_decoder().arrays(path).content
 
 
-_KILLED = -1  # in the place of an errno: the process was ended by a signal that no file's content sends
+_KILLED = -1  # used instead of an errno: the process was ended by a signal that no file content can cause
 
 
 class _Child:
-    """One decoding process, and what is shared with it."""
+    """One decoding process, and the memory and descriptors shared with it."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lifeline, self._lifeline = os.pipe()
         self._answers, self._status, self._chatter = (os.memfd_create(name) for name in ("answers", "status", "chatter"))
-        # Libraries may print while they decode: into memory, always at its end.
+        # Libraries may print while they decode. Their output goes to memory and is always appended.
         fcntl.fcntl(self._chatter, fcntl.F_SETFL, os.O_APPEND)
         inherited = [theirs.fileno(), self._answers, self._status, lifeline]
         self._process = subprocess.Popen(
@@ -217,7 +227,7 @@ class _Child:
         return self._process.poll() is not None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request and return the answer. The end of the process, by itself or by us, is an answer too."""
+        """Send one request and return the answer. If the process ends, by itself or by us, the cause is the answer."""
         os.ftruncate(self._chatter, 0)
         os.ftruncate(self._status, 0)
         try:
@@ -235,7 +245,7 @@ class _Child:
         return self._epitaph()
 
     def answer_bytes(self, offset: int, count: int) -> np.ndarray:
-        """Return uint8 [count] of the answer's content. Copied: what the process does later changes nothing."""
+        """Return the answer's content, uint8 [count]. It is a copy, so later writes of the process cannot change it."""
         content = np.empty(count, "uint8")
         left = memoryview(content)  # type: ignore[arg-type]
         while left:
@@ -247,43 +257,46 @@ class _Child:
 
     @contextlib.contextmanager
     def answer_view(self, count: int) -> Iterator[memoryview]:
-        """Yield the first `count` bytes of the answer's content, to be copied before the next request."""
+        """Yield the first `count` bytes of the answer's content. The caller must copy them before the next request."""
         if os.fstat(self._answers).st_size < count:
             raise RuntimeError("the decoder's answer is shorter than it says")
         with mmap.mmap(self._answers, count, access=mmap.ACCESS_READ) as answer, memoryview(answer) as view:
             yield view
 
     def release_answer(self) -> None:
-        """Give a large answer's memory back; a small one's is used again."""
+        """Free the memory of a large answer. The memory of a small one is reused."""
         if os.fstat(self._answers).st_size > _KEPT_ANSWER_BYTES:
             os.ftruncate(self._answers, 0)
 
     def _budget(self) -> Budget | None:
-        """The budget that the process works under; None as long as it reads the file."""
+        """Return the current budget of the process; None while it reads the file."""
         fields = os.pread(self._status, 64, 0)
         return Budget(*json.loads(fields)) if fields else None
 
     def _epitaph(self) -> dict[str, Any]:
-        """Return the answer that the process's end is: which limit it met, or that it crashed."""
+        """Return the answer for a process that ended: the limit that it reached, or that it crashed."""
         code = self._process.wait()
         chatter = os.pread(self._chatter, 4096, max(0, os.fstat(self._chatter).st_size - 4096)).decode(errors="replace")
         budget = self._budget()
-        if budget is None and code > 0:  # an incomplete installation, say
+        if budget is None and code > 0:  # for example an incomplete installation
             last = (chatter.strip().splitlines() or [f"exit code {code}"])[-1]
             raise EnvironmentFaultError(f"the process that decodes files cannot start ({last}): reinstall opt_ds")
-        if -code in _FROM_OUTSIDE or budget is None:  # or before it had begun to decode
+        if -code in _FROM_OUTSIDE or budget is None:  # without a budget it had not begun to decode
             return {"fault": _KILLED}
         if code == -signal.SIGXCPU:
             return _too_slow(budget.cpu_s)
         if code == -signal.SIGALRM:
             return _too_slow(budget.wall_s)
-        if "memory allocation of" in chatter or "MemoryError" in chatter:  # Rust's and Python's last words
+        if "memory allocation of" in chatter or "MemoryError" in chatter:  # last messages of Rust and of Python
             return {"failure": f"it needs more than {readable(budget.memory_bytes)} of memory", "refused": True}
         return {"failure": f"the decoder crashed ({f'signal {-code}' if code < 0 else f'exit code {code}'})"}
 
 
 def refuse_lost_folder(path: Path) -> None:
-    """Raise EnvironmentFaultError if the folder of a missing file is missing too: a mount that went away, a moved corpus."""
+    """Raise EnvironmentFaultError if the folder of a missing file is missing too.
+
+    That is the case for a lost mount or a moved corpus.
+    """
     try:
         os.stat(path.parent)
     except OSError as error:
@@ -301,10 +314,13 @@ def _fault_message(path: Path, fault: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Of the process: the same package, one thread, one heap (each further one would count as memory)."""
+    """Return the environment of the process: the same package, one thread, one heap.
+
+    Each further heap would count as memory.
+    """
     root = str(PACKAGE_FOLDER.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Freed memory is used again for the next file, instead of being returned and mapped again page by page.
+    # Freed memory is reused for the next file, instead of being returned to the system and mapped again page by page.
     reuse = {"PILLOW_BLOCKS_MAX": "8", "MALLOC_MMAP_THRESHOLD_": str(64 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)}
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     return {**os.environ, "PYTHONPATH": path, **one, **reuse}
@@ -315,5 +331,5 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket, descriptor
     connection.close()
     for descriptor in descriptors:
         os.close(descriptor)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for a file system that does not answer
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for a file system that does not respond
         process.wait(5)

@@ -1,15 +1,17 @@
-"""The process that decodes foreign files, one after another, under limits. `decoder.py` starts it and talks to it.
+"""The process that decodes untrusted files, one after another, under limits.
 
-Nothing that happens here, a crash of a native library included, harms the process that asked:
+`decoder.py` starts it and communicates with it. Nothing that happens here harms the process that asked, not even a
+crash of a native library:
 
-- memory (RLIMIT_AS) and CPU time (RLIMIT_CPU) are limited for each file by what its header announces; a timer bounds the
-  time on the clock; each ends this process only;
-- it ends with the process that started it, whatever it computes at that moment (see `_end_with_parent`);
-- it writes nothing but its answer: no core dumps, and what libraries print goes to memory that the parent may read.
+- Memory (RLIMIT_AS) and CPU time (RLIMIT_CPU) are limited per file, based on its header. A timer limits the wall-clock
+  time. Exceeding a limit ends this process only.
+- It ends with the process that started it, whatever it computes at that moment (see `_end_with_parent`).
+- It writes nothing but its answer. There are no core dumps, and output of libraries goes to memory that the parent may
+  read.
 
-A request is one JSON message: kind (image, audio, arrays), path, limits. The answer is one JSON message, its arrays' bytes
-lie in shared memory. A file is read to its end once, for its hash, before any decoder sees it: errors of the file system
-("fault") are so told apart from errors of the content ("failure").
+A request is one JSON message: kind (image, audio, arrays), path, limits. The answer is one JSON message; the bytes of
+its arrays are in shared memory. A file is first read to its end, for its hash, before any decoder sees it. This
+separates errors of the file system ("fault") from errors of the content ("failure").
 """
 
 import errno
@@ -29,12 +31,12 @@ from typing import Any, BinaryIO, cast
 
 from opt_ds.decoding.limits import Budget, Limits, readable
 
-MESSAGE_BYTES = 2**17  # a request holds one path
-DIGEST_BYTES = 8  # identical files are counted, not proven
-_STACK_BYTES = 64 * 2**20  # a drawing of a thousand nested groups is drawn; deeper ones end this process
-_RETIRE_BYTES = 512 * 2**20  # of memory that libraries did not give back
+MESSAGE_BYTES = 2**17  # a request contains one path
+DIGEST_BYTES = 8  # enough to count identical files, not to prove identity
+_STACK_BYTES = 64 * 2**20  # enough for an SVG of a thousand nested groups; deeper nesting ends this process
+_RETIRE_BYTES = 512 * 2**20  # memory that libraries did not free; above it, the process is replaced
 _UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO)
-#: What the file system, the network or the kernel says, never a file's content.
+#: Errors of the file system, the network or the kernel, never caused by the content of a file.
 FAULTS = tuple(
     getattr(errno, name)
     for name in ("EACCES", "EPERM", "EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EMFILE", "ENFILE", "EREMOTEIO", "EHOSTDOWN",
@@ -43,7 +45,11 @@ FAULTS = tuple(
 
 
 class Process:
-    """The loop of the process. `answers`: memory shared with the parent; `status`: the budget at work, for its reports."""
+    """The main loop of the process.
+
+    `answers` is the descriptor of memory shared with the parent. `status` is that of the current budget, for the
+    parent's error messages.
+    """
 
     def __init__(self, requests: socket.socket, answers: int, status: int) -> None:
         self._requests, self._answers, self._status = requests, answers, status
@@ -51,7 +57,7 @@ class Process:
         self._budget = Budget()
 
     def run(self) -> None:
-        """Answer requests until the parent closes its end."""
+        """Answer requests until the parent closes its end of the socket."""
         while message := self._requests.recv(MESSAGE_BYTES):
             answer = self._answer(json.loads(message))
             self._allow(None)
@@ -91,7 +97,7 @@ class Process:
             return self._arrays(file, limits)
         except MemoryError:
             return {"failure": f"it needs more than {readable(self._budget.memory_bytes)} of memory", "refused": True}
-        except Exception as error:  # decoders raise anything at all
+        except Exception as error:  # decoders raise exceptions of any type
             if isinstance(error, OSError) and error.errno in FAULTS:
                 raise
             file.seek(0)
@@ -129,7 +135,7 @@ class Process:
         return {"arrays": described}
 
     def _allow(self, budget: Budget | None) -> None:
-        """Limit what follows; None: what belongs to no file is not limited."""
+        """Set the limits for the next step of decoding. None removes them, for work that belongs to no file."""
         self._budget = budget or Budget()
         hard = resource.RLIM_INFINITY
         if budget is None:
@@ -142,7 +148,7 @@ class Process:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + budget.cpu_s), hard))
         resource.setrlimit(resource.RLIMIT_AS, (_own_memory() + budget.memory_bytes, hard))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (budget.memory_bytes, hard))  # shared memory counts as files
+        resource.setrlimit(resource.RLIMIT_FSIZE, (budget.memory_bytes, hard))  # shared memory counts as a file
         signal.setitimer(signal.ITIMER_REAL, budget.wall_s)
 
     def _write(self, data: Any, offset: int) -> None:
@@ -157,7 +163,7 @@ def _new_digest() -> Any:
 
 
 def _import_decoders(kind: str) -> None:
-    """Import what the kind needs, before any limit is set: code is no part of a file's needs."""
+    """Import what the kind requires before any limit is set, since code does not count towards the memory of a file."""
     if kind == "image":
         import opt_ds.decoding.drawings
         from opt_ds.decoding.pictures import accepted_formats
@@ -170,7 +176,7 @@ def _import_decoders(kind: str) -> None:
 
 
 def _open(path: str) -> BinaryIO:
-    # Without waiting: opening a pipe would wait for a writer.
+    # Open without blocking: opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -192,23 +198,27 @@ def _own_memory() -> int:
 
 
 def _end_with_parent(lifeline: int) -> None:
-    """Have the kernel end this process (SIGIO) as soon as the pipe's other end, which only the parent holds, is closed.
+    """Let the kernel end this process (SIGIO) as soon as the parent's end of the pipe is closed.
 
-    A thread could not do that: native code may hold the interpreter's lock for ever. PR_SET_PDEATHSIG would end this process
-    with the *thread* that started it, and a web server's threads come and go.
+    Only the parent holds it. A thread could not do that, since native code may hold the interpreter lock forever.
+    PR_SET_PDEATHSIG would end this process together with the *thread* that started it, and the threads of a web server
+    are short-lived.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:  # it was closed before we asked
+    if select.select([lifeline], [], [], 0)[0]:  # it was closed before the signal was requested
         os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
-    """Run with the numbers of inherited descriptors: socket, memory for answers, memory for the status, pipe."""
+    """Run the process.
+
+    The arguments are inherited descriptors: socket, memory for answers, memory for the status, pipe.
+    """
     connection, answers, status, lifeline = map(int, arguments)
     _end_with_parent(lifeline)
-    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: they reach the parent too, which decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends these to the parent too, which decides
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]

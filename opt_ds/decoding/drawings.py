@@ -1,4 +1,7 @@
-"""Vector graphics (SVG) as bitmaps: sizes in every CSS unit, no reference to another file, embedded bitmaps counted."""
+"""Render vector graphics (SVG) to bitmaps.
+
+Sizes may be in any CSS unit. External references are refused. Embedded bitmaps are limited.
+"""
 
 import base64
 import binascii
@@ -17,11 +20,11 @@ from opt_ds.decoding.limits import Limits
 from opt_ds.decoding.pictures import on_white, open_bitmap
 from opt_ds.decoding.reasons import BrokenFileError, RefusedError, what_it_is
 
-SVG_SIDE = 256  # an SVG has no size of its own in pixels
+SVG_SIDE = 256  # pixels; an SVG has no pixel size of its own
 _TALLEST = 8 * SVG_SIDE
 _DPI = 96.0  # CSS: an inch has 96 pixels
-_MOST_LEVELS = 4  # of drawings in the data: URLs of drawings
-#: Of units that the renderer does not know: their pixels, by CSS; an "em" is 16 pixels, of a page there is none to measure.
+_MOST_LEVELS = 4  # nesting of SVGs in data: URLs
+#: Pixels per unit by CSS, for units that the renderer does not support. An "em" is 16 pixels, since there is no page.
 _PIXELS_OF = {"q": 96 / 101.6, "rem": 16.0, "ch": 8.0, "lh": 19.2, "rlh": 19.2, "cap": 11.2, "ic": 16.0}
 _PERCENT = ("vw", "vh", "vmin", "vmax", "vi", "vb")
 _KNOWN = {"px": 1.0, "pt": 96 / 72, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "em": 16.0, "ex": 8.0}
@@ -31,17 +34,23 @@ _SIDE = re.compile(r"(\s(?:width|height)\s*=\s*)([\"'])\s*([+-]?(?:\d+\.?\d*|\.\
 
 
 def is_drawing(file: BinaryIO) -> bool:
-    """Whether the file is XML: no other picture begins as a tag does. The file is left at its start."""
+    """Return whether the file is XML, as no other image format begins with a tag. The file is left at its start."""
     head = file.read(1024)
     file.seek(0)
     return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"<")
 
 
 def draw(path: str, limits: Limits, allow: Callable[[int], None]) -> Image.Image:
-    """Return the drawing as RGB on white, 256 pixels wide unless it is more than eight times as tall.
+    """Render the SVG as RGB on white, 256 pixels wide unless it is more than eight times as tall.
 
-    `allow` hears of the pixels of its embedded bitmaps, before they are decoded. Raises RefusedError for a drawing that is not
-    accepted here, refers to other files, or embeds more than `max_pixels`; BrokenFileError for what cannot be drawn.
+    Args:
+        path: The SVG file.
+        limits: The decoding limits.
+        allow: Called with the total number of pixels of the embedded bitmaps, before they are decoded.
+
+    Raises:
+        RefusedError: SVG is not accepted here, or the SVG refers to other files or embeds more than `max_pixels`.
+        BrokenFileError: The SVG cannot be rendered.
     """
     if not limits.allow_svg:
         raise RefusedError("SVG drawings are accepted only by opt-ds serve --allow-svg")
@@ -54,8 +63,8 @@ def draw(path: str, limits: Limits, allow: Callable[[int], None]) -> Image.Image
     if pixels > limits.max_pixels:
         raise RefusedError(f"it embeds bitmaps of {pixels} pixels, more than {limits.max_pixels} (--max-pixels)")
     allow(pixels)
-    # Without system fonts a drawing is the same on every machine (and nine times faster). The height only bounds: a
-    # drawing keeps its shape.
+    # Without system fonts the result is the same on every machine (and nine times faster). The height is only an upper
+    # bound, since the aspect ratio is kept.
     recoded = _in_utf8(content)
     text = _with_known_units(recoded or content) or (recoded.decode() if recoded is not None else None)
     source: dict[str, Any] = {"svg_path": path} if text is None else {"svg_string": text}
@@ -75,7 +84,10 @@ def _why_not_drawn(message: str) -> str:
 
 
 def _in_utf8(content: bytes) -> bytes | None:
-    """Return a drawing of another declared encoding in UTF-8, which is all that the renderer reads; None if it needs none."""
+    """Convert an SVG with another declared encoding to UTF-8, the only encoding that the renderer reads.
+
+    Return None if no conversion is necessary or possible.
+    """
     declared = _ENCODING.match(content[:200])
     try:
         if declared is None or codecs.lookup(declared[2].decode()).name in ("utf-8", "ascii"):
@@ -87,7 +99,7 @@ def _in_utf8(content: bytes) -> bytes | None:
 
 
 def _with_known_units(content: bytes) -> str | None:
-    """Return the drawing with its width and height in units that the renderer knows; None if they are."""
+    """Return the SVG with its width and height in units that the renderer supports; None if nothing has to change."""
     head = content[: 64 * 1024].decode("utf-8", errors="surrogateescape")
     root = _ROOT.search(head)
     if root is None:
@@ -113,9 +125,9 @@ def _in_known_unit(side: re.Match[str]) -> str:
 
 
 def _embedded_pixels(content: bytes, levels: int) -> Iterator[int]:
-    """Yield the pixels of each embedded bitmap. Raises RefusedError for a reference to anything outside the drawing.
+    """Yield the pixels of each embedded bitmap. Raise RefusedError for a reference to anything outside the SVG.
 
-    The renderer reads local files that a drawing names: nobody's private file may get into a store that way.
+    The renderer would read local files that an SVG names, and private files must not get into a store that way.
     """
     try:
         for _, element in ElementTree.iterparse(io.BytesIO(content)):
@@ -137,7 +149,7 @@ def _pixels_of_url(url: str, levels: int) -> Iterator[int]:
     try:
         content = base64.b64decode(data) if header.rstrip().endswith("base64") else urllib.parse.unquote_to_bytes(data)
     except (binascii.Error, ValueError):
-        return  # the renderer leaves it out
+        return  # the renderer ignores it
     if content.startswith(b"\x1f\x8b"):
         raise RefusedError("the drawing embeds a compressed drawing")
     if content.lstrip().startswith((b"<", codecs.BOM_UTF8)):
@@ -148,5 +160,5 @@ def _pixels_of_url(url: str, levels: int) -> Iterator[int]:
     try:
         with open_bitmap(io.BytesIO(content)) as bitmap:
             yield bitmap.size[0] * bitmap.size[1]
-    except Exception:  # no picture: the renderer leaves it out
+    except Exception:  # not an image: the renderer ignores it
         return

@@ -1,7 +1,7 @@
-"""The one list of file formats: endings, kinds, whether they can be decoded here, and how first bytes tell them.
+"""The only list of file formats: their endings, their kinds, whether they can be decoded here, and their first bytes.
 
 Every list of endings or decoders elsewhere is derived from `FORMATS`. A name only suggests a kind. `format_of_content`
-looks at a file's first bytes, and content decides wherever a file is opened.
+uses the first bytes of a file. Content takes precedence wherever a file is opened.
 """
 
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["image", "audio", "text", "regions", "table", "archive", "video", "document"]
-HEAD_BYTES = 1024  # enough of a file for format_of_content
+HEAD_BYTES = 1024  # number of bytes that format_of_content requires
 _TO_PICTURE = "convert it to PNG or JPEG"
 _TO_WAV = "convert it to WAV or FLAC"
 _TO_SOUND = "extract its sound as WAV or FLAC"
@@ -24,9 +24,9 @@ _XML_STARTS = (b"<?xml", b"<svg", b"<!doctype svg", b"<!--")
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A file format. `decoder`: Pillow's or libsndfile's name of it; None where it cannot be decoded here.
+    """A file format. `decoder` is its name in Pillow or libsndfile; None if it cannot be decoded here.
 
-    `advice`: how a file of a format without a decoder can be made usable.
+    `advice` states how to make a file of a format without a decoder usable.
     """
 
     name: str
@@ -36,7 +36,7 @@ class FileFormat:
     advice: str = ""
 
     def __str__(self) -> str:
-        """The format with its kind, such as "WAV recording"."""
+        """Return the format with its kind, such as "WAV recording"."""
         noun = _NOUNS.get(self.kind, "file")
         return self.name if self.name.endswith(("page", noun)) else f"{self.name} {noun}"
 
@@ -138,29 +138,29 @@ _BRANDS = {
 
 
 def format_of_name(name: str | os.PathLike[str]) -> FileFormat | None:
-    """Return the format that a file's ending suggests; None for no ending or an unknown one."""
+    """Return the format that the ending of a file suggests; None if the ending is missing or unknown."""
     return _BY_ENDING.get(os.path.splitext(os.fspath(name))[1].lower())
 
 
 def kind_of_name(name: str | os.PathLike[str]) -> Kind | None:
-    """Return the kind that a file's ending suggests; None for no ending or an unknown one."""
+    """Return the kind that the ending of a file suggests; None if the ending is missing or unknown."""
     found = format_of_name(name)
     return None if found is None else found.kind
 
 
 def format_of_content(head: bytes) -> FileFormat | None:
-    """Return the format of a file by its first bytes (`HEAD_BYTES` are enough); None where they tell nothing."""
+    """Return the format of a file by its first bytes (`HEAD_BYTES` are enough); None if they are inconclusive."""
     return _format_of_tag(head) or _BY_NAME.get(_name_of_magic(head) or "")
 
 
 def kind_of_content(head: bytes) -> Kind | None:
-    """Return the kind of a file by its first bytes; None where they tell nothing (plain text, for one)."""
+    """Return the kind of a file by its first bytes; None if they are inconclusive, as for plain text."""
     found = format_of_content(head)
     return None if found is None else found.kind
 
 
 def endings_of(*kinds: Kind, decodable: bool = False) -> tuple[str, ...]:
-    """Return the endings of some kinds of files; with `decodable` only those of formats that can be decoded here."""
+    """Return the endings of some kinds of files. With `decodable`, only those of formats that can be decoded here."""
     return tuple(
         ending
         for each in FORMATS
@@ -170,14 +170,14 @@ def endings_of(*kinds: Kind, decodable: bool = False) -> tuple[str, ...]:
 
 
 def decoders_of(kind: Kind) -> tuple[str, ...]:
-    """Return the decoders' names (Pillow's, libsndfile's) of a kind's formats that can be decoded here."""
+    """Return the names, in Pillow or libsndfile, of a kind's formats that can be decoded here."""
     return tuple(each.decoder for each in FORMATS if each.kind == kind and each.decoder is not None)
 
 
 def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | None:
-    """Return why a file cannot be used, and what to do about it; None if its format can be decoded here, or is unknown.
+    """Return why a file cannot be used and how to fix that; None if its format can be decoded here or is unknown.
 
-    The first bytes decide where they tell the format, and the ending elsewhere.
+    The first bytes decide if they are conclusive, otherwise the ending does.
     """
     found = format_of_content(head) or format_of_name(name)
     if found is None or found.decoder is not None:
@@ -186,14 +186,14 @@ def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | 
 
 
 def is_clutter(path: str | os.PathLike[str]) -> bool:
-    """Whether a relative path is what systems leave in folders: hidden files, `__MACOSX/`, `Thumbs.db` and the like."""
+    """Return whether a relative path is clutter: hidden files, `__MACOSX/`, `Thumbs.db` and the like."""
     *folders, name = os.fspath(path).replace(os.sep, "/").split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in (*folders, name))
     return hidden or name.lower() in _CLUTTER_NAMES or any(part.lower() in _CLUTTER_FOLDERS for part in folders)
 
 
 def _format_of_tag(head: bytes) -> FileFormat | None:
-    """SVG or HTML, whatever comes before the first telling tag: a byte order mark, an XML declaration, comments."""
+    """Return SVG or HTML by the first known tag. A byte order mark, an XML declaration or comments may precede it."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:HEAD_BYTES].lower()
     if not text.startswith(b"<"):
         return None
@@ -218,6 +218,6 @@ def _name_of_magic(head: bytes) -> str | None:
         return "BMP"
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
         return "PPM"
-    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # a frame's sync word, and its layer
-        return {0: "M4A", 2: "MP3", 4: "MP3"}.get(head[1] & 0x06)  # 0 is AAC's; with 6 (layer I) UTF-16 text would begin
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # sync word of a frame, followed by its layer
+        return {0: "M4A", 2: "MP3", 4: "MP3"}.get(head[1] & 0x06)  # 0 is AAC; 6 could be a UTF-16 byte order mark
     return None

@@ -1,7 +1,8 @@
-"""How long an MP3 without an index is: its frames, counted one by one.
+"""The length of an MP3 file without an index, found by counting its frames.
 
-libsndfile works the length out from the bit rate of the first frame, and reads no further. Of a file of varying bit rate that
-is too little, or more than there is. An index (the first frame of LAME's files, called Xing or Info) tells it the length.
+libsndfile computes the length from the bit rate of the first frame and reads no further. For files with a variable bit
+rate that is too short or too long. With an index (in the first frame of LAME's files, called Xing or Info) its length
+is correct.
 """
 
 import struct
@@ -14,16 +15,16 @@ _BIT_RATES = {  # kbit/s by (version is MPEG 1, layer), from ISO 11172-3 and 138
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by the version's two bits
-_LARGE_FRAME = {True: 9, False: 8}  # 128 and 64 kbit/s: room for an index, whatever the rate
+_RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by the two version bits
+_LARGE_FRAME = {True: 9, False: 8}  # 128 and 64 kbit/s: large enough for an index at any sample rate
 _TAGS_AT_END = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")
 _MONO = 3
-_MOST_UNANNOUNCED = 10  # encoders differ in whether they count the index itself, and the last frames
+_MOST_UNANNOUNCED = 10  # frames; encoders differ in whether they count the index and the last frames
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """One frame's header. `samples` per channel."""
+    """The header of one frame. `samples` is per channel."""
 
     head: bytes
     bytes: int
@@ -31,7 +32,7 @@ class _Frame:
 
     @property
     def index_offset(self) -> int:
-        """Where an index begins, behind the side information."""
+        """Offset of an index in the frame, after the side information."""
         mono = self.head[3] >> 6 == _MONO
         if self.head[1] >> 3 & 3 == 3:
             return 4 + (17 if mono else 32)
@@ -40,9 +41,10 @@ class _Frame:
 
 @dataclass(frozen=True)
 class MpegLength:
-    """`samples` per channel that the frames hold; `is_cut`: the last one is incomplete.
+    """The length of an MP3 file, counted over its frames.
 
-    `index`: a frame that announces them, to be put in the place of all that comes before `start`, the first frame's offset.
+    `start` is the offset of the first frame, and `samples` is per channel. `is_cut`: the last frame is incomplete.
+    `index` is a frame that announces the number of frames. It is meant to replace everything before `start`.
     """
 
     start: int
@@ -52,7 +54,7 @@ class MpegLength:
 
 
 def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
-    """Return the length of an MP3 that has no index; None if it has one, or other content between its frames."""
+    """Return the length of an MP3 without an index; None if it has an index, or other content between its frames."""
     begin = start = _behind_tags(file)
     first = _frame_at(file, start)
     if first is None or _has_index(file, start, first):
@@ -74,7 +76,10 @@ def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
 
 
 def holds_another(file: BinaryIO, size: int) -> bool:
-    """Whether further frames follow those that an MP3's index announces: of joined files only the first would be read."""
+    """Return whether more frames follow than the index announces.
+
+    Of concatenated files only the first would be read.
+    """
     start = _behind_tags(file)
     first = _frame_at(file, start)
     announced = None if first is None else _announced(file, start, first)
@@ -88,7 +93,7 @@ def holds_another(file: BinaryIO, size: int) -> bool:
 
 
 def _announced(file: BinaryIO, start: int, first: _Frame) -> int | None:
-    """Return the number of frames that the index in the first one gives; None if it gives none."""
+    """Return the number of frames that the index in the first frame announces; None if there is none."""
     file.seek(start + first.index_offset)
     fields = file.read(12)
     if fields[:4] in (b"Xing", b"Info") and len(fields) == 12 and fields[7] & 1:
@@ -132,9 +137,9 @@ def _has_index(file: BinaryIO, start: int, first: _Frame) -> bool:
 
 
 def _index_of(first: _Frame, count: int) -> bytes:
-    """Return a silent frame of the same kind that announces `count` others."""
+    """Return a silent frame of the same kind that announces `count` frames."""
     is_mpeg1 = first.head[1] >> 3 & 3 == 3
-    # Without a checksum and without padding.
+    # The frame has no checksum and no padding.
     head = bytes((0xFF, first.head[1] | 1, first.head[2] & 0x0C | _LARGE_FRAME[is_mpeg1] << 4, first.head[3]))
     rate_hz = _RATES_HZ[head[1] >> 3 & 3][head[2] >> 2 & 3]
     layer = 4 - (head[1] >> 1 & 3)

@@ -1,4 +1,4 @@
-"""Arrays of an `.npz` file, sized by their headers before anything is unpacked."""
+"""Arrays of an `.npz` file. Sizes are taken from the array headers before anything is unpacked."""
 
 import zipfile
 from collections.abc import Callable
@@ -9,15 +9,16 @@ from numpy.lib import format as npy
 
 from opt_ds.decoding.reasons import BrokenFileError, RefusedError, unreadable
 
-#: What is read of a file; other arrays, such as a detector's notes, are left alone.
+#: The arrays that are read. Others, such as the detector's notes, are ignored.
 ARRAYS = ("features", "norm_bb", "bbox", "image_w", "image_h", "conf", "soft_labels")
 _MOST_MEMBERS = 1000
 
 
 def load_arrays(file: BinaryIO, allow: Callable[[int], object]) -> dict[str, np.ndarray]:
-    """Return the arrays by name. `allow` hears of their bytes in all, before they are unpacked.
+    """Return the arrays by name. `allow` is called with their total size in bytes, before they are unpacked.
 
-    Raises RefusedError for a file that is no archive or has arrays of Python objects, BrokenFileError for damaged members.
+    Raise RefusedError for too many arrays or arrays of Python objects. Raise BrokenFileError for a file that is no
+    archive or has damaged members.
     """
     head = file.read(4)
     file.seek(0)

@@ -1,7 +1,7 @@
-"""Picture files of any usual kind as RGB: JPEG, PNG, WebP, HEIC and more; palette, grey, transparent ones on white.
+"""Decode image files of all common formats (JPEG, PNG, WebP, HEIC and more) to RGB, on white.
 
-A file is not trusted: its size is read before a pixel is decoded, and this code runs in the decoder's process (decoder.py).
-Drawings (SVG): see drawings.py.
+Files are not trusted. The size is checked before any pixel is decoded, and this code runs in the decoding process
+(decoder.py). For SVG see drawings.py.
 """
 
 import functools
@@ -18,40 +18,51 @@ if TYPE_CHECKING:
     import numpy as np
 
 PIXELS_SIDE = 64
-# Pillow would also open PostScript (by starting Ghostscript) and dozens of formats that nobody trains on.
+# Pillow could also open PostScript (by starting Ghostscript) and dozens of formats that no training set uses.
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
 _PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif", "Jpeg2K")
-# Our own limit, a setting, is checked before anything is decoded.
+# Our own limit, which is a setting, is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
 @functools.cache
 def accepted_formats() -> list[str]:
-    """Import the decoders of all accepted formats, and return Pillow's names of these. Only a process that decodes needs them."""
+    """Import the decoders of all accepted formats and return Pillow's names of them.
+
+    Only processes that decode need them.
+    """
     import pi_heif
     from PIL import AvifImagePlugin, PngImagePlugin
 
     for plugin in _PLUGINS:
         importlib.import_module(f"PIL.{plugin}ImagePlugin")
     pi_heif.register_heif_opener()
-    # Editors leave histories of megabytes in a PNG's text.
+    # Some editors store histories of several megabytes in the text chunks of a PNG.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * MIB
-    # As many threads as the preparation's worker has: one.
+    # One thread, as for each worker of `opt-ds prepare`.
     pi_heif.options.DECODE_THREADS = AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     return [name for name in _WANTED if name in Image.OPEN]
 
 
 def open_bitmap(file: BinaryIO) -> Image.Image:
-    """Return the picture with its header read; nothing is decoded yet. Raises what its decoder raises."""
+    """Open an image and read its header only; no pixel is decoded. Raise what the decoder raises."""
     return Image.open(file, formats=accepted_formats())
 
 
 def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -> Image.Image:
-    """Return the file's picture as RGB, drawn on white, turned upright by its EXIF tag; of an animation the first frame.
+    """Return the image as RGB on white, rotated by its EXIF tag. For an animation, return the first frame.
 
-    16-bit grey becomes 8-bit by its high byte. `allow` hears of the number of pixels before they are decoded. Raises
-    RefusedError for more than `max_pixels`, or a depth that has no fixed range; BrokenFileError for a file of another format;
-    OSError, ValueError or another exception of the decoder for a broken file.
+    16-bit grey is converted to 8 bits by its high byte.
+
+    Args:
+        file: The image file.
+        max_pixels: Largest number of pixels that is accepted.
+        allow: Called with the number of pixels, before they are decoded.
+
+    Raises:
+        RefusedError: The image has more than `max_pixels`, or a depth without a fixed range.
+        BrokenFileError: The file has another format.
+        OSError, ValueError or another exception of the decoder: The file is damaged.
     """
     try:
         picture = open_bitmap(file)
@@ -67,7 +78,10 @@ def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -
 
 
 def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
-    """Return an opened picture as `load_bitmap` does; `in_place` may change the given one. Raises RefusedError likewise."""
+    """Convert an open image like `load_bitmap`.
+
+    `in_place` may modify the image. Raise RefusedError like `load_bitmap`.
+    """
     if picture.mode.startswith("I;16"):
         import numpy as np
 
@@ -76,13 +90,13 @@ def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
         raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits a channel")
     picture.load()
     if in_place:
-        ImageOps.exif_transpose(picture, in_place=True)  # copies only where there is something to turn
+        ImageOps.exif_transpose(picture, in_place=True)  # copies only if the image has to be rotated
         return on_white(picture)
     return on_white(ImageOps.exif_transpose(picture))
 
 
 def to_pixels(picture: Image.Image) -> "np.ndarray":
-    """Return the picture's centre square as uint8 [3, 64, 64] (as DALL-E prepares pictures for its dVAE)."""
+    """Return the centre square of the image as uint8 [3, 64, 64] (as DALL-E prepares images for its dVAE)."""
     import numpy as np
 
     square = ImageOps.fit(picture, (PIXELS_SIDE, PIXELS_SIDE), Image.Resampling.LANCZOS)
@@ -90,7 +104,7 @@ def to_pixels(picture: Image.Image) -> "np.ndarray":
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """Return the picture as RGB; where it is transparent, white."""
+    """Return the image as RGB, with white where it is transparent."""
     if not picture.has_transparency_data:
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     picture = picture.convert("RGBA")

@@ -1,4 +1,7 @@
-"""Why a file was not used, in our words: what it is instead, cut off, damaged. Libraries' own messages name neither."""
+"""Reasons why a file was not used: what it is instead, truncated, damaged.
+
+The messages of the libraries state neither.
+"""
 
 import re
 from typing import Any
@@ -10,8 +13,9 @@ ACCEPTED = {
     "audio": "WAV, RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3 recordings",
     "arrays": ".npz files of numbers",
 }
-_OWN = {"image": "picture", "audio": "recording", "arrays": "archive"}  # how the names below end
-#: What the first bytes of further files say, which no list of formats has: nobody gives them for a picture or recording.
+_OWN = {"image": "picture", "audio": "recording", "arrays": "archive"}  # the last words of the names below
+#: First bytes of further kinds of content. They are not in the list of formats, as they are never supplied as image
+#: or audio.
 _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF", "an HDF5 file"),
@@ -27,15 +31,15 @@ _CUT = re.compile(r"truncat|unexpected end|end of file|not enough|premature|lost
 
 
 class RefusedError(ValueError):
-    """A file that may be whole, but is larger than allowed or of a kind that is not accepted. The message is for the user."""
+    """A file that may be intact, but is too large or of a kind that is not accepted. The message is for the user."""
 
 
 class BrokenFileError(ValueError):
-    """A file whose content contradicts itself. The message is for the user."""
+    """A file whose content is inconsistent. The message is for the user."""
 
 
 def what_it_is(head: bytes) -> str | None:
-    """Return what a file is by its first bytes, such as "an HTML page"; None if nothing is known about them."""
+    """Return what a file is by its first bytes, such as "an HTML page"; None if they are unknown."""
     if not head:
         return "an empty file"
     found = format_of_content(head)
@@ -58,7 +62,7 @@ def _article(name: str) -> str:
 
 
 def unreadable(kind: str, head: bytes) -> BrokenFileError:
-    """Return the error for a file that no decoder of its kind takes: another kind of file, or a damaged one of this kind."""
+    """Return the error for a file that no decoder of its kind accepts: it is of another kind, or damaged."""
     if (advice := _advice(kind, head)) is not None:
         return BrokenFileError(advice)
     found = what_it_is(head)
@@ -70,13 +74,13 @@ def unreadable(kind: str, head: bytes) -> BrokenFileError:
 
 
 def _advice(kind: str, head: bytes) -> str | None:
-    """Return what to do with a picture or recording of a format that is known and has no decoder here."""
+    """Return advice for an image or audio file of a known format that has no decoder here; None for other files."""
     found = format_of_content(head)
     return why_not_decodable("", head) if found is not None and found.kind == kind else None
 
 
 def reason_of(error: Any, kind: str, head: bytes) -> str:
-    """Return the reason to report for a decoder's exception. `head`: the file's first bytes."""
+    """Return the reason to report for an exception of a decoder. `head` holds the first bytes of the file."""
     if isinstance(error, (RefusedError, BrokenFileError)):
         return " ".join(str(error).split())
     if isinstance(error, RecursionError):

@@ -1,6 +1,8 @@
-"""Sound files of any usual kind as mono: WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG, MP3; any rate and channels.
+"""Decode audio files of all common formats to mono.
 
-Decoding needs no torch, as it runs in the decoder's process (decoder.py); resampling to 16 kHz does, in the process that asks.
+The formats are WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3, at any rate and number of channels.
+Decoding runs in the decoding process (decoder.py) and does not import torch. Resampling to 16 kHz imports it, in the
+calling process.
 """
 
 import functools
@@ -16,23 +18,30 @@ from opt_ds.decoding.reasons import BrokenFileError, RefusedError, unreadable
 from opt_ds.decoding.sound_headers import SoundHeader, read_sound_header, with_index
 
 SAMPLE_RATE_HZ = 16_000
-RATES_HZ = (1000, 768_000)  # of a recording, the lowest and the highest
-#: By content, never by name. libsndfile also opens formats without any mark of their own, which fit any bytes.
+RATES_HZ = (1000, 768_000)  # lowest and highest accepted sample rate
+#: Formats are detected by content, never by name. libsndfile also opens headerless formats, which match any bytes.
 _FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3")
-#: Codecs that libsndfile decodes but cannot seek in are read in one piece too; DWVW it cannot read to the end.
+#: Codecs in which libsndfile cannot seek are read in one piece too. DWVW is refused: it cannot be read to the end.
 _REFUSED_CODECS = ("DWVW_12", "DWVW_16", "DWVW_24", "DWVW_N", "VOX_ADPCM")
-# The resampling filter has one phase a term of the ratio: two rates without a common divisor would need gigabytes.
+# The resampling filter has one phase per term of the ratio. Two rates without a common divisor would need gigabytes.
 _MOST_PHASES = 1000
-_SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # below the loudest frame; 20 ms; 100 ms are kept
-_CUT_S = 0.1  # an encoder's padding is shorter
+_SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # relative to the loudest frame; 20 ms; 100 ms
+_CUT_S = 0.1  # seconds; the padding of an encoder is shorter
 
 
 def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], None]) -> tuple[np.ndarray, int]:
-    """Return a recording as mono float32 [S], its channels averaged, and its rate in Hz.
+    """Decode audio to mono float32 [S], the mean of its channels, and its sample rate in Hz.
 
-    `allow` hears of the number of values (over all channels) before they are decoded. Raises RefusedError for another format, a
-    rate outside 1 to 768 kHz, more than `max_seconds`, or more values than so many seconds at 192 kHz have; BrokenFileError for a
-    recording without samples, with NaN, cut off, or of which only a part would be read; soundfile's error for a broken one.
+    Args:
+        file: The audio file.
+        max_seconds: Longest duration that is accepted.
+        allow: Called with the number of values (over all channels), before they are decoded.
+
+    Raises:
+        RefusedError: The format is not accepted, the rate is outside 1 to 768 kHz, or the audio has more than
+            `max_seconds` or more values than `max_seconds` at 192 kHz.
+        BrokenFileError: The audio has no samples or NaN, is truncated, or would be read in part only.
+        soundfile.LibsndfileError: The file is damaged.
     """
     header = read_sound_header(file)
     if header is None:
@@ -55,7 +64,7 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
             whole = frames * header.announced / max(1, header.held)
             raise BrokenFileError(f"it is cut off: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
         allow(frames * channels)
-        # In one piece: MP3 comes out otherwise, in the last bits, where reading stops and goes on.
+        # Read in one piece: where reading stops and resumes, the last bits of MP3 samples differ.
         samples = sound.read(frames=frames, dtype="float32", always_2d=True)
     if frames - len(samples) > _CUT_S * rate_hz:
         raise BrokenFileError(f"it is cut off: {len(samples) / rate_hz:.1f} of {frames / rate_hz:.1f} s")
@@ -71,7 +80,7 @@ def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:
     try:
         sound = soundfile.SoundFile(header.readable(file))
     except soundfile.LibsndfileError:
-        if header.is_cut:  # some formats it does not open then
+        if header.is_cut:  # libsndfile does not open some truncated formats
             raise BrokenFileError(f"it is cut off: {header.held} of {header.announced} bytes of sound") from None
         raise
     if header.mpeg is None or abs(sound.frames - header.mpeg.samples) <= _CUT_S * sound.samplerate:
@@ -92,7 +101,7 @@ def _check_length(frames: int, channels: int, rate_hz: int, max_seconds: float) 
 
 
 def resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Return float32 samples at 16 kHz. Of an odd rate (such as 44,057 Hz) the ratio is rounded: by 1e-6 at most."""
+    """Resample to float32 at 16 kHz. For unusual rates (such as 44,057 Hz) the ratio is rounded, by at most 1e-6."""
     if rate_hz == SAMPLE_RATE_HZ:
         return mono
     import torch
@@ -103,7 +112,7 @@ def resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _resampler(rate: int, new_rate: int) -> Any:
-    """Return the resampling from one rate to another. Its filter costs as much as a short recording's resampling."""
+    """Return a cached resampler between two rates. Building its filter costs as much as resampling a short file."""
     import torch
     import torchaudio
 
@@ -111,12 +120,12 @@ def _resampler(rate: int, new_rate: int) -> Any:
 
 
 def trim_silence(mono: np.ndarray) -> np.ndarray:
-    """Return the recording without the silence at its ends: frames 40 dB below the loudest one; 100 ms of it stay."""
+    """Remove silence at both ends: frames 40 dB below the loudest frame. 100 ms of silence are kept."""
     count = -(-len(mono) // _SILENCE_FRAME)
     frames = np.pad(mono, (0, count * _SILENCE_FRAME - len(mono))).reshape(count, _SILENCE_FRAME)
     power = np.square(frames, dtype="float64").mean(1)
     loud = np.flatnonzero(power > power.max() * 10 ** (_SILENCE_DB / 10))
-    if not len(loud):  # silence alone
+    if not len(loud):  # the audio is all silence
         return mono
     start, stop = loud[0] * _SILENCE_FRAME - _SILENCE_MARGIN, (loud[-1] + 1) * _SILENCE_FRAME + _SILENCE_MARGIN
     return mono[max(0, start) : stop]

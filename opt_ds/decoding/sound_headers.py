@@ -1,8 +1,8 @@
-"""What the headers of sound files announce, and what the files hold: so that a recording that is cut off is noticed.
+"""Compare what the headers of audio files announce with what the files contain, to detect truncated files.
 
-libsndfile clamps what a header announces to what is there, and of an OGG file it reads the first recording only, both without
-a word. MP3 and FLAC are compared after decoding (recordings.py): their frames are known then. The length of an MP3 without an
-index is only estimated, so its frames are counted.
+libsndfile silently clamps the announced length to the available one, and it silently reads only the first stream of an
+OGG file. MP3 and FLAC are compared after decoding (recordings.py), when the number of their frames is known. The length
+of an MP3 without an index is only an estimate, so its frames are counted.
 """
 
 import io
@@ -16,21 +16,22 @@ from typing import Any, BinaryIO
 
 from opt_ds.decoding.mpeg_frames import MpegLength, count_frames, holds_another
 
-_SLACK_BYTES = 256  # writers that count their own header in
-_UNKNOWN_MARGIN = 2**16  # of programs that write to a pipe: "as much as possible", less a header
+_SLACK_BYTES = 256  # some writers include their own header in the length
+_UNKNOWN_MARGIN = 2**16  # programs that write to a pipe announce the maximum length minus a header
 _MOST_CHUNKS = 10_000
 _W64_RIFF, _W64_DATA = (bytes.fromhex(text) for text in ("726966662e91cf11a5d628db04c10000", "64617461f3acd3118cd100c04f8edb8a"))
-_OGG_FIRST, _OGG_LAST = 2, 4  # flags of a page
+_OGG_FIRST, _OGG_LAST = 2, 4  # page flags
 _FOREIGN_IN_OGG = {b"Speex": "Speex", b"\x7fFLAC": "FLAC", b"\x80theora": "Theora video", b"fishead": "a video"}
 _SEVERAL = "it holds several recordings one after another, of which one would be read: split it"
 
 
 @dataclass
 class SoundHeader:
-    """`announced`, `held`: bytes of sound, None where the format does not say; `problem`: why it must not be used.
+    """The lengths of an audio file, as far as its header states them.
 
-    `patches`: (offset, bytes) that a reader must see instead of the file's, where a writer left a length of zero.
-    `mpeg`: what the frames of an MP3 without an index hold.
+    `announced` and `held` are bytes of sound; None if the format does not state them. `problem` is why the file must
+    not be used. `patches` are (offset, bytes) that a reader must see instead of the file's own, where a writer left a
+    length of zero. `mpeg` is the content of the frames of an MP3 without an index.
     """
 
     announced: int | None = None
@@ -42,17 +43,17 @@ class SoundHeader:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the file holds less sound than it announces."""
+        """Whether the file contains less sound than it announces."""
         return self.announced is not None and self.held is not None and self.held + _SLACK_BYTES < self.announced
 
     def readable(self, file: BinaryIO) -> Any:
-        """Return the file as soundfile takes it: a name of its own, or an object that shows the patches."""
+        """Return the file in a form that soundfile accepts: a path, or an object that applies the patches."""
         file.seek(0)
         return _Patched(file, self.patches) if self.patches else f"/proc/self/fd/{file.fileno()}"
 
 
 def read_sound_header(file: BinaryIO) -> SoundHeader | None:
-    """Return what the file's header says; None if it is none of the accepted formats. The file is moved."""
+    """Return what the file's header states; None if it has none of the accepted formats. The file position changes."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(16)
@@ -75,7 +76,7 @@ def read_sound_header(file: BinaryIO) -> SoundHeader | None:
 
 
 def _chunks(file: BinaryIO, start: int, size: int, layout: str, padding: int = 2) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, announced bytes, offset of the content) of a chain of chunks; the last may end behind the file."""
+    """Yield (name, announced bytes, offset of the content) of a chain of chunks. The last may end beyond the file."""
     length = struct.calcsize(layout)
     for _ in range(_MOST_CHUNKS):
         file.seek(start)
@@ -172,7 +173,7 @@ def _flac(file: BinaryIO) -> SoundHeader:
 
 
 def _another_flac(file: BinaryIO) -> bool:
-    """Whether a second file's mark and STREAMINFO follow in the first one."""
+    """Return whether the magic bytes and STREAMINFO of a second file follow within the first one."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = 4
         while (start := content.find(b"fLaC", start)) >= 0:
@@ -189,7 +190,7 @@ def _foreign_codec(file: BinaryIO, start: int) -> str | None:
 
 
 def _ogg(file: BinaryIO, size: int) -> SoundHeader:
-    """Go through the pages: the last one must be there as a whole and be marked, and no recording may follow the first."""
+    """Check all pages: the last one must be complete and marked as last, and no second stream may follow the first."""
     start, began, ended = 0, False, False
     while True:
         file.seek(start)
@@ -222,7 +223,7 @@ def _mpeg(file: BinaryIO, size: int) -> SoundHeader:
 
 
 def with_index(length: MpegLength, file: BinaryIO) -> BinaryIO:
-    """Return a copy of an MP3, in memory, that begins with an index of its frames instead of tags."""
+    """Return an in-memory copy of an MP3 that begins with an index of its frames instead of tags."""
     copy = os.fdopen(os.memfd_create("mp3"), "w+b")
     copy.write(length.index)
     file.seek(length.start)
@@ -232,24 +233,29 @@ def with_index(length: MpegLength, file: BinaryIO) -> BinaryIO:
 
 
 class _Patched(io.RawIOBase):
-    """A file in which some bytes look different."""
+    """A file that shows other bytes at some offsets."""
 
     def __init__(self, file: BinaryIO, patches: list[tuple[int, bytes]]) -> None:
         self._file, self._patches = file, patches
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position of the underlying file."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
+        """Return the position of the underlying file."""
         return self._file.tell()
 
     def readinto(self, target: Any) -> int:
+        """Read into `target` with the patches applied; return the number of bytes."""
         start, view = self._file.tell(), memoryview(target).cast("B")
         content = self._file.read(len(view))
         view[: len(content)] = content

@@ -1,1 +1,1 @@
-"""The discrete VAE, stage 1 of the image decoder: model, codes, training, and how stores keep it."""
+"""The discrete VAE, stage 1 of the image decoder: model, codes, training and storage."""

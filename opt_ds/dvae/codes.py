@@ -1,4 +1,4 @@
-"""Pictures to image codes with a trained dVAE: the extractor, a whole store's codes, and how good they are."""
+"""Encode images to codes with a trained dVAE: the extractor, the codes of a whole store, and quality measures."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ BATCH = 256
 
 
 class CodeExtractor:
-    """The extractor interface around a trained dVAE: pictures uint8 [3, 64, 64] -> codes uint16 [64], in fp32."""
+    """Feature extractor around a trained dVAE: images uint8 [3, 64, 64] -> codes uint16 [64], computed in fp32."""
 
     name = "dvae"
 
@@ -35,30 +35,33 @@ class CodeExtractor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "CodeExtractor":
-        """Load what `opt-ds train-dvae` wrote. UserError if it is missing or damaged."""
+        """Load the output of `opt-ds train-dvae`. Raise UserError if it is missing or damaged."""
         return cls(DiscreteVAE.from_pretrained(folder), device)
 
     def identity(self) -> dict[str, Any]:
-        """Name, codebook size and SHA-256 of the weights."""
+        """Return the fingerprint: name, codebook size and SHA-256 of the weights."""
         return self.dvae.identity()
 
     def extract(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the argmax codes of each picture, uint16 [64], row by row of the 8×8 grid."""
+        """Return the argmax codes of each image, uint16 [64], in row-major order of the 8×8 grid."""
         return list(self.encode(np.stack(inputs)).astype("uint16")) if len(inputs) else []
 
     def encode(self, pixels_nchw: np.ndarray) -> np.ndarray:
-        """Return int64 codes [n, 64] of uint8 pictures [n, 3, 64, 64]."""
+        """Return the argmax codes, int64 [n, 64], of images uint8 [n, 3, 64, 64]."""
         return self.dvae.encode(torch.from_numpy(pixels_nchw).to(self.device)).cpu().numpy()
 
     def reconstruct(self, pixels_nchw: np.ndarray) -> np.ndarray:
-        """Return what the decoder paints from the pictures' codes: float32 [n, 3, 64, 64] in 0..1."""
+        """Encode images and decode their codes; return float32 [n, 3, 64, 64] in 0..1."""
         codes_ns = self.dvae.encode(torch.from_numpy(pixels_nchw).to(self.device))
         return self.dvae.decode(codes_ns).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class ReconstructionQuality:
-    """`psnr_db`: 10 log10(1 / mse), mse over all pictures and values; `mean_psnr_db`: the mean of the pictures' own."""
+    """Reconstruction quality over some images.
+
+    `psnr_db` is 10 log10(1 / mse), with the mse over all images and values. `mean_psnr_db` is the mean PSNR per image.
+    """
 
     num_pictures: int
     psnr_db: float
@@ -66,27 +69,33 @@ class ReconstructionQuality:
 
 
 def reconstruction_quality(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray) -> ReconstructionQuality:
-    """Measure how well argmax codes reproduce the pictures of some image rows; pixels in 0..1. Needs a row."""
+    """Measure how well argmax codes reproduce the images of some image rows; pixels in 0..1.
+
+    Requires at least one row.
+    """
     errors = []
     for pixels_nchw in _batches(store, rows):
         difference = extractor.reconstruct(pixels_nchw).astype("float64") - pixels_nchw / 255.0
         errors.append(np.square(difference).mean((1, 2, 3)))
     errors_n = np.concatenate(errors)
-    # A picture reproduced exactly has no finite PSNR; half a grey level is what uint8 can tell apart.
+    # An image that is reproduced exactly has no finite PSNR. Half a grey level is the resolution of uint8.
     floor = (0.5 / 255) ** 2
     own = float(np.mean([psnr_db(max(error, floor)) for error in errors_n]))
     return ReconstructionQuality(len(rows), psnr_db(float(errors_n.mean())), own)
 
 
 def encode_store(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray | None = None) -> np.ndarray:
-    """Return the codes of the store's pictures (or of some image rows): uint16 [num_images, 64], by image row."""
+    """Return the codes of all images of the store, uint16 [num_images, 64], by image row.
+
+    With `rows`, return the codes of these image rows.
+    """
     rows = np.arange(num_images(store)) if rows is None else rows
     parts = [extractor.encode(pixels_nchw).astype("uint16") for pixels_nchw in _batches(store, rows)]
     return np.concatenate(parts) if parts else np.zeros((0, NUM_POSITIONS), "uint16")
 
 
 def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
-    """Return how many codes occur, their share of the codebook, and exp(entropy) of the codes' distribution."""
+    """Return the number of codes that occur, their fraction of the codebook, and exp(entropy) of their distribution."""
     counts_k = np.bincount(codes_ns.reshape(-1), minlength=codebook_size)
     share_k = counts_k[counts_k > 0] / counts_k.sum()
     return {
@@ -99,7 +108,17 @@ def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
 def reconstruction_grid(
     extractor: CodeExtractor, pixels_nchw: np.ndarray, per_row: int = 8, zoom: int = 2
 ) -> np.ndarray:
-    """Return a picture uint8 [H, W, 3]: rows of true pictures, each above the row of their reconstructions."""
+    """Return a grid of images with each row of originals above the row of their reconstructions.
+
+    Args:
+        extractor: The trained dVAE.
+        pixels_nchw: Original images, uint8 [n, 3, 64, 64].
+        per_row: Number of images per row.
+        zoom: Integer factor by which the grid is enlarged.
+
+    Returns:
+        The grid, uint8 [H, W, 3].
+    """
     painted_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
     bands = []
     for start in range(0, len(pixels_nchw), per_row):
@@ -112,10 +131,11 @@ def reconstruction_grid(
 
 
 def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
-    """Write the pictures' codes, and the dVAE itself, into the store unless they are there; returns whether it wrote.
+    """Write the codes of all images, and the dVAE, into the store unless they are already there.
 
-    The store then paints its own codes: `load_store_dvae`. A kill between the codes and their dVAE leaves the former
-    dVAE beside them, which `load_store_dvae` refuses; the same call mends that.
+    Return whether it wrote. Afterwards the store can decode its own codes: see `load_store_dvae`. If the process is
+    killed between writing the codes and the dVAE, the store has the new codes and the previous dVAE. `load_store_dvae`
+    refuses that combination, and calling this function again fixes it.
     """
     with exclusive_use(store_path):
         store = open_store(store_path, with_dvae=False)
@@ -140,7 +160,7 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
 def _identity_in(folder: Path) -> dict[str, Any] | None:
     try:
         return DiscreteVAE.from_pretrained(folder).identity()
-    except UserError:  # missing, or cut off while it was written: written again
+    except UserError:  # missing or incomplete: it will be written again
         return None
 
 
@@ -150,13 +170,16 @@ def num_images(store: FeatureStore) -> int:
 
 
 def split_image_rows(store: FeatureStore, split: str) -> np.ndarray:
-    """Return the distinct image rows of a split's samples, ascending int64. UserError for a split that is not there."""
+    """Return the distinct image rows of a split's samples, ascending, int64.
+
+    Raise UserError if there is no such split.
+    """
     rows = np.unique(store.rows[store.split_samples(split), 1])
     return rows[rows >= 0]
 
 
 def read_pixels(store: FeatureStore, rows: np.ndarray) -> np.ndarray:
-    """Return the pictures of some image rows, uint8 [n, 3, 64, 64]."""
+    """Return the images of some image rows, uint8 [n, 3, 64, 64]."""
     return np.stack([store.pixels(int(row)) for row in rows])
 
 

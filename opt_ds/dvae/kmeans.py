@@ -1,25 +1,34 @@
-"""Lloyd's k-means on vectors, which starts the dVAE's codebook: runs where its input lies, repeatable by its generator.
+"""Lloyd's k-means, which initialises the dVAE's codebook. It runs on the device of its input and is reproducible.
 
-Shapes: m vectors, d values each, k centroids.
+Shape letters: m vectors, d values per vector, k centroids.
 """
 
 import torch
 from torch import Tensor
 
-CHUNK = 4096  # vectors whose distances to all centroids are held at once
+CHUNK = 4096  # vectors per chunk; the distances of a chunk to all centroids are in memory at once
 
 
 def nearest(vectors_md: Tensor, centroids_kd: Tensor) -> Tensor:
-    """Return int64 [m]: the index of each vector's nearest centroid (squared Euclidean distance)."""
+    """Return the index of each vector's nearest centroid (squared Euclidean distance), int64 [m]."""
     half_norms_k = centroids_kd.square().sum(1) / 2
     parts = [(half_norms_k - part_md @ centroids_kd.T).argmin(1) for part_md in vectors_md.split(CHUNK)]
     return torch.cat(parts)
 
 
 def kmeans(vectors_md: Tensor, num_centroids: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """Return float32 centroids [k, d] after Lloyd iterations from a random draw of the vectors (Forgy's start).
+    """Run k-means, starting from a random sample of the vectors (Forgy initialisation).
 
-    A centroid that lost all its vectors restarts at a randomly drawn vector. Needs m >= k; `generator` is a CPU one.
+    A centroid without vectors is reset to a random vector.
+
+    Args:
+        vectors_md: Vectors, float32 [m, d]; m >= k.
+        num_centroids: Number of centroids k.
+        iterations: Number of Lloyd iterations.
+        generator: A CPU generator.
+
+    Returns:
+        Centroids, float32 [k, d].
     """
     num_vectors = len(vectors_md)
     assert num_vectors >= num_centroids, (num_vectors, num_centroids)
@@ -27,7 +36,8 @@ def kmeans(vectors_md: Tensor, num_centroids: int, iterations: int, generator: t
     centroids_kd = vectors_md[drawn.to(vectors_md.device)].clone()
     for _ in range(iterations):
         label_m = nearest(vectors_md, centroids_kd)
-        # A one-hot product would be k × m; index_add_ on a GPU adds in any order, so sums there are not bit-stable.
+        # A one-hot product would need k × m values. On a GPU index_add_ sums in any order, so its sums are not
+        # bit-stable.
         sums_kd = torch.zeros_like(centroids_kd).index_add_(0, label_m, vectors_md)
         counts_k = torch.bincount(label_m, minlength=num_centroids)
         restart = torch.randint(num_vectors, (num_centroids,), generator=generator).to(vectors_md.device)

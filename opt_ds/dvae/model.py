@@ -1,17 +1,18 @@
-"""Stage 1 of the image decoder: the discrete VAE that turns a 64×64 picture into 8×8 codes and paints codes back.
+"""The discrete VAE (stage 1 of the image decoder). It encodes a 64×64 image to 8×8 codes and decodes codes to an image.
 
-Ramesh et al. 2021 (DALL·E, arXiv 2102.12092, §2.1): the encoder gives logits over a codebook at each of the 64
-positions; training maximises the ELBO with a Gumbel-softmax relaxation (Jang et al. 2016, arXiv 1611.01144) whose
-temperature falls, and a KL term to the uniform prior over codes; inference takes the argmax.
+It follows Ramesh et al. 2021 (DALL·E, arXiv 2102.12092, §2.1). The encoder outputs logits over a codebook at each of
+the 64 positions. Training maximises the ELBO with a Gumbel-softmax relaxation (Jang et al. 2016, arXiv 1611.01144) of
+falling temperature and a KL term to the uniform prior over codes. Inference takes the argmax.
 
-Ours differs in how it is built and started, so that two CPU cores are enough for a small corpus:
-- both nets work on 8×8-pixel patches folded into channels (space-to-depth), never at full resolution;
-- codes live in patch space: without its net, the encoder's logit of code k for patch p is
-  (p·c_k − ‖c_k‖²/2) / σ², up to a constant the log-posterior of an equal-weight mixture of Gaussians at centroids c_k.
-  Started from k-means centroids, the model *is* a vector quantiser of patches in which every code is alive; the nets
-  around it end in zeros, so they start as nothing and learn context end to end.
+Architecture and initialisation differ, so that two CPU cores are enough for a small corpus:
+- Both networks work on 8×8-pixel patches folded into channels (space-to-depth), never at full resolution.
+- Codes are vectors in patch space. Without its network, the encoder's logit of code k for patch p is
+  (p·c_k − ‖c_k‖²/2) / σ². Up to a constant this is the log-posterior of an equal-weight mixture of Gaussians at
+  centroids c_k. Initialised with k-means centroids, the model *is* a vector quantiser of patches in which every code is
+  used. The networks around it end in zero-initialised layers, so they contribute nothing at first and learn context end
+  to end.
 
-Shapes: n pictures, c channels, h/w pixels, d = 192 patch values, y/x the 8×8 grid, s = 64 positions, k codes.
+Shape letters: n images, c channels, h/w pixels, d = 192 patch values, y/x the 8×8 grid, s = 64 positions, k codes.
 """
 
 import json
@@ -41,7 +42,7 @@ PATCH_DIM = 3 * PATCH_SIZE**2
 
 
 class DVAELosses(NamedTuple):
-    """Of one batch, float32 scalars: `loss` to minimise, `mse` of pixels in 0..1, `kl` in nats per position."""
+    """Losses of one batch, float32 scalars: `loss` to minimise, `mse` of pixels in 0..1, `kl` in nats per position."""
 
     loss: Tensor
     mse: Tensor
@@ -51,7 +52,7 @@ class DVAELosses(NamedTuple):
 class DiscreteVAE(nn.Module):
     """Encoder, codebook and decoder.
 
-    Pictures are uint8 [n, 3, 64, 64], or float in 0..1; codes are int64 [n, 64], row by row of the 8×8 grid.
+    Images are uint8 [n, 3, 64, 64], or float in 0..1. Codes are int64 [n, 64], in row-major order of the 8×8 grid.
     """
 
     def __init__(self, config: DVAEConfig) -> None:
@@ -66,7 +67,10 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def start_from_patches(self, patches_md: Tensor, generator: torch.Generator) -> None:
-        """Put the codebook at k-means centroids of patches (`fold` of pictures), float [m >= codebook_size, 192]."""
+        """Initialise the codebook with k-means centroids of patches.
+
+        `patches_md` is float [m >= codebook_size, 192], patches as `fold` makes them.
+        """
         patches_md = patches_md.to(self.codebook_kd)
         self._start_at(kmeans(patches_md, self.config.codebook_size, self.config.kmeans_iterations, generator))
 
@@ -78,17 +82,23 @@ class DiscreteVAE(nn.Module):
         self.key_bias_k.copy_(-centroids_kd.square().sum(1) / (2 * sigma**2))
 
     def encode_logits(self, pixels_nchw: Tensor) -> Tensor:
-        """Return float32 logits [n, 64, k] over the codebook."""
+        """Return the logits over the codebook, float32 [n, 64, k]."""
         return self._logits(fold(pixels_nchw))
 
     @torch.no_grad()
     def encode(self, pixels_nchw: Tensor) -> Tensor:
-        """Return the most probable codes, int64 [n, 64], on the model's device, to which the pictures go if need be."""
+        """Return the most probable codes, int64 [n, 64], on the model's device.
+
+        Images on another device are moved there.
+        """
         return self.encode_logits(pixels_nchw.to(self.codebook_kd.device)).argmax(-1)
 
     @torch.no_grad()
     def decode(self, codes_ns: Tensor) -> Tensor:
-        """Paint codes (any integer type, any device): float32 pixels in 0..1, [n, 3, 64, 64], on the model's device."""
+        """Decode codes (any integer type, any device) to images on the model's device.
+
+        The result is float32 [n, 3, 64, 64] in 0..1.
+        """
         codes_ns = codes_ns.to(self.codebook_kd.device, torch.int64)
         return unfold(self._paint(F.embedding(codes_ns, self.codebook_kd))).clamp(0.0, 1.0)
 
@@ -100,11 +110,20 @@ class DiscreteVAE(nn.Module):
         generator: torch.Generator,
         straight_through: bool = False,
     ) -> DVAELosses:
-        """Losses with relaxed codes; `generator` (on the pictures' device) gives the Gumbel noise.
+        """Compute the losses with relaxed codes.
 
-        loss = −ELBO per pixel value, without its constant = mse / (2 σ²) + kl_weight · 64/12288 · kl, for a Gaussian
-        likelihood with σ = `pixel_sigma`; kl = Σ_k q log(q K), the mean over positions.
-        `straight_through`: the decoder sees the one-hot argmax of the sample, the gradient is that of the relaxation.
+        loss = −ELBO per pixel value without its constant = mse / (2 σ²) + kl_weight · 64/12288 · kl, for a Gaussian
+        likelihood with σ = `pixel_sigma`; kl = Σ_k q log(q K), averaged over positions.
+
+        Args:
+            pixels_nchw: Images [n, 3, 64, 64], uint8 or float in 0..1.
+            temperature: Temperature of the Gumbel-softmax.
+            kl_weight: Weight of the KL term.
+            generator: Generator of the Gumbel noise, on the device of the images.
+            straight_through: Feed the one-hot argmax of the sample to the decoder, with the gradient of the relaxation.
+
+        Returns:
+            The losses of the batch.
         """
         patches_ndyx = fold(pixels_nchw)
         logits_nsk = self._logits(patches_ndyx)
@@ -114,20 +133,26 @@ class DiscreteVAE(nn.Module):
         return DVAELosses(self._reconstruction_loss(mse) + kl_weight * kl / PATCH_DIM, mse.detach(), kl.detach())
 
     def decoder_losses(self, pixels_nchw: Tensor, codes_ns: Tensor) -> DVAELosses:
-        """Losses of painting given codes, kl 0: temperature 0 with a frozen encoder, without the encoder's cost."""
+        """Compute the losses of decoding fixed codes, with kl 0.
+
+        This is temperature 0 with a frozen encoder, without the cost of the encoder.
+        """
         mse = F.mse_loss(self._paint(F.embedding(codes_ns, self.codebook_kd)), fold(pixels_nchw))
         return DVAELosses(self._reconstruction_loss(mse), mse.detach(), torch.zeros_like(mse))
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        """What decides which codes a picture gets."""
+        """Return the parameters that determine the codes of an image."""
         return [*self.encoder.parameters(), self.keys_kd, self.key_bias_k]
 
     def identity(self) -> dict[str, Any]:
-        """Name, codebook size and SHA-256 of the weights: who made a store's codes, and who can paint them."""
+        """Return the fingerprint: name, codebook size and SHA-256 of the weights.
+
+        It links codes to the dVAE that made them.
+        """
         return dvae_identity(self.config, self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, making it if need be."""
+        """Write config.json and model.safetensors into `folder`. Create the folder if necessary."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -138,9 +163,10 @@ class DiscreteVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DiscreteVAE":
-        """Load what `save_pretrained` wrote, on the CPU, in evaluation mode. UserError if it is missing or damaged.
+        """Load the output of `save_pretrained` on the CPU, in evaluation mode.
 
-        The files are compared with their recorded hashes, and the weights' sizes with config.json before anything is built.
+        Raise UserError if it is missing or damaged. Before the model is built, the files are compared with their
+        recorded hashes and the weights' sizes with config.json.
         """
         folder = Path(folder)
         config, shapes = read_dvae_folder(folder)
@@ -158,7 +184,7 @@ class DiscreteVAE(nn.Module):
     def _logits(self, patches_ndyx: Tensor) -> Tensor:
         features_ndyx = patches_ndyx + self.encoder(patches_ndyx)
         features_nsd = features_ndyx.flatten(2).transpose(1, 2) / self.config.encoder_sigma
-        # Logits reach thousands, where bf16 is exact to 8 only: too coarse to tell two neighbouring codes apart.
+        # Logits reach thousands, where the spacing of bf16 is 8. That is too coarse to distinguish neighbouring codes.
         with torch.autocast(patches_ndyx.device.type, enabled=False):
             return features_nsd.float() @ self.keys_kd.T + self.key_bias_k
 
@@ -171,7 +197,10 @@ class DiscreteVAE(nn.Module):
 
 
 class PatchNet(nn.Module):
-    """Residual convolutions on the 8×8 grid of patches, [n, 192, 8, 8] to the same; zero until trained."""
+    """Residual convolutional network on the 8×8 grid of patches, [n, 192, 8, 8] -> [n, 192, 8, 8].
+
+    Initially its output is 0.
+    """
 
     def __init__(self, width: int, num_blocks: int) -> None:
         super().__init__()
@@ -180,6 +209,7 @@ class PatchNet(nn.Module):
         self.head = zeroed(nn.Conv2d(width, PATCH_DIM, 1))
 
     def forward(self, patches_ndyx: Tensor) -> Tensor:
+        """Return [n, 192, 8, 8] for patches [n, 192, 8, 8]."""
         hidden = self.stem(patches_ndyx)
         for block in self.blocks:
             hidden = block(hidden)
@@ -187,7 +217,7 @@ class PatchNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + W₁ₓ₁ gelu(W₃ₓ₃ gelu(x)); the identity until trained."""
+    """Residual block x + W₁ₓ₁ gelu(W₃ₓ₃ gelu(x)); initially the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -195,6 +225,7 @@ class ResidualBlock(nn.Module):
         self.out = zeroed(nn.Conv2d(width, width, 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Return [n, width, 8, 8] for hidden [n, width, 8, 8]."""
         return hidden + self.out(F.gelu(self.mix(F.gelu(hidden))))
 
 
@@ -213,20 +244,29 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 def fold(pixels_nchw: Tensor) -> Tensor:
-    """Pictures, uint8 or float in 0..1, to patches in −0.5..0.5: float32 [n, 192, 8, 8]."""
+    """Convert images, uint8 or float in 0..1, to patches in −0.5..0.5: float32 [n, 192, 8, 8]."""
     scale = 255.0 if pixels_nchw.dtype == torch.uint8 else 1.0
     return F.pixel_unshuffle(pixels_nchw.float() / scale - 0.5, PATCH_SIZE)
 
 
 def unfold(patches_ndyx: Tensor) -> Tensor:
-    """The inverse of `fold` for float pictures: [n, 3, 64, 64] in 0..1 (not clamped)."""
+    """Invert `fold` for float images: return [n, 3, 64, 64] in 0..1 (not clamped)."""
     return F.pixel_shuffle(patches_ndyx, PATCH_SIZE) + 0.5
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator, straight_through: bool) -> Tensor:
-    """softmax((logits + g) / temperature) over the last dimension, g ~ Gumbel(0, 1) of `generator` (arXiv 1611.01144).
+    """Return softmax((logits + g) / temperature) over the last dimension, g ~ Gumbel(0, 1) (arXiv 1611.01144).
 
-    As the temperature falls to 0 a sample becomes one-hot, drawn from softmax(logits).
+    As the temperature approaches 0, the result approaches a one-hot sample from softmax(logits).
+
+    Args:
+        logits: Logits [..., k].
+        temperature: Temperature, positive.
+        generator: Generator of the noise, on the device of the logits.
+        straight_through: Return the one-hot argmax in the forward pass, with the gradient of the relaxation.
+
+    Returns:
+        [..., k], in the dtype of the softmax.
     """
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     gumbel = -torch.log(-torch.log(uniform.clamp_(1e-12, 1 - 2**-24)))
@@ -238,11 +278,11 @@ def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generato
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ uniform) = Σ_k q_k log(q_k K) in nats, over the last dimension."""
+    """Return KL(softmax(logits) ‖ uniform) = Σ_k q_k log(q_k K) in nats, over the last dimension."""
     log_q = logits.log_softmax(-1)
     return (log_q.exp() * (log_q + math.log(logits.shape[-1]))).sum(-1)
 
 
 def psnr_db(mean_squared_error: float) -> float:
-    """10 log10(1 / mse) in dB, for pixels in 0..1; infinity for an mse of 0."""
+    """Return 10 log10(1 / mse) in dB, for pixels in 0..1; infinity for an mse of 0."""
     return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)

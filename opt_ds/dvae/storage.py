@@ -1,4 +1,4 @@
-"""Load the dVAE that a store, or a run's processor files, keep beside the codes that it made."""
+"""Load the dVAE that is kept next to its codes, in a store or in a run's processor files."""
 
 from pathlib import Path
 
@@ -10,14 +10,20 @@ from opt_ds.store.schema import DVAE_FOLDER, StoreDescription
 
 
 def load_store_dvae(path: Path, description: StoreDescription) -> DiscreteVAE:
-    """Load the dVAE of the store at `path`, on the CPU. UserError if it is missing, damaged, or not the codes' own."""
+    """Load the dVAE of the store at `path`, on the CPU.
+
+    Raise UserError if it is missing, damaged, or did not make the codes.
+    """
     dvae = DiscreteVAE.from_pretrained(path / DVAE_FOLDER)
     check_identity(path, description, dvae.identity())
     return dvae
 
 
 def load_processor_dvae(folder: Path) -> DiscreteVAE:
-    """Load the dVAE beside `folder/processor.json`. UserError if it is missing, damaged or not the one that made the codes."""
+    """Load the dVAE next to `folder/processor.json`.
+
+    Raise UserError if it is missing, damaged, or did not make the codes.
+    """
     dvae = DiscreteVAE.from_pretrained(folder / DVAE_FOLDER)
     if dvae.identity() != load_processor_description(folder).extractors.get("codes"):
         raise UserError(f"{folder / DVAE_FOLDER}: not the dVAE that made the codes: start the run once more (it writes it)")

@@ -1,12 +1,13 @@
-"""Train the dVAE (stage 1 of the image decoder) on a store's pictures, then write its codes into the store.
+"""Train the dVAE (stage 1 of the image decoder) on the images of a store, then write its codes into the store.
 
-Started by path (`python opt_ds/train_dvae.py --store DIR --output DIR`) or as `opt-ds train-dvae`. A step is a pure
-function of (weights, moments, seed, step), so a run that was cut off continues bit-exactly from its last checkpoint,
-with the same device, precision and number of threads.
+It is started by path (`python opt_ds/train_dvae.py --store DIR --output DIR`) or as `opt-ds train-dvae`. A step is a
+pure function of (weights, moments, seed, step). An interrupted run therefore continues bit-exactly from its last
+checkpoint, on the same device with the same precision and number of threads.
 
-The output directory is a run folder as every other one (`opt_ds.training.run_folder`): run.json, a lock, metrics.jsonl and
-tensorboard/. It also has config.json + model.safetensors (`DiscreteVAE.from_pretrained`), result.json (PSNR by split, codebook
-use, time), reconstructions.png (upper rows true, lower rows reconstructed), and checkpoint.pt while the run is unfinished.
+The output directory is a run folder like every other (`opt_ds.training.run_folder`): run.json, a lock, metrics.jsonl
+and tensorboard/. It also has config.json and model.safetensors (`DiscreteVAE.from_pretrained`), result.json (PSNR per
+split, codebook use, time), reconstructions.png (original rows above reconstructed rows), and checkpoint.pt until the
+run completes.
 """
 
 import hashlib
@@ -58,13 +59,13 @@ RESULT_FILE = "result.json"
 GRID_FILE = "reconstructions.png"
 GRID_PICTURES = 16
 LOG_EVERY = 20
-# Below this many pictures a codebook of 8,192 has fewer than about 150 patches a code.
+# With fewer images than this, a codebook of 8,192 has fewer than about 150 patches per code.
 MIN_PICTURES_FOR_BASE = 20_000
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how a run computes; part of what makes a resumed run bit-exact."""
+    """The device, precision and thread count of a run. A resumed run is bit-exact only if they are the same."""
 
     device: str
     precision: str
@@ -86,10 +87,29 @@ def train_dvae(
     checkpoint_every: int = 200,
     write_codes: bool = True,
 ) -> dict[str, Any]:
-    """Train (or finish training) a dVAE in `output`, write the codes into the store, and return result.json's content.
+    """Train a dVAE in `output`, or complete its training, and write the codes into the store.
 
-    UserError for a store that is missing or has no pixels, an unknown preset or key, or the output of another run.
-    TrainingStoppedError when a signal asked to stop: a checkpoint is saved.
+    Args:
+        store_path: Feature store with pixels.
+        output: Run folder. An existing run with the same settings is resumed.
+        preset: Preset to start from. None: that of the configuration file, or one that fits the size of the store.
+        config_file: YAML file with settings.
+        settings: Overrides, "key=value".
+        steps: Number of training steps. None: that of the configuration.
+        seed: Seed of all randomness.
+        device: "auto", "cpu" or "cuda".
+        precision: "auto", "fp32" or "bf16".
+        train_split: Split to train on.
+        checkpoint_every: Steps between checkpoints.
+        write_codes: Write codes and dVAE into the store.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UserError: The store is missing or has no pixels, a preset or key is unknown, or `output` belongs to another
+            run.
+        TrainingStoppedError: A signal requested a stop. A checkpoint has been saved.
     """
     store = open_store(store_path, with_dvae=False)
     if not store.has_pixels:
@@ -125,7 +145,7 @@ def train_dvae(
 
 
 def read_result(output: Path) -> dict[str, Any]:
-    """Return the result.json of a finished run. UserError if it, or the dVAE that it describes, is damaged."""
+    """Return the result.json of a completed run. Raise UserError if it, or the dVAE that it describes, is damaged."""
     file, remedy = output / RESULT_FILE, "restore it, or remove it to measure the dVAE again"
     result = read_json_object(file, remedy)
     if type(result.get("steps")) is not int or result.get("identity") != DiscreteVAE.from_pretrained(output).identity():
@@ -134,7 +154,10 @@ def read_result(output: Path) -> dict[str, Any]:
 
 
 def default_preset(num_pictures: int, config_file: Path | None) -> str:
-    """Return the preset that the configuration file starts from; without one, the preset for a store of this size. Print it."""
+    """Return the preset of the configuration file or, without one, the preset for a store of this size.
+
+    Log the choice.
+    """
     if config_file:
         preset = preset_of_file(config_file)
     else:
@@ -145,7 +168,10 @@ def default_preset(num_pictures: int, config_file: Path | None) -> str:
 
 
 def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
-    """Resolve "auto": a GPU if there is one, bf16 autocast where the hardware has it. Sets PyTorch's threads and allocator."""
+    """Resolve "auto": a GPU if there is one, and bf16 autocast if the hardware supports it.
+
+    Also set PyTorch's number of threads and its allocator.
+    """
     device = choose_device(device)
     keep_freed_memory(device)
     if precision not in ("auto", "fp32", "bf16"):
@@ -154,20 +180,31 @@ def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
         precision = "bf16" if has_bf16 else "fp32"
     if "OMP_NUM_THREADS" not in os.environ:
-        # Convolutions on an 8×8 grid are too small to feed more.
+        # Convolutions on an 8×8 grid are too small for more threads.
         torch.set_num_threads(min(8, len(os.sched_getaffinity(0))))
     return Hardware(device, precision, torch.get_num_threads())
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 (AVX-512 BF16), which halves a convolution's time; False if unknown."""
+    """Return whether this CPU multiplies in bf16 (AVX-512 BF16); False if unknown.
+
+    That halves the time of a convolution.
+    """
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed: int, split: str) -> dict[str, Any]:
-    """Return what may not change between launches, by dotted key: configuration, seed and pictures.
+    """Return what must not change between launches, by dotted key: configuration, seed and images.
 
-    The store's fingerprint cannot tell: it changes when the codes are written. Some of its pictures can.
+    The store's fingerprint is not usable, because it changes when the codes are written. A hash of some images is used
+    instead.
+
+    Args:
+        store: The store.
+        rows: The image rows of the train split.
+        config: The configuration of the dVAE.
+        seed: The seed of the run.
+        split: The train split.
     """
     some = rows[permute(np.arange(min(256, len(rows))), len(rows), "pictures")]
     pictures = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
@@ -182,18 +219,29 @@ def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed
 
 
 def check_output(output: Path, identity: dict[str, Any]) -> None:
-    """Raise UserError if the output directory holds another run, or other things. Nothing is written."""
+    """Raise UserError if the output directory contains another run, or other files. Write nothing."""
     record = run_folder.read_record(output, run_folder.DVAE)
     if record is not None:
         run_folder.compare_identity(output, record, identity)
         return
-    own = (run_folder.LOCK_FILE, f".{run_folder.RUN_FILE}.")  # of a launch that was killed at its start
+    own = (run_folder.LOCK_FILE, f".{run_folder.RUN_FILE}.")  # left by a launch that was killed at its start
     if output.exists() and any(not entry.name.startswith(own) for entry in output.iterdir()):
         raise UserError(f"{output}: not empty and no dVAE run ({run_folder.RUN_FILE} not found): choose another --output")
 
 
 class Training:
-    """One run of the training loop, from its start or its checkpoint."""
+    """The training loop of one run, from its start or its checkpoint.
+
+    Args:
+        store: The store.
+        rows: The image rows to train on.
+        config: The configuration of the dVAE.
+        seed: Seed of all randomness.
+        hardware: Device, precision and number of threads.
+        output: The run folder.
+        train_split: Name of the split that `rows` belong to.
+        checkpoint_every: Steps between checkpoints.
+    """
 
     def __init__(
         self,
@@ -251,11 +299,14 @@ class Training:
             return self.finish(report)
 
     def start_codebook(self) -> None:
-        """Put the codebook at k-means centroids of distinct training patches, and measure that plain quantiser."""
+        """Initialise the codebook with k-means centroids of distinct training patches.
+
+        Measure the PSNR of that quantiser.
+        """
         config = self.config
         chosen = permute(np.arange(min(config.kmeans_pictures, len(self.rows))), len(self.rows), self.seed, "kmeans")
         patches_ndyx = fold(torch.from_numpy(read_pixels(self.store, self.rows[chosen])))
-        # Distinct patches: else half of the codebook would go to shades of the blank margin.
+        # Only distinct patches are used. Otherwise half of the codebook would represent shades of the blank margin.
         levels_md = (patches_ndyx.flatten(2).transpose(1, 2).flatten(0, 1) + 0.5).mul(255).round().byte().numpy()
         distinct_m = np.unique(np.ascontiguousarray(levels_md).view(f"V{levels_md.shape[1]}"))
         distinct_md = distinct_m.view("uint8").reshape(len(distinct_m), -1)
@@ -271,7 +322,7 @@ class Training:
         self.start_psnr_db = self.psnr_of(self.sample_rows(self.rows, 256))
 
     def train_step(self) -> tuple[DVAELosses, StepSettings]:
-        """One optimiser step on the pictures that (seed, step) chooses."""
+        """Run one optimiser step on the images that (seed, step) selects."""
         settings = schedule(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate
@@ -294,12 +345,18 @@ class Training:
         return losses, settings
 
     def batch_index(self, step: int) -> np.ndarray:
-        """Return which training pictures a step takes: each once an epoch, in a keyed order; batches cross epochs."""
+        """Return the indices of the training images of a step.
+
+        Every epoch uses each image once, in a keyed order. Batches may span two epochs.
+        """
         position = step * self.config.batch_size + np.arange(self.config.batch_size)
         return permute(position % len(self.rows), len(self.rows), self.seed, "batch", position // len(self.rows))
 
     def frozen_codes(self) -> Tensor:
-        """Return the training pictures' argmax codes, int32 [n, 64], made once: the encoder no longer changes."""
+        """Return the argmax codes of the training images, int32 [n, 64].
+
+        Computed once, since the encoder no longer changes.
+        """
         if self.train_codes_ns is None:
             for parameter in self.dvae.encoder_parameters():
                 parameter.requires_grad_(False)
@@ -309,26 +366,27 @@ class Training:
         return self.train_codes_ns
 
     def extractor(self) -> CodeExtractor:
+        """Return a code extractor with the current weights."""
         return CodeExtractor(self.dvae, self.hardware.device)
 
     def psnr_of(self, rows: np.ndarray) -> float:
-        """PSNR in dB of argmax codes on some image rows, in fp32."""
+        """Return the PSNR in dB of argmax codes on some image rows, computed in fp32."""
         with torch.autocast(self.hardware.device, enabled=False):
             return reconstruction_quality(self.extractor(), self.store, rows).psnr_db
 
     def sample_rows(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Return `count` of the rows (or all), drawn by the seed, ascending."""
+        """Return `count` of the rows (or all of them), sampled by the seed, ascending."""
         chosen = permute(np.arange(min(count, len(rows))), len(rows), self.seed, "sample")
         return rows[np.sort(chosen)]
 
     def held_out(self) -> dict[str, np.ndarray]:
-        """Return each other split's image rows, without the pictures that were trained on."""
+        """Return the image rows of each other split, without images that were trained on."""
         splits = [name for name in self.store.description.split_names if name != self.train_split]
         rows_of = {name: np.setdiff1d(split_image_rows(self.store, name), self.rows) for name in splits}
         return {name: rows for name, rows in rows_of.items() if len(rows)}
 
     def check_finite(self, losses: DVAELosses) -> None:
-        """Raise RunError if the step that was made spoilt the weights: no checkpoint may hold them."""
+        """Raise RunError if the last step was not finite: no checkpoint may hold its weights."""
         loss, norm = losses.loss.item(), self.gradient_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
@@ -337,7 +395,7 @@ class Training:
             )
 
     def log(self, report: Reporter, losses: DVAELosses, settings: StepSettings) -> dict[str, str]:
-        """Report a step's figures. Return those for the progress bar."""
+        """Report the metrics of a step. Return those for the progress bar."""
         loss, mse, kl = (value.item() for value in losses)
         scalars = {"loss": loss, "psnr_db": psnr_db(mse), "learning_rate": settings.learning_rate}
         if settings.soft:
@@ -360,12 +418,15 @@ class Training:
             torch.save(state, temporary)
 
     def resume(self) -> bool:
-        """Continue from the checkpoint, if there is one. UserError if it cannot be read."""
+        """Continue from the checkpoint if there is one.
+
+        Return whether there is. Raise UserError if it cannot be read.
+        """
         file = self.output / CHECKPOINT_FILE
         if not file.is_file():
             return False
         damaged = UserError(f"{file}: damaged checkpoint: remove it to start the run again")
-        # The archive's own CRC-32 of every part; PyTorch does not compare all of them.
+        # The archive has a CRC-32 per part. PyTorch does not check all of them.
         if not zipfile.is_zipfile(file) or _damaged_part(file) is not None:
             raise damaged
         try:
@@ -382,7 +443,7 @@ class Training:
         return True
 
     def finish(self, report: Reporter) -> dict[str, Any]:
-        """Measure the trained model, save it, draw the grid, and write result.json last."""
+        """Measure the trained model, save it, write the grid of reconstructions, and write result.json last."""
         extractor, held_out = self.extractor(), self.held_out()
         splits = {self.train_split: self.sample_rows(self.rows, 1024)} | held_out
         quality = {name: asdict(reconstruction_quality(extractor, self.store, rows)) for name, rows in splits.items()}

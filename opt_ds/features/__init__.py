@@ -1,1 +1,1 @@
-"""Feature extractors: images, speech and text -> what a store holds."""
+"""Feature extractors: convert images, speech and text to the features that a store holds."""

@@ -1,7 +1,9 @@
-"""Faster R-CNN region features, as "bottom-up attention" gives them: 10 to 100 regions, feature after the box head.
+"""Faster R-CNN region features in the style of "bottom-up attention": 10 to 100 regions, features after the box head.
 
-Source of the selection rule: Anderson et al. 2018 (arXiv 1707.07998): confidence 0.2, at least 10, at most 100 regions.
-Shapes: P proposals, K classes (0 = background), R regions.
+The selection rule is that of Anderson et al. 2018 (arXiv 1707.07998): confidence 0.2, at least 10 and at most 100
+regions.
+
+Shape letters: P proposals, K classes (0 = background), R regions.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ from opt_ds.features.regions import RegionFeatures, boxes_with_size
 from opt_ds.store.schema import BOX_SIZE
 from opt_ds.weights import fit
 
-# (bottleneck blocks?, blocks of the third stage) -> architecture; the four stages differ most in the third.
+# (has bottleneck blocks, number of blocks in the third stage) -> architecture. The depths differ most in the third
+# stage.
 _RESNETS = {
     (False, 2): "resnet18",
     (False, 6): "resnet34",
@@ -38,10 +41,19 @@ _GPU_BATCH = 8
 
 
 class FasterRCNNExtractor:
-    """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size follow from the checkpoint.
+    """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size are inferred from the checkpoint.
 
-    `weights`: a state dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models 1,601)
-    or in Detectron2's FPN layout (see detectron2.py). fp16 on a GPU, fp32 on a CPU.
+    The model runs in fp16 on a GPU and in fp32 on a CPU.
+
+    Args:
+        weights: State dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models
+            1,601) or in Detectron2's FPN layout (see detectron2.py).
+        min_regions: Smallest number of regions per image, as far as there are proposals.
+        max_regions: Largest number of regions per image.
+        confidence: Regions below this score are dropped, except to reach `min_regions`.
+        min_side: Shorter side of the resized image, in pixels.
+        max_side: Upper bound of its longer side, in pixels.
+        device: Device that the model runs on.
     """
 
     name = "faster_rcnn"
@@ -75,7 +87,7 @@ class FasterRCNNExtractor:
         self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on."""
+        """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,
             "backbone": f"torchvision/{self._backbone}_fpn",
@@ -88,10 +100,10 @@ class FasterRCNNExtractor:
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
-        """Return the regions of each picture, best first.
+        """Return the regions of each image, best first.
 
-        On a GPU pictures of one size share a batch. On a CPU, where it would gain nothing, each one runs alone, so that
-        its features do not depend on its neighbours.
+        On a GPU, images of one size share a batch. On a CPU batches bring no speed, so each image runs alone and its
+        features do not depend on the other images.
         """
         results: list[RegionFeatures | None] = [None] * len(inputs)
         for indices in _batches(inputs, 1 if self._device == "cpu" else _GPU_BATCH):
@@ -112,7 +124,7 @@ class FasterRCNNExtractor:
             features_pc = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
             logits_pk, deltas = heads.box_predictor(features_pc)
         counts = [len(boxes) for boxes in proposals]
-        # The decoder cannot tell the shape of no boxes at all.
+        # The box coder cannot infer the output shape when there are no boxes.
         boxes_pk4 = heads.box_coder.decode(deltas.float(), proposals) if sum(counts) else deltas.reshape(0, 1, 4)
         parts = zip(
             features_pc.split(counts),
@@ -126,7 +138,7 @@ class FasterRCNNExtractor:
     def _select(
         self, features_pc: torch.Tensor, scores_pk: torch.Tensor, boxes_pk4: torch.Tensor, size: tuple[int, int]
     ) -> RegionFeatures:
-        if not len(features_pc):  # nothing was proposed
+        if not len(features_pc):  # there are no proposals
             return RegionFeatures(*(np.zeros((0, *tail), kind) for tail, kind in self._empty))
         height, width = size
         scale = torch.tensor([width, height, width, height], device=boxes_pk4.device)
@@ -145,7 +157,10 @@ class FasterRCNNExtractor:
 
 
 def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]:
-    """Return the indices of the pictures that share a batch: those of one size, at most so many."""
+    """Return the indices of the images of each batch.
+
+    The images of a batch have one size; there are at most `most` of them.
+    """
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, picture in enumerate(inputs):
         if picture is not None:
@@ -156,7 +171,20 @@ def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]
 def build_faster_rcnn(
     state: dict[str, torch.Tensor], where: str, min_side: int, max_side: int
 ) -> tuple[FasterRCNN, str]:
-    """Build the detector that a state dict belongs to and load it; also return the backbone's name."""
+    """Build the detector that fits a state dict and load its weights.
+
+    Args:
+        state: State dict in torchvision's or Detectron2's layout.
+        where: Name of the file, for error messages.
+        min_side: Shorter side of the resized image, in pixels.
+        max_side: Upper bound of the longer side, in pixels.
+
+    Returns:
+        The detector in evaluation mode, and the name of its backbone.
+
+    Raises:
+        UserError: The state dict fits no supported detector.
+    """
     foreign = detectron2.is_detectron2(state)
     if foreign:
         state = detectron2.to_torchvision(state, where)
@@ -172,7 +200,7 @@ def build_faster_rcnn(
         ) from None
     backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=0)
     head = TwoMLPHead(_FPN_CHANNELS * 7 * 7, feature_size)
-    # The head's own predictor belongs to 1024-d features: replaced below by one of this checkpoint's sizes.
+    # The default predictor expects 1024-d features. It is replaced below if this checkpoint has another size.
     model = FasterRCNN(backbone, num_classes=num_classes, min_size=min_side, max_size=max_side, box_head=head)
     predictor = model.roi_heads.box_predictor
     if predictor.cls_score.in_features != feature_size:

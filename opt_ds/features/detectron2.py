@@ -1,4 +1,6 @@
-"""Checkpoints in Detectron2's Faster R-CNN FPN layout, as torchvision's: the map of keys, and what else differs.
+"""Convert checkpoints in Detectron2's Faster R-CNN FPN layout to torchvision's.
+
+The keys are renamed as follows:
 
     backbone.bottom_up.stem.conv1 (.norm)              backbone.body.conv1 (bn1), input channels BGR -> RGB
     backbone.bottom_up.res2..res5.B.convN (.norm)      backbone.body.layer1..layer4.B.convN (bnN)
@@ -8,12 +10,13 @@
     proposal_generator.rpn_head.objectness_logits      rpn.head.cls_logits
     proposal_generator.rpn_head.anchor_deltas          rpn.head.bbox_pred
     roi_heads.box_head.fc1, fc2                        roi_heads.box_head.fc6, fc7
-    roi_heads.box_predictor.cls_score                  the same, the background's row moved from last to first
-    roi_heads.box_predictor.bbox_pred                  the same, four rows of the background put before
+    roi_heads.box_predictor.cls_score                  the same, with the background's row moved from last to first
+    roi_heads.box_predictor.bbox_pred                  the same, with four rows for the background prepended
 
-Left out: attribute heads of Visual Genome models, pixel_mean, pixel_std, anchors. `adapt` makes the network compute as
-Detectron2's does with its own ImageNet ResNets: stride in the 1x1 convolutions, pixels 0..255 less the mean, anchors not
-rounded, RoIAlign with the half-pixel shift. Written from Detectron2's public source; not compared with it running.
+Attribute heads of Visual Genome models, pixel_mean, pixel_std and anchors are ignored. `adapt` makes the network
+compute like Detectron2's with its own ImageNet ResNets: stride in the 1x1 convolutions, pixels 0..255 minus the mean,
+anchors not rounded, RoIAlign with the half-pixel shift. It was written from Detectron2's public source and not compared
+with a running Detectron2.
 """
 
 import re
@@ -46,12 +49,12 @@ _RENAMES = (
 
 
 def is_detectron2(state: dict[str, torch.Tensor]) -> bool:
-    """Whether the keys are Detectron2's."""
+    """Return whether the keys are Detectron2's."""
     return any(key.startswith((_MARK, "proposal_generator.", "backbone.res2.")) for key in state)
 
 
 def to_torchvision(state: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """Return the tensors under torchvision's keys. UserError for a model without FPN."""
+    """Return the tensors under torchvision's keys. Raise UserError for a model without FPN."""
     if not any(key.startswith("backbone.fpn_lateral") for key in state):
         raise UserError(
             f"{where}: a Detectron2 model without FPN (a C4 one, its features come from res5): "
@@ -70,7 +73,7 @@ def to_torchvision(state: dict[str, torch.Tensor], where: str) -> dict[str, torc
         for part in ("weight", "bias"):
             renamed[f"{scores}.{part}"] = renamed[f"{scores}.{part}"].roll(1, 0)
             own = renamed[f"{deltas}.{part}"]
-            own = own.repeat(num_classes, *[1] * (own.dim() - 1)) if len(own) == 4 else own  # one box for all classes
+            own = own.repeat(num_classes, *[1] * (own.dim() - 1)) if len(own) == 4 else own  # class-agnostic boxes
             renamed[f"{deltas}.{part}"] = torch.cat([torch.zeros_like(own[:4]), own])
     except KeyError as error:
         raise UserError(f"{where}: not a whole Detectron2 Faster R-CNN (no {error.args[0]})") from None
@@ -78,7 +81,7 @@ def to_torchvision(state: dict[str, torch.Tensor], where: str) -> dict[str, torc
 
 
 def refuse_other_colours(state: dict[str, torch.Tensor], where: str) -> None:
-    """Raise UserError for a checkpoint that names another mean or deviation of pixels than `adapt` applies."""
+    """Raise UserError if the checkpoint has a pixel mean or standard deviation other than those that `adapt` sets."""
     for name, usual in (("pixel_mean", _MEAN_RGB[::-1]), ("pixel_std", (1.0, 1.0, 1.0))):
         if name in state and not torch.allclose(state[name].flatten().float(), torch.tensor(usual), atol=0.01):
             found = [round(value, 3) for value in state[name].flatten().tolist()]
@@ -86,7 +89,7 @@ def refuse_other_colours(state: dict[str, torch.Tensor], where: str) -> None:
 
 
 def adapt(model: FasterRCNN) -> None:
-    """Make torchvision's network compute as Detectron2's."""
+    """Make torchvision's network compute like Detectron2's."""
     model.transform.image_mean = [value / 255 for value in _MEAN_RGB]
     model.transform.image_std = [1 / 255] * 3
     for layer in (model.backbone.body.layer2, model.backbone.body.layer3, model.backbone.body.layer4):
@@ -100,7 +103,7 @@ def adapt(model: FasterRCNN) -> None:
 
 
 class _AlignedPooler(nn.Module):
-    """RoIAlign with the half-pixel shift, 7 x 7, each box on the FPN level of its size (Lin et al. 2017, eq. 1)."""
+    """RoIAlign to 7 x 7 with the half-pixel shift; box size selects the FPN level (Lin et al. 2017, eq. 1)."""
 
     def forward(
         self, maps: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list[tuple[int, int]]

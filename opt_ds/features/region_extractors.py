@@ -1,4 +1,4 @@
-"""Extractors of region features by name: `grid`, `faster_rcnn` (detector.py), `npz` (npz_regions.py)."""
+"""Build region feature extractors by name: `grid`, `faster_rcnn` (detector.py), `npz` (npz_regions.py)."""
 
 from pathlib import Path
 
@@ -20,9 +20,19 @@ def build_region_extractor(
     device: str = "cpu",
     normalisation: Normalisation | None = None,
 ) -> RegionExtractor:
-    """Build an extractor by name; the sides are faster_rcnn's, `normalisation` is grid's (None: the backbone's own).
+    """Build an extractor by name.
 
-    UserError for an unknown name, missing or unfit weights.
+    Args:
+        name: One of REGION_EXTRACTORS.
+        weights: State dict file; not for npz.
+        backbone: Name of the backbone; grid only.
+        min_side: Shorter side of the resized image in pixels; faster_rcnn only.
+        max_side: Upper bound of the longer side in pixels; faster_rcnn only.
+        device: Device that the network runs on.
+        normalisation: Normalisation of colours; grid only. None: that of the backbone's weights.
+
+    Raises:
+        UserError: The name is unknown, or the weights are missing or do not fit.
     """
     if name == "grid":
         return GridExtractor(weights=weights, backbone=backbone, device=device, normalisation=normalisation)

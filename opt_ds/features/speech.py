@@ -1,6 +1,6 @@
-"""Recordings -> frame features: `logmel` (80 bins, 100 Hz); `wav2vec2`: see wav2vec2.py.
+"""Speech frame features: `logmel` (80 bins, 100 Hz) and `wav2vec2` (see wav2vec2.py).
 
-Shapes: S samples of 16 kHz audio, T frames, C feature size.
+Shape letters: S samples of 16 kHz audio, T frames, C feature size.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,22 @@ from opt_ds.errors import UserError, did_you_mean
 
 
 class SpeechExtractor(Protocol):
-    """An extractor (see extractors.py) of frames float16 [T, C], `frame_rate_hz` a second, from mono 16 kHz audio."""
+    """An extractor (see extractors.py) of audio frames.
+
+    It converts mono 16 kHz audio to frames, float16 [T, C], at `frame_rate_hz`.
+    """
 
     name: str
     dim: int
     frame_rate_hz: float
 
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """Return the fingerprint: everything that the features depend on."""
+        ...
 
-    def extract(self, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]: ...
+    def extract(self, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """Return the frames of each waveform [S]; None for None."""
+        ...
 
 
 SPEECH_EXTRACTORS = ("logmel", "wav2vec2")
@@ -40,7 +47,19 @@ def build_speech_extractor(
     overlap_s: float = 2.0,
     device: str = "cpu",
 ) -> SpeechExtractor:
-    """Build an extractor by name. Raises UserError for an unknown name, or missing or unfit weights, or no such layer."""
+    """Build an extractor by name.
+
+    Args:
+        name: One of SPEECH_EXTRACTORS.
+        weights: Checkpoint file or folder; wav2vec2 only.
+        layer: Transformer layer whose output is used, from 1; wav2vec2 only. None: the last.
+        window_s: Longest input of the network in seconds; wav2vec2 only.
+        overlap_s: Overlap of adjacent windows in seconds; wav2vec2 only.
+        device: Device that the network runs on.
+
+    Raises:
+        UserError: The name is unknown, the weights are missing or do not fit, or there is no such layer.
+    """
     if name == "logmel":
         for option, value in (("--speech-weights", weights), ("--speech-layer", layer)):
             if value is not None:
@@ -57,7 +76,7 @@ def build_speech_extractor(
 
 
 def pool_frames(frames_tc: np.ndarray, size: int) -> np.ndarray:
-    """Return float16 [ceil(T / size), C]: means of `size` frames each, the last of what is left."""
+    """Average groups of `size` frames; return float16 [ceil(T / size), C]. The last group may be smaller."""
     if size == 1:
         return frames_tc
     starts = np.arange(0, len(frames_tc), size)
@@ -79,7 +98,7 @@ class LogMelExtractor:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on."""
+        """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,
             "bins": self.dim,
@@ -97,7 +116,7 @@ class LogMelExtractor:
         return [None if waveform is None else self._frames(waveform) for waveform in inputs]
 
     def _frames(self, waveform: np.ndarray) -> np.ndarray:
-        # Reflection at the edges needs more samples than half a window.
+        # Reflection padding at the edges requires more samples than half a window.
         padded = np.pad(waveform, (0, max(0, 512 - len(waveform))))
         mel_ct = self._mel(torch.from_numpy(padded))
         return mel_ct.clamp_min(self._floor).log().T.to(torch.float16).numpy()

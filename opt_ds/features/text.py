@@ -1,4 +1,4 @@
-"""Captions -> WordPiece tokens: a Hugging Face folder's tokenizer, or one trained on the corpus."""
+"""Captions to WordPiece tokens, with the tokenizer of a Hugging Face folder or one trained on the corpus."""
 
 import re
 import shutil
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD", "none")
-# A letter that few captions have may become [UNK], so that one caption of many scripts does not stop a corpus.
+# Characters that are rare in the captions may become [UNK], so that one multi-script caption does not stop a corpus.
 _RARE_SHARE = 0.005
 _BRACKETED = re.compile(r"\[(\w+)\]")
 
 
 def normalise_unicode(text: str, form: str) -> str:
-    """Return the text in a Unicode normal form; "none" leaves it alone."""
+    """Return the text in a Unicode normal form; "none" returns it unchanged."""
     return text if form == "none" else unicodedata.normalize(form, text)  # type: ignore[arg-type]
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Train a lower-casing BERT WordPiece on captions and save it in Hugging Face's layout.
+    """Train a lower-casing BERT WordPiece tokenizer on captions and save it in Hugging Face's layout.
 
-    The result depends on the captions as a bag and the size alone. Letters that do not fit into half of the vocabulary
-    are left out, the rarest first; UserError if they are more than 0.5 % of all letters.
+    The result depends only on the multiset of captions and on the size. Characters that do not fit into half of the
+    vocabulary are dropped, the rarest first. If more than 0.5 % of all character occurrences would be dropped, none
+    are; if the vocabulary is then too large, UserError is raised.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -41,8 +42,8 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = list(SPECIAL_TOKENS.values())
     captions = sorted(captions)
-    # The trainer breaks ties by piece number, and numbers "##x" in the order of a randomly seeded hash table: naming
-    # those pieces beforehand makes training reproducible.
+    # The trainer breaks ties by piece number, and it numbers "##x" pieces in the order of a randomly seeded hash table.
+    # Passing these pieces as special tokens makes training reproducible.
     captions = _without_rare_letters(captions, tokenizer, vocab_size)
     inner = _inner_letters(captions, tokenizer)
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *inner], show_progress=False)
@@ -51,17 +52,20 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
         raise UserError(
             f"--vocab-size {vocab_size}: the captions' letters alone need {tokenizer.get_vocab_size()}: give more"
         )
-    # Only the set of pieces matters to WordPiece: sorting them makes the ids independent of the trainer's internals.
+    # WordPiece depends on the set of pieces only. Sorting them makes the ids independent of the trainer's internals.
     pieces = sorted(set(tokenizer.get_vocab()) - set(special))
     save_wordpiece(build_wordpiece([*special, *pieces]), folder)
 
 
 def _without_rare_letters(captions: list[str], tokenizer: "Tokenizer", vocab_size: int) -> list[str]:
-    """Return the captions as the tokenizer normalises them, a space in place of each letter too rare to be kept."""
+    """Return the normalised captions with a space instead of each rare character.
+
+    Return them unchanged if too many characters would be lost.
+    """
     plain = [tokenizer.normalizer.normalize_str(caption) for caption in captions]
     counts = Counter("".join(plain))
     counts.pop(" ", None)
-    most = max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4)  # a letter takes two pieces, x and ##x
+    most = max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4)  # a character needs two pieces, x and ##x
     ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
     rare = ranked[most:]
     if not rare or sum(counts[letter] for letter in rare) > _RARE_SHARE * counts.total():
@@ -70,7 +74,7 @@ def _without_rare_letters(captions: list[str], tokenizer: "Tokenizer", vocab_siz
 
 
 def _inner_letters(captions: Iterable[str], tokenizer: "Tokenizer") -> list[str]:
-    """Return "##x" for every letter x that stands inside a word, sorted."""
+    """Return "##x" for every character x that occurs inside a word, sorted."""
     letters: set[str] = set()
     for caption in captions:
         for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
@@ -79,7 +83,7 @@ def _inner_letters(captions: Iterable[str], tokenizer: "Tokenizer") -> list[str]
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a Hugging Face folder; UserError if there is no fast WordPiece tokenizer in it."""
+    """Copy the tokenizer files of a Hugging Face folder. Raise UserError if it has no fast WordPiece tokenizer."""
     if not source.is_dir():
         raise UserError(f"--text {source}: no such folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             raise UserError(
                 f"--text {source}: neither tokenizer.json nor vocab.txt there: give a Hugging Face BERT folder"
             )
-        # Not splitlines(): it also ends lines at letters such as U+2028, and all later tokens would get other ids.
+        # splitlines() would also split at characters such as U+2028, which would shift the ids of all later tokens.
         vocabulary = (source / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for token in SPECIAL_TOKENS.values():
             if token not in vocabulary:
@@ -103,9 +107,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 class TextExtractor:
-    """Tokenises captions, brought into a Unicode normal form, with a tokenizer folder.
+    """Tokenises captions with the tokenizer in a folder, after conversion to a Unicode normal form.
 
-    [CLS] and [SEP] are left to training, and so is cutting: the pipeline cuts and counts.
+    [CLS] and [SEP] are added in training. Truncation, and its count, is the task of the pipeline.
     """
 
     name = "wordpiece"
@@ -124,7 +128,7 @@ class TextExtractor:
             raise UserError(f"{folder}: {self.dim} tokens with ids up to {highest}: number them from 0 without gaps")
 
     def identity(self) -> dict[str, Any]:
-        """Return what the tokens depend on."""
+        """Return the fingerprint: everything that the tokens depend on."""
         return {
             "name": self.name,
             "vocab_size": self.dim,
@@ -135,13 +139,16 @@ class TextExtractor:
         }
 
     def extract(self, inputs: Sequence[str]) -> list[np.ndarray]:
-        """Return int32 [L] tokens per caption."""
+        """Return the tokens of each caption, int32 [L]."""
         texts = [normalise_unicode(text, self._form) for text in inputs]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [self._as_text(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _as_text(self, text: str, ids: list[int]) -> np.ndarray:
-        """Return the ids of a text without control tokens, which a tokenizer that splits at spaces alone finds in "[SEP]"."""
+        """Return the ids of a text without control tokens.
+
+        A tokenizer that splits at spaces only would map "[SEP]" to one.
+        """
         if self._controls.intersection(ids):
             spaced = _BRACKETED.sub(r"[ \1 ]", text)
             ids = self._tokenizer.encode(spaced, add_special_tokens=False).ids

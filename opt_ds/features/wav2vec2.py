@@ -1,6 +1,6 @@
-"""wav2vec 2.0 (arXiv 2006.11477) frame features, from checkpoints in torchaudio's and in Hugging Face's layout.
+"""wav2vec 2.0 (arXiv 2006.11477) frame features, from checkpoints in torchaudio's or Hugging Face's layout.
 
-Shapes: S samples of 16 kHz audio, T frames, C feature size.
+Shape letters: S samples of 16 kHz audio, T frames, C feature size.
 """
 
 import json
@@ -18,21 +18,27 @@ from opt_ds.errors import UserError
 from opt_ds.features.extractors import load_state_dict, weights_identity
 from opt_ds.weights import fit, read_config, read_folder
 
-# The convolutions of every wav2vec 2.0 model: a frame sees 400 samples, the next one starts 320 later.
+# The convolutions of every wav2vec 2.0 model: the receptive field of a frame is 400 samples, the hop is 320.
 _RECEPTIVE, _HOP = 400, 320
-# What folders of models for training or recognition have besides the encoder.
+# Weights of training or recognition heads, which checkpoints may have besides the encoder.
 _HEADS = r"lm_head\..*|quantizer\..*|project_(q|hid)\..*|masked_spec_embed|classifier\..*|projector\..*"
-# Fields of config.json by which a folder could choose code or precision.
+# Fields of config.json that could select code or precision. They are ignored.
 _NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config")
 
 
 class Wav2Vec2Extractor:
-    """Output of one Transformer layer (`layer`, from 1; None: the last), about 50 frames a second; unpadded.
+    """Output of one Transformer layer, about 50 frames per second, without padding.
 
-    `weights`: a Hugging Face folder, or a torchaudio state dict file (base, large or large-lv60k). The waveform is
-    normalised as the checkpoint wants it. A recording of more than `window_s` seconds is cut into windows, of which
-    neighbours share `overlap_s`; each frame comes from the window in whose middle it lies, and there are as many as in
-    one pass. Shorter ones give exactly the model's own features.
+    The waveform is normalised as the checkpoint requires. Audio longer than `window_s` is split into overlapping
+    windows. Each frame is taken from the window in which it is farthest from the edges. The number of frames is that of
+    a single pass. Shorter audio yields exactly the features of the model.
+
+    Args:
+        weights: A Hugging Face folder, or a torchaudio state dict file (base, large or large-lv60k).
+        layer: The layer, from 1. None: the last.
+        window_s: Length of a window in seconds.
+        overlap_s: Overlap of adjacent windows in seconds.
+        device: Device that the model runs on.
     """
 
     name = "wav2vec2"
@@ -62,7 +68,7 @@ class Wav2Vec2Extractor:
         self._weights_sha256 = weights_identity(weights)
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on."""
+        """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,
             "layer": self._layer,
@@ -76,7 +82,7 @@ class Wav2Vec2Extractor:
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        """Return float16 [T, C] per waveform; a recording shorter than one frame (25 ms) is padded to one."""
+        """Return float16 [T, C] per waveform. Audio shorter than one frame (25 ms) is padded to one frame."""
         return [None if waveform is None else self._frames(waveform) for waveform in inputs]
 
     def _frames(self, waveform: np.ndarray) -> np.ndarray:
@@ -98,11 +104,11 @@ class Wav2Vec2Extractor:
         state = read_folder(folder, "--speech-weights of wav2vec2")
         try:
             model = Wav2Vec2Model(Wav2Vec2Config(**{key: value for key, value in config.items() if key not in _NOT_OURS}))
-        except Exception:  # transformers raises errors of many kinds for values that it cannot use
+        except Exception:  # transformers raises exceptions of many types for values that it cannot use
             raise UserError(f"{folder}: not a wav2vec 2.0 folder (its config.json cannot be used): fetch it again") from None
         own = model.state_dict()
         state = {_modern(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
-        # Checkpoints without a mask vector are whole: it is of use in training alone.
+        # Some checkpoints lack the mask vector, which is used in training only.
         state.setdefault("masked_spec_embed", own.get("masked_spec_embed", torch.zeros(0)))
         fit(model, state, f"{folder}", "the wav2vec 2.0 of its config.json", _HEADS)
         self._normalise = _normalises(folder)
@@ -117,7 +123,7 @@ class Wav2Vec2Extractor:
         state = load_state_dict(file, "--speech-weights of wav2vec2")
         bias = state.get("encoder.feature_projection.projection.bias")
         width = 0 if bias is None else len(bias)
-        # The lv60k models normalise every convolution's output, the others only the first one's.
+        # The lv60k models normalise the output of every convolution, the others only that of the first.
         layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
         builders = {
             (768, False): "wav2vec2_base",
@@ -146,7 +152,10 @@ class Wav2Vec2Extractor:
 
 
 def _modern(key: str) -> str:
-    """Return today's name of a weight: without the prefix of models with a head, and of torch's present weight norm."""
+    """Return the current name of a weight.
+
+    Models with a head have a prefix, and torch's weight norm had other names.
+    """
     key = key.removeprefix("wav2vec2.")
     for old, new in (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1")):
         if key == f"encoder.pos_conv_embed.conv.{old}":
@@ -155,7 +164,10 @@ def _modern(key: str) -> str:
 
 
 def _normalises(folder: Path) -> bool:
-    """Whether the feature extractor of a Hugging Face folder normalises: in a file of its own, or within the processor's."""
+    """Return whether the feature extractor of a Hugging Face folder normalises its input.
+
+    The settings are in a file of their own, or part of the processor's.
+    """
     own, processor = folder / "preprocessor_config.json", folder / "processor_config.json"
     file = own if own.is_file() else processor
     try:
@@ -167,7 +179,10 @@ def _normalises(folder: Path) -> bool:
 
 
 def windows(count: int, window: int, margin: int) -> list[tuple[int, int, int, int]]:
-    """Cut `count` frames into windows: (first, last + 1) of what is computed, (start, stop) of what is kept of it."""
+    """Split `count` frames into windows.
+
+    Return per window (first, last + 1) of the computed frames and (start, stop) of the frames that are kept.
+    """
     if count <= window:
         return [(0, count, 0, count)]
     step = window - 2 * margin

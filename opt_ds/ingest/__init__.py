@@ -1,6 +1,6 @@
-"""Raw pictures, words and recordings -> feature store. Training imports it only to build its default store.
+"""Convert raw images, text and audio to a feature store. Training imports this package only to build its default store.
 
-Its names are imported on first use: the decoder's processes import this package too, and must start quickly.
+Its names are imported on first use. The decoding processes import this package too and must start quickly.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The feature store that training builds when it is given none: the `emoji` corpus."""
+"""The feature store that training builds if none is configured: the `emoji` corpus."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def emoji_store(output: Path, work_dir: Path, *, workers: int = 2) -> StoreDescription:
-    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it is there. It resumes."""
+    """Build the `emoji` feature store at `output` (raw files under `work_dir`) unless it exists.
+
+    Resume an unfinished one.
+    """
     from opt_ds.ingest.importers.emoji import ATTRIBUTION, write_emoji_corpus
 
     if (output / STORE_FILE).is_file():

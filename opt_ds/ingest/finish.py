@@ -1,6 +1,6 @@
-"""The end of preparation: a store of its shards, or one part of n for a job array, and the store of such parts.
+"""The end of preparation: complete a store, or one of n partitions of it (for a job array), and merge such partitions.
 
-    <store>.part-2-of-16/    shards 2, 18, 34 … with their journals, the tokenizer, and part.json: written last
+    <store>.part-2-of-16/    shards 2, 18, 34 … with their journals, the tokenizer, and part.json, which is written last
 """
 
 import logging
@@ -25,7 +25,7 @@ PART_FILE = "part.json"
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What a store is made of besides its shards; equal in all parts of one store."""
+    """Store metadata: what a store consists of besides its shards. It is equal in all partitions of one store."""
 
     dims: Dims
     split_names: list[str]
@@ -38,11 +38,11 @@ class StoreFacts:
     num_shards: int
     num_lines: int
     groups_across_splits: int
-    rejected: list[dict[str, str]]  # manifest lines that are no samples: id and reason
+    rejected: list[dict[str, str]]  # id and reason of manifest lines that are not samples
     limits: dict[str, int | None]  # max_tokens, max_frames
 
     def writer(self, path: Path, tokenizer_folder: Path) -> StoreWriter:
-        """Begin, or resume, a store at `path`."""
+        """Create, or resume, a store at `path`."""
         return StoreWriter(
             path, dims=self.dims, split_names=self.split_names, splits_source=self.splits_source, extractors=self.extractors,
             tokenizer_folder=tokenizer_folder, label_names=self.label_names, info=self.info, key=self.key,
@@ -50,15 +50,30 @@ class StoreFacts:
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the metadata as JSON values."""
         return {**asdict(self), "dims": self.dims.model_dump()}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "StoreFacts":
+        """Build from the output of `as_dict`."""
         return StoreFacts(**{**values, "dims": Dims(**values["dims"])})
 
 
 def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
-    """Write report.json, lengths.png and store.json over the shards that `writer` has. UserError if no sample was kept."""
+    """Write report.json, lengths.png and store.json.
+
+    Args:
+        facts: The store metadata.
+        writer: The writer, which has all shards.
+        output: The store's folder.
+        seconds: Duration of the preparation, for the log.
+
+    Returns:
+        The description of the store.
+
+    Raises:
+        UserError: No sample was kept.
+    """
     notes = (writer.notes(index) for index in range(facts.num_shards))
     lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
     report = build_report(facts.num_lines, facts.rejected, notes, lengths)
@@ -79,12 +94,12 @@ def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: 
 
 
 def part_folder(output: Path, index: int, count: int) -> Path:
-    """Where part `index` of `count` of the store `output` is made."""
+    """Return the folder of partition `index` of `count` of the store `output`."""
     return output.with_name(f"{output.name}.part-{index}-of-{count}")
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """ "2/16" -> (2, 16). Raises UserError for anything but i/n with 0 <= i < n."""
+    """Parse "2/16" to (2, 16). Raise UserError for anything but i/n with 0 <= i < n."""
     index, slash, count = text.partition("/")
     if not (slash and text.isascii() and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f'--shard "{text}": write i/n with i from 0 to n - 1, such as 0/16')
@@ -92,19 +107,27 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def finish_part(facts: StoreFacts, folder: Path, share: tuple[int, int], seconds: float) -> None:
-    """Mark a part as whole."""
+    """Mark a partition as complete.
+
+    Args:
+        facts: The store metadata.
+        folder: The partition's folder.
+        share: (i, n) for partition i of n.
+        seconds: Duration of its preparation.
+    """
     write_json(folder / PART_FILE, {"index": share[0], "count": share[1], "seconds": seconds, "facts": facts.as_dict()})
 
 
 def is_finished_part(folder: Path, key: str) -> bool:
-    """Whether the part was made, of these inputs and settings."""
+    """Return whether the partition is complete and was made from these inputs and settings."""
     return (folder / PART_FILE).is_file() and _read_part(folder)["facts"]["key"] == key
 
 
 def merge_parts(output: Path) -> StoreDescription:
-    """Make the store `output` of its parts, which lie beside it, and remove them. Stopped, it goes on when called again.
+    """Merge the partitions next to `output` into the store `output`, and remove them.
 
-    Raises UserError when a part is missing or unfinished, or parts are of different inputs.
+    An interrupted merge can be resumed. Raise UserError if a partition is missing or unfinished, or if partitions have
+    different inputs.
     """
     with exclusive_use(output):
         folders = sorted(output.parent.glob(f"{output.name}.part-*-of-*"))
@@ -130,7 +153,7 @@ def merge_parts(output: Path) -> StoreDescription:
 
 
 def _check_merged(output: Path, description: StoreDescription, folders: list[Path]) -> None:
-    """Raise UserError unless the folders are what a merge into the store that is there had still to remove."""
+    """Raise UserError unless the folders are left over from a merge into the existing store."""
     for folder in folders:
         if any(folder.iterdir()) and not is_finished_part(folder, description.preparation_key):
             raise UserError(
@@ -139,7 +162,7 @@ def _check_merged(output: Path, description: StoreDescription, folders: list[Pat
 
 
 def _remove_part(folder: Path) -> None:
-    """`part.json` goes last: as long as anything is left, it says of what."""
+    """Remove a partition, `part.json` last: it identifies whatever is left."""
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
@@ -165,7 +188,10 @@ def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def _check_shards(folder: Path) -> None:
-    """Parts may have been copied from other machines: a shard that was damaged on the way must not get into a store."""
+    """Check the shards of a partition.
+
+    It may have been copied from another machine, where damaged shards must be detected.
+    """
     for journal in sorted(folder.glob("shard-*.json")):
         shard = _shard_of(journal)
         file = folder / shard.file
@@ -174,7 +200,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def _take_shards(folder: Path, output: Path) -> None:
-    """Move each shard, then its journal: a shard counts only with its journal beside it."""
+    """Move each shard, then its journal, since a shard counts only with its journal."""
     for journal in sorted(folder.glob("shard-*.json")):
         shard = _shard_of(journal).file
         if (folder / shard).is_file():

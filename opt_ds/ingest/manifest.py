@@ -1,6 +1,7 @@
-"""The manifest: one JSON object a line, one line a sample. What may be in it, and how lines form shards and splits.
+"""The manifest: one JSON object per line, one line per sample.
 
-A line that cannot be used is rejected with its reason, and the rest is kept.
+This module validates manifests and assigns lines to shards and splits. A line that cannot be used is rejected with a
+reason, and the others are kept.
 """
 
 import hashlib
@@ -27,9 +28,9 @@ _WORDS = {
     "image": ("path", "file", "file_name", "filename", "file_path", "filepath", "img", "picture", "photo"),
     "audio": ("wav", "sound", "speech", "recording", "audio_filepath"),
     "labels": ("label", "class", "classes", "category"),
-}  # what other collections call the fields
+}  # names of the fields in other collections
 _FIELD_OF_WORD = {word: name for name, words in _WORDS.items() for word in words}
-_NAMES = ("id", "group", "split")  # fields that may be whole numbers, which then stand for their digits
+_NAMES = ("id", "group", "split")  # fields that may be integers, which are converted to text
 
 
 class ManifestLine(BaseModel):
@@ -47,7 +48,10 @@ class ManifestLine(BaseModel):
 
     @property
     def group_name(self) -> str:
-        """The named group; else lines that share a picture are one group, and any other line is alone."""
+        """The explicit group.
+
+        Without one, lines that share an image form a group, and any other line is its own group.
+        """
         if self.group is not None:
             return self.group
         return f"image {self.image}" if self.image is not None else f"id {self.id}"
@@ -55,7 +59,7 @@ class ManifestLine(BaseModel):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that is not used: its id (or "line 7" where it has none that can be used), and why."""
+    """A sample that is not used: its id (or "line 7" if it has no usable one), and the reason."""
 
     id: str
     reason: str
@@ -63,9 +67,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest. `splits` holds one split name per line, `splits_source` where they come from.
+    """A validated manifest. `splits` holds one split name per line; `splits_source` is their origin.
 
-    `rejected`: the lines that are no samples; they are not among `lines`.
+    `rejected` holds the lines that are not samples. They are not in `lines`.
     """
 
     path: Path
@@ -78,7 +82,7 @@ class Manifest:
 
     @property
     def folder(self) -> Path:
-        """What the lines' files are relative to."""
+        """The folder that the files of the lines are relative to."""
         return self.path.parent
 
     @property
@@ -87,7 +91,10 @@ class Manifest:
         return sorted({label for line in self.lines for label in line.labels})
 
     def shards(self, samples_per_shard: int) -> list[list[int]]:
-        """Cut the lines into shards: lists of line indices. Lines that share a picture are neighbours in one shard."""
+        """Partition the lines into shards, as lists of line indices.
+
+        Lines that share an image are adjacent in one shard.
+        """
         first_line: dict[str, int] = {}
         place = [first_line.setdefault(line.image or f"\0{index}", index) for index, line in enumerate(self.lines)]
         shards: list[list[int]] = []
@@ -102,11 +109,19 @@ class Manifest:
 def read_manifest(
     path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False
 ) -> Manifest:
-    """Read and check a manifest, gzipped or not, at most its first `limit` good samples.
+    """Read and validate a manifest, gzipped or not.
 
-    Rejected are lines that are not UTF-8 or JSON, with unknown or missing fields, a repeated id or no modality, and,
-    unless `allow_outside`, with a file outside the manifest's folder (links inside it are followed). With `strict` the
-    first such line is a UserError; otherwise it is one if no line is left, or if only some lines name their split.
+    A line is rejected if it is not UTF-8 or JSON, has unknown or missing fields, a repeated id or no modality, or,
+    unless `allow_outside`, a file outside the manifest's folder (links inside it are followed).
+
+    Args:
+        path: The manifest.
+        limit: Stop after this many valid samples.
+        strict: Raise UserError for the first line that is rejected.
+        allow_outside: Accept files outside the manifest's folder.
+
+    Raises:
+        UserError: No line is left, or only some lines have a split.
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a manifest' if path.is_dir() else 'no such manifest'}")
@@ -144,7 +159,7 @@ def read_manifest(
 
 
 def write_manifest(path: Path, lines: Iterator[ManifestLine] | list[ManifestLine]) -> int:
-    """Write a manifest, whole or not at all; returns the number of lines."""
+    """Write a manifest atomically. Return the number of lines."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -155,13 +170,16 @@ def write_manifest(path: Path, lines: Iterator[ManifestLine] | list[ManifestLine
 
 
 def groups_across_splits(manifest: Manifest) -> int:
-    """Return how many groups have samples in more than one split."""
+    """Return the number of groups with samples in more than one split."""
     pairs = {(line.group_name, split) for line, split in zip(manifest.lines, manifest.splits, strict=True)}
     return sum(count > 1 for count in Counter(group for group, _ in pairs).values())
 
 
 def _check_is_manifest(path: Path) -> None:
-    """UserError for a table, a picture or another file that is known not to be one; what begins as a manifest may be one."""
+    """Raise UserError for a table, an image or another file that is known not to be a manifest.
+
+    A file that begins with "{" is accepted here.
+    """
     with open_bytes(path) as file:
         head = file.read(HEAD_BYTES)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
@@ -184,7 +202,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 class _LineError(Exception):
-    """What is wrong with a line; `id` is the line's own, as far as it can be shown."""
+    """What is wrong with a line. `id` is the id of the line if it is usable."""
 
     def __init__(self, message: str, id: object = None) -> None:
         super().__init__(message)
@@ -193,7 +211,7 @@ class _LineError(Exception):
 
 
 def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
-    """Return the line, and it as JSON in one form."""
+    """Return the line, and its canonical JSON."""
     try:
         fields = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -222,7 +240,10 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
 
 
 def _value(name: str, value: Any, id: object) -> Any:
-    """Return a field's value as ManifestLine takes it: whole numbers that are names become text, null labels none."""
+    """Return the value of a field in ManifestLine's type.
+
+    Integers that are names become text, null labels an empty tuple.
+    """
     if name == "labels":
         if value is None:
             return ()
@@ -240,7 +261,7 @@ def _value(name: str, value: Any, id: object) -> Any:
 
 
 def _name(value: Any) -> str | None:
-    """A name as text, also if it is a whole number; None for anything else."""
+    """Return a name as text, also if it is an integer; None for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
@@ -261,12 +282,12 @@ def _is_inside(name: str, folder: Path) -> bool:
 
 
 def visible(text: str) -> str:
-    """Return the text with control and direction characters written out: an id must not repaint the terminal."""
+    """Return the text with control and direction characters escaped, so that an id cannot repaint the terminal."""
     return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
 
 
 def is_encodable(text: str) -> bool:
-    """Whether the text has no half of a surrogate pair: no file or terminal takes one."""
+    """Return whether the text has no unpaired surrogate, which no file or terminal accepts."""
     return text == _shown(text)
 
 

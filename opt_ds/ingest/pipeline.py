@@ -1,7 +1,7 @@
-"""Manifest -> feature store: workers decode and extract, the main process tokenises and writes shard after shard.
+"""Manifest to feature store. Workers decode and extract; the main process tokenises and writes shard after shard.
 
-The bytes written depend on the manifest, the extractors and the settings alone, never on the number of workers: work is
-cut into fixed chunks (see workers.py) and results are taken in order.
+The bytes written depend only on the manifest, the extractors and the settings, not on the number of workers. Work is
+divided into fixed chunks (see workers.py), and results are taken in order.
 """
 
 import hashlib
@@ -50,19 +50,35 @@ def prepare(
     share: tuple[int, int] | None = None,
     retry_skipped: bool = False,
 ) -> StoreDescription | None:
-    """Make the feature store `output` from a manifest, resuming an unfinished one of the same inputs and settings.
+    """Make the feature store `output` from a manifest. Resume an unfinished one of the same inputs and settings.
 
-    A sample that cannot be used is skipped and listed in the store's report.json; with `strict` it stops the run.
-    `info` goes into store.json as it is; `allow_outside`: see `read_manifest`. Returns the description; a finished store
-    of the same inputs is returned as it is. Raises UserError for a bad manifest, setting, checkpoint or output before any
-    feature is made, and when the disk is full or a worker was killed: the same call then resumes.
+    A finished store of the same inputs is returned unchanged. A sample that cannot be used is skipped and listed in the
+    store's report.json. An interrupted call can be repeated and resumes.
 
-    `share` (i, n): only the i-th of n parts (i from 0), into a folder of its own beside `output`; gives None. When all n are
-    there, `merge_parts` makes the very store of them that one call without `share` makes.
+    Args:
+        manifest_path: The manifest.
+        output: The store's folder.
+        settings: How features are extracted. None: the defaults.
+        workers: Number of worker processes.
+        device: "auto", "cpu" or "cuda".
+        strict: Stop at the first sample that cannot be used.
+        limit: Use only this many samples.
+        allow_outside: See `read_manifest`.
+        info: Additional entries of `info` in store.json.
+        share: (i, n): make only partition i of n (i from 0), in its own folder next to `output`. When all n partitions
+            exist, `merge_parts` makes the same store from them as one call without `share`.
+        retry_skipped: Try samples again whose files an earlier call skipped. The result is the same store as if their
+            files had been readable at once.
 
-    `retry_skipped`: try the samples again whose files an earlier call skipped; what is good now gets into the store, which then
-    is the very one that would have been made had it been good at once. Raises EnvironmentFaultError (a RunError) where a file
-    cannot be read for a reason outside it, such as its permissions: nothing is skipped for that, and the same call resumes.
+    Returns:
+        The description of the store; None for a partition.
+
+    Raises:
+        UserError: A manifest, setting, checkpoint or output is invalid (before any feature is computed), or the disk is
+            full.
+        RunError: Worker processes are killed again and again, for example because memory is full.
+        EnvironmentFaultError: A file cannot be read for a reason outside it, such as its permissions. Nothing is
+            skipped for that.
     """
     started = time.monotonic()
     settings = settings or PrepareSettings()
@@ -98,7 +114,7 @@ def _prepare(
     extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
     identities = {name: extractor.identity() for name, extractor in extractors.items()}
     if settings.trim_silence:
-        identities["audio"]["trim_silence"] = True  # whoever serves the model must trim too
+        identities["audio"]["trim_silence"] = True  # serving must trim the audio too
     key = _preparation_key(manifest, settings, identities)
     if (output / STORE_FILE).exists():
         description = load_description(output)
@@ -182,7 +198,10 @@ def _check_files(manifest: Manifest, strict: bool) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file; of one that cannot be looked at (permissions, a lost mount) the decoder will tell."""
+    """Return whether it is a file.
+
+    If it cannot be checked (permissions, a lost mount), return True: the decoder reports that.
+    """
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError) as error:
@@ -194,9 +213,9 @@ def _staging(output: Path) -> Path:
 
 
 def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> TextExtractor:
-    """Copy or train the tokenizer beside the output (the writer then takes it in), and return its extractor."""
+    """Copy or train the tokenizer next to the output, from where the writer copies it, and return its extractor."""
     folder = _staging(output)
-    shutil.rmtree(folder, ignore_errors=True)  # a stopped run's may hold files that another --text does not have
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted run may have left files that another --text lacks
     if settings.text is not None:
         copy_tokenizer(settings.text, folder)
     else:
@@ -245,7 +264,7 @@ def _extract_shards(
                 items[kind].update(zip(names, values, strict=True))
                 progress.update(len(names))
                 if strict and any(isinstance(value, Failure) for value in values):
-                    break  # no further file is read
+                    break  # with --strict no further file is read
             content, notes = _assemble(manifest, shard.lines, items, text_extractor, settings.max_tokens)
             if strict and notes["skipped"]:
                 first = notes["skipped"][0]
@@ -260,9 +279,10 @@ def _assemble(
     text_extractor: TextExtractor,
     max_tokens: int | None,
 ) -> tuple[ShardContent, dict[str, Any]]:
-    """Put a shard together; return it and its notes for the report (see report.py).
+    """Assemble a shard. Return its content and its notes for the report (see report.py).
 
-    Lines that name the same file share its row. Of a file that was not extracted (the run is stopping) nothing is known.
+    Lines that name the same file share its row. Files that were not extracted, because the run is stopping, are
+    ignored.
     """
     content = ShardContent()
     skipped: list[dict[str, str]] = []

@@ -1,8 +1,9 @@
-"""What preparation reports: report.json and a table for people. The same bytes every time.
+"""The report of preparation: report.json and a table for the terminal. Its bytes are reproducible.
 
-A shard's notes (kept in its journal until the store is whole): `skipped` [{id, reason}], `files` {name of a file that was not
-used: [bytes, hash] or null} (see retry.py), `cut` {text, audio: [id]}, `digests` {text, image, audio: [[hash of the content,
-split, id of the first sample that uses it], … by row]}.
+The notes of a shard are kept in its journal until the store is complete. Their fields are `skipped` [{id, reason}],
+`files` {name of a file that was not used: [bytes, hash] or null} (see retry.py), `cut` {text, audio: [id]} (truncated
+samples), and `digests` {text, image, audio: [[hash of the content, split, id of the first sample that uses it], … by
+row]}.
 """
 
 import json
@@ -26,9 +27,13 @@ _SHOWN = 10
 def build_report(
     num_lines: int, rejected: Sequence[dict[str, str]], notes: Iterable[dict[str, Any]], lengths: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return report.json's content. `rejected`: manifest lines that are no samples; `lengths`: see store/lengths.py.
+    """Return the content of report.json.
 
-    `notes` are gone through once, shard by shard.
+    Args:
+        num_lines: Number of valid manifest lines.
+        rejected: Id and reason of manifest lines that are not samples.
+        notes: The notes of all shards in order. They are iterated once.
+        lengths: Lengths of all items, see store/lengths.py.
     """
     skipped = list(rejected)
     files: dict[str, Any] = {}
@@ -56,25 +61,28 @@ def build_report(
 
 @dataclass
 class ModalityNotes:
-    """What an update of one modality has to report. `digests`: as in a shard's notes."""
+    """The report of an update of one modality.
+
+    `digests` are as in the notes of a shard, `cut` are truncated samples.
+    """
 
     kind: str
-    lost: list[dict[str, str]] = field(default_factory=list)  # samples that are left without this modality: id and reason
+    lost: list[dict[str, str]] = field(default_factory=list)  # id and reason of samples left without this modality
     cut: list[str] = field(default_factory=list)
     digests: list[tuple[str, str, str]] = field(default_factory=list)
 
     def shown(self) -> list[str]:
-        """Return the first few losses as lines, and how many more there are."""
+        """Return one line per sample in `lost` for the first few, and how many more there are."""
         lines = [f'  "{visible(entry["id"])}": {visible(entry["reason"])}' for entry in self.lost[:_SHOWN]]
         more = len(self.lost) - _SHOWN
         return [*lines, f"  and {more} more in {REPORT_FILE}"] if more > 0 else lines
 
 
 def refresh_report(path: Path, description: StoreDescription, notes: ModalityNotes) -> None:
-    """Make report.json and lengths.png of the store `path` true again after an update of one modality.
+    """Update report.json and lengths.png of the store `path` after an update of one modality.
 
-    Its `cut`, `duplicates` and the lengths are new; `lost` names the samples that are left without it. What was skipped when
-    the store was made stays. A store that came without a report gets lengths.png alone.
+    `cut`, `duplicates` and the lengths are replaced. `lost` names the samples that are left without the modality.
+    Samples skipped when the store was made stay listed. A store without a report gets lengths.png only.
     """
     lengths = shard_lengths([path / shard.file for shard in description.shards])
     with atomic_file(path / LENGTHS_FILE) as temporary:
@@ -93,7 +101,7 @@ def refresh_report(path: Path, description: StoreDescription, notes: ModalityNot
 
 
 def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[str]:
-    """Return the report as lines of a table, the first few skipped samples by name."""
+    """Return the report as lines of a table, followed by the first few skipped samples."""
     rows = [("samples kept", str(report["kept"])), ("samples skipped", str(report["skipped"]))]
     rows += [(f"  {reason}", str(count)) for reason, count in report["reasons"].items()]
     for kind, limit in (("text", limits["max_tokens"]), ("audio", limits["max_frames"])):
@@ -116,13 +124,14 @@ def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[
 
 
 class _Duplicates:
-    """Counts rows of equal content, keeping names only of those that have an equal."""
+    """Counts rows with equal content. Ids are kept only for contents that repeat."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[str, str]] = {}  # digest -> split and id
         self._repeated: dict[str, tuple[list[str], set[str]]] = {}  # digest -> all ids and splits
 
     def add(self, digest: str, split: str, id: str) -> None:
+        """Add one row."""
         first = self._first.setdefault(digest, (split, id))
         if first[1] == id:
             return
@@ -131,6 +140,7 @@ class _Duplicates:
         splits.add(split)
 
     def summary(self) -> dict[str, Any]:
+        """Return the number of repeated rows, of contents in several splits, and the largest sets of ids."""
         largest = sorted(self._repeated.values(), key=lambda found: len(found[0]), reverse=True)[:_SHOWN]
         return {
             "repeated": sum(len(ids) - 1 for ids, _ in self._repeated.values()),

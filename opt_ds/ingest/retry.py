@@ -1,6 +1,7 @@
-"""Samples that an earlier run skipped: noticing that their files were corrected, and making a store ready to redo them.
+"""Samples that an earlier run skipped: detect that their files have changed, and prepare a store to process them again.
 
-What a skipped sample's files were like is kept as `skipped_files` in report.json: name -> [bytes, hash], null for a missing one.
+The state of the files of skipped samples is recorded as `skipped_files` in report.json: name -> [bytes, hash], null if
+missing.
 """
 
 import errno
@@ -22,12 +23,12 @@ from opt_ds.store.writer import StoreWriter, restore_journals
 
 _LOG = logging.getLogger(__name__)
 FileState = list[Any] | None
-_HASHED_BYTES = 2**30  # of a larger file the size must do
+_HASHED_BYTES = 2**30  # for larger files only the size is compared
 _FILE_KINDS = ("image", "audio")
 
 
 def file_state(path: Path) -> FileState:
-    """Return [bytes, hash] of a file that was not used, None if there is none."""
+    """Return [bytes, hash] of a file that was not used; None if it does not exist."""
     try:
         size = path.stat().st_size
         if size > _HASHED_BYTES or not path.is_file():
@@ -40,7 +41,7 @@ def file_state(path: Path) -> FileState:
 
 
 def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState]) -> None:
-    """Say how many of the files that were skipped are not what they were then."""
+    """Log how many of the skipped files have changed since they were skipped."""
     changed = sorted(name for name, state in skipped_files.items() if file_state(manifest.folder / name) != state)
     if changed:
         verb = "file has" if len(changed) == 1 else "files have"
@@ -50,16 +51,16 @@ def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState]) -> N
 
 
 def skipped_files_of_store(output: Path) -> dict[str, FileState]:
-    """Return the files of the samples that a finished store lacks, as they were then."""
+    """Return the skipped files of a finished store, with their state at that time."""
     try:
         report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a store without a report
+    except (OSError, ValueError):  # a store without a usable report
         return {}
     return report.get("skipped_files", {})
 
 
 def skipped_files_of_shards(folder: Path) -> dict[str, FileState]:
-    """Return the same of the shards that an unfinished store or a part has."""
+    """Return the skipped files of the shards of an unfinished store or a partition, with their state at that time."""
     files: dict[str, FileState] = {}
     for journal in sorted(folder.glob("shard-*.json")):
         files |= json.loads(journal.read_text(encoding="utf-8"))["notes"].get("files", {})
@@ -67,7 +68,10 @@ def skipped_files_of_shards(folder: Path) -> dict[str, FileState]:
 
 
 def forget_skipped(folder: Path) -> int:
-    """Of an unfinished store or a part: drop the shards with skipped samples that name a file. Return how many."""
+    """Drop the shards of an unfinished store or partition that have skipped samples with a file.
+
+    Return their number.
+    """
     dropped = 0
     for journal in sorted(folder.glob("shard-*.json")):
         if json.loads(journal.read_text(encoding="utf-8"))["notes"].get("files"):
@@ -77,10 +81,22 @@ def forget_skipped(folder: Path) -> int:
 
 
 def reopen(output: Path, description: StoreDescription, manifest: Manifest, settings: PrepareSettings) -> int:
-    """Make a finished store unfinished, without the shards in which a file was skipped. Return how many those are.
+    """Make a finished store unfinished, without the shards in which a file was skipped.
 
-    `prepare` then makes them, and with them the very store that it would have made at once. A kill at any moment leaves the
-    finished store, or an unfinished one that the same command resumes. UserError for a store that was changed since.
+    `prepare` then makes these shards. The result is the same store as if the files had been readable at once. A kill at
+    any moment leaves the finished store, or an unfinished one that the same command resumes.
+
+    Args:
+        output: The store's folder.
+        description: The store's description.
+        manifest: The manifest that the store was made from.
+        settings: The settings that the store was made with.
+
+    Returns:
+        The number of shards that were removed.
+
+    Raises:
+        UserError: The store was changed since its preparation.
     """
     report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
     files: dict[str, FileState] = report.get("skipped_files", {})
@@ -109,7 +125,7 @@ def _files_of(manifest: Manifest, line: int) -> Iterable[str]:
 
 
 def _notes(manifest: Manifest, lines: list[int], reasons: dict[str, str], cut: dict[str, set[str]]) -> dict[str, Any]:
-    """Return the notes of a shard none of whose files was skipped (see report.py), from the report and the files."""
+    """Reconstruct the notes of a shard without skipped files (see report.py) from the report and the files."""
     skipped, digests = [], {kind: [] for kind in ("text", *_FILE_KINDS)}  # type: ignore[var-annotated]
     own_cut: dict[str, list[str]] = {kind: [] for kind in cut}
     seen: set[tuple[str, str]] = set()

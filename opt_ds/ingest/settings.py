@@ -1,4 +1,4 @@
-"""Settings of `opt-ds prepare`: how features are extracted. Equal settings and inputs give equal bytes."""
+"""Settings of `opt-ds prepare`: how features are extracted. Equal settings and inputs produce equal bytes."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -89,5 +89,5 @@ class PrepareSettings(Section):
         return self
 
     def decoding_limits(self) -> Limits:
-        """Return the limits of decoding that follow from these settings."""
+        """Return the decoding limits that follow from these settings."""
         return Limits(max_pixels=self.max_pixels, max_seconds=self.max_seconds)

@@ -1,7 +1,7 @@
-"""Read text files that people wrote: UTF-8, or UTF-16 with its byte order mark, gzipped or not, and strict JSON in them.
+"""Read text files written by people: UTF-8, or UTF-16 with a byte order mark, gzipped or not, and strict JSON in them.
 
-Mistakes are worded for the user. Content decides whether a file is gzipped. A JSON object must not name a field twice, and NaN
-is refused.
+Errors are worded for the user. Whether a file is gzipped is detected by its content. A JSON object must not contain a
+field twice, and NaN is refused.
 """
 
 import codecs
@@ -26,11 +26,11 @@ _SPACE = " \t\n\r"
 
 
 class JsonError(ValueError):
-    """Why a text is not strict JSON, in words for the user."""
+    """Why a text is not strict JSON, worded for the user."""
 
 
 def parse_json(text: str) -> Any:
-    """Return the one JSON value in a text. Raises JsonError."""
+    """Return the single JSON value in a text. Raise JsonError for anything else."""
     try:
         return _DECODER.decode(text)
     except JsonError:
@@ -41,9 +41,9 @@ def parse_json(text: str) -> Any:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a text file, gzipped or not, for reading its UTF-8 bytes; UTF-16 is recoded by its byte order mark.
+    """Open a text file, gzipped or not, to read its UTF-8 bytes. UTF-16 is detected by its byte order mark and recoded.
 
-    UserError if it is missing, cut off or of another kind.
+    Raise UserError if the file is missing, truncated or of another kind.
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
@@ -62,7 +62,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 def byte_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) of the lines that are not blank, without a byte order mark. LF, CRLF and CR end a line."""
+    """Yield (number, line) of lines that are not blank, without a byte order mark. LF, CRLF and CR end a line."""
     number = 0
     for raw in file:
         for line in raw.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
@@ -74,7 +74,10 @@ def byte_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 text file, gzipped or not; line ends stay. UserError as `open_bytes`, and for other encodings."""
+    """Open a UTF-8 text file, gzipped or not.
+
+    Line ends are kept. Raise UserError like `open_bytes`, and for other encodings.
+    """
     with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
             yield text
@@ -98,7 +101,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def read_json_array(path: Path) -> Iterator[Any]:
-    """Yield the elements of a file that is one JSON array, without holding all of it (Visual Genome's are large)."""
+    """Yield the elements of a file that is one JSON array, without loading all of it.
+
+    Visual Genome's files are large.
+    """
     with open_text(path) as file:
         reader = _ArrayReader(path, file)
         if reader.next_letter() != "[":
@@ -120,7 +126,7 @@ def read_json_array(path: Path) -> Iterator[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the one JSON value of a file. UserError if the file is missing or holds something else."""
+    """Return the single JSON value of a file. Raise UserError if the file is missing or contains anything else."""
     with open_text(path) as file:
         try:
             return parse_json(file.read())
@@ -136,16 +142,18 @@ class _ArrayReader:
         self._buffer, self._ended = "", False
 
     def next_letter(self) -> str:
-        """Return the next letter that is no space; "" at the end of the file."""
+        """Return the next character that is not a space; "" at the end of the file."""
         while True:
             self._buffer = self._buffer.lstrip(_SPACE)
             if self._buffer or not self._read_more():
                 return self._buffer[:1]
 
     def skip(self) -> None:
+        """Skip one character."""
         self._buffer = self._buffer[1:]
 
     def value(self) -> Any:
+        """Decode and return the next element."""
         self.next_letter()
         while True:
             try:
@@ -157,13 +165,13 @@ class _ArrayReader:
                     raise UserError(f"{self._path}: not JSON: {_why_not_json(error)}") from None
                 continue
             number = isinstance(value, int | float) and not self._buffer[end:].lstrip(_SPACE).startswith((",", "]"))
-            if number and self._read_more():  # its digits may go on in the next block
+            if number and self._read_more():  # its digits may continue in the next block
                 continue
             self._buffer = self._buffer[end:]
             return value
 
     def _read_more(self) -> bool:
-        # As much again as is waiting, so that a long element is not decoded once per block.
+        # Read at least as much again as is waiting, so that a long element is not decoded once per block.
         block = "" if self._ended else self._file.read(max(_JSON_BLOCK, len(self._buffer)))
         self._ended = not block
         self._buffer += block
@@ -171,7 +179,7 @@ class _ArrayReader:
 
 
 class _Recoded(io.RawIOBase):
-    """The UTF-8 bytes of a text in UTF-16. UserError where it is not whole."""
+    """The UTF-8 bytes of a UTF-16 text. Reading raises UserError if it is truncated or damaged."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._text = path, io.TextIOWrapper(file, encoding="utf-16", newline="")
@@ -192,7 +200,7 @@ class _Recoded(io.RawIOBase):
 
 
 def _in_utf8(path: Path, file: BinaryIO) -> BinaryIO:
-    """Return a file of UTF-8 text as it is, and one of UTF-16 recoded."""
+    """Return a UTF-8 file unchanged, and a UTF-16 file recoded."""
     head = file.read(4)
     file.seek(0)
     return cast(BinaryIO, io.BufferedReader(_Recoded(path, file))) if is_utf16(head) else file

@@ -1,6 +1,6 @@
-"""Replaces one modality of a finished store by features of another extractor; the others are kept as they are.
+"""Replace one modality of a finished store with features of another extractor. Other modalities are kept.
 
-The raw files are found again through the manifest, by the samples' ids.
+The raw files are found through the manifest, by the ids of the samples.
 """
 
 import logging
@@ -39,11 +39,26 @@ def update_modality(
     strict: bool = False,
     allow_outside: bool = False,
 ) -> StoreDescription:
-    """Add or replace "image" or "audio" of every sample whose manifest line names such a file; the store is whole at any time.
+    """Add or replace "image" or "audio" of every sample whose manifest line names such a file.
 
-    A sample whose file cannot be read, or whose line names none, loses this modality and is named; with `strict` that stops
-    the update. New images drop the image codes: `opt-ds train-dvae` makes them again. Raises UserError for samples that are
-    not in the manifest and for one that would be left with nothing.
+    The store stays valid throughout. A sample whose file cannot be read, or whose line names none, loses this modality
+    and is logged. New images remove the image codes, which `opt-ds train-dvae` makes again.
+
+    Args:
+        path: The store's folder.
+        manifest_path: The manifest.
+        kind: "image" or "audio".
+        settings: How features are extracted.
+        workers: Number of worker processes.
+        device: "auto", "cpu" or "cuda".
+        strict: Stop at the first sample that would lose the modality.
+        allow_outside: See `read_manifest`.
+
+    Returns:
+        The new description of the store.
+
+    Raises:
+        UserError: A sample is not in the manifest, or would be left without any modality.
     """
     with exclusive_use(path):
         store = open_store(path, with_dvae=False)
@@ -94,7 +109,10 @@ def update_modality(
 
 
 def sample_lines(store: FeatureStore, manifest: Manifest) -> list[ManifestLine]:
-    """Return the manifest's line of each of the store's samples. UserError for a sample that is not in it."""
+    """Return the manifest line of each sample of the store.
+
+    Raise UserError for a sample that is not in the manifest.
+    """
     line_of = {line.id: line for line in manifest.lines}
     ids = [store.sample_id(index) for index in range(store.num_samples)]
     absent = [id for id in ids if id not in line_of]
@@ -164,7 +182,7 @@ def _note(
 
 
 def _replace(arrays: Arrays, kind: str, names: list[str | None], found: dict[str, Any], dims: Any) -> Arrays:
-    """Return a shard's arrays with new ones of `kind`; `names` are its samples' files."""
+    """Return the arrays of a shard with new ones of `kind`. `names` are the files of its samples."""
     row_of: dict[str, int] = {}
     items: list[Any] = []
     rows = arrays["samples/rows"].copy()
@@ -205,7 +223,7 @@ def _offsets(items: list[np.ndarray]) -> np.ndarray:
 
 
 def refuse_empty(store: FeatureStore, samples: list[int], rows: np.ndarray) -> None:
-    """Raise UserError if one of the samples would have no modality left. `rows`: int64 [n, 3], theirs."""
+    """Raise UserError if one of the samples would have no modality left. `rows`: their rows, int64 [n, 3]."""
     empty = np.flatnonzero((rows == MISSING).all(1))
     if len(empty):
         id = store.sample_id(samples[int(empty[0])])

@@ -1,6 +1,7 @@
-"""Tokenises the texts of a finished store anew, with another tokenizer or after other texts; the rest is kept as it is.
+"""Tokenise the texts of a finished store again, with another tokenizer or with other texts. Everything else is kept.
 
-The new tokenizer lies beside the old one, under another name, until `store.json` names it: a kill leaves one whole store.
+The new tokenizer is next to the old one, under another name, until `store.json` names it, so a kill leaves one valid
+store.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ _REVISION = re.compile(rf"^{TOKENIZER_FOLDER}(?:-r(\d+))?$")
 
 @dataclass(frozen=True)
 class _Text:
-    """A sample's text. Samples with equal keys share its row."""
+    """The text of a sample. Samples with equal keys share its row."""
 
     key: Any
     string: str
@@ -50,12 +51,25 @@ def update_text(
     strict: bool = False,
     allow_outside: bool = False,
 ) -> StoreDescription:
-    """Tokenise every text anew: the store's own captions, or with a manifest the texts that it gives for the samples' ids.
+    """Tokenise every text again: the store's own captions, or the texts of a manifest for the ids of the samples.
 
-    The tokenizer is `settings.text`, or one of `vocab_size` trained on the train split; `unicode_form` and `max_tokens`
-    as in preparation. A sample whose text has no token, or whose line has no text, is left without and named; with `strict`
-    that stops the update. Raises UserError for samples that are not in the manifest, for one that would be left with nothing,
-    and if a tokenizer is to be trained and no train sample has a text.
+    The tokenizer is `settings.text`, or one of `vocab_size` trained on the train split. `unicode_form` and `max_tokens`
+    apply as in preparation. A sample whose text has no tokens, or whose line has no text, is left without text and
+    logged.
+
+    Args:
+        path: The store's folder.
+        manifest_path: A manifest with the texts. None: use the store's captions.
+        settings: The settings of the tokenizer.
+        strict: Stop at the first sample that would be left without text.
+        allow_outside: See `read_manifest`.
+
+    Returns:
+        The new description of the store.
+
+    Raises:
+        UserError: A sample is not in the manifest or would be left without any modality, or a tokenizer is to be
+            trained and no train sample has a text.
     """
     with exclusive_use(path):
         store = open_store(path)
@@ -143,7 +157,10 @@ def _tokenised(
     max_tokens: int | None,
     notes: ModalityNotes,
 ) -> Arrays:
-    """Return a shard's arrays with its texts tokenised anew, and note what was cut, lost and equal."""
+    """Return the arrays of a shard with its texts tokenised again.
+
+    Record truncated texts, missing texts and duplicates in `notes`.
+    """
     first: dict[Any, int] = {}  # key -> the first sample that uses it
     for sample in samples:
         if (text := texts[sample]) is not None:

@@ -1,7 +1,8 @@
-"""The processes that decode files and extract features, and the fixed chunks of files that they are given.
+"""The processes that decode files and extract features, and the fixed chunks of files that they process.
 
-A chunk is cut by the manifest alone and runs on one thread; a file that cannot be read leaves a hole in it, so that the
-features of the others are the same bytes whoever computes them and whatever else is broken.
+Chunks depend on the manifest only, and each runs on one thread. An unreadable file leaves an empty position in its
+chunk. The features of the other files are therefore the same bytes, whichever process computes them and whatever other
+files are broken.
 """
 
 import ctypes
@@ -31,13 +32,13 @@ from opt_ds.store.writer import ImageItem
 
 _CHUNK = {"image": 16, "audio": 32}
 _AHEAD_PER_WORKER = 4
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LARGEST_BYTES, _KEPT_BYTES = 32 * MIB, 256 * MIB  # the former is the most that glibc takes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+_LARGEST_BYTES, _KEPT_BYTES = 32 * MIB, 256 * MIB  # the former is the maximum that glibc accepts
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What stands in the place of a file that could not be used. `state`: what the file was like (see retry.py)."""
+    """The result for a file that could not be used. `state` is the state of the file (see retry.py)."""
 
     reason: str
     state: Any = None
@@ -45,7 +46,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A file's features: an ImageItem, or frames [T, Da]; a hash of the file's bytes; whether frames were cut off."""
+    """The result for a file: an ImageItem or frames [T, Da], a hash of the bytes, and whether frames were truncated."""
 
     item: Any
     digest: str
@@ -54,7 +55,7 @@ class Extracted:
 
 @dataclass
 class ShardFiles:
-    """A shard's line indices, and the distinct files of each kind that they need, in order of first use."""
+    """The line indices of a shard, and the distinct files of each kind that they need, in order of first use."""
 
     index: int
     lines: list[int]
@@ -62,8 +63,8 @@ class ShardFiles:
 
 
 def build_extractor(kind: str, settings: PrepareSettings, device: str) -> Any:
-    """Build the extractor of "image" or "audio". UserError for bad settings or weights."""
-    # Imported here, so that a process holds torchvision or torchaudio models only if it extracts.
+    """Build the extractor of "image" or "audio". Raise UserError for invalid settings or weights."""
+    # Imported here, so that only processes that extract load torchvision or torchaudio.
     if kind == "image":
         from opt_ds.features.region_extractors import build_region_extractor
 
@@ -93,12 +94,19 @@ def extraction(
 ) -> Iterator[Iterator[tuple[str, list[str], list[Extracted | Failure]]]]:
     """Start the workers, and yield (kind, file names, results) chunk by chunk in the order of the shards.
 
-    At the end, or when the caller is done early, the workers are ended.
+    The workers are ended at the end, or earlier if the caller stops.
+
+    Args:
+        shards: The shards and their files.
+        folder: The folder that file names are relative to.
+        settings: How features are extracted.
+        workers: Number of worker processes.
+        device: Device of the extractors; "cuda" distributes the workers over all GPUs.
     """
     pool = _Pool(workers, settings, device)
     try:
         yield _in_order(pool, _tasks(shards, folder), workers * _AHEAD_PER_WORKER)
-    except KeyboardInterrupt:  # nobody waits for what they are doing
+    except KeyboardInterrupt:  # the results of running tasks are not needed any more
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -107,26 +115,31 @@ def extraction(
 
 
 class _Pool:
-    """The worker processes. When one is ended (out of memory, say) all are replaced, and no chunk is lost."""
+    """The worker processes. If one is killed (for example out of memory), all are replaced and no chunk is lost."""
 
     def __init__(self, workers: int, settings: PrepareSettings, device: str) -> None:
         self._workers, self._settings, self._device = workers, settings, device
         self._start()
 
     def submit(self, task: "_Task") -> Future:
+        """Submit a chunk. If the pool is broken, return a future with that exception."""
         try:
             with uninterrupted_children():  # submitting may start a worker
                 return self._pool.submit(_extract_chunk, task.kind, task.names, task.folder)
-        except BrokenProcessPool as error:  # it ended since: the task's result says so
+        except BrokenProcessPool as error:  # a worker has ended since: report it as the result of the task
             failed: Future = Future()
             failed.set_exception(error)
             return failed
 
     def close(self) -> None:
+        """End the workers and drop waiting chunks."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def extract_alone(self, task: "_Task") -> list[Extracted | Failure]:
-        """After a worker's end: extract a chunk with nothing beside it; if that ends the worker too, file by file."""
+        """Extract a chunk after the end of a worker, with no other chunk running.
+
+        If it ends the worker again, go file by file.
+        """
         results = self._attempt(task)
         if results is not None:
             return results
@@ -138,7 +151,7 @@ class _Pool:
         return [self._extract_file(task, place) for place in range(len(task.names))]
 
     def _extract_file(self, task: "_Task", place: int) -> Extracted | Failure:
-        # The other files' places stay empty: features depend on a file's place in its chunk.
+        # The positions of the other files stay empty, since features depend on the position of a file in its chunk.
         name = task.names[place]
         assert name is not None
         results = self._attempt(replace(task, names=[name if index == place else None for index in range(len(task.names))]))
@@ -156,13 +169,14 @@ class _Pool:
             return None
 
     def restart(self) -> None:
+        """Replace all workers."""
         self.close()
         self._start()
 
     def _start(self) -> None:
-        # Spawned, because a fork of a process with torch's thread pools or a CUDA context can hang.
+        # Workers are spawned, because forking a process with torch's thread pools or a CUDA context can hang.
         context = multiprocessing.get_context("spawn")
-        with uninterrupted_children():  # the first shared value starts a process that looks after such values
+        with uninterrupted_children():  # the first shared value starts a resource tracker process
             number = context.Value("i", 0)
         self._pool = ProcessPoolExecutor(
             self._workers, mp_context=context, initializer=_start_worker, initargs=(self._settings, self._device, number)
@@ -180,15 +194,15 @@ def _start_worker(settings: PrepareSettings, device: str, number: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with number.get_lock():
         own, number.value = number.value, number.value + 1
-    if device == "cuda":  # the workers take turns over the GPUs
+    if device == "cuda":  # workers are distributed over the GPUs in turn
         device = f"cuda:{own % torch.cuda.device_count()}"
     _worker.update(settings=settings, device=device)
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc use large blocks again for the next file, instead of returning and mapping them page by page.
+    """Let glibc reuse large blocks for the next file, instead of unmapping and mapping them page by page.
 
-    A fifth of a worker's processor time is spent on such pages otherwise. Other C libraries are left as they are.
+    Otherwise a fifth of a worker's CPU time is spent on such pages. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -197,7 +211,7 @@ def _keep_freed_memory() -> None:
 
 
 def _end_with_parent() -> None:
-    # A killed main process cannot end its workers, which would wait for work, and hold their memory, for ever.
+    # A killed main process cannot end its workers, which would wait for work and hold their memory forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -206,7 +220,7 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    """A chunk of files of one kind. None among the names: the place of a file that is not extracted this time."""
+    """A chunk of files of one kind. None in `names` is the position of a file that is not extracted this time."""
 
     kind: str
     names: list[Any]
@@ -224,7 +238,10 @@ def _tasks(shards: Iterable[ShardFiles], folder: Path) -> Iterator[_Task]:
 def _in_order(
     pool: _Pool, tasks: Iterator[_Task], ahead: int
 ) -> Iterator[tuple[str, list[str], list[Extracted | Failure]]]:
-    """Yield the tasks' results in order, with at most `ahead` of them under way or waiting: memory stays bounded."""
+    """Yield the results of the tasks in order.
+
+    At most `ahead` tasks are running or waiting, so that memory stays bounded.
+    """
     pending: deque[tuple[_Task, Future]] = deque()
     while True:
         for task in islice(tasks, ahead - len(pending)):
@@ -237,7 +254,7 @@ def _in_order(
         except BrokenProcessPool:
             pool.restart()
             results = pool.extract_alone(task)
-            # What was under way ended with the pool; what had been done is kept.
+            # Running tasks ended with the pool. Results of completed tasks are kept.
             later = [(other, _again(pool, other, done)) for other, done in list(pending)[1:]]
             pending = deque([pending[0], *later])
         yield task.kind, task.names, results
@@ -250,7 +267,7 @@ def _again(pool: _Pool, task: _Task, future: Future) -> Future:
 
 
 def _extract_chunk(kind: str, names: list[str | None], folder: Path) -> list[Extracted | Failure]:
-    """In a worker: decode and extract files of one kind; a place without a name stays empty."""
+    """Decode and extract files of one kind, inside a worker. A position without a name stays empty."""
     settings = _worker["settings"]
     if kind not in _worker:
         _worker[kind] = build_extractor(kind, settings, _worker["device"])
@@ -271,7 +288,7 @@ def _extract_chunk(kind: str, names: list[str | None], folder: Path) -> list[Ext
 
 
 def _extract(kind: str, inputs: Sequence[Any]) -> list[Any]:
-    """Extract a chunk; if it fails as a whole, file by file, so that one odd file costs itself alone."""
+    """Extract a chunk. If that fails, extract file by file, so that one unusual file affects itself only."""
     extractor = _worker[kind]
     try:
         return extractor.extract(inputs)
@@ -293,7 +310,7 @@ def _extract_alone(kind: str, extractor: Any, value: Any) -> Any:
 
 
 def _decode(kind: str, path: Path, settings: PrepareSettings) -> Decoded[Any] | Failure:
-    """Decode a file. EnvironmentFaultError, which ends the run, for whatever is no matter of its content."""
+    """Decode a file. Raise EnvironmentFaultError, which ends the run, for faults unrelated to its content."""
     from opt_ds.decoding.recordings import trim_silence
 
     decoder, limits = own_decoder(), settings.decoding_limits()
@@ -315,7 +332,7 @@ def _decode(kind: str, path: Path, settings: PrepareSettings) -> Decoded[Any] | 
 
 
 def _failure(kind: str, path: Path, error: DecodingError) -> Failure:
-    # The report must not depend on where the files lie.
+    # The report must not depend on the folder of the files.
     if isinstance(error, MissingFileError):
         return Failure(f"{kind} file is missing: {path.name}")
     return Failure(f"{kind} file is {'refused' if error.refused else 'broken'}: {path.name}: {error}")

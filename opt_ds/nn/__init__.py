@@ -1,1 +1,1 @@
-"""Layers that the model and the tasks are built of."""
+"""Layers that the model and the tasks are built from."""

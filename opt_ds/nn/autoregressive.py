@@ -1,4 +1,4 @@
-"""A decoder that writes item by item from the encoder's output; text and image decoder are made of it."""
+"""Autoregressive decoder over the encoder's output: the base class of the text decoder and the image decoder."""
 
 from abc import ABC, abstractmethod
 
@@ -14,9 +14,10 @@ from opt_ds.ops.sequences import Sequences
 
 
 class AutoregressiveDecoder(nn.Module, ABC):
-    """Embeds what is already written, attends to the encoder's output, scores what comes next; embedding and scores are tied.
+    """Base class of the decoders.
 
-    `num_positions` bounds the length.
+    It embeds the items written so far, attends to the encoder's output and scores the next item. Subclasses supply the
+    embedding and the output projection, which are tied. `num_positions` is the maximum length of a sequence.
     """
 
     num_positions: int
@@ -32,19 +33,22 @@ class AutoregressiveDecoder(nn.Module, ABC):
 
     @abstractmethod
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [w, e] of the items written so far."""
+        """Return the embeddings [w, e] of the items written so far."""
 
     @abstractmethod
     def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [outputs, e] and bias [outputs] of the scores."""
+        """Return the weight [outputs, e] and the bias [outputs] of the output projection."""
 
     def forward(self, written: Written, hidden_te: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(summed cross-entropy of everything to be written, how many items score highest), teacher-forced, given the encoder's
-        packed output; fp32 scalars."""
+        """Compute the teacher-forced loss over all decoder targets.
+
+        `hidden_te` is the encoder's packed output. Return two fp32 scalars: the cross-entropy summed over the targets,
+        and the number of targets with the highest score.
+        """
         return linear_cross_entropy(self._hidden(written, hidden_te), *self._output(), written.target_ids)
 
     def scores(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
-        """Scores [w, outputs] of every written position, teacher-forced."""
+        """Return the teacher-forced scores [w, outputs] of every target position."""
         return F.linear(self._hidden(written, hidden_te), *self._output())
 
     def _hidden(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
@@ -53,11 +57,14 @@ class AutoregressiveDecoder(nn.Module, ABC):
         return self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers)
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences, length: int | None = None) -> list[LayerCache]:
-        """Caches to begin writing with, one sequence per memory sequence, of `length` items at most (None: of all positions)."""
+        """Return empty caches for incremental decoding, one decoded sequence per memory sequence.
+
+        `length` is the maximum number of items; None allows all positions.
+        """
         return self.decoder.start(memory_ue, memory, length or self.num_positions)
 
     def decode(self, ids_b: torch.Tensor, position: int, caches: list[LayerCache]) -> torch.Tensor:
-        """Scores [b, outputs] of the next item, given the item written last (at `position`)."""
+        """Return the scores [b, outputs] of the next item. `ids_b` holds the last items, which are at `position`."""
         positions_b = torch.full_like(ids_b, position)
         return F.linear(self.decoder.decode(self._input(ids_b, positions_b), caches), *self._output())
 

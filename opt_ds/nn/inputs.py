@@ -1,4 +1,4 @@
-"""What layers and decoders are given beside hidden states."""
+"""Inputs of layers and decoders other than hidden states."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,23 @@ from opt_ds.ops.sequences import Sequences
 
 @dataclass
 class ReadRows(Movable):
-    """Packed positions whose encoding some head or decoder reads: the encoder's last layer is computed at no others."""
+    """The output positions: packed positions whose encoding a head or decoder uses.
+
+    The encoder's last layer is computed at these positions only.
+    """
 
     index: torch.Tensor  # int64 [R], ascending
-    sequences: Sequences  # of each sample
+    sequences: Sequences  # the output positions grouped by sample
 
 
 @dataclass
 class Written(Movable):
-    """What a decoder is to write (teacher-forced), and the encoder positions that it looks at."""
+    """Teacher-forced decoder inputs and targets, and the encoder positions that the decoder attends to."""
 
-    input_ids: torch.Tensor  # int64 [w]; for images the beginning is −1
+    input_ids: torch.Tensor  # int64 [w]; −1 marks the start of an image
     target_ids: torch.Tensor  # int64 [w]
     positions: torch.Tensor  # int64 [w]
     sequences: Sequences
-    memory_index: torch.Tensor  # int64 [m], packed positions of the samples that write
+    memory_index: torch.Tensor  # int64 [m], packed positions of the samples with decoder targets
     memory: Sequences
-    readers: Sequences | None = None  # written rows by the memory that they look at, where several sequences share one
+    readers: Sequences | None = None  # query groups: rows grouped by memory sequence, where several sequences share one

@@ -1,10 +1,11 @@
-"""Transformer layers over packed sequences, shared by the encoder and both decoders. They call only `opt_ds.ops`.
+"""Transformer layers over packed sequences, shared by the encoder and both decoders. They call `opt_ds.ops` only.
 
-Legend: t packed query rows, r those of them that are read, u packed memory rows, e width, h heads, d head width, b sequences
-decoded side by side.
+Shape letters: t packed query rows, r output positions among them, u packed memory rows, e width, h heads, d head width,
+b sequences decoded together.
 
-Norm placement: every sublayer is followed by one LayerNorm. `post` (BERT): the stream is what the norm gives. `pre`: the stream
-stays un-normalised and the next sublayer reads the norm's output; the embedding's own LayerNorm serves the first sublayer.
+Norm placement: one LayerNorm follows every sublayer. With `post` (BERT) the residual stream is the norm's output. With
+`pre` the stream stays un-normalised and the next sublayer reads the norm's output. The first sublayer uses the
+embedding's LayerNorm.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from opt_ds.ops.sequences import Sequences
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm through `opt_ds.ops`, alone or with the dropout and residual sum before it."""
+    """LayerNorm from `opt_ds.ops`, optionally fused with the dropout and residual addition before it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,8 +38,10 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, stream: torch.Tensor | None = None, rows: Sequences | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """LN(x); with `stream`: (LN(stream + dropout(x)), the new stream). `rows`: the packed rows' sequences, for the
-        dropout."""
+        """Return LN(x). With `stream`, return (LN(stream + dropout(x)), the new stream).
+
+        `rows` describes the sequences of the packed rows; a compiled backend keys its dropout by them.
+        """
         if stream is None:
             return layer_norm(x, self.weight, self.bias, self.eps)
         probability = self.probability if self.training else 0.0
@@ -54,24 +57,28 @@ class Dropout(nn.Module):
         self.probability, self.dropout_site = probability, 0
 
     def forward(self, x_te: torch.Tensor, rows: Sequences | None) -> torch.Tensor:
+        """Apply dropout to [t, e] in training mode; `rows` describes the sequences of the packed rows."""
         return dropout(x_te, self.probability if self.training else 0.0, rows, self.dropout_site)
 
 
 def number_dropout_sites(model: nn.Module) -> None:
-    """Give every dropout of the model its own number, which keys its bits."""
+    """Assign a unique dropout layer id to every dropout of the model. The id is part of the key of its random bits."""
     sites = (m for m in model.modules() if isinstance(m, (LayerNorm, Dropout, SelfAttention, CrossAttention)))
     for number, module in enumerate(sites):
         module.dropout_site = number
 
 
 class FusedProjection(nn.Linear):
-    """Queries, keys and values in one product."""
+    """Fused linear projection to queries, keys and values."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
     def forward(self, x_te: torch.Tensor, rows_r: torch.Tensor | None = None) -> Any:
-        """[t, 3e]; with `rows_r` a pair: queries [r, e] of these rows alone, keys and values [t, 2e] of all."""
+        """Return [t, 3e].
+
+        With `rows_r`, return a pair: queries [r, e] of these rows, and keys and values [t, 2e] of all rows.
+        """
         if rows_r is None:
             return super().forward(x_te)
         sizes = [self.in_features, 2 * self.in_features]
@@ -90,11 +97,11 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def project(self, x_te: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values [t, h, d]."""
+        """Return queries, keys and values, each [t, h, d]."""
         return self.qkv(x_te).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
-        """[t, e]; with `read`: [r, e], what its rows see of all rows."""
+        """Return [t, e]. With `read`, return [r, e]: the output positions only, which attend to all rows."""
         queries = sequences if read is None else read.sequences
         if read is None:
             q_thd, k_thd, v_thd = self.project(x_te)
@@ -107,7 +114,7 @@ class SelfAttention(nn.Module):
         return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
-        """One new position of each sequence; its key and value join the cache."""
+        """Attend from one new position per sequence. Its key and value are appended to the cache."""
         q_bhd, k_bhd, v_bhd = self.project(x_be)
         keys, values = cache.append(k_bhd, v_bhd)
         return self.output(cached_attention(q_bhd[:, :, None], keys, values).flatten(1))
@@ -124,10 +131,21 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def memory(self, memory_ue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [u, h, d] of the encoder's output."""
+        """Return the keys and values, each [u, h, d], of the encoder's output."""
         return self.key_value(memory_ue).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x_te: torch.Tensor, sequences: Sequences, memory_ue: torch.Tensor, memory: Sequences) -> torch.Tensor:
+        """Attend from the decoder's rows to the memory rows of the same sample.
+
+        Args:
+            x_te: Decoder rows [t, e].
+            sequences: Query groups: the decoder rows grouped by the memory sequence that they attend to.
+            memory_ue: The encoder's output [u, e].
+            memory: The memory sequences.
+
+        Returns:
+            [t, e].
+        """
         q_thd = self.query(x_te).unflatten(-1, (self.num_heads, -1))
         k_uhd, v_uhd = self.memory(memory_ue)
         probability = self.probability if self.training else 0.0
@@ -135,23 +153,26 @@ class CrossAttention(nn.Module):
         return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
+        """Attend from one new position per sequence to the cached memory; return [b, e]."""
         q_bhd = self.query(x_be).unflatten(-1, (self.num_heads, -1))
         attended = cached_attention(q_bhd[:, :, None], cache.memory_keys, cache.memory_values, cache.memory_valid)
         return self.output(attended.flatten(1))
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them."""
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.ffn_size)
         self.down = nn.Linear(config.ffn_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., e] for input [..., e]."""
         return self.down(F.gelu(self.up(x)))
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then feed-forward; each with its residual and norm."""
+    """Self-attention and feed-forward, each followed by its residual addition and norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,7 +182,17 @@ class EncoderLayer(nn.Module):
     def forward(
         self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows see all rows; with `read` only its rows come out, [r, e]."""
+        """Run the layer over all rows, or compute its output at the output positions only.
+
+        Args:
+            x_te: Normed rows [t, e].
+            stream_te: Residual stream [t, e].
+            sequences: The sequences of the rows.
+            read: The output positions. None: all rows.
+
+        Returns:
+            (normed rows, stream), each [t, e], or [r, e] with `read`. The output positions attend to all rows.
+        """
         attended = self.attention(x_te, sequences, read)
         if read is not None:
             stream_te, sequences = stream_te.index_select(0, read.index), read.sequences
@@ -170,7 +201,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention, feed-forward; each with its residual and norm."""
+    """Causal self-attention, cross-attention and feed-forward, each followed by its residual addition and norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -187,26 +218,43 @@ class DecoderLayer(nn.Module):
         memory_ue: torch.Tensor,
         memory: Sequences,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer teacher-forced.
+
+        Args:
+            x_te: Normed rows [t, e].
+            stream_te: Residual stream [t, e].
+            sequences: The decoder sequences, for self-attention.
+            readers: Query groups: the decoder rows grouped by the memory sequence that they attend to.
+            memory_ue: The encoder's output [u, e].
+            memory: The memory sequences.
+
+        Returns:
+            (normed rows, stream), each [t, e].
+        """
         x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te, sequences)
         x_te, stream_te = self.cross_norm(self.cross(x_te, readers, memory_ue, memory), stream_te, sequences)
         return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
 
     def decode(self, x_be: torch.Tensor, stream_be: torch.Tensor, cache: "LayerCache") -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer for one new position per sequence; return (normed rows, stream), each [b, e]."""
         x_be, stream_be = self.attention_norm(self.attention.decode(x_be, cache), stream_be)
         x_be, stream_be = self.cross_norm(self.cross.decode(x_be, cache), stream_be)
         return self.ffn_norm(self.ffn(x_be), stream_be)
 
 
 class LayerStack(nn.Module):
-    """Layers one after another; with `recompute` what is inside them is not kept for backward but computed again there
-    (Chen et al. 2016, "Training deep nets with sublinear memory cost")."""
+    """A stack of layers.
+
+    With `recompute`, activations inside the layers are not stored for the backward pass but recomputed there (Chen et
+    al. 2016, "Training deep nets with sublinear memory cost").
+    """
 
     recompute = False
 
     def run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normed rows, stream) of one layer."""
+        """Run one layer; return (normed rows, stream)."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, use_reentrant=False)  # with the same dropout: generators are put back
+            return checkpoint(layer, *arguments, use_reentrant=False)  # restores the RNG state, so dropout is the same
         return layer(*arguments)
 
 
@@ -218,7 +266,7 @@ class Encoder(LayerStack):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
     def forward(self, hidden_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
-        """[t, e]. With `read` the last layer is computed at its rows only; the others come out 0."""
+        """Return [t, e]. With `read`, the last layer is computed at the output positions only; all other rows are 0."""
         stream_te = hidden_te
         *lower, last = self.layers
         for layer in lower:
@@ -231,32 +279,39 @@ class Encoder(LayerStack):
 
 @dataclass
 class LayerCache:
-    """Keys and values of one decoder layer while it writes: [b, h, l, d], and of the memory [b, h, m, d]."""
+    """Cached keys and values of one decoder layer during decoding: [b, h, l, d], and [b, h, m, d] for the memory."""
 
     memory_keys: torch.Tensor
     memory_values: torch.Tensor
-    memory_valid: torch.Tensor | None  # bool [b, m]; None: no memory is padded
-    keys: torch.Tensor  # room for all positions that may come
+    memory_valid: torch.Tensor | None  # bool [b, m]; None: the memory has no padding
+    keys: torch.Tensor  # allocated for the maximum length
     values: torch.Tensor
-    length: int = 0  # positions written
+    length: int = 0  # positions written so far
 
     @staticmethod
     def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, room: int) -> "LayerCache":
-        """Over memory keys and values [u, h, d] of b sequences, with room for so many positions."""
+        """Build a cache without decoded positions.
+
+        Args:
+            keys_ume: Keys of the memory [u, h, d].
+            values_ume: Values of the memory [u, h, d].
+            memory: The b memory sequences.
+            room: Maximum number of positions per sequence.
+        """
         keys, values = memory.pad(keys_ume).transpose(1, 2), memory.pad(values_ume).transpose(1, 2)
         shape = (len(memory), keys.shape[1], room, keys.shape[3])
         valid = None if memory.min_length == memory.max_length else memory.valid
         return LayerCache(keys, values, valid, keys.new_empty(shape), keys.new_empty(shape))
 
     def append(self, k_bhd: torch.Tensor, v_bhd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one position; gives all keys and values so far."""
+        """Append one position; return all keys and values so far."""
         self.keys[:, :, self.length] = k_bhd
         self.values[:, :, self.length] = v_bhd
         self.length += 1
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, index: torch.Tensor) -> "LayerCache":
-        """The cache of these sequences (those that go on, a repetition)."""
+        """Return a cache of the sequences at `index`, such as the unfinished ones; an index may repeat."""
         keys, values = (x.new_empty(len(index), *x.shape[1:]) for x in (self.keys, self.values))
         for chosen, x in ((keys, self.keys), (values, self.values)):
             chosen[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
@@ -265,7 +320,7 @@ class LayerCache:
         return LayerCache(memory_keys, memory_values, valid, keys, values, self.length)
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Sequence i goes on from what sequence index[i] wrote, over the same memory (a beam's survivors)."""
+        """Let sequence i continue from sequence index[i], over the same memory. Used for the surviving beams."""
         for x in (self.keys, self.values):
             x[:, :, : self.length] = x[:, :, : self.length].index_select(0, index)
 
@@ -285,8 +340,20 @@ class Decoder(LayerStack):
         memory: Sequences,
         readers: Sequences | None = None,
     ) -> torch.Tensor:
-        """`readers`: the rows grouped by the memory sequence that they look at, where several sequences share one; None: each
-        sequence has its own."""
+        """Run all layers teacher-forced.
+
+        Args:
+            hidden_te: Embedded decoder rows [t, e].
+            sequences: The decoder sequences.
+            memory_ue: The encoder's output [u, e].
+            memory: The memory sequences.
+            readers: Query groups: rows grouped by the memory sequence that they attend to, where several sequences
+                share one.
+                None: each decoder sequence has its own memory sequence.
+
+        Returns:
+            Hidden states [t, e].
+        """
         stream_te = hidden_te
         readers = sequences if readers is None else readers
         for layer in self.layers:
@@ -294,11 +361,14 @@ class Decoder(LayerStack):
         return hidden_te
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:
-        """Empty caches over the encoder's output of b sequences, with room for so many positions."""
+        """Return empty caches, one per layer, over the encoder's output of b sequences.
+
+        `room` is the maximum number of positions.
+        """
         return [LayerCache.empty(*layer.cross.memory(memory_ue), memory, room) for layer in self._decoder_layers()]
 
     def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
-        """Hidden state [b, e] of one new position of each sequence."""
+        """Return the hidden state [b, e] of one new position per sequence."""
         stream_be = hidden_be
         for layer, cache in zip(self._decoder_layers(), caches, strict=True):
             hidden_be, stream_be = layer.decode(hidden_be, stream_be, cache)

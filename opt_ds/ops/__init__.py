@@ -1,1 +1,1 @@
-"""Fused operators: the public function, the choice of kernel, and the plain-PyTorch truth beside it."""
+"""Fused operators: the public functions, the choice of kernel, and the plain-PyTorch references."""

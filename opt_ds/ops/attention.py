@@ -1,6 +1,7 @@
 """Variable-length multi-head attention over packed sequences: self or cross, causal or not.
 
-t: packed query rows; u: packed key rows; h: heads; d: head width; S sequences; L longest of them.
+Shape letters: t packed query rows, u packed key rows, h heads, d head width, S sequences, L length of the longest
+sequence.
 """
 
 import torch
@@ -22,11 +23,23 @@ def attention(
     dropout: float = 0.0,
     site: int = 0,
 ) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v within each pair of query and key sequences (Vaswani et al. 2017, eq. 1); [t, h, d].
+    """Compute softmax(q kᵀ / √d) v within each pair of query and key sequences (Vaswani et al. 2017, eq. 1).
 
-    `causal` (self-attention only): a query sees keys up to its own place. Dropout acts on the probabilities; `site` says which
-    dropout of the model it is (a compiled backend keys its bits by it). A query sequence whose key sequence is empty gets 0.
-    The softmax is fp32 inside whatever the inputs' dtype; torch's backend rounds the scores and the probabilities to that.
+    The softmax is computed in fp32 whatever the dtype of the inputs. The torch backend rounds the scores and the
+    probabilities to the dtype of the inputs. A query sequence whose key sequence is empty gets 0.
+
+    Args:
+        q_thd: Queries [t, h, d].
+        k_uhd: Keys [u, h, d].
+        v_uhd: Values [u, h, d].
+        queries: The query sequences; t rows in total.
+        keys: The key sequences, one per query sequence; u rows in total.
+        causal: Let a query attend to keys up to its own position only. For self-attention.
+        dropout: Dropout probability, applied to the attention probabilities.
+        site: Dropout layer id. A compiled backend keys its random bits by it.
+
+    Returns:
+        [t, h, d], in the dtype of the inputs.
     """
     assert len(queries) == len(keys), "each query sequence has its key sequence"
     assert not causal or queries.max_length == keys.max_length, "causal attention is self-attention"
@@ -49,7 +62,11 @@ def _torch_attention(
     causal: bool,
     dropout: float,
 ) -> torch.Tensor:
-    """Sequences of like length together, padded, with the scores written out: the reference, and on the CPU the fastest."""
+    """Compute attention in plain PyTorch.
+
+    Sequences of similar length are padded together and the scores are materialised. This is the reference. On the CPU
+    it is also the fastest.
+    """
     if not queries.total or not keys.total:
         return q_thd * 0.0 + (k_uhd.sum() + v_uhd.sum()) * 0.0
     makes_code_for_shapes = kind_of_device(q_thd) == "cpu" and q_thd.dtype in (torch.float16, torch.bfloat16)  # oneDNN
@@ -72,7 +89,7 @@ def _torch_attention(
 def _padded_attention(
     q_phd: torch.Tensor, k_phd: torch.Tensor, v_phd: torch.Tensor, group: PaddedGroup, causal: bool, dropout: float
 ) -> torch.Tensor:
-    """Attention of one group's padded rows; [padded query rows, h, d]."""
+    """Compute the attention of one group's padded rows; return [padded query rows, h, d]."""
     num_heads, head_dim = q_phd.shape[1:]
 
     def heads_first(rows: torch.Tensor) -> torch.Tensor:
@@ -88,7 +105,7 @@ def _padded_attention(
     if causal:
         above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill_(above, -torch.inf)
-    probabilities = torch.softmax(scores, dim=-1)  # in fp32 inside, whatever the dtype
+    probabilities = torch.softmax(scores, dim=-1)  # computed in fp32 internally, whatever the dtype
     if dropout > 0.0:
         probabilities = generator_dropout(probabilities, dropout)
     return torch.bmm(probabilities, v).unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(0, 1)
@@ -97,9 +114,16 @@ def _padded_attention(
 def cached_attention(
     q_bhld: torch.Tensor, k_bhld: torch.Tensor, v_bhld: torch.Tensor, key_valid_bl: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of a few new queries over cached keys, for decoding; [b, h, l, d].
+    """Attend from a few new queries to cached keys, for decoding.
 
-    `key_valid_bl`: bool, keys that exist; None: all do.
+    Args:
+        q_bhld: Queries [b, h, l, d].
+        k_bhld: Keys [b, h, L, d].
+        v_bhld: Values [b, h, L, d].
+        key_valid_bl: Mask of the keys that exist, bool [b, L]. None: all keys exist.
+
+    Returns:
+        [b, h, l, d].
     """
     mask = None if key_valid_bl is None else key_valid_bl[:, None, None, :]
     return F.scaled_dot_product_attention(q_bhld, k_bhld, v_bhld, attn_mask=mask)

@@ -1,13 +1,13 @@
-"""Which kernel each operator uses: chosen once, said once, stored with the run. Nobody outside `opt_ds.ops` needs to know.
+"""The kernel of each operator. It is chosen once, logged and stored with the run. Only `opt_ds.ops` depends on it.
 
-    torch      plain PyTorch, on every device; its dropout draws from PyTorch's generator
-    fused      ours (csrc/): one CUDA kernel per operator; on the CPU their reference. Dropout is a function of (seed, step, site,
-               sample, position), the same whatever the ranks and micro-batches
+    torch      plain PyTorch, on every device; its dropout uses PyTorch's generator
+    fused      our kernels (csrc/): one CUDA kernel per operator, and the reference on the CPU. Dropout is a function of
+               (seed, step, layer, sample, position), so it does not depend on ranks and micro-batches
     apex       NVIDIA's apex for LayerNorm, where it is installed (CUDA only)
-    emulator   ours, the CUDA kernels run on the CPU thread by thread: to see the kernels drive a model, slowly
+    emulator   our CUDA kernels, run on the CPU thread by thread; slow, to test the kernels inside a model
 
-`auto` takes, operator by operator, the fastest that is there and right for the device: on a GPU fused, then apex, then torch;
-on the CPU torch (measured: benchmarks/README.md).
+`auto` takes the fastest backend that is available and correct for the device, per operator. On a GPU
+the order is fused, apex, torch. On the CPU it is torch (measured: benchmarks/README.md).
 """
 
 import functools
@@ -29,10 +29,14 @@ _dropout_key = 0
 
 
 def choose(name: str = "auto", device: torch.device | str | None = None) -> dict[str, str]:
-    """Choose the backend of every operator: a backend's name, or several as "layer_norm=fused,attention=torch" (others: auto).
+    """Choose the backend of every operator and return operator -> kernel.
 
-    `device`: where the tensors will be; None: the GPU if there is one. Raises UserError, one line, for a name that is unknown and
-    for a backend that is asked for and cannot run here.
+    Args:
+        name: The name of a backend, or several as "layer_norm=fused,attention=torch". Operators not named use `auto`.
+        device: Where the tensors will be. None: the GPU if there is one.
+
+    Raises:
+        UserError: A name is unknown, or a backend that was named explicitly cannot run here.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,40 +48,49 @@ def choose(name: str = "auto", device: torch.device | str | None = None) -> dict
 
 
 def describe() -> dict[str, str]:
-    """Operator -> the kernel in use."""
+    """Return operator -> kernel in use."""
     return dict(_chosen) if _chosen else choose()
 
 
 def reasons() -> list[str]:
-    """Why `auto` passed over a faster backend, a line each."""
+    """Return why `auto` did not use a faster backend, one line per operator."""
     return list(_reasons)
 
 
 def chosen(operator: str) -> str:
-    """The backend of one operator; `auto` if nobody has chosen."""
+    """Return the backend of one operator. If no choice was made, make the `auto` choice first."""
     return _chosen[operator] if _chosen else choose()[operator]
 
 
 def library(operator: str) -> str | None:
-    """The compiled library that serves an operator, or None for torch and apex."""
+    """Return the compiled library of an operator; None for torch and apex."""
     return {"fused": "opt_ds", "emulator": "opt_ds_emulator"}.get(chosen(operator))
 
 
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
-    """Make the dropout of the coming forward pass a pure function: PyTorch's of (seed, step, rank, micro-batch), ours of (seed,
-    step) and of the place in the global batch."""
+    """Make the dropout of the next forward pass deterministic.
+
+    Instead of rank and micro-batch, our dropout is keyed by the sample's index in the global batch. It therefore does
+    not depend on how samples are distributed.
+
+    Args:
+        seed: The seed of the run. Keys both PyTorch's dropout and ours.
+        step: The optimiser step. Keys both.
+        rank: The data-parallel rank. Keys PyTorch's dropout only.
+        micro_batch: The index of the micro-batch within the step. Keys PyTorch's dropout only.
+    """
     global _dropout_key
     torch.manual_seed(int(keyed_hash(seed, "dropout", step, rank, micro_batch)) & (2**63 - 1))
     _dropout_key = int(keyed_hash(seed, "dropout", step)) & (2**63 - 1)
 
 
 def dropout_key() -> int:
-    """The key of our dropout in this step."""
+    """Return the key of our dropout in the current step."""
     return _dropout_key
 
 
 def _parse(name: str) -> dict[str, str]:
-    """ "fused" or "layer_norm=apex,attention=torch" -> operator: backend."""
+    """Parse "fused" or "layer_norm=apex,attention=torch" to operator -> backend."""
     if "=" not in name:
         return dict.fromkeys(OPERATORS, _known(name, ("auto", *BACKENDS)))
     wanted = dict.fromkeys(OPERATORS, "auto")
@@ -107,7 +120,7 @@ def _resolve(operator: str, backend: str, device: torch.device) -> str:
                 _reasons.append(f"{operator}: our kernel is not used: {reason}")
         return "torch"
     if backend == "apex" and operator != "layer_norm":
-        return "torch"  # apex has no other operator of ours
+        return "torch"  # apex has no kernel for the other operators
     reason = _missing(operator, backend, device)
     if reason:
         raise UserError(f'ops.backend "{backend}" cannot run {operator} here: {reason}')
@@ -115,7 +128,7 @@ def _resolve(operator: str, backend: str, device: torch.device) -> str:
 
 
 def _missing(operator: str, backend: str, device: torch.device) -> str:
-    """Why a backend cannot serve an operator on a device; "" if it can."""
+    """Return why a backend cannot serve an operator on a device; "" if it can."""
     if backend == "torch":
         return ""
     if backend == "fused":
@@ -129,7 +142,7 @@ def _missing(operator: str, backend: str, device: torch.device) -> str:
 
 @functools.cache
 def apex_missing() -> str:
-    """Why NVIDIA's apex cannot be used; PyPI's package of that name is something else."""
+    """Return why NVIDIA's apex cannot be used; "" if it can. PyPI's package named apex is a different project."""
     try:
         importlib.import_module("apex")
     except ImportError:

@@ -1,7 +1,8 @@
-"""The compiled operators (csrc/): loads them, and tells torch.compile about them.
+"""Load the compiled operators (csrc/) and register them with torch.compile.
 
-Two libraries with the same operators: `torch.ops.opt_ds` (the CUDA kernels on a GPU, their plain reference on the CPU) and
-`torch.ops.opt_ds_emulator` (the CUDA kernels run on the CPU, thread by thread; slow). `csrc/binding.cpp` has the schemas.
+There are two libraries with the same operators. `torch.ops.opt_ds` has the CUDA kernels on a GPU and their plain
+reference on the CPU. `torch.ops.opt_ds_emulator` runs the CUDA kernels on the CPU, thread by thread, which is slow. The
+schemas are in `csrc/binding.cpp`.
 """
 
 import functools
@@ -21,8 +22,11 @@ _REINSTALL = "install opt_ds again (pip install --no-build-isolation --no-deps -
 
 @functools.cache
 def build_record() -> dict[str, Any]:
-    """What the build says of itself: `cpu`, `cuda`, `emulator` ("built" or the reason why not), `architectures`, and `torch`, the
-    version that it was built against."""
+    """Return the record that the build wrote.
+
+    Its keys are `cpu`, `cuda` and `emulator` ("built" or the reason why not), `architectures`, and `torch`, the version
+    that the extension was built against.
+    """
     try:
         return json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,11 +36,11 @@ def build_record() -> dict[str, Any]:
 
 @functools.cache
 def load(library: str = "opt_ds") -> str:
-    """Load one of the two libraries; gives "" or the reason why it is not there."""
+    """Load one of the two libraries; return "" or the reason why it is not available."""
     part = "cpu" if library == "opt_ds" else "emulator"
     if build_record()[part] != "built":
         return build_record()[part]
-    built_for = build_record().get("torch")  # builds of older versions do not tell
+    built_for = build_record().get("torch")  # records written by older versions have no such key
     if built_for and _minor(built_for) != _minor(torch.__version__):
         return f"built against torch {built_for}, but torch here is {torch.__version__}: {_REINSTALL}"
     files = list(_PACKAGE.glob(f"{_LIBRARIES[library]}.*.so"))
@@ -54,7 +58,7 @@ def load(library: str = "opt_ds") -> str:
 
 
 def missing_on(device: torch.device) -> str:
-    """ "" if the fused operators run on this device, else the reason why they do not."""
+    """Return "" if the fused operators run on this device, else the reason why they do not."""
     reason = load()
     if reason or device.type != "cuda":
         return reason
@@ -69,12 +73,12 @@ def missing_on(device: torch.device) -> str:
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether code for an architecture ("80", "90a", "80+PTX") runs on a GPU of compute capability major.minor."""
+    """Return whether code for an architecture ("80", "90a", "80+PTX") runs on a GPU of capability major.minor."""
     number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", architecture).groups()  # type: ignore[union-attr]
     built = divmod(int(number), 10)
     if suffix == "a":
-        return built == (major, minor)  # this chip alone
-    # Machine code runs on later chips of the same generation; PTX is translated for all later ones.
+        return built == (major, minor)  # code for "a" architectures runs on exactly this capability
+    # Machine code runs on later chips of the same generation. PTX is translated for all later generations.
     return built <= (major, minor) and (built[0] == major or (ptx is not None and not suffix))
 
 
@@ -87,7 +91,10 @@ def _statistics(x: torch.Tensor) -> torch.dtype:
 
 
 def _register(library: str) -> None:
-    """Shapes of one library's operators, for torch.compile; csrc/autograd.cpp has their gradients."""
+    """Register the output shapes of one library's operators for torch.compile.
+
+    csrc/autograd.cpp has their gradients.
+    """
 
     @torch.library.register_fake(f"{library}::layer_norm")
     def _(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site):

@@ -1,4 +1,4 @@
-"""Dropout of packed rows, and PyTorch's dropout made fast on the CPU."""
+"""Dropout of packed rows, and a faster form of PyTorch's dropout on the CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +13,16 @@ _device_to_act_as: str | None = None
 
 
 def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, site: int = 0) -> torch.Tensor:
-    """Elements kept with 1 − probability and scaled by its inverse (training only: probability 0 gives x_te itself); [t, e].
+    """Keep each element of [t, e] with probability 1 − p and scale it by 1 / (1 − p).
 
-    `rows`: the sequences that the rows belong to. `site`: which dropout of the model this is; each has its own bits.
+    Args:
+        x_te: Packed rows [t, e].
+        probability: Dropout probability p. With 0, as in evaluation, x_te itself is returned.
+        rows: The sequences that the rows belong to. A compiled backend requires them.
+        site: Dropout layer id. Each layer has its own random bits.
+
+    Returns:
+        [t, e], in the dtype of x_te.
     """
     if probability == 0.0:
         return x_te
@@ -27,10 +34,11 @@ def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, site
 
 
 def generator_dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Dropout whose bits PyTorch's generator draws; any shape.
+    """Apply dropout with bits from PyTorch's generator, to a tensor of any shape.
 
-    On the CPU PyTorch draws a double an element, a tenth of a training step. Here 16 bits an element decide, so the probability
-    is a multiple of 2⁻¹⁶; the scale is that of the multiple.
+    On the CPU PyTorch generates one double per element, which takes a tenth of a training step. This function uses 16
+    bits per element. The probability is therefore rounded to a multiple of 2⁻¹⁶, and the scale matches the rounded
+    probability.
     """
     if kind_of_device(x) != "cpu":
         return F.dropout(x, probability, training=True)
@@ -40,10 +48,10 @@ def generator_dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
 
 
 def _zero_or(scale: float, is_kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale` where int16 `is_kept` is 1, else 0; it may overwrite it.
+    """Return `scale` where int16 `is_kept` is 1, and 0 elsewhere. May overwrite `is_kept`.
 
-    Integers of one width are compared and multiplied in vectors, where conversions of bools are not: so 16-bit floats are made of
-    their bits.
+    Comparisons and products of integers of one width are vectorised, conversions from bool are not. 16-bit floats are
+    therefore built from their bit patterns.
     """
     if dtype.itemsize != 2:
         return is_kept.to(dtype).mul_(scale)
@@ -51,13 +59,13 @@ def _zero_or(scale: float, is_kept: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def kind_of_device(x: torch.Tensor) -> str:
-    """The tensor's kind of device, "cpu" or "cuda"; of a tensor without content the one that it stands for."""
+    """Return the tensor's device type, "cpu" or "cuda". Inside `acting_as`, return the device type given there."""
     return _device_to_act_as or x.device.type
 
 
 @contextmanager
 def acting_as(device: str) -> Iterator[None]:
-    """While entered, operators do as on this kind of device: for tensors without content that stand for it."""
+    """Let operators behave as on this device type. For meta tensors, which stand for tensors of that device."""
     global _device_to_act_as
     former, _device_to_act_as = _device_to_act_as, device
     try:

@@ -1,8 +1,8 @@
-"""Randomness without state: hashes and permutations that are pure functions of their keys.
+"""Stateless randomness: hashes and permutations that are pure functions of their keys.
 
-All functions take and give NumPy uint64 arrays (or scalars), elementwise, so that a step of 10,240 samples is drawn in one go.
-Mixing function: the finaliser of SplitMix64 (Steele, Lea, Flood 2014). Permutation: a balanced Feistel network with cycle
-walking (Black and Rogaway 2002), which permutes any range in O(1) memory.
+All functions take and return NumPy uint64 arrays (or scalars) and work elementwise, so that a step of 10,240 samples
+needs one call. Mixing function: the finaliser of SplitMix64 (Steele, Lea, Flood 2014). Permutation: a balanced Feistel
+network with cycle walking (Black and Rogaway 2002), which permutes any range in O(1) memory.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from opt_ds.ops.plan_operators import as_tensor, plan_operators
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 6
-_COMPILED_FROM = 2048  # elements; below, a call of the compiled form costs more than it saves
+_COMPILED_FROM = 2048  # elements; for fewer, the call overhead of the compiled form exceeds its gain
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -23,7 +23,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def keyed_hash(*keys: int | str | np.ndarray) -> np.ndarray:
-    """64 well-mixed bits for each combination of the (broadcast) keys; uint64. A word is a key too (a purpose's name)."""
+    """Return 64 well-mixed bits per combination of the (broadcast) keys; uint64.
+
+    A key may be a string that names a purpose.
+    """
     numbers = [np.asarray(_number_of(key) if isinstance(key, str) else key).astype(np.uint64) for key in keys]
     shape = np.broadcast_shapes(*(number.shape for number in numbers))
     if int(np.prod(shape)) >= _COMPILED_FROM and (operators := plan_operators()) is not None:
@@ -46,17 +49,23 @@ def _hashed_by(operators: Any, numbers: list[np.ndarray], shape: tuple[int, ...]
 
 
 def keyed_uniform(*keys: int | str | np.ndarray) -> np.ndarray:
-    """float64 in [0, 1), 53 random bits, for each combination of the keys."""
+    """Return a float64 in [0, 1) with 53 random bits per combination of the keys."""
     return (keyed_hash(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def keyed_choice(count: int | np.ndarray, *keys: int | str | np.ndarray) -> np.ndarray:
-    """int64 in [0, count) for each combination of the keys; the bias of a 64-bit modulus is below 2^-30 for count < 2^34."""
+    """Return an int64 in [0, count) per combination of the keys.
+
+    The bias of the 64-bit modulus is below 2^-30 for count < 2^34.
+    """
     return (keyed_hash(*keys) % np.asarray(count).astype(np.uint64)).astype(np.int64)
 
 
 def permute(index: np.ndarray, count: int, *keys: int | str | np.ndarray) -> np.ndarray:
-    """Image of each index (0 <= index < count) under the permutation of range(count) that the keys choose; int64."""
+    """Return the image of each index under a permutation of range(count) chosen by the keys; int64.
+
+    Every index must satisfy 0 <= index < count.
+    """
     if np.size(index) >= _COMPILED_FROM and (operators := plan_operators()) is not None:
         key = np.broadcast_to(keyed_hash(*keys), np.shape(index))
         images = operators.permute(as_tensor(np.asarray(index).astype(np.uint64)), count, as_tensor(key))

@@ -1,6 +1,6 @@
 """Dropout + residual + LayerNorm in one operator, and LayerNorm alone.
 
-Shapes: rows of any leading shape [..., E]; weight and bias [E].
+Shapes: rows have any leading shape [..., E]; weight and bias are [E].
 """
 
 import torch
@@ -12,7 +12,17 @@ from opt_ds.ops.sequences import Sequences
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm over the last dimension (Ba et al. 2016), in x's dtype with fp32 statistics."""
+    """Apply LayerNorm over the last dimension (Ba et al. 2016).
+
+    Args:
+        x: Input [..., E].
+        weight: Scale [E].
+        bias: Shift [E].
+        eps: Added to the variance.
+
+    Returns:
+        [..., E] in the dtype of x. Mean and variance are computed in fp32.
+    """
     library = backend.library("layer_norm")
     if library is not None:
         return getattr(torch.ops, library).layer_norm(x, None, None, weight, bias, eps, None, 0.0, 0, 0)[0]
@@ -33,10 +43,20 @@ def add_layer_norm(
     rows: Sequences | None = None,
     site: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """total = residual + dropout(x); gives (LayerNorm(total), total): post-norm uses the first, pre-norm both.
+    """Compute total = residual + dropout(x) and its LayerNorm.
 
-    `rows`: the sequences that x's rows belong to; `site`: which dropout of the model this is. A compiled backend keys its
-    dropout by them; PyTorch's draws from its generator.
+    Args:
+        x: Output of a sublayer [..., E].
+        residual: Residual stream [..., E].
+        weight: Scale of the norm [E].
+        bias: Shift of the norm [E].
+        eps: Added to the variance.
+        dropout: Dropout probability, applied to x. PyTorch's backend uses its generator.
+        rows: The sequences that the rows of x belong to. A compiled backend keys its dropout by them.
+        site: Dropout layer id, also part of that key.
+
+    Returns:
+        (LayerNorm(total), total). Post-norm uses the first, pre-norm uses both.
     """
     library = backend.library("layer_norm")
     if library is not None:

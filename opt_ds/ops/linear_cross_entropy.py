@@ -1,23 +1,35 @@
-"""A linear layer and the cross-entropy of its scores in one operator: the scores of all rows are never there at once.
+"""A linear layer and the cross-entropy of its scores in one operator.
 
-m: rows; e: width; v: classes, tens of thousands of them.
+The scores of all rows are never in memory at once.
+
+Shape letters: m rows, e width, v classes (tens of thousands).
 """
 
 from typing import Any
 
 import torch
 
-_CHUNK_BYTES = 64 * 2**20  # of fp32 scores
+_CHUNK_BYTES = 64 * 2**20  # size of one chunk of fp32 scores
 
 
 def linear_cross_entropy(
     hidden_me: torch.Tensor, weight_ve: torch.Tensor, bias_v: torch.Tensor, targets_m: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(−Σ log softmax(hidden weightᵀ + bias)[target], how many targets have the highest score); two fp32 scalars.
+    """Compute −Σ log softmax(hidden weightᵀ + bias)[target] and the number of targets with the highest score.
 
-    Scores are made for so many rows at a time as 64 MiB hold in fp32, and made again in the backward pass, unless one chunk holds
-    all. The softmax is fp32, and its gradient takes the loss's scale before it is rounded to the inputs' dtype. Without rows the
-    weight gets no gradient at all, which autograd takes for 0: a table of zeros would cost as much as one of gradients.
+    Scores are computed in chunks of rows that take 64 MiB in fp32. They are computed again in the backward pass, unless
+    one chunk holds all rows. The softmax is fp32. Its gradient is multiplied by the gradient of the loss before it is
+    rounded to the dtype of the inputs. Without rows the weight gets no gradient at all, which autograd treats as 0: a
+    tensor of zeros would cost as much as a tensor of gradients.
+
+    Args:
+        hidden_me: Hidden states [m, e].
+        weight_ve: Weight [v, e].
+        bias_v: Bias [v].
+        targets_m: Target classes, int64 [m].
+
+    Returns:
+        (summed loss, number of correct targets), two fp32 scalars.
     """
     return _LinearCrossEntropy.apply(hidden_me, weight_ve, bias_v, targets_m)
 
@@ -60,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_cv, weight_ve, out=grad_hidden_ce)
             grad_weight = torch.mm(grad_cv.t(), hidden_ce)
             if grad_weight_ve is None:
-                grad_weight_ve = grad_weight if kept is not None else grad_weight.to(wide)  # chunks add up in fp32
+                grad_weight_ve = grad_weight if kept is not None else grad_weight.to(wide)  # chunks are summed in fp32
             else:
                 grad_weight_ve += grad_weight
         if grad_weight_ve is not None:

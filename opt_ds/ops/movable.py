@@ -1,4 +1,4 @@
-"""Dataclasses of tensors that move between devices as one."""
+"""Dataclasses of tensors that move between devices together."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from opt_ds.ops.sequences import Sequences
 
 @dataclass
 class Movable:
-    """Moves its tensors, and what holds tensors, to a device."""
+    """Base class of dataclasses whose tensors move to a device together."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        """Return a copy whose tensors, including nested ones, are on the device."""
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: moved(part) for name, part in value.items()}
@@ -25,7 +26,7 @@ class Movable:
 
 
 def map_tensors(value: Any, function: Any) -> Any:
-    """The same batch, or part of one, with the function applied to each of its tensors."""
+    """Return a copy of a batch, or of part of one, with the function applied to each of its tensors."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):

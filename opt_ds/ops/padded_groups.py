@@ -1,8 +1,9 @@
-"""How attention in plain PyTorch pads: sequences of about equal length together, so that little of the padding is computed.
+"""Padding for attention in plain PyTorch: sequences of similar length are padded together, to compute little padding.
 
-Padded to the longest of a micro-batch, samples of 46 to 190 positions cost 2.3 times what they need; so grouped, 1.13 times.
+Padded to the longest of a micro-batch, samples of 46 to 190 positions cost 2.3 times the work without padding. In
+groups they cost 1.13 times.
 
-T: packed query rows; U: packed key rows.
+Shape letters: T packed query rows, U packed key rows.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ import torch
 
 from opt_ds.ops.sequences import Sequences
 
-_FINEST = 16  # below so many positions a step of length saves less than another group costs
+_FINEST = 16  # positions; a finer step of length saves less than an additional group costs
 
 
 @dataclass(frozen=True)
 class PaddedGroup:
-    """Sequences padded to the same lengths. key_bias: float32 [S, 1, keys], 0 for a key and −∞ for padding; None: no padding.
+    """Sequences padded to the same lengths.
 
-    Nobody is without keys in a group that has any: sequences of length 0 are a group of their own.
+    `key_bias` is float32 [S, 1, keys]: 0 for a key and −∞ for padding. None: there is no padding. In a group with keys
+    every query sequence has a key: pairs with a key sequence of length 0 form their own groups.
     """
 
     num_sequences: int
@@ -28,30 +30,31 @@ class PaddedGroup:
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """The groups of one pair of query and key sequences, and the rows of all groups one after another."""
+    """The groups of one pair of query and key sequences, and the rows of all groups concatenated."""
 
     groups: list[PaddedGroup]
-    query_rows: torch.Tensor  # int64, packed row of each padded place (row 0 where there is none)
-    query_sizes: list[int]  # padded places of each group
+    query_rows: torch.Tensor  # int64, packed row of each padded position (row 0 for padding)
+    query_sizes: list[int]  # number of padded positions per group
     key_rows: torch.Tensor
     key_sizes: list[int]
-    place_of_row: torch.Tensor  # int64 [T], padded place of each packed query row
+    place_of_row: torch.Tensor  # int64 [T], padded position of each packed query row
 
     @staticmethod
     def of(queries: Sequences, keys: Sequences, few_shapes: bool = False) -> "PaddedGroups":
-        """Made once for a pair of sequences; every layer attends in the same groups.
+        """Return the groups of a pair of sequences.
 
-        `few_shapes`: a group is padded to its rounded length, not to its longest sequence, so that the same shapes come again in
-        other micro-batches. oneDNN, which multiplies in half precision on the CPU, makes machine code for each new one.
+        They are computed once and cached, so every layer uses the same groups. With `few_shapes` a group is padded to
+        its rounded length instead of its longest sequence, so that the same shapes occur again in other micro-batches.
+        oneDNN, which multiplies in half precision on the CPU, generates machine code per shape.
         """
-        made = queries.__dict__.setdefault("_padded_groups", {})  # as functools.cached_property keeps what it made
+        made = queries.__dict__.setdefault("_padded_groups", {})  # cached on the instance, like cached_property
         if (id(keys), few_shapes) not in made:
             made[id(keys), few_shapes] = (keys, _make(queries, keys, few_shapes))
         return made[id(keys), few_shapes][1]
 
 
 def rounded_length(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded up to a multiple of 16, from 257 on to a sixteenth of the next power of two; int64."""
+    """Round lengths up to a multiple of 16, and from 257 on to a multiple of 1/16 of the next power of two; int64."""
     lengths = np.asarray(lengths, dtype=np.int64)
     power = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     step = np.maximum(_FINEST, power // 16)
@@ -71,7 +74,7 @@ def _make(queries: Sequences, keys: Sequences, few_shapes: bool) -> PaddedGroups
         members = np.flatnonzero(number == group)
         own = lengths[:, members]
         longest = rounded[:, group] if few_shapes else own.max(axis=1)
-        if not longest[0]:  # nobody asks
+        if not longest[0]:  # no queries
             continue
         valid = [np.arange(longest[side]) < own[side][:, None] for side in (0, 1)]
         for side in (0, 1):

@@ -1,4 +1,4 @@
-"""The HDF5 feature store: its schema, writer, reader, and the checks that it is whole."""
+"""The HDF5 feature store: schema, writer, reader and validation."""
 
 from opt_ds.store.inspect import inspect_store
 from opt_ds.store.reader import FeatureStore, Regions

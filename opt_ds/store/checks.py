@@ -1,7 +1,8 @@
-"""What every value of a store must satisfy: finite, within range, offsets that rise, rows that exist, boxes that agree.
+"""Rules for the values of a store: finite, in range, rising offsets, existing rows, consistent boxes.
 
-`inspect` asks it of whole shards, training of a store before its first start, and preparation of every item before it is
-written, so that no store is made that the others refuse. A problem is part of a line: "value 7 in row 3 is outside 0..1".
+`inspect` applies them to complete shards, training to a store before its first start, and preparation to every item
+before it is written. A store that passes preparation therefore passes the other checks. Problems are parts of a line,
+such as "value 7 in row 3 is outside 0..1".
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +22,9 @@ from opt_ds.store.schema import (
 )
 
 _BLOCK_ROWS = 65_536
-BOX_TOLERANCE = 1e-3  # boxes are float32, but some detectors work in half precision
+BOX_TOLERANCE = 1e-3  # boxes are float32, but some detectors compute in half precision
 
-# Dataset of offsets -> the dataset that they cut into items.
+# Dataset of offsets -> the dataset that they divide into items.
 OFFSETS_OF = {
     "samples/id_offsets": "samples/id",
     "samples/label_offsets": "samples/labels",
@@ -32,9 +33,9 @@ OFFSETS_OF = {
     "image/offsets": "image/features",
     "audio/offsets": "audio/features",
 }
-# Those whose items have one element at least.
+# Datasets of offsets whose items have at least one element.
 NEVER_EMPTY = ("text/offsets", "image/offsets", "audio/offsets")
-# Dataset -> the smallest and largest value allowed.
+# Dataset -> smallest and largest allowed value.
 RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, float]]] = {
     "samples/split": lambda shard, store: (0, len(store.split_names) - 1),
     "samples/labels": lambda shard, store: (0, len(store.label_names) - 1),
@@ -48,7 +49,7 @@ RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, fl
 
 
 def not_finite(array: np.ndarray) -> str | None:
-    """Return where a float array [rows, …] first has NaN or infinity; None if nowhere, or for another dtype."""
+    """Return where a float array [rows, …] first has NaN or infinity; None if nowhere, or if the dtype is not float."""
     if array.dtype.kind != "f":
         return None
     for start, block in _blocks(array):
@@ -73,7 +74,7 @@ def offset_problems(offsets: np.ndarray, length: int) -> Iterator[str]:
     """Yield what is wrong with offsets [items + 1] into `length` elements."""
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != length:
         yield f"does not run from 0 to {length}"
-    elif (falls := offsets[1:] < offsets[:-1]).any():  # not their differences, which may wrap around
+    elif (falls := offsets[1:] < offsets[:-1]).any():  # comparing differences would fail where they wrap around
         yield f"falls after item {int(np.flatnonzero(falls)[0])}"
 
 
@@ -96,7 +97,7 @@ def box_problems(array: np.ndarray) -> Iterator[str]:
 
 
 def corner_problems(corners: np.ndarray) -> Iterator[str]:
-    """Yield what is wrong with corners [R, 4] (x1, y1, x2, y2) that must lie in 0..1, up to what half precision overshoots."""
+    """Yield what is wrong with corners [R, 4] (x1, y1, x2, y2). They must be in 0..1 up to errors of half precision."""
     if not_finite(corners) is not None:
         yield f"boxes: {not_finite(corners)}"
         return
@@ -112,7 +113,10 @@ def corner_problems(corners: np.ndarray) -> Iterator[str]:
 
 
 def row_problems(rows: np.ndarray, shard: ShardDescription) -> Iterator[str]:
-    """Yield samples of `rows` [N, 3] that name a row which the shard does not have, or no row at all."""
+    """Yield what is wrong with `rows` [N, 3].
+
+    That is the first sample with a row that the shard does not have, and the first without any modality.
+    """
     for column, count in enumerate((shard.num_texts, shard.num_images, shard.num_audios)):
         bad = (rows[:, column] < MISSING) | (rows[:, column] >= count)
         if bad.any():
@@ -128,22 +132,33 @@ def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 class Regions(Protocol):
-    """A picture's regions, as `ImageItem` and the extractors' `RegionFeatures` hold them."""
+    """The regions of one image, as `ImageItem` and the extractors' `RegionFeatures` store them."""
 
     @property
-    def features(self) -> np.ndarray: ...
+    def features(self) -> np.ndarray:
+        """Features [R, Dv]."""
+        ...
+
     @property
-    def boxes(self) -> np.ndarray: ...
+    def boxes(self) -> np.ndarray:
+        """Boxes [R, 7]: x1, y1, x2, y2, w, h, w*h in 0..1."""
+        ...
+
     @property
-    def labels(self) -> np.ndarray: ...
+    def labels(self) -> np.ndarray:
+        """Class of each region, [R]."""
+        ...
+
     @property
-    def scores(self) -> np.ndarray: ...
+    def scores(self) -> np.ndarray:
+        """Confidence of each region in 0..1, [R]."""
+        ...
 
 
 def image_problem(regions: Regions, feature_dim: int, num_classes: int) -> str | None:
-    """Return why a store could not hold a picture's regions (see `ImageItem`), None if it can.
+    """Return why a store could not hold the regions of an image (see `ImageItem`); None if it can.
 
-    Values are judged as they would be stored: a feature that overflows float16 is infinite.
+    Values are checked as they would be stored: a feature that overflows float16 is infinite.
     """
     problem = item_problem("image/features", regions.features, (None, feature_dim))
     if problem is not None:
@@ -159,29 +174,40 @@ def image_problem(regions: Regions, feature_dim: int, num_classes: int) -> str |
 
 
 def audio_problem(frames: np.ndarray, feature_dim: int) -> str | None:
-    """Return why a store could not hold a recording's frames [T, Da], None if it can."""
+    """Return why a store could not hold audio frames [T, Da]; None if it can."""
     return item_problem("audio/features", frames, (None, feature_dim))
 
 
 def text_problem(tokens: np.ndarray, vocab_size: int) -> str | None:
-    """Return why a store could not hold a text's tokens [L], None if it can."""
+    """Return why a store could not hold the tokens [L] of a text; None if it can."""
     return item_problem("text/tokens", tokens, (None,), 0, vocab_size - 1)
 
 
 def codes_problem(codes: np.ndarray, num_codes: int | None) -> str | None:
-    """Return why a store could not hold a picture's codes [64], None if it can. `num_codes` None: a store without codes."""
+    """Return why a store could not hold the codes [64] of an image; None if it can.
+
+    `num_codes` None: a store without codes.
+    """
     return item_problem("image/codes", codes, (CODES_PER_IMAGE,), 0, (num_codes or 0) - 1)
 
 
 def pixels_problem(pixels: np.ndarray) -> str | None:
-    """Return why a store could not hold a picture's pixels, None if it can."""
+    """Return why a store could not hold the pixels of an image; None if it can."""
     return item_problem("image/pixels", pixels, PIXELS_SHAPE, 0, 255)
 
 
 def item_problem(
     name: str, array: np.ndarray, shape: tuple[int | None, ...], low: float = -np.inf, high: float = np.inf
 ) -> str | None:
-    """Return why `array` cannot be an item of dataset `name`, None if it can. `shape`: None for any length but 0."""
+    """Return why an array cannot be an item of a dataset; None if it can.
+
+    Args:
+        name: The dataset.
+        array: The item.
+        shape: The required shape; None stands for any length except 0.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+    """
     what = name.rpartition("/")[2]
     stored = np.dtype(DATASETS[name])
     if array.dtype.kind not in ("iu" if stored.kind in "iu" else "fiu"):

@@ -1,7 +1,7 @@
-"""What must hold in a shard, and between a store's parts: structure, dtypes, shapes, bounds, tokenizer, statistics, index.
+"""Rules for a shard and for the parts of a store: structure, dtypes, shapes, bounds, tokenizer, statistics, index.
 
-`inspect` lists every problem; training and all other readers (`store.verify`) refuse a store at the first one. Each problem is
-one line naming the file and the dataset.
+`inspect` lists every problem. Training and all other readers (`store.verify`) refuse a store at the first one. A
+problem is one line that names the file and the dataset.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ from opt_ds.store.tokenizer import describe_tokenizer
 
 
 def description_problems(description: StoreDescription) -> list[str]:
-    """Return where `store.json` contradicts itself."""
+    """Return the inconsistencies within `store.json`."""
     failures = []
     if description.with_fingerprint().fingerprint != description.fingerprint:
         failures.append("store.json: fingerprint differs from its own contents")
@@ -55,7 +55,7 @@ def description_problems(description: StoreDescription) -> list[str]:
 
 
 def tokenizer_problems(path: Path, description: StoreDescription) -> list[str]:
-    """Return where the tokenizer's folder is not what `store.json` records."""
+    """Return where the tokenizer's folder differs from its record in `store.json`."""
     name = description.tokenizer_folder
     folder = path / name
     if not (folder / "tokenizer.json").is_file():
@@ -74,7 +74,7 @@ def tokenizer_problems(path: Path, description: StoreDescription) -> list[str]:
 
 
 def index_problems(path: Path, description: StoreDescription) -> list[str]:
-    """Return where `index.h5` differs from the shards; nothing if there is no usable one."""
+    """Return where `index.h5` differs from the shards; an empty list if there is no usable index."""
     index = read_index(path, description)
     if index is None:
         return []
@@ -84,7 +84,7 @@ def index_problems(path: Path, description: StoreDescription) -> list[str]:
 
 
 def statistics_problems(path: Path, description: StoreDescription) -> list[str]:
-    """Return where the recorded statistics of the features are not those of the shards."""
+    """Return where the recorded feature statistics differ from those of the shards."""
     names = description.split_names
     train = names.index(TRAIN_SPLIT) if TRAIN_SPLIT in names else None
     files = [ShardFile(path / shard.file) for shard in description.shards]
@@ -93,12 +93,12 @@ def statistics_problems(path: Path, description: StoreDescription) -> list[str]:
 
 
 def shard_problems(path: Path, shard: ShardDescription, description: StoreDescription) -> list[str]:
-    """Return what is wrong in a shard whose checksum is right, one line per fault."""
+    """Return what is wrong in a shard whose checksum is correct, one line per fault."""
     try:
         return _content_problems(ShardFile(path / shard.file), shard, description)
     except UserError as error:
         return [str(error).replace(f"{path / shard.file}", shard.file)]
-    except Exception as error:  # broken metadata can be wrong in any way
+    except Exception as error:  # damaged metadata can raise exceptions of any type
         return [f"{shard.file}: not readable as HDF5 ({type(error).__name__})"]
 
 
@@ -157,14 +157,14 @@ def _dataset_problems(
 
 
 def _text_problems(utf8: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
-    """Yield why strings laid end to end, with offsets that hold, are not UTF-8 each."""
+    """Yield why concatenated strings with valid offsets are not valid UTF-8 individually."""
     try:
         utf8.tobytes().decode("utf-8")
     except UnicodeDecodeError:
         yield "its strings are not UTF-8"
         return
     starts = offsets[:-1][offsets[:-1] < len(utf8)]
-    if ((utf8[starts] & 0xC0) == 0x80).any():  # the middle of a letter
+    if ((utf8[starts] & 0xC0) == 0x80).any():  # an item starts in the middle of a character
         yield "cuts a letter of UTF-8 in two"
 
 

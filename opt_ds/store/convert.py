@@ -1,4 +1,4 @@
-"""Copies a finished store into another form: compressed for an archive, or contiguous again for reading."""
+"""Copy a finished store with another compression: gzip for an archive, or contiguous for reading."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ _OWN = {STORE_FILE, INDEX_FILE, "verified.json"}
 
 
 def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) -> StoreDescription:
-    """Write `output`, a store of the same content with this compression. It is there as a whole or not at all."""
+    """Write `output`, a store with the same content and the given compression, atomically."""
     if output.exists():
         raise UserError(f"{output}: it is there already: choose another --output or remove it")
     store = open_store(source)
@@ -28,7 +28,7 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
     temporary.mkdir(parents=True)
     try:
         for entry in sorted(source.iterdir()):
-            if entry.name in listed | _OWN or entry.name.startswith("."):  # written below, or a killed process's
+            if entry.name in listed | _OWN or entry.name.startswith("."):  # written below, or left by a killed process
                 continue
             if entry.is_dir():
                 shutil.copytree(entry, temporary / entry.name)

@@ -1,10 +1,10 @@
-"""The folder of a dVAE, as it lies in a store beside the codes that it made: its files checked and identified.
+"""The folder of a dVAE, as kept in a store next to the codes that it made: checks and fingerprint of its files.
 
     <folder>/config.json          the dVAE's configuration
     <folder>/model.safetensors    its weights
     <folder>/opt_ds_files.json    the hashes of both
 
-No network is built here: `DiscreteVAE.from_pretrained` does that from the same files.
+No network is built here. `DiscreteVAE.from_pretrained` does that from the same files.
 """
 
 import hashlib
@@ -29,9 +29,10 @@ _REMEDY = "restore it, or train it again"
 
 
 def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...]]]:
-    """Return a dVAE's configuration and its weights' shapes by name, once its files are compared with their recorded hashes.
+    """Return the configuration of a dVAE and the shapes of its weights by name.
 
-    Raises UserError if a file is missing, damaged or leads out of the folder.
+    The files are compared with their hashes first. Raise UserError if a file is missing, is damaged or leads out of the
+    folder.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -47,8 +48,11 @@ def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...
 
 
 def dvae_identity(config: DVAEConfig, weights: "Mapping[str, Tensor]") -> dict[str, Any]:
-    """Return name, codebook size and SHA-256 of the weights: which dVAE made a store's codes, and which can decode them."""
-    import torch  # takes seconds
+    """Return the fingerprint of a dVAE: name, codebook size and SHA-256 of the weights.
+
+    It links codes to their dVAE.
+    """
+    import torch  # takes seconds to import
 
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
@@ -59,7 +63,7 @@ def dvae_identity(config: DVAEConfig, weights: "Mapping[str, Tensor]") -> dict[s
 
 
 def dvae_problem(path: Path, description: StoreDescription) -> str | None:
-    """Return why no image can be decoded from the store's codes; None also for codes that came without a dVAE."""
+    """Return why the store's codes cannot be decoded to images; None if they can, or if the store has no dVAE."""
     folder = path / DVAE_FOLDER
     if not (description.has_codes and folder.is_dir()):
         return None
@@ -74,7 +78,7 @@ def dvae_problem(path: Path, description: StoreDescription) -> str | None:
 
 
 def check_identity(path: Path, description: StoreDescription, identity: dict[str, Any]) -> None:
-    """Raise UserError unless the dVAE of this identity made the codes of the store at `path`."""
+    """Raise UserError unless the dVAE with this fingerprint made the codes of the store at `path`."""
     if identity != description.extractors.get("codes"):
         raise UserError(
             f"{path / DVAE_FOLDER}: not the dVAE that made the store's codes: "

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, flushed to disk, and hashes of files."""
+"""Atomic, durable file writes, locks, and hashes of files."""
 
 import errno
 import fcntl
@@ -18,14 +18,17 @@ _LOG = logging.getLogger(__name__)
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether an error says that there is no space left; HDF5 tells it in words only."""
+    """Return whether an error means that there is no space left. HDF5 reports this in the message only."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on an exception remove it."""
-    # Random: processes on several nodes, or in several containers, may have the same number.
+    """Yield a temporary path next to `path`.
+
+    On success, sync the file and rename it to `path`; on an exception, remove it.
+    """
+    # The name is random, because processes on several nodes or in several containers may have the same PID.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -38,19 +41,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove temporary files that killed processes left behind for files matching the pattern `names`."""
+    """Remove temporary files left by killed processes, for files that match the pattern `names`."""
     for file in folder.glob(f".{names}.*.tmp"):
         file.unlink(missing_ok=True)
 
 
 @contextmanager
 def exclusive_use(path: Path) -> Iterator[None]:
-    """Hold `path` (a folder to be written) for this process; wait, and say so, while another one holds it.
+    """Hold an exclusive lock on `path`, a folder to be written.
 
-    The lock is a file beside `path`, locked by flock: it ends with the process, however that ends. UserError where the file
-    system has no locks.
+    Wait, with a log message, while another process holds it. The lock is a file next to `path`, locked by flock, so it
+    ends with the process in every case. Raise UserError if the file system does not support locks.
     """
-    folder = path.resolve()  # one lock for all names of a folder; "." has no name of its own
+    folder = path.resolve()  # one lock for all names of a folder, and a name for "."
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     while True:
@@ -65,7 +68,7 @@ def exclusive_use(path: Path) -> Iterator[None]:
                 raise UserError(
                     f"{folder.parent}: its file system has no file locks ({error.strerror}): mount it with locks, or use another"
                 ) from None
-            # The former holder removed its file: a lock on a removed file excludes nobody.
+            # The previous holder removed its lock file. A lock on a removed file does not exclude others.
             if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue
             try:
@@ -76,21 +79,24 @@ def exclusive_use(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically. Keys keep their order; the bytes depend on the value alone."""
+    """Write `value` as JSON, atomically. Keys keep their order, and the bytes depend on the value only."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the permissions of any that this process makes: safetensors lets its owner alone read what it writes."""
-    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # the umask cannot be read without being changed
+    """Set the permissions of a file to those of a new file of this process.
+
+    safetensors makes its files private to the owner.
+    """
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # reading the umask would require changing it
     probe.touch()
     path.chmod(probe.stat().st_mode & 0o777)
     probe.unlink()
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -98,7 +104,7 @@ def file_sha256(path: Path) -> str:
 def folder_sha256(path: Path) -> str:
     """Return one SHA-256 over the names and contents of the files directly in a folder.
 
-    Hidden files, such as file managers and network mounts leave, are no part of it.
+    Hidden files, such as those that file managers and network mounts leave, are ignored.
     """
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
@@ -108,7 +114,10 @@ def folder_sha256(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    # Without it a power cut may lose the rename although the file's own bytes are on disk.
+    """Sync a folder to disk.
+
+    Without it a power failure may undo a rename although the content of the file is on disk.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

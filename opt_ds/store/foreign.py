@@ -1,6 +1,7 @@
-"""Folders that come from somebody else: nothing in them may name a file outside the folder, or code, or a place on a network.
+"""Checks for folders of unknown origin.
 
-Used for stores, exported models, tokenizers and Hugging Face folders alike. Each check raises a one-line UserError.
+Nothing in them may refer to a file outside the folder, to code, or to a network. They are used for stores, exported
+models, tokenizers and Hugging Face folders. Each check raises a one-line UserError.
 """
 
 import json
@@ -15,14 +16,14 @@ MAX_JSON_BYTES = 64 << 20
 _MAX_NAME = 255
 _MAX_DEPTH = 50
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# In a config.json, these make transformers import code or ask a hub.
+# In a config.json, these keys make transformers import code or contact a hub.
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_experts_implementation")
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9_]*")
 
 
 def is_plain_name(name: object) -> bool:
-    """Return whether `name` names a file or folder directly in a folder: no path, no "..", no control characters."""
+    """Return whether `name` is a plain file or folder name: no path, no "..", no control characters."""
     return (
         isinstance(name, str)
         and 0 < len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME
@@ -32,10 +33,10 @@ def is_plain_name(name: object) -> bool:
 
 
 def is_inside(folder: Path, file: Path) -> bool:
-    """Return whether `file`, its symbolic links followed, lies in `folder`."""
+    """Return whether `file`, with symbolic links resolved, is in `folder`."""
     try:
         return file.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links; a name that no file can have
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or an invalid file name
         return False
 
 
@@ -46,7 +47,10 @@ def check_inside(folder: Path, file: Path) -> None:
 
 
 def read_json_object(file: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON file that holds an object. UserError, ending in `remedy`, if it is missing, too large, no JSON or no object."""
+    """Read a JSON file that contains an object.
+
+    Raise UserError, ending in `remedy`, if the file is missing, too large, invalid or contains no object.
+    """
     try:
         with open(file, "rb") as opened:
             text = opened.read(max_bytes + 1)
@@ -79,7 +83,10 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 def tensor_shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in a safetensors file's header, by name; no tensor is read. UserError if the file is damaged."""
+    """Return the shapes in the header of a safetensors file, by name.
+
+    No tensor is read. Raise UserError if it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -92,7 +99,10 @@ def tensor_shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: Path, remedy: str) -> list[Path]:
-    """Return a folder's safetensors files: model.safetensors, or those that its index names, which must lie in the folder."""
+    """Return the safetensors files of a folder: model.safetensors, or the files named by the index.
+
+    They must be in the folder.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single]
@@ -107,14 +117,16 @@ def weight_files(folder: Path, remedy: str) -> list[Path]:
 
 
 def check_model_folder(folder: Path, remedy: str = "use another folder", *, allow_pickled: bool = False) -> None:
-    """Refuse a Hugging Face folder that would read files outside it, import code, ask a hub or unpickle.
+    """Refuse a Hugging Face folder that would read files outside it, import code, contact a hub or unpickle.
 
     Args:
-        folder: What `from_pretrained(folder, local_files_only=True)` would be given.
-        remedy: How the error message ends.
-        allow_pickled: Accept pytorch_model.bin without safetensors beside it; the caller loads it with `weights_only=True`.
+        folder: The folder to be passed to `from_pretrained(folder, local_files_only=True)`.
+        remedy: The end of the error message.
+        allow_pickled: Accept pytorch_model.bin if there are no safetensors; the caller loads it with
+            `weights_only=True`.
 
     Raises:
+        UserError: The message names the file and the entry.
         UserError: Naming the file and the entry.
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -153,6 +165,9 @@ def _is_plain_word(value: object) -> bool:
 
 
 def _in_hub_cache(folder: Path, file: Path) -> bool:
-    """Hugging Face's own cache keeps a snapshot's files as links to models--…/blobs/."""
+    """Return whether `file` is in Hugging Face's cache.
+
+    It stores the files of a snapshot as links to models--…/blobs/.
+    """
     real = folder.resolve()
     return real.parent.name == "snapshots" and is_inside(real.parent.parent / "blobs", file)

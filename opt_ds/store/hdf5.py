@@ -1,7 +1,8 @@
-"""Opens HDF5 files that may come from anybody. What a store's files never have is refused before any data is read:
+"""Open HDF5 files of unknown origin.
 
-data outside the file (external storage, external and soft links, virtual datasets), types other than plain numbers, filters
-other than gzip and shuffle, and shapes that the file is too small for.
+Features that a store's files never have are refused before any data is read: data outside the file (external storage,
+external and soft links, virtual datasets), types other than plain numbers, filters other than gzip and shuffle, and
+shapes that require more data than the file has.
 """
 
 import math
@@ -13,16 +14,19 @@ from opt_ds.errors import UserError
 
 _MAX_OBJECTS = 100
 _MAX_DEPTH = 3
-_MOST_DEFLATED = 1040  # deflate cannot shrink to less than 1/1032
+_MOST_DEFLATED = 1040  # deflate compresses to 1/1032 at best
 _FILTERS = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE)
 _LIBRARY_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, NotImplementedError)
 
 
 def open_hdf5(path: Path) -> h5py.File:
-    """Open a file of groups and plain datasets for reading. UserError, naming the dataset, for anything else in it."""
+    """Open a file of groups and plain datasets for reading.
+
+    Raise UserError, naming the dataset, for anything else in it.
+    """
     file = None
     try:
-        # Some network file systems refuse HDF5's lock; a store is never written in place, so none is needed.
+        # Some network file systems refuse HDF5's lock. A store is never written in place, so no lock is needed.
         file = h5py.File(path, "r", locking=False)
         _check_group(file.id, path.stat().st_size, "", [])
     except UserError as error:
@@ -59,7 +63,10 @@ def _check_group(group: h5py.h5g.GroupID, file_size: int, prefix: str, seen: lis
 
 
 def _dataset_problem(dataset: h5py.h5d.DatasetID, file_size: int) -> str | None:
-    """Return what a store's dataset must not be. The order matters: a virtual dataset's shape may already open other files."""
+    """Return why a dataset is not allowed in a store; None if it is allowed.
+
+    The order of the checks matters: reading the shape of a virtual dataset may open other files.
+    """
     properties = dataset.get_create_plist()
     layout = properties.get_layout()
     if layout == h5py.h5d.VIRTUAL:

@@ -1,9 +1,9 @@
-"""`index.h5`: what a reader must know of all samples at once, and where each shard's datasets lie.
+"""`index.h5`: data about all samples that a reader needs at once, and the position of each shard's datasets.
 
-It is made of the shards and can be made again; with it a store of a million samples opens in a fraction of a second and is
-mapped, page by page as it is used. It holds for one fingerprint, its attribute.
+It is derived from the shards and can be rebuilt. With it, a store of a million samples opens in a fraction of a second.
+It is memory-mapped, so pages are loaded as they are used. It is valid for one fingerprint, stored as an attribute.
 
-N samples, S shards; X, I, A text, image and audio rows of the store.
+Shape letters: N samples, S shards; X, I, A text, image and audio rows of the store.
 """
 
 import math
@@ -33,22 +33,26 @@ class StoreIndex:
     rows: np.ndarray  # int64 [N, 3], global
     groups: np.ndarray  # int64 [N]
     splits: np.ndarray  # uint8 [N]
-    by_split: np.ndarray  # int64 [N], the samples split by split, ascending in each
-    subsets: np.ndarray  # int64 [splits, 8], samples by the modalities that they have: bit 0 text, 1 image, 2 audio
+    by_split: np.ndarray  # int64 [N], samples sorted by split, ascending within each
+    subsets: np.ndarray  # int64 [splits, 8], number of samples by their modalities: bit 0 text, 1 image, 2 audio
     text_lengths: np.ndarray  # int32 [X]
     region_counts: np.ndarray  # int32 [I]
     frame_counts: np.ndarray  # int32 [A]
-    layout: np.ndarray  # int64 [S, datasets of the schema, 2]: byte offset (or one of the constants above), first dimension
+    layout: np.ndarray  # int64 [S, datasets of the schema, 2]: byte offset or a constant above; first dimension
 
 
 FIELDS = tuple(StoreIndex.__dataclass_fields__)
 
 
 class ShardFile:
-    """One open shard. `array(name)` is a read-only view of the file, or the h5py dataset where it is compressed."""
+    """One open shard. `array(name)` is a read-only view of the file, or an h5py dataset if it is compressed."""
 
     def __init__(self, path: Path, layout: np.ndarray | None = None, description: StoreDescription | None = None) -> None:
-        """`layout`: the shard's row of the index, with the store's description; without it the file's own directory is read."""
+        """Open a shard.
+
+        `layout` is its row of the index; it requires the description of the store. Without it the HDF5 metadata are
+        read.
+        """
         self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
         self._offsets: dict[str, int] = {}
         self._bounds: dict[str, memoryview] = {}
@@ -105,7 +109,7 @@ class ShardFile:
         return np.array(rows, "int64")
 
     def array(self, name: str) -> np.ndarray | h5py.Dataset:
-        """Return dataset `name`; KeyError if the shard lacks it."""
+        """Return dataset `name`. Raise KeyError if the shard does not have it."""
         return self._arrays[name]
 
     def names(self) -> list[str]:
@@ -113,7 +117,7 @@ class ShardFile:
         return list(self._arrays)
 
     def item(self, name: str, offsets: str, index: int) -> np.ndarray:
-        """Return item `index` of a ragged dataset."""
+        """Return item `index` of a ragged dataset with these offsets."""
         return self._arrays[name][self.bounds(offsets, index)]
 
     def bounds(self, offsets: str, index: int) -> slice:
@@ -121,12 +125,15 @@ class ShardFile:
         try:
             bounds = self._bounds[offsets]
         except KeyError:
-            # A view gives Python's own integers, several times as fast as an array gives NumPy's.
+            # A memoryview returns Python integers, several times faster than an array returns NumPy's.
             bounds = self._bounds[offsets] = np.asarray(self._arrays[offsets][:]).data
         return slice(bounds[index], bounds[index + 1])
 
     def will_need(self, name: str, start: int, stop: int) -> int:
-        """Ask for the rows start … stop − 1 of a dataset to be read from the disk now; returns their bytes (0: compressed)."""
+        """Ask the system to read rows start … stop − 1 of a dataset from disk.
+
+        Return their size in bytes (0 if compressed).
+        """
         array, offset = self._arrays[name], self._offsets.get(name)
         if offset is None:
             return 0
@@ -135,12 +142,15 @@ class ShardFile:
         return (stop - start) * size
 
     def release_pages(self) -> None:
-        """Take the pages read so far out of this process's memory; they stay in the system's cache, views stay valid."""
+        """Remove the pages read so far from this process's memory.
+
+        They stay in the page cache, and views stay valid.
+        """
         self._mapped.release()
 
 
 def build_index(path: Path, description: StoreDescription) -> StoreIndex:
-    """Make the index of the shards, in memory."""
+    """Build the index of the shards in memory."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in FIELDS}
     base = np.zeros(3, "int64")
     for shard in description.shards:
@@ -167,14 +177,14 @@ def build_index(path: Path, description: StoreDescription) -> StoreIndex:
 
 
 def count_subsets(rows: np.ndarray, splits: np.ndarray, num_splits: int) -> np.ndarray:
-    """Return int64 [splits, 8], see `StoreIndex.subsets`."""
+    """Return the number of samples by split and modalities, int64 [splits, 8]; see `StoreIndex.subsets`."""
     subset = (rows != MISSING) @ (1 << np.arange(len(MODALITIES)))
     counts = np.bincount(splits.astype("int64") * _SUBSETS + subset, minlength=num_splits * _SUBSETS)
     return counts.reshape(num_splits, _SUBSETS)
 
 
 def write_index(path: Path, description: StoreDescription, folder: Path | None = None) -> None:
-    """Write `index.h5` of a store whose `store.json` is this description, beside it or in `folder`. Whole or not at all."""
+    """Write the `index.h5` of a store with this description, into its folder or into `folder`, atomically."""
     index = build_index(path, description)
     with (
         atomic_file((folder or path) / INDEX_FILE) as temporary,
@@ -186,7 +196,7 @@ def write_index(path: Path, description: StoreDescription, folder: Path | None =
 
 
 def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
-    """Map `path/index.h5`; None if there is none of this description's fingerprint and shapes: it can be made again.
+    """Map `path/index.h5`. Return None if it is missing or does not match the description's fingerprint and shapes.
 
     The values are compared with the shards when the store is verified (`store.verify`).
     """
@@ -200,21 +210,21 @@ def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
             if file.attrs.get("fingerprint") != description.fingerprint:
                 return None
             places = {name: (file[name].dtype, file[name].shape, file[name].id.get_offset()) for name in FIELDS}
-    except (UserError, OSError, KeyError, AttributeError, TypeError, ValueError):  # damaged
+    except (UserError, OSError, KeyError, AttributeError, TypeError, ValueError):  # a damaged index can be rebuilt
         return None
     if {name: (str(dtype), shape) for name, (dtype, shape, _) in places.items()} != _expected(description):
         return None
     mapped = MappedFile(file_path)
     arrays = {}
     for name, (dtype, shape, offset) in places.items():
-        if offset is None and 0 not in shape:  # compressed, as this package never writes it
+        if offset is None and 0 not in shape:  # compressed, which this package never writes
             return None
         arrays[name] = np.zeros(shape, dtype) if 0 in shape else mapped.array(str(dtype), shape, offset)
     return StoreIndex(**arrays)
 
 
 def _expected(description: StoreDescription) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtype and shape of each field."""
+    """Return the expected dtype and shape of each field."""
 
     def total(name: str) -> int:
         return sum(getattr(shard, name) for shard in description.shards)

@@ -1,6 +1,6 @@
-"""`opt-ds inspect`: every fault of a store, one line each, and a summary of what is in it.
+"""`opt-ds inspect`: list every fault of a store, one per line, and summarise its contents.
 
-Near-duplicates are notes. Shards are read in blocks, so memory stays bounded.
+Near-duplicates are reported as notes. Shards are read in blocks, so memory stays bounded.
 `store.verify` applies the same rules before a store is used.
 """
 
@@ -27,7 +27,7 @@ from opt_ds.store.schema import ShardDescription, StoreDescription, load_descrip
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_store` found: failures (the store must not be used), notes, and the summary as (name, value)."""
+    """Result of `inspect_store`: failures (the store must not be used), notes, and the summary as (name, value)."""
 
     failures: list[str]
     notes: list[str]
@@ -35,9 +35,9 @@ class Inspection:
 
 
 def inspect_store(path: str | Path, *, near_duplicates: bool = True) -> Inspection:
-    """Check everything that can be checked. UserError only if `store.json` itself cannot be read.
+    """Check everything that can be checked. Raise UserError only if `store.json` itself cannot be read.
 
-    `near_duplicates`: count them too, which takes longer than the checks where a store is large.
+    `near_duplicates`: count them too, which takes longer than the other checks if the store is large.
     """
     path = Path(path)
     description = load_description(path)
@@ -72,7 +72,7 @@ def inspect_store(path: str | Path, *, near_duplicates: bool = True) -> Inspecti
 
 
 class _Samples:
-    """What must hold over all shards together."""
+    """Collects the ids, groups and splits of all shards, for rules that span shards."""
 
     def __init__(self) -> None:
         self._ids: dict[str, str] = {}
@@ -81,6 +81,7 @@ class _Samples:
         self._split_counts: dict[int, int] = defaultdict(int)
 
     def add(self, shard: str, ids: list[str], groups: np.ndarray, splits: np.ndarray) -> None:
+        """Add the samples of one shard."""
         for identifier in ids:
             if self._ids.setdefault(identifier, shard) != shard or identifier == "":
                 self._repeated.append(
@@ -94,9 +95,11 @@ class _Samples:
             self._split_counts[int(split)] += int(count)
 
     def groups_across_splits(self) -> int:
+        """Return the number of groups with samples in several splits."""
         return sum(len(splits) > 1 for splits in self._splits_of_group.values())
 
     def failures(self, description: StoreDescription) -> list[str]:
+        """Return repeated ids, and split counts that differ from `store.json`."""
         counts = {name: self._split_counts[code] for code, name in enumerate(description.split_names)}
         all_read = sum(counts.values()) == description.num_samples
         wrong = all_read and counts != description.split_counts

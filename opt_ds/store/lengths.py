@@ -1,4 +1,4 @@
-"""How long a store's items are: tokens a text, regions an image, frames an audio row; as numbers and as a picture."""
+"""Lengths of a store's items (tokens per text, regions per image, frames per audio row) as numbers and as a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ _MOST_BINS = 50
 
 
 def shard_lengths(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Return tokens by text, regions by image and frames by audio of some shards: int64 arrays."""
+    """Return tokens per text, regions per image and frames per audio row of some shards, as int64 arrays."""
     parts: dict[str, list[np.ndarray]] = {kind: [np.zeros(0, "int64")] for kind in MODALITIES}
     for file in files:
         shard = ShardFile(file)
@@ -41,7 +41,7 @@ def length_summary(values: np.ndarray) -> dict[str, Any]:
 
 
 def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
-    """Draw a histogram of each modality's lengths side by side, as PNG, the median as a line."""
+    """Write a PNG with one histogram per modality, side by side. The median is a vertical line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.2), layout="constrained")
@@ -55,7 +55,7 @@ def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """Return bin edges of whole lengths, so that no bin holds more lengths than another."""
+    """Return bin edges such that every bin covers the same number of integer lengths."""
     low, high = int(values.min()), int(values.max())
     width = -(-(high - low + 1) // _MOST_BINS)
     return np.arange(low, high + width + 1, width)

@@ -1,7 +1,7 @@
-"""A file mapped into memory for reading, without holding it open.
+"""A file mapped into memory for reading, without keeping it open.
 
-Python's own mmap keeps a file descriptor for each map: a store of a thousand shards would use up the 1,024 that a process
-usually may have.
+Python's own mmap keeps one file descriptor per map. A store of a thousand shards would exhaust the usual limit of 1,024
+per process.
 """
 
 import ctypes
@@ -25,7 +25,11 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class MappedFile:
-    """`bytes`: the file as read-only uint8 [size]; it and views of it stay valid as long as one of them is referenced."""
+    """A memory-mapped file.
+
+    `bytes` is its content, read-only uint8 [size]. The mapping stays valid as long as `bytes` or a view of it is
+    referenced.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._next_look = path, 0.0
@@ -43,7 +47,7 @@ class MappedFile:
             self.bytes = np.zeros(0, np.uint8)
         else:
             buffer = (ctypes.c_ubyte * self.size).from_address(address)
-            # Not at the interpreter's end: a thread may still read.
+            # Not at interpreter exit, since a thread may still read.
             weakref.finalize(buffer, _libc.munmap, address, self.size).atexit = False
             self.bytes = np.ctypeslib.as_array(buffer)
         self.bytes.flags.writeable = False
@@ -53,14 +57,15 @@ class MappedFile:
         return np.ndarray(shape, dtype, buffer=self.bytes, offset=offset)
 
     def will_need(self, start: int, stop: int) -> None:
-        """Ask the system to read these bytes from the disk now, without waiting for it."""
+        """Ask the system to read these bytes from disk, without waiting for it."""
         start -= start % mmap.PAGESIZE
         self._advise(start, stop - start, mmap.MADV_WILLNEED)
 
     def check_size(self) -> None:
-        """Raise RunError if the file has become shorter: reading what it lost would end the process by a signal (SIGBUS).
+        """Raise RunError if the file has become shorter.
 
-        The file system is asked at most five times a second.
+        Reading the missing part would end the process by a signal (SIGBUS). The file system is queried at most five
+        times per second.
         """
         now = time.monotonic()
         if now < self._next_look:
@@ -69,7 +74,7 @@ class MappedFile:
         try:
             size = os.stat(self._path).st_size
         except FileNotFoundError:
-            return  # a removed file's content stays mapped
+            return  # the content of a removed file stays mapped
         except OSError as error:
             raise RunError(f"{self._path}: cannot be read any more ({error.strerror}): check its disk or mount") from None
         if size < self.size:
@@ -79,9 +84,9 @@ class MappedFile:
             )
 
     def release(self) -> None:
-        """Take the pages out of this process's memory; they stay in the system's cache."""
+        """Remove the pages from this process's memory. They stay in the page cache."""
         self._advise(0, self.size, mmap.MADV_DONTNEED)
 
     def _advise(self, start: int, length: int, advice: int) -> None:
         if self._address is not None and length > 0:
-            _libc.madvise(self._address + start, length, advice)  # advice: the answer does not matter
+            _libc.madvise(self._address + start, length, advice)  # only a hint, so the result is ignored

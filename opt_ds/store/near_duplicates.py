@@ -1,7 +1,7 @@
-"""Near-duplicates of a store: equal or nearly equal images, captions and recordings, within a split and between two.
+"""Near-duplicates in a store: equal or nearly equal images, captions and audio, within a split and between two splits.
 
-`same_content` decides what is the same. The store is read in blocks and released; what stays in memory is 8 bytes per row, and
-200 bytes per image that has pixels.
+`same_content` defines equality. The store is read in blocks whose pages are released. Memory use is 8 bytes per row,
+and 200 bytes per image that has pixels.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,15 +31,15 @@ _TEXT, _IMAGE, _AUDIO = range(len(MODALITIES))
 
 @dataclass(frozen=True)
 class SameImages:
-    """Names of contents, int64 per image row: equal where two images are the same, -1 where an image is blank."""
+    """Content ids, int64 per image row: equal if two images are the same, -1 if an image is blank."""
 
-    identical: np.ndarray  # every pixel at 64 x 64; without pixels the region features
-    near: np.ndarray  # nearly, including the identical ones; without pixels the same as `identical`
-    codes: np.ndarray | None  # all 64 image codes; None without codes
+    identical: np.ndarray  # all pixels at 64 x 64 are equal; without pixels, the region features
+    near: np.ndarray  # nearly equal, including identical ones; without pixels, the same as `identical`
+    codes: np.ndarray | None  # all 64 image codes are equal; None without codes
 
     @property
     def num_blank(self) -> int:
-        """How many images are blank."""
+        """Number of blank images."""
         return int((self.identical == MISSING).sum())
 
 
@@ -53,13 +53,13 @@ def same_images(store: FeatureStore) -> SameImages:
     first = np.flatnonzero((identical == np.arange(len(identical))) & ~blank)
     near = identical.copy()
     near[first] = first[near_matches(hashes[first], colours[first])] if len(first) else first
-    near = near[identical]  # each copy follows the first one
+    near = near[identical]  # copies get the id of the first identical image
     identical[blank] = near[blank] = MISSING
     return SameImages(identical, near, _same_codes(store, blank))
 
 
 def near_duplicate_notes(store: FeatureStore) -> list[str]:
-    """Return one line for each kind of near-duplicate and each pair of splits (or split) that has some."""
+    """Return one line per kind of near-duplicate and pair of splits (or split) that has some."""
     images = same_images(store)
     exact = "identical pixels at 64 x 64" if store.has_pixels else "identical region features"
     notes = _notes(store, _IMAGE, images.identical, exact)
@@ -75,9 +75,9 @@ def near_duplicate_notes(store: FeatureStore) -> list[str]:
 
 
 def joined_groups(store: FeatureStore, near: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Return int64 [samples]: the groups of these samples, joined where they share an image of `SameImages.near`.
+    """Return the groups of these samples, merged if they share an image of `SameImages.near`; int64 [samples].
 
-    The smallest code of a joined group names it.
+    The id of a merged group is the smallest code of its groups.
     """
     codes, place = np.unique(store.groups[samples], return_inverse=True)
     names = _of_samples(store, near)[samples]
@@ -92,9 +92,10 @@ def joined_groups(store: FeatureStore, near: np.ndarray, samples: np.ndarray) ->
 
 
 def images_across_splits(store: FeatureStore, near: np.ndarray, splits: np.ndarray) -> int:
-    """Return how many images, of samples with these splits [N], have a near-duplicate that is another image in another split.
+    """Return the number of images with a near-duplicate in another split.
 
-    An image row that samples of several splits share is not counted: it is one image, and the groups keep or divide it.
+    `splits` [N] holds the split of each sample. An image row that samples of several splits share is not counted, since
+    it is a single image.
     """
     codes = np.unique(splits, return_inverse=True)[1]
     names, rows = _of_samples(store, near), np.array(store.rows[:, _IMAGE])
@@ -109,13 +110,17 @@ def images_across_splits(store: FeatureStore, near: np.ndarray, splits: np.ndarr
 
 
 def _of_samples(store: FeatureStore, names: np.ndarray) -> np.ndarray:
-    """Return int64 [N]: the name of each sample's image, -1 without an image that is compared."""
+    """Return the content id of each sample's image, int64 [N]; -1 if it has none or it is not compared."""
     rows = np.array(store.rows[:, _IMAGE])
     return np.where(rows >= 0, names[np.maximum(rows, 0)], MISSING) if len(names) else np.full(len(rows), MISSING)
 
 
 def _notes(store: FeatureStore, modality: int, names: np.ndarray, how: str) -> list[str]:
-    """`names`: int64 per row of the modality, equal where contents are the same, -1 where they are not to be compared."""
+    """Return one line per split, and per pair of splits, with equal contents.
+
+    `names` are content ids per row of the modality, int64: equal if the contents are the same, -1 if not compared.
+    `how` is the kind of equality, for the message.
+    """
     what = ("captions", "images", "recordings")[modality]
     splits = store.description.split_names
     uses = _Uses.of(store, modality, names)
@@ -139,15 +144,16 @@ def _notes(store: FeatureStore, modality: int, names: np.ndarray, how: str) -> l
 
 @dataclass(frozen=True)
 class _Uses:
-    """The contents that splits use: one entry per row and split, however many samples share the row."""
+    """The contents that splits use: one entry per row and split, independent of how many samples share the row."""
 
     names: np.ndarray  # int64 [uses], ascending
     splits: np.ndarray  # uint8 [uses]
-    samples: np.ndarray  # int64 [uses]: the first sample that uses the row
-    totals: np.ndarray  # int64 [splits]: rows that each split uses, including those that are not compared
+    samples: np.ndarray  # int64 [uses], the first sample that uses the row
+    totals: np.ndarray  # int64 [splits], number of rows per split, including rows that are not compared
 
     @classmethod
     def of(cls, store: FeatureStore, modality: int, names: np.ndarray) -> "_Uses":
+        """Build from the content ids of a modality's rows."""
         rows, splits = np.array(store.rows[:, modality]), store.split_codes.astype("int64")
         samples = np.flatnonzero(rows >= 0)
         key = rows[samples] * len(store.description.split_names) + splits[samples]
@@ -158,21 +164,24 @@ class _Uses:
         return cls(names[rows[samples]], store.split_codes[samples], samples, totals)
 
     def repeated(self, code: int) -> np.ndarray:
-        """Return the content's name for each use in a split that has another use in it."""
+        """Return the content id of each use in a split that has another use in the same split."""
         own = self.names[self.splits == code]
         found, counts = np.unique(own, return_counts=True)
         return own[np.isin(own, found[counts > 1])]
 
     def shared(self, one: int, other: int) -> np.ndarray:
-        """Return the names of contents that both splits use."""
+        """Return the content ids that both splits use."""
         return np.intersect1d(self.names[self.splits == one], self.names[self.splits == other])
 
     def count(self, names: np.ndarray, code: int) -> int:
-        """Return how many uses in a split are of these contents."""
+        """Return how many uses in a split have one of these content ids."""
         return int(np.isin(self.names[self.splits == code], names).sum())
 
     def example(self, store: FeatureStore, name: int, one: int, other: int) -> str:
-        """Return the ids of a sample of each split that use this content; of one split its first two."""
+        """Return the ids of two samples that use this content.
+
+        There is one per split, or the first two if both splits are the same.
+        """
         start, stop = np.searchsorted(self.names, (name, name + 1))
         samples, splits = self.samples[start:stop], self.splits[start:stop]
         first = samples[splits == one][0]
@@ -181,13 +190,13 @@ class _Uses:
 
 
 def _names(hashes: np.ndarray) -> np.ndarray:
-    """Return int64 [n]: the first place with the same hash."""
+    """Return the index of the first equal hash for each hash, int64 [n]."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse].astype("int64")
 
 
 def _pixel_hashes(store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return what is known of each image row's pixels: hash of the bytes, difference hash, colours of blocks, blank."""
+    """Return hash of the pixels, difference hash, mean block colours and blankness per image row."""
     blocks = [
         (
             np.array([content_hash(image.tobytes()) for image in pixels], "uint64"),
@@ -204,7 +213,7 @@ def _pixel_hashes(store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _same_codes(store: FeatureStore, blank: np.ndarray) -> np.ndarray | None:
-    """Return names by image codes; -1 for blank images, and for those that are one code throughout."""
+    """Return content ids by image codes; -1 for blank images and for images with a single repeated code."""
     if not store.has_codes:
         return None
     hashes, uniform = [np.zeros(0, "uint64")], [np.zeros(0, bool)]

@@ -1,9 +1,9 @@
-"""What of a store a trained model needs to read raw files itself: tokenizer, identities of the extractors, the dVAE.
+"""The parts of a store that a trained model needs to process raw files: tokenizer, extractor fingerprints, dVAE.
 
     <folder>/processor.json       `ProcessorDescription`
-    <folder>/tokenizer/           the store's
-    <folder>/dvae/                the store's, if it has image codes
-    <folder>/opt_ds_files.json    the hashes of all these, compared whenever one of them is read
+    <folder>/tokenizer/           the store's tokenizer
+    <folder>/dvae/                the store's dVAE, if it has image codes
+    <folder>/opt_ds_files.json    the hashes of all these files, compared whenever one of them is read
 """
 
 import logging
@@ -26,7 +26,7 @@ PROCESSOR_FOLDER, PROCESSOR_FILE = "processor", "processor.json"
 
 
 class ProcessorDescription(BaseModel):
-    """How the model's features were made. `extractors` as in `store.json`."""
+    """How the model's features were computed. `extractors` holds fingerprints, as in `store.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     dims: Dims
@@ -35,7 +35,10 @@ class ProcessorDescription(BaseModel):
 
 
 def copy_processor_files(store: FeatureStore, folder: Path) -> None:
-    """Keep what a model of this store needs in `folder`; what is there already is replaced. Ends whole or not at all."""
+    """Copy what a model of this store needs into `folder`.
+
+    Existing content is replaced; an interruption leaves no partial folder.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -51,9 +54,9 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
 
 
 def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:
-    """What of a store is not what a model was trained on, by identity (hashes, settings, versions), and what it makes wrong.
+    """Return the differences, by fingerprints, of a store from what a model was trained on, each with its effect.
 
-    `codes`: of the image codes too.
+    `codes`: compare the image codes too.
     """
     there = store.description
     found = []
@@ -79,9 +82,9 @@ def _short(extractor: dict[str, Any] | None) -> str:
 
 
 def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
-    """Refuse, in one line, a store that is not of the vocabulary and extractors in `folder` (a run's processor files).
+    """Refuse a store whose vocabulary or extractors differ from those in `folder`, a run's processor files.
 
-    Warns, with `force`, of what will be wrong, and where there is nothing to compare with.
+    With `force`, log a warning per difference instead. Without processor files, log that nothing was compared.
     """
     if not (folder / PROCESSOR_FILE).is_file():
         _LOG.warning(f"{folder / PROCESSOR_FILE} is not there: whether {store.path} is of the model's extractors is not checked")
@@ -98,7 +101,7 @@ def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
 def load_processor_description(folder: Path) -> ProcessorDescription:
     """Read `folder/processor.json`, after comparing all files of the folder with their recorded hashes.
 
-    Raises UserError for a file that is missing, malformed or not what was written.
+    Raise UserError for a file that is missing, malformed or was modified.
     """
     file = folder / PROCESSOR_FILE
     remedy = "restore the folder, or start the run once more (it writes it)"

@@ -1,6 +1,6 @@
-"""Reads a feature store: samples by index, features by row, without copying where the shards are uncompressed.
+"""Read a feature store: samples by index, features by row, without copies if the shards are uncompressed.
 
-Rows are global here: row r of a modality counts through all shards in their order (in a shard file they are local).
+Rows are global here: row r of a modality counts through all shards in their order. In a shard file rows are local.
 """
 
 import bisect
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class Regions(NamedTuple):
-    """A picture's regions: features float16 [R, Dv], boxes float32 [R, 7], labels int16 [R], scores float16 [R]."""
+    """The regions of one image.
+
+    `features` is float16 [R, Dv], `boxes` float32 [R, 7], `labels` int16 [R], `scores` float16 [R].
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -35,13 +38,16 @@ class Regions(NamedTuple):
 class FeatureStore:
     """A feature store opened for reading.
 
-    Raises UserError if the directory is no store, has another schema version, or a shard is missing or cut off.
-    HDF5 files are opened on first use in each process: an instance may be pickled, and used across fork and spawn.
-    Views returned are read-only and stay valid as long as they are referenced.
+    Opening raises UserError if the directory is no store, has another schema version, or a shard is missing or
+    truncated. HDF5 files are opened on first use in each process. An instance can be pickled, and used across fork and
+    spawn. Returned views are read-only and stay valid as long as they are referenced.
     """
 
     def __init__(self, path: str | Path, run: Path | None = None) -> None:
-        """`run`: the output directory of a run, which keeps what belongs beside a read-only store (see `store.records`)."""
+        """Open the store.
+
+        `run` is the output directory of a run, which keeps the records of a read-only store (`store.records`).
+        """
         self.path, self._run = Path(path), run
         self.description: StoreDescription = load_description(self.path)
         check_sizes(self.path, self.description)
@@ -61,37 +67,37 @@ class FeatureStore:
 
     @cached_property
     def name(self) -> str:
-        """The folder's name."""
+        """Name of the folder."""
         return self.path.resolve().name
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the store's whole content."""
+        """Hash of the store's content."""
         return self.description.fingerprint
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """Number of samples N."""
         return self.description.num_samples
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the WordPiece tokenizer's files lie."""
+        """Folder of the WordPiece tokenizer."""
         return self.path / self.description.tokenizer_folder
 
     @property
     def has_codes(self) -> bool:
-        """Whether every picture has its image codes."""
+        """Whether every image has image codes."""
         return self.description.has_codes
 
     @property
     def has_pixels(self) -> bool:
-        """Whether every picture has its 64 x 64 pixels."""
+        """Whether every image has its 64 x 64 pixels."""
         return self.description.has_pixels
 
     @cached_property
     def index(self) -> StoreIndex:
-        """What is known of all samples at once: mapped from `index.h5`, or made of the shards where there is none."""
+        """The index of all samples: mapped from `index.h5`, or built from the shards if there is none."""
         index = read_index(self.path, self.description)
         if index is None and self._run is not None:
             index = read_index(run_records(self.path, self._run), self.description)
@@ -99,51 +105,54 @@ class FeatureStore:
 
     @property
     def records(self) -> Path | None:
-        """Where a run keeps what it derives from this store; None: it was opened outside of a run."""
+        """Folder where a run keeps data derived from this store; None if the store was opened outside a run."""
         return None if self._run is None else record_folder(self.path, self._run)
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 [N, 3]: the global text, image and audio row of each sample, -1 where it has none."""
+        """Global text, image and audio row of each sample, int64 [N, 3]; -1 if it has none."""
         return self.index.rows
 
     @property
     def groups(self) -> np.ndarray:
-        """int64 [N]: code of each sample's group; equal codes must not be each other's donors."""
+        """Group code of each sample, int64 [N]. Samples of one group must not be used as negatives for each other."""
         return self.index.groups
 
     @property
     def split_codes(self) -> np.ndarray:
-        """uint8 [N]: index into description.split_names."""
+        """Split of each sample as an index into description.split_names, uint8 [N]."""
         return self.index.splits
 
     @property
     def text_lengths(self) -> np.ndarray:
-        """int32, per text row: number of tokens, without [CLS] and [SEP]."""
+        """Number of tokens per text row, without [CLS] and [SEP]; int32."""
         return self.index.text_lengths
 
     @property
     def region_counts(self) -> np.ndarray:
-        """int32, per image row: number of regions."""
+        """Number of regions per image row, int32."""
         return self.index.region_counts
 
     @property
     def frame_counts(self) -> np.ndarray:
-        """int32, per audio row: number of stored frames."""
+        """Number of stored frames per audio row, int32."""
         return self.index.frame_counts
 
     def split_samples(self, split: str) -> np.ndarray:
-        """Return the int64 sample indices of a split, ascending. Raises UserError for a split that is not there."""
+        """Return the sample indices of a split, ascending int64. Raise UserError if there is no such split."""
         place = self._split_place(split)
         ends = np.cumsum(self.index.subsets.sum(1))
         return self.index.by_split[ends[place] - self.index.subsets[place].sum() : ends[place]]
 
     def split_subsets(self, split: str) -> np.ndarray:
-        """Return int64 [8]: how many samples of a split have which modalities; bit 0 of the place is text, 1 image, 2 audio."""
+        """Return the number of samples of a split by modalities, int64 [8].
+
+        Bit 0 of the index is text, 1 image, 2 audio.
+        """
         return self.index.subsets[self._split_place(split)]
 
     def all_have(self, modality: int) -> bool:
-        """Whether every sample of the store has text (0), an image (1) or audio (2)."""
+        """Return whether every sample of the store has text (0), an image (1) or audio (2)."""
         without = np.arange(self.index.subsets.shape[1]) >> modality & 1 == 0
         return not self.index.subsets[:, without].any()
 
@@ -156,28 +165,28 @@ class FeatureStore:
         return names.index(split)
 
     def sample_id(self, index: int) -> str:
-        """Return a sample's id."""
+        """Return the id of a sample."""
         shard, local = self._locate(self._sample_starts, index)
         return shard.item("samples/id", "samples/id_offsets", local).tobytes().decode("utf-8")
 
     def labels(self, index: int) -> list[str]:
-        """Return a sample's labels, as the manifest ordered them; empty if it has none."""
+        """Return the labels of a sample in the manifest's order; empty if it has none."""
         shard, local = self._locate(self._sample_starts, index)
         codes = shard.item("samples/labels", "samples/label_offsets", local)
         return [self.description.label_names[code] for code in codes]
 
     def text(self, row: int) -> np.ndarray:
-        """Return a text row's tokens: int32 [n], without [CLS] and [SEP]."""
+        """Return the tokens of a text row, int32 [n], without [CLS] and [SEP]."""
         shard, local = self._locate(self._text_starts, row)
         return shard.item("text/tokens", "text/offsets", local)
 
     def caption(self, row: int) -> str:
-        """Return a text row's original string."""
+        """Return the original string of a text row."""
         shard, local = self._locate(self._text_starts, row)
         return shard.item("text/utf8", "text/utf8_offsets", local).tobytes().decode("utf-8")
 
     def regions(self, row: int) -> Regions:
-        """Return an image row's regions."""
+        """Return the regions of an image row."""
         shard, local = self._locate(self._image_starts, row)
         kept, array = shard.bounds("image/offsets", local), shard.array
         return Regions(
@@ -185,24 +194,27 @@ class FeatureStore:
         )
 
     def region_features(self, row: int) -> np.ndarray:
-        """Return the features of an image row's regions alone: float16 [R, Dv]."""
+        """Return only the features of an image row's regions, float16 [R, Dv]."""
         shard, local = self._locate(self._image_starts, row)
         return shard.item("image/features", "image/offsets", local)
 
     def frames(self, row: int) -> np.ndarray:
-        """Return an audio row's frames: float16 [T, Da]."""
+        """Return the frames of an audio row, float16 [T, Da]."""
         shard, local = self._locate(self._audio_starts, row)
         return shard.item("audio/features", "audio/offsets", local)
 
     def codes(self, row: int) -> np.ndarray:
-        """Return an image row's codes: uint16 [64], row by row of the 8 x 8 grid. UserError if the store has none."""
+        """Return the codes of an image row, uint16 [64], in row-major order of the 8 x 8 grid.
+
+        Raise UserError if there are none.
+        """
         if not self.has_codes:
             raise UserError(f"{self.path}: the store has no image codes: train a dVAE with `opt-ds train-dvae`")
         shard, local = self._locate(self._image_starts, row)
         return shard.array("image/codes")[local]
 
     def pixels(self, row: int) -> np.ndarray:
-        """Return an image row's picture: uint8 [3, 64, 64] RGB. UserError if the store has none."""
+        """Return the pixels of an image row, uint8 [3, 64, 64] RGB. Raise UserError if the store has none."""
         if not self.has_pixels:
             raise UserError(f"{self.path}: the store has no pictures (image/pixels): prepare it with pixels")
         shard, local = self._locate(self._image_starts, row)
@@ -215,22 +227,28 @@ class FeatureStore:
         return load_tokenizer(self.tokenizer_folder)
 
     def read_ahead(self, modality: str, row: int) -> int:
-        """Ask the system to read an "image" or "audio" row's features from the disk now, without waiting; returns their bytes."""
+        """Ask the system to read the features of an "image" or "audio" row from disk, without waiting.
+
+        Return their bytes.
+        """
         shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
         kept = shard.bounds(f"{modality}/offsets", local)
         return shard.will_need(f"{modality}/features", kept.start, kept.stop)
 
     def release_pages(self) -> None:
-        """Give back the memory of pages read so far: otherwise a process seems to hold all that it has ever read."""
+        """Release the memory of pages read so far.
+
+        Otherwise the process appears to hold everything that it has ever read.
+        """
         for file in list(self._open.values()):
             file.release_pages()
 
     def shard(self, index: int) -> ShardFile:
-        """Return shard `index`, for code that goes through whole shards."""
+        """Return shard `index`, for code that iterates over complete shards."""
         return self._shard(index)
 
     def _shard(self, index: int) -> ShardFile:
-        if self._process != os.getpid():  # HDF5 handles must not cross a fork
+        if self._process != os.getpid():  # HDF5 handles must not be used across a fork
             self._open, self._process = {}, os.getpid()
         if index not in self._open:
             file = self.path / self.description.shards[index].file
@@ -247,7 +265,7 @@ class FeatureStore:
 
 
 def check_sizes(path: Path, description: StoreDescription) -> None:
-    """Raise UserError, naming the file, if a shard is missing or its size is not what `store.json` says."""
+    """Raise UserError, naming the file, if a shard is missing or its size differs from `store.json`."""
     for shard in description.shards:
         problem = size_problem(path, shard)
         if problem:
@@ -258,13 +276,16 @@ def check_sizes(path: Path, description: StoreDescription) -> None:
 
 
 def check_contents(path: Path, shard: ShardDescription) -> None:
-    """Raise UserError, naming the file, if a shard is not what was written: a copy of it would get a checksum that is right."""
+    """Raise UserError, naming the file, if a shard differs from its checksum.
+
+    A rewritten copy would get a valid checksum.
+    """
     if file_sha256(path / shard.file) != shard.sha256:
         raise UserError(f"{path / shard.file}: checksum differs from store.json's: restore the file, or prepare the store again")
 
 
 def size_problem(path: Path, shard: ShardDescription) -> str | None:
-    """Return what is wrong with a shard file's presence and size, None if nothing."""
+    """Return what is wrong with the presence or size of a shard file; None if nothing."""
     try:
         size = (path / shard.file).stat().st_size
     except OSError:

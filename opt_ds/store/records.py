@@ -1,7 +1,8 @@
-"""Where facts about a store are kept that hold while its files do not change: its verification, and what plans derive from it.
+"""Locations of records about a store: its verification, and data derived for step plans.
 
-They lie beside `store.json` if the store can be written, otherwise in the folder of the run that reads it. Commands outside a
-run record the verification of a read-only store in the user's cache, `$XDG_CACHE_HOME/opt_ds/stores` (`~/.cache/…`).
+Records are valid while the files of the store do not change. They are stored next to `store.json` if the store is
+writable, otherwise in the folder of the run that reads it. Commands outside a run record the verification of a
+read-only store in the user's cache, `$XDG_CACHE_HOME/opt_ds/stores` (`~/.cache/…`).
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from opt_ds.store.index import INDEX_FILE
 from opt_ds.store.schema import DVAE_FOLDER, STORE_FILE, StoreDescription
 
 VERIFIED_FILE = "verified.json"
-RUN_RECORDS = "stores"  # in a run's folder: one folder per read-only store
+RUN_RECORDS = "stores"  # in a run's folder: one subfolder per read-only store
 
 
 def is_writable(store: Path) -> bool:
@@ -24,27 +25,27 @@ def is_writable(store: Path) -> bool:
 
 
 def run_records(store: Path, run: Path) -> Path:
-    """Return the folder in the run's folder `run` that keeps the records of a read-only store. It may not exist yet."""
+    """Return the folder within the run `run` for the records of a read-only store. It may not exist yet."""
     return run / RUN_RECORDS / _name(store)
 
 
 def user_records(store: Path) -> Path | None:
-    """Return the folder in the user's cache that keeps the verification of a read-only store. None: there is no such cache."""
+    """Return the folder in the user's cache for the verification of a read-only store; None if there is no cache."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # also where none is set; a relative one is to be ignored
+    if not os.path.isabs(cache):  # unset, or relative, which the specification says to ignore
         cache = os.path.expanduser("~/.cache")
     return Path(cache) / "opt_ds" / RUN_RECORDS / _name(store) if os.path.isabs(cache) else None
 
 
 def record_folder(store: Path, run: Path | None) -> Path | None:
-    """Return where records of this store are written. None: nowhere, it is read-only and no run's folder is given."""
+    """Return where records of this store are written; None if it is read-only and there is no run."""
     if is_writable(store):
         return store
     return None if run is None else run_records(store, run)
 
 
 def verification_folders(store: Path, run: Path | None) -> list[Path]:
-    """Return where a store's verification may be recorded, the place that is preferred first."""
+    """Return where the verification of a store may be recorded, in order of preference."""
     if is_writable(store):
         return [store]
     folders = (None if run is None else run_records(store, run), user_records(store))
@@ -52,9 +53,9 @@ def verification_folders(store: Path, run: Path | None) -> list[Path]:
 
 
 def store_state(path: Path, description: StoreDescription) -> dict[str, Any]:
-    """Return what changes when a file of the store does: sizes and times.
+    """Return a value that changes whenever a file of the store does: sizes and times.
 
-    The time of the last change of status cannot be copied along with a folder.
+    It includes the time of the last status change, which is not preserved when a folder is copied.
     """
     folders = [path / description.tokenizer_folder, path / DVAE_FOLDER]
     files = [path / STORE_FILE, path / INDEX_FILE, *(path / shard.file for shard in description.shards)]
@@ -70,7 +71,7 @@ def is_recorded(folder: Path, state: dict[str, Any]) -> bool:
     """Return whether this folder records that a store in this state was verified."""
     try:
         return read_json_object(folder / VERIFIED_FILE, "") == state
-    except UserError:  # never verified, or a broken record: verify again
+    except UserError:  # never verified, or a damaged record: verify again
         return False
 
 

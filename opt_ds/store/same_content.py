@@ -1,11 +1,12 @@
-"""Decide which images, captions and recordings are the same. Only hashes and arrays here; `near_duplicates` reads stores.
+"""Decide which images, captions and audio are the same.
 
-Two images match nearly if a 64-bit difference hash and the mean colours of 8 x 8 blocks agree, up to a change of brightness or
-contrast. The hash only proposes pairs; the colours decide, so that drawings that differ in one colour stay apart. An image
-without contrast ("blank") is never the same as another one: empty placeholders would join unrelated samples. Cropped copies, and
-copies so bright that parts turn white, are not found.
+This module handles hashes and arrays; `near_duplicates` reads stores. Two images match nearly if a 64-bit difference
+hash and the mean colours of 8 x 8 blocks agree, up to a change of brightness or contrast. The hash only proposes pairs.
+The colours decide, so that drawings that differ in one colour are not merged. An image without contrast ("blank") never
+matches another one, because empty placeholders would connect unrelated samples. Cropped copies, and copies so bright
+that parts turn white, are not found.
 
-n images; pixels are uint8 [n, 3, 64, 64].
+n is the number of images; pixels are uint8 [n, 3, 64, 64].
 """
 
 import hashlib
@@ -15,37 +16,40 @@ import numpy as np
 
 HASH_BYTES = 8
 _HASH_ROWS, _HASH_COLUMNS = 8, 9
-_STEP = 3.0  # grey levels by which a block must exceed its left neighbour to set a bit: more than the noise of JPEG
+_STEP = 3.0  # grey levels by which a block must exceed its left neighbour to set a bit; above the noise of JPEG
 _MAX_DISTANCE = 6  # bits
 _ROTATIONS = range(0, 64, 8)
-_NEIGHBOURS = 32  # pictures compared with each one, per rotation of the hash
+_NEIGHBOURS = 32  # images compared with each image, per rotation of the hash
 _MAX_RESIDUAL = 8.0  # grey levels, in any block and channel
 _MAX_GAIN = 1.5  # largest change of contrast
-_MIN_CONTRAST = 3.0  # grey levels: the standard deviation of an image that is not blank
+_MIN_CONTRAST = 3.0  # grey levels; smallest standard deviation of an image that is not blank
 _SIDE = 8  # blocks per side
 _PAIRS_AT_ONCE = 65_536
 _BITS_OF_BYTE = np.array([value.bit_count() for value in range(256)], "uint8")
 
 
 def content_hash(content: bytes) -> int:
-    """Return an unsigned 64-bit hash of bytes: equal where the bytes are."""
+    """Return an unsigned 64-bit hash of the bytes."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=HASH_BYTES).digest(), "little")
 
 
 def image_content(region_features: np.ndarray) -> bytes:
-    """Return what identifies an image in any store, whether or not it has pixels: the bytes of its region features."""
+    """Return bytes that identify an image in any store, with or without pixels: its region features."""
     return region_features.tobytes()
 
 
 def plain_caption(caption: str) -> str:
-    """Return a caption without case, punctuation and repeated spaces; a caption of symbols alone keeps them."""
+    """Return a caption without case, punctuation and repeated spaces. A caption of symbols only keeps them."""
     folded = unicodedata.normalize("NFKC", caption).casefold()
     words = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded).split()
     return " ".join(words or folded.split())
 
 
 def difference_hashes(pixels: np.ndarray) -> np.ndarray:
-    """Return uint64 [n]: one bit for each of 8 x 8 places, set where the image gets brighter from left to right."""
+    """Return difference hashes, uint64 [n].
+
+    They have one bit per position of an 8 x 8 grid, set if brightness rises from left to right.
+    """
     grey = np.tensordot(pixels.astype("float32"), np.array([0.299, 0.587, 0.114], "float32"), axes=(1, 0))
     blocks = _averages(_HASH_ROWS) @ grey @ _averages(_HASH_COLUMNS).T
     bits = (np.diff(blocks, axis=2) > _STEP).reshape(len(pixels), 64)
@@ -53,41 +57,41 @@ def difference_hashes(pixels: np.ndarray) -> np.ndarray:
 
 
 def block_colours(pixels: np.ndarray) -> np.ndarray:
-    """Return uint8 [n, 192]: the mean of each block and channel."""
+    """Return the mean of each block and channel, uint8 [n, 192]."""
     size = pixels.shape[-1] // _SIDE
     blocks = pixels.reshape(len(pixels), 3, _SIDE, size, _SIDE, size).mean((3, 5), dtype="float32")
     return np.rint(blocks).astype("uint8").reshape(len(pixels), -1)
 
 
 def blank_images(pixels: np.ndarray) -> np.ndarray:
-    """Return bool [n]: images of nearly one colour."""
+    """Return which images have nearly one colour, bool [n]."""
     return pixels.reshape(len(pixels), 3, -1).std(2, dtype="float32").max(1) < _MIN_CONTRAST
 
 
 def same_colours(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return bool [pairs]: block colours [pairs, 192] that agree after the best change of brightness and contrast."""
+    """Return which block colours [pairs, 192] agree after the best change of brightness and contrast, bool [pairs]."""
     x, y = one.astype("float32"), other.astype("float32")
     x -= x.mean(1, keepdims=True)
     y -= y.mean(1, keepdims=True)
-    # Half of the gain goes to each side: the order of the two does not matter.
+    # Half of the gain is applied to each side, so that the result does not depend on the order of the two.
     gain = np.sqrt((y.std(1) + 1e-6) / (x.std(1) + 1e-6))[:, None]
     residual = np.abs(y / gain - gain * x).max(1)
     return (residual <= _MAX_RESIDUAL) & (np.abs(np.log(gain[:, 0])) <= np.log(_MAX_GAIN) / 2)
 
 
 class Groups:
-    """Union-find over `count` items; the smallest item names its group."""
+    """Union-find over `count` items. The id of a group is its smallest item."""
 
     def __init__(self, count: int) -> None:
         self._parent = np.arange(count)
 
     def join(self, one: int, other: int) -> None:
-        """Put two items' groups together."""
+        """Merge the groups of two items."""
         first, second = self._root(one), self._root(other)
         self._parent[max(first, second)] = min(first, second)
 
     def names(self) -> np.ndarray:
-        """Return int64 [count]: the smallest item of each item's group."""
+        """Return the smallest item of each item's group, int64 [count]."""
         while True:
             shorter = self._parent[self._parent]
             if np.array_equal(shorter, self._parent):
@@ -103,10 +107,11 @@ class Groups:
 
 
 def near_matches(hashes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Return int64 [n]: equal where images match nearly, also by way of others.
+    """Return group ids, int64 [n], equal for images that match nearly, directly or through other images.
 
-    The hashes are sorted once per rotation by a byte, and each is compared with those that follow it: O(n log n), and images that
-    differ in a few bits are neighbours in one of the orders. In a corpus of more than 32 equal hashes some pairs may be missed.
+    The hashes are sorted once per rotation by one byte, and each is compared with those that follow it. The cost is O(n
+    log n). Images that differ in a few bits are neighbours in one of the orders. With more than 32 equal hashes some
+    pairs may be missed.
 
     Args:
         hashes: uint64 [n], see `difference_hashes`.
@@ -139,7 +144,10 @@ def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _averages(count: int, side: int = 64) -> np.ndarray:
-    """Return float32 [count, side]: row i averages the i-th of `count` equal parts of a line of `side` pixels."""
+    """Return an averaging matrix, float32 [count, side].
+
+    Row i averages the i-th of `count` equal parts of a line of `side` pixels.
+    """
     bounds = np.linspace(0, side, count + 1)
     pixel = np.arange(side)
     covered = np.minimum(bounds[1:, None], pixel + 1) - np.maximum(bounds[:-1, None], pixel)

@@ -1,9 +1,10 @@
-"""What a feature store is: the datasets of a shard, and the fields of `store.json`. No features are read here.
+"""Definition of a feature store: the datasets of a shard and the fields of `store.json`. No features are read here.
 
 A store is a directory with `store.json`, a `tokenizer/` folder and `shard-*.h5` files. Ragged modalities are flat
-arrays beside int64 offsets, so that item i of a shard is `array[offsets[i]:offsets[i + 1]]`.
+arrays with int64 offsets: item i of a shard is `array[offsets[i]:offsets[i + 1]]`.
 
-Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; X, I, A text, image and audio rows of the shard.
+Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; X, I, A text, image and audio rows of the
+shard.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from opt_ds.store.foreign import check_inside
 SCHEMA_VERSION = 1
 STORE_FILE = "store.json"
 TOKENIZER_FOLDER = "tokenizer"
-DVAE_FOLDER = "dvae"  # the dVAE that made and paints the codes
-BOX_SIZE = 7  # x1, y1, x2, y2, w, h, w*h; all divided by the picture's size
+DVAE_FOLDER = "dvae"  # the dVAE that made the codes and can decode them
+BOX_SIZE = 7  # x1, y1, x2, y2, w, h, w*h; all divided by the size of the image
 CODES_PER_IMAGE = 64  # 8 x 8
 PIXELS_SHAPE = (3, 64, 64)
 MAX_SPLITS = 256  # samples/split is uint8
@@ -30,15 +31,15 @@ MODALITIES = ("text", "image", "audio")  # the column order of samples/rows
 # name -> dtype; the comment gives the shape.
 DATASETS: dict[str, str] = {
     "samples/rows": "int64",  # [N, 3] shard-local text, image, audio row, -1 = missing
-    "samples/id": "uint8",  # UTF-8 bytes of all ids, end to end
+    "samples/id": "uint8",  # UTF-8 bytes of all ids, concatenated
     "samples/id_offsets": "int64",  # [N + 1]
     "samples/group": "int64",  # [N] see `group_code`
     "samples/split": "uint8",  # [N] index into store.json's split_names
-    "samples/labels": "int32",  # indices into store.json's label_names, end to end
+    "samples/labels": "int32",  # indices into store.json's label_names, concatenated
     "samples/label_offsets": "int64",  # [N + 1]
     "text/tokens": "int32",  # [L] without [CLS] and [SEP]
     "text/offsets": "int64",  # [X + 1]
-    "text/utf8": "uint8",  # UTF-8 bytes of the captions as they came: what evaluation compares with
+    "text/utf8": "uint8",  # UTF-8 bytes of the original captions, which evaluation uses as references
     "text/utf8_offsets": "int64",  # [X + 1]
     "image/offsets": "int64",  # [I + 1]
     "image/features": "float16",  # [R, Dv]
@@ -63,7 +64,7 @@ class _Frozen(BaseModel):
 
 
 class Dims(_Frozen):
-    """Sizes that a model must agree with. `num_codes` is the dVAE's codebook size, None without codes."""
+    """Sizes that a model must match. `num_codes` is the size of the dVAE's codebook, None without codes."""
 
     image_feature_dim: _Size
     image_num_classes: _Size
@@ -85,7 +86,7 @@ class TokenizerDescription(_Frozen):
 
 
 class Statistics(_Frozen):
-    """Mean and standard deviation of each feature dimension over the train split's distinct rows; how many."""
+    """Mean and standard deviation per feature dimension over the distinct rows of the train split, and their count."""
 
     mean: list[float]
     std: list[Annotated[float, Field(ge=0)]]
@@ -108,10 +109,11 @@ class ShardDescription(_Frozen):
 
 
 class StoreDescription(_Frozen):
-    """`store.json`. `splits_source` says whether the splits came from the manifest or from hashing groups.
+    """The content of `store.json`.
 
-    `preparation_key` identifies the inputs and settings that the store was prepared from (see the pipeline).
-    `tokenizer_folder` has another name once texts were tokenised anew; what is in it counts, not the name.
+    `splits_source` states whether the splits came from the manifest or from hashing groups. `preparation_key`
+    identifies the inputs and settings that the store was prepared from (see the pipeline). `tokenizer_folder` has
+    another name after texts were tokenised again; its content matters, not its name.
     """
 
     schema_version: int
@@ -145,7 +147,7 @@ class StoreDescription(_Frozen):
         return self
 
     def with_fingerprint(self) -> "StoreDescription":
-        """Return a copy whose fingerprint is that of its contents (schema, dims, tokenizer, splits, labels, shards)."""
+        """Return a copy with the fingerprint of its contents (schema, dims, tokenizer, splits, labels, shards)."""
         content = self.model_dump(
             mode="json", exclude={"fingerprint", "info", "preparation_key", "statistics", "tokenizer_folder"}
         )
@@ -154,7 +156,7 @@ class StoreDescription(_Frozen):
 
 
 def tail_shape(name: str, dims: Dims) -> tuple[int, ...]:
-    """Return what follows the first dimension of a dataset's shape."""
+    """Return the dimensions of a dataset's shape after the first."""
     tails: dict[str, tuple[int, ...]] = {
         "samples/rows": (len(MODALITIES),),
         "image/features": (dims.image_feature_dim,),
@@ -167,7 +169,7 @@ def tail_shape(name: str, dims: Dims) -> tuple[int, ...]:
 
 
 def group_code(group: str) -> int:
-    """Return the stable non-negative 63-bit code of a group's name (blake2b), as `samples/group` keeps it."""
+    """Return the stable non-negative 63-bit code of a group's name (blake2b), as stored in `samples/group`."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -178,7 +180,7 @@ def check_split_names(names: list[str], where: str) -> None:
 
 
 def load_description(path: Path) -> StoreDescription:
-    """Read `path/store.json`. Raises UserError for a missing, unreadable, foreign-version or malformed file."""
+    """Read `path/store.json`. Raise UserError if it is missing, unreadable, malformed or of another schema version."""
     file = path / STORE_FILE
     if not file.is_file():
         if (path / "partial.json").is_file():

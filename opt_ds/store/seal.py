@@ -1,4 +1,7 @@
-"""The recorded hashes of a folder's files: written when a folder is finished, compared before any file of it is used."""
+"""Recorded hashes of a folder's files.
+
+They are written when the folder is complete and checked before a file is used.
+"""
 
 import os
 import re
@@ -14,7 +17,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def seal_folder(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Write `folder/opt_ds_files.json`: the SHA-256 of these files, by default of all in the folder and below it."""
+    """Write `folder/opt_ds_files.json`: the SHA-256 of these files, by default of all files in the folder tree."""
     if names is None:
         files = (Path(at) / name for at, _, inner in os.walk(folder) for name in inner)
         names = (str(file.relative_to(folder)) for file in files if file != folder / SEAL_FILE)
@@ -22,9 +25,10 @@ def seal_folder(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def check_seal(folder: Path, remedy: str) -> bool:
-    """Compare a folder's files with its recorded hashes; returns False if it has none (a version before them wrote it).
+    """Compare the files of a folder with its recorded hashes.
 
-    Raises UserError, naming the first file that is missing or damaged, or the record itself.
+    Return False if it has none, as folders of older versions. Raise UserError, naming the first file that is missing or
+    damaged, or the record itself.
     """
     record = folder / SEAL_FILE
     if not record.is_file():

@@ -1,4 +1,4 @@
-"""One sample shown in full, for people who want to see what a model will read: its text, and a picture of the rest."""
+"""Show one sample completely, as a model will read it: its text, and an image of the rest."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _MOST_BOXES = 20
 
 
 def find_sample(store: FeatureStore, name: str) -> int:
-    """Return the index of the sample with this id, or, written "#7", of this number. UserError if there is none."""
+    """Return the index of the sample with this id, or with the number in "#7". Raise UserError if there is none."""
     if name.startswith("#") and name[1:].isdigit() and int(name[1:]) < store.num_samples:
         return int(name[1:])
     ids = (store.sample_id(index) for index in range(store.num_samples))
@@ -27,7 +27,7 @@ def find_sample(store: FeatureStore, name: str) -> int:
 
 
 def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
-    """Return a sample's parts as (name, value): ids and labels, caption and tokens, sizes."""
+    """Return the parts of a sample as (name, value): ids and labels, caption and tokens, sizes."""
     text, image, audio = store.rows[index]
     split = store.description.split_names[int(store.split_codes[index])]
     lines = [("sample", f"#{index}"), ("id", store.sample_id(index)), ("split", split)]
@@ -54,7 +54,14 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
 
 
 def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Image | None = None) -> None:
-    """Draw boxes over `picture` (on an empty square without it), the stored 64 x 64 pixels and the frames, as PNG."""
+    """Write a PNG with the boxes, the stored 64 x 64 pixels and the frames of a sample.
+
+    Args:
+        store: The store.
+        index: The sample.
+        path: The PNG to write.
+        picture: The original image, over which the boxes are drawn. None: an empty square.
+    """
     from matplotlib.figure import Figure
 
     _, image, audio = store.rows[index]

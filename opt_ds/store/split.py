@@ -1,6 +1,6 @@
-"""Deals a finished store's samples to other splits: by ratio (groups stay whole), or as a list of ids or groups says.
+"""Reassign the samples of a finished store to splits, by ratio or by a list of ids or groups.
 
-By ratio near-duplicate images stay together too (see `near_duplicates`); a list is followed, and its near-duplicates counted.
+By ratio, near-duplicate images stay in one split too (see `near_duplicates`). With a list, they are only counted.
 """
 
 import csv
@@ -25,7 +25,7 @@ _HEADERS = [[name, "split"] for name in ("id", "ids", "sample", "name", "group",
 
 
 def parse_ratios(arguments: list[str]) -> dict[str, float]:
-    """ ["train=0.9", "valid=0.1"] -> shares that sum to 1. UserError for anything else."""
+    """Parse ["train=0.9", "valid=0.1"] to fractions that sum to 1. Raise UserError for anything else."""
     ratios: dict[str, float] = {}
     for each in arguments:
         name, equals, share = each.partition("=")
@@ -49,19 +49,24 @@ def split_by_ratio(
     *,
     near_duplicates_together: bool = True,
 ) -> StoreDescription:
-    """Assign the groups to splits by a hash of (seed, group): the same groups each time, shares as good as their number.
+    """Assign the groups to splits by a hash of (seed, group).
 
-    Groups that share a near-duplicate image count as one. Every split gets a group.
+    The result is reproducible. Fractions are met as closely as the number of groups allows. Groups that share a
+    near-duplicate image count as one. Every split gets a group.
 
     Args:
         path: The store's folder.
-        ratios: Share of each split.
-        seed: Another seed assigns the groups differently.
+        ratios: Fraction of each split.
+        seed: Seed of the hash. Another seed gives another assignment.
         source: Reassign only the samples of this split.
-        near_duplicates_together: Join groups by near-duplicate images.
+        near_duplicates_together: Merge groups with near-duplicate images.
+
+    Returns:
+        The new description of the store.
 
     Raises:
-        UserError: Fewer groups than splits, or near-duplicates join more samples than the largest share.
+        UserError: There are fewer groups than splits, or near-duplicates connect more samples than the largest
+            fraction.
     """
     store = open_store(path)
     chosen = np.arange(store.num_samples) if source is None else store.split_samples(source)
@@ -82,7 +87,10 @@ def split_by_ratio(
 
 
 def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
-    """Return the chosen samples' groups, joined by near-duplicate images. UserError if that makes the shares impossible."""
+    """Return the groups of the chosen samples, merged by near-duplicate images.
+
+    Raise UserError if the fractions are impossible.
+    """
     own = store.groups[chosen]
     groups = joined_groups(store, near, chosen)
     names, counts = np.unique(groups, return_counts=True)
@@ -106,20 +114,26 @@ def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: d
 
 
 def _groups_in(groups: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Return int64 [joined groups]: of how many of the samples' own groups each one consists."""
+    """Return the number of original groups in each merged group, int64 [merged groups]."""
     pairs = np.unique(np.stack([groups, own]), axis=1)
     return np.unique(pairs[0], return_counts=True)[1]
 
 
 def _warn_of_what_stays_apart(store: FeatureStore, near: np.ndarray, splits: list[str]) -> None:
-    """Log how many images have a near-duplicate in another split: those of samples that stay, or that a list names."""
+    """Log how many images have a near-duplicate in another split.
+
+    Samples that are not reassigned or are listed can have some.
+    """
     count = images_across_splits(store, near, np.array(splits))
     if count:
         _LOG.warning(f"{store.path}: {count} images have a near-duplicate in another split; opt-ds inspect names some")
 
 
 def _split_of_groups(codes: list[int], ratios: dict[str, float], seed: int) -> dict[int, str]:
-    """The split of each group; a split that the hash gives none takes the first group of the split that has most."""
+    """Return the split of each group.
+
+    A split that would be empty gets the first group of the split with the most groups.
+    """
     bounds, names = np.cumsum(list(ratios.values())), list(ratios)
     place = {code: _uniform(seed, code) for code in codes}
     of_split: dict[str, list[int]] = {name: [] for name in names}
@@ -139,10 +153,19 @@ def split_by_list(
     by_group: bool = False,
     count_near_duplicates: bool = True,
 ) -> StoreDescription:
-    """Deal the samples as a CSV or TSV file of id (or group) and split says; what it does not name stays where it is.
+    """Assign samples to splits by a list. Samples that it does not name are unchanged.
 
-    Near-duplicate images in several splits are counted in one warning, not moved. UserError for a name that
-    is not in the store.
+    Args:
+        path: The store's folder.
+        file: CSV or TSV file with the columns id (or group) and split.
+        by_group: The first column holds groups instead of ids.
+        count_near_duplicates: Log how many images have a near-duplicate in another split. They are not moved.
+
+    Returns:
+        The new description of the store.
+
+    Raises:
+        UserError: A name is not in the store.
     """
     store = open_store(path)
     named = _read_list(file)
@@ -183,7 +206,7 @@ def _uniform(seed: int, code: int) -> float:
 
 
 def _read_list(file: Path) -> dict[str, str]:
-    """Return name -> split; a first line such as "id,split" is a header. UserError for a name with two splits."""
+    """Return name -> split. A first line such as "id,split" is a header. Raise UserError for a name with two splits."""
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     named: dict[str, str] = {}

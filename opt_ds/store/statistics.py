@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the features over the train split, summed shard by shard in float64."""
+"""Mean and standard deviation of the features over the train split, summed per shard in float64."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from opt_ds.store.schema import MISSING, Dims, Statistics, StoreDescription
 TRAIN_SPLIT = "train"
 _COLUMNS = ((1, "image"), (2, "audio"))
 _BLOCK_ROWS = 8192
-_TOLERANCE = 1e-6  # of a feature's root mean square: far above the rounding of another order of summation
+_TOLERANCE = 1e-6  # relative to a feature's root mean square; far above rounding from another order of summation
 
 
 def train_sums(arrays: dict[str, np.ndarray], train_code: int | None) -> dict[str, Any]:
-    """Return count, sum and sum of squares of a shard's features that train samples use, each row counted once."""
+    """Return count, sum and sum of squares of the features of a shard's train samples. Each row is counted once."""
     rows = arrays["samples/rows"][arrays["samples/split"] == train_code]
     sums = {}
     for column, name in _COLUMNS:
@@ -33,7 +33,7 @@ def train_sums(arrays: dict[str, np.ndarray], train_code: int | None) -> dict[st
 
 
 def statistics_of(sums: Sequence[dict[str, Any]], dims: Dims) -> dict[str, Statistics]:
-    """Return the statistics of "image" and "audio" over the shards' sums."""
+    """Return the statistics of "image" and "audio" from the sums of all shards."""
     sizes = {"image": dims.image_feature_dim, "audio": dims.audio_feature_dim}
     return {name: _statistics([part[name] for part in sums], size) for name, size in sizes.items()}
 
@@ -50,7 +50,17 @@ def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
 def statistics_problem(
     files: Sequence[ShardFile], name: str, column: int, train_code: int | None, description: StoreDescription
 ) -> str | None:
-    """Return why the recorded statistics of "image" or "audio" features are not the shards', summed again block by block."""
+    """Return why the recorded statistics of "image" or "audio" features differ from the shards; None if they do not.
+
+    The sums are computed again, block by block.
+
+    Args:
+        files: The open shards.
+        name: "image" or "audio".
+        column: The modality's column of samples/rows.
+        train_code: Code of the train split; None if there is none.
+        description: The store's description, with the recorded statistics.
+    """
     recorded = description.statistics[name]
     count, total, squares = 0, np.zeros(len(recorded.mean)), np.zeros(len(recorded.mean))
     for file in files:
@@ -75,7 +85,7 @@ def statistics_problem(
 
 
 def _of_sums(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation; 0 and 1 without vectors."""
+    """Return mean and standard deviation; 0 and 1 if there are no vectors."""
     if count == 0:
         return np.zeros_like(total), np.ones_like(total)
     mean = total / count

@@ -1,4 +1,4 @@
-"""A real store of random numbers, through the real writer: for tests and benchmarks of everything that reads one."""
+"""Stores of random numbers, written by the real writer, for tests and benchmarks."""
 
 import tempfile
 from pathlib import Path
@@ -33,11 +33,28 @@ def write_synthetic_store(
     samples_per_group: int = 1,
     compression: Literal["gzip"] | None = None,
 ) -> StoreDescription:
-    """Write a store of `num_samples` random samples. Ranges are inclusive; equal arguments give equal bytes.
+    """Write a store of random samples. Equal arguments produce equal bytes.
 
-    `num_codes_vocab` is the codebook's size, None for a store without codes. Each modality of a sample is missing with
-    probability `missing`; one stays at least. `splits` gives the splits' shares (default 0.8 train, 0.2 valid).
-    Features are standard normal, codes, tokens (never a special one) and labels uniform.
+    Features are standard normal. Codes, tokens (never special ones) and labels are uniform.
+
+    Args:
+        path: The new store's folder.
+        num_samples: Number of samples.
+        seed: Seed of all random numbers.
+        text_len: Smallest and largest number of tokens per text, inclusive.
+        regions: Smallest and largest number of regions per image, inclusive.
+        frames: Smallest and largest number of frames per audio row, inclusive.
+        image_feature_dim: Size of an image feature.
+        audio_feature_dim: Size of an audio frame.
+        image_num_classes: Number of region classes.
+        vocab_size: Number of tokens, including the special ones.
+        num_codes_vocab: Size of the codebook; None for a store without codes.
+        missing: Probability that a sample lacks a modality. At least one is kept.
+        splits: Fraction of each split. Default: 0.8 train, 0.2 valid.
+        pixels: Store 64 x 64 pixels.
+        samples_per_shard: Samples per shard file.
+        samples_per_group: Samples per group.
+        compression: Compression of the shards.
     """
     splits = splits or {"train": 0.8, "valid": 0.2}
     rng = np.random.default_rng(seed)
@@ -110,7 +127,7 @@ def _add(items: list[_Item], item: _Item) -> int:
 
 
 def _deal_splits(num_samples: int, splits: dict[str, float]) -> list[str]:
-    """Deal the splits in blocks of samples, so that each gets its share to within one sample."""
+    """Return the split of each sample. Splits are contiguous, and each gets its fraction to within one sample."""
     bounds = np.rint(np.cumsum(list(splits.values())) / sum(splits.values()) * num_samples).astype(int)
     return [list(splits)[int(np.searchsorted(bounds, index, side="right"))] for index in range(num_samples)]
 

@@ -1,4 +1,4 @@
-"""The store's WordPiece tokenizer: a folder that Hugging Face's fast BERT tokenizer loads without any network."""
+"""The store's WordPiece tokenizer: a folder that Hugging Face's fast BERT tokenizer loads without network access."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-_LONGEST_WORD = 1000  # letters; matching pieces takes time with its square
-MAX_TOKENIZER_BYTES = 32 << 20  # BERT's multilingual one has 3
+_LONGEST_WORD = 1000  # characters; the time to match pieces grows with the square of the length
+MAX_TOKENIZER_BYTES = 32 << 20  # BERT's multilingual tokenizer has 3 MiB
 _BERT = "use a BERT WordPiece tokenizer"
-# What may stand in tokenizer.json: pieces that work in linear time, without regular expressions of the file's own.
+# Allowed components of tokenizer.json: they run in linear time and contain no regular expressions from the file.
 _ALLOWED = {
     "normalizer": ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Strip", "Sequence"),
     "pre_tokenizer": ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits", "Sequence"),
@@ -56,10 +56,10 @@ def save_wordpiece(tokenizer: "Tokenizer", folder: Path, *, lowercase: bool = Tr
 
 
 def checked_tokenizer(folder: Path) -> "Tokenizer":
-    """Load `folder/tokenizer.json`, which may come from anybody, if it is a BERT WordPiece tokenizer of ordinary pieces.
+    """Load `folder/tokenizer.json`, of unknown origin, if it is a BERT WordPiece tokenizer of allowed components.
 
-    Raises UserError, one line, for a missing, damaged or too large file, another kind of tokenizer, a piece with a regular
-    expression of its own, or a link out of the folder.
+    Raise a one-line UserError if the file is missing, damaged, too large or a link out of the folder, if the tokenizer
+    is of another kind, or if a component has its own regular expression.
     """
     from tokenizers import Tokenizer
 
@@ -87,7 +87,7 @@ def _problem_in(fields: dict[str, Any]) -> str | None:
         if problem:
             return problem
     model = fields.get("model")
-    # Old files do not name the type of a WordPiece model.
+    # Old files lack the type of a WordPiece model.
     if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece":
         return "not a WordPiece tokenizer"
     vocabulary = model.get("vocab")
@@ -106,7 +106,7 @@ def _problem_in(fields: dict[str, Any]) -> str | None:
 
 
 def _piece_problem(name: str, piece: Any) -> str | None:
-    """Return why a normalizer, pre-tokenizer, post-processor or decoder is not accepted."""
+    """Return why a normalizer, pre-tokenizer, post-processor or decoder is not accepted; None if it is."""
     if piece is None:
         return None
     kind = piece.get("type") if isinstance(piece, dict) else None
@@ -119,9 +119,9 @@ def _piece_problem(name: str, piece: Any) -> str | None:
 
 
 def describe_tokenizer(folder: Path) -> tuple[TokenizerDescription, int]:
-    """Return the special ids and hash of a tokenizer folder, and its vocabulary's size.
+    """Return the special ids and the hash of a tokenizer folder, and the size of its vocabulary.
 
-    Raises UserError if the folder has no `tokenizer.json` or lacks one of BERT's five special tokens.
+    Raise UserError if the folder has no `tokenizer.json` or one of BERT's five special tokens is missing.
     """
     tokenizer, file = checked_tokenizer(folder), folder / "tokenizer.json"
     ids = {}
@@ -134,7 +134,10 @@ def describe_tokenizer(folder: Path) -> tuple[TokenizerDescription, int]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only. UserError as `checked_tokenizer`."""
+    """Load a tokenizer folder as Hugging Face's fast tokenizer, from local files only.
+
+    Raise UserError like `checked_tokenizer`.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, file = checked_tokenizer(folder), folder / "tokenizer_config.json"

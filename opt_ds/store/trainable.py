@@ -1,4 +1,7 @@
-"""What training needs of a store's splits, said where the store is made and inspected, not first where training refuses it."""
+"""Requirements of training on a store's splits.
+
+They are reported when a store is made or inspected, before training starts.
+"""
 
 from pathlib import Path
 
@@ -12,7 +15,17 @@ _VALID_SHARE = 0.1
 def split_problems(
     path: Path, description: StoreDescription, train_split: str = TRAIN_SPLIT, valid_split: str = VALID_SPLIT
 ) -> list[str]:
-    """Return a line, with the command that fixes it, for each split that training reads and the store has no samples in."""
+    """Check that the splits that training reads have samples.
+
+    Args:
+        path: The store's folder, for messages.
+        description: The store's description.
+        train_split: Name of the split to train on.
+        valid_split: Name of the split to validate on.
+
+    Returns:
+        One line per split without samples, with the command that fixes it.
+    """
     counts = {name: count for name, count in description.split_counts.items() if count}
     if not counts:
         return [f"{path}: no sample is in it: prepare a store with samples"]

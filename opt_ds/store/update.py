@@ -1,4 +1,7 @@
-"""Changes a finished store in place. A kill at any moment leaves the old store or the new one, no mixture."""
+"""Change a finished store in place.
+
+If the process is killed, either the old or the new store remains, never a mixture.
+"""
 
 import re
 import shutil
@@ -31,12 +34,23 @@ def rewrite_shards(
     new_statistics: bool = True,
     new_tokenizer: str = "",
 ) -> StoreDescription:
-    """Replace every shard by `change(index, its arrays)` and return the new description.
+    """Replace every shard by `change(index, its arrays)`.
 
-    `fields()`, asked when all shards are written, gives what else changes in `store.json`. Shards are written under new
-    names, then `store.json` is replaced, then the old files go. `new_statistics`: features or splits have changed;
-    `new_tokenizer`: the name of a tokenizer's folder that is there already and that `fields()` will name. UserError for a
-    damaged shard; the store stays as it was.
+    Shards are written under new names, then `store.json` is replaced, then the old files are removed. On an error the
+    store is unchanged.
+
+    Args:
+        store: The store.
+        change: Called with the index and the arrays of a shard; returns the new arrays.
+        fields: Called after all shards are written; returns the other changes of `store.json`.
+        new_statistics: Compute statistics and split counts again, because features or splits have changed.
+        new_tokenizer: Name of a tokenizer folder that exists already and that `fields()` will set.
+
+    Returns:
+        The new description of the store.
+
+    Raises:
+        UserError: A shard is damaged.
     """
     path, description = store.path, store.description
     remove_unlisted(path, description, new_tokenizer)
@@ -67,8 +81,8 @@ def rewrite_shards(
 def set_codes(store_path: str | Path, codes_nc: np.ndarray, extractor: dict[str, Any]) -> StoreDescription:
     """Add or replace `image/codes` and return the new description.
 
-    `codes_nc`: [image rows, 64] in global row order. `extractor` is recorded under extractors.codes; its "num_codes" is
-    the codebook's size. Raises UserError if the shape or a value is wrong.
+    `codes_nc` is [image rows, 64] in global row order. `extractor` is recorded under extractors.codes; its "num_codes"
+    is the size of the codebook. Raise UserError if the shape or a value is wrong.
     """
     path = Path(store_path)
     store = open_store(path, with_dvae=False)
@@ -122,7 +136,7 @@ def _next_name(file: str) -> str:
 
 
 def remove_unlisted(path: Path, description: StoreDescription, new_tokenizer: str = "") -> None:
-    """Remove shards and tokenizers that `store.json` does not name: left by an update killed before or after it replaced it."""
+    """Remove shards and tokenizers that `store.json` does not name. They are left by updates that were killed."""
     kept = (description.tokenizer_folder, new_tokenizer)
     for names in ("shard-*", INDEX_FILE, STORE_FILE):
         remove_leftovers(path, names)

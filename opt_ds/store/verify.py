@@ -1,7 +1,8 @@
-"""Is a store fit for use? Asked by everything that reads features, once for each change of its files.
+"""Verify that a store is fit for use. Everything that reads features calls this, but files are checked once per change.
 
-What is compared: every hash that the store keeps (shards, tokenizer, dVAE), the structure and bounds of all datasets, and what
-is derived from the shards (statistics, `index.h5`). `opt-ds inspect` applies the same rules and lists every fault.
+The check covers every hash that the store keeps (shards, tokenizer, dVAE), the structure and bounds of all datasets,
+and data derived from the shards (statistics, `index.h5`). `opt-ds inspect` applies the same rules and lists every
+fault.
 """
 
 from pathlib import Path
@@ -27,21 +28,25 @@ __all__ = ["VERIFIED_FILE", "open_store", "verify_store"]
 
 
 def open_store(path: str | Path, *, with_dvae: bool = True) -> FeatureStore:
-    """Verify a store, unless that was done since its files last changed, and open it. UserError if it must not be used."""
+    """Verify a store, unless that was done since its files last changed, and open it.
+
+    Raise UserError if it must not be used.
+    """
     verify_store(path, with_dvae=with_dvae)
     return FeatureStore(path)
 
 
 def verify_store(path: str | Path, *, with_dvae: bool = True, run: Path | None = None) -> None:
-    """Raise UserError, naming shard and dataset, unless the store is whole and holds what `store.json` says.
+    """Raise UserError, naming shard and dataset, unless the store is complete and its content matches `store.json`.
 
-    Presence and sizes are checked always, all else once: `verified.json` beside `store.json` records the size and the times
-    of every file. A store without a usable `index.h5` gets one. For a read-only store both are written to the run's folder, or
-    outside a run the former to the user's cache. Where neither can be written, every call checks.
+    Presence and sizes are always checked. Everything else is checked once: `verified.json` next to `store.json` records
+    the size and times of every file. A store without a usable `index.h5` gets one. For a read-only store both are
+    written to the folder of the run. Outside a run, `verified.json` is written to the user's cache. If neither is
+    writable, every call repeats the checks.
 
     Args:
         path: The store's folder.
-        with_dvae: Check the dVAE too; False for commands that are about to replace it.
+        with_dvae: Check the dVAE too. False for commands that are about to replace it.
         run: The output directory of the run that reads the store.
     """
     path = Path(path)
@@ -57,7 +62,7 @@ def verify_store(path: str | Path, *, with_dvae: bool = True, run: Path | None =
     if read_index(path, description) is not None:
         _refuse(path, index_problems(path, description), remedy="")
     elif is_writable(path):
-        write_index(path, description)  # only over verified shards: the index of damaged ones would outlive their repair
+        write_index(path, description)  # after verification: an index of damaged shards would outlive their repair
     if with_dvae:
         _record(path, description, run)
 
@@ -70,7 +75,10 @@ def _is_verified(path: Path, description: StoreDescription, run: Path | None) ->
 
 
 def _record(path: Path, description: StoreDescription, run: Path | None) -> None:
-    """Record the verification in the first place that can be written. The lock of a run reports a folder that cannot be."""
+    """Record the verification in the first writable place.
+
+    If the run's folder is not writable, the run's lock reports it.
+    """
     for folder in verification_folders(path, run):
         try:
             folder.mkdir(parents=True, exist_ok=True)

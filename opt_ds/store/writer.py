@@ -1,6 +1,8 @@
-"""Writes a feature store shard by shard. A shard is whole or absent, `store.json` comes last, a killed run resumes.
+"""Write a feature store shard by shard.
 
-Shapes: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
+Shards are written atomically, `store.json` last, and a killed run can be resumed.
+
+Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
 """
 
 import shutil
@@ -36,13 +38,13 @@ from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
 from opt_ds.store.tokenizer import describe_tokenizer
 
 PARTIAL_FILE = "partial.json"
-# Aligned datasets make the reader's maps aligned, which numpy and torch handle faster than odd addresses.
+# Alignment also aligns the reader's maps. NumPy and torch are faster on aligned addresses.
 ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
 class TextItem:
-    """A caption: `tokens` int [L] without [CLS] and [SEP], and the string that they came from."""
+    """A caption: `tokens` int [L] without [CLS] and [SEP], and the string that they were made from."""
 
     tokens: np.ndarray
     string: str
@@ -50,7 +52,10 @@ class TextItem:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """A picture's regions: features [R, Dv], boxes [R, 7] in 0..1, labels [R], scores [R]; pixels uint8 [3, 64, 64]."""
+    """An image.
+
+    `features` is [R, Dv], `boxes` [R, 7] in 0..1, `labels` [R], `scores` [R], `pixels` uint8 [3, 64, 64], `codes` [64].
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -62,7 +67,7 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class SampleItem:
-    """One sample: rows (text, image, audio) into the shard's lists, -1 for what it lacks."""
+    """One sample. `rows` are indices (text, image, audio) into the shard's lists, -1 for a missing modality."""
 
     id: str
     rows: tuple[int, int, int]
@@ -73,7 +78,7 @@ class SampleItem:
 
 @dataclass
 class ShardContent:
-    """Everything of one shard, in memory. `audios` are frames [T, Da]."""
+    """The content of one shard, in memory. `audios` are frames [T, Da]."""
 
     samples: list[SampleItem] = field(default_factory=list)
     texts: list[TextItem] = field(default_factory=list)
@@ -84,8 +89,21 @@ class ShardContent:
 class StoreWriter:
     """Writes shards in any order, then `store.json`.
 
-    `key` identifies what the store is made from. Opening an unfinished store of the same key resumes it; of another
-    key, or a finished store, is a UserError. `tokenizer_folder` is copied into the store.
+    Opening an unfinished store with the same `key` resumes it. An unfinished store with another key, or a finished
+    store, is a UserError.
+
+    Args:
+        path: The store's folder.
+        dims: Sizes of features and vocabulary.
+        split_names: Names of the splits.
+        splits_source: Origin of the splits.
+        extractors: Fingerprints of the extractors.
+        tokenizer_folder: The tokenizer, which is copied into the store.
+        label_names: All labels that samples may have.
+        info: Additional entries of `info` in store.json.
+        key: Identifies the inputs of the store.
+        train_split: The split that the feature statistics are computed over.
+        compression: Compression of the shards.
     """
 
     def __init__(
@@ -116,7 +134,7 @@ class StoreWriter:
         self._begin(tokenizer_folder)
 
     def has_shard(self, index: int) -> bool:
-        """Whether this shard was completed, now or by an earlier run that was stopped."""
+        """Return whether this shard is complete, written now or by an earlier run that was stopped."""
         journal = self._journal(index)
         if not journal.is_file():
             return False
@@ -125,9 +143,9 @@ class StoreWriter:
         return file.is_file() and file.stat().st_size == fields["shard"]["bytes"]
 
     def write_shard(self, index: int, content: ShardContent, *, notes: dict[str, Any] | None = None) -> None:
-        """Write shard `index`. UserError, naming the sample, for an item that `inspect` would refuse.
+        """Write shard `index`. Raise UserError, naming the sample, for an item that `inspect` would refuse.
 
-        `notes` (JSON) are kept beside the shard until `finish`, so that a resumed run still has them.
+        `notes` (JSON) are kept next to the shard until `finish`, so that a resumed run still has them.
         """
         if (problem := self._problem(content)) is not None:
             raise UserError(f"{self.path}: {problem}: not written, as `opt-ds inspect` would refuse it")
@@ -140,7 +158,7 @@ class StoreWriter:
 
     @staticmethod
     def shard_name(index: int) -> str:
-        """Return the name of a shard's file as it is first written."""
+        """Return the file name of a shard when it is first written."""
         return f"shard-{index:05d}.h5"
 
     def shard_file(self, index: int) -> Path:
@@ -152,7 +170,10 @@ class StoreWriter:
         return _read_journal(self._journal(index))["notes"]
 
     def finish(self, num_shards: int, *, info: dict[str, Any] | None = None) -> StoreDescription:
-        """Write `store.json` over shards 0..num_shards-1 and drop the journals. All of them must have been written."""
+        """Write `store.json` over shards 0..num_shards-1 and remove the journals.
+
+        All these shards must have been written.
+        """
         journals = [_read_journal(self._journal(index)) for index in range(num_shards)]
         shards = [ShardDescription(**journal["shard"]) for journal in journals]
         split_counts = np.sum([journal["split_counts"] for journal in journals], axis=0, dtype=int)
@@ -207,7 +228,7 @@ class StoreWriter:
         return self.path / f"shard-{index:05d}.json"
 
     def _problem(self, content: ShardContent) -> str | None:
-        """Return the first sample's or item's fault, None where there is none."""
+        """Return the first fault of a sample or item; None if there is none."""
         counts = (len(content.texts), len(content.images), len(content.audios))
         user_of: dict[tuple[int, int], str] = {}  # (modality, row) -> the first sample with it
         for sample in content.samples:
@@ -282,7 +303,7 @@ class StoreWriter:
 
 
 def _read_journal(journal: Path) -> dict[str, Any]:
-    """UserError for a journal of a killed run that is damaged, or names a file elsewhere."""
+    """Read the journal of a shard. Raise UserError if it is damaged or names a file elsewhere."""
     remedy = "remove it: the shard is made again"
     fields = read_json_object(journal, remedy)
     expected = {"shard", "split_counts", "has_pixels", "has_codes", "sums", "notes"}
@@ -293,7 +314,10 @@ def _read_journal(journal: Path) -> dict[str, Any]:
 
 
 def restore_journals(path: Path, description: StoreDescription, notes: dict[int, dict[str, Any]]) -> None:
-    """Write the journals of these shards of a finished store again: without its `store.json` it is then an unfinished one."""
+    """Write the journals of these shards of a finished store again.
+
+    Without its `store.json` the store is then unfinished.
+    """
     names = ("samples/rows", "samples/split", "image/offsets", "image/features", "audio/offsets", "audio/features")
     for index, own in notes.items():
         shard = description.shards[index]
@@ -323,7 +347,10 @@ def _journal_of(
 
 
 def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
-    """Write a shard's arrays as HDF5: contiguous, aligned, in one order, without time stamps: equal input, equal bytes."""
+    """Write the arrays of a shard as HDF5: contiguous, aligned, in fixed order, without time stamps.
+
+    Equal input produces equal bytes.
+    """
     assert arrays.keys() <= DATASETS.keys(), f"no datasets of a store: {arrays.keys() - DATASETS.keys()}"
     with h5py.File(
         path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
@@ -332,13 +359,13 @@ def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: st
             if name not in arrays:
                 continue
             array = arrays[name]
-            # HDF5 cannot chunk, hence not compress, what has no elements.
+            # HDF5 cannot chunk, and therefore not compress, datasets without elements.
             options = {"compression": compression, "shuffle": True} if compression and array.size else {}
             shard.create_dataset(name, data=array, track_times=False, **options)
 
 
 def describe_shard(file: Path, arrays: dict[str, np.ndarray]) -> ShardDescription:
-    """Return the size, checksum and lengths of a shard file that holds these arrays."""
+    """Return the size, checksum and lengths of a shard file that contains these arrays."""
     return ShardDescription(
         file=file.name,
         bytes=file.stat().st_size,
@@ -354,12 +381,12 @@ def describe_shard(file: Path, arrays: dict[str, np.ndarray]) -> ShardDescriptio
 
 
 def join_items(items: Sequence[np.ndarray], empty_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the items end to end, and their int64 offsets [n + 1]; without items, zeros of `empty_shape`."""
+    """Return the concatenated items and their int64 offsets [n + 1]; without items, zeros of `empty_shape`."""
     offsets = np.zeros(len(items) + 1, "int64")
     np.cumsum([len(item) for item in items], out=offsets[1:])
     return (np.concatenate(items) if items else np.zeros(empty_shape)), offsets
 
 
 def join_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the strings' UTF-8 bytes end to end, uint8, and their int64 offsets [n + 1]."""
+    """Return the concatenated UTF-8 bytes of the strings, uint8, and their int64 offsets [n + 1]."""
     return join_items([np.frombuffer(string.encode("utf-8"), "uint8") for string in strings], (0,))

@@ -1,1 +1,1 @@
-"""Importers: each writes a manifest (see opt_ds/ingest/manifest.py) from one corpus."""
+"""Importers. Each one writes a manifest (see opt_ds/ingest/manifest.py) for one collection or file layout."""

@@ -1,7 +1,7 @@
-"""What the importers share: samples, what was left out or not used, and writing a manifest with a report of it.
+"""Shared parts of the importers: samples, skipped and unused entries, and writing a manifest with a report.
 
-An importer is a generator of `ManifestLine` (a sample), `Skipped` (what is none, and why), `Unused` (what is no
-sample) and `Note` (what was assumed or found out). `write_import` does the rest.
+An importer is a generator of `ManifestLine` (a sample), `Skipped` (an entry that is not used, with the reason),
+`Unused` (something that is not a sample) and `Note` (an assumption or a finding). `write_import` does the rest.
 """
 
 import logging
@@ -31,7 +31,10 @@ _SPLIT_NAME = re.compile(r"([a-z]+)([-_ ]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Unused:
-    """What an import did not use, and which is no sample: `count` of `what` ("files"), some of their names, and why."""
+    """Things that an import did not use and that are not samples.
+
+    There are `count` of `what` ("files"), with some names and the reason.
+    """
 
     what: str
     count: int
@@ -41,7 +44,7 @@ class Unused:
 
 @dataclass(frozen=True)
 class Note:
-    """What an import assumed or found out, for the user to check."""
+    """An assumption or a finding of an import, for the user to check."""
 
     text: str
 
@@ -51,7 +54,7 @@ Entry = ManifestLine | Skipped | Unused | Note
 
 @dataclass
 class _Report:
-    """What became of the entries."""
+    """Collects the outcome of all entries."""
 
     splits: Counter[bool] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
@@ -60,9 +63,10 @@ class _Report:
 
 
 def write_import(output: Path, entries: Iterable[Entry], *, source: str) -> Path:
-    """Write the manifest `output`, and beside it `<name>.report.json`: how many samples, what was left out and why.
+    """Write the manifest `output`, and `<name>.report.json` next to it.
 
-    UserError, and nothing written, if there is no sample at all, or if some samples name a split and others none.
+    The report has the number of samples, and what was skipped and why. Raise UserError, and write nothing, if there are
+    no samples, or if only some samples have a split.
     """
     report = _Report()
     count = write_manifest(output, _samples(entries, report, source))
@@ -94,7 +98,7 @@ def write_import(output: Path, entries: Iterable[Entry], *, source: str) -> Path
 
 
 def unused_line(unused: Unused) -> str:
-    """Return "2 files were not used: README.txt, b.pdf (why)"."""
+    """Return a message such as "2 files were not used: README.txt, b.pdf (why)"."""
     names = ", ".join(map(visible, unused.names[:_NAMED]))
     more = ", …" if names and unused.count > len(unused.names[:_NAMED]) else ""
     what = unused.what.removesuffix("s") if unused.count == 1 else unused.what
@@ -104,7 +108,7 @@ def unused_line(unused: Unused) -> str:
 
 
 def unused_files(folders: Iterable[Files | None]) -> Iterator[Unused]:
-    """Yield how many pictures and recordings of the folders no entry of the annotations named."""
+    """Yield, per folder, the image and audio files that no entry of the annotations named."""
     for files in {id(each): each for each in folders if each is not None}.values():
         names = files.unused()
         if names:
@@ -112,9 +116,9 @@ def unused_files(folders: Iterable[Files | None]) -> Iterator[Unused]:
 
 
 def guarded(place: str, make: Callable[[], Iterable[Entry]]) -> Iterator[Entry]:
-    """Yield what `make` gives of one entry of the annotations; an entry that is not as published is skipped.
+    """Yield what `make` yields for one entry of the annotations. Skip an entry that does not have the published form.
 
-    Call it for the smallest unit: what was made before the error is not lost, and neither are the entry's siblings.
+    Call it for the smallest unit. Entries yielded before the error are kept, and so are the other units.
     """
     try:
         yield from make()
@@ -129,7 +133,7 @@ def _why(error: Exception) -> str:
 
 
 def typed(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
-    """Return the value if it is of the kind (a bool is no number). Raises TypeError that names the field."""
+    """Return the value if it has the type (a bool is not a number). Raise TypeError, naming the field, otherwise."""
     if not isinstance(value, kind) or isinstance(value, bool):
         words = {str: "a text", int: "a number", list: "a list"}
         wanted = kind[0] if isinstance(kind, tuple) else kind
@@ -138,7 +142,7 @@ def typed(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
-    """Yield (line number, object) of a JSONL file; a Skipped for a line that is no JSON object."""
+    """Yield (line number, object) of a JSONL file, with a Skipped for a line that is not a JSON object."""
     for number, value in read_json_lines(path):
         if isinstance(value, str):
             reason, colon, why = value.partition(":")
@@ -148,7 +152,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
 
 
 def report_path(manifest: Path) -> Path:
-    """Where the report of an import lies."""
+    """Return the path of the report of an import."""
     return manifest.with_name(f"{manifest.stem}.report.json")
 
 
@@ -162,9 +166,16 @@ def sample(
     split: str | None = None,
     keep_incomplete: bool = False,
 ) -> ManifestLine | Skipped:
-    """Make a sample. `files`: "image" and "audio" -> (name in the annotations, where it was found), None if not wanted.
+    """Make a sample, or a Skipped if it cannot be used.
 
-    A file that was not found, or that cannot be used, leaves the sample out; with `keep_incomplete` only the file.
+    Args:
+        id: Id of the sample.
+        files: "image" and "audio" -> (name in the annotations, where it was found); None if the modality is not wanted.
+        text: The text.
+        labels: The labels.
+        group: The group.
+        split: The split.
+        keep_incomplete: Drop only a file that is missing or unusable. False: skip the sample.
     """
     if text is not None:
         typed(text, str, "the text")
@@ -188,7 +199,7 @@ def sample(
 
 
 def files_of(folder: Path | None, manifest: Path, kind: str) -> Files | None:
-    """Return the `Files` of a folder that was given."""
+    """Return the `Files` of a folder; None for None."""
     return None if folder is None else Files(folder, manifest, kind)
 
 
@@ -199,15 +210,15 @@ def split_of_name(name: str) -> str | None:
 
 
 def split_and_file(argument: str) -> tuple[str | None, Path]:
-    """ "valid=captions.tsv" -> ("valid", path); without a split's name, (None, path)."""
+    """Parse "valid=captions.tsv" to ("valid", path). Without the name of a split return (None, path)."""
     name, equals, path = argument.partition("=")
     return (name, Path(path)) if equals and "/" not in name else (None, Path(argument))
 
 
 def prefixes(annotations: Sequence[Path]) -> list[str]:
-    """Return what ids of each file begin with, so that ids of several files differ: "" for a single file.
+    """Return a prefix per file for its ids, so that ids of several files differ; "" for a single file.
 
-    UserError for a file that is given twice, and for two files of one name.
+    Raise UserError for a file that is given twice, and for two files with the same name.
     """
     if len(annotations) == 1:
         return [""]
@@ -221,7 +232,10 @@ def prefixes(annotations: Sequence[Path]) -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    """Half of a surrogate pair (in names of files that are not UTF-8, too) is written out: no file takes it."""
+    """Escape unpaired surrogates, which cannot be written to a file.
+
+    Names of files that are not UTF-8 contain some too.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 

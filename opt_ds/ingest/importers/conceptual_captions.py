@@ -1,11 +1,11 @@
-"""Conceptual Captions (Sharma et al. 2018; also CC12M): TSV lines of caption and URL; the pictures are downloaded apart.
+"""Conceptual Captions (Sharma et al. 2018; also CC12M): TSV lines of caption and URL. Images are downloaded separately.
 
-Many links are dead: a line without a file is reported and left out. Files are found by a pattern of index and URL, with
-any ending and in any folder. The default is img2dataset's naming (10,000 pictures a shard, no line dropped before).
+Many links are dead. A line without a file is reported and skipped. Files are found by a pattern of index and URL, with
+any ending and in any folder. The default is img2dataset's naming (10,000 images per shard, no line dropped before).
 
-The index is img2dataset's: it counts the rows from 0, without a header and without blank lines. Which column holds the
-URLs and whether the first line is a header are read from the content. Where img2dataset's .json or .txt lies beside a
-picture, it must name the row's URL or caption.
+The index is that of img2dataset: rows are counted from 0, without a header and without blank lines. Which column holds
+the URLs and whether the first line is a header are inferred from the content. If img2dataset's .json or .txt is next to
+an image, it must contain the URL or caption of the row.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ DEFAULT_PATTERN = "{index:09d}"
 _URL_STARTS = ("http://", "https://", "ftp://", "//", "data:")
 _URL_NAMES = ("url", "image_url", "imageurl", "image url", "link", "urls")
 _CAPTION_NAMES = ("caption", "text", "captions", "description", "title", "alt", "alt_text")
-_LOOKED_AT = 1000  # rows, to find the columns
+_LOOKED_AT = 1000  # rows that are read to find the columns
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where caption and URL are in the rows of a file, and how many cells a row has."""
+    """The columns of caption and URL in the rows of a file, and the number of cells per row."""
 
     caption: int
     url: int
@@ -43,7 +43,7 @@ class _Layout:
 
 @dataclass
 class _Paired:
-    """What the pairing of one file with its pictures rests on."""
+    """Evidence for the pairing of one file with its images."""
 
     rows: int = 0
     found: int = 0
@@ -59,12 +59,20 @@ def import_conceptual_captions(
     url_first: bool = False,
     first_index: int = 0,
 ) -> Path:
-    """Write the manifest `output`. `annotations`: TSV files, each perhaps as SPLIT=FILE; `images`: the folder of each.
+    """Write the manifest `output`.
 
-    One folder may serve several files if `pattern` tells their pictures apart, which an index alone does not.
-    `pattern`: the file's name without ending, of {index}, {crc32} and {md5} of the URL. `first_index`: the first row's
-    index. `url_first`: CC12M has the URL before the caption. UserError for another order of columns, for pictures whose
-    own .json or .txt belong to other rows, and for pictures numbered beyond the rows: the pairing would be wrong.
+    Args:
+        annotations: TSV files, each FILE or SPLIT=FILE.
+        output: The manifest to write.
+        images: The folder of each file's images. A single folder may serve several files if `pattern` distinguishes
+            their images, which an index alone does not.
+        pattern: Name of an image without ending, using {index}, and {crc32} and {md5} of the URL.
+        url_first: The URL comes before the caption, as in CC12M.
+        first_index: Index of the first row.
+
+    Raises:
+        UserError: The pairing of rows and images would be wrong: the columns are in another order, the .json or .txt of
+            the images belong to other rows, or there are images with numbers beyond the rows.
     """
     _check_pattern(pattern)
     if len(images) == 1 and _tells_urls_apart(pattern):
@@ -134,7 +142,7 @@ def _entries(
 
 
 def _body(path: Path, layout: _Layout) -> Iterator[Row]:
-    """The rows without the header, numbered as img2dataset numbers pictures."""
+    """Yield the rows without the header, numbered as img2dataset numbers images."""
     for row in read_rows(path, "\t", quoted=layout.quoted):
         if row.number or not layout.has_header:
             yield Row(row.number - layout.has_header, row.line, row.cells)
@@ -153,7 +161,7 @@ def _row_error(cells: list[str], layout: _Layout, place: str) -> str | None:
 
 
 def _layout(path: Path, url_first: bool, *, by_number: bool) -> _Layout:
-    """Find the columns by the header, if there is one, or by `url_first`; the content of the rows must agree."""
+    """Find the columns by the header, if there is one, or by `url_first`. The content of the rows must agree."""
     quoted = is_quoted_tsv(path)
     rows = [row.cells for row in islice(read_rows(path, "\t", quoted=quoted), _LOOKED_AT)]
     if not rows:
@@ -188,7 +196,7 @@ def _check_columns(path: Path, rows: list[list[str]], url: int, caption: int, ur
 
 
 def _check_numbers(path: Path, pictures: Files, pattern: str, end: int, first_index: int) -> None:
-    """Refuse pictures that are numbered beyond the rows: then the rows are others than those that were downloaded."""
+    """Refuse images with numbers beyond the rows. They show that the images were downloaded with other rows."""
     beyond = [
         stem
         for stem in pictures.stems()

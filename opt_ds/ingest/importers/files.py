@@ -1,6 +1,6 @@
-"""The files of a folder (pictures or recordings), found by path or by name without ending, and what is left of them.
+"""Look up the image or audio files of a folder by path or by name without ending, and list those never looked up.
 
-A file is never guessed: of two that fit, or of one that cannot be decoded here, the lookup returns a `Problem`.
+Files are never guessed. If two files match, or one that cannot be decoded here, the lookup returns a `Problem`.
 """
 
 import filecmp
@@ -27,7 +27,7 @@ from opt_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a file that is there is not used. The text up to the first colon is the same for all of a kind."""
+    """Why an existing file is not used. The text up to the first colon is the same for all problems of a kind."""
 
     reason: str
 
@@ -37,9 +37,9 @@ _KINDS: dict[str, tuple[Kind, ...]] = {"image": ("image", "regions"), "audio": (
 
 
 class Files:
-    """The files of a folder. `kind`: "image" or "audio"; "named" for either.
+    """The files of a folder. `kind` is "image", "audio", or "named" for either.
 
-    Lookups are remembered: `unused` counts the pictures and recordings that none asked for.
+    Lookups are recorded: `unused` returns the files that were never looked up.
     """
 
     def __init__(self, folder: Path, manifest: Path, kind: str, *, whole_folder: bool = True) -> None:
@@ -48,14 +48,14 @@ class Files:
         self.folder, self.kind = folder, kind
         self._start = manifest.parent.resolve()
         self._whole_folder = whole_folder
-        self._asked: set[str] = set()  # paths in the folder
+        self._asked: set[str] = set()  # paths that were looked up
         self._starts: dict[str, str] = {}
         self._listings: dict[str, dict[str, list[str]]] = {}
 
     def get(self, name: str) -> Found:
         """Return `folder/name` relative to the manifest; None if there is no such file.
 
-        Blanks around a name and the backslashes of a Windows path are changed if only that gives a file.
+        Spaces around a name and the backslashes of a Windows path are changed only if no file has the unchanged name.
         """
         stripped = name.strip()
         for each in dict.fromkeys((name, stripped, stripped.replace("\\", "/"))):
@@ -63,12 +63,15 @@ class Files:
             try:
                 if path.is_file():
                     return self._take(str(path))
-            except (OSError, ValueError):  # a name longer than any file's, or with NUL
+            except (OSError, ValueError):  # the name is too long or contains NUL
                 return None
         return None
 
     def get_or_say(self, name: str, kind: str) -> Found:
-        """As `get`. Of a missing file ("image" or "audio") say what it is called, if only case or ending differ."""
+        """Look up a file like `get`.
+
+        For a missing file, return a Problem with the name of a file that differs in case or ending.
+        """
         found = self.get(name)
         called = self._nearly(name.strip().replace("\\", "/"), kind) if found is None else None
         if called is None:
@@ -91,7 +94,7 @@ class Files:
         return os.path.join(path, near[0]) if len(near) == 1 else None
 
     def _listed(self, folder: str) -> dict[str, list[str]]:
-        """The names in a folder below, by their name and by their name without ending, without case."""
+        """Return the files of a subfolder, keyed by name and by name without ending, both case-folded."""
         if folder not in self._listings:
             listing: dict[str, list[str]] = defaultdict(list)
             for name in sorted(os.listdir(self.folder / folder)):
@@ -101,9 +104,9 @@ class Files:
         return self._listings[folder]
 
     def by_stem(self, stem: str) -> Found:
-        """Return the file called `stem`, in any folder below and with any ending of its kind; None if there is none.
+        """Return the file called `stem`, in any subfolder and with any ending of its kind; None if there is none.
 
-        Two files with the same bytes are one.
+        Files with the same bytes count as one.
         """
         paths = self._stems.get(stem, [])
         known = [path for path in paths if format_of_name(path) is not None] or paths
@@ -115,7 +118,7 @@ class Files:
         return self._take(known[0]) if known else None
 
     def sidecar(self, found: str, ending: str) -> Path | None:
-        """Return the file that lies beside a file that was found, with the same stem and this ending."""
+        """Return the file next to a file that was found, with the same stem and this ending; None if there is none."""
         path = (self._start / found).with_suffix(ending)
         return path if path.is_file() else None
 
@@ -124,9 +127,9 @@ class Files:
         return iter(self._stems)
 
     def unused(self) -> list[str]:
-        """Return the pictures and recordings (of this kind) that no lookup asked for, by path in the folder.
+        """Return the files of this kind that were never looked up, by path in the folder.
 
-        Without `whole_folder` only those that lie in a folder with one that was found.
+        Without `whole_folder`, only those in a folder with a file that was found.
         """
         paths = self._walk() if self._whole_folder else _beside(self._asked)
         left = (path for path in paths if self._is_of_kind(path) and os.path.normpath(path) not in self._asked)
@@ -175,7 +178,7 @@ def _plain(name: str) -> str:
 
 
 def _beside(paths: set[str]) -> Iterator[str]:
-    """The files of the folders that hold the paths."""
+    """Yield the files of all folders that contain one of the paths."""
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):
         yield from (os.path.normpath(os.path.join(folder, name)) for name in sorted(os.listdir(folder)))
 

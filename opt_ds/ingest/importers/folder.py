@@ -1,7 +1,8 @@
-"""A plain folder: `name.jpg`, `name.txt` and `name.wav` are one sample `name`. Folders below count as part of the name.
+"""A plain folder: `name.jpg`, `name.txt` and `name.wav` are one sample `name`. Subfolders are part of the name.
 
-If all samples lie below folders called train, valid (val, validation, dev) or test, these are the splits. A folder that
-is nearly so is refused, since test samples would otherwise be trained on: the caller decides with `folder_splits`.
+If all samples are in top-level folders called train, valid (val, validation, dev) or test, these are the splits. A
+folder whose layout only resembles that is refused, because test samples could be trained on. The caller decides with
+`folder_splits`.
 """
 
 import logging
@@ -35,13 +36,13 @@ _LOG = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
 _NEAR_SHOWN = 5
-_MANY_PAIRS = 10  # so many pairs, or every tenth name in one: the folder was meant to be joined
+_MANY_PAIRS = 10  # with this many pairs, or one pair per ten names, the files were meant to be joined
 _ABOUT = re.compile(r"readme|read me|licen[cs]e", re.IGNORECASE)
 _ABOUT_AT_TOP = re.compile(
     r"(readme|licen[cs]e)[-_.].*|copying|notice|changelog|changes|authors|contributors|citation|credits|install|about",
     re.IGNORECASE,
 )
-_NEARLY_SPLIT = re.compile(  # train_images, test-2, LibriSpeech's train-clean-100; but train_station and test_tube are classes
+_NEARLY_SPLIT = re.compile(  # train_images, test-2, LibriSpeech's train-clean-100, but not train_station or test_tube
     r"([a-z]+?)([-_ .]*\d+|[-_ .]+v?\d+[a-z]?"
     r"|[-_ .]+(set|data|dataset|images?|imgs?|pictures?|pics|audio|wavs?|speech|texts?|captions?|files?"
     r"|samples?|parts?|splits?|clean|other|full|small|large|all|raw|new|old|final"
@@ -54,7 +55,7 @@ Sample = dict[str, list[Path]]  # kind -> files
 
 @dataclass(frozen=True)
 class _Folder:
-    """The samples of a folder by name, in the order of the names, and the files that are no part of one."""
+    """The samples of a folder by name, in the order of the names, and the files that belong to none."""
 
     samples: dict[str, Sample]
     unused: list[str]
@@ -66,10 +67,10 @@ def import_folder(
     *,
     folder_splits: bool | None = None,
 ) -> Path:
-    """Write the manifest `output` (default: manifest.jsonl in the folder) of the folder's files.
+    """Write the manifest `output` (default: manifest.jsonl in the folder) for the files of a folder.
 
-    `folder_splits`: True takes the splits from the folders train, valid and test at the top and leaves out what lies
-    outside; False takes none from folders; None infers them. UserError where that is not certain.
+    `folder_splits`: True takes the splits from the top-level folders train, valid and test, and skips samples outside
+    them. False ignores folders. None infers the splits, and raises UserError if they are ambiguous.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -90,7 +91,7 @@ def import_folder(
         if found.unused:
             yield unused
         held = Counter(" and ".join(kind for kind in _KINDS if kind in kinds) for kinds in found.samples.values())
-        if len(held) > 1:  # such as a.jpg beside a.jpg.txt, which are not one sample
+        if len(held) > 1:  # such as a.jpg and a.jpg.txt, which are not one sample
             yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
         yield from near
 
@@ -98,7 +99,7 @@ def import_folder(
 
 
 def folder_manifest(folder: Path) -> Path:
-    """Return the folder's manifest.jsonl: the one that is there, or a new one."""
+    """Return the folder's manifest.jsonl: the existing one, or a new one."""
     manifest = folder / MANIFEST_NAME
     if manifest.is_file():
         _log_found(manifest)
@@ -107,7 +108,10 @@ def folder_manifest(folder: Path) -> Path:
 
 
 def _log_found(manifest: Path) -> None:
-    """Say that the manifest is used as it is; if an import wrote it, also what it left out and what is newer."""
+    """Log that an existing manifest is used.
+
+    If an import wrote it, also log what it skipped and which files are newer.
+    """
     report = report_path(manifest)
     if not report.is_file():
         _LOG.info(f"{manifest}: found; remove it to have the folder read again")
@@ -128,13 +132,13 @@ def _count_skipped(report: Path) -> int:
     try:
         content = read_json(report)
     except UserError:
-        return 0  # of no use, but of no harm either: the manifest counts
+        return 0  # the report is optional, only the manifest is required
     skipped = content.get("skipped") if isinstance(content, dict) else None
     return skipped if isinstance(skipped, int) else 0
 
 
 def _count_newer(manifest: Path) -> int:
-    """How many pictures, recordings and texts of the folder were written after its manifest; stores in it do not count."""
+    """Return how many image, audio and text files are newer than the manifest. Stores in the folder do not count."""
     written, newer = manifest.stat().st_mtime_ns, 0
     for folder, folders, names in os.walk(manifest.parent):
         if "store.json" in names:
@@ -148,15 +152,15 @@ def _count_newer(manifest: Path) -> int:
 
 
 def _files(folder: Path, ours: set[Path]) -> _Folder:
-    """Sort the folder's files into samples. A text that is about the folder (README.txt) belongs to none."""
+    """Group the folder's files into samples. A text about the folder (README.txt) belongs to none."""
     samples: dict[str, Sample] = defaultdict(lambda: defaultdict(list))
-    spelled: dict[str, str] = {}  # composed Unicode -> as the first file has it: a Mac's copy may be decomposed
+    spelled: dict[str, str] = {}  # composed Unicode -> name of the first file; copies from a Mac may be decomposed
     unused: list[str] = []
     for path in sorted(folder.rglob("*")):
         if path in ours or (path.is_dir() and not path.is_symlink()):
             continue
         name = path.relative_to(folder).as_posix()
-        is_unknown = is_clutter(name) or not path.is_file()  # such as a link to nowhere, or to a folder
+        is_unknown = is_clutter(name) or not path.is_file()  # such as a dangling link, or a link to a folder
         kind = None if is_unknown else kind_of_name(path) or _kind_of_content(path)
         if kind in _KINDS:
             stem = path.relative_to(folder).with_suffix("").as_posix()
@@ -170,15 +174,15 @@ def _files(folder: Path, ours: set[Path]) -> _Folder:
 
 
 def _is_about(name: str) -> bool:
-    """Whether a text is about the collection; below its top only README and LICENSE are."""
+    """Return whether a text is about the collection. In subfolders only README and LICENSE are."""
     is_at_top = "/" not in name and _ABOUT_AT_TOP.fullmatch(name) is not None
     return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:
-    """What looks like one sample but has different names. UserError if that is nearly all that the folder could pair.
+    """Return notes on files that resemble one sample but have different names.
 
-    A few pairs among many samples are no reason to refuse these.
+    Raise UserError if most files are such pairs. A few pairs among many samples are not an error.
     """
     pairs = near_pairs({name: frozenset(kinds) for name, kinds in samples.items()}, splits)
     if not pairs:
@@ -202,13 +206,16 @@ def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]
 
 
 def _kind_of_content(path: Path) -> str | None:
-    """The kind of a file whose ending tells nothing: content decides."""
+    """Return the kind of a file with an inconclusive ending, by its content."""
     with open(path, "rb") as file:
         return kind_of_content(file.read(HEAD_BYTES))
 
 
 def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> dict[str, str]:
-    """Return top folder -> split; empty if there are no splits. UserError for a layout that is nearly split."""
+    """Return top-level folder -> split; empty if there are no splits.
+
+    Raise UserError for a layout that resembles splits.
+    """
     if wanted is False:
         return {}
     tops = Counter(name.split("/")[0] for name in samples if "/" in name)
@@ -222,7 +229,7 @@ def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> di
     others = {top: count for top, count in tops.items() if top not in splits}
     loose = [name for name, kinds in samples.items() if "/" not in name]
     if splits and all(set(samples[name]) == {"text"} for name in loose) and _has_media(samples):
-        loose = []  # classes.txt beside the splits of a collection of pictures is no sample
+        loose = []  # classes.txt next to the splits of an image collection is no sample
     fix = (
         f"move them, or choose: opt-ds import folder {folder} --folder-splits leaves them out, --no-folder-splits ignores "
         "folders"
@@ -240,7 +247,7 @@ def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> di
 
 
 def _refuse_hidden_splits(folder: Path, samples: dict[str, Sample]) -> None:
-    """UserError for folders that mean different splits, but not by their exact names, or not at the top."""
+    """Raise UserError for folders that resemble different splits, but have other names or are not at the top level."""
     parts = {part for name in samples for part in name.split("/")[:-1]}
     near = {part: split for part in parts if (split := split_of_name(part) or _nearly_split(part)) is not None}
     if len(set(near.values())) < 2:
@@ -294,7 +301,7 @@ def _entries(samples: dict[str, Sample], start: Path, splits: dict[str, str]) ->
 
 
 def _why_not(kinds: Sample) -> str | None:
-    """Why the files of one name are no sample; None if they are one."""
+    """Return why the files of one name are not a sample; None if they are."""
     twice = next((paths for paths in kinds.values() if len(paths) > 1), None)
     if twice is not None:
         return f"two files of one kind: {twice[0].name} and {twice[1].name}"

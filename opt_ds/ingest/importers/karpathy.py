@@ -1,5 +1,7 @@
-"""COCO captions and Flickr30k in Karpathy's splits (dataset_coco.json, dataset_flickr30k.json; Karpathy & Fei-Fei 2015),
-and Flickr30k's own token file (`1000092795.jpg#0`, tab, caption). Each caption is a sample; a picture's share its row.
+"""COCO captions and Flickr30k in Karpathy's splits, and Flickr30k's own token file.
+
+The splits are dataset_coco.json and dataset_flickr30k.json (Karpathy & Fei-Fei 2015). The token file has lines of
+`1000092795.jpg#0`, tab, caption. Each caption is a sample. The captions of an image share its row.
 """
 
 import re
@@ -28,10 +30,10 @@ _TOKEN = re.compile(r"(.+)#\d+")
 
 
 def import_karpathy(annotations: Path | Sequence[Path], output: Path, *, images: Path) -> Path:
-    """Write the manifest `output` of Karpathy split JSON files, or of Flickr30k's token file (without splits).
+    """Write the manifest `output` for Karpathy split JSON files, or for Flickr30k's token file (without splits).
 
-    `images`: the folder of the pictures; COCO's may lie in train2014 and val2014 below it. A single file's ids are as
-    they always were; of several files the ids begin with the file's name.
+    `images` is the folder of the images. COCO's may be in its subfolders train2014 and val2014. With several files, ids
+    are prefixed with the name of their file.
     """
     paths = [annotations] if isinstance(annotations, Path) else list(annotations)
     pictures = Files(images, output, "image")
@@ -87,7 +89,7 @@ def _entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]
 
 
 def _contradiction(picture: dict[str, Any]) -> str | None:
-    """COCO's file names hold the picture's number: it must be the entry's own."""
+    """Return the contradiction if the image number in a COCO file name differs from the entry's; else None."""
     match = _COCO_NAME.fullmatch(str(picture.get("filename")))
     if match and isinstance(picture.get("cocoid"), int) and int(match[1]) != picture["cocoid"]:
         return f"it contradicts itself: cocoid is {picture['cocoid']}, its file is {picture['filename']}"

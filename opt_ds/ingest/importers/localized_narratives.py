@@ -1,8 +1,8 @@
-"""Localized Narratives (Pont-Tuset et al. 2020): captions spoken while the picture was described.
+"""Localized Narratives (Pont-Tuset et al. 2020): spoken descriptions of images and their transcripts.
 
-Its JSONL has a line a narrative: dataset_id, image_id, annotator_id, caption, timed_caption, traces, voice_recording. A
-picture may have several narratives; they share its row in the store. Pictures are found by image id: Open Images and
-Flickr30k name their files so, COCO pads the id to twelve digits.
+The JSONL file has one line per narrative: dataset_id, image_id, annotator_id, caption, timed_caption, traces,
+voice_recording. An image may have several narratives, which share its row in the store. Images are found by their id.
+Open Images and Flickr30k use the id as the file name; COCO pads it to twelve digits.
 """
 
 from collections import Counter, defaultdict
@@ -28,13 +28,13 @@ from opt_ds.ingest.importers.files import Files, Found, Problem
 from opt_ds.ingest.importers.tables import BadRow, Table, check_doubled, read_rows, read_table
 from opt_ds.ingest.manifest import Skipped
 
-_LEAST_CONFIDENCE = 0.5  # of an image-level label: 1 is verified, 0 is verified as absent
+_LEAST_CONFIDENCE = 0.5  # for an image-level label; 1 is verified as present, 0 as absent
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 
 
 @dataclass
 class ImageLabels:
-    """Image id -> names of its labels, and what of the label files was not used."""
+    """Image id -> names of its labels, and the parts of the label files that were not used."""
 
     of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unused: list[Unused] = field(default_factory=list)
@@ -50,10 +50,16 @@ def import_localized_narratives(
     label_names: Path | None = None,
     keep_incomplete: bool = False,
 ) -> Path:
-    """Write the manifest `output`. `recordings`: the folder that `voice_recording` is relative to.
+    """Write the manifest `output`. The split is inferred from dataset_id.
 
-    `labels`: Open Images' image-level label CSV files (ImageID, Source, LabelName, Confidence); `label_names`: its
-    class descriptions (LabelName, DisplayName). The split follows from dataset_id.
+    Args:
+        annotations: JSONL files.
+        output: The manifest to write.
+        images: The folder of the images.
+        recordings: The folder that `voice_recording` is relative to. None: no audio.
+        labels: Open Images' image-level label CSV files (ImageID, Source, LabelName, Confidence).
+        label_names: Open Images' class descriptions (LabelName, DisplayName).
+        keep_incomplete: Keep samples with missing files.
     """
     pictures = Files(images, output, "image")
     sounds = files_of(recordings, output, "audio")
@@ -114,14 +120,17 @@ def _entries(
 
 
 def _is_of_another_picture(recording: str, dataset: str, image_id: str) -> bool:
-    """The published recordings are called DATASET_IMAGE_ANNOTATOR."""
+    """Return whether a published file name, DATASET_IMAGE_ANNOTATOR, belongs to another image."""
     name = Path(recording).stem
     is_published = name.startswith(f"{dataset}_") and name.count("_") >= dataset.count("_") + 2
     return is_published and not name.startswith(f"{dataset}_{image_id}_")
 
 
 def _picture(pictures: Files, image_id: str) -> Found:
-    """The picture called by the id, or by the id in twelve digits as COCO's are. Where both are there: a Problem."""
+    """Return the image named by the id, or by the id padded to twelve digits as in COCO.
+
+    Return a Problem if both exist.
+    """
     own = pictures.get(f"{image_id}.jpg") or pictures.by_stem(image_id)
     padded = image_id.zfill(12)
     if padded == image_id or not image_id.isdigit():
@@ -135,7 +144,8 @@ def _picture(pictures: Files, image_id: str) -> Found:
 def read_image_labels(files: Sequence[Path], names: Path | None, wanted: set[str] | None = None) -> ImageLabels:
     """Return the verified or confident labels of each image, from Open Images' image-level label CSV files.
 
-    Only for the `wanted` images: the published files have tens of millions of rows. Rows that are none are counted.
+    Only labels of the `wanted` images are kept, as the published files have tens of millions of rows. Invalid rows are
+    counted.
     """
     result = ImageLabels()
     name_of = _label_names(names, result) if names is not None else {}
@@ -161,7 +171,7 @@ def read_image_labels(files: Sequence[Path], names: Path | None, wanted: set[str
 
 
 def _label_rows(path: Path, table: Table, bad: list[str]) -> Iterator[tuple[str, str, float]]:
-    """Yield (image, label, confidence); append what is no such row to `bad`."""
+    """Yield (image, label, confidence). Append rows of another form to `bad`."""
     absent = [name for name in _LABEL_COLUMNS if name not in table.columns]
     if absent:
         header = ", ".join(table.columns)
@@ -178,7 +188,7 @@ def _label_rows(path: Path, table: Table, bad: list[str]) -> Iterator[tuple[str,
 
 
 def _label_names(path: Path, result: ImageLabels) -> dict[str, str]:
-    """Code -> name. The published file has no header; a code that is named twice keeps the first name."""
+    """Return code -> name. The published file has no header. A code with two names keeps the first."""
     found: dict[str, str] = {}
     bad = []
     for row in read_rows(path, ",", quoted=True):

@@ -1,5 +1,7 @@
-"""Names of a folder that are nearly the same (a.JPG and A.txt, images/a.jpg and captions/a.txt): files that were probably
-meant to be one sample, and are not joined. They are never joined by guess: the user is told.
+"""Nearly equal file names in a folder (a.JPG and A.txt, images/a.jpg and captions/a.txt).
+
+Such files were probably meant to be one sample. They are not joined, since that would be a guess, but reported to the
+user.
 """
 
 import os
@@ -15,12 +17,12 @@ _KIND_WORDS = frozenset((
     "transcript", "transcripts", "transcription", "transcriptions", "label", "labels", "audio", "audios", "wav",
     "wavs", "flac", "mp3", "sound", "sounds", "speech", "recording", "recordings", "clip", "clips",
 ))  # fmt: skip
-_TRANSCRIPTS = ".trans"  # LibriSpeech: 84-1.trans.txt holds the texts of 84-1-0000.flac, 84-1-0001.flac and so on
+_TRANSCRIPTS = ".trans"  # LibriSpeech: 84-1.trans.txt has the texts of 84-1-0000.flac, 84-1-0001.flac and so on
 
 
 @dataclass(frozen=True)
 class NearPair:
-    """Two names that differ in little, and in what."""
+    """Two names with a small difference, and a description of the difference."""
 
     first: str
     second: str
@@ -28,10 +30,10 @@ class NearPair:
 
 
 def near_pairs(kinds_of: Mapping[str, frozenset[str]], splits: Mapping[str, str]) -> list[NearPair]:
-    """Return the pairs of names that have no kind of file in common and nearly the same spelling; each name once at most.
+    """Return pairs of names with nearly the same spelling and no kind of file in common. A name occurs at most once.
 
-    `kinds_of`: name (a path without ending) -> the kinds of its files. `splits`: the top folders that are splits, in
-    which names are compared separately.
+    `kinds_of` maps a name (a path without ending) to the kinds of its files. `splits` holds the top-level folders that
+    are splits; names are compared within a split only.
     """
     if len(set().union(*kinds_of.values())) < 2:
         return []
@@ -56,13 +58,16 @@ def _folded(name: str, _: frozenset[str]) -> str:
 
 
 def _without_ending(name: str, kinds: frozenset[str]) -> str:
-    """a.jpg (of a.jpg.txt) -> a; of a text, any second ending goes: 1.normalized -> 1."""
+    """Strip a second ending that names a kind of file, such as .jpg of a.jpg.txt.
+
+    For texts strip any: 1.normalized -> 1.
+    """
     stem, ending = os.path.splitext(name.casefold())
     return stem if kinds == {"text"} or kind_of_name(name) is not None else stem + ending
 
 
 def _speaker_chapter(name: str, kinds: frozenset[str]) -> str | None:
-    """84-1.trans -> 84-1, and 84-1-0000 -> 84-1."""
+    """Return the LibriSpeech chapter of a name: 84-1.trans -> 84-1, and 84-1-0000 -> 84-1."""
     if kinds == {"text"}:
         return name.removesuffix(_TRANSCRIPTS) if name.endswith(_TRANSCRIPTS) else None
     return name.rpartition("-")[0] or None

@@ -1,11 +1,11 @@
-"""Speaks captions with Piper, as a program of its own: job lines in (JSON), one answer line out for each.
+"""Speak captions with Piper, as a separate program. It reads JSON job lines and prints one answer line per job.
 
     python piper_worker.py MODEL CONFIG
     stdin:  {"text": "love letter", "length_scale": 1.0, "path": "out.flac"}
     stdout: {"path": "out.flac", "seconds": 0.9} or {"path": "out.flac", "error": "..."}
 
-Piper is GPL-3 software. Nothing of opt_ds is imported here and opt_ds never imports this file: it runs it as a tool.
-Noise is 0, so that equal jobs give equal files. Recordings are 16 kHz mono 16-bit FLAC.
+Piper is GPL-3 software. This file imports nothing of opt_ds, and opt_ds never imports it but runs it as a tool.
+Noise is 0, so that equal jobs produce equal files. The output is 16 kHz mono 16-bit FLAC.
 """
 
 import json
@@ -21,10 +21,11 @@ from piper.config import PiperConfig
 from scipy.signal import resample_poly
 
 SAMPLE_RATE_HZ = 16_000
-PEAK = 0.9  # leaves headroom for the resampling filter's overshoot
+PEAK = 0.9  # headroom for the overshoot of the resampling filter
 
 
 def load_voice(model: str, config: str) -> PiperVoice:
+    """Load a voice for the CPU, with one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
@@ -34,6 +35,17 @@ def load_voice(model: str, config: str) -> PiperVoice:
 
 
 def speak(voice: PiperVoice, text: str, length_scale: float, path: str) -> float:
+    """Speak a text into a FLAC file, atomically.
+
+    Args:
+        voice: The voice.
+        text: The text.
+        length_scale: Duration relative to the voice's normal speed; above 1 is slower.
+        path: The FLAC file to write.
+
+    Returns:
+        The duration of the audio in seconds.
+    """
     settings = SynthesisConfig(length_scale=length_scale, noise_scale=0.0, noise_w_scale=0.0)
     chunks = [chunk.audio_float_array for chunk in voice.synthesize(text, settings)]
     if not chunks:
@@ -48,6 +60,7 @@ def speak(voice: PiperVoice, text: str, length_scale: float, path: str) -> float
 
 
 def main() -> None:
+    """Answer job lines until the end of the input."""
     voice = load_voice(*sys.argv[1:3])
     for line in sys.stdin:
         job = json.loads(line)

@@ -1,4 +1,7 @@
-"""img2dataset's files beside a picture (`000000001.json` with url and caption, `.txt` with the caption): whose are they?"""
+"""Match img2dataset's files next to an image with the row of the image.
+
+They are `000000001.json` with url and caption, and `.txt` with the caption.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,20 +13,31 @@ from opt_ds.ingest.importers.files import Files
 from opt_ds.ingest.text_files import JsonError, parse_json
 from opt_ds.user_files import decode_text
 
-_MOST_KEPT = 100_000  # URLs, to find by how much the pictures are shifted
+_MOST_KEPT = 100_000  # URLs, to find the offset of the images
 
 
 @dataclass
 class Sidecars:
-    """Compares pictures' own files with the rows that they were paired with. `checked`: pictures with such a file."""
+    """Compares the images' own files with the rows that they were paired with. `checked`: images with such a file."""
 
     checked: int = 0
     _wrong: int = 0
     _row_of: dict[str, int] = field(default_factory=dict)  # URL or caption -> row
-    _named: list[tuple[int, str]] = field(default_factory=list)  # row, and what its picture's file names instead
+    _named: list[tuple[int, str]] = field(default_factory=list)  # row, and what the file of its image contains instead
 
     def contradiction(self, files: Files, found: str, row: int, caption: str, url: str) -> str | None:
-        """Return why the picture `found` cannot be the row's; None if its files agree, or if there are none."""
+        """Check whether an image belongs to the row that it was paired with.
+
+        Args:
+            files: The folder of the images.
+            found: The image, relative to the manifest.
+            row: Number of the row.
+            caption: Caption of the row.
+            url: URL of the row.
+
+        Returns:
+            Why the image cannot belong to the row. None if its files agree, or if there are none.
+        """
         if len(self._row_of) < _MOST_KEPT:
             self._row_of.update({_plain(url): row, _plain(caption): row})
         named = _url_and_caption(files, found)
@@ -40,7 +54,10 @@ class Sidecars:
         return f"its {path.name} names {own[:100]}"
 
     def check(self, table: Path, first_index: int) -> None:
-        """Raise UserError if most pictures belong to other rows: the numbers are then shifted, and the rest is luck."""
+        """Raise UserError if most images belong to other rows.
+
+        Then the numbers are shifted, and other matches are coincidence.
+        """
         if self._wrong < 2 or 2 * self._wrong <= self.checked:
             return
         shifts = Counter(self._row_of[own] - row for row, own in self._named if own in self._row_of)
@@ -82,5 +99,5 @@ def _read(path: Path) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Without quotes and with single spaces: img2dataset reads the table with quotes and may strip what it writes."""
+    """Remove quotes and repeated spaces: img2dataset reads the table with quotes and may strip what it writes."""
     return " ".join(text.replace('"', "").split())

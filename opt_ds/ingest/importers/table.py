@@ -1,7 +1,8 @@
-"""Tables with a row a sample: CSV, TSV (with a header) and Parquet. Columns are called as the manifest's fields, or named.
+"""Tables with one row per sample: CSV and TSV (with a header) and Parquet.
 
-Parquet may hold the pictures and recordings themselves, and classes as numbers, as Hugging Face `datasets` writes it.
-Rows that do not fit the header are reported with their line; columns that are not used, too.
+Columns are named like manifest fields, or mapped. Parquet files may contain the image and audio files, and classes as
+numbers, as written by Hugging Face `datasets`. Rows that do not match the header are reported with their line, and
+unused columns are reported too.
 """
 
 import itertools
@@ -25,15 +26,15 @@ from opt_ds.ingest.manifest import ManifestLine, Skipped
 _FIELDS = tuple(ManifestLine.model_fields)
 _FILES: tuple[str, ...] = ("image", "audio")
 _LABEL_SEPARATOR = "|"
-_BATCH_ROWS = 64  # rows may hold whole pictures
-_FIRST_TEXTS = 20  # texts that are looked at, whether they are names of files
+_BATCH_ROWS = 64  # small, because rows may contain complete images
+_FIRST_TEXTS = 20  # texts that are checked for being file names
 _FILE_NAME = re.compile(r"\S+")
 _BETWEEN_CELLS = re.compile(r"[,;|\t\r\n]")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A table: its columns, its rows (or what is wrong with them), and what was found out about it."""
+    """A table: its columns, its rows (a Skipped for an invalid one), and findings about it."""
 
     path: Path
     columns: list[str]
@@ -48,11 +49,17 @@ def import_table(
     files: Path | None = None,
     columns: Sequence[str] = (),
 ) -> Path:
-    """Write the manifest `output`. `columns`: FIELD=COLUMN for columns of other names; `files`: what paths are relative to.
+    """Write the manifest `output` for a table.
 
-    Without an id column the row's number is the id. Labels are a list (Parquet) or separated by "|". Files inside a Parquet
-    table (see importers/embedded.py) are written to `<name>-files/` beside the manifest; a label that is a number of its
-    ClassLabel feature becomes the class's name.
+    Without an id column the number of the row is the id. Labels are a list (Parquet) or separated by "|". Files inside
+    a Parquet table (see importers/embedded.py) are written to `<name>-files/` next to the manifest. A number of a
+    ClassLabel feature is converted to the name of the class.
+
+    Args:
+        table: The CSV, TSV or Parquet file.
+        output: The manifest to write.
+        files: The folder that paths are relative to. None: the folder of the table.
+        columns: FIELD=COLUMN for columns with other names than the manifest's fields.
     """
     column_of = _columns(columns)
     wanted = tuple(column_of.values())
@@ -128,7 +135,7 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
 
 
 def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
-    """What of the table was not used, and what was found out about it."""
+    """Yield the unused columns of the table, and the findings about it."""
     used = set(column_of.values())
     unused = [column or "(without a name)" for column in source.columns if column not in used]
     if unused:
@@ -139,7 +146,10 @@ def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
 
 
 def _check_texts(source: _Source, column_of: dict[str, str]) -> _Source:
-    """Return the source with all its rows. UserError if the first texts are all names of files: their content is meant."""
+    """Return the source with all its rows.
+
+    Raise UserError if the first texts are all names of files instead of texts.
+    """
     column = column_of["text"]
     first = list(itertools.islice(source.rows, _FIRST_TEXTS))
     texts = [str(row[column]) for row in first if isinstance(row, dict) and not _is_missing(row.get(column))]
@@ -156,7 +166,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _file(value: Any, kind: str, files: Files, embedded: EmbeddedFiles) -> tuple[str, Found] | None:
-    """Return (name, where it lies, None if it is missing) of a picture or recording; None for a value that is neither."""
+    """Return (name, path or None if missing) of an image or audio file; None for a value that is neither."""
     if is_embedded(value):
         written = embedded.take(value)
         if written is not None:
@@ -192,7 +202,7 @@ def _text_table(path: Path, wanted: Sequence[str], folder: Path) -> _Source:
 
 
 def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterator[dict[str, Any] | Skipped]:
-    before: set[str] = set()  # names of files in earlier rows
+    before: set[str] = set()  # file names in earlier rows
     for row in rows:
         if isinstance(row, BadRow):
             yield Skipped(f"row {row.number}", row.reason)
@@ -207,9 +217,9 @@ def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterato
 
 
 def _swallowed(cell: str, before: set[str], folder: Path) -> str | None:
-    """The name of a file that is there, or that an earlier row names, in a cell of several lines.
+    """Return the name of a file that exists, or that an earlier row names, from a cell of several lines; else None.
 
-    Most likely it is another row's, behind a quote that was never closed. A text may mention other names of files.
+    It most likely belongs to another row, after a quote that was not closed. A text may mention other file names.
     """
     if "\n" not in cell and "\r" not in cell:
         return None
@@ -220,7 +230,7 @@ def _swallowed(cell: str, before: set[str], folder: Path) -> str | None:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name longer than any file's, or with NUL
+    except (OSError, ValueError):  # the name is too long or contains NUL
         return False
 
 
@@ -259,7 +269,7 @@ def _parquet_rows(table: Path, names: dict[str, list[str]]) -> Iterator[dict[str
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Column -> names of its classes, from what Hugging Face `datasets` notes in a Parquet file's schema."""
+    """Return column -> names of its classes, from the metadata of Hugging Face `datasets` in a Parquet schema."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         inner = {column: feature.get("feature") or feature for column, feature in features.items()}
@@ -269,7 +279,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
 
 
 class _NoClassError(Exception):
-    """A number that is none of a ClassLabel column's classes."""
+    """A number outside the classes of a ClassLabel column."""
 
 
 def _named(value: Any, names: list[str] | None, column: str) -> Any:

@@ -1,6 +1,6 @@
-"""Strict reading of CSV and TSV: each row comes out as it was written, or is reported with its line.
+"""Strict reading of CSV and TSV: each row is returned as it was written, or reported with its line.
 
-`read_rows` gives the rows as they are; `read_table` takes the first one as the header, and finds the separator and the
+`read_rows` returns the rows unchanged. `read_table` uses the first row as the header, and detects the separator and the
 quoting.
 """
 
@@ -16,12 +16,12 @@ from opt_ds.errors import UserError
 from opt_ds.ingest.text_files import open_text
 
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-_SEP_LINE = re.compile(r"sep=(.)")  # what Excel writes and reads as the first line
+_SEP_LINE = re.compile(r"sep=(.)")  # first line that Excel writes and reads
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row. `number`: from 0, blank lines not counted; `line`: the line of the file that it begins on, from 1."""
+    """A row. `number` counts from 0 without blank lines; `line` is its first line in the file, from 1."""
 
     number: int
     line: int
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and the reason."""
 
     number: int
     line: int
@@ -39,7 +39,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header. `notes`: what was found out about the file, for the user. `rows` may be iterated once."""
+    """A table with a header. `notes` are findings about the file, for the user. `rows` can be iterated once."""
 
     columns: list[str]
     rows: Iterator[Row | BadRow]
@@ -47,15 +47,15 @@ class Table:
 
 
 def is_tsv(path: Path) -> bool:
-    """Whether a file's name says that tabs separate its cells."""
+    """Return whether the name of a file means that its cells are separated by tabs."""
     return path.name.lower().removesuffix(".gz").endswith((".tsv", ".tab"))
 
 
 def read_rows(path: Path, separator: str, *, quoted: bool) -> Iterator[Row]:
-    """Yield the rows of a table in UTF-8, gzipped or not; blank lines are passed over.
+    """Yield the rows of a UTF-8 table, gzipped or not. Blank lines are skipped.
 
-    Without `quoted` a quote is a letter like others, as the published TSV files have it. UserError for a quote that is
-    never closed and for text after a closing quote, with the line: what follows cannot be trusted.
+    Without `quoted`, quotes are ordinary characters, as in the published TSV files. Raise UserError, with the line, for
+    a quote that is never closed and for text after a closing quote, because what follows cannot be trusted.
     """
     csv.field_size_limit(sys.maxsize)
     with open_text(path) as file:
@@ -77,9 +77,9 @@ def read_rows(path: Path, separator: str, *, quoted: bool) -> Iterator[Row]:
 
 
 def read_table(path: Path, wanted: Collection[str]) -> Table:
-    """Read a table whose first row names its columns; `wanted`: the columns that are looked for, to find the separator.
+    """Read a table whose first row names its columns. `wanted` columns are used to detect the separator.
 
-    Rows with fewer or more cells than the header, with NUL characters or with the header again are BadRow.
+    Rows with fewer or more cells than the header, with NUL characters or equal to the header are returned as BadRow.
     """
     named = "\t" if is_tsv(path) else ","
     separator, notes = _separator(path, named, wanted)
@@ -96,7 +96,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
 
 
 def check_doubled(path: Path, columns: Collection[str], used: Collection[str]) -> None:
-    """Raise UserError if a column that is used is there twice."""
+    """Raise UserError if a used column occurs twice."""
     doubled = [name for name, count in Counter(columns).items() if count > 1 and name in used]
     if doubled:
         raise UserError(f'{path}: column "{doubled[0]}" is there twice: rename one of them')
@@ -119,7 +119,7 @@ def _checked(rows: Iterator[Row], header: Row) -> Iterator[Row | BadRow]:
 
 
 def _separator(path: Path, named: str, wanted: Collection[str]) -> tuple[str, list[str]]:
-    """The separator that the name suggests, or another one if only that one gives a column that is wanted."""
+    """Return the separator suggested by the name, or another one if only that one yields a wanted column."""
     with open_text(path) as file:
         first = file.readline(1 << 20).rstrip("\r\n")
     excel = _SEP_LINE.fullmatch(first)
@@ -137,7 +137,10 @@ def _cells(line: str, separator: str) -> set[str]:
 
 
 def is_quoted_tsv(path: Path) -> bool:
-    """Whether a TSV file's cells are quoted as spreadsheets and pandas do it: only if that alone, or that too, fits."""
+    """Return whether the cells of a TSV file are quoted as by spreadsheets and pandas.
+
+    That is the case if there is evidence of quoting, and if all rows have the same number of cells when read so.
+    """
     first: list[str] = []
     opens = misfit = doubled = False
     for row in read_rows(path, "\t", quoted=False):

@@ -1,4 +1,4 @@
-"""UNITER's image feature databases (LMDB): each entry becomes the `.npz` file that it was made of."""
+"""Export UNITER's image feature databases (LMDB): each entry is written as the `.npz` file that it was made from."""
 
 import hashlib
 import io
@@ -23,22 +23,22 @@ from opt_ds.store.files import atomic_file
 
 _LOG = logging.getLogger(__name__)
 _DATABASE = "data.mdb"
-_OWN = b"__"  # __keys__ lists the others
+_OWN = b"__"  # prefix of metadata keys, such as __keys__, which lists the others
 _LONGEST_NAME = 200
 _SHOWN = 10
 _BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 
 
 def is_lmdb(folder: Path) -> bool:
-    """Whether a folder holds an LMDB database."""
+    """Return whether a folder contains an LMDB database."""
     return (folder / _DATABASE).is_file()
 
 
 def export_lmdb(database: Path, output: Path) -> int:
-    """Write every entry of the database as a file of `output`; files that are there are kept, so that it resumes.
+    """Write every entry of the database as a file in `output`. Existing files are kept, so that it can be resumed.
 
-    Entries are compressed NPZ files, or msgpack of arrays, as UNITER's convert_imgdir.py writes them; others are left out
-    and named. Returns the number of files. UserError if there is none.
+    Entries are compressed NPZ files, or msgpack of arrays, as written by UNITER's convert_imgdir.py. Others are skipped
+    and logged. Return the number of files. Raise UserError if there are none.
     """
     output.mkdir(parents=True, exist_ok=True)
     names, unnamed = _names(_keys(database))
@@ -77,10 +77,10 @@ def _log_left_out(names: dict[str, str], skipped: list[str]) -> None:
 
 
 def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
-    """Return key -> file name, no two the same, and the keys that are no text.
+    """Return key -> file name, without duplicates, and the keys that are not valid text.
 
-    The name is the key's last part with .npz as its ending; where several keys have the same, it is the whole key,
-    quoted as in a URL.
+    The name is the last part of the key with the ending .npz. If several keys share that name, the complete key is used
+    instead, quoted as in a URL.
     """
     texts: list[str] = []
     unnamed: list[bytes] = []
@@ -140,7 +140,7 @@ def _cursor(database: Path) -> Iterator[Any]:
 
 
 def _arrays(value: bytes) -> dict[str, Any]:
-    """Return the arrays of an entry. Raises ValueError for anything else."""
+    """Return the arrays of an entry. Raise ValueError for anything else."""
     import msgpack
 
     try:
@@ -159,7 +159,7 @@ def _arrays(value: bytes) -> dict[str, Any]:
 
 
 def _array(fields: dict[Any, Any]) -> Any:
-    """Undo msgpack_numpy's form of an array: {b"nd": True, b"type": "<f2", b"kind": b"", b"shape": …, b"data": …}."""
+    """Decode msgpack_numpy's form of an array: {b"nd": True, b"type": "<f2", b"kind": b"", b"shape": …, b"data": …}."""
     named = {key.decode() if isinstance(key, bytes) else key: value for key, value in fields.items()}
     if named.get("nd") is not True:
         return fields

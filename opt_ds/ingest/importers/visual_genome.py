@@ -1,6 +1,6 @@
-"""Visual Genome (Krishna et al. 2017): region_descriptions.json, and image_data.json for the pictures' files.
+"""Visual Genome (Krishna et al. 2017): region_descriptions.json, and image_data.json for the image files.
 
-Each region's phrase is a sample with the whole picture, as UNITER takes it; the phrases of a picture share its row.
+As in UNITER, the phrase of each region is a sample with the complete image. The phrases of an image share its row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,19 @@ def import_visual_genome(
     leave_out: Path | None = None,
     max_phrases: int | None = None,
 ) -> Path:
-    """Write the manifest `output`. `images`: the folder that holds VG_100K and VG_100K_2, or all pictures.
+    """Write the manifest `output`. With several files, ids are prefixed with the name of their file.
 
-    `image_data`: needed for `leave_out`, a Karpathy COCO split whose validation and test pictures are left out (half of
-    Visual Genome's pictures are COCO's). `max_phrases`: at most so many of a picture, evenly spread. UserError for
-    `leave_out` alone, and for files that are not as published. Ids of several files begin with the file's name.
+    Args:
+        annotations: region_descriptions.json files.
+        output: The manifest to write.
+        images: The folder that contains VG_100K and VG_100K_2, or all images.
+        image_data: image_data.json; required by `leave_out`.
+        leave_out: A Karpathy COCO split whose validation and test images are left out (half of Visual Genome's images
+            are from COCO).
+        max_phrases: Largest number of phrases per image, evenly spaced.
+
+    Raises:
+        UserError: `leave_out` is given without `image_data`, or a file does not have the published form.
     """
     if leave_out is not None and image_data is None:
         raise UserError("--leave-out: only --image-data tells which pictures are COCO's: give image_data.json too")

@@ -1,9 +1,10 @@
-"""VQA v2 (Goyal et al. 2017): the published question and annotation files -> a manifest; a question is a sample's text, the
-answers of its annotators are its labels, as often as they were given.
+"""VQA v2 (Goyal et al. 2017): convert the published question and annotation files to a manifest.
 
-Answers are normalised as the published evaluation does it (Antol et al. 2015: numbers as digits, no articles, no punctuation),
-and only frequent ones are labels, the usual answer vocabulary. A question without a frequent answer teaches nothing, but
-it counts where a model is judged.
+A question is the text of a sample. The answers of its annotators are its labels, repeated as often as they were given.
+
+Answers are normalised as in the published evaluation (Antol et al. 2015: numbers as digits, no articles, no
+punctuation). Only frequent answers are labels, the usual answer vocabulary. A question without a frequent answer is
+useless for training but counts in evaluation.
 """
 
 import logging
@@ -46,12 +47,21 @@ def import_vqa(
     images: Path,
     min_count: int = 9,
 ) -> Path:
-    """Write the manifest `output`. `questions`, `annotations`: FILE or SPLIT=FILE, as many of one as of the other.
+    """Write the manifest `output`.
 
-    `min_count`: questions of the first file whose most frequent answer is the same, for that answer to become a label (9 leaves
-    3,129 of VQA v2's train and validation questions). Questions without any label are left out of the first file and of others
-    of its split; elsewhere they stay, to count as answered wrong. Pictures are found by COCO's names, in any folder below
-    `images`. UserError for files that are none of VQA's, or when no answer is so frequent.
+    Questions without any label are dropped from the first file and from others of its split. In other files they are
+    kept and count as answered wrong.
+
+    Args:
+        questions: Question files, each FILE or SPLIT=FILE.
+        annotations: The annotation file of each question file.
+        output: The manifest to write.
+        images: The folder of the images, which are found by COCO's names in any subfolder.
+        min_count: An answer becomes a label if it is the most frequent answer of at least this many questions of the
+            first file (9 leaves 3,129 for VQA v2's train and validation questions).
+
+    Raises:
+        UserError: A file is not from VQA, or no answer is frequent enough.
     """
     if len(questions) != len(annotations):
         raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
@@ -72,15 +82,21 @@ def import_vqa(
 
 
 def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:
-    """Answers that are the most frequent one of at least `min_count` questions; `answers`: those of each question."""
+    """Return the answers that are the most frequent one of at least `min_count` questions.
+
+    `answers`: those of each question.
+    """
     most_frequent = Counter(Counter(given).most_common(1)[0][0] for given in answers if given)
     return {answer for answer, count in most_frequent.items() if count >= min_count and answer}
 
 
 def normalized_answer(text: str) -> str:
-    """Lower case, punctuation and articles away, number words as digits: what the published evaluation compares."""
+    """Normalise an answer as in the published evaluation.
+
+    The result is lower case, has no punctuation or articles, and has digits for number words.
+    """
     text = " ".join(text.lower().split())
-    text = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", text)  # a point stays within a number
+    text = re.sub(r"(?<!\d)\.(?!\d)|(?<=\d)\.(?!\d)", "", text)  # keeps a point within a number
     text = re.sub(r"(?<=\d),(?=\d)", "", text).replace(",", " ")
     words = _PUNCTUATION.sub(" ", text).split()
     return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
@@ -88,7 +104,10 @@ def normalized_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Answers:
-    """A file of annotations. `of`: question id -> normalised answers; `image`: question id -> its picture's id or None."""
+    """A file of annotations.
+
+    `of`: question id -> normalised answers; `image`: question id -> id of its image or None.
+    """
 
     subtype: str
     of: dict[Any, list[str]]
@@ -121,7 +140,7 @@ def _answers(path: Path) -> _Answers:
 
 
 def _answer(entry: Any) -> str | None:
-    """The normalised answer of one annotator; numbers become text. None for anything else."""
+    """Return the normalised answer of one annotator. Numbers are converted to text. None for anything else."""
     answer = entry.get("answer") if isinstance(entry, dict) else None
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
