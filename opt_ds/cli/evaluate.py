@@ -268,8 +268,8 @@ def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
     splits = inputs.splits(store)
     others = [options.train_split] if isinstance(options, ProbeOptions) else []
     evaluator = _evaluator(inputs.checkpoint, store, choice.force, [*splits, *others])
-    for loss, what in experiment.needs:
-        evaluator.require(loss, what)
+    for ability, what in experiment.needs:
+        evaluator.require(ability, what)
     open_judge = partial(_open_judge, inputs.checkpoint, str(evaluator.device))
     request = Request(evaluator, tuple(splits), inputs.checkpoint, inputs.output, choice.seed, open_judge)
     figures = experiment.measure(request, **vars(options))

@@ -25,7 +25,12 @@ class DonorPool:
     """Samples of one split whose text, image or audio can replace that of another sample."""
 
     def __init__(
-        self, store: FeatureStore, samples: np.ndarray, split: str | None = None, near_share: float = 0.0, near_candidates: int = 1
+        self,
+        store: FeatureStore,
+        samples: np.ndarray,
+        split: str | None = None,
+        near_share: float = 0.0,
+        near_candidates: int = 1,
     ) -> None:
         """Find the candidate negatives of each modality.
 

@@ -21,7 +21,8 @@ def mix_quotas(weights: tuple[float, ...]) -> np.ndarray:
         smallest = np.format_float_positional(others / (MIX_BLOCK - 1), precision=3, fractional=False, trim="-")
         raise UserError(
             f"data.mix: weight {weights[number]:g} (store number {number + 1} of {len(weights)}) is less than one sample in "
-            f"{MIX_BLOCK:,}, so that its store would never be read: raise it to {float(smallest) * 1.001:.4g} or more, or remove the store"
+            f"{MIX_BLOCK:,}, so that its store would never be read: raise it to {float(smallest) * 1.001:.4g} or more, or remove "
+            "the store"
         )
     return quota
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.micro_batches import MicroBatches
-from opt_ds.data.planned import Plan, PlannedSamples, PlannedStep
+from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.log import EVERY_RANK
 from opt_ds.version import __version__
@@ -134,8 +134,8 @@ class SharedPlans:
         self.num_missed += 1
         if self.num_missed == 1:
             _LOG.warning(
-                f"step {step}: its plan is not shared between the ranks of this node, each plans it itself, which takes longer but "
-                f"changes nothing: {reason}; said once",
+                f"step {step}: its plan is not shared between the ranks of this node; each plans it itself, which takes longer "
+                f"but changes nothing: {reason}; said once",
                 extra=EVERY_RANK,
             )
 

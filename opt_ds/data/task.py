@@ -12,7 +12,6 @@ A task decides three things about a sample, each as a pure function of the sampl
 Legend: B samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio.
 """
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -95,7 +94,7 @@ class BatchPart(Movable):
         return 0
 
 
-class DataTask(ABC):
+class DataTask:
     """A task as the data pipeline sees it. Instances hold the configuration and no state."""
 
     name: ClassVar[str]

@@ -48,7 +48,8 @@ def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
     if not counts:
         return
     longest_of = np.max(counts, 0)[:, 3]
-    text, image, audio = (_Dropped._make([*sums[:3], longest]) for sums, longest in zip(np.sum(counts, 0), longest_of, strict=True))
+    totals = zip(np.sum(counts, 0), longest_of, strict=True)
+    text, image, audio = (_Dropped._make([*sums[:3], longest]) for sums, longest in totals)
     if text.truncated:
         yield text.line("model.max_text_tokens", model.max_text_tokens, "texts", "tokens")
     if image.truncated:

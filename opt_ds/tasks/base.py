@@ -4,7 +4,7 @@ Besides the data side (`opt_ds.data.task`), a task defines its losses and their 
 its loss is computed from the model's output, and the loss of a trivial baseline.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -57,7 +57,7 @@ class Encoded:
     decoders: Mapping[int, nn.Module]  # modality -> the decoder that generates it
 
 
-class Task(DataTask):
+class Task(DataTask, ABC):
     """A task as the model and the evaluation see it."""
 
     losses: ClassVar[tuple[Loss, ...]] = ()

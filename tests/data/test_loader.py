@@ -34,7 +34,8 @@ def make_loader(loaders: list, store: FeatureStore, rank: int = 0, world_size: i
 def same(a: PackedBatch, b: PackedBatch) -> bool:
     pairs = [(a.inputs.token_ids, b.inputs.token_ids), (a.inputs.frames, b.inputs.frames),
              (a.inputs.region_masked, b.inputs.region_masked), (a.inputs.gather_index, b.inputs.gather_index),
-             (a.parts["modality"].image.target_ids, b.parts["modality"].image.target_ids), (a.parts["matching"].cases, b.parts["matching"].cases)]  # fmt: skip
+             (a.parts["modality"].image.target_ids, b.parts["modality"].image.target_ids),
+             (a.parts["matching"].cases, b.parts["matching"].cases)]  # fmt: skip
     return a.sample_names == b.sample_names and all(torch.equal(x, y) for x, y in pairs)
 
 

@@ -1,5 +1,7 @@
 """Packing: `[CLS] text [SEP] regions frames` end to end, nothing lost, every index pointing at what it names."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -106,7 +108,7 @@ def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bo
     read = sorted({position for part in parts for position in part.tolist()})
     assert batch.read.index.tolist() == read, "what some task reads, once"
     assert batch.read.sequences.lengths.tolist() == [
-        sum(first <= position < end for position in read) for first, end in zip(bounds, bounds[1:], strict=False)
+        sum(first <= position < end for position in read) for first, end in itertools.pairwise(bounds)
     ]
 
 

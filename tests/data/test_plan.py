@@ -248,7 +248,8 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
     s = step.samples
     own = set(complete.split_samples("valid"))
     assert set(s.sample[s.columns["writes_text"]]) == own == set(s.sample[s.columns["writes_image"]])
-    assert (s.input_rows[s.columns["writes_text"], TEXT] == -1).all() and (s.input_rows[s.columns["writes_image"], IMAGE] == -1).all()
+    assert (s.input_rows[s.columns["writes_text"], TEXT] == -1).all()
+    assert (s.input_rows[s.columns["writes_image"], IMAGE] == -1).all()
 
 
 # ---- modality dropping
@@ -274,7 +275,8 @@ def test_each_modality_is_dropped_with_its_probability_and_never_all(complete: F
         assert both == pytest.approx((p**2 - all_go) / (1 - all_go), abs=0.008)
     assert s.columns["writes_text"].all() and s.columns["writes_image"].all(), "both decoders work whatever is dropped"
     lengths = complete.text_lengths[s.source_rows[:, TEXT]]
-    assert (s.columns["text_ends"] == (lengths <= 8)).all() and 0 < s.columns["text_ends"].mean() < 1, "what the model truncates has no end"
+    assert (s.columns["text_ends"] == (lengths <= 8)).all(), "what the model truncates has no end"
+    assert 0 < s.columns["text_ends"].mean() < 1
     assert (s.columns["text_target_length"] == np.minimum(lengths + 1, np.where(lengths <= 8, 9, 8))).all()
     kept = ~dropped
     assert (s.input_rows[kept] == s.source_rows[kept]).all(), "what stays is the sample's own"

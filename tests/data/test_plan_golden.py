@@ -1,4 +1,4 @@
-"""Plans are those of earlier releases to the bit: a run that is continued with this code sees the samples that it would have seen."""
+"""Plans are those of earlier releases to the bit: a run that this code continues sees the samples that it would have seen."""
 
 import hashlib
 from typing import Any

@@ -116,7 +116,8 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
     store = FeatureStore(store.path)
     config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    decoder = make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)]).parts["modality"].image
+    batch = make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)])
+    decoder = batch.parts["modality"].image
     targets = decoder.target_ids.reshape(128, 64).numpy()
     assert (targets == codes[planned.samples.source_rows[:, IMAGE]]).all()
     assert sorted(targets.reshape(-1)) == list(range(8192)), "code 0 and code 8191 are there, none is shifted"

@@ -1,4 +1,4 @@
-"""Plans that the ranks of a node share: the same bits, whoever planned them; another rank that is slow, gone or wrong changes nothing."""
+"""Plans that the ranks of a node share have the same bits, whoever planned them; a slow, lost or wrong rank changes nothing."""
 
 import dataclasses
 import multiprocessing

@@ -36,7 +36,7 @@ def test_truncated_items_are_counted_over_all_stores(tmp_path: Path) -> None:
 
 def test_weights_of_stores() -> None:
     assert mix_quotas((1.0, 3.0)).tolist() == [MIX_BLOCK // 4, MIX_BLOCK * 3 // 4] and mix_note((1.0, 3.0)) is None
-    with pytest.raises(UserError, match="weight 1e-05 .store number 2 of 2. is less than one sample in 4,096") as error:
+    with pytest.raises(UserError, match=r"weight 1e-05 .store number 2 of 2. is less than one sample in 4,096") as error:
         mix_quotas((1.0, 1e-5))
     smallest = float(str(error.value).split("raise it to ")[1].split()[0])
     assert mix_quotas((1.0, smallest)).min() == 1, "the weight that the message names is taken"
