@@ -39,13 +39,13 @@ class FineTuneConfig(Section):
         "each sample.",
     )
     negative_share: float = Field(0.5, gt=0, lt=1, description="Retrieval: share of samples that are negatives.")
-    donor_candidates: int = Field(
+    negative_candidates: int = Field(
         32,
         ge=1,
         description="Retrieval: samples drawn as candidates for a negative. The one with the most similar text "
         "is taken.",
     )
-    same_group_donors: bool = Field(
+    same_group_negatives: bool = Field(
         False,
         description="Retrieval: draw half of the candidates from the sample's own group, with a different text "
         "and image.",

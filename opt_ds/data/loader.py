@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.plan_ahead import PlanAhead
 from opt_ds.data.planned import Plan, PlannedStep
+from opt_ds.data.prefetch import StepPrefetcher
 from opt_ds.data.samples import SampleReader
 from opt_ds.data.shared_plans import SharedPlans
 
@@ -70,7 +70,7 @@ class MicroBatchLoader:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, planned_steps: Iterator[PlannedStep]) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
-        ahead = PlanAhead(planned_steps, self.rank, self._reader.read_ahead, self._read_ahead_bytes)
+        ahead = StepPrefetcher(planned_steps, self.rank, self._reader.read_ahead, self._read_ahead_bytes)
         waiting: deque[tuple[PlannedStep, Future[PackedBatch]]] = deque()
         left = 0  # micro-batches left of the step that is being consumed
 

@@ -9,7 +9,7 @@ from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.evaluation.during_training import check_experiments, figures_during_training
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.image_generation import Painter
+from opt_ds.evaluation.image_generation import ImageGenerator
 from opt_ds.evaluation.picture_grid import draw_picture_grid
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER
@@ -50,7 +50,7 @@ class EvaluationCallbacks(Callbacks):
             return
         run.engine.eval()
         dvae = load_store_dvae(store.path, store.description).to(run.group.device)
-        image = draw_picture_grid(evaluator, Painter(dvae), valid, run.config.train.picture_grid)
+        image = draw_picture_grid(evaluator, ImageGenerator(dvae), valid, run.config.train.picture_grid)
         run.report.picture("valid/pictures", image, run.state.step)
         run.engine.train()
 

@@ -71,7 +71,7 @@ def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Painter:
+class ImageGenerator:
     """Image generator: sampling options, and the number of candidates of which the best is kept.
 
     `belongs` returns the match probability of an input and an image. It is required if there are several candidates.
@@ -80,7 +80,7 @@ class Painter:
     dvae: "DiscreteVAE"
     options: DecodingConfig = DEFAULT_SAMPLING
     candidates: int = 1
-    belongs: Callable[[Sample, Image.Image], float] | None = None
+    match_probability: Callable[[Sample, Image.Image], float] | None = None
 
     def paint(self, runner: ModelRunner, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
         """Generate one image per sample.
@@ -89,17 +89,17 @@ class Painter:
             The best candidate of each sample, uint8 [samples, 3, 64, 64]; and the match probabilities [samples,
             candidates] in the order of generation, or None with a single candidate.
         """
-        painted = paint_candidates(runner, self.dvae, samples, self.options, self.candidates)
+        painted = generate_candidates(runner, self.dvae, samples, self.options, self.candidates)
         if self.candidates == 1:
             return painted[:, 0], None
-        assert self.belongs is not None, "several candidates are compared"
+        assert self.match_probability is not None, "several candidates are compared"
         scores = np.array(
-            [[self.belongs(sample, to_picture(one)) for one in own] for sample, own in zip(samples, painted, strict=True)]
+            [[self.match_probability(sample, to_picture(one)) for one in own] for sample, own in zip(samples, painted, strict=True)]
         )
         return painted[np.arange(len(samples)), scores.argmax(1)], scores
 
 
-def paint_candidates(
+def generate_candidates(
     runner: ModelRunner, dvae: "DiscreteVAE", samples: Sequence[Sample], options: DecodingConfig, count: int
 ) -> np.ndarray:
     """Return images uint8 [samples, count, 3, 64, 64], decoded by the dVAE from independently sampled image codes.
@@ -125,10 +125,10 @@ def painted_figures(
     evaluator: Evaluator,
     split: str,
     inputs: str,
-    painter: Painter,
+    generator: ImageGenerator,
     limit: int | None = None,
     seed: int = 1,
-    look: Callable[[Image.Image], np.ndarray] | None = None,
+    image_embedding: Callable[[Image.Image], np.ndarray] | None = None,
     inception: Path | None = None,
     clip: Path | None = None,
 ) -> dict[str, Any]:
@@ -161,18 +161,18 @@ def painted_figures(
     needed = {IMAGE, *modalities} | ({TEXT} if clip is not None else set())
     gallery = evaluator.require_samples(split, sorted(needed), limit, seed)
     samples = [evaluator.read(index, modalities) for index in gallery]
-    painted, scores = painter.paint(evaluator, samples)
+    painted, scores = generator.paint(evaluator, samples)
     true = np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, IMAGE]])
     figures: dict[str, Any] = {
-        "split": split, "inputs": inputs, "samples": len(gallery), "candidates": painter.candidates,
-        "sampling": painter.options.model_dump(),
+        "split": split, "inputs": inputs, "samples": len(gallery), "candidates": generator.candidates,
+        "sampling": generator.options.model_dump(),
     }  # fmt: skip
     if scores is not None:
         figures["matching"] = {"first": float(scores[:, 0].mean()), "kept": float(scores.max(1).mean())}
-    if look is not None:
+    if image_embedding is not None:
         names = content_names(evaluator, gallery, IMAGE)
         same = names[:, None] == names[None, :]
-        figures["nearest"] = {**recall(_cosines(painted, true, look), same), "chance": chance(same)}
+        figures["nearest"] = {**recall(_cosines(painted, true, image_embedding), same), "chance": chance(same)}
     if inception is not None:
         figures["fid"] = image_networks.frechet_inception_distance(painted, true, inception)
     if clip is not None:
@@ -185,9 +185,9 @@ def painted_figures(
     return figures
 
 
-def _cosines(painted: np.ndarray, true: np.ndarray, look: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _cosines(painted: np.ndarray, true: np.ndarray, image_embedding: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     """Return cosines [generated, true] of the images' embeddings, centred on the mean of the true ones."""
-    seen_pe, seen_te = (np.stack([look(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true))
+    seen_pe, seen_te = (np.stack([image_embedding(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true))
     mean_e = seen_te.mean(0)
     seen_pe, seen_te = seen_pe - mean_e, seen_te - mean_e
     lengths = np.linalg.norm(seen_pe, axis=1)[:, None] * np.linalg.norm(seen_te, axis=1)[None, :]

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from opt_ds.abilities import WRITE_TEXT
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.image_generation import Painter, to_uint8
+from opt_ds.evaluation.image_generation import ImageGenerator, to_uint8
 from opt_ds.model.generation import DecodingConfig
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _COLUMNS = ("true image", "dVAE of it", "from text", "from audio")
 
 
 def draw_picture_grid(
-    evaluator: Evaluator, painter: Painter, split: str, num_samples: int = 8, seed: int = 1
+    evaluator: Evaluator, generator: ImageGenerator, split: str, num_samples: int = 8, seed: int = 1
 ) -> np.ndarray:
     """Return the image grid, uint8 [H, W, 3], with one row per sample.
 
@@ -45,10 +45,10 @@ def draw_picture_grid(
     rows = evaluator.store.rows[gallery, IMAGE]
     true = np.stack([evaluator.store.pixels(int(row)) for row in rows])
     codes = np.stack([evaluator.store.codes(int(row)) for row in rows]).astype(np.int64)
-    pictures = [true, to_uint8(_decode(painter.dvae, codes))]
+    pictures = [true, to_uint8(_decode(generator.dvae, codes))]
     for name in ("T", "A") if heard else ("T",):
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
-        pictures.append(painter.paint(evaluator, samples)[0])
+        pictures.append(generator.paint(evaluator, samples)[0])
     texts = [("caption", [evaluator.caption(index) for index in gallery])]
     written = (("I", "from image"), ("A", "from audio"), ("A+I", "from both"))[: 3 if heard else 1]
     for name, label in written if evaluator.config.can(WRITE_TEXT) else ():

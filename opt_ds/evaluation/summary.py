@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.image_generation import Painter, bits_per_code
+from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code
 from opt_ds.evaluation.picture_grid import draw_picture_grid
 from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
 from opt_ds.evaluation.transcription import transcription, transcription_lines
@@ -72,7 +72,7 @@ def summarize(
             figures["image_generation"] = bits_per_code(evaluator, split)
         if store.has_codes and store.has_pixels and dvae is not None and painted:
             grid = output / f"picture_grid-{split}.png"
-            drawn = draw_picture_grid(evaluator, Painter(dvae), split, seed=seed)
+            drawn = draw_picture_grid(evaluator, ImageGenerator(dvae), split, seed=seed)
             if evaluator.is_main:
                 _save_picture(drawn, grid)
             figures["picture_grid"] = grid.name

@@ -24,7 +24,7 @@ PART_FILE = "part.json"
 
 
 @dataclass(frozen=True)
-class StoreFacts:
+class StoreMetadata:
     """Store metadata: what a store consists of besides its shards. It is equal in all partitions of one store."""
 
     dims: Dims
@@ -56,10 +56,10 @@ class StoreFacts:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "StoreFacts":
         """Build from the output of `as_dict`."""
-        return StoreFacts(**{**values, "dims": Dims(**values["dims"])})
+        return StoreMetadata(**{**values, "dims": Dims(**values["dims"])})
 
 
-def finish_store(facts: StoreFacts, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
+def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
     """Write report.json, lengths.png and store.json.
 
     Args:
@@ -106,7 +106,7 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def finish_part(facts: StoreFacts, folder: Path, share: tuple[int, int], seconds: float) -> None:
+def finish_part(facts: StoreMetadata, folder: Path, share: tuple[int, int], seconds: float) -> None:
     """Mark a partition as complete.
 
     Args:
@@ -137,7 +137,7 @@ def merge_parts(output: Path) -> StoreDescription:
             _LOG.info(f"{output}: already a feature store")
         else:
             parts = _whole_set(output, folders)
-            facts = StoreFacts.from_dict(parts[0]["facts"])
+            facts = StoreMetadata.from_dict(parts[0]["facts"])
             writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
             for folder in folders:
                 _check_shards(folder)
@@ -213,7 +213,7 @@ def _read_part(folder: Path) -> dict[str, Any]:
     part = read_json_object(folder / PART_FILE, remedy)
     kinds: dict[str, type | tuple[type, ...]] = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
-    if wrong or set(part["facts"]) != {field.name for field in fields(StoreFacts)}:
+    if wrong or set(part["facts"]) != {field.name for field in fields(StoreMetadata)}:
         raise UserError(f"{folder / PART_FILE}: damaged, field {wrong[0] if wrong else 'facts'}: {remedy}")
     return part
 

@@ -21,7 +21,7 @@ from opt_ds.decoding.decoder_process import FAULTS
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
 from opt_ds.features.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
-from opt_ds.ingest.finish import PART_FILE, StoreFacts, finish_part, finish_store, is_finished_part, part_folder
+from opt_ds.ingest.finish import PART_FILE, StoreMetadata, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.ingest.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.ingest.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
 from opt_ds.ingest.settings import PrepareSettings
@@ -145,7 +145,7 @@ def _prepare(
         audio_frame_rate_hz=extractors["audio"].frame_rate_hz / settings.pool_frames,
         vocab_size=text_extractor.dim,
     )
-    facts = StoreFacts(
+    facts = StoreMetadata(
         dims=dims,
         split_names=manifest.split_names,
         splits_source=manifest.splits_source,

@@ -16,7 +16,7 @@ from opt_ds.data.sample import Sample
 from opt_ds.dvae.model import DiscreteVAE
 from opt_ds.dvae.storage import load_processor_dvae
 from opt_ds.errors import UserError
-from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, paint_candidates, to_picture
+from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, generate_candidates, to_picture
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 from opt_ds.model.opt import OPT
@@ -92,11 +92,11 @@ class Session(ModelRunner):
         head was never trained. Raise UserError if the model never learned to generate images.
         """
         self.require(GENERATE_IMAGES, "paint pictures")
-        painted = paint_candidates(self, self.dvae, [sample], options, count)[0]
+        painted = generate_candidates(self, self.dvae, [sample], options, count)[0]
         pictures = [to_picture(pixels) for pixels in painted]
         if count == 1 or not self.config.can(MATCH):
             return [(picture, None) for picture in pictures]
-        scores = [self.belongs(sample, picture) for picture in pictures]
+        scores = [self.match_probability(sample, picture) for picture in pictures]
         return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
@@ -134,7 +134,7 @@ class Session(ModelRunner):
             self._dvae = load_processor_dvae(self.processor.folder).to(self.device).eval()
         return self._dvae
 
-    def belongs(self, sample: Sample, picture: Image.Image) -> float:
+    def match_probability(self, sample: Sample, picture: Image.Image) -> float:
         """Return the match probability of the image with the sample's text and audio."""
         own = replace(sample, region_features=None, region_boxes=None, region_labels=None)
         seen = self.processor(image=picture)
@@ -143,7 +143,7 @@ class Session(ModelRunner):
         )
         return self.match_probabilities([pair])[0] if len(_given(pair)) > 1 else 0.0
 
-    def look(self, picture: Image.Image) -> np.ndarray:
+    def image_embedding(self, picture: Image.Image) -> np.ndarray:
         """Return the image embedding: the mean of the region features by the model's image extractor."""
         features = self.processor(image=picture).region_features
         assert features is not None, "a picture has regions"

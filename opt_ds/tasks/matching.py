@@ -16,10 +16,10 @@ from torch import nn
 
 from opt_ds.abilities import MATCH
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
-from opt_ds.data.donors import DonorPool
+from opt_ds.data.hard_negatives import HardNegativeSampler
 from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
-from opt_ds.data.near_donors import NearDonors
+from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
 from opt_ds.data.task import OWN, BatchPart, Candidates, Drawn, TaskCost
@@ -38,10 +38,10 @@ class MatchingConfig(LossConfig):
     pair_probability: float = Field(
         0.5, ge=0, le=1, description="Share of the samples whose input is two modalities, not three."
     )
-    near_donor_share: float = Field(
+    hard_negative_share: float = Field(
         0.0, ge=0, le=1, description="Share of the negatives in training that are hard negatives."
     )
-    near_donor_candidates: int = Field(
+    hard_negative_candidates: int = Field(
         16, ge=2, description="Candidates drawn for each hard negative. The one with the most similar text is taken."
     )
 
@@ -99,14 +99,14 @@ class Matching(Task):
 
     # ---- the step plan
 
-    def derive(self, stores: list[FeatureStore], samples: list[np.ndarray], split: str | None) -> list[DonorPool]:
+    def derive(self, stores: list[FeatureStore], samples: list[np.ndarray], split: str | None) -> list[NegativeSampler]:
         """Return the negative sampler of each store.
 
         Hard negatives are sampled only if a complete split is given, that is in training.
         """
-        near_share = self.section.near_donor_share if split is not None else 0.0
+        hard_share = self.section.hard_negative_share if split is not None else 0.0
         return [
-            DonorPool(store, rows, split, near_share, self.section.near_donor_candidates)
+            NegativeSampler(store, rows, split, hard_share, self.section.hard_negative_candidates)
             for store, rows in zip(stores, samples, strict=True)
         ]
 
@@ -154,12 +154,12 @@ class Matching(Task):
 
     # ---- fine-tuning: the unchanged sample, or one modality replaced by that of a hard negative
 
-    def derive_for_finetuning(self, stores: list[FeatureStore], usable: list[np.ndarray], key: list[Any]) -> list[NearDonors]:
+    def derive_for_finetuning(self, stores: list[FeatureStore], usable: list[np.ndarray], key: list[Any]) -> list[HardNegativeSampler]:
         """Return the hard negatives of each store."""
         options = self.config.finetune
         assert options is not None
         return [
-            NearDonors(store, rows, options.donor_candidates, options.same_group_donors, key)
+            HardNegativeSampler(store, rows, options.negative_candidates, options.same_group_negatives, key)
             for store, rows in zip(stores, usable, strict=True)
         ]
 

@@ -44,9 +44,9 @@ from opt_ds.training.node_folder import share_plans
 from opt_ds.training.profile import StepProfiler
 from opt_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
 from opt_ds.training.step import SkipBudgetError, Stepper
+from opt_ds.training.throughput import ThroughputMeter
 from opt_ds.training.time_limit import TimeLimit
 from opt_ds.training.validation import validation_losses
-from opt_ds.training.window import Window
 
 _LOG = logging.getLogger(__name__)
 _STOP, _WRITE_FAILED = 1, 2  # what a rank can request of all ranks at the end of a step
@@ -142,7 +142,7 @@ class Trainer:
 
     def _run(self) -> str:
         """Run the steps. Return the reason for a stop before the end, after saving, or '' if the run is finished."""
-        window, time_limit = Window(self.config, self.loader, self.peak), TimeLimit(self.config.train)
+        window, time_limit = ThroughputMeter(self.config, self.loader, self.peak), TimeLimit(self.config.train)
         if time_limit.source:
             _LOG.log(logging.WARNING if time_limit.is_short() else logging.INFO, time_limit.describe())
         self.engine.train()
@@ -195,7 +195,7 @@ class Trainer:
 
     # ---- between steps
 
-    def _log(self, window: Window) -> dict[str, str]:
+    def _log(self, window: ThroughputMeter) -> dict[str, str]:
         """Report losses, rates and times since the last report. Return the status for the progress bar."""
         means = window.sums.means(self.group.sum(window.sums.vector()))
         losses = {loss: value for (loss, name), value in means.items() if name == "loss"}

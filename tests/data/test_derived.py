@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opt_ds.config import Config
-from opt_ds.data import derived, nearness
+from opt_ds.data import derived, similarity
 from opt_ds.data.finetune_plan import FineTunePlan
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import Plan
@@ -56,7 +56,7 @@ def test_hard_negatives_read_no_text_a_second_time(path: Path, run: Path, monkey
     first = StepPlan(config, [FeatureStore(path, run)])
     monkeypatch.setattr(FeatureStore, "text", None)
     second = StepPlan(config, [FeatureStore(path, run)])
-    near: list[nearness.Nearness] = [pool._nearness for plan in (first, second) for pool in plan._derived["matching"]]
+    near: list[similarity.TextSimilarity] = [pool._similarity for plan in (first, second) for pool in plan._derived["matching"]]
     assert np.array_equal(near[0]._vectors, near[1]._vectors) and not near[1]._vectors.flags.owndata
 
 

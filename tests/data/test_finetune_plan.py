@@ -5,8 +5,8 @@ import pytest
 
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import FineTunePlan
+from opt_ds.data.hard_negatives import HardNegativeSampler
 from opt_ds.data.modalities import AUDIO, IMAGE, MODALITIES, TEXT
-from opt_ds.data.near_donors import NearDonors
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
@@ -61,9 +61,9 @@ def test_retrieval_judges_pairs_half_of_which_have_a_donor_on_either_side(groupe
     assert 0.4 < (side[negative] == TEXT).mean() < 0.6
     for slot in np.flatnonzero(negative):
         modality = int(side[slot])
-        givers = np.flatnonzero(grouped.rows[:, modality] == samples.input_rows[slot, modality])
-        assert set(grouped.groups[givers]).isdisjoint({grouped.groups[samples.sample[slot]]})
-        assert set(givers) <= set(grouped.split_samples("train"))
+        providers = np.flatnonzero(grouped.rows[:, modality] == samples.input_rows[slot, modality])
+        assert set(grouped.groups[providers]).isdisjoint({grouped.groups[samples.sample[slot]]})
+        assert set(providers) <= set(grouped.split_samples("train"))
 
 
 def test_a_triple_of_which_one_is_replaced_is_the_pair_that_remains(complete: FeatureStore) -> None:
@@ -78,7 +78,7 @@ def test_donors_have_nearer_texts_than_random_ones_and_never_the_same(complete: 
     sample, key = np.repeat(train, 20), np.arange(20 * len(train), dtype=np.uint64)
 
     def overlap(candidates: int) -> float:
-        pool = NearDonors(complete, train, candidates, same_group=False, key=[])
+        pool = HardNegativeSampler(complete, train, candidates, same_group=False, key=[])
         rows, found = pool.replace(complete.rows[sample], np.full(len(sample), TEXT), sample, key)
         again, _ = pool.replace(complete.rows[sample], np.full(len(sample), TEXT), sample, key)
         np.testing.assert_array_equal(rows, again)
@@ -97,7 +97,7 @@ def test_donors_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureSto
     key = np.arange(len(train), dtype=np.uint64)
     image_group = {int(row): int(grouped.groups[i]) for i, row in enumerate(grouped.rows[:, IMAGE])}
     for same_group in (False, True):
-        pool = NearDonors(grouped, train, 8, same_group, [])
+        pool = HardNegativeSampler(grouped, train, 8, same_group, [])
         rows, found = pool.replace(grouped.rows[train], np.full(len(train), IMAGE), train, key)
         same = [image_group[int(row)] == grouped.groups[i] for i, row in zip(train, rows[:, IMAGE], strict=True)]
         assert found.all() and any(same) == same_group
@@ -105,7 +105,7 @@ def test_donors_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureSto
 
 def test_a_sample_without_any_donor_is_left_out(complete: FeatureStore) -> None:
     one = complete.split_samples("train")[:1]
-    rows, found = NearDonors(complete, one, 4, same_group=True, key=[]).replace(
+    rows, found = HardNegativeSampler(complete, one, 4, same_group=True, key=[]).replace(
         complete.rows[one], np.array([TEXT]), one, np.zeros(1, np.uint64)
     )
     assert not found.any() and (rows == complete.rows[one]).all()

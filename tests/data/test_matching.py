@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_ds.data.donors import DonorPool
 from opt_ds.data.matching import CASES
-from opt_ds.data.nearness import Nearness
+from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned_samples import PlannedSamples, select
+from opt_ds.data.text_similarity import TextSimilarity
 from opt_ds.store import FeatureStore
 from tests.tiny import MATCHING, index_with, make_config, make_store
 
@@ -62,11 +62,11 @@ def test_donors_are_of_other_groups_of_the_same_split(request: pytest.FixtureReq
     s, owners = matching_samples(store, probability, 3000), owners_of(store)
     train = set(store.split_samples("train").tolist())
     for sample, source, rows in zip(s.sample, s.source_rows, s.input_rows, strict=True):
-        donors = [owners[m][int(rows[m])] for m in range(3) if rows[m] >= 0 and rows[m] != source[m]]
-        groups = [int(store.groups[d]) for d in donors]
-        assert set(donors) <= train
+        negatives = [owners[m][int(rows[m])] for m in range(3) if rows[m] >= 0 and rows[m] != source[m]]
+        groups = [int(store.groups[d]) for d in negatives]
+        assert set(negatives) <= train
         assert int(store.groups[sample]) not in groups
-        assert len(set(groups)) == len(groups) == len(set(donors)), "two donors are two samples of two groups"
+        assert len(set(groups)) == len(groups) == len(set(negatives)), "two donors are two samples of two groups"
         assert all(rows[m] < 0 for m in range(3) if source[m] < 0), "a donor gives no modality that the sample has not"
 
 
@@ -104,11 +104,11 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
     assert "no donor" in StepPlan(make_config(), [two]).off["matching"]
 
 
-def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> DonorPool:
+def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> NegativeSampler:
     """A pool of samples with all modalities, of these groups and rows."""
     index = index_with(store, np.stack([rows] * 3, axis=1))
     store.__dict__["index"] = dataclasses.replace(index, groups=groups)
-    return DonorPool(store, np.arange(len(groups)))
+    return NegativeSampler(store, np.arange(len(groups)))
 
 
 def test_one_large_group_is_passed_in_a_step_and_the_donors_are_those_behind_it(
@@ -119,11 +119,11 @@ def test_one_large_group_is_passed_in_a_step_and_the_donors_are_those_behind_it(
     pool = pool_of(make_store(tmp_path / "s", 600), groups, np.arange(600) // 2)
     who, replaced = np.arange(600), np.tile([True, True, False], (600, 1))
     tries: list[int] = []
-    real = DonorPool._refused
-    monkeypatch.setattr(DonorPool, "_refused", lambda self, *given: (tries.append(1), real(self, *given))[1])
+    real = NegativeSampler._refused
+    monkeypatch.setattr(NegativeSampler, "_refused", lambda self, *given: (tries.append(1), real(self, *given))[1])
     drawn = pool.replace(pool._rows, replaced, who, who.astype(np.uint64))
     assert len(tries) < 60
-    monkeypatch.setattr(DonorPool, "_next_place", lambda self, place, *_: (place + 1) % 600)
+    monkeypatch.setattr(NegativeSampler, "_next_place", lambda self, place, *_: (place + 1) % 600)
     assert (pool.replace(pool._rows, replaced, who, who.astype(np.uint64)) == drawn).all()
     assert len(tries) > 300, "one by one"
 
@@ -152,7 +152,7 @@ def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore
     tasks = {"mix": {"matching": 1.0}}
     size = {"batch": {"size": 1000, "max_tokens": 8192}}
     owners, train = owners_of(grouped), grouped.split_samples("train")
-    nearness, mean = Nearness(grouped, train, []), {}
+    similarity, mean = TextSimilarity(grouped, train, []), {}
     for share in (0.0, 1.0):
         plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"near_donor_share": share}}, **size), [grouped])
         s = plan.step(0).samples
@@ -164,9 +164,9 @@ def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore
             for m in range(3)
             if rows[m] != source[m]
         ]
-        sample, donor = np.array(given).T
-        assert not nearness.same_content(sample, donor[:, None]).any()
-        mean[share] = nearness.of(sample, donor[:, None]).mean()
+        sample, negative = np.array(given).T
+        assert not similarity.same_content(sample, negative[:, None]).any()
+        mean[share] = similarity.of(sample, negative[:, None]).mean()
     assert mean[1.0] > mean[0.0] + 0.1
 
 
@@ -186,5 +186,5 @@ def test_a_pool_of_a_large_split_looks_at_its_first_samples_only(complete: Featu
             return np.arange(90)
 
     split: Any = Split()
-    assert DonorPool(complete, np.arange(90))._suffices(split, 0)
+    assert NegativeSampler(complete, np.arange(90))._suffices(split, 0)
     assert split.blocks <= 2

@@ -15,7 +15,7 @@ from opt_ds.data.modalities import IMAGE
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, to_picture
+from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, painted_figures, possible_inputs, to_picture
 from opt_ds.evaluation.image_networks import ClipScore, check_inception, frechet_inception_distance
 from opt_ds.model.generation import DecodingConfig
 from tests.tiny import masked
@@ -73,26 +73,26 @@ def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: Dis
     gallery = evaluator.samples_with("train", SUBSETS["T"], 3)
     samples = [evaluator.read(index, SUBSETS["T"]) for index in gallery]
     redness = lambda sample, picture: float(np.asarray(picture)[..., 0].mean()) / 255  # noqa: E731
-    pictures, scores = Painter(dvae, SAMPLING, 5, redness).paint(evaluator, samples)
+    pictures, scores = ImageGenerator(dvae, SAMPLING, 5, redness).paint(evaluator, samples)
     assert scores is not None and scores.shape == (3, 5)
     assert len(np.unique(scores)) > 5, "candidates are drawn anew"
     kept = [redness(sample, to_picture(one)) for sample, one in zip(samples, pictures, strict=True)]
     assert kept == pytest.approx(scores.max(1))
-    alone, none = Painter(dvae, SAMPLING).paint(evaluator, samples)
+    alone, none = ImageGenerator(dvae, SAMPLING).paint(evaluator, samples)
     assert none is None and alone.shape == (3, 3, 64, 64)
     assert redness(samples[0], to_picture(alone[0])) == pytest.approx(scores[0, 0]), "the first candidate is the only one's"
 
 
 def test_true_pictures_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
-    class Copying(Painter):
+    class Copying(ImageGenerator):
         def paint(self, runner: Any, samples: Any) -> tuple[np.ndarray, None]:
             gallery = evaluator.samples_with("train", (0, 1), 20)
             return np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, 1]]), None
 
-    look = lambda picture: np.asarray(picture, dtype=np.float32).reshape(-1)  # noqa: E731
-    copied = painted_figures(evaluator, "train", "T", Copying(dvae), 20, look=look)
+    image_embedding = lambda picture: np.asarray(picture, dtype=np.float32).reshape(-1)  # noqa: E731
+    copied = painted_figures(evaluator, "train", "T", Copying(dvae), 20, image_embedding=image_embedding)
     assert copied["nearest"]["R@1"] == 1.0 and copied["nearest"]["chance"]["R@1"] == pytest.approx(1 / 20)
-    painted = painted_figures(evaluator, "train", "T", Painter(dvae, SAMPLING), 20, look=look)
+    painted = painted_figures(evaluator, "train", "T", ImageGenerator(dvae, SAMPLING), 20, image_embedding=image_embedding)
     assert painted["nearest"]["R@1"] < 0.5
 
 
@@ -111,7 +111,7 @@ def test_clip_score_is_the_cosine_of_transformers_own_embeddings(evaluator: Eval
         output = judge.model(**given)
     cosine = float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds))
     assert found[0] == pytest.approx(100 * max(cosine, 0), abs=0.01) and found.shape == (2,)
-    figures = painted_figures(evaluator, "train", "T+A", Painter(dvae, SAMPLING), 4, clip=clip)
+    figures = painted_figures(evaluator, "train", "T+A", ImageGenerator(dvae, SAMPLING), 4, clip=clip)
     assert set(figures["clip_score"]) == {"painted", "true", "another_caption"}
     assert json.loads(json.dumps(figures)) == figures
 

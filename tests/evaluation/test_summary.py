@@ -7,7 +7,7 @@ import torch
 
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.image_generation import Painter, bits_per_code
+from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code
 from opt_ds.evaluation.picture_grid import draw_picture_grid
 from opt_ds.evaluation.summary import summarize, table
 from opt_ds.tasks.baselines import trivial_baselines
@@ -40,7 +40,7 @@ def test_validation_measures_every_loss_and_has_a_baseline_for_each(evaluator: E
 
 
 def test_the_picture_grid_shows_the_true_pictures(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
-    grid = draw_picture_grid(evaluator, Painter(dvae), "train", num_samples=2)
+    grid = draw_picture_grid(evaluator, ImageGenerator(dvae), "train", num_samples=2)
     assert grid.dtype == np.uint8 and grid.ndim == 3
     first = evaluator.samples_with("train", (0, 1, 2), 2)[0]
     pixels = evaluator.store.pixels(int(evaluator.store.rows[first, 1])).transpose(1, 2, 0)

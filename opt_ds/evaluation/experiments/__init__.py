@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class ImageJudge(Protocol):
     """Evaluates images with the image extractor of the evaluated model."""
 
-    def belongs(self, sample: "Sample", picture: "Image.Image") -> float:
+    def match_probability(self, sample: "Sample", picture: "Image.Image") -> float:
         """Return the match probability of the image with the sample's text and audio."""
 
-    def look(self, picture: "Image.Image") -> "np.ndarray":
+    def image_embedding(self, picture: "Image.Image") -> "np.ndarray":
         """Return the embedding (feature vector) of an image."""
 
 

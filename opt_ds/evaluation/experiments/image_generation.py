@@ -12,7 +12,7 @@ from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
-from opt_ds.evaluation.image_generation import Painter, bits_per_code, painted_figures, possible_inputs, table
+from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, painted_figures, possible_inputs, table
 from opt_ds.evaluation.image_networks import ClipScore, check_inception
 from opt_ds.evaluation.picture_grid import draw_picture_grid
 from opt_ds.model.generation import image_decoding
@@ -72,18 +72,18 @@ class ImageGeneration(Experiment):
         if clip is not None:
             ClipScore(clip)
         inputs = possible_inputs(evaluator, split)
-        judge = painter = None
+        judge = generator = None
         if generates:
             judge = request.open_judge(image_weights)
             options = image_decoding(top_k, top_p, temperature, seed)
-            painter = Painter(open_dvae(evaluator, dvae), options, candidates, judge.belongs)
+            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, judge.match_probability)
         figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
-        if painter is not None and judge is not None and paint:
+        if generator is not None and judge is not None and paint:
             count = min(paint, limit or paint)
             for name, row in figures.items():
-                row["painted"] = painted_figures(evaluator, split, name, painter, count, seed, judge.look, inception, clip)
-        if painter is not None and pictures:
-            figures["picture_grid"] = _write_grid(request, painter, pictures)
+                row["painted"] = painted_figures(evaluator, split, name, generator, count, seed, judge.image_embedding, inception, clip)
+        if generator is not None and pictures:
+            figures["picture_grid"] = _write_grid(request, generator, pictures)
         return figures
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def _check_possible(evaluator: Evaluator, generates: bool, candidates: int) -> N
         raise UserError(f"store {store.path}: it has no pixels to judge pictures by: give --paint 0 --pictures 0")
 
 
-def _write_grid(request: Request, painter: Painter, rows: int) -> str:
+def _write_grid(request: Request, generator: ImageGenerator, rows: int) -> str:
     """Draw the image grid into the folder of the figures' file and return its name. Only the main rank writes it."""
     grid = request.output.with_suffix(".png")
-    drawn = draw_picture_grid(request.evaluator, painter, request.split, rows, request.seed)
+    drawn = draw_picture_grid(request.evaluator, generator, request.split, rows, request.seed)
     if request.evaluator.is_main:
         grid.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(drawn).save(grid)

@@ -15,9 +15,9 @@ class Summary(Experiment):
         """Return the figures of `summarize`."""
         evaluator, splits = request.evaluator, list(request.splits)
         shows = evaluator.store.has_codes and evaluator.store.has_pixels
-        painter = open_dvae(evaluator, dvae) if shows else None
+        generator = open_dvae(evaluator, dvae) if shows else None
         folder = request.output.parent
-        return summarize(evaluator, painter, splits, folder, candidates, matching_candidates, request.seed)
+        return summarize(evaluator, generator, splits, folder, candidates, matching_candidates, request.seed)
 
     def table(self, figures: dict[str, Any]) -> str:
         """Return the summary as text."""

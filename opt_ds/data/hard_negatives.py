@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.data.nearness import Nearness
+from opt_ds.data.text_similarity import TextSimilarity
 from opt_ds.ops.keyed import keyed_choice
 from opt_ds.store.reader import FeatureStore
 
 
-class NearDonors:
+class HardNegativeSampler:
     """Hard-negative sampler over the samples of one split."""
 
     def __init__(
@@ -33,12 +33,12 @@ class NearDonors:
         """
         self._rows, self._groups = store.rows, store.groups
         self._candidates, self._same_group = candidates, same_group
-        self._givers, self._by_group = [], []
+        self._providers, self._by_group = [], []
         for modality in range(3):
-            givers = cached_array(store, "givers", [*key, modality], partial(_givers, store, samples, modality))
-            self._givers.append(givers)
-            self._by_group.append(cached_array(store, "by-group", [*key, modality], partial(_by_group, store, givers)))
-        self._nearness = Nearness(store, samples, key)
+            providers = cached_array(store, "givers", [*key, modality], partial(_providers, store, samples, modality))
+            self._providers.append(providers)
+            self._by_group.append(cached_array(store, "by-group", [*key, modality], partial(_by_group, store, providers)))
+        self._similarity = TextSimilarity(store, samples, key)
 
     def replace(
         self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray
@@ -59,23 +59,23 @@ class NearDonors:
             who = np.flatnonzero(replaced == modality)
             if not who.size:
                 continue
-            if not len(self._givers[modality]):
+            if not len(self._providers[modality]):
                 found[who] = False
                 continue
             candidate = self._drawn(modality, sample[who], key[who])
-            near = self._nearness.of(sample[who], candidate)
+            near = self._similarity.of(sample[who], candidate)
             near[self._refused(modality, candidate, sample[who])] = -np.inf
             best = near.argmax(1)
-            donor = np.take_along_axis(candidate, best[:, None], axis=1)[:, 0]
+            negative = np.take_along_axis(candidate, best[:, None], axis=1)[:, 0]
             found[who] = np.isfinite(near.max(1))
-            rows[who, modality] = np.where(found[who], self._rows[donor, modality], rows[who, modality])
+            rows[who, modality] = np.where(found[who], self._rows[negative, modality], rows[who, modality])
         return rows, found
 
     def _drawn(self, modality: int, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Return the sampled candidates, int64 [b, k]."""
-        givers = self._givers[modality]
+        providers = self._providers[modality]
         number = np.arange(self._candidates)[None]
-        candidate = givers[keyed_choice(len(givers), key[:, None], "near", number)]
+        candidate = providers[keyed_choice(len(providers), key[:, None], "near", number)]
         if self._same_group:
             by_group = self._by_group[modality]
             groups = self._groups[by_group]
@@ -89,15 +89,15 @@ class NearDonors:
     def _refused(self, modality: int, candidate: np.ndarray, sample: np.ndarray) -> np.ndarray:
         """Return which candidates match the sample as well as its own modality does, bool [b, k]."""
         refused = self._rows[candidate, modality] == self._rows[sample, modality][:, None]
-        refused |= self._nearness.same_content(sample, candidate)
+        refused |= self._similarity.same_content(sample, candidate)
         if not self._same_group:
             refused |= self._groups[candidate] == self._groups[sample][:, None]
         return refused
 
 
-def _givers(store: FeatureStore, samples: np.ndarray, modality: int) -> np.ndarray:
+def _providers(store: FeatureStore, samples: np.ndarray, modality: int) -> np.ndarray:
     return samples[store.rows[samples, modality] >= 0]
 
 
-def _by_group(store: FeatureStore, givers: np.ndarray) -> np.ndarray:
-    return givers[np.argsort(store.groups[givers], kind="stable")]
+def _by_group(store: FeatureStore, providers: np.ndarray) -> np.ndarray:
+    return providers[np.argsort(store.groups[providers], kind="stable")]

@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 
 from opt_ds.data.derived import cached_array
-from opt_ds.data.nearness import Nearness
+from opt_ds.data.text_similarity import TextSimilarity
 from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
@@ -21,7 +21,7 @@ _TRIES = 16
 _BLOCK = 65_536
 
 
-class DonorPool:
+class NegativeSampler:
     """Samples of one split whose text, image or audio can replace that of another sample."""
 
     def __init__(
@@ -29,8 +29,8 @@ class DonorPool:
         store: FeatureStore,
         samples: np.ndarray,
         split: str | None = None,
-        near_share: float = 0.0,
-        near_candidates: int = 1,
+        hard_share: float = 0.0,
+        hard_candidates: int = 1,
     ) -> None:
         """Find the candidate negatives of each modality.
 
@@ -43,18 +43,18 @@ class DonorPool:
             near_candidates: Number of candidates sampled for each hard negative.
         """
         self._rows, self._groups = store.rows, store.groups
-        self._givers = [self._with(store, samples, modality, split) for modality in range(3)]
+        self._providers = [self._with(store, samples, modality, split) for modality in range(3)]
         several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
         # The label "none" needs negatives from two groups other than the sample's own.
         self.usable = several_modalities and all(
-            not len(givers) or self._suffices(givers, modality) for modality, givers in enumerate(self._givers)
+            not len(providers) or self._suffices(providers, modality) for modality, providers in enumerate(self._providers)
         )
         self._run_ends: dict[int, np.ndarray] = {}
-        self._near_share, self._candidates, self._nearness = 0.0, 1, None
-        if near_share and self.usable:
-            self._near_share, self._candidates = near_share, near_candidates
+        self._hard_share, self._candidates, self._similarity = 0.0, 1, None
+        if hard_share and self.usable:
+            self._hard_share, self._candidates = hard_share, hard_candidates
             assert split is not None, "hard negatives are drawn from a whole split"
-            self._nearness = Nearness(store, samples, [split])
+            self._similarity = TextSimilarity(store, samples, [split])
 
     def _with(self, store: FeatureStore, samples: np.ndarray, modality: int, split: str | None) -> np.ndarray:
         """Return the samples that have the modality.
@@ -69,14 +69,14 @@ class DonorPool:
 
         return find() if split is None else cached_array(store, "with", [split, modality], find)
 
-    def _suffices(self, givers: np.ndarray, modality: int) -> bool:
+    def _suffices(self, providers: np.ndarray, modality: int) -> bool:
         """Return whether each candidate has negatives in two groups other than its own.
 
         The rows of the negatives must differ from the candidate's own row.
         """
         rows_of: dict[int, set[int]] = {}
         apart: dict[int, int] = {}  # row -> group; each row and each group occurs at most once
-        for block in chain((givers[:256],), _blocks(givers)):  # the first few candidates are usually enough
+        for block in chain((providers[:256],), _blocks(providers)):  # the first few candidates are usually enough
             pairs = np.unique(np.stack([self._groups[block], self._rows[block, modality]], axis=1), axis=0)
             for group, row in pairs.tolist():
                 if group not in rows_of and row not in apart:
@@ -108,12 +108,12 @@ class DonorPool:
             who = np.flatnonzero(replaced[:, modality] & (rows[:, modality] >= 0))
             group = self._groups[sample].copy()
             if who.size:
-                donor = self._donors(modality, who, used, rows[who, modality], key[who])
-                near = keyed_uniform(key[who], "near donor", modality) < self._near_share
+                negative = self._negatives(modality, who, used, rows[who, modality], key[who])
+                near = keyed_uniform(key[who], "near donor", modality) < self._hard_share
                 if near.any():
-                    donor[near] = self._nearest(modality, who[near], used, rows[who[near], modality], key[who[near]], sample)
-                rows[who, modality] = self._rows[donor, modality]
-                group[who] = self._groups[donor]
+                    negative[near] = self._nearest(modality, who[near], used, rows[who[near], modality], key[who[near]], sample)
+                rows[who, modality] = self._rows[negative, modality]
+                group[who] = self._groups[negative]
             used.append(group)
         return rows
 
@@ -124,50 +124,50 @@ class DonorPool:
 
         A negative with the same content as the sample is chosen only if there is no other.
         """
-        assert self._nearness is not None
+        assert self._similarity is not None
         number = np.tile(np.arange(self._candidates), len(who))
         several = keyed_hash(np.repeat(key, self._candidates), "candidate", number)
-        drawn = self._donors(modality, np.repeat(who, self._candidates), used, np.repeat(own_row, self._candidates), several)
+        drawn = self._negatives(modality, np.repeat(who, self._candidates), used, np.repeat(own_row, self._candidates), several)
         candidate = drawn.reshape(len(who), self._candidates)
-        near = self._nearness.of(sample[who], candidate)
-        near[self._nearness.same_content(sample[who], candidate)] = -np.inf
+        near = self._similarity.of(sample[who], candidate)
+        near[self._similarity.same_content(sample[who], candidate)] = -np.inf
         return np.take_along_axis(candidate, near.argmax(1)[:, None], axis=1)[:, 0]
 
-    def _donors(self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray) -> np.ndarray:
-        givers = self._givers[modality]
-        donor = np.empty(len(who), dtype=np.int64)
+    def _negatives(self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray) -> np.ndarray:
+        providers = self._providers[modality]
+        negative = np.empty(len(who), dtype=np.int64)
         waiting = np.arange(len(who))
         place = np.zeros(len(who), dtype=np.int64)
         for attempt in range(_TRIES):
             if not waiting.size:
                 break
-            place[waiting] = keyed_choice(len(givers), key[waiting], "donor", modality, attempt)
-            waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
-        for _ in range(len(givers)):  # in a split with few groups, continue with the next sample that qualifies
+            place[waiting] = keyed_choice(len(providers), key[waiting], "donor", modality, attempt)
+            waiting = self._refused(providers, place, waiting, modality, who, used, own_row, negative)
+        for _ in range(len(providers)):  # in a split with few groups, continue with the next sample that qualifies
             if not waiting.size:
                 break
             place[waiting] = self._next_place(place[waiting], modality, [groups[who[waiting]] for groups in used])
-            waiting = self._refused(givers, place, waiting, modality, who, used, own_row, donor)
+            waiting = self._refused(providers, place, waiting, modality, who, used, own_row, negative)
         assert not waiting.size, "a pool with three groups always has a donor"
-        return donor
+        return negative
 
     def _next_place(self, place: np.ndarray, modality: int, used: list[np.ndarray]) -> np.ndarray:
         """Return the next index to try.
 
         If an index failed because of its group, skip the neighbours of the same group.
         """
-        givers = self._givers[modality]
+        providers = self._providers[modality]
         if modality not in self._run_ends:
-            self._run_ends[modality] = self._ends_of_runs(givers)
-        ends, groups = self._run_ends[modality], self._groups[givers[place]]
+            self._run_ends[modality] = self._ends_of_runs(providers)
+        ends, groups = self._run_ends[modality], self._groups[providers[place]]
         of_used_group = np.any([groups == each for each in used], axis=0)
-        return np.where(of_used_group, ends[np.searchsorted(ends, place, side="right")], place + 1) % len(givers)
+        return np.where(of_used_group, ends[np.searchsorted(ends, place, side="right")], place + 1) % len(providers)
 
-    def _ends_of_runs(self, givers: np.ndarray) -> np.ndarray:
+    def _ends_of_runs(self, providers: np.ndarray) -> np.ndarray:
         """Return the ends of runs of neighbours of one group, ascending; the last one is len(givers)."""
         ends: list[np.ndarray] = []
         start, last = 0, None
-        for block in _blocks(givers):
+        for block in _blocks(providers):
             groups = self._groups[block]
             if last is not None and groups[0] != last:
                 ends.append(np.array([start]))
@@ -177,14 +177,14 @@ class DonorPool:
 
     def _refused(
         self,
-        givers: np.ndarray,
+        providers: np.ndarray,
         place: np.ndarray,
         waiting: np.ndarray,
         modality: int,
         who: np.ndarray,
         used: list[np.ndarray],
         own_row: np.ndarray,
-        donor: np.ndarray,
+        negative: np.ndarray,
     ) -> np.ndarray:
         """Try the candidates of the waiting samples and store them.
 
@@ -201,12 +201,12 @@ class DonorPool:
         Returns:
             The waiting samples whose candidate is not allowed.
         """
-        candidate = givers[place[waiting]]
+        candidate = providers[place[waiting]]
         good = self._rows[candidate, modality] != own_row[waiting]
         own_group = self._groups[candidate]
         for groups in used:
             good &= own_group != groups[who[waiting]]
-        donor[waiting] = candidate
+        negative[waiting] = candidate
         return waiting[~good]
 
 

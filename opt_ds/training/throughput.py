@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opt_ds.training.step import StepResult
 
 
-class Window:
+class ThroughputMeter:
     """Accumulates losses, samples, tokens and times between two log lines."""
 
     def __init__(self, config: Config, loader: MicroBatchLoader, peak: PeakFlops) -> None:

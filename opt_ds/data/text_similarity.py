@@ -19,7 +19,7 @@ _DIMENSIONS = 64
 _BLOCK = 4096  # texts
 
 
-class Nearness:
+class TextSimilarity:
     """Text similarity of the samples of one split. A sample without text has similarity 0 to all others."""
 
     def __init__(self, store: FeatureStore, samples: np.ndarray, key: list[Any]) -> None:

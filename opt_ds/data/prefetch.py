@@ -24,7 +24,7 @@ class Announced(NamedTuple):
     num_bytes: int
 
 
-class PlanAhead:
+class StepPrefetcher:
     """Prefetcher of this rank's micro-batches, in order.
 
     At most `max_bytes`, or one micro-batch, are prefetched and not yet taken.
