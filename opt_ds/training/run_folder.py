@@ -49,6 +49,8 @@ _IDENTITY = (
     "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.donor_candidates",
     "finetune.same_group_donors", "init.weights_sha256", "init.moments",
 )  # fmt: skip
+#: Identifying settings that older runs do not record, with the value that those runs had.
+_ADDED: dict[str, Any] = {"tasks.plugins": []}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
@@ -67,7 +69,8 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
     """
     record = read_record(output, MODEL)
     if record is not None:
-        compare_identity(output, record, identity(config, stores))
+        recorded = {**record, "identity": _ADDED | record["identity"]}
+        compare_identity(output, recorded, identity(config, stores))
     elif (output / "checkpoints").exists():
         raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
 

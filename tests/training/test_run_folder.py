@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def test_a_directory_that_must_not_be_read_is_one_line(
     monkeypatch.setattr(Path, "exists", refuse)  # tests may run as root, whom nothing is refused
     with pytest.raises(UserError, match=r"cannot be used \(Permission denied\)"):
         run_folder.check_same_run(tmp_path, config, stores)
+
+
+def test_a_run_that_began_before_a_setting_existed_is_the_same_run(store: Path, tmp_path: Path) -> None:
+    config, stores = tiny_config(store), [FeatureStore(store)]
+    identity = run_folder.identity(config, stores)
+    assert identity.pop("tasks.plugins") == []
+    (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "launches": [], "stores": []}))
+    run_folder.check_same_run(tmp_path, config, stores)
+    other = tiny_config(store, "tasks.plugins=[tests.extending.counting:RegionCounting]")
+    with pytest.raises(UserError, match="holds another run"):
+        run_folder.check_same_run(tmp_path, other, stores)
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path, logged: list[str]) -> None:
