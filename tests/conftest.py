@@ -75,7 +75,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
 
 @pytest.fixture(scope="session")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
-    """Four samples a group: a donor must come from another group, not only be another sample."""
+    """Four samples a group: a negative must come from another group, not only be another sample."""
     from tests.tiny import make_store
 
     return make_store(tmp_path_factory.mktemp("stores") / "grouped", 80, samples_per_group=4, seed=2)

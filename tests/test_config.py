@@ -12,6 +12,28 @@ from opt_ds.errors import UserError
 from tests.tiny import LOSSES
 
 
+@pytest.mark.parametrize(
+    ("former", "setting", "value"),
+    [
+        ("tasks.matching.near_donor_share=0.5", "tasks.matching.hard_negative_share", 0.5),
+        ("tasks.matching.near_donor_candidates=8", "tasks.matching.hard_negative_candidates", 8),
+    ],
+)
+def test_a_former_key_works_with_a_warning_that_names_the_new_one(
+    former: str, setting: str, value: float, logged: list[str]
+) -> None:
+    matching = load_config("opt-tiny", [former]).tasks.matching
+    key = setting.rpartition(".")[2]
+    assert getattr(matching, key) == value
+    assert len(logged) == 1 and key in logged[0] and former.partition("=")[0].rpartition(".")[2] in logged[0]
+    logged.clear()
+    tree = {"tasks": {"matching": {former.partition("=")[0].rpartition(".")[2]: value}}}
+    assert getattr(config_from_dict(tree, where="an old checkpoint").tasks.matching, key) == value
+    assert not logged, "a file that an older version wrote is read without a warning"
+    with pytest.raises(UserError, match="is the former name of"):
+        load_config("opt-tiny", [former, f"{setting}={value}"])
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_survives_its_dump(name: str, tmp_path: Path) -> None:
     config = load_config(name)

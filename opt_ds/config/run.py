@@ -26,6 +26,10 @@ __all__ = [
 class FineTuneConfig(Section):
     """What `opt-ds finetune` trains, from which checkpoint. It also disables the other tasks."""
 
+    renamed = {  # noqa: RUF012
+        "donor_candidates": "negative_candidates", "same_group_donors": "same_group_negatives",
+    }  # fmt: skip
+
     task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"] = Field(
         ..., description="The task that is fine-tuned."
     )

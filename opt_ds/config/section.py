@@ -6,6 +6,7 @@ line. `opt_ds.tools.config_reference` generates `docs/configuration.md` from the
 """
 
 import copy
+import logging
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from opt_ds.config.sources import parse_value, read_source, set_value
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.user_files import expected_kind
 
+_LOG = logging.getLogger(__name__)
+#: Context of a validation of values that the user gave in this command.
+USER = "user"
 #: Messages for pydantic's error types that concern a limit.
 _LIMITS = {
     "greater_than_equal": "must be at least {ge}",
@@ -38,6 +42,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     #: Name in messages of a section that is constructed directly. "": the name of its class.
     label: ClassVar[str] = ""
+    #: Former name of a key -> its name. The former name still works; if the user gave it, a warning names the new one.
+    renamed: ClassVar[dict[str, str]] = {}
 
     def __init__(self, /, **values: Any) -> None:
         """Construct the section from keyword arguments. Raise UserError for an unknown key or a bad value."""
@@ -49,6 +55,19 @@ class Section(BaseModel):
     # As in pydantic's own RootModel: with this marker pydantic does not call __init__ for a section inside another one,
     # so that the error has the complete key path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, values: Any, info: ValidationInfo) -> Any:
+        former = [name for name in cls.renamed if isinstance(values, dict) and name in values]
+        for name in former:
+            key = cls.renamed[name]
+            if key in values:
+                raise ValueError(f"{name} is the former name of {key}: give one of them")
+            if info.context == USER:
+                _LOG.warning(f"the key {name} is now called {key}; the former name works until the next release")
+            values = {key if other == name else other: value for other, value in values.items()}
+        return values
 
     @classmethod
     def class_for(cls, values: Any) -> type["Section"]:
@@ -115,7 +134,7 @@ def section_from_dict(
     if trusted:
         kind.trust(tree)
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, context=USER if trusted else None)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, kind, tree)}") from None
 

@@ -8,7 +8,7 @@ it names.
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, SerializeAsAny, WrapValidator, create_model, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, WrapValidator, create_model, model_validator
 
 from opt_ds.config.section import Section
 from opt_ds.errors import did_you_mean
@@ -159,10 +159,10 @@ def tasks_config(plugins: tuple[str, ...]) -> type[TasksConfig]:
     return made
 
 
-def _with_sections(value: Any, _: Any) -> TasksConfig:
+def _with_sections(value: Any, _: Any, info: ValidationInfo) -> TasksConfig:
     if isinstance(value, TasksConfig):
         return value
-    return tasks_config(plugins_of(value)).model_validate(value)
+    return tasks_config(plugins_of(value)).model_validate(value, context=info.context)
 
 
 def plugins_of(tree: Any) -> tuple[str, ...]:

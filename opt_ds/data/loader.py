@@ -1,6 +1,6 @@
 """Loader that prepares micro-batches ahead of the training step, in a fixed order, in threads.
 
-One thread plans and reads ahead (see `plan_ahead`); the others pack. Threads are sufficient, because most of the work
+One thread plans and reads ahead (see `prefetch`); the others pack. Threads are sufficient, because most of the work
 is copies from memory maps and NumPy operations, which release the interpreter lock, and the maps stay shared. Order and
 content do not depend on the number of threads.
 """

@@ -133,7 +133,9 @@ class NegativeSampler:
         near[self._similarity.same_content(sample[who], candidate)] = -np.inf
         return np.take_along_axis(candidate, near.argmax(1)[:, None], axis=1)[:, 0]
 
-    def _negatives(self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray) -> np.ndarray:
+    def _negatives(
+        self, modality: int, who: np.ndarray, used: list[np.ndarray], own_row: np.ndarray, key: np.ndarray
+    ) -> np.ndarray:
         providers = self._providers[modality]
         negative = np.empty(len(who), dtype=np.int64)
         waiting = np.arange(len(who))
@@ -148,7 +150,7 @@ class NegativeSampler:
                 break
             place[waiting] = self._next_place(place[waiting], modality, [groups[who[waiting]] for groups in used])
             waiting = self._refused(providers, place, waiting, modality, who, used, own_row, negative)
-        assert not waiting.size, "a pool with three groups always has a donor"
+        assert not waiting.size, "a pool with three groups always has a negative"
         return negative
 
     def _next_place(self, place: np.ndarray, modality: int, used: list[np.ndarray]) -> np.ndarray:
@@ -196,7 +198,7 @@ class NegativeSampler:
             who: Indices of the samples.
             used: Groups that the negatives may not have, one array per source.
             own_row: The samples' own rows.
-            donor: The negatives, which are set.
+            negative: The negatives, which are set.
 
         Returns:
             The waiting samples whose candidate is not allowed.

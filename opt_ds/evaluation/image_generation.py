@@ -94,7 +94,10 @@ class ImageGenerator:
             return painted[:, 0], None
         assert self.match_probability is not None, "several candidates are compared"
         scores = np.array(
-            [[self.match_probability(sample, to_picture(one)) for one in own] for sample, own in zip(samples, painted, strict=True)]
+            [
+                [self.match_probability(sample, to_picture(one)) for one in own]
+                for sample, own in zip(samples, painted, strict=True)
+            ]
         )
         return painted[np.arange(len(samples)), scores.argmax(1)], scores
 
@@ -145,7 +148,7 @@ def painted_figures(
         evaluator: The model and the store.
         split: Name of the split.
         inputs: Input modalities, a key of SUBSETS.
-        painter: The image generator.
+        generator: The image generator.
         limit: Maximum number of samples. None: all.
         seed: Seed of the choice of samples.
         look: Returns the embedding of an image.
@@ -187,7 +190,9 @@ def painted_figures(
 
 def _cosines(painted: np.ndarray, true: np.ndarray, image_embedding: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     """Return cosines [generated, true] of the images' embeddings, centred on the mean of the true ones."""
-    seen_pe, seen_te = (np.stack([image_embedding(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true))
+    seen_pe, seen_te = (
+        np.stack([image_embedding(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true)
+    )
     mean_e = seen_te.mean(0)
     seen_pe, seen_te = seen_pe - mean_e, seen_te - mean_e
     lengths = np.linalg.norm(seen_pe, axis=1)[:, None] * np.linalg.norm(seen_te, axis=1)[None, :]

@@ -29,7 +29,7 @@ def draw_picture_grid(
 
     Args:
         evaluator: The model and the store.
-        painter: The image generator.
+        generator: The image generator.
         split: Name of the split.
         num_samples: Number of rows.
         seed: Seed of the choice of samples.

@@ -54,7 +54,7 @@ class StoreMetadata:
         return {**asdict(self), "dims": self.dims.model_dump()}
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> "StoreFacts":
+    def from_dict(values: dict[str, Any]) -> "StoreMetadata":
         """Build from the output of `as_dict`."""
         return StoreMetadata(**{**values, "dims": Dims(**values["dims"])})
 

@@ -32,6 +32,10 @@ from opt_ds.tasks.baselines import Baseline, TrainingStatistics
 class MatchingConfig(LossConfig):
     """Sample-level matching."""
 
+    renamed = {  # noqa: RUF012
+        "near_donor_share": "hard_negative_share", "near_donor_candidates": "hard_negative_candidates",
+    }  # fmt: skip
+
     loss: Literal["bce", "ce"] = Field(
         "bce", description="Loss: binary cross-entropy per case, or cross-entropy over all cases."
     )
@@ -114,7 +118,7 @@ class Matching(Task):
         """Return a reason if no store has usable negatives."""
         if any(pool.usable for pool in derived):
             return {}
-        return {self.name: "no donor: it needs two modalities, and in a split three groups that do not share a file"}
+        return {self.name: "no negative: it needs two modalities, and in a split three groups that do not share a file"}
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
         """Return which samples have two modalities and a store with usable negatives."""
@@ -154,7 +158,9 @@ class Matching(Task):
 
     # ---- fine-tuning: the unchanged sample, or one modality replaced by that of a hard negative
 
-    def derive_for_finetuning(self, stores: list[FeatureStore], usable: list[np.ndarray], key: list[Any]) -> list[HardNegativeSampler]:
+    def derive_for_finetuning(
+        self, stores: list[FeatureStore], usable: list[np.ndarray], key: list[Any]
+    ) -> list[HardNegativeSampler]:
         """Return the hard negatives of each store."""
         options = self.config.finetune
         assert options is not None

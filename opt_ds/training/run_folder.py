@@ -46,11 +46,18 @@ MODEL, DVAE = "model", "dVAE"
 _IDENTITY = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
     "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
-    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.donor_candidates",
-    "finetune.same_group_donors", "init.weights_sha256", "init.moments",
+    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.negative_candidates",
+    "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
 _ADDED: dict[str, Any] = {"tasks.plugins": []}
+#: Their former names, which older runs record.
+_RENAMED = {
+    "tasks.matching.near_donor_share": "tasks.matching.hard_negative_share",
+    "tasks.matching.near_donor_candidates": "tasks.matching.hard_negative_candidates",
+    "finetune.donor_candidates": "finetune.negative_candidates",
+    "finetune.same_group_donors": "finetune.same_group_negatives",
+}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
@@ -69,8 +76,8 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
     """
     record = read_record(output, MODEL)
     if record is not None:
-        recorded = {**record, "identity": _ADDED | record["identity"]}
-        compare_identity(output, recorded, identity(config, stores))
+        recorded = _ADDED | {_RENAMED.get(key, key): value for key, value in record["identity"].items()}
+        compare_identity(output, {**record, "identity": recorded}, identity(config, stores))
     elif (output / "checkpoints").exists():
         raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opt_ds.config import Config
-from opt_ds.data import derived, similarity
+from opt_ds.data import derived, text_similarity
 from opt_ds.data.finetune_plan import FineTunePlan
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import Plan
@@ -15,7 +15,7 @@ from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_store
 
 TOKENS = {"batch": {"size": 600, "unit": "tokens"}}
-HARD = {"tasks": {"mix": {"matching": 1.0}, "matching": {"near_donor_share": 0.7, "near_donor_candidates": 8}}}
+HARD = {"tasks": {"mix": {"matching": 1.0}, "matching": {"hard_negative_share": 0.7, "hard_negative_candidates": 8}}}
 TUNED = {"finetune": {"task": "retrieval", "checkpoint": "-", "weights_sha256": "0", "inputs": ["T+I"], "learned": ["matching"]}}
 
 
@@ -56,7 +56,8 @@ def test_hard_negatives_read_no_text_a_second_time(path: Path, run: Path, monkey
     first = StepPlan(config, [FeatureStore(path, run)])
     monkeypatch.setattr(FeatureStore, "text", None)
     second = StepPlan(config, [FeatureStore(path, run)])
-    near: list[similarity.TextSimilarity] = [pool._similarity for plan in (first, second) for pool in plan._derived["matching"]]
+    pools = [pool for plan in (first, second) for pool in plan._derived["matching"]]
+    near: list[text_similarity.TextSimilarity] = [pool._similarity for pool in pools]
     assert np.array_equal(near[0]._vectors, near[1]._vectors) and not near[1]._vectors.flags.owndata
 
 

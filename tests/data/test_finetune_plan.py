@@ -45,13 +45,13 @@ def test_nothing_is_masked_and_the_whole_text_is_the_target(complete: FeatureSto
 
 
 def _pairs(samples: PlannedSamples) -> tuple[np.ndarray, np.ndarray]:
-    """(which samples have a donor's part, their differing modality)"""
+    """(which samples have a negative's part, their differing modality)"""
     differs = samples.input_rows != samples.source_rows
     differs &= samples.input_rows >= 0
     return differs.any(1), differs.argmax(1)
 
 
-def test_retrieval_judges_pairs_half_of_which_have_a_donor_on_either_side(grouped: FeatureStore) -> None:
+def test_retrieval_judges_pairs_half_of_which_have_a_negative_on_either_side(grouped: FeatureStore) -> None:
     plan = FineTunePlan(config("retrieval", "T+I", size=1000), [grouped])
     samples = plan.step(0).samples
     negative, side = _pairs(samples)
@@ -73,7 +73,7 @@ def test_a_triple_of_which_one_is_replaced_is_the_pair_that_remains(complete: Fe
     assert (samples.columns["case"] == np.where(negative, side + 1, 0)).all()
 
 
-def test_donors_have_nearer_texts_than_random_ones_and_never_the_same(complete: FeatureStore) -> None:
+def test_negatives_have_nearer_texts_than_random_ones_and_never_the_same(complete: FeatureStore) -> None:
     train = complete.split_samples("train")
     sample, key = np.repeat(train, 20), np.arange(20 * len(train), dtype=np.uint64)
 
@@ -92,7 +92,7 @@ def test_donors_have_nearer_texts_than_random_ones_and_never_the_same(complete: 
     assert overlap(32) > 2 * overlap(2)
 
 
-def test_donors_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureStore) -> None:
+def test_negatives_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureStore) -> None:
     train = grouped.split_samples("train")
     key = np.arange(len(train), dtype=np.uint64)
     image_group = {int(row): int(grouped.groups[i]) for i, row in enumerate(grouped.rows[:, IMAGE])}
@@ -103,7 +103,7 @@ def test_donors_of_the_own_group_are_taken_only_if_asked_for(grouped: FeatureSto
         assert found.all() and any(same) == same_group
 
 
-def test_a_sample_without_any_donor_is_left_out(complete: FeatureStore) -> None:
+def test_a_sample_without_any_negative_is_left_out(complete: FeatureStore) -> None:
     one = complete.split_samples("train")[:1]
     rows, found = HardNegativeSampler(complete, one, 4, same_group=True, key=[]).replace(
         complete.rows[one], np.array([TEXT]), one, np.zeros(1, np.uint64)

@@ -1,4 +1,4 @@
-"""Sample-level draws: five cases in equal shares, donors of other groups of the same split, labels that are true."""
+"""Sample-level draws: five cases in equal shares, negatives of other groups of the same split, labels that are true."""
 
 import dataclasses
 from typing import Any
@@ -57,7 +57,7 @@ def test_five_cases_in_equal_shares_and_the_label_is_right(request: pytest.Fixtu
 
 @pytest.mark.parametrize("name", ["complete", "grouped", "ragged"])
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_donors_are_of_other_groups_of_the_same_split(request: pytest.FixtureRequest, name: str, probability: float) -> None:
+def test_negatives_are_of_other_groups_of_the_same_split(request: pytest.FixtureRequest, name: str, probability: float) -> None:
     store = request.getfixturevalue(name)
     s, owners = matching_samples(store, probability, 3000), owners_of(store)
     train = set(store.split_samples("train").tolist())
@@ -66,8 +66,8 @@ def test_donors_are_of_other_groups_of_the_same_split(request: pytest.FixtureReq
         groups = [int(store.groups[d]) for d in negatives]
         assert set(negatives) <= train
         assert int(store.groups[sample]) not in groups
-        assert len(set(groups)) == len(groups) == len(set(negatives)), "two donors are two samples of two groups"
-        assert all(rows[m] < 0 for m in range(3) if source[m] < 0), "a donor gives no modality that the sample has not"
+        assert len(set(groups)) == len(groups) == len(set(negatives)), "two negatives are two samples of two groups"
+        assert all(rows[m] < 0 for m in range(3) if source[m] < 0), "a negative gives no modality that the sample has not"
 
 
 def test_pairs_are_labelled_with_their_case_or_none(complete: FeatureStore) -> None:
@@ -88,7 +88,7 @@ def test_half_of_the_draws_judge_a_pair(complete: FeatureStore, ragged: FeatureS
     assert all(CASES[c] == true_case(ragged, owners, rows) for c, rows in zip(r.columns["case"], r.input_rows, strict=True))
 
 
-def test_validation_donors_are_of_the_valid_split(complete: FeatureStore) -> None:
+def test_validation_negatives_are_of_the_valid_split(complete: FeatureStore) -> None:
     valid, owners = set(complete.split_samples("valid").tolist()), owners_of(complete)
     for step in StepPlan(make_config(), [complete]).validation():
         rows = step.samples.input_rows[step.samples.task == MATCHING]
@@ -101,7 +101,7 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
     assert len(s) == 500
     assert all(CASES[c] == true_case(three, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))
     two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
-    assert "no donor" in StepPlan(make_config(), [two]).off["matching"]
+    assert "no negative" in StepPlan(make_config(), [two]).off["matching"]
 
 
 def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> NegativeSampler:
@@ -111,7 +111,7 @@ def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> Negati
     return NegativeSampler(store, np.arange(len(groups)))
 
 
-def test_one_large_group_is_passed_in_a_step_and_the_donors_are_those_behind_it(
+def test_one_large_group_is_passed_in_a_step_and_the_negatives_are_those_behind_it(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = np.zeros(600, dtype=np.int64)
@@ -139,7 +139,7 @@ def test_one_large_group_is_passed_in_a_step_and_the_donors_are_those_behind_it(
         ([0, 1, 2, 2], [0, 0, 1, 2], False),
     ],
 )
-def test_a_pool_is_usable_if_every_sample_finds_two_donors(tmp_path, groups: list, rows: list, usable: bool) -> None:
+def test_a_pool_is_usable_if_every_sample_finds_two_negatives(tmp_path, groups: list, rows: list, usable: bool) -> None:
     pool = pool_of(make_store(tmp_path / "s", len(groups)), np.array(groups), np.array(rows))
     assert pool.usable == usable
     if usable:
@@ -147,14 +147,14 @@ def test_a_pool_is_usable_if_every_sample_finds_two_donors(tmp_path, groups: lis
         pool.replace(pool._rows[who], np.tile([True, True, False], (len(who), 1)), who, np.arange(len(who), dtype=np.uint64))
 
 
-def test_near_donors_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore) -> None:
-    matching = {"pair_probability": 0.0, "near_donor_share": 1.0}
+def test_hard_negatives_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore) -> None:
+    matching = {"pair_probability": 0.0, "hard_negative_share": 1.0}
     tasks = {"mix": {"matching": 1.0}}
     size = {"batch": {"size": 1000, "max_tokens": 8192}}
     owners, train = owners_of(grouped), grouped.split_samples("train")
     similarity, mean = TextSimilarity(grouped, train, []), {}
     for share in (0.0, 1.0):
-        plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"near_donor_share": share}}, **size), [grouped])
+        plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"hard_negative_share": share}}, **size), [grouped])
         s = plan.step(0).samples
         assert (s.task == MATCHING).all() and np.bincount(s.columns["case"], minlength=5).min() > 100
         assert all(CASES[c] == true_case(grouped, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))

@@ -81,7 +81,9 @@ class ImageGeneration(Experiment):
         if generator is not None and judge is not None and paint:
             count = min(paint, limit or paint)
             for name, row in figures.items():
-                row["painted"] = painted_figures(evaluator, split, name, generator, count, seed, judge.image_embedding, inception, clip)
+                row["painted"] = painted_figures(
+                    evaluator, split, name, generator, count, seed, judge.image_embedding, inception, clip
+                )
         if generator is not None and pictures:
             figures["picture_grid"] = _write_grid(request, generator, pictures)
         return figures
