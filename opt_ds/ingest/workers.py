@@ -288,19 +288,25 @@ def _extract_chunk(kind: str, names: list[str | None], folder: Path) -> list[Ext
 
 
 def _extract(kind: str, inputs: Sequence[Any]) -> list[Any]:
-    """Extract a chunk. If that fails, extract file by file, so that one unusual file affects itself only."""
+    """Extract a chunk. If that fails, extract file by file, so that one unusual file affects itself only.
+
+    The other positions stay empty then, since features depend on the position of a file in its chunk.
+    """
     extractor = _worker[kind]
     try:
         return extractor.extract(inputs)
     except EnvironmentFaultError:
         raise
     except Exception:
-        return [_extract_alone(kind, extractor, value) for value in inputs]
+        return [_extract_alone(kind, extractor, inputs, place) for place in range(len(inputs))]
 
 
-def _extract_alone(kind: str, extractor: Any, value: Any) -> Any:
+def _extract_alone(kind: str, extractor: Any, inputs: Sequence[Any], place: int) -> Any:
+    value = inputs[place]
+    if value is None:
+        return None
     try:
-        return extractor.extract([value])[0]
+        return extractor.extract([value if other == place else None for other in range(len(inputs))])[place]
     except EnvironmentFaultError:
         raise
     except DecodingError as error:
