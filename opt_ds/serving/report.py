@@ -24,7 +24,7 @@ from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint
 from opt_ds.training.metrics import METRICS_FILE, VALIDATION_FILE
-from opt_ds.training.run_folder import CONFIG_FILE, RUN_FILE
+from opt_ds.training.run_folder import CONFIG_FILE, RUN_FILE, flatten
 
 #: Experiments that the report shows; `opt-ds evaluate <key>` writes the file of each one into the run's folder.
 EXPERIMENTS = ("summary", "classification", "retrieval", "two_stages", "transcription", "captioning", "image_generation")
@@ -286,20 +286,13 @@ def _settings(run: Path) -> dict[str, Any]:
     preset = str(tree.get("preset"))
     if preset not in preset_names():
         return {"yaml": text, "changed": []}
-    usual = _flat(load_config(preset).model_dump(mode="json"))
-    changed = [(key, value, usual.get(key)) for key, value in _flat(tree).items() if value != usual.get(key)]
+    usual = flatten(load_config(preset).model_dump(mode="json"))
+    changed = [(key, value, usual.get(key)) for key, value in flatten(tree).items() if value != usual.get(key)]
     return {"yaml": text, "changed": [row for row in changed if row[0] != "data.stores"]}
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _data_url(path: Path) -> str:

@@ -51,6 +51,7 @@ __all__ = [
     "COMPLETE", "FOLDER", "HUB_MODEL_TYPE", "MODEL_FILE", "MOMENTS_FILE", "STATE_FILE", "GuardState", "TrainState",
     "all_checkpoints", "buffers_of", "find_resumable", "folder_name", "is_exported", "load_model", "load_optimizer", "load_start",
     "load_weights", "pointed", "problem_with", "read_record", "read_state", "resolve_checkpoint", "train_state",
+    "weights_sha256",
 ]  # fmt: skip
 
 HUB_MODEL_TYPE = "opt_ds"  # `model_type` in the config.json of an exported folder
@@ -167,6 +168,11 @@ def is_exported(path: Path) -> bool:
         return read_json_object(path / "config.json", "").get("model_type") == HUB_MODEL_TYPE or (path / SEAL_FILE).is_file()
     except UserError:
         return (path / MODEL_FILE).is_file()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the recorded SHA-256 of a checkpoint's weights. Raise UserError if COMPLETE.json is missing or malformed."""
+    return read_record(folder)[1][MODEL_FILE].sha256
 
 
 def read_state(folder: Path) -> dict[str, Any]:

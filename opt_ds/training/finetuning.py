@@ -82,7 +82,7 @@ def finetune_config(
     tree["model"]["bert"] = tree["deepspeed_config"] = tree["init"] = None
     tree["data"] |= {"stores": [str(store.path) for store in opened], "mix": None}
     tree["finetune"] = {
-        "task": task, "checkpoint": str(folder), "weights_sha256": _weights_sha256(folder), "inputs": list(inputs),
+        "task": task, "checkpoint": str(folder), "weights_sha256": checkpoint.weights_sha256(folder), "inputs": list(inputs),
         "learned": list(saved.learned_losses),
     }  # fmt: skip
     if task == "vqa":
@@ -154,7 +154,3 @@ def _with_schedule(
     tree["train"] |= {"validate_every": steps_per_epoch, "log_every": max(1, min(20, steps_per_epoch))}
     tree["checkpoint"] |= {"every_steps": steps_per_epoch}
     return config_from_dict(tree, where, settings)
-
-
-def _weights_sha256(folder: Path) -> str:
-    return checkpoint.read_record(folder)[1][checkpoint.MODEL_FILE].sha256

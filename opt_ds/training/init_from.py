@@ -115,7 +115,7 @@ def _is_same(init: InitConfig, given: Path) -> bool:
     if str(given.resolve()) == init.run:
         return True
     try:
-        return _weights_sha256(checkpoint.resolve_checkpoint(given)) == init.weights_sha256
+        return checkpoint.weights_sha256(checkpoint.resolve_checkpoint(given)) == init.weights_sha256
     except UserError:
         return False
 
@@ -133,14 +133,10 @@ def _start(given: Path, moments: bool) -> Start:
     config = config_from_dict(state["config"], where=str(folder / checkpoint.STATE_FILE))
     steps = checkpoint.train_state(state).adam_steps if moments else 0
     init = InitConfig(
-        run=str(given.resolve()), checkpoint=str(folder.resolve()), weights_sha256=_weights_sha256(folder),
+        run=str(given.resolve()), checkpoint=str(folder.resolve()), weights_sha256=checkpoint.weights_sha256(folder),
         learned=_learned(config, run), moments=moments, adam_steps=steps,
     )  # fmt: skip
     return Start(init, config)
-
-
-def _weights_sha256(folder: Path) -> str:
-    return checkpoint.read_record(folder)[1][checkpoint.MODEL_FILE].sha256
 
 
 def _learned(config: Config, run: Path) -> tuple[str, ...]:
@@ -285,7 +281,7 @@ def load_weights(model: "OPT", init: InitConfig) -> Carried:
     Heads that the source never trained keep their initialisation.
     """
     folder = Path(init.checkpoint)
-    if _weights_sha256(folder) != init.weights_sha256:
+    if checkpoint.weights_sha256(folder) != init.weights_sha256:
         raise UserError(f"--init-from {init.run}: {folder.name} has other weights than when this run began: use another --output")
     heads = _heads(model)
     fresh_heads = tuple(name for loss, name in heads.items() if loss not in init.learned)
