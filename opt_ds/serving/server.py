@@ -66,7 +66,7 @@ class Connection(H11Protocol):
         """Refuse a request that is not valid HTTP."""
         self._refuse(400, "the request is not valid HTTP")
 
-    def image_embedding(self) -> None:
+    def check_timeouts(self) -> None:
         """Close the connection if its current stage has lasted too long."""
         now, stage = self.loop.time(), self._present_stage()
         if stage is not self._stage or self.cycle is not self._request:
@@ -166,7 +166,7 @@ class Server(uvicorn.Server):
         if counter % _TICKS_BETWEEN_LOOKS == 0:
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection):
-                    connection.image_embedding()
+                    connection.check_timeouts()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
