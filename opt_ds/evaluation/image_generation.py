@@ -74,7 +74,7 @@ def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
 class ImageGenerator:
     """Image generator: sampling options, and the number of candidates of which the best is kept.
 
-    `belongs` returns the match probability of an input and an image. It is required if there are several candidates.
+    `match_probability` returns the match probability of an input and an image. It is required if there are several candidates.
     """
 
     dvae: "DiscreteVAE"
@@ -137,7 +137,7 @@ def painted_figures(
 ) -> dict[str, Any]:
     """Return metrics of images generated from each sample's `inputs`, compared with the true images.
 
-    - `nearest`, with `look`: fraction of generated images whose own true image is among the 1, 5, 10 nearest true
+    - `nearest`, with `image_embedding`: fraction of generated images whose own true image is among the 1, 5, 10 nearest true
       images, by cosine of centred embeddings.
     - `fid`, with `inception`: Fréchet inception distance to the true images.
     - `clip_score`, with `clip`: of the generated images, of the true images, and of generated images with another
@@ -151,7 +151,7 @@ def painted_figures(
         generator: The image generator.
         limit: Maximum number of samples. None: all.
         seed: Seed of the choice of samples.
-        look: Returns the embedding of an image.
+        image_embedding: Returns the embedding of an image.
         inception: Weights of Inception-v3.
         clip: Folder of a CLIP model.
 
