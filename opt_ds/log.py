@@ -61,6 +61,7 @@ class LineFormatter(logging.Formatter):
         self._rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, with its level and rank where they are shown."""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         where = f"{record.name}: " if record.levelno == logging.DEBUG else ""
         rank = f"rank {self._rank}: " if self._rank or getattr(record, "every_rank", False) else ""
