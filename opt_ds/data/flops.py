@@ -2,7 +2,7 @@
 
 A multiplication and an addition count as two operations. Matrix products are counted, including those of attention;
 causal attention is counted in full, as is usual. The backward pass takes twice the forward pass, except for projections
-of raw features, whose input needs no gradient. The tasks count their own decoders and heads (`DataTask.cost`).
+of raw features, whose input needs no gradient. The tasks count their own decoders and heads (`DataTask.add_cost`).
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ import numpy as np
 
 from opt_ds.config import Config, ModelConfig
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.task import DataTask
+from opt_ds.data.task import DataTask, TaskCost
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,15 @@ def _forward_flops(
     _, regions, frames = samples.input_lengths.T
     width, ffn, used = model.hidden_size, model.ffn_size, samples.task >= 0
     positions = (used * samples.input_positions()).astype(np.float64)
-    decoders, heads = np.zeros(len(samples)), np.zeros(len(samples))
-    output_positions, decoder_positions = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
+    cost = TaskCost.none(len(samples))
     for task in tasks:
-        cost = task.cost(samples, positions)
-        decoders += cost.decoder_flops
-        heads += cost.head_flops
-        output_positions += cost.output_positions
-        decoder_positions += cost.decoder_positions
+        task.add_cost(samples, positions, cost)
 
     per_position, keys_and_values = 2 * (4 * width**2 + 2 * width * ffn), 4 * width**2
     squares = 4 * width * positions  # of attention, per position
     whole_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
     encoder = (model.num_layers - 1) * positions * whole_layer + keys_and_values * positions
-    encoder += last_layer * output_positions  # the last layer is computed only at positions that are used
+    encoder += last_layer * cost.output_positions  # the last layer is computed only at positions that are used
     frame_dim = model.audio_stack * model.audio_feature_dim
     embeddings = 2.0 * width * used * (regions * (model.image_feature_dim + 7) + frames * frame_dim)
-    return (embeddings, encoder, decoders, heads), decoder_positions
+    return (embeddings, encoder, cost.decoder_flops, cost.head_flops), cost.decoder_positions

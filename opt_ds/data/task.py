@@ -14,6 +14,7 @@ Legend: B samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,14 +46,17 @@ class Candidates:
     lengths: np.ndarray  # int64 [B, 3], number of items that the model reads
     variant: int = 0  # Variant of the task in the validation pass (see `DataTask.num_variants`); -1 in training.
 
-    @property
+    @cached_property
     def present(self) -> np.ndarray:
         """Which modalities are present, bool [B, 3]."""
         return self.source_rows >= 0
 
-    def of_store(self, number: int, among: np.ndarray) -> np.ndarray:
-        """Return int64 indices into `among` (int64 sample indices) of the samples of store `number`."""
-        return np.arange(len(among)) if len(self.stores) == 1 else np.flatnonzero(self.store[among] == number)
+    def of_store(self, number: int, among: np.ndarray) -> np.ndarray | slice:
+        """Return an index into `among` (int64 sample indices) of the samples of store `number`.
+
+        It is a slice, which copies nothing, for a run's only store.
+        """
+        return slice(None) if len(self.stores) == 1 else np.flatnonzero(self.store[among] == number)
 
 
 @dataclass
@@ -66,9 +70,9 @@ class Drawn:
 
 @dataclass(frozen=True)
 class TaskCost:
-    """Cost that a task adds to the samples of a step."""
+    """Cost of a step's samples, to which each task adds its own."""
 
-    output_positions: np.ndarray  # int64 [B], positions of the encoder's output that the task reads
+    output_positions: np.ndarray  # int64 [B], positions of the encoder's output that a task reads
     decoder_positions: np.ndarray  # int64 [B], positions of decoders
     decoder_flops: np.ndarray  # float64 [B], operations of a forward pass
     head_flops: np.ndarray  # float64 [B]
@@ -85,7 +89,7 @@ class BatchPart(Movable):
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
-        """Packed positions of the encoder's output that the task reads, int64 tensors."""
+        """Packed positions of the encoder's output that a task reads, int64 tensors."""
         return ()
 
     @property
@@ -174,9 +178,8 @@ class DataTask:
         """
         return {}
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        """Return the cost that the task adds to each sample. `positions` are the encoder's, float64 [B]."""
-        return TaskCost.none(len(samples))
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        """Add the task's cost of each sample to `total`, in place. `positions` are the encoder's, float64 [B]."""
 
     # ---- the fine-tuning plan
 

@@ -125,13 +125,12 @@ class LabelPrediction(Task):
         """Return the number of samples of this task."""
         return {"labels": float((samples.task == self.number).sum())}
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        """Return the cost of one output position and the head per sample."""
-        cost, own, width = TaskCost.none(len(samples)), self.own(samples), self.config.model.hidden_size
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        """Add the cost of one output position and the head per sample."""
+        own, width = self.own(samples), self.config.model.hidden_size
         num_names = len(self.section.names) if self.section else 0
-        cost.output_positions[own] = 1
-        cost.head_flops[own] = 2.0 * (width**2 + width * num_names)
-        return cost
+        total.output_positions[own] += 1
+        total.head_flops[own] += 2.0 * (width**2 + width * num_names)
 
     @cached_property
     def _places(self) -> dict[str, int]:

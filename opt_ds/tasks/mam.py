@@ -156,12 +156,12 @@ class MaskedAudioModeling(TokenLevelTask):
         """Return the multiplications of both linear layers."""
         return self.config.model.hidden_size * 2 * self._frame_dim
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        """Return the cost, including the comparisons of the contrastive loss."""
-        cost, own = super().cost(samples, positions), self.own(samples)
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        """Add the cost, including the comparisons of the contrastive loss."""
+        super().add_cost(samples, positions, total)
         # Each masked frame is compared with every frame of its utterance.
-        cost.head_flops[own] += 2.0 * cost.output_positions[own] * self.lengths(samples) * self._frame_dim
-        return cost
+        frames = self.lengths(samples)
+        total.head_flops[self.own(samples)] += 2.0 * self.count_masked(frames) * frames * self._frame_dim
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Mark the sample. Its original frames are the targets."""

@@ -140,8 +140,8 @@ class Matching(Task):
         rows[judged_as_pair, absent[judged_as_pair]] = -1
         for number, pool in enumerate(derived):
             of_store = candidates.of_store(number, own)
-            if of_store.size:
-                sample = candidates.sample[own[of_store]]
+            sample = candidates.sample[own[of_store]]
+            if sample.size:
                 rows[of_store] = pool.replace(rows[of_store], replaced[of_store], sample, key[of_store])
         drawn.input_rows[own] = rows
 
@@ -149,12 +149,11 @@ class Matching(Task):
         """Return the number of samples of this task."""
         return {"matching": float((samples.task == self.number).sum())}
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        """Return the cost of one output position and the head per sample."""
-        cost, own = TaskCost.none(len(samples)), self.own(samples)
-        cost.output_positions[own] = 1
-        cost.head_flops[own] = 2.0 * self.config.model.hidden_size * NUM_CASES
-        return cost
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        """Add the cost of one output position and the head per sample."""
+        own = self.own(samples)
+        total.output_positions[own] += 1
+        total.head_flops[own] += 2.0 * self.config.model.hidden_size * NUM_CASES
 
     # ---- fine-tuning: the unchanged sample, or one modality replaced by that of a hard negative
 

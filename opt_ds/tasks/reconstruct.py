@@ -227,21 +227,19 @@ class ModalityReconstruction(Task):
             "dir": float(columns["writes_image"].sum()) * self.config.model.num_image_codes,
         }
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        """Return the cost of the decoders, for all tasks that set decoder targets."""
-        cost, columns, model = TaskCost.none(len(samples)), samples.columns, self.config.model
-        writes_text, writes_image = columns["writes_text"], columns["writes_image"]
-        cost.output_positions[:] = (writes_text | writes_image) * positions
-        cost.decoder_positions[:] = writes_text * columns["text_target_length"]
-        cost.decoder_positions[:] += writes_image * np.int64(model.num_image_codes)
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        """Add the cost of the decoders, for all tasks that set decoder targets."""
+        columns, model = samples.columns, self.config.model
+        writing = np.flatnonzero(columns["writes_text"] | columns["writes_image"])
+        total.output_positions[writing] += positions[writing].astype(np.int64)
         for layers, outputs, writes, items in (
-            (model.text_decoder_layers, model.vocab_size, writes_text, columns["text_target_length"]),
-            (model.image_decoder_layers, model.image_codebook_size, writes_image, model.num_image_codes),
+            (model.text_decoder_layers, model.vocab_size, columns["writes_text"], columns["text_target_length"]),
+            (model.image_decoder_layers, model.image_codebook_size, columns["writes_image"], model.num_image_codes),
         ):
             own = np.flatnonzero((samples.task >= 0) & writes & (items > 0))
             num_items = np.broadcast_to(items, len(samples))[own]
-            cost.decoder_flops[own] += decoder_flops(model, layers, outputs, num_items, positions[own])
-        return cost
+            total.decoder_positions[own] += num_items
+            total.decoder_flops[own] += decoder_flops(model, layers, outputs, num_items, positions[own])
 
     # ---- samples and batches
 

@@ -47,12 +47,11 @@ class TokenLevelTask(Task):
         count = float(self.count_masked(self.lengths(samples)).sum())
         return dict.fromkeys(self.loss_names(), count)
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        """Return the cost of the masked items."""
-        cost, own = TaskCost.none(len(samples)), self.own(samples)
-        cost.output_positions[own] = self.count_masked(self.lengths(samples))
-        cost.head_flops[own] = 2.0 * (cost.output_positions[own] * self.flops_per_item())
-        return cost
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        """Add the cost of the masked items."""
+        own, masked = self.own(samples), self.count_masked(self.lengths(samples))
+        total.output_positions[own] += masked
+        total.head_flops[own] += 2.0 * (masked * self.flops_per_item())
 
 
 def masked_places(

@@ -56,11 +56,10 @@ class RegionCounting(Task):
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
         return {"counting": float(len(self.own(samples)))}
 
-    def cost(self, samples: PlannedSamples, positions: np.ndarray) -> TaskCost:
-        cost, own = TaskCost.none(len(samples)), self.own(samples)
-        cost.output_positions[own] = 1
-        cost.head_flops[own] = 2.0 * self.config.model.hidden_size * (self.section.most + 1)
-        return cost
+    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+        own = self.own(samples)
+        total.output_positions[own] += 1
+        total.head_flops[own] += 2.0 * self.config.model.hidden_size * (self.section.most + 1)
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         assert min(len(given(sample.region_features)), self.section.most) == planned.columns["num_regions"][slot]
