@@ -15,7 +15,7 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.layout import Layout, as_long, join
 from opt_ds.data.sample import Sample, given
-from opt_ds.data.task import BatchPart, DataTask
+from opt_ds.data.task import BatchPart, tasks_of
 from opt_ds.nn.inputs import ReadRows, Written
 from opt_ds.ops.movable import Movable, map_tensors
 from opt_ds.ops.sequences import Sequences
@@ -78,7 +78,7 @@ class Packer:
         model = config.model
         self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
         self.image_feature_dim, self.frame_dim = model.image_feature_dim, model.audio_stack * model.audio_feature_dim
-        self._tasks: list[DataTask] = [unit(config) for unit in config.tasks.units.values()]
+        self._tasks = list(tasks_of(config).values())
 
     def pack(self, samples: list[Sample]) -> PackedBatch:
         """Return one micro-batch of the samples, in their order."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from opt_ds.config import Config, ModelConfig
 from opt_ds.data.planned_samples import PlannedSamples
-from opt_ds.data.task import DataTask, TaskCost
+from opt_ds.data.task import DataTask, TaskCost, tasks_of
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,12 @@ class StepFlops:
 
 def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
     """Return the operations of training once on these samples."""
-    return _summed(_forward_flops(config, _tasks(config), samples)[0])
+    return _summed(_forward_flops(config, tasks_of(config).values(), samples)[0])
 
 
 def sample_flops(config: Config, samples: PlannedSamples) -> np.ndarray:
     """Return the operations of training once on each sample, float64 [B]."""
-    return sample_and_step_flops(config, _tasks(config), samples)[0]
-
-
-def _tasks(config: Config) -> list[DataTask]:
-    return [unit(config) for unit in config.tasks.units.values()]
+    return sample_and_step_flops(config, tasks_of(config).values(), samples)[0]
 
 
 def sample_and_step_flops(

@@ -23,7 +23,7 @@ from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
 from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
-from opt_ds.data.task import Candidates, DataTask, Drawn
+from opt_ds.data.task import Candidates, Drawn, tasks_of
 from opt_ds.ops.keyed import keyed_hash, permute
 from opt_ds.store.reader import FeatureStore
 
@@ -67,7 +67,7 @@ class Plan(ABC):
         """Create the plan. `version` is that of the run that is continued, one of `VERSIONS`; None means the newest."""
         self.config, self.stores = config, stores
         self.version = self.VERSION if version is None else version
-        self.tasks: dict[str, DataTask] = {name: unit(config) for name, unit in config.tasks.units.items()}
+        self.tasks = tasks_of(config)
         self.task_names = tuple(self.tasks)  # in the order of the indices in `PlannedSamples.task`
         self._train = [self._usable(store, config.data.train_split) for store in stores]
         self._lengths = [model_lengths(config.model, store) for store in stores]

@@ -11,7 +11,7 @@ from opt_ds.data.masking import corrupt_tokens, masked_items, masked_spans, num_
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
 from opt_ds.data.sample import Sample, given
-from opt_ds.data.task import DataTask
+from opt_ds.data.task import tasks_of
 from opt_ds.ops.keyed import keyed_choice, keyed_hash
 from opt_ds.store.reader import FeatureStore
 
@@ -23,7 +23,7 @@ class SampleReader:
         self.config, self.stores = config, stores
         self._tokenizers = [store.description.tokenizer for store in stores]
         self._ordinary = [_ordinary_ids(store) for store in stores]
-        self._tasks: list[DataTask] = [unit(config) for unit in config.tasks.units.values()]
+        self._tasks = list(tasks_of(config).values())
         self._spans = {modality: span for task in self._tasks for modality, span in task.mask_spans.items()}
 
     def read(self, planned: PlannedSamples, slot: int) -> Sample:

@@ -249,3 +249,8 @@ class DataTask:
         Return None if the task adds no part.
         """
         return None
+
+
+def tasks_of(config: Config) -> dict[str, DataTask]:
+    """Return name -> task of a configuration, in the order of `PlannedSamples.task`."""
+    return {name: unit(config) for name, unit in config.tasks.units.items()}
