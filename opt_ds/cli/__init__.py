@@ -49,7 +49,7 @@ COMMANDS = {
     "generate": Command("opt_ds.cli.serve", "generate", "Write a text or paint a picture from raw input."),
     "export": Command("opt_ds.cli.serve", "export", "Write a checkpoint in Hugging Face's layout."),
     "serve": Command("opt_ds.cli.serve", "serve", "A web page and a JSON API around a trained model."),
-    "doctor": Command("opt_ds.cli.doctor", "doctor", "Check this machine, a line a fact: ok, or how to mend it."),
+    "doctor": Command("opt_ds.cli.doctor", "doctor", "Check this machine; one line per check, with the fix."),
     "plan": Command("opt_ds.cli.plan", "plan", "Say what a run will need: memory, micro-batches, traffic, time."),
 }
 

@@ -96,7 +96,7 @@ class SampleOptions:
     retry_skipped: Annotated[
         bool, typer.Option(help="Try the files again that an earlier run skipped, and take in what is good now.")
     ] = False
-    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None
+    limit: Annotated[int | None, typer.Option(help="Use only the first N samples.", min=1)] = None
     shard: Annotated[
         str | None, typer.Option(help="i/n: only part i (from 0) of n, for a job array; opt-ds merge joins the parts.")
     ] = None

@@ -79,7 +79,7 @@ class RetrievalOptions:
         int, typer.Option(help="Gallery of the matching head, of triples too (summary takes 100, and 50 triples).", min=2)
     ] = 200
     shortlist: Annotated[
-        int | None, typer.Option(help="In two stages: a projection of [CLS] ranks all, the model re-ranks so many.", min=1)
+        int | None, typer.Option(help="Re-rank only the top N candidates of the first stage (two-stage retrieval).", min=1)
     ] = None
 
 

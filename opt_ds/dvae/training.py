@@ -390,7 +390,7 @@ class Training:
         loss, norm = losses.loss.item(), self.gradient_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
-                f"{self.output}: loss {loss:g}, gradient norm {norm:g} at step {self.step}: train anew with a lower "
+                f"{self.output}: loss {loss:g}, gradient norm {norm:g} at step {self.step}: train again with a lower "
                 f"--set learning_rate=… (it was {self.config.learning_rate:g}) and another --output"
             )
 

@@ -104,7 +104,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(
 
     monkeypatch.setattr(Training, "train_step", step)
     for _ in range(2):  # given again, too
-        with pytest.raises(RunError, match=r"at step 6: train anew with a lower --set learning_rate=.* another --output"):
+        with pytest.raises(RunError, match=r"at step 6: train again with a lower --set learning_rate=.* another --output"):
             train(store, tmp_path / "run", checkpoint_every=3)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
 
