@@ -127,17 +127,17 @@ class FeatureStore:
     @property
     def text_lengths(self) -> np.ndarray:
         """Number of tokens per text row, without [CLS] and [SEP]; int32."""
-        return self.index.text_lengths
+        return self.index.lengths["text"]
 
     @property
     def region_counts(self) -> np.ndarray:
         """Number of regions per image row, int32."""
-        return self.index.region_counts
+        return self.index.lengths["image"]
 
     @property
     def frame_counts(self) -> np.ndarray:
         """Number of stored frames per audio row, int32."""
-        return self.index.frame_counts
+        return self.index.lengths["audio"]
 
     def lengths(self, modality: str) -> np.ndarray:
         """Return the number of items of each row of a modality, int32. For text these are tokens."""
