@@ -181,20 +181,11 @@ class SimulatedStore(AssumedStore):
             return _Function(train, lambda index: index)
         return _Function(self.num_samples - train, lambda index: index + train)
 
-    def _lengths(self, mean: int) -> Any:
+    def _spread(self, mean: int) -> Any:
         return _Function(self.num_samples, lambda row: mean // 2 + row * 2654435761 % (mean + 1))
 
-    @property
-    def text_lengths(self) -> Any:
-        return self._lengths(40)
-
-    @property
-    def region_counts(self) -> Any:
-        return self._lengths(36)
-
-    @property
-    def frame_counts(self) -> Any:
-        return self._lengths(65)
+    def lengths(self, modality: str) -> Any:
+        return self._spread({"text": 40, "image": 36, "audio": 65}[modality])
 
 
 def plan_of(size: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 
 from opt_ds.config import Config, config_from_dict, default_tasks
 from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.sample import Sample
@@ -120,10 +121,10 @@ def positions_of(samples: list[Sample]) -> list[tuple[int, range, range, range]]
     positions, at = [], 0
     for sample in samples:
         num_words, num_regions, num_frames = (
-            0 if items is None else len(items) for items in (sample.token_ids, sample.region_features, sample.frames)
+            len(sample.items.get(modality, ())) for modality in (TEXT, IMAGE, AUDIO)
         )
         words = range(at + 1, at + 1 + num_words)
-        first_region = words.stop + (sample.token_ids is not None)  # [SEP] ends a text
+        first_region = words.stop + (TEXT in sample.items)  # [SEP] ends a text
         regions = range(first_region, first_region + num_regions)
         frames = range(regions.stop, regions.stop + num_frames)
         positions.append((at, words, regions, frames))

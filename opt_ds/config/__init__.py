@@ -18,6 +18,7 @@ from opt_ds.config.run import (
     dump_config,
     load_config,
 )
+from opt_ds.config.section import Section
 
 __all__ = [
     "STANDARD_LIMIT",
@@ -30,6 +31,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "ProfileConfig",
+    "Section",
     "TasksConfig",
     "TrainConfig",
     "config_from_dict",

@@ -1,10 +1,13 @@
 """Configuration sections of the data and the model. `opt_ds.config` re-exports them."""
 
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, WrapValidator, create_model, model_validator
 
+from opt_ds.config.plugins import plugins_of
 from opt_ds.config.section import Section
+from opt_ds.registry import MODALITIES
 
 STANDARD_LIMIT = 8.0  # standardised features are clamped to this many standard deviations
 
@@ -82,6 +85,32 @@ class ModelConfig(Section):
         "untrained weights.",
     )
 
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Modalities of other packages: names that an installed package announces (entry points "
+        "`opt_ds.modalities`), or `module:Class`. Each adds a section of its name.",
+    )
+
+    if TYPE_CHECKING:  # the sections of further modalities, as in `config.model.touch`
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def class_for(cls, values: Any) -> type[Section]:
+        """Return the class with the sections of the modalities that the values name."""
+        return model_config(plugins_of(values))
+
+    @property
+    def modalities(self) -> dict[str, Any]:
+        """Name -> class of the modalities, in the order of their numbers."""
+        return MODALITIES.units(self.plugins)
+
+    @model_validator(mode="after")
+    def _has_sections(self) -> "ModelConfig":
+        if self.plugins and type(self) is ModelConfig:
+            raise ValueError("plugins: construct the configuration with config_from_dict, which adds their sections")
+        return self
+
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
         if self.hidden_size % self.num_heads:
@@ -95,5 +124,33 @@ class ModelConfig(Section):
 
     @property
     def max_sequence(self) -> int:
-        """Maximum packed length of one sample: [CLS] text [SEP] regions frames."""
-        return self.max_text_tokens + 2 + self.max_regions + self.max_frames
+        """Maximum packed length of one sample."""
+        units = [unit(self, number) for number, unit in enumerate(self.modalities.values())]
+        return sum(unit.limit + unit.special_rows for unit in units)
+
+
+@cache
+def model_config(plugins: tuple[str, ...]) -> type[ModelConfig]:
+    """Return the class with the sections of these modalities of other packages.
+
+    Raise UserError if one cannot be loaded.
+    """
+    if not plugins:
+        return ModelConfig
+    units = MODALITIES.units(plugins)
+    sections = {
+        name: (unit.options, Field(unit.options(), description=unit.about))
+        for name, unit in units.items()
+        if unit.options is not None
+    }
+    return create_model("ModelConfig", __base__=ModelConfig, __doc__=ModelConfig.__doc__, **sections)  # type: ignore[call-overload]
+
+
+def _with_sections(value: Any, _: Any, info: ValidationInfo) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    return model_config(plugins_of(value)).model_validate(value, context=info.context)
+
+
+#: Type of the section in the run's configuration.
+ModelSection = Annotated[SerializeAsAny[ModelConfig], WrapValidator(_with_sections)]

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opt_ds.config.model import STANDARD_LIMIT, DataConfig, ModelConfig, Subset
+from opt_ds.config.model import STANDARD_LIMIT, DataConfig, ModelConfig, ModelSection, Subset
+from opt_ds.config.plugins import plugins_of
 from opt_ds.config.section import Section, dump_section, load_section, section_from_dict
 from opt_ds.config.sources import PRESET_FOLDER
-from opt_ds.config.tasks import CurriculumPhase, LossConfig, TasksConfig, TasksSection, default_tasks, plugins_of
-from opt_ds.registry import TASKS
+from opt_ds.config.tasks import CurriculumPhase, LossConfig, TasksConfig, TasksSection, default_tasks
+from opt_ds.registry import MODALITIES, TASKS
 
 __all__ = [
     "STANDARD_LIMIT", "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig",
@@ -268,7 +269,7 @@ class Config(Section):
         description="JSON file with further settings for DeepSpeed. None: only those that this configuration implies.",
     )
     data: DataConfig = Field(DataConfig(), description="Which stores are read, and how.")
-    model: ModelConfig = Field(ModelConfig(), description="Architecture of the model.")
+    model: ModelSection = Field(ModelConfig(), description="Architecture of the model.")
     tasks: TasksSection = Field(default_factory=default_tasks, description="Pre-training tasks and their weights.")
     batch: BatchConfig = Field(BatchConfig(), description="Batch and micro-batch size.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and gradient clipping.")
@@ -302,7 +303,8 @@ class Config(Section):
 
     @classmethod
     def trust(cls, values: Any) -> None:
-        """Allow the import of tasks that the user names by `module:Class`."""
+        """Allow the import of modalities and tasks that the user names by `module:Class`."""
+        MODALITIES.allow(plugins_of(values.get("model")))
         TASKS.allow(plugins_of(values.get("tasks")))
 
     @model_validator(mode="after")

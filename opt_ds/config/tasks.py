@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, WrapValidator, create_model, model_validator
 
+from opt_ds.config.plugins import plugins_of
 from opt_ds.config.section import Section
 from opt_ds.errors import did_you_mean
 from opt_ds.registry import TASKS
@@ -163,17 +164,6 @@ def _with_sections(value: Any, _: Any, info: ValidationInfo) -> TasksConfig:
     if isinstance(value, TasksConfig):
         return value
     return tasks_config(plugins_of(value)).model_validate(value, context=info.context)
-
-
-def plugins_of(tree: Any) -> tuple[str, ...]:
-    """Return `plugins` of the section's plain tree.
-
-    Return none if they are not a list of names; validation then reports that.
-    """
-    given = tree.get("plugins") if isinstance(tree, dict) else None
-    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
-        return ()
-    return tuple(given)
 
 
 #: Type of the section in the run's configuration.

@@ -1,9 +1,8 @@
 """The packed batch, and the output positions of each task.
 
-Samples are concatenated as `[CLS] text [SEP] regions frames`, without padding.
+Samples are concatenated without padding, each as the rows of its modalities (see `opt_ds.data.layout`).
 
-Legend: T packed positions of S sequences; n text rows, r region rows, a frame rows (over all sequences); `*_index` are
-packed positions, int64.
+Legend: T packed positions of S sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ import torch
 
 from opt_ds.config import Config
 from opt_ds.data.layout import Layout, as_long, join
-from opt_ds.data.sample import Sample, given
+from opt_ds.data.modality import ModalityBatch, modalities_of
+from opt_ds.data.sample import Sample
 from opt_ds.data.task import BatchPart, tasks_of
 from opt_ds.nn.inputs import ReadRows, Written
 from opt_ds.ops.movable import Movable, map_tensors
@@ -28,18 +28,8 @@ class EncoderInputs(Movable):
 
     sequences: Sequences
     slots: torch.Tensor  # int64 [S], global sample indices
-    token_ids: torch.Tensor  # int64 [n], with [CLS] and [SEP]
-    token_positions: torch.Tensor  # int64 [n]
-    token_index: torch.Tensor  # int64 [n]
-    region_features: torch.Tensor  # float16 [r, v], the original features even where masked
-    region_boxes: torch.Tensor  # float32 [r, 7]
-    region_masked: torch.Tensor  # bool [r]
-    region_index: torch.Tensor  # int64 [r]
-    frames: torch.Tensor  # float16 [a, stack · v], the original features even where masked
-    frame_positions: torch.Tensor  # int64 [a]
-    frame_masked: torch.Tensor  # bool [a]
-    frame_index: torch.Tensor  # int64 [a]
-    gather_index: torch.Tensor  # int64 [T], for each packed position its row in (text rows, region rows, frame rows)
+    parts: dict[int, ModalityBatch]  # modality -> its rows
+    gather_index: torch.Tensor  # int64 [T], for each packed position its row in the modalities' rows, concatenated
 
     @property
     def cls_index(self) -> torch.Tensor:
@@ -72,17 +62,16 @@ class PackedBatch(Movable):
 
 
 class Packer:
-    """Packs samples into batches. It holds the tasks, the special tokens and the widths of empty parts."""
+    """Packs samples into batches. It holds the modalities, the tasks and the special tokens."""
 
     def __init__(self, config: Config, tokenizer: TokenizerDescription) -> None:
-        model = config.model
         self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
-        self.image_feature_dim, self.frame_dim = model.image_feature_dim, model.audio_stack * model.audio_feature_dim
+        self._modalities = modalities_of(config.model)
         self._tasks = list(tasks_of(config).values())
 
     def pack(self, samples: list[Sample]) -> PackedBatch:
         """Return one micro-batch of the samples, in their order."""
-        layout = Layout(samples, self.cls_id, self.sep_id)
+        layout = Layout(samples, self._modalities, self.cls_id, self.sep_id)
         parts = {task.name: part for task in self._tasks if (part := task.collate(samples, layout)) is not None}
         return PackedBatch(
             inputs=self._inputs(samples, layout),
@@ -91,29 +80,17 @@ class Packer:
             sample_names=tuple(sample.name for sample in samples),
         )
 
-    def _inputs(self, samples: list[Sample], layout: "Layout") -> EncoderInputs:
-        tokens = [
-            np.array([self.cls_id]) if s.token_ids is None else np.concatenate([[self.cls_id], s.token_ids, [self.sep_id]])
-            for s in samples
-        ]
-        regions, frames = [s for s in samples if s.region_features is not None], [s for s in samples if s.frames is not None]
-        token_index, region_index, frame_index = (layout.index_of(modality) for modality in range(3))
+    def _inputs(self, samples: list[Sample], layout: Layout) -> EncoderInputs:
+        parts = {
+            modality.number: modality.collate([sample.items.get(modality.number) for sample in samples], layout)
+            for modality in self._modalities
+        }
         gather = np.empty(layout.total, dtype=np.int64)
-        gather[np.concatenate([token_index, region_index, frame_index])] = np.arange(layout.total)
+        gather[np.concatenate([part.index.numpy() for part in parts.values()])] = np.arange(layout.total)
         return EncoderInputs(
             sequences=Sequences.from_lengths(layout.lengths.sum(1), slots=[s.slot for s in samples]),
             slots=as_long([s.slot for s in samples]),
-            token_ids=join(tokens, np.int64),
-            token_positions=join([np.arange(len(t)) for t in tokens], np.int64),
-            token_index=torch.from_numpy(token_index),
-            region_features=join([given(s.region_features) for s in regions], np.float16, (self.image_feature_dim,)),
-            region_boxes=join([given(s.region_boxes) for s in regions], np.float32, (7,)),
-            region_masked=join([_or_none_masked(s.region_masked, given(s.region_features)) for s in regions], bool),
-            region_index=torch.from_numpy(region_index),
-            frames=join([given(s.frames) for s in frames], np.float16, (self.frame_dim,)),
-            frame_positions=join([np.arange(len(given(s.frames))) for s in frames], np.int64),
-            frame_masked=join([_or_none_masked(s.frame_masked, given(s.frames)) for s in frames], bool),
-            frame_index=torch.from_numpy(frame_index),
+            parts=parts,
             gather_index=torch.from_numpy(gather),
         )
 
@@ -151,7 +128,3 @@ def decoder_targets(
         memory_index=join(memory, np.int64),
         memory=Sequences.from_lengths([len(positions) for positions in memory]),
     )
-
-
-def _or_none_masked(masked: np.ndarray | None, items: np.ndarray) -> np.ndarray:
-    return np.zeros(len(items), dtype=bool) if masked is None else masked

@@ -4,7 +4,7 @@ Nothing is masked. A sample whose modalities allow several of `finetune.inputs` 
 epoch. All choices are functions of hashes of (seed, epoch, store, sample). The order of samples is that of
 `data.planned`.
 
-Legend: B samples of a step, S input subsets.
+Legend: B samples of a step, S input subsets, M modalities of the model.
 """
 
 from functools import partial
@@ -14,10 +14,11 @@ import numpy as np
 
 from opt_ds.config import Config, FineTuneConfig
 from opt_ds.data.derived import cached_array
-from opt_ds.data.modalities import MODALITIES, SUBSETS
+from opt_ds.data.modalities import SUBSETS
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import Plan
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import DataTask
 from opt_ds.errors import UserError
 from opt_ds.ops.keyed import keyed_choice, keyed_hash
@@ -36,7 +37,8 @@ class FineTunePlan(Plan):
         units = list(config.tasks.units.values())
         self._number = next(i for i, unit in enumerate(units) if self.options.task in unit.fine_tunes)
         self._task: DataTask = units[self._number](config)
-        self._input_sm = np.array([[m in SUBSETS[name] for m in MODALITIES] for name in self.options.inputs])
+        number_of_modalities = len(config.model.modalities)
+        self._input_sm = np.array([[m in SUBSETS[name] for m in range(number_of_modalities)] for name in self.options.inputs])
         super().__init__(config, stores, version)
         if not self.num_samples:
             raise UserError(
@@ -58,7 +60,7 @@ class FineTunePlan(Plan):
 
     def _find_usable(self, store: FeatureStore, split: str) -> np.ndarray:
         samples = store.split_samples(split)
-        return samples[self._task.has_target(store, samples) & self._possible(store.rows[samples]).any(1)]
+        return samples[self._task.has_target(store, samples) & self._possible(store_rows(store, samples, self.modalities)).any(1)]
 
     def _possible(self, rows: np.ndarray) -> np.ndarray:
         """Return whether the samples of these rows have all modalities of each subset, bool [B, S]."""
@@ -75,7 +77,7 @@ class FineTunePlan(Plan):
     def _validation_samples(self, number: int, valid: np.ndarray) -> list[PlannedSamples]:
         parts = []
         for subset, inputs in enumerate(self._input_sm):
-            fitting = valid[self._possible(self.stores[number].rows[valid])[:, subset]]
+            fitting = valid[self._possible(store_rows(self.stores[number], valid, self.modalities))[:, subset]]
             epoch, store = np.full(len(fitting), VALIDATION_EPOCH), np.full(len(fitting), number)
             for side in self._task.replacements(inputs):
                 key = keyed_hash(self.config.seed, "finetune", epoch, store, fitting, subset, int(side) + 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opt_ds.config import Config, ModelConfig
+from opt_ds.data.modality import modalities_of
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.task import DataTask, TaskCost, tasks_of
 
@@ -93,7 +94,6 @@ def _forward_flops(
     order.
     """
     model = config.model
-    _, regions, frames = samples.input_lengths.T
     width, ffn, used = model.hidden_size, model.ffn_size, samples.task >= 0
     positions = (used * samples.input_positions()).astype(np.float64)
     cost = TaskCost.none(len(samples))
@@ -105,6 +105,10 @@ def _forward_flops(
     whole_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
     encoder = (model.num_layers - 1) * positions * whole_layer + keys_and_values * positions
     encoder += last_layer * cost.output_positions  # the last layer is computed only at positions that are used
-    frame_dim = model.audio_stack * model.audio_feature_dim
-    embeddings = 2.0 * width * used * (regions * (model.image_feature_dim + 7) + frames * frame_dim)
+    projected = [
+        samples.input_lengths[:, modality.number] * modality.projected_dim
+        for modality in modalities_of(model)
+        if modality.projected_dim
+    ]
+    embeddings = 2.0 * width * used * sum(projected)
     return (embeddings, encoder, cost.decoder_flops, cost.head_flops), cost.decoder_positions

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.derived import cached_array
+from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.text_similarity import TextSimilarity
 from opt_ds.ops.keyed import keyed_choice
 from opt_ds.store.reader import FeatureStore
@@ -34,7 +35,7 @@ class HardNegativeSampler:
         self._rows, self._groups = store.rows, store.groups
         self._candidates, self._same_group = candidates, same_group
         self._providers, self._by_group = [], []
-        for modality in range(3):
+        for modality in MODALITIES:
             providers = cached_array(store, "givers", [*key, modality], partial(_providers, store, samples, modality))
             self._providers.append(providers)
             self._by_group.append(cached_array(store, "by-group", [*key, modality], partial(_by_group, store, providers)))
@@ -46,16 +47,16 @@ class HardNegativeSampler:
         """Replace modality `replaced` [b] (−1: none) by that of a hard negative.
 
         Args:
-            rows: int64 [b, 3], rows of the samples.
+            rows: int64 [b, M], rows of the samples.
             replaced: int64 [b], the modality to replace.
             sample: int64 [b], sample indices.
             key: uint64 [b], keys of the random choices.
 
         Returns:
-            Rows int64 [b, 3]; and bool [b], false if no candidate is allowed.
+            Rows int64 [b, M]; and bool [b], false if no candidate is allowed.
         """
         rows, found = rows.copy(), np.ones(len(rows), dtype=bool)
-        for modality in range(3):
+        for modality in MODALITIES:
             who = np.flatnonzero(replaced == modality)
             if not who.size:
                 continue

@@ -1,4 +1,7 @@
-"""Layout of a packed batch: the samples are concatenated as `[CLS] text [SEP] regions frames`."""
+"""Layout of a packed batch: the samples are concatenated, each as the rows of its modalities in their order.
+
+With the built-in modalities a sample is `[CLS] text [SEP] regions frames`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,31 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from opt_ds.data.modality import Modality
 from opt_ds.data.sample import Sample
 
 
 class Layout:
-    """Positions of each sample's text, region and frame rows in the packed order, and the special tokens."""
+    """Positions of each sample's rows in the packed order, and the special tokens."""
 
-    def __init__(self, samples: Sequence[Sample], cls_id: int, sep_id: int) -> None:
+    def __init__(self, samples: Sequence[Sample], modalities: Sequence[Modality], cls_id: int, sep_id: int) -> None:
         self.cls_id, self.sep_id = cls_id, sep_id
+        count = len(modalities)
         self.lengths = np.array(
-            [
-                (
-                    1 if s.token_ids is None else len(s.token_ids) + 2,
-                    0 if s.region_features is None else len(s.region_features),
-                    0 if s.frames is None else len(s.frames),
-                )
-                for s in samples
-            ],
+            [[modality.num_rows(sample.items.get(modality.number)) for modality in modalities] for sample in samples],
             dtype=np.int64,
-        ).reshape(-1, 3)
+        ).reshape(-1, count)  # [S, modalities]
         self.starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1))])
         self.total = int(self.starts[-1])
         self.first = self.starts[:-1, None] + np.concatenate(
-            [np.zeros((len(samples), 1), np.int64), np.cumsum(self.lengths[:, :2], axis=1)], axis=1
-        )  # [S, 3], first packed position of each modality
-        self.row_start = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(self.lengths, axis=0)])  # [S + 1, 3]
+            [np.zeros((len(samples), 1), np.int64), np.cumsum(self.lengths[:, :-1], axis=1)], axis=1
+        )  # [S, modalities], first packed position of each modality
+        self.row_start = np.concatenate(
+            [np.zeros((1, count), np.int64), np.cumsum(self.lengths, axis=0)]
+        )  # [S + 1, modalities]
 
     def index_of(self, modality: int) -> np.ndarray:
         """Return the packed position of each of the modality's rows, int64."""

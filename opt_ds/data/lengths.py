@@ -1,9 +1,6 @@
-"""Number of items that the model reads of a store's rows, after truncation and stacking of frames."""
+"""Number of items that the model reads of a store's rows, after truncation and stacking."""
 
 import numpy as np
-
-from opt_ds.config import ModelConfig
-from opt_ds.store.reader import FeatureStore
 
 
 class ModelLengths:
@@ -27,21 +24,12 @@ class ModelLengths:
         return stacked_length(self._stored[rows], self._stack) > self._limit
 
 
-def model_lengths(model: ModelConfig, store: FeatureStore) -> list[ModelLengths]:
-    """Return the lengths of the text, image and audio rows."""
-    return [
-        ModelLengths(store.text_lengths, model.max_text_tokens),
-        ModelLengths(store.region_counts, model.max_regions),
-        ModelLengths(store.frame_counts, model.max_frames, model.audio_stack),
-    ]
-
-
-def stacked_length(num_frames: np.ndarray | int, stack: int) -> np.ndarray:
-    """Return the number of model frames for `num_frames` stored frames.
+def stacked_length(num_stored: np.ndarray | int, stack: int) -> np.ndarray:
+    """Return the number of the model's items for `num_stored` stored items.
 
     It is sufficient for every offset 0 … stack − 1; 0 stays 0.
     """
-    num_frames = np.asarray(num_frames, dtype=np.int64)
+    num_stored = np.asarray(num_stored, dtype=np.int64)
     if stack == 1:
-        return num_frames
-    return np.where(num_frames > 0, (num_frames + 2 * stack - 2) // stack, 0)
+        return num_stored
+    return np.where(num_stored > 0, (num_stored + 2 * stack - 2) // stack, 0)

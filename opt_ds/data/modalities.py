@@ -1,4 +1,7 @@
-"""Modality numbers: columns of a store's rows and of every array over the modalities."""
+"""Numbers of the built-in modalities: columns of a store's rows and of every array over the modalities.
+
+Modalities of other packages follow, in the order of `model.plugins`.
+"""
 
 TEXT, IMAGE, AUDIO = MODALITIES = (0, 1, 2)
 #: Input modalities by the letters used in tables.

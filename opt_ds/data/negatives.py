@@ -4,6 +4,8 @@ Modalities are replaced by those of other samples of the same split and another 
 
 A fraction of the negatives may be hard negatives: of several sampled negatives, the one whose text is most similar to
 the sample's own.
+
+Legend: B samples; M modalities of the model, of which the three built-in ones are replaced.
 """
 
 from collections import Counter
@@ -13,6 +15,7 @@ from itertools import chain
 import numpy as np
 
 from opt_ds.data.derived import cached_array
+from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.text_similarity import TextSimilarity
 from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
@@ -43,8 +46,10 @@ class NegativeSampler:
             near_candidates: Number of candidates sampled for each hard negative.
         """
         self._rows, self._groups = store.rows, store.groups
-        self._providers = [self._with(store, samples, modality, split) for modality in range(3)]
-        several_modalities = any(((self._rows[part] >= 0).sum(1) >= 2).any() for part in _blocks(samples))
+        self._providers = [self._with(store, samples, modality, split) for modality in MODALITIES]
+        several_modalities = any(
+            ((self._rows[part][:, : len(MODALITIES)] >= 0).sum(1) >= 2).any() for part in _blocks(samples)
+        )
         # The label "none" needs negatives from two groups other than the sample's own.
         self.usable = several_modalities and all(
             not len(providers) or self._suffices(providers, modality) for modality, providers in enumerate(self._providers)
@@ -89,22 +94,22 @@ class NegativeSampler:
         return all(len(rows_of) - only[row] - (len(rows) > 1) >= 2 for rows in rows_of.values() for row in rows)
 
     def replace(self, rows: np.ndarray, replaced: np.ndarray, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """Return rows [B, 3] in which the entries marked by `replaced` come from negatives.
+        """Return rows [B, M] in which the entries marked by `replaced` come from negatives.
 
         No two sources of a sample have the same group or the same row.
 
         Args:
-            rows: int64 [B, 3], rows of the samples; -1: absent.
+            rows: int64 [B, M], rows of the samples; -1: absent.
             replaced: bool [B, 3], the modalities to replace.
             sample: int64 [B], sample indices.
             key: uint64 [B], keys of the random choices.
 
         Returns:
-            int64 [B, 3].
+            int64 [B, M].
         """
         rows = rows.copy()
         used = [self._groups[sample]]
-        for modality in range(3):
+        for modality in MODALITIES:
             who = np.flatnonzero(replaced[:, modality] & (rows[:, modality] >= 0))
             group = self._groups[sample].copy()
             if who.size:

@@ -12,6 +12,7 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.planned import Plan
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.store_rows import present_subsets
 from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
@@ -80,9 +81,9 @@ class StepPlan(Plan):
 
     def _disabled(self) -> dict[str, str]:
         """Return task or loss -> why no sample of these stores can take it, or why the configuration disables it."""
-        subsets = sum(store.split_subsets(self.config.data.train_split) for store in self.stores)
+        split = self.config.data.train_split
         # One row per subset of modalities that occurs.
-        present = np.flatnonzero(subsets)[:, None] >> np.arange(3) & 1 > 0
+        present = np.concatenate([present_subsets(store, split, self.modalities) for store in self.stores])
         active, trained = self.config.tasks.active_losses, self.config.tasks.trained_losses
         tasks: dict[str, str] = {}
         losses: dict[str, str] = {}

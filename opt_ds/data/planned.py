@@ -5,7 +5,7 @@ permutation of (p mod N). The plan of a step is computed completely, so the coun
 communication. The subclass decides the task of a sample: `data.plan` for pre-training, `data.finetune_plan` for
 fine-tuning. The masks of a sample are decided later, by `data.samples`, from the same keys.
 
-Legend: B samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio everywhere.
+Legend: B samples of a step; M modalities of the model.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
 from opt_ds.data.flops import sample_and_step_flops
-from opt_ds.data.lengths import model_lengths
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
-from opt_ds.data.modalities import MODALITIES
+from opt_ds.data.modality import modalities_of
 from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
+from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import Candidates, Drawn, tasks_of
 from opt_ds.ops.keyed import keyed_hash, permute
 from opt_ds.store.reader import FeatureStore
@@ -67,10 +67,11 @@ class Plan(ABC):
         """Create the plan. `version` is that of the run that is continued, one of `VERSIONS`; None means the newest."""
         self.config, self.stores = config, stores
         self.version = self.VERSION if version is None else version
+        self.modalities = modalities_of(config.model)
         self.tasks = tasks_of(config)
         self.task_names = tuple(self.tasks)  # in the order of the indices in `PlannedSamples.task`
         self._train = [self._usable(store, config.data.train_split) for store in stores]
-        self._lengths = [model_lengths(config.model, store) for store in stores]
+        self._lengths = [[modality.lengths(store) for modality in self.modalities] for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
         self.batch_samples = self._batch_samples()
         self._starts = np.cumsum([0, *(len(rows) for rows in self._train)])
@@ -177,13 +178,13 @@ class Plan(ABC):
         return slice(None) if len(self.stores) == 1 else np.flatnonzero(store == number)
 
     def _input_lengths(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the number of items that the model reads of these rows, int64 [B, 3]."""
-        return np.stack([self._lengths_of(store, rows[:, modality], modality) for modality in MODALITIES]).T
+        """Return the number of items that the model reads of these rows, int64 [B, M]."""
+        return np.stack([self._lengths_of(store, rows[:, m], m) for m in range(len(self.modalities))]).T
 
     def _changed_lengths(self, store: np.ndarray, rows: np.ndarray, old_rows: np.ndarray, old: np.ndarray) -> np.ndarray:
         """Return `_input_lengths` of the rows, reusing the known lengths of the old rows."""
         lengths = old.copy(order="K")
-        for modality in MODALITIES:
+        for modality in range(len(self.modalities)):
             changed = np.flatnonzero(rows[:, modality] != old_rows[:, modality])
             lengths[changed, modality] = self._lengths_of(store[changed], rows[changed, modality], modality)
         return lengths
@@ -247,13 +248,13 @@ class Plan(ABC):
         )  # fmt: skip
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:
-        """Return the samples' own rows, int64 [B, 3]."""
+        """Return the samples' own rows, int64 [B, M]."""
         if len(self.stores) == 1:
-            return self.stores[0].rows[sample].astype(np.int64, copy=False)
-        rows = np.empty((len(sample), 3), dtype=np.int64)
+            return store_rows(self.stores[0], sample, self.modalities)
+        rows = np.empty((len(sample), len(self.modalities)), dtype=np.int64)
         for number, feature_store in enumerate(self.stores):
             own = self._of_store(store, number)
-            rows[own] = feature_store.rows[sample[own]]
+            rows[own] = store_rows(feature_store, sample[own], self.modalities)
         return rows
 
     def _batch_samples(self) -> int:
@@ -270,18 +271,17 @@ class Plan(ABC):
         return max(1, round(self.config.batch.size / (2 + mean)))
 
     def _num_items(self, number: int) -> float:
-        """Return the total tokens, regions and frames that the model reads of a store's training samples.
+        """Return the total number of items that the model reads of a store's training samples.
 
         Computed once per store.
         """
         store, samples = self.stores[number], self._train[number]
-        model = self.config.model
-        limits = [model.max_text_tokens, model.max_regions, model.max_frames, model.audio_stack]
+        limits = [limit for modality in self.modalities for limit in modality.lengths_key]
 
         def count() -> np.ndarray:
             total = 0
             for start in range(0, len(samples), _BLOCK):
-                rows = store.rows[samples[start : start + _BLOCK]]
+                rows = store_rows(store, samples[start : start + _BLOCK], self.modalities)
                 total += int(self._input_lengths(np.full(len(rows), number), rows).sum())
             return np.array([total])
 

@@ -1,6 +1,6 @@
 """A step's samples as arrays: their indices, tasks and inputs, and what the tasks decided about them.
 
-Legend: B samples of a step.
+Legend: B samples of a step; M modalities of the model.
 """
 
 from dataclasses import dataclass, fields
@@ -20,9 +20,9 @@ class PlannedSamples:
     store: np.ndarray  # int64, index into the run's stores
     sample: np.ndarray  # int64, index into the store
     task: np.ndarray  # int8, index into the plan's tasks; -1: no task can use this sample
-    source_rows: np.ndarray  # int64 [B, 3], the sample's own rows
-    input_rows: np.ndarray  # int64 [B, 3], after dropping and replacing
-    input_lengths: np.ndarray  # int64 [B, 3], items after truncation and stacking
+    source_rows: np.ndarray  # int64 [B, M], the sample's own rows
+    input_rows: np.ndarray  # int64 [B, M], after dropping and replacing
+    input_lengths: np.ndarray  # int64 [B, M], items after truncation and stacking
     columns: dict[str, np.ndarray]  # columns of the tasks (`DataTask.columns`)
 
     def __len__(self) -> int:
@@ -30,8 +30,10 @@ class PlannedSamples:
 
     def input_positions(self) -> np.ndarray:
         """Return the number of encoder positions, int64 [B]: [CLS] and the items, and [SEP] if there is text."""
-        text, image, audio = self.input_lengths.T
-        return 1 + text + image + audio + (self.input_rows[:, TEXT] >= 0)
+        positions = self.input_rows[:, TEXT] >= 0
+        positions = positions + sum(self.input_lengths.T)
+        positions += 1
+        return positions
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays by name. The name of a task's column is "columns/<name>"."""

@@ -9,7 +9,7 @@ A task decides three things about a sample, each as a pure function of the sampl
 2. When the sample is read: what is masked, and the targets.
 3. In a packed batch: which positions of the model's output are used, and the targets as tensors.
 
-Legend: B samples of a step; MODALITIES are columns 0 text, 1 image, 2 audio.
+Legend: B samples of a step; M modalities of the model, of which columns 0, 1 and 2 are text, image and audio.
 """
 
 from collections.abc import Sequence
@@ -42,13 +42,13 @@ class Candidates:
     epoch: np.ndarray  # int64 [B]
     store: np.ndarray  # int64 [B], index into `stores`
     sample: np.ndarray  # int64 [B], index into the store
-    source_rows: np.ndarray  # int64 [B, 3], the samples' own rows; -1: absent
-    lengths: np.ndarray  # int64 [B, 3], number of items that the model reads
+    source_rows: np.ndarray  # int64 [B, M], the samples' own rows; -1: absent
+    lengths: np.ndarray  # int64 [B, M], number of items that the model reads
     variant: int = 0  # Variant of the task in the validation pass (see `DataTask.num_variants`); -1 in training.
 
     @cached_property
     def present(self) -> np.ndarray:
-        """Which modalities are present, bool [B, 3]."""
+        """Which modalities are present, bool [B, M]."""
         return self.source_rows >= 0
 
     def of_store(self, number: int, among: np.ndarray) -> np.ndarray | slice:
@@ -64,7 +64,7 @@ class Drawn:
     """Decisions of the tasks about the samples. Each task changes the entries of its own samples."""
 
     task: np.ndarray  # int8 [B], index into the plan's tasks; -1: no task can use this sample
-    input_rows: np.ndarray  # int64 [B, 3], after dropping and replacing
+    input_rows: np.ndarray  # int64 [B, M], after dropping and replacing
     columns: dict[str, np.ndarray]  # columns of the tasks, [B] each
 
 
@@ -148,7 +148,7 @@ class DataTask:
     def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
         """Return name -> reason for the task or those of its losses that no sample of the stores can take.
 
-        `present` is bool [subsets, 3], the subsets of modalities that occur in the training split.
+        `present` is bool [subsets, M], the subsets of modalities that occur in the training split.
         """
         return {}
 
@@ -197,14 +197,14 @@ class DataTask:
     def replacements(self, inputs: np.ndarray) -> tuple[int, ...]:
         """Return the modalities that are replaced, one per pass, in a validation sample.
 
-        `inputs` is bool [3].
+        `inputs` is bool [M].
         """
         return (OWN,)
 
     def chosen_replacement(self, key: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the modality of each training sample that comes from another sample, or `OWN`, int64 [B].
 
-        `inputs` is bool [B, 3].
+        `inputs` is bool [B, M].
         """
         return np.full(len(key), OWN)
 
@@ -216,7 +216,7 @@ class DataTask:
         Args:
             candidates: The samples of the step.
             drawn: The decisions, which are changed.
-            inputs: bool [B, 3], the inputs of each sample.
+            inputs: bool [B, M], the inputs of each sample.
             replaced: int64 [B], the modality that comes from another sample, or `OWN`.
             derived: The result of `derive_for_finetuning`.
         """

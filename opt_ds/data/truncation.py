@@ -1,6 +1,6 @@
 """Report of truncation by the model's limits, from the stores' indexes: one line for each limit that drops items."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 from opt_ds.config import ModelConfig
 from opt_ds.data.derived import cached_array
 from opt_ds.data.lengths import stacked_length
+from opt_ds.data.modality import Modality, modalities_of
 from opt_ds.store.reader import FeatureStore
 
 _BLOCK = 2**20
@@ -34,7 +35,7 @@ class _Dropped(NamedTuple):
 
 
 def truncation_lines(model: ModelConfig, stores: list[FeatureStore]) -> list[str]:
-    """Return one line for each of max_text_tokens, max_regions and max_frames that truncates samples of these stores.
+    """Return one line for each limit of a modality that truncates samples of these stores.
 
     All rows of a store are counted, in every split. Time is linear in the number of rows and memory is constant. A
     store is counted once.
@@ -43,30 +44,25 @@ def truncation_lines(model: ModelConfig, stores: list[FeatureStore]) -> list[str
 
 
 def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
-    limits = [model.max_text_tokens, model.max_regions, model.max_frames, model.audio_stack]
-    counts = [cached_array(store, "truncated", list(limits), partial(_count, model, store)) for store in stores]
+    modalities = modalities_of(model)
+    limits = [limit for modality in modalities for limit in modality.lengths_key]
+    counts = [cached_array(store, "truncated", limits, partial(_count, modalities, store)) for store in stores]
     if not counts:
         return
     longest_of = np.max(counts, 0)[:, 3]
-    totals = zip(np.sum(counts, 0), longest_of, strict=True)
-    text, image, audio = (_Dropped._make([*sums[:3], longest]) for sums, longest in totals)
-    if text.truncated:
-        yield text.line("model.max_text_tokens", model.max_text_tokens, "texts", "tokens")
-    if image.truncated:
-        yield image.line("model.max_regions", model.max_regions, "images", "regions")
-    if audio.truncated:
-        rate_hz = min(store.description.dims.audio_frame_rate_hz for store in stores)
-        heard = f" ({model.max_frames * model.audio_stack / rate_hz:.1f} s)" if rate_hz > 0 else ""
-        yield audio.line("model.max_frames", model.max_frames, "recordings", "frames", heard)
+    for modality, sums, longest in zip(modalities, np.sum(counts, 0), longest_of, strict=True):
+        dropped = _Dropped._make([*sums[:3], longest])
+        if dropped.truncated:
+            note = modality.limit_note([store.description.dims for store in stores])
+            yield dropped.line(f"model.{modality.limit_key}", modality.limit, modality.row_word, modality.item_word, note)
 
 
-def _count(model: ModelConfig, store: FeatureStore) -> np.ndarray:
-    """Return the fields of _Dropped for texts, images and audio, float64 [3, 4]."""
-    return np.array([
-        _dropped(store.text_lengths, model.max_text_tokens, 1),
-        _dropped(store.region_counts, model.max_regions, 1),
-        _dropped(store.frame_counts, model.max_frames, model.audio_stack),
-    ])  # fmt: skip
+def _count(modalities: Sequence[Modality], store: FeatureStore) -> np.ndarray:
+    """Return the fields of _Dropped for each modality, float64 [M, 4]."""
+    stored = [store.lengths(modality.name) for modality in modalities]
+    return np.array(
+        [_dropped(own, modality.limit, modality.stack) for own, modality in zip(stored, modalities, strict=True)]
+    )
 
 
 def _dropped(stored: np.ndarray, limit: int, stack: int) -> _Dropped:

@@ -16,7 +16,7 @@ import torch
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.matching import CASES
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.sample import Sample, given
+from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.store.same_content import image_content
@@ -155,14 +155,12 @@ def case_of(query: tuple[int, ...], target: int) -> int:
 
 def joined(query: Sample, target: Sample) -> Sample:
     """Return the query's sample with the target's modalities added."""
-    parts = ("token_ids", "region_features", "region_boxes", "region_labels", "frames")
-    taken = {name: getattr(target, name) for name in parts if getattr(target, name) is not None}
-    return replace(query, **taken)
+    return replace(query, items=query.items | target.items)
 
 
 def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int) -> np.ndarray:
     samples = [evaluator.read(index, (modality,)) for index in gallery]
-    texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
+    texts = [evaluator.read(index, (TEXT,)).of(TEXT).ids for index in gallery]
     return evaluator.text_log_likelihood(samples, texts)
 
 

@@ -258,8 +258,7 @@ class ModelRunner:
 
 
 def _length(sample: Sample) -> int:
-    parts = (sample.token_ids, sample.region_features, sample.frames)
-    return 3 + sum(len(part) for part in parts if part is not None)
+    return 3 + sum(len(items) for items in sample.items.values())
 
 
 def _parts(rows: Sequence[int], outputs: int) -> Iterator[slice]:

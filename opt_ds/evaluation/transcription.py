@@ -76,7 +76,7 @@ def transcription(
         if AUDIO in modalities and len(gallery) > 1:
             order = _shuffle(references, seed)
             for sample, other in zip(samples, order, strict=True):
-                sample.frames = evaluator.read(gallery[other], (AUDIO,)).frames
+                sample.items[AUDIO] = evaluator.read(gallery[other], (AUDIO,)).of(AUDIO)
             shuffled = evaluator.write_text(samples, options)
             result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
     if inputs and not any(name in result for name in inputs):

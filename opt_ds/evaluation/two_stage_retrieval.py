@@ -14,7 +14,6 @@ import numpy as np
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.sample import given
 from opt_ds.errors import UserError
 from opt_ds.evaluation.dual_projection import DualProjection, Pairs, fit_dual_projection
 from opt_ds.evaluation.evaluator import Evaluator
@@ -265,7 +264,7 @@ class TwoStages:
         return vectors[samples]
 
     def _texts(self, samples: np.ndarray) -> list[np.ndarray]:
-        return [given(self.evaluator.read(index, (TEXT,)).token_ids) for index in samples]
+        return [self.evaluator.read(index, (TEXT,)).of(TEXT).ids for index in samples]
 
 
 def shortlisted(first_qc: np.ndarray, shortlist: int) -> np.ndarray:

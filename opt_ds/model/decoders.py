@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from opt_ds.config import ModelConfig
-from opt_ds.model.embeddings import WordEmbedding
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
+from opt_ds.nn.word_embedding import WordEmbedding
 
 
 class TextDecoder(AutoregressiveDecoder):

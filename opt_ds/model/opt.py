@@ -5,6 +5,7 @@ One encoder pass serves all tasks of a batch.
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 from opt_ds.config import ModelConfig, TasksConfig
 from opt_ds.data.batch import EncoderInputs, PackedBatch
-from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.modalities.features import FeatureStandardizer
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.nn.inputs import ReadRows
@@ -30,7 +32,7 @@ class OPT(nn.Module):
         self.config = model
         self.embeddings = InputEmbeddings(model)
         self.encoder = Encoder(model)
-        word = self.embeddings.text.word
+        word = self.embeddings.word
         self.text_decoder = TextDecoder(model, word)
         self.image_decoder = ImageDecoder(model)
         self.tasks = dict(tasks.units)
@@ -42,8 +44,8 @@ class OPT(nn.Module):
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:
         """Return the term of every loss for this micro-batch. Losses without work return 0, with gradients of 0."""
-        hidden_te, regions_rv, frames_av = self._encode(batch.inputs, batch.read)
-        features, decoders = {IMAGE: regions_rv, AUDIO: frames_av}, {TEXT: self.text_decoder, IMAGE: self.image_decoder}
+        hidden_te, features = self._encode(batch.inputs, batch.read)
+        decoders = {TEXT: self.text_decoder, IMAGE: self.image_decoder}
         encoded = Encoded(hidden_te, batch.inputs, features, decoders)
         terms: dict[str, LossTerm] = {}
         for name, part in batch.parts.items():
@@ -64,9 +66,11 @@ class OPT(nn.Module):
         read = ReadRows(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
         return self._encode(inputs, read)[0].index_select(0, inputs.cls_index)
 
-    def _encode(self, inputs: EncoderInputs, read: ReadRows | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden_te, regions_rv, frames_av = self.embeddings(inputs)
-        return self.encoder(hidden_te, inputs.sequences, read), regions_rv, frames_av
+    def _encode(
+        self, inputs: EncoderInputs, read: ReadRows | None = None
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        hidden_te, features = self.embeddings(inputs)
+        return self.encoder(hidden_te, inputs.sequences, read), features
 
     def recompute_layers(self, recompute: bool = True) -> "OPT":
         """Set whether activations are recomputed in backward, which saves memory and takes time (see `LayerStack`).
@@ -80,12 +84,11 @@ class OPT(nn.Module):
 
     def set_feature_statistics(self, stores: list[FeatureStore]) -> None:
         """Set the standardisation from the stores' training statistics, pooled by the number of vectors."""
-        pairs = [
-            ("image", self.embeddings.region_standardizer),
-            ("audio", self.embeddings.frame_standardizer),
-        ]
-        for name, standardizer in pairs:
-            described = [store.description.statistics.get(name) for store in stores]
+        for modality in self.embeddings.modalities:
+            if not modality.standardizer:
+                continue
+            standardizer = cast(FeatureStandardizer, self.embeddings.get_submodule(modality.standardizer))
+            described = [store.description.statistics.get(modality.name) for store in stores]
             found = [statistics for statistics in described if statistics and statistics.count]
             if found:  # otherwise no training sample has the modality, and the identity is kept
                 standardizer.set_statistics(*_pooled(found))
@@ -104,9 +107,10 @@ class OPT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=table_range)
-        regions, frames = self.embeddings.regions, self.embeddings.frames
-        for mask, projections in ((regions.mask, [regions.feature, regions.box]), (frames.mask, [frames.feature])):
-            nn.init.normal_(mask, std=table_range)
+        for modality in self.embeddings.modalities:
+            mask, projections = modality.initialized_parts(self.embeddings.get_submodule(modality.embedder))
+            if mask is not None:
+                nn.init.normal_(mask, std=table_range)
             if config.embedding_range:
                 for projection in projections:
                     nn.init.normal_(projection.weight, std=table_range / math.sqrt(projection.in_features))

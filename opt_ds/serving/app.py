@@ -30,6 +30,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
+from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.model.generation import DecodingConfig
@@ -172,12 +173,11 @@ def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, a
     answer: dict[str, Any] = {}
     if can(WRITE_TEXT):
         answer["text"] = session.text(sample)
-    given = sum(part is not None for part in (sample.token_ids, sample.region_features, sample.frames))
-    if can(MATCH) and given > 1:
+    if can(MATCH) and len(sample.items) > 1:
         answer["matching"] = session.matching(sample)
     if neighbours is not None:
         answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
-    if attention and sample.token_ids is not None:
+    if attention and TEXT in sample.items:
         answer["attention"] = word_attention(session, sample)
     return answer
 

@@ -7,7 +7,8 @@ sample.
 import numpy as np
 import torch
 
-from opt_ds.data.sample import Sample, given
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.sample import Sample
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.nn.transformer import EncoderLayer
 
@@ -22,7 +23,7 @@ def word_attention(runner: ModelRunner, sample: Sample) -> list[dict[str, object
     model = runner.model
     batch = runner.packer.pack([sample]).to(runner.device)
     inputs = batch.inputs
-    hidden_te, _, _ = model.embeddings(inputs)
+    hidden_te, _ = model.embeddings(inputs)
     stream_te = hidden_te
     layers = list(model.encoder.layers)
     for layer in layers[:-1]:
@@ -32,12 +33,12 @@ def word_attention(runner: ModelRunner, sample: Sample) -> list[dict[str, object
     q_thd, k_thd, _ = last.attention.project(hidden_te)
     scores_htt = torch.einsum("qhd,khd->hqk", q_thd.float(), k_thd.float()) * q_thd.shape[-1] ** -0.5
     attention_tt = torch.softmax(scores_htt, -1).mean(0)
-    words = runner.tokenizer.convert_ids_to_tokens(given(sample.token_ids).tolist())
+    words = runner.tokenizer.convert_ids_to_tokens(sample.of(TEXT).ids.tolist())
     return [
         {
             "word": word,
-            "regions": _scaled(attention_tt[1 + place, inputs.region_index]),
-            "frames": _scaled(attention_tt[1 + place, inputs.frame_index]),
+            "regions": _scaled(attention_tt[1 + place, inputs.parts[IMAGE].index]),
+            "frames": _scaled(attention_tt[1 + place, inputs.parts[AUDIO].index]),
         }
         for place, word in enumerate(words)
     ]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.config import Config
+from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.evaluation.retrieval import joined
@@ -254,7 +255,7 @@ class Model:
         if _check_score(by) == "matching":
             return self._ranked_by_matching(query, candidates)
         self._session.require(WRITE_TEXT, "rank by likelihood")
-        return _ranked(self._session.text_log_likelihood([query], [_tokens(sample) for sample in candidates])[0])
+        return _ranked(self._session.text_log_likelihood([query], [sample.of(TEXT).ids for sample in candidates])[0])
 
     def rank_images(
         self,
@@ -312,12 +313,11 @@ class Model:
         if _check_score(by) == "matching":
             return self._ranked_by_matching(query, candidates)
         self._session.require(WRITE_TEXT, "rank by likelihood")
-        if query.token_ids is None:
+        if TEXT not in query.items:
             raise UserError('by="likelihood" ranks by the likelihood of a text: give text=, or use by="matching"')
-        asked = Sample(region_features=query.region_features, region_boxes=query.region_boxes,
-                       region_labels=query.region_labels, frames=query.frames)  # fmt: skip
+        asked = Sample(items={modality: items for modality, items in query.items.items() if modality != TEXT})
         samples = [joined(asked, candidate) for candidate in candidates]
-        return _ranked(self._session.text_log_likelihood(samples, [query.token_ids])[:, 0] if samples else np.empty(0))
+        return _ranked(self._session.text_log_likelihood(samples, [query.of(TEXT).ids])[:, 0] if samples else np.empty(0))
 
     def _ranked_by_matching(self, query: Sample, candidates: list[Sample]) -> list[Ranked]:
         return _ranked(np.array(self._session.match_probabilities([joined(query, candidate) for candidate in candidates])))
@@ -432,11 +432,6 @@ def _check_score(by: str) -> str:
     if by not in known:
         raise UserError(f'by="{by}": choose {" or ".join(known)}{did_you_mean(by, known)}')
     return by
-
-
-def _tokens(sample: Sample) -> np.ndarray:
-    assert sample.token_ids is not None, "it was read from a text"
-    return sample.token_ids
 
 
 def _ranked(scores: np.ndarray) -> list[Ranked]:

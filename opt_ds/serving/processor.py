@@ -11,11 +11,14 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.config import ModelConfig
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.sample import Sample
-from opt_ds.data.samples import stack_frames
 from opt_ds.decoding.decoder import Decoder, DecodingError, EnvironmentFaultError
 from opt_ds.decoding.limits import Limits
 from opt_ds.errors import UserError
+from opt_ds.modalities.audio import AudioItems, stack_frames
+from opt_ds.modalities.image import ImageItems
+from opt_ds.modalities.text import TextItems
 from opt_ds.serving.inputs import AudioInput, ImageInput, check_audio, check_image, check_text
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
@@ -81,11 +84,11 @@ class OPTProcessor:
             raise UserError("nothing to read: give a text, an image, a recording, or several of them")
         sample = Sample(name="raw input")
         if text is not None:
-            sample.token_ids = self._tokens(check_text(text))
+            sample.items[TEXT] = TextItems(self._tokens(check_text(text)))
         if image is not None:
-            self._read_regions(sample, check_image(image))
+            sample.items[IMAGE] = self._regions(check_image(image))
         if audio is not None:
-            sample.frames = self._frames(check_audio(audio))
+            sample.items[AUDIO] = AudioItems(self._frames(check_audio(audio)))
         return sample
 
     def with_notes(
@@ -112,14 +115,13 @@ class OPTProcessor:
             raise UserError("the text is empty: give words, or leave it out")
         return self._cut(tokens, self.config.max_text_tokens, "the text", "word pieces")
 
-    def _read_regions(self, sample: Sample, image: Path | Image.Image) -> None:
+    def _regions(self, image: Path | Image.Image) -> ImageItems:
         picture = self._decoded(image, "image") if isinstance(image, Path) else image
         found = self._extractor("image").extract([picture])[0]
         if not len(found.features):
             raise UserError("no region was found in the image: give another picture")
         limit = self.config.max_regions
-        sample.region_features, sample.region_boxes = found.features[:limit], found.boxes[:limit]
-        sample.region_labels = found.labels[:limit].astype(np.int64)
+        return ImageItems(found.features[:limit], found.boxes[:limit], found.labels[:limit].astype(np.int64))
 
     def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
         from opt_ds.decoding.recordings import trim_silence

@@ -26,8 +26,6 @@ from opt_ds.store.processor_files import PROCESSOR_FOLDER
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 from opt_ds.training.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
 
-#: Modality -> the field of Sample that is set if the sample has it.
-_PART = {TEXT: "token_ids", IMAGE: "region_features", AUDIO: "frames"}
 _CASE_OF_MODALITIES = {
     frozenset((IMAGE, AUDIO)): "image_audio", frozenset((TEXT, AUDIO)): "text_audio", frozenset((TEXT, IMAGE)): "text_image",
     frozenset((TEXT, IMAGE, AUDIO)): "all",
@@ -36,7 +34,7 @@ _CASE_OF_MODALITIES = {
 
 def _given(sample: Sample) -> frozenset[int]:
     """Return the modalities of a sample."""
-    return frozenset(modality for modality, part in _PART.items() if getattr(sample, part) is not None)
+    return frozenset(sample.items)
 
 
 class Session(ModelRunner):
@@ -136,15 +134,10 @@ class Session(ModelRunner):
 
     def match_probability(self, sample: Sample, picture: Image.Image) -> float:
         """Return the match probability of the image with the sample's text and audio."""
-        own = replace(sample, region_features=None, region_boxes=None, region_labels=None)
-        seen = self.processor(image=picture)
-        pair = replace(
-            own, region_features=seen.region_features, region_boxes=seen.region_boxes, region_labels=seen.region_labels
-        )
+        pair = replace(sample, items=sample.items | self.processor(image=picture).items)
         return self.match_probabilities([pair])[0] if len(_given(pair)) > 1 else 0.0
 
     def image_embedding(self, picture: Image.Image) -> np.ndarray:
         """Return the image embedding: the mean of the region features by the model's image extractor."""
-        features = self.processor(image=picture).region_features
-        assert features is not None, "a picture has regions"
+        features = self.processor(image=picture).of(IMAGE).features
         return np.asarray(features, dtype=np.float32).mean(0)

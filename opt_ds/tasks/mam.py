@@ -14,11 +14,11 @@ from torch import nn
 
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, join
-from opt_ds.data.masking import num_masked_frames
 from opt_ds.data.modalities import AUDIO
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import BatchPart, TaskCost
+from opt_ds.modalities.audio import AudioBatch
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm
@@ -141,10 +141,6 @@ class MaskedAudioModeling(TokenLevelTask):
     def _frame_dim(self) -> int:
         return self.config.model.audio_stack * self.config.model.audio_feature_dim
 
-    def count_masked(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the number of masked frames."""
-        return num_masked_frames(lengths, self.config.tasks.mask_probability)
-
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
         """Return the number of masked frames; for MAC only those with a negative."""
         frames = self.lengths(samples)
@@ -169,7 +165,7 @@ class MaskedAudioModeling(TokenLevelTask):
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedFrames:
         """Return the masked frames, and all frames of their utterances."""
-        found = masked_places(samples, self.name, lambda sample: sample.frame_masked)
+        found = masked_places(samples, self.name, AUDIO)
         start = layout.row_start[:, AUDIO]
         return MaskedFrames(
             index=join([layout.first[i, AUDIO] + p for i, p in found], np.int64),
@@ -188,8 +184,9 @@ class MaskedAudioModeling(TokenLevelTask):
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
         """Return the terms of MAFR and MAC."""
-        assert head is not None
-        return head(encoded.hidden_te, part, encoded.features[AUDIO], encoded.inputs.frame_masked)
+        frames = encoded.inputs.parts[AUDIO]
+        assert head is not None and isinstance(frames, AudioBatch)
+        return head(encoded.hidden_te, part, encoded.features[AUDIO], frames.masked)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
         """Return the baselines of MAFR and MAC.
@@ -199,9 +196,10 @@ class MaskedAudioModeling(TokenLevelTask):
         stack = self.config.model.audio_stack
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
-            masked = given(sample.frame_masked)
+            frames = sample.of(AUDIO)
+            masked = given(frames.masked)
             return {
-                "mafr": statistics.mean_error(given(sample.frames)[masked], number, "audio", stack),
+                "mafr": statistics.mean_error(frames.features[masked], number, "audio", stack),
                 "mac": np.full(masked.sum(), np.log(1 + (~masked).sum())),
             }
 

@@ -1,7 +1,7 @@
 """Sample-level matching: classify from [CLS] which of text, image and audio match.
 
 There are five matching labels: all three; image and audio; text and audio; text and image; none. A modality that does
-not match comes from another sample.
+not match comes from another sample. Modalities of other packages are dropped.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.hard_negatives import HardNegativeSampler
 from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
+from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
@@ -122,11 +123,11 @@ class Matching(Task):
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
         """Return which samples have two modalities and a store with usable negatives."""
-        return (candidates.present.sum(1) >= 2) & np.array([pool.usable for pool in derived])[candidates.store]
+        return (candidates.present[:, MODALITIES].sum(1) >= 2) & np.array([pool.usable for pool in derived])[candidates.store]
 
     def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
         """Replace and drop inputs so that they have the sampled matching label."""
-        key, present = candidates.key[own], candidates.present[own]
+        key, present = candidates.key[own], candidates.present[own][:, MODALITIES]
         drawn_case = keyed_choice(NUM_CASES, key, "case")
         kept = keyed_choice(3, key, "kept")  # the modality that is kept if the label is "none"
         replaced = matching_case(drawn_case, kept)
@@ -137,6 +138,7 @@ class Matching(Task):
         pair_case = np.where(replaced.any(1), NUM_CASES - 1, CASE_OF_PAIR[absent])
         drawn.columns["case"][own] = np.where(judged_as_pair, pair_case, drawn_case)
         rows = drawn.input_rows[own]
+        rows[:, len(MODALITIES) :] = -1
         rows[judged_as_pair, absent[judged_as_pair]] = -1
         for number, pool in enumerate(derived):
             of_store = candidates.of_store(number, own)
@@ -178,8 +180,9 @@ class Matching(Task):
     def chosen_replacement(self, key: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return a random input modality with probability `finetune.negative_share`, otherwise `OWN`."""
         assert self.config.finetune is not None
-        order = np.argsort(keyed_hash(key[:, None], "side", np.arange(3)[None]), axis=1)
-        ranked = np.where(np.take_along_axis(inputs, order, axis=1), np.arange(3)[None], 3)
+        modality = np.array(MODALITIES)[None]
+        order = np.argsort(keyed_hash(key[:, None], "side", modality), axis=1)
+        ranked = np.where(np.take_along_axis(inputs, order, axis=1), modality, len(MODALITIES))
         side = np.take_along_axis(order, ranked.argmin(1)[:, None], axis=1)[:, 0]
         return np.where(keyed_uniform(key, "negative") < self.config.finetune.negative_share, side, OWN)
 
@@ -243,7 +246,8 @@ class _CaseFrequencies(Baseline):
 
 
 def _case(inputs: np.ndarray, replaced: np.ndarray) -> np.ndarray:
-    """Return the matching labels [B] of inputs bool [B, 3] whose modality `replaced` [B] comes from another sample."""
+    """Return the matching labels [B] of inputs bool [B, M] whose modality `replaced` [B] comes from another sample."""
+    inputs = inputs[:, MODALITIES]
     complete = inputs.all(1)
     pair = CASE_OF_PAIR[np.argmin(inputs, axis=1)]
     matching = np.where(complete, 0, pair)

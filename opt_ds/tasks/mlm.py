@@ -83,11 +83,11 @@ class MaskedLanguageModeling(TokenLevelTask):
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Set the original tokens of the sample."""
-        sample.targets[self.name] = sample.original_ids
+        sample.targets[self.name] = sample.of(TEXT).original
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedTokens:
         """Return the masked tokens and their positions."""
-        places = masked_places(samples, self.name, lambda sample: sample.tokens_masked)
+        places = masked_places(samples, self.name, TEXT)
         return MaskedTokens(
             index=join([layout.first[i, TEXT] + 1 + p for i, p in places], np.int64),  # [CLS] comes before them
             targets=join([samples[i].targets[self.name][p] for i, p in places], np.int64),
@@ -108,6 +108,6 @@ class MaskedLanguageModeling(TokenLevelTask):
         """Return the loss of predicting the unigram frequencies of the training texts."""
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
-            return {"mlm": statistics.tokens[sample.targets[self.name][given(sample.tokens_masked)]]}
+            return {"mlm": statistics.tokens[sample.targets[self.name][given(sample.of(TEXT).masked)]]}
 
         return SampleBaseline(self.name, losses)

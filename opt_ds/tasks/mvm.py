@@ -77,11 +77,11 @@ class MaskedVisionModeling(TokenLevelTask):
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Set the region classes of the sample."""
-        sample.targets[self.name] = sample.region_labels
+        sample.targets[self.name] = sample.of(IMAGE).labels
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedRegions:
         """Return the masked regions with their classes."""
-        places = masked_places(samples, self.name, lambda sample: sample.region_masked)
+        places = masked_places(samples, self.name, IMAGE)
         return MaskedRegions(
             index=join([layout.first[i, IMAGE] + p for i, p in places], np.int64),
             rows=join([layout.row_start[i, IMAGE] + p for i, p in places], np.int64),
@@ -106,9 +106,10 @@ class MaskedVisionModeling(TokenLevelTask):
         """
 
         def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
-            masked = given(sample.region_masked)
+            regions = sample.of(IMAGE)
+            masked = given(regions.masked)
             return {
-                "mvfr": statistics.mean_error(given(sample.region_features)[masked], number, "image", 1),
+                "mvfr": statistics.mean_error(regions.features[masked], number, "image", 1),
                 "mrc": statistics.classes[sample.targets[self.name][masked]],
             }
 

@@ -21,8 +21,8 @@ from opt_ds.data.layout import Layout
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
-from opt_ds.data.samples import read_text
 from opt_ds.data.task import BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.modalities.text import read_text
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
 from opt_ds.nn.inputs import Written
 from opt_ds.ops.keyed import keyed_uniform
@@ -205,14 +205,14 @@ class ModalityReconstruction(Task):
         set_text_targets(candidates, drawn, writes_text)
 
     def _dropped(self, key: np.ndarray, present: np.ndarray, always: np.ndarray) -> np.ndarray:
-        """Return which modalities are dropped, bool [n, 3]. At least one remains in the input."""
+        """Return which modalities are dropped, bool [n, M]. At least one remains in the input."""
         dropped = always.copy()
         waiting = np.arange(len(key))
-        # Sampled again if all modalities would be dropped; 0.3^3 of the samples each time.
+        # Sampled again if all modalities would be dropped; 0.3^3 of the samples with three modalities each time.
         for attempt in range(_REDRAWS):
             if not waiting.size:
                 break
-            uniform = keyed_uniform(key[waiting, None], "drop", attempt, np.arange(3)[None, :])
+            uniform = keyed_uniform(key[waiting, None], "drop", attempt, np.arange(present.shape[1])[None, :])
             chance = uniform < self.section.drop_probability
             dropped[waiting] = (chance | always[waiting]) & present[waiting]
             waiting = waiting[(present[waiting] & ~dropped[waiting]).sum(1) == 0]

@@ -1,12 +1,12 @@
 """Base class of the token-level tasks, in which some items of one modality are masked and predicted."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from opt_ds.data.masking import num_masked
+from opt_ds.data.modality import Modality, modalities_of
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import Candidates, TaskCost
@@ -22,9 +22,13 @@ class TokenLevelTask(Task):
     modality_word: ClassVar[str]
     min_items: ClassVar[int] = 1  # minimum number of items of a sample that allows the task
 
+    @property
+    def _unit(self) -> Modality:
+        return modalities_of(self.config.model)[self.modality]
+
     def count_masked(self, lengths: np.ndarray) -> np.ndarray:
         """Return how many items are masked for each number of items, int64."""
-        return num_masked(lengths, self.config.tasks.mask_probability)
+        return self._unit.count_masked(lengths, self.config.tasks.mask_probability)
 
     @abstractmethod
     def flops_per_item(self) -> float:
@@ -54,11 +58,9 @@ class TokenLevelTask(Task):
         total.head_flops[own] += 2.0 * (masked * self.flops_per_item())
 
 
-def masked_places(
-    samples: Sequence[Sample], name: str, mask: Callable[[Sample], np.ndarray | None]
-) -> list[tuple[int, np.ndarray]]:
-    """Return the positions of masked items for each sample with targets of this task.
+def masked_places(samples: Sequence[Sample], name: str, modality: int) -> list[tuple[int, np.ndarray]]:
+    """Return the positions of masked items of a modality for each sample with targets of this task.
 
     Each entry is (index of the sample in the batch, int64 positions).
     """
-    return [(i, np.flatnonzero(given(mask(sample)))) for i, sample in enumerate(samples) if name in sample.targets]
+    return [(i, np.flatnonzero(given(sample.of(modality).masked))) for i, sample in enumerate(samples) if name in sample.targets]

@@ -71,7 +71,7 @@ class ActivationTracer:
         self.model = model.to(DTYPES[precision])
         # The word embedding is used three times. PyTorch accumulates its gradients in place, from the start of backward
         # to its end. Meta tensors would be copied, so this gradient is excluded from the trace and added to the result.
-        self._word = self.model.embeddings.text.word.weight
+        self._word = self.model.embeddings.word.weight
         self._traced = [parameter for parameter in self.model.parameters() if parameter is not self._word]
         for parameter in self._traced:  # the engine takes each gradient as soon as it is computed
             parameter.register_post_accumulate_grad_hook(_drop_gradient)

@@ -8,7 +8,7 @@ import numpy as np
 
 from opt_ds.config import ModelConfig
 from opt_ds.store.reader import Regions
-from opt_ds.store.schema import CODES_PER_IMAGE, Dims, StoreDescription, TokenizerDescription
+from opt_ds.store.schema import CODES_PER_IMAGE, MODALITIES, Dims, StoreDescription, TokenizerDescription
 
 _SAMPLES = 4096
 _VALID_SHARE = 0.05
@@ -24,6 +24,7 @@ class AssumedStore:
     """
 
     has_codes = has_pixels = True
+    modalities = MODALITIES
 
     def __init__(self, model: ModelConfig, text: int, regions: int, frames: int) -> None:
         self._model, self._means = model, (text, regions, frames)
@@ -43,20 +44,13 @@ class AssumedStore:
             statistics={}, shards=[],
         )  # fmt: skip
 
-    @cached_property
-    def text_lengths(self) -> np.ndarray:
-        """Length of each text row in WordPieces, int32."""
-        return self._spread(0)
+    def lengths(self, modality: str) -> np.ndarray:
+        """Return the number of items per row of a modality, int32."""
+        return self._lengths[self.modalities.index(modality)]
 
     @cached_property
-    def region_counts(self) -> np.ndarray:
-        """Number of regions of each image row, int32."""
-        return self._spread(1)
-
-    @cached_property
-    def frame_counts(self) -> np.ndarray:
-        """Number of frames of each audio row, int32."""
-        return self._spread(2)
+    def _lengths(self) -> list[np.ndarray]:
+        return [self._spread(number) for number in range(len(self.modalities))]
 
     def split_samples(self, split: str) -> np.ndarray:
         """Return the last samples for the split "valid", and the rest for any other name."""
@@ -77,11 +71,11 @@ class AssumedStore:
 
     def text(self, row: int) -> np.ndarray:
         """Return a text of the row's length that repeats the last token."""
-        return np.full(int(self.text_lengths[row]), self._model.vocab_size - 1, dtype=np.int32)
+        return np.full(int(self.lengths("text")[row]), self._model.vocab_size - 1, dtype=np.int32)
 
     def regions(self, row: int) -> Regions:
         """Return zero regions."""
-        count = int(self.region_counts[row])
+        count = int(self.lengths("image")[row])
         return Regions(
             np.zeros((count, self._model.image_feature_dim), np.float16),
             np.zeros((count, 7), np.float32),
@@ -91,7 +85,7 @@ class AssumedStore:
 
     def frames(self, row: int) -> np.ndarray:
         """Return zero frames."""
-        return np.zeros((int(self.frame_counts[row]), self._model.audio_feature_dim), np.float16)
+        return np.zeros((int(self.lengths("audio")[row]), self._model.audio_feature_dim), np.float16)
 
     def codes(self, row: int) -> np.ndarray:
         """Return zero image codes."""

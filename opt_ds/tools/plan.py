@@ -16,10 +16,11 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.batch import Packer
 from opt_ds.data.flops import step_flops
-from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.modality import modalities_of
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.store_rows import store_rows
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools.activations import ActivationTracer
@@ -204,16 +205,13 @@ class _Planner:
     def _bytes_per_sample(self) -> float:
         """Return the mean number of bytes read from the stores per training sample."""
         total, count = 0.0, 0
+        modalities = modalities_of(self.config.model)
         for store in self.stores:
-            rows = store.rows[store.split_samples(self.config.data.train_split)]
-            dims = store.description.dims
-            for modality, lengths, size in (
-                (TEXT, store.text_lengths, 4),
-                (IMAGE, store.region_counts, 2 * dims.image_feature_dim + 7 * 4 + 2 * 2),
-                (AUDIO, store.frame_counts, 2 * dims.audio_feature_dim),
-            ):
-                there = rows[rows[:, modality] >= 0, modality]
-                total += float(lengths[there].sum(dtype=np.float64)) * size
+            rows = store_rows(store, store.split_samples(self.config.data.train_split), modalities)
+            for modality in modalities:
+                there = rows[rows[:, modality.number] >= 0, modality.number]
+                items = float(store.lengths(modality.name)[there].sum(dtype=np.float64))
+                total += items * modality.stored_bytes(store.description.dims)
             count += len(rows)
         return total / max(1, count) + _OTHER_BYTES
 

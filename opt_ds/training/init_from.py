@@ -7,6 +7,7 @@ start in the new run, so that resuming never reads the source run again.
 
 import json
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from opt_ds.abilities import GENERATE_IMAGES
 from opt_ds.config import Config, InitConfig, ModelConfig, config_from_dict, load_config
 from opt_ds.config.sources import given_keys
+from opt_ds.data.modality import modalities_of
 from opt_ds.errors import UserError
 from opt_ds.store.foreign import tensor_shapes
 from opt_ds.store.processor_files import PROCESSOR_FILE, PROCESSOR_FOLDER, identity_differences, load_processor_description
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from opt_ds.model.opt import OPT
 
 #: Settings of the model that change neither the shape nor the meaning of a weight.
-_FREE = ("dropout", "attention_dropout", "initializer_range", "embedding_range", "bert", "max_regions")
-_STANDARDIZERS = ("embeddings.region_standardizer.", "embeddings.frame_standardizer.")
-_OF_STORE = ("vocab_size", "image_feature_dim", "image_num_classes", "audio_feature_dim")
+_FREE = ("dropout", "attention_dropout", "initializer_range", "embedding_range", "bert")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Start:
         They include those of heads that the source never trained.
         """
         losses = [loss for unit in self.config.tasks.units.values() for loss in unit.losses]
-        return (*_FREE, *(key for loss in losses if loss.name not in self.init.learned for key in loss.settings))
+        of_limits = [key for unit in self.config.model.modalities.values() for key in unit.free_keys]
+        return (*_FREE, *of_limits, *(key for loss in losses if loss.name not in self.init.learned for key in loss.settings))
 
 
 # ---- before the run: checkpoint and settings
@@ -201,13 +202,14 @@ def _check_stores(start: Start, config: Config) -> list[str]:
         f"{processor / PROCESSOR_FILE} is not there: the stores' vocabulary and extractors are not compared with the source's"
     ]  # fmt: skip
     for path in config.data.stores:
-        dims = load_description(Path(path)).dims
-        for key in _OF_STORE:
-            if key not in start.free and getattr(dims, key) != getattr(start.config.model, key):
+        description = load_description(Path(path))
+        sizes = [pair for unit in modalities_of(start.config.model) for pair in unit.store_sizes(description).items()]
+        for key, there in sizes:
+            own = attrgetter(key)(start.config.model)
+            if key not in start.free and there != own:
                 raise UserError(
-                    f"{path} does not fit --init-from {start.run}: {key} is {getattr(dims, key)} in the store and "
-                    f"{getattr(start.config.model, key)} in the model: use a store prepared with the model's extractors and "
-                    "vocabulary"
+                    f"{path} does not fit --init-from {start.run}: {key} is {there} in the store and {own} in the model: use a "
+                    "store prepared with the model's extractors and vocabulary"
                 )
         if has_processor:
             _check_extractors(start, processor, FeatureStore(path))
@@ -285,7 +287,7 @@ def load_weights(model: "OPT", init: InitConfig) -> Carried:
         raise UserError(f"--init-from {init.run}: {folder.name} has other weights than when this run began: use another --output")
     heads = _heads(model)
     fresh_heads = tuple(name for loss, name in heads.items() if loss not in init.learned)
-    checkpoint.load_weights(model, folder, leave=(*fresh_heads, *_unset_standardizers(folder)))
+    checkpoint.load_weights(model, folder, leave=(*fresh_heads, *_unset_standardizers(model, folder)))
     names = [name for name, _ in model.named_parameters()]
     fresh = tuple(name for name in names if name.startswith(fresh_heads))
     held = tensor_shapes(folder / checkpoint.MODEL_FILE, "use another checkpoint of the run")
@@ -315,16 +317,17 @@ def load_moments(engine: "DeepSpeedEngine", carried: Carried) -> None:
         optimizer_state.scatter(engine, read, optimizer_state.MOMENTS)
 
 
-def _unset_standardizers(folder: Path) -> list[str]:
+def _unset_standardizers(model: "OPT", folder: Path) -> list[str]:
     """Return the standardisers that the source never set because it had no samples of their modality.
 
     The new stores set them instead.
     """
+    names = [f"embeddings.{unit.standardizer}." for unit in model.embeddings.modalities if unit.standardizer]
     with safe_open(check_file(folder, checkpoint.MODEL_FILE), "pt") as file:
         held = set(file.keys())
         return [
             name
-            for name in _STANDARDIZERS
+            for name in names
             if {f"{name}mean", f"{name}std"} <= held
             and not file.get_tensor(f"{name}mean").any()
             and bool((file.get_tensor(f"{name}std") == 1).all())

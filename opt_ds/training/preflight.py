@@ -1,23 +1,23 @@
 """Checks of the configuration against the stores, before the model is built. Each mistake is reported in one line."""
 
+from operator import attrgetter
 from pathlib import Path
 
 from opt_ds.config import Config, load_config
 from opt_ds.config.sources import given_keys, parse_value, preset_names, read_source, set_value
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.mixing import mix_note, mix_quotas
+from opt_ds.data.modality import modalities_of
 from opt_ds.data.truncation import truncation_lines
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import Dims, load_description
+from opt_ds.store.schema import StoreDescription, load_description
 from opt_ds.store.trainable import split_problems
 from opt_ds.store.verify import verify_store
 
 DEFAULT_STORE = Path("data/emoji")
-_SMALLEST_SIZE = {
-    "model.vocab_size": 8, "model.image_feature_dim": 1, "model.image_num_classes": 2, "model.audio_feature_dim": 1,
-    "model.image_codebook_size": 2,
-}  # fmt: skip
+#: Sizes of which a model cannot have as few as 1.
+_SMALLEST_SIZE = {"model.vocab_size": 8, "model.image_num_classes": 2, "model.image_codebook_size": 2}
 
 
 def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
@@ -30,9 +30,9 @@ def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:
         return "opt-emoji", "no --config and no --store: the emoji store's own preset" + (
             ", small for a GPU; --config opt-base trains the paper's model on a store of your own" if has_gpu else ""
         )
-    dims = load_description(Path(stores[0])).dims
+    description = load_description(Path(stores[0]))
     order = ["opt-base", "opt-emoji"] if has_gpu else ["opt-emoji", "opt-base"]
-    fitting = [name for name in order if not _differences(load_config(name), dims)]
+    fitting = [name for name in order if not _differences(load_config(name), description)]
     device = "GPU" if has_gpu else "CPU"
     return (fitting or order)[0], f"no --config, the store's sizes and a {device}"
 
@@ -105,7 +105,20 @@ def training_notes(config: Config, stores: list[FeatureStore]) -> list[str]:
     """
     lines = truncation_lines(config.model, stores)
     note = mix_note(config.data.mix) if config.data.mix is not None and len(stores) > 1 else None
-    return [*lines, *([note] if note else [])]
+    return [*lines, *([note] if note else []), *_unread_modalities(config, stores)]
+
+
+def _unread_modalities(config: Config, stores: list[FeatureStore]) -> list[str]:
+    """Return a line for each modality that a store has and the model does not read, or that no store has."""
+    read = config.model.modalities
+    lines = [
+        f"{store.path}: its {name} is not read, because the model has no such modality (model.plugins adds it)"
+        for store in stores
+        for name in store.modalities
+        if name not in read
+    ]
+    absent = [name for name in read if not any(name in store.modalities for store in stores)]
+    return [*lines, *(f"model.plugins: no store has {name}" for name in absent)]
 
 
 def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
@@ -128,7 +141,7 @@ def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
 
 def check_store(config: Config, store: FeatureStore) -> None:
     """Raise UserError, with the settings that fix it, if the store's sizes differ from the model's."""
-    differences = _differences(config, store.description.dims)
+    differences = _differences(config, store.description)
     if differences:
         remedy = " ".join(f"--set {key}={there}" for key, _, there in differences)
         text = ", ".join(f"{key} is {ours} but the store has {there}" for key, ours, there in differences)
@@ -152,8 +165,8 @@ def with_store_sizes(source: str | None, settings: list[str], stores: list[str])
     config = load_config(source, [*shapes, f"data.stores={stores!r}"])
     found = [
         (key, ours, there)
-        for key, ours, there in _differences(config, load_description(Path(stores[0])).dims)
-        if key not in given and "model" not in given and there >= _SMALLEST_SIZE[key]
+        for key, ours, there in _differences(config, load_description(Path(stores[0])))
+        if key not in given and "model" not in given and there >= _SMALLEST_SIZE.get(key, 1)
     ]
     if not found:
         return settings, None
@@ -161,17 +174,14 @@ def with_store_sizes(source: str | None, settings: list[str], stores: list[str])
     return [*settings, *(f"{key}={there}" for key, _, there in found)], f"from {stores[0]}: {taken}"
 
 
-def _differences(config: Config, dims: Dims) -> list[tuple[str, int, int]]:
+def _differences(config: Config, store: StoreDescription) -> list[tuple[str, int, int]]:
     """Return (config key, its value, the store's value) for each size that disagrees."""
-    model = config.model
-    pairs = [
-        ("model.vocab_size", model.vocab_size, dims.vocab_size),
-        ("model.image_feature_dim", model.image_feature_dim, dims.image_feature_dim),
-        ("model.image_num_classes", model.image_num_classes, dims.image_num_classes),
-        ("model.audio_feature_dim", model.audio_feature_dim, dims.audio_feature_dim),
-    ]
-    if dims.num_codes is not None:
-        pairs.append(("model.image_codebook_size", model.image_codebook_size, dims.num_codes))
+    sizes: dict[str, int] = {}
+    for modality in modalities_of(config.model):
+        sizes |= modality.store_sizes(store)
+    if store.dims.num_codes is not None:
+        sizes["image_codebook_size"] = store.dims.num_codes
+    pairs = [(f"model.{key}", attrgetter(key)(config.model), there) for key, there in sizes.items()]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 

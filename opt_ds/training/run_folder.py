@@ -50,7 +50,7 @@ _IDENTITY = (
     "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
-_ADDED: dict[str, Any] = {"tasks.plugins": []}
+_ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": []}
 #: Their former names, which older runs record.
 _RENAMED = {
     "tasks.matching.near_donor_share": "tasks.matching.hard_negative_share",

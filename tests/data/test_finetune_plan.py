@@ -38,7 +38,7 @@ def test_nothing_is_masked_and_the_whole_text_is_the_target(complete: FeatureSto
     for slot in range(8):
         sample = reader.read(planned.samples, slot)
         text, limit = complete.text(int(planned.samples.source_rows[slot, TEXT])), setting.model.max_text_tokens
-        assert sample.region_masked is None and sample.token_ids is None and sample.frames is None
+        assert sample.items.keys() == {IMAGE} and sample.of(IMAGE).masked is None
         np.testing.assert_array_equal(written(sample).text, text[:limit])
         num_written += limit if len(text) > limit else len(text) + 1
     assert planned.counts == {**dict.fromkeys(planned.counts, 0.0), "dtr": num_written}

@@ -9,6 +9,7 @@ import torch
 
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.store import FeatureStore
@@ -32,8 +33,9 @@ def make_loader(loaders: list, store: FeatureStore, rank: int = 0, world_size: i
 
 
 def same(a: PackedBatch, b: PackedBatch) -> bool:
-    pairs = [(a.inputs.token_ids, b.inputs.token_ids), (a.inputs.frames, b.inputs.frames),
-             (a.inputs.region_masked, b.inputs.region_masked), (a.inputs.gather_index, b.inputs.gather_index),
+    pairs = [(a.inputs.parts[TEXT].ids, b.inputs.parts[TEXT].ids),
+             (a.inputs.parts[AUDIO].features, b.inputs.parts[AUDIO].features),
+             (a.inputs.parts[IMAGE].masked, b.inputs.parts[IMAGE].masked), (a.inputs.gather_index, b.inputs.gather_index),
              (a.parts["modality"].image.target_ids, b.parts["modality"].image.target_ids),
              (a.parts["matching"].cases, b.parts["matching"].cases)]  # fmt: skip
     return a.sample_names == b.sample_names and all(torch.equal(x, y) for x, y in pairs)

@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.sample import Sample
+from opt_ds.modalities.audio import AudioItems
+from opt_ds.modalities.image import ImageItems
+from opt_ds.modalities.text import TextItems
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import TokenizerDescription
 from opt_ds.tasks.reconstruct import ReconstructionTargets
@@ -30,18 +34,16 @@ def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sa
     n, r, a = rng.integers(1, 9), rng.integers(1, 7), rng.integers(1, 9)
     sample = Sample(name=str(seed), slot=slot)
     if subset[0]:
-        sample.token_ids, sample.original_ids = rng.integers(5, 40, n), rng.integers(5, 40, n)
-        sample.tokens_masked = rng.random(n) < 0.4
-        sample.targets["mlm"] = sample.original_ids
+        text = TextItems(rng.integers(5, 40, n), rng.integers(5, 40, n), masked=rng.random(n) < 0.4)
+        sample.items[TEXT], sample.targets["mlm"] = text, text.original
     if subset[1]:
-        sample.region_features = rng.standard_normal((r, 8)).astype("float16")
-        sample.region_boxes = rng.random((r, 7)).astype("float32")
-        sample.region_labels, sample.region_masked = rng.integers(0, 7, r), rng.random(r) < 0.4
+        features, boxes = rng.standard_normal((r, 8)).astype("float16"), rng.random((r, 7)).astype("float32")
+        sample.items[IMAGE] = ImageItems(features, boxes, rng.integers(0, 7, r), masked=rng.random(r) < 0.4)
         if rng.random() < 0.7:
-            sample.targets["mvm"] = sample.region_labels
+            sample.targets["mvm"] = sample.items[IMAGE].labels
     if subset[2]:
-        sample.frames = rng.standard_normal((a, 12)).astype("float16")
-        sample.frame_masked = rng.random(a) < 0.4
+        frames = rng.standard_normal((a, 12)).astype("float16")
+        sample.items[AUDIO] = AudioItems(frames, masked=rng.random(a) < 0.4)
         if rng.random() < 0.7:
             sample.targets["mam"] = True
     targets = ReconstructionTargets()
@@ -60,20 +62,20 @@ def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sa
 def expected_rows(sample: Sample) -> list[tuple[str, object]]:
     """The layout written down: one entry per packed position."""
     rows: list[tuple[str, object]] = [("token", CLS)]
-    if sample.token_ids is not None:
-        rows += [("token", int(t)) for t in sample.token_ids] + [("token", SEP)]
-    if sample.region_features is not None:
-        rows += [("region", f.tolist()) for f in sample.region_features]
-    if sample.frames is not None:
-        rows += [("frame", f.tolist()) for f in sample.frames]
+    if TEXT in sample.items:
+        rows += [("token", int(t)) for t in sample.items[TEXT].ids] + [("token", SEP)]
+    if IMAGE in sample.items:
+        rows += [("region", f.tolist()) for f in sample.items[IMAGE].features]
+    if AUDIO in sample.items:
+        rows += [("frame", f.tolist()) for f in sample.items[AUDIO].features]
     return rows
 
 
 def packed_rows(batch: PackedBatch) -> list[tuple[str, object]]:
     inputs = batch.inputs
-    rows = [("token", int(t)) for t in inputs.token_ids]
-    rows += [("region", f.tolist()) for f in inputs.region_features]
-    rows += [("frame", f.tolist()) for f in inputs.frames]
+    rows = [("token", int(t)) for t in inputs.parts[TEXT].ids]
+    rows += [("region", f.tolist()) for f in inputs.parts[IMAGE].features]
+    rows += [("frame", f.tolist()) for f in inputs.parts[AUDIO].features]
     return [rows[i] for i in inputs.gather_index.tolist()]
 
 
@@ -82,10 +84,10 @@ def test_the_layout_of_each_subset_of_modalities(subset: tuple[bool, bool, bool]
     sample = make_sample(subset, seed=11)
     batch = packer().pack([sample])
     assert packed_rows(batch) == expected_rows(sample)
-    assert batch.inputs.token_positions.tolist() == list(range(len(batch.inputs.token_ids)))
+    assert batch.inputs.parts[TEXT].positions.tolist() == list(range(len(batch.inputs.parts[TEXT].ids)))
     assert batch.inputs.sequences.cu_seqlens.tolist() == [0, len(expected_rows(sample))]
-    if sample.frames is not None:
-        assert batch.inputs.frame_positions.tolist() == list(range(len(sample.frames)))
+    if AUDIO in sample.items:
+        assert batch.inputs.parts[AUDIO].positions.tolist() == list(range(len(sample.items[AUDIO].features)))
 
 
 @given(kinds=st.lists(st.tuples(st.sampled_from(SUBSETS), st.integers(0, 10_000)), max_size=8))
@@ -95,7 +97,7 @@ def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bo
     batch = packer().pack(samples)
     inputs, total = batch.inputs, batch.inputs.sequences.total
     assert sorted(inputs.gather_index.tolist()) == list(range(total))
-    index = torch.cat([inputs.token_index, inputs.region_index, inputs.frame_index])
+    index = torch.cat([inputs.parts[TEXT].index, inputs.parts[IMAGE].index, inputs.parts[AUDIO].index])
     assert (inputs.gather_index[index] == torch.arange(total)).all()
     rows, bounds = packed_rows(batch), inputs.sequences.cu_seqlens.tolist()
     assert len(inputs.sequences) == len(samples) == batch.num_samples and bounds[-1] == total
@@ -117,26 +119,26 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
     inputs = batch.inputs
     tokens, regions, frames, sizes, judged = [], [], [], [], []
     for i, s in enumerate(samples):
-        num_text = 1 if s.token_ids is None else len(s.token_ids) + 2
-        num_regions = 0 if s.region_features is None else len(s.region_features)
+        num_text = 1 if TEXT not in s.items else len(s.items[TEXT].ids) + 2
+        num_regions = 0 if IMAGE not in s.items else len(s.items[IMAGE].features)
         if "mlm" in s.targets:
-            tokens += [(bounds[i] + 1 + p, int(s.original_ids[p])) for p in np.flatnonzero(s.tokens_masked)]
+            tokens += [(bounds[i] + 1 + p, int(s.items[TEXT].original[p])) for p in np.flatnonzero(s.items[TEXT].masked)]
         if "mvm" in s.targets:
-            regions += [(bounds[i] + num_text + p, s.region_features[p].tolist(), int(s.region_labels[p]))
-                        for p in np.flatnonzero(s.region_masked)]  # fmt: skip
+            regions += [(bounds[i] + num_text + p, s.items[IMAGE].features[p].tolist(), int(s.items[IMAGE].labels[p]))
+                        for p in np.flatnonzero(s.items[IMAGE].masked)]  # fmt: skip
         if "mam" in s.targets:
-            places = np.flatnonzero(s.frame_masked)
-            frames += [(bounds[i] + num_text + num_regions + p, s.frames[p].tolist(), int(p)) for p in places]
-            sizes.append((len(places), s.frames.tolist()))
+            places = np.flatnonzero(s.items[AUDIO].masked)
+            frames += [(bounds[i] + num_text + num_regions + p, s.items[AUDIO].features[p].tolist(), int(p)) for p in places]
+            sizes.append((len(places), s.items[AUDIO].features.tolist()))
         if "matching" in s.targets:
             judged.append((bounds[i], s.targets["matching"]))
     t, r, f = batch.parts["mlm"], batch.parts["mvm"], batch.parts["mam"]
     assert list(zip(t.index.tolist(), t.targets.tolist(), strict=True)) == tokens
-    assert list(zip(r.index.tolist(), inputs.region_features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
-    assert inputs.region_masked[r.rows].all() and inputs.frame_masked[f.rows].all()
-    assert list(zip(f.index.tolist(), inputs.frames[f.rows].tolist(), f.places.tolist(), strict=True)) == frames
+    assert list(zip(r.index.tolist(), inputs.parts[IMAGE].features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
+    assert inputs.parts[IMAGE].masked[r.rows].all() and inputs.parts[AUDIO].masked[f.rows].all()
+    assert list(zip(f.index.tolist(), inputs.parts[AUDIO].features[f.rows].tolist(), f.places.tolist(), strict=True)) == frames
     assert f.sequences.lengths.tolist() == [count for count, _ in sizes]
-    utterances = torch.split(inputs.frames[f.utterance_rows], f.utterances.lengths.tolist())
+    utterances = torch.split(inputs.parts[AUDIO].features[f.utterance_rows], f.utterances.lengths.tolist())
     assert [u.tolist() for u in utterances] == [whole for _, whole in sizes]
     assert list(zip(batch.parts["matching"].index.tolist(), batch.parts["matching"].cases.tolist(), strict=True)) == judged
     part = batch.parts["modality"]
@@ -158,21 +160,21 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
 def test_a_micro_batch_of_no_samples() -> None:
     batch = packer().pack([])
     assert batch.num_samples == batch.num_tokens == 0
-    assert batch.inputs.region_features.shape == (0, 8) and batch.inputs.frames.shape == (0, 12)
-    assert batch.inputs.region_boxes.shape == (0, 7)
+    assert batch.inputs.parts[IMAGE].features.shape == (0, 8) and batch.inputs.parts[AUDIO].features.shape == (0, 12)
+    assert batch.inputs.parts[IMAGE].boxes.shape == (0, 7)
 
 
 def test_features_lie_at_64_bytes_as_in_the_store() -> None:
     """Copies are slow where source and target are less than a cache line out of step."""
     inputs = packer().pack([make_sample((True, True, True), seed) for seed in range(5)]).inputs
-    assert inputs.region_features.data_ptr() % 64 == inputs.frames.data_ptr() % 64 == 0
+    assert inputs.parts[IMAGE].features.data_ptr() % 64 == inputs.parts[AUDIO].features.data_ptr() % 64 == 0
 
 
 def test_a_batch_moves_as_one(ragged: FeatureStore) -> None:
     config = make_config()
     batch = make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
     moved = batch.to("meta")
-    for part in (moved.inputs.token_ids, moved.inputs.sequences.cu_seqlens, moved.parts["mam"].utterances.cu_seqlens,
+    for part in (moved.inputs.parts[TEXT].ids, moved.inputs.sequences.cu_seqlens, moved.parts["mam"].utterances.cu_seqlens,
                  moved.parts["modality"].image.memory_index, moved.parts["matching"].cases):  # fmt: skip
         assert part.device.type == "meta"
     assert moved.inputs.sequences.total == batch.inputs.sequences.total and moved.sample_names == batch.sample_names

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opt_ds.data.lengths import stacked_length
-from opt_ds.data.masking import num_masked, num_masked_frames
+from opt_ds.data.masking import num_masked
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
-from opt_ds.data.samples import SampleReader, stack_frames
+from opt_ds.data.samples import SampleReader
+from opt_ds.modalities.audio import Audio, stack_frames
 from opt_ds.store import FeatureStore, set_codes
 from opt_ds.store.writer import StoreWriter
 from tests.tiny import MAM, MLM, MODALITY, MVM, TASK_NAMES, make_config, make_packer, make_store, written
@@ -37,9 +38,8 @@ def test_an_empty_recording_has_no_frames(tmp_path: Path, monkeypatch: pytest.Mo
     store = make_store(tmp_path / "s", 10, frames=(0, 2))
     config = make_config(batch={"size": 40})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    shapes = {
-        reader.read(planned.samples, slot).frames.shape for slot in range(40) if planned.samples.input_rows[slot, AUDIO] >= 0
-    }
+    with_audio = [slot for slot in range(40) if planned.samples.input_rows[slot, AUDIO] >= 0]
+    shapes = {reader.read(planned.samples, slot).of(AUDIO).features.shape for slot in with_audio}
     assert (0, 12) in shapes and all(width == 12 for _, width in shapes)
 
 
@@ -49,29 +49,29 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
     s, special = planned.samples, set(range(5))
     for slot in range(400):
         sample, draw, lengths = reader.read(s, slot), s.task[slot], s.input_lengths[slot]
-        parts = (sample.token_ids, sample.region_features, sample.frames)
-        assert [0 if part is None else len(part) for part in parts] == lengths.tolist()
-        counts = (num_masked(lengths[0], 0.15), num_masked(lengths[1], 0.15), num_masked_frames(lengths[2], 0.15))
-        for modality, masked in ((IMAGE, sample.region_masked), (AUDIO, sample.frame_masked)):
+        assert [len(sample.items.get(modality, ())) for modality in (TEXT, IMAGE, AUDIO)] == lengths.tolist()
+        frames = Audio(config.model, AUDIO).count_masked(lengths[2], 0.15)
+        counts = (num_masked(lengths[0], 0.15), num_masked(lengths[1], 0.15), frames)
+        for modality in sample.items.keys() & {IMAGE, AUDIO}:
             expected = draw == (MLM, MVM, MAM)[modality] or draw == MODALITY
-            found = None if parts[modality] is None else (0 if masked is None else masked.sum())
-            assert found is None or found == (counts[modality] if expected else 0)
-        if sample.token_ids is not None:
+            assert sample.items[modality].masked_or_none.sum() == (counts[modality] if expected else 0)
+        if TEXT in sample.items:
             original = ragged.text(s.input_rows[slot, TEXT])[:8]
-            changed = sample.token_ids != original
+            changed = sample.items[TEXT].ids != original
             assert changed.sum() <= (counts[TEXT] if draw in (MLM, MODALITY) else 0)
             assert not set(original.tolist()) & special
-            assert set(sample.token_ids[changed].tolist()) <= {4, *range(5, 40)}
+            assert set(sample.items[TEXT].ids[changed].tolist()) <= {4, *range(5, 40)}
             if draw == MLM:
-                assert sample.tokens_masked.sum() == counts[TEXT] and not changed[~sample.tokens_masked].any()
+                assert sample.items[TEXT].masked.sum() == counts[TEXT] and not changed[~sample.items[TEXT].masked].any()
                 assert (sample.targets["mlm"] == original).all()
         assert list(sample.targets) == [TASK_NAMES[draw]], "it has the targets of its task and of no other"
-        if sample.region_features is not None:
+        if IMAGE in sample.items:
             stored = ragged.regions(s.input_rows[slot, IMAGE])
-            assert (sample.region_features == stored.features[:6]).all() and (sample.region_boxes == stored.boxes[:6]).all()
-            assert (sample.region_labels == stored.labels[:6]).all()
-        if sample.frames is not None:
-            assert (sample.frames == stack_frames(ragged.frames(s.input_rows[slot, AUDIO]), 2, 0)[:8]).all()
+            read = sample.items[IMAGE]
+            assert (read.features == stored.features[:6]).all() and (read.boxes == stored.boxes[:6]).all()
+            assert (read.labels == stored.labels[:6]).all()
+        if AUDIO in sample.items:
+            assert (sample.items[AUDIO].features == stack_frames(ragged.frames(s.input_rows[slot, AUDIO]), 2, 0)[:8]).all()
 
 
 def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) -> None:
@@ -83,7 +83,9 @@ def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) 
         for slot in range(20):
             a = SampleReader(large, [ragged]).read(big, 20 * step + slot)
             b = SampleReader(small, [ragged]).read(part, slot)
-            parts = [(getattr(a, name), getattr(b, name)) for name in ("token_ids", "region_masked", "frame_masked")]
+            assert a.items.keys() == b.items.keys()
+            parts = [(a.items[m].masked, b.items[m].masked) for m in a.items]
+            parts += [(a.items[m].ids, b.items[m].ids) for m in a.items if m == TEXT]
             parts += [(getattr(written(a), name), getattr(written(b), name)) for name in ("text", "codes")]
             for left, right in parts:
                 assert (left is None and right is None) or (left == right).all()
@@ -97,7 +99,7 @@ def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: Fea
     offsets = []
     for slot in range(200):
         frames = complete.frames(planned.input_rows[slot, AUDIO])
-        found = [o for o in (0, 1) if (reader.read(planned, slot).frames == stack_frames(frames, 2, o)[:8]).all()]
+        found = [o for o in (0, 1) if (reader.read(planned, slot).items[AUDIO].features == stack_frames(frames, 2, o)[:8]).all()]
         assert found
         offsets += found if len(found) == 1 else []
     assert 0.3 < np.mean(offsets) < 0.7
@@ -105,7 +107,7 @@ def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: Fea
         for slot in range(step.num_samples):
             row = step.samples.input_rows[slot, AUDIO]
             if row >= 0:
-                read = reader.read(step.samples, slot).frames
+                read = reader.read(step.samples, slot).items[AUDIO].features
                 assert (read == stack_frames(complete.frames(row), 2, 0)[:8]).all()
 
 
@@ -129,20 +131,19 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
 @pytest.mark.parametrize("modalities", [(TEXT,), (IMAGE, AUDIO), (TEXT, IMAGE, AUDIO)])
 def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple[int, ...]) -> None:
     sample = SampleReader(make_config(), [complete]).whole(0, 5, modalities)
-    there = [sample.token_ids is not None, sample.region_features is not None, sample.frames is not None]
-    assert there == [m in modalities for m in range(3)]
+    assert tuple(sample.items) == modalities
     if TEXT in modalities:
-        assert (sample.token_ids == complete.text(complete.rows[5, TEXT])[:8]).all()
+        assert (sample.items[TEXT].ids == complete.text(complete.rows[5, TEXT])[:8]).all()
     assert not sample.targets
-    assert sample.region_masked is None and sample.frame_masked is None and sample.tokens_masked is None
+    assert all(items.masked is None for items in sample.items.values())
 
 
 def test_random_replacements_are_ordinary_tokens_of_the_vocabulary(complete: FeatureStore) -> None:
     config = make_config(tasks={"mix": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
     planned, reader = StepPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
     samples = [reader.read(planned, slot) for slot in range(3000)]
-    shown = np.concatenate([s.token_ids[s.tokens_masked] for s in samples])
-    original = np.concatenate([s.original_ids[s.tokens_masked] for s in samples])
+    shown = np.concatenate([s.items[TEXT].ids[s.items[TEXT].masked] for s in samples])
+    original = np.concatenate([s.items[TEXT].original[s.items[TEXT].masked] for s in samples])
     assert len(shown) >= 3000 and np.mean(shown == 4) == pytest.approx(0.8, abs=0.03), "id 4 is [MASK]"
     random = shown[(shown != 4) & (shown != original)]
     assert len(random) / len(shown) == pytest.approx(0.1, abs=0.02)

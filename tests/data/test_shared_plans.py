@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from opt_ds.data import shared_plans
+from opt_ds.data.modalities import TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.shared_plans import SharedPlans, make_inboxes, read_plan, write_plan
@@ -170,4 +171,4 @@ def test_a_shared_plan_packs_the_same_batches(plan: StepPlan, complete: FeatureS
         batches.append(make_batches(plan.config, [complete], own)[0])
     for mine, theirs in zip(*batches, strict=True):
         assert mine.sample_names == theirs.sample_names
-        np.testing.assert_array_equal(mine.inputs.token_ids, theirs.inputs.token_ids)
+        np.testing.assert_array_equal(mine.inputs.parts[TEXT].ids, theirs.inputs.parts[TEXT].ids)

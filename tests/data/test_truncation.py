@@ -22,13 +22,13 @@ def test_truncated_items_are_counted_over_all_stores(tmp_path: Path) -> None:
     assert 0 < len(longer) < len(lengths)
     text, image, audio = truncation_lines(model, stores)
     assert text.startswith("model.max_text_tokens=8 truncates ") and image.startswith("model.max_regions=6 truncates ")
-    assert f"truncates {len(longer)} of {len(lengths)} recordings ({100 * len(longer) / len(lengths):.1f} %" in audio
+    assert f"truncates {len(longer)} of {len(lengths)} audio clips ({100 * len(longer) / len(lengths):.1f} %" in audio
     assert f"on average {100 * np.mean(1 - model.max_frames / longer):.1f} % of their frames are dropped" in audio
     assert f"the longest needs model.max_frames={lengths.max()}" in audio
     run = [FeatureStore(store.path, tmp_path / "run") for store in stores]
     assert truncation_lines(model, run) == [text, image, audio]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureStore, "text_lengths", None)
+        patch.setattr(FeatureStore, "lengths", None)
         assert truncation_lines(model, [FeatureStore(store.path, tmp_path / "run") for store in stores]) == [text, image, audio]
     enough = make_config(model={"max_text_tokens": 10, "max_regions": 8, "max_frames": int(lengths.max())}).model
     assert truncation_lines(enough, stores) == []

@@ -52,7 +52,7 @@ def test_matching_scores_of_a_softmax_head_compare_between_samples(evaluator: Ev
 def test_text_log_likelihood_is_the_sum_of_the_decoder_s_log_probabilities(evaluator: Evaluator) -> None:
     gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 4)
     samples = [evaluator.read(index, (AUDIO,)) for index in gallery]
-    texts = [evaluator.read(index, (TEXT,)).token_ids for index in gallery]
+    texts = [evaluator.read(index, (TEXT,)).items[TEXT].ids for index in gallery]
     likelihood = evaluator.text_log_likelihood(samples, texts)
     for i, sample in enumerate(samples):
         for j, text in enumerate(texts):

@@ -9,7 +9,6 @@ import pytest
 import opt_ds.evaluation.runner as runner
 import opt_ds.evaluation.two_stage_retrieval as two_stage_retrieval_module
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.sample import given
 from opt_ds.errors import UserError
 from opt_ds.evaluation.dual_projection import Pairs, fit_dual_projection
 from opt_ds.evaluation.evaluator import Evaluator
@@ -57,7 +56,7 @@ def test_the_shortlist_comes_first_in_the_second_order_and_the_rest_stays_in_the
 def test_chosen_pairs_have_the_likelihood_that_all_pairs_have(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery = evaluator.samples_with("train", (TEXT, AUDIO), 7)
     samples = [evaluator.read(index, (AUDIO,)) for index in gallery]
-    texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
+    texts = [evaluator.read(index, (TEXT,)).of(TEXT).ids for index in gallery]
     everything = evaluator.text_log_likelihood(samples, texts)
     wanted = [np.array(places, dtype=int) for places in ([1, 4], [], [0], [6, 2, 3], [5], [], [0, 1, 2, 3, 4, 5, 6])]
     for limit in (1 << 24, 500):  # the second: a few texts at a time
@@ -92,7 +91,7 @@ def test_a_prior_is_the_mean_over_the_nearest_training_inputs(evaluator: Evaluat
     gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 6)
     train = evaluator.samples_with("train", (IMAGE, TEXT))
     scores = stages.first_stage("image_to_text", train, gallery)
-    texts = [given(evaluator.read(index, (TEXT,)).token_ids) for index in gallery]
+    texts = [evaluator.read(index, (TEXT,)).of(TEXT).ids for index in gallery]
     for place, text in enumerate(texts):
         nearest = train[np.argsort(-scores[:, place])[:3]]
         samples = [evaluator.read(index, (IMAGE,)) for index in nearest]

@@ -62,7 +62,7 @@ class RegionCounting(Task):
         total.head_flops[own] += 2.0 * self.config.model.hidden_size * (self.section.most + 1)
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
-        assert min(len(given(sample.region_features)), self.section.most) == planned.columns["num_regions"][slot]
+        assert min(len(given(sample.items[IMAGE].features)), self.section.most) == planned.columns["num_regions"][slot]
         sample.targets[self.name] = int(planned.columns["num_regions"][slot])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> Counts:

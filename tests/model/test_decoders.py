@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from opt_ds.data.batch import PackedBatch
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
@@ -158,7 +159,7 @@ def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) 
         memory_index=memory_index, memory=inputs.sequences,
     )  # fmt: skip
     before = model.text_decoder.scores(written, hidden)
-    for modality in (inputs.token_index, inputs.region_index, inputs.frame_index):
+    for modality in (inputs.parts[TEXT].index, inputs.parts[IMAGE].index, inputs.parts[AUDIO].index):
         own = modality[(modality >= lengths[0]) & (modality < lengths[0] + lengths[1])]
         changed = hidden.clone()
         changed[own] += 1.0

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from opt_ds.config import STANDARD_LIMIT
 from opt_ds.data.batch import PackedBatch
-from opt_ds.model.embeddings import FeatureStandardizer
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.modalities.features import FeatureStandardizer
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import Statistics
@@ -30,19 +31,20 @@ def test_every_row_is_the_norm_of_its_sum(batch: PackedBatch) -> None:
         return F.layer_norm(rows, (16,), layer.weight, layer.bias, layer.eps)
 
     types = e.modality.weight
-    text = e.text.word.weight[inputs.token_ids] + e.text.position.weight[inputs.token_positions] + types[0]
-    region_shown = inputs.region_features.float() * ~inputs.region_masked[:, None]
+    text = e.text.word.weight[inputs.parts[TEXT].ids] + e.text.position.weight[inputs.parts[TEXT].positions] + types[0]
+    region_shown = inputs.parts[IMAGE].features.float() * ~inputs.parts[IMAGE].masked[:, None]
     regions = region_shown @ e.regions.feature.weight.T + e.regions.feature.bias
-    regions = regions + inputs.region_boxes @ e.regions.box.weight.T + e.regions.box.bias + types[1]
-    regions = regions + inputs.region_masked[:, None] * e.regions.mask
-    frame_shown = inputs.frames.float() * ~inputs.frame_masked[:, None]
+    regions = regions + inputs.parts[IMAGE].boxes @ e.regions.box.weight.T + e.regions.box.bias + types[1]
+    regions = regions + inputs.parts[IMAGE].masked[:, None] * e.regions.mask
+    audio = inputs.parts[AUDIO]
+    frame_shown = audio.features.float() * ~audio.masked[:, None]
     frames = frame_shown @ e.frames.feature.weight.T + e.frames.feature.bias + types[2]
-    frames = frames + e.frames.position.weight[inputs.frame_positions] + inputs.frame_masked[:, None] * e.frames.mask
-    assert inputs.region_masked.any() and inputs.frame_masked.any()
+    frames = frames + e.frames.position.weight[audio.positions] + audio.masked[:, None] * e.frames.mask
+    assert inputs.parts[IMAGE].masked.any() and inputs.parts[AUDIO].masked.any()
     for index, rows, layer in (
-        (inputs.token_index, text, e.text.norm),
-        (inputs.region_index, regions, e.regions.norm),
-        (inputs.frame_index, frames, e.frames.norm),
+        (inputs.parts[TEXT].index, text, e.text.norm),
+        (inputs.parts[IMAGE].index, regions, e.regions.norm),
+        (inputs.parts[AUDIO].index, frames, e.frames.norm),
     ):
         assert (found[index] - norm(rows, layer)).abs().max() < 1e-5
 
@@ -53,8 +55,8 @@ def test_a_masked_feature_never_reaches_the_encoder(batch: PackedBatch, standard
     model = make_model(make_config(model={"standardize_features": standardize}))
     before = model.encode(batch.inputs)
     for features, masked in (
-        (batch.inputs.region_features, batch.inputs.region_masked),
-        (batch.inputs.frames, batch.inputs.frame_masked),
+        (batch.inputs.parts[IMAGE].features, batch.inputs.parts[IMAGE].masked),
+        (batch.inputs.parts[AUDIO].features, batch.inputs.parts[AUDIO].masked),
     ):
         kept = features.clone()
         features[masked] = 777.0

@@ -8,8 +8,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from opt_ds.data.batch import PackedBatch, Packer
+from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
+from opt_ds.modalities.text import TextItems
 from opt_ds.model.opt import OPT
 from opt_ds.model.warm_start import load_bert
 from opt_ds.store.schema import TokenizerDescription
@@ -52,7 +54,7 @@ def texts() -> list[np.ndarray]:
 
 
 def packed() -> PackedBatch:
-    return Packer(make_config(), TOKENIZER).pack([Sample(token_ids=text) for text in texts()])
+    return Packer(make_config(), TOKENIZER).pack([Sample(items={TEXT: TextItems(text)}) for text in texts()])
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:

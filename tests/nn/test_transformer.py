@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import PackedBatch
+from opt_ds.data.modalities import AUDIO, IMAGE
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
@@ -68,12 +69,12 @@ def test_regions_are_a_set_and_frames_a_sequence(complete: FeatureStore) -> None
     config = make_config()
     model, packer = make_model(config), make_packer(config, [complete])
     sample = SampleReader(config, [complete]).whole(0, 0)
-    assert min(len(sample.region_features), len(sample.frames)) > 2
+    assert min(len(sample.items[IMAGE].features), len(sample.items[AUDIO].features)) > 2
     cls = model.encode(packer.pack([sample]).inputs)[0]
-    for name in ("region_features", "region_boxes"):
-        setattr(sample, name, getattr(sample, name)[::-1].copy())
+    regions, frames = sample.of(IMAGE), sample.of(AUDIO)
+    regions.features, regions.boxes = regions.features[::-1].copy(), regions.boxes[::-1].copy()
     assert (model.encode(packer.pack([sample]).inputs)[0] - cls).abs().max() < 1e-5
-    sample.frames = sample.frames[::-1].copy()
+    frames.features = frames.features[::-1].copy()
     assert (model.encode(packer.pack([sample]).inputs)[0] - cls).abs().max() > 1e-3
 
 

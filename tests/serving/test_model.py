@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import opt_ds
+from opt_ds.data.modalities import TEXT
 from opt_ds.model.generation import text_decoding
 from opt_ds.serving.export import export
 from opt_ds.serving.session import Session
@@ -76,7 +77,7 @@ def test_candidates_are_ranked_as_each_alone_is_judged(model: opt_ds.Model, sess
     for found in model.rank_audio(sounds, text=texts[0], image=files[0]):
         assert found.score == pytest.approx(model.match(texts[0], files[0], sounds[found.index])["all"])
     likely = {found.index: found.score for found in model.rank_images(files, text=texts[0], by="likelihood")}
-    ids = session.processor(texts[0]).token_ids
+    ids = session.processor(texts[0]).items[TEXT].ids
     assert ids is not None
     expected = session.text_log_likelihood([session.processor(image=file) for file in files], [ids])[:, 0]
     assert [likely[n] for n in range(4)] == pytest.approx(expected.tolist())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.serving.processor import OPTProcessor
@@ -23,10 +24,10 @@ def test_a_raw_sample_becomes_just_what_training_reads(session: Session, raw: Pa
     made = session.processor(line["text"], raw / line["image"], raw / line["audio"])
     index = next(i for i in range(store.num_samples) if store.sample_id(i) == line["id"])
     stored = evaluator.read(index, (0, 1, 2))
-    for part in ("token_ids", "region_boxes", "region_labels", "frames"):
-        np.testing.assert_array_equal(getattr(made, part), getattr(stored, part))
+    for modality, part in ((TEXT, "ids"), (IMAGE, "boxes"), (IMAGE, "labels"), (AUDIO, "features")):
+        np.testing.assert_array_equal(getattr(made.of(modality), part), getattr(stored.of(modality), part))
     # In the store's making sixteen pictures went through the network together: sums in another order.
-    np.testing.assert_allclose(made.region_features, stored.region_features, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(made.items[IMAGE].features, stored.items[IMAGE].features, rtol=1e-2, atol=1e-2)
 
 
 def test_pictures_and_waveforms_in_memory_are_read_as_their_files(session: Session, raw: Path) -> None:
@@ -35,22 +36,22 @@ def test_pictures_and_waveforms_in_memory_are_read_as_their_files(session: Sessi
     of_file = session.processor(image=raw / "1.png", audio=raw / "1.wav")
     waveform = soundfile.read(raw / "1.wav", dtype="float32")[0]
     of_names = session.processor(image=str(raw / "1.png"), audio=str(raw / "1.wav"))
-    np.testing.assert_array_equal(of_file.region_features, of_names.region_features)
-    np.testing.assert_array_equal(of_file.frames, of_names.frames)
+    np.testing.assert_array_equal(of_file.items[IMAGE].features, of_names.items[IMAGE].features)
+    np.testing.assert_array_equal(of_file.items[AUDIO].features, of_names.items[AUDIO].features)
     in_memory = session.processor(image=Image.open(raw / "1.png"), audio=waveform)
-    np.testing.assert_array_equal(of_file.region_features, in_memory.region_features)
-    np.testing.assert_array_equal(of_file.frames, in_memory.frames)
+    np.testing.assert_array_equal(of_file.items[IMAGE].features, in_memory.items[IMAGE].features)
+    np.testing.assert_array_equal(of_file.items[AUDIO].features, in_memory.items[AUDIO].features)
 
 
 def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
     session = Session.load(run)
     sample = session.processor("red square " * 40, audio=np.zeros(16000 * 60, np.float32))
-    assert len(sample.token_ids) == session.config.model.max_text_tokens
-    assert len(sample.frames) == session.config.model.max_frames
+    assert len(sample.items[TEXT].ids) == session.config.model.max_text_tokens
+    assert len(sample.items[AUDIO].features) == session.config.model.max_frames
     assert "the text has" in logged[0] and "only the first 24 are read" in logged[0]
     assert "60.0 s, the model hears 6.4 s" in logged[1]
     Image.new("RGB", (1, 1), "red").save(run.parent / "pixel.png")
-    assert len(session.processor(image=run.parent / "pixel.png").region_features) == 16, "one pixel is a picture too"
+    assert len(session.processor(image=run.parent / "pixel.png").items[IMAGE].features) == 16, "one pixel is a picture too"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_an_extractor_that_is_not_the_training_stores_is_refused(run: Path, sess
     processor = OPTProcessor(folder, session.config.model)
     with pytest.raises(UserError, match=r"image extractor grid: its weights_sha256 is .* trained with another"):
         processor(image=raw / "0.png")
-    assert processor("a red square").token_ids is not None, "what does not need it still works"
+    assert TEXT in processor("a red square").items, "what does not need it still works"
     description["extractors"]["audio"]["name"] = "wav2vec2"
     (folder / "processor.json").write_text(json.dumps(description))
     seal_folder(folder)

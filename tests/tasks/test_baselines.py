@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from opt_ds.data.matching import NUM_CASES
+from opt_ds.data.modalities import AUDIO
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.store import FeatureStore
@@ -29,7 +30,7 @@ def test_mac_is_log_k_of_each_masked_frame(complete: FeatureStore) -> None:
         for slot in range(step.num_samples):
             sample = reader.read(step.samples, slot)
             if "mam" in sample.targets:
-                logs += [np.log(1 + (~sample.frame_masked).sum())] * int(sample.frame_masked.sum())
+                logs += [np.log(1 + (~sample.items[AUDIO].masked).sum())] * int(sample.items[AUDIO].masked.sum())
     assert trivial_baselines(config, [complete])["mac"] == pytest.approx(np.mean(logs))
 
 

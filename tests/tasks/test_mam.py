@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from opt_ds.data.batch import PackedBatch
+from opt_ds.data.modalities import AUDIO
 from opt_ds.data.sample import Sample
+from opt_ds.modalities.audio import AudioItems
 from opt_ds.model.opt import OPT
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
@@ -27,12 +29,12 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, temperature: float
     w = {name: value.detach().double().numpy() for name, value in model.mam.named_parameters()}
     error, contrast, count, correct = 0.0, 0.0, 0, 0
     for sample, (_, _, _, places) in zip(samples, positions_of(samples), strict=True):
-        for m in np.flatnonzero(sample.frame_masked) if "mam" in sample.targets else []:
-            frames = sample.frames.astype("float64")
+        for m in np.flatnonzero(sample.items[AUDIO].masked) if "mam" in sample.targets else []:
+            frames = sample.items[AUDIO].features.astype("float64")
             h = hidden[places[m]]
             error += np.square(w["regress.weight"] @ h + w["regress.bias"] - frames[m]).mean()
             prediction = w["contrast.weight"] @ h + w["contrast.bias"]
-            candidates = [m, *np.flatnonzero(~sample.frame_masked)]
+            candidates = [m, *np.flatnonzero(~sample.items[AUDIO].masked)]
             similar = [cosine(prediction, frames[k]) / temperature for k in candidates]
             contrast -= math.log(math.exp(similar[0]) / sum(math.exp(s) for s in similar))
             correct += max(similar) == similar[0]
@@ -106,9 +108,9 @@ def test_the_loss_rises_with_the_cosine_to_a_negative() -> None:
 
 def mac_of(model: OPT, batch: PackedBatch, hidden: torch.Tensor) -> float:
     """MAC with the encoder's output held fixed, so that only the candidates can change it."""
-    frames = model.embeddings.frame_standardizer(batch.inputs.frames)
+    frames = model.embeddings.frame_standardizer(batch.inputs.parts[AUDIO].features)
     with torch.no_grad():
-        return model.mam(hidden, batch.parts["mam"], frames, batch.inputs.frame_masked)["mac"].sum.item()
+        return model.mam(hidden, batch.parts["mam"], frames, batch.inputs.parts[AUDIO].masked)["mac"].sum.item()
 
 
 def frames_sample(count: int, masked: list[int], seed: int, slot: int) -> Sample:
@@ -116,24 +118,25 @@ def frames_sample(count: int, masked: list[int], seed: int, slot: int) -> Sample
     flags = np.zeros(count, dtype=bool)
     flags[masked] = True
     frames = rng.standard_normal((count, 12)).astype("float16")
-    return Sample(slot=slot, frames=frames, frame_masked=flags, targets={"mam": True})
+    return Sample(slot=slot, items={AUDIO: AudioItems(frames, masked=flags)}, targets={"mam": True})
 
 
 def test_the_candidates_are_the_own_frame_and_the_unmasked_frames_of_the_utterance(complete: FeatureStore) -> None:
     config = make_config()
     model, packer = make_model(config), make_packer(config, [complete])
     first, second = frames_sample(8, [2, 3], 0, 0), frames_sample(3, [0], 1, 1)
-    other = Sample(slot=2, frames=frames_sample(5, [], 2, 2).frames)  # of a sample that is not drawn for MAM
+    # of a sample that is not drawn for MAM
+    other = Sample(slot=2, items={AUDIO: AudioItems(frames_sample(5, [], 2, 2).of(AUDIO).features)})
     batch = packer.pack([first, second, other])
     with torch.no_grad():
         hidden = model.encode(batch.inputs)
     before = mac_of(model, batch, hidden)
 
     def change(sample: Sample, frame: int) -> float:
-        kept = sample.frames.copy()
-        sample.frames[frame] = -3.0 * sample.frames[frame] + 1.0
+        kept = sample.items[AUDIO].features.copy()
+        sample.items[AUDIO].features[frame] = -3.0 * sample.items[AUDIO].features[frame] + 1.0
         after = mac_of(model, packer.pack([first, second, other]), hidden)
-        sample.frames = kept
+        sample.items[AUDIO].features = kept
         return after
 
     for sample, frame in ((first, 0), (first, 7), (second, 1), (second, 2)):

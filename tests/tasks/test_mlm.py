@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from opt_ds.data.modalities import TEXT
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_model, make_packer, positions_of, read_samples
 
@@ -21,7 +22,7 @@ def test_the_loss_is_its_formula(request: pytest.FixtureRequest, name: str) -> N
     with torch.no_grad():
         hidden, term = model.encode(batch.inputs).double(), model(batch)["mlm"]
     for sample, (_, places, _, _) in zip(samples, positions_of(samples), strict=True):
-        for n in np.flatnonzero(sample.tokens_masked) if "mlm" in sample.targets else []:
+        for n in np.flatnonzero(sample.items[TEXT].masked) if "mlm" in sample.targets else []:
             h = F.gelu(w["transform.weight"] @ hidden[places[n]] + w["transform.bias"])
             h = (h - h.mean()) / torch.sqrt(h.var(unbiased=False) + head.norm.eps) * w["norm.weight"] + w["norm.bias"]
             scores = w["word.weight"] @ h + w["bias"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from opt_ds.data.modalities import IMAGE
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_model, make_packer, positions_of, read_samples
 
@@ -22,15 +23,15 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, standardize: bool)
     statistics = ragged.description.statistics["image"]
     error, cross_entropy, count, correct = 0.0, 0.0, 0, 0
     for sample, (_, _, places, _) in zip(samples, positions_of(samples), strict=True):
-        for r in np.flatnonzero(sample.region_masked) if "mvm" in sample.targets else []:
-            target = torch.from_numpy(sample.region_features[r].astype("float64"))
+        for r in np.flatnonzero(sample.items[IMAGE].masked) if "mvm" in sample.targets else []:
+            target = torch.from_numpy(sample.items[IMAGE].features[r].astype("float64"))
             if standardize:
                 target = ((target - torch.tensor(statistics.mean)) / torch.tensor(statistics.std)).clamp(-8, 8)
             h = hidden[places[r]]
             error += ((w["regress.weight"] @ h + w["regress.bias"] - target) ** 2).sum().item() / len(target)
             scores = w["classify.weight"] @ h + w["classify.bias"]
-            cross_entropy -= torch.log(torch.exp(scores) / torch.exp(scores).sum())[sample.region_labels[r]].item()
-            correct += int(scores.argmax() == sample.region_labels[r])
+            cross_entropy -= torch.log(torch.exp(scores) / torch.exp(scores).sum())[sample.items[IMAGE].labels[r]].item()
+            correct += int(scores.argmax() == sample.items[IMAGE].labels[r])
             count += 1
     assert count > 15 and terms["mvfr"].count == terms["mrc"].count == count
     assert terms["mvfr"].sum.item() == pytest.approx(error, rel=1e-5)

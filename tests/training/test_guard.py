@@ -38,7 +38,7 @@ def poison(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
         def read_poisoned(self: SampleReader, samples: PlannedSamples, slot: int) -> Sample:
             sample = read(self, samples, slot)
             if (int(samples.epoch[slot]), int(samples.sample[slot])) in poisoned:
-                sample.region_features = np.full_like(sample.region_features, math.nan)
+                sample.items[IMAGE].features = np.full_like(sample.items[IMAGE].features, math.nan)
             return sample
 
         monkeypatch.setattr(SampleReader, "read", read_poisoned)
@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_dumped(
     assert dump["step"] == 2 and dump["not_finite"] and set(dump["samples"]) <= set(dump["batch"]["sample_names"])
     if stage < 3:
         assert len(dump["samples"]) == 1 and dump["samples"][0] in names, "the sample itself is found"
-    assert dump["batch"]["inputs"]["region_features"].isnan().any()
+    assert dump["batch"]["inputs"]["parts"][IMAGE]["features"].isnan().any()
     assert all(t.isfinite().all() for name in ("model", "moments") for t in tensors(tmp_path, 6, name).values())
     state = checkpoint.read_state(tmp_path / "checkpoints" / "step-00000006")
     assert state["guard"]["skipped"] == [2, 4] and state["step"] == 6
