@@ -42,7 +42,7 @@ from opt_ds.training.checkpoint_files import (
 )
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed import DeepSpeedEngine
 
     from opt_ds.model.opt import OPT
 
@@ -243,7 +243,7 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
 
     The engine's model must already have been passed to `load_weights` with the same folder.
     """
-    from opt_ds.training import optimizer_state
+    from opt_ds.training import deepspeed_internals, optimizer_state
 
     state = train_state(read_state(folder))
     optimizer_state.create_moments(engine, state.adam_steps)
@@ -253,7 +253,7 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
             return weights.get_tensor(name) if key == "weight" else moments.get_tensor(f"{name}.{key}")
 
         optimizer_state.scatter(engine, read, ("weight", *optimizer_state.MOMENTS))
-    optimizer_state.set_scaler_state(engine, state.scaler)
+    deepspeed_internals.set_scaler_state(engine, state.scaler)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["OPT", Config]:

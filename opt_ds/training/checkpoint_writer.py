@@ -25,7 +25,7 @@ from opt_ds.training.checkpoint_files import pointer_fields, pointer_text
 from opt_ds.training.distributed import ProcessGroup
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed import DeepSpeedEngine
 
 _BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
 _SPACE_MARGIN = 1.05
@@ -66,11 +66,11 @@ class CheckpointWriter:
         this one.
         """
         # Imported here because readers of checkpoints do not need DeepSpeed.
-        from opt_ds.training import optimizer_state
+        from opt_ds.training import deepspeed_internals, optimizer_state
 
         began = time.perf_counter()
         self.wait()
-        state.adam_steps, state.scaler = optimizer_state.adam_steps(engine), optimizer_state.scaler_state(engine)
+        state.adam_steps, state.scaler = optimizer_state.adam_steps(engine), deepspeed_internals.scaler_state(engine)
         weights: dict[str, torch.Tensor] = {}
         moments: dict[str, torch.Tensor] = {}
         for name, tensors in optimizer_state.gather(engine):

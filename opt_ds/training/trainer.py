@@ -24,7 +24,7 @@ from opt_ds.model.initial import initial_model
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
-from opt_ds.training import checkpoint, gradients, init_from, optimizer_state, run_folder
+from opt_ds.training import checkpoint, deepspeed_internals, init_from, optimizer_state, run_folder
 from opt_ds.training.callbacks import Callbacks
 from opt_ds.training.checkpoint import TrainState
 from opt_ds.training.checkpoint_writer import CheckpointWriter, check_space
@@ -208,7 +208,7 @@ class Trainer:
             **{f"train/{loss}/{name}": value for (loss, name), value in means.items()},
             "optimizer/lr": lr,
             "optimizer/gradient_norm": window.gradient_norm(),
-            "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
+            "optimizer/loss_scale": deepspeed_internals.loss_scale(self.engine),
             "optimizer/skipped_steps": float(
                 self.state.step + self.adam_steps_before - optimizer_state.adam_steps(self.engine)
             ),
@@ -307,7 +307,7 @@ class Trainer:
         spare_loaded_objects()
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
-        gradients.use_few_kernels(engine)
+        deepspeed_internals.use_few_kernels(engine)
         if resume_from:
             checkpoint.load_optimizer(engine, resume_from)
         else:
@@ -322,7 +322,7 @@ class Trainer:
         self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
     ) -> None:
         """Log and record every choice that was made for this launch."""
-        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        numel = sum(deepspeed_internals.full_numel(p) for p in self.engine.module.parameters())
         launch = {
             "device": hardware.name,
             "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
