@@ -255,6 +255,20 @@ class ProcessGroup:
             torch.distributed.destroy_process_group()
 
 
+class SingleProcess:
+    """The only rank of a run without a process group, with those methods of `ProcessGroup` that such a run needs."""
+
+    ranks = Ranks()
+
+    def max(self, value: int) -> int:
+        """Return the value."""
+        return value
+
+    def from_main(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+
 class _Running:
     """A function that runs in a thread of rank 0."""
 

@@ -30,11 +30,11 @@ from opt_ds.version import PACKAGE_FOLDER, __version__
 
 _LOG = logging.getLogger(__name__)
 RUN_FILE, CONFIG_FILE, LOCK_FILE = "run.json", "config.yaml", ".lock"
-#: Checkpoint file of a dVAE's run.
-DVAE_CHECKPOINT_FILE = "checkpoint.pt"
+#: The only checkpoint of a dVAE's run in the former format.
+OLD_DVAE_CHECKPOINT = "checkpoint.pt"
 #: Files that training replaces atomically, by folder.
 _WRITTEN = {
-    "": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE, DVAE_CHECKPOINT_FILE),
+    "": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE, OLD_DVAE_CHECKPOINT),
     "checkpoints": ("latest", "best"),
     "guard": ("step-*",),
 }
