@@ -40,7 +40,7 @@ from opt_ds.training.checkpoint_files import (
     problem_with,
     read_record,
 )
-from opt_ds.training.run_folder import MODEL
+from opt_ds.training.run_folder import MODEL, refuse_dvae
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -132,7 +132,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
     Raises:
         UserError: There is no checkpoint, one of its files is missing or truncated, the weights or state.json do not
-            match their recorded hash, or `path` is an exported folder.
+            match their recorded hash, or `path` is an exported folder or a run of the dVAE.
     """
     path = Path(path)
     if is_exported(path):
@@ -163,7 +163,11 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether `opt-ds export` wrote this folder (a model without its run), damaged or not."""
+    """Return whether `opt-ds export` wrote this folder (a model without its run), damaged or not.
+
+    Raise UserError for a run of the dVAE, which has files of the same names.
+    """
+    refuse_dvae(path)
     if not (path / "config.json").is_file():
         return False
     try:

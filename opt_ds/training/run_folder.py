@@ -111,6 +111,19 @@ def read_record(output: Path, kind: str) -> dict[str, Any] | None:
     return record
 
 
+def refuse_dvae(path: Path) -> None:
+    """Raise UserError if `path`, where a run of the model is expected, holds a run of the dVAE."""
+    try:
+        record = _upgraded(json.loads((path / RUN_FILE).read_text(encoding="utf-8")))
+        is_dvae = record.get("kind") == DVAE
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # no run, or a damaged file, which is reported by those who read it
+    if is_dvae:
+        raise UserError(
+            f"{path}: a run of the dVAE, whose figures are in its result.json and metrics.jsonl: name a run of the model"
+        )
+
+
 def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
     """Return run.json in its current format. Old runs of the dVAE recorded only their identity, as a tree."""
     if "identity" not in record and "pictures_sha256" in record:

@@ -153,7 +153,7 @@ def test_only_damaged_checkpoints_are_an_error_and_those_of_a_model_too(
     output = tmp_path / "run"
     _train_until(3, complete[0], output, monkeypatch)
     with pytest.raises(UserError, match=r"a checkpoint of the dVAE, not of the model: name a run of the model"):
-        checkpoint.load_model(output)
+        checkpoint.load_model(output / "checkpoints" / "step-00000003")
     (output / "checkpoints" / "step-00000003" / "state.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint is usable .*state\.json is missing"):
         train(complete[0], output)
@@ -245,13 +245,26 @@ def test_a_run_folder_is_one_run_s_with_launches_and_metrics(
     assert "dvae/psnr_db_train" in lines[-1]
 
 
-def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(store: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(complete: tuple[Path, Path], tmp_path: Path) -> None:
+    from opt_ds.serving.export import export
+    from opt_ds.serving.report import write_report
+    from opt_ds.training.init_from import find_start
+
+    store, dvae = complete
     (tmp_path / "run.json").write_text('{"identity": {}, "launches": []}')
     with pytest.raises(UserError, match="holds a run of the model, not of the dVAE: use another --output"):
         train(store, tmp_path)
-    train(store, tmp_path / "dvae")
     with pytest.raises(UserError, match="holds a run of the dVAE, not of the model: use another --output"):
-        run_folder.read_record(tmp_path / "dvae", run_folder.MODEL)
+        run_folder.read_record(dvae, run_folder.MODEL)
+    for use in (
+        lambda: checkpoint.load_model(dvae),
+        lambda: write_report(dvae, tmp_path / "report.html"),
+        lambda: export(dvae, tmp_path / "exported"),
+        lambda: find_start(dvae, False, tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match=r"a run of the dVAE, .*result\.json .*: name a run of the model") as caught:
+            use()
+        assert str(dvae) in str(caught.value)
 
 
 def _train_until(
