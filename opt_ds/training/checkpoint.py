@@ -43,12 +43,13 @@ from opt_ds.training.checkpoint_files import (
 from opt_ds.training.run_folder import MODEL, refuse_dvae
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from deepspeed import DeepSpeedEngine
 
     from opt_ds.model.opt import OPT
 
 _LOG = logging.getLogger(__name__)
-_State = TypeVar("_State")
+_State = TypeVar("_State", bound="DataclassInstance")
 __all__ = [
     "COMPLETE", "FOLDER", "HUB_MODEL_TYPE", "MODEL_FILE", "MOMENTS_FILE", "STATE_FILE", "GuardState", "TrainState",
     "all_checkpoints", "buffers_of", "find_resumable", "folder_name", "is_exported", "load_model", "load_optimizer", "load_start",

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ class CheckpointWriter:
         target = self._output / FOLDER / checkpoint.folder_name(contents.state["step"])
         problem = None
         for name, tensors in contents.parameters:  # to its end on every rank, because the others wait in its calls
-            problem = problem or self._problem_of_main(target, lambda name=name, tensors=tensors: take(name, tensors))
+            problem = problem or self._problem_of_main(target, partial(take, name, tensors))
         self._raise_everywhere(problem or self._problem_of_main(target, start))
         self.stall_s = time.perf_counter() - began
 

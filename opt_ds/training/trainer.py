@@ -313,7 +313,7 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Log and record every choice that was made for this launch."""
         numel = sum(deepspeed_internals.full_numel(p) for p in self.engine.module.parameters())
-        launch = {
+        launch: dict[str, Any] = {
             "device": hardware.name,
             "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
             "threads": torch.get_num_threads(),
