@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.store.synthetic import write_synthetic_store
+from opt_ds.training import checkpoint
 
 RESUMES = "stopped: the same command goes on where it was"
 
@@ -117,7 +117,7 @@ def test_preparation_with_workers(number: int, when: str, group: bool, pictures:
 def test_training_of_the_dvae(store: Path, tmp_path: Path) -> None:
     command = ["train-dvae", "--store", str(store), "--output", str(tmp_path), "--preset", "dvae-tiny", "--steps", "99999"]
     assert interrupt(command, "step/s", group=True, folder=tmp_path) == (130, [RESUMES])
-    assert (tmp_path / "checkpoint.pt").is_file(), "a Ctrl-C saves too"
+    assert checkpoint.find_resumable(tmp_path) is not None, "a Ctrl-C saves too"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,8 @@ def test_training_of_the_dvae_saves_and_asks_to_be_requeued(number: int, nohup: 
     name = "SIGTERM" if nohup else signal.Signals(number).name
     assert code == 75 and len(lines) == 1, lines
     match = re.fullmatch(rf"{name}: saved after step (\d+); start again with the same --output to go on", lines[0])
-    assert match and torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == int(match[1])
+    found = checkpoint.find_resumable(tmp_path)
+    assert match and found is not None and checkpoint.read_record(found)[0] == int(match[1])
 
 
 def test_a_terminal_that_is_lost_costs_nothing(store: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_terminal_that_is_lost_costs_nothing(store: Path, tmp_path: Path) -> N
         shown += os.read(terminal, 4096)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75, shown.decode()
-    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    assert checkpoint.find_resumable(tmp_path / "run") is not None
 
 
 @pytest.mark.faults

@@ -24,7 +24,7 @@ from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint
 from opt_ds.training.metrics import METRICS_FILE, VALIDATION_FILE
-from opt_ds.training.run_folder import CONFIG_FILE, RUN_FILE, flatten
+from opt_ds.training.run_folder import CONFIG_FILE, RUN_FILE, flatten, refuse_dvae
 
 #: Experiments that the report shows; `opt-ds evaluate <key>` writes the file of each one into the run's folder.
 EXPERIMENTS = ("summary", "classification", "retrieval", "two_stages", "transcription", "captioning", "image_generation")
@@ -43,6 +43,9 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
     """
     if not (run / RUN_FILE).is_file():
         raise UserError(f"{run}: no {RUN_FILE} there: name the output directory of a run")
+    refuse_dvae(run)
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run}: no {CONFIG_FILE} there: restore it, or name another run")
     if ablation is not None and not (ablation / JSON_FILE).is_file():
         raise UserError(f"--ablation {ablation}: no {JSON_FILE} there: name the folder that opt-ds ablate wrote")
     found = {name: _read(run / file) for name, file in _FILES.items() if (run / file).is_file()}

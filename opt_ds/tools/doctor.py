@@ -101,8 +101,9 @@ def _versions(_: Question) -> Iterator[Finding]:
         yield Finding("FAIL", "versions", f"not installed: {', '.join(missing)}: run make install")
     import torch
 
-    # Otherwise DeepSpeed guesses, with a warning.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from opt_ds.training.deepspeed_internals import name_accelerator
+
+    name_accelerator()
     import deepspeed
     import transformers
 

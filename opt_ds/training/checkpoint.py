@@ -15,9 +15,9 @@ state, because the step plan and dropout are functions of (seed, step).
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -40,18 +40,21 @@ from opt_ds.training.checkpoint_files import (
     problem_with,
     read_record,
 )
+from opt_ds.training.run_folder import MODEL, refuse_dvae
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from _typeshed import DataclassInstance
+    from deepspeed import DeepSpeedEngine
 
     from opt_ds.model.opt import OPT
 
 _LOG = logging.getLogger(__name__)
+_State = TypeVar("_State", bound="DataclassInstance")
 __all__ = [
     "COMPLETE", "FOLDER", "HUB_MODEL_TYPE", "MODEL_FILE", "MOMENTS_FILE", "STATE_FILE", "GuardState", "TrainState",
     "all_checkpoints", "buffers_of", "find_resumable", "folder_name", "is_exported", "load_model", "load_optimizer", "load_start",
-    "load_weights", "pointed", "problem_with", "read_record", "read_state", "resolve_checkpoint", "train_state",
-    "weights_sha256",
+    "load_weights", "pointed", "problem_with", "read_record", "read_state", "resolve_checkpoint", "state_as",
+    "train_state", "weights_sha256",
 ]  # fmt: skip
 
 HUB_MODEL_TYPE = "opt_ds"  # `model_type` in the config.json of an exported folder
@@ -130,7 +133,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
     Raises:
         UserError: There is no checkpoint, one of its files is missing or truncated, the weights or state.json do not
-            match their recorded hash, or `path` is an exported folder.
+            match their recorded hash, or `path` is an exported folder or a run of the dVAE.
     """
     path = Path(path)
     if is_exported(path):
@@ -161,7 +164,11 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether `opt-ds export` wrote this folder (a model without its run), damaged or not."""
+    """Return whether `opt-ds export` wrote this folder (a model without its run), damaged or not.
+
+    Raise UserError for a run of the dVAE, which has files of the same names.
+    """
+    refuse_dvae(path)
     if not (path / "config.json").is_file():
         return False
     try:
@@ -175,11 +182,16 @@ def weights_sha256(folder: Path) -> str:
     return read_record(folder)[1][MODEL_FILE].sha256
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state.json of a checkpoint. Raise UserError if its hash differs or a required field is missing."""
+def read_state(folder: Path, kind: str = MODEL) -> dict[str, Any]:
+    """Return the state.json of a checkpoint.
+
+    Raise UserError if its hash differs, a required field is missing, or it is of a run of another kind.
+    """
     file = check_file(folder, STATE_FILE)
     state = read_json_object(file, "use another checkpoint of the run")
-    expected = {"step": int, "plan_version": int, "config": dict}
+    if state.get("kind", MODEL) != kind:
+        raise UserError(f"{folder}: a checkpoint of the {state['kind']}, not of the {kind}: name a run of the {kind}")
+    expected = {"step": int, "plan_version": int, "config": dict} if kind == MODEL else {"step": int}
     wrong = [name for name, kind in expected.items() if type(state.get(name)) is not kind]
     if not wrong and state["step"] != read_record(folder)[0]:
         wrong = ["step"]
@@ -190,8 +202,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def train_state(saved: dict[str, Any]) -> TrainState:
     """Return the TrainState stored in a state.json. Raise UserError if a field is missing or has another type."""
+    return state_as(TrainState, saved)
+
+
+def state_as(kind: type[_State], saved: dict[str, Any]) -> _State:
+    """Return the dataclass `kind` stored in a state.json. Raise UserError if a field is missing or has another type."""
     try:
-        return TypeAdapter(TrainState).validate_python({name: saved[name] for name in TrainState.__dataclass_fields__})
+        return TypeAdapter(kind).validate_python({field.name: saved[field.name] for field in fields(kind)})
     except KeyError as error:
         raise UserError(f"{STATE_FILE}: damaged, no field {error.args[0]}: use another checkpoint of the run") from None
     except ValidationError as error:
@@ -243,7 +260,7 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
 
     The engine's model must already have been passed to `load_weights` with the same folder.
     """
-    from opt_ds.training import optimizer_state
+    from opt_ds.training import deepspeed_internals, optimizer_state
 
     state = train_state(read_state(folder))
     optimizer_state.create_moments(engine, state.adam_steps)
@@ -253,7 +270,7 @@ def load_optimizer(engine: "DeepSpeedEngine", folder: Path) -> None:
             return weights.get_tensor(name) if key == "weight" else moments.get_tensor(f"{name}.{key}")
 
         optimizer_state.scatter(engine, read, ("weight", *optimizer_state.MOMENTS))
-    optimizer_state.set_scaler_state(engine, state.scaler)
+    deepspeed_internals.set_scaler_state(engine, state.scaler)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple["OPT", Config]:

@@ -6,33 +6,43 @@ A checkpoint is written to a temporary folder, flushed to disk and renamed. Then
 checkpoints are removed. At most one checkpoint is being written: the next `save` and the end of the run wait for it.
 """
 
+import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import atomic_file, file_sha256, follow_umask, sync_folder, write_json
+from opt_ds.store.files import atomic_file, file_sha256, follow_umask, is_disk_full, sync_folder, write_json
 from opt_ds.training import checkpoint
-from opt_ds.training.checkpoint import COMPLETE, FOLDER, MODEL_FILE, MOMENTS_FILE, STATE_FILE, TrainState
+from opt_ds.training.checkpoint import COMPLETE, FOLDER, MODEL_FILE, MOMENTS_FILE, STATE_FILE
 from opt_ds.training.checkpoint_files import pointer_fields, pointer_text
-from opt_ds.training.distributed import ProcessGroup
+from opt_ds.training.distributed import ProcessGroup, SingleProcess
 
-if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
+_LOG = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
 _SPACE_MARGIN = 1.05
 
 
 class CheckpointError(UserError):
     """A checkpoint could not be written. Earlier checkpoints are unchanged."""
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: dict[str, Any]  # progress of the run, with its "step", for state.json
+    model: nn.Module  # whose persistent buffers are stored
+    #: Every parameter's name, and its full "weight" and optimizer state by key. Iterating may be a collective call.
+    parameters: Iterator[tuple[str, dict[str, torch.Tensor]]]
 
 
 class CheckpointWriter:
@@ -42,7 +52,7 @@ class CheckpointWriter:
     best one are kept.
     """
 
-    def __init__(self, output: Path, group: ProcessGroup, keep: int, about: dict[str, Any]) -> None:
+    def __init__(self, output: Path, group: ProcessGroup | SingleProcess, keep: int, about: dict[str, Any]) -> None:
         self._output, self._group, self._keep, self._about = output, group, keep, about
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -57,54 +67,56 @@ class CheckpointWriter:
         """Whether the last checkpoint could not be written, known on rank 0 only. `wait` then raises on every rank."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def save(self, engine: "DeepSpeedEngine", state: TrainState, best: bool = False) -> Path:
-        """Copy weights and moments to host memory and start writing the checkpoint of `state.step`.
+    def save(self, contents: Contents, best: bool = False) -> None:
+        """Copy weights and optimizer state to host memory and start writing the checkpoint.
 
-        Return its future folder.
-
-        Raise CheckpointError on every rank if the previous checkpoint could not be written or the disk has no space for
-        this one.
+        Raise CheckpointError on every rank if the previous checkpoint could not be written, or if this one fits neither
+        into memory nor onto the disk.
         """
-        # Imported here because readers of checkpoints do not need DeepSpeed.
-        from opt_ds.training import optimizer_state
-
         began = time.perf_counter()
         self.wait()
-        state.adam_steps, state.scaler = optimizer_state.adam_steps(engine), optimizer_state.scaler_state(engine)
         weights: dict[str, torch.Tensor] = {}
         moments: dict[str, torch.Tensor] = {}
-        for name, tensors in optimizer_state.gather(engine):
-            if self._group.ranks.is_main:
-                weights[name] = _copy(tensors["weight"]).float()
-                moments.update({f"{name}.{key}": _copy(tensors[key]) for key in optimizer_state.MOMENTS})
-        target = self._output / FOLDER / checkpoint.folder_name(state.step)
-        problem = None
-        if self._group.ranks.is_main:
-            weights.update({name: _copy(buffer) for name, buffer in checkpoint.buffers_of(engine.module).items()})
+
+        def take(name: str, tensors: dict[str, torch.Tensor]) -> None:
+            weights[name] = _copy(tensors["weight"]).float()
+            moments.update({f"{name}.{key}": _copy(tensor) for key, tensor in tensors.items() if key != "weight"})
+
+        def start() -> None:
+            weights.update({name: _copy(buffer) for name, buffer in checkpoint.buffers_of(contents.model).items()})
             needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())) * _SPACE_MARGIN
-            problem = _no_room(self._output, needed)
-            if problem is None:
-                pointers = ("latest", "best") if best else ("latest",)
-                described = {**asdict(state), **self._about}
-                self._writing = self._thread.submit(self._write, target, weights, moments, described, pointers)
-        self._raise_everywhere(problem)
+            check_free(self._output, needed)
+            pointers = ("latest", "best") if best else ("latest",)
+            state = {**contents.state, **self._about}
+            self._writing = self._thread.submit(self._write, target, weights, moments, state, pointers)
+
+        target = self._output / FOLDER / checkpoint.folder_name(contents.state["step"])
+        problem = None
+        for name, tensors in contents.parameters:  # to its end on every rank, because the others wait in its calls
+            problem = problem or self._problem_of_main(target, partial(take, name, tensors))
+        self._raise_everywhere(problem or self._problem_of_main(target, start))
         self.stall_s = time.perf_counter() - began
-        return target
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written. Raise CheckpointError on every rank if writing failed."""
-        problem = None
-        if self._writing is not None:
-            try:
-                self._writing.result()
-            except OSError as error:
-                problem = f"checkpoint {error}: free space, then start again"
-            self._writing = None
-        self._raise_everywhere(problem)
+        writing, self._writing = self._writing, None
+        self._raise_everywhere(str(writing.exception() or "") if writing is not None else None)
 
     def close(self) -> None:
-        """Wait for the writer thread to end, whether or not it succeeds."""
+        """Wait for the writer thread to end. Log a warning if its last checkpoint failed and `wait` did not report it."""
         self._thread.shutdown(wait=True)
+        if self.has_failed:
+            assert self._writing is not None
+            _LOG.warning(f"{self._writing.exception()}")
+
+    def _problem_of_main(self, target: Path, work: Callable[[], None]) -> str | None:
+        """Do `work` on rank 0. Return a description of its failure, or None."""
+        if self._group.ranks.is_main:
+            try:
+                work()
+            except Exception as error:  # of any kind: the other ranks wait for the result
+                return str(_described(target, error))
+        return None
 
     def _raise_everywhere(self, problem: str | None) -> None:
         problem = self._group.from_main(problem)
@@ -127,10 +139,26 @@ class CheckpointWriter:
                 pointers = (*pointers, "best")
             for pointer in pointers:
                 point_to(self._output, pointer, target)
-            _prune(self._output, self._keep, target, state["best_step"])
-        except OSError as error:
-            raise OSError(f"{target} could not be written ({error.strerror or error})") from error
+            _prune(self._output, self._keep, target, state.get("best_step"))
+        except Exception as error:
+            raise _described(target, error) from error
         self.write_s = time.perf_counter() - began
+
+
+def _described(target: Path, error: Exception) -> "CheckpointError":
+    """Return the error that reports, in one line, why a checkpoint could not be written."""
+    if isinstance(error, UserError):
+        return CheckpointError(str(error))
+    reason, remedy = " ".join(str(error).split())[:300], "start again with the same --output to go on, and report this line"
+    if isinstance(error, MemoryError) or "can't allocate memory" in reason:
+        reason, remedy = "out of host memory", "use fewer processes or a machine with more memory, then start again"
+    elif isinstance(error, OSError):
+        reason = error.strerror or reason
+        remedy = "free space" if is_disk_full(error) else "make sure that the folder can be written to"
+        remedy += ", then start again"
+    else:
+        reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return CheckpointError(f"checkpoint {target} could not be written ({reason}): {remedy}")
 
 
 def point_to(output: Path, pointer: str, target: Path) -> None:
@@ -141,19 +169,17 @@ def point_to(output: Path, pointer: str, target: Path) -> None:
 
 def check_space(output: Path, num_parameters: int) -> None:
     """Raise UserError if the disk has no space for one more checkpoint of a model of this size."""
-    problem = _no_room(output, num_parameters * _BYTES_PER_PARAMETER * _SPACE_MARGIN)
-    if problem:
-        raise UserError(problem)
+    check_free(output, num_parameters * _BYTES_PER_PARAMETER * _SPACE_MARGIN)
 
 
-def _no_room(output: Path, needed: float) -> str | None:
+def check_free(output: Path, needed: float) -> None:
+    """Raise UserError if the disk has less than `needed` bytes for a checkpoint."""
     free = shutil.disk_usage(output).free
-    if free >= needed:
-        return None
-    return (
-        f"{output}: {free / 2**30:.3g} GiB free, one checkpoint takes {needed / 2**30:.3g} GiB: free some, or use another "
-        "--output"
-    )
+    if free < needed:
+        raise UserError(
+            f"{output}: {free / 2**30:.3g} GiB free, one checkpoint takes {needed / 2**30:.3g} GiB: free some, or use another "
+            "--output"
+        )
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -158,21 +158,12 @@ def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
     """Raise UserError for settings in these sections that DeepSpeed would reject only after the ranks have joined."""
     if not sections:
         return
-    import os
-
-    import torch
-
-    # Otherwise DeepSpeed guesses, with a warning.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.compile.config import CompileConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    models = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
-              "comms_logger": CommsLoggerConfig, "compile": CompileConfig}  # fmt: skip
-    for section, model in models.items():
+    from opt_ds.training import deepspeed_internals
+
+    deepspeed_internals.name_accelerator()
+    for section, model in deepspeed_internals.section_models().items():
         where = f"{config.deepspeed_config}: {section}"
         try:
             model(**sections.get(section, {}))

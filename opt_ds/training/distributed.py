@@ -121,22 +121,6 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _load_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon optimiser without compiling it. The engine imports it whatever the optimiser.
-
-    Otherwise each rank would load torch's compiler at its first step for an optimiser that no run uses, which takes two
-    seconds of one core.
-    """
-    from deepspeed.runtime import compiler
-
-    compiled = compiler.compile
-    compiler.compile = lambda *_, **__: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = compiled
-
-
 class ProcessGroup:
     """The joined ranks: this rank's device, and a gloo group on the host for small collectives."""
 
@@ -147,23 +131,19 @@ class ProcessGroup:
         """
         import torch
 
+        from opt_ds.training import deepspeed_internals
+
         self.ranks = ranks
         self.device = _own_device(ranks)
-        # Otherwise DeepSpeed guesses, with a warning on a CPU.
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
-
+        deepspeed_internals.name_accelerator(self.device.type)
         # DeepSpeed 0.19 calls collectives by names that newer versions of torch deprecate. The warning would appear at
         # every step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
         import deepspeed
-        from deepspeed.ops import __compatible_ops__
 
         _set_threads(ranks)
-        # Otherwise DeepSpeed compiles its shared-memory collectives at first use, which takes half a minute and is not
-        # needed.
-        __compatible_ops__["deepspeed_shm_comm"] = False
-        _load_muon_uncompiled()
+        deepspeed_internals.load_without_compiling()
         self._timeout = timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
@@ -273,6 +253,20 @@ class ProcessGroup:
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class SingleProcess:
+    """The only rank of a run without a process group, with those methods of `ProcessGroup` that such a run needs."""
+
+    ranks = Ranks()
+
+    def max(self, value: int) -> int:
+        """Return the value."""
+        return value
+
+    def from_main(self, value: Any) -> Any:
+        """Return the value."""
+        return value
 
 
 class _Running:

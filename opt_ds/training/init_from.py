@@ -27,7 +27,7 @@ from opt_ds.training import checkpoint, run_folder
 from opt_ds.training.checkpoint_files import check_file, pointed
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed import DeepSpeedEngine
 
     from opt_ds.model.opt import OPT
 
@@ -301,14 +301,14 @@ def load_moments(engine: "DeepSpeedEngine", carried: Carried) -> None:
     Freshly initialised parameters keep moments of 0.
     """
     # Imported here because it loads DeepSpeed, which the checks before the run do not need.
-    from opt_ds.training import optimizer_state
+    from opt_ds.training import deepspeed_internals, optimizer_state
 
     file = check_file(Path(carried.init.checkpoint), checkpoint.MOMENTS_FILE)
     held, taken = tensor_shapes(file, "use another checkpoint of the run"), set(carried.taken)
     missing = [f"{name}.{key}" for name in carried.taken for key in optimizer_state.MOMENTS if f"{name}.{key}" not in held]
     if missing:
         raise UserError(f"{file}: no {missing[0]}: omit --init-moments, or use another checkpoint of the run")
-    full = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+    full = {name: deepspeed_internals.full_shape(p) for name, p in engine.module.named_parameters()}
     with safe_open(file, "pt") as moments:
 
         def read(name: str, key: str) -> torch.Tensor:

@@ -30,11 +30,11 @@ from opt_ds.version import PACKAGE_FOLDER, __version__
 
 _LOG = logging.getLogger(__name__)
 RUN_FILE, CONFIG_FILE, LOCK_FILE = "run.json", "config.yaml", ".lock"
-#: Checkpoint file of a dVAE's run.
-DVAE_CHECKPOINT_FILE = "checkpoint.pt"
+#: The only checkpoint of a dVAE's run in the former format.
+OLD_DVAE_CHECKPOINT = "checkpoint.pt"
 #: Files that training replaces atomically, by folder.
 _WRITTEN = {
-    "": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE, DVAE_CHECKPOINT_FILE),
+    "": (RUN_FILE, CONFIG_FILE, VALIDATION_FILE, OLD_DVAE_CHECKPOINT),
     "checkpoints": ("latest", "best"),
     "guard": ("step-*",),
 }
@@ -109,6 +109,19 @@ def read_record(output: Path, kind: str) -> dict[str, Any] | None:
     if found != kind:
         raise UserError(f"{output} holds a run of the {found}, not of the {kind}: use another --output")
     return record
+
+
+def refuse_dvae(path: Path) -> None:
+    """Raise UserError if `path`, where a run of the model is expected, holds a run of the dVAE."""
+    try:
+        record = _upgraded(json.loads((path / RUN_FILE).read_text(encoding="utf-8")))
+        is_dvae = record.get("kind") == DVAE
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # no run, or a damaged file, which is reported by those who read it
+    if is_dvae:
+        raise UserError(
+            f"{path}: a run of the dVAE, whose figures are in its result.json and metrics.jsonl: name a run of the model"
+        )
 
 
 def _upgraded(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed import DeepSpeedEngine
 from torch import nn
 
 from opt_ds.config import Config
@@ -18,7 +18,7 @@ from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.planned import PlannedStep
 from opt_ds.ops import backend
 from opt_ds.tasks.base import total_loss
-from opt_ds.training import guard, optimizer_state
+from opt_ds.training import deepspeed_internals, guard
 from opt_ds.training.distributed import ProcessGroup
 from opt_ds.training.guard import Guard
 from opt_ds.training.host_memory import MemoryKeeper
@@ -81,7 +81,7 @@ class Stepper:
         if verdict == "spike":
             _LOG.warning(f"step {planned.step}: loss {global_loss:.4g} is a spike, {z:.1f} deviations above its mean")
         if verdict == "not finite" or (verdict == "spike" and self.config.guard.skip_spikes):
-            optimizer_state.discard_gradients(self.engine)
+            deepspeed_internals.discard_gradients(self.engine)
             self._account_for_skip(planned, [sums.non_finite(vector) for vector in vectors], verdict)
             return StepResult(None, math.nan)
         return self._update(planned, sums)
@@ -91,7 +91,7 @@ class Stepper:
 
         Skip the update if the gradient is not finite; in fp16 its loss scale is then reduced.
         """
-        scale, least = optimizer_state.loss_scale(self.engine), optimizer_state.least_loss_scale(self.engine)
+        scale, least = deepspeed_internals.loss_scale(self.engine), deepspeed_internals.least_loss_scale(self.engine)
         if self.config.zero.stage == 0:  # there DeepSpeed neither reports a norm nor checks it
             weights = [p for p in self.engine.module.parameters() if p.grad is not None]
             total_norm = nn.utils.get_total_norm([p.grad for p in weights])
@@ -99,12 +99,12 @@ class Stepper:
             if math.isfinite(norm):
                 if self.config.optimizer.clip_norm:
                     nn.utils.clip_grads_with_norm_(weights, self.config.optimizer.clip_norm, total_norm)
-                taken = optimizer_state.take_step(self.engine)
+                taken = deepspeed_internals.take_step(self.engine)
             else:
-                optimizer_state.discard_gradients(self.engine)
+                deepspeed_internals.discard_gradients(self.engine)
                 taken = False
         else:
-            taken = optimizer_state.take_step(self.engine)
+            taken = deepspeed_internals.take_step(self.engine)
             norm = float(self.engine.get_global_grad_norm())
         if taken:
             verdict, z = self.guard.judge_gradient_norm(norm)
@@ -127,7 +127,7 @@ class Stepper:
             every = self.group.gather(self.loader.sample_names(planned))
             path = guard.dump_sample_names(self.output, planned.step, every, write=self.group.ranks.is_main)
             what = "the loss" if verdict == "spike" else "the gradient"
-        scale = optimizer_state.loss_scale(self.engine)
+        scale = deepspeed_internals.loss_scale(self.engine)
         at_scale = f" at loss scale {scale:g}" if scale != 1 else ""
         options, number = self.config.guard, len(self.guard.state.skipped)
         text = f"step {planned.step}: {what} is {'a spike' if verdict == 'spike' else 'not finite'}{at_scale}, see {path}"
@@ -175,5 +175,5 @@ class Stepper:
 
     def _set_lr(self, step: int) -> None:
         lr = self.config.optimizer.lr * self.config.schedule.lr_factor(step)
-        for parameters in self.engine.basic_optimizer.param_groups:
+        for parameters in deepspeed_internals.base_optimizer(self.engine).param_groups:
             parameters["lr"] = lr

@@ -1,4 +1,4 @@
-"""The training loop: one optimiser step after the other, and what happens between steps.
+"""Training of the model: one optimiser step after the other, and what happens between steps.
 
 An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
 """
@@ -6,7 +6,8 @@ An optimiser step is a function of (weights, moments, loss scale, seed, step) al
 import logging
 import math
 import os
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from opt_ds.model.initial import initial_model
 from opt_ds.ops import backend
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
-from opt_ds.training import checkpoint, gradients, init_from, optimizer_state, run_folder
+from opt_ds.training import checkpoint, deepspeed_internals, init_from, optimizer_state, run_folder
 from opt_ds.training.callbacks import Callbacks
 from opt_ds.training.checkpoint import TrainState
-from opt_ds.training.checkpoint_writer import CheckpointWriter, check_space
+from opt_ds.training.checkpoint_writer import CheckpointWriter, Contents, check_space
 from opt_ds.training.deepspeed_config import Hardware, Precision, deepspeed_settings
 from opt_ds.training.distributed import ProcessGroup
 from opt_ds.training.guard import Guard, TrainingError, differing_parameter
@@ -39,7 +40,8 @@ from opt_ds.training.host_memory import (
     peak_memory_gib,
     spare_loaded_objects,
 )
-from opt_ds.training.metrics import VALIDATION_FILE, Reporter, settings_table, validation_table
+from opt_ds.training.loop import Intervals, TrainingLoop
+from opt_ds.training.metrics import VALIDATION_FILE, settings_table, validation_table
 from opt_ds.training.node_folder import share_plans
 from opt_ds.training.profile import StepProfiler
 from opt_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -49,12 +51,14 @@ from opt_ds.training.time_limit import TimeLimit
 from opt_ds.training.validation import validation_losses
 
 _LOG = logging.getLogger(__name__)
-_STOP, _WRITE_FAILED = 1, 2  # what a rank can request of all ranks at the end of a step
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Trainer:
+class Trainer(TrainingLoop):
     """Trains one model on the ranks of `group`, from the checkpoint `resume_from` or from the beginning."""
+
+    group: ProcessGroup
+    state: TrainState
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class Trainer:
         callbacks: Callbacks | None = None,
     ) -> None:
         self.config, self.stores, self.output, self.group, self.precision = config, stores, output, group, precision
-        self.ranks, self.stop, self.callbacks = group.ranks, stop, callbacks or Callbacks()
+        self.ranks, self.callbacks = group.ranks, callbacks or Callbacks()
         self.freed_memory = keep_freed_memory(group.device.type)
         self.primitives_kept = keep_few_primitives(group.device.type, precision)
         saved = checkpoint.read_state(resume_from) if resume_from else {}
@@ -83,17 +87,16 @@ class Trainer:
         self.loader = MicroBatchLoader(self.plan, self.ranks.rank, self.ranks.world_size, group.device, shared)
         backend.choose(config.ops.backend, group.device)
 
-        self.state = checkpoint.train_state(saved) if saved else TrainState()
-        first_step = self.plan.step(self.state.step, self.ranks.world_size)
+        state = checkpoint.train_state(saved) if saved else TrainState()
+        first_step = self.plan.step(state.step, self.ranks.world_size)
         settings = deepspeed_settings(config, precision, len(first_step.micro_batches[0]))
         # Parameters taken from the --init-from run, in the first launch only.
         self.carried: init_from.Carried | None = None
         self.adam_steps_before = config.init.adam_steps if config.init else 0
         self.engine = self._build_engine(settings, resume_from)
         group.bound_all_collectives()
-        self.report = Reporter(output, self.state.step, config.max_steps, self.ranks.is_main)
         self.profiler = StepProfiler(config.profile, output, self.ranks.rank)
-        self.peak = peak_flops(hardware, precision)
+        self.meter = ThroughputMeter(config, self.loader, peak_flops(hardware, precision))
         about = {
             "plan_version": self.plan.version,
             "config": config.model_dump(mode="json"),
@@ -103,11 +106,13 @@ class Trainer:
             "zero_stage": config.zero.stage,
             "world_size": self.ranks.world_size,
         }
-        self.writer = CheckpointWriter(output, group, config.checkpoint.keep, about)
+        super().__init__(
+            output, group, state, Intervals(config.max_steps, config.train.log_every, config.checkpoint.every_steps), stop,
+            TimeLimit(config.train), CheckpointWriter(output, group, config.checkpoint.keep, about), bool(resume_from),
+        )  # fmt: skip
         self.stepper = Stepper(
-            config, self.engine, group, self.loader, Guard(config.guard, self.state.guard), MemoryKeeper(stores), output
+            config, self.engine, group, self.loader, Guard(config.guard, state.guard), MemoryKeeper(stores), output
         )
-        self._saved_step = self.state.step if resume_from else -1
         self._describe(hardware, settings, first_step, resume_from)
 
     # ---- training loop
@@ -120,8 +125,11 @@ class Trainer:
         Raise TrainingError if training cannot continue, and CheckpointError if a checkpoint cannot be written.
         """
         try:
-            stopped = self._run()
-            self.writer.wait()
+            stopped = self.run()
+            if self.state.stopped_early:
+                _LOG.info(
+                    f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
+                )
             if stopped:
                 _LOG.info(
                     f"{stopped}: saved after step {self.state.step}; start again with the same --output to go on"
@@ -140,40 +148,29 @@ class Trainer:
         finally:
             self.close()
 
-    def _run(self) -> str:
-        """Run the steps. Return the reason for a stop before the end, after saving, or '' if the run is finished."""
-        window, time_limit = ThroughputMeter(self.config, self.loader, self.peak), TimeLimit(self.config.train)
-        if time_limit.source:
-            _LOG.log(logging.WARNING if time_limit.is_short() else logging.INFO, time_limit.describe())
+    def take_steps(self) -> Iterator[None]:
+        """Take the remaining steps. Yield after each one."""
         self.engine.train()
+        self.meter.restart()
         for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
-            window.add(planned, self.stepper.take(planned, micro_batches))
-            self.state.step += 1
-            self.profiler.step_done(self.state.step)
-            status = self._log(window) if self.is_due(self.config.train.log_every) else None
-            self.report.advance(status)
-            with window.paused():
-                self._compare_ranks()
-                if self.is_due(self.config.train.validate_every):
-                    self.validate()
-                self.callbacks.after_step(self)
-                if self.is_due(self.config.checkpoint.every_steps) or self.state.stopped_early:
-                    self.save()
-            if self.state.stopped_early:
-                _LOG.info(
-                    f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
-                )
-                break
-            out_of_time, done = time_limit.is_near(), self.state.step == self.config.max_steps
-            reason = self.stop.reason()
-            asks_to_stop = not done and (reason or out_of_time)
-            request = self.group.max(_WRITE_FAILED if self.writer.has_failed else _STOP if asks_to_stop else 0)
-            if request == _WRITE_FAILED:
-                self.writer.wait()  # raises
-            if request == _STOP:
-                self.save()
-                return reason or ("time limit" if out_of_time else "a signal to another rank")
-        return ""
+            self.meter.add(planned, self.stepper.take(planned, micro_batches))
+            self.profiler.step_done(self.state.step + 1)
+            yield
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context for work that does not count as training time."""
+        return self.meter.paused()
+
+    def after_step(self) -> None:
+        """Compare the ranks, validate and call the callbacks, if they are due."""
+        self._compare_ranks()
+        if self.is_due(self.config.train.validate_every):
+            self.validate()
+        self.callbacks.after_step(self)
+
+    def ends_early(self) -> bool:
+        """Return whether early stopping has ended the run."""
+        return self.state.stopped_early
 
     def _compare_ranks(self) -> None:
         every = self.config.guard.compare_ranks_every
@@ -186,29 +183,23 @@ class Trainer:
                 f"from a checkpoint at least {every} steps back (remove the newer ones)"
             )
 
-    def is_due(self, every: int) -> bool:
-        """Return whether an action that runs every `every` steps is due after this step.
-
-        It is also due after the last step.
-        """
-        return self.state.step % every == 0 or self.state.step == self.config.max_steps
-
     # ---- between steps
 
-    def _log(self, window: ThroughputMeter) -> dict[str, str]:
+    def log(self) -> dict[str, str]:
         """Report losses, rates and times since the last report. Return the status for the progress bar."""
-        means = window.sums.means(self.group.sum(window.sums.vector()))
+        meter = self.meter
+        means = meter.sums.means(self.group.sum(meter.sums.vector()))
         losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
         total = self._weighted(losses)
         lr = self.config.optimizer.lr * self.config.schedule.lr_factor(self.state.step - 1)
-        rates = window.rates()
-        self.state.train_seconds += window.seconds()
+        rates = meter.rates()
+        self.state.train_seconds += meter.seconds()
         values = {
             **({"train/loss": total} if losses else {}),  # no loss if every step of the interval was skipped
             **{f"train/{loss}/{name}": value for (loss, name), value in means.items()},
             "optimizer/lr": lr,
-            "optimizer/gradient_norm": window.gradient_norm(),
-            "optimizer/loss_scale": optimizer_state.loss_scale(self.engine),
+            "optimizer/gradient_norm": meter.gradient_norm(),
+            "optimizer/loss_scale": deepspeed_internals.loss_scale(self.engine),
             "optimizer/skipped_steps": float(
                 self.state.step + self.adam_steps_before - optimizer_state.adam_steps(self.engine)
             ),
@@ -220,7 +211,7 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(self.group.device),
         }
         self.report.scalars(self.state.step, values, "train")
-        window.restart()
+        meter.restart()
         return {"loss": f"{total:.3f}" if losses else "–", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
 
     def validate(self) -> float:
@@ -246,15 +237,15 @@ class Trainer:
         self.callbacks.after_validation(self)
         return found.weighted
 
-    def save(self) -> Path:
-        """Start writing the checkpoint of this step, once per step.
+    def contents(self) -> Contents:
+        """Return what a checkpoint of this step holds."""
+        self.state.adam_steps = optimizer_state.adam_steps(self.engine)
+        self.state.scaler = deepspeed_internals.scaler_state(self.engine)
+        return Contents(asdict(self.state), self.engine.module, optimizer_state.gather(self.engine))
 
-        Point "best" at it if it is the best. Return its folder.
-        """
-        if self._saved_step != self.state.step:
-            self.writer.save(self.engine, self.state, best=self.state.best_step == self.state.step)
-            self._saved_step = self.state.step
-        return self.output / checkpoint.FOLDER / checkpoint.folder_name(self.state.step)
+    def is_best(self) -> bool:
+        """Return whether the validation of this step is the best one so far."""
+        return self.state.best_step == self.state.step
 
     def _note_validation(self, total: float) -> None:
         """Compare a validation with the best one so far.
@@ -278,9 +269,8 @@ class Trainer:
         self.loader.close()
         if self._node_folder is not None:
             self._node_folder.close()
-        self.writer.close()
         self.profiler.close()
-        self.report.close()
+        super().close()
 
     # ---- construction
 
@@ -292,8 +282,8 @@ class Trainer:
             checkpoint.load_start(model, self.config)
         elif self.config.init:
             self.carried = init_from.load_weights(model, self.config.init)
-        if self.ranks.is_main:
-            check_space(self.output, sum(p.numel() for p in model.parameters()))
+        num_parameters = sum(p.numel() for p in model.parameters())
+        self.group.main_does(lambda: check_space(self.output, num_parameters))
         # DeepSpeed copies its fp32 master weights from the half-precision weights. These copies keep the unrounded
         # values.
         exact = (
@@ -307,7 +297,7 @@ class Trainer:
         spare_loaded_objects()
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
-        gradients.use_few_kernels(engine)
+        deepspeed_internals.use_few_kernels(engine)
         if resume_from:
             checkpoint.load_optimizer(engine, resume_from)
         else:
@@ -322,8 +312,8 @@ class Trainer:
         self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
     ) -> None:
         """Log and record every choice that was made for this launch."""
-        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
-        launch = {
+        numel = sum(deepspeed_internals.full_numel(p) for p in self.engine.module.parameters())
+        launch: dict[str, Any] = {
             "device": hardware.name,
             "ranks": f"{self.ranks.world_size} ({self.ranks.launcher})",
             "threads": torch.get_num_threads(),

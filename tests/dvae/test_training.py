@@ -4,20 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import opt_ds.dvae.training as program
+import opt_ds.dvae.trainer as program
 from opt_ds.dvae.codes import CodeExtractor, codebook_use, reconstruction_quality, split_image_rows
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE, psnr_db
-from opt_ds.dvae.training import Training, train_dvae
-from opt_ds.errors import RunError, UserError
+from opt_ds.dvae.trainer import DVAERun, DVAETrainer
+from opt_ds.dvae.training import train_dvae
+from opt_ds.errors import RunError, TrainingStoppedError, UserError
 from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.store.files import atomic_file
 from opt_ds.store.synthetic import write_synthetic_store
-from opt_ds.training import run_folder
+from opt_ds.training import checkpoint, run_folder
 
 NUM_SAMPLES = 24
 
@@ -72,41 +75,137 @@ def test_training_lowers_the_loss_of_relaxed_and_of_argmax_codes(store: Path, tm
     assert result["reconstruction"]["train"]["psnr_db"] > result["kmeans_start_psnr_db"] + 0.02
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store and a run on it that was never interrupted."""
+    folder = tmp_path_factory.mktemp("complete")
+    write_synthetic_store(folder / "store", NUM_SAMPLES, num_codes_vocab=None, samples_per_shard=10, missing=0.2)
+    torch.set_num_threads(1)
+    train(folder / "store", folder / "run")
+    return folder / "store", folder / "run"
+
+
 @pytest.mark.parametrize("cut", [3, 9])  # with relaxed codes; with the decoder alone
 def test_a_run_that_was_cut_off_resumes_bit_equal(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    train(store, tmp_path / "whole")
-    real_step = Training.train_step
+    store, whole = complete
     _train_until(cut, store, tmp_path / "cut", monkeypatch)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    started: list[int] = []
-    monkeypatch.setattr(Training, "train_step", lambda self: (started.append(self.step), real_step(self))[1])
+    started = _noted_steps(monkeypatch)
     train(store, tmp_path / "cut", checkpoint_every=cut)
     assert started[0] == cut
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == weights(whole)
     assert weights(tmp_path / "cut") != _weights_of_other_seed(store, tmp_path)
+    assert not (tmp_path / "cut" / "checkpoints").exists(), "they are needed until the run is complete"
+
+
+@pytest.mark.parametrize("cut", [3, 9])
+def test_a_checkpoint_in_the_former_format_resumes_bit_equal(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    store, whole = complete
+    with monkeypatch.context() as patch:
+        patch.setattr(DVAETrainer, "save", _save_in_former_format)
+        _train_until(cut, store, tmp_path / "cut", monkeypatch)
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint*")) == ["checkpoint.pt"]
+    started = _noted_steps(monkeypatch)
+    train(store, tmp_path / "cut")
+    assert started[0] == cut and weights(tmp_path / "cut") == weights(whole)
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+
+
+def test_a_damaged_checkpoint_in_the_former_format_is_one_line(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(DVAETrainer, "save", _save_in_former_format)
+        _train_until(3, complete[0], tmp_path / "cut", monkeypatch)
+    file = tmp_path / "cut" / "checkpoint.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (bytes(content), bytes(content[:100]), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"checkpoint\.pt: damaged checkpoint: remove it to start the run again"):
+            train(complete[0], tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    store, whole = complete
+    output = tmp_path / "run"
+    _train_until(9, store, output, monkeypatch, checkpoint_every=3)
+    found = [folder.name for folder in checkpoint.all_checkpoints(output)]
+    assert found == ["step-00000009", "step-00000006"], "the last two are kept"
+    (output / "checkpoints" / found[0] / "moments.safetensors").write_bytes(b"")
+    started = _noted_steps(monkeypatch)
+    train(store, output)
+    assert started[0] == 6 and weights(output) == weights(whole)
+    assert any("step-00000009 is not usable: moments.safetensors is cut off" in line for line in logged)
+    launches = json.loads((output / "run.json").read_text())["launches"]
+    assert [launch["resumed_from"] for launch in launches] == [None, "step-00000006"]
+
+
+def test_only_damaged_checkpoints_are_an_error_and_those_of_a_model_too(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    _train_until(3, complete[0], output, monkeypatch)
+    with pytest.raises(UserError, match=r"a checkpoint of the dVAE, not of the model: name a run of the model"):
+        checkpoint.load_model(output / "checkpoints" / "step-00000003")
+    (output / "checkpoints" / "step-00000003" / "state.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is usable .*state\.json is missing"):
+        train(complete[0], output)
+
+
+def test_a_run_stops_before_the_time_limit_and_is_saved(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_JOB_END_TIME", str(time.time() + 60))  # less than is kept for saving
+        with pytest.raises(TrainingStoppedError, match="time limit: saved after step 1"):
+            train(complete[0], tmp_path / "run")
+    started = _noted_steps(monkeypatch)
+    train(complete[0], tmp_path / "run")
+    assert started[0] == 1 and weights(tmp_path / "run") == weights(complete[1])
+
+
+def test_too_few_patches_leave_the_output_for_the_setting_that_mends_it(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"distinct patches cannot fill a codebook of 4096: --set codebook_size=\d+"):
+        train(store, tmp_path / "run", settings=("codebook_size=4096", "kmeans_patches=4096"))
+    train(store, tmp_path / "run")
+
+
+def test_training_needs_no_deepspeed(complete: tuple[Path, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "from pathlib import Path; from opt_ds.dvae.training import train_dvae\n"
+        f"train_dvae(Path({str(complete[0])!r}), Path({str(tmp_path / 'run')!r}), preset='dvae-tiny', device='cpu', steps=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "run" / "result.json").is_file(), done.stderr
 
 
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
 ) -> None:
-    real_step = Training.train_step
+    real_step = DVAETrainer.train_step
 
-    def step(self: Training):
+    def step(self: DVAETrainer):
         losses, settings = real_step(self)
-        if self.step >= 4 and spoilt == "loss":
+        if self.state.step >= 4 and spoilt == "loss":
             losses = losses._replace(loss=losses.loss * float("nan"))
-        elif self.step >= 4:
+        elif self.state.step >= 4:
             self.gradient_norm = self.gradient_norm * float("inf")
         return losses, settings
 
-    monkeypatch.setattr(Training, "train_step", step)
+    monkeypatch.setattr(DVAETrainer, "train_step", step)
     for _ in range(2):  # given again, too
         with pytest.raises(RunError, match=r"at step 6: train again with a lower --set learning_rate=.* another --output"):
             train(store, tmp_path / "run", checkpoint_every=3)
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert [folder.name for folder in checkpoint.all_checkpoints(tmp_path / "run")] == ["step-00000003"]
 
 
 def test_a_run_folder_written_before_it_recorded_launches_resumes(
@@ -146,27 +245,64 @@ def test_a_run_folder_is_one_run_s_with_launches_and_metrics(
     assert "dvae/psnr_db_train" in lines[-1]
 
 
-def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(store: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(complete: tuple[Path, Path], tmp_path: Path) -> None:
+    from opt_ds.serving.export import export
+    from opt_ds.serving.report import write_report
+    from opt_ds.training.init_from import find_start
+
+    store, dvae = complete
     (tmp_path / "run.json").write_text('{"identity": {}, "launches": []}')
     with pytest.raises(UserError, match="holds a run of the model, not of the dVAE: use another --output"):
         train(store, tmp_path)
-    train(store, tmp_path / "dvae")
     with pytest.raises(UserError, match="holds a run of the dVAE, not of the model: use another --output"):
-        run_folder.read_record(tmp_path / "dvae", run_folder.MODEL)
+        run_folder.read_record(dvae, run_folder.MODEL)
+    for use in (
+        lambda: checkpoint.load_model(dvae),
+        lambda: write_report(dvae, tmp_path / "report.html"),
+        lambda: export(dvae, tmp_path / "exported"),
+        lambda: find_start(dvae, False, tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match=r"a run of the dVAE, .*result\.json .*: name a run of the model") as caught:
+            use()
+        assert str(dvae) in str(caught.value)
 
 
-def _train_until(step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _train_until(
+    step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int | None = None
+) -> None:
     """Train until one step past the checkpoint of `step`, as a process that is killed then."""
-    real_step = Training.train_step
+    real_step = DVAETrainer.train_step
 
-    def dying_step(self: Training):
-        if self.step == step + 1:
+    def dying_step(self: DVAETrainer):
+        if self.state.step == step + 1:
             raise KeyboardInterrupt
         return real_step(self)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "train_step", dying_step)
-        train(store, output, checkpoint_every=step)
+        patch.setattr(DVAETrainer, "train_step", dying_step)
+        train(store, output, checkpoint_every=checkpoint_every or step)
+
+
+def _noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are taken from now on."""
+    started: list[int] = []
+    real_step = DVAETrainer.train_step
+    monkeypatch.setattr(DVAETrainer, "train_step", lambda self: (started.append(self.state.step), real_step(self))[1])
+    return started
+
+
+def _save_in_former_format(self: DVAETrainer) -> None:
+    """Write a checkpoint as versions before the shared format did."""
+    state = {
+        "step": self.state.step,
+        "seconds": self.state.seconds,
+        "cpu_seconds": self.state.cpu_seconds,
+        "start_psnr_db": self.state.start_psnr_db,
+        "dvae": self.dvae.state_dict(),
+        "optimizer": self.optimizer.state_dict(),
+    }
+    with atomic_file(self.output / "checkpoint.pt") as temporary:
+        torch.save(state, temporary)
 
 
 def _weights_of_other_seed(store: Path, tmp_path: Path) -> bytes:
@@ -178,7 +314,7 @@ def test_a_complete_run_only_writes_missing_codes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     result = train(store, tmp_path / "run")
-    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(DVAETrainer, "run", lambda self: pytest.fail("trained again"))
     assert train(store, tmp_path / "run", write_codes=True) == result
     assert any("is complete" in line for line in logged)
     fingerprint = FeatureStore(store).fingerprint
@@ -193,8 +329,8 @@ def test_a_complete_run_only_writes_missing_codes(
 def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
     rows = split_image_rows(FeatureStore(store), "train")
     hardware = program.Hardware("cpu", "fp32", 1)
-    run = Training(FeatureStore(store), rows, DVAE_PRESETS["dvae-tiny"], 5, hardware, tmp_path, "train", 1)
-    drawn = np.concatenate([run.batch_index(step) for step in range(len(rows))])
+    run = DVAERun(FeatureStore(store), rows, "train", DVAE_PRESETS["dvae-tiny"], 5, hardware, tmp_path, 1, {})
+    drawn = np.concatenate([program.batch_index(run, step) for step in range(len(rows))])
     epochs = drawn[: 4 * len(rows)].reshape(4, len(rows))
     assert all((np.sort(epoch) == np.arange(len(rows))).all() for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4

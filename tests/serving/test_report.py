@@ -79,6 +79,9 @@ def test_what_is_no_run_is_refused(evaluated: Path, tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "page.html")
     with pytest.raises(UserError, match=r"--ablation .*: no ablation\.json"):
         write_report(evaluated, tmp_path / "page.html", tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config\.yaml there: restore it, or name another run"):
+        write_report(tmp_path, tmp_path / "page.html")
     broken = tmp_path / "broken"
     shutil.copytree(evaluated, broken)
     (broken / "captioning.json").write_text("{")

@@ -13,7 +13,7 @@ from opt_ds.data.plan import StepPlan
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import total_loss
-from opt_ds.training import gradients, optimizer_state
+from opt_ds.training import deepspeed_internals
 from opt_ds.training.deepspeed_config import deepspeed_settings
 from tests.training.runs import tiny_config
 
@@ -48,7 +48,7 @@ def _gradient(config: Config, settings: dict[str, Any], num_micro_batches: int) 
             parameter.copy_(parameter.half())
     adam = torch.optim.AdamW(model.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
-    gradients.use_few_kernels(engine)
+    deepspeed_internals.use_few_kernels(engine)
     engine.train()
     for k, micro_batch in enumerate(planned.micro_batches[0]):
         engine.set_gradient_accumulation_boundary(k == num_micro_batches - 1)
@@ -56,7 +56,7 @@ def _gradient(config: Config, settings: dict[str, Any], num_micro_batches: int) 
         engine.backward(total_loss(terms, planned.counts, config.tasks, 1), scale_wrt_gas=False)
     loader.close()
     scaled = torch.cat([safe_get_full_grad(parameter).flatten() for parameter in engine.module.parameters()])
-    return scaled / optimizer_state.loss_scale(engine)
+    return scaled / deepspeed_internals.loss_scale(engine)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

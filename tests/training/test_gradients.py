@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opt_ds.model.opt import OPT
-from opt_ds.training import checkpoint, gradients
+from opt_ds.training import checkpoint, deepspeed_internals, gradients
 from opt_ds.training.deepspeed_config import Precision
 from opt_ds.training.trainer import parameter_groups
 from tests.training.runs import tiny_config, train
@@ -43,7 +43,7 @@ def test_a_run_has_deepspeeds_own_weights(
     if stage == 1:
         num_parameters = len(list(OPT(config.model, config.tasks).parameters()))
         assert 1 < max(together) < num_parameters, "several chunks, of several parameters"
-    monkeypatch.setattr(gradients, "use_few_kernels", lambda engine: None)
+    monkeypatch.setattr(deepspeed_internals, "use_few_kernels", lambda engine: None)
     their_steps, theirs = states("theirs")
     assert 0 < steps == their_steps and (steps < 10) == (precision == "fp16")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -53,10 +53,10 @@ def test_a_run_has_deepspeeds_own_weights(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_bad_element_is_an_overflow(bad: float, dtype: torch.dtype) -> None:
     found = {0: [torch.full((300,), 6e4, dtype=dtype), torch.zeros(0, dtype=dtype)], 1: [torch.ones(5, dtype=dtype)]}
-    assert not gradients._any_not_finite(found)
+    assert not gradients.any_not_finite(found)
     found[1][0][3] = bad
-    assert gradients._any_not_finite(found)
-    assert not gradients._any_not_finite({})
+    assert gradients.any_not_finite(found)
+    assert not gradients.any_not_finite({})
 
 
 def test_weights_of_odd_size_do_not_unalign_others(store: Path) -> None:
