@@ -7,6 +7,7 @@ Each experiment is in `opt_ds/evaluation/experiments/<name>.py`, which is import
 import atexit
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(ABC):
     """What is evaluated, on what, and where the figures go."""
 
     checkpoint: Annotated[
@@ -40,9 +41,9 @@ class Target:
     store: Annotated[Path, typer.Option(help="The feature store.")]
     output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
 
+    @abstractmethod
     def splits(self, store: "FeatureStore") -> list[str]:
         """Return the splits to measure on."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

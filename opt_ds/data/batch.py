@@ -71,7 +71,9 @@ class Packer:
 
     def pack(self, samples: list[Sample]) -> PackedBatch:
         """Return one micro-batch of the samples, in their order."""
-        layout = Layout(samples, self._modalities, self.cls_id, self.sep_id)
+        num_rows = [[unit.num_rows(sample.items.get(unit.number)) for unit in self._modalities] for sample in samples]
+        lengths = np.array(num_rows, np.int64).reshape(-1, len(self._modalities))
+        layout = Layout(lengths, self.cls_id, self.sep_id)
         parts = {task.name: part for task in self._tasks if (part := task.collate(samples, layout)) is not None}
         return PackedBatch(
             inputs=self._inputs(samples, layout),

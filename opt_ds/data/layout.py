@@ -9,24 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from opt_ds.data.modality import Modality
-from opt_ds.data.sample import Sample
-
 
 class Layout:
     """Positions of each sample's rows in the packed order, and the special tokens."""
 
-    def __init__(self, samples: Sequence[Sample], modalities: Sequence[Modality], cls_id: int, sep_id: int) -> None:
+    def __init__(self, lengths: np.ndarray, cls_id: int, sep_id: int) -> None:
+        """Lay out S samples with these numbers of rows, int64 [S, modalities]."""
         self.cls_id, self.sep_id = cls_id, sep_id
-        count = len(modalities)
-        self.lengths = np.array(
-            [[modality.num_rows(sample.items.get(modality.number)) for modality in modalities] for sample in samples],
-            dtype=np.int64,
-        ).reshape(-1, count)  # [S, modalities]
+        self.lengths = lengths
+        num_samples, count = lengths.shape
         self.starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1))])
         self.total = int(self.starts[-1])
         self.first = self.starts[:-1, None] + np.concatenate(
-            [np.zeros((len(samples), 1), np.int64), np.cumsum(self.lengths[:, :-1], axis=1)], axis=1
+            [np.zeros((num_samples, 1), np.int64), np.cumsum(self.lengths[:, :-1], axis=1)], axis=1
         )  # [S, modalities], first packed position of each modality
         self.row_start = np.concatenate(
             [np.zeros((1, count), np.int64), np.cumsum(self.lengths, axis=0)]

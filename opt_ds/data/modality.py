@@ -10,21 +10,19 @@ Legend: n items of a sample, t packed rows, e width, v feature width.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from opt_ds.config import DataConfig, ModelConfig, Section
+from opt_ds.data.layout import Layout
 from opt_ds.data.lengths import ModelLengths
 from opt_ds.data.masking import masked_items, num_masked
 from opt_ds.ops.movable import Movable
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import Dims, StoreDescription
-
-if TYPE_CHECKING:
-    from opt_ds.data.layout import Layout
 
 
 @dataclass
@@ -153,7 +151,7 @@ class Modality(ABC, Generic[AnyItems, AnyBatch]):
         return 0 if items is None else len(items)
 
     @abstractmethod
-    def collate(self, items: Sequence[AnyItems | None], layout: "Layout") -> AnyBatch:
+    def collate(self, items: Sequence[AnyItems | None], layout: Layout) -> AnyBatch:
         """Return the rows of all samples of a batch. An entry is None if the sample lacks the modality."""
 
     # ---- the model
@@ -162,9 +160,9 @@ class Modality(ABC, Generic[AnyItems, AnyBatch]):
     def make_embedder(self) -> nn.Module:
         """Return the embedder, which `embed` calls."""
 
-    def make_standardizer(self) -> nn.Module:
-        """Return the standardisation of the features, if `standardizer` is set."""
-        raise NotImplementedError(f"{type(self).__name__} has no standardizer")
+    def make_standardizer(self) -> nn.Module | None:
+        """Return the standardisation of the features. It must be there if `standardizer` names it."""
+        return None
 
     def features(self, batch: AnyBatch) -> torch.Tensor | None:
         """Return the stored features of the rows, float16 [rows, v], or None if it has none."""

@@ -30,8 +30,8 @@ class InputEmbeddings(nn.Module):
         self.modality = nn.Embedding(len(self.modalities), config.hidden_size)
         self.dropout = Dropout(config.dropout)
         for modality in self.modalities:
-            if modality.standardizer:
-                self.add_module(modality.standardizer, modality.make_standardizer())
+            if (standardizer := modality.make_standardizer()) is not None:
+                self.add_module(modality.standardizer, standardizer)
 
     @property
     def word(self) -> WordEmbedding:

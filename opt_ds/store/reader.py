@@ -210,6 +210,11 @@ class FeatureStore:
         shard, local = self._locate(self._audio_starts, row)
         return shard.item("audio/features", "audio/offsets", local)
 
+    def features(self, modality: str, row: int) -> np.ndarray:
+        """Return the features of a row of any modality but text, float16 [items, size]."""
+        shard, local = self._locate(self._starts[modality], row)
+        return shard.item(f"{modality}/features", f"{modality}/offsets", local)
+
     def columns(self, modality: str, row: int) -> dict[str, np.ndarray]:
         """Return the columns of a row of a further modality; see `FurtherModality` for their dtypes and shapes."""
         shard, local = self._locate(self._starts[modality], row)

@@ -265,10 +265,9 @@ def reading_rate(store: "object", seconds: float = _READ_SECONDS) -> tuple[float
     rows = store.rows
     total, count, began = 0, 0, time.perf_counter()
     for sample in order:
-        text, image, audio = rows[sample]
+        text, *others = rows[sample]
         arrays = [store.text(text)] if text >= 0 else []
-        arrays += [store.region_features(image)] if image >= 0 else []
-        arrays += [store.frames(audio)] if audio >= 0 else []
+        arrays += [store.features(name, row) for name, row in zip(store.modalities[1:], others, strict=True) if row >= 0]
         total += sum(np.array(array).nbytes for array in arrays)  # copy the arrays so that the pages are really read
         count += 1
         if time.perf_counter() - began > seconds:

@@ -5,6 +5,7 @@ To add one, write `opt_ds/evaluation/experiments/<name>.py` with `EXPERIMENT`, a
 """
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Request:
         return split
 
 
-class Experiment:
+class Experiment(ABC):
     """Base class of experiments. `measure` takes the options of its row in the table as keyword arguments."""
 
     #: Ability (`opt_ds.abilities`) that a model in training must learn for `measure_in_training`; None: trained models
@@ -69,12 +70,12 @@ class Experiment:
     #: (Ability that the model must have, what it cannot do otherwise: part of the error message.)
     needs: ClassVar[tuple[tuple[str, str], ...]] = ()
 
+    @abstractmethod
     def measure(self, request: Request, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Return the figures, which are written as JSON.
 
         Raise UserError if the model or the store does not allow the experiment.
         """
-        raise NotImplementedError
 
     def measure_in_training(self, evaluator: "Evaluator", split: str, limit: int, seed: int) -> dict[str, Any]:
         """Return the figures of a model in training, with greedy decoding.
@@ -88,11 +89,11 @@ class Experiment:
         Returns:
             The figures, as plain values.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} measures trained models only")
 
+    @abstractmethod
     def table(self, figures: dict[str, Any]) -> str:
         """Return the figures as text for a terminal."""
-        raise NotImplementedError
 
     def report(self, request: Request, figures: dict[str, Any]) -> str:
         """Return the text that is printed at the end."""
