@@ -96,3 +96,4 @@ def _loaded(path: str, kind: str) -> Any:
 
 
 TASKS = Registry("task", "opt_ds.tasks")
+EXTRACTORS = Registry("extractor", "opt_ds.features")

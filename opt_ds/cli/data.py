@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from opt_ds.cli.option_groups import with_option_groups
-from opt_ds.cli.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions, Workers
+from opt_ds.cli.options import (
+    ExtractorOption,
+    FrameOptions,
+    Pixels,
+    ReadingOptions,
+    TokenizerOptions,
+    Workers,
+    parse_extractor_options,
+)
 from opt_ds.errors import UserError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -38,7 +46,11 @@ class ImageOptions:
     """The region extractor; the fields are those of `PrepareSettings`."""
 
     images: Annotated[
-        str, typer.Option(help="Region extractor: grid (cells of a classifier), faster_rcnn, or npz (files made by one).")
+        str,
+        typer.Option(
+            help="Region extractor: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name of an installed "
+            "package's, or module:Class."
+        ),
     ] = "grid"
     image_weights: Annotated[
         Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
@@ -54,7 +66,9 @@ class ImageOptions:
 class SpeechOptions:
     """The speech extractor; the fields are those of `PrepareSettings`."""
 
-    speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel"
+    speech: Annotated[
+        str, typer.Option(help="Speech extractor: logmel, wav2vec2, the name of an installed package's, or module:Class.")
+    ] = "logmel"
     speech_weights: Annotated[
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
     ] = None
@@ -115,6 +129,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="Folder of the new feature store. A stopped run resumes.")],
     image: ImageOptions,
     speech: SpeechOptions,
+    extractor_option: ExtractorOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Hugging Face folder of a WordPiece tokenizer. Default: train one.")
     ] = None,
@@ -141,6 +156,7 @@ def prepare(
         **vars(tokenizer),
         **vars(files),
         **vars(frames),
+        extractor_options=parse_extractor_options(extractor_option),
         text=text,
         samples_per_shard=shards.samples_per_shard,
         compression="gzip" if shards.compress else None,

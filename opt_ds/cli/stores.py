@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opt_ds.cli.option_groups import with_option_groups
-from opt_ds.cli.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions
+from opt_ds.cli.options import ExtractorOption, FrameOptions, Pixels, ReadingOptions, TokenizerOptions, parse_extractor_options
 from opt_ds.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -164,7 +164,14 @@ def update(
         Path | None,
         typer.Option(help="image, audio: the manifest that names the samples' files. text: new texts. Default: the store's own."),
     ] = None,
-    extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2; or the name of an installed package's, or "
+            "module:Class."
+        ),
+    ] = None,
+    extractor_option: ExtractorOption = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="The extractor's weights; codes: the dVAE's folder; text: a tokenizer's. Default: train one."),
@@ -202,13 +209,25 @@ def update(
 
     if manifest is None:
         raise UserError(f"--modality {modality}: name the manifest of the samples' files with --manifest")
+    options = parse_extractor_options(extractor_option)
+    for kind in options:
+        if kind != modality:
+            raise UserError(f'--extractor-option {kind}: this command makes features of {modality}: write {modality}.KEY=VALUE')
     if modality == "image":
         settings = PrepareSettings(
-            images=extractor or "grid", image_weights=weights, image_backbone=backbone, pixels=pixels
+            images=extractor or "grid",
+            image_weights=weights,
+            image_backbone=backbone,
+            pixels=pixels,
+            extractor_options=options,
         )
     else:
         settings = PrepareSettings(
-            speech=extractor or "logmel", speech_weights=weights, speech_layer=layer, **vars(frames)
+            speech=extractor or "logmel",
+            speech_weights=weights,
+            speech_layer=layer,
+            extractor_options=options,
+            **vars(frames),
         )
     update_modality(store, manifest, modality, settings, **vars(reading))
 

@@ -10,6 +10,7 @@ import logging
 import shutil
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from opt_ds.decoding.decoder import EnvironmentFaultError
 from opt_ds.decoding.decoder_process import FAULTS
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
+from opt_ds.features.extractors import ExtractorChoice
 from opt_ds.features.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
+from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.finish import PART_FILE, StoreMetadata, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.ingest.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.ingest.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
 from opt_ds.ingest.settings import PrepareSettings
-from opt_ds.ingest.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.ingest.workers import ShardFiles, extraction
 from opt_ds.store.files import exclusive_use, file_sha256, is_disk_full
 from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT
@@ -111,8 +114,9 @@ def _prepare(
     started: float,
 ) -> StoreDescription | None:
     _LOG.info(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
-    extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
-    identities = {name: extractor.identity() for name, extractor in extractors.items()}
+    choices = {kind: settings.extractor(kind) for kind in _FILES}
+    extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
+    identities = {kind: choice.fingerprint(extractors[kind]) for kind, choice in choices.items()}
     if settings.trim_silence:
         identities["audio"]["trim_silence"] = True  # serving must trim the audio too
     key = _preparation_key(manifest, settings, identities)
@@ -162,7 +166,7 @@ def _prepare(
     )
     writer = facts.writer(output, _staging(output))
     del extractors  # the workers build their own
-    _extract_shards(manifest, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
+    _extract_shards(manifest, choices, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
     seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(_staging(output))
     if share is None:
@@ -181,8 +185,7 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: 
             (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
         )
         text = file_sha256(file) if file else None
-    fields = {name: str(value) for name, value in settings.model_dump().items() if not name.endswith("_weights")}
-    content = [manifest.sha256, {**fields, "text": text}, identities]
+    content = [manifest.sha256, {**settings.hashed(), "text": text}, identities]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -237,6 +240,7 @@ def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> T
 
 def _extract_shards(
     manifest: Manifest,
+    choices: Mapping[str, ExtractorChoice],
     settings: PrepareSettings,
     writer: StoreWriter,
     text_extractor: TextExtractor,
@@ -254,7 +258,7 @@ def _extract_shards(
             shard.files[kind] = list(dict.fromkeys(name for name in wanted if name is not None))
     total = sum(len(files) for shard in todo for files in shard.files.values())
     with (
-        extraction(todo, manifest.folder, settings, workers, device) as results,
+        extraction(todo, manifest.folder, choices, settings, workers, device) as results,
         tqdm(total=total, unit="file", desc="features", dynamic_ncols=True) as progress,
     ):
         for shard in todo:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
+from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.manifest import Manifest, ManifestLine, read_manifest
 from opt_ds.ingest.report import ModalityNotes, refresh_report
 from opt_ds.ingest.settings import PrepareSettings
-from opt_ds.ingest.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.ingest.workers import ShardFiles, extraction
 from opt_ds.store.files import exclusive_use
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, StoreDescription
@@ -64,8 +65,9 @@ def update_modality(
         store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)
         chosen_device = choose_device(device)
-        extractor = build_extractor(kind, settings, chosen_device)
-        identity, dims = extractor.identity(), _dims(store, extractor, kind, settings)
+        choice = settings.extractor(kind)
+        extractor = choice.build(chosen_device)
+        identity, dims = choice.fingerprint(extractor), _dims(store, extractor, kind, settings)
         if settings.trim_silence:
             identity["trim_silence"] = True
         del extractor
@@ -75,7 +77,7 @@ def update_modality(
         pixels: list[bool] = []
         total = sum(len(shard.files[kind]) for shard in shards)
         with (
-            extraction(shards, manifest_path.parent, settings, workers, chosen_device) as results,
+            extraction(shards, manifest_path.parent, {kind: choice}, settings, workers, chosen_device) as results,
             tqdm(total=total, unit="file", desc=f"{kind} features", dynamic_ncols=True) as progress,
         ):
 

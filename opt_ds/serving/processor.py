@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from opt_ds.data.sample import Sample
 from opt_ds.data.samples import stack_frames
 from opt_ds.decoding.decoder import Decoder, DecodingError, EnvironmentFaultError
 from opt_ds.decoding.limits import Limits
-from opt_ds.errors import UserError
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.features.extractors import PLUGIN, choose, extractor_class, named_in
 from opt_ds.serving.inputs import AudioInput, ImageInput, check_audio, check_image, check_text
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
 _LOG = logging.getLogger(__name__)
 # Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
-_MAY_DIFFER = ("version", "package", "precision", "trim_silence")
+_MAY_DIFFER = ("version", "package", "precision", "trim_silence", PLUGIN)
 _OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
@@ -37,6 +38,7 @@ class OPTProcessor:
         config: The model's configuration.
         image_weights: Weights of an image extractor whose package does not include them.
         speech_weights: Weights of a speech extractor whose package does not include them.
+        extractor_options: Modality -> further options of its extractor that are not in its fingerprint, such as files.
         device: Device of the extractors.
     """
 
@@ -47,6 +49,7 @@ class OPTProcessor:
         *,
         image_weights: Path | None = None,
         speech_weights: Path | None = None,
+        extractor_options: Mapping[str, Mapping[str, Any]] | None = None,
         device: str = "cpu",
     ) -> None:
         from opt_ds.features.text import TextExtractor
@@ -54,6 +57,11 @@ class OPTProcessor:
         self.folder, self.config, self._device = folder, config, device
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
+        self._options = extractor_options or {}
+        for kind in self._options:
+            if kind not in self.description.extractors:
+                near = did_you_mean(kind, self.description.extractors)
+                raise UserError(f'--extractor-option {kind}: the model has no modality "{kind}"{near}: leave it out')
         self._decoder, self._limits = Decoder(), Limits()
         self._notes: list[str] | None = None  # warnings of one request; None: they are logged
         for size in ("vocab_size", "image_feature_dim", "audio_feature_dim"):
@@ -162,45 +170,37 @@ class OPTProcessor:
         return self._extractors[kind]
 
     def _build(self, kind: str, identity: dict[str, Any]) -> Any:
-        name, weights = identity["name"], self._weights[kind]
-        if kind == "image":
-            from opt_ds.features.grid import IMAGENET_MEAN, IMAGENET_STD
-            from opt_ds.features.region_extractors import build_region_extractor
-
-            backbone = str(identity.get("backbone", ""))
-            own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
-            if name == "npz":
-                raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
-            needs = name != "grid" or own_name is not None
-            self._check_given(kind, name, weights, needs)
-            sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
-            # Stores whose fingerprint lacks these values were prepared with ImageNet's.
-            normalisation = (tuple(identity.get("mean", IMAGENET_MEAN)), tuple(identity.get("std", IMAGENET_STD)))
-            extractor: Any = build_region_extractor(
-                name, weights=weights, backbone=own_name, device=self._device, normalisation=normalisation, **sides
+        given, where = named_in(identity), f"the model's {kind} extractor"
+        found = extractor_class(kind, given, where)
+        if kind in _SETTINGS and found.reads_files:
+            raise UserError(
+                f"the model reads {kind} features from files made elsewhere ({found.name}): it cannot read {kind} files itself"
             )
-        else:
-            from opt_ds.features.speech import build_speech_extractor
-
-            self._check_given(kind, name, weights, needs=name != "logmel")
-            how = {key: identity[key] for key in ("layer", "window_s", "overlap_s") if key in identity}
-            extractor = build_speech_extractor(name, weights=weights, device=self._device, **how)
-        found = extractor.identity()
-        for key in identity.keys() | found.keys():
-            if key not in _MAY_DIFFER and identity.get(key) != found.get(key):
+        options = {"weights": self._weights.get(kind), **self._options.get(kind, {})}
+        weights = options["weights"]
+        self._check_given(kind, found.name, weights, found.needs_weights(identity))
+        if weights is None:
+            del options["weights"]
+        choice = choose(kind, given, {**found.options_from(identity), **options}, where)
+        extractor = choice.build(self._device)
+        own = choice.fingerprint(extractor)
+        for key in identity.keys() | own.keys():
+            if key not in _MAY_DIFFER and identity.get(key) != own.get(key):
                 raise UserError(
-                    f"{kind} extractor {name}: its {key} is {found.get(key)}, the model was trained with {identity.get(key)}: "
-                    "use the same"
+                    f"{kind} extractor {found.name}: its {key} is {own.get(key)}, the model was trained with "
+                    f"{identity.get(key)}: use the same"
                 )
         return extractor
 
     def _check_given(self, kind: str, name: str, weights: Path | None, needs: bool) -> None:
+        option = _SETTINGS.get(kind, f"--extractor-option {kind}.weights")
         if needs and weights is None:
+            python = f"{option[2:].replace('-', '_')}=" if kind in _SETTINGS else "extractor_options="
             raise UserError(
                 f"the model reads {kind}s with {name}, whose weights are not stored with it: name their file with "
-                f"{_SETTINGS[kind]} (in Python: {_SETTINGS[kind][2:].replace('-', '_')}=)"
+                f"{option} (in Python: {python})"
             )
         if weights is not None and not needs:
-            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")
-        if weights is not None and not weights.exists():
-            raise UserError(f"{_SETTINGS[kind]} {weights}: no such file or folder")
+            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {option} away")
+        if weights is not None and not Path(weights).exists():
+            raise UserError(f"{option} {weights}: no such file or folder")

@@ -79,7 +79,7 @@ def test_an_extractor_that_is_not_the_training_stores_is_refused(run: Path, sess
     with pytest.raises(UserError, match=r"image extractor grid: its weights_sha256 is .* trained with another"):
         processor(image=raw / "0.png")
     assert processor("a red square").token_ids is not None, "what does not need it still works"
-    description["extractors"]["audio"]["name"] = "wav2vec2"
+    description["extractors"]["audio"] |= {"name": "wav2vec2", "weights_sha256": "another"}
     (folder / "processor.json").write_text(json.dumps(description))
     seal_folder(folder)
     with pytest.raises(UserError, match="name their file with --speech-weights"):
