@@ -28,10 +28,6 @@ PLUGIN = "plugin"
 _OPTION = {"image": "--images", "audio": "--speech"}
 
 
-class NoOptions(Section):
-    """The options of an extractor without any."""
-
-
 class Extractor(ABC):
     """Converts inputs of one modality to features. It is built inside the worker process that uses it.
 
@@ -44,8 +40,9 @@ class Extractor(ABC):
     name: ClassVar[str]
     #: The modality: "image", "audio" or the name of a further one.
     kind: ClassVar[str]
-    #: The section of its options. An option `weights` is the file that `--image-weights` or `--speech-weights` names.
-    options: ClassVar[type[Section]] = NoOptions
+    #: The section of its options; Section itself has none. An option `weights` is the file that `--image-weights` or
+    #: `--speech-weights` names.
+    options: ClassVar[type[Section]] = Section
     #: Options that `identity` states under other names, or leaves out at their default (see `options_from`).
     stated_otherwise: ClassVar[tuple[str, ...]] = ()
     #: Whether the inputs are paths. Otherwise they are decoded images or waveforms.

@@ -48,6 +48,8 @@ class GridOptions(Section):
     def _both_or_none(self) -> "GridOptions":
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std: give both, or none of them")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("std: must be more than 0")
         return self
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torchaudio
 
+from opt_ds.config.section import Section
 from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
-from opt_ds.features.extractors import NoOptions
 from opt_ds.features.speech import SpeechExtractor
 
 
@@ -24,7 +24,7 @@ class LogMelExtractor(SpeechExtractor):
     frame_rate_hz = 100.0
     _floor = 1e-5  # just above the quantisation noise of 16-bit audio
 
-    def __init__(self, options: NoOptions | None = None, device: str = "cpu") -> None:
+    def __init__(self, options: Section | None = None, device: str = "cpu") -> None:
         self._mel = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE_HZ, n_fft=512, win_length=400, hop_length=160, n_mels=self.dim
         )

@@ -26,7 +26,7 @@ class Colours(RegionExtractor):
     name = "colours"
     options = ColourOptions
     dim = 3
-    num_classes = 1
+    num_classes = 2
 
     def __init__(self, options: ColourOptions, device: str) -> None:
         self._side = options.side

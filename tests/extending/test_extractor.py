@@ -19,9 +19,10 @@ from opt_ds.errors import UserError
 from opt_ds.features.extractors import choose
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.ingest.report import REPORT_FILE
+from opt_ds.ingest.update import update_modality
 from opt_ds.registry import EXTRACTORS, PLUGINS_VARIABLE
 from opt_ds.store import FeatureStore, inspect_store
-from opt_ds.store.processor_files import check_identity
+from opt_ds.store.processor_files import check_identity, copy_processor_files
 from tests.training.runs import rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.putpixel((0, 0), {"crash": (1, 2, 3), "fail": (3, 2, 1)}.get(name, (9, 9, 9)))
         picture.save(folder / f"{name}.png")
         soundfile.write(folder / f"{name}.wav", np.full(16_000, 0.1 * (number + 1)), 16_000)
-        lines.append({"id": name, "image": f"{name}.png", "text": f"a thing {name}", "audio": f"{name}.wav", "split": "train"})
+        lines.append({"id": name, "image": f"{name}.png", "text": f"a thing {name}", "audio": f"{name}.wav",
+                      "split": "valid" if name == "d" else "train"})  # fmt: skip
     (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "weights.txt").write_text("0.5")
     return folder
@@ -88,36 +90,42 @@ def test_the_fingerprint_has_its_options_and_how_it_was_named(store: Path) -> No
     }  # fmt: skip
 
 
-def test_a_modality_is_replaced_and_added_by_update(store: Path, folder: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(store, tmp_path / "store"))
-    arguments = ("update", own, "--manifest", folder / "manifest.jsonl", "--extractor", LOUDNESS, "--workers", "1")
-    assert command(*arguments, "--modality", "audio", "--extractor-option", "audio.frames_per_s=5") == 0
-    opened = FeatureStore(own)
-    assert inspect_store(own).failures == []
+@pytest.fixture(scope="module")
+def updated(store: Path, folder: Path) -> Path:
+    """The store with audio features of other options."""
+    own = Path(shutil.copytree(store, folder / "updated"))
+    assert command("update", own, "--manifest", folder / "manifest.jsonl", "--modality", "audio", "--extractor", LOUDNESS,
+                   "--extractor-option", "audio.frames_per_s=5", "--workers", "1", "--device", "cpu") == 0  # fmt: skip
+    return own
+
+
+def test_update_replaces_a_modality(store: Path, updated: Path) -> None:
+    opened = FeatureStore(updated)
+    assert inspect_store(updated).failures == []
     assert opened.frames(0).shape == (5, 2) and opened.description.extractors["audio"]["frames_per_s"] == 5
     assert np.array_equal(opened.regions(0).features, FeatureStore(store).regions(0).features)
 
+
+def test_update_adds_a_modality(folder: Path, tmp_path: Path) -> None:
     without = tmp_path / "without.jsonl"
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     without.write_text("\n".join(json.dumps({key: line[key] for key in ("id", "text", "split")}) for line in lines))
-    prepare(without, tmp_path / "texts", PrepareSettings(vocab_size=40), workers=1, device="cpu")
-    added = ("update", tmp_path / "texts", "--manifest", folder / "manifest.jsonl", "--extractor", COLOURS, "--workers", "1")
-    assert command(*added, "--modality", "image") == 0
-    filled = FeatureStore(tmp_path / "texts")
-    assert (sample(filled, "a")[1] >= 0) and (sample(filled, "fail")[1] == -1), "a failure leaves the sample its text"
+    prepare(without, tmp_path / "s", PrepareSettings(images="npz", vocab_size=40), workers=1, device="cpu")
+    lines[4]["image"] = "d.png"  # not the file that ends the process
+    (folder / "images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = PrepareSettings(images=COLOURS)
+    update_modality(tmp_path / "s", folder / "images.jsonl", "image", settings, workers=1, device="cpu")
+    filled = FeatureStore(tmp_path / "s")
+    assert sample(filled, "a")[1] >= 0 and sample(filled, "fail")[1] == -1, "a failure leaves the sample its text"
+    assert sample(filled, "crash")[1] == sample(filled, "d")[1], "one file, one row"
     assert filled.regions(sample(filled, "a")[1]).features.shape == (4, 3)
 
 
-def test_a_store_of_another_extractor_is_refused(store: Path, folder: Path, tmp_path: Path) -> None:
-    from opt_ds.store.processor_files import copy_processor_files
-
+def test_a_store_of_another_fingerprint_is_refused(store: Path, updated: Path, tmp_path: Path) -> None:
     copy_processor_files(FeatureStore(store), tmp_path / "processor")
-    own = Path(shutil.copytree(store, tmp_path / "store"))
-    check_identity(tmp_path / "processor", FeatureStore(own), force=False)
-    arguments = ("update", own, "--manifest", folder / "manifest.jsonl", "--extractor", LOUDNESS, "--workers", "1")
-    assert command(*arguments, "--modality", "audio", "--extractor-option", "audio.bands=[1, 1, 1]") == 0
+    check_identity(tmp_path / "processor", FeatureStore(store), force=False)
     with pytest.raises(UserError, match="its audio features come from another extractor than the model's"):
-        check_identity(tmp_path / "processor", FeatureStore(own), force=False)
+        check_identity(tmp_path / "processor", FeatureStore(updated), force=False)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +133,7 @@ def model(store: Path, folder: Path) -> Path:
     """An exported model of two training steps on the store."""
     dims = FeatureStore(store).description.dims
     settings = (
-        f"model.vocab_size={dims.vocab_size}", "model.image_feature_dim=3", "model.image_num_classes=1",
+        f"model.vocab_size={dims.vocab_size}", "model.image_feature_dim=3", "model.image_num_classes=2",
         "model.audio_feature_dim=3", "train.max_steps=2", "batch.size=4", "train.picture_grid=0", "train.validate_every=1000",
     )  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
