@@ -41,9 +41,9 @@ from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.schema import STORE_FILE  # noqa: E402
+from opt_ds.store.shards import describe_shard, write_datasets  # noqa: E402
 from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
-from opt_ds.store.writer import describe_shard, write_datasets  # noqa: E402
 from opt_ds.tools.assumed_store import AssumedStore  # noqa: E402
 
 SHARD = 1024

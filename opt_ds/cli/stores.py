@@ -84,8 +84,10 @@ def _draw_lengths(store: Path, pictures: Path) -> None:
     from opt_ds.store.schema import load_description
 
     pictures.mkdir(parents=True, exist_ok=True)
+    description = load_description(store)
+    lengths = shard_lengths([store / shard.file for shard in description.shards], description.modalities)
     with atomic_file(pictures / LENGTHS_FILE) as temporary:
-        draw_lengths(shard_lengths([store / shard.file for shard in load_description(store).shards]), temporary)
+        draw_lengths(lengths, temporary, description.units)
     typer.echo(f"wrote {pictures / LENGTHS_FILE}")
 
 

@@ -75,7 +75,7 @@ def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, second
         UserError: No sample was kept.
     """
     notes = (writer.notes(index) for index in range(facts.num_shards))
-    lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)])
+    lengths = shard_lengths([writer.shard_file(index) for index in range(facts.num_shards)], writer.modalities)
     report = build_report(facts.num_lines, facts.rejected, notes, lengths)
     report["groups_across_splits"] = facts.groups_across_splits
     if not report["kept"]:
@@ -83,7 +83,7 @@ def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, second
         raise UserError(f'{output}: no sample could be used; "{first["id"]}": {first["reason"]}')
     write_json(output / REPORT_FILE, report)
     with atomic_file(output / LENGTHS_FILE) as temporary:
-        draw_lengths(lengths, temporary)
+        draw_lengths(lengths, temporary, writer.units)
     description = writer.finish(facts.num_shards)
     _LOG.info(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
     for line in report_table(report, facts.limits):

@@ -84,9 +84,9 @@ def refresh_report(path: Path, description: StoreDescription, notes: ModalityNot
     `cut`, `duplicates` and the lengths are replaced. `lost` names the samples that are left without the modality.
     Samples skipped when the store was made stay listed. A store without a report gets lengths.png only.
     """
-    lengths = shard_lengths([path / shard.file for shard in description.shards])
+    lengths = shard_lengths([path / shard.file for shard in description.shards], description.modalities)
     with atomic_file(path / LENGTHS_FILE) as temporary:
-        draw_lengths(lengths, temporary)
+        draw_lengths(lengths, temporary, description.units)
     if not (path / REPORT_FILE).is_file():
         return
     report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))

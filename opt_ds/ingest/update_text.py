@@ -24,11 +24,11 @@ from opt_ds.ingest.update import refuse_empty, sample_lines
 from opt_ds.store.files import exclusive_use
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import MISSING, MODALITIES, TOKENIZER_FOLDER, StoreDescription
+from opt_ds.store.shards import join_items, join_strings
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.tokenizer import describe_tokenizer
 from opt_ds.store.update import Arrays, remove_unlisted, rewrite_shards
 from opt_ds.store.verify import open_store
-from opt_ds.store.writer import join_items, join_strings
 
 _LOG = logging.getLogger(__name__)
 _TEXT = MODALITIES.index("text")

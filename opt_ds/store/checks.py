@@ -15,8 +15,8 @@ from opt_ds.store.schema import (
     CODES_PER_IMAGE,
     DATASETS,
     MISSING,
-    MODALITIES,
     PIXELS_SHAPE,
+    FurtherModality,
     ShardDescription,
     StoreDescription,
 )
@@ -24,17 +24,13 @@ from opt_ds.store.schema import (
 _BLOCK_ROWS = 65_536
 BOX_TOLERANCE = 1e-3  # boxes are float32, but some detectors compute in half precision
 
-# Dataset of offsets -> the dataset that they divide into items.
-OFFSETS_OF = {
+# Dataset of offsets -> the dataset that they divide into items. Other "<modality>/offsets" divide "<modality>/features".
+_OFFSETS_OF = {
     "samples/id_offsets": "samples/id",
     "samples/label_offsets": "samples/labels",
     "text/offsets": "text/tokens",
     "text/utf8_offsets": "text/utf8",
-    "image/offsets": "image/features",
-    "audio/offsets": "audio/features",
 }
-# Datasets of offsets whose items have at least one element.
-NEVER_EMPTY = ("text/offsets", "image/offsets", "audio/offsets")
 # Dataset -> smallest and largest allowed value.
 RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, float]]] = {
     "samples/split": lambda shard, store: (0, len(store.split_names) - 1),
@@ -46,6 +42,18 @@ RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, fl
     "image/scores": lambda shard, store: (0, 1),
     "image/codes": lambda shard, store: (0, (store.dims.num_codes or 0) - 1),
 }
+
+
+def divided_by(offsets: str) -> str | None:
+    """Return the dataset that a dataset of offsets divides into items; None if it does not contain offsets."""
+    if offsets in _OFFSETS_OF:
+        return _OFFSETS_OF[offsets]
+    return offsets.replace("/offsets", "/features") if offsets.endswith("/offsets") else None
+
+
+def is_never_empty(offsets: str) -> bool:
+    """Return whether this dataset contains offsets whose items all have at least one element, as rows of modalities have."""
+    return offsets.endswith("/offsets")
 
 
 def not_finite(array: np.ndarray) -> str | None:
@@ -112,15 +120,15 @@ def corner_problems(corners: np.ndarray) -> Iterator[str]:
         yield f"boxes: row {crossed[0]} ends before it begins (x {x1:g} to {x2:g}, y {y1:g} to {y2:g})"
 
 
-def row_problems(rows: np.ndarray, shard: ShardDescription) -> Iterator[str]:
-    """Yield what is wrong with `rows` [N, 3].
+def row_problems(rows: np.ndarray, counts: dict[str, int]) -> Iterator[str]:
+    """Yield what is wrong with `rows` [N, M] of modalities with these numbers of rows.
 
     That is the first sample with a row that the shard does not have, and the first without any modality.
     """
-    for column, count in enumerate((shard.num_texts, shard.num_images, shard.num_audios)):
+    for column, (modality, count) in enumerate(counts.items()):
         bad = (rows[:, column] < MISSING) | (rows[:, column] >= count)
         if bad.any():
-            yield f"sample {int(np.flatnonzero(bad)[0])}: no {MODALITIES[column]} row {int(rows[bad, column][0])}"
+            yield f"sample {int(np.flatnonzero(bad)[0])}: no {modality} row {int(rows[bad, column][0])}"
     empty = (rows == MISSING).all(1)
     if empty.any():
         yield f"sample {int(np.flatnonzero(empty)[0])} has no modality at all"
@@ -178,6 +186,21 @@ def audio_problem(frames: np.ndarray, feature_dim: int) -> str | None:
     return item_problem("audio/features", frames, (None, feature_dim))
 
 
+def further_problem(columns: dict[str, np.ndarray], modality: FurtherModality) -> str | None:
+    """Return why a store could not hold a row of a further modality; None if it can."""
+    if columns.keys() != modality.columns.keys():
+        return f"columns {', '.join(map(str, columns)) or 'none'}, not {', '.join(modality.columns)}"
+    if not all(isinstance(array, np.ndarray) for array in columns.values()):
+        return "columns that are no NumPy arrays"
+    count = None  # the first column may have any length but 0; the others must have the same
+    for name, stored in modality.columns.items():
+        problem = item_problem(name, columns[name], (count, *stored.width), dtype=stored.dtype)
+        if problem is not None:
+            return problem
+        count = len(columns[name])
+    return None
+
+
 def text_problem(tokens: np.ndarray, vocab_size: int) -> str | None:
     """Return why a store could not hold the tokens [L] of a text; None if it can."""
     return item_problem("text/tokens", tokens, (None,), 0, vocab_size - 1)
@@ -197,7 +220,12 @@ def pixels_problem(pixels: np.ndarray) -> str | None:
 
 
 def item_problem(
-    name: str, array: np.ndarray, shape: tuple[int | None, ...], low: float = -np.inf, high: float = np.inf
+    name: str,
+    array: np.ndarray,
+    shape: tuple[int | None, ...],
+    low: float = -np.inf,
+    high: float = np.inf,
+    dtype: str | None = None,
 ) -> str | None:
     """Return why an array cannot be an item of a dataset; None if it can.
 
@@ -207,9 +235,10 @@ def item_problem(
         shape: The required shape; None stands for any length except 0.
         low: Smallest allowed value.
         high: Largest allowed value.
+        dtype: The dataset's dtype; None for that of a built-in dataset.
     """
     what = name.rpartition("/")[2]
-    stored = np.dtype(DATASETS[name])
+    stored = np.dtype(dtype or DATASETS[name])
     if array.dtype.kind not in ("iu" if stored.kind in "iu" else "fiu"):
         return f"{what} of dtype {array.dtype}, not {'integers' if stored.kind in 'iu' else 'numbers'}"
     if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):

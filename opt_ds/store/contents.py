@@ -11,28 +11,19 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.checks import (
-    NEVER_EMPTY,
-    OFFSETS_OF,
     RANGES,
     box_problems,
+    divided_by,
     empty_items,
+    is_never_empty,
     not_finite,
     offset_problems,
     out_of_range,
     row_problems,
 )
 from opt_ds.store.files import folder_sha256
-from opt_ds.store.index import FIELDS, INDEX_FILE, ShardFile, build_index, read_index
-from opt_ds.store.schema import (
-    BOX_SIZE,
-    CODES_PER_IMAGE,
-    DATASETS,
-    MODALITIES,
-    OPTIONAL_DATASETS,
-    PIXELS_SHAPE,
-    ShardDescription,
-    StoreDescription,
-)
+from opt_ds.store.index import INDEX_FILE, ShardFile, build_index, read_index
+from opt_ds.store.schema import OPTIONAL_DATASETS, ShardDescription, StoreDescription, tail_shape
 from opt_ds.store.statistics import TRAIN_SPLIT, statistics_problem
 from opt_ds.store.tokenizer import describe_tokenizer
 
@@ -46,8 +37,7 @@ def description_problems(description: StoreDescription) -> list[str]:
         failures.append("store.json: num_samples is not the sum over shards")
     if set(description.split_counts) != set(description.split_names):
         failures.append("store.json: split_counts and split_names name different splits")
-    sizes = {"image": description.dims.image_feature_dim, "audio": description.dims.audio_feature_dim}
-    for name, size in sizes.items():
+    for name, size in description.feature_dims.items():
         statistics = description.statistics.get(name)
         if statistics is None or not len(statistics.mean) == len(statistics.std) == size:
             failures.append(f"store.json: statistics.{name}: not {size} means and standard deviations")
@@ -78,8 +68,8 @@ def index_problems(path: Path, description: StoreDescription) -> list[str]:
     index = read_index(path, description)
     if index is None:
         return []
-    own = build_index(path, description)
-    wrong = [name for name in FIELDS if not np.array_equal(getattr(index, name), getattr(own, name))]
+    found, own = index.datasets(), build_index(path, description).datasets()
+    wrong = [name for name, array in own.items() if not np.array_equal(found[name], array)]
     return [f"{INDEX_FILE}: {', '.join(wrong)} differ from the shards: remove it"] if wrong else []
 
 
@@ -88,7 +78,7 @@ def statistics_problems(path: Path, description: StoreDescription) -> list[str]:
     names = description.split_names
     train = names.index(TRAIN_SPLIT) if TRAIN_SPLIT in names else None
     files = [ShardFile(path / shard.file) for shard in description.shards]
-    problems = (statistics_problem(files, name, column, train, description) for column, name in ((1, "image"), (2, "audio")))
+    problems = (statistics_problem(files, name, train, description) for name in description.feature_dims)
     return [f"store.json: {problem}" for problem in problems if problem]
 
 
@@ -103,7 +93,7 @@ def shard_problems(path: Path, shard: ShardDescription, description: StoreDescri
 
 
 def _content_problems(file: ShardFile, shard: ShardDescription, description: StoreDescription) -> list[str]:
-    expected = [name for name in DATASETS if name not in OPTIONAL_DATASETS]
+    expected = [name for name in description.datasets if name not in OPTIONAL_DATASETS]
     missing = [name for name in expected if name not in file.names()]
     if missing:
         return [f"{shard.file}: {name}: missing" for name in missing]
@@ -126,14 +116,14 @@ def _wrong_flag(file: ShardFile, description: StoreDescription) -> str | None:
 def _dataset_problems(
     name: str, file: ShardFile, shard: ShardDescription, description: StoreDescription
 ) -> Iterator[str]:
-    array = file.array(name)
-    if name not in DATASETS:
+    array, dtype = file.array(name), description.datasets.get(name)
+    if dtype is None:
         yield "unknown dataset"
         return
-    if array.dtype != DATASETS[name]:
-        yield f"dtype {array.dtype}, not {DATASETS[name]}"
+    if array.dtype != dtype:
+        yield f"dtype {array.dtype}, not {dtype}"
         return
-    shape = _shapes(file, shard, description)[name]
+    shape = (_length(name, file, shard), *tail_shape(name, description.dims, description.further))
     if array.shape != shape:
         yield f"shape {list(array.shape)}, not {list(shape)}"
         return
@@ -143,17 +133,17 @@ def _dataset_problems(
     elif name in RANGES:
         low, high = RANGES[name](shard, description)
         yield from out_of_range(array, low, high)
-    if name.endswith("offsets"):
-        found = list(offset_problems(array[:], len(file.array(OFFSETS_OF[name]))))
+    if (divided := divided_by(name)) is not None:
+        found = list(offset_problems(array[:], len(file.array(divided))))
         yield from found
-        if not found and OFFSETS_OF[name] in ("samples/id", "text/utf8"):
-            yield from _text_problems(file.array(OFFSETS_OF[name])[:], array[:])
-    if name in NEVER_EMPTY:
+        if not found and divided in ("samples/id", "text/utf8"):
+            yield from _text_problems(file.array(divided)[:], array[:])
+    if is_never_empty(name):
         yield from empty_items(array[:])
     if name == "image/boxes" and problem is None:
         yield from box_problems(array)
     if name == "samples/rows":
-        yield from row_problems(array[:], shard)
+        yield from row_problems(array[:], {modality: shard.num_rows(modality) for modality in description.modalities})
 
 
 def _text_problems(utf8: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
@@ -168,26 +158,12 @@ def _text_problems(utf8: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
         yield "cuts a letter of UTF-8 in two"
 
 
-def _shapes(file: ShardFile, shard: ShardDescription, description: StoreDescription) -> dict[str, tuple[int, ...]]:
-    samples, images, regions = shard.num_samples, shard.num_images, shard.num_regions
-    flat = {name: (len(file.array(name)),) for name in ("samples/id", "samples/labels", "text/utf8")}
-    return {
-        **flat,
-        "samples/rows": (samples, len(MODALITIES)),
-        "samples/id_offsets": (samples + 1,),
-        "samples/group": (samples,),
-        "samples/split": (samples,),
-        "samples/label_offsets": (samples + 1,),
-        "text/tokens": (shard.num_tokens,),
-        "text/offsets": (shard.num_texts + 1,),
-        "text/utf8_offsets": (shard.num_texts + 1,),
-        "image/offsets": (images + 1,),
-        "image/features": (regions, description.dims.image_feature_dim),
-        "image/boxes": (regions, BOX_SIZE),
-        "image/labels": (regions,),
-        "image/scores": (regions,),
-        "image/codes": (images, CODES_PER_IMAGE),
-        "image/pixels": (images, *PIXELS_SHAPE),
-        "audio/offsets": (shard.num_audios + 1,),
-        "audio/features": (shard.num_frames, description.dims.audio_feature_dim),
-    }
+def _length(name: str, file: ShardFile, shard: ShardDescription) -> int:
+    """Return the first dimension that a dataset of the store must have."""
+    group = name.partition("/")[0]
+    if name in ("samples/id", "samples/labels", "text/utf8"):
+        return len(file.array(name))  # not recorded in store.json; the offsets state it
+    rows = shard.num_samples if group == "samples" else shard.num_rows(group)
+    if divided_by(name) is not None:
+        return rows + 1
+    return rows if group == "samples" or name in OPTIONAL_DATASETS else shard.num_items(group)

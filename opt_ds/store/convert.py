@@ -12,8 +12,8 @@ from opt_ds.store.files import write_json
 from opt_ds.store.index import INDEX_FILE, write_index
 from opt_ds.store.reader import check_contents
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
+from opt_ds.store.shards import describe_shard, write_datasets
 from opt_ds.store.verify import open_store
-from opt_ds.store.writer import describe_shard, write_datasets
 
 _OWN = {STORE_FILE, INDEX_FILE, "verified.json"}
 
@@ -39,8 +39,8 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
             check_contents(source, shard)
             file = store.shard(index)
             arrays = {name: np.asarray(file.array(name)[:]) for name in file.names()}
-            write_datasets(temporary / shard.file, arrays, compression=compression)
-            shards.append(describe_shard(temporary / shard.file, arrays))
+            write_datasets(temporary / shard.file, arrays, compression=compression, datasets=store.description.datasets)
+            shards.append(describe_shard(temporary / shard.file, arrays, store.description.further))
             store.release_pages()
         updated = store.description.model_copy(update={"shards": shards, "compression": compression}).with_fingerprint()
         write_index(temporary, updated)

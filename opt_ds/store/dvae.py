@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from opt_ds.config.dvae import DVAEConfig
 from opt_ds.errors import UserError
-from opt_ds.store.foreign import check_inside, read_json_object, tensor_shapes
+from opt_ds.store.foreign import check_inside, invalid_field, read_json_object, tensor_shapes
 from opt_ds.store.schema import DVAE_FOLDER, StoreDescription
 from opt_ds.store.seal import check_seal
 
@@ -42,7 +42,7 @@ def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...
     try:
         config = DVAEConfig.model_validate(read_json_object(folder / CONFIG_FILE, _REMEDY))
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
+        where = invalid_field(error)
         raise UserError(f"{folder / CONFIG_FILE}: damaged or foreign dVAE (field {where}): train it again") from None
     return config, tensor_shapes(folder / WEIGHTS_FILE, _REMEDY)
 

@@ -8,12 +8,16 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opt_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 MAX_JSON_BYTES = 64 << 20
 _MAX_NAME = 255
+_SHOWN_NAME = 80
 _MAX_DEPTH = 50
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # In a config.json, these keys make transformers import code or contact a hub.
@@ -44,6 +48,15 @@ def check_inside(folder: Path, file: Path) -> None:
     """Raise UserError if a symbolic link leads from `file` out of `folder`."""
     if not is_inside(folder, file):
         raise UserError(f"{file}: leads out of {folder}: put the file itself there")
+
+
+def invalid_field(error: "ValidationError") -> str:
+    """Return the place of a validation's first error, such as "dims.vocab_size"; "" if it is the object itself.
+
+    Names in it may come from the file. They are cut short, and control characters are escaped.
+    """
+    parts = (str(part)[:_SHOWN_NAME] for part in error.errors()[0]["loc"])
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in ".".join(parts))
 
 
 def read_json_object(file: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

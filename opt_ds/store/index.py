@@ -3,11 +3,11 @@
 It is derived from the shards and can be rebuilt. With it, a store of a million samples opens in a fraction of a second.
 It is memory-mapped, so pages are loaded as they are used. It is valid for one fingerprint, stored as an attribute.
 
-Shape letters: N samples, S shards; X, I, A text, image and audio rows of the store.
+Shape letters: N samples, S shards, M modalities of the store.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +19,52 @@ from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside
 from opt_ds.store.hdf5 import open_hdf5
 from opt_ds.store.mapped import MappedFile
-from opt_ds.store.schema import DATASETS, MISSING, MODALITIES, StoreDescription, tail_shape
+from opt_ds.store.schema import BUILT_IN, MISSING, StoreDescription, tail_shape
 
 INDEX_FILE = "index.h5"
 NOT_MAPPABLE, ABSENT = -1, -2  # in `layout`: compressed, so that HDF5 must read it; not in the shard
-_SUBSETS = 2 ** len(MODALITIES)
 
 
 @dataclass(frozen=True)
 class StoreIndex:
     """Arrays over all samples, rows and shards."""
 
-    rows: np.ndarray  # int64 [N, 3], global
+    rows: np.ndarray  # int64 [N, M], global
     groups: np.ndarray  # int64 [N]
     splits: np.ndarray  # uint8 [N]
     by_split: np.ndarray  # int64 [N], samples sorted by split, ascending within each
-    subsets: np.ndarray  # int64 [splits, 8], number of samples by their modalities: bit 0 text, 1 image, 2 audio
-    text_lengths: np.ndarray  # int32 [X]
-    region_counts: np.ndarray  # int32 [I]
-    frame_counts: np.ndarray  # int32 [A]
-    layout: np.ndarray  # int64 [S, datasets of the schema, 2]: byte offset or a constant above; first dimension
+    subsets: np.ndarray  # int64 [splits, 2**M], number of samples by their modalities: bit m is column m of `rows`
+    lengths: dict[str, np.ndarray]  # items of each row by modality, int32 [rows of the modality]
+    layout: np.ndarray  # int64 [S, datasets of the store, 2]: byte offset or a constant above; first dimension
+
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """Number of tokens of each text row, int32."""
+        return self.lengths["text"]
+
+    @property
+    def region_counts(self) -> np.ndarray:
+        """Number of regions of each image row, int32."""
+        return self.lengths["image"]
+
+    @property
+    def frame_counts(self) -> np.ndarray:
+        """Number of frames of each audio row, int32."""
+        return self.lengths["audio"]
+
+    def datasets(self) -> dict[str, np.ndarray]:
+        """Return the datasets of `index.h5` in their order."""
+        lengths = {_lengths_name(modality): array for modality, array in self.lengths.items()}
+        arrays = {name: getattr(self, name) for name in _FIRST_FIELDS}
+        return {**arrays, **lengths, "layout": self.layout}
 
 
-FIELDS = tuple(StoreIndex.__dataclass_fields__)
+_FIRST_FIELDS = ("rows", "groups", "splits", "by_split", "subsets")
+
+
+def _lengths_name(modality: str) -> str:
+    """Return the name of the dataset of `index.h5` that holds the lengths of a modality's rows."""
+    return BUILT_IN[modality].lengths if modality in BUILT_IN else f"{modality}_lengths"
 
 
 class ShardFile:
@@ -61,10 +84,10 @@ class ShardFile:
         if layout is None or description is None or (layout[:, 0] == NOT_MAPPABLE).any():
             self._open(path)
             return
-        for (name, dtype), (offset, count) in zip(DATASETS.items(), layout.tolist(), strict=True):
+        for (name, dtype), (offset, count) in zip(description.datasets.items(), layout.tolist(), strict=True):
             if offset == ABSENT:
                 continue
-            shape = (count, *tail_shape(name, description.dims))
+            shape = (count, *tail_shape(name, description.dims, description.further))
             self._add(name, dtype, shape, offset)
 
     def check_size(self) -> None:
@@ -96,10 +119,10 @@ class ShardFile:
             raise UserError(f"{self._path}: {name} is not within the file: remove {INDEX_FILE}, or prepare the store again")
         self._arrays[name], self._offsets[name] = self._mapped.array(str(np.dtype(dtype)), shape, offset), offset
 
-    def layout(self) -> np.ndarray:
-        """Return this shard's row of the index's `layout`."""
+    def layout(self, datasets: Iterable[str]) -> np.ndarray:
+        """Return this shard's row of the index's `layout`, for the datasets of the store."""
         rows = []
-        for name in DATASETS:
+        for name in datasets:
             array = self._arrays.get(name)
             if array is None:
                 rows.append((ABSENT, 0))
@@ -151,36 +174,39 @@ class ShardFile:
 
 def build_index(path: Path, description: StoreDescription) -> StoreIndex:
     """Build the index of the shards in memory."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in FIELDS}
-    base = np.zeros(3, "int64")
+    modalities, datasets = description.modalities, description.datasets
+    rows, groups, splits, layout = [], [], [], []
+    lengths: dict[str, list[np.ndarray]] = {modality: [] for modality in modalities}
+    base = np.zeros(len(modalities), "int64")
     for shard in description.shards:
         file = ShardFile(path / shard.file)
         local = np.asarray(file.array("samples/rows")[:])
-        parts["rows"].append(np.where(local == MISSING, MISSING, local + base))
-        parts["groups"].append(np.asarray(file.array("samples/group")[:]))
-        parts["splits"].append(np.asarray(file.array("samples/split")[:]))
-        for name, offsets in (("text_lengths", "text"), ("region_counts", "image"), ("frame_counts", "audio")):
-            parts[name].append(np.diff(file.array(f"{offsets}/offsets")[:]).astype("int32"))
-        parts["layout"].append(file.layout()[None])
-        base += (shard.num_texts, shard.num_images, shard.num_audios)
-    rows = _join(parts["rows"], np.zeros((0, 3), "int64"))
-    splits = _join(parts["splits"], np.zeros(0, "uint8"))
+        rows.append(np.where(local == MISSING, MISSING, local + base))
+        groups.append(np.asarray(file.array("samples/group")[:]))
+        splits.append(np.asarray(file.array("samples/split")[:]))
+        for modality, parts in lengths.items():
+            parts.append(np.diff(file.array(f"{modality}/offsets")[:]).astype("int32"))
+        layout.append(file.layout(datasets)[None])
+        base += [shard.num_rows(modality) for modality in modalities]
+    all_rows = _join(rows, np.zeros((0, len(modalities)), "int64"))
+    all_splits = _join(splits, np.zeros(0, "uint8"))
     return StoreIndex(
-        rows=rows,
-        groups=_join(parts["groups"], np.zeros(0, "int64")),
-        splits=splits,
-        by_split=np.argsort(splits, kind="stable").astype("int64"),
-        subsets=count_subsets(rows, splits, len(description.split_names)),
-        **{name: _join(parts[name], np.zeros(0, "int32")) for name in ("text_lengths", "region_counts", "frame_counts")},
-        layout=_join(parts["layout"], np.zeros((0, len(DATASETS), 2), "int64")),
+        rows=all_rows,
+        groups=_join(groups, np.zeros(0, "int64")),
+        splits=all_splits,
+        by_split=np.argsort(all_splits, kind="stable").astype("int64"),
+        subsets=count_subsets(all_rows, all_splits, len(description.split_names)),
+        lengths={modality: _join(parts, np.zeros(0, "int32")) for modality, parts in lengths.items()},
+        layout=_join(layout, np.zeros((0, len(datasets), 2), "int64")),
     )
 
 
 def count_subsets(rows: np.ndarray, splits: np.ndarray, num_splits: int) -> np.ndarray:
-    """Return the number of samples by split and modalities, int64 [splits, 8]; see `StoreIndex.subsets`."""
-    subset = (rows != MISSING) @ (1 << np.arange(len(MODALITIES)))
-    counts = np.bincount(splits.astype("int64") * _SUBSETS + subset, minlength=num_splits * _SUBSETS)
-    return counts.reshape(num_splits, _SUBSETS)
+    """Return the number of samples by split and modalities, int64 [splits, 2**M]; see `StoreIndex.subsets`."""
+    subsets = 1 << rows.shape[1]
+    subset = (rows != MISSING) @ (1 << np.arange(rows.shape[1]))
+    counts = np.bincount(splits.astype("int64") * subsets + subset, minlength=num_splits * subsets)
+    return counts.reshape(num_splits, subsets)
 
 
 def write_index(path: Path, description: StoreDescription, folder: Path | None = None) -> None:
@@ -191,8 +217,8 @@ def write_index(path: Path, description: StoreDescription, folder: Path | None =
         h5py.File(temporary, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=64) as file,
     ):
         file.attrs["fingerprint"] = description.fingerprint
-        for name in FIELDS:
-            file.create_dataset(name, data=getattr(index, name), track_times=False)
+        for name, array in index.datasets().items():
+            file.create_dataset(name, data=array, track_times=False)
 
 
 def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
@@ -205,14 +231,15 @@ def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
         raise UserError(f"{file_path}: leads out of {path}: remove it")
     if not file_path.is_file():
         return None
+    expected = _expected(description)
     try:
         with open_hdf5(file_path) as file:
             if file.attrs.get("fingerprint") != description.fingerprint:
                 return None
-            places = {name: (file[name].dtype, file[name].shape, file[name].id.get_offset()) for name in FIELDS}
+            places = {name: (file[name].dtype, file[name].shape, file[name].id.get_offset()) for name in expected}
     except (UserError, OSError, KeyError, AttributeError, TypeError, ValueError):  # a damaged index can be rebuilt
         return None
-    if {name: (str(dtype), shape) for name, (dtype, shape, _) in places.items()} != _expected(description):
+    if {name: (str(dtype), shape) for name, (dtype, shape, _) in places.items()} != expected:
         return None
     mapped = MappedFile(file_path)
     arrays = {}
@@ -220,26 +247,23 @@ def read_index(path: Path, description: StoreDescription) -> StoreIndex | None:
         if offset is None and 0 not in shape:  # compressed, which this package never writes
             return None
         arrays[name] = np.zeros(shape, dtype) if 0 in shape else mapped.array(str(dtype), shape, offset)
-    return StoreIndex(**arrays)
+    lengths = {modality: arrays.pop(_lengths_name(modality)) for modality in description.modalities}
+    return StoreIndex(**arrays, lengths=lengths)
 
 
 def _expected(description: StoreDescription) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the expected dtype and shape of each field."""
-
-    def total(name: str) -> int:
-        return sum(getattr(shard, name) for shard in description.shards)
-
-    samples = total("num_samples")
+    """Return the expected dtype and shape of each dataset of `index.h5`."""
+    modalities, shards = description.modalities, description.shards
+    samples = sum(shard.num_samples for shard in shards)
+    lengths = {_lengths_name(modality): ("int32", (description.num_rows(modality),)) for modality in modalities}
     return {
-        "rows": ("int64", (samples, len(MODALITIES))),
+        "rows": ("int64", (samples, len(modalities))),
         "groups": ("int64", (samples,)),
         "splits": ("uint8", (samples,)),
         "by_split": ("int64", (samples,)),
-        "subsets": ("int64", (len(description.split_names), _SUBSETS)),
-        "text_lengths": ("int32", (total("num_texts"),)),
-        "region_counts": ("int32", (total("num_images"),)),
-        "frame_counts": ("int32", (total("num_audios"),)),
-        "layout": ("int64", (len(description.shards), len(DATASETS), 2)),
+        "subsets": ("int64", (len(description.split_names), 1 << len(modalities))),
+        **lengths,
+        "layout": ("int64", (len(shards), len(description.datasets), 2)),
     }
 
 

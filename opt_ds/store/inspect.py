@@ -22,7 +22,7 @@ from opt_ds.store.files import file_sha256
 from opt_ds.store.index import INDEX_FILE, ShardFile, read_index
 from opt_ds.store.near_duplicates import near_duplicate_notes
 from opt_ds.store.reader import FeatureStore, size_problem
-from opt_ds.store.schema import ShardDescription, StoreDescription, load_description
+from opt_ds.store.schema import MODALITIES, ShardDescription, StoreDescription, load_description
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,18 @@ def _shard_failures(path: Path, shard: ShardDescription, description: StoreDescr
 
 
 def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]:
-    def total(name: str) -> int:
-        return sum(getattr(shard, name) for shard in description.shards)
+    def each(modality: str) -> str:
+        rows = description.num_rows(modality)
+        return f"{description.num_items(modality) / rows:.1f} {units[modality]} each" if rows else f"0 {units[modality]} each"
 
-    def per(count: int, rows: int) -> str:
-        return f"{count / rows:.1f}" if rows else "0"
+    def further(name: str) -> str:
+        modality = description.further[name]
+        columns = f"{each(name)} of {modality.feature_dim} dimensions; columns {', '.join(modality.columns)}"
+        return f"{description.num_rows(name)}, {columns}"
 
-    dims = description.dims
-    texts, images, audios = total("num_texts"), total("num_images"), total("num_audios")
-    regions, frames = per(total("num_regions"), images), per(total("num_frames"), audios)
+    dims, units = description.dims, description.units
+    size = sum(shard.bytes for shard in description.shards)
+    texts, images, audios = (description.num_rows(modality) for modality in MODALITIES)
     extractors = ", ".join(
         f"{kind}: {identity.get('name')}" for kind, identity in sorted(description.extractors.items())
     )
@@ -137,17 +140,18 @@ def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]
         ("fingerprint", description.fingerprint),
         ("samples", str(description.num_samples)),
         ("splits", ", ".join(f"{name} {count}" for name, count in description.split_counts.items())),
-        ("texts", f"{texts}, {per(total('num_tokens'), texts)} tokens each, vocabulary of {dims.vocab_size}"),
-        ("images", f"{images}, {regions} regions each of {dims.image_feature_dim} dimensions"),
+        ("texts", f"{texts}, {each('text')}, vocabulary of {dims.vocab_size}"),
+        ("images", f"{images}, {each('image')} of {dims.image_feature_dim} dimensions"),
         ("image classes", str(dims.image_num_classes)),
-        ("audios", f"{audios}, {frames} frames each of {dims.audio_feature_dim} dimensions"),
+        ("audios", f"{audios}, {each('audio')} of {dims.audio_feature_dim} dimensions"),
         ("audio frame rate", f"{dims.audio_frame_rate_hz:g} Hz"),
+        *((name, further(name)) for name in description.further),
         ("image codes", codes),
         ("pixels", "64 x 64" if description.has_pixels else "none"),
         ("labels", str(len(description.label_names))),
         ("extractors", extractors),
         (
             "shards",
-            f"{len(description.shards)}, {total('bytes') / 2**20:.1f} MiB, compression {description.compression}",
+            f"{len(description.shards)}, {size / 2**20:.1f} MiB, compression {description.compression}",
         ),
     ]

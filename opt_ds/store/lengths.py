@@ -1,26 +1,29 @@
-"""Lengths of a store's items (tokens per text, regions per image, frames per audio row) as numbers and as a plot."""
+"""Lengths of a store's rows (tokens per text, regions per image, frames per audio row) as numbers and as a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opt_ds.store.index import ShardFile
-from opt_ds.store.schema import MODALITIES
+from opt_ds.store.schema import MODALITIES, units_of
 
 LENGTHS_FILE = "lengths.png"
-UNITS = {"text": "tokens", "image": "regions", "audio": "frames"}
+UNITS = units_of({})
 _MOST_BINS = 50
 
 
-def shard_lengths(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Return tokens per text, regions per image and frames per audio row of some shards, as int64 arrays."""
-    parts: dict[str, list[np.ndarray]] = {kind: [np.zeros(0, "int64")] for kind in MODALITIES}
+def shard_lengths(files: Sequence[Path], modalities: Iterable[str] = MODALITIES) -> dict[str, np.ndarray]:
+    """Return the number of items of each row of some shards by modality, as int64 arrays.
+
+    `modalities` are those of the store.
+    """
+    parts: dict[str, list[np.ndarray]] = {kind: [np.zeros(0, "int64")] for kind in modalities}
     for file in files:
         shard = ShardFile(file)
-        for kind in MODALITIES:
-            parts[kind].append(np.diff(shard.array(f"{kind}/offsets")[:]))
+        for kind, arrays in parts.items():
+            arrays.append(np.diff(shard.array(f"{kind}/offsets")[:]))
     return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
 
 
@@ -40,14 +43,17 @@ def length_summary(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
-    """Write a PNG with one histogram per modality, side by side. The median is a vertical line."""
+def draw_lengths(lengths: dict[str, np.ndarray], path: Path, units: Mapping[str, str] = UNITS) -> None:
+    """Write a PNG with one histogram per modality, side by side. The median is a vertical line.
+
+    `units` is the plural word for the items of each modality.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(lengths), 3.2), layout="constrained")
     for axes, (kind, values) in zip(figure.subplots(1, len(lengths)), lengths.items(), strict=True):
         axes.set_title(f"{kind}: {len(values)} rows")
-        axes.set_xlabel(f"{UNITS[kind]} a row")
+        axes.set_xlabel(f"{units[kind]} a row")
         if len(values):
             axes.hist(values, bins=_edges(values), color="#4c72b0")
             axes.axvline(float(np.median(values)), color="black", linewidth=1)

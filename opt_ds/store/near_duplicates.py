@@ -245,7 +245,7 @@ def _caption_hashes(store: FeatureStore) -> np.ndarray:
 
 
 def _row_hashes(store: FeatureStore, modality: str, content: Callable[[int], bytes]) -> np.ndarray:
-    count = sum(getattr(shard, f"num_{modality}s") for shard in store.description.shards)
+    count = store.description.num_rows(modality)
     hashes = np.zeros(count, "uint64")
     for row in range(count):
         hashes[row] = content_hash(content(row))

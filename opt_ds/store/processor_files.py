@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opt_ds.errors import UserError
 from opt_ds.store.files import folder_sha256, write_json
-from opt_ds.store.foreign import read_json_object
+from opt_ds.store.foreign import invalid_field, read_json_object
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER, Dims, TokenizerDescription
 from opt_ds.store.seal import check_seal, seal_folder
@@ -62,7 +62,9 @@ def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: 
     found = []
     if own.tokenizer.sha256 != there.tokenizer.sha256:
         found.append("its vocabulary is not the model's, so words become other words")
-    for kind in ("image", "audio"):
+    # A further modality that only one of the two has is not read by the other.
+    further = [name for name in there.further if name in own.extractors]
+    for kind in ("image", "audio", *further):
         if own.extractors.get(kind) != there.extractors.get(kind):
             ours, theirs = (_short(extractors.get(kind)) for extractors in (own.extractors, there.extractors))
             found.append(
@@ -114,8 +116,7 @@ def load_processor_description(folder: Path) -> ProcessorDescription:
     try:
         description = ProcessorDescription.model_validate(fields)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{file}: damaged, field {where}: {remedy}") from None
+        raise UserError(f"{file}: damaged, field {invalid_field(error)}: {remedy}") from None
     tokenizer = folder / TOKENIZER_FOLDER
     if not tokenizer.is_dir() or folder_sha256(tokenizer) != description.tokenizer.sha256:
         raise UserError(f"{tokenizer}: its files differ from the checksum in {PROCESSOR_FILE}: {remedy}")

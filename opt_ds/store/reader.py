@@ -17,7 +17,7 @@ from opt_ds.store.files import file_sha256
 from opt_ds.store.foreign import check_inside, is_inside
 from opt_ds.store.index import ShardFile, StoreIndex, build_index, read_index
 from opt_ds.store.records import record_folder, run_records
-from opt_ds.store.schema import DVAE_FOLDER, ShardDescription, StoreDescription, load_description
+from opt_ds.store.schema import DVAE_FOLDER, MODALITIES, ShardDescription, StoreDescription, load_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,9 +53,10 @@ class FeatureStore:
         check_sizes(self.path, self.description)
         shards = self.description.shards
         self._sample_starts = _starts([shard.num_samples for shard in shards])
-        self._text_starts = _starts([shard.num_texts for shard in shards])
-        self._image_starts = _starts([shard.num_images for shard in shards])
-        self._audio_starts = _starts([shard.num_audios for shard in shards])
+        self.modalities = self.description.modalities  # names, in the order of the columns of `rows`
+        self._starts = {name: _starts([shard.num_rows(name) for shard in shards]) for name in self.modalities}
+        # Looking these up in the dictionary would be a measurable part of reading an item.
+        self._text_starts, self._image_starts, self._audio_starts = (self._starts[name] for name in MODALITIES)
         self._open: dict[int, ShardFile] = {}
         self._process = os.getpid()
 
@@ -110,7 +111,7 @@ class FeatureStore:
 
     @property
     def rows(self) -> np.ndarray:
-        """Global text, image and audio row of each sample, int64 [N, 3]; -1 if it has none."""
+        """Global row of each sample in each of `modalities`, int64 [N, M]; -1 if it has none."""
         return self.index.rows
 
     @property
@@ -126,17 +127,21 @@ class FeatureStore:
     @property
     def text_lengths(self) -> np.ndarray:
         """Number of tokens per text row, without [CLS] and [SEP]; int32."""
-        return self.index.text_lengths
+        return self.index.lengths["text"]
 
     @property
     def region_counts(self) -> np.ndarray:
         """Number of regions per image row, int32."""
-        return self.index.region_counts
+        return self.index.lengths["image"]
 
     @property
     def frame_counts(self) -> np.ndarray:
         """Number of stored frames per audio row, int32."""
-        return self.index.frame_counts
+        return self.index.lengths["audio"]
+
+    def lengths(self, modality: str) -> np.ndarray:
+        """Return the number of items of each row of a modality, int32. For text these are tokens."""
+        return self.index.lengths[modality]
 
     def split_samples(self, split: str) -> np.ndarray:
         """Return the sample indices of a split, ascending int64. Raise UserError if there is no such split."""
@@ -145,14 +150,16 @@ class FeatureStore:
         return self.index.by_split[ends[place] - self.index.subsets[place].sum() : ends[place]]
 
     def split_subsets(self, split: str) -> np.ndarray:
-        """Return the number of samples of a split by modalities, int64 [8].
+        """Return the number of samples of a split by modalities, int64 [2**M].
 
-        Bit 0 of the index is text, 1 image, 2 audio.
+        Bit m of the index stands for column m of `rows`: 0 text, 1 image, 2 audio, then further modalities.
         """
         return self.index.subsets[self._split_place(split)]
 
     def all_have(self, modality: int) -> bool:
-        """Return whether every sample of the store has text (0), an image (1) or audio (2)."""
+        """Return whether every sample has the modality of this column of `rows`. False if the store has no such column."""
+        if modality >= len(self.modalities):
+            return False
         without = np.arange(self.index.subsets.shape[1]) >> modality & 1 == 0
         return not self.index.subsets[:, without].any()
 
@@ -203,6 +210,12 @@ class FeatureStore:
         shard, local = self._locate(self._audio_starts, row)
         return shard.item("audio/features", "audio/offsets", local)
 
+    def columns(self, modality: str, row: int) -> dict[str, np.ndarray]:
+        """Return the columns of a row of a further modality; see `FurtherModality` for their dtypes and shapes."""
+        shard, local = self._locate(self._starts[modality], row)
+        kept = shard.bounds(f"{modality}/offsets", local)
+        return {name: shard.array(f"{modality}/{name}")[kept] for name in self.description.further[modality].columns}
+
     def codes(self, row: int) -> np.ndarray:
         """Return the codes of an image row, uint16 [64], in row-major order of the 8 x 8 grid.
 
@@ -227,11 +240,11 @@ class FeatureStore:
         return load_tokenizer(self.tokenizer_folder)
 
     def read_ahead(self, modality: str, row: int) -> int:
-        """Ask the system to read the features of an "image" or "audio" row from disk, without waiting.
+        """Ask the system to read the features of a row from disk, without waiting. Return their bytes.
 
-        Return their bytes.
+        `modality` is any modality except "text", which has no features.
         """
-        shard, local = self._locate(self._image_starts if modality == "image" else self._audio_starts, row)
+        shard, local = self._locate(self._starts[modality], row)
         kept = shard.bounds(f"{modality}/offsets", local)
         return shard.will_need(f"{modality}/features", kept.start, kept.stop)
 

@@ -3,19 +3,34 @@
 A store is a directory with `store.json`, a `tokenizer/` folder and `shard-*.h5` files. Ragged modalities are flat
 arrays with int64 offsets: item i of a shard is `array[offsets[i]:offsets[i + 1]]`.
 
+Text, image and audio are built in. A store may have further modalities. It describes them itself (`FurtherModality`), so
+that reading it does not need the code that made them. Stores without further modalities do not mention them.
+
 Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; X, I, A text, image and audio rows of the
-shard.
+shard; M modalities of the store.
 """
 
 import hashlib
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from opt_ds.errors import UserError
-from opt_ds.store.foreign import check_inside
+from opt_ds.store.foreign import check_inside, invalid_field
 
 SCHEMA_VERSION = 1
 STORE_FILE = "store.json"
@@ -26,11 +41,27 @@ CODES_PER_IMAGE = 64  # 8 x 8
 PIXELS_SHAPE = (3, 64, 64)
 MAX_SPLITS = 256  # samples/split is uint8
 MISSING = -1  # in samples/rows: the sample does not have this modality
-MODALITIES = ("text", "image", "audio")  # the column order of samples/rows
+
+
+class _BuiltIn(NamedTuple):
+    """The names under which the descriptions and the index keep the counts of a built-in modality."""
+
+    rows: str  # field of `ShardDescription`: number of rows
+    items: str  # field of `ShardDescription`: number of items in all rows
+    lengths: str  # dataset of index.h5: items per row
+    item: str  # plural word for the items
+
+
+BUILT_IN = {
+    "text": _BuiltIn("num_texts", "num_tokens", "text_lengths", "tokens"),
+    "image": _BuiltIn("num_images", "num_regions", "region_counts", "regions"),
+    "audio": _BuiltIn("num_audios", "num_frames", "frame_counts", "frames"),
+}
+MODALITIES = tuple(BUILT_IN)  # the first columns of samples/rows, in this order; then come further modalities
 
 # name -> dtype; the comment gives the shape.
 DATASETS: dict[str, str] = {
-    "samples/rows": "int64",  # [N, 3] shard-local text, image, audio row, -1 = missing
+    "samples/rows": "int64",  # [N, M] shard-local row of each modality, -1 = missing
     "samples/id": "uint8",  # UTF-8 bytes of all ids, concatenated
     "samples/id_offsets": "int64",  # [N + 1]
     "samples/group": "int64",  # [N] see `group_code`
@@ -53,14 +84,92 @@ DATASETS: dict[str, str] = {
 }
 OPTIONAL_DATASETS = ("image/codes", "image/pixels")
 
+# A shard of the built-in datasets and as many further ones stays below the number of objects that hdf5.py accepts.
+MAX_FURTHER = 8
+MAX_COLUMNS = 7
+_MAX_WIDTH = 2**24
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
+_RESERVED = (*MODALITIES, "samples", "codes")  # "codes" has an entry in `extractors`
 
 _MAX_STORE_JSON_BYTES = 256 << 20
 _Count = Annotated[int, Field(ge=0, lt=2**48)]
 _Size = Annotated[int, Field(ge=0, le=2**24)]
 
 
+def modality_name_problem(name: str) -> str | None:
+    """Return why a further modality cannot have this name; None if it can."""
+    if not _PLAIN_NAME.fullmatch(name):
+        return "a name has 1 to 32 letters, digits and underscores, and begins with a letter"
+    return f'"{name}" is a name of the store\'s own' if name in _RESERVED else None
+
+
+def _modality_name(name: str) -> str:
+    if (problem := modality_name_problem(name)) is not None:
+        raise ValueError(problem)
+    return name
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StoredColumn(_Frozen):
+    """One array of a further modality. Its shape is [items, *width]."""
+
+    dtype: Literal["float16", "float32", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+    width: tuple[Annotated[int, Field(ge=1, le=_MAX_WIDTH)], ...] = Field((), max_length=3)
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> "StoredColumn":
+        if math.prod(self.width) > _MAX_WIDTH:
+            raise ValueError(f"width: more than {_MAX_WIDTH} values per item")
+        return self
+
+
+class FurtherModality(_Frozen):
+    """A modality besides text, image and audio.
+
+    `item` is the plural word for its items, such as "readings". `columns` are the arrays that each row consists of.
+    They have one length. "features" is one of them: float16 [items, size].
+    """
+
+    item: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_ -]{0,31}$")
+    columns: dict[Annotated[str, Field(pattern=rf"^{_PLAIN_NAME.pattern}$")], StoredColumn] = Field(max_length=MAX_COLUMNS)
+
+    @model_validator(mode="after")
+    def _has_features(self) -> "FurtherModality":
+        features = self.columns.get("features")
+        if features is None or features.dtype != "float16" or len(features.width) != 1:
+            raise ValueError('columns: "features" of dtype float16 and one width is missing')
+        if "offsets" in self.columns:
+            raise ValueError('columns: "offsets" is a name of the store\'s own')
+        return self
+
+    @property
+    def feature_dim(self) -> int:
+        """Size of a feature."""
+        return self.columns["features"].width[0]
+
+
+class FurtherCounts(_Frozen):
+    """Rows of a further modality in a shard, and items in all of them."""
+
+    rows: _Count
+    items: _Count
+
+
+class _MayBeFurther(_Frozen):
+    """A description whose field `further` is left out wherever it is written if it is empty.
+
+    Stores of the built-in modalities therefore keep their bytes, and older versions read them.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        if not fields.get("further", True):
+            del fields["further"]
+        return fields
 
 
 class Dims(_Frozen):
@@ -93,7 +202,7 @@ class Statistics(_Frozen):
     count: _Count
 
 
-class ShardDescription(_Frozen):
+class ShardDescription(_MayBeFurther):
     """One shard file: its size, checksum and lengths."""
 
     file: str = Field(pattern=r"^shard-[0-9]+(-r[0-9]+)?\.h5$")
@@ -106,14 +215,26 @@ class ShardDescription(_Frozen):
     num_tokens: _Count
     num_regions: _Count
     num_frames: _Count
+    further: dict[str, FurtherCounts] = Field(default_factory=dict)
+
+    def num_rows(self, modality: str) -> int:
+        """Return the number of rows of a modality."""
+        count: int = getattr(self, BUILT_IN[modality].rows) if modality in BUILT_IN else self.further[modality].rows
+        return count
+
+    def num_items(self, modality: str) -> int:
+        """Return the number of items in all rows of a modality."""
+        count: int = getattr(self, BUILT_IN[modality].items) if modality in BUILT_IN else self.further[modality].items
+        return count
 
 
-class StoreDescription(_Frozen):
+class StoreDescription(_MayBeFurther):
     """The content of `store.json`.
 
     `splits_source` states whether the splits came from the manifest or from hashing groups. `preparation_key`
     identifies the inputs and settings that the store was prepared from (see the pipeline). `tokenizer_folder` has
-    another name after texts were tokenised again; its content matters, not its name.
+    another name after texts were tokenised again; its content matters, not its name. The order of `further` is the
+    order of their columns in samples/rows.
     """
 
     schema_version: int
@@ -134,6 +255,9 @@ class StoreDescription(_Frozen):
     preparation_key: str = ""
     info: dict[str, Any] = Field(default_factory=dict)
     fingerprint: str = ""
+    further: dict[Annotated[str, AfterValidator(_modality_name)], FurtherModality] = Field(
+        default_factory=dict, max_length=MAX_FURTHER
+    )
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "StoreDescription":
@@ -144,21 +268,85 @@ class StoreDescription(_Frozen):
             raise ValueError("split_names: a name is listed twice")
         if self.has_codes and self.dims.num_codes is None:
             raise ValueError("has_codes: dims.num_codes is missing")
+        if any(shard.further.keys() != self.further.keys() for shard in self.shards):
+            raise ValueError("shards: a shard has other further modalities than the store")
         return self
+
+    def num_rows(self, modality: str) -> int:
+        """Return the number of rows of a modality in all shards."""
+        return sum(shard.num_rows(modality) for shard in self.shards)
+
+    def num_items(self, modality: str) -> int:
+        """Return the number of items in all rows of a modality."""
+        return sum(shard.num_items(modality) for shard in self.shards)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities in the order of the columns of samples/rows."""
+        return (*MODALITIES, *self.further)
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Dtype of each dataset of a shard by its name, in the order of the file; see `datasets_of`."""
+        return datasets_of(self.further)
+
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        """Size of a feature by the name of the modality; see `feature_dims_of`."""
+        return feature_dims_of(self.dims, self.further)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Plural word for the items of each modality."""
+        return units_of(self.further)
 
     def with_fingerprint(self) -> "StoreDescription":
         """Return a copy with the fingerprint of its contents (schema, dims, tokenizer, splits, labels, shards)."""
         content = self.model_dump(
             mode="json", exclude={"fingerprint", "info", "preparation_key", "statistics", "tokenizer_folder"}
         )
+        if self.further:
+            content["further"] = [[name, each.item, _listed(each.columns)] for name, each in self.further.items()]
         text = json.dumps(content, sort_keys=True, ensure_ascii=True)
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 
 
-def tail_shape(name: str, dims: Dims) -> tuple[int, ...]:
+def _listed(columns: Mapping[str, StoredColumn]) -> list[Any]:
+    """Return the columns as a list, because their order, which JSON with sorted keys loses, is part of the content."""
+    return [[name, column.dtype, list(column.width)] for name, column in columns.items()]
+
+
+def datasets_of(further: Mapping[str, FurtherModality]) -> dict[str, str]:
+    """Return the dtype of each dataset of a shard by its name, in the order of the file.
+
+    The built-in datasets come first. Then follow `<name>/offsets` and the columns of each further modality.
+    """
+    datasets = dict(DATASETS)
+    for name, modality in further.items():
+        datasets[f"{name}/offsets"] = "int64"
+        datasets |= {f"{name}/{column}": stored.dtype for column, stored in modality.columns.items()}
+    return datasets
+
+
+def units_of(further: Mapping[str, FurtherModality]) -> dict[str, str]:
+    """Return the plural word for the items of each modality by its name."""
+    built_in = {name: names.item for name, names in BUILT_IN.items()}
+    return {**built_in, **{name: modality.item for name, modality in further.items()}}
+
+
+def feature_dims_of(dims: Dims, further: Mapping[str, FurtherModality]) -> dict[str, int]:
+    """Return the size of a feature of each modality that has features: image, audio and the further ones."""
+    built_in = {"image": dims.image_feature_dim, "audio": dims.audio_feature_dim}
+    return {**built_in, **{name: modality.feature_dim for name, modality in further.items()}}
+
+
+def tail_shape(name: str, dims: Dims, further: Mapping[str, FurtherModality]) -> tuple[int, ...]:
     """Return the dimensions of a dataset's shape after the first."""
+    if name not in DATASETS:
+        modality, _, column = name.partition("/")
+        return () if column == "offsets" else further[modality].columns[column].width
     tails: dict[str, tuple[int, ...]] = {
-        "samples/rows": (len(MODALITIES),),
+        "samples/rows": (len(MODALITIES) + len(further),),
         "image/features": (dims.image_feature_dim,),
         "image/boxes": (BOX_SIZE,),
         "image/codes": (CODES_PER_IMAGE,),
@@ -171,6 +359,15 @@ def tail_shape(name: str, dims: Dims) -> tuple[int, ...]:
 def group_code(group: str) -> int:
     """Return the stable non-negative 63-bit code of a group's name (blake2b), as stored in `samples/group`."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def check_further(further: Mapping[str, FurtherModality], where: str) -> None:
+    """Raise UserError for further modalities that a store cannot have, because of their names or their number."""
+    problems = (problem for name in further if (problem := modality_name_problem(name)) is not None)
+    if (problem := next(problems, None)) is not None:
+        raise UserError(f"{where}: further modality: {problem}: choose another name")
+    if len(further) > MAX_FURTHER:
+        raise UserError(f"{where}: {len(further)} further modalities: a store has at most {MAX_FURTHER}")
 
 
 def check_split_names(names: list[str], where: str) -> None:
@@ -202,7 +399,5 @@ def load_description(path: Path) -> StoreDescription:
     try:
         return StoreDescription.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        where, message = invalid_field(error), error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"{file}: {f'field {where}: ' if where else ''}{message}: prepare the store again") from None

@@ -12,6 +12,8 @@ from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import MISSING
 
 _MOST_BOXES = 20
+_MOST_VALUES = 20
+_FURTHER = "features of "  # begins the title of a panel of a further modality
 
 
 def find_sample(store: FeatureStore, name: str) -> int:
@@ -28,7 +30,7 @@ def find_sample(store: FeatureStore, name: str) -> int:
 
 def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
     """Return the parts of a sample as (name, value): ids and labels, caption and tokens, sizes."""
-    text, image, audio = store.rows[index]
+    text, image, audio, *further = store.rows[index]
     split = store.description.split_names[int(store.split_codes[index])]
     lines = [("sample", f"#{index}"), ("id", store.sample_id(index)), ("split", split)]
     lines.append(("labels", ", ".join(store.labels(index)) or "none"))
@@ -50,11 +52,16 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
         frames = store.frames(audio)
         seconds = len(frames) / store.description.dims.audio_frame_rate_hz
         lines.append(("frames", f"{len(frames)} ({seconds:.1f} s), features {_spread(frames)}"))
+    for (name, modality), row in zip(store.description.further.items(), further, strict=True):
+        if row != MISSING:
+            columns = store.columns(name, row)
+            lines.append((f"{name} {modality.item}", str(len(columns["features"]))))
+            lines += [(f"  {column}", _of_column(values)) for column, values in columns.items()]
     return lines
 
 
 def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Image | None = None) -> None:
-    """Write a PNG with the boxes, the stored 64 x 64 pixels and the frames of a sample.
+    """Write a PNG with the boxes, the stored 64 x 64 pixels, the frames and the further features of a sample.
 
     Args:
         store: The store.
@@ -64,8 +71,14 @@ def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Imag
     """
     from matplotlib.figure import Figure
 
-    _, image, audio = store.rows[index]
-    shown = {"boxes": image != MISSING, "pixels": image != MISSING and store.has_pixels, "frames": audio != MISSING}
+    _, image, audio, *rows = store.rows[index]
+    further = dict(zip(store.description.further, rows, strict=True))
+    shown = {
+        "boxes": image != MISSING,
+        "pixels": image != MISSING and store.has_pixels,
+        "frames": audio != MISSING,
+        **{_FURTHER + name: row != MISSING for name, row in further.items()},
+    }
     panels = [name for name, is_there in shown.items() if is_there]
     figure = Figure(figsize=(5 * max(1, len(panels)), 5), layout="constrained")
     figure.suptitle(store.sample_id(index)[:80])
@@ -76,6 +89,11 @@ def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Imag
             _draw_boxes(axes, store, image, picture)
         elif panel == "pixels":
             axes.imshow(store.pixels(image).transpose(1, 2, 0))
+        elif panel.startswith(_FURTHER):
+            name = panel.removeprefix(_FURTHER)
+            features = np.asarray(store.columns(name, further[name])["features"], "float32")
+            axes.imshow(features.T, aspect="auto", origin="lower")
+            axes.set_xlabel(store.description.further[name].item)
         else:
             frames = np.asarray(store.frames(audio), "float32")
             rate = store.description.dims.audio_frame_rate_hz
@@ -103,3 +121,11 @@ def _draw_boxes(axes: Any, store: FeatureStore, row: int, picture: Image.Image |
 def _spread(values: np.ndarray) -> str:
     numbers = np.asarray(values, "float32")
     return f"of mean {numbers.mean():.3f}, standard deviation {numbers.std():.3f}" if numbers.size else "none"
+
+
+def _of_column(values: np.ndarray) -> str:
+    """Return the shape and the mean of a column of several values per item, or the first values of one per item."""
+    if values.ndim > 1:
+        return f"{values.dtype} {list(values.shape)} {_spread(values)}"
+    more = " …" if len(values) > _MOST_VALUES else ""
+    return " ".join(f"{value:g}" for value in values[:_MOST_VALUES].tolist()) + more

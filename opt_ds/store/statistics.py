@@ -1,24 +1,35 @@
 """Mean and standard deviation of the features over the train split, summed per shard in float64."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from opt_ds.store.index import ShardFile
-from opt_ds.store.schema import MISSING, Dims, Statistics, StoreDescription
+from opt_ds.store.schema import MISSING, MODALITIES, Dims, FurtherModality, Statistics, StoreDescription, feature_dims_of
 
 TRAIN_SPLIT = "train"
-_COLUMNS = ((1, "image"), (2, "audio"))
 _BLOCK_ROWS = 8192
 _TOLERANCE = 1e-6  # relative to a feature's root mean square; far above rounding from another order of summation
 
 
-def train_sums(arrays: dict[str, np.ndarray], train_code: int | None) -> dict[str, Any]:
-    """Return count, sum and sum of squares of the features of a shard's train samples. Each row is counted once."""
+def summed_datasets(further: Iterable[str]) -> list[str]:
+    """Return the names of the datasets that `train_sums` reads."""
+    names = (f"{name}/{dataset}" for name in _with_features(further).values() for dataset in ("offsets", "features"))
+    return ["samples/rows", "samples/split", *names]
+
+
+def train_sums(arrays: dict[str, np.ndarray], train_code: int | None, further: Iterable[str] = ()) -> dict[str, Any]:
+    """Return count, sum and sum of squares of the features of a shard's train samples. Each row is counted once.
+
+    Args:
+        arrays: The datasets of the shard, at least those of `summed_datasets`.
+        train_code: Code of the train split; None if there is none.
+        further: Names of the further modalities, in the store's order.
+    """
     rows = arrays["samples/rows"][arrays["samples/split"] == train_code]
     sums = {}
-    for column, name in _COLUMNS:
+    for column, name in _with_features(further).items():
         used = np.unique(rows[:, column])
         used = used[used != MISSING]
         lengths = np.diff(arrays[f"{name}/offsets"])
@@ -32,10 +43,17 @@ def train_sums(arrays: dict[str, np.ndarray], train_code: int | None) -> dict[st
     return sums
 
 
-def statistics_of(sums: Sequence[dict[str, Any]], dims: Dims) -> dict[str, Statistics]:
-    """Return the statistics of "image" and "audio" from the sums of all shards."""
-    sizes = {"image": dims.image_feature_dim, "audio": dims.audio_feature_dim}
+def statistics_of(
+    sums: Sequence[dict[str, Any]], dims: Dims, further: Mapping[str, FurtherModality] | None = None
+) -> dict[str, Statistics]:
+    """Return the statistics of each modality that has features from the sums of all shards."""
+    sizes = feature_dims_of(dims, further or {})
     return {name: _statistics([part[name] for part in sums], size) for name, size in sizes.items()}
+
+
+def _with_features(further: Iterable[str]) -> dict[int, str]:
+    """Return the modalities that have features by their column of samples/rows."""
+    return {column: name for column, name in enumerate((*MODALITIES, *further)) if name != "text"}
 
 
 def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
@@ -48,20 +66,19 @@ def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
 
 
 def statistics_problem(
-    files: Sequence[ShardFile], name: str, column: int, train_code: int | None, description: StoreDescription
+    files: Sequence[ShardFile], name: str, train_code: int | None, description: StoreDescription
 ) -> str | None:
-    """Return why the recorded statistics of "image" or "audio" features differ from the shards; None if they do not.
+    """Return why the recorded statistics of a modality's features differ from the shards; None if they do not.
 
     The sums are computed again, block by block.
 
     Args:
         files: The open shards.
-        name: "image" or "audio".
-        column: The modality's column of samples/rows.
+        name: The modality.
         train_code: Code of the train split; None if there is none.
         description: The store's description, with the recorded statistics.
     """
-    recorded = description.statistics[name]
+    recorded, column = description.statistics[name], description.modalities.index(name)
     count, total, squares = 0, np.zeros(len(recorded.mean)), np.zeros(len(recorded.mean))
     for file in files:
         used = np.unique(file.array("samples/rows")[:][file.array("samples/split")[:] == train_code][:, column])

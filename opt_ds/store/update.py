@@ -15,10 +15,19 @@ from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index
 from opt_ds.store.reader import FeatureStore, check_contents
-from opt_ds.store.schema import CODES_PER_IMAGE, STORE_FILE, TOKENIZER_FOLDER, StoreDescription, load_description
-from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
+from opt_ds.store.schema import (
+    CODES_PER_IMAGE,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    FurtherModality,
+    StoreDescription,
+    check_further,
+    datasets_of,
+    load_description,
+)
+from opt_ds.store.shards import describe_shard, write_datasets
+from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, summed_datasets, train_sums
 from opt_ds.store.verify import open_store
-from opt_ds.store.writer import describe_shard, write_datasets
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,6 +42,7 @@ def rewrite_shards(
     *,
     new_statistics: bool = True,
     new_tokenizer: str = "",
+    new_further: dict[str, FurtherModality] | None = None,
 ) -> StoreDescription:
     """Replace every shard by `change(index, its arrays)`.
 
@@ -45,6 +55,8 @@ def rewrite_shards(
         fields: Called after all shards are written; returns the other changes of `store.json`.
         new_statistics: Compute statistics and split counts again, because features or splits have changed.
         new_tokenizer: Name of a tokenizer folder that exists already and that `fields()` will set.
+        new_further: The further modalities after the change; None: those of the store. samples/rows must have a column
+            for each, in this order.
 
     Returns:
         The new description of the store.
@@ -53,6 +65,8 @@ def rewrite_shards(
         UserError: A shard is damaged.
     """
     path, description = store.path, store.description
+    further = description.further if new_further is None else new_further
+    check_further(further, str(path))
     remove_unlisted(path, description, new_tokenizer)
     shards, per_shard = [], []
     try:
@@ -62,13 +76,13 @@ def rewrite_shards(
             arrays = change(index, {name: np.asarray(file.array(name)[:]) for name in file.names()})
             target = path / _next_name(old.file)
             with atomic_file(target) as temporary:
-                write_datasets(temporary, arrays, compression=description.compression)
-            shards.append(describe_shard(target, arrays))
+                write_datasets(temporary, arrays, compression=description.compression, datasets=datasets_of(further))
+            shards.append(describe_shard(target, arrays, further))
             per_shard.append(arrays["samples/split"])
     except BaseException:
         remove_unlisted(path, description, new_tokenizer)
         raise
-    updated = description.model_copy(update={"shards": shards, **fields()})
+    updated = description.model_copy(update={"shards": shards, "further": further, **fields()})
     if new_statistics:
         updated = updated.model_copy(update=_counts_and_statistics(path, updated, per_shard))
     updated = updated.with_fingerprint()
@@ -120,11 +134,11 @@ def _counts_and_statistics(path: Path, updated: StoreDescription, splits: list[n
     sums = []
     for shard in updated.shards:
         file = ShardFile(path / shard.file)
-        wanted = ("samples/rows", "samples/split", "image/offsets", "image/features", "audio/offsets", "audio/features")
-        sums.append(train_sums({name: np.asarray(file.array(name)[:]) for name in wanted}, train))
+        arrays = {name: np.asarray(file.array(name)[:]) for name in summed_datasets(updated.further)}
+        sums.append(train_sums(arrays, train, updated.further))
     return {
         "split_counts": dict(zip(names, counts.tolist(), strict=True)),
-        "statistics": statistics_of(sums, updated.dims),
+        "statistics": statistics_of(sums, updated.dims, updated.further),
     }
 
 

@@ -2,45 +2,46 @@
 
 Shards are written atomically, `store.json` last, and a killed run can be resumed.
 
-Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes.
+Shape letters: N samples, L tokens, R regions, T frames; Dv, Da feature sizes; M modalities.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import numpy as np
 
 from opt_ds.errors import UserError
-from opt_ds.store.checks import audio_problem, codes_problem, image_problem, pixels_problem, text_problem
-from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
+from opt_ds.store.checks import audio_problem, codes_problem, further_problem, image_problem, pixels_problem, text_problem
+from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.foreign import is_plain_name, read_json_object
 from opt_ds.store.index import ShardFile, write_index
 from opt_ds.store.schema import (
     BOX_SIZE,
     CODES_PER_IMAGE,
-    DATASETS,
     MISSING,
     MODALITIES,
+    OPTIONAL_DATASETS,
     PIXELS_SHAPE,
     SCHEMA_VERSION,
     STORE_FILE,
     TOKENIZER_FOLDER,
     Dims,
+    FurtherModality,
     ShardDescription,
     StoreDescription,
+    check_further,
+    datasets_of,
     group_code,
+    units_of,
 )
-from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, train_sums
+from opt_ds.store.shards import describe_shard, join_columns, join_items, join_strings, write_datasets
+from opt_ds.store.statistics import TRAIN_SPLIT, statistics_of, summed_datasets, train_sums
 from opt_ds.store.tokenizer import describe_tokenizer
 
 PARTIAL_FILE = "partial.json"
-# Alignment also aligns the reader's maps. NumPy and torch are faster on aligned addresses.
-ALIGNMENT_BYTES = 64
-
 
 @dataclass(frozen=True)
 class TextItem:
@@ -67,10 +68,10 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class SampleItem:
-    """One sample. `rows` are indices (text, image, audio) into the shard's lists, -1 for a missing modality."""
+    """One sample. `rows` are M indices into the shard's lists of texts, images, audios and further items; -1 for none."""
 
     id: str
-    rows: tuple[int, int, int]
+    rows: tuple[int, ...]
     group: str
     split: str
     labels: Sequence[str] = ()
@@ -78,12 +79,19 @@ class SampleItem:
 
 @dataclass
 class ShardContent:
-    """The content of one shard, in memory. `audios` are frames [T, Da]."""
+    """The content of one shard, in memory.
+
+    `audios` are frames [T, Da]. `further` holds the rows of each further modality: a row is an array per column.
+    """
 
     samples: list[SampleItem] = field(default_factory=list)
     texts: list[TextItem] = field(default_factory=list)
     images: list[ImageItem] = field(default_factory=list)
     audios: list[np.ndarray] = field(default_factory=list)
+    further: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
+
+
+_Item = TextItem | ImageItem | np.ndarray | dict[str, np.ndarray]
 
 
 class StoreWriter:
@@ -104,6 +112,7 @@ class StoreWriter:
         key: Identifies the inputs of the store.
         train_split: The split that the feature statistics are computed over.
         compression: Compression of the shards.
+        further: The modalities besides text, image and audio, in the order of their columns of samples/rows.
     """
 
     def __init__(
@@ -120,9 +129,12 @@ class StoreWriter:
         key: str = "",
         train_split: str = TRAIN_SPLIT,
         compression: Literal["gzip"] | None = None,
+        further: Mapping[str, FurtherModality] | None = None,
     ) -> None:
         self.path = path
         self._dims = dims
+        self._further = dict(further or {})
+        check_further(self._further, str(path))
         self._split_codes = {name: code for code, name in enumerate(split_names)}
         self._label_codes = {name: code for code, name in enumerate(label_names)}
         self._splits_source = splits_source
@@ -132,6 +144,16 @@ class StoreWriter:
         self._train_split = train_split
         self._compression = compression
         self._begin(tokenizer_folder)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities in the order of `SampleItem.rows`."""
+        return (*MODALITIES, *self._further)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Plural word for the items of each modality."""
+        return units_of(self._further)
 
     def has_shard(self, index: int) -> bool:
         """Return whether this shard is complete, written now or by an earlier run that was stopped."""
@@ -152,9 +174,10 @@ class StoreWriter:
         file = self.path / self.shard_name(index)
         arrays = self._arrays(content)
         with atomic_file(file) as temporary:
-            write_datasets(temporary, arrays, compression=self._compression)
-        journal = _journal_of(describe_shard(file, arrays), arrays, list(self._split_codes), notes or {}, self._train_split)
-        write_json(self._journal(index), journal)
+            write_datasets(temporary, arrays, compression=self._compression, datasets=datasets_of(self._further))
+        shard = describe_shard(file, arrays, self._further)
+        splits = list(self._split_codes)
+        write_json(self._journal(index), _journal_of(shard, arrays, splits, notes or {}, self._train_split, self._further))
 
     @staticmethod
     def shard_name(index: int) -> str:
@@ -192,8 +215,9 @@ class StoreWriter:
             extractors=self._extractors,
             tokenizer=tokenizer,
             label_names=list(self._label_codes),
-            statistics=statistics_of([journal["sums"] for journal in journals], self._dims),
+            statistics=statistics_of([journal["sums"] for journal in journals], self._dims, self._further),
             shards=shards,
+            further=self._further,
             preparation_key=self._key,
             info={**self._info, **(info or {})},
         ).with_fingerprint()
@@ -208,7 +232,7 @@ class StoreWriter:
             raise UserError(f"{self.path}: a finished feature store is there: choose another output or remove it")
         partial = self.path / PARTIAL_FILE
         if partial.is_file():
-            if read_json_object(partial, f"remove {self.path}").get("key") != self._key:
+            if read_json_object(partial, f"remove {self.path}") != _partial(self._key, self._further):
                 raise UserError(
                     f"{self.path}: an unfinished store of other inputs or settings is there: "
                     "choose another output or remove it"
@@ -218,7 +242,7 @@ class StoreWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         for names in ("shard-*", STORE_FILE, PARTIAL_FILE):
             remove_leftovers(self.path, names)
-        write_json(partial, {"key": self._key})
+        write_json(partial, _partial(self._key, self._further))
         (self.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
         for file in sorted(tokenizer_folder.iterdir()):
             if file.is_file():
@@ -229,29 +253,35 @@ class StoreWriter:
 
     def _problem(self, content: ShardContent) -> str | None:
         """Return the first fault of a sample or item; None if there is none."""
-        counts = (len(content.texts), len(content.images), len(content.audios))
-        user_of: dict[tuple[int, int], str] = {}  # (modality, row) -> the first sample with it
+        if unknown := content.further.keys() - self._further.keys():
+            return f'items of "{min(unknown)}", which is no modality of the store'
+        items: dict[str, Sequence[_Item]] = {"text": content.texts, "image": content.images, "audio": content.audios}
+        items |= {name: content.further.get(name, []) for name in self._further}
+        user_of: dict[tuple[str, int], str] = {}  # (modality, row) -> the first sample with it
         for sample in content.samples:
             if not sample.id:
                 return "a sample has an empty id"
+            if len(sample.rows) != len(items):
+                return f'sample "{sample.id}" has {len(sample.rows)} rows for {len(items)} modalities'
             if max(sample.rows) < 0:
                 return f'sample "{sample.id}" has no modality at all'
-            for modality, row in enumerate(sample.rows):
-                if not MISSING <= row < counts[modality]:
-                    return f'sample "{sample.id}": no {MODALITIES[modality]} row {row}'
+            for (modality, of_kind), row in zip(items.items(), sample.rows, strict=True):
+                if not MISSING <= row < len(of_kind):
+                    return f'sample "{sample.id}": no {modality} row {row}'
                 user_of.setdefault((modality, row), sample.id)
         if len({sample.id for sample in content.samples}) < len(content.samples):
             return "samples have the same id"
-        items: tuple[Sequence[TextItem | ImageItem | np.ndarray], ...] = (content.texts, content.images, content.audios)
-        for modality, (name, of_kind) in enumerate(zip(MODALITIES, items, strict=True)):
+        for modality, of_kind in items.items():
             for row, item in enumerate(of_kind):
-                if (problem := self._item_problem(item)) is not None:
+                if (problem := self._item_problem(modality, item)) is not None:
                     user = user_of.get((modality, row))
-                    return f"{name} row {row}: {problem}" if user is None else f'sample "{user}": {name}: {problem}'
+                    return f"{modality} row {row}: {problem}" if user is None else f'sample "{user}": {modality}: {problem}'
         return None
 
-    def _item_problem(self, item: TextItem | ImageItem | np.ndarray) -> str | None:
+    def _item_problem(self, modality: str, item: _Item) -> str | None:
         dims = self._dims
+        if isinstance(item, dict):
+            return further_problem(item, self._further[modality])
         if isinstance(item, TextItem):
             return text_problem(item.tokens, dims.vocab_size)
         if not isinstance(item, ImageItem):
@@ -274,7 +304,7 @@ class StoreWriter:
         features, image_offsets = join_items([image.features for image in images], (0, dims.image_feature_dim))
         frames, audio_offsets = join_items(content.audios, (0, dims.audio_feature_dim))
         arrays = {
-            "samples/rows": np.array([sample.rows for sample in samples]).reshape(-1, 3),
+            "samples/rows": np.array([sample.rows for sample in samples]).reshape(-1, len(self.modalities)),
             "samples/id": ids,
             "samples/id_offsets": id_offsets,
             "samples/group": np.array([group_code(sample.group) for sample in samples], "int64"),
@@ -299,7 +329,10 @@ class StoreWriter:
         codes = [image.codes for image in images if image.codes is not None]
         if images and len(codes) == len(images):
             arrays["image/codes"] = np.stack(codes).reshape(-1, CODES_PER_IMAGE)
-        return {name: array.astype(DATASETS[name], copy=False) for name, array in arrays.items()}
+        for name, modality in self._further.items():
+            arrays |= join_columns(name, modality, content.further.get(name, []))
+        datasets = datasets_of(self._further)
+        return {name: array.astype(datasets[name], copy=False) for name, array in arrays.items()}
 
 
 def _read_journal(journal: Path) -> dict[str, Any]:
@@ -318,14 +351,20 @@ def restore_journals(path: Path, description: StoreDescription, notes: dict[int,
 
     Without its `store.json` the store is then unfinished.
     """
-    names = ("samples/rows", "samples/split", "image/offsets", "image/features", "audio/offsets", "audio/features")
     for index, own in notes.items():
         shard = description.shards[index]
         file = ShardFile(path / shard.file)
-        arrays = {name: np.asarray(file.array(name)[:]) for name in names}
-        arrays |= {name: np.empty(0) for name in ("image/pixels", "image/codes") if name in file.names()}
-        write_json(path / f"{Path(shard.file).stem}.json", _journal_of(shard, arrays, description.split_names, own, TRAIN_SPLIT))
-    write_json(path / PARTIAL_FILE, {"key": description.preparation_key})
+        arrays = {name: np.asarray(file.array(name)[:]) for name in summed_datasets(description.further)}
+        arrays |= {name: np.empty(0) for name in OPTIONAL_DATASETS if name in file.names()}
+        journal = _journal_of(shard, arrays, description.split_names, own, TRAIN_SPLIT, description.further)
+        write_json(path / f"{Path(shard.file).stem}.json", journal)
+    write_json(path / PARTIAL_FILE, _partial(description.preparation_key, description.further))
+
+
+def _partial(key: str, further: Mapping[str, FurtherModality]) -> dict[str, Any]:
+    """Return the content of `partial.json`, which identifies the store that the shards and journals belong to."""
+    described = [[name, modality.model_dump(mode="json")] for name, modality in further.items()]
+    return {"key": key, **({"further": described} if described else {})}
 
 
 def _journal_of(
@@ -334,6 +373,7 @@ def _journal_of(
     split_names: list[str],
     notes: dict[str, Any],
     train_split: str,
+    further: Iterable[str],
 ) -> dict[str, Any]:
     train = split_names.index(train_split) if train_split in split_names else None
     return {
@@ -341,52 +381,6 @@ def _journal_of(
         "split_counts": np.bincount(arrays["samples/split"], minlength=len(split_names)).tolist(),
         "has_pixels": "image/pixels" in arrays,
         "has_codes": "image/codes" in arrays,
-        "sums": train_sums(arrays, train),
+        "sums": train_sums(arrays, train, further),
         "notes": notes,
     }
-
-
-def write_datasets(path: Path, arrays: dict[str, np.ndarray], *, compression: str | None) -> None:
-    """Write the arrays of a shard as HDF5: contiguous, aligned, in fixed order, without time stamps.
-
-    Equal input produces equal bytes.
-    """
-    assert arrays.keys() <= DATASETS.keys(), f"no datasets of a store: {arrays.keys() - DATASETS.keys()}"
-    with h5py.File(
-        path, "w", libver=("v108", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
-    ) as shard:
-        for name in DATASETS:
-            if name not in arrays:
-                continue
-            array = arrays[name]
-            # HDF5 cannot chunk, and therefore not compress, datasets without elements.
-            options = {"compression": compression, "shuffle": True} if compression and array.size else {}
-            shard.create_dataset(name, data=array, track_times=False, **options)
-
-
-def describe_shard(file: Path, arrays: dict[str, np.ndarray]) -> ShardDescription:
-    """Return the size, checksum and lengths of a shard file that contains these arrays."""
-    return ShardDescription(
-        file=file.name,
-        bytes=file.stat().st_size,
-        sha256=file_sha256(file),
-        num_samples=len(arrays["samples/rows"]),
-        num_texts=len(arrays["text/offsets"]) - 1,
-        num_images=len(arrays["image/offsets"]) - 1,
-        num_audios=len(arrays["audio/offsets"]) - 1,
-        num_tokens=len(arrays["text/tokens"]),
-        num_regions=len(arrays["image/features"]),
-        num_frames=len(arrays["audio/features"]),
-    )
-
-
-def join_items(items: Sequence[np.ndarray], empty_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the concatenated items and their int64 offsets [n + 1]; without items, zeros of `empty_shape`."""
-    offsets = np.zeros(len(items) + 1, "int64")
-    np.cumsum([len(item) for item in items], out=offsets[1:])
-    return (np.concatenate(items) if items else np.zeros(empty_shape)), offsets
-
-
-def join_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the concatenated UTF-8 bytes of the strings, uint8, and their int64 offsets [n + 1]."""
-    return join_items([np.frombuffer(string.encode("utf-8"), "uint8") for string in strings], (0,))
