@@ -103,7 +103,7 @@ def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path |
         return
     picture = None
     if manifest is not None:
-        lines = read_manifest(manifest, allow_outside=True).lines
+        lines = read_manifest(manifest, allow_outside=True, further=tuple(opened.description.further)).lines
         file = next((line.image for line in lines if line.id == opened.sample_id(index)), None)
         picture = _picture(manifest.parent / file) if file is not None else None
     target = pictures / f"sample-{index}.png"
@@ -161,10 +161,15 @@ def split(
 def update(
     *,
     store: _Store,
-    modality: Annotated[str, typer.Option(help="What to add or replace: text, image, audio or codes.")],
+    modality: Annotated[
+        str, typer.Option(help="What to add or replace: text, image, audio, codes, or a further modality with its --extractor.")
+    ],
     manifest: Annotated[
         Path | None,
-        typer.Option(help="image, audio: the manifest that names the samples' files. text: new texts. Default: the store's own."),
+        typer.Option(
+            help="image, audio, further ones: the manifest that names the samples' files. text: new texts. Default: the store's "
+            "own."
+        ),
     ] = None,
     extractor: Annotated[
         str | None,
@@ -186,9 +191,14 @@ def update(
     reading: ReadingOptions,
 ) -> None:
     """Add or replace one modality of a store; the features of the others are kept as they are."""
-    known = ("text", "image", "audio", "codes")
-    if modality not in known:
-        raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')
+    from opt_ds.store.schema import load_description
+
+    known = ("text", "image", "audio", "codes", *load_description(store).further)
+    if modality not in known and extractor is None:
+        raise UserError(
+            f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}, or name the '
+            "--extractor of a new one"
+        )
     if modality == "codes":
         from opt_ds.devices import choose_device
         from opt_ds.dvae.codes import CodeExtractor, write_missing_codes
@@ -216,20 +226,29 @@ def update(
         if kind != modality:
             raise UserError(f'--extractor-option {kind}: this command makes features of {modality}: write {modality}.KEY=VALUE')
     if modality == "image":
+        named = {"images": extractor} if extractor is not None else {}
         settings = PrepareSettings(
-            images=extractor or "grid",
+            **named,
             image_weights=weights,
             image_backbone=backbone,
             pixels=pixels,
             extractor_options=options,
         )
-    else:
+    elif modality == "audio":
+        named = {"speech": extractor} if extractor is not None else {}
         settings = PrepareSettings(
-            speech=extractor or "logmel",
+            **named,
             speech_weights=weights,
             speech_layer=layer,
             extractor_options=options,
             **vars(frames),
+        )
+    elif extractor is None:
+        raise UserError(f"--modality {modality}: name its extractor with --extractor")
+    else:
+        given = {"weights": weights} if weights is not None else {}
+        settings = PrepareSettings(
+            extractors={modality: extractor}, extractor_options={modality: {**given, **options.get(modality, {})}}
         )
     update_modality(store, manifest, modality, settings, **vars(reading))
 

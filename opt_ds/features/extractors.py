@@ -148,7 +148,7 @@ def option_of(kind: str) -> str:
 
 def named_in(identity: Mapping[str, Any]) -> str:
     """Return the name, or `module:Class`, of the extractor with this fingerprint."""
-    return str(identity.get(PLUGIN, identity["name"]))
+    return str(identity.get(PLUGIN, identity.get("name", "")))
 
 
 def _is_path(annotation: Any) -> bool:

@@ -29,7 +29,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Extracted:
-    """The result for a file: an ImageItem or frames [T, Da], a hash of the bytes, and whether frames were truncated."""
+    """The result for a file: an ImageItem, frames [T, Da] or columns; a hash of the bytes; whether frames were truncated."""
 
     item: Any
     digest: str
@@ -144,7 +144,7 @@ def _one_line(error: Exception) -> str:
 
 def _finish(feature: Any, decoded: Decoded[Any], extractor: Any, settings: PrepareSettings) -> Extracted | Failure:
     """Return the item that the store keeps of a feature, or why it cannot keep it."""
-    item_of: Callable[..., Extracted | Failure] = {"image": _image_item, "audio": _audio_item}[extractor.kind]
+    item_of = _ITEMS.get(extractor.kind, _further_item)
     try:
         return item_of(feature, decoded, extractor, settings)
     except (AttributeError, TypeError, ValueError) as error:  # a result of another type than the extractor's base class says
@@ -172,3 +172,12 @@ def _audio_item(frames: np.ndarray, decoded: Decoded[Any], extractor: Any, setti
     if (problem := audio_problem(kept, extractor.dim)) is not None:
         return Failure(f"speech cannot be stored: {problem}")
     return Extracted(kept, decoded.digest, was_cut=len(kept) < len(frames))
+
+
+def _further_item(columns: Any, decoded: Decoded[Any], extractor: Any, settings: PrepareSettings) -> Extracted | Failure:
+    if (problem := extractor.problem(columns)) is not None:
+        return Failure(f"{extractor.kind} features cannot be stored: {problem}")
+    return Extracted(columns, decoded.digest)
+
+
+_ITEMS: dict[str, Callable[..., Extracted | Failure]] = {"image": _image_item, "audio": _audio_item}

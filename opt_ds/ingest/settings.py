@@ -11,7 +11,9 @@ from opt_ds.decoding.limits import MAX_PIXELS, MAX_SECONDS, Limits
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.features.extractors import Extractor, ExtractorChoice, choose, extractor_class, option_of
 from opt_ds.features.text import UNICODE_FORMS
+from opt_ds.ingest.manifest import FIELDS, FILE_FIELDS
 from opt_ds.registry import EXTRACTORS
+from opt_ds.store.schema import modality_name_problem
 
 _LOG = logging.getLogger(__name__)
 #: Modality -> setting -> option of the extractor. The settings are older than the options of extractors.
@@ -29,7 +31,7 @@ _SHARED_OPTIONS = {
         "speech_overlap_s": "overlap_s",
     },
 }
-_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractor_options"}
+_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractors", "extractor_options"}
 
 
 class PrepareSettings(Section):
@@ -76,6 +78,11 @@ class PrepareSettings(Section):
         30.0, description="wav2vec2: length of the windows that longer audio is split into, in seconds."
     )
     speech_overlap_s: float = Field(2.0, description="wav2vec2: overlap of neighbouring windows, in seconds.")
+    extractors: dict[str, str] = Field(
+        default_factory=dict,
+        description="Name of a further modality -> its extractor: the name of an installed package's, or `module:Class`. The "
+        "manifest then has a field of this name, which names a file.",
+    )
     extractor_options: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Modality -> options of its extractor, such as `image: {side: 224}`. They are part of its fingerprint.",
@@ -110,6 +117,12 @@ class PrepareSettings(Section):
         if self.unicode_form not in UNICODE_FORMS:
             near = did_you_mean(self.unicode_form, UNICODE_FORMS)
             raise ValueError(f'--unicode-form "{self.unicode_form}": unknown{near}: choose {", ".join(UNICODE_FORMS)}')
+        for kind in self.extractors:
+            if kind in FILE_FIELDS:
+                raise ValueError(f"--extractor {kind}: name the extractor with {option_of(kind)}")
+            problem = modality_name_problem(kind) or (f'"{kind}" is a field of manifests' if kind in FIELDS else None)
+            if problem is not None:
+                raise ValueError(f"--extractor {kind}: {problem}: choose another name")
         for kind in self.extractor_options:
             if kind not in self.file_kinds:
                 known = ", ".join(self.file_kinds)
@@ -123,14 +136,14 @@ class PrepareSettings(Section):
     @property
     def file_kinds(self) -> tuple[str, ...]:
         """The modalities whose features are extracted from files, in the order of the store's columns."""
-        return ("image", "audio")
+        return (*FILE_FIELDS, *sorted(self.extractors))
 
     def extractor(self, kind: str) -> ExtractorChoice:
         """Return the extractor of a modality. The user has named it, so `module:Class` is loaded.
 
         Raise UserError if there is none of this name, or if it does not have an option that is set.
         """
-        given = {"image": self.images, "audio": self.speech}[kind]
+        given = {"image": self.images, "audio": self.speech, **self.extractors}[kind]
         EXTRACTORS.allow([given])
         found = extractor_class(kind, given, option_of(kind))
         if kind == "audio" and self.trim_silence and found.reads_files:

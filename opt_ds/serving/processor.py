@@ -59,9 +59,9 @@ class OPTProcessor:
         self._weights = {"image": image_weights, "audio": speech_weights}
         self._options = extractor_options or {}
         for kind in self._options:
-            if kind not in self.description.extractors:
-                near = did_you_mean(kind, self.description.extractors)
-                raise UserError(f'--extractor-option {kind}: the model has no modality "{kind}"{near}: leave it out')
+            if kind not in self._file_kinds:
+                near = did_you_mean(kind, self._file_kinds)
+                raise UserError(f'--extractor-option {kind}: the model has no extractor of "{kind}"{near}: leave it out')
         self._decoder, self._limits = Decoder(), Limits()
         self._notes: list[str] | None = None  # warnings of one request; None: they are logged
         for size in ("vocab_size", "image_feature_dim", "audio_feature_dim"):
@@ -95,6 +95,29 @@ class OPTProcessor:
         if audio is not None:
             sample.frames = self._frames(check_audio(audio))
         return sample
+
+    def columns(self, kind: str, file: str | Path) -> dict[str, np.ndarray]:
+        """Return the columns of a file of a modality besides text, image and audio, as a store has them.
+
+        Raise UserError for a modality that the model has no extractor of, a file that cannot be read, and an extractor that
+        is not the training store's.
+        """
+        if kind not in self._file_kinds:
+            near = did_you_mean(kind, self._file_kinds)
+            raise UserError(f'no modality "{kind}"{near}: the model has extractors of {", ".join(self._file_kinds)}')
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UserError(f"{kind} {path}: no such file")
+        extractor = self._extractor(kind)
+        try:
+            (found,) = extractor.extract([path])
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None
+        if (problem := extractor.problem(found)) is not None:
+            raise UserError(f"{kind} {path.name}: {problem}: give another file")
+        columns = extractor.modality().columns
+        return {name: found[name].astype(stored.dtype, copy=False) for name, stored in columns.items()}
 
     def with_notes(
         self, notes: list[str], max_seconds: float | None = None, *, allow_svg: bool = True
@@ -164,7 +187,14 @@ class OPTProcessor:
                 self._notes.append(note)
         return items[:limit]
 
+    @property
+    def _file_kinds(self) -> list[str]:
+        """The modalities that the training store had extracted from files."""
+        return [name for name in self.description.extractors if name not in ("text", "codes")]
+
     def _extractor(self, kind: str) -> Any:
+        if kind not in self._file_kinds:
+            raise UserError(f"the model has no extractor of {kind}: leave the {kind} out")
         if kind not in self._extractors:
             self._extractors[kind] = self._build(kind, self.description.extractors[kind])
         return self._extractors[kind]
@@ -177,7 +207,7 @@ class OPTProcessor:
                 f"the model reads {kind} features from files made elsewhere ({found.name}): it cannot read {kind} files itself"
             )
         options = {"weights": self._weights.get(kind), **self._options.get(kind, {})}
-        weights = options["weights"]
+        weights = None if options["weights"] is None else Path(options["weights"]).expanduser()
         self._check_given(kind, found.name, weights, found.needs_weights(identity))
         if weights is None:
             del options["weights"]
@@ -202,5 +232,5 @@ class OPTProcessor:
             )
         if weights is not None and not needs:
             raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {option} away")
-        if weights is not None and not Path(weights).exists():
+        if weights is not None and not weights.exists():
             raise UserError(f"{option} {weights}: no such file or folder")

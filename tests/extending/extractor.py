@@ -1,4 +1,4 @@
-"""Extractors of another package: an image as a grid of mean colours, and audio as the loudness of its frames."""
+"""Extractors of another package: an image as a grid of mean colours, audio as loudness, and touch, a modality of its own."""
 
 import os
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ from PIL import Image
 from pydantic import Field
 
 from opt_ds.config.section import Section
+from opt_ds.features.further import FurtherExtractor
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.features.speech import SpeechExtractor
 from opt_ds.store.files import file_sha256
+from opt_ds.store.schema import StoredColumn
 
 
 class ColourOptions(Section):
@@ -77,3 +79,47 @@ class Loudness(SpeechExtractor):
         counts = np.diff(np.append(starts, len(waveform)))
         loudness = np.sqrt(np.add.reduceat(waveform.astype("float64") ** 2, starts) / counts)
         return (loudness[:, None] * self._bands).astype("float16")
+
+
+class TouchOptions(Section):
+    scale: float = Field(1.0, gt=0, description="Factor on the pressures.")
+
+
+class Touch(FurtherExtractor):
+    """Readings of three pressures: lines `milliseconds,x,y,z`."""
+
+    name = "touch_csv"
+    kind = "touch"
+    options = TouchOptions
+    item = "readings"
+    columns = {  # noqa: RUF012
+        "features": StoredColumn(dtype="float16", width=(3,)),
+        "at_ms": StoredColumn(dtype="int32"),
+    }
+
+    def __init__(self, options: TouchOptions, device: str) -> None:
+        self._scale = options.scale
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "version": "1.0"}
+
+    def extract(self, inputs: Sequence[Path | None]) -> list[dict[str, np.ndarray] | None]:
+        return [None if path is None else self._read(path) for path in inputs]
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        table = np.loadtxt(path, delimiter=",", ndmin=2)
+        return {"features": table[:, 1:] * self._scale, "at_ms": table[:, 0].astype(int)}
+
+
+class Labelled(Touch):
+    """Returns a column that its class does not describe."""
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        read = super()._read(path)
+        return {**read, "labels": read["at_ms"]}
+
+
+class Wrong(Touch):
+    """Describes no features."""
+
+    columns = {"at_ms": StoredColumn(dtype="int32")}  # noqa: RUF012

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.errors import UserError
-from opt_ds.features.extractors import choose
+from opt_ds.features.extractors import choose, named_in
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.ingest.update import update_modality
@@ -180,6 +181,17 @@ def test_the_model_is_given_the_stores_features(model: Path, folder: Path, store
     other = opt_ds.load(model, device="cpu", image_weights=folder / "other.txt")._session.processor
     with pytest.raises(UserError, match=r"image extractor colours: its weights_sha256 is .* the model was trained with"):
         other(image=folder / "c.png")
+    for options, expected in (
+        ({"image": {"side": 4}}, "its side is 4, the model was trained with 3"),
+        ({"text": {"side": 4}}, 'the model has no extractor of "text"'),
+        ({"imag": {}}, r'the model has no extractor of "imag" \(did you mean "image"\?\)'),
+    ):
+        with pytest.raises(UserError, match=expected):
+            opt_ds.load(model, device="cpu", image_weights=folder / "weights.txt", extractor_options=options)._session.processor(
+                image=folder / "c.png"
+            )
+    with pytest.raises(UserError, match='no modality "touch": the model has extractors of image, audio'):
+        processor.columns("touch", folder / "c.png")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +238,19 @@ def test_a_malformed_option_is_one_line(option: str, expected: str, capsys: pyte
 def test_an_option_that_the_extractor_lacks_is_warned_of_once(logged: list[str]) -> None:
     PrepareSettings(images="npz", image_min_side=500).extractor("image")
     assert logged == ["--image-min-side 500 is not used: npz has no option min_side"]
+
+
+def test_an_installed_package_announces_extractors(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = [EntryPoint("colours", COLOURS, "opt_ds.features"), EntryPoint("own-loudness", LOUDNESS, "opt_ds.features")]
+    monkeypatch.setattr("opt_ds.registry.entry_points", lambda group: announced if group == "opt_ds.features" else [])
+    monkeypatch.setattr(EXTRACTORS, "_allowed", set())
+    colours = choose("image", "colours", {"side": 4})
+    assert "plugin" not in colours.fingerprint(colours.build("cpu"))
+    loudness = PrepareSettings(speech="own-loudness").extractor("audio")
+    fingerprint = loudness.fingerprint(loudness.build("cpu"))
+    assert (fingerprint["name"], named_in(fingerprint)) == ("loudness", "own-loudness"), "it is found again by this name"
+    with pytest.raises(UserError, match=r'no extractor "colour" \(did you mean "colours"\?\)'):
+        choose("image", "colour", {})
 
 
 def test_a_file_alone_cannot_name_code(monkeypatch: pytest.MonkeyPatch) -> None:
