@@ -14,6 +14,7 @@ from opt_ds.errors import UserError
 from opt_ds.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -30,6 +31,7 @@ def load(
     precision: str = "fp32",
     image_weights: "str | Path | None" = None,
     speech_weights: "str | Path | None" = None,
+    extractor_options: "Mapping[str, Mapping[str, Any]] | None" = None,
 ) -> "Model":
     """Load a trained model for use.
 
@@ -40,6 +42,7 @@ def load(
             fp32 on the CPU, bf16 on GPUs from Ampere on, fp16 on older ones.
         image_weights: Weights of the image extractor, if no package brings them.
         speech_weights: Weights of the speech extractor, if it has any.
+        extractor_options: Modality -> options of its extractor that the model does not record, such as other files.
 
     Returns:
         The model. See `opt_ds.Model` for what it does.
@@ -50,7 +53,12 @@ def load(
     from opt_ds.serving.model import load_model
 
     return load_model(
-        path, device=device, precision=precision, image_weights=image_weights, speech_weights=speech_weights
+        path,
+        device=device,
+        precision=precision,
+        image_weights=image_weights,
+        speech_weights=speech_weights,
+        extractor_options=extractor_options,
     )
 
 

@@ -97,3 +97,4 @@ def _loaded(path: str, kind: str) -> Any:
 
 TASKS = Registry("task", "opt_ds.tasks")
 MODALITIES = Registry("modality", "opt_ds.modalities")
+EXTRACTORS = Registry("extractor", "opt_ds.features")

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from opt_ds.cli.option_groups import with_option_groups
-from opt_ds.cli.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions, Workers
+from opt_ds.cli.options import (
+    ExtractorOption,
+    FrameOptions,
+    Pixels,
+    ReadingOptions,
+    TokenizerOptions,
+    Workers,
+    parse_extractor_options,
+)
 from opt_ds.errors import UserError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -38,7 +46,11 @@ class ImageOptions:
     """The region extractor; the fields are those of `PrepareSettings`."""
 
     images: Annotated[
-        str, typer.Option(help="Region extractor: grid (cells of a classifier), faster_rcnn, or npz (files made by one).")
+        str,
+        typer.Option(
+            help="Region extractor: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name of an installed "
+            "package's, or module:Class."
+        ),
     ] = "grid"
     image_weights: Annotated[
         Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
@@ -54,7 +66,9 @@ class ImageOptions:
 class SpeechOptions:
     """The speech extractor; the fields are those of `PrepareSettings`."""
 
-    speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel"
+    speech: Annotated[
+        str, typer.Option(help="Speech extractor: logmel, wav2vec2, the name of an installed package's, or module:Class.")
+    ] = "logmel"
     speech_weights: Annotated[
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
     ] = None
@@ -115,6 +129,16 @@ def prepare(
     output: Annotated[Path, typer.Option(help="Folder of the new feature store. A stopped run resumes.")],
     image: ImageOptions,
     speech: SpeechOptions,
+    extractor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extractor",
+            metavar="KIND=NAME",
+            help="Extractor of a further modality: the name of an installed package's, or module:Class; may be repeated. The "
+            "manifest then has a field KIND, which names a file.",
+        ),
+    ] = None,
+    extractor_option: ExtractorOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Hugging Face folder of a WordPiece tokenizer. Default: train one.")
     ] = None,
@@ -141,12 +165,14 @@ def prepare(
         **vars(tokenizer),
         **vars(files),
         **vars(frames),
+        extractors=_parse_extractors(extractor),
+        extractor_options=parse_extractor_options(extractor_option),
         text=text,
         samples_per_shard=shards.samples_per_shard,
         compression="gzip" if shards.compress else None,
     )
     prepared = run(
-        folder_manifest(manifest) if manifest.is_dir() else manifest,
+        folder_manifest(manifest, retry_skipped=samples.retry_skipped) if manifest.is_dir() else manifest,
         output,
         settings,
         workers=reading.workers,
@@ -159,6 +185,19 @@ def prepare(
     )
     if prepared is not None:
         _log_training_notes(output)
+
+
+def _parse_extractors(given: list[str] | None) -> dict[str, str]:
+    """Return modality -> extractor of the values of --extractor. Raise UserError for another form than KIND=NAME."""
+    extractors: dict[str, str] = {}
+    for text in given or ():
+        kind, equals, name = (part.strip() for part in text.partition("="))
+        if not (kind and equals and name):
+            raise UserError(f'--extractor "{text}": write it as KIND=NAME or KIND=module:Class')
+        if kind in extractors:
+            raise UserError(f"--extractor {kind} is given twice: give it once")
+        extractors[kind] = name
+    return extractors
 
 
 def merge(

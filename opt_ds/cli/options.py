@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opt_ds.cli.program import finite
+from opt_ds.errors import UserError
 
 if TYPE_CHECKING:
     from opt_ds.model.generation import DecodingConfig
@@ -17,7 +18,34 @@ ImageWeights = Annotated[Path | None, typer.Option(help="Weights of the image ex
 Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
 BeamSize = Annotated[int, typer.Option(help="Beam size of the text decoder; 1: greedy.", min=1)]
 Pixels = Annotated[bool, typer.Option(help="Keep each picture at 64 x 64 pixels, for the dVAE and picture grids.")]
+ExtractorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--extractor-option",
+        metavar="KIND.KEY=VALUE",
+        help="Set one option of the extractor of a modality, such as image.side=224; may be repeated.",
+    ),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]
+
+
+def parse_extractor_options(given: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Return modality -> key -> value of the values of --extractor-option. Values are YAML.
+
+    Raise UserError for another form than KIND.KEY=VALUE, and for a key that is given twice.
+    """
+    from opt_ds.config.sources import parse_value
+
+    options: dict[str, dict[str, Any]] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        kind, dot, key = (part.strip() for part in name.partition("."))
+        if not (kind and dot and key and equals):
+            raise UserError(f'--extractor-option "{text}": write it as KIND.KEY=VALUE, such as image.side=224')
+        if key in options.setdefault(kind, {}):
+            raise UserError(f"--extractor-option {kind}.{key} is given twice: give it once")
+        options[kind][key] = parse_value(f"{kind}.{key}", value, "--extractor-option")
+    return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +75,7 @@ class ExtractorOptions:
 
     image_weights: ImageWeights = None
     speech_weights: Annotated[Path | None, typer.Option(help="Weights of the speech extractor, if it has any.")] = None
+    extractor_option: ExtractorOption = None
     device: Device = "auto"
 
 

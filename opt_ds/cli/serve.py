@@ -12,7 +12,7 @@ import typer
 
 from opt_ds.abilities import MATCH
 from opt_ds.cli.option_groups import with_option_groups
-from opt_ds.cli.options import BeamSize, ExtractorOptions, SamplingOptions
+from opt_ds.cli.options import BeamSize, ExtractorOptions, SamplingOptions, parse_extractor_options
 from opt_ds.cli.program import MAX_SEED, check_output, output_file
 from opt_ds.errors import UserError, did_you_mean
 
@@ -169,6 +169,7 @@ def _session(checkpoint: Path, extractors: ExtractorOptions) -> "Session":
         checkpoint,
         image_weights=extractors.image_weights,
         speech_weights=extractors.speech_weights,
+        extractor_options=parse_extractor_options(extractors.extractor_option),
         device=choose_device(extractors.device),
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opt_ds.cli.option_groups import with_option_groups
-from opt_ds.cli.options import FrameOptions, Pixels, ReadingOptions, TokenizerOptions
+from opt_ds.cli.options import ExtractorOption, FrameOptions, Pixels, ReadingOptions, TokenizerOptions, parse_extractor_options
 from opt_ds.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path |
         return
     picture = None
     if manifest is not None:
-        lines = read_manifest(manifest, allow_outside=True).lines
+        lines = read_manifest(manifest, allow_outside=True, further=tuple(opened.description.further)).lines
         file = next((line.image for line in lines if line.id == opened.sample_id(index)), None)
         picture = _picture(manifest.parent / file) if file is not None else None
     target = pictures / f"sample-{index}.png"
@@ -161,12 +161,24 @@ def split(
 def update(
     *,
     store: _Store,
-    modality: Annotated[str, typer.Option(help="What to add or replace: text, image, audio or codes.")],
+    modality: Annotated[
+        str, typer.Option(help="What to add or replace: text, image, audio, codes, or a further modality with its --extractor.")
+    ],
     manifest: Annotated[
         Path | None,
-        typer.Option(help="image, audio: the manifest that names the samples' files. text: new texts. Default: the store's own."),
+        typer.Option(
+            help="image, audio, further ones: the manifest that names the samples' files. text: new texts. Default: the store's "
+            "own."
+        ),
     ] = None,
-    extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2; or the name of an installed package's, or "
+            "module:Class."
+        ),
+    ] = None,
+    extractor_option: ExtractorOption = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="The extractor's weights; codes: the dVAE's folder; text: a tokenizer's. Default: train one."),
@@ -179,9 +191,14 @@ def update(
     reading: ReadingOptions,
 ) -> None:
     """Add or replace one modality of a store; the features of the others are kept as they are."""
-    known = ("text", "image", "audio", "codes")
-    if modality not in known:
-        raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')
+    from opt_ds.store.schema import load_description
+
+    known = ("text", "image", "audio", "codes", *load_description(store).further)
+    if modality not in known and extractor is None:
+        raise UserError(
+            f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}, or name the '
+            "--extractor of a new one"
+        )
     if modality == "codes":
         from opt_ds.devices import choose_device
         from opt_ds.dvae.codes import CodeExtractor, write_missing_codes
@@ -204,13 +221,34 @@ def update(
 
     if manifest is None:
         raise UserError(f"--modality {modality}: name the manifest of the samples' files with --manifest")
+    options = parse_extractor_options(extractor_option)
+    for kind in options:
+        if kind != modality:
+            raise UserError(f'--extractor-option {kind}: this command makes features of {modality}: write {modality}.KEY=VALUE')
     if modality == "image":
+        named = {"images": extractor} if extractor is not None else {}
         settings = PrepareSettings(
-            images=extractor or "grid", image_weights=weights, image_backbone=backbone, pixels=pixels
+            **named,
+            image_weights=weights,
+            image_backbone=backbone,
+            pixels=pixels,
+            extractor_options=options,
         )
-    else:
+    elif modality == "audio":
+        named = {"speech": extractor} if extractor is not None else {}
         settings = PrepareSettings(
-            speech=extractor or "logmel", speech_weights=weights, speech_layer=layer, **vars(frames)
+            **named,
+            speech_weights=weights,
+            speech_layer=layer,
+            extractor_options=options,
+            **vars(frames),
+        )
+    elif extractor is None:
+        raise UserError(f"--modality {modality}: name its extractor with --extractor")
+    else:
+        given = {"weights": weights} if weights is not None else {}
+        settings = PrepareSettings(
+            extractors={modality: extractor}, extractor_options={modality: {**given, **options.get(modality, {})}}
         )
     update_modality(store, manifest, modality, settings, **vars(reading))
 

@@ -83,9 +83,9 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f'"{str(value)[:40]}"'
 
 
-def parse_value(key: str, text: str) -> Any:
-    """Return a setting's value as read by YAML. 1e-4 is also a number."""
-    value = parse_yaml(text, f"--set {key}={text}")
+def parse_value(key: str, text: str, option: str = "--set") -> Any:
+    """Return the value of a setting, given with this option, as read by YAML. 1e-4 is also a number."""
+    value = parse_yaml(text, f"{option} {key}={text}")
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)

@@ -1,1 +1,10 @@
-"""Feature extractors: convert images, speech and text to the features that a store holds."""
+"""Feature extractors, one per file: raw files of one modality to features (see `opt_ds.features.extractors`)."""
+
+#: Name -> class. The first one of a modality is its default.
+BUILT_IN = {
+    "grid": "opt_ds.features.grid:GridExtractor",
+    "faster_rcnn": "opt_ds.features.detector:FasterRCNNExtractor",
+    "npz": "opt_ds.features.npz_regions:NpzExtractor",
+    "logmel": "opt_ds.features.logmel:LogMelExtractor",
+    "wav2vec2": "opt_ds.features.wav2vec2:Wav2Vec2Extractor",
+}

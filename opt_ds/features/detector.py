@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import batched_nms
 
+from opt_ds.config.section import Section
 from opt_ds.errors import UserError
 from opt_ds.features import detectron2
 from opt_ds.features.extractors import load_state_dict, weights_identity
-from opt_ds.features.regions import RegionFeatures, boxes_with_size
+from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.schema import BOX_SIZE
 from opt_ds.weights import fit
 
@@ -40,46 +42,38 @@ _NMS_IOU = 0.5
 _GPU_BATCH = 8
 
 
-class FasterRCNNExtractor:
+class FasterRCNNOptions(Section):
+    """The options of faster_rcnn. Those of the selection are those of "bottom-up attention"."""
+
+    weights: Path | None = Field(
+        None,
+        description="State dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models 1,601) "
+        "or in Detectron2's FPN layout (see detectron2.py).",
+    )
+    min_regions: int = Field(10, ge=1, description="Smallest number of regions per image, as far as there are proposals.")
+    max_regions: int = Field(100, ge=1, description="Largest number of regions per image.")
+    confidence: float = Field(0.2, description="Regions below this score are dropped, except to reach `min_regions`.")
+    min_side: int = Field(600, ge=1, description="Shorter side of the resized image, in pixels.")
+    max_side: int = Field(1000, ge=1, description="Upper bound of its longer side, in pixels.")
+
+
+class FasterRCNNExtractor(RegionExtractor):
     """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size are inferred from the checkpoint.
 
     The model runs in fp16 on a GPU and in fp32 on a CPU.
-
-    Args:
-        weights: State dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models
-            1,601) or in Detectron2's FPN layout (see detectron2.py).
-        min_regions: Smallest number of regions per image, as far as there are proposals.
-        max_regions: Largest number of regions per image.
-        confidence: Regions below this score are dropped, except to reach `min_regions`.
-        min_side: Shorter side of the resized image, in pixels.
-        max_side: Upper bound of its longer side, in pixels.
-        device: Device that the model runs on.
     """
 
     name = "faster_rcnn"
+    options = FasterRCNNOptions
 
-    def __init__(
-        self,
-        weights: Path | None,
-        *,
-        min_regions: int = 10,
-        max_regions: int = 100,
-        confidence: float = 0.2,
-        min_side: int = 600,
-        max_side: int = 1000,
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, options: FasterRCNNOptions | None = None, device: str = "cpu") -> None:
+        options = options or FasterRCNNOptions()
+        weights = options.weights
         state = load_state_dict(weights, "--image-weights of faster_rcnn")
         assert weights is not None, "load_state_dict refuses None"
-        self._model, self._backbone = build_faster_rcnn(state, str(weights), min_side, max_side)
+        self._model, self._backbone = build_faster_rcnn(state, str(weights), options.min_side, options.max_side)
         self._model.to(device)
-        self._settings = {
-            "min_regions": min_regions,
-            "max_regions": max_regions,
-            "confidence": confidence,
-            "min_side": min_side,
-            "max_side": max_side,
-        }
+        self._settings = options.model_dump(exclude={"weights"})
         self._device = device
         self._weights_sha256 = weights_identity(weights)
         self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features

@@ -1,34 +1,158 @@
-"""The interface of all feature extractors, and the loading of their weights.
+"""The interface of all feature extractors, how one is found and built, and the loading of its weights.
 
-A new modality or backbone is one class with this interface. The pipeline depends on nothing else.
+An extractor is one class in a file of its own: `RegionExtractor` (regions.py) for images, `SpeechExtractor` (speech.py) for
+audio, `FurtherExtractor` (further.py) for any other modality. It is found by its name in `BUILT_IN` (of this package), as an
+entry point of the group "opt_ds.features", or as `module:Class` (see `opt_ds.registry`). Nothing else names an extractor.
+
+    class Thumbnails(RegionExtractor):
+        name = "thumbnails"
+        options = ThumbnailOptions  # a Section: opt-ds prepare --images thumbnails --extractor-option image.side=8
+
+        def __init__(self, options: ThumbnailOptions, device: str) -> None: ...
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, get_args
 
+from opt_ds.config.section import Section, section_from_dict
 from opt_ds.errors import UserError
+from opt_ds.registry import EXTRACTORS
 from opt_ds.store.files import file_sha256
 
+#: Key of a fingerprint: how the extractor was named, if that is not its own name.
+PLUGIN = "plugin"
+#: What extractors of a built-in modality are called in messages, and the option that names one.
+_OPTION = {"image": "--images", "audio": "--speech"}
 
-class Extractor(Protocol):
-    """Converts decoded inputs (images, waveforms) to features. It is built inside the worker process that uses it.
 
-    `extract` takes a short list of inputs and returns one result per input, in order. The results depend on this list
-    only. None stands for an unreadable file; its result is None. The results of the other inputs are the same bytes as
-    if the file had been readable.
+class Extractor(ABC):
+    """Converts inputs of one modality to features. It is built inside the worker process that uses it.
+
+    `extract` takes a short list of inputs and returns one result per input, in order. The results depend on this list only.
+    None stands for an unreadable file; its result is None. The results of the other inputs are the same bytes as if the file
+    had been readable. An exception costs the file whose extraction raises it; its message is the reason in report.json.
     """
 
-    name: str
-    dim: int
+    #: The extractor's name, a plain identifier.
+    name: ClassVar[str]
+    #: The modality: "image", "audio" or the name of a further one.
+    kind: ClassVar[str]
+    #: The section of its options; Section itself has none. An option `weights` is the file that `--image-weights` or
+    #: `--speech-weights` names.
+    options: ClassVar[type[Section]] = Section
+    #: Options that `identity` states under other names, or leaves out at their default (see `options_from`).
+    stated_otherwise: ClassVar[tuple[str, ...]] = ()
+    #: Whether the inputs are paths. Otherwise they are decoded images or waveforms.
+    reads_files: ClassVar[bool] = False
+    #: Inputs per call of `extract` in preparation. The last bits of features may depend on it.
+    files_per_call: ClassVar[int] = 16
 
+    @abstractmethod
+    def __init__(self, options: Any, device: str) -> None:
+        """Load what `extract` needs.
+
+        Args:
+            options: The options, of the class `options`.
+            device: Device that the network runs on.
+
+        Raises:
+            UserError: The weights are missing or do not fit.
+        """
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return the fingerprint for `store.json`: name, settings, package, version and the SHA-256 of the weights."""
-        ...
+        """Return name, package, version, SHA-256 of the weights (`weights_sha256`) and whatever else the features depend on.
 
+        The values are JSON. Options need not be listed (see `ExtractorChoice.fingerprint`).
+        """
+
+    @abstractmethod
     def extract(self, inputs: Sequence[Any]) -> list[Any]:
         """Return one feature item per input; None for None."""
-        ...
+
+    @classmethod
+    def options_from(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options, besides paths, that build the extractor with this fingerprint again."""
+        return {name: identity[name] for name in cls.options.model_fields if name in identity}
+
+    @classmethod
+    def needs_weights(cls, identity: Mapping[str, Any]) -> bool:
+        """Return whether the extractor with this fingerprint takes the option `weights`."""
+        return "weights" in cls.options.model_fields and identity.get("weights_sha256") is not None
+
+
+@dataclass(frozen=True)
+class ExtractorChoice:
+    """An extractor that is not built yet. `given` is how it was named: its name, an entry point's, or `module:Class`."""
+
+    found: type[Extractor]
+    given: str
+    options: Section
+
+    def build(self, device: str) -> Extractor:
+        """Build the extractor. Raise UserError if its weights are missing or do not fit."""
+        return self.found(self.options, device)
+
+    def fingerprint(self, extractor: Extractor) -> dict[str, Any]:
+        """Return what store.json records of the built extractor: its identity, and the other options besides paths."""
+        identity = extractor.identity()
+        values = self.options.model_dump(mode="json")
+        left_out = {
+            name: values[name]
+            for name, field in self.found.options.model_fields.items()
+            if name not in identity and name not in self.found.stated_otherwise and not _is_path(field.annotation)
+        }
+        named = {} if self.given == self.found.name else {PLUGIN: self.given}
+        return {**identity, **left_out, **named}
+
+
+def choose(kind: str, given: str, options: Mapping[str, Any], where: str | None = None) -> ExtractorChoice:
+    """Find an extractor and check its options.
+
+    Args:
+        kind: The modality that it must be for.
+        given: Its name, or `module:Class`.
+        options: Values of its options.
+        where: What names it, for messages. None: the option of `opt-ds prepare`.
+
+    Raises:
+        UserError: There is none, it may not be loaded (see `opt_ds.registry`), or an option is unknown or has a bad value.
+    """
+    where = where or option_of(kind)
+    found = extractor_class(kind, given, where)
+    section = section_from_dict(found.options, dict(options), where=f"{where} {given}")
+    paths = {name: value.expanduser() for name, value in section if isinstance(value, Path)}
+    return ExtractorChoice(found, given, section.model_copy(update=paths))
+
+
+def extractor_class(kind: str, given: str, where: str) -> type[Extractor]:
+    """Return the class of an extractor. The arguments and errors are those of `choose`."""
+    try:
+        found = EXTRACTORS.load(given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Extractor)):
+        raise UserError(f"{where}: {given} is no subclass of {Extractor.__module__}.{Extractor.__name__}")
+    if found.kind != kind:
+        raise UserError(f"{where}: {given} makes features of {found.kind}, not of {kind}: name it with {option_of(found.kind)}")
+    return found
+
+
+def option_of(kind: str) -> str:
+    """Return the option of `opt-ds prepare` that names the extractor of a modality."""
+    return _OPTION.get(kind, f"--extractor {kind}")
+
+
+def named_in(identity: Mapping[str, Any]) -> str:
+    """Return the name, or `module:Class`, of the extractor with this fingerprint."""
+    return str(identity.get(PLUGIN, identity.get("name", "")))
+
+
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or Path in get_args(annotation)
 
 
 def weights_identity(path: Path) -> str:

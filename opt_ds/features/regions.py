@@ -1,13 +1,15 @@
-"""The result type of all region feature extractors, and the computation of boxes.
+"""The base class and the result type of all region feature extractors, and the computation of boxes.
 
 Shape letters: R regions, C channels.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from opt_ds.features.extractors import Extractor
 from opt_ds.store.checks import corner_problems
 
 
@@ -24,23 +26,18 @@ class RegionFeatures(NamedTuple):
     scores: np.ndarray
 
 
-class RegionExtractor(Protocol):
-    """An extractor (see extractors.py) of RegionFeatures, with `num_classes` region classes.
+class RegionExtractor(Extractor):
+    """An extractor of RegionFeatures from RGB images, or from files that have them (`reads_files`)."""
 
-    The inputs are RGB images. For extractors with an attribute `reads_files` they are paths.
-    """
-
-    name: str
+    kind = "image"
+    #: Size of a feature.
     dim: int
+    #: Number of region classes.
     num_classes: int
 
-    def identity(self) -> dict[str, Any]:
-        """Return the fingerprint: everything that the features depend on."""
-        ...
-
+    @abstractmethod
     def extract(self, inputs: Sequence[Any]) -> list[RegionFeatures | None]:
-        """Return the regions of each input; None for None."""
-        ...
+        """Return the regions of each image, or of each file's path; None for None."""
 
 
 def boxes_with_size(corners_r4: np.ndarray) -> np.ndarray:

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torchaudio
+from pydantic import Field, model_validator
 
+from opt_ds.config.section import Section
 from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.speech import SpeechExtractor
 from opt_ds.weights import fit, read_config, read_folder
 
 # The convolutions of every wav2vec 2.0 model: the receptive field of a frame is 400 samples, the hop is 320.
@@ -26,41 +29,46 @@ _HEADS = r"lm_head\..*|quantizer\..*|project_(q|hid)\..*|masked_spec_embed|class
 _NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config")
 
 
-class Wav2Vec2Extractor:
+class Wav2Vec2Options(Section):
+    """The options of wav2vec2."""
+
+    weights: Path | None = Field(
+        None, description="A Hugging Face folder, or a torchaudio state dict (base, large or large-lv60k)."
+    )
+    layer: int | None = Field(None, description="Transformer layer whose output is used, from 1. None: the last.")
+    window_s: float = Field(30.0, description="Longest input of the network, in seconds.")
+    overlap_s: float = Field(2.0, description="Overlap of adjacent windows, in seconds.")
+
+    @model_validator(mode="after")
+    def _windows_overlap_in_part(self) -> "Wav2Vec2Options":
+        if not 0 <= 2 * self.overlap_s < self.window_s:
+            raise ValueError(f"overlap_s {self.overlap_s:g}: must be less than half of window_s {self.window_s:g}")
+        return self
+
+
+class Wav2Vec2Extractor(SpeechExtractor):
     """Output of one Transformer layer, about 50 frames per second, without padding.
 
     The waveform is normalised as the checkpoint requires. Audio longer than `window_s` is split into overlapping
     windows. Each frame is taken from the window in which it is farthest from the edges. The number of frames is that of
     a single pass. Shorter audio yields exactly the features of the model.
-
-    Args:
-        weights: A Hugging Face folder, or a torchaudio state dict file (base, large or large-lv60k).
-        layer: The layer, from 1. None: the last.
-        window_s: Length of a window in seconds.
-        overlap_s: Overlap of adjacent windows in seconds.
-        device: Device that the model runs on.
     """
 
     name = "wav2vec2"
+    options = Wav2Vec2Options
     frame_rate_hz = SAMPLE_RATE_HZ / _HOP
 
-    def __init__(
-        self,
-        weights: Path | None,
-        *,
-        layer: int | None = None,
-        window_s: float = 30.0,
-        overlap_s: float = 2.0,
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, options: Wav2Vec2Options | None = None, device: str = "cpu") -> None:
+        options = options or Wav2Vec2Options()
+        weights = options.weights
         if weights is None:
             raise UserError("--speech wav2vec2: it needs a checkpoint: name its file or folder with --speech-weights")
         self._device = device
         self._hidden: Callable[[torch.Tensor], torch.Tensor]
-        self._layer = layer
-        self._window_s, self._overlap_s = window_s, overlap_s
-        self._window = max(1, round(window_s * self.frame_rate_hz))
-        self._margin = round(overlap_s * self.frame_rate_hz / 2)
+        self._layer = options.layer
+        self._window_s, self._overlap_s = options.window_s, options.overlap_s
+        self._window = max(1, round(options.window_s * self.frame_rate_hz))
+        self._margin = round(options.overlap_s * self.frame_rate_hz / 2)
         if weights.is_dir():
             self._load_hugging_face(weights)
         else:

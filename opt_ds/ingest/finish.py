@@ -5,7 +5,7 @@
 
 import logging
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,15 @@ from opt_ds.ingest.report import REPORT_FILE, build_report, report_table
 from opt_ds.store.files import atomic_file, exclusive_use, file_sha256, write_json
 from opt_ds.store.foreign import read_json_object
 from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
-from opt_ds.store.schema import STORE_FILE, TOKENIZER_FOLDER, Dims, ShardDescription, StoreDescription, load_description
+from opt_ds.store.schema import (
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    Dims,
+    FurtherModality,
+    ShardDescription,
+    StoreDescription,
+    load_description,
+)
 from opt_ds.store.writer import StoreWriter
 
 _LOG = logging.getLogger(__name__)
@@ -40,23 +48,28 @@ class StoreMetadata:
     groups_across_splits: int
     rejected: list[dict[str, str]]  # id and reason of manifest lines that are not samples
     limits: dict[str, int | None]  # max_tokens, max_frames
+    further: dict[str, FurtherModality] = field(default_factory=dict)
 
     def writer(self, path: Path, tokenizer_folder: Path) -> StoreWriter:
         """Create, or resume, a store at `path`."""
         return StoreWriter(
             path, dims=self.dims, split_names=self.split_names, splits_source=self.splits_source, extractors=self.extractors,
             tokenizer_folder=tokenizer_folder, label_names=self.label_names, info=self.info, key=self.key,
-            compression=self.compression,
+            compression=self.compression, further=self.further,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """Return the metadata as JSON values."""
-        return {**asdict(self), "dims": self.dims.model_dump()}
+        values = {**asdict(self), "dims": self.dims.model_dump()}
+        del values["further"]
+        described = [[name, modality.model_dump(mode="json")] for name, modality in self.further.items()]
+        return {**values, "further": described} if described else values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "StoreMetadata":
         """Build from the output of `as_dict`."""
-        return StoreMetadata(**{**values, "dims": Dims(**values["dims"])})
+        further = {name: FurtherModality.model_validate(fields) for name, fields in values.get("further", [])}
+        return StoreMetadata(**{**values, "dims": Dims(**values["dims"]), "further": further})
 
 
 def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, seconds: float) -> StoreDescription:
@@ -86,7 +99,7 @@ def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, second
         draw_lengths(lengths, temporary, writer.units)
     description = writer.finish(facts.num_shards)
     _LOG.info(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
-    for line in report_table(report, facts.limits):
+    for line in report_table(report, facts.limits, writer.units):
         _LOG.info(line)
     if facts.groups_across_splits:
         _LOG.info(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
@@ -213,7 +226,7 @@ def _read_part(folder: Path) -> dict[str, Any]:
     part = read_json_object(folder / PART_FILE, remedy)
     kinds: dict[str, type | tuple[type, ...]] = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
-    if wrong or set(part["facts"]) != {field.name for field in fields(StoreMetadata)}:
+    if wrong or {*part["facts"], "further"} != {field.name for field in fields(StoreMetadata)}:
         raise UserError(f"{folder / PART_FILE}: damaged, field {wrong[0] if wrong else 'facts'}: {remedy}")
     return part
 

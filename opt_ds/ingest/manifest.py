@@ -8,12 +8,12 @@ import hashlib
 import json
 import os.path
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from opt_ds.decoding.file_kinds import HEAD_BYTES, TABLE, format_of_content, format_of_name
 from opt_ds.errors import UserError, did_you_mean
@@ -30,11 +30,16 @@ _WORDS = {
     "labels": ("label", "class", "classes", "category"),
 }  # names of the fields in other collections
 _FIELD_OF_WORD = {word: name for name, words in _WORDS.items() for word in words}
+#: The fields of the built-in modalities that name files.
+FILE_FIELDS = ("image", "audio")
 _NAMES = ("id", "group", "split")  # fields that may be integers, which are converted to text
 
 
 class ManifestLine(BaseModel):
-    """A sample: `id`, and any of image, text, audio (files relative to the manifest's folder), labels, group, split."""
+    """A sample: `id`, and any of text, labels, group, split and files (image, audio, further modalities).
+
+    Files are relative to the manifest's folder.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
 
@@ -45,6 +50,22 @@ class ManifestLine(BaseModel):
     labels: tuple[str, ...] = ()
     group: str | None = None
     split: str | None = None
+    #: Further modality -> file. A manifest has a field per modality; the canonical JSON of the fields above stays as it was.
+    further: dict[str, str] = Field(default_factory=dict, exclude=True)
+
+    def file(self, kind: str) -> str | None:
+        """Return the file of a modality (not text); None if the line names none."""
+        name: str | None = getattr(self, kind) if kind in FILE_FIELDS else self.further.get(kind)
+        return name
+
+    def files(self) -> dict[str, str]:
+        """Return modality -> file."""
+        return {kind: name for kind in FILE_FIELDS if (name := self.file(kind)) is not None} | self.further
+
+    def canonical(self) -> bytes:
+        """Return the JSON that a manifest's hash is computed over. Raise ValueError for half of a surrogate pair."""
+        further = json.dumps(self.further, sort_keys=True, ensure_ascii=False) if self.further else ""
+        return self.model_dump_json().encode() + further.encode()
 
     @property
     def group_name(self) -> str:
@@ -55,6 +76,10 @@ class ManifestLine(BaseModel):
         if self.group is not None:
             return self.group
         return f"image {self.image}" if self.image is not None else f"id {self.id}"
+
+
+#: The fields of every manifest.
+FIELDS = tuple(name for name in ManifestLine.model_fields if name != "further")
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,8 @@ class Skipped:
 class Manifest:
     """A validated manifest. `splits` holds one split name per line; `splits_source` is their origin.
 
-    `rejected` holds the lines that are not samples. They are not in `lines`.
+    `rejected` holds the lines that are not samples. They are not in `lines`. `further` are the modalities besides text,
+    image and audio that lines may name files of.
     """
 
     path: Path
@@ -79,6 +105,12 @@ class Manifest:
     splits_source: Literal["manifest", "group hash"]
     sha256: str
     rejected: list[Skipped] = field(default_factory=list)
+    further: tuple[str, ...] = ()
+
+    @property
+    def file_kinds(self) -> tuple[str, ...]:
+        """The modalities that lines name files of."""
+        return (*FILE_FIELDS, *self.further)
 
     @property
     def folder(self) -> Path:
@@ -107,7 +139,12 @@ class Manifest:
 
 
 def read_manifest(
-    path: Path, *, limit: int | None = None, strict: bool = False, allow_outside: bool = False
+    path: Path,
+    *,
+    limit: int | None = None,
+    strict: bool = False,
+    allow_outside: bool = False,
+    further: Sequence[str] = (),
 ) -> Manifest:
     """Read and validate a manifest, gzipped or not.
 
@@ -119,6 +156,7 @@ def read_manifest(
         limit: Stop after this many valid samples.
         strict: Raise UserError for the first line that is rejected.
         allow_outside: Accept files outside the manifest's folder.
+        further: Modalities besides text, image and audio. Each is an optional field that names a file.
 
     Raises:
         UserError: No line is left, or only some lines have a split.
@@ -132,7 +170,7 @@ def read_manifest(
     digest = hashlib.sha256()
     for number, raw in _raw_lines(path):
         try:
-            line, canonical = _parse(raw)
+            line, canonical = _parse(raw, further)
             _check_line(line, seen, path.parent, allow_outside)
         except _LineError as error:
             if strict:
@@ -155,7 +193,7 @@ def read_manifest(
     names = list(DEFAULT_SPLITS) if not named else sorted(set(splits), key=lambda name: (name != "train", name))
     check_split_names(names, str(path))
     source: Literal["manifest", "group hash"] = "manifest" if named else "group hash"
-    return Manifest(path, lines, splits, names, source, digest.hexdigest(), rejected)
+    return Manifest(path, lines, splits, names, source, digest.hexdigest(), rejected, tuple(further))
 
 
 def write_manifest(path: Path, lines: Iterator[ManifestLine] | list[ManifestLine]) -> int:
@@ -164,7 +202,8 @@ def write_manifest(path: Path, lines: Iterator[ManifestLine] | list[ManifestLine
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for line in lines:
-            file.write(json.dumps(line.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            fields = {**line.model_dump(exclude_defaults=True), **line.further}
+            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
             count += 1
     return count
 
@@ -210,7 +249,7 @@ class _LineError(Exception):
         self.id = name if name and is_encodable(name) else None
 
 
-def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
+def _parse(raw: bytes, further: Sequence[str]) -> tuple[ManifestLine, bytes]:
     """Return the line, and its canonical JSON."""
     try:
         fields = parse_json(raw.decode("utf-8"))
@@ -221,20 +260,22 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
     if not isinstance(fields, dict):
         raise _LineError("not a JSON object: write one sample per line")
     own_id = fields.get("id")
-    unknown = [key for key in fields if key not in ManifestLine.model_fields]
+    unknown = [key for key in fields if key not in FIELDS and key not in further]
     if unknown:
         meant = _FIELD_OF_WORD.get(unknown[0].strip().lower())
-        near = f' (did you mean "{meant}"?)' if meant else did_you_mean(unknown[0], ManifestLine.model_fields)
+        near = f' (did you mean "{meant}"?)' if meant else did_you_mean(unknown[0], (*FIELDS, *further))
         raise _LineError(f'unknown field "{_shown(unknown[0])}"{near}', own_id)
     if own_id is None:
         raise _LineError("field id: it is missing: every sample needs one")
-    line = ManifestLine.model_validate({name: _value(name, value, own_id) for name, value in fields.items()})
+    values = {name: _value(name, value, own_id) for name, value in fields.items()}
+    files = {name: values.pop(name) for name in further if name in values}
+    line = ManifestLine.model_validate({**values, "further": {name: file for name, file in files.items() if file is not None}})
     if not line.id:
         raise _LineError("field id: it is empty")
-    if line.image is None and line.text is None and line.audio is None:
-        raise _LineError("none of image, text, audio: a sample needs at least one", own_id)
+    if line.text is None and not line.files():
+        raise _LineError(f"none of {', '.join(('image', 'text', 'audio', *further))}: a sample needs at least one", own_id)
     try:
-        return line, line.model_dump_json().encode()
+        return line, line.canonical()
     except ValueError:
         raise _LineError("half of a surrogate pair in it is no text", own_id) from None
 
@@ -255,7 +296,7 @@ def _value(name: str, value: Any, id: object) -> Any:
         return None
     text = _name(value) if name in _NAMES else value
     if not isinstance(text, str):
-        what = {"image": "a file's name", "audio": "a file's name", "text": "a text"}.get(name, "a name")
+        what = "a text" if name == "text" else "a name" if name in _NAMES else "a file's name"
         raise _LineError(f"field {name}: give {what} in quotes", id)
     return text
 
@@ -270,9 +311,8 @@ def _name(value: Any) -> str | None:
 def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_outside: bool) -> None:
     if line.id in seen:
         raise _LineError(f'id "{line.id}" is also on line {seen[line.id]}: ids must differ', line.id)
-    for kind in ("image", "audio"):
-        name = getattr(line, kind)
-        if name is not None and not allow_outside and not _is_inside(name, folder):
+    for kind, name in line.files().items():
+        if not allow_outside and not _is_inside(name, folder):
             raise _LineError(f'{kind} "{name}" lies outside the manifest\'s folder (--allow-outside)', line.id)
 
 

@@ -10,6 +10,7 @@ import logging
 import shutil
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,21 @@ from opt_ds.decoding.decoder import EnvironmentFaultError
 from opt_ds.decoding.decoder_process import FAULTS
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
+from opt_ds.features.extractors import ExtractorChoice
 from opt_ds.features.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
+from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.finish import PART_FILE, StoreMetadata, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.ingest.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.ingest.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
 from opt_ds.ingest.settings import PrepareSettings
-from opt_ds.ingest.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.ingest.workers import ShardFiles, extraction
 from opt_ds.store.files import exclusive_use, file_sha256, is_disk_full
-from opt_ds.store.schema import MISSING, STORE_FILE, Dims, StoreDescription, load_description
+from opt_ds.store.schema import MISSING, MODALITIES, STORE_FILE, Dims, StoreDescription, load_description
 from opt_ds.store.statistics import TRAIN_SPLIT
 from opt_ds.store.writer import PARTIAL_FILE, SampleItem, ShardContent, StoreWriter, TextItem
 from opt_ds.version import __version__
 
 _LOG = logging.getLogger(__name__)
-_FILES = ("image", "audio")
 
 
 def prepare(
@@ -85,7 +87,8 @@ def prepare(
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     folder = output if share is None else part_folder(output, *share)
-    manifest = read_manifest(manifest_path, limit=limit, strict=strict, allow_outside=allow_outside)
+    further = sorted(settings.extractors)
+    manifest = read_manifest(manifest_path, limit=limit, strict=strict, allow_outside=allow_outside, further=further)
     chosen_device = choose_device(device)
     try:
         with exclusive_use(folder):
@@ -110,9 +113,11 @@ def _prepare(
     retry_skipped: bool,
     started: float,
 ) -> StoreDescription | None:
-    _LOG.info(f"device: {device}; extractors: {settings.images}, {settings.speech}; workers: {workers}")
-    extractors = {kind: build_extractor(kind, settings, device) for kind in _FILES}
-    identities = {name: extractor.identity() for name, extractor in extractors.items()}
+    choices = {kind: settings.extractor(kind) for kind in settings.file_kinds}
+    named = ", ".join(choice.given for choice in choices.values())
+    _LOG.info(f"device: {device}; extractors: {named}; workers: {workers}")
+    extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
+    identities = {kind: choice.fingerprint(extractors[kind]) for kind, choice in choices.items()}
     if settings.trim_silence:
         identities["audio"]["trim_silence"] = True  # serving must trim the audio too
     key = _preparation_key(manifest, settings, identities)
@@ -159,10 +164,11 @@ def _prepare(
         groups_across_splits=groups_across_splits(manifest),
         rejected=[asdict(entry) for entry in manifest.rejected],
         limits={"max_tokens": settings.max_tokens, "max_frames": settings.max_frames},
+        further={kind: extractors[kind].modality() for kind in manifest.further},
     )
     writer = facts.writer(output, _staging(output))
     del extractors  # the workers build their own
-    _extract_shards(manifest, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
+    _extract_shards(manifest, choices, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
     seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(_staging(output))
     if share is None:
@@ -181,14 +187,13 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: 
             (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
         )
         text = file_sha256(file) if file else None
-    fields = {name: str(value) for name, value in settings.model_dump().items() if not name.endswith("_weights")}
-    content = [manifest.sha256, {**fields, "text": text}, identities]
+    content = [manifest.sha256, {**settings.hashed(), "text": text}, identities]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_files(manifest: Manifest, strict: bool) -> None:
-    for kind in _FILES:
-        names = {name for line in manifest.lines if (name := getattr(line, kind)) is not None}
+    for kind in manifest.file_kinds:
+        names = {name for line in manifest.lines if (name := line.file(kind)) is not None}
         missing = sorted(name for name in names if not _is_file(manifest.folder / name))
         if missing and (strict or len(missing) == len(names)):
             raise UserError(
@@ -237,6 +242,7 @@ def _tokenizer(manifest: Manifest, settings: PrepareSettings, output: Path) -> T
 
 def _extract_shards(
     manifest: Manifest,
+    choices: Mapping[str, ExtractorChoice],
     settings: PrepareSettings,
     writer: StoreWriter,
     text_extractor: TextExtractor,
@@ -249,16 +255,16 @@ def _extract_shards(
     shards = [ShardFiles(index, lines) for index, lines in enumerate(manifest.shards(settings.samples_per_shard))]
     todo = [shard for shard in shards if shard.index % of == own and not writer.has_shard(shard.index)]
     for shard in todo:
-        for kind in _FILES:
-            wanted = (getattr(manifest.lines[line], kind) for line in shard.lines)
+        for kind in manifest.file_kinds:
+            wanted = (manifest.lines[line].file(kind) for line in shard.lines)
             shard.files[kind] = list(dict.fromkeys(name for name in wanted if name is not None))
     total = sum(len(files) for shard in todo for files in shard.files.values())
     with (
-        extraction(todo, manifest.folder, settings, workers, device) as results,
+        extraction(todo, manifest.folder, choices, settings, workers, device) as results,
         tqdm(total=total, unit="file", desc="features", dynamic_ncols=True) as progress,
     ):
         for shard in todo:
-            items: dict[str, dict[str, Any]] = {kind: {} for kind in _FILES}
+            items: dict[str, dict[str, Any]] = {kind: {} for kind in manifest.file_kinds}
             while sum(map(len, items.values())) < sum(map(len, shard.files.values())):
                 kind, names, values = next(results)
                 items[kind].update(zip(names, values, strict=True))
@@ -284,30 +290,29 @@ def _assemble(
     Lines that name the same file share its row. Files that were not extracted, because the run is stopping, are
     ignored.
     """
-    content = ShardContent()
+    kinds = manifest.file_kinds
+    content = ShardContent(further={kind: [] for kind in manifest.further})
     skipped: list[dict[str, str]] = []
     files: dict[str, Any] = {}
     cut: dict[str, list[str]] = {"text": [], "audio": []}
-    rows: dict[str, dict[str, int]] = {kind: {} for kind in _FILES}
-    digests: dict[str, list[list[str]]] = {"text": [], **{kind: [] for kind in _FILES}}
-    targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios}
+    rows: dict[str, dict[str, int]] = {kind: {} for kind in kinds}
+    digests: dict[str, list[list[str]]] = {kind: [] for kind in ("text", *kinds)}
+    targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios, **content.further}
     for index in lines:
         line, split = manifest.lines[index], manifest.splits[index]
-        parts = {
-            kind: items[kind][name] for kind in _FILES if (name := getattr(line, kind)) is not None and name in items[kind]
-        }
+        parts = {kind: items[kind][name] for kind, name in line.files().items() if name in items[kind]}
         tokens = text_extractor.extract([line.text])[0] if line.text is not None else None
         reason = next((part.reason for part in parts.values() if isinstance(part, Failure)), None)
         if reason is None and tokens is not None and not len(tokens):
             reason = "the text has no tokens"
         if reason is not None:
             skipped.append({"id": line.id, "reason": reason})
-            files |= {getattr(line, kind): part.state for kind, part in parts.items() if isinstance(part, Failure)}
+            files |= {line.files()[kind]: part.state for kind, part in parts.items() if isinstance(part, Failure)}
             continue
-        sample_rows = {"text": MISSING, "image": MISSING, "audio": MISSING}
+        sample_rows = dict.fromkeys((*MODALITIES, *manifest.further), MISSING)
         for kind, part in parts.items():
             assert isinstance(part, Extracted)
-            row = rows[kind].setdefault(getattr(line, kind), len(targets[kind]))
+            row = rows[kind].setdefault(line.files()[kind], len(targets[kind]))
             if row == len(targets[kind]):
                 targets[kind].append(part.item)
                 digests[kind].append([part.digest, split, line.id])
@@ -321,7 +326,6 @@ def _assemble(
             sample_rows["text"] = len(content.texts)
             content.texts.append(TextItem(tokens, line.text))
             digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=8).hexdigest(), split, line.id])
-        own_rows = (sample_rows["text"], sample_rows["image"], sample_rows["audio"])
-        content.samples.append(SampleItem(line.id, own_rows, line.group_name, split, line.labels))
+        content.samples.append(SampleItem(line.id, tuple(sample_rows.values()), line.group_name, split, line.labels))
     notes = {"skipped": skipped, "cut": cut, "digests": digests}
     return content, {**notes, "files": files} if files else notes

@@ -2,13 +2,12 @@
 
 The notes of a shard are kept in its journal until the store is complete. Their fields are `skipped` [{id, reason}],
 `files` {name of a file that was not used: [bytes, hash] or null} (see retry.py), `cut` {text, audio: [id]} (truncated
-samples), and `digests` {text, image, audio: [[hash of the content, split, id of the first sample that uses it], … by
-row]}.
+samples), and `digests` {modality: [[hash of the content, split, id of the first sample that uses it], … by row]}.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from opt_ds.ingest.manifest import visible
 from opt_ds.store.files import atomic_file, write_json
 from opt_ds.store.lengths import LENGTHS_FILE, UNITS, draw_lengths, length_summary, shard_lengths
-from opt_ds.store.schema import MODALITIES, StoreDescription
+from opt_ds.store.schema import StoreDescription
 
 REPORT_FILE = "report.json"
 _SHOWN = 10
@@ -33,12 +32,12 @@ def build_report(
         num_lines: Number of valid manifest lines.
         rejected: Id and reason of manifest lines that are not samples.
         notes: The notes of all shards in order. They are iterated once.
-        lengths: Lengths of all items, see store/lengths.py.
+        lengths: Lengths of all rows of each modality, see store/lengths.py.
     """
     skipped = list(rejected)
     files: dict[str, Any] = {}
     cut: dict[str, list[str]] = {"text": [], "audio": []}
-    duplicates = {kind: _Duplicates() for kind in MODALITIES}
+    duplicates = {kind: _Duplicates() for kind in lengths}
     for note in notes:
         skipped += note["skipped"]
         files |= note.get("files", {})
@@ -55,7 +54,7 @@ def build_report(
         **({"skipped_files": files} if files else {}),
         "cut": cut,
         "duplicates": {kind: found.summary() for kind, found in duplicates.items()},
-        "lengths": {kind: length_summary(lengths[kind]) for kind in MODALITIES},
+        "lengths": {kind: length_summary(values) for kind, values in lengths.items()},
     }
 
 
@@ -96,17 +95,20 @@ def refresh_report(path: Path, description: StoreDescription, notes: ModalityNot
     report["cut"] = {**report["cut"], **({notes.kind: notes.cut} if notes.kind in report["cut"] else {})}
     report["duplicates"][notes.kind] = duplicates.summary()
     report["lost"] = {**report.get("lost", {}), notes.kind: notes.lost}
-    report["lengths"] = {kind: length_summary(lengths[kind]) for kind in MODALITIES}
+    report["lengths"] = {kind: length_summary(values) for kind, values in lengths.items()}
     write_json(path / REPORT_FILE, report)
 
 
-def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[str]:
-    """Return the report as lines of a table, followed by the first few skipped samples."""
+def report_table(report: dict[str, Any], limits: dict[str, int | None], units: Mapping[str, str] = UNITS) -> list[str]:
+    """Return the report as lines of a table, followed by the first few skipped samples.
+
+    `units` is the plural word for the items of each modality.
+    """
     rows = [("samples kept", str(report["kept"])), ("samples skipped", str(report["skipped"]))]
     rows += [(f"  {reason}", str(count)) for reason, count in report["reasons"].items()]
     for kind, limit in (("text", limits["max_tokens"]), ("audio", limits["max_frames"])):
         if report["cut"][kind]:
-            rows.append((f"{kind} cut at {limit} {UNITS[kind]}", str(len(report["cut"][kind]))))
+            rows.append((f"{kind} cut at {limit} {units[kind]}", str(len(report["cut"][kind]))))
     for kind, found in report["duplicates"].items():
         if found["repeated"]:
             across = f", {found['across_splits']} of them in several splits" if found["across_splits"] else ""
@@ -114,7 +116,7 @@ def report_table(report: dict[str, Any], limits: dict[str, int | None]) -> list[
     for kind, summary in report["lengths"].items():
         if summary["rows"]:
             numbers = " / ".join(f"{summary[name]:g}" for name in ("min", "median", "p95", "max"))
-            rows.append((f"{UNITS[kind]} a row, min / median / 95 % / max", numbers))
+            rows.append((f"{units[kind]} a row, min / median / 95 % / max", numbers))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     for entry in report["skipped_samples"][:_SHOWN]:

@@ -24,7 +24,6 @@ from opt_ds.store.writer import StoreWriter, restore_journals
 _LOG = logging.getLogger(__name__)
 FileState = list[Any] | None
 _HASHED_BYTES = 2**30  # for larger files only the size is compared
-_FILE_KINDS = ("image", "audio")
 
 
 def file_state(path: Path) -> FileState:
@@ -121,12 +120,12 @@ def reopen(output: Path, description: StoreDescription, manifest: Manifest, sett
 
 
 def _files_of(manifest: Manifest, line: int) -> Iterable[str]:
-    return [name for kind in _FILE_KINDS if (name := getattr(manifest.lines[line], kind)) is not None]
+    return manifest.lines[line].files().values()
 
 
 def _notes(manifest: Manifest, lines: list[int], reasons: dict[str, str], cut: dict[str, set[str]]) -> dict[str, Any]:
     """Reconstruct the notes of a shard without skipped files (see report.py) from the report and the files."""
-    skipped, digests = [], {kind: [] for kind in ("text", *_FILE_KINDS)}  # type: ignore[var-annotated]
+    skipped, digests = [], {kind: [] for kind in ("text", *manifest.file_kinds)}  # type: ignore[var-annotated]
     own_cut: dict[str, list[str]] = {kind: [] for kind in cut}
     seen: set[tuple[str, str]] = set()
     for index in lines:
@@ -134,9 +133,8 @@ def _notes(manifest: Manifest, lines: list[int], reasons: dict[str, str], cut: d
         if line.id in reasons:
             skipped.append({"id": line.id, "reason": reasons[line.id]})
             continue
-        for kind in _FILE_KINDS:
-            name = getattr(line, kind)
-            if name is not None and (kind, name) not in seen:
+        for kind, name in line.files().items():
+            if (kind, name) not in seen:
                 seen.add((kind, name))
                 digests[kind].append([_digest(manifest.folder / name, kind), split, line.id])
         if line.text is not None:

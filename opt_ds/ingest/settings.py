@@ -1,14 +1,37 @@
 """Settings of `opt-ds prepare`: how features are extracted. Equal settings and inputs produce equal bytes."""
 
+import logging
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from opt_ds.config.section import Section
 from opt_ds.decoding.limits import MAX_PIXELS, MAX_SECONDS, Limits
-from opt_ds.errors import did_you_mean
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.features.extractors import Extractor, ExtractorChoice, choose, extractor_class, option_of
 from opt_ds.features.text import UNICODE_FORMS
+from opt_ds.ingest.manifest import FIELDS, FILE_FIELDS
+from opt_ds.registry import EXTRACTORS
+from opt_ds.store.schema import modality_name_problem
+
+_LOG = logging.getLogger(__name__)
+#: Modality -> setting -> option of the extractor. The settings are older than the options of extractors.
+_SHARED_OPTIONS = {
+    "image": {
+        "image_weights": "weights",
+        "image_backbone": "backbone",
+        "image_min_side": "min_side",
+        "image_max_side": "max_side",
+    },
+    "audio": {
+        "speech_weights": "weights",
+        "speech_layer": "layer",
+        "speech_window_s": "window_s",
+        "speech_overlap_s": "overlap_s",
+    },
+}
+_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractors", "extractor_options"}
 
 
 class PrepareSettings(Section):
@@ -18,8 +41,8 @@ class PrepareSettings(Section):
 
     images: str = Field(
         "grid",
-        description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, or npz (files made "
-        "by one).",
+        description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name "
+        "of an installed package's (entry points `opt_ds.features`), or `module:Class`.",
     )
     image_weights: Path | None = Field(
         None,
@@ -41,7 +64,10 @@ class PrepareSettings(Section):
         MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
     )
     pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and picture grids.")
-    speech: str = Field("logmel", description="Extractor of audio frames: logmel or wav2vec2.")
+    speech: str = Field(
+        "logmel",
+        description="Extractor of audio frames: logmel, wav2vec2, the name of an installed package's, or `module:Class`.",
+    )
     speech_weights: Path | None = Field(
         None, description="wav2vec2: a torchaudio state dict or a Hugging Face folder. logmel needs none."
     )
@@ -52,6 +78,15 @@ class PrepareSettings(Section):
         30.0, description="wav2vec2: length of the windows that longer audio is split into, in seconds."
     )
     speech_overlap_s: float = Field(2.0, description="wav2vec2: overlap of neighbouring windows, in seconds.")
+    extractors: dict[str, str] = Field(
+        default_factory=dict,
+        description="Name of a further modality -> its extractor: the name of an installed package's, or `module:Class`. The "
+        "manifest then has a field of this name, which names a file.",
+    )
+    extractor_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Modality -> options of its extractor, such as `image: {side: 224}`. They are part of its fingerprint.",
+    )
     trim_silence: bool = Field(False, description="Remove the silence at both ends of the audio.")
     pool_frames: int = Field(1, ge=1, description="Number of neighbouring audio frames that are averaged into one.")
     max_frames: int | None = Field(
@@ -82,11 +117,70 @@ class PrepareSettings(Section):
         if self.unicode_form not in UNICODE_FORMS:
             near = did_you_mean(self.unicode_form, UNICODE_FORMS)
             raise ValueError(f'--unicode-form "{self.unicode_form}": unknown{near}: choose {", ".join(UNICODE_FORMS)}')
+        for kind in self.extractors:
+            if kind in FILE_FIELDS:
+                raise ValueError(f"--extractor {kind}: name the extractor with {option_of(kind)}")
+            problem = modality_name_problem(kind) or (f'"{kind}" is a field of manifests' if kind in FIELDS else None)
+            if problem is not None:
+                raise ValueError(f"--extractor {kind}: {problem}: choose another name")
+        for kind in self.extractor_options:
+            if kind not in self.file_kinds:
+                known = ", ".join(self.file_kinds)
+                raise ValueError(f'extractor_options: no modality "{kind}"{did_you_mean(kind, self.file_kinds)}: choose {known}')
         if not 0 <= 2 * self.speech_overlap_s < self.speech_window_s:
             raise ValueError(
                 f"--speech-overlap {self.speech_overlap_s:g}: must be less than half of --speech-window {self.speech_window_s:g}"
             )
         return self
+
+    @property
+    def file_kinds(self) -> tuple[str, ...]:
+        """The modalities whose features are extracted from files, in the order of the store's columns."""
+        return (*FILE_FIELDS, *sorted(self.extractors))
+
+    def extractor(self, kind: str) -> ExtractorChoice:
+        """Return the extractor of a modality. The user has named it, so `module:Class` is loaded.
+
+        Raise UserError if there is none of this name, or if it does not have an option that is set.
+        """
+        given = {"image": self.images, "audio": self.speech, **self.extractors}[kind]
+        EXTRACTORS.allow([given])
+        found = extractor_class(kind, given, option_of(kind))
+        if kind == "audio" and self.trim_silence and found.reads_files:
+            raise UserError(f"--trim-silence: {given} reads files of features, which have no silence to remove: leave it out")
+        options = {**self._shared_options(found, given), **self.extractor_options.get(kind, {})}
+        return choose(kind, given, options)
+
+    def hashed(self) -> dict[str, str]:
+        """Return the settings that identify a preparation, as text.
+
+        Weights and the options of extractors are left out: the extractors' fingerprints have them.
+        """
+        return {name: str(value) for name, value in self.model_dump(exclude=_IN_FINGERPRINTS).items()}
+
+    def _shared_options(self, found: type[Extractor], given: str) -> dict[str, Any]:
+        """Return the options that have a setting of their own here, such as `image_weights`.
+
+        A number is passed on if it is not the default and the extractor's own default is the same one.
+        """
+        options: dict[str, Any] = {}
+        for setting, name in _SHARED_OPTIONS.get(found.kind, {}).items():
+            value, default = getattr(self, setting), type(self).model_fields[setting].default
+            if value == default:
+                continue
+            own = found.options.model_fields.get(name)
+            flag = f"--{setting.removesuffix('_s').replace('_', '-')}"
+            if own is not None and (default is None or own.default == default):
+                if name in self.extractor_options.get(found.kind, {}):
+                    raise UserError(f"{flag} and --extractor-option {found.kind}.{name} are the same option: give one of them")
+                options[name] = value
+            elif own is not None:
+                raise UserError(f"{flag}: give {given} this option with --extractor-option {found.kind}.{name}={value}")
+            elif default is None:
+                raise UserError(f"{flag}: {given} has no option {name}: leave it out")
+            else:
+                _LOG.warning(f"{flag} {value:g} is not used: {given} has no option {name}")
+        return options
 
     def decoding_limits(self) -> Limits:
         """Return the decoding limits that follow from these settings."""

@@ -4,7 +4,7 @@ The raw files are found through the manifest, by the ids of the samples.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,21 @@ from tqdm import tqdm
 
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
+from opt_ds.features.further import FurtherExtractor
+from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.manifest import Manifest, ManifestLine, read_manifest
 from opt_ds.ingest.report import ModalityNotes, refresh_report
 from opt_ds.ingest.settings import PrepareSettings
-from opt_ds.ingest.workers import Extracted, Failure, ShardFiles, build_extractor, extraction
+from opt_ds.ingest.workers import ShardFiles, extraction
 from opt_ds.store.files import exclusive_use
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, StoreDescription
+from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, FurtherModality, StoreDescription
+from opt_ds.store.shards import join_columns
 from opt_ds.store.update import Arrays, rewrite_shards
 from opt_ds.store.verify import open_store
 from opt_ds.store.writer import ImageItem
 
 _LOG = logging.getLogger(__name__)
-_OF_KIND = {"image": "image/", "audio": "audio/"}
 
 
 def update_modality(
@@ -39,7 +41,7 @@ def update_modality(
     strict: bool = False,
     allow_outside: bool = False,
 ) -> StoreDescription:
-    """Add or replace "image" or "audio" of every sample whose manifest line names such a file.
+    """Add or replace a modality of every sample whose manifest line names such a file.
 
     The store stays valid throughout. A sample whose file cannot be read, or whose line names none, loses this modality
     and is logged. New images remove the image codes, which `opt-ds train-dvae` makes again.
@@ -47,7 +49,7 @@ def update_modality(
     Args:
         path: The store's folder.
         manifest_path: The manifest.
-        kind: "image" or "audio".
+        kind: "image", "audio" or a further modality, which `settings.extractors` has.
         settings: How features are extracted.
         workers: Number of worker processes.
         device: "auto", "cpu" or "cuda".
@@ -64,10 +66,12 @@ def update_modality(
         store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)
         chosen_device = choose_device(device)
-        extractor = build_extractor(kind, settings, chosen_device)
-        identity, dims = extractor.identity(), _dims(store, extractor, kind, settings)
-        if settings.trim_silence:
+        choice = settings.extractor(kind)
+        extractor = choice.build(chosen_device)
+        identity, dims = choice.fingerprint(extractor), _dims(store, extractor, kind, settings)
+        if kind == "audio" and settings.trim_silence:
             identity["trim_silence"] = True
+        further = {**store.description.further, kind: extractor.modality()} if isinstance(extractor, FurtherExtractor) else None
         del extractor
         shards = _shards(store, files, kind)
         notes = ModalityNotes(kind)
@@ -75,7 +79,7 @@ def update_modality(
         pixels: list[bool] = []
         total = sum(len(shard.files[kind]) for shard in shards)
         with (
-            extraction(shards, manifest_path.parent, settings, workers, chosen_device) as results,
+            extraction(shards, manifest_path.parent, {kind: choice}, settings, workers, chosen_device) as results,
             tqdm(total=total, unit="file", desc=f"{kind} features", dynamic_ncols=True) as progress,
         ):
 
@@ -85,7 +89,7 @@ def update_modality(
                 _note(notes, store, shards[index].lines, names, found, splits)
                 if strict and notes.lost:
                     raise UserError(f'sample "{notes.lost[0]["id"]}": {notes.lost[0]["reason"]} (--strict stops at the first)')
-                changed = _replace(arrays, kind, names, found, dims)
+                changed = _replace(arrays, store.description, kind, names, found, dims, further or {})
                 refuse_empty(store, shards[index].lines, changed["samples/rows"])
                 if len(changed["image/offsets"]) > 1:
                     pixels.append("image/pixels" in changed)
@@ -98,7 +102,7 @@ def update_modality(
                     new |= {"has_codes": False, "has_pixels": bool(pixels) and all(pixels)}
                 return new
 
-            description = rewrite_shards(store, change, fields)
+            description = rewrite_shards(store, change, fields, new_further=further)
         refresh_report(path, description, notes)
         _LOG.info(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples are left without")
         for line in notes.shown():
@@ -122,8 +126,9 @@ def sample_lines(store: FeatureStore, manifest: Manifest) -> list[ManifestLine]:
 
 
 def _files_of_samples(store: FeatureStore, manifest_path: Path, kind: str, allow_outside: bool) -> list[str | None]:
-    manifest = read_manifest(manifest_path, allow_outside=allow_outside)
-    files = [getattr(line, kind) for line in sample_lines(store, manifest)]
+    further = [name for name in (*store.description.further, kind) if name not in MODALITIES]
+    manifest = read_manifest(manifest_path, allow_outside=allow_outside, further=list(dict.fromkeys(further)))
+    files = [line.file(kind) for line in sample_lines(store, manifest)]
     if not any(files):
         raise UserError(f'{manifest_path}: no line of the store\'s samples names an "{kind}" file')
     return files
@@ -132,9 +137,11 @@ def _files_of_samples(store: FeatureStore, manifest_path: Path, kind: str, allow
 def _dims(store: FeatureStore, extractor: Any, kind: str, settings: PrepareSettings) -> Any:
     if kind == "image":
         new = {"image_feature_dim": extractor.dim, "image_num_classes": extractor.num_classes, "num_codes": None}
-    else:
+    elif kind == "audio":
         rate = extractor.frame_rate_hz / settings.pool_frames
         new = {"audio_feature_dim": extractor.dim, "audio_frame_rate_hz": rate}
+    else:
+        new = {}
     return store.description.dims.model_copy(update=new)
 
 
@@ -144,7 +151,7 @@ def _shards(store: FeatureStore, files: list[str | None], kind: str) -> list[Sha
         samples = list(range(start, start + shard.num_samples))
         start += shard.num_samples
         names = list(dict.fromkeys(name for sample in samples if (name := files[sample]) is not None))
-        shards.append(ShardFiles(index, samples, {other: names if other == kind else [] for other in _OF_KIND}))
+        shards.append(ShardFiles(index, samples, {kind: names}))
     return shards
 
 
@@ -169,7 +176,8 @@ def _note(
     for sample, name in zip(samples, names, strict=True):
         id = store.sample_id(sample)
         if name is None:
-            if store.rows[sample, MODALITIES.index(notes.kind)] != MISSING:
+            modalities = store.description.modalities
+            if notes.kind in modalities and store.rows[sample, modalities.index(notes.kind)] != MISSING:
                 notes.lost.append({"id": id, "reason": f"the manifest names no {notes.kind} file"})
             continue
         value = found[name]
@@ -181,21 +189,44 @@ def _note(
         seen.add(name)
 
 
-def _replace(arrays: Arrays, kind: str, names: list[str | None], found: dict[str, Any], dims: Any) -> Arrays:
-    """Return the arrays of a shard with new ones of `kind`. `names` are the files of its samples."""
+def _replace(
+    arrays: Arrays,
+    description: StoreDescription,
+    kind: str,
+    names: list[str | None],
+    found: dict[str, Any],
+    dims: Any,
+    further: Mapping[str, FurtherModality],
+) -> Arrays:
+    """Return the arrays of a shard with new ones of a modality.
+
+    Args:
+        arrays: The arrays of the shard.
+        description: The description of the store before the change.
+        kind: The modality.
+        names: The files of the shard's samples.
+        found: File -> result.
+        dims: The sizes after the change.
+        further: The further modalities after the change.
+    """
     row_of: dict[str, int] = {}
     items: list[Any] = []
-    rows = arrays["samples/rows"].copy()
+    rows, modalities = arrays["samples/rows"].copy(), description.modalities
+    if kind not in modalities:
+        rows, modalities = np.pad(rows, ((0, 0), (0, 1)), constant_values=MISSING), (*modalities, kind)
+    column = modalities.index(kind)
     for sample, name in enumerate(names):
         value = None if name is None else found[name]
         if name is None or not isinstance(value, Extracted):
-            rows[sample, MODALITIES.index(kind)] = MISSING
+            rows[sample, column] = MISSING
             continue
         if name not in row_of:
             row_of[name] = len(items)
             items.append(value.item)
-        rows[sample, MODALITIES.index(kind)] = row_of[name]
-    kept = {key: array for key, array in arrays.items() if not key.startswith(_OF_KIND[kind])}
+        rows[sample, column] = row_of[name]
+    kept = {key: array for key, array in arrays.items() if not key.startswith(f"{kind}/")}
+    if kind in further:
+        return {**kept, "samples/rows": rows, **join_columns(kind, further[kind], items)}
     new = _image_arrays(items, dims.image_feature_dim) if kind == "image" else _audio_arrays(items, dims.audio_feature_dim)
     return {**kept, "samples/rows": rows, **{key: array.astype(DATASETS[key], copy=False) for key, array in new.items()}}
 
@@ -223,7 +254,7 @@ def _offsets(items: list[np.ndarray]) -> np.ndarray:
 
 
 def refuse_empty(store: FeatureStore, samples: list[int], rows: np.ndarray) -> None:
-    """Raise UserError if one of the samples would have no modality left. `rows`: their rows, int64 [n, 3]."""
+    """Raise UserError if one of the samples would have no modality left. `rows`: their rows, int64 [n, M]."""
     empty = np.flatnonzero((rows == MISSING).all(1))
     if len(empty):
         id = store.sample_id(samples[int(empty[0])])

@@ -121,7 +121,8 @@ def _own_texts(store: FeatureStore) -> list[_Text | None]:
 
 
 def _manifest_texts(store: FeatureStore, manifest_path: Path, allow_outside: bool) -> list[_Text | None]:
-    manifest = read_manifest(manifest_path, allow_outside=allow_outside)
+    further = tuple(store.description.further)
+    manifest = read_manifest(manifest_path, allow_outside=allow_outside, further=further)
     lines = sample_lines(store, manifest)
     return [None if line.text is None else _Text(line.id, line.text) for line in lines]
 

@@ -16,7 +16,7 @@ from typing import Any
 from opt_ds.config import Config, DataConfig
 from opt_ds.errors import UserError
 from opt_ds.serving.pretrained import OmniPerceptionConfig, OPTModel
-from opt_ds.store.files import follow_umask
+from opt_ds.store.files import atomic_folder, follow_umask
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, load_processor_description
 from opt_ds.store.seal import seal_folder
 from opt_ds.training.checkpoint import load_model, read_state, resolve_checkpoint, run_of
@@ -37,24 +37,20 @@ def export(checkpoint: Path, output: Path) -> Path:
         raise UserError(f"{run / PROCESSOR_FOLDER}: not there: start the run once more, it writes it")
     load_processor_description(run / PROCESSOR_FOLDER)
     model, config = load_model(checkpoint)
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     # Paths have no meaning on another machine.
     portable = config.model_copy(update={"data": DataConfig(), "deepspeed_config": None})
     hub_config = OmniPerceptionConfig(opt_ds_config=portable.model_dump(mode="json"))
-    OPTModel(hub_config, model).save_pretrained(temporary)
-    for weights in temporary.glob("*.safetensors"):
-        follow_umask(weights)
-    shutil.copytree(run / PROCESSOR_FOLDER, temporary / PROCESSOR_FOLDER)
     result = run / "result.json"
     figures = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
     card = _model_card(config, read_state(folder), sum(p.numel() for p in model.parameters()), figures)
-    seal_folder(temporary)
-    (temporary / _CARD).write_text(card, encoding="utf-8")
-    if output.exists():
-        output.rmdir()
-    temporary.rename(output)
+    with atomic_folder(output) as temporary:
+        temporary.mkdir()
+        OPTModel(hub_config, model).save_pretrained(temporary)
+        for weights in temporary.glob("*.safetensors"):
+            follow_umask(weights)
+        shutil.copytree(run / PROCESSOR_FOLDER, temporary / PROCESSOR_FOLDER)
+        seal_folder(temporary)
+        (temporary / _CARD).write_text(card, encoding="utf-8")
     return output
 
 

@@ -7,10 +7,10 @@
     model.generate_image("red heart").save("heart.png")
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -357,6 +357,7 @@ def load_model(
     precision: str = "fp32",
     image_weights: str | Path | None = None,
     speech_weights: str | Path | None = None,
+    extractor_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Model:
     """Load a trained model. `opt_ds.load` is the public name.
 
@@ -366,6 +367,7 @@ def load_model(
         precision: "auto", "fp32", "bf16" or "fp16": dtype of the weights.
         image_weights: Weights of an image extractor whose package does not include them.
         speech_weights: Weights of a speech extractor whose package does not include them.
+        extractor_options: See `OPTProcessor`.
 
     Returns:
         The model.
@@ -376,6 +378,7 @@ def load_model(
         Path(path).expanduser(),
         image_weights=None if image_weights is None else Path(image_weights),
         speech_weights=None if speech_weights is None else Path(speech_weights),
+        extractor_options=extractor_options,
         device=str(where),
     )
     for parameter in session.model.parameters():  # Not the buffers: features are standardised in fp32, as in training.

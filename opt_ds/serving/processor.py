@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,20 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.config import ModelConfig
-from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.lengths import stacked_length
+from opt_ds.data.modality import modalities_of
 from opt_ds.data.sample import Sample
 from opt_ds.decoding.decoder import Decoder, DecodingError, EnvironmentFaultError
 from opt_ds.decoding.limits import Limits
-from opt_ds.errors import UserError
-from opt_ds.modalities.audio import AudioItems, stack_frames
-from opt_ds.modalities.image import ImageItems
-from opt_ds.modalities.text import TextItems
+from opt_ds.errors import UserError, did_you_mean
+from opt_ds.features.extractors import PLUGIN, choose, extractor_class, named_in
 from opt_ds.serving.inputs import AudioInput, ImageInput, check_audio, check_image, check_text
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import TOKENIZER_FOLDER
 
 _LOG = logging.getLogger(__name__)
 # Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
-_MAY_DIFFER = ("version", "package", "precision", "trim_silence")
+_MAY_DIFFER = ("version", "package", "precision", "trim_silence", PLUGIN)
 _OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
@@ -40,6 +39,7 @@ class OPTProcessor:
         config: The model's configuration.
         image_weights: Weights of an image extractor whose package does not include them.
         speech_weights: Weights of a speech extractor whose package does not include them.
+        extractor_options: Modality -> further options of its extractor that are not in its fingerprint, such as files.
         device: Device of the extractors.
     """
 
@@ -50,6 +50,7 @@ class OPTProcessor:
         *,
         image_weights: Path | None = None,
         speech_weights: Path | None = None,
+        extractor_options: Mapping[str, Mapping[str, Any]] | None = None,
         device: str = "cpu",
     ) -> None:
         from opt_ds.features.text import TextExtractor
@@ -57,6 +58,12 @@ class OPTProcessor:
         self.folder, self.config, self._device = folder, config, device
         self.description = load_processor_description(folder)
         self._weights = {"image": image_weights, "audio": speech_weights}
+        self._options = extractor_options or {}
+        for kind in self._options:
+            if kind not in self._file_kinds:
+                near = did_you_mean(kind, self._file_kinds)
+                raise UserError(f'--extractor-option {kind}: the model has no extractor of "{kind}"{near}: leave it out')
+        self._modalities = {modality.name: modality for modality in modalities_of(config)}
         self._decoder, self._limits = Decoder(), Limits()
         self._notes: list[str] | None = None  # warnings of one request; None: they are logged
         for size in ("vocab_size", "image_feature_dim", "audio_feature_dim"):
@@ -72,24 +79,51 @@ class OPTProcessor:
         text: str | None = None,
         image: ImageInput | None = None,
         audio: AudioInput | None = None,
+        **further: str | Path,
     ) -> Sample:
-        """Return a sample with one, two or three of text, image and audio.
+        """Return a sample with one or several of text, image, audio and the model's further modalities.
 
-        See `opt_ds.serving.inputs` for their types.
+        See `opt_ds.serving.inputs` for the types. A further modality is given as a file.
 
-        Raise UserError for no input at all, an input of another type, an empty text, a broken file, and an extractor
-        that is not the training store's.
+        Raise UserError for no input at all, an input of another type, an empty text, a broken file, an unknown modality, and
+        an extractor that is not the training store's.
         """
-        if text is None and image is None and audio is None:
-            raise UserError("nothing to read: give a text, an image, a recording, or several of them")
+        if text is None and image is None and audio is None and not further:
+            raise UserError("nothing to read: give a text, an image, an audio file, or several of them")
         sample = Sample(name="raw input")
         if text is not None:
-            sample.items[TEXT] = TextItems(self._tokens(check_text(text)))
+            self._add_text(sample, check_text(text))
         if image is not None:
-            sample.items[IMAGE] = self._regions(check_image(image))
+            self._add_image(sample, check_image(image))
         if audio is not None:
-            sample.items[AUDIO] = AudioItems(self._frames(check_audio(audio)))
+            self._add_audio(sample, check_audio(audio))
+        for name, file in further.items():
+            columns = self.columns(name, file)
+            self._add(sample, name, columns, len(columns["features"]), f"{name} {Path(file).name}")
         return sample
+
+    def columns(self, kind: str, file: str | Path) -> dict[str, np.ndarray]:
+        """Return the columns of a file of a modality besides text, image and audio, as a store has them.
+
+        Raise UserError for a modality that the model has no extractor of, a file that cannot be read, and an extractor that
+        is not the training store's.
+        """
+        if kind not in self._file_kinds or kind not in self._modalities:
+            known = [name for name in self._file_kinds if name in self._modalities]
+            raise UserError(f'no modality "{kind}"{did_you_mean(kind, known)}: the model reads {", ".join(known)}')
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UserError(f"{kind} {path}: no such file")
+        extractor = self._extractor(kind)
+        try:
+            (found,) = extractor.extract([path])
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None
+        if (problem := extractor.problem(found)) is not None:
+            raise UserError(f"{kind} {path.name}: {problem}: give another file")
+        columns = extractor.modality().columns
+        return {name: found[name].astype(stored.dtype, copy=False) for name, stored in columns.items()}
 
     def with_notes(
         self, notes: list[str], max_seconds: float | None = None, *, allow_svg: bool = True
@@ -109,21 +143,20 @@ class OPTProcessor:
         """End the process that decodes files."""
         self._decoder.close()
 
-    def _tokens(self, text: str) -> np.ndarray:
-        tokens = self._text.extract([text])[0].astype(np.int64)
+    def _add_text(self, sample: Sample, text: str) -> None:
+        tokens = self._text.extract([text])[0]
         if not len(tokens):
             raise UserError("the text is empty: give words, or leave it out")
-        return self._cut(tokens, self.config.max_text_tokens, "the text", "word pieces")
+        self._add(sample, "text", tokens, len(tokens), "the text")
 
-    def _regions(self, image: Path | Image.Image) -> ImageItems:
+    def _add_image(self, sample: Sample, image: Path | Image.Image) -> None:
         picture = self._decoded(image, "image") if isinstance(image, Path) else image
         found = self._extractor("image").extract([picture])[0]
         if not len(found.features):
-            raise UserError("no region was found in the image: give another picture")
-        limit = self.config.max_regions
-        return ImageItems(found.features[:limit], found.boxes[:limit], found.labels[:limit].astype(np.int64))
+            raise UserError("no region was found in the image: give another image")
+        self._add(sample, "image", found, len(found.features), "the image")
 
-    def _frames(self, audio: Path | np.ndarray) -> np.ndarray:
+    def _add_audio(self, sample: Sample, audio: Path | np.ndarray) -> None:
         from opt_ds.decoding.recordings import trim_silence
         from opt_ds.features.speech import pool_frames
 
@@ -132,10 +165,23 @@ class OPTProcessor:
             waveform = trim_silence(waveform)
         extractor = self._extractor("audio")
         pooled = round(extractor.frame_rate_hz / self.description.dims.audio_frame_rate_hz)
-        frames = stack_frames(pool_frames(extractor.extract([waveform])[0], pooled), self.config.audio_stack, 0)
-        rate_hz = self.description.dims.audio_frame_rate_hz / self.config.audio_stack
-        seconds = f"{len(waveform) / 16_000:.1f} s, the model hears {self.config.max_frames / rate_hz:.1f} s"
-        return self._cut(frames, self.config.max_frames, f"the recording ({seconds})", "frames")
+        frames = pool_frames(extractor.extract([waveform])[0], pooled)
+        limit = self._modalities["audio"].limit_note([self.description.dims])
+        self._add(sample, "audio", frames, len(frames), f"the audio ({len(waveform) / 16_000:.1f} s)", limit)
+
+    def _add(self, sample: Sample, name: str, features: Any, count: int, what: str, limit_note: str = "") -> None:
+        """Add the items of an extractor's features of `count` items, and note whether the model's limit truncates them."""
+        modality = self._modalities[name]
+        items = int(stacked_length(count, modality.stack))
+        if items > modality.limit:
+            self._note(f"{what} has {items} {modality.item_word}: only the first {modality.limit}{limit_note} are read")
+        sample.items[modality.number] = modality.items_of(features)
+
+    def _note(self, note: str) -> None:
+        if self._notes is None:
+            _LOG.warning(note)
+        else:
+            self._notes.append(note)
 
     def _decoded(self, path: Path, kind: str) -> Any:
         if not path.is_file():
@@ -149,60 +195,50 @@ class OPTProcessor:
         except EnvironmentFaultError as fault:
             raise UserError(str(fault)) from None
 
-    def _cut(self, items: np.ndarray, limit: int, what: str, unit: str) -> np.ndarray:
-        if len(items) > limit:
-            note = f"{what} has {len(items)} {unit}: only the first {limit} are read"
-            if self._notes is None:
-                _LOG.warning(note)
-            else:
-                self._notes.append(note)
-        return items[:limit]
+    @property
+    def _file_kinds(self) -> list[str]:
+        """The modalities that the training store had extracted from files."""
+        return [name for name in self.description.extractors if name not in ("text", "codes")]
 
     def _extractor(self, kind: str) -> Any:
+        if kind not in self._file_kinds:
+            raise UserError(f"the model has no extractor of {kind}: leave the {kind} out")
         if kind not in self._extractors:
             self._extractors[kind] = self._build(kind, self.description.extractors[kind])
         return self._extractors[kind]
 
     def _build(self, kind: str, identity: dict[str, Any]) -> Any:
-        name, weights = identity["name"], self._weights[kind]
-        if kind == "image":
-            from opt_ds.features.grid import IMAGENET_MEAN, IMAGENET_STD
-            from opt_ds.features.region_extractors import build_region_extractor
-
-            backbone = str(identity.get("backbone", ""))
-            own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
-            if name == "npz":
-                raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
-            needs = name != "grid" or own_name is not None
-            self._check_given(kind, name, weights, needs)
-            sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}
-            # Stores whose fingerprint lacks these values were prepared with ImageNet's.
-            normalisation = (tuple(identity.get("mean", IMAGENET_MEAN)), tuple(identity.get("std", IMAGENET_STD)))
-            extractor: Any = build_region_extractor(
-                name, weights=weights, backbone=own_name, device=self._device, normalisation=normalisation, **sides
+        given, where = named_in(identity), f"the model's {kind} extractor"
+        found = extractor_class(kind, given, where)
+        if kind in _SETTINGS and found.reads_files:
+            raise UserError(
+                f"the model reads {kind} features from files made elsewhere ({found.name}): it cannot read {kind} files itself"
             )
-        else:
-            from opt_ds.features.speech import build_speech_extractor
-
-            self._check_given(kind, name, weights, needs=name != "logmel")
-            how = {key: identity[key] for key in ("layer", "window_s", "overlap_s") if key in identity}
-            extractor = build_speech_extractor(name, weights=weights, device=self._device, **how)
-        found = extractor.identity()
-        for key in identity.keys() | found.keys():
-            if key not in _MAY_DIFFER and identity.get(key) != found.get(key):
+        options = {"weights": self._weights.get(kind), **self._options.get(kind, {})}
+        weights = None if options["weights"] is None else Path(options["weights"]).expanduser()
+        self._check_given(kind, found.name, weights, found.needs_weights(identity))
+        if weights is None:
+            del options["weights"]
+        choice = choose(kind, given, {**found.options_from(identity), **options}, where)
+        extractor = choice.build(self._device)
+        own = choice.fingerprint(extractor)
+        for key in identity.keys() | own.keys():
+            if key not in _MAY_DIFFER and identity.get(key) != own.get(key):
                 raise UserError(
-                    f"{kind} extractor {name}: its {key} is {found.get(key)}, the model was trained with {identity.get(key)}: "
-                    "use the same"
+                    f"{kind} extractor {found.name}: its {key} is {own.get(key)}, the model was trained with "
+                    f"{identity.get(key)}: use the same"
                 )
         return extractor
 
     def _check_given(self, kind: str, name: str, weights: Path | None, needs: bool) -> None:
+        option = _SETTINGS.get(kind, f"--extractor-option {kind}.weights")
         if needs and weights is None:
+            python = f"{option[2:].replace('-', '_')}=" if kind in _SETTINGS else "extractor_options="
             raise UserError(
                 f"the model reads {kind}s with {name}, whose weights are not stored with it: name their file with "
-                f"{_SETTINGS[kind]} (in Python: {_SETTINGS[kind][2:].replace('-', '_')}=)"
+                f"{option} (in Python: {python})"
             )
         if weights is not None and not needs:
-            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")
+            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {option} away")
         if weights is not None and not weights.exists():
-            raise UserError(f"{_SETTINGS[kind]} {weights}: no such file or folder")
+            raise UserError(f"{option} {weights}: no such file or folder")

@@ -1,8 +1,9 @@
 """Session: a trained model that reads raw inputs, generates text and images, and computes match probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class Session(ModelRunner):
         *,
         image_weights: Path | None = None,
         speech_weights: Path | None = None,
+        extractor_options: Mapping[str, Mapping[str, Any]] | None = None,
         device: str = "cpu",
     ) -> "Session":
         """Load a model from a run's output directory, one of its checkpoints, or a folder that `opt-ds export` wrote.
@@ -60,6 +62,7 @@ class Session(ModelRunner):
             checkpoint: The directory.
             image_weights: Weights of an image extractor whose package does not include them.
             speech_weights: Weights of a speech extractor whose package does not include them.
+            extractor_options: See `OPTProcessor`.
             device: Device of the model and the extractors.
 
         Returns:
@@ -72,7 +75,12 @@ class Session(ModelRunner):
             model, config = load_model(checkpoint)
             folder = run_of(resolve_checkpoint(checkpoint)) / PROCESSOR_FOLDER
         processor = OPTProcessor(
-            folder, config.model, image_weights=image_weights, speech_weights=speech_weights, device=device
+            folder,
+            config.model,
+            image_weights=image_weights,
+            speech_weights=speech_weights,
+            extractor_options=extractor_options,
+            device=device,
         )
         return cls(model.to(device), config, processor, device)
 

@@ -1,6 +1,5 @@
 """Copy a finished store with another compression: gzip for an archive, or contiguous for reading."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import write_json
+from opt_ds.store.files import atomic_folder, write_json
 from opt_ds.store.index import INDEX_FILE, write_index
 from opt_ds.store.reader import check_contents
 from opt_ds.store.schema import STORE_FILE, StoreDescription, load_description
@@ -24,9 +23,8 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
         raise UserError(f"{output}: it is there already: choose another --output or remove it")
     store = open_store(source)
     listed = {shard.file for shard in store.description.shards}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(output) as temporary:
+        temporary.mkdir()
         for entry in sorted(source.iterdir()):
             if entry.name in listed | _OWN or entry.name.startswith("."):  # written below, or left by a killed process
                 continue
@@ -45,8 +43,4 @@ def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) 
         updated = store.description.model_copy(update={"shards": shards, "compression": compression}).with_fingerprint()
         write_index(temporary, updated)
         write_json(temporary / STORE_FILE, updated.model_dump(mode="json"))
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return load_description(output)

@@ -2,19 +2,23 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
 
 _LOG = logging.getLogger(__name__)
+_ABANDONED_S = 86_400
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -38,6 +42,35 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path`, which does not exist yet.
+
+    On success, it replaces `path`; on an exception, remove it. Several processes may do so at the same time: the last one
+    determines the content. Leftovers of processes that were killed more than a day ago are removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if leftover.is_dir() and time.time() - leftover.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary, previous = (path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp") for _ in range(2))
+    try:
+        yield temporary
+        while True:
+            try:
+                temporary.rename(path)  # replaces an empty folder
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            with suppress(FileNotFoundError):  # another process may have moved it
+                path.rename(previous)
+            shutil.rmtree(previous, ignore_errors=True)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opt_ds.errors import UserError
-from opt_ds.store.files import folder_sha256, write_json
+from opt_ds.store.files import atomic_folder, folder_sha256, write_json
 from opt_ds.store.foreign import invalid_field, read_json_object
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER, Dims, TokenizerDescription
@@ -39,18 +39,14 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
 
     Existing content is replaced; an interruption leaves no partial folder.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shutil.copytree(store.tokenizer_folder, temporary / TOKENIZER_FOLDER)
-    if (store.path / DVAE_FOLDER).is_dir():
-        shutil.copytree(store.path / DVAE_FOLDER, temporary / DVAE_FOLDER)
     description = store.description
     kept = ProcessorDescription(dims=description.dims, tokenizer=description.tokenizer, extractors=description.extractors)
-    write_json(temporary / PROCESSOR_FILE, kept.model_dump(mode="json"))
-    seal_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with atomic_folder(folder) as temporary:
+        shutil.copytree(store.tokenizer_folder, temporary / TOKENIZER_FOLDER)
+        if (store.path / DVAE_FOLDER).is_dir():
+            shutil.copytree(store.path / DVAE_FOLDER, temporary / DVAE_FOLDER)
+        write_json(temporary / PROCESSOR_FILE, kept.model_dump(mode="json"))
+        seal_folder(temporary)
 
 
 def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.models import get_model
 
-from opt_ds.features.detector import FasterRCNNExtractor
-from opt_ds.features.grid import GridExtractor
+from opt_ds.features.detector import FasterRCNNExtractor, FasterRCNNOptions
+from opt_ds.features.grid import GridExtractor, GridOptions
 from tests.features.test_regions import noise, random_detector
 
 pytestmark = [
@@ -27,7 +27,7 @@ def test_grid_of_another_backbone_on_a_gpu_is_near_the_cpus(tmp_path: Path) -> N
     torch.manual_seed(0)
     torch.save(get_model("resnet18", weights=None, num_classes=7).state_dict(), tmp_path / "w.pt")
     ours, theirs = (
-        GridExtractor(weights=tmp_path / "w.pt", backbone="resnet18", device=device).extract([noise(0)])[0]
+        GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone="resnet18"), device).extract([noise(0)])[0]
         for device in ("cuda", "cpu")
     )
     assert np.abs(ours.features.astype(float) - theirs.features).max() < 0.05 * np.abs(theirs.features).max()
@@ -37,7 +37,7 @@ def test_grid_of_another_backbone_on_a_gpu_is_near_the_cpus(tmp_path: Path) -> N
 def test_faster_rcnn_on_a_gpu_batches_by_size(tmp_path: Path) -> None:
     random_detector(tmp_path / "d.pt")
     sides = {"min_side": 96, "max_side": 128}
-    extractor = FasterRCNNExtractor(tmp_path / "d.pt", device="cuda", **sides)
+    extractor = FasterRCNNExtractor(FasterRCNNOptions(weights=tmp_path / "d.pt", **sides), "cuda")
     pictures = [noise(0), noise(1, 60, 90), None, noise(2)]
     together = extractor.extract(pictures)
     assert extractor.identity()["precision"] == "fp16"

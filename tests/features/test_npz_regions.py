@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_ds.features.npz_regions import NpzExtractor
+from opt_ds.features.npz_regions import NpzExtractor, NpzOptions
 from opt_ds.features.regions import boxes_with_size
-from opt_ds.ingest import PrepareSettings, workers
+from opt_ds.ingest import PrepareSettings
+from opt_ds.ingest.file_features import FileFeatures
 from tests.ingest.test_update import uniter_arrays
 
 WIDTH, HEIGHT = 640, 480
@@ -20,16 +21,14 @@ def small(seed: int = 0, count: int = 30) -> dict[str, Any]:
 
 
 def extractor() -> NpzExtractor:
-    return NpzExtractor(dim=8, num_classes=6)
+    return NpzExtractor(NpzOptions(dim=8, num_classes=6))
 
 
 def pixels_of(boxes: np.ndarray) -> np.ndarray:
     return boxes.astype("float32") * np.tile([WIDTH, HEIGHT], boxes.shape[1] // 2)
 
 
-def test_odd_files_are_skipped_with_their_reason_and_the_others_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_files_are_skipped_with_their_reason_and_the_others_are_kept(tmp_path: Path) -> None:
     files = {name: uniter_arrays(seed) for seed, name in enumerate(("short", "flat", "box", "score", "good"))}
     files["short"]["soft_labels"] = files["short"]["soft_labels"][:7]
     files["flat"]["soft_labels"] = files["flat"]["soft_labels"][:, 0]
@@ -37,8 +36,9 @@ def test_odd_files_are_skipped_with_their_reason_and_the_others_are_kept(
     files["score"]["conf"] = np.where(np.arange(30) == 3, np.nan, files["score"]["conf"])
     for name, arrays in files.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
-    monkeypatch.setattr(workers, "_worker", {"settings": PrepareSettings(images="npz"), "device": "cpu"})
-    *failures, good = workers._extract_chunk("image", [f"{name}.npz" for name in files], tmp_path)
+    settings = PrepareSettings(images="npz")
+    features = FileFeatures({"image": settings.extractor("image")}, settings, "cpu")
+    *failures, good = features.chunk("image", [f"{name}.npz" for name in files], tmp_path)
     assert [failure.reason for failure in failures] == [
         "no image features could be made: short.npz: soft_labels of shape [7, 1601], not [30, K]",
         "no image features could be made: flat.npz: soft_labels of shape [30], not [R, N]",

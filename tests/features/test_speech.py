@@ -14,8 +14,10 @@ import torchaudio
 from opt_ds.decoding.decoder import DecodingError, load_recording
 from opt_ds.decoding.recordings import SAMPLE_RATE_HZ, trim_silence
 from opt_ds.errors import UserError
-from opt_ds.features.speech import build_speech_extractor
-from opt_ds.features.wav2vec2 import windows
+from opt_ds.features.extractors import choose
+from opt_ds.features.logmel import LogMelExtractor
+from opt_ds.features.wav2vec2 import Wav2Vec2Extractor, Wav2Vec2Options, windows
+from opt_ds.ingest import PrepareSettings
 
 
 def tone(hz: float, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
@@ -23,7 +25,7 @@ def tone(hz: float, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray
 
 
 def test_logmel_has_the_right_rate_and_shows_the_pitch() -> None:
-    extractor = build_speech_extractor("logmel")
+    extractor = LogMelExtractor()
     low, high, silent, short = extractor.extract(
         [tone(300, 1), tone(3000, 0.5), np.zeros(1600, "float32"), tone(300, 0.001)]
     )
@@ -38,7 +40,7 @@ def test_logmel_has_the_right_rate_and_shows_the_pitch() -> None:
 
 def test_logmel_equals_its_formula() -> None:
     waveform = np.random.default_rng(0).standard_normal(4000).astype("float32") * 0.1
-    (frames,) = build_speech_extractor("logmel").extract([waveform])
+    (frames,) = LogMelExtractor().extract([waveform])
     start = 10 * 160 - 256  # frame 10 is centred on sample 1600
     window = np.zeros(512)
     window[56:456] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
@@ -114,7 +116,7 @@ def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
     )
     model = Wav2Vec2Model(config).eval()
     model.save_pretrained(tmp_path / "hf")
-    plain = build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+    plain = Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     waveforms = [tone(300, 1), tone(500, 0.01)]
     frames, short = plain.extract(waveforms)
     assert plain.dim == 32
@@ -125,7 +127,7 @@ def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
     assert np.abs(frames - expected).max() < 5e-3
     assert short.shape == (1, 32)
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"do_normalize": true}')
-    normal = build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+    normal = Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     assert np.abs(normal.extract([waveforms[0] * 0.1])[0] - normal.extract([waveforms[0]])[0]).max() < 0.02
     assert normal.identity() != plain.identity()
 
@@ -158,7 +160,7 @@ def test_the_processors_file_says_whether_to_normalise_too(hugging_face: Path, t
         ({"processor_class": "Wav2Vec2Processor"}, False),
     ):
         processor.write_text(json.dumps(content))
-        assert build_speech_extractor("wav2vec2", weights=tmp_path / "hf").identity()["normalise"] is normalise
+        assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf")).identity()["normalise"] is normalise
 
 
 def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face: Path, tmp_path: Path) -> None:
@@ -168,20 +170,20 @@ def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face:
     shutil.copytree(hugging_face, tmp_path / "hf")
     file, waveform = tmp_path / "hf" / "model.safetensors", tone(300, 0.5)
     weights, bytes_before = load_file(file), file.read_bytes()
-    (expected,) = build_speech_extractor("wav2vec2", weights=hugging_face).extract([waveform])
+    (expected,) = Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face)).extract([waveform])
     place, new = "encoder.pos_conv_embed.conv.", "parametrizations.weight.original"
     older = {key.replace(f"{place}{new}0", f"{place}weight_g").replace(f"{place}{new}1", f"{place}weight_v"): weight
              for key, weight in weights.items() if key != "masked_spec_embed"}  # fmt: skip
     assert len(older.keys() - weights.keys()) == 2
     save_file({f"wav2vec2.{key}": weight for key, weight in older.items()}, file, {"format": "pt"})
-    (frames,) = build_speech_extractor("wav2vec2", weights=tmp_path / "hf").extract([waveform])
+    (frames,) = Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf")).extract([waveform])
     assert np.array_equal(frames, expected)
     save_file({f"bert.{key}": weight for key, weight in weights.items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"does not fit the wav2vec 2\.0 of its config\.json: its weights lack encoder."):
-        build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+        Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     file.write_bytes(bytes_before[: len(bytes_before) // 2])
     with pytest.raises(UserError, match=r"model\.safetensors: .*: cut off or damaged: download it again") as error:
-        build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
+        Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     assert "\n" not in str(error.value)
 
 
@@ -190,7 +192,7 @@ def test_each_layer_is_hugging_faces_own(hugging_face: Path, layer: int | None) 
     from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     waveform = tone(300, 1.3) + 0.1
-    extractor = build_speech_extractor("wav2vec2", weights=hugging_face, layer=layer)
+    extractor = Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face, layer=layer))
     inputs = Wav2Vec2FeatureExtractor.from_pretrained(hugging_face)(waveform, sampling_rate=16000, return_tensors="pt")
     with torch.inference_mode():
         model = Wav2Vec2Model.from_pretrained(hugging_face).eval()
@@ -202,17 +204,17 @@ def test_each_layer_is_hugging_faces_own(hugging_face: Path, layer: int | None) 
 def test_layers_that_are_not_there_are_refused(hugging_face: Path) -> None:
     for layer in (0, 4, -1):
         with pytest.raises(UserError, match=r"--speech-layer .*: the checkpoint has layers 1 to 3"):
-            build_speech_extractor("wav2vec2", weights=hugging_face, layer=layer)
-    with pytest.raises(UserError, match="--speech-layer: logmel has no weights"):
-        build_speech_extractor("logmel", layer=2)
+            Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face, layer=layer))
+    with pytest.raises(UserError, match="--speech-layer: logmel has no option layer: leave it out"):
+        PrepareSettings(speech_layer=2).extractor("audio")
 
 
 @pytest.mark.parametrize("seconds", [0.9, 1.0, 1.02, 2.5, 5.0])
 def test_windows_cover_every_frame_once(hugging_face: Path, seconds: float) -> None:
     """As many frames as in one pass; in a window's middle, far from its edges, nearly the same ones."""
     random = np.random.default_rng(0).standard_normal(int(seconds * 16000)).astype("float32") * 0.1
-    whole = build_speech_extractor("wav2vec2", weights=hugging_face, layer=1)
-    parts = build_speech_extractor("wav2vec2", weights=hugging_face, layer=1, window_s=1.0, overlap_s=0.4)
+    whole = Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face, layer=1))
+    parts = Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face, layer=1, window_s=1.0, overlap_s=0.4))
     (expected,), (frames,) = whole.extract([random]), parts.extract([random])
     assert frames.shape == expected.shape
     if len(expected) <= 50:
@@ -237,7 +239,7 @@ def test_wav2vec2_layers_are_torchaudios_own(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model.extract_features(torch.from_numpy(waveform)[None])[0]
     for layer in (1, 12):
-        (frames,) = build_speech_extractor("wav2vec2", weights=tmp_path / "w.pt", layer=layer).extract([waveform])
+        (frames,) = Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "w.pt", layer=layer)).extract([waveform])
         assert np.array_equal(frames, expected[layer - 1][0].to(torch.float16).numpy())
 
 
@@ -246,14 +248,14 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for arguments, message in (
         ({"name": "logmle"}, r'did you mean "logmel"'),
-        ({"name": "logmel", "weights": tmp_path}, "logmel has no weights"),
+        ({"name": "logmel", "weights": tmp_path}, 'unknown key "weights"'),
         ({"name": "wav2vec2"}, "it needs a checkpoint"),
         ({"name": "wav2vec2", "weights": tmp_path / "none.pt"}, "no such file"),
         ({"name": "wav2vec2", "weights": tmp_path / "other.pt"}, "not a torchaudio wav2vec"),
         ({"name": "wav2vec2", "weights": tmp_path / "folder"}, "not a wav2vec 2.0 folder"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            build_speech_extractor(**arguments)
+            choose("audio", arguments.pop("name"), arguments).build("cpu")
         assert "\n" not in str(error.value)
 
 
@@ -272,14 +274,14 @@ def test_folders_of_other_models_are_refused_by_name(tmp_path: Path, kind: str) 
         getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     model_type = json.loads((tmp_path / "config.json").read_text())["model_type"]
     with pytest.raises(UserError, match=f"not a wav2vec 2.0 folder: its config.json says model_type '{model_type}'"):
-        build_speech_extractor("wav2vec2", weights=tmp_path)
+        Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path))
 
 
 def test_a_config_and_weights_that_disagree_are_one_line(tmp_path: Path) -> None:
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, WavLMConfig, WavLMModel
 
     Wav2Vec2ForCTC(Wav2Vec2Config(**_SMALL)).save_pretrained(tmp_path)
-    assert build_speech_extractor("wav2vec2", weights=tmp_path).dim == 32, "the head of recognition is no remainder"
+    assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path)).dim == 32, "the head of recognition is no remainder"
     fields = json.loads((tmp_path / "config.json").read_text())
     for change, reason in (
         ({"hidden_size": 16, "num_attention_heads": 2}, r"is \[.*32.*\], not \["),
@@ -290,15 +292,15 @@ def test_a_config_and_weights_that_disagree_are_one_line(tmp_path: Path) -> None
     ):
         (tmp_path / "config.json").write_text(json.dumps({**fields, **change}))
         if not reason:
-            assert build_speech_extractor("wav2vec2", weights=tmp_path).dim == 32, "no code is looked for on a hub"
+            assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path)).dim == 32, "no code is looked for on a hub"
             continue
         with pytest.raises(UserError, match=reason) as error:
-            build_speech_extractor("wav2vec2", weights=tmp_path)
+            Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path))
         assert "\n" not in str(error.value)
     WavLMModel(WavLMConfig(**_SMALL)).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(fields))  # what lies about itself is found by its weights
     with pytest.raises(UserError, match=r"which has no encoder\.layers\.0\.attention\.gru"):
-        build_speech_extractor("wav2vec2", weights=tmp_path)
+        Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path))
 
 
 def test_recordings_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
 
     real = workers._tasks
 
-    def tasks_then_kill(shards: object, folder: Path) -> object:
-        for task in real(shards, folder):
+    def tasks_then_kill(*arguments: object) -> object:
+        for task in real(*arguments):
             yield task
             for process in _children():
                 os.kill(process, signal.SIGKILL)

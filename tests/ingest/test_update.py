@@ -13,7 +13,8 @@ import soundfile
 
 from opt_ds.errors import UserError
 from opt_ds.features.npz_regions import NpzExtractor
-from opt_ds.ingest import PrepareSettings, update, workers
+from opt_ds.ingest import PrepareSettings, update
+from opt_ds.ingest.file_features import FileFeatures
 from opt_ds.ingest.importers.uniter import export_lmdb, is_lmdb
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.ingest.update import update_modality
@@ -167,10 +168,10 @@ def test_samples_whose_line_names_no_file_are_lost_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     @contextmanager
-    def in_this_process(shards: list, folder: Path, settings: PrepareSettings, *_: Any) -> Iterator[Any]:
-        monkeypatch.setattr(workers, "_worker", {"settings": settings, "device": "cpu"})
+    def in_this_process(shards: list, folder: Path, choices: Any, settings: PrepareSettings, *_: Any) -> Iterator[Any]:
+        features = FileFeatures(choices, settings, "cpu")
         names = ((kind, names) for shard in shards for kind, names in shard.files.items() if names)
-        yield ((kind, names, workers._extract_chunk(kind, names, folder)) for kind, names in names)
+        yield ((kind, names, features.chunk(kind, names, folder)) for kind, names in names)
 
     monkeypatch.setattr(update, "extraction", in_this_process)
     write_synthetic_store(tmp_path / "s", 5, samples_per_shard=3)

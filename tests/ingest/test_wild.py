@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from opt_ds.decoding.decoder import load_picture, load_recording
 from opt_ds.errors import UserError
 from opt_ds.features.grid import GridExtractor
-from opt_ds.ingest import PrepareSettings, prepare, workers
+from opt_ds.ingest import PrepareSettings, prepare
+from opt_ds.ingest.file_features import Failure, extract
 from opt_ds.ingest.manifest import read_manifest
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
@@ -144,20 +145,19 @@ def test_a_hole_in_a_batch_leaves_its_neighbours_bytes_alone() -> None:
             assert ours.tobytes() == theirs.tobytes()
 
 
-def test_an_image_on_which_the_extractor_fails_changes_no_other_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_on_which_the_extractor_fails_changes_no_other_image() -> None:
     images, extractor = [noise(), noise(), noise()], GridExtractor()
     places = []
 
-    class Failing:
+    class Failing(GridExtractor):
         def extract(self, inputs: list) -> list:
             places.append([place for place, image in enumerate(inputs) if image is not None])
             if inputs[1] is not None:
                 raise RuntimeError("no memory for this one")
             return extractor.extract(inputs)
 
-    monkeypatch.setitem(workers._worker, "image", Failing())
-    found = workers._extract("image", images)
-    assert isinstance(found[1], workers.Failure) and "no memory for this one" in found[1].reason
+    found = extract(Failing(), images)
+    assert isinstance(found[1], Failure) and "no memory for this one" in found[1].reason
     assert places == [[0, 1, 2], [0], [1], [2]], "each file at its own position of the chunk"
     expected = extractor.extract([images[0], None, images[2]])
     for index in (0, 2):

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opt_ds.decoding.file_kinds import HEAD_BYTES, is_clutter, kind_of_content, kind_of_name, why_not_decodable
 from opt_ds.errors import UserError
@@ -28,13 +29,14 @@ from opt_ds.ingest.importers.common import (
 )
 from opt_ds.ingest.importers.files import Found
 from opt_ds.ingest.importers.near_names import near_pairs
-from opt_ds.ingest.manifest import Skipped
+from opt_ds.ingest.manifest import ManifestLine, Skipped
 from opt_ds.ingest.text_files import read_json
 from opt_ds.user_files import decode_text
 
 _LOG = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.jsonl"
 _KINDS = ("image", "audio", "text")
+_OUTSIDE = "outside of the folders that are splits"
 _NEAR_SHOWN = 5
 _MANY_PAIRS = 10  # with this many pairs, or one pair per ten names, the files were meant to be joined
 _ABOUT = re.compile(r"readme|read me|licen[cs]e", re.IGNORECASE)
@@ -98,11 +100,17 @@ def import_folder(
     return write_import(output, entries(), source=str(folder))
 
 
-def folder_manifest(folder: Path) -> Path:
-    """Return the folder's manifest.jsonl: the existing one, or a new one."""
+def folder_manifest(folder: Path, *, retry_skipped: bool = False) -> Path:
+    """Return the folder's manifest.jsonl: the existing one, or a new one.
+
+    With `retry_skipped`, log a warning if samples that were left out of the existing one can be used now. They are not added:
+    the tokenizer and the shards of a prepared store depend on all samples.
+    """
     manifest = folder / MANIFEST_NAME
     if manifest.is_file():
         _log_found(manifest)
+        if retry_skipped:
+            _warn_of_usable(folder, manifest)
         return manifest
     return import_folder(folder)
 
@@ -128,13 +136,38 @@ def _log_found(manifest: Path) -> None:
         )
 
 
+def _warn_of_usable(folder: Path, manifest: Path) -> None:
+    """Log how many of the samples that the import left out can be used now."""
+    entries = _read_report(report_path(manifest)).get("skipped_samples")
+    left_out = {
+        entry["id"]
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry.get("reason") != _OUTSIDE
+    }
+    if not left_out:
+        return
+    found = _files(folder, {manifest, report_path(manifest)}).samples
+    named = {name: kinds for name, kinds in found.items() if name in left_out}
+    usable = [entry.id for entry in _entries(named, folder.resolve(), {}) if isinstance(entry, ManifestLine)]
+    if usable:
+        what = "1 sample" if len(usable) == 1 else f"{len(usable)} samples"
+        _LOG.warning(
+            f'{manifest}: {what} that the import left out can be used now, such as "{usable[0]}": --retry-skipped does not add '
+            f"them; remove {manifest.name} and the store, or name another --output, to have the folder read again"
+        )
+
+
 def _count_skipped(report: Path) -> int:
+    skipped = _read_report(report).get("skipped")
+    return skipped if isinstance(skipped, int) else 0
+
+
+def _read_report(report: Path) -> dict[str, Any]:
     try:
         content = read_json(report)
     except UserError:
-        return 0  # the report is optional, only the manifest is required
-    skipped = content.get("skipped") if isinstance(content, dict) else None
-    return skipped if isinstance(skipped, int) else 0
+        return {}  # the report is optional, only the manifest is required
+    return content if isinstance(content, dict) else {}
 
 
 def _count_newer(manifest: Path) -> int:
@@ -281,7 +314,7 @@ def _entries(samples: dict[str, Sample], start: Path, splits: dict[str, str]) ->
         split = splits.get(name.split("/")[0])
         reason = _why_not(kinds)
         if reason is None and splits and split is None:
-            reason = "outside of the folders that are splits"
+            reason = _OUTSIDE
         if reason is not None:
             yield Skipped(name, reason)
             continue

@@ -200,6 +200,24 @@ def test_files_newer_than_the_manifest_that_is_used_are_counted(tmp_path: Path, 
     assert len(logged) == 4, "a manifest of the user's own is not compared"
 
 
+def test_texts_that_the_import_left_out_are_named_once_they_can_be_used(tmp_path: Path, logged: list[str]) -> None:
+    """`opt-ds prepare --retry-skipped` uses the manifest as it is: what it cannot take in must not be left out in silence."""
+    folder = make(tmp_path / "f", ["train/a.jpg", "train/a.txt", "valid/b.jpg", "valid/b.txt"])
+    (folder / "train" / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "train" / "blank.txt").write_text(" ")
+    manifest = folder_manifest(folder)
+    before = manifest.read_bytes()
+    logged.clear()
+    folder_manifest(folder, retry_skipped=True)
+    assert len(logged) == 1, "nothing can be used yet"
+    (folder / "train" / "latin.txt").write_text("café", encoding="utf-8")
+    folder_manifest(folder)
+    assert not any("can be used now" in line for line in logged)
+    folder_manifest(folder, retry_skipped=True)
+    assert '1 sample that the import left out can be used now, such as "train/latin": --retry-skipped does not' in logged[-1]
+    assert manifest.read_bytes() == before
+
+
 def test_a_folder_joins_files_of_one_name(tmp_path: Path, logged: list[str]) -> None:
     top = tmp_path / "mine"
     touch(top / "train" / "cat.jpg", top / "train" / "cat.wav", top / "val" / "dog.PNG", top / "val" / "twice.jpg")
