@@ -49,7 +49,7 @@ def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
     assert len(sample.items[TEXT].ids) == session.config.model.max_text_tokens
     assert len(sample.items[AUDIO].features) == session.config.model.max_frames
     assert "the text has" in logged[0] and "only the first 24 are read" in logged[0]
-    assert "60.0 s) has" in logged[1]
+    assert "the audio (60.0 s) has" in logged[1] and "(6.4 s) are read" in logged[1]
     Image.new("RGB", (1, 1), "red").save(run.parent / "pixel.png")
     assert len(session.processor(image=run.parent / "pixel.png").items[IMAGE].features) == 16, "one pixel is a picture too"
 

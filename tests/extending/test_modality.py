@@ -1,0 +1,188 @@
+"""A fourth modality in files of its own, `touch.py` and `extractor.py`: prepared, trained with its task on two ranks, killed and
+resumed, evaluated, exported, served."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opt_ds.cli import _build
+from opt_ds.cli.program import run_command
+from opt_ds.config import load_config
+from opt_ds.data.modalities import IMAGE
+from opt_ds.data.plan import StepPlan
+from opt_ds.data.samples import SampleReader
+from opt_ds.errors import UserError
+from opt_ds.registry import PLUGINS_VARIABLE
+from opt_ds.store import FeatureStore
+from opt_ds.training import checkpoint
+from tests.extending.touch import TOUCH
+from tests.training.runs import free_port, hashes, rank_environment
+from tests.training.test_pretrain import SCRIPT
+from tests.warm import WarmProcess
+
+ROOT = Path(__file__).parents[2]
+MODALITY, TASK = "tests.extending.touch:Touch", "tests.extending.touch:MaskedTouchModeling"
+EXTRACTOR = "tests.extending.extractor:Touch"
+WITH_TOUCH = (f"model.plugins=[{MODALITY}]", f"tasks.plugins=[{TASK}]", "model.touch.max_readings=6")
+STEPS = 12
+
+
+def command(*words: object) -> int:
+    return run_command(_build(), [str(word) for word in words], "opt-ds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def allowed() -> None:
+    """The user names the plugins of checkpoints and exported models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLUGINS_VARIABLE, ",".join((MODALITY, TASK, EXTRACTOR)))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples of `raw`; all but every third one has touch too, of 1 to 8 readings."""
+    folder = Path(shutil.copytree(raw, tmp_path_factory.mktemp("touch") / "files"))
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        if number % 3:
+            rows = (f"{10 * row},{row},{number},{row % 2}" for row in range(1 + number % 8))
+            (folder / f"{number}.csv").write_text("\n".join(rows))
+            line["touch"] = f"{number}.csv"
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def touched(files: Path) -> Path:
+    options = ("--extractor", f"touch={EXTRACTOR}", "--vocab-size", 60, "--workers", 1, "--device", "cpu")
+    assert command("prepare", "--manifest", files / "manifest.jsonl", "--output", files / "store", *options) == 0
+    return files / "store"
+
+
+def ranks(store: Path, output: Path, *settings: str) -> list[WarmProcess]:
+    given = (
+        *WITH_TOUCH, f"train.max_steps={STEPS}", "schedule.total_steps=200", "schedule.warmup_steps=2", "batch.size=8",
+        "train.picture_grid=0", "train.validate_every=6", "train.log_every=1", "checkpoint.every_steps=4", *settings,
+    )  # fmt: skip
+    options = [part for setting in given for part in ("--set", setting)]
+    line = [str(SCRIPT), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
+    port = free_port()
+    return [WarmProcess(line, rank_environment(rank, 2, port) | {"PYTHONPATH": str(ROOT)}, cwd="/") for rank in range(2)]
+
+
+def finish(started: list[WarmProcess]) -> None:
+    for process in started:
+        _, error = process.communicate(240)
+        assert process.returncode == 0, error
+
+
+@pytest.fixture(scope="module")
+def whole(touched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing interrupts."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    finish(ranks(touched, output))
+    return output
+
+
+def test_every_sample_is_read_with_its_readings_and_masked_by_the_modalitys_own_rule(touched: Path) -> None:
+    store = FeatureStore(touched)
+    config = load_config("opt-tiny", [*WITH_TOUCH, "model.touch.feature_dim=3", "batch.size=64", "model.vocab_size=60"])
+    planned, reader = StepPlan(config, [store]).step(0).samples, SampleReader(config, [store])
+    seen = set()
+    for slot in range(64):
+        sample, row = reader.read(planned, slot), planned.input_rows[slot, TOUCH]
+        assert (TOUCH in sample.items) == (row >= 0)
+        if row >= 0:
+            touch = sample.of(TOUCH)
+            assert (touch.features == store.columns("touch", row)["features"][:6]).all()
+            hidden = int(np.ceil(0.15 * len(touch))) if "mtm" in sample.targets else 0
+            assert touch.masked_or_none.tolist() == [False] * (len(touch) - hidden) + [True] * hidden
+            seen.add(hidden > 0)
+    assert seen == {False, True}
+    assert planned.input_positions().max() > 1 + planned.input_lengths[:, :TOUCH].sum(1).max(), "its rows are in the sequence"
+
+
+def test_a_model_without_it_reads_the_same_store_as_before(touched: Path, raw_store: Path, logged: list[str]) -> None:
+    """The other modalities' plans are those of the store without touch."""
+    config = load_config("opt-tiny", ["batch.size=64", "model.vocab_size=60", "tasks.dir.weight=0"])
+    with_it, without = (StepPlan(config, [FeatureStore(path)]).step(0).samples for path in (touched, raw_store))
+    assert with_it.input_rows.shape[1] == 3
+    assert np.array_equal(with_it.input_rows, without.input_rows) and np.array_equal(with_it.task, without.task)
+
+
+def test_two_ranks_learn_it_and_a_killed_run_goes_on_to_the_same_weights(touched: Path, whole: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/mtm/loss" in line for line in lines)
+    table = json.loads((whole / "validation.json").read_text())
+    assert table["baselines"]["mtm"] > 0
+    output = tmp_path / "killed"
+    started = ranks(touched, output)
+    while not (output / "checkpoints" / "step-00000008").is_dir():
+        assert all(process.poll() is None for process in started)
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    finish(ranks(touched, output))
+    assert hashes(output, STEPS) == hashes(whole, STEPS)
+
+
+def test_its_weights_are_trained_and_its_statistics_set(touched: Path, whole: Path) -> None:
+    model, config = checkpoint.load_model(whole)
+    assert config.model.touch.feature_dim == 3, "taken from the store"
+    embeddings = model.embeddings
+    assert embeddings.modality.weight.shape[0] == 4
+    mean = FeatureStore(touched).description.statistics["touch"].mean
+    assert torch.allclose(embeddings.touch_standardizer.mean, torch.tensor(mean))
+    torch.manual_seed(config.seed)
+    assert embeddings.touch.mask.abs().max() > 0
+
+
+def test_it_is_evaluated_exported_and_served(
+    touched: Path, whole: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--checkpoint", whole, "--store", touched, "--output", tmp_path / "summary.json")
+    assert command("evaluate", "summary", *given) == 0, capsys.readouterr().err
+    assert "mtm" in capsys.readouterr().out
+    assert command("export", "--checkpoint", whole, "--output", tmp_path / "model") == 0, capsys.readouterr().err
+
+    import opt_ds
+    from opt_ds.serving.session import Session
+
+    session = Session.load(tmp_path / "model")
+    sample = session.processor(image=files / "4.png", touch=files / "4.csv")
+    stored = FeatureStore(touched)
+    index = next(i for i in range(stored.num_samples) if stored.sample_id(i) == "4")
+    row = stored.rows[index, TOUCH]
+    assert (sample.of(TOUCH).features == stored.columns("touch", row)["features"]).all() and IMAGE in sample.items
+    assert isinstance(session.text(sample), str)
+    model = opt_ds.load(tmp_path / "model")
+    assert isinstance(model.caption(files / "4.png"), str)
+    with pytest.raises(UserError, match='no modality "tuch"'):
+        session.processor(tuch=files / "4.csv")
+    both, image = (session.packer.pack([own]).inputs for own in (sample, session.processor(image=files / "4.png")))
+    assert not torch.allclose(session.model.encode_cls(both), session.model.encode_cls(image)), "it is read"
+
+
+def test_a_model_of_the_three_modalities_cannot_take_it(raw_store: Path) -> None:
+    with pytest.raises(UserError, match=r'unknown key "model\.touch"'):
+        load_config("opt-tiny", ["model.touch.max_readings=6"])
+    with pytest.raises(UserError, match=r'unknown key "model.touch.max_reading" \(did you mean "max_readings"\?\)'):
+        load_config("opt-tiny", [WITH_TOUCH[0], "model.touch.max_reading=6"])
+
+
+def test_a_checkpoint_alone_cannot_name_code(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    environment = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE} | {"PYTHONPATH": str(ROOT)}
+    code = f"from opt_ds.training.checkpoint import load_model; load_model({str(whole)!r})"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode and f"set the environment variable {PLUGINS_VARIABLE}={MODALITY}" in found.stderr
