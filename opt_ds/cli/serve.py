@@ -133,6 +133,12 @@ def serve(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
     allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
+    allow_further: Annotated[
+        bool,
+        typer.Option(
+            help="Accept files of further modalities in requests. Code of other packages reads them in the server's process."
+        ),
+    ] = False,
     extractors: ExtractorOptions,
 ) -> None:
     """A web page to try the model on, and a JSON API (its schema: /api/openapi.json). It has no password: see docs/serving.md."""
@@ -151,7 +157,10 @@ def serve(
 
     session = _session(checkpoint, extractors)
     neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
-    app = build_app(session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, limits=limits)
+    app = build_app(
+        session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, allow_further=allow_further,
+        limits=limits,
+    )  # fmt: skip
     try:
         listening = listen(host, port)
     except OSError as error:

@@ -40,7 +40,7 @@ from opt_ds.serving.guard import Guard
 from opt_ds.serving.limits import Limits
 from opt_ds.serving.neighbours import Neighbours
 from opt_ds.serving.processor import OPTProcessor
-from opt_ds.serving.session import Session
+from opt_ds.serving.session import Session, matched
 
 _LIMITS = Limits()
 _HERE = Path(__file__).parent
@@ -59,6 +59,7 @@ def build_app(
     host: str = "127.0.0.1",
     allow_hosts: Iterable[str] = (),
     allow_svg: bool = False,
+    allow_further: bool = False,
     limits: Limits = _LIMITS,
 ) -> FastAPI:
     """Build the application for one model.
@@ -69,6 +70,8 @@ def build_app(
         host: The address that the server listens on. See opt_ds.serving.guard.
         allow_hosts: Further names of the server.
         allow_svg: Whether uploads may be SVG drawings, which can take the decoder's whole time limit.
+        allow_further: Whether uploads may be files of the model's further modalities, which code of other packages reads in
+            this process.
         limits: Limits of connections, bodies, the queue and the fields of a request.
 
     Returns:
@@ -79,10 +82,21 @@ def build_app(
     _Count = Annotated[int, Form(ge=1, le=limits.pictures)]  # noqa: N806
     default_count = min(4, limits.pictures)
 
-    def read(text: str | None, image: UploadFile | None, audio: UploadFile | None) -> tuple[Sample, list[str]]:
+    further = session.processor.further if allow_further else ()
+
+    async def check_fields(request: Request) -> None:
+        await _check_fields(request, further)
+
+    async def further_of(request: Request) -> dict[str, Any]:
+        form = await request.form()
+        return {name: form[name] for name in further if name in form}
+
+    def read(
+        text: str | None, image: UploadFile | None, audio: UploadFile | None, others: dict[str, Any]
+    ) -> tuple[Sample, list[str]]:
         notes: list[str] = []
         processor = session.processor.with_notes(notes, limits.recording_s, allow_svg=allow_svg)
-        return _sample(processor, text, image, audio), notes
+        return _sample(processor, text, image, audio, others), notes
 
     app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     queue = Queue(limits)
@@ -95,7 +109,7 @@ def build_app(
         return {"preset": session.config.preset, "parameters": parameters, "device": str(session.device),
                 "extractors": session.processor.description.extractors, "neighbours": neighbours is not None}  # fmt: skip
 
-    @app.post("/api/describe", dependencies=[Depends(_check_fields)])
+    @app.post("/api/describe", dependencies=[Depends(check_fields)])
     async def describe(
         request: Request,
         text: _Text = None,
@@ -103,13 +117,15 @@ def build_app(
         audio: _Upload = None,
         attention: Annotated[bool, Form()] = True,
     ) -> dict[str, Any]:
+        others = await further_of(request)
+
         def work() -> dict[str, Any]:
-            sample, notes = read(text, image, audio)
+            sample, notes = read(text, image, audio, others)
             return {"notes": notes} | _describe(session, neighbours, sample, attention)
 
         return await queue.compute(request.receive, work)
 
-    @app.post("/api/paint", dependencies=[Depends(_check_fields)])
+    @app.post("/api/paint", dependencies=[Depends(check_fields)])
     async def paint(
         request: Request,
         text: _Text = None,
@@ -118,8 +134,10 @@ def build_app(
         count: _Count = default_count,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
+        others = await further_of(request)
+
         def work() -> dict[str, Any]:
-            sample, notes = read(text, image, audio)
+            sample, notes = read(text, image, audio, others)
             pictures = _paint(session, sample, count, seed)
             if count > 1 and not session.config.can(MATCH):
                 notes.append("this model was trained without matching: the pictures are in the order of painting")
@@ -132,9 +150,9 @@ def build_app(
     return app
 
 
-async def _check_fields(request: Request) -> None:
+async def _check_fields(request: Request, further: Iterable[str]) -> None:
     """Raise UserError for an unknown field, a field that is sent twice, and parameters in the URL."""
-    known = [field.alias for field in request.scope["route"].dependant.body_params]
+    known = [*(field.alias for field in request.scope["route"].dependant.body_params), *further]
     if request.query_params:
         name = next(iter(request.query_params))
         raise UserError(f'"{name[:80]}" is given in the URL: send it as a field of the form')
@@ -144,6 +162,9 @@ async def _check_fields(request: Request) -> None:
             raise UserError(f'unknown field "{name[:80]}"{did_you_mean(name[:80], known)}: choose from {", ".join(known)}')
         if count > 1:
             raise UserError(f"{name}: is given {count} times: give it once")
+    for name in further:
+        if isinstance((await request.form()).get(name), str):
+            raise UserError(f"{name}: a text: send a file")
 
 
 def _add_error_answers(app: FastAPI) -> None:
@@ -173,7 +194,7 @@ def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, a
     answer: dict[str, Any] = {}
     if can(WRITE_TEXT):
         answer["text"] = session.text(sample)
-    if can(MATCH) and len(sample.items) > 1:
+    if can(MATCH) and len(matched(sample)) > 1:
         answer["matching"] = session.matching(sample)
     if neighbours is not None:
         answer["neighbours"] = [vars(found) for found in neighbours.nearest(sample)]
@@ -187,10 +208,19 @@ def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict
     return [{"png": _png_url(picture), "matching": score} for picture, score in session.pictures(sample, count, options)]
 
 
-def _sample(processor: OPTProcessor, text: str | None, image: UploadFile | None, audio: UploadFile | None) -> Sample:
+def _sample(
+    processor: OPTProcessor,
+    text: str | None,
+    image: UploadFile | None,
+    audio: UploadFile | None,
+    others: dict[str, UploadFile],
+) -> Sample:
     with tempfile.TemporaryDirectory(prefix="opt-ds-") as folder:
         # The server chooses the names, so that an upload's own name does not affect where it is written.
-        return processor(text or None, _kept(image, Path(folder) / "image"), _kept(audio, Path(folder) / "audio"))
+        kept = {name: _kept(upload, Path(folder) / name) for name, upload in others.items()}
+        further = {name: path for name, path in kept.items() if path is not None}
+        image_file, audio_file = _kept(image, Path(folder) / "image"), _kept(audio, Path(folder) / "audio")
+        return processor(text or None, image_file, audio_file, **further)
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:

@@ -20,7 +20,7 @@ from opt_ds.errors import UserError, did_you_mean
 from opt_ds.features.extractors import PLUGIN, choose, extractor_class, named_in
 from opt_ds.serving.inputs import AudioInput, ImageInput, check_audio, check_image, check_text
 from opt_ds.store.processor_files import load_processor_description
-from opt_ds.store.schema import TOKENIZER_FOLDER
+from opt_ds.store.schema import MODALITIES, TOKENIZER_FOLDER
 
 _LOG = logging.getLogger(__name__)
 # Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
@@ -108,8 +108,8 @@ class OPTProcessor:
         Raise UserError for a modality that the model has no extractor of, a file that cannot be read, and an extractor that
         is not the training store's.
         """
-        if kind not in self._file_kinds or kind not in self._modalities:
-            known = [name for name in self._file_kinds if name in self._modalities]
+        if kind not in self.further:
+            known = ("text", "image", "audio", *self.further)
             raise UserError(f'no modality "{kind}"{did_you_mean(kind, known)}: the model reads {", ".join(known)}')
         path = Path(file).expanduser()
         if not path.is_file():
@@ -194,6 +194,11 @@ class OPTProcessor:
             raise UserError(f"{kind} {path.name}: cannot be read ({reason}): give another file") from None
         except EnvironmentFaultError as fault:
             raise UserError(str(fault)) from None
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The modalities besides text, image and audio that the model reads and has an extractor of."""
+        return tuple(name for name in self._modalities if name in self._file_kinds and name not in MODALITIES)
 
     @property
     def _file_kinds(self) -> list[str]:

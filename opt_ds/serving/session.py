@@ -12,7 +12,7 @@ from PIL import Image
 from opt_ds.abilities import GENERATE_IMAGES, MATCH, WRITE_TEXT
 from opt_ds.config import Config
 from opt_ds.data.matching import CASES
-from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
+from opt_ds.data.modalities import AUDIO, IMAGE, MODALITIES, TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.dvae.model import DiscreteVAE
 from opt_ds.dvae.storage import load_processor_dvae
@@ -33,9 +33,9 @@ _CASE_OF_MODALITIES = {
 }  # fmt: skip
 
 
-def _given(sample: Sample) -> frozenset[int]:
-    """Return the modalities of a sample."""
-    return frozenset(sample.items)
+def matched(sample: Sample) -> frozenset[int]:
+    """Return the modalities of a sample that matching compares: those of text, image and audio that it has."""
+    return frozenset(sample.items) & frozenset(MODALITIES)
 
 
 class Session(ModelRunner):
@@ -110,7 +110,7 @@ class Session(ModelRunner):
 
         Raise UserError if the model never learned matching.
         """
-        (named,), given = self._matching([sample]), _given(sample)
+        (named,), given = self._matching([sample]), matched(sample)
         possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= given} | {"none"}
         return {case: value for case, value in named.items() if case in possible}
 
@@ -120,13 +120,15 @@ class Session(ModelRunner):
         Raise UserError if the model never learned matching.
         """
         found = self._matching(samples)
-        return [named[_CASE_OF_MODALITIES[_given(sample)]] for sample, named in zip(samples, found, strict=True)]
+        return [named[_CASE_OF_MODALITIES[matched(sample)]] for sample, named in zip(samples, found, strict=True)]
 
     def _matching(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
         self.require(MATCH, "judge what belongs together")
-        if any(len(_given(sample)) < 2 for sample in samples):
+        if any(len(matched(sample)) < 2 for sample in samples):
             raise UserError("matching compares two or three inputs: give another one")
-        scores = torch.from_numpy(self.matching_scores(samples))
+        # As in training, matching reads no other modalities.
+        compared = [replace(own, items={number: own.items[number] for number in sorted(matched(own))}) for own in samples]
+        scores = torch.from_numpy(self.matching_scores(compared))
         values = torch.softmax(scores, 1) if self.matches_by_softmax else torch.sigmoid(scores)
         return [dict(zip(CASES, row, strict=True)) for row in values.tolist()]
 
@@ -143,7 +145,7 @@ class Session(ModelRunner):
     def match_probability(self, sample: Sample, picture: Image.Image) -> float:
         """Return the match probability of the image with the sample's text and audio."""
         pair = replace(sample, items=sample.items | self.processor(image=picture).items)
-        return self.match_probabilities([pair])[0] if len(_given(pair)) > 1 else 0.0
+        return self.match_probabilities([pair])[0] if len(matched(pair)) > 1 else 0.0
 
     def image_embedding(self, picture: Image.Image) -> np.ndarray:
         """Return the image embedding: the mean of the region features by the model's image extractor."""

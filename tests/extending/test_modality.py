@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ from tests.extending.touch import TOUCH
 from tests.training.runs import free_port, hashes, rank_environment
 from tests.training.test_pretrain import SCRIPT
 from tests.warm import WarmProcess
+
+if TYPE_CHECKING:
+    from opt_ds.serving.session import Session
 
 ROOT = Path(__file__).parents[2]
 MODALITY, TASK = "tests.extending.touch:Touch", "tests.extending.touch:MaskedTouchModeling"
@@ -165,10 +169,25 @@ def test_it_is_evaluated_exported_and_served(
     assert isinstance(session.text(sample), str)
     model = opt_ds.load(tmp_path / "model")
     assert isinstance(model.caption(files / "4.png"), str)
-    with pytest.raises(UserError, match='no modality "tuch"'):
+    with pytest.raises(UserError, match=r'no modality "tuch" \(did you mean "touch"'):
         session.processor(tuch=files / "4.csv")
+    described = answer(session, files, allow_further=True)
+    assert described.status_code == 200 and isinstance(described.json()["text"], str)
+    refused = answer(session, files, allow_further=False)
+    assert refused.status_code == 422 and 'unknown field "touch"' in refused.json()["detail"]
     both, image = (session.packer.pack([own]).inputs for own in (sample, session.processor(image=files / "4.png")))
     assert not torch.allclose(session.model.encode_cls(both), session.model.encode_cls(image)), "it is read"
+
+
+def answer(session: "Session", files: Path, *, allow_further: bool) -> Any:
+    """The answer of the server to an image and a file of touch."""
+    from fastapi.testclient import TestClient
+
+    from opt_ds.serving.app import build_app
+
+    client = TestClient(build_app(session, allow_further=allow_further), base_url="http://localhost")
+    names = {"image": "4.png", "touch": "4.csv"}
+    return client.post("/api/describe", files={field: (files / name).read_bytes() for field, name in names.items()})
 
 
 def test_a_model_of_the_three_modalities_cannot_take_it(raw_store: Path) -> None:
