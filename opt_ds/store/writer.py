@@ -283,6 +283,7 @@ class StoreWriter:
         dims = self._dims
         if modality in self._further:
             return further_problem(item, self._further[modality])
+        assert not isinstance(item, dict), "only further modalities have columns"
         if isinstance(item, TextItem):
             return text_problem(item.tokens, dims.vocab_size)
         if not isinstance(item, ImageItem):
