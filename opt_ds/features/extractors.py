@@ -11,6 +11,7 @@ entry point of the group "opt_ds.features", or as `module:Class` (see `opt_ds.re
         def __init__(self, options: ThumbnailOptions, device: str) -> None: ...
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,14 @@ class ExtractorChoice:
         return self.found(self.options, device)
 
     def fingerprint(self, extractor: Extractor) -> dict[str, Any]:
-        """Return what store.json records of the built extractor: its identity, and the other options besides paths."""
-        identity = extractor.identity()
+        """Return what store.json records of the built extractor: its identity, and the other options besides paths.
+
+        Raise UserError if the identity is not JSON.
+        """
+        try:
+            identity = json.loads(json.dumps(extractor.identity()))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"extractor {self.given}: its identity is not JSON ({error}): return plain values") from None
         values = self.options.model_dump(mode="json")
         left_out = {
             name: values[name]

@@ -29,6 +29,7 @@ def write(path: Path, lines: list[dict | str]) -> Path:
             [{"id": "a", "text": "x"}, {"id": "b", "txet": "x"}],
             r'line 2: unknown field "txet" \(did you mean "text"\?\)',
         ),
+        ([{"id": "a", "text": "x", "further": {}}], 'line 1: unknown field "further"'),
         ([{"text": "x"}], "line 1: field id: it is missing"),
         ([{"id": 7.5, "text": "x"}], "line 1: field id: give a name in quotes"),
         ([{"id": "a"}], "line 1: none of image, text, audio"),

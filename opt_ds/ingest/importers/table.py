@@ -21,9 +21,8 @@ from opt_ds.ingest.importers.common import Entry, Note, Unused, sample, split_of
 from opt_ds.ingest.importers.embedded import EmbeddedFiles, is_embedded, path_of
 from opt_ds.ingest.importers.files import Files, Found
 from opt_ds.ingest.importers.tables import BadRow, check_doubled, read_table
-from opt_ds.ingest.manifest import ManifestLine, Skipped
+from opt_ds.ingest.manifest import FIELDS, Skipped
 
-_FIELDS = tuple(ManifestLine.model_fields)
 _FILES: tuple[str, ...] = ("image", "audio")
 _LABEL_SEPARATOR = "|"
 _BATCH_ROWS = 64  # small, because rows may contain complete images
@@ -79,11 +78,11 @@ def import_table(
 
 
 def _columns(columns: Sequence[str]) -> dict[str, str]:
-    column_of = {field: field for field in _FIELDS}
+    column_of = {field: field for field in FIELDS}
     for each in columns:
         field, equals, column = each.partition("=")
-        if not equals or field not in _FIELDS:
-            raise UserError(f'--column "{each}": write FIELD=COLUMN{did_you_mean(field, _FIELDS)}: one of {", ".join(_FIELDS)}')
+        if not equals or field not in FIELDS:
+            raise UserError(f'--column "{each}": write FIELD=COLUMN{did_you_mean(field, FIELDS)}: one of {", ".join(FIELDS)}')
         column_of[field] = column
     return column_of
 
@@ -139,7 +138,7 @@ def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
     used = set(column_of.values())
     unused = [column or "(without a name)" for column in source.columns if column not in used]
     if unused:
-        near = next((name for name in unused if name.strip().lower() in _FIELDS and name.strip().lower() != name), None)
+        near = next((name for name in unused if name.strip().lower() in FIELDS and name.strip().lower() != name), None)
         why = "" if near is None else f'--column {near.strip().lower()}="{near}" takes {near}'
         yield Unused("columns", len(unused), tuple(unused), why)
     yield from (Note(f"{source.path.name}: {note}") for note in source.notes)
