@@ -106,7 +106,7 @@ def names(options: list[Option]) -> list[str]:
 def test_an_option_of_one_value_is_given_once(option: Option, run: Any) -> None:
     if option.name == "--set":
         result = run(*option.arguments("a.b=1", "a.b=2"))
-        assert result.err.startswith("note: --set a.b=2 overrides 1, given before it\n"), result.err
+        assert result.err.startswith("note: --set a.b=2 overrides 1, specified before it\n"), result.err
     elif not option.param.multiple:
         one_line(run(*option.arguments("3", "4")), f"{option.name} is given twice (3, 4): give it once")
 
