@@ -2,5 +2,5 @@
 
 WRITE_TEXT = "write text"
 GENERATE_IMAGES = "generate images"
-MATCH = "judge what belongs together"
-LABEL = "give labels"
+MATCH = "predict whether inputs match"
+LABEL = "predict labels"

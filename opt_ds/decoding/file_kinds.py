@@ -18,7 +18,7 @@ _VIDEOS = (".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 _CLUTTER_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
 _CLUTTER_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
 _HTML_TAGS = (b"<html", b"<!doctype html", b"<head", b"<body")
-_NOUNS = {"image": "picture", "audio": "recording", "archive": "archive", "video": "video", "document": "document"}
+_NOUNS = {"image": "image", "audio": "audio file", "archive": "archive", "video": "video", "document": "document"}
 _XML_STARTS = (b"<?xml", b"<svg", b"<!doctype svg", b"<!--")
 
 
@@ -36,7 +36,7 @@ class FileFormat:
     advice: str = ""
 
     def __str__(self) -> str:
-        """Return the format with its kind, such as "WAV recording"."""
+        """Return the format with its kind, such as "WAV audio file"."""
         noun = _NOUNS.get(self.kind, "file")
         return self.name if self.name.endswith(("page", noun)) else f"{self.name} {noun}"
 

@@ -45,7 +45,7 @@ def _unpacked_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     for size in shape:
         count *= int(size)
     if count < 0 or count * dtype.itemsize > member.file_size:
-        raise BrokenFileError(f"its array {member.filename} is said to be {list(shape)}, which the file does not hold")
+        raise BrokenFileError(f"its array {member.filename} is declared as {list(shape)}, which the file does not hold")
     return count * dtype.itemsize
 
 

@@ -182,10 +182,10 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
         last = checkpoint.pointed(run, "latest")
         state = checkpoint.train_state(checkpoint.read_state(last)) if last else checkpoint.TrainState()
         if last is None or state.step != row.steps:
-            raise RunError(f"{run}: its run stands at step {state.step} of {row.steps}: give the same command again")
+            raise RunError(f"{run}: its run is at step {state.step} of {row.steps}: run the same command again")
         ran, seconds = losses_of_run(run, row.config.tasks), state.train_seconds
         if set(ran) - set(row.losses):
-            raise RunError(f"{run}: {', '.join(sorted(set(ran) - set(row.losses)))} ran, which the row is without")
+            raise RunError(f"{run}: {', '.join(sorted(set(ran) - set(row.losses)))} ran, which this row disables")
         model, _ = checkpoint.load_model(last)
     evaluator = Evaluator(model.to(device), row.config, store, device)
     figures = classification(

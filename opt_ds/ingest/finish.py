@@ -89,7 +89,7 @@ def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, second
     for line in report_table(report, facts.limits):
         _LOG.info(line)
     if facts.groups_across_splits:
-        _LOG.info(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
+        _LOG.info(f"  note: {facts.groups_across_splits} groups are in several splits, as in the manifest")
     return description
 
 
@@ -173,7 +173,7 @@ def _remove_part(folder: Path) -> None:
 
 def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
     if not folders:
-        raise UserError(f"{output}: no parts beside it ({output.name}.part-…): make them with opt-ds prepare --shard i/n")
+        raise UserError(f"{output}: no partitions next to it ({output.name}.part-…): write them with opt-ds prepare --shard i/n")
     unfinished = [folder for folder in folders if not (folder / PART_FILE).is_file()]
     if unfinished:
         raise UserError(f"{unfinished[0]}: unfinished: run its opt-ds prepare --shard again, it resumes")

@@ -191,7 +191,7 @@ def _check_is_manifest(path: Path) -> None:
         )
     if found is not None and found.kind in ("image", "audio", "video"):
         raise UserError(
-            f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample a line), or the "
+            f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample per line), or the "
             "folder that holds the files"
         )
 

@@ -168,7 +168,7 @@ def _prepare(
     if share is None:
         return finish_store(facts, writer, output, seconds)
     finish_part(facts, output, share, seconds)
-    _LOG.info(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
+    _LOG.info(f"{output}: done; when all {share[1]} partitions are done: opt-ds merge")
     return None
 
 

@@ -78,7 +78,7 @@ class OPTProcessor:
         that is not the training store's.
         """
         if text is None and image is None and audio is None:
-            raise UserError("nothing to read: give a text, an image, a recording, or several of them")
+            raise UserError("no input: give a text, an image, audio, or several of them")
         sample = Sample(name="raw input")
         if text is not None:
             sample.token_ids = self._tokens(check_text(text))
@@ -109,14 +109,14 @@ class OPTProcessor:
     def _tokens(self, text: str) -> np.ndarray:
         tokens = self._text.extract([text])[0].astype(np.int64)
         if not len(tokens):
-            raise UserError("the text is empty: give words, or leave it out")
-        return self._cut(tokens, self.config.max_text_tokens, "the text", "word pieces")
+            raise UserError("the text is empty: give words, or omit it")
+        return self._cut(tokens, self.config.max_text_tokens, "the text", "WordPieces")
 
     def _read_regions(self, sample: Sample, image: Path | Image.Image) -> None:
         picture = self._decoded(image, "image") if isinstance(image, Path) else image
         found = self._extractor("image").extract([picture])[0]
         if not len(found.features):
-            raise UserError("no region was found in the image: give another picture")
+            raise UserError("no region was found in the image: use another image")
         limit = self.config.max_regions
         sample.region_features, sample.region_boxes = found.features[:limit], found.boxes[:limit]
         sample.region_labels = found.labels[:limit].astype(np.int64)
@@ -132,8 +132,8 @@ class OPTProcessor:
         pooled = round(extractor.frame_rate_hz / self.description.dims.audio_frame_rate_hz)
         frames = stack_frames(pool_frames(extractor.extract([waveform])[0], pooled), self.config.audio_stack, 0)
         rate_hz = self.description.dims.audio_frame_rate_hz / self.config.audio_stack
-        seconds = f"{len(waveform) / 16_000:.1f} s, the model hears {self.config.max_frames / rate_hz:.1f} s"
-        return self._cut(frames, self.config.max_frames, f"the recording ({seconds})", "frames")
+        seconds = f"{len(waveform) / 16_000:.1f} s, the model reads {self.config.max_frames / rate_hz:.1f} s"
+        return self._cut(frames, self.config.max_frames, f"the audio ({seconds})", "frames")
 
     def _decoded(self, path: Path, kind: str) -> Any:
         if not path.is_file():
@@ -170,7 +170,7 @@ class OPTProcessor:
             backbone = str(identity.get("backbone", ""))
             own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
             if name == "npz":
-                raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
+                raise UserError("the model reads regions from files made elsewhere (npz): it cannot read an image itself")
             needs = name != "grid" or own_name is not None
             self._check_given(kind, name, weights, needs)
             sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}

@@ -31,7 +31,7 @@ EXPERIMENTS = ("summary", "classification", "retrieval", "two_stages", "transcri
 # Exceptions that damaged JSON and YAML can cause while the report is rendered.
 _DAMAGES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError, yaml.YAMLError)
 _OTHER_CURVES = {
-    "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples a second": "speed/samples_per_s",
+    "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples per second": "speed/samples_per_s",
 }  # fmt: skip
 _FILES = {name: ("result" if name == "summary" else name) + ".json" for name in EXPERIMENTS}
 

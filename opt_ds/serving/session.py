@@ -91,7 +91,7 @@ class Session(ModelRunner):
         The probabilities are None and the order is that of generation if there is only one image, or if the matching
         head was never trained. Raise UserError if the model never learned to generate images.
         """
-        self.require(GENERATE_IMAGES, "paint pictures")
+        self.require(GENERATE_IMAGES, "generate images")
         painted = generate_candidates(self, self.dvae, [sample], options, count)[0]
         pictures = [to_picture(pixels) for pixels in painted]
         if count == 1 or not self.config.can(MATCH):
@@ -117,9 +117,9 @@ class Session(ModelRunner):
         return [named[_CASE_OF_MODALITIES[_given(sample)]] for sample, named in zip(samples, found, strict=True)]
 
     def _matching(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
-        self.require(MATCH, "judge what belongs together")
+        self.require(MATCH, "predict whether inputs match")
         if any(len(_given(sample)) < 2 for sample in samples):
-            raise UserError("matching compares two or three inputs: give another one")
+            raise UserError("matching compares two or three inputs: add another one")
         scores = torch.from_numpy(self.matching_scores(samples))
         values = torch.softmax(scores, 1) if self.matches_by_softmax else torch.sigmoid(scores)
         return [dict(zip(CASES, row, strict=True)) for row in values.tolist()]
@@ -146,5 +146,5 @@ class Session(ModelRunner):
     def image_embedding(self, picture: Image.Image) -> np.ndarray:
         """Return the image embedding: the mean of the region features by the model's image extractor."""
         features = self.processor(image=picture).region_features
-        assert features is not None, "a picture has regions"
+        assert features is not None, "an image has regions"
         return np.asarray(features, dtype=np.float32).mean(0)

@@ -70,7 +70,7 @@ def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: 
                 "something else"
             )
     if codes and "codes" in own.extractors and store.has_codes and own.extractors["codes"] != there.extractors.get("codes"):
-        found.append("its image codes come from another dVAE than the model's, so image generation is judged by other codes")
+        found.append("its image codes come from another dVAE than the model's, so image generation is compared with other codes")
     return found
 
 
@@ -107,7 +107,7 @@ def load_processor_description(folder: Path) -> ProcessorDescription:
     remedy = "restore the folder, or start the run once more (it writes it)"
     if not file.is_file():
         raise UserError(
-            f"{folder}: no {PROCESSOR_FILE} there, which says how to read raw files: start the run once more (it writes it)"
+            f"{folder}: no {PROCESSOR_FILE} there, which specifies how to read raw files: start the run again, which writes it"
         )
     check_seal(folder, remedy)
     fields = read_json_object(file, remedy)

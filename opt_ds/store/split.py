@@ -34,10 +34,10 @@ def parse_ratios(arguments: list[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not (name and equals and ratios[name] > 0):
-            raise UserError(f'--ratio "{each}": write SPLIT=SHARE, such as train=0.9')
+            raise UserError(f'--ratio "{each}": write SPLIT=FRACTION, such as train=0.9')
     total = sum(ratios.values())
     if abs(total - 1) > 1e-6:
-        raise UserError(f"--ratio: the shares sum to {total:g}, not to 1")
+        raise UserError(f"--ratio: the fractions sum to {total:g}, not to 1")
     return ratios
 
 
@@ -103,7 +103,7 @@ def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: d
         first = store.sample_id(int(chosen[groups == names[largest]][0]))
         raise UserError(
             f'{store.path}: near-duplicate images connect {counts[largest]} of {len(chosen)} samples, such as "{first}": '
-            "too many for these shares: look at what opt-ds inspect counts, or give --ignore-near-duplicates"
+            "too many for these fractions: see the counts of opt-ds inspect, or use --ignore-near-duplicates"
         )
     if joined.any():
         _LOG.info(

@@ -69,7 +69,7 @@ def problem_with(folder: Path, hashes: Sequence[str] = ALL_FILES) -> str | None:
         if not is_inside(folder, path):
             return f"{name} leads out of the folder"
         if path.stat().st_size != expected.bytes:
-            return f"{name} is cut off ({path.stat().st_size} of {expected.bytes} bytes)"
+            return f"{name} is truncated ({path.stat().st_size} of {expected.bytes} bytes)"
         if name in hashes and sha256_once(path) != expected.sha256:
             return f"{name} is damaged (its SHA-256 differs)"
     return None

@@ -181,7 +181,7 @@ def test_nothing_that_libraries_print_is_seen(tmp_path: Path) -> None:
         "except DecodingError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.mp3"], capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.startswith("it is cut off: 0.")
+    assert done.stderr == "" and done.stdout.startswith("it is truncated: 0.")
 
 
 def test_drawings_are_refused_where_they_are_not_allowed(decoder: Decoder, tmp_path: Path) -> None:

@@ -105,9 +105,9 @@ def test_runs_become_a_table_and_are_not_run_again(
     name = "no-modality-level"
     row = rows_of(store, names=(name,))[name]
     (output / "no-modality-level" / "metrics.jsonl").open("a").write('{"step": 2, "train/dtr/loss": 1.0}\n')
-    with pytest.raises(RunError, match="dtr ran, which the row is without"):
+    with pytest.raises(RunError, match="dtr ran, which this row disables"):
         ablation.probe_row(row, output, FeatureStore(store), ablation.Probe("valid", min_positives=5), "cpu")
-    with pytest.raises(RunError, match="stands at step 2 of 9"):
+    with pytest.raises(RunError, match="is at step 2 of 9"):
         longer = rows_of(store, "train.max_steps=9", names=(name,))[name]
         ablation.probe_row(longer, output, FeatureStore(store), ablation.Probe("valid"), "cpu")
     assert opt_ds(store, output, *chosen, "--set", "seed=7") == 2, "another run than the one that is there"

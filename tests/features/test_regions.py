@@ -327,7 +327,7 @@ def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, 300, 300).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
-    with pytest.raises(DecodingError, match="a PNG picture, cut off"):
+    with pytest.raises(DecodingError, match="a PNG image, truncated"):
         load_picture(tmp_path / "cut.png")
 
 

@@ -109,7 +109,7 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
     shutil.move(tmp_path / "aside", part_folder(store, 1, 2))
     with pytest.raises(UserError, match="unfinished"):
         merge_parts(store)
-    with pytest.raises(UserError, match="no parts beside it"):
+    with pytest.raises(UserError, match="no partitions next to it"):
         merge_parts(tmp_path / "other")
 
 

@@ -48,7 +48,7 @@ def test_a_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such manifest"):
         read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="begins as UTF-16 text, but is cut off"):
+    with pytest.raises(UserError, match="begins as UTF-16 text, but is truncated"):
         read_manifest(tmp_path / "m.jsonl")
 
 

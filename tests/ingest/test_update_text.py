@@ -114,7 +114,7 @@ def test_samples_whose_line_has_no_text_are_lost_and_named(tmp_path: Path, logge
         update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)
     logged.clear()
     update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40))
-    assert "2 samples are left without" in logged[0]
+    assert "2 samples left without" in logged[0]
     assert logged[1:] == [f'  "sample{index}": the manifest names no text' for index in (1, 4)]
     update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)  # nothing more is lost
 

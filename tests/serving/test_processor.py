@@ -48,7 +48,7 @@ def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
     assert len(sample.token_ids) == session.config.model.max_text_tokens
     assert len(sample.frames) == session.config.model.max_frames
     assert "the text has" in logged[0] and "only the first 24 are read" in logged[0]
-    assert "60.0 s, the model hears 6.4 s" in logged[1]
+    assert "60.0 s, the model reads 6.4 s" in logged[1]
     Image.new("RGB", (1, 1), "red").save(run.parent / "pixel.png")
     assert len(session.processor(image=run.parent / "pixel.png").region_features) == 16, "one pixel is a picture too"
 

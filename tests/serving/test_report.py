@@ -44,7 +44,7 @@ def test_the_page_shows_the_figures_beside_the_papers(
     browser.get(page.as_uri())
     assert not browser.get_log("browser"), "nothing is missing, nothing is loaded from elsewhere"
     titles = [found.text for found in browser.find_elements(By.TAG_NAME, "figcaption")]
-    others = {"loss, weighted sum", "learning rate", "gradient norm", "samples a second"}
+    others = {"loss, weighted sum", "learning rate", "gradient norm", "samples per second"}
     assert others < set(titles) <= {*others, *LOSSES}
     widths = "return [...document.querySelectorAll('.curves svg')].map(drawing => drawing.getBoundingClientRect().width)"
     drawn = browser.execute_script(widths)

@@ -166,7 +166,7 @@ def test_captions_and_recordings_are_counted(tmp_path: Path) -> None:
     notes = near_duplicate_notes(FeatureStore(tmp_path / "s"))
     assert [note.split("(")[1].split(")")[0] for note in notes] == [
         "identical region features",
-        "equal but for case, spaces and punctuation",
+        "equal except for case, spaces and punctuation",
         "identical frames",
     ]
     assert all("1 of 4" in note and '"sample0" and "sample16"' in note for note in notes)

@@ -185,7 +185,7 @@ def test_broken_stores_are_refused_by_name(store_path: Path, tmp_path: Path) -> 
     shard, index = tmp_path / "s" / "shard-00001.h5", tmp_path / "s" / "store.json"
     whole, text = shard.read_bytes(), index.read_text()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"shard-00001.h5: shard is cut off"):
+    with pytest.raises(UserError, match=r"shard-00001.h5: shard is truncated"):
         FeatureStore(tmp_path / "s")
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001.h5: shard is missing"):
@@ -215,5 +215,5 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(store_path: Path, tmp
     shard = copy / store.description.shards[0].file
     os.truncate(shard, shard.stat().st_size // 2)
     time.sleep(0.3)
-    with pytest.raises(RunError, match=rf"{shard.name}: has been cut off from \d+ to \d+ bytes"):
+    with pytest.raises(RunError, match=rf"{shard.name}: was truncated from \d+ to \d+ bytes"):
         store.text(0)

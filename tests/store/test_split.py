@@ -56,7 +56,7 @@ def test_lists_of_ids_and_of_groups(store: Path, tmp_path: Path) -> None:
     assert split_by_list(store, tmp_path / "ids.csv").split_counts["test"] == 2
     assert splits_of(store) == {**before, "sample3": "test", "sample0": "test"}
     assert inspect_store(store).failures == []  # sample 2 is of sample 3's group: the list said so
-    assert "as the manifest's own splits say" in inspect_store(store).notes[0]
+    assert "as the manifest's splits require" in inspect_store(store).notes[0]
     (tmp_path / "groups.tsv").write_text("group1\tdev\n")
     split_by_list(store, tmp_path / "groups.tsv", by_group=True)
     assert splits_of(store) == {**before, "sample0": "test", "sample2": "dev", "sample3": "dev"}

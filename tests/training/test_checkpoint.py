@@ -42,7 +42,7 @@ def flip_byte(path: Path) -> None:
 
 DAMAGES = {
     "is damaged (its SHA-256 differs)": lambda folder: flip_byte(folder / "model.safetensors"),
-    "is cut off": lambda folder: (folder / "moments.safetensors").write_bytes(b"short"),
+    "is truncated": lambda folder: (folder / "moments.safetensors").write_bytes(b"short"),
     "is missing": lambda folder: (folder / "state.json").unlink(),
     "no readable COMPLETE.json": lambda folder: (folder / "COMPLETE.json").unlink(),
 }

@@ -51,7 +51,7 @@ BROKEN_STORES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no feature store there"),
     "of another schema": (lambda p: _edit_description(p, schema_version=99), "schema version 99"),
     "with NaN": (_write_nan, "shard-00000.h5"),
-    "cut off": (_cut_off, "shard is cut off"),
+    "cut off": (_cut_off, "shard is truncated"),
 }
 
 

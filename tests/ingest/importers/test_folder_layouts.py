@@ -127,7 +127,7 @@ def test_texts_in_utf16_are_read_by_their_byte_order_mark(encoding: str, tmp_pat
         ("a.jpg a.jpg.txt b.png b.png.txt", "a.jpg and a.jpg.txt differ in more than the ending"),
         ("1.wav 1.normalized.txt", "1.normalized.txt and 1.wav differ in more than the ending"),
         ("a.JPG A.txt", "A.txt and a.JPG differ in case"),
-        ("84-1-0000.flac 84-1-0001.flac 84-1.trans.txt", "a recording and a file of several transcripts"),
+        ("84-1-0000.flac 84-1-0001.flac 84-1.trans.txt", "audio and a file of several transcripts"),
     ],
 )
 def test_pairs_of_nearly_one_name_are_refused_with_the_way_out(tmp_path: Path, names: str, difference: str) -> None:
@@ -222,5 +222,5 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path, logged: list[str]) -> 
     assert folder_manifest(top).read_bytes() == before
     assert "found" in logged[-1] and "3 samples were left out when it was written, see manifest.report.json" in logged[-1]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
+    with pytest.raises(UserError, match=r"no image, audio or \.txt file there"):
         import_folder(tmp_path / "empty")

@@ -131,7 +131,7 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     assert [line.text for line in lines_of(manifest).values()] == ["a caption"]
     with pytest.raises(UserError, match=r"use .index., .crc32. and .md5."):
         import_conceptual_captions([str(tsv)], manifest, images=[tmp_path], pattern="{number}")
-    with pytest.raises(UserError, match="indices begin anew in each file"):
+    with pytest.raises(UserError, match="indices start again in each file"):
         import_conceptual_captions([str(tsv), str(tsv)], manifest, images=[tmp_path])
 
 
@@ -256,7 +256,7 @@ def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         import_karpathy(tmp_path / "none.json", tmp_path / "m.jsonl", images=tmp_path)
     (tmp_path / "bad.json").write_text('[{"id": 1}, {"id"')
-    with pytest.raises(UserError, match="not JSON: it is cut off"):
+    with pytest.raises(UserError, match="not JSON: it is truncated"):
         list(read_json_array(tmp_path / "bad.json"))
     assert not (tmp_path / "m.jsonl").exists()
 

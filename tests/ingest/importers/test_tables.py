@@ -194,7 +194,7 @@ def test_a_damaged_parquet_file_and_a_number_without_class_are_named(folder: Pat
     run(folder, whole, "t.parquet")
     assert reasons(folder) == ["its label is none of the classes: column labels: 7, of 2 classes"]
     for content in (whole[:-20], whole[:4] + bytes(60) + whole[64:], b"PAR1"):
-        with pytest.raises(UserError, match=r"not a Parquet file, or cut off|damaged after row"):
+        with pytest.raises(UserError, match=r"not a Parquet file, or truncated|damaged after row"):
             run(folder, content, "t.parquet")
 
 
