@@ -67,8 +67,8 @@ def pretrain(
 ) -> int:
     """Pre-train OPT on one or several feature stores.
 
-    Without options, it trains on the emoji store in data/emoji (built once if missing) with its preset. Run the same command
-    again to resume. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
+    Without options, it trains on the emoji store in data/emoji (built once if missing) with its preset. Run the same
+    command again to resume. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
     start = _start(init_from, init_moments, output)
     resolved, output = _resolve(config.config, config.stores, output, config.changes, start)

@@ -54,8 +54,8 @@ def ablate(
 ) -> int:
     """Run the paper's ablation: pre-train without each task and level, fit a linear probe to each run, write one table.
 
-    All runs have the same seed and budget. Run the same command again to resume: finished rows are skipped. Exit codes are
-    those of pretrain.py: 75 after a signal, saved.
+    All runs have the same seed and budget. Run the same command again to resume: finished rows are skipped. Exit codes
+    are those of pretrain.py: 75 after a signal, saved.
     """
     import torch
 

@@ -51,7 +51,8 @@ def train_dvae(
 ) -> int:
     """Train the discrete VAE (stage 1 of the image decoder) on a store's images and write its codes into the store.
 
-    Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, 130 stopped by Ctrl-C and saved, others failed.
+    Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, 130 stopped by Ctrl-C and saved, others
+    failed.
     """
     # This must be set before torch is loaded. On shared cores, threads that spin while waiting would multiply the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -46,8 +46,8 @@ def finetune(
 ) -> int:
     """Fine-tune a checkpoint for one task.
 
-    Several ranks: torchrun --nproc_per_node 4 -m opt_ds finetune … The result is a run: evaluate, generate, export and serve
-    accept it. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
+    Several ranks: torchrun --nproc_per_node 4 -m opt_ds finetune … The result is a run: evaluate, generate, export and
+    serve accept it. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
     # Set before torch is loaded, because waiting threads must not spin if ranks share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

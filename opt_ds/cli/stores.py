@@ -35,8 +35,8 @@ def inspect_store(
 ) -> None:
     """Check a feature store and print a summary. The exit code is 2 if a check fails.
 
-    Checked are checksums, NaN, ranges, offsets, rows, splits and store.json. Notes report what training would refuse and what
-    the model's limits truncate. They do not change the exit code.
+    Checked are checksums, NaN, ranges, offsets, rows, splits and store.json. Notes report what training would refuse
+    and what the model's limits truncate. They do not change the exit code.
     """
     from opt_ds.store.inspect import inspect_store as inspect
 
@@ -147,8 +147,8 @@ def split(
 ) -> None:
     """Reassign a store's samples to splits: by ratio, by ids or by groups.
 
-    By ratio, groups stay together, and so do groups that share a near-duplicate image. By ids or groups, near-duplicates
-    between splits are counted.
+    By ratio, groups stay together, and so do groups that share a near-duplicate image. By ids or groups,
+    near-duplicates between splits are counted.
     """
     from opt_ds.store.files import exclusive_use
     from opt_ds.store.split import parse_ratios, split_by_list, split_by_ratio
