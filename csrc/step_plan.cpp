@@ -1,4 +1,4 @@
-// What the step plan repeats for every sample, compiled: hashing keys, permuting positions, dealing samples to micro-batches.
+// The step plan's work per sample, compiled: hashing keys, permuting positions, assigning samples to micro-batches.
 // Each function returns, bit for bit, what its NumPy form in opt_ds/ops/keyed.py and opt_ds/data/micro_batches.py returns;
 // those explain the algorithms. Plain C++ on the CPU, one thread.
 #include <ATen/ATen.h>
