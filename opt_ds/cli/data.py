@@ -40,10 +40,7 @@ class ImageOptions:
     """The region extractor; the fields are those of `PrepareSettings`."""
 
     images: Annotated[
-        str,
-        typer.Option(
-            help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, or npz (files made by one)."
-        ),
+        str, typer.Option(help="Region extractor: grid (cells of a classifier), faster_rcnn, or npz (files made by one).")
     ] = "grid"
     image_weights: Annotated[
         Path | None, typer.Option(help="State dict of the detector or backbone. Default for grid: its own weights.")
@@ -63,7 +60,7 @@ class ImageOptions:
 class SpeechOptions:
     """The speech extractor; the fields are those of `PrepareSettings`."""
 
-    speech: Annotated[str, typer.Option(help="Extractor of audio frames: logmel or wav2vec2.")] = "logmel"
+    speech: Annotated[str, typer.Option(help="Speech extractor: logmel or wav2vec2.")] = "logmel"
     speech_weights: Annotated[
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
     ] = None

@@ -185,20 +185,13 @@ def update(
             help="image, audio: manifest that names the samples' files. text: new texts; default: the store's own."
         ),
     ] = None,
-    extractor: Annotated[
-        str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")
-    ] = None,
+    extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(
-            help="Weights of the extractor; codes: folder of the dVAE; text: folder of a tokenizer. Default for text: train one."
-        ),
+        typer.Option(help="The extractor's weights; codes: the dVAE's folder; text: a tokenizer's. Default: train one."),
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
-    layer: Annotated[
-        int | None,
-        typer.Option(help="wav2vec2: Transformer layer whose output is used, counted from 1. Default: the last."),
-    ] = None,
+    layer: Annotated[int | None, typer.Option(help="wav2vec2: the Transformer layer, from 1. Default: the last.")] = None,
     frames: FrameOptions,
     tokenizer: TokenizerOptions,
     pixels: Pixels = True,

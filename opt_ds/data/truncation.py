@@ -57,7 +57,7 @@ def _lines(model: ModelConfig, stores: list[FeatureStore]) -> Iterator[str]:
     if audio.truncated:
         rate_hz = min(store.description.dims.audio_frame_rate_hz for store in stores)
         heard = f" ({model.max_frames * model.audio_stack / rate_hz:.1f} s)" if rate_hz > 0 else ""
-        yield audio.line("model.max_frames", model.max_frames, "audio rows", "frames", heard)
+        yield audio.line("model.max_frames", model.max_frames, "recordings", "frames", heard)
 
 
 def _count(model: ModelConfig, store: FeatureStore) -> np.ndarray:

@@ -40,7 +40,7 @@ class PrepareSettings(Section):
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
     )
-    pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and image grids.")
+    pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and picture grids.")
     speech: str = Field("logmel", description="Extractor of audio frames: logmel or wav2vec2.")
     speech_weights: Path | None = Field(
         None, description="wav2vec2: a torchaudio state dict or a Hugging Face folder. logmel needs none."

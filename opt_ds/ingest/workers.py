@@ -352,7 +352,7 @@ def _image_item(feature: Any, decoded: Decoded[Any], settings: PrepareSettings) 
     from opt_ds.decoding.pictures import to_pixels
 
     if not len(feature.features):
-        return Failure("no region was found in the image")
+        return Failure("no region was found in the picture")
     if (problem := image_problem(feature, _worker["image"].dim, _worker["image"].num_classes)) is not None:
         return Failure(f"regions cannot be stored: {problem}")
     picture = decoded.content

@@ -170,7 +170,7 @@ class OPTProcessor:
             backbone = str(identity.get("backbone", ""))
             own_name = backbone.removeprefix("torchvision/") if "/" in backbone else None
             if name == "npz":
-                raise UserError("the model reads regions from files made elsewhere (npz): it cannot read an image itself")
+                raise UserError("the model reads regions from files made elsewhere (npz): it cannot look at a picture itself")
             needs = name != "grid" or own_name is not None
             self._check_given(kind, name, weights, needs)
             sides = {side: identity[side] for side in ("min_side", "max_side") if side in identity}

@@ -146,5 +146,5 @@ class Session(ModelRunner):
     def image_embedding(self, picture: Image.Image) -> np.ndarray:
         """Return the image embedding: the mean of the region features by the model's image extractor."""
         features = self.processor(image=picture).region_features
-        assert features is not None, "an image has regions"
+        assert features is not None, "a picture has regions"
         return np.asarray(features, dtype=np.float32).mean(0)

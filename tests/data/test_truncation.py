@@ -22,7 +22,7 @@ def test_truncated_items_are_counted_over_all_stores(tmp_path: Path) -> None:
     assert 0 < len(longer) < len(lengths)
     text, image, audio = truncation_lines(model, stores)
     assert text.startswith("model.max_text_tokens=8 truncates ") and image.startswith("model.max_regions=6 truncates ")
-    assert f"truncates {len(longer)} of {len(lengths)} audio rows ({100 * len(longer) / len(lengths):.1f} %" in audio
+    assert f"truncates {len(longer)} of {len(lengths)} recordings ({100 * len(longer) / len(lengths):.1f} %" in audio
     assert f"on average {100 * np.mean(1 - model.max_frames / longer):.1f} % of their frames are dropped" in audio
     assert f"the longest needs model.max_frames={lengths.max()}" in audio
     run = [FeatureStore(store.path, tmp_path / "run") for store in stores]

@@ -180,7 +180,7 @@ def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face:
     with pytest.raises(UserError, match=r"does not fit the wav2vec 2\.0 of its config\.json: its weights lack encoder."):
         build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
     file.write_bytes(bytes_before[: len(bytes_before) // 2])
-    with pytest.raises(UserError, match=r"model\.safetensors: .*: truncated or damaged: download it again") as error:
+    with pytest.raises(UserError, match=r"model\.safetensors: .*: cut off or damaged: download it again") as error:
         build_speech_extractor("wav2vec2", weights=tmp_path / "hf")
     assert "\n" not in str(error.value)
 
