@@ -1,4 +1,4 @@
-"""`opt-ds corpus`, `prepare` and `inspect` as a person types them: exit codes and what is said."""
+"""Test `opt-ds corpus`, `prepare` and `inspect` from the command line: exit codes and output."""
 
 from pathlib import Path
 

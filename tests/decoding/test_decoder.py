@@ -27,7 +27,7 @@ def decoder() -> Iterator[Decoder]:
 
 @pytest.fixture
 def still_works(decoder: Decoder, tmp_path: Path) -> Iterator[None]:
-    """After the test, another picture is decoded rightly."""
+    """Check that after the test another image is decoded correctly."""
     yield
     noise().save(tmp_path / "after.png")
     assert decoder.picture(tmp_path / "after.png").content.tobytes() == Image.open(tmp_path / "after.png").tobytes()
@@ -88,7 +88,7 @@ def test_a_drawing_may_have_its_size_in_every_unit_of_css(unit: str, decoder: De
     picture = decoder.picture(tmp_path / "a.svg").content
     assert picture.width == 256 and 170 <= picture.height <= 175
     assert picture.getpixel((60, 60)) == (255, 0, 0)
-    if unit not in ("%", "vw"):  # parts of nothing: the drawing's content gives the size
+    if unit not in ("%", "vw"):  # percentages without a reference: the drawing's content determines the size
         assert picture.getpixel((200, 60)) == (255, 255, 255)
 
 

@@ -52,7 +52,7 @@ def cut(name: str, count: int, **options: object) -> Callable[[Path], object]:
 
 
 def huge_png(path: Path) -> None:
-    """A PNG that says 20,000 x 20,000: 50 kB of zeros that would become 1.2 GB."""
+    """Write a PNG of 20,000 x 20,000: 50 kB of zeros that would become 1.2 GB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -54,7 +54,7 @@ def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path,
     assert opened.description.extractors["codes"] == dvae.identity() == result["identity"]
     assert opened.description.dims.num_codes == 32
     num_images = len(opened.region_counts)
-    assert num_images < NUM_SAMPLES  # some samples have no picture
+    assert num_images < NUM_SAMPLES  # some samples have no image
     for row in range(num_images):
         expected = dvae.encode(torch.from_numpy(np.array(opened.pixels(row)))[None])[0]
         assert (opened.codes(row) == expected.numpy()).all()
@@ -156,7 +156,7 @@ def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(store: Path, tmp_
 
 
 def _train_until(step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train until one step past the checkpoint of `step`, as a process that is killed then."""
+    """Train until one step after the checkpoint of `step`, like a process that is killed then."""
     real_step = Training.train_step
 
     def dying_step(self: Training):

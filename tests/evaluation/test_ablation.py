@@ -41,7 +41,7 @@ def opt_ds(store: Path, output: Path, *arguments: str, min_positives: int = 5) -
 
 
 def test_rows_differ_in_the_losses_that_are_planned(store: Path) -> None:
-    """By the plan of some steps of each row's run: what is counted there is what the row says, and nothing else."""
+    """The plan of some steps of each row's run counts exactly the losses that the row names."""
     rows = rows_of(store)
     assert list(rows) == list(ablation.rows_without(load_config("opt-tiny").tasks))
     expected = {
@@ -82,7 +82,7 @@ def test_a_probe_without_labels_is_refused_before_anything_is_trained(
 def test_runs_become_a_table_and_are_not_run_again(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real run of pretrain.py, the one without the modality level, and the untrained model beside it."""
+    """Run pretrain.py for the row without the modality level, and evaluate the untrained model too."""
     output = tmp_path / "ablation"
     chosen = ("--row", "no-modality-level", "--row", "untrained")
     assert opt_ds(store, output, *chosen) == 0

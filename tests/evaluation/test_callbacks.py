@@ -1,4 +1,4 @@
-"""Evaluation during a run: what the callbacks draw and report between steps."""
+"""Test evaluation during a run: image grids and reports of the callbacks between steps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.tiny import make_config, make_model, make_store
 
 @dataclass
 class Report:
-    """Keeps what it is given."""
+    """Keeps the reported values."""
 
     figures: dict[str, float] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)

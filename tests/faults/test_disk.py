@@ -1,4 +1,4 @@
-"""A disk that fills up, and files that are damaged behind the run's back: one line says it, and no more than the last is lost."""
+"""Test full disks and files damaged during a run: one line reports it, and at most the last checkpoint is unusable."""
 
 import os
 import shutil

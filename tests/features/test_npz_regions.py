@@ -1,4 +1,4 @@
-"""Regions that are made already: an odd file costs itself alone, and no unit error passes as a picture's regions."""
+"""Test precomputed regions: an unusual file affects only itself, and wrong units are never accepted as regions."""
 
 from pathlib import Path
 from typing import Any

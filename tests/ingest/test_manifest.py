@@ -1,4 +1,4 @@
-"""Manifests: what is wrong is named with its line; shards keep samples of one picture together; splits keep groups."""
+"""Test manifests: errors name their line; shards keep samples of one image together; splits keep groups together."""
 
 import gzip
 import json

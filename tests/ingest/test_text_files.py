@@ -96,7 +96,7 @@ def test_lines_come_out_one_by_one_or_are_reported(
         raw = raw[:place] + spoil[1] + raw[place + 1 :]
     path = tmp_path_factory.mktemp("j") / "a.jsonl"
     path.write_bytes(raw)
-    if raw.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")):  # it now says that it is a gzip file or UTF-16
+    if raw.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")):  # its first bytes are now those of gzip or UTF-16
         try:
             assert all(isinstance(line, (dict, str)) for line in dict(read_json_lines(path)).values())
         except UserError as error:

@@ -186,4 +186,4 @@ def test_samples_whose_line_names_no_file_are_lost_and_named(
     update_modality(tmp_path / "s", manifest, "audio", SETTINGS, **options)
     assert "2 samples left without" in logged[0]
     assert logged[1:] == [f'  "sample{index}": the manifest names no audio file' for index in (1, 4)]
-    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, **options)  # nothing more is lost
+    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, **options)  # no further sample loses the modality

@@ -1,4 +1,4 @@
-"""The texts of a finished store tokenised anew: the rest kept, the report true, a kill harmless."""
+"""Test texts of a finished store that are tokenised again: the rest is kept, the report is correct, a kill is harmless."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_samples_whose_line_has_no_text_are_lost_and_named(tmp_path: Path, logge
     update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40))
     assert "2 samples left without" in logged[0]
     assert logged[1:] == [f'  "sample{index}": the manifest names no text' for index in (1, 4)]
-    update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)  # nothing more is lost
+    update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)  # no further sample loses the modality
 
 
 def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(tmp_path: Path, monkeypatch: pyt
     """A child process ends at once at its k-th file operation, for every k until it lives to the end."""
     write_synthetic_store(tmp_path / "s", 4, samples_per_shard=2, pixels=False)
     train_wordpiece([*captions(FeatureStore(tmp_path / "s")).values(), "w1 w2 w3"], 300, tmp_path / "t")
-    # Drawing takes most of the time, and its file's atomic write stays.
+    # Plotting takes most of the time. The atomic write of its file remains.
     monkeypatch.setattr("opt_ds.ingest.report.draw_lengths", lambda _, path: path.write_bytes(b"drawn"))
     update_text(tmp_path / "s", None, PrepareSettings(text=tmp_path / "t"))  # imports what the children need
     for moment in range(1, 200):

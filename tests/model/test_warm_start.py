@@ -1,4 +1,4 @@
-"""The encoder held to others' truth: with a Hugging Face BERT's weights it gives BERT's outputs."""
+"""Test the encoder against a reference: with the weights of a Hugging Face BERT it returns BERT's outputs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An exported folder loads through Hugging Face's doors and gives bit-equal results; tied weights stay one tensor."""
+"""Test an exported folder: Hugging Face's classes load it with bit-equal results; tied weights stay one tensor."""
 
 import json
 import re

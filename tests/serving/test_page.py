@@ -1,4 +1,4 @@
-"""The page in a real browser: upload a picture and speech, read the text, see pictures; what goes wrong is shown.
+"""Test the page in a real browser: upload an image and speech, read the text, see images; errors are shown.
 
 A screenshot is kept as artifacts/page.png.
 """

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def evaluated(run: Path, raw_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run, with a summary and a classification beside it."""
+    """Return the run, with a summary and a classification in its folder."""
     folder = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(run, folder)
     given = ("--checkpoint", folder, "--store", raw_store, "--split", "valid")

@@ -1,4 +1,4 @@
-"""Stores from strangers: whatever names a file elsewhere, or cannot be, is refused in one line before anything is read."""
+"""Test stores from others: names of files elsewhere and impossible values are refused in one line before reading."""
 
 import json
 import shutil

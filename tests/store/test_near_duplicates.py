@@ -75,7 +75,7 @@ def test_different_images_are_not_joined(scenes: list[Image.Image]) -> None:
     one, other = np.triu_indices(len(colours), 1)
     assert same_colours(colours[one], colours[other]).sum() == 0  # of 19,900 pairs
     face = Image.new("RGB", (200, 200), "white")
-    for skin, clothes in (("#fadcbc", "red"), ("#a57939", "red"), ("#fadcbc", "blue")):  # one drawing, another colour in a part
+    for skin, clothes in (("#fadcbc", "red"), ("#a57939", "red"), ("#fadcbc", "blue")):  # one drawing, one colour differs
         ImageDraw.Draw(face).ellipse((60, 20, 140, 100), fill=skin, outline="black", width=4)
         ImageDraw.Draw(face).rectangle((50, 105, 150, 200), fill=clothes, outline="black", width=4)
         scenes = [*scenes, face.copy()]

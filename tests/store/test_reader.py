@@ -1,4 +1,4 @@
-"""Reading: what was written comes back, through shards, processes and pickles; what is broken is refused by name."""
+"""Test reading: written data comes back, through shards, processes and pickles; broken files are refused by name."""
 
 import json
 import multiprocessing
@@ -55,7 +55,7 @@ def test_every_item_comes_back_under_its_global_row(tmp_path: Path) -> None:
     first = ShardContent(
         samples=[
             SampleItem("é-1", (0, 0, -1), "g", "train", ["dog", "cat"]),
-            SampleItem("two", (1, 0, 0), "g", "valid"),  # shares the picture
+            SampleItem("two", (1, 0, 0), "g", "valid"),  # shares the image
         ],
         texts=[TextItem(np.array([5, 5]), "a A"), TextItem(np.array([5]), "ä")],
         images=[image(1, 2)],
@@ -207,7 +207,7 @@ def test_broken_stores_are_refused_by_name(store_path: Path, tmp_path: Path) -> 
 
 
 def test_a_shard_that_is_cut_off_while_it_is_read_is_named(store_path: Path, tmp_path: Path) -> None:
-    """Touching mapped bytes that the file has lost would end the process by SIGBUS, without a word."""
+    """Reading mapped bytes beyond the end of a truncated file would end the process by SIGBUS, without a message."""
     copy = tmp_path / "store"
     shutil.copytree(store_path, copy)
     store = FeatureStore(copy)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there; damage is named and the one before taken; the last few and the best are kept."""
+"""Test checkpoints: complete or absent; damage is named and the previous one used; the last few and the best are kept."""
 
 import json
 import shutil

@@ -75,7 +75,7 @@ def test_a_store_that_does_not_fit_names_the_settings_that_mend_it(
 ) -> None:
     given = ["--config", "opt-tiny", "--store", str(store), "--output", str(tmp_path / "run")]
     for key in ("vocab_size", "image_feature_dim", "image_num_classes", "audio_feature_dim", "image_codebook_size"):
-        given += ["--set", f"model.{key}=9"]  # those that are not given are the store's
+        given += ["--set", f"model.{key}=9"]  # unspecified ones are the store's
     assert run_program(pretrain, given, "pretrain.py") == 2
     error = capsys.readouterr().err
     for setting in ("vocab_size=200", "image_feature_dim=32", "image_num_classes=50", "audio_feature_dim=20",

@@ -1,4 +1,4 @@
-"""Pairing of captions and pictures: proven where something can prove it, and never shifted by a header or a blank line."""
+"""Test the pairing of captions and images: verified if possible, and never shifted by a header or a blank line."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def rows(count: int = COUNT) -> list[str]:
 
 
 def run(tmp_path: Path, lines: list[str], **options: Any) -> dict[str, str]:
-    """Import the lines; returns picture number -> caption, and asserts that they fit."""
+    """Import the lines, assert that images and captions fit, and return image number -> caption."""
     (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
     manifest = tmp_path / "m.jsonl"
     import_conceptual_captions([str(tmp_path / "t.tsv")], manifest, images=[tmp_path / "p"], **options)

@@ -1,4 +1,4 @@
-"""CSV and TSV against a plain reference reader: each row is read as it was written, or reported with its line."""
+"""Test CSV and TSV against a plain reference reader: each row is read as written, or reported with its line."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, content: str | bytes, name: str = "t.csv", **options: Any) -> dict[str, str]:
-    """Import a table; returns picture -> caption."""
+    """Import a table and return image -> caption."""
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     import_table(folder / name, folder / "m.jsonl", **options)
     return {str(line.image): str(line.text) for line in read_manifest(folder / "m.jsonl").lines}
