@@ -156,7 +156,7 @@ def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(store: Path, tmp_
 
 
 def _train_until(step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train until one step after the checkpoint of `step`, like a process that is killed then."""
+    """Train until one step past the checkpoint of `step`, as a process that is killed then."""
     real_step = Training.train_step
 
     def dying_step(self: Training):

@@ -25,7 +25,7 @@ def test_a_raw_sample_becomes_just_what_training_reads(session: Session, raw: Pa
     stored = evaluator.read(index, (0, 1, 2))
     for part in ("token_ids", "region_boxes", "region_labels", "frames"):
         np.testing.assert_array_equal(getattr(made, part), getattr(stored, part))
-    # While preparing the store, sixteen images went through the network together, so sums have another order.
+    # In the store's making sixteen pictures went through the network together: sums in another order.
     np.testing.assert_allclose(made.region_features, stored.region_features, rtol=1e-2, atol=1e-2)
 
 

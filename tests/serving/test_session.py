@@ -73,4 +73,4 @@ def test_a_run_without_its_processor_says_what_to_do(run: Path, tmp_path: Path) 
 
 
 def test_a_recording_of_ten_samples_in_float64_is_read(session: Session) -> None:
-    assert session.processor(audio=np.zeros(10, np.float64)).frames is not None, "a click is valid audio"
+    assert session.processor(audio=np.zeros(10, np.float64)).frames is not None, "a click is a recording too"
