@@ -71,7 +71,7 @@ def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as JSON: download it again")
     found = config.get("model_type")
     if found is not None and found != model_type:
-        raise UserError(f"{folder}: not a {what} folder: its config.json says model_type {found!r}, not {model_type!r}")
+        raise UserError(f"{folder}: not a {what} folder: model_type in its config.json is {found!r}, not {model_type!r}")
     return config
 
 
@@ -109,7 +109,7 @@ def _first(keys: list[str]) -> str:
 def _refuse_not_finite(file: Path, state: Tensors) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-            raise UserError(f"{file}: {name} is NaN or infinite: the training that made it failed, take another checkpoint")
+            raise UserError(f"{file}: {name} is NaN or infinite: its training failed: use another checkpoint")
 
 
 def _file_within(folder: Path) -> str:

@@ -55,7 +55,7 @@ def _header(stream: IO[bytes], member: zipfile.ZipInfo) -> tuple[tuple[int, ...]
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         return read(stream)
     except ValueError:
-        raise BrokenFileError(f"its member {member.filename} is no NumPy array") from None
+        raise BrokenFileError(f"its member {member.filename} is not a NumPy array") from None
 
 
 def _load(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

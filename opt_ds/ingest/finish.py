@@ -145,7 +145,7 @@ def merge_parts(output: Path) -> StoreDescription:
                 _take_shards(folder, output)
             missing = [index for index in range(facts.num_shards) if not writer.has_shard(index)]
             if missing:
-                raise UserError(f"{output}: shard {missing[0]} is in none of the parts: prepare its part again")
+                raise UserError(f"{output}: shard {missing[0]} is in none of the partitions: prepare its partition again")
             description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts))
         for folder in folders:
             _remove_part(folder)
@@ -157,7 +157,7 @@ def _check_merged(output: Path, description: StoreDescription, folders: list[Pat
     for folder in folders:
         if any(folder.iterdir()) and not is_finished_part(folder, description.preparation_key):
             raise UserError(
-                f"{output}: another finished feature store is there, {folder.name} is no part of it: remove it, or move the parts"
+                f"{output}: another finished feature store is there, {folder.name} is not a partition of it: remove either"
             )
 
 
@@ -180,10 +180,10 @@ def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
     parts = [_read_part(folder) for folder in folders]
     for folder, part in zip(folders, parts, strict=True):
         if part["count"] != parts[0]["count"] or part["facts"] != parts[0]["facts"]:
-            raise UserError(f"{folder}: of other inputs, settings or number of parts than {folders[0].name}: remove one of them")
+            raise UserError(f"{folder}: other inputs, settings or partitions than {folders[0].name}: remove one of them")
     absent = sorted(set(range(parts[0]["count"])) - {part["index"] for part in parts})
     if absent:
-        raise UserError(f"{output}: part {absent[0]} of {parts[0]['count']} is missing: opt-ds prepare --shard {absent[0]}/…")
+        raise UserError(f"{output}: partition {absent[0]} of {parts[0]['count']} missing: opt-ds prepare --shard {absent[0]}/…")
     return parts
 
 

@@ -150,7 +150,7 @@ def read_manifest(
     named = sum(line.split is not None for line in lines)
     if named not in (0, len(lines)):
         without = next(line.id for line in lines if line.split is None)
-        raise UserError(f'{path}: id "{without}" has no "split" though others have: name it on all lines or on none')
+        raise UserError(f'{path}: id "{without}" has no "split" although others have one: name it on all lines or on none')
     splits = [line.split or _hashed_split(line.group_name) for line in lines]
     names = list(DEFAULT_SPLITS) if not named else sorted(set(splits), key=lambda name: (name != "train", name))
     check_split_names(names, str(path))
@@ -236,7 +236,7 @@ def _parse(raw: bytes) -> tuple[ManifestLine, bytes]:
     try:
         return line, line.model_dump_json().encode()
     except ValueError:
-        raise _LineError("half of a surrogate pair in it is no text", own_id) from None
+        raise _LineError("it contains half of a surrogate pair, which is not valid text", own_id) from None
 
 
 def _value(name: str, value: Any, id: object) -> Any:
@@ -273,7 +273,7 @@ def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_ou
     for kind in ("image", "audio"):
         name = getattr(line, kind)
         if name is not None and not allow_outside and not _is_inside(name, folder):
-            raise _LineError(f'{kind} "{name}" lies outside the manifest\'s folder (--allow-outside)', line.id)
+            raise _LineError(f'{kind} "{name}" is outside the manifest\'s folder (--allow-outside)', line.id)
 
 
 def _is_inside(name: str, folder: Path) -> bool:

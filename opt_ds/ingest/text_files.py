@@ -224,7 +224,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise JsonError(f'the field "{doubled[:80]}" is there twice in one object')
+        raise JsonError(f'the field "{doubled[:80]}" occurs twice in one object')
     return fields
 
 

@@ -58,7 +58,7 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
     except _DAMAGES as error:
         what = " ".join(str(error).split())
         raise UserError(
-            f"{run}: {RUN_FILE}, {METRICS_FILE} or a file of figures there is damaged ({what}): restore it, or evaluate once more"
+            f"{run}: {RUN_FILE}, {METRICS_FILE} or a file of figures there is damaged ({what}): restore it, or evaluate again"
         ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as temporary:
@@ -79,7 +79,7 @@ def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[st
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json_object(path, "evaluate once more, or remove it")
+    return read_json_object(path, "evaluate again, or remove it")
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

@@ -87,12 +87,12 @@ def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
     With `force`, log a warning per difference instead. Without processor files, log that nothing was compared.
     """
     if not (folder / PROCESSOR_FILE).is_file():
-        _LOG.warning(f"{folder / PROCESSOR_FILE} is not there: whether {store.path} is of the model's extractors is not checked")
+        _LOG.warning(f"{folder / PROCESSOR_FILE} does not exist: the extractors of {store.path} are not checked")
         return
     differences = identity_differences(load_processor_description(folder), store)
     if differences and not force:
         raise UserError(
-            f"{store.path}: {'; '.join(differences)}: use a store prepared as the one that the model was trained on, or --force"
+            f"{store.path}: {'; '.join(differences)}: use a store prepared like the one that the model was trained on, or --force"
         )
     for difference in differences:
         _LOG.warning(f"--force: {store.path}: {difference}")
@@ -104,7 +104,7 @@ def load_processor_description(folder: Path) -> ProcessorDescription:
     Raise UserError for a file that is missing, malformed or was modified.
     """
     file = folder / PROCESSOR_FILE
-    remedy = "restore the folder, or start the run once more (it writes it)"
+    remedy = "restore the folder, or start the run again, which writes it"
     if not file.is_file():
         raise UserError(
             f"{folder}: no {PROCESSOR_FILE} there, which specifies how to read raw files: start the run again, which writes it"

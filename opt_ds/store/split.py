@@ -188,7 +188,7 @@ def split_by_list(
 def _deal(store: FeatureStore, splits: list[str], source: str) -> StoreDescription:
     names = sorted(set(splits), key=lambda name: (name != TRAIN_SPLIT, name))
     if TRAIN_SPLIT not in names:
-        raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: leave some there")
+        raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: keep some there")
     check_split_names(names, str(store.path))
     codes = np.array([names.index(split) for split in splits], "uint8")
     ends = np.cumsum([shard.num_samples for shard in store.description.shards])
@@ -223,7 +223,7 @@ def _read_list(file: Path) -> dict[str, str]:
                 if named.setdefault(name, split) != split:
                     raise UserError(
                         f'{file} line {number}: "{name}" is in {split}, but in {named[name]} on line {line_of[name]}: '
-                        "leave one of the lines out"
+                        "remove one of the lines"
                     )
                 line_of.setdefault(name, number)
     except UnicodeDecodeError:

@@ -134,7 +134,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if is_exported(path):
-        raise UserError(f"{path}: an exported folder is for generate and serve: name the run that it is of")
+        raise UserError(f"{path}: an exported model works with generate and serve only: name the run that it was exported from")
     folder: Path | None = path
     if not (path / COMPLETE).is_file():
         folder = pointed(path, "best") or pointed(path, "latest") or next(iter(all_checkpoints(path)), None)

@@ -206,7 +206,7 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
         return own
     if section not in _TAKEN_SECTIONS:
         raise UserError(
-            f"{where} is not taken from a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
+            f"{where} is not allowed in a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
         )
     if value == "auto":
         return own

@@ -179,7 +179,7 @@ class ProcessGroup:
                 ) from None
             raise RunError(
                 f"rank {ranks.rank} could not join the other ranks at {address} ({str(error).splitlines()[0][:200]}): check "
-                "their logs, or at the network between the nodes"
+                "their logs, or the network between the nodes"
             ) from None
         self._control: Any = None  # torch's default group
         if backend == "nccl":

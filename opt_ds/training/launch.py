@@ -167,7 +167,7 @@ def _start(
     callbacks.check(config, stores)
     resume_from = _resumable(config, output)
     if must_resume and resume_from is None:
-        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
+        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or omit --resume")
     finished, version = False, None
     if resume_from:
         saved = checkpoint.read_state(resume_from)
@@ -191,7 +191,7 @@ def _way_on(config: Config, output: Path, state: "TrainState") -> str:
     if state.stopped_early:
         return f"early stopping ended it; {_new_run(config, output)} continues from its weights"
     if state.step < total:
-        return f"a larger --set train.max_steps goes on, up to schedule.total_steps ({total}), where the learning rate is 0"
+        return f"a larger --set train.max_steps continues it, up to schedule.total_steps ({total}), where the learning rate is 0"
     return f"its learning rate has reached 0; {_new_run(config, output)} continues from its weights"
 
 

@@ -98,7 +98,7 @@ def test_runs_become_a_table_and_are_not_run_again(
 
     monkeypatch.setattr(ablation, "_pretrain", lambda *_: pytest.fail("a finished row is trained again"))
     assert opt_ds(store, output, *chosen) == 0
-    assert capfd.readouterr().out.count("done before") == 2
+    assert capfd.readouterr().out.count("already complete") == 2
     assert opt_ds(store, output, "--row", "untrained", min_positives=6) == 0
     found = json.loads((output / "ablation.json").read_text())["rows"]
     assert [row["row"] for row in found] == ["untrained"], "a row of another probe is not in this table"

@@ -81,5 +81,5 @@ def test_reference_losses_are_the_main_ranks(store: FeatureStore) -> None:
 
 def test_experiments_are_checked_before_training(store: FeatureStore) -> None:
     run = run_of(store, evaluate={"every_steps": 1, "experiments": ("vqa",)})
-    with pytest.raises(UserError, match="the model does not learn labels"):
+    with pytest.raises(UserError, match="the model is not trained with labels"):
         EvaluationCallbacks().check(run.config, run.stores)

@@ -94,7 +94,7 @@ def test_another_store_keeps_its_place(parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts, tmp_path / "apart")
     store = tmp_path / "apart" / "store"
     write_synthetic_store(store, 4)
-    with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is no part of it"):
+    with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is not a partition of it"):
         merge_parts(store)
     assert part_folder(store, 0, 2).is_dir()
 

@@ -141,7 +141,7 @@ def test_gzip_and_other_line_ends_are_read_and_doubled_fields_refused(tmp_path: 
         manifest = read_manifest(tmp_path / name)
         assert [line.id for line in manifest.lines] == ["a"]
         assert [entry.reason for entry in manifest.rejected] == [
-            'not a sample: line 2: not JSON: the field "text" is there twice in one object',
+            'not a sample: line 2: not JSON: the field "text" occurs twice in one object',
             "not a sample: line 3: not JSON: more follows after the value (line 1, column 25)",
         ]
 

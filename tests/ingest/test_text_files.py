@@ -21,7 +21,7 @@ values = st.recursive(
 )
 
 WRONG = [
-    ('{"a": 1, "b": {"c": 1, "c": 2}}', 'the field "c" is there twice'),
+    ('{"a": 1, "b": {"c": 1, "c": 2}}', 'the field "c" occurs twice'),
     ('{"a": NaN}', "NaN is not a JSON value: write null"),
     ('{"a": -Infinity}', "-Infinity is not a JSON value"),
     ("[" * 100_000, "nested too deeply"),

@@ -82,6 +82,6 @@ def test_what_is_no_run_is_refused(evaluated: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(evaluated, broken)
     (broken / "captioning.json").write_text("{")
-    with pytest.raises(UserError, match=r"captioning\.json: damaged, no valid JSON: evaluate once more"):
+    with pytest.raises(UserError, match=r"captioning\.json: damaged, no valid JSON: evaluate again"):
         write_report(broken, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -238,7 +238,7 @@ def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> di
         where = [f"in {top} ({count})" for top, count in sorted(others.items())][:3]
         where += [f"next to them ({len(loose)}, such as {loose[0]})"] if loose else []
         raise UserError(
-            f"{folder}: the folders {', '.join(sorted(splits))} look like splits, but samples lie outside of them, "
+            f"{folder}: the folders {', '.join(sorted(splits))} look like splits, but samples are outside of them, "
             f"{', '.join(where)}: {fix}"
         )
     if not splits:

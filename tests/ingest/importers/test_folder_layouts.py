@@ -57,7 +57,7 @@ def test_what_lies_beside_the_splits_does_not_end_them(tmp_path: Path, train: st
 @pytest.mark.parametrize("more", ["loose.jpg", "extra/a.jpg", "test-old/a.jpg", "deep/er/a.jpg", "loose.txt loose.png"])
 def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, more: str) -> None:
     folder = make(tmp_path / "f", ["train/a.jpg", "test/a.jpg", *more.split()])
-    with pytest.raises(UserError, match=r"look like splits, but samples lie outside.*--folder-splits.*--no-folder-splits"):
+    with pytest.raises(UserError, match=r"look like splits, but samples are outside.*--folder-splits.*--no-folder-splits"):
         run(folder)
     assert run(folder, folder_splits=True) == {"train/a": "train", "test/a": "test"}
     assert set(run(folder, folder_splits=False).values()) == {None}
@@ -162,7 +162,7 @@ def test_only_files_about_the_collection_are_no_samples(tmp_path: Path) -> None:
 def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
     folder = make(tmp_path / "f", ["train/a.txt", "test/a.txt", "readme.txt"])
     assert run(folder) == {"train/a": "train", "test/a": "test"}
-    with pytest.raises(UserError, match="samples lie outside"):
+    with pytest.raises(UserError, match="samples are outside"):
         run(make(folder, ["b.txt"]))
 
 

@@ -118,7 +118,7 @@ def test_rows_that_do_not_fit_the_header_are_named(folder: Path) -> None:
 
 
 def test_columns_are_named_once_and_unused_ones_are_counted(folder: Path) -> None:
-    with pytest.raises(UserError, match='column "text" is there twice'):
+    with pytest.raises(UserError, match='column "text" occurs twice'):
         run(folder, "image,text,text\na.jpg,a cat,a dog\n")
     run(folder, ",image,Text,text,note,note\n0,a.jpg,A,a cat,x,y\n")
     assert report(folder)["unused"][0]["names"] == ["(without a name)", "Text", "note", "note"]
