@@ -71,7 +71,7 @@ def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as JSON: download it again")
     found = config.get("model_type")
     if found is not None and found != model_type:
-        raise UserError(f"{folder}: not a {what} folder: model_type in its config.json is {found!r}, not {model_type!r}")
+        raise UserError(f"{folder}: not a {what} folder: its config.json says model_type {found!r}, not {model_type!r}")
     return config
 
 

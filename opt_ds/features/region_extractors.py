@@ -42,7 +42,7 @@ def build_region_extractor(
         return FasterRCNNExtractor(weights, min_side=min_side, max_side=max_side, device=device)
     if name == "npz":
         if weights is not None:
-            raise UserError("--image-weights: npz files contain features already: omit it")
+            raise UserError("--image-weights: npz files have their features already: leave it out")
         return NpzExtractor()
     raise UserError(
         f'--images "{name}": unknown extractor{did_you_mean(name, REGION_EXTRACTORS)}: '

@@ -63,7 +63,7 @@ def build_speech_extractor(
     if name == "logmel":
         for option, value in (("--speech-weights", weights), ("--speech-layer", layer)):
             if value is not None:
-                raise UserError(f"{option}: logmel has no weights: omit it, or choose --speech wav2vec2")
+                raise UserError(f"{option}: logmel has no weights: leave it out, or choose --speech wav2vec2")
         return LogMelExtractor()
     if name == "wav2vec2":
         from opt_ds.features.wav2vec2 import Wav2Vec2Extractor

@@ -201,6 +201,6 @@ class OPTProcessor:
                 f"{_SETTINGS[kind]} (in Python: {_SETTINGS[kind][2:].replace('-', '_')}=)"
             )
         if weights is not None and not needs:
-            raise UserError(f"the model's {kind} extractor ({name}) has no weights in a file: omit {_SETTINGS[kind]}")
+            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {_SETTINGS[kind]} away")
         if weights is not None and not weights.exists():
             raise UserError(f"{_SETTINGS[kind]} {weights}: no such file or folder")

@@ -161,7 +161,7 @@ class Trainer:
                     self.save()
             if self.state.stopped_early:
                 _LOG.info(
-                    f"early stopping at step {self.state.step}: no improvement since step {self.state.best_step}"
+                    f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
                 )
                 break
             out_of_time, done = time_limit.is_near(), self.state.step == self.config.max_steps

@@ -271,7 +271,7 @@ def test_folders_of_other_models_are_refused_by_name(tmp_path: Path, kind: str) 
         config = getattr(transformers, f"{kind}Config")(**_SMALL)
         getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     model_type = json.loads((tmp_path / "config.json").read_text())["model_type"]
-    with pytest.raises(UserError, match=f"not a wav2vec 2.0 folder: model_type in its config.json is '{model_type}'"):
+    with pytest.raises(UserError, match=f"not a wav2vec 2.0 folder: its config.json says model_type '{model_type}'"):
         build_speech_extractor("wav2vec2", weights=tmp_path)
 
 

@@ -91,5 +91,5 @@ def test_an_extractor_that_is_not_the_training_stores_is_refused(run: Path, sess
 def test_weights_that_the_models_extractor_does_not_take_are_refused(session: Session, run: Path, raw: Path) -> None:
     given = OPTProcessor(run / "processor", session.config.model, image_weights=raw / "0.png", speech_weights=raw / "0.wav")
     for kind, option in (("image", "--image-weights"), ("audio", "--speech-weights")):
-        with pytest.raises(UserError, match=f"{kind} extractor .* has no weights in a file: omit {option}"):
+        with pytest.raises(UserError, match=f"{kind} extractor .* takes no weights from a file: leave {option} away"):
             given(**{kind: raw / ("0.png" if kind == "image" else "0.wav")})
