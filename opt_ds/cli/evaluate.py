@@ -186,7 +186,7 @@ class SummaryOptions:
 
     candidates: Annotated[int, typer.Option(help="Size of the gallery for the text decoder's likelihood.", min=2)] = 200
     matching_candidates: Annotated[
-        int, typer.Option(help="Size of the gallery for the matching head; half of it for triples.", min=2)
+        int, typer.Option(help="Size of the gallery for the matching head (for triples: 50).", min=2)
     ] = 100
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
 
