@@ -24,10 +24,10 @@ def interleaved(
     clock: str = "wall",
     device: torch.device | str = "cpu",
 ) -> dict[str, list[float]]:
-    """Return the seconds of each call, [repeat], of every contender. They take turns, so that other load affects all of
+    """Return the seconds of each call, [repeat], of every method. They take turns, so that other load affects all of
     them.
 
-    Each contender is called with the number of the repeat, and once before with −1 to warm up. `clock` is one of
+    Each method is called with the number of the repeat, and once before with −1 to warm up. `clock` is one of
     CLOCKS. A GPU is synchronised before the clock is read.
     """
     on_gpu = torch.device(device).type == "cuda"
@@ -64,7 +64,7 @@ def matmul(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Call
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Return the median over the repeats of one contender's time, divided by another's in the same repeat."""
+    """Return the median over the repeats of one method's time, divided by another's in the same repeat."""
     return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
 
 

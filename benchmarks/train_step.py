@@ -81,7 +81,7 @@ MIXES = {
 
 
 class MixData:
-    """A synthetic store of a mix, and the micro-batches that each contender makes of its samples."""
+    """A synthetic store of a mix, and the micro-batches that each method makes of its samples."""
 
     def __init__(self, folder: Path, mix: Mix, settings: list[str], device: torch.device) -> None:
         self.device = device
@@ -278,7 +278,7 @@ PEERS: dict[str, type[Contender]] = {"hf": HuggingFace, "uniter": Uniter, "ours"
 def compare_peers(
     folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """Measure masked language modelling by all contenders: tokens per second and utilisation of the matmul peak."""
+    """Measure masked language modelling by all methods: tokens per second and utilisation of the matmul peak."""
     data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
     for contender in built.values():

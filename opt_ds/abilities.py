@@ -1,4 +1,4 @@
-"""What a trained model can do. A task's loss says which of these it teaches; experiments and the server ask for them."""
+"""What a trained model can do. A task's loss declares which of these it teaches. Experiments and the server require them."""
 
 WRITE_TEXT = "write text"
 GENERATE_IMAGES = "generate images"

@@ -20,7 +20,7 @@ _KINDS = {
     ("tuple_type", "list_type"): "a list is expected, such as [a, b]",
     ("dict_type", "model_type", "model_attributes_type"): "a section of `key: value` is expected",
 }
-_YAML_PROBLEMS = (  # what PyYAML says, and what we say; the first one that fits counts
+_YAML_PROBLEMS = (  # PyYAML's message, and its replacement; the first match is used
     (r"'\\t'", "a tab indents it: use spaces"),
     (r"expected ',' or|node content.*stream end", "a list or section in brackets is not closed, or a comma is missing"),
     (r"mapping (values|keys) are not allowed", "an unexpected colon or ?: put a text that has one in quotes"),

@@ -25,7 +25,7 @@ _NAMES = ("model.safetensors", "pytorch_model.bin")
 def read_state_dict(file: Path, what: str) -> Tensors:
     """Return a file's tensors by name, on the CPU, whatever the file's ending.
 
-    Raises UserError, in one line that says what the file is and how to fix it, unless it is safetensors or a state dict
+    Raises UserError, in one line that states what the file is and how to fix it, unless it is safetensors or a state dict
     saved by torch; and for weights that are NaN or infinite. A dictionary under "model" or "state_dict" is unpacked.
     """
     if not file.exists():
@@ -118,7 +118,7 @@ def _file_within(folder: Path) -> str:
 
 
 def _other_content(file: Path) -> str | None:
-    """Return what the first bytes say a file is instead of a checkpoint, with the fix."""
+    """Return what a file is instead of a checkpoint according to its first bytes, with the fix."""
     with open(file, "rb") as stream:
         start = stream.read(512)
     if not start:

@@ -109,8 +109,8 @@ FORMATS: tuple[FileFormat, ...] = (
 
 _BY_ENDING = {ending: each for each in FORMATS for ending in each.endings}
 _BY_NAME = {each.name: each for each in FORMATS}
+#: Endings of the files that downloaders and annotators write next to an image or audio file, under its name.
 SIDECAR_ENDINGS: tuple[str, ...] = (".json", ".txt", ".xml", ".csv", ".tsv", ".jsonl")
-"""What downloaders and annotators write beside a picture or recording, under its name."""
 
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"GIF87a", "GIF"), (0, b"GIF89a", "GIF"),

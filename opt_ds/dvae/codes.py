@@ -1,4 +1,4 @@
-"""Encode images to codes with a trained dVAE: the extractor, the codes of a whole store, and quality measures."""
+"""Encode images to codes with a trained dVAE: the extractor, the codes of a store, and quality measures."""
 
 import logging
 import os

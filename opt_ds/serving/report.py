@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines that the run logged. The last line may be truncated if the run is still going."""
+    """Return the lines that the run logged. The last line may be truncated if the run is still running."""
     path = run / METRICS_FILE
     lines = []
     logged = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
