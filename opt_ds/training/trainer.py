@@ -124,7 +124,7 @@ class Trainer:
             self.writer.wait()
             if stopped:
                 _LOG.info(
-                    f"{stopped}: saved after step {self.state.step}; run the same command again to resume"
+                    f"{stopped}: saved after step {self.state.step}; start again with the same --output to go on"
                 )
             else:
                 _LOG.info(f"finished after step {self.state.step}: {self.output}")

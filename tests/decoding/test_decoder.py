@@ -99,7 +99,7 @@ def test_arrays_are_sized_before_they_are_unpacked(decoder: Decoder, tmp_path: P
     (tmp_path / "text.npz").write_text("no archive")
     for name, reason in (
         ("bomb.npz", "its arrays take 512 MiB, 256 are allowed"),
-        ("lies.npz", r"said to be \[1000000000, 2048\], which the file does not hold"),
+        ("lies.npz", r"declared as \[1000000000, 2048\], which the file does not hold"),
         ("objects.npz", "Python objects"),
         ("text.npz", "it is text: accepted are .npz"),
     ):

@@ -221,7 +221,7 @@ def test_bad_input_is_named(store: Path, tmp_path: Path) -> None:
     train(store, tmp_path / "run")
     for message, arguments, options in [
         ("no feature store there", (tmp_path / "gone", tmp_path / "o"), {}),
-        ("no pictures", (tmp_path / "blind", tmp_path / "o"), {}),
+        ("no pixels", (tmp_path / "blind", tmp_path / "o"), {}),
         ('no split "trian" .did you mean "train"', (store, tmp_path / "o"), {"train_split": "trian"}),
         ("another run .seed was 1 there and is 2 now", (store, tmp_path / "run"), {"seed": 2}),
         ("another run .config.steps was 12 there and is 13 now", (store, tmp_path / "run"), {"steps": 13}),

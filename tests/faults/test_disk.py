@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_the_last_checkpoint_s
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "cut off": lambda newest: os.truncate(newest / "model.safetensors", 100),
+    "truncated": lambda newest: os.truncate(newest / "model.safetensors", 100),
     "damaged": lambda newest: flip_byte(newest / "moments.safetensors"),
     "missing": lambda newest: (newest / "state.json").unlink(),
     'no pointer "latest"': lambda newest: (newest.parent / "latest").unlink(),

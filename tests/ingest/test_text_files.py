@@ -55,7 +55,7 @@ def test_what_is_no_strict_json_says_why_in_one_line(tmp_path: Path, text: str, 
         ("[,1]", "see line"),
         ("[1,,2]", "see line"),
         ("[1] [2]", "more follows after the end of the array"),
-        ('[{"a": 1, "a": 2}]', "there twice"),
+        ('[{"a": 1, "a": 2}]', "occurs twice"),
         ("[[NaN]]", "write null"),
         ("[" * 100_000, "nested too deeply"),
         ("", "not a JSON array"),
@@ -112,7 +112,7 @@ def test_lines_come_out_one_by_one_or_are_reported(
         if not line.strip():
             assert number not in read
         elif isinstance(expected, dict):
-            assert read[number] == expected or "there twice" in str(read[number])
+            assert read[number] == expected or "occurs twice" in str(read[number])
         else:
             assert isinstance(read[number], str)
 

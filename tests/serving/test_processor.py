@@ -56,7 +56,7 @@ def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "nothing to read"),
+        ({}, "no input"),
         ({"text": " \u200b"}, "the text is empty"),
         ({"image": Path("/nowhere.png")}, "no such file"),
         ({"image": Path(__file__)}, "cannot be read"),

@@ -183,7 +183,7 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
     assert left_out(manifest)["image 2"] == "held out for COCO's evaluation"
     image_data, coco = tmp_path / "image_data.json", tmp_path / "dataset_coco.json"
     for files, message in (
-        ({"leave_out": coco}, "--leave-out: only --image-data tells"),
+        ({"leave_out": coco}, "--leave-out requires --image-data"),
         ({"image_data": coco, "leave_out": coco}, r'dataset_coco.json: no list of "image_id" and "coco_id"'),
         ({"image_data": image_data, "leave_out": image_data}, r'image_data.json: no "images" with "cocoid" and "split"'),
     ):

@@ -71,7 +71,7 @@ def test_blank_lines_are_not_counted_as_img2dataset_does_not(tmp_path: Path) -> 
 
 def test_a_first_line_that_may_be_a_header_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "p")
-    with pytest.raises(UserError, match=r"t.tsv line 1: no URL, so it cannot be told whether it is a header"):
+    with pytest.raises(UserError, match=r"t.tsv line 1: no URL, so it is unclear whether it is a header"):
         run(tmp_path, ["Bildtext\tAdresse", *rows()])
     with pytest.raises(UserError, match=r"t.tsv line 1: no URL"):
         run(tmp_path, ["caption 0 http://a.b/0".replace("http:", "htp:"), *rows()[1:]])
