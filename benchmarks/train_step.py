@@ -224,7 +224,7 @@ class PaddedBert(nn.Module):
             ),
             attn_implementation="sdpa",
         )  # fmt: skip
-        self.bert.set_input_embeddings(self.embeddings.text.word)  # one table for words and scores, as in opt_ds
+        self.bert.set_input_embeddings(self.embeddings.text.word)  # one table for words and scores, as ours
         self.bert.tie_weights()
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:

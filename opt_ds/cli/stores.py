@@ -178,12 +178,10 @@ def split(
 def update(
     *,
     store: _Store,
-    modality: Annotated[str, typer.Option(help="Modality to add or replace: text, image, audio or codes.")],
+    modality: Annotated[str, typer.Option(help="What to add or replace: text, image, audio or codes.")],
     manifest: Annotated[
         Path | None,
-        typer.Option(
-            help="image, audio: manifest that names the samples' files. text: new texts; default: the store's own."
-        ),
+        typer.Option(help="image, audio: the manifest that names the samples' files. text: new texts. Default: the store's own."),
     ] = None,
     extractor: Annotated[str | None, typer.Option(help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2.")] = None,
     weights: Annotated[
@@ -197,7 +195,7 @@ def update(
     pixels: Pixels = True,
     reading: ReadingOptions,
 ) -> None:
-    """Add or replace one modality of a store. The features of the others are kept."""
+    """Add or replace one modality of a store; the features of the others are kept as they are."""
     known = ("text", "image", "audio", "codes")
     if modality not in known:
         raise UserError(f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}')

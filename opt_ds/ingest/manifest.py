@@ -273,7 +273,7 @@ def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_ou
     for kind in ("image", "audio"):
         name = getattr(line, kind)
         if name is not None and not allow_outside and not _is_inside(name, folder):
-            raise _LineError(f'{kind} "{name}" is outside the manifest\'s folder (--allow-outside)', line.id)
+            raise _LineError(f'{kind} "{name}" lies outside the manifest\'s folder (--allow-outside)', line.id)
 
 
 def _is_inside(name: str, folder: Path) -> bool:
