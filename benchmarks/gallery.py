@@ -1,10 +1,10 @@
-"""A larger gallery for benchmarks/retrieval.py: the emoji corpus, and mirrored pictures of it with slower speech.
+"""Make a larger gallery for benchmarks/retrieval.py: the emoji corpus, and mirrored images of it with slower speech.
 
     python benchmarks/gallery.py --corpus data/emoji-corpus --output data/gallery-corpus [--size 5000]
     opt-ds prepare --manifest data/gallery-corpus/manifest.jsonl --allow-outside --text data/emoji/tokenizer --output data/gallery
 
-What is added (a seeded choice of the training samples, with the caption "mirrored …") has the split `mirrored`: nothing is fitted
-on it, and it can only be found wrongly.
+The added samples (a seeded choice of the training samples, with the caption "mirrored …") have the split `mirrored`.
+Nothing is fitted on it, and none of them is a correct candidate.
 """
 
 import argparse
@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 import soundfile
 
-SLOWER = 0.9  # of the recording's rate: slower and lower
+SLOWER = 0.9  # factor on the audio's rate, which makes it slower and lower
 
 
 def mirrored(line: dict[str, Any], corpus: Path, output: Path) -> dict[str, Any]:
-    """The sample's picture mirrored and its recording slowed down, as files of `output`."""
-    new = {"id": f"{line['id']}-mirrored", "text": f"mirrored {line['text']}", "group": line["group"], "split": "mirrored"}
+    """Write the sample's image mirrored and its audio slowed down, and return the manifest line of the new sample."""
+    new = {
+        "id": f"{line['id']}-mirrored",
+        "text": f"mirrored {line['text']}",
+        "group": line["group"],
+        "split": "mirrored",
+    }
     svg = (corpus / line["image"]).read_text(encoding="utf-8")
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg).group(1))  # type: ignore[union-attr]
     start = re.search(r"<svg[^>]*>", svg)
@@ -49,7 +54,9 @@ def main() -> None:
     train = [line for line in lines if line["split"] == "train"]
     missing = options.size - len(lines)
     if not 0 <= missing <= len(train):
-        parser.error(f"--size {options.size}: {options.corpus} gives {len(lines)} to {len(lines) + len(train)} samples")
+        parser.error(
+            f"--size {options.size}: {options.corpus} allows {len(lines)} to {len(lines) + len(train)} samples"
+        )
     for folder in ("images", "audio"):
         (options.output / folder).mkdir(parents=True, exist_ok=True)
     chosen = np.random.default_rng(options.seed).choice(len(train), missing, replace=False)

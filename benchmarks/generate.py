@@ -1,9 +1,9 @@
-"""Writing with the decoders: captions and pictures a second, with the cache of keys and values and without.
+"""Measure generation with the decoders: captions and images per second, with and without the cache of keys and values.
 
     python benchmarks/generate.py [--config opt-emoji] [--batch 1 16] [--repeats 5] [--device cpu] [--output generate.json]
 
-Random weights write as fast as trained ones; every sequence has full length. The peer decodes as one would without a cache: the
-whole prefix goes through the decoder for each new item. Both write the same items, which is checked. Contenders take turns.
+Random weights are as fast as trained ones. Every sequence has full length. The baseline has no cache: the complete
+prefix goes through the decoder for each new item. Both generate the same items, which is checked. They take turns.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from opt_ds.ops.sequences import Sequences  # noqa: E402
 
 
 class Writing:
-    """So many sequences to be written over a random encoder output of 40 positions each."""
+    """Return decoder inputs for a number of sequences, each over a random encoder output of 40 positions."""
 
     def __init__(self, decoder: AutoregressiveDecoder, batch: int, width: int, device: torch.device) -> None:
         self.decoder, self.batch, self.device = decoder, batch, device
@@ -39,7 +39,7 @@ class Writing:
         self.written: dict[str, list[list[int]]] = {}
 
     def cached(self, method: str) -> Callable[[int], None]:
-        """Our way: one position at a time, over cached keys and values."""
+        """Decode one position at a time with cached keys and values."""
         options = DecodingConfig(method=method)  # type: ignore[arg-type]
 
         def run(_: int) -> None:
@@ -49,7 +49,7 @@ class Writing:
 
     @torch.inference_mode()
     def without_cache(self, _: int) -> None:
-        """The whole prefix anew for every item, greedily."""
+        """Decode greedily, with the complete prefix again for every item."""
         ids_bl = torch.full((self.batch, 1), self.begin, dtype=torch.long, device=self.device)
         index_m = torch.arange(self.memory.total, device=self.device)
         for length in range(1, self.length + 1):
@@ -63,16 +63,16 @@ class Writing:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Captions and pictures a second, with and without a cache.")
+    parser = argparse.ArgumentParser(description="Captions and images per second, with and without a cache.")
     parser.add_argument("--config", default="opt-emoji")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.PATH=VALUE", dest="settings")
-    parser.add_argument("--output", type=Path, help="the figures as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     config, device = load_config(arguments.config, arguments.settings), torch.device(arguments.device)
-    print(f"our operators: {backend.choose(config.ops.backend, device)}")
+    print(f"operators: {backend.choose(config.ops.backend, device)}")
     torch.manual_seed(1)
     model = OPT(config.model, config.tasks).to(device).eval()
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
@@ -80,15 +80,19 @@ def main() -> int:
     for what, decoder in (("captions", model.text_decoder), ("pictures", model.image_decoder)):
         for batch in arguments.batch:
             writing = Writing(decoder, batch, config.model.hidden_size, device)
-            ways = {"greedy": writing.cached("greedy"), "beam": writing.cached("beam"), "without": writing.without_cache}
+            ways = {
+                "greedy": writing.cached("greedy"),
+                "beam": writing.cached("beam"),
+                "without": writing.without_cache,
+            }
             seconds = interleaved(ways, arguments.repeats, device=device)
             same = writing.written["greedy"] == writing.written["without"]
             ratio = median_ratio(seconds["without"], seconds["greedy"])
             result[f"{what} {batch}"] = {"seconds": seconds, "length": writing.length, "same": same, "ratio": ratio}
             rates = [f"{batch / sorted(seconds[way])[len(seconds[way]) // 2]:.1f}" for way in ways]
             table.append([what, str(writing.length), str(batch), *rates, f"{ratio:.2f}", "yes" if same else "NO"])
-    print_table(["", "items each", "at a time", "greedy, a second", "beam of 4, a second", "without a cache, a second",
-                 "the cache is faster by", "same items"], table)  # fmt: skip
+    print_table(["", "items each", "at a time", "greedy, per second", "beam of 4, per second", "without a cache, per second",
+                 "speed-up by the cache", "same items"], table)  # fmt: skip
     write_result(arguments.output, result)
     return int(any(row[-1] == "NO" for row in table))
 

@@ -1,11 +1,12 @@
-"""Whole runs on this machine's GPUs: speed and memory of `deepspeed opt_ds/pretrain.py`, beside what `opt-ds plan` says of them.
+"""Measure complete runs on this machine's GPUs: speed and memory, next to the estimates of `opt-ds plan`.
 
     python benchmarks/gpu_runs.py [--rows base large emoji] [--output FILE.json]
 
-Every row is a real run of a few steps on a synthetic store of the samples that `opt-ds plan` assumes (40 WordPieces, 36 regions,
-65 frames on average), all tasks, every DeepSpeed setting that ds_configs/ has. Rates are medians over the steps after the first
-ones; utilisation counts needed operations only, over the data sheet's peak. Memory: the most that PyTorch's tensors held, what
-the driver counted (context and allocator with it), and the plan's figures for the same.
+Every row is a run of `deepspeed opt_ds/pretrain.py` of a few steps, on a synthetic store of the samples that `opt-ds
+plan` assumes (40 WordPieces, 36 regions, 65 frames on average). It has all tasks and one DeepSpeed setting of
+ds_configs/. Rates are medians over the steps after the first ones. Utilisation counts needed operations only, relative
+to the data sheet's peak. Memory is the peak of PyTorch's tensors, that of the driver (including context and allocator),
+and the estimates of both.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class Row:
 
 
 def rows(model: str) -> list[Row]:
-    """The settings of ds_configs/ for a model, and PyTorch's kernels beside ours."""
+    """Return the settings of ds_configs/ for a model, and one with PyTorch's kernels."""
     file = "deepspeed_config=ds_configs/{}.json"
     fp16 = file.format("zero1_fp16")
     return [
@@ -68,7 +69,7 @@ def rows(model: str) -> list[Row]:
 
 
 class DriverMemory(threading.Thread):
-    """The most memory that the driver counts on the first GPU while this runs, in GiB above what it counted before."""
+    """Peak memory of the first GPU according to the driver while this runs, in GiB above the initial value."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -94,7 +95,7 @@ class DriverMemory(threading.Thread):
 
 
 def measure(model: str, row: Row, store: Path, batch: int, steps: int, num_gpus: int, output: Path) -> dict[str, Any]:
-    """Run it as a user would; medians of its own log. A failed run gives its last line instead."""
+    """Run it like a user and return medians of its log. For a failed run, return its output instead."""
     arguments = [part for setting in row.arguments(store, batch, steps) for part in ("--set", setting)]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_gpus), "opt_ds/pretrain.py",
                "--config", model, "--output", str(output), *arguments]  # fmt: skip
@@ -117,23 +118,25 @@ def measure(model: str, row: Row, store: Path, batch: int, steps: int, num_gpus:
 
 
 def plan(model: str, row: Row, store: Path, batch: int, num_gpus: int) -> dict[str, float] | None:
-    """What `opt-ds plan` says of the same run; None for a GPU that it does not know."""
+    """Return the estimate of `opt-ds plan` for the same run, or None for an unknown GPU."""
     gpu = known_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else this_machine()
     if gpu is None:
         return None
-    made = plan_run(load_config(model, row.arguments(store, batch, STEPS)), Cluster(gpu, num_gpus), [FeatureStore(store)])
+    made = plan_run(
+        load_config(model, row.arguments(store, batch, STEPS)), Cluster(gpu, num_gpus), [FeatureStore(store)]
+    )
     return {"tensors_gib": made.memory.tensors / GIB, "total_gib": made.memory.total / GIB}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Speed and memory of whole runs on this machine's GPUs.")
+    parser = argparse.ArgumentParser(description="Speed and memory of complete runs on this machine's GPUs.")
     parser.add_argument("--models", nargs="+", default=["opt-base", "opt-large"])
-    parser.add_argument("--only", nargs="+", default=[], help="rows whose name holds one of these texts")
-    parser.add_argument("--batch", type=int, default=512, help="samples a step")
+    parser.add_argument("--only", nargs="+", default=[], help="only rows whose name contains one of these texts")
+    parser.add_argument("--batch", type=int, default=512, help="samples per step")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--samples", type=int, default=2500, help="of the synthetic store")
+    parser.add_argument("--samples", type=int, default=2500, help="number of samples of the synthetic store")
     parser.add_argument("--no-plan", action="store_true", help="measure only")
-    parser.add_argument("--output", type=Path, help="the figures as JSON, after every row")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures, written after every row")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     num_gpus = max(1, torch.cuda.device_count())
@@ -166,7 +169,7 @@ def main() -> int:
                 if found["exit"]:
                     print(*found["said"][-12:], sep="\n", flush=True)
                 write_result(arguments.output, result)
-    print_table(["run", "tokens/s", "samples/s", "TFLOP/s a GPU", "of the peak", "waits for data", "tensors GiB (plan)",
+    print_table(["run", "tokens/s", "samples/s", "TFLOP/s per GPU", "of the peak", "waiting for data", "tensors GiB (plan)",
                  "driver GiB (plan)"], table)  # fmt: skip
     return int(any(found["exit"] for found in result.values() if isinstance(found, dict)))
 

@@ -1,12 +1,12 @@
-"""Times of the operators: ours against PyTorch's own, at the model's shapes; as ratios, with the fraction of what the device
-can do.
+"""Measure the operators of opt_ds and PyTorch's at the model's shapes, as ratios and relative to the limits of the
+device.
 
-    python benchmarks/kernels.py            on a GPU: fp16 (and bf16 where the chip has it), forward + backward, medians; as CUDA
-                                            graphs, so that no launch is waited for
+    python benchmarks/kernels.py            on a GPU: fp16 (and bf16 if the chip has it), forward + backward, medians; as CUDA
+                                            graphs, so that launches cost no time
     python benchmarks/kernels.py --device cpu      the measurement behind `auto` choosing PyTorch on the CPU
 
-The device's own limits are measured first: a large copy (bytes a second) and a large fp16 matmul (FLOPs a second). Bytes and
-FLOPs of each operator come from csrc/verify/static_model.py.
+The limits of the device are measured first: a large copy (bytes per second) and a large fp16 matmul (FLOPs per second).
+Bytes and FLOPs of each operator come from csrc/verify/static_model.py.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _CALLS = 10  # in a CUDA graph
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """_CALLS calls as one CUDA graph: what the GPU needs, without the gaps of launching small kernels one by one."""
+    """Capture _CALLS calls as one CUDA graph, which has no gaps between the launches of small kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -49,7 +49,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of one call, after warming up; on a GPU of ten in a graph."""
+    """Return the median time of one call after a warm-up. On a GPU, ten calls are in one graph."""
     calls = 1
     if device.type == "cuda":
         try:
@@ -75,7 +75,7 @@ def milliseconds(step: Callable[[], object], device: torch.device, repeats: int)
 
 
 def limits(device: torch.device, dtype: torch.dtype, repeats: int) -> tuple[float, float]:
-    """Measured copy bandwidth (GB/s, read + write) and matmul rate (TFLOP/s)."""
+    """Return the measured copy bandwidth (GB/s, read + write) and matmul rate (TFLOP/s)."""
     large = device.type == "cuda"
     source = torch.empty((256 if large else 32) << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -110,7 +110,9 @@ def layer_norm_contenders(
 def attention_contenders(
     batch: int, heads: int, length: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> Iterable[tuple[str, Callable[[], object]]]:
-    inputs = [torch.randn(batch * length, heads, size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    inputs = [
+        torch.randn(batch * length, heads, size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    ]
     sequences = Sequences.from_lengths([length] * batch, device)
     for name in ("fused", "torch"):
         backend.choose(f"attention={name}", device)
@@ -138,23 +140,29 @@ def table(title: str, contenders: Iterable[tuple[str, Callable[[], object]]], co
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Times of the operators, ours against PyTorch's.")
+    parser = argparse.ArgumentParser(description="Times of the operators of opt_ds and PyTorch.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     missing = compiled.missing_on(device)
     if missing:
-        print(f"our operators do not run on {device}: {missing}", file=sys.stderr)
+        print(f"the operators of opt_ds do not run on {device}: {missing}", file=sys.stderr)
         return 2
     small = device.type == "cpu"
-    types = [torch.float32] if small else [torch.float16] + [torch.bfloat16] * (torch.cuda.get_device_capability(device)[0] >= 8)
+    types = (
+        [torch.float32]
+        if small
+        else [torch.float16] + [torch.bfloat16] * (torch.cuda.get_device_capability(device)[0] >= 8)
+    )
     name = f"CPU, {torch.get_num_threads()} threads" if small else torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}")
     for dtype in types:
         peak = limits(device, dtype, arguments.repeats)
         print(f"\n{dtype}: copy {peak[0]:.0f} GB/s, matmul {peak[1]:.2f} TFLOP/s\n")
-        print("| operator, forward + backward, dropout 0.1 | backend | ms | times ours | ours: share of the device |")
+        print(
+            "| operator, forward + backward, dropout 0.1 | backend | ms | relative to opt_ds | opt_ds: of the device's limits |"
+        )
         print("|---|---|---|---|---|")
         for rows, width in static_model.LAYER_NORM_SHAPES:
             rows = rows // 8 if small else rows

@@ -1,4 +1,6 @@
-"""What the benchmarks share: interleaved timing, the machine in words, the measured matmul peak, JSON beside a table."""
+"""Helpers of the benchmarks: interleaved timing, a description of the machine, the measured matmul peak, tables and
+JSON.
+"""
 
 import json
 import os
@@ -11,17 +13,22 @@ from typing import Any
 
 import torch
 
-#: `wall`: what a user waits for. `cpu`: processor time of this process, for ratios on a machine that others use (one thread).
+#: `wall`: wall-clock time. `cpu`: processor time of this process, for ratios on a machine that also runs other programs
+#: (one thread).
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[int], object]], repeats: int, clock: str = "wall", device: torch.device | str = "cpu"
+    contenders: Mapping[str, Callable[[int], object]],
+    repeats: int,
+    clock: str = "wall",
+    device: torch.device | str = "cpu",
 ) -> dict[str, list[float]]:
-    """Seconds of each call, [repeat], of every contender in turn: what else the machine does meets all of them.
+    """Return the seconds of each call, [repeat], of every method. They take turns, so that other load affects all of
+    them.
 
-    Each contender is called with the repeat's number; −1 once before, to warm up. `clock`: one of CLOCKS. A GPU is waited for
-    before the clock is read.
+    Each method is called with the number of the repeat, and once before with −1 to warm up. `clock` is one of
+    CLOCKS. A GPU is synchronised before the clock is read.
     """
     on_gpu = torch.device(device).type == "cuda"
 
@@ -42,8 +49,10 @@ def interleaved(
 
 
 def matmul(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Callable[[int], object], float]:
-    """Ten square matrix products to be timed, large enough to fill the device, for about as long as what is held against them;
-    and their operations."""
+    """Return ten square matrix products to be timed, and their number of operations.
+
+    They are large enough to occupy the device, and take about as long as the call that they are compared with.
+    """
     size = 8192 if torch.device(device).type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
@@ -55,12 +64,12 @@ def matmul(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Call
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median over the repeats of one contender's time over another's in the same repeat."""
+    """Return the median over the repeats of one method's time, divided by another's in the same repeat."""
     return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return a description of this machine."""
     from opt_ds.training.deepspeed_config import Hardware
 
     return {
@@ -81,8 +90,8 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """The figures as JSON, where a file is asked for."""
+    """Write the figures as JSON if a file is named."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {path}")
+        print(f"wrote {path}")

@@ -1,10 +1,10 @@
-"""Peak memory and time per sample against the batch: accumulation must cost neither.
+"""Measure peak memory and time per sample against the batch size: accumulation must cost neither.
 
     python benchmarks/memory.py [--sizes 256 1024 10240] [--stages 1] [--precision fp32] [--repeats 5] [--output memory.json]
 
-Every figure is a real run of `opt_ds/pretrain.py` (one rank) on a synthetic store, the sizes in turn. `peak` is the most memory
-that the process held by the last step (on a GPU: that tensors held), before validation and checkpoint; `ms a sample` is the
-median over the steps after the first. Every run takes about as many samples, so that time is compared alike.
+Every figure is from a run of `opt_ds/pretrain.py` (one rank) on a synthetic store. The sizes take turns. `peak` is the
+peak memory of the process up to the last step (on a GPU: of tensors), before validation and checkpoint. `ms per sample`
+is the median over the steps after the first. All runs take about the same number of samples.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 
 
 def run(config: str, store: Path, output: Path, size: int, steps: int, settings: list[str]) -> tuple[float, float]:
-    """(peak GiB, milliseconds a sample) of one run."""
+    """Return peak GiB and milliseconds per sample of one run."""
     own = [f"data.stores=[{store}]", f"batch.size={size}", f"train.max_steps={steps}", "train.log_every=1",
            "train.validate_samples=16", "train.picture_grid=0", *settings]  # fmt: skip
     command = [sys.executable, "opt_ds/pretrain.py", "--config", config, "--output", str(output)]
@@ -39,18 +39,22 @@ def run(config: str, store: Path, output: Path, size: int, steps: int, settings:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Peak memory and time per sample against the batch.")
+    parser = argparse.ArgumentParser(description="Peak memory and time per sample against the batch size.")
     parser.add_argument("--config", default="opt-tiny")
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 1024, 10240])
     parser.add_argument("--stages", nargs="+", type=int, choices=[0, 1, 2, 3], default=[1])
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=4000, help="of the synthetic store")
+    parser.add_argument("--samples", type=int, default=4000, help="number of samples of the synthetic store")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.PATH=VALUE", dest="settings")
-    parser.add_argument("--output", type=Path, help="the figures as JSON, after every run")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures, written after every run")
     arguments = parser.parse_args()
     model = load_config(arguments.config).model
-    result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "runs": []}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "runs": [],
+    }
     most = max(arguments.sizes)
     with tempfile.TemporaryDirectory() as name:
         store = Path(name) / "store"
@@ -67,15 +71,18 @@ def main() -> int:
                     output = Path(name) / f"{repeat}-{stage}-{size}"
                     peak, milliseconds = run(arguments.config, store, output, size, steps, settings)
                     result["runs"].append({"stage": stage, "size": size, "peak_gib": peak, "ms_a_sample": milliseconds})
-                    print(f"stage {stage}, {size} samples: {peak:.3f} GiB, {milliseconds:.3f} ms a sample", flush=True)
+                    print(
+                        f"stage {stage}, {size} samples: {peak:.3f} GiB, {milliseconds:.3f} ms per sample", flush=True
+                    )
                     write_result(arguments.output, result)
-    print_table(["ZeRO stage", "samples a step", "peak, GiB", "over the smallest's", "ms a sample", "over the smallest's"],
+    relative = "relative to the smallest"
+    print_table(["ZeRO stage", "samples per step", "peak, GiB", relative, "ms per sample", relative],
                 rows(result["runs"], arguments.stages, arguments.sizes))  # fmt: skip
     return 0
 
 
 def rows(runs: list[dict[str, Any]], stages: list[int], sizes: list[int]) -> list[list[str]]:
-    """Medians over the repeats; ratios are medians of the ratios within a repeat."""
+    """Return medians over the repeats. Ratios are medians of the ratios within a repeat."""
     made = []
     for stage in stages:
         by_size = {size: [r for r in runs if (r["stage"], r["size"]) == (stage, size)] for size in sizes}

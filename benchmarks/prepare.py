@@ -1,11 +1,11 @@
-"""The preparation pipeline: samples a second and how busy the processors are, for 1 and 2 worker processes.
+"""Measure the preparation pipeline: samples per second and the load of the processors, for 1 and 2 worker processes.
 
     python benchmarks/prepare.py [--samples 300] [--workers 1 --workers 2] [--repeats 3] [--output prepare.json]
 
-The corpus is made of seeded noise: JPEG pictures of 640 x 480, WAV recordings of 3 s at 44.1 kHz, captions of ten words.
-`prepare` runs in a new process; its processor time and that of its workers are added up. `busy` is that time over wall time and
-workers; what the main process does (tokens, HDF5, checksums) comes on top of the workers, so that more than 100 % is possible.
-Loading the extractors is in it: `steady` leaves out the seconds until the first tenth of the files was extracted.
+The corpus is seeded noise: JPEG images of 640 x 480, WAV files of 3 s at 44.1 kHz, captions of ten words. `prepare`
+runs in a new process. Its processor time and that of its workers are added. `busy` is that time divided by wall-clock
+time and workers. The main process (tokens, HDF5, checksums) adds to it, so more than 100 % is possible. Loading the
+extractors is included; `steady` excludes the time until the first tenth of the files was extracted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from opt_ds.store.files import write_json  # noqa: E402
 
 
 def write_corpus(folder: Path, num_samples: int) -> Path:
-    """Pictures, recordings and a manifest."""
+    """Write images, audio and a manifest."""
     import soundfile
     from PIL import Image
 
@@ -38,7 +38,9 @@ def write_corpus(folder: Path, num_samples: int) -> Path:
     words = [f"word{index}" for index in range(200)]
     lines = []
     for index in range(num_samples):
-        coarse = Image.fromarray(random.integers(0, 256, (30, 40, 3), "uint8"))  # noise of one pixel would be no picture's JPEG
+        coarse = Image.fromarray(
+            random.integers(0, 256, (30, 40, 3), "uint8")
+        )  # noise per pixel would not be a typical JPEG
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)
         soundfile.write(folder / f"{index}.wav", 0.1 * random.standard_normal(3 * 44_100), 44_100)
         text = " ".join(random.choice(words, 10))
@@ -49,7 +51,7 @@ def write_corpus(folder: Path, num_samples: int) -> Path:
 
 
 def prepare_once(manifest: Path, output: Path, workers: int) -> dict[str, float]:
-    """In a new process: prepare, and say when which share of the files was done."""
+    """Prepare in a new process, and return when each fraction of the files was done."""
     from opt_ds.ingest import PrepareSettings, pipeline, prepare
 
     marks: list[tuple[float, int]] = []
@@ -67,7 +69,7 @@ def prepare_once(manifest: Path, output: Path, workers: int) -> dict[str, float]
     busy = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     files = np.cumsum([count for _, count in marks])
     first = int(np.searchsorted(files, files[-1] / 10))
-    steady = (files[-1] - files[first]) / (marks[-1][0] - marks[first][0]) / 2  # two files a sample
+    steady = (files[-1] - files[first]) / (marks[-1][0] - marks[first][0]) / 2  # two files per sample
     return {"wall_s": wall, "busy_s": busy, "busy": busy / wall / workers, "steady_samples_per_s": float(steady)}
 
 
@@ -102,7 +104,7 @@ def main() -> None:
                          "cpu_ms_a_sample": row["busy_s"] / options.samples * 1e3, **row})  # fmt: skip
     machine = {"processors": os.cpu_count(), "load_average": os.getloadavg()[0]}
     write_json(options.output, {"rows": rows, **machine})
-    print("| workers | samples/s | samples/s, steady | processor time a sample | busy |\n|---|---|---|---|---|")
+    print("| workers | samples/s | samples/s, steady | processor time per sample | busy |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['workers']} | {row['samples_per_s']:.1f} | {row['steady_samples_per_s']:.1f} | "
               f"{row['cpu_ms_a_sample']:.0f} ms | {row['busy']:.0%} |")  # fmt: skip

@@ -1,13 +1,15 @@
-"""Random reads of whole samples: our store beside slices of the same HDF5 files by h5py, LMDB, WebDataset and Mosaic streaming.
+"""Measure random reads of complete samples: opt_ds, h5py slices of the same files, LMDB, WebDataset and Mosaic
+streaming.
 
     python benchmarks/reader.py [--samples 2000] [--repeats 7] [--folder FOLDER] [--output reader.json]
 
-Every format holds the same samples, 36 regions of 2,048 and 65 frames of 768 float16: 0.25 MB. Two ends are timed: `view`, the
-arrays of each sample can be read (one value of each is), and `packed`, every byte is copied into the arrays of a batch of 32,
-as training has it. Warm: the repeats of all readers are interleaved, each in its own random order. Cold: the files' pages are
-dropped by posix_fadvise(DONTNEED) before each repeat, and the share of pages that stayed is measured; beside it a sequential
-read of the same files, dropped too. WebDataset has no random access: it is read in the order of its tar. WebDataset and Mosaic
-streaming are in benchmarks/requirements.txt; a reader whose package is missing is left out, and said so.
+Every format holds the same samples, 36 regions of 2,048 and 65 frames of 768 float16: 0.25 MB. Two results are timed.
+`view`: the arrays of each sample can be read (one value of each is read). `packed`: every byte is copied into the
+arrays of a batch of 32, as in training. Warm: the repeats of all readers are interleaved, each in its own random order.
+Cold: the files' pages are dropped by posix_fadvise(DONTNEED) before each repeat, and the fraction of pages that stayed
+is measured. A sequential read of the same files, also dropped before, is measured too. WebDataset has no random access
+and is read in the order of its tar files. WebDataset and Mosaic streaming are in benchmarks/requirements.txt. A reader
+whose package is missing is omitted, and the script prints that.
 """
 
 import argparse
@@ -45,7 +47,7 @@ Sample = tuple[np.ndarray, np.ndarray]  # regions [36, 2048], frames [65, 768], 
 
 
 class Ours:
-    """`FeatureStore` as it is."""
+    """`FeatureStore` without changes."""
 
     name = "opt_ds"
     _ahead = False
@@ -65,19 +67,19 @@ class Ours:
                 asked -= pending[place]
 
     def reopen(self) -> None:
-        """Give the process's pages back: a page in a map cannot be dropped from the system's cache."""
+        """Unmap the process's pages, because a mapped page cannot be dropped from the system's cache."""
         self._store.release_pages()
 
 
 class OursAhead(Ours):
-    """Asks for 64 MiB ahead in the known order, as the loader does (there in a thread of its own, here in line)."""
+    """Requests 64 MiB ahead in the known order, as the loader does (there in a separate thread, here in the same one)."""
 
     name = "opt_ds, reading ahead"
     _ahead = True
 
 
 class Hdf5Slices:
-    """The same shards through h5py: one dataset slice for regions, one for frames; offsets read once."""
+    """The same shards read by h5py: one dataset slice for regions, one for frames; offsets are read once."""
 
     name = "h5py slices"
 
@@ -98,7 +100,7 @@ class Hdf5Slices:
 
 
 class Lmdb:
-    """One value a sample, regions and frames end to end, read in place (buffers=True)."""
+    """One value per sample, regions and frames concatenated, read in place (buffers=True)."""
 
     name = "LMDB"
 
@@ -165,7 +167,10 @@ class Mosaic:
 
         path = folder / "mosaic"
         if not path.is_dir():
-            columns = {"regions": f"ndarray:float16:{REGIONS},{REGION_DIM}", "frames": f"ndarray:float16:{FRAMES},{FRAME_DIM}"}
+            columns = {
+                "regions": f"ndarray:float16:{REGIONS},{REGION_DIM}",
+                "frames": f"ndarray:float16:{FRAMES},{FRAME_DIM}",
+            }
             with streaming.MDSWriter(out=str(path), columns=columns) as writing:
                 for regions, frames in all_samples(source):
                     writing.write({"regions": regions, "frames": frames})
@@ -193,7 +198,7 @@ def view(reader: Any, order: np.ndarray) -> None:
 
 
 def packed(reader: Any, order: np.ndarray, batch: tuple[np.ndarray, ...]) -> None:
-    """Batch by batch: the arrays of its samples, then all of them end to end."""
+    """Read batch by batch: the arrays of its samples, then all of them concatenated."""
     regions_rv, frames_av = batch
     samples = reader.samples(order)
     while found := list(itertools.islice(samples, BATCH)):
@@ -211,7 +216,7 @@ def sequential(files: list[Path]) -> None:
 
 
 def drop(files: list[Path]) -> float:
-    """Drop the files' pages from the system's cache; returns the share that stayed."""
+    """Drop the files' pages from the system's cache and return the fraction that stayed."""
     pages = stayed = 0
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
@@ -229,14 +234,14 @@ def drop(files: list[Path]) -> float:
 
 
 def timed(run: Callable[[], None]) -> tuple[float, float]:
-    """Wall and processor seconds."""
+    """Return the wall-clock and processor seconds."""
     wall, busy = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - busy
 
 
 def memory_rate() -> float:
-    """Bytes a second that one thread copies between arrays that no cache holds; median of 5."""
+    """Return the bytes per second that one thread copies between arrays larger than any cache, the median of 5."""
     source, target = np.ones(256 << 20, np.uint8), np.zeros(256 << 20, np.uint8)
     return len(source) / statistics.median(timed(lambda: np.copyto(target, source))[1] for _ in range(5))
 
@@ -246,7 +251,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cold-repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp/opt_ds-reader"), help="a disk, not a memory file system")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("/var/tmp/opt_ds-reader"),
+        help="folder on a disk, not on a memory file system",
+    )
     parser.add_argument("--output", type=Path, default=Path("reader.json"))
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     options = parser.parse_args()
@@ -261,13 +271,15 @@ def main() -> None:
         try:
             readers.append(kind(options.folder, source))
         except ImportError as error:
-            print(f"left out: {kind.name} ({error})")
+            print(f"omitted: {kind.name} ({error})")
     size = options.samples * 2 * (REGIONS * REGION_DIM + FRAMES * FRAME_DIM)
     shapes = (BATCH * REGIONS, REGION_DIM), (BATCH * FRAMES, FRAME_DIM)
-    batch = tuple(torch.zeros(shape, dtype=torch.float16).numpy() for shape in shapes)  # as a batch in training is
+    batch = tuple(torch.zeros(shape, dtype=torch.float16).numpy() for shape in shapes)  # like a batch in training
 
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {r.name: {"view": [], "packed": [], "cold": []} for r in readers}
-    for reader in readers:  # warms the caches of all
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {
+        r.name: {"view": [], "packed": [], "cold": []} for r in readers
+    }
+    for reader in readers:  # warm the caches of all
         packed(reader, np.arange(options.samples), batch)
     for repeat in range(options.repeats):
         for reader in readers:
@@ -311,13 +323,18 @@ def main() -> None:
         },
     }  # fmt: skip
     write_json(options.output, result)
-    print(f"{options.samples} samples of {size / options.samples / 1e6:.2f} MB; GB/s of wall time (of processor time)")
+    print(
+        f"{options.samples} samples of {size / options.samples / 1e6:.2f} MB; GB/s in wall-clock time (in processor time)"
+    )
     print("| reader | view, warm | packed, warm | packed, cold |\n|---|---|---|---|")
     for name, ends in found.items():
         cells = [f"{rate(ends[end]):.2f} ({rate(ends[end], 1):.2f})" for end in ("view", "packed", "cold")]
         print(f"| {name} | {' | '.join(cells)} |")
     print(f"| sequential read of the same files | | | {rate(plain):.2f} |")
-    print("times as fast, within a turn: " + "; ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
+    print(
+        "speed of opt_ds relative to, within a turn: "
+        + "; ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items())
+    )
     print(json.dumps({key: value for key, value in result.items() if key not in ("readers", "times_as_fast")}))
     if not options.keep:
         shutil.rmtree(options.folder)

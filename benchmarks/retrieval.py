@@ -1,10 +1,11 @@
-"""Two-stage retrieval beside all pairs: runs of encoder and decoder, R@1 and time, on the same queries and gallery.
+"""Compare two-stage retrieval with scoring all pairs: runs of encoder and decoder, R@1 and time, for the same gallery.
 
     python benchmarks/retrieval.py --checkpoint runs/emoji --store data/emoji [--shortlist 50] [--queries 200]
 
-The gallery is every sample of the store that has all three modalities, whatever its split; the queries are a seeded choice of a
-held-out split. `all pairs` scores each query with each candidate: by the matching head an encoder run a pair, by likelihood a
-decoder run a pair. The projection is fitted on the training split before, once for all queries; its time is given apart.
+The gallery is every sample of the store that has all three modalities, whatever its split. The queries are a seeded
+choice of a held-out split. `all pairs` scores each query with each candidate: one encoder run per pair by the matching
+head, one decoder run per pair by likelihood. The projection is fitted on the training split before, once for all
+queries. Its time is reported separately.
 """
 
 import argparse
@@ -31,16 +32,16 @@ from opt_ds.training.preflight import check_store  # noqa: E402
 
 
 def whole_gallery(store: FeatureStore) -> np.ndarray:
-    """Samples of all splits with text, image and audio."""
+    """Return the samples of all splits with text, image and audio."""
     return np.flatnonzero((store.rows[:, [TEXT, IMAGE, AUDIO]] >= 0).all(1))
 
 
 def compare(
     stages: TwoStages, direction: str, score: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int
 ) -> dict[str, Any]:
-    """Both ways on the same queries and candidates."""
+    """Measure both methods on the same queries and candidates."""
     began = time.perf_counter()
-    stages.first_stage(direction, queries[:1], gallery[:1])  # fits the projection
+    stages.first_stage(direction, queries[:1], gallery[:1])  # fit the projection
     fitted = time.perf_counter()
     two = stages.figures(direction, queries, gallery, shortlist, (score,))
     done = time.perf_counter()
@@ -48,7 +49,10 @@ def compare(
     everything_qc = np.broadcast_to(np.arange(len(gallery)), (len(queries), len(gallery)))
     score_pairs = stages.matching if score == "matching" else stages.likelihood
     scores_qc = np.concatenate(
-        [score_pairs(direction, queries[i : i + 1], gallery, everything_qc[i : i + 1]).values for i in range(len(queries))]
+        [
+            score_pairs(direction, queries[i : i + 1], gallery, everything_qc[i : i + 1]).values
+            for i in range(len(queries))
+        ]
         if score == "matching"
         else [score_pairs(direction, queries, gallery, everything_qc).values]
     )
@@ -65,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--split", default="test_variant", help="of the queries")
+    parser.add_argument("--split", default="test_variant", help="split of the queries")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--shortlist", type=int, default=50)
     parser.add_argument("--score", choices=("likelihood", "matching"), action="append", help="default: both")

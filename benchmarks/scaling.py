@@ -1,14 +1,16 @@
-"""How cost grows: with a store's size, with the ids that the step plan deals, with ranks, with a sample's length.
+"""Measure how cost grows with the size of a store, the ids of a step plan, the ranks, and the length of a sample.
 
     python benchmarks/scaling.py [--part store|plan|ranks|length ...] [--output scaling.json] [--figures benchmarks]
 
-`store`: stores of 10^3 to 10^6 synthetic samples are written; a new process opens one, makes its step plan and reads the first
-micro-batch: seconds, and memory that the process holds beyond that of one which has only imported (anonymous, and mapped).
-`plan`: the step plan over 10^4 to 10^9 ids of a simulated store, whose arrays are functions of the id: nothing is stored, so
-that what is measured is the plan's own. `ranks`: the micro-batches of one step for 1 to 1,000 ranks, planned by one rank, and
-by the eight ranks of a node that share their plans. `length`: forward and
-backward of one packed micro-batch of a model of 4 layers x 384, samples of 64 to 512 positions, fp32. Times are processor
-time of one thread (other programs on the machine disturb it less than the clock); medians.
+`store`: write stores of 10^3 to 10^6 synthetic samples. A new process opens one, makes its step plan and reads the
+first micro-batch. Measured are seconds, and memory in excess of a process that has only imported (anonymous and
+mapped).
+`plan`: the step plan over 10^4 to 10^9 ids of a simulated store. Its arrays are functions of the id, so that only the
+memory of the plan itself is measured.
+`ranks`: the micro-batches of one step for 1 to 1,000 ranks, planned by one rank, and by the eight ranks of a node that
+share their plans.
+`length`: forward and backward of one packed micro-batch of a model of 4 layers x 384, samples of 64 to 512 positions,
+fp32. Times are medians of the processor time of one thread, which other programs disturb less than wall-clock time.
 """
 
 import argparse
@@ -50,13 +52,13 @@ SHARD = 1024
 STORE_SIZES = (1_000, 10_000, 100_000, 1_000_000)
 PLAN_SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
 RANKS = (1, 4, 16, 64, 256, 1000)
-NODE_RANKS = 8  # that share their plans
+NODE_RANKS = 8  # ranks of a node, which share their plans
 LENGTHS = (64, 128, 256, 512)
 MIB = 2**20
 
 
 def median_busy(run: Callable[[int], Any], repeats: int = 5) -> float:
-    """Processor seconds."""
+    """Return the processor seconds of a call."""
     times = []
     for repeat in range(repeats):
         began = time.process_time()
@@ -69,7 +71,7 @@ def median_busy(run: Callable[[int], Any], repeats: int = 5) -> float:
 
 
 def write_large_store(path: Path, num_samples: int) -> None:
-    """A real store of so many small samples: the first shard's content again and again, with ids and groups of their own."""
+    """Write a store of `count` small samples: copies of the first shard with different ids and groups."""
     first = min(SHARD, num_samples)
     description = write_synthetic_store(path, first, samples_per_shard=SHARD, pixels=False, num_codes_vocab=None, text_len=(3, 6),
                                         regions=(1, 2), frames=(2, 4), image_feature_dim=8, audio_feature_dim=8)  # fmt: skip
@@ -87,7 +89,9 @@ def write_large_store(path: Path, num_samples: int) -> None:
         counts += np.bincount(arrays["samples/split"], minlength=2)
     total = sum(shard.num_samples for shard in shards)
     split_counts = dict(zip(("train", "valid"), counts.tolist(), strict=True))
-    sums = train_sums(arrays, description.split_names.index(TRAIN_SPLIT))  # every shard's: their rows and splits are the same
+    sums = train_sums(
+        arrays, description.split_names.index(TRAIN_SPLIT)
+    )  # the sums of every shard, as their rows and splits are equal
     fields = {
         "shards": shards, "num_samples": total, "split_counts": split_counts,
         "statistics": statistics_of([sums] * len(shards), description.dims),
@@ -103,13 +107,13 @@ def store_config() -> Config:
 
 
 def resident_mib() -> tuple[float, float]:
-    """Anonymous, and mapped from files."""
+    """Return anonymous memory, and memory mapped from files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
 
 
 def open_store(path: Path) -> dict[str, float]:
-    """In a new process: open, plan, read."""
+    """Open, plan and read in a new process."""
     from opt_ds.data.samples import SampleReader
 
     config = store_config()
@@ -150,7 +154,7 @@ def _again(*arguments: str) -> str:
 
 
 class _Function:
-    """Looks like an array: element i is f(i)."""
+    """Acts like an array whose element i is f(i)."""
 
     def __init__(self, size: int, function: Callable[[np.ndarray], np.ndarray]) -> None:
         self._size, self._function = size, function
@@ -167,7 +171,7 @@ class _Function:
 
 
 class SimulatedStore(AssumedStore):
-    """Every sample has its own text, image and recording and is its own group; 99 of 100 train."""
+    """Every sample has its own text, image, audio and group. 99 of 100 are in the train split."""
 
     def __init__(self, config: Config, size: int) -> None:
         super().__init__(config.model, 40, 36, 65)
@@ -189,9 +193,9 @@ class SimulatedStore(AssumedStore):
 
 
 def plan_of(size: int) -> dict[str, float]:
-    """In a new process, for its peak of memory."""
+    """Make the plan in a new process, to measure its peak memory."""
     config = config_from_dict({}, where="benchmark")
-    plan_operators()  # loads torch, which a run has anyway
+    plan_operators()  # load torch, as every run does
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     plan = StepPlan(config, [cast(FeatureStore, SimulatedStore(config, size))])
@@ -220,7 +224,7 @@ def measure_ranks() -> list[dict[str, Any]]:
 
 
 def sharing_seconds(planned: PlannedStep) -> tuple[float, float]:
-    """Processor seconds of leaving a plan for the other ranks of a node, and of reading it."""
+    """Return the processor seconds of writing a plan for the other ranks of a node, and of reading it."""
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=folder) as name:
         path = Path(name) / "plan"
@@ -247,21 +251,29 @@ def measure_lengths() -> list[dict[str, Any]]:
                  "image_decoder_layers": 2, "dropout": 0.0, "attention_dropout": 0.0, "max_text_tokens": 256, "max_frames": 512,
                  "vocab_size": 8192, "image_codebook_size": 1024}  # fmt: skip
         count = 2048 // length
-        config = config_from_dict({"model": model, "tasks": {"mix": {"mlm": 1.0}}, "batch": {"size": count}}, where="benchmark")
+        config = config_from_dict(
+            {"model": model, "tasks": {"mix": {"mlm": 1.0}}, "batch": {"size": count}}, where="benchmark"
+        )
         store: Any = AssumedStore(config.model, text, length - text - frames - 2, frames)
-        store._spread = lambda modality, s=store: np.full(4096, s._means[modality], np.int32)  # all of one length
+        store._spread = lambda modality, s=store: np.full(
+            4096, s._means[modality], np.int32
+        )  # all samples have this length
         planned = StepPlan(config, [store]).step(0)
         reader, packer = SampleReader(config, [store]), Packer(config, store.description.tokenizer)
         batch = packer.pack([reader.read(planned.samples, slot) for slot in range(count)])
         network = OPT(config.model, config.tasks)
 
-        def run(_: int, network: Any = network, batch: Any = batch, planned: Any = planned, config: Config = config) -> None:
+        def run(
+            _: int, network: Any = network, batch: Any = batch, planned: Any = planned, config: Config = config
+        ) -> None:
             total_loss(network(batch), planned.counts, config.tasks, 1).backward()
             network.zero_grad()
 
         run(0)
         positions = batch.inputs.sequences.total
-        rows.append({"length": positions // count, "positions": positions, "us_a_position": median_busy(run) / positions * 1e6})
+        rows.append(
+            {"length": positions // count, "positions": positions, "us_a_position": median_busy(run) / positions * 1e6}
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -297,8 +309,18 @@ def column(rows: list[dict[str, Any]], x: str, y: str, **where: Any) -> Curve:
 def draw_all(found: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if rows := found.get("store"):
-        curves = {name: column(rows, "samples", "wall_s", index=index) for name, index in (("index", True), ("no index", False))}
-        draw(folder / "scaling-store.png", "open, plan, first micro-batch", "samples of the store", "seconds", curves, True)
+        curves = {
+            name: column(rows, "samples", "wall_s", index=index)
+            for name, index in (("index", True), ("no index", False))
+        }
+        draw(
+            folder / "scaling-store.png",
+            "open, plan, first micro-batch",
+            "samples of the store",
+            "seconds",
+            curves,
+            True,
+        )
     if rows := found.get("plan"):
         curves = {name: column(rows, "ids", key) for name, key in (("start", "start_s"), ("a step of 10,240", "step_s"),
                                                                    ("its sampler", "sampler_s"))}  # fmt: skip
@@ -308,13 +330,22 @@ def draw_all(found: dict[str, Any], folder: Path) -> None:
         draw(folder / "scaling-ranks.png", "load of the busiest rank over the mean", "ranks", "ratio", curves, False)
     if rows := found.get("length"):
         curves = {"4 x 384, fp32": column(rows, "length", "us_a_position")}
-        draw(folder / "scaling-length.png", "forward and backward", "positions of a sample", "µs a position", curves, False)
+        draw(
+            folder / "scaling-length.png",
+            "forward and backward",
+            "positions of a sample",
+            "µs per position",
+            curves,
+            False,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=("store", "plan", "ranks", "length"), help="default: all")
-    parser.add_argument("--output", type=Path, default=Path("scaling.json"), help="parts that are there already are kept")
+    parser.add_argument(
+        "--output", type=Path, default=Path("scaling.json"), help="JSON file; parts that it already holds are kept"
+    )
     parser.add_argument("--figures", type=Path, default=Path(__file__).parent)
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=int, help=argparse.SUPPRESS)

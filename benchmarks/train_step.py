@@ -1,19 +1,20 @@
-"""Time of a training step on this machine: ours, its peers, and our own loop without DeepSpeed.
+"""Measure a training step on this machine: opt_ds, baselines, and the loop of opt_ds without DeepSpeed.
 
     python benchmarks/train_step.py [--precision fp32 bf16] [--mix long emoji] [--device cuda --times 8] [--output FILE.json]
 
-All contenders have `opt-base`'s width (768, 12 heads, FFN 3,072), 4 layers, a vocabulary of 30,522, dropout 0.1, the same
+All models have `opt-base`'s width (768, 12 heads, FFN 3,072), 4 layers, a vocabulary of 30,522, dropout 0.1, the same
 embedders of regions and frames, the same samples and masks, fp32 accumulation of gradients and one fused AdamW:
 
     hf       transformers' BertForMaskedLM (SDPA), random batches, padded; the vocabulary's scores at every position
     uniter   transformers' BertModel (SDPA) as UNITER trains: buckets of equal length, padded; scores at masked positions only
     ours     packed; scores at masked positions only
 
-They are timed micro-batch by micro-batch in turn, each after a step of other micro-batches; a step is 8 of them and an update.
-`engine` is our whole optimiser step (all tasks, DeepSpeed stage 1, one rank, 8 micro-batches), against `loop`, the same model and
-micro-batches in a plain PyTorch loop. Tokens are positions with content; utilisation is needed operations (opt_ds.data.flops.py:
-no padding, no position that nothing reads) over those of a large matrix product timed in the same turns. `--times` enlarges the
-micro-batches, so that they fill a GPU; there `--backend` chooses our operators.
+They take turns micro-batch by micro-batch, each after a step of other micro-batches. A step is 8 of them and an update.
+`engine` is a complete optimiser step of opt_ds (all tasks, DeepSpeed stage 1, one rank, 8 micro-batches). It is
+compared with `loop`, the same model and micro-batches in a plain PyTorch loop. Tokens are positions with content.
+Utilisation is the number of needed operations (opt_ds/data/flops.py: without padding and unused positions), relative to
+a large matrix product timed in the same turns. `--times` enlarges the micro-batches, so that they occupy a GPU.
+`--backend` chooses the operators there.
 """
 
 import argparse
@@ -55,32 +56,32 @@ from opt_ds.training.host_memory import keep_few_primitives, keep_freed_memory  
 from opt_ds.training.trainer import parameter_groups  # noqa: E402
 
 ACCUMULATION = 8
-POOL = 32  # micro-batches' worth of samples that UNITER's buckets sort
+POOL = 32  # number of micro-batches whose samples UNITER's buckets sort
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Lengths of the samples, and how many make a micro-batch."""
+    """Lengths of the samples, and samples per micro-batch."""
 
     text: tuple[int, int]
     regions: tuple[int, int]
-    frames: tuple[int, int]  # as stored, before stacking
+    frames: tuple[int, int]  # before stacking
     samples: int
     model: tuple[str, ...] = ()
 
 
 MIXES = {
-    # 46–190 items, as narratives over detected regions have them
+    # 46–190 items, like narratives over detected regions
     "long": Mix((6, 54), (10, 56), (30, 80), 16),
-    # names of emoji: a few words, 16 grid cells, 8 log-mel frames side by side
+    # names of emoji: a few words, 16 grid cells, 8 stacked log-mel frames
     "emoji": Mix((2, 9), (16, 16), (70, 200), 40,
                  ("model.image_feature_dim=1280", "model.audio_feature_dim=80", "model.audio_stack=8", "model.max_regions=16")),
 }  # fmt: skip
 
 
 class MixData:
-    """A synthetic store of a mix, and micro-batches of its samples as each contender makes them."""
+    """A synthetic store of a mix, and the micro-batches that each method makes of its samples."""
 
     def __init__(self, folder: Path, mix: Mix, settings: list[str], device: torch.device) -> None:
         self.device = device
@@ -109,7 +110,7 @@ class MixData:
         return batch.to(self.device)
 
     def flops(self, slots: np.ndarray) -> float:
-        """Needed operations of a forward and backward pass on these samples."""
+        """Return the needed operations of a forward and backward pass on these samples."""
         return step_flops(self.config, select(self.planned.samples, slots)).total
 
     def tokens(self, slots: np.ndarray) -> int:
@@ -117,7 +118,7 @@ class MixData:
 
 
 class Accumulator:
-    """Gradients of several micro-batches in fp32, clipped, and one fused AdamW on fp32 masters: what DeepSpeed does, plainly."""
+    """Accumulates gradients in fp32, clips them, and runs one fused AdamW on fp32 masters, as DeepSpeed does."""
 
     def __init__(self, model: nn.Module, config: Config, dtype: torch.dtype) -> None:
         self.model, self.clip_norm = model.to(dtype).train(), config.optimizer.clip_norm
@@ -151,7 +152,7 @@ class Accumulator:
 
 
 class Contender(ABC):
-    """One way to train: its model, and the micro-batches that it makes of the samples."""
+    """One method of training: its model, and the micro-batches that it makes of the samples."""
 
     def __init__(self, data: MixData, dtype: torch.dtype) -> None:
         self.data, self.slots = data, self.micro_batches(data)
@@ -160,25 +161,27 @@ class Contender(ABC):
         self.trained = Accumulator(self.build(data.config).to(data.device), data.config, dtype)
 
     def warm_up(self) -> None:
-        """A step of micro-batches that are not timed: what was made for their shapes is there, for the timed ones it is not."""
+        """Run a step of other micro-batches, which is not timed. Code for their shapes is cached, code for the timed
+        ones is not.
+        """
         for slots in self.slots[ACCUMULATION : 2 * ACCUMULATION]:
             self.trained.backward(self.loss(self.data.pack(slots)))
         self.trained.update()
 
     @abstractmethod
     def micro_batches(self, data: MixData) -> list[np.ndarray]:
-        """Slots of each micro-batch."""
+        """Return the global sample indices of each micro-batch."""
 
     @abstractmethod
     def build(self, config: Config) -> nn.Module:
-        """The model, in fp32."""
+        """Return the model, in fp32."""
 
     @abstractmethod
     def loss(self, batch: PackedBatch) -> torch.Tensor:
-        """Of one micro-batch."""
+        """Return the inputs of one micro-batch."""
 
     def micro_batch(self, repeat: int) -> None:
-        """Forward and backward of one micro-batch."""
+        """Run forward and backward of one micro-batch."""
         self.trained.backward(self.loss(self.batches[repeat % len(self.batches)]))
 
     def update(self, _: int) -> None:
@@ -197,7 +200,7 @@ class Ours(Contender):
 
 
 def data_of_plan(data: MixData, rounds: int) -> list[np.ndarray]:
-    """The plan's samples in so many micro-batches of equal load, as a run would deal them."""
+    """Return the plan's samples in `count` micro-batches of equal load, distributed as in a run."""
     from opt_ds.data.micro_batches import distribute
 
     budget = int(data.lengths.sum() / rounds * 1.01) + 1
@@ -205,7 +208,7 @@ def data_of_plan(data: MixData, rounds: int) -> list[np.ndarray]:
 
 
 class PaddedBert(nn.Module):
-    """transformers' BERT over our embedders' rows, padded; the vocabulary's scores at masked positions or at all."""
+    """transformers' BERT on the rows of opt_ds's embedders, padded, with scores at masked positions or at all."""
 
     def __init__(self, config: Config, everywhere: bool) -> None:
         from transformers import BertConfig, BertForMaskedLM
@@ -255,7 +258,7 @@ class Uniter(HuggingFace):
     everywhere = False
 
     def micro_batches(self, data: MixData) -> list[np.ndarray]:
-        """Sorted by length and cut where the padded positions reach the others' positions; then in random order."""
+        """Sort by length, split where the padded positions reach the others' number of positions, and shuffle."""
         budget = data.lengths.sum() / POOL
         batches: list[np.ndarray] = []
         current: list[int] = []
@@ -275,7 +278,7 @@ PEERS: dict[str, type[Contender]] = {"hf": HuggingFace, "uniter": Uniter, "ours"
 def compare_peers(
     folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """Masked language modelling by all contenders; tokens a second, and needed operations over the matmul peak."""
+    """Measure masked language modelling by all methods: tokens per second and utilisation of the matmul peak."""
     data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
     for contender in built.values():
@@ -308,14 +311,14 @@ def compare_peers(
 
 @cache
 def this_rank() -> ProcessGroup:
-    """This process as the only rank, joined once: DeepSpeed keeps the first group that it sees."""
+    """Return this process as the only rank. It joins once, because DeepSpeed keeps the first group that it sees."""
     return ProcessGroup(find_ranks())
 
 
 def compare_engine(
     folder: Path, mix: Mix, precision: Precision, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """A whole optimiser step of all tasks under DeepSpeed, against the same in a plain loop."""
+    """Compare a complete optimiser step of all tasks under DeepSpeed with the same in a plain loop."""
     from opt_ds.training.deepspeed_config import Hardware
     from opt_ds.training.signals import StopRequest
     from opt_ds.training.trainer import Trainer
@@ -358,7 +361,9 @@ def compare_engine(
             name: {
                 "seconds_per_step": statistics.median(seconds[name]),
                 "tokens_per_s": sum(batch.num_tokens for batch in batches) / statistics.median(seconds[name]),
-                "utilisation": statistics.median(flops / s / peak for s, peak in zip(seconds[name], peaks, strict=True)),
+                "utilisation": statistics.median(
+                    flops / s / peak for s, peak in zip(seconds[name], peaks, strict=True)
+                ),
                 "seconds": seconds[name],
             }
             for name in ("loop", "engine")
@@ -388,9 +393,11 @@ def report(name: str, precision: str, peers: dict[str, Any] | None, engine: dict
             ],
         )  # fmt: skip
     if engine:
-        print(f"\n{name} mix, {precision}, all tasks, {engine['positions']} positions in {ACCUMULATION} micro-batches\n")
+        print(
+            f"\n{name} mix, {precision}, all tasks, {engine['positions']} positions in {ACCUMULATION} micro-batches\n"
+        )
         print_table(
-            ["", "seconds a step", "tokens/s", "needed operations over the matmul peak", "over the loop"],
+            ["", "seconds per step", "tokens/s", "utilisation of the matmul peak", "time relative to the loop"],
             [
                 [key, f"{engine[key]['seconds_per_step']:.2f}", f"{engine[key]['tokens_per_s']:.0f}",
                  f"{engine[key]['utilisation']:.0%}", f"{engine['engine_over_loop']:.3f}" if key == "engine" else ""]
@@ -400,25 +407,34 @@ def report(name: str, precision: str, peers: dict[str, Any] | None, engine: dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Time of a training step: ours, its peers, and the engine's own overhead.")
+    parser = argparse.ArgumentParser(
+        description="Time of a training step: opt_ds, baselines, and the overhead of DeepSpeed."
+    )
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--mix", nargs="+", choices=list(MIXES), default=list(MIXES))
     parser.add_argument("--part", nargs="+", choices=["peers", "engine"], default=["peers", "engine"])
-    parser.add_argument("--repeats", type=int, default=8, help="of each contender, in turn; at least 5")
-    parser.add_argument("--threads", type=int, help="None: as many as PyTorch takes")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu, with --threads 1, where others use the cores")
+    parser.add_argument("--repeats", type=int, default=8, help="number of turns; at least 5")
+    parser.add_argument("--threads", type=int, help="number of threads. Default: PyTorch's")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="wall, or cpu (with --threads 1) if other programs use the cores",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--times", type=int, default=1, help="as many samples in a micro-batch")
-    parser.add_argument("--backend", default="auto", help="our operators: auto, fused or torch")
+    parser.add_argument("--times", type=int, default=1, help="factor on the number of samples per micro-batch")
+    parser.add_argument("--backend", default="auto", help="backend of the operators: auto, fused or torch")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.PATH=VALUE", dest="settings")
-    parser.add_argument("--output", type=Path, help="the figures as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     most = "bf16" if "bf16" in arguments.precision else "fp32"
-    print(f"freed memory: {keep_freed_memory(device.type)}; oneDNN's primitives kept: {keep_few_primitives(device.type, most)}")
-    print(f"our operators: {backend.choose(arguments.backend, device)}")
+    print(
+        f"freed memory: {keep_freed_memory(device.type)}; oneDNN's primitives kept: {keep_few_primitives(device.type, most)}"
+    )
+    print(f"operators: {backend.choose(arguments.backend, device)}")
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     print(result["machine"])
     with tempfile.TemporaryDirectory() as folder:

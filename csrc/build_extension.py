@@ -108,7 +108,7 @@ class BuildKernels(build_ext):
 
 
 class _Jobs:
-    """Compilations, as many at a time as the pool has threads."""
+    """Run compilations in parallel, one per thread of the pool."""
 
     def __init__(self, pool: ThreadPoolExecutor, folder: Path) -> None:
         self._pool, self._folder = pool, folder

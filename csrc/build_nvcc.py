@@ -15,7 +15,7 @@ _QUERY_SECONDS = 120
 
 
 class NotBuiltError(Exception):
-    """A part cannot be built here; the message says why, in one line."""
+    """A part cannot be built here. The message is one line with the reason."""
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +50,7 @@ class Nvcc:
                 f'-DOPT_DS_ARCHITECTURES="{named}"', *(architecture.flag for architecture in architectures), "-c"]  # fmt: skip
 
     def runtime_flags(self, source: Path) -> list[str]:
-        """Linker flags of the static CUDA runtime. nvcc itself says where its toolkit is: the one on PATH may be a wrapper.
+        """Return linker flags of the static CUDA runtime. nvcc reports its toolkit's folder, as PATH may have a wrapper.
 
         `source`: any CUDA file. Raises NotBuiltError where the library is missing.
         """

@@ -36,7 +36,7 @@ print(json.dumps([list(sys.version_info[:2]), answer]))
 
 
 class BrokenTorchError(Exception):
-    """There is a torch that cannot be imported; the message says why."""
+    """There is a torch that cannot be imported. The message states the reason."""
 
 
 @dataclass(frozen=True)

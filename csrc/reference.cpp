@@ -1,5 +1,5 @@
 // The operators in plain ATen, as their CPU key: what the kernels are measured against, in any floating type (float64 for gradcheck).
-// Written to be read beside the formulas in csrc/kernels, not to be fast; the dropout masks are the kernels' bits.
+// Written for comparison with the formulas in csrc/kernels, not for speed; the dropout masks are the kernels' bits.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

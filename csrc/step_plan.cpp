@@ -1,4 +1,4 @@
-// What the step plan repeats for every sample, compiled: hashing keys, permuting positions, dealing samples to micro-batches.
+// The step plan's work per sample, compiled: hashing keys, permuting positions, assigning samples to micro-batches.
 // Each function returns, bit for bit, what its NumPy form in opt_ds/ops/keyed.py and opt_ds/data/micro_batches.py returns;
 // those explain the algorithms. Plain C++ on the CPU, one thread.
 #include <ATen/ATen.h>
@@ -21,7 +21,7 @@ namespace {
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull, kStart = 0x243F6A8885A308D3ull;
 constexpr int kFeistelRounds = 6;
 constexpr int64_t kBlock = 512;  // hashes that stay in the nearest cache while all their keys are absorbed
-constexpr int kLanes = 8;        // walks of a permutation that are computed side by side: one alone waits for its products
+constexpr int kLanes = 8;        // cycles of a permutation that are computed together, because a single one waits for its products
 
 uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -75,7 +75,7 @@ Tensor permute(const Tensor& index, int64_t count, const Tensor& keys) {
     size_t still = 0;
     for (size_t start = 0; start < walking.size(); start += kLanes) {
       const int lanes = std::min<size_t>(kLanes, walking.size() - start);
-      for (int lane = 0; lane < kLanes; ++lane) {  // the lanes without a walk repeat the last one
+      for (int lane = 0; lane < kLanes; ++lane) {  // lanes without a cycle repeat the last one
         const int64_t i = walking[start + std::min(lane, lanes - 1)];
         left[lane] = image[i] >> half, right[lane] = image[i] & mask;
         if (known[lane] && key_of[lane] == key[i]) continue;
@@ -157,7 +157,7 @@ class CheapestBin {
   std::vector<Entry> nodes_;  // node i has the children 2i and 2i + 1
 };
 
-// Each sample's micro-batch, given the order in which the samples are taken; none if one finds no room in the `tries` cheapest.
+// Each sample's micro-batch, given the order in which the samples are taken; none if one does not fit into the `tries` cheapest.
 std::vector<int32_t> assign(std::span<const int64_t> tokens, std::span<const double> costs, std::span<const int32_t> order,
                             int64_t bins, int64_t max_tokens, int64_t tries) {
   const size_t n = tokens.size();

@@ -1,6 +1,6 @@
-"""What a trained model can do. A task's loss says which of these it teaches; experiments and the server ask for them."""
+"""What a trained model can do. A task's loss declares which of these it teaches. Experiments and the server require them."""
 
 WRITE_TEXT = "write text"
 GENERATE_IMAGES = "generate images"
-MATCH = "judge what belongs together"
-LABEL = "give labels"
+MATCH = "predict whether inputs match"
+LABEL = "predict labels"

@@ -5,14 +5,17 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one line: what is wrong, where, and how to fix it.
+    """A mistake that the user can fix. The message is one line: what is wrong, where, and how to fix it.
 
     Commands print it without a traceback and exit with code 2 (bad input).
     """
 
 
 class RunError(RuntimeError):
-    """A run that began well cannot go on. The message says, in one line, why, and where its saved state is. Exit code 1."""
+    """A running command cannot continue. The message is one line: the reason, and where the state is saved.
+
+    The exit code is 1.
+    """
 
 
 class TrainingStoppedError(Exception):

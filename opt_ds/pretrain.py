@@ -50,21 +50,25 @@ _RANKS = Ranks()
 def pretrain(
     *,
     config: ConfigOptions,
-    output: Annotated[Path | None, typer.Option(help="Directory of the run; it resumes if it has begun.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the run. If it holds a run, that run resumes.")
+    ] = None,
     init_from: Annotated[
         Path | None,
-        typer.Option(help="Start a new run from the weights of this run (its best checkpoint), or of one checkpoint."),
+        typer.Option(help="Start a new run from the weights of a run (its best checkpoint) or of one checkpoint."),
     ] = None,
     init_moments: Annotated[
-        bool, typer.Option("--init-moments", help="With --init-from: take the optimiser's moments too.")
+        bool, typer.Option("--init-moments", help="With --init-from: take Adam's moments too.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Fail if --output has no checkpoint to go on from.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Fail if --output has no checkpoint to resume from.")
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> int:
     """Pre-train OPT on one or several feature stores.
 
-    Without options: the emoji store in data/emoji (built once if missing) with its preset. A second start with the same
-    --output resumes. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
+    Without options, it trains on the emoji store in data/emoji (built once if missing) with its preset. Run the same
+    command again to resume. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
     start = _start(init_from, init_moments, output)
     resolved, output = _resolve(config.config, config.stores, output, config.changes, start)
@@ -94,10 +98,10 @@ def _resolve(
 
     if start and not (stores or preflight.configured_stores(source, settings)):
         stores = list(start.config.data.stores)
-        _LOG.info(f"no store given: taking {', '.join(stores)}, as {start.run}")
+        _LOG.info(f"no --store: using {', '.join(stores)}, as {start.run} does")
     if source is None:
         source, why = _default_source(stores, settings, start)
-        _LOG.info(f"taking {source} ({why})")
+        _LOG.info(f"using {source} ({why})")
     configured = preflight.configured_stores(source, settings)
     if stores and configured and stores != configured:
         _LOG.info(f"--store replaces the configuration's data.stores ({', '.join(configured)})")
@@ -138,7 +142,7 @@ def _default_store(path: Path) -> str:
     if _RANKS.is_main:
         from opt_ds.ingest import emoji_store
 
-        _LOG.info(f"{path} is not there: building the emoji store, once")
+        _LOG.info(f"{path} does not exist: building the emoji store, once")
         emoji_store(path, path.parent / "emoji-corpus")
     began = time.monotonic()
     while not finished.is_file():

@@ -1,4 +1,4 @@
-"""Text, YAML and JSON that a user wrote: one line for what is wrong, with its place. A key that is there twice is wrong."""
+"""Text, YAML and JSON that a user wrote: one line for what is wrong, with its place. A repeated key is an error."""
 
 import codecs
 import json
@@ -20,15 +20,15 @@ _KINDS = {
     ("tuple_type", "list_type"): "a list is expected, such as [a, b]",
     ("dict_type", "model_type", "model_attributes_type"): "a section of `key: value` is expected",
 }
-_YAML_PROBLEMS = (  # what PyYAML says, and what we say; the first one that fits counts
+_YAML_PROBLEMS = (  # PyYAML's message, and its replacement; the first match is used
     (r"'\\t'", "a tab indents it: use spaces"),
     (r"expected ',' or|node content.*stream end", "a list or section in brackets is not closed, or a comma is missing"),
-    (r"mapping (values|keys) are not allowed", "a colon or ? that may not be there: put a text that has one in quotes"),
+    (r"mapping (values|keys) are not allowed", "an unexpected colon or ?: put a text that has one in quotes"),
     (r"could not find expected ':'", "a key without its colon"),
     (r"unexpected end of stream", "a quote is not closed"),
     (r"cannot start any token", "a text that begins with this character needs quotes"),
     (r"undefined alias", "an alias (*name) whose anchor (&name) is not there"),
-    (r"second occurrence", "an anchor (&name) that is there twice"),
+    (r"second occurrence", "an anchor (&name) that occurs twice"),
     (r"constructor for the tag|tag handle|URI|expected a .* node|for merging", "a tag (!name), or a value that does not fit it"),
     (r"<block end>|block sequence entries|indentation indicators", "its indentation does not fit the lines above"),
     (r"another document|<document start>|directive", "a second document, or a line that begins with %: give one document"),
@@ -67,14 +67,14 @@ def parse_yaml(text: str, where: str) -> Any:
         character = error.character if isinstance(error.character, str) else chr(error.character)
         line, column = text[: error.position].count("\n") + 1, error.position - text[: error.position].rfind("\n")
         raise UserError(
-            f"{where} line {line}, column {column}: not readable as YAML (the character U+{ord(character):04X} may not be there)"
+            f"{where} line {line}, column {column}: not readable as YAML (the character U+{ord(character):04X} is not allowed)"
         ) from None
     except RecursionError:
         raise UserError(f"{where}: not readable as YAML (nested too deeply)") from None
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"{where}: not readable as YAML (a date or a number that cannot be)") from None
+        raise UserError(f"{where}: not readable as YAML (an impossible date or number)") from None
 
 
 def read_json(path: Path) -> Any:
@@ -130,7 +130,7 @@ def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
     """
     if id(node) in counts:
         if not counts[id(node)]:
-            raise UserError(f"{where} line {node.start_mark.line + 1}: an anchor holds itself: write the value out")
+            raise UserError(f"{where} line {node.start_mark.line + 1}: an anchor contains itself: write the value out")
         return counts[id(node)]
     counts[id(node)] = 0
     total = 1
@@ -154,7 +154,7 @@ def _refuse_repeated(node: yaml.MappingNode, where: str) -> None:
         name, line = (key.tag, key.value), key.start_mark.line + 1
         if name in lines:
             places = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
-            raise UserError(f'{where}: key "{key.value}" is there twice ({places}): remove one')
+            raise UserError(f'{where}: key "{key.value}" occurs twice ({places}): remove one')
         lines[name] = line
 
 
@@ -162,7 +162,7 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise UserError(f'{path}: key "{key}" is there twice: remove one')
+            raise UserError(f'{path}: key "{key}" occurs twice: remove one')
         found[key] = value
     return found
 
@@ -170,4 +170,4 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 def _problem(error: yaml.MarkedYAMLError) -> str:
     """Return what is wrong, in our words."""
     text = " ".join(str(error.problem or error.context).split())
-    return next((words for pattern, words in _YAML_PROBLEMS if re.search(pattern, text)), "this may not be there")
+    return next((words for pattern, words in _YAML_PROBLEMS if re.search(pattern, text)), "unexpected content")

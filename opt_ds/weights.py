@@ -25,7 +25,7 @@ _NAMES = ("model.safetensors", "pytorch_model.bin")
 def read_state_dict(file: Path, what: str) -> Tensors:
     """Return a file's tensors by name, on the CPU, whatever the file's ending.
 
-    Raises UserError, in one line that says what the file is and how to fix it, unless it is safetensors or a state dict
+    Raises UserError, in one line that states what the file is and how to fix it, unless it is safetensors or a state dict
     saved by torch; and for weights that are NaN or infinite. A dictionary under "model" or "state_dict" is unpacked.
     """
     if not file.exists():
@@ -109,7 +109,7 @@ def _first(keys: list[str]) -> str:
 def _refuse_not_finite(file: Path, state: Tensors) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-            raise UserError(f"{file}: {name} is NaN or infinite: the training that made it failed, take another checkpoint")
+            raise UserError(f"{file}: {name} is NaN or infinite: its training failed: use another checkpoint")
 
 
 def _file_within(folder: Path) -> str:
@@ -118,7 +118,7 @@ def _file_within(folder: Path) -> str:
 
 
 def _other_content(file: Path) -> str | None:
-    """Return what the first bytes say a file is instead of a checkpoint, with the fix."""
+    """Return what a file is instead of a checkpoint according to its first bytes, with the fix."""
     with open(file, "rb") as stream:
         start = stream.read(512)
     if not start:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The ablation under Slurm, one array task a row: pre-training, then its probe. The last one to finish leaves the whole table.
+# Run the ablation under Slurm, one array task per row: pre-training, then its probe. The last task writes the complete table.
 #
 #   slurm/ablate.sh --config opt-base --store /data/store --output /data/ablation        # submits the array; on a login node
 #   SBATCH_OPTIONS="--nodes=2 --partition=gpu" slurm/ablate.sh …
 #
-# Arguments are those of opt-ds ablate. A task comes back as slurm/pretrain.sh's job does; the same command goes on.
+# Arguments are those of opt-ds ablate. A task requeues itself like a job of slurm/pretrain.sh. Run the same command to resume.
 # Settings by environment: common.sh, and SBATCH_OPTIONS, which overrides the lines below. Manual: docs/cluster.md.
 
 #SBATCH --job-name=opt_ds-ablate
@@ -20,8 +20,8 @@
 
 set -uo pipefail
 
-if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves, a task for each row
-  command -v sbatch >/dev/null || { echo "error: sbatch not found: start this on a login node of a Slurm cluster" >&2; exit 2; }
+if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit this script, one task per row
+  command -v sbatch >/dev/null || { echo "error: sbatch not found: run this script on a login node of a Slurm cluster" >&2; exit 2; }
   export OPT_DS_HOME=${OPT_DS_HOME:-$(dirname "$(dirname "$(realpath "$0")")")}
   source "$OPT_DS_HOME/slurm/common.sh"
   rows=$("${PYTHON[@]}" -m opt_ds ablate "$@" --list) || exit
@@ -35,8 +35,8 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves, a task for
   exit
 fi
 
-# Slurm runs a copy of this script: the checkout is where the submitted one lies. Command= is its path and the arguments without
-# quotes, and all of them may contain spaces: the path is the shortest beginning that names a script of a checkout.
+# Slurm runs a copy of this script: the checkout is the one that holds the submitted script. Command= is its path and the arguments without
+# quotes. All of them may contain spaces, so the path is the shortest prefix that names a script of a checkout.
 if [[ -z ${OPT_DS_HOME:-} ]]; then
   IFS= read -r command < <(scontrol show job -o "$SLURM_JOB_ID") || true
   command=${command#* Command=} submitted=${command%% *}
@@ -58,5 +58,5 @@ if [[ $row != untrained ]]; then
   mapfile -t arguments <<<"$arguments"
   pretrain "${arguments[@]}" || exit
 fi
-# The run is finished: this finds it so, probes it, and writes the table of all rows that are there.
+# The run is finished. This command detects that, fits the probe, and writes the table of all rows that exist.
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${PYTHON[@]}" -m opt_ds ablate "$@" --task "$SLURM_ARRAY_TASK_ID" --num-ranks 1

@@ -1,10 +1,10 @@
-# Sourced by the job scripts here: where the checkout is, which Python runs, and what every compute node needs to know.
+# Sourced by the job scripts of this folder: finds the checkout and Python, and sets the environment of the compute nodes.
 #
-#   OPT_DS_HOME        the checkout (default: where the submitted script lies)
+#   OPT_DS_HOME        the checkout (default: the one that holds the submitted script)
 #   OPT_DS_PYTHON      the interpreter (default: $OPT_DS_HOME/.venv/bin/python)
-#   OPT_DS_CONTAINER   an Apptainer image to run in instead (see opt_ds.def); OPT_DS_BIND: further folders that it shall see
+#   OPT_DS_CONTAINER   an Apptainer image to run in instead (see opt_ds.def); OPT_DS_BIND: further folders that the container sees
 
-[[ ${BASH_SOURCE[0]} != "$0" ]] || { echo "error: common.sh is part of the job scripts beside it: submit one of those with sbatch" >&2; exit 2; }
+[[ ${BASH_SOURCE[0]} != "$0" ]] || { echo "error: common.sh is part of the job scripts in this folder: submit one of those with sbatch" >&2; exit 2; }
 
 say() { echo "[$(date +%FT%T)] $*"; }
 
@@ -23,7 +23,7 @@ if ! command -v "${PYTHON[0]}" >/dev/null; then
 fi
 export PYTHONPATH=$OPT_DS_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-# Compute nodes often have no way out: nothing may wait for a download.
+# Compute nodes often have no internet, so nothing may wait for a download.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 PIP_NO_INDEX=1 TOKENIZERS_PARALLELISM=false
 
 # Since Slurm 22.05 srun no longer takes --cpus-per-task from the job.

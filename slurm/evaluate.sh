@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluation under Slurm: sbatch slurm/evaluate.sh [what opt-ds evaluate takes]
+# Evaluate under Slurm: sbatch slurm/evaluate.sh [arguments of opt-ds evaluate]
 #
 #   sbatch slurm/evaluate.sh summary --checkpoint runs/base --store /data/store --output runs/base/result.json
 #
@@ -19,8 +19,8 @@ set -euo pipefail
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: not in a Slurm job: submit it with sbatch slurm/evaluate.sh $*" >&2; exit 2; }
 
-# Slurm runs a copy of this script: the checkout is where the submitted one lies. Command= is its path and the arguments without
-# quotes, and all of them may contain spaces: the path is the shortest beginning that names a script of a checkout.
+# Slurm runs a copy of this script: the checkout is the one that holds the submitted script. Command= is its path and the arguments without
+# quotes. All of them may contain spaces, so the path is the shortest prefix that names a script of a checkout.
 if [[ -z ${OPT_DS_HOME:-} ]]; then
   IFS= read -r command < <(scontrol show job -o "$SLURM_JOB_ID") || true
   command=${command#* Command=} submitted=${command%% *}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Feature extraction under Slurm, one array task a share of the store, then one task that joins them:
+# Extract features under Slurm: one array task per partition of the store, then one task that merges them:
 #
 #   slurm/prepare.sh --manifest my/manifest.jsonl --output /data/store …        # submits both; on a login node
 #   SHARES=64 SBATCH_PARTITION=gpu slurm/prepare.sh --manifest …
 #
-# Arguments are those of opt-ds prepare. A share that stops resumes when the same command is given again.
-# Settings by environment: common.sh, SHARES (default 16), and sbatch's own SBATCH_… variables. Manual: docs/cluster.md.
+# Arguments are those of opt-ds prepare. Run the same command again to resume partitions that failed.
+# Settings by environment: common.sh, SHARES (number of partitions, default 16), and sbatch's own SBATCH_… variables. Manual: docs/cluster.md.
 
 #SBATCH --job-name=opt_ds-prepare
 #SBATCH --nodes=1
@@ -19,8 +19,8 @@
 
 set -euo pipefail
 
-if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves
-  command -v sbatch >/dev/null || { echo "error: sbatch not found: start this on a login node of a Slurm cluster" >&2; exit 2; }
+if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit this script
+  command -v sbatch >/dev/null || { echo "error: sbatch not found: run this script on a login node of a Slurm cluster" >&2; exit 2; }
   output=""
   for ((i = 1; i <= $#; i++)); do
     [[ ${!i} == --output=* ]] && output=${!i#--output=}
@@ -30,12 +30,12 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit ourselves
   shares=$(sbatch --parsable --array="0-$((${SHARES:-16} - 1))" "$0" "$@")
   merge=$(sbatch --parsable --dependency="afterok:$shares" --kill-on-invalid-dep=yes --array=0 --gpus-per-node=0 \
     --job-name=opt_ds-merge "$0" merge "$output")
-  echo "shares: job $shares (${SHARES:-16} tasks); then merge: job $merge"
+  echo "partitions: job $shares (${SHARES:-16} tasks); then merge: job $merge"
   exit
 fi
 
-# Slurm runs a copy of this script: the checkout is where the submitted one lies. Command= is its path and the arguments without
-# quotes, and all of them may contain spaces: the path is the shortest beginning that names a script of a checkout.
+# Slurm runs a copy of this script: the checkout is the one that holds the submitted script. Command= is its path and the arguments without
+# quotes. All of them may contain spaces, so the path is the shortest prefix that names a script of a checkout.
 if [[ -z ${OPT_DS_HOME:-} ]]; then
   IFS= read -r command < <(scontrol show job -o "$SLURM_JOB_ID") || true
   command=${command#* Command=} submitted=${command%% *}
@@ -51,8 +51,8 @@ source "$OPT_DS_HOME/slurm/common.sh"
 if [[ ${1:-} == merge ]]; then
   srun "${PYTHON[@]}" -m opt_ds merge "${@:2}"
 else
-  say "share $SLURM_ARRAY_TASK_ID of $SLURM_ARRAY_TASK_COUNT: prepare $*"
+  say "partition $SLURM_ARRAY_TASK_ID of $SLURM_ARRAY_TASK_COUNT: prepare $*"
   own=(--shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
-  [[ " $*" == *" --workers"* ]] || own+=(--workers "$SRUN_CPUS_PER_TASK") # an option is given once
+  [[ " $*" == *" --workers"* ]] || own+=(--workers "$SRUN_CPUS_PER_TASK") # an option may occur only once
   srun "${PYTHON[@]}" -m opt_ds prepare "${own[@]}" "$@"
 fi

@@ -1,4 +1,4 @@
-"""For every test: one thread a process, since several test processes share few cores; and the stores that many tests read."""
+"""Fixtures of all tests: one thread per process, since several test processes share few cores; stores that many tests read."""
 
 import gc
 import os
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the tests have imported stays: a garbage collection, of which DeepSpeed asks for many, need not look at it."""
+    """Exclude imported objects from garbage collection, which DeepSpeed requests often."""
     gc.collect()
     gc.freeze()
 
@@ -75,7 +75,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
 
 @pytest.fixture(scope="session")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
-    """Four samples a group: a negative must come from another group, not only be another sample."""
+    """Four samples per group, so that a negative must come from another group and not only be another sample."""
     from tests.tiny import make_store
 
     return make_store(tmp_path_factory.mktemp("stores") / "grouped", 80, samples_per_group=4, seed=2)
@@ -89,7 +89,7 @@ def no_codes(tmp_path_factory: pytest.TempPathFactory) -> "FeatureStore":
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[Any]:
-    """This process as a run's only rank: one for all tests of a process, since PyTorch has one default group."""
+    """Return this process as a run's only rank. All tests of a process share it, since PyTorch has one default group."""
     from opt_ds.training.distributed import ProcessGroup, find_ranks
 
     joined = ProcessGroup(find_ranks())

@@ -1,4 +1,4 @@
-"""A file system of its own whose size a test chooses: what a full disk looks like from inside."""
+"""A separate file system of a chosen size, to test full disks."""
 
 import subprocess
 from collections.abc import Iterator

@@ -77,7 +77,7 @@ def test_a_file_starts_from_its_preset_and_settings_come_last(tmp_path: Path) ->
         (["batch.size.x=1"], '"batch.size" is a value, not a section'),
         (["model.num_heads=5"], "not a multiple of num_heads 5"),
         (["tasks.mix={mlmm: 1}"], '"mlmm" (did you mean "mlm"?)'),
-        ([f"tasks.{loss}.weight=0" for loss in ("mlm", "mvm", "mam", "modality", "matching")], "leave no task"),
+        ([f"tasks.{loss}.weight=0" for loss in ("mlm", "mvm", "mam", "modality", "matching")], "no task is enabled"),
         (["precision=fp16", "zero.stage=0"], "use zero.stage=1"),
         (["batch.max_tokens=100"], "batch.max_tokens 100 cannot hold the longest sample"),
         (["schedule.warmup_steps=1000"], "is not below schedule.total_steps"),

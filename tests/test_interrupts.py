@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a lost terminal: one line, no traceback of any process, nothing half-written, and no process left.
+"""Test Ctrl-C, SIGTERM and a closed terminal: one line, no traceback of any process, no partial file, no process left.
 
 Exit code: 128 plus the signal's number, 75 where training saved. A terminal sends its signals to all processes of a command.
 """
@@ -23,7 +23,7 @@ from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.store.synthetic import write_synthetic_store
 from opt_ds.training import checkpoint
 
-RESUMES = "stopped: the same command goes on where it was"
+RESUMES = "stopped: run the same command again to resume"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def interrupt(
     imports: bool = False,
     nohup: bool = False,
 ) -> tuple[int, list[str]]:
-    """Run `opt-ds`, send a signal when its output has the text; give its code and the lines that say that it stopped.
+    """Run `opt-ds`, send a signal when its output has the text, and return its code and the lines about the stop.
 
     `imports`: the output also names each module as it is loaded. `nohup`: it is started with SIGHUP ignored.
     """
@@ -140,7 +140,7 @@ def test_a_terminal_that_is_lost_costs_nothing(store: Path, tmp_path: Path) -> N
     process, terminal = pty.fork()
     if process == 0:
         os.execv(sys.executable, [sys.executable, "-m", "opt_ds", *command, "--steps", "99999"])
-    termios.tcsetwinsize(terminal, (24, 100))  # there is no room for a progress bar otherwise
+    termios.tcsetwinsize(terminal, (24, 100))  # otherwise there is no space for a progress bar
     shown = b""
     while b"step/s" not in shown:
         shown += os.read(terminal, 4096)

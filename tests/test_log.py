@@ -24,7 +24,7 @@ from opt_ds.store.files import exclusive_use
 
 ROOT = Path(__file__).parent.parent
 LOGGER = logging.getLogger("opt_ds.store.somewhere")
-#: Every level, a message of every rank, and one beside a result.
+#: Every level, a message of every rank, and one next to a result.
 SAMPLES = (
     (logging.DEBUG, "looked", None),
     (logging.INFO, "made 100% of {it}", None),
@@ -153,7 +153,7 @@ def test_importing_configures_nothing_and_a_program_without_logging_sees_warning
 
 
 def test_two_ranks_print_a_runs_lines_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """Each rank is a process that logs the same; the second one prints what concerns itself alone."""
+    """Each rank is a process that logs the same. The second one prints only its own messages."""
     for rank in range(2):
         in_a_child(lambda rank=rank: run_program(talk, [], "talk", rank))
     lines = [line for stream in capfd.readouterr() for line in stream.splitlines()]

@@ -1,4 +1,4 @@
-"""What `import opt_ds` gives: quickly, and nothing else."""
+"""Test `import opt_ds`: it is quick, and defines only the public names."""
 
 import subprocess
 import sys

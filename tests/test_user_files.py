@@ -18,28 +18,28 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("model: {hidden_size: 64}\nseed: 1\nmodel: {num_heads: 2}\n", 'key "model" is there twice (lines 1 and 3)'),
-        ("model:\n  num_heads: 2\n  num_heads: 4\n", 'key "num_heads" is there twice (lines 2 and 3)'),
-        ("model: {num_heads: 2, num_heads: 4}\n", 'key "num_heads" is there twice (line 1)'),
+        ("model: {hidden_size: 64}\nseed: 1\nmodel: {num_heads: 2}\n", 'key "model" occurs twice (lines 1 and 3)'),
+        ("model:\n  num_heads: 2\n  num_heads: 4\n", 'key "num_heads" occurs twice (lines 2 and 3)'),
+        ("model: {num_heads: 2, num_heads: 4}\n", 'key "num_heads" occurs twice (line 1)'),
         ("model:\n\tnum_heads: 2\n", "line 2, column 1: not readable as YAML (a tab indents it: use spaces)"),
         ("- model\n", "expected a mapping of config keys, found a list"),
         ("a: [\n", "line 2, column 1: not readable as YAML (a list or section in brackets is not closed, or a comma is missing)"),
         ("a: {b: 1\nc: 2}\n", "a list or section in brackets is not closed, or a comma is missing"),
-        ("a: b: c\n", "line 1, column 5: not readable as YAML (a colon or ? that may not be there"),
+        ("a: b: c\n", "line 1, column 5: not readable as YAML (an unexpected colon or ?"),
         ("a: 'b\n", "not readable as YAML (a quote is not closed)"),
         ("a: @b\n", "line 1, column 4: not readable as YAML (a text that begins with this character needs quotes)"),
         ("a: *b\n", "an alias (*name) whose anchor (&name) is not there"),
         ("a: !b c\n", "a tag (!name)"),
         ("a: 1\n  b: 2\n c: 3\n", "not readable as YAML ("),
         ("a: 1\n---\nb: 2\n", "a second document"),
-        ("a: 1\nb: \x07\n", "line 2, column 4: not readable as YAML (the character U+0007 may not be there)"),
+        ("a: 1\nb: \x07\n", "line 2, column 4: not readable as YAML (the character U+0007 is not allowed)"),
         ('a: "\\q"\n', "an unknown escape"),
         ("? [a]\n: b\n", "a list or a section cannot be a key"),
-        ("model: &m\n  x: *m\n", "an anchor holds itself"),
+        ("model: &m\n  x: *m\n", "an anchor contains itself"),
         (LAUGHS, "more than 100,000 values"),
         ("a: " + "[" * 1500 + "]" * 1500, "nested too deeply"),
         (b"seed: \xff\n", "not UTF-8 text (byte 6)"),
-        ("seed: 2024-13-45\n", "not readable as YAML (a date or a number that cannot be)"),
+        ("seed: 2024-13-45\n", "not readable as YAML (an impossible date or number)"),
         ("seed: one\n", "seed: a whole number is expected (found 'one')"),
         ("train: {recompute: 7}\n", "train.recompute: true or false is expected"),
         ("data: {stores: mine}\n", "data.stores: a list is expected, such as [a, b]"),
@@ -65,10 +65,10 @@ def test_anchors_and_merge_keys_within_reason_are_fine(tmp_path: Path) -> None:
 def test_other_files(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text('{"fp16": {}, "fp16": {"enabled": true}}')
-    with pytest.raises(UserError, match='key "fp16" is there twice'):
+    with pytest.raises(UserError, match='key "fp16" occurs twice'):
         read_json(file)
     file.write_text("steps: 3\nsteps: 4\n")
-    with pytest.raises(UserError, match=r'key "steps" is there twice \(lines 1 and 2\)'):
+    with pytest.raises(UserError, match=r'key "steps" occurs twice \(lines 1 and 2\)'):
         load_dvae_config("dvae-tiny", file)
     for reader in (read_json, read_yaml):
         with pytest.raises(UserError, match="is a folder"):

@@ -55,7 +55,7 @@ def _nan(file: Path) -> None:
         ("a.pt", lambda file: file.write_bytes(b'{"a": 1}'), "it is JSON: name the file of weights"),
         ("a.bin", lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
         ("a.pt", lambda file: file.write_bytes(bytes(range(256))), "cut off, damaged or of another kind"),
-        ("a.pt", _nan, "weight is NaN or infinite: the training that made it failed"),
+        ("a.pt", _nan, "weight is NaN or infinite: its training failed"),
         ("a.pt", lambda file: torch.save([torch.zeros(1)], file), "not a state dict"),
         ("a.pt", lambda file: None, "no such file"),
     ],

@@ -59,7 +59,7 @@ def index_with(store: FeatureStore, rows: np.ndarray) -> StoreIndex:
 
 
 def masked(store: FeatureStore, modality: int) -> FeatureStore:
-    """The same store, opened anew, as if no sample had the modality."""
+    """Open the same store again, as if no sample had the modality."""
     without = FeatureStore(store.path)
     rows = without.index.rows.copy()
     rows[:, modality] = -1
@@ -92,7 +92,7 @@ def make_model(config: Config, seed: int = 0) -> OPT:
 
 
 def read_samples(config: Config, stores: list[FeatureStore], step: int = 0) -> list[Sample]:
-    """All samples of one training step, in the order of their slots."""
+    """Return all samples of one training step, in the order of their global indices."""
     planned, reader = StepPlan(config, stores).step(step), SampleReader(config, stores)
     return [reader.read(planned.samples, slot) for slot in range(planned.num_samples)]
 

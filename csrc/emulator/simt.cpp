@@ -1,6 +1,6 @@
 // The emulator's runtime: runs a grid block by block, a block as one fiber per thread.
 //
-// What it checks while it runs: a block that cannot go on (divergent barriers), lanes that meet in different warp operations or
+// What it checks while it runs: a block that cannot continue (divergent barriers), lanes that meet in different warp operations or
 // masks, a shuffle from a lane outside the mask, misaligned ldmatrix rows. Shared memory starts as NaN (all bits set).
 //
 // Sanitizers. AddressSanitizer and ThreadSanitizer know about fibers when told (SIMT_ASAN, SIMT_TSAN). Under ThreadSanitizer only

@@ -1,6 +1,6 @@
 // What a kernel sees when g++ compiles it instead of nvcc: CUDA's keywords, built-in variables and warp operations, each backed by
-// the runtime in simt.cpp. A CUDA thread is a fiber (a stack of its own, switched by hand); the fibers of a block take turns in an
-// order drawn from SIMT_SEED, so that a missing barrier shows as a wrong number, a NaN, or a report of ThreadSanitizer.
+// the runtime in simt.cpp. A CUDA thread is a fiber (with its own stack, switched manually); the fibers of a block take turns in an
+// order that follows from SIMT_SEED, so that a missing barrier shows as a wrong number, a NaN, or a report of ThreadSanitizer.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,7 +1,7 @@
 // Attention, backward, deterministic: no atomics. With P = softmax(scale * q k^T), M the dropout mask (0 or 1) and c its scale:
-//     delta = sum_d d_out * out                       one number a query and head
+//     delta = sum_d d_out * out                       one number per query and head
 //     d_v = c * (M P)^T d_out     dS = P * (c * M * (d_out v^T) - delta)     d_q = scale * dS k     d_k = scale * dS^T q
-// P comes again from q, k and the stored lse; M from the counters that drew it. One kernel owns queries and streams (k, v) to make
+// P comes again from q, k and the stored lse; M from the counters that generated it. One kernel owns queries and streams (k, v) to make
 // d_q; one owns keys and streams (q, d_out) to make d_k and d_v. Both compute the scores and d_out v^T: seven products where five
 // would do, the price of summing in a fixed order without a workspace for d_q. They are one template:
 //     scores = own1 stream1^T     gradients = own2 stream2^T     acc2 += dS stream1     keys: acc1 += (M P) stream2
@@ -17,7 +17,7 @@ struct BackwardMemory {  // bytes: [own1, own2][block rows], then [buffer][strea
   static constexpr int kTotal = 2 * kOwn + 2 * kBuffers * kTile;
 };
 
-// delta / c: eight lanes a row.
+// delta / c: eight lanes per row.
 template <class T, int kHeadSize>
 __global__ void __launch_bounds__(256)
 attention_delta(const T* __restrict__ out, const T* __restrict__ d_out, float* __restrict__ delta, int num_heads, int total_queries,

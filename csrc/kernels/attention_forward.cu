@@ -1,7 +1,7 @@
 // Attention, forward, with variable lengths and without a score matrix in memory (Dao et al. 2022, "FlashAttention"):
 //     out = dropout(softmax(scale * q k^T)) v     lse = log(sum(exp(scale * q k^T)))
 // Q, the scores, the probabilities and the output stay in registers; only K and V tiles pass through shared memory, double buffered,
-// one barrier a tile. The softmax is "online": a running maximum and sum per row, and the output rescaled when the maximum grows.
+// one barrier per tile. The softmax is "online": a running maximum and sum per row, and the output rescaled when the maximum grows.
 #include "opt_ds/attention_block.h"
 
 namespace opt_ds {

@@ -1,7 +1,7 @@
 // Attention for what tensor cores do not take: fp32, bf16 before sm_80, odd head sizes (up to 256). Correct and deterministic, not
-// fast: a warp a row, no shared memory, all sums in fp32.
-//     forward, d_q   a warp owns a query; a lane looks at one key of 32, then lanes own dims
-//     d_k, d_v       a warp owns a key; a lane looks at one query of 32
+// fast: one warp per row, no shared memory, all sums in fp32.
+//     forward, d_q   a warp owns a query; a lane processes one key of 32, then lanes own dims
+//     d_k, d_v       a warp owns a key; a lane processes one query of 32
 #include "opt_ds/attention_block.h"
 
 namespace opt_ds {

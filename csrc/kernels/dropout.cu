@@ -1,5 +1,5 @@
 // Dropout alone, over rows that have a key each (after an embedding's LayerNorm). Its own gradient: dropout(dy) with the same key.
-// A warp handles a row at a time, eight columns a thread.
+// A warp handles one row at a time, each thread eight columns.
 #include "opt_ds/row_layout.h"
 
 namespace opt_ds {

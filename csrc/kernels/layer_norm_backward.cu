@@ -2,7 +2,7 @@
 // weight, averages taken over the row:
 //     d_residual = d_total + rstd * (g - avg(g) - xhat * avg(g * xhat))      d_x = the same where dropout kept, times its scale
 //     d_weight = sum over rows of d_normed * xhat      d_bias = ... of d_normed      d_input_bias = ... of d_x
-// The sums over rows are deterministic, without atomics: a block walks over rows block, block + blocks, ... and keeps its columns'
+// The sums over rows are deterministic, without atomics: a block iterates over rows block, block + blocks, ... and keeps its columns'
 // sums in registers; it writes one partial row per sum; a second kernel adds the partial rows in order.
 #include "opt_ds/row_layout.h"
 
@@ -125,8 +125,8 @@ sum_partials(const float* __restrict__ partials, T* __restrict__ d_weight, T* __
   }
 }
 
-// Any width and alignment: a block walks over rows, element by element, and its threads add up their own columns in the partial
-// row itself (a thread always meets the same columns).
+// Any width and alignment: a block iterates over rows, element by element, and its threads add up their own columns in the partial
+// row itself (a thread always has the same columns).
 template <class T>
 __global__ void __launch_bounds__(256)
 layer_norm_backward_any(const T* __restrict__ d_normed, const T* __restrict__ d_total, const T* __restrict__ total,

@@ -81,7 +81,7 @@ layer_norm_forward(const T* __restrict__ x, const T* __restrict__ input_bias, co
   }
 }
 
-// Any width and alignment: a block a row, element by element; the row is read again for each step. Correct, not fast.
+// Any width and alignment: one block per row, element by element; the row is read again for each step. Correct, not fast.
 template <class T>
 __global__ void __launch_bounds__(256)
 layer_norm_forward_any(const T* __restrict__ x, const T* __restrict__ input_bias, const T* __restrict__ residual,

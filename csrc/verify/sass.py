@@ -124,6 +124,6 @@ def tile_loop(kernel: Kernel) -> dict[str, float]:
 
 
 def tensor_bound(units: dict[str, float], ignore: tuple[str, ...] = ()) -> tuple[float, str]:
-    """Largest share of the tensor cores' peak that the busiest unit allows, and which unit that is."""
+    """Return the largest fraction of the tensor cores' peak that the busiest unit allows, and that unit."""
     worst = max((u for u in units if u not in ignore), key=lambda u: units[u])
     return units["tensor"] / units[worst], worst

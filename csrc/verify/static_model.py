@@ -1,4 +1,4 @@
-"""What the kernels must move and compute, counted from their definitions, beside the same counts for PyTorch's unfused sequence.
+"""Count what the kernels must move and compute, from their definitions, and the same for PyTorch's unfused sequence.
 
 Bytes are those that pass between a kernel and device memory: every tensor that a kernel reads or writes once, counted in full; a
 matrix that several kernels share is counted for each, since at these sizes (hundreds of megabytes) caches hold none of it. The
@@ -40,7 +40,7 @@ class Cost:
 
 
 def layer_norm_least(rows: int, width: int) -> tuple[Cost, Cost]:
-    """Forward, backward: each input read once, each output and each saved tensor written once."""
+    """Return forward and backward with each input read once, and each output and saved tensor written once."""
     matrix, vector = rows * width * FP16, width * FP16
     forward = 4 * matrix + 3 * vector + 2 * rows * FP32  # x, residual -> total, normed; bias, weight, bias; mean, rstd
     # d_normed, d_total, total -> d_residual, d_x; weight; mean, rstd; three gradients of vectors
@@ -49,7 +49,7 @@ def layer_norm_least(rows: int, width: int) -> tuple[Cost, Cost]:
 
 
 def layer_norm_fused(rows: int, width: int, gpu: Gpu) -> tuple[Cost, Cost]:
-    """Ours: the above, the rows' keys, and the partial sums of the vectors' gradients written and read again."""
+    """Return the kernels' own: the above, the rows' keys, and the partial sums of vector gradients, written and read again."""
     forward, backward = layer_norm_least(rows, width)
     keys = 2 * rows * INT32
     rows_per_block = 4 if width <= 1024 else 1
@@ -123,7 +123,7 @@ def attention_unfused(batch: int, heads: int, length: int, size: int) -> tuple[C
 
 
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
-    """Registers are given out to warps in units of 256; shared memory in units of 256 bytes (1 KB more a block from sm_80 on)."""
+    """Registers are allocated per warp in units of 256, shared memory in units of 256 bytes (1 KB more per block from sm_80)."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // per_warp // (threads // 32)
     reserved = 1024 if gpu.capability >= (8, 0) else 0

@@ -1,4 +1,4 @@
-"""Compiles kernel files for a GPU that is not here, and reads what the assembler says of them.
+"""Compile kernel files for a GPU that this machine lacks, and read the assembler's report.
 
 Two compilers: nvcc where it is on PATH (the architectures that it knows), and NVRTC from PyPI in an environment of its own, which
 CI can always have and which still compiles for sm_70. NVRTC compiles kernels alone, so the instances are named to it; the names
@@ -120,7 +120,7 @@ def nvdisasm(folder: Path) -> Path:
 
 
 def compile_nvrtc(folder: Path, file: str, architecture: str, cubin: Path) -> dict[str, Resources]:
-    """Compile one kernel file with NVRTC in a process of its own; raises RuntimeError with the compiler's log."""
+    """Compile one kernel file with NVRTC in a separate process. Raise RuntimeError with the compiler's log."""
     names = ";".join(instances(file, architecture))
     command = [nvrtc_python(folder), __file__, CSRC / "kernels" / f"{file}.cu", f"sm_{architecture}", cubin, names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -31,26 +31,26 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "corpus": Command("opt_ds.cli.data", "corpus", "Write a built-in corpus: raw pictures, words and speech."),
+    "corpus": Command("opt_ds.cli.data", "corpus", "Write a built-in corpus: raw images, texts and speech."),
     "prepare": Command("opt_ds.cli.data", "prepare", "Make a feature store from a manifest of raw files."),
-    "import": Command("opt_ds.cli.imports", "imports", "Write a manifest from a published collection, a folder or a table."),
-    "merge": Command("opt_ds.cli.data", "merge", "Join the parts that a job array prepared into one store."),
-    "inspect": Command("opt_ds.cli.stores", "inspect_store", "Verify a feature store, summarise it, show a sample."),
-    "split": Command("opt_ds.cli.stores", "split", "Deal a store's samples to other splits."),
-    "update": Command("opt_ds.cli.stores", "update", "Add or replace one modality of a store, or its image codes."),
-    "convert": Command("opt_ds.cli.stores", "convert", "Copy a store compressed or not; take in UNITER's features."),
-    "train-dvae": Command(
-        "opt_ds.cli.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."
+    "import": Command(
+        "opt_ds.cli.imports", "imports", "Write a manifest from a published collection, a folder or a table."
     ),
+    "merge": Command("opt_ds.cli.data", "merge", "Merge the partitions that a job array prepared."),
+    "inspect": Command("opt_ds.cli.stores", "inspect_store", "Verify a feature store, summarise it, show a sample."),
+    "split": Command("opt_ds.cli.stores", "split", "Reassign a store's samples to splits."),
+    "update": Command("opt_ds.cli.stores", "update", "Add or replace one modality of a store, or its image codes."),
+    "convert": Command("opt_ds.cli.stores", "convert", "Copy a store, compressed or not; extract UNITER's features."),
+    "train-dvae": Command("opt_ds.cli.dvae", "train_dvae", "Train the image decoder's dVAE and write image codes."),
     "finetune": Command("opt_ds.cli.finetune", "finetune", "Train a checkpoint further, for one task."),
     "evaluate": Command("opt_ds.cli.evaluate", "evaluate", "Measure a checkpoint on held-out samples."),
-    "ablate": Command("opt_ds.cli.ablate", "ablate", "Pre-train without each task and level, probe, one table."),
-    "report": Command("opt_ds.cli.report", "report", "One HTML page of a run: curves, tables, pictures, cost."),
-    "generate": Command("opt_ds.cli.serve", "generate", "Write a text or paint a picture from raw input."),
+    "ablate": Command("opt_ds.cli.ablate", "ablate", "Run the ablation over tasks and levels; write one table."),
+    "report": Command("opt_ds.cli.report", "report", "Write an HTML page of a run: curves, tables, images, cost."),
+    "generate": Command("opt_ds.cli.serve", "generate", "Generate a text or an image from raw input."),
     "export": Command("opt_ds.cli.serve", "export", "Write a checkpoint in Hugging Face's layout."),
-    "serve": Command("opt_ds.cli.serve", "serve", "A web page and a JSON API around a trained model."),
+    "serve": Command("opt_ds.cli.serve", "serve", "Start a web page and a JSON API for a trained model."),
     "doctor": Command("opt_ds.cli.doctor", "doctor", "Check this machine; one line per check, with the fix."),
-    "plan": Command("opt_ds.cli.plan", "plan", "Say what a run will need: memory, micro-batches, traffic, time."),
+    "plan": Command("opt_ds.cli.plan", "plan", "Estimate a run: memory, micro-batches, traffic, time."),
 }
 
 
@@ -93,7 +93,11 @@ def _build() -> Any:
 def main() -> None:
     """Run the console script."""
     code = run_command(_build(), sys.argv[1:], "opt-ds", rank_of_environment())
-    if code not in (0, REQUEUE_EXIT_CODE) and (torch := sys.modules.get("torch.distributed")) and torch.is_initialized():
+    if (
+        code not in (0, REQUEUE_EXIT_CODE)
+        and (torch := sys.modules.get("torch.distributed"))
+        and torch.is_initialized()
+    ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # leaving a process group whose other ranks are lost can hang

@@ -20,33 +20,42 @@ class FullRunOptions(ConfigOptions):
     """The configuration of the run with every task and level."""
 
     store: Annotated[
-        list[str] | None, typer.Option(help="A feature store; may be repeated. The first one is probed on.")
+        list[str] | None, typer.Option(help="Feature store. May be repeated. The probe uses the first one.")
     ] = None
 
 
 @with_option_groups
 def ablate(
     *,
-    output: Annotated[Path, typer.Option(help="Folder of the ablation: a run a row, and the tables.")],
+    output: Annotated[Path, typer.Option(help="Folder of the ablation: one run per row, and the tables.")],
     config: FullRunOptions,
-    row: Annotated[list[str] | None, typer.Option(help="A row to make; may be repeated. Default: all that differ.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Row of the table to run. May be repeated. Default: all that differ.")
+    ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split that the probe is judged on. Default: as opt-ds evaluate classification's.")
+        str | None,
+        typer.Option(help="Split that the probe is evaluated on. Default: as opt-ds evaluate classification."),
     ] = None,
     probe: ProbeOptions,
     subset: Annotated[
-        list[str] | None, typer.Option(help="Input of the probe, such as T+A+I; may be repeated. Default: T+A+I.")
+        list[str] | None, typer.Option(help="Input of the probe, such as T+A+I. May be repeated. Default: T+A+I.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples of the probe at most, a seeded choice.", min=1)] = None,
-    num_ranks: Annotated[int | None, typer.Option(help="Ranks of each run. Default: a GPU each, else 1.", min=1)] = None,
-    task: Annotated[int | None, typer.Option(help="Only this one of the rows, from 0: a task of a job array.", min=0)] = None,
-    list_rows: Annotated[bool, typer.Option("--list", help="Print the rows' names, and do nothing.")] = False,
-    arguments: Annotated[bool, typer.Option("--arguments", help="Print pretrain.py's arguments for --task.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(help="Largest number of samples of the probe. Default: all.", min=1)
+    ] = None,
+    num_ranks: Annotated[int | None, typer.Option(help="Ranks per run. Default: one per GPU, or 1.", min=1)] = None,
+    task: Annotated[
+        int | None, typer.Option(help="Run only this row, counted from 0, as a task of a job array.", min=0)
+    ] = None,
+    list_rows: Annotated[bool, typer.Option("--list", help="Print the names of the rows and exit.")] = False,
+    arguments: Annotated[
+        bool, typer.Option("--arguments", help="Print the arguments of pretrain.py for --task and exit.")
+    ] = False,
 ) -> int:
-    """The paper's ablation: the same seed and budget without each task and level, a linear probe of each, one table.
+    """Run the paper's ablation: pre-train without each task and level, fit a linear probe to each run, write one table.
 
-    Rows that are done are skipped, and one that was cut resumes, when the same command is given again. Exit codes as
-    pretrain.py's: 75 after a signal, saved.
+    All runs have the same seed and budget. Run the same command again to resume: finished rows are skipped. Exit codes
+    are those of pretrain.py: 75 after a signal, saved.
     """
     import torch
 
@@ -78,7 +87,7 @@ def ablate(
         return 0
     if split is None:
         split = held_out_splits(stores[0])[0]
-        _LOG.info(f"note: judged on {split}; --split chooses", extra=ON_STDERR)
+        _LOG.info(f"note: evaluated on {split}; choose another one with --split", extra=ON_STDERR)
     wanted = ablation.Probe(
         split, probe.train_split, tuple(subset or ("T+A+I",)), probe.min_positives, probe.regularisation, limit
     )
@@ -88,7 +97,7 @@ def ablate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = num_ranks or max(1, torch.cuda.device_count())
     names = ", ".join(planned.name for planned in rows)
-    _LOG.info(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} a run, in {output}")
+    _LOG.info(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} per run, in {output}")
     code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device)
     if code:
         return code

@@ -18,7 +18,7 @@ from opt_ds.errors import UserError
 from opt_ds.log import ON_STDERR
 
 _LOG = logging.getLogger(__name__)
-#: Commands that resume when they are called again, which the message after a Ctrl-C says.
+#: Commands that resume when they are called again, which the message after a Ctrl-C mentions.
 RESUMING = ("corpus", "prepare", "train-dvae", "train_dvae.py", "finetune", "ablate", "pretrain.py")
 #: Options that accept `-` for standard output.
 _STDOUT = {("generate", "output"), ("plan", "json_file")}
@@ -84,7 +84,7 @@ def rank_of_environment() -> int:
 
 def stopped(name: str | None) -> str:
     """Return the line that is printed when a Ctrl-C ends a command."""
-    return "stopped: the same command goes on where it was" if name in RESUMING else "stopped"
+    return "stopped: run the same command again to resume" if name in RESUMING else "stopped"
 
 
 def check_path(text: str, option: str, *, is_output: bool = False) -> str:
@@ -110,7 +110,7 @@ def check_path(text: str, option: str, *, is_output: bool = False) -> str:
     if Path(text).name in ("", ".."):  # "." has no name, but files are written next to a folder by its name
         text = os.path.abspath(text)
         if is_output and text == os.path.sep:
-            raise UserError(f"{option} /: the root folder cannot be written: name a folder in it")
+            raise UserError(f"{option} /: nothing can be written to the root folder itself: name a folder in it")
     return text
 
 
@@ -193,7 +193,7 @@ def _check_settings(given: list[str]) -> None:
     for key, several in values.items():
         if len(set(several)) > 1:
             overridden = ", ".join(dict.fromkeys(value for value in several if value != several[-1]))
-            _LOG.info(f"note: --set {key}={several[-1]} overrides {overridden}, given before it", extra=ON_STDERR)
+            _LOG.info(f"note: --set {key}={several[-1]} overrides {overridden}, specified before it", extra=ON_STDERR)
 
 
 def _times(count: int) -> str:

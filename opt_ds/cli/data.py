@@ -1,4 +1,4 @@
-"""`opt-ds corpus`, `prepare` and `merge`: write a corpus, prepare a store, merge its parts."""
+"""`opt-ds corpus`, `prepare` and `merge`: write a corpus, prepare a store, merge its partitions."""
 
 import logging
 from dataclasses import dataclass
@@ -24,14 +24,16 @@ _CORPORA = ("emoji",)
 
 
 def corpus(
-    name: Annotated[str, typer.Argument(help="Which built-in corpus: emoji.")],
+    name: Annotated[str, typer.Argument(help="Name of the built-in corpus: emoji.")],
     output: Annotated[Path, typer.Option(help="Folder for manifest.jsonl, images/ and audio/. A stopped run resumes.")],
     workers: Workers = 2,
-    limit: Annotated[int | None, typer.Option(help="Take about this many samples, evenly spread.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Write only about N samples, evenly spread. Default: all.", min=1)
+    ] = None,
 ) -> None:
     """Write a built-in corpus as raw files and a manifest, ready for `opt-ds prepare`.
 
-    emoji: 3,944 OpenMoji pictures, their English names, and the names spoken by Piper. About four minutes on two cores.
+    emoji: 3,944 OpenMoji images, their English names, and the names spoken by Piper. Takes about 4 minutes on two cores.
     """
     if name not in _CORPORA:
         raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')
@@ -53,13 +55,17 @@ class ImageOptions:
         ),
     ] = "grid"
     image_weights: Annotated[
-        Path | None, typer.Option(help="State dict of the detector or backbone. grid has its own.")
+        Path | None, typer.Option(help="State dict of the detector or backbone. Default for grid: its own weights.")
     ] = None
     image_backbone: Annotated[
         str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME.")
     ] = None
-    image_min_side: Annotated[int, typer.Option(help="faster_rcnn: pixels that the shorter side is scaled to.", min=1)] = 600
-    image_max_side: Annotated[int, typer.Option(help="faster_rcnn: unless the longer side then exceeds this.", min=1)] = 1000
+    image_min_side: Annotated[
+        int, typer.Option(help="faster_rcnn: length of the scaled image's shorter side, in pixels.", min=1)
+    ] = 600
+    image_max_side: Annotated[
+        int, typer.Option(help="faster_rcnn: largest length of the scaled image's longer side, in pixels.", min=1)
+    ] = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,23 +79,27 @@ class SpeechOptions:
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
     ] = None
     speech_layer: Annotated[
-        int | None, typer.Option(help="wav2vec2: the Transformer layer whose output is taken, from 1. Default: the last.")
+        int | None,
+        typer.Option(help="wav2vec2: Transformer layer whose output is used, counted from 1. Default: the last."),
     ] = None
     speech_window_s: Annotated[
-        float, typer.Option("--speech-window", help="wav2vec2: seconds of a window of a longer recording.")
+        float,
+        typer.Option(
+            "--speech-window", help="wav2vec2: length of the windows that longer audio is split into, in seconds."
+        ),
     ] = 30.0
     speech_overlap_s: Annotated[
-        float, typer.Option("--speech-overlap", help="wav2vec2: seconds that neighbouring windows share.")
+        float, typer.Option("--speech-overlap", help="wav2vec2: overlap of neighbouring windows, in seconds.")
     ] = 2.0
-    trim_silence: Annotated[bool, typer.Option(help="Cut the silence at both ends of recordings.")] = False
+    trim_silence: Annotated[bool, typer.Option(help="Remove silence at both ends of audio.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """The largest files that are decoded, and what is kept of pictures; the fields are those of `PrepareSettings`."""
+    """Limits of decoding, and storage of pixels; the fields are those of `PrepareSettings`."""
 
-    max_pixels: Annotated[int, typer.Option(help="Refuse larger pictures, before decoding them.", min=1)] = 100_000_000
-    max_seconds: Annotated[float, typer.Option(help="Refuse longer recordings, before decoding them.")] = 3600.0
+    max_pixels: Annotated[int, typer.Option(help="Refuse larger images before decoding them.", min=1)] = 100_000_000
+    max_seconds: Annotated[float, typer.Option(help="Refuse longer audio before decoding it, in seconds.")] = 3600.0
     pixels: Pixels = True
 
 
@@ -98,21 +108,25 @@ class ShardOptions:
     """The files of the store."""
 
     samples_per_shard: Annotated[
-        int, typer.Option(help="Samples a file of the store; a stopped run resumes at the last whole one.", min=1)
+        int,
+        typer.Option(help="Samples per file of the store. A stopped run resumes after the last complete file.", min=1),
     ] = 1024
-    compress: Annotated[bool, typer.Option(help="Compress shards with gzip: for archives, slower to read.")] = False
+    compress: Annotated[bool, typer.Option(help="Compress the shards with gzip, for archives. Reading is slower.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """Which samples of the manifest are prepared."""
 
-    retry_skipped: Annotated[
-        bool, typer.Option(help="Try the files again that an earlier run skipped, and take in what is good now.")
-    ] = False
-    limit: Annotated[int | None, typer.Option(help="Use only the first N samples.", min=1)] = None
+    retry_skipped: Annotated[bool, typer.Option(help="Process the files again that an earlier run skipped.")] = False
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first N valid lines of the manifest. Default: all.", min=1)
+    ] = None
     shard: Annotated[
-        str | None, typer.Option(help="i/n: only part i (from 0) of n, for a job array; opt-ds merge joins the parts.")
+        str | None,
+        typer.Option(help="i/n: prepare partition i (from 0) of n, for a job array. opt-ds merge joins them."),
     ] = None
 
 
@@ -122,7 +136,7 @@ def prepare(
     manifest: Annotated[
         Path,
         typer.Option(
-            help="JSONL, one sample a line: id, and any of image, text, audio, labels, group, split. "
+            help="JSONL, one sample per line: id, and any of image, text, audio, labels, group, split. "
             "Or a folder of name.jpg, name.txt, name.wav."
         ),
     ],
@@ -149,9 +163,9 @@ def prepare(
     reading: ReadingOptions,
     samples: SampleOptions,
 ) -> None:
-    """Extract features from the files that a manifest names, and write them as a feature store.
+    """Extract the features of a manifest's files and write them as a feature store.
 
-    Samples that cannot be used are skipped and listed in the store's report.json. docs/data.md has recipes.
+    Samples that cannot be used are skipped and listed in the store's report.json. See docs/data.md for examples.
     """
     from opt_ds.ingest import PrepareSettings
     from opt_ds.ingest import prepare as run
@@ -201,11 +215,11 @@ def _parse_extractors(given: list[str] | None) -> dict[str, str]:
 
 
 def merge(
-    store: Annotated[Path, typer.Argument(help="The store whose parts (STORE.part-…) lie beside it.")],
+    store: Annotated[Path, typer.Argument(help="The store. Its partitions (STORE.part-…) are in the same folder.")],
 ) -> None:
-    """Join the parts that `opt-ds prepare --shard i/n` made into one feature store, and remove them.
+    """Merge the partitions that `opt-ds prepare --shard i/n` wrote into one feature store, and remove them.
 
-    The store is the one that a single `opt-ds prepare` would have made, byte for byte.
+    The store equals, byte for byte, that of a single `opt-ds prepare`.
     """
     from opt_ds.ingest.finish import merge_parts
 

@@ -22,20 +22,21 @@ class TrainingOptions:
     """How a dVAE is trained; the fields are the arguments of `opt_ds.dvae.training.train_dvae`."""
 
     preset: Annotated[
-        str | None, typer.Option(help="dvae-base (8,192 codes), dvae-emoji (1,024), dvae-tiny; default: by store size.")
+        str | None,
+        typer.Option(help="dvae-base (8,192 codes), dvae-emoji (1,024) or dvae-tiny. Default: by store size."),
     ] = None
     config_file: Annotated[
         Path | None, typer.Option("--config", help="YAML file of `key: value` that changes the preset.")
     ] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key. May be repeated.")
     ] = None
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; shorthand for --set steps=N.")] = None
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Weights, batches and noise follow from it.")] = 1
+    steps: Annotated[int | None, typer.Option(help="Number of optimiser steps, the same as --set steps=N.")] = None
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of weights, batches and noise.")] = 1
     device: Device = "auto"
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto"
-    train_split: Annotated[str, typer.Option(help="Split to train on; all others are measured.")] = "train"
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200
+    train_split: Annotated[str, typer.Option(help="Split to train on. All others are evaluated.")] = "train"
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Optimiser steps between two checkpoints.")] = 200
     write_codes: Annotated[
         bool, typer.Option("--codes/--no-codes", help="Write the codes into the store at the end.")
     ] = True
@@ -44,13 +45,14 @@ class TrainingOptions:
 @with_option_groups
 def train_dvae(
     *,
-    store: Annotated[Path, typer.Option(help="Feature store with pictures (image/pixels).")],
-    output: Annotated[Path, typer.Option(help="Directory of the run; the same one again resumes it.")],
+    store: Annotated[Path, typer.Option(help="Feature store with pixels (image/pixels).")],
+    output: Annotated[Path, typer.Option(help="Directory of the run. If it holds a run, that run resumes.")],
     training: TrainingOptions,
 ) -> int:
-    """Train the discrete VAE (stage 1 of the image decoder) on a store's pictures, write its codes into the store.
+    """Train the discrete VAE (stage 1 of the image decoder) on a store's images and write its codes into the store.
 
-    Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, 130 stopped by Ctrl-C and saved, others failed.
+    Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, 130 stopped by Ctrl-C and saved, others
+    failed.
     """
     # This must be set before torch is loaded. On shared cores, threads that spin while waiting would multiply the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

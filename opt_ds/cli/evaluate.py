@@ -36,10 +36,11 @@ class Target(ABC):
     """What is evaluated, on what, and where the figures go."""
 
     checkpoint: Annotated[
-        Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint; no exported folder.")
+        Path,
+        typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint, not an exported model."),
     ]
-    store: Annotated[Path, typer.Option(help="The feature store.")]
-    output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=output_file)]
+    store: Annotated[Path, typer.Option(help="Feature store.")]
+    output: Annotated[Path, typer.Option(help="JSON file to write.", callback=output_file)]
 
     @abstractmethod
     def splits(self, store: "FeatureStore") -> list[str]:
@@ -52,7 +53,9 @@ class Inputs(Target):
 
     split: Annotated[
         str | None,
-        typer.Option(help="Split of the store. Default: test_variant, else the first that begins with test, else valid."),
+        typer.Option(
+            help="Split of the store. Default: test_variant, otherwise the first that begins with test, otherwise valid."
+        ),
     ] = None
 
     def splits(self, store: "FeatureStore") -> list[str]:
@@ -64,10 +67,10 @@ class Inputs(Target):
 class Choice:
     """What every experiment has at the end."""
 
-    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampling.", min=0, max=MAX_SEED)] = 1
+    seed: Annotated[int, typer.Option(help="Seed of the choice of samples and of sampling.", min=0, max=MAX_SEED)] = 1
     force: Annotated[
         bool,
-        typer.Option("--force", help="Take a store of another vocabulary or other extractors too, and say what will be wrong."),
+        typer.Option("--force", help="Accept a store of another vocabulary or other extractors, with a warning."),
     ] = False
 
 
@@ -75,12 +78,11 @@ class Choice:
 class RetrievalOptions:
     """Options of `opt_ds.evaluation.experiments.retrieval`."""
 
-    candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200
-    matching_candidates: Annotated[
-        int, typer.Option(help="Gallery of the matching head, of triples too (summary takes 100, and 50 triples).", min=2)
-    ] = 200
+    candidates: Annotated[int, typer.Option(help="Size of the gallery for the text decoder's likelihood.", min=2)] = 200
+    matching_candidates: Annotated[int, typer.Option(help="Size of the gallery for the matching head.", min=2)] = 200
     shortlist: Annotated[
-        int | None, typer.Option(help="Re-rank only the top N candidates of the first stage (two-stage retrieval).", min=1)
+        int | None,
+        typer.Option(help="Re-rank only the top N candidates of the first stage (two-stage retrieval).", min=1),
     ] = None
 
 
@@ -91,7 +93,7 @@ class TranscriptionOptions:
     limit: Limit = None
     beam_size: BeamSize = 4
     ignore_words: Annotated[
-        str, typer.Option(help="A second word error rate leaves these out: words, spaces between.")
+        str, typer.Option(help="Report a second word error rate without these words, separated by spaces.")
     ] = ""
 
 
@@ -120,7 +122,9 @@ class VqaOptions:
 class CaptioningOptions:
     """Options of `opt_ds.evaluation.experiments.captioning`."""
 
-    limit: Annotated[int | None, typer.Option(help="Pictures at most, a seeded choice.", min=1)] = None
+    limit: Annotated[
+        int | None, typer.Option(help="Largest number of images, chosen by the seed. Default: all.", min=1)
+    ] = None
     beam_size: BeamSize = 4
 
 
@@ -130,16 +134,18 @@ def beside_a_grid(path: Path, param: typer.CallbackParam) -> Path:
     Raise UserError if it is the name of the image grid, which is written next to it.
     """
     if path.suffix == ".png":
-        raise UserError(f"--output {path}: the picture grid gets this name: name the figures' file, such as {path.stem}.json")
+        raise UserError(
+            f"--output {path}: the image grid gets this name: name the file of the figures, such as {path.stem}.json"
+        )
     output_file(path, param)
     return path
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGenerationInputs(Inputs):
-    """A picture grid is written beside the figures."""
+    """An image grid is written next to the figures."""
 
-    output: Annotated[Path, typer.Option(help="JSON file for the figures.", callback=beside_a_grid)]
+    output: Annotated[Path, typer.Option(help="JSON file to write.", callback=beside_a_grid)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +153,17 @@ class ImageGenerationOptions(SamplingOptions):
     """Options of `opt_ds.evaluation.experiments.image_generation`."""
 
     limit: Limit = None
-    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None
-    pictures: Annotated[int, typer.Option(help="Rows of the picture grid beside the JSON; 0: none.", min=0)] = 8
-    paint: Annotated[int, typer.Option(help="Samples to paint and judge, for each input; 0: none.", min=0)] = 100
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
+    pictures: Annotated[
+        int, typer.Option(help="Rows of the image grid, which is written next to the JSON file. 0: no grid.", min=0)
+    ] = 8
+    paint: Annotated[
+        int, typer.Option(help="Samples per kind of input to generate and rate images for. 0: none.", min=0)
+    ] = 100
     inception: Annotated[
-        Path | None, typer.Option(help="Weights of torch-fidelity's Inception-v3: Fréchet inception distance.")
+        Path | None, typer.Option(help="Weights of torch-fidelity's Inception-v3, for the Fréchet inception distance.")
     ] = None
-    clip: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face CLIP: CLIP score.")] = None
+    clip: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face CLIP, for the CLIP score.")] = None
     image_weights: ImageWeights = None
 
 
@@ -163,7 +173,7 @@ class SummaryInputs(Target):
 
     split: Annotated[
         list[str] | None,
-        typer.Option(help="Held-out split; may be repeated. Default: all that begin with test, else valid."),
+        typer.Option(help="Held-out split. May be repeated. Default: all that begin with test, otherwise valid."),
     ] = None
 
     def splits(self, store: "FeatureStore") -> list[str]:
@@ -175,11 +185,11 @@ class SummaryInputs(Target):
 class SummaryOptions:
     """Options of `opt_ds.evaluation.experiments.summary`."""
 
-    candidates: Annotated[int, typer.Option(help="Gallery of the text decoder's likelihood.", min=2)] = 200
+    candidates: Annotated[int, typer.Option(help="Size of the gallery for the text decoder's likelihood.", min=2)] = 200
     matching_candidates: Annotated[
-        int, typer.Option(help="Gallery of the matching head, of triples 50 (retrieval takes 200 of both).", min=2)
+        int, typer.Option(help="Size of the gallery for the matching head (for triples: 50).", min=2)
     ] = 100
-    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: the store's own.")] = None
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
 
 
 class Row(NamedTuple):
@@ -194,43 +204,44 @@ class Row(NamedTuple):
 EXPERIMENTS = (
     Row(
         "retrieval",
-        "Zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood.\n\n"
-        "With --shortlist a small projection, fitted on the frozen [CLS] of the training split, ranks the --candidates, and the "
-        "model scores only the best with the query: for galleries of thousands.",
+        "Measure zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood.\n\n"
+        "With --shortlist, a projection of [CLS], fitted on the training split, ranks the gallery first. The model then "
+        "scores only the top N. Use it for galleries of thousands.",
         RetrievalOptions,
     ),
     Row(
         "transcription",
-        "Word error rate of audio→text, audio+image→text and image→text, beside shuffled audio and a constant caption.",
+        "Measure the word error rate of audio→text, audio+image→text and image→text, with shuffled audio and a constant "
+        "caption as baselines.",
         TranscriptionOptions,
     ),
     Row(
         "classification",
-        "mAP of a linear probe on the frozen model, for each of the seven modality subsets (of what the store has).",
+        "Measure the mAP of a linear probe on the frozen model, for each subset of the store's modalities.",
         ClassificationOptions,
     ),
     Row(
         "vqa",
-        "VQA accuracy of a model fine-tuned for answers, beside one constant answer and the best that its answers allow.",
+        "Measure the VQA accuracy of a fine-tuned model, a constant answer, and the upper bound of the model's answers.",
         VqaOptions,
         VqaInputs,
     ),
     Row(
         "captioning",
-        "BLEU-4 and CIDEr of captions written from pictures, beside a constant caption and another picture's.",
+        "Measure BLEU-4 and CIDEr of captions, with a constant caption and the caption of another image as baselines.",
         CaptioningOptions,
     ),
     Row(
         "image-generation",
-        "Bits per image code from text, from audio and from both; pictures painted from each, judged, and a picture grid.\n\n"
-        "Paintings are judged by the features of the model's own image extractor: whether the true picture is the nearest. "
-        "--inception and --clip add what other networks say.",
+        "Measure image generation from text, audio and both: bits per image code, generated images, an image grid.\n\n"
+        "A generated image counts as correct if the true image is the nearest by the features of the model's extractor. "
+        "--inception and --clip add figures of other networks.",
         ImageGenerationOptions,
         ImageGenerationInputs,
     ),
     Row(
         "summary",
-        "What `make pretrain` ends with: validation losses, retrieval, word error rates, bits per image code, picture grids.",
+        "Measure what `make pretrain` reports: validation losses, retrieval, word error rates, bits per image code, grids.",
         SummaryOptions,
         SummaryInputs,
     ),
@@ -249,7 +260,7 @@ def _command(row: Row) -> Callable[..., None]:
 
 
 evaluate = typer.Typer(
-    help="Evaluate a checkpoint: one experiment of the paper, or all of a run: summary. Several ranks share the work: "
+    help="Evaluate a checkpoint by one experiment. Several ranks divide the work: "
     "torchrun --nproc_per_node 4 -m opt_ds evaluate …",
     no_args_is_help=True,
 )

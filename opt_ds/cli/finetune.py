@@ -15,28 +15,39 @@ _LOG = logging.getLogger(__name__)
 
 
 def finetune(
-    task: Annotated[str, typer.Argument(help="retrieval, transcription, captioning, classification or vqa.")],
-    checkpoint: Annotated[Path, typer.Option(help="A run's output directory (its best checkpoint) or one checkpoint.")],
-    store: Annotated[list[str], typer.Option(help="A feature store; may be given several times.")],
-    output: Annotated[Path, typer.Option(help="Directory of the new run; it resumes if it has begun.")],
+    task: Annotated[str, typer.Argument(help="Task: retrieval, transcription, captioning, classification or vqa.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="A run's output directory (its best checkpoint), or one checkpoint.")
+    ],
+    store: Annotated[list[str], typer.Option(help="Feature store. May be repeated.")],
+    output: Annotated[Path, typer.Option(help="Directory of the new run. If it holds the run, that run resumes.")],
     inputs: Annotated[
-        list[str] | None, typer.Option(help="Modalities that go in, such as A or T+I; several: drawn for each sample.")
+        list[str] | None,
+        typer.Option(
+            help="Input modalities, such as A or T+I. If repeated, one is sampled per sample. Default: the task's."
+        ),
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(help="Passes over the training samples. Default: the task's.", min=0.001, max=1e6, callback=finite),
+        typer.Option(
+            help="Passes over the training samples. Default: the task's.", min=0.001, max=1e6, callback=finite
+        ),
     ] = None,
-    min_positives: Annotated[int, typer.Option(help="classification: training samples that a label needs.", min=1)] = 10,
+    min_positives: Annotated[
+        int, typer.Option(help="classification: training samples that a label requires.", min=1)
+    ] = 10,
     settings: Settings = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Take a store of another vocabulary or other extractors; say what will be wrong.")
+        bool, typer.Option("--force", help="Accept a store of another vocabulary or other extractors, with a warning.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Fail if --output has no checkpoint to go on from.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Fail if --output has no checkpoint to resume from.")
+    ] = False,
 ) -> int:
     """Fine-tune a checkpoint for one task.
 
-    Several ranks: torchrun --nproc_per_node 4 -m opt_ds finetune … The result is a run like a pre-trained one: evaluate,
-    generate, export and serve take it. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
+    Several ranks: torchrun --nproc_per_node 4 -m opt_ds finetune … The result is a run: evaluate, generate, export and
+    serve accept it. Exit codes: 0 finished, 2 bad input, 75 stopped by a signal and saved, others failed.
     """
     # Set before torch is loaded, because waiting threads must not spin if ranks share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -64,4 +75,6 @@ def finetune(
         f"{config.max_steps} steps of {config.batch.size} samples, learning rate {config.optimizer.lr:g}, output {output}"
     )
     with StopRequest(config.train.preemption_signal) as stop:
-        return run_training(config, output, ranks, stop, must_resume=resume, group=group, callbacks=EvaluationCallbacks())
+        return run_training(
+            config, output, ranks, stop, must_resume=resume, group=group, callbacks=EvaluationCallbacks()
+        )

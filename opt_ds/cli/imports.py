@@ -8,12 +8,17 @@ import typer
 
 _LOG = logging.getLogger(__name__)
 
-imports = typer.Typer(add_completion=False, no_args_is_help=True, help="Write a manifest from a published collection's files.")
+imports = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Write a manifest from a published collection's files."
+)
 
-_Output = Annotated[Path, typer.Option(help="The manifest to write, such as my/manifest.jsonl. A report is put beside it.")]
-_Images = Annotated[Path, typer.Option(help="Folder of the pictures; folders below it are searched.")]
+_Output = Annotated[
+    Path, typer.Option(help="Manifest to write, such as my/manifest.jsonl. A report is written next to it.")
+]
+_Images = Annotated[Path, typer.Option(help="Folder of the images. Subfolders are searched.")]
 _KeepIncomplete = Annotated[
-    bool, typer.Option("--keep-incomplete", help="Keep samples whose picture or recording is missing, without it.")
+    bool,
+    typer.Option("--keep-incomplete", help="Keep samples whose image or audio file is missing, without that modality."),
 ]
 
 
@@ -24,15 +29,19 @@ def _next(manifest: Path) -> None:
 
 @imports.command("localized-narratives")
 def localized_narratives(
-    annotations: Annotated[list[Path], typer.Option(help="JSONL file of narratives; may be given several times.")],
+    annotations: Annotated[list[Path], typer.Option(help="JSONL file of narratives. May be repeated.")],
     images: _Images,
     output: _Output,
-    recordings: Annotated[Path | None, typer.Option(help="Folder that voice_recording is relative to.")] = None,
-    labels: Annotated[list[Path] | None, typer.Option(help="Open Images' image-level label CSV; several times.")] = None,
-    label_names: Annotated[Path | None, typer.Option(help="Open Images' class descriptions CSV.")] = None,
+    recordings: Annotated[
+        Path | None, typer.Option(help="Folder that the paths in voice_recording are relative to.")
+    ] = None,
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="CSV of Open Images' image-level labels. May be repeated.")
+    ] = None,
+    label_names: Annotated[Path | None, typer.Option(help="CSV of Open Images' class descriptions.")] = None,
     keep_incomplete: _KeepIncomplete = False,
 ) -> None:
-    """Localized Narratives of Open Images, COCO, Flickr30k or ADE20K: text, pictures, speech, labels."""
+    """Import Localized Narratives of Open Images, COCO, Flickr30k or ADE20K: text, images, speech, labels."""
     from opt_ds.ingest.importers.localized_narratives import import_localized_narratives as run
 
     _next(run(annotations, output, images=images, recordings=recordings, labels=labels or (), label_names=label_names,
@@ -41,14 +50,18 @@ def localized_narratives(
 
 @imports.command("conceptual-captions")
 def conceptual_captions(
-    annotations: Annotated[list[str], typer.Option(help="TSV of caption and URL, as FILE or SPLIT=FILE; several times.")],
-    images: Annotated[list[Path], typer.Option(help="Folder of the pictures; once for each --annotations.")],
+    annotations: Annotated[
+        list[str], typer.Option(help="TSV of caption and URL, as FILE or SPLIT=FILE. May be repeated.")
+    ],
+    images: Annotated[list[Path], typer.Option(help="Folder of the images. Once per --annotations.")],
     output: _Output,
-    pattern: Annotated[str, typer.Option(help="A picture's name: {index}, {crc32}, {md5} of its URL.")] = "{index:09d}",
+    pattern: Annotated[
+        str, typer.Option(help="File name of an image: {index} of its row, {crc32} or {md5} of its URL.")
+    ] = "{index:09d}",
     url_first: Annotated[bool, typer.Option("--url-first", help="The URL comes before the caption (CC12M).")] = False,
     first_index: Annotated[int, typer.Option(help="The {index} of the first row after the header.")] = 0,
 ) -> None:
-    """Conceptual Captions and CC12M, of the pictures that were downloaded; dead links are reported."""
+    """Import Conceptual Captions or CC12M with the downloaded images. Dead links are reported."""
     from opt_ds.ingest.importers.conceptual_captions import import_conceptual_captions as run
 
     _next(run(annotations, output, images=images, pattern=pattern, url_first=url_first,
@@ -57,14 +70,18 @@ def conceptual_captions(
 
 @imports.command("visual-genome")
 def visual_genome(
-    annotations: Annotated[list[Path], typer.Option(help="region_descriptions.json; may be given several times.")],
+    annotations: Annotated[list[Path], typer.Option(help="region_descriptions.json. May be repeated.")],
     images: _Images,
     output: _Output,
-    image_data: Annotated[Path | None, typer.Option(help="image_data.json: which pictures are COCO's.")] = None,
-    leave_out: Annotated[Path | None, typer.Option(help="dataset_coco.json: leave out its val and test pictures.")] = None,
-    max_phrases: Annotated[int | None, typer.Option(help="At most so many phrases of a picture.", min=1)] = None,
+    image_data: Annotated[Path | None, typer.Option(help="image_data.json, which lists COCO's images.")] = None,
+    leave_out: Annotated[
+        Path | None, typer.Option(help="dataset_coco.json, whose val and test images are left out.")
+    ] = None,
+    max_phrases: Annotated[
+        int | None, typer.Option(help="Largest number of phrases per image. Default: all.", min=1)
+    ] = None,
 ) -> None:
-    """Visual Genome's region descriptions: a phrase and the whole picture a sample."""
+    """Import Visual Genome's region descriptions: one phrase and the complete image per sample."""
     from opt_ds.ingest.importers.visual_genome import import_visual_genome as run
 
     _next(run(annotations, output, images=images, image_data=image_data, leave_out=leave_out, max_phrases=max_phrases))
@@ -72,11 +89,11 @@ def visual_genome(
 
 @imports.command("coco")
 def coco(
-    annotations: Annotated[list[Path], typer.Option(help="Karpathy's dataset_coco.json; may be given several times.")],
+    annotations: Annotated[list[Path], typer.Option(help="Karpathy's dataset_coco.json. May be repeated.")],
     images: _Images,
     output: _Output,
 ) -> None:
-    """COCO captions in Karpathy's splits."""
+    """Import COCO captions in Karpathy's splits."""
     from opt_ds.ingest.importers.karpathy import import_karpathy as run
 
     _next(run(annotations, output, images=images))
@@ -84,11 +101,13 @@ def coco(
 
 @imports.command("flickr30k")
 def flickr30k(
-    annotations: Annotated[list[Path], typer.Option(help="dataset_flickr30k.json or results_….token; several times.")],
+    annotations: Annotated[
+        list[Path], typer.Option(help="dataset_flickr30k.json or results_….token. May be repeated.")
+    ],
     images: _Images,
     output: _Output,
 ) -> None:
-    """Flickr30k, in Karpathy's splits or from its own token file."""
+    """Import Flickr30k, in Karpathy's splits or from its own token file."""
     from opt_ds.ingest.importers.karpathy import import_karpathy as run
 
     _next(run(annotations, output, images=images))
@@ -96,13 +115,17 @@ def flickr30k(
 
 @imports.command("vqa")
 def vqa(
-    questions: Annotated[list[str], typer.Option(help="v2_OpenEnded_…_questions.json, as FILE or SPLIT=FILE; several times.")],
-    annotations: Annotated[list[str], typer.Option(help="v2_…_annotations.json; once for each --questions.")],
+    questions: Annotated[
+        list[str], typer.Option(help="v2_OpenEnded_…_questions.json, as FILE or SPLIT=FILE. May be repeated.")
+    ],
+    annotations: Annotated[list[str], typer.Option(help="v2_…_annotations.json. Once per --questions.")],
     images: _Images,
     output: _Output,
-    min_count: Annotated[int, typer.Option(help="Questions that an answer must be the most frequent one of.", min=1)] = 9,
+    min_count: Annotated[
+        int, typer.Option(help="An answer is a label if it is the most frequent one of N questions.", min=1)
+    ] = 9,
 ) -> None:
-    """VQA v2: a question and its picture a sample, the annotators' answers its labels."""
+    """Import VQA v2: one question and its image per sample, with the annotators' answers as labels."""
     from opt_ds.ingest.importers.vqa import import_vqa as run
 
     _next(run(questions, annotations, output, images=images, min_count=min_count))
@@ -111,17 +134,19 @@ def vqa(
 @imports.command("folder")
 def folder(
     folder: Annotated[Path, typer.Argument(help="Folder of name.jpg, name.txt, name.wav …")],
-    output: Annotated[Path | None, typer.Option(help="The manifest to write. Default: manifest.jsonl in the folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Manifest to write. Default: manifest.jsonl in the folder.")
+    ] = None,
     folder_splits: Annotated[
         bool | None,
         typer.Option(
             "--folder-splits/--no-folder-splits",
-            help="Take the splits from the folders train, valid and test at the top, or ignore the names of folders. "
-            "Default: infer it, and stop where that is not certain.",
+            help="Use the top-level folders train, valid and test as splits, or ignore folder names. "
+            "Default: inferred; an unclear layout is an error.",
         ),
     ] = None,
 ) -> None:
-    """A plain folder: files of one name are one sample."""
+    """Import a folder: files of the same name are one sample."""
     from opt_ds.ingest.importers.folder import import_folder as run
 
     _next(run(folder, output, folder_splits=folder_splits))
@@ -129,12 +154,14 @@ def folder(
 
 @imports.command("table")
 def table(
-    table: Annotated[Path, typer.Argument(help="CSV, TSV or Parquet file with a row a sample.")],
+    table: Annotated[Path, typer.Argument(help="CSV, TSV or Parquet file with one row per sample.")],
     output: _Output,
-    files: Annotated[Path | None, typer.Option(help="What paths are relative to. Default: the table's folder.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=caption; several times.")] = None,
+    files: Annotated[Path | None, typer.Option(help="Folder that paths are relative to. Default: the table's.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=caption. May be repeated.")
+    ] = None,
 ) -> None:
-    """A table with columns id, image, text, audio, labels, group, split, or others named by --column."""
+    """Import a table with columns id, image, text, audio, labels, group, split, or others named by --column."""
     from opt_ds.ingest.importers.table import import_table as run
 
     _next(run(table, output, files=files, columns=column or ()))

@@ -12,7 +12,7 @@ from opt_ds.errors import UserError
 if TYPE_CHECKING:
     from opt_ds.model.generation import DecodingConfig
 
-Workers = Annotated[int, typer.Option(help="Processes that work at once, each on one thread.", min=1)]
+Workers = Annotated[int, typer.Option(help="Number of processes, each with one thread.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ImageWeights = Annotated[Path | None, typer.Option(help="Weights of the image extractor, if no package brings them.")]
 Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
@@ -53,14 +53,14 @@ class ConfigOptions:
     """The configuration of a run: a preset or file, its stores, single settings."""
 
     config: Annotated[
-        str | None, typer.Option(help="A preset's name, or a YAML file. Default: by the hardware and the stores.")
+        str | None, typer.Option(help="Name of a preset, or a YAML file. Default: chosen by hardware and stores.")
     ] = None
-    store: Annotated[list[str] | None, typer.Option(help="A feature store; may be given several times.")] = None
+    store: Annotated[list[str] | None, typer.Option(help="Feature store. May be repeated.")] = None
     settings: Settings = None
 
     @property
     def stores(self) -> list[str]:
-        """The given stores; empty if none was given."""
+        """The stores of --store, or an empty list."""
         return self.store or []
 
     @property
@@ -84,11 +84,18 @@ class SamplingOptions:
     """How images are generated."""
 
     candidates: Annotated[
-        int, typer.Option(help="Pictures to paint per sample; the one that the model matches best is kept.", min=1)
+        int,
+        typer.Option(help="Images to generate per sample. The one with the highest match probability is kept.", min=1),
     ] = 1
-    top_k: Annotated[int, typer.Option(help="Of the image codes; 0: all.", min=0)] = 32
-    top_p: Annotated[float, typer.Option(help="Of the image codes.", min=0.0, max=1.0, callback=finite)] = 1.0
-    temperature: Annotated[float, typer.Option(help="Of the image codes.", min=1e-3, callback=finite)] = 0.8
+    top_k: Annotated[int, typer.Option(help="Sample from the k most probable image codes. 0: all.", min=0)] = 32
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the most probable image codes of this total probability. 1: all.", min=0.0, max=1.0,
+                     callback=finite),
+    ] = 1.0  # fmt: skip
+    temperature: Annotated[
+        float, typer.Option(help="Divisor of the logits of image codes.", min=1e-3, callback=finite)
+    ] = 0.8
 
     def decoding(self, seed: int) -> "DecodingConfig":
         """Return the settings of the image decoder."""
@@ -102,9 +109,9 @@ class ProbeOptions:
     """How a linear probe is fitted."""
 
     train_split: Annotated[str, typer.Option(help="Split that the probe is fitted on.")] = "train"
-    min_positives: Annotated[int, typer.Option(help="Training samples that a label needs.", min=1)] = 10
+    min_positives: Annotated[int, typer.Option(help="Training samples that a label requires.", min=1)] = 10
     regularisation: Annotated[
-        float, typer.Option(help="scikit-learn's C of the logistic regressions.", min=1e-6, callback=finite)
+        float, typer.Option(help="C of scikit-learn's logistic regressions.", min=1e-6, callback=finite)
     ] = 1.0
 
 
@@ -112,10 +119,15 @@ class ProbeOptions:
 class TokenizerOptions:
     """How texts become tokens; the fields are those of `PrepareSettings`."""
 
-    vocab_size: Annotated[int, typer.Option(help="text: size of the tokenizer trained on the train split.", min=1)] = 1200
-    unicode_form: Annotated[str, typer.Option(help="text: Unicode normal form, NFC, NFKC, NFD, NFKD or none.")] = "NFC"
+    vocab_size: Annotated[int, typer.Option(help="text: vocabulary size of the tokenizer that is trained.", min=1)] = (
+        1200
+    )
+    unicode_form: Annotated[str, typer.Option(help="text: Unicode normal form: NFC, NFKC, NFD, NFKD or none.")] = "NFC"
     max_tokens: Annotated[
-        int, typer.Option(help="text: cut after this many tokens; the report counts such texts.", min=1)
+        int,
+        typer.Option(
+            help="text: largest number of tokens. Longer texts are truncated and counted in the report.", min=1
+        ),
     ] = 510
 
 
@@ -123,8 +135,10 @@ class TokenizerOptions:
 class FrameOptions:
     """How many speech frames are kept; the fields are those of `PrepareSettings`."""
 
-    pool_frames: Annotated[int, typer.Option(help="audio: average this many neighbouring frames into one.", min=1)] = 1
-    max_frames: Annotated[int | None, typer.Option(help="audio: keep at most this many frames (after pooling).", min=1)] = None
+    pool_frames: Annotated[int, typer.Option(help="audio: number of neighbouring frames averaged into one.", min=1)] = 1
+    max_frames: Annotated[
+        int | None, typer.Option(help="audio: largest number of frames (after pooling). Default: no limit.", min=1)
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,5 +147,7 @@ class ReadingOptions:
 
     workers: Workers = 2
     device: Device = "auto"
-    strict: Annotated[bool, typer.Option(help="Stop at the first sample that cannot be used, instead of skipping it.")] = False
-    allow_outside: Annotated[bool, typer.Option(help="Take files outside the manifest's folder too.")] = False
+    strict: Annotated[bool, typer.Option(help="Stop at the first sample that cannot be used. Default: skip it.")] = (
+        False
+    )
+    allow_outside: Annotated[bool, typer.Option(help="Accept files outside the manifest's folder.")] = False

@@ -22,18 +22,20 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfigOptions(ConfigOptions):
-    """The configuration of the planned run."""
+    """The configuration of the estimated run."""
 
-    config: Annotated[str, typer.Option(help="A preset's name, or a YAML file.")] = "opt-base"
+    config: Annotated[str, typer.Option(help="Name of a preset, or a YAML file.")] = "opt-base"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSizeOptions:
-    """The samples of a store that is not there yet."""
+    """Sizes of assumed samples, if there is no store."""
 
-    text: Annotated[int, typer.Option(help="Without --store: mean WordPieces a sample.", min=1)] = 40
-    regions: Annotated[int, typer.Option(help="Without --store: mean regions a sample.", min=1)] = 36
-    frames: Annotated[int, typer.Option(help="Without --store: mean stored speech frames a sample.", min=1)] = 65
+    text: Annotated[int, typer.Option(help="Without --store: mean number of WordPieces per sample.", min=1)] = 40
+    regions: Annotated[int, typer.Option(help="Without --store: mean number of regions per sample.", min=1)] = 36
+    frames: Annotated[
+        int, typer.Option(help="Without --store: mean number of stored audio frames per sample.", min=1)
+    ] = 65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +43,21 @@ class ClusterOptions:
     """The GPUs' kind and number, and what connects them."""
 
     gpu: Annotated[
-        str, typer.Option(help="V100-16GB, V100-32GB, A100-40GB, A100-80GB, H100-80GB, H200-141GB, cpu, custom.")
+        str, typer.Option(help="GPU: V100-16GB, V100-32GB, A100-40GB, A100-80GB, H100-80GB, H200-141GB, cpu or custom.")
     ] = "V100-16GB"
-    num_gpus: Annotated[int, typer.Option(help="GPUs of the whole run.", min=1)] = 4
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs that share fast links.", min=1)] = 8
-    network_gbit: Annotated[float, typer.Option(help="A node's network, Gbit/s, where there are several.")] = 100.0
-    utilisation: Annotated[
-        float, typer.Option(help="Share of the data sheet's peak that is assumed to be reached.")
-    ] = 0.35
-    memory_gib: Annotated[float | None, typer.Option(help="--gpu custom: memory of one GPU.")] = None
+    num_gpus: Annotated[int, typer.Option(help="Number of GPUs of the run.", min=1)] = 4
+    gpus_per_node: Annotated[int, typer.Option(help="Number of GPUs per node.", min=1)] = 8
+    network_gbit: Annotated[
+        float, typer.Option(help="Network bandwidth per node, in Gbit/s. Used with several nodes.")
+    ] = 100.0
+    utilisation: Annotated[float, typer.Option(help="Assumed utilisation: fraction of the data sheet's peak.")] = 0.35
+    memory_gib: Annotated[float | None, typer.Option(help="--gpu custom: memory per GPU, in GiB.")] = None
     tflops: Annotated[
-        float | None, typer.Option(help="--gpu custom: peak of its half-precision matrix products.")
+        float | None, typer.Option(help="--gpu custom: peak of half-precision matrix products, in TFLOP/s.")
     ] = None
-    link_gbyte: Annotated[float, typer.Option(help="--gpu custom: one direction of its link, GB/s.")] = 16.0
+    link_gbyte: Annotated[
+        float, typer.Option(help="--gpu custom: bandwidth of the link in one direction, in GB/s.")
+    ] = 16.0
     capability: Annotated[str, typer.Option(help="--gpu custom: compute capability.")] = "8.0"
 
 
@@ -64,12 +68,12 @@ def plan(
     cluster: ClusterOptions,
     sizes: SampleSizeOptions,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures there; - for stdout.", callback=output_file)
+        Path | None, typer.Option("--json", help="JSON file for all figures. -: standard output.", callback=output_file)
     ] = None,
 ) -> None:
-    """Say what a run will need: memory a GPU, the largest micro-batch, accumulation, operations, traffic, reading, time.
+    """Estimate a run: memory per GPU, largest micro-batch, accumulation, operations, traffic, reading rate, time.
 
-    Nothing is computed on a GPU: the model runs on tensors without content. Times assume --utilisation.
+    No GPU is used: the model runs on tensors without content. Times assume --utilisation.
     """
     import json
 

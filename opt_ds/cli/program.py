@@ -85,7 +85,7 @@ def _run(command: Any, arguments: Sequence[str], name: str, rank: int) -> int:
         from opt_ds.store.files import is_disk_full
 
         if is_disk_full(error):
-            return _fail(f"the disk is full ({error}): free space, and give the same command again", rank, EXIT_BAD_INPUT)
+            return _fail(f"the disk is full ({error}): free space, then run the same command again", rank, EXIT_BAD_INPUT)
         if error.filename is None:  # not a file of the user's: a bug, which keeps its traceback
             raise
         code = EXIT_BAD_INPUT if isinstance(error, _WRONG_PATH) or error.errno in _WRONG_NAME else 1
@@ -106,7 +106,7 @@ def output_file(path: Path | None, param: typer.CallbackParam) -> Path | None:
     if path is not None and str(path) != "-":
         check_output(path, param.opts[0])
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{param.opts[0]} {path}: is there and is no file: name a file")
+            raise UserError(f"{param.opts[0]} {path}: exists but is not a regular file: name a file")
     return path
 
 
@@ -124,9 +124,9 @@ def check_output(path: Path, option: str) -> None:
     """
     above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not above.is_dir():
-        raise UserError(f"{option} {path}: {above} is no folder: name another place")
+        raise UserError(f"{option} {path}: {above} is not a folder: name another place")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {path}: {above} may not be written to: name another place")
+        raise UserError(f"{option} {path}: no permission to write to {above}: name another place")
 
 
 def _stop(line: str, rank: int) -> int:

@@ -9,15 +9,15 @@ from opt_ds.cli.program import output_file
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's output directory.")],
+    run: Annotated[Path, typer.Argument(help="Output directory of the run.")],
     output: Annotated[
-        Path | None, typer.Option(help="The page. Default: report.html in the run's directory.", callback=output_file)
+        Path | None, typer.Option(help="HTML file to write. Default: report.html in the run's directory.", callback=output_file)
     ] = None,
-    ablation: Annotated[Path | None, typer.Option(help="A folder of opt-ds ablate, to show its table too.")] = None,
+    ablation: Annotated[Path | None, typer.Option(help="Folder of opt-ds ablate, whose table is included.")] = None,
 ) -> None:
-    """Write one self-contained HTML page: curves, tables beside the paper's figures, picture grids, configuration, cost.
+    """Write one self-contained HTML page: curves, tables next to the paper's figures, image grids, configuration, cost.
 
-    It shows what the evaluations wrote into the run's directory, and names what was not measured.
+    It shows the results of evaluations in the run's directory and lists what was not measured.
     """
     from opt_ds.serving.report import write_report
 

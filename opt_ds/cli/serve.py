@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # A name, an IPv4 address, or an IPv6 address (at least two colons, because a single one would separate a port).
 _HOST_NAME = re.compile(r"[\w.-]+|\[?[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
 _Checkpoint = Annotated[
-    Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported folder.")
+    Path, typer.Option(help="A run's output directory (its best checkpoint), one checkpoint, or an exported model.")
 ]
 
 
@@ -43,34 +43,38 @@ def host_names(names: list[str] | None) -> list[str] | None:
     """Return the names given for --allow-host. Raise UserError if one has a scheme or a port."""
     for name in names or ():
         if not _HOST_NAME.fullmatch(name):
-            raise UserError(f'--allow-host "{name}": give a name alone, such as opt.example.org, without http:// and port')
+            raise UserError(
+                f'--allow-host "{name}": give a name alone, such as opt.example.org, without http:// and port'
+            )
     return names
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions:
-    """The raw input: any mixture of a text, an image and a recording."""
+    """The raw input: any mixture of text, image and audio."""
 
     text: Annotated[str | None, typer.Option(help="Input text.", callback=utf8)] = None
-    image: Annotated[Path | None, typer.Option(help="Input picture: JPEG, PNG, WebP, SVG.")] = None
-    audio: Annotated[Path | None, typer.Option(help="Input recording: WAV, FLAC, OGG, MP3.")] = None
+    image: Annotated[Path | None, typer.Option(help="Input image: JPEG, PNG, WebP, SVG and others.")] = None
+    audio: Annotated[Path | None, typer.Option(help="Input audio: WAV, FLAC, OGG, MP3 and others.")] = None
 
 
 @with_option_groups
 def generate(
     *,
     checkpoint: _Checkpoint,
-    output: Annotated[Path, typer.Option(help="File to write: text, or a PNG; -: standard output.", callback=output_file)],
-    to: Annotated[str, typer.Option(help="text or image.")],
+    output: Annotated[
+        Path, typer.Option(help="File to write: a text, or a PNG. -: standard output.", callback=output_file)
+    ],
+    to: Annotated[str, typer.Option(help="Output modality: text or image.")],
     given: InputOptions,
     beam_size: BeamSize = 4,
     sampling: SamplingOptions,
-    seed: Annotated[int, typer.Option(help="Of the image codes.", min=0, max=MAX_SEED)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling of image codes.", min=0, max=MAX_SEED)] = 1,
     extractors: ExtractorOptions,
 ) -> None:
-    """Write a text, or paint a 64×64 picture, from a text, a picture, a recording or any mixture of them.
+    """Generate a text or a 64×64 image from text, image, audio or any mixture of them.
 
-    The raw input goes through the very extractors that the model was trained with.
+    The raw input goes through the extractors that the model was trained with.
     """
     from opt_ds.model.generation import text_decoding
 
@@ -79,7 +83,7 @@ def generate(
     if given == InputOptions():
         raise UserError("no input: give --text, --image, --audio, or several of them")
     if to == "image" and _is_stdout(output) and sys.stdout.isatty():
-        raise UserError("--output -: a PNG is no text for a terminal: redirect standard output, or name a file")
+        raise UserError("--output -: a PNG cannot be shown on a terminal: redirect standard output, or name a file")
     session = _session(checkpoint, extractors)
     candidates = sampling.candidates
     if to == "image" and candidates > 1:
@@ -95,17 +99,17 @@ def generate(
     file = io.BytesIO()
     picture.save(file, format="PNG")
     _write(output, file.getvalue())
-    chosen = "" if score is None else f" (matching {score:.3f}, the best of {candidates})"
+    chosen = "" if score is None else f" (match probability {score:.3f}, the best of {candidates})"
     typer.echo(f"{output}{chosen}", err=_is_stdout(output))
 
 
 def export(
     checkpoint: _Checkpoint, output: Annotated[Path, typer.Option(help="New folder for the exported model.")]
 ) -> None:
-    """Write safetensors, configuration, tokenizer, extractors' identities, dVAE and a model card.
+    """Export a model: safetensors, configuration, tokenizer, extractors' fingerprints, dVAE and a model card.
 
-    The folder loads with OPTModel.from_pretrained (opt_ds.serving.pretrained), and with transformers' AutoModel once that module
-    is imported.
+    The folder loads with opt_ds.load, with OPTModel.from_pretrained (opt_ds.serving.pretrained), and with transformers'
+    AutoModel after that module is imported.
     """
     check_output(output, "--output")
     from opt_ds.serving.export import export as run
@@ -117,22 +121,30 @@ def export(
 def serve(
     *,
     checkpoint: _Checkpoint,
-    host: Annotated[str, typer.Option(help="Address to listen on; by default for this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8080,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. The default is reachable from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on. 0: any free one.", min=0, max=65535)] = 8080,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", callback=host_names, help="Another name of this server, as behind a proxy; may be repeated. "
-            "Requests by other names than localhost, loopback addresses and --host are refused.",
+            metavar="NAME",
+            callback=host_names,
+            help="Further name of this server, for instance behind a proxy. May be repeated. "
+            "Requests by names other than these, localhost, loopback addresses and --host are refused.",
         ),
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="Feature store to show nearest neighbours from.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of limits: see docs/configuration.md, Serving.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one limit; may be repeated.")
+    store: Annotated[Path | None, typer.Option(help="Feature store whose nearest neighbours the page shows.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of limits. See docs/configuration.md, Serving.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of that store.")] = "train",
-    allow_svg: Annotated[bool, typer.Option(help="Accept SVG drawings in requests; drawing one may take 20 s.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one limit. May be repeated.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --store.")] = "train",
+    allow_svg: Annotated[
+        bool, typer.Option(help="Accept SVG drawings in requests. Rendering one may take 20 s.")
+    ] = False,
     allow_further: Annotated[
         bool,
         typer.Option(
@@ -141,7 +153,10 @@ def serve(
     ] = False,
     extractors: ExtractorOptions,
 ) -> None:
-    """A web page to try the model on, and a JSON API (its schema: /api/openapi.json). It has no password: see docs/serving.md."""
+    """Start a web page to try the model and a JSON API (schema: /api/openapi.json).
+
+    There is no password. See docs/serving.md.
+    """
     try:
         import python_multipart  # noqa: F401 - FastAPI's forms
 

@@ -17,26 +17,31 @@ _Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
 
 def inspect_store(
     store: _Store,
-    sample: Annotated[str | None, typer.Option(help="Show this sample in full: its id, or #7 for the seventh but one.")] = None,
-    manifest: Annotated[Path | None, typer.Option(help="With --sample: where its picture is named, to draw boxes on.")] = None,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the sample's PNG.")] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Show this sample in full: its id, or #N for sample N, counted from 0.")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="With --sample: manifest that names its image. Boxes are drawn on the image.")
+    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the PNG of --sample.")] = None,
     config: Annotated[
-        str | None, typer.Option(help="A preset or YAML file: the training that the notes are for. Default: pretrain.py's.")
+        str | None,
+        typer.Option(help="Preset or YAML file of the training that the notes refer to. Default: that of pretrain.py."),
     ] = None,
     near_duplicates: Annotated[
         bool,
-        typer.Option("--near-duplicates/--no-near-duplicates", help="Count images and texts that are nearly the same."),
+        typer.Option("--near-duplicates/--no-near-duplicates", help="Count near-duplicates."),
     ] = True,
 ) -> None:
-    """Check a feature store and print a summary; exit code 2 on a failure.
+    """Check a feature store and print a summary. The exit code is 2 if a check fails.
 
-    Checked: checksums, NaN, ranges, offsets, rows, splits, and what store.json says. Notes say what training would refuse, and
-    what the model's limits truncate; they do not change the exit code.
+    Checked are checksums, NaN, ranges, offsets, rows, splits and store.json. Notes report what training would refuse
+    and what the model's limits truncate. They do not change the exit code.
     """
     from opt_ds.store.inspect import inspect_store as inspect
 
     if manifest is not None and sample is None:
-        raise UserError("--manifest: it goes with --sample, whose picture it names: give --sample too")
+        raise UserError("--manifest requires --sample, whose image it names: add --sample")
     inspection = inspect(store, near_duplicates=near_duplicates)
     _print(inspection.summary)
     for note in inspection.notes:
@@ -117,23 +122,35 @@ def _picture(file: Path) -> "Image":
     try:
         return own_decoder().picture(file).content
     except DecodingError as error:
-        raise UserError(f"{file}: not readable as a picture ({error}): leave out --manifest to go without it") from None
+        raise UserError(
+            f"{file}: not readable as an image ({error}): omit --manifest to show the sample without it"
+        ) from None
 
 
 def split(
     store: _Store,
-    ratio: Annotated[list[str] | None, typer.Option(help="SPLIT=SHARE, such as train=0.9; several times; they sum to 1.")] = None,
-    ids: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of sample id and split; others stay where they are.")] = None,
-    groups: Annotated[Path | None, typer.Option(help="CSV (or .tsv) of group and split; others stay where they are.")] = None,
-    seed: Annotated[int, typer.Option(help="With --ratio: another seed deals the groups otherwise.")] = 0,
-    source: Annotated[str | None, typer.Option("--from", help="With --ratio: only samples of this split; others stay.")] = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="SPLIT=FRACTION, such as train=0.9. May be repeated. The fractions sum to 1."),
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="CSV or .tsv of sample id and split. Other samples keep their split.")
+    ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="CSV or .tsv of group and split. Other groups keep their split.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --ratio: seed of the assignment.")] = 0,
+    source: Annotated[
+        str | None, typer.Option("--from", help="With --ratio: reassign only samples of this split. Default: all.")
+    ] = None,
     ignore_near_duplicates: Annotated[
-        bool, typer.Option("--ignore-near-duplicates", help="Do not look for images that are nearly the same.")
+        bool, typer.Option("--ignore-near-duplicates", help="Do not compare images.")
     ] = False,
 ) -> None:
-    """Deal a store's samples to other splits: by ratio (groups stay whole), by ids or by groups.
+    """Reassign a store's samples to splits: by ratio, by ids or by groups.
 
-    By ratio, groups that share nearly the same image stay together; by ids or groups, such images in several splits are counted.
+    By ratio, groups stay together, and so do groups that share a near-duplicate image. By ids or groups,
+    near-duplicates between splits are counted.
     """
     from opt_ds.store.files import exclusive_use
     from opt_ds.store.split import parse_ratios, split_by_list, split_by_ratio
@@ -142,11 +159,13 @@ def split(
     if len(given) != 1:
         raise UserError("opt-ds split: give one of --ratio, --ids and --groups")
     if source is not None and not ratio:
-        raise UserError("--from: it goes with --ratio; --ids and --groups name the samples themselves")
+        raise UserError("--from requires --ratio: --ids and --groups name the samples themselves")
     ratios = parse_ratios(ratio) if ratio else {}
     with exclusive_use(store):
         if ratio:
-            description = split_by_ratio(store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates)
+            description = split_by_ratio(
+                store, ratios, seed, source, near_duplicates_together=not ignore_near_duplicates
+            )
         else:
             description = split_by_list(
                 store,
@@ -214,9 +233,7 @@ def update(
         from opt_ds.ingest.update_text import update_text
 
         settings = PrepareSettings(text=weights, **vars(tokenizer))
-        update_text(
-            store, manifest, settings, strict=reading.strict, allow_outside=reading.allow_outside
-        )
+        update_text(store, manifest, settings, strict=reading.strict, allow_outside=reading.allow_outside)
         return
 
     if manifest is None:
@@ -254,11 +271,13 @@ def update(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A feature store, or a folder with UNITER's LMDB of image features.")],
-    output: Annotated[Path, typer.Option(help="The new store; of an LMDB, the folder of .npz files.")],
-    compress: Annotated[bool, typer.Option(help="Compress the new store with gzip: for archives, slower to read.")] = False,
+    source: Annotated[Path, typer.Argument(help="Feature store, or folder with UNITER's LMDB of image features.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new store. For an LMDB: folder for .npz files.")],
+    compress: Annotated[
+        bool, typer.Option(help="Compress the new store with gzip, for archives. Reading is slower.")
+    ] = False,
 ) -> None:
-    """Copy a store, compressed or uncompressed; or take image features out of UNITER's LMDB."""
+    """Copy a store, compressed or uncompressed, or extract image features from UNITER's LMDB."""
     from opt_ds.ingest.importers.uniter import export_lmdb, is_lmdb
     from opt_ds.store.convert import copy_store
 

@@ -47,12 +47,12 @@ class FineTuneConfig(Section):
     negative_candidates: int = Field(
         32,
         ge=1,
-        description="Retrieval: samples drawn as candidates for a negative. The one with the most similar text "
+        description="Retrieval: samples that are candidates for a negative. The one with the most similar text "
         "is taken.",
     )
     same_group_negatives: bool = Field(
         False,
-        description="Retrieval: draw half of the candidates from the sample's own group, with a different text "
+        description="Retrieval: take half of the candidates from the sample's own group, with a different text "
         "and image.",
     )
     agreement: int = Field(
@@ -133,7 +133,7 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1, description="Optimizer steps between two log entries.")
     validate_every: int = Field(1000, ge=1, description="Optimizer steps between two validations.")
     validate_samples: int = Field(2048, ge=1, description="Largest number of validation samples.")
-    picture_grid: int = Field(8, ge=0, description="Number of samples in the picture grid of a validation. 0: no grid.")
+    picture_grid: int = Field(8, ge=0, description="Number of samples in the image grid of a validation. 0: no grid.")
     recompute: bool = Field(
         False,
         description="Recompute each layer's activations in the backward pass instead of storing them: less "

@@ -28,7 +28,7 @@ def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, A
     path = folder / f"{source}.yaml" if folder and is_preset else Path(source)
     if not path.is_file():
         if not names:
-            raise UserError(f'--config "{source}" is no file')
+            raise UserError(f'--config "{source}" is not a file')
         raise UserError(f'--config "{source}" is neither a preset ({", ".join(names)}) nor a file{did_you_mean(source, names)}')
     tree = read_yaml(path)
     tree = {} if tree is None else tree

@@ -125,13 +125,13 @@ class TasksConfig(Section):
                 if task not in self.sampled:
                     raise ValueError(f'{name} names no task "{task}"{did_you_mean(task, self.sampled)}')
                 if share < 0:
-                    raise ValueError(f"{name}.{task} is {share}: a share cannot be negative")
+                    raise ValueError(f"{name}.{task} is {share}: a weight cannot be negative")
         starts = [phase.from_fraction for phase in self.curriculum]
         if starts != sorted(starts):
             raise ValueError("tasks.curriculum must be in the order of from_fraction")
         for fraction in (0.0, *starts):
             if not self._has_unsampled and not any(self.mix_at(fraction).values()):
-                raise ValueError("the weights of tasks and tasks.mix leave no task: give one a positive share and weight")
+                raise ValueError("no task is enabled: give one a positive weight in tasks.mix and a positive weight of its own")
         return self
 
     @property

@@ -21,7 +21,7 @@ def mix_quotas(weights: tuple[float, ...]) -> np.ndarray:
         smallest = np.format_float_positional(others / (MIX_BLOCK - 1), precision=3, fractional=False, trim="-")
         raise UserError(
             f"data.mix: weight {weights[number]:g} (store number {number + 1} of {len(weights)}) is less than one sample in "
-            f"{MIX_BLOCK:,}, so that its store would never be read: raise it to {float(smallest) * 1.001:.4g} or more, or remove "
+            f"{MIX_BLOCK:,}, so its store would never be read: raise it to {float(smallest) * 1.001:.4g} or more, or remove "
             "the store"
         )
     return quota
@@ -33,4 +33,4 @@ def mix_note(weights: tuple[float, ...]) -> str | None:
     if (np.abs(taken - shares) <= 0.01 * shares).all():
         return None
     listed = ", ".join(f"{100 * own:.3g} % instead of {100 * share:.3g} %" for own, share in zip(taken, shares, strict=True))
-    return f"data.mix is taken in steps of 1/{MIX_BLOCK:,}: {listed}"
+    return f"data.mix is rounded to steps of 1/{MIX_BLOCK:,}: {listed}"

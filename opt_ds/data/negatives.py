@@ -58,7 +58,7 @@ class NegativeSampler:
         self._hard_share, self._candidates, self._similarity = 0.0, 1, None
         if hard_share and self.usable:
             self._hard_share, self._candidates = hard_share, hard_candidates
-            assert split is not None, "hard negatives are drawn from a whole split"
+            assert split is not None, "hard negatives are sampled from a complete split"
             self._similarity = TextSimilarity(store, samples, [split])
 
     def _with(self, store: FeatureStore, samples: np.ndarray, modality: int, split: str | None) -> np.ndarray:

@@ -92,7 +92,7 @@ class StepPlan(Plan):
             if not any(loss in active for loss in names):
                 tasks[name] = "its weight is 0"
             elif not any(loss in trained for loss in names):
-                tasks[name] = "its share of tasks.mix is 0"
+                tasks[name] = "its weight in tasks.mix is 0"
             for key, reason in self.tasks[name].disabled(present, self.stores, derived).items():
                 (tasks if key == name else losses).setdefault(key, reason)
         return tasks | losses

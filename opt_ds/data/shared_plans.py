@@ -118,7 +118,7 @@ class SharedPlans:
         while not path.exists():
             if time.monotonic() >= until or not inbox.is_dir():  # the folder is removed when the run ends
                 self._late.add(owner)
-                self._note(step, f"rank {owner} of this node has not planned it in {patience:.0f} s")
+                self._note(step, f"rank {owner} of this node has not written it within {patience:.0f} s")
                 return None
             time.sleep(_POLL_S)
         self._late.discard(owner)
@@ -134,8 +134,8 @@ class SharedPlans:
         self.num_missed += 1
         if self.num_missed == 1:
             _LOG.warning(
-                f"step {step}: its plan is not shared between the ranks of this node; each plans it itself, which takes longer "
-                f"but changes nothing: {reason}; said once",
+                f"step {step}: its plan is not shared between the ranks of this node; each computes it, which takes longer but "
+                f"changes no result: {reason} (further cases are not logged)",
                 extra=EVERY_RANK,
             )
 

@@ -251,7 +251,7 @@ class _Child:
         while left:
             done = os.preadv(self._answers, [left], offset)
             if not done:
-                raise RuntimeError("the decoder's answer is shorter than it says")
+                raise RuntimeError("the decoder's answer is shorter than announced")
             left, offset = left[done:], offset + done
         return content
 
@@ -259,7 +259,7 @@ class _Child:
     def answer_view(self, count: int) -> Iterator[memoryview]:
         """Yield the first `count` bytes of the answer's content. The caller must copy them before the next request."""
         if os.fstat(self._answers).st_size < count:
-            raise RuntimeError("the decoder's answer is shorter than it says")
+            raise RuntimeError("the decoder's answer is shorter than announced")
         with mmap.mmap(self._answers, count, access=mmap.ACCESS_READ) as answer, memoryview(answer) as view:
             yield view
 

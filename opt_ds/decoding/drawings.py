@@ -57,7 +57,7 @@ def draw(path: str, limits: Limits, allow: Callable[[int], None]) -> Image.Image
     with open(path, "rb") as file:
         content = file.read()
     if what_it_is(content[:4096]) == "an HTML page":
-        raise RefusedError("it is an HTML page, not a picture")
+        raise RefusedError("it is an HTML page, not an image")
     allow(0)
     pixels = sum(_embedded_pixels(content, _MOST_LEVELS))
     if pixels > limits.max_pixels:

@@ -18,7 +18,7 @@ _VIDEOS = (".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 _CLUTTER_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
 _CLUTTER_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
 _HTML_TAGS = (b"<html", b"<!doctype html", b"<head", b"<body")
-_NOUNS = {"image": "picture", "audio": "recording", "archive": "archive", "video": "video", "document": "document"}
+_NOUNS = {"image": "image", "audio": "audio file", "archive": "archive", "video": "video", "document": "document"}
 _XML_STARTS = (b"<?xml", b"<svg", b"<!doctype svg", b"<!--")
 
 
@@ -36,7 +36,7 @@ class FileFormat:
     advice: str = ""
 
     def __str__(self) -> str:
-        """Return the format with its kind, such as "WAV recording"."""
+        """Return the format with its kind, such as "WAV audio file"."""
         noun = _NOUNS.get(self.kind, "file")
         return self.name if self.name.endswith(("page", noun)) else f"{self.name} {noun}"
 
@@ -109,8 +109,8 @@ FORMATS: tuple[FileFormat, ...] = (
 
 _BY_ENDING = {ending: each for each in FORMATS for ending in each.endings}
 _BY_NAME = {each.name: each for each in FORMATS}
+#: Endings of the files that downloaders and annotators write next to an image or audio file, under its name.
 SIDECAR_ENDINGS: tuple[str, ...] = (".json", ".txt", ".xml", ".csv", ".tsv", ".jsonl")
-"""What downloaders and annotators write beside a picture or recording, under its name."""
 
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"GIF87a", "GIF"), (0, b"GIF89a", "GIF"),

@@ -45,7 +45,7 @@ def _unpacked_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     for size in shape:
         count *= int(size)
     if count < 0 or count * dtype.itemsize > member.file_size:
-        raise BrokenFileError(f"its array {member.filename} is said to be {list(shape)}, which the file does not hold")
+        raise BrokenFileError(f"its array {member.filename} is declared as {list(shape)}, which the file does not hold")
     return count * dtype.itemsize
 
 
@@ -55,7 +55,7 @@ def _header(stream: IO[bytes], member: zipfile.ZipInfo) -> tuple[tuple[int, ...]
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         return read(stream)
     except ValueError:
-        raise BrokenFileError(f"its member {member.filename} is no NumPy array") from None
+        raise BrokenFileError(f"its member {member.filename} is not a NumPy array") from None
 
 
 def _load(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -87,7 +87,7 @@ def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
 
         return on_white(ImageOps.exif_transpose(Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))))
     if picture.mode in ("I", "F"):
-        raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits a channel")
+        raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits per channel")
     picture.load()
     if in_place:
         ImageOps.exif_transpose(picture, in_place=True)  # copies only if the image has to be rotated

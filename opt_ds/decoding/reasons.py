@@ -9,11 +9,11 @@ from typing import Any
 from opt_ds.decoding.file_kinds import SVG, format_of_content, why_not_decodable
 
 ACCEPTED = {
-    "image": "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC, JPEG 2000 and SVG pictures",
-    "audio": "WAV, RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3 recordings",
+    "image": "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC, JPEG 2000 and SVG images",
+    "audio": "WAV, RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3 audio files",
     "arrays": ".npz files of numbers",
 }
-_OWN = {"image": "picture", "audio": "recording", "arrays": "archive"}  # the last words of the names below
+_OWN = {"image": "image", "audio": "audio file", "arrays": "archive"}  # the last words of the names below
 #: First bytes of further kinds of content. They are not in the list of formats, as they are never supplied as image
 #: or audio.
 _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
@@ -69,7 +69,7 @@ def unreadable(kind: str, head: bytes) -> BrokenFileError:
     if found is None:
         return BrokenFileError(f"it is none of the {ACCEPTED[kind]}")
     if found.endswith(_OWN[kind]):
-        return BrokenFileError(f"it is {found}, damaged or cut off")
+        return BrokenFileError(f"it is {found}, damaged or truncated")
     return BrokenFileError(f"it is {found}: accepted are {ACCEPTED[kind]}")
 
 
@@ -89,5 +89,5 @@ def reason_of(error: Any, kind: str, head: bytes) -> str:
         return advice
     found = what_it_is(head) or "of an accepted format"
     if _CUT.search(str(error)):
-        return f"it is {found}, cut off or damaged"
+        return f"it is {found}, truncated or damaged"
     return f"it is {found}, damaged"

@@ -54,25 +54,25 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
             raise RefusedError(f"its encoding ({sound.format}, {sound.subtype}) is not accepted: save it as WAV or FLAC")
         rate_hz, channels = sound.samplerate, sound.channels
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-            raise RefusedError(f"a rate of {rate_hz} Hz is no recording's")
+            raise RefusedError(f"its sample rate of {rate_hz} Hz is outside {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
         frames = sound.frames
         if header.length_unknown and sound.format == "FLAC":
-            raise RefusedError("its header does not say how long it is (a FLAC written to a pipe): encode it again into a file")
+            raise RefusedError("its header does not contain its length (a FLAC written to a pipe): encode it again into a file")
         _check_length(frames, channels, rate_hz, max_seconds)
         if header.is_cut:
             assert header.announced is not None and header.held is not None
             whole = frames * header.announced / max(1, header.held)
-            raise BrokenFileError(f"it is cut off: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
+            raise BrokenFileError(f"it is truncated: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
         allow(frames * channels)
         # Read in one piece: where reading stops and resumes, the last bits of MP3 samples differ.
         samples = sound.read(frames=frames, dtype="float32", always_2d=True)
     if frames - len(samples) > _CUT_S * rate_hz:
-        raise BrokenFileError(f"it is cut off: {len(samples) / rate_hz:.1f} of {frames / rate_hz:.1f} s")
+        raise BrokenFileError(f"it is truncated: {len(samples) / rate_hz:.1f} of {frames / rate_hz:.1f} s")
     mono = samples.mean(1)
     if not len(mono):
-        raise BrokenFileError("the recording has no samples")
+        raise BrokenFileError("the audio has no samples")
     if not np.isfinite(mono).all():
-        raise BrokenFileError("the recording has NaN or infinite samples")
+        raise BrokenFileError("the audio has NaN or infinite samples")
     return mono, rate_hz
 
 
@@ -81,7 +81,7 @@ def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:
         sound = soundfile.SoundFile(header.readable(file))
     except soundfile.LibsndfileError:
         if header.is_cut:  # libsndfile does not open some truncated formats
-            raise BrokenFileError(f"it is cut off: {header.held} of {header.announced} bytes of sound") from None
+            raise BrokenFileError(f"it is truncated: {header.held} of {header.announced} bytes of sound") from None
         raise
     if header.mpeg is None or abs(sound.frames - header.mpeg.samples) <= _CUT_S * sound.samplerate:
         return sound

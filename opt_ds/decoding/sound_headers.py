@@ -22,7 +22,7 @@ _MOST_CHUNKS = 10_000
 _W64_RIFF, _W64_DATA = (bytes.fromhex(text) for text in ("726966662e91cf11a5d628db04c10000", "64617461f3acd3118cd100c04f8edb8a"))
 _OGG_FIRST, _OGG_LAST = 2, 4  # page flags
 _FOREIGN_IN_OGG = {b"Speex": "Speex", b"\x7fFLAC": "FLAC", b"\x80theora": "Theora video", b"fishead": "a video"}
-_SEVERAL = "it holds several recordings one after another, of which one would be read: split it"
+_SEVERAL = "it holds several streams one after another, of which one would be read: split it"
 
 
 @dataclass
@@ -113,7 +113,7 @@ def _wav(file: BinaryIO, size: int, order: str) -> SoundHeader:
         if count == 0 and held > 0 and not _ends_as_chunks(file, start, size, order):
             return SoundHeader(length_unknown=True, patches=[(start - 4, struct.pack(f"{order}I", min(held, 2**32 - 1)))])
         return SoundHeader(count, held)
-    return SoundHeader(problem="it is cut off: it has no sound")
+    return SoundHeader(problem="it is truncated: it has no sound")
 
 
 def _ends_as_chunks(file: BinaryIO, start: int, size: int, order: str) -> bool:
@@ -138,19 +138,19 @@ def _w64(file: BinaryIO, size: int) -> SoundHeader:
         if count < 24:
             break
         start += count + -count % 8
-    return SoundHeader(problem="it is cut off: it has no sound")
+    return SoundHeader(problem="it is truncated: it has no sound")
 
 
 def _aiff(file: BinaryIO, size: int) -> SoundHeader:
     for name, count, start in _chunks(file, 12, size, ">4sI"):
         if name == b"SSND":
             return SoundHeader(length_unknown=True) if _is_unknown(count) else SoundHeader(count, size - start)
-    return SoundHeader(problem="it is cut off: it has no sound")
+    return SoundHeader(problem="it is truncated: it has no sound")
 
 
 def _au(head: bytes, size: int) -> SoundHeader:
     if len(head) < 12:
-        return SoundHeader(problem="it is cut off: it has no sound")
+        return SoundHeader(problem="it is truncated: it has no sound")
     start, count = struct.unpack(">II", head[4:12])
     return SoundHeader(length_unknown=True) if _is_unknown(count) else SoundHeader(count, max(0, size - start))
 
@@ -159,14 +159,14 @@ def _caf(file: BinaryIO, size: int) -> SoundHeader:
     for name, count, start in _chunks(file, 8, size, ">4sq", padding=1):
         if name == b"data":
             return SoundHeader(length_unknown=True) if count < 0 else SoundHeader(count, size - start)
-    return SoundHeader(problem="it is cut off: it has no sound")
+    return SoundHeader(problem="it is truncated: it has no sound")
 
 
 def _flac(file: BinaryIO) -> SoundHeader:
     file.seek(21)  # STREAMINFO: 4 bits of other fields, then 36 bits with the number of samples
     fields = file.read(5)
     if len(fields) < 5:
-        return SoundHeader(problem="it is cut off: its header is incomplete")
+        return SoundHeader(problem="it is truncated: its header is incomplete")
     if _another_flac(file):
         return SoundHeader(problem=_SEVERAL)
     return SoundHeader(length_unknown=not (fields[0] & 0x0F or any(fields[1:])))
@@ -200,7 +200,7 @@ def _ogg(file: BinaryIO, size: int) -> SoundHeader:
         lengths = file.read(head[26])
         end = start + 27 + head[26] + sum(lengths)
         if len(lengths) < head[26] or end > size:
-            return SoundHeader(problem="it is cut off: its last page is incomplete")
+            return SoundHeader(problem="it is truncated: its last page is incomplete")
         flags = head[5]
         if flags & _OGG_FIRST and began:
             return SoundHeader(problem=_SEVERAL)
@@ -210,7 +210,7 @@ def _ogg(file: BinaryIO, size: int) -> SoundHeader:
         ended = bool(flags & _OGG_LAST)
         start = end
     if not ended:
-        return SoundHeader(problem="it is cut off: the end of its stream is missing")
+        return SoundHeader(problem="it is truncated: the end of its stream is missing")
     return SoundHeader()
 
 
@@ -219,7 +219,7 @@ def _mpeg(file: BinaryIO, size: int) -> SoundHeader:
         return SoundHeader(problem=_SEVERAL)
     length = count_frames(file, size)
     cut = length is not None and length.is_cut
-    return SoundHeader(problem="it is cut off: its last frame is incomplete" if cut else None, mpeg=length)
+    return SoundHeader(problem="it is truncated: its last frame is incomplete" if cut else None, mpeg=length)
 
 
 def with_index(length: MpegLength, file: BinaryIO) -> BinaryIO:

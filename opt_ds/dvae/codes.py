@@ -1,4 +1,4 @@
-"""Encode images to codes with a trained dVAE: the extractor, the codes of a whole store, and quality measures."""
+"""Encode images to codes with a trained dVAE: the extractor, the codes of a store, and quality measures."""
 
 import logging
 import os
@@ -153,7 +153,7 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _LOG.info(f"dVAE: wrote the codes of {num_images(store)} pictures into {store_path}")
+        _LOG.info(f"dVAE: wrote the codes of {num_images(store)} images into {store_path}")
         return True
 
 

@@ -26,5 +26,5 @@ def load_processor_dvae(folder: Path) -> DiscreteVAE:
     """
     dvae = DiscreteVAE.from_pretrained(folder / DVAE_FOLDER)
     if dvae.identity() != load_processor_description(folder).extractors.get("codes"):
-        raise UserError(f"{folder / DVAE_FOLDER}: not the dVAE that made the codes: start the run once more (it writes it)")
+        raise UserError(f"{folder / DVAE_FOLDER}: not the dVAE that made the codes: start the run again, which writes it")
     return dvae

@@ -78,10 +78,10 @@ def train_dvae(
     """
     store = open_store(store_path, with_dvae=False)
     if not store.has_pixels:
-        raise UserError(f"{store_path}: the store has no pictures (image/pixels): prepare it with pixels")
+        raise UserError(f"{store_path}: the store has no pixels (image/pixels): prepare it with --pixels")
     rows = split_image_rows(store, train_split)
     if not len(rows):
-        raise UserError(f'{store_path}: split "{train_split}" has no pictures: name another with --train-split')
+        raise UserError(f'{store_path}: split "{train_split}" has no images: name another with --train-split')
     for problem in split_problems(store_path, store.description, train_split):
         _LOG.info(f"note: pre-training would refuse: {problem}")
     preset = preset or default_preset(len(rows), config_file)
@@ -94,7 +94,7 @@ def train_dvae(
         _LOG.info(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
     else:
         _LOG.info(
-            f"dVAE: {preset}, {len(rows)} pictures of split {train_split}, {config.steps} steps, {hardware.device}, "
+            f"dVAE: {preset}, {len(rows)} images of split {train_split}, {config.steps} steps, {hardware.device}, "
             f"{hardware.precision}, {hardware.threads} threads"
         )
         about = {
@@ -114,7 +114,7 @@ def read_result(output: Path) -> dict[str, Any]:
     file, remedy = output / RESULT_FILE, "restore it, or remove it to repeat the run"
     result = read_json_object(file, remedy)
     if type(result.get("steps")) is not int or result.get("identity") != DiscreteVAE.from_pretrained(output).identity():
-        raise UserError(f"{file}: damaged, it does not describe the dVAE beside it: {remedy}")
+        raise UserError(f"{file}: damaged, it does not describe the dVAE in this folder: {remedy}")
     return result
 
 
@@ -127,7 +127,7 @@ def default_preset(num_pictures: int, config_file: Path | None) -> str:
         preset = preset_of_file(config_file)
     else:
         preset = "dvae-base" if num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
-    reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} pictures"
+    reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} images"
     _LOG.info(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset
 

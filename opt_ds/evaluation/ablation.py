@@ -114,7 +114,7 @@ def plan_rows(source: str, settings: Sequence[str], stores: list[FeatureStore], 
         if without and (not left or len(left) == len(possible)):
             if names:
                 why = "leaves no task" if not left else "takes nothing away: the full run has none of its losses"
-                raise UserError(f"--row {name} {why} (those of the full run: {', '.join(possible)}): leave it away")
+                raise UserError(f"--row {name} {why} (those of the full run: {', '.join(possible)}): omit it")
             continue
         own = tuple(f"tasks.{task}.weight=0" for task in without)
         rows.append(Row(name, (*shared, *own), load_config(source, (*shared, *own)), left))
@@ -154,7 +154,7 @@ def read_row(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{folder / ROW_FILE}: not readable ({error}): remove it, and the row is probed again") from None
+        raise UserError(f"{folder / ROW_FILE}: not readable ({error}): remove it to fit the row's probe again") from None
 
 
 def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device: str) -> dict[str, Any]:
@@ -182,10 +182,10 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
         last = checkpoint.pointed(run, "latest")
         state = checkpoint.train_state(checkpoint.read_state(last)) if last else checkpoint.TrainState()
         if last is None or state.step != row.steps:
-            raise RunError(f"{run}: its run stands at step {state.step} of {row.steps}: give the same command again")
+            raise RunError(f"{run}: its run is at step {state.step} of {row.steps}: run the same command again")
         ran, seconds = losses_of_run(run, row.config.tasks), state.train_seconds
         if set(ran) - set(row.losses):
-            raise RunError(f"{run}: {', '.join(sorted(set(ran) - set(row.losses)))} ran, which the row is without")
+            raise RunError(f"{run}: {', '.join(sorted(set(ran) - set(row.losses)))} ran, which this row disables")
         model, _ = checkpoint.load_model(last)
     evaluator = Evaluator(model.to(device), row.config, store, device)
     figures = classification(
@@ -239,14 +239,14 @@ def make_rows(
         for number, row in enumerate(rows, 1):
             where = f"[{number}/{len(rows)}] {row.name}"
             if is_done(row, folder, probe):
-                _LOG.info(f"{where}: done before")
+                _LOG.info(f"{where}: already complete")
                 continue
             _LOG.info(f"{where}: losses {', '.join(row.losses) or 'none'}")
             code = _pretrain(pretrain_arguments(source, row, folder), ranks, stop) if row.steps else 0
             if stop.received:
                 return REQUEUE_EXIT_CODE
             if code:
-                raise RunError(f"row {row.name}: pretrain.py ended with code {code}, see above; the same command goes on")
+                raise RunError(f"row {row.name}: pretrain.py ended with code {code}, see above; run it again to resume")
             probe_row(row, folder, store, probe, device)
             write_tables(folder, store, row.config, probe)
     return 0

@@ -64,7 +64,7 @@ def captioning(
     }  # fmt: skip
 
 
-_ALONE = "there is only one picture"
+_ALONE = "there is only one image"
 
 
 def _with_words(references: list[list[str]], written: list[str]) -> tuple[list[list[str]], list[str], int]:
@@ -108,7 +108,7 @@ def _cider_problem(references: list[list[str]]) -> str | None:
     if len(references) < 2:
         return _ALONE
     own = [texts[0] for texts in references]
-    return "all pictures have the same captions" if cider(references, own) <= 0 else None
+    return "all images have the same captions" if cider(references, own) <= 0 else None
 
 
 def bleu_4(references: list[list[str]], written: list[str]) -> float:

@@ -25,14 +25,14 @@ def check_experiments(config: Config, store: FeatureStore) -> None:
         assert ability is not None, "the configuration lists the experiments that run in training"
         if not config.can(ability):
             loss = config.tasks.loss_for(ability)
-            raise UserError(f"evaluate.experiments has {name}, but the model does not learn {loss}: leave it out")
+            raise UserError(f"evaluate.experiments has {name}, but the model is not trained with {loss}: remove it")
         if experiment.needs_image_codes and not store.has_codes:
-            raise UserError(f"evaluate.experiments has {name}, but {store.path} has no image codes: leave it out")
+            raise UserError(f"evaluate.experiments has {name}, but {store.path} has no image codes: remove it")
         found = max(_count_with(store, options.split, modalities) for modalities in experiment.modalities)
         if found < 2:
             raise UserError(
                 f'evaluate.experiments has {name}, but split "{options.split}" of {store.path} has {found} samples with all that '
-                "it needs: leave it out, or choose another evaluate.split"
+                "it needs: remove it, or choose another evaluate.split"
             )
 
 

@@ -230,12 +230,12 @@ def table(figures: dict[str, Any]) -> str:
         painted = row.get("painted", {})
         if nearest := painted.get("nearest"):
             chance_of_it = nearest["chance"]["R@1"]
-            line += f"   own picture the nearest {nearest['R@1']:.1%} of {painted['samples']} (chance {chance_of_it:.1%})"
+            line += f"   true image the nearest {nearest['R@1']:.1%} of {painted['samples']} (chance {chance_of_it:.1%})"
         if matching := painted.get("matching"):
-            line += f"   matching {matching['first']:.3f}, best of {painted['candidates']} {matching['kept']:.3f}"
+            line += f"   match probability {matching['first']:.3f}, best of {painted['candidates']} {matching['kept']:.3f}"
         if "fid" in painted:
             line += f"   FID {painted['fid']:.1f}"
         if score := painted.get("clip_score"):
-            line += f"   CLIP score {score['painted']:.1f} (true pictures {score['true']:.1f})"
+            line += f"   CLIP score {score['painted']:.1f} (true images {score['true']:.1f})"
         lines.append(line)
     return "\n".join(lines)

@@ -44,7 +44,7 @@ def frechet_inception_distance(painted: np.ndarray, true: np.ndarray, weights: P
     from torch_fidelity import calculate_metrics
 
     if min(len(painted), len(true)) < 2:
-        raise UserError("--inception: the distance is between distributions: give two samples at least")
+        raise UserError("--inception: the distance requires at least two samples: raise --paint")
     try:
         found = calculate_metrics(
             input1=_Pictures(painted), input2=_Pictures(true), fid=True, feature_extractor_weights_path=str(weights),

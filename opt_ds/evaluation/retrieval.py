@@ -65,7 +65,7 @@ def retrieval(
     writes, judges = (evaluator.config.can(ability) for ability in (WRITE_TEXT, MATCH))
     if not writes:
         loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
-        evaluator.require(MATCH, f"judge what belongs together, nor (without {loss}) how likely a text is")
+        evaluator.require(MATCH, f"predict whether inputs match, nor (without {loss}) how likely a text is")
     gallery, small = (
         {other: evaluator.samples_with(split, (TEXT, other), count, seed) for other in (IMAGE, AUDIO)}
         for count in (candidates, matching_candidates)

@@ -81,7 +81,7 @@ def transcription(
             result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
     if inputs and not any(name in result for name in inputs):
         raise UserError(
-            f'{evaluator.store.path}: no sample of split "{split}" has text and what it can be written from '
+            f'{evaluator.store.path}: no sample of split "{split}" has text and an input to write it from '
             f"({', '.join(inputs)}): choose another split"
         )
     gallery = evaluator.require_samples(split, (TEXT,), limit, seed)
@@ -140,7 +140,7 @@ def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[s
     pairs = [(normalize(r), normalize(w)) for r, w in zip(references, written, strict=True)]
     pairs = [(r, w) for r, w in pairs if r]
     if not pairs:
-        raise UserError("no caption has a word left to count errors by, once punctuation and ignored words are away")
+        raise UserError("no caption has a word left after removing punctuation and ignored words")
     return [r for r, _ in pairs], [w for _, w in pairs]
 
 

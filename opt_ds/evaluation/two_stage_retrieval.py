@@ -71,14 +71,14 @@ def two_stage_retrieval(
     """
     if not evaluator.config.can(WRITE_TEXT):
         loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
-        evaluator.require(MATCH, f"judge what belongs together, nor (without {loss}) how likely a text is")
+        evaluator.require(MATCH, f"predict whether inputs match, nor (without {loss}) how likely a text is")
     stages = TwoStages(evaluator, seed)
     needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
     directions = [name for name in directions if evaluator.has_samples(split, sorted(needs[name]))]
     needed = set[int]().union(*(needs[name] for name in directions)) or {TEXT, IMAGE, AUDIO}
     gallery = evaluator.require_samples(split, sorted(needed), candidates, seed)
     if shortlist >= len(gallery):
-        raise UserError(f"--shortlist {shortlist}: the gallery has {len(gallery)} samples: give fewer, or leave it away")
+        raise UserError(f"--shortlist {shortlist}: the gallery has {len(gallery)} samples: use a smaller value, or omit it")
     result: dict[str, Any] = {"split": split, "seed": seed, "candidates": len(gallery), "shortlist": shortlist}
     for direction in directions:
         result[direction] = stages.figures(direction, gallery, gallery, shortlist)

@@ -76,7 +76,7 @@ def to_torchvision(state: dict[str, torch.Tensor], where: str) -> dict[str, torc
             own = own.repeat(num_classes, *[1] * (own.dim() - 1)) if len(own) == 4 else own  # class-agnostic boxes
             renamed[f"{deltas}.{part}"] = torch.cat([torch.zeros_like(own[:4]), own])
     except KeyError as error:
-        raise UserError(f"{where}: not a whole Detectron2 Faster R-CNN (no {error.args[0]})") from None
+        raise UserError(f"{where}: not a complete Detectron2 Faster R-CNN (no {error.args[0]})") from None
     return renamed
 
 

@@ -73,7 +73,7 @@ class GridExtractor(RegionExtractor):
         if backbone is None and weights is None:
             self._features, self._classify, self._source = _efficientnet_lite0(side, device)
         elif backbone is None:
-            raise UserError(f"--image-weights {weights}: say whose they are with --image-backbone (such as resnet50)")
+            raise UserError(f"--image-weights {weights}: name their network with --image-backbone (such as resnet50)")
         elif backbone.startswith(_TIMM):
             name = backbone.removeprefix(_TIMM)
             self._features, self._classify, self._source, own = _timm_backbone(name, weights, device)
@@ -215,7 +215,7 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
         trunk = nn.Sequential(*[module for key, module in network.named_children() if key not in ("avgpool", "fc")])
         return trunk, lambda cells: network.fc(cells.flatten(1)), source
     raise UserError(
-        f'--image-backbone "{name}": no feature map to cut: use a ResNet, EfficientNet, MobileNet, ConvNeXt'
+        f'--image-backbone "{name}": no usable feature map: use a ResNet, EfficientNet, MobileNet, ConvNeXt'
     )
 
 
@@ -242,7 +242,7 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
     with torch.inference_mode():
         map_nchw = network.forward_features(torch.zeros(1, 3, 224, 224, device=device))
     if map_nchw.dim() != 4 or map_nchw.shape[1] != network.num_features:
-        raise UserError(f'--image-backbone "{_TIMM}{name}": no feature map to cut: use a convolutional network')
+        raise UserError(f'--image-backbone "{_TIMM}{name}": no usable feature map: use a convolutional network')
     source = {
         "backbone": f"{_TIMM}{name}",
         "package": "timm",
@@ -269,7 +269,7 @@ def _timm_normalisation(network: Any, name: str, weights: Path) -> Normalisation
             raise UserError(f"{file}: its weights are of {architecture}, not {name}: --image-backbone {_TIMM}{architecture}")
     mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f'--image-backbone "{_TIMM}{name}": it does not take pictures of three colours: use another')
+        raise UserError(f'--image-backbone "{_TIMM}{name}": it does not accept images of three colours: use another')
     return mean, std
 
 

@@ -123,7 +123,7 @@ def _corners(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     largest = float(boxes.max(initial=0))
     if largest > 1 + BOX_TOLERANCE:
         raise ValueError(
-            f"norm_bb reaches {largest:g}, not 1: divide pixels by the picture's width and height, or name the array bbox "
+            f"norm_bb reaches {largest:g}, not 1: divide pixels by the image's width and height, or name the array bbox "
             "and add image_w and image_h"
         )
     lowest = float(boxes.min(initial=0))
@@ -142,7 +142,7 @@ def _corners_of_pixels(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     sides = []
     for name in ("image_w", "image_h"):
         if name not in arrays:
-            raise ValueError(f"it has bbox and no {name}: give both sides of the picture, or norm_bb in 0..1")
+            raise ValueError(f"it has bbox and no {name}: give both sides of the image, or norm_bb in 0..1")
         side = arrays[name]
         if side.dtype.kind not in "fiu" or side.size != 1 or not np.isfinite(side).all() or side.reshape(-1)[0] <= 0:
             raise ValueError(f"{name} is not a length in pixels")
@@ -152,7 +152,7 @@ def _corners_of_pixels(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     beyond = boxes - [width, height, width, height]
     # Some detectors treat the last pixel as inclusive, so that a box ends one pixel outside the image.
     if boxes.min(initial=0) < -1 or beyond.max(initial=0) > 1:
-        raise ValueError(f"bbox leaves the picture of {width:g} x {height:g} pixels")
+        raise ValueError(f"bbox leaves the image of {width:g} x {height:g} pixels")
     if boxes.max(initial=0) <= 1 < min(width, height):
         raise ValueError("bbox holds fractions, not pixels: name the array norm_bb")
     return np.clip(boxes / [width, height, width, height], 0, 1).astype("float32")

@@ -50,7 +50,7 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: Path) -> N
     tokenizer.train_from_iterator(captions, trainer)
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
-            f"--vocab-size {vocab_size}: the captions' letters alone need {tokenizer.get_vocab_size()}: give more"
+            f"--vocab-size {vocab_size}: the characters alone require {tokenizer.get_vocab_size()}: use a larger value"
         )
     # WordPiece depends on the set of pieces only. Sorting them makes the ids independent of the trainer's internals.
     pieces = sorted(set(tokenizer.get_vocab()) - set(special))

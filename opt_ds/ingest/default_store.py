@@ -21,5 +21,5 @@ def emoji_store(output: Path, work_dir: Path, *, workers: int = 2) -> StoreDescr
         return load_description(output)
     manifest = write_emoji_corpus(work_dir, workers=workers)
     description = prepare(manifest, output, workers=workers, info={"attribution": ATTRIBUTION})
-    assert description is not None, "only a share of a store has none"
+    assert description is not None, "only a partition of a store has none"
     return description

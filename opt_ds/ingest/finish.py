@@ -102,7 +102,7 @@ def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, second
     for line in report_table(report, facts.limits, writer.units):
         _LOG.info(line)
     if facts.groups_across_splits:
-        _LOG.info(f"  note: {facts.groups_across_splits} groups lie in several splits, as the manifest says")
+        _LOG.info(f"  note: {facts.groups_across_splits} groups are in several splits, as in the manifest")
     return description
 
 
@@ -158,7 +158,7 @@ def merge_parts(output: Path) -> StoreDescription:
                 _take_shards(folder, output)
             missing = [index for index in range(facts.num_shards) if not writer.has_shard(index)]
             if missing:
-                raise UserError(f"{output}: shard {missing[0]} is in none of the parts: prepare its part again")
+                raise UserError(f"{output}: shard {missing[0]} is in none of the partitions: prepare its partition again")
             description = finish_store(facts, writer, output, sum(part["seconds"] for part in parts))
         for folder in folders:
             _remove_part(folder)
@@ -170,7 +170,7 @@ def _check_merged(output: Path, description: StoreDescription, folders: list[Pat
     for folder in folders:
         if any(folder.iterdir()) and not is_finished_part(folder, description.preparation_key):
             raise UserError(
-                f"{output}: another finished feature store is there, {folder.name} is no part of it: remove it, or move the parts"
+                f"{output}: another finished feature store is there, {folder.name} is not a partition of it: remove either"
             )
 
 
@@ -186,17 +186,17 @@ def _remove_part(folder: Path) -> None:
 
 def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
     if not folders:
-        raise UserError(f"{output}: no parts beside it ({output.name}.part-…): make them with opt-ds prepare --shard i/n")
+        raise UserError(f"{output}: no partitions next to it ({output.name}.part-…): write them with opt-ds prepare --shard i/n")
     unfinished = [folder for folder in folders if not (folder / PART_FILE).is_file()]
     if unfinished:
         raise UserError(f"{unfinished[0]}: unfinished: run its opt-ds prepare --shard again, it resumes")
     parts = [_read_part(folder) for folder in folders]
     for folder, part in zip(folders, parts, strict=True):
         if part["count"] != parts[0]["count"] or part["facts"] != parts[0]["facts"]:
-            raise UserError(f"{folder}: of other inputs, settings or number of parts than {folders[0].name}: remove one of them")
+            raise UserError(f"{folder}: other inputs, settings or partitions than {folders[0].name}: remove one of them")
     absent = sorted(set(range(parts[0]["count"])) - {part["index"] for part in parts})
     if absent:
-        raise UserError(f"{output}: part {absent[0]} of {parts[0]['count']} is missing: opt-ds prepare --shard {absent[0]}/…")
+        raise UserError(f"{output}: partition {absent[0]} of {parts[0]['count']} missing: opt-ds prepare --shard {absent[0]}/…")
     return parts
 
 

@@ -188,7 +188,7 @@ def read_manifest(
     named = sum(line.split is not None for line in lines)
     if named not in (0, len(lines)):
         without = next(line.id for line in lines if line.split is None)
-        raise UserError(f'{path}: id "{without}" has no "split" though others have: name it on all lines or on none')
+        raise UserError(f'{path}: id "{without}" has no "split" although others have one: name it on all lines or on none')
     splits = [line.split or _hashed_split(line.group_name) for line in lines]
     names = list(DEFAULT_SPLITS) if not named else sorted(set(splits), key=lambda name: (name != "train", name))
     check_split_names(names, str(path))
@@ -230,7 +230,7 @@ def _check_is_manifest(path: Path) -> None:
         )
     if found is not None and found.kind in ("image", "audio", "video"):
         raise UserError(
-            f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample a line), or the "
+            f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample per line), or the "
             "folder that holds the files"
         )
 
@@ -277,7 +277,7 @@ def _parse(raw: bytes, further: Sequence[str]) -> tuple[ManifestLine, bytes]:
     try:
         return line, line.canonical()
     except ValueError:
-        raise _LineError("half of a surrogate pair in it is no text", own_id) from None
+        raise _LineError("it contains half of a surrogate pair, which is not valid text", own_id) from None
 
 
 def _value(name: str, value: Any, id: object) -> Any:

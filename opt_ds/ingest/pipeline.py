@@ -132,14 +132,14 @@ def _prepare(
     elif retry_skipped and forget_skipped(output):
         (output / PART_FILE).unlink(missing_ok=True)
     if share is not None and is_finished_part(output, key):
-        _LOG.info(f"{output}: this part is already prepared from these inputs")
+        _LOG.info(f"{output}: this partition is already prepared from these inputs")
         notice_changes(manifest, skipped_files_of_shards(output))
         return None
     if (output / PARTIAL_FILE).exists():
         notice_changes(manifest, skipped_files_of_shards(output))
     _check_files(manifest, strict)
     if TRAIN_SPLIT not in manifest.splits:
-        _LOG.warning(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so no mean and deviation of features is measured')
+        _LOG.warning(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so features have no mean and deviation')
 
     text_extractor = _tokenizer(manifest, settings, output)
     identities["text"] = text_extractor.identity()
@@ -174,7 +174,7 @@ def _prepare(
     if share is None:
         return finish_store(facts, writer, output, seconds)
     finish_part(facts, output, share, seconds)
-    _LOG.info(f"{output}: done; when all {share[1]} parts are: opt-ds merge")
+    _LOG.info(f"{output}: done; when all {share[1]} partitions are done: opt-ds merge")
     return None
 
 

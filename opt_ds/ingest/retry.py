@@ -45,7 +45,7 @@ def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState]) -> N
     if changed:
         verb = "file has" if len(changed) == 1 else "files have"
         _LOG.warning(
-            f'{len(changed)} skipped {verb} changed since, such as "{changed[0]}": add --retry-skipped to use what is good now'
+            f'{len(changed)} skipped {verb} changed since, such as "{changed[0]}": add --retry-skipped to process them again'
         )
 
 
@@ -148,4 +148,4 @@ def _digest(path: Path, kind: str) -> str:
     try:
         return own_decoder().digest(path, kind)
     except DecodingError as error:
-        raise UserError(f"{path}: {error}, but the store has its features: bring the file back, or prepare again") from None
+        raise UserError(f"{path}: {error}, but the store has its features: restore the file, or prepare again") from None

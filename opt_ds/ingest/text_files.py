@@ -58,7 +58,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             with gzip.open(file, "rb") as unpacked:
                 yield _in_utf8(path, cast(BinaryIO, unpacked))
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}: the gzip file is cut off or damaged: copy it again") from None
+            raise UserError(f"{path}: the gzip file is truncated or damaged: copy it again") from None
 
 
 def byte_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -117,7 +117,7 @@ def read_json_array(path: Path) -> Iterator[Any]:
                 yield reader.value()
                 letter = reader.next_letter()
                 if letter not in (",", "]"):
-                    raise UserError(f"{path}: not JSON: {'it is cut off' if not letter else 'a comma or ] is missing'}")
+                    raise UserError(f"{path}: not JSON: {'it is truncated' if not letter else 'a comma or ] is missing'}")
                 reader.skip()
                 if letter == "]":
                     break
@@ -193,7 +193,7 @@ class _Recoded(io.RawIOBase):
             try:
                 self._left = self._text.read(_RECODED_BLOCK).encode()
             except UnicodeError:
-                raise UserError(f"{self._path}: begins as UTF-16 text, but is cut off or damaged: save it as UTF-8") from None
+                raise UserError(f"{self._path}: begins as UTF-16 text, but is truncated or damaged: save it as UTF-8") from None
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count
@@ -224,7 +224,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise JsonError(f'the field "{doubled[:80]}" is there twice in one object')
+        raise JsonError(f'the field "{doubled[:80]}" occurs twice in one object')
     return fields
 
 
@@ -241,7 +241,7 @@ def _why_not_json(error: Exception) -> str:
         return f"more follows after the value (line {error.lineno}, column {error.colno})"
     rest = error.doc[error.pos :]
     if not rest.strip() or error.msg.startswith("Unterminated string"):
-        return "it is cut off" if error.doc.strip() else "it is empty"
+        return "it is truncated" if error.doc.strip() else "it is empty"
     return f"see line {error.lineno}, column {error.colno}"
 
 

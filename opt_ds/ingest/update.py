@@ -104,11 +104,11 @@ def update_modality(
 
             description = rewrite_shards(store, change, fields, new_further=further)
         refresh_report(path, description, notes)
-        _LOG.info(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples are left without")
+        _LOG.info(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples left without")
         for line in notes.shown():
             _LOG.info(line)
         if kind == "image" and store.has_codes:
-            _LOG.info("  the image codes are gone with the old pictures: make them again with opt-ds train-dvae")
+            _LOG.info("  the image codes were removed with the old images: write them again with opt-ds train-dvae")
         return description
 
 
@@ -258,4 +258,4 @@ def refuse_empty(store: FeatureStore, samples: list[int], rows: np.ndarray) -> N
     empty = np.flatnonzero((rows == MISSING).all(1))
     if len(empty):
         id = store.sample_id(samples[int(empty[0])])
-        raise UserError(f'{store.path}: sample "{id}" would be left with nothing: mend its file, or prepare the store anew')
+        raise UserError(f'{store.path}: sample "{id}" would have no modality left: fix its file, or prepare the store again')

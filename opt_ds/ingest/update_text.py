@@ -109,7 +109,7 @@ def update_text(
             raise
         refresh_report(path, description, notes)
         rows, cut = sum(shard.num_texts for shard in description.shards), len(notes.cut)
-        _LOG.info(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} cut; {len(notes.lost)} samples are left without")
+        _LOG.info(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} truncated; {len(notes.lost)} samples left without")
         for line in notes.shown():
             _LOG.info(line)
         return description

@@ -86,7 +86,7 @@ def _fitting(
         value = value[0]
     if value.shape != shape:
         raise UserError(
-            f"model.bert {folder}: {sources[0]} is {tuple(bert[sources[0]].shape)}, the model wants {tuple(shape)}: "
+            f"model.bert {folder}: {sources[0]} is {tuple(bert[sources[0]].shape)}, the model requires {tuple(shape)}: "
             "make model.hidden_size, ffn_size, vocab_size and max_text_tokens agree with its config.json"
         )
     return value
@@ -112,7 +112,7 @@ def _check_config(config: ModelConfig, folder: Path) -> None:
         )
     for key, own in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if theirs.get(key) not in (None, own):
-            raise UserError(f"model.bert {folder}: its {key} is {theirs[key]!r}, the model has {own!r} alone: take another BERT")
+            raise UserError(f"model.bert {folder}: its {key} is {theirs[key]!r}, the model has only {own!r}: use another BERT")
 
 
 def _refuse_unused(bert: dict[str, torch.Tensor], used: set[str], config: ModelConfig, folder: Path) -> None:
@@ -125,7 +125,7 @@ def _refuse_unused(bert: dict[str, torch.Tensor], used: set[str], config: ModelC
         raise UserError(
             f"model.bert {folder}: it has {layers} layers, model.num_layers is {config.num_layers}: set model.num_layers={layers}"
         )
-    raise UserError(f"model.bert {folder}: the model has no place for its {left[0]}: it is another model's, take a BERT")
+    raise UserError(f"model.bert {folder}: the model has no parameter for its {left[0]}: use the folder of a BERT")
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

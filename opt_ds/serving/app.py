@@ -140,7 +140,7 @@ def build_app(
             sample, notes = read(text, image, audio, others)
             pictures = _paint(session, sample, count, seed)
             if count > 1 and not session.config.can(MATCH):
-                notes.append("this model was trained without matching: the pictures are in the order of painting")
+                notes.append("this model was trained without matching: the images are in the order of generation")
             return {"notes": notes, "pictures": pictures}
 
         return await queue.compute(request.receive, work)

@@ -30,11 +30,11 @@ def export(checkpoint: Path, output: Path) -> Path:
     Raise UserError if it exists and is not empty. The folder is complete or absent.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already: name a new folder")
+        raise UserError(f"--output {output} exists already: name a new folder")
     folder = resolve_checkpoint(checkpoint)
     run = run_of(folder)
     if not (run / PROCESSOR_FOLDER).is_dir():
-        raise UserError(f"{run / PROCESSOR_FOLDER}: not there: start the run once more, it writes it")
+        raise UserError(f"{run / PROCESSOR_FOLDER}: does not exist: start the run again, which writes it")
     load_processor_description(run / PROCESSOR_FOLDER)
     model, config = load_model(checkpoint)
     # Paths have no meaning on another machine.

@@ -45,13 +45,13 @@ def check_exported(path: Path) -> Config:
     elsewhere, or the weights cannot fill the configured sizes.
     """
     if not check_seal(path, _REMEDY):
-        _LOG.warning(f"{path}: no {SEAL_FILE}, an older version exported it: whether its files are damaged is not checked")
+        _LOG.warning(f"{path}: no {SEAL_FILE}, because an older version exported it: its files are not checked for damage")
     file = path / "config.json"
     check_inside(path, file)
     fields = read_json_object(file, _REMEDY)
     unknown = sorted(fields.keys() - _CONFIG_KEYS)
     if unknown:
-        raise UserError(f"{file}: {unknown[0]} is no key of an exported model: {_REMEDY}")
+        raise UserError(f"{file}: {unknown[0]} is not a key of an exported model: {_REMEDY}")
     if fields.get("model_type") != HUB_MODEL_TYPE or fields.get("architectures", ["OPTModel"]) != ["OPTModel"]:
         raise UserError(f"{file}: not a model that opt-ds export wrote: {_REMEDY}")
     settings = fields.get("opt_ds_config")

@@ -89,7 +89,7 @@ class OPTProcessor:
         an extractor that is not the training store's.
         """
         if text is None and image is None and audio is None and not further:
-            raise UserError("nothing to read: give a text, an image, an audio file, or several of them")
+            raise UserError("no input: give a text, an image, audio, or several of them")
         sample = Sample(name="raw input")
         if text is not None:
             self._add_text(sample, check_text(text))
@@ -146,14 +146,14 @@ class OPTProcessor:
     def _add_text(self, sample: Sample, text: str) -> None:
         tokens = self._text.extract([text])[0]
         if not len(tokens):
-            raise UserError("the text is empty: give words, or leave it out")
+            raise UserError("the text is empty: give words, or omit it")
         self._add(sample, "text", tokens, len(tokens), "the text")
 
     def _add_image(self, sample: Sample, image: Path | Image.Image) -> None:
         picture = self._decoded(image, "image") if isinstance(image, Path) else image
         found = self._extractor("image").extract([picture])[0]
         if not len(found.features):
-            raise UserError("no region was found in the image: give another image")
+            raise UserError("no region was found in the image: use another image")
         self._add(sample, "image", found, len(found.features), "the image")
 
     def _add_audio(self, sample: Sample, audio: Path | np.ndarray) -> None:

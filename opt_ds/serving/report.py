@@ -31,7 +31,7 @@ EXPERIMENTS = ("summary", "classification", "retrieval", "two_stages", "transcri
 # Exceptions that damaged JSON and YAML can cause while the report is rendered.
 _DAMAGES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, jinja2.UndefinedError, yaml.YAMLError)
 _OTHER_CURVES = {
-    "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples a second": "speed/samples_per_s",
+    "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples per second": "speed/samples_per_s",
 }  # fmt: skip
 _FILES = {name: ("result" if name == "summary" else name) + ".json" for name in EXPERIMENTS}
 
@@ -61,7 +61,7 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
     except _DAMAGES as error:
         what = " ".join(str(error).split())
         raise UserError(
-            f"{run}: {RUN_FILE}, {METRICS_FILE} or a file of figures there is damaged ({what}): restore it, or evaluate once more"
+            f"{run}: {RUN_FILE}, {METRICS_FILE} or a file of figures there is damaged ({what}): restore it, or evaluate again"
         ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as temporary:
@@ -82,11 +82,11 @@ def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[st
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json_object(path, "evaluate once more, or remove it")
+    return read_json_object(path, "evaluate again, or remove it")
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines that the run logged. The last line may be truncated if the run is still going."""
+    """Return the lines that the run logged. The last line may be truncated if the run is still running."""
     path = run / METRICS_FILE
     lines = []
     logged = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -97,7 +97,7 @@ class Session(ModelRunner):
         The probabilities are None and the order is that of generation if there is only one image, or if the matching
         head was never trained. Raise UserError if the model never learned to generate images.
         """
-        self.require(GENERATE_IMAGES, "paint pictures")
+        self.require(GENERATE_IMAGES, "generate images")
         painted = generate_candidates(self, self.dvae, [sample], options, count)[0]
         pictures = [to_picture(pixels) for pixels in painted]
         if count == 1 or not self.config.can(MATCH):
@@ -123,9 +123,9 @@ class Session(ModelRunner):
         return [named[_CASE_OF_MODALITIES[matched(sample)]] for sample, named in zip(samples, found, strict=True)]
 
     def _matching(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
-        self.require(MATCH, "judge what belongs together")
+        self.require(MATCH, "predict whether inputs match")
         if any(len(matched(sample)) < 2 for sample in samples):
-            raise UserError("matching compares two or three inputs: give another one")
+            raise UserError("matching compares two or three inputs: add another one")
         # As in training, matching reads no other modalities.
         compared = [replace(own, items={number: own.items[number] for number in sorted(matched(own))}) for own in samples]
         scores = torch.from_numpy(self.matching_scores(compared))

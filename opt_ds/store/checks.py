@@ -111,7 +111,7 @@ def corner_problems(corners: np.ndarray) -> Iterator[str]:
         return
     largest = float(corners.max(initial=0))
     if largest > 2:
-        yield f"boxes reach {largest:g}: they are in pixels, not divided by the picture's width and height"
+        yield f"boxes reach {largest:g}: they are in pixels, not divided by the image's width and height"
         return
     yield from (f"boxes: {problem}" for problem in out_of_range(corners, -BOX_TOLERANCE, 1 + BOX_TOLERANCE))
     crossed = np.flatnonzero((corners[:, 2] < corners[:, 0]) | (corners[:, 3] < corners[:, 1]))

@@ -155,7 +155,7 @@ def _text_problems(utf8: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
         return
     starts = offsets[:-1][offsets[:-1] < len(utf8)]
     if ((utf8[starts] & 0xC0) == 0x80).any():  # an item starts in the middle of a character
-        yield "cuts a letter of UTF-8 in two"
+        yield "splits a UTF-8 character"
 
 
 def _length(name: str, file: ShardFile, shard: ShardDescription) -> int:

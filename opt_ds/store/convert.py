@@ -20,7 +20,7 @@ _OWN = {STORE_FILE, INDEX_FILE, "verified.json"}
 def copy_store(source: Path, output: Path, compression: Literal["gzip"] | None) -> StoreDescription:
     """Write `output`, a store with the same content and the given compression, atomically."""
     if output.exists():
-        raise UserError(f"{output}: it is there already: choose another --output or remove it")
+        raise UserError(f"{output}: it exists already: choose another --output or remove it")
     store = open_store(source)
     listed = {shard.file for shard in store.description.shards}
     with atomic_folder(output) as temporary:

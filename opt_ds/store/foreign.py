@@ -125,7 +125,7 @@ def weight_files(folder: Path, remedy: str) -> list[Path]:
     names = set(map(str, places.values()))
     for name in sorted(names):
         if not is_plain_name(name) or not name.endswith(".safetensors"):
-            raise UserError(f'{index}: names "{name}", which is no safetensors file in the folder: {remedy}')
+            raise UserError(f'{index}: names "{name}", which is not a safetensors file in the folder: {remedy}')
     return [folder / name for name in sorted(names)]
 
 

@@ -50,7 +50,7 @@ def _check_group(group: h5py.h5g.GroupID, file_size: int, prefix: str, seen: lis
         if len(seen) > _MAX_OBJECTS or name.count("/") >= _MAX_DEPTH:
             raise UserError("more groups and datasets than a store's file has")
         if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
-            raise UserError(f"{name}: a link to elsewhere, which a store may not have")
+            raise UserError(f"{name}: a link out of the file, which is not allowed in a store")
         found = h5py.h5o.open(group, raw)
         if isinstance(found, h5py.h5g.GroupID):
             _check_group(found, file_size, f"{name}/", seen)

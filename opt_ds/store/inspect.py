@@ -63,7 +63,7 @@ def inspect_store(path: str | Path, *, near_duplicates: bool = True) -> Inspecti
     if crossing:
         line = f"{crossing} groups have samples in several splits"
         if description.splits_source == "manifest":
-            notes.append(f"{line}, as the manifest's own splits say")
+            notes.append(f"{line}, as the manifest's splits require")
         else:
             failures.append(f"samples/split: {line}")
     if not failures:

@@ -76,10 +76,10 @@ class MappedFile:
         except FileNotFoundError:
             return  # the content of a removed file stays mapped
         except OSError as error:
-            raise RunError(f"{self._path}: cannot be read any more ({error.strerror}): check its disk or mount") from None
+            raise RunError(f"{self._path}: is no longer readable ({error.strerror}): check its disk or mount") from None
         if size < self.size:
             raise RunError(
-                f"{self._path}: has been cut off from {self.size} to {size} bytes while it was read: restore it, and give the "
+                f"{self._path}: was truncated from {self.size} to {size} bytes while it was read: restore it, and run the "
                 "same command again"
             )
 

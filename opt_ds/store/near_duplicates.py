@@ -67,7 +67,7 @@ def near_duplicate_notes(store: FeatureStore) -> list[str]:
         notes += _notes(store, _IMAGE, images.near, "nearly or fully identical pixels")
     if images.codes is not None:
         notes += _notes(store, _IMAGE, images.codes, "identical image codes")
-    notes += _notes(store, _TEXT, _names(_caption_hashes(store)), "equal but for case, spaces and punctuation")
+    notes += _notes(store, _TEXT, _names(_caption_hashes(store)), "equal except for case, spaces and punctuation")
     notes += _notes(store, _AUDIO, _names(_frame_hashes(store)), "identical frames")
     if images.num_blank:
         notes.append(f"{images.num_blank} images are blank (nearly one colour) and are not compared for near-duplicates")
@@ -121,7 +121,7 @@ def _notes(store: FeatureStore, modality: int, names: np.ndarray, how: str) -> l
     `names` are content ids per row of the modality, int64: equal if the contents are the same, -1 if not compared.
     `how` is the kind of equality, for the message.
     """
-    what = ("captions", "images", "recordings")[modality]
+    what = ("captions", "images", "audio rows")[modality]
     splits = store.description.split_names
     uses = _Uses.of(store, modality, names)
     notes = []

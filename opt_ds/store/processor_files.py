@@ -68,7 +68,7 @@ def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: 
                 "something else"
             )
     if codes and "codes" in own.extractors and store.has_codes and own.extractors["codes"] != there.extractors.get("codes"):
-        found.append("its image codes come from another dVAE than the model's, so image generation is judged by other codes")
+        found.append("its image codes come from another dVAE than the model's, so image generation is compared with other codes")
     return found
 
 
@@ -85,12 +85,12 @@ def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
     With `force`, log a warning per difference instead. Without processor files, log that nothing was compared.
     """
     if not (folder / PROCESSOR_FILE).is_file():
-        _LOG.warning(f"{folder / PROCESSOR_FILE} is not there: whether {store.path} is of the model's extractors is not checked")
+        _LOG.warning(f"{folder / PROCESSOR_FILE} does not exist: the extractors of {store.path} are not checked")
         return
     differences = identity_differences(load_processor_description(folder), store)
     if differences and not force:
         raise UserError(
-            f"{store.path}: {'; '.join(differences)}: use a store prepared as the one that the model was trained on, or --force"
+            f"{store.path}: {'; '.join(differences)}: use a store prepared like the one that the model was trained on, or --force"
         )
     for difference in differences:
         _LOG.warning(f"--force: {store.path}: {difference}")
@@ -102,10 +102,10 @@ def load_processor_description(folder: Path) -> ProcessorDescription:
     Raise UserError for a file that is missing, malformed or was modified.
     """
     file = folder / PROCESSOR_FILE
-    remedy = "restore the folder, or start the run once more (it writes it)"
+    remedy = "restore the folder, or start the run again, which writes it"
     if not file.is_file():
         raise UserError(
-            f"{folder}: no {PROCESSOR_FILE} there, which says how to read raw files: start the run once more (it writes it)"
+            f"{folder}: no {PROCESSOR_FILE} there, which specifies how to read raw files: start the run again, which writes it"
         )
     check_seal(folder, remedy)
     fields = read_json_object(file, remedy)

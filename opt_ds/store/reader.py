@@ -234,7 +234,7 @@ class FeatureStore:
     def pixels(self, row: int) -> np.ndarray:
         """Return the pixels of an image row, uint8 [3, 64, 64] RGB. Raise UserError if the store has none."""
         if not self.has_pixels:
-            raise UserError(f"{self.path}: the store has no pictures (image/pixels): prepare it with pixels")
+            raise UserError(f"{self.path}: the store has no pixels (image/pixels): prepare it with --pixels")
         shard, local = self._locate(self._image_starts, row)
         return shard.array("image/pixels")[local]
 
@@ -310,7 +310,7 @@ def size_problem(path: Path, shard: ShardDescription) -> str | None:
         return "shard is missing"
     if not is_inside(path, path / shard.file):
         return f"leads out of {path}"
-    return None if size == shard.bytes else f"shard is cut off or foreign ({size} bytes, store.json says {shard.bytes})"
+    return None if size == shard.bytes else f"shard is truncated or foreign ({size} bytes, store.json says {shard.bytes})"
 
 
 def _starts(lengths: list[int]) -> list[int]:

@@ -34,10 +34,10 @@ def parse_ratios(arguments: list[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not (name and equals and ratios[name] > 0):
-            raise UserError(f'--ratio "{each}": write SPLIT=SHARE, such as train=0.9')
+            raise UserError(f'--ratio "{each}": write SPLIT=FRACTION, such as train=0.9')
     total = sum(ratios.values())
     if abs(total - 1) > 1e-6:
-        raise UserError(f"--ratio: the shares sum to {total:g}, not to 1")
+        raise UserError(f"--ratio: the fractions sum to {total:g}, not to 1")
     return ratios
 
 
@@ -103,7 +103,7 @@ def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: d
         first = store.sample_id(int(chosen[groups == names[largest]][0]))
         raise UserError(
             f'{store.path}: near-duplicate images connect {counts[largest]} of {len(chosen)} samples, such as "{first}": '
-            "too many for these shares: look at what opt-ds inspect counts, or give --ignore-near-duplicates"
+            "too many for these fractions: see the counts of opt-ds inspect, or use --ignore-near-duplicates"
         )
     if joined.any():
         _LOG.info(
@@ -188,7 +188,7 @@ def split_by_list(
 def _deal(store: FeatureStore, splits: list[str], source: str) -> StoreDescription:
     names = sorted(set(splits), key=lambda name: (name != TRAIN_SPLIT, name))
     if TRAIN_SPLIT not in names:
-        raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: leave some there")
+        raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: keep some there")
     check_split_names(names, str(store.path))
     codes = np.array([names.index(split) for split in splits], "uint8")
     ends = np.cumsum([shard.num_samples for shard in store.description.shards])
@@ -223,7 +223,7 @@ def _read_list(file: Path) -> dict[str, str]:
                 if named.setdefault(name, split) != split:
                     raise UserError(
                         f'{file} line {number}: "{name}" is in {split}, but in {named[name]} on line {line_of[name]}: '
-                        "leave one of the lines out"
+                        "remove one of the lines"
                     )
                 line_of.setdefault(name, number)
     except UnicodeDecodeError:

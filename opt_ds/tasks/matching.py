@@ -38,7 +38,7 @@ class MatchingConfig(LossConfig):
     }  # fmt: skip
 
     loss: Literal["bce", "ce"] = Field(
-        "bce", description="Loss: binary cross-entropy per case, or cross-entropy over all cases."
+        "bce", description="Loss: binary cross-entropy per matching label, or cross-entropy over all labels."
     )
     pair_probability: float = Field(
         0.5, ge=0, le=1, description="Share of the samples whose input is two modalities, not three."
@@ -47,7 +47,7 @@ class MatchingConfig(LossConfig):
         0.0, ge=0, le=1, description="Share of the negatives in training that are hard negatives."
     )
     hard_negative_candidates: int = Field(
-        16, ge=2, description="Candidates drawn for each hard negative. The one with the most similar text is taken."
+        16, ge=2, description="Candidates for each hard negative. The one with the most similar text is taken."
     )
 
 

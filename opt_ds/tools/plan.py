@@ -264,17 +264,17 @@ def plan_text(plan: RunPlan) -> str:
          + (", optimiser offloaded" if plan.offload else "")),
         ("samples", plan.samples),
         ("parameters", f"{plan.parameters / 1e6:.1f} million"),
-        ("memory", f"{plan.memory.total / gib:.1f} of {plan.memory_limit / gib:.1f} GiB a GPU"
+        ("memory", f"{plan.memory.total / gib:.1f} of {plan.memory_limit / gib:.1f} GiB per GPU"
          + ("" if plan.fits else ": does NOT fit at this batch.max_tokens")),
         *((f"  {name}", f"{value / gib:.2f} GiB") for name, value in parts.items() if value),
         *([("  on the host", f"{plan.memory.host / gib:.2f} GiB")] if plan.memory.host else []),
         ("largest batch.max_tokens", budget),
-        ("micro-batches a step", f"{plan.accumulation} of {plan.max_tokens:,} positions a GPU for {plan.batch_samples:,} "
-         f"samples, {plan.fill:.0%} full"),
-        ("operations a step", f"{plan.flops_per_step / 1e15:.2f} PFLOP"),
-        ("sent a GPU and step", f"{plan.communication_bytes / 1e9:.2f} GB"),
-        ("reading rate needed", f"{plan.read_rate / 1e6:.0f} MB/s ({plan.bytes_per_sample / 1e3:.0f} kB a sample)"),
-        ("time a step", f"{plan.step_s:.2f} s ({plan.compute_s:.2f} compute + {plan.communication_s:.2f} communication)"),
+        ("micro-batches per step", f"{plan.accumulation} of {plan.max_tokens:,} positions per GPU for {plan.batch_samples:,} "
+         f"samples, packing efficiency {plan.fill:.0%}"),
+        ("operations per step", f"{plan.flops_per_step / 1e15:.2f} PFLOP"),
+        ("traffic per GPU and step", f"{plan.communication_bytes / 1e9:.2f} GB"),
+        ("reading rate needed", f"{plan.read_rate / 1e6:.0f} MB/s ({plan.bytes_per_sample / 1e3:.0f} kB per sample)"),
+        ("time per step", f"{plan.step_s:.2f} s ({plan.compute_s:.2f} compute + {plan.communication_s:.2f} communication)"),
         (f"time for {plan.total_steps:,} steps", f"{plan.total_s / 86400:.1f} days, bound by {plan.bound}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines)
@@ -286,7 +286,7 @@ def parse_cluster(cluster: Cluster) -> Cluster:
     if cluster.num_gpus < 1 or cluster.gpus_per_node < 1:
         raise UserError("--num-gpus and --gpus-per-node must be at least 1")
     if not 0 < cluster.utilisation <= 1:
-        raise UserError(f"--utilisation {cluster.utilisation}: a share of the peak, above 0 and at most 1")
+        raise UserError(f"--utilisation {cluster.utilisation}: a fraction of the peak, above 0 and at most 1")
     if not 0 < cluster.network_bandwidth < math.inf:
         raise UserError(f"--network-gbit {cluster.network_bandwidth * 8 / 1e9:g}: a bandwidth above 0 in Gbit/s")
     return replace(cluster, gpus_per_node=min(cluster.gpus_per_node, cluster.num_gpus))

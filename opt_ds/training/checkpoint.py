@@ -113,15 +113,15 @@ def find_resumable(output: Path) -> Path | None:
         problem = problem_with(folder)
         if problem is None:
             for other, text in problems:
-                _LOG.warning(f"checkpoint {other} is not usable: {text}; taking {folder.name}, the one before it")
+                _LOG.warning(f"checkpoint {other} is not usable: {text}; using {folder.name}, the one before it")
             if not (output / FOLDER / "latest").is_file():
-                _LOG.warning(f'{output / FOLDER}: no pointer "latest"; taking {folder.name}, the newest that is whole')
+                _LOG.warning(f'{output / FOLDER}: no pointer "latest"; using {folder.name}, the newest that is complete')
             return folder
         problems.append((folder, problem))
     if found:
         raise UserError(
             f"{output / FOLDER}: no checkpoint is usable ({'; '.join(f'{f.name}: {p}' for f, p in problems)}): "
-            "restore one, or start anew with another --output"
+            "restore one, or start again with another --output"
         )
     return None
 
@@ -137,7 +137,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if is_exported(path):
-        raise UserError(f"{path}: an exported folder is for generate and serve: name the run that it is of")
+        raise UserError(f"{path}: an exported model works with generate and serve only: name the run that it was exported from")
     folder: Path | None = path
     if not (path / COMPLETE).is_file():
         folder = pointed(path, "best") or pointed(path, "latest") or next(iter(all_checkpoints(path)), None)
@@ -157,8 +157,8 @@ def run_of(checkpoint: Path) -> Path:
     folder = checkpoint.resolve()
     if folder.parent.name != FOLDER:
         raise UserError(
-            f"{checkpoint}: a checkpoint alone lacks its run's processor folder, which says how to read raw files: name the "
-            f"run's output directory, or copy the checkpoint to RUN/{FOLDER}/ beside RUN/processor/"
+            f"{checkpoint}: a checkpoint alone lacks its run's processor folder, which specifies how to read raw files: name the "
+            f"run's output directory, or copy the checkpoint to RUN/{FOLDER}/ next to RUN/processor/"
         )
     return folder.parent.parent
 

@@ -69,7 +69,7 @@ def problem_with(folder: Path, hashes: Sequence[str] = ALL_FILES) -> str | None:
         if not is_inside(folder, path):
             return f"{name} leads out of the folder"
         if path.stat().st_size != expected.bytes:
-            return f"{name} is cut off ({path.stat().st_size} of {expected.bytes} bytes)"
+            return f"{name} is truncated ({path.stat().st_size} of {expected.bytes} bytes)"
         if name in hashes and sha256_once(path) != expected.sha256:
             return f"{name} is damaged (its SHA-256 differs)"
     return None
@@ -124,7 +124,7 @@ def pointed(output: Path, pointer: str) -> Path | None:
         return None
     folder = output / FOLDER / name
     if not folder.is_dir():
-        raise UserError(f"{file}: names {name}, which is not there: remove the pointer, or name a checkpoint itself")
+        raise UserError(f"{file}: names {name}, which does not exist: remove the pointer, or name a checkpoint itself")
     record = folder / COMPLETE
     if sha256 is not None and not (record.is_file() and file_sha256(record) == sha256):
         raise UserError(f"{file}: does not belong to {name}, one of them is damaged: name a checkpoint itself")
@@ -159,5 +159,5 @@ def check_size(model: ModelConfig, shapes: dict[str, tuple[int, ...]], where: st
     least = width * rows + layers * (4 * width * width + 2 * width * model.ffn_size)
     if least > held:
         raise UserError(
-            f"{where}: its sizes ask for over {least:.3g} weights, the file has {held:.3g}: restore it, or use another model"
+            f"{where}: its sizes require more than {least:.3g} weights, the file has {held:.3g}: restore it, or use another model"
         )

@@ -177,7 +177,7 @@ def _check_by_deepspeed(config: Config, sections: dict[str, Any]) -> None:
                 raise UserError(f"{key} {_short(first['input'])}: {problem}: change it") from None
             known = [name for field, about in model.model_fields.items() for name in (field, about.alias) if name]
             near = did_you_mean(str(first["loc"][-1]), known) if len(first["loc"]) == 1 else ""
-            raise UserError(f"{key} is no setting of DeepSpeed's{near}: remove it, or mend its name") from None
+            raise UserError(f"{key} is not a setting of DeepSpeed{near}: remove it, or correct its name") from None
     data_type = sections.get("communication_data_type", "fp32")
     if data_type not in ("fp32", "fp16", "bf16"):
         raise UserError(
@@ -197,7 +197,7 @@ def _merged(config: Config, precision: Precision, section: str, value: Any, own:
         return own
     if section not in _TAKEN_SECTIONS:
         raise UserError(
-            f"{where} is not taken from a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
+            f"{where} is not allowed in a DeepSpeed JSON{did_you_mean(section, _TAKEN_SECTIONS)}: remove it"
         )
     if value == "auto":
         return own

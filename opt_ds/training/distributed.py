@@ -158,8 +158,8 @@ class ProcessGroup:
                     "the launcher's --master_port"
                 ) from None
             raise RunError(
-                f"rank {ranks.rank} could not join the other ranks at {address} ({str(error).splitlines()[0][:200]}): look at "
-                "their logs, or at the network between the nodes"
+                f"rank {ranks.rank} could not join the other ranks at {address} ({str(error).splitlines()[0][:200]}): check "
+                "their logs, or the network between the nodes"
             ) from None
         self._control: Any = None  # torch's default group
         if backend == "nccl":
@@ -237,7 +237,7 @@ class ProcessGroup:
             if fault is not None:
                 if running and running.error is not None:
                     raise running.error
-                raise RunError(f"rank {self.ranks.rank}: rank 0 failed, whose log says why ({fault})")
+                raise RunError(f"rank {self.ranks.rank}: rank 0 failed, whose log has the reason ({fault})")
             if done:
                 return value
 
@@ -316,7 +316,7 @@ def _own_device(ranks: Ranks) -> "torch.device":
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed uses this as the device index
     if index >= count:
         remedy = (
-            f"start {count} tasks a node (--ntasks-per-node), or show every task all GPUs (--gpu-bind=none)"
+            f"start {count} tasks per node (--ntasks-per-node), or show every task all GPUs (--gpu-bind=none)"
             if ranks.launcher == "srun"
             else f"start with --num_gpus {count}"
         )

@@ -110,11 +110,11 @@ def _check(task: str, unit: Any, inputs: tuple[str, ...], saved: Config, folder:
     for name in inputs:
         letters = name.split("+")
         if task in ("transcription", "captioning") and "T" in letters:
-            raise UserError(f"--inputs {name}: {task} writes the text, which cannot go in: choose A, I or A+I")
+            raise UserError(f"--inputs {name}: {task} generates the text, which cannot be an input: choose A, I or A+I")
         if task == "transcription" and "A" not in letters:
-            raise UserError(f"--inputs {name}: transcription listens: choose A or A+I, or finetune captioning")
+            raise UserError(f"--inputs {name}: transcription requires audio: choose A or A+I, or fine-tune for captioning")
         if task == "retrieval" and len(letters) < 2:
-            raise UserError(f"--inputs {name}: retrieval judges what belongs together: choose T+I, T+A, A+I or T+A+I")
+            raise UserError(f"--inputs {name}: retrieval compares modalities: choose T+I, T+A, A+I or T+A+I")
         if task == "vqa" and "T" not in letters:
             raise UserError(f"--inputs {name}: the question is the text: choose T+I, T+A or T+A+I")
 

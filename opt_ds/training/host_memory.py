@@ -34,7 +34,7 @@ def keep_freed_memory(device_type: str) -> str:
         return "the allocator's default: tensors are not in host memory"
     own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if own:
-        return f"as the environment says ({', '.join(sorted(own))})"
+        return f"set by the environment ({', '.join(sorted(own))})"
     mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
     told = mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)
     return "kept" if told else "the allocator's default: it is not glibc's"
@@ -56,7 +56,7 @@ def keep_few_primitives(device_type: str, precision: str) -> str:
         return "oneDNN's default: operators do not run there"
     own = [name for name in _PRIMITIVE_CACHE if name in os.environ]
     if own:
-        return f"as the environment says ({', '.join(own)})"
+        return f"set by the environment ({', '.join(own)})"
     few = _PRIMITIVES["fp32" if precision == "fp32" else "bf16"]
     os.environ[_PRIMITIVE_CACHE[0]] = str(few)
     return f"the last {few}"

@@ -236,7 +236,7 @@ def describe_start(start: Start) -> str:
     """Return a log line that says which checkpoint the weights come from."""
     folder = Path(start.init.checkpoint)
     if start.resumes:
-        return f"--init-from {start.run}: this run began with its {folder.name} and goes on from its own checkpoints"
+        return f"--init-from {start.run}: this run began with its {folder.name} and resumes from its own checkpoints"
     step, until = checkpoint.read_record(folder)[0], start.config.max_steps
     latest = pointed(checkpoint.run_of(folder), "latest")
     newer = f"; its latest is {latest.name}, name that folder to take it" if latest and latest.name > folder.name else ""

@@ -110,8 +110,8 @@ def run_training(
         return _with_lost_ranks_named(ranks, train)
     except torch.cuda.OutOfMemoryError:
         raise RunError(
-            f"rank {ranks.rank}: out of GPU memory: lower batch.max_tokens (opt-ds plan says what fits), or set "
-            "train.recompute=true or a higher zero.stage, then start again with the same --output to go on"
+            f"rank {ranks.rank}: out of GPU memory: lower batch.max_tokens (opt-ds plan estimates what fits), or set "
+            "train.recompute=true or a higher zero.stage, then run the same command again to resume"
         ) from None
     finally:
         if watch:
@@ -131,8 +131,8 @@ def _with_lost_ranks_named(ranks: Ranks, work: Callable[[], _Result]) -> _Result
             raise
         reason = str(error).splitlines()[0][:200]
         raise RunError(
-            f"rank {ranks.rank} lost contact with another rank, whose log says why ({reason}): start again with the same "
-            "--output to go on"
+            f"rank {ranks.rank} lost contact with another rank, whose log has the reason ({reason}): run the same "
+            "command again to resume"
         ) from None
 
 
@@ -167,7 +167,7 @@ def _start(
     callbacks.check(config, stores)
     resume_from = _resumable(config, output)
     if must_resume and resume_from is None:
-        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or leave --resume away")
+        raise UserError(f"--resume: {output} has no checkpoint: name the output directory of a run, or omit --resume")
     finished, version = False, None
     if resume_from:
         saved = checkpoint.read_state(resume_from)
@@ -191,7 +191,7 @@ def _way_on(config: Config, output: Path, state: "TrainState") -> str:
     if state.stopped_early:
         return f"early stopping ended it; {_new_run(config, output)} continues from its weights"
     if state.step < total:
-        return f"a larger --set train.max_steps goes on, up to schedule.total_steps ({total}), where the learning rate is 0"
+        return f"a larger --set train.max_steps continues it, up to schedule.total_steps ({total}), where the learning rate is 0"
     return f"its learning rate has reached 0; {_new_run(config, output)} continues from its weights"
 
 
@@ -225,7 +225,7 @@ def _resumable(config: Config, output: Path) -> Path | None:
     folder = checkpoint.find_resumable(output)
     if folder and (version := checkpoint.read_state(folder)["plan_version"]) not in plans.VERSIONS:
         raise UserError(
-            f"{folder} was written with version {version} of the step plan, this is version {plans.VERSION}, which draws "
-            "other samples: start again with another --output"
+            f"{folder} was written with version {version} of the step plan, this is version {plans.VERSION}, which samples "
+            "differently: start again with another --output"
         )
     return folder

@@ -175,7 +175,7 @@ def lock(output: Path) -> IO[str]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _LOG.warning(f"{output}: no file locks there ({error.strerror}): see to it that only one run trains in it")
+        _LOG.warning(f"{output}: no file locks there ({error.strerror}): make sure that only one run uses this directory")
         return file
     for folder, names in _WRITTEN.items():
         for name in names:

@@ -65,4 +65,4 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f'{END_TIME_VARIABLE} is "{text}": expected seconds since 1970; unset it, or set it right') from None
+        raise UserError(f'{END_TIME_VARIABLE} is "{text}": expected seconds since 1970; unset it, or correct it') from None

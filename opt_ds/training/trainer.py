@@ -80,7 +80,7 @@ class Trainer(TrainingLoop):
         self.plan = make_plan(config, stores, saved.get("plan_version"))
         if not self.plan.has_validation(config.train.validate_samples):
             raise UserError(
-                f'{stores[0].path}: no sample of split "{config.data.valid_split}" has what the run\'s tasks need: deal samples '
+                f'{stores[0].path}: no sample of split "{config.data.valid_split}" has what the tasks need: assign samples '
                 "that have it to this split (opt-ds split), or name another one with data.valid_split"
             )
         shared, self._node_folder = share_plans(self.plan, group)
@@ -142,7 +142,7 @@ class Trainer(TrainingLoop):
             folder = self.save()
             self.writer.wait()
             raise TrainingError(
-                f"{error}; the weights before it are in {folder}: look at these samples, or lower optimizer.lr and start "
+                f"{error}; the weights before it are in {folder}: check these samples, or lower optimizer.lr and start "
                 "with another --output, or allow more with guard.skip_budget"
             ) from None
         finally:
@@ -340,14 +340,14 @@ class Trainer(TrainingLoop):
             f"{self.config.zero.stage}; kernels: {launch['kernels']}"
         )
         _LOG.info(
-            f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples a step in "
-            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} a rank, "
-            f"{first.fill:.0%} full; {self.plan.num_samples} training samples"
+            f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples per step in "
+            f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} per rank, "
+            f"packing efficiency {first.fill:.0%}; {self.plan.num_samples} training samples"
         )
         for reason in backend.reasons():
             _LOG.info(reason)
         for task, reason in self.plan.off.items():
-            _LOG.info(f"task {task} is off: {reason}")
+            _LOG.info(f"task {task} is disabled: {reason}")
         for line in self.carried.lines() if self.carried else ():
             _LOG.info(line)
         if resume_from:

@@ -65,10 +65,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     (tmp_path / "file").write_text("kept")
     below = tmp_path / "file" / "below" / "it"
     assert run_command(_build(), [*command.split(), str(below)], "opt-ds") == 2
-    assert f"{below}: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    assert f"{below}: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
     if not command.startswith("export"):
         assert run_command(_build(), [*command.split(), str(tmp_path)], "opt-ds") == 2
-        assert f"{tmp_path}: is there and is no file" in capsys.readouterr().err
+        assert f"{tmp_path}: exists but is not a regular file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

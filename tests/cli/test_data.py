@@ -1,4 +1,4 @@
-"""`opt-ds corpus`, `prepare` and `inspect` as a person types them: exit codes and what is said."""
+"""Test `opt-ds corpus`, `prepare` and `inspect` from the command line: exit codes and output."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_inspect_prints_a_summary_and_fails_by_name(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     result = run("inspect", tmp_path / "s")
     assert result.exit_code == 2
-    assert "FAILED shard-00000.h5: shard is cut off" in result.output
+    assert "FAILED shard-00000.h5: shard is truncated" in result.output
 
 
 def test_near_duplicates_are_noted_and_split_keeps_them_together_unless_told(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_near_duplicates_are_noted_and_split_keeps_them_together_unless_told(tmp
         (["update", "nowhere", "--modality", "audio"], "name the manifest"),
         (["update", "nowhere", "--modality", "codes"], "--weights"),
         (["convert", "nowhere", "--output", "y"], "nowhere: no feature store there"),
-        (["prepare", "--manifest", ".", "--output", "x"], "no picture, recording or .txt file there"),
+        (["prepare", "--manifest", ".", "--output", "x"], "no image, audio or .txt file there"),
     ],
 )
 def test_mistakes_are_user_errors(
@@ -126,7 +126,7 @@ def test_a_sample_without_a_readable_picture_is_one_line(tmp_path: Path) -> None
     (tmp_path / "m.jsonl").write_text('{"id": "sample0", "image": "regions.npz"}')
     (tmp_path / "regions.npz").write_bytes(b"features")
     arguments = ("inspect", tmp_path / "s", "--sample", "#0", "--manifest", tmp_path / "m.jsonl", "--pictures", tmp_path)
-    with pytest.raises(UserError, match=r"regions\.npz: not readable as a picture"):
+    with pytest.raises(UserError, match=r"regions\.npz: not readable as an image"):
         raise run(*arguments).exception or AssertionError
 
 

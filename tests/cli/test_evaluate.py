@@ -1,4 +1,4 @@
-"""`opt-ds evaluate`: what it takes where nothing was said, and the table of experiments."""
+"""Test `opt-ds evaluate`: its defaults, and the table of experiments."""
 
 import dataclasses
 import inspect

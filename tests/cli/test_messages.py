@@ -51,7 +51,7 @@ def leaf_commands() -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def options() -> Iterator[Option]:
-    """Every option and argument of every command; the required others are given names of things that are not there."""
+    """Return every option and argument of every command. The other required ones name things that do not exist."""
     for names, command in leaf_commands():
         for param in command.params:
             if param.hidden or param.name == "help":
@@ -82,7 +82,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def one_line(result: Run, *named: str) -> None:
-    """What every refusal looks like; it names one of these."""
+    """Check the form of a refusal, which names one of these."""
     lines = result.err.splitlines()
     assert result.code == 2, result
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
@@ -106,7 +106,7 @@ def names(options: list[Option]) -> list[str]:
 def test_an_option_of_one_value_is_given_once(option: Option, run: Any) -> None:
     if option.name == "--set":
         result = run(*option.arguments("a.b=1", "a.b=2"))
-        assert result.err.startswith("note: --set a.b=2 overrides 1, given before it\n"), result.err
+        assert result.err.startswith("note: --set a.b=2 overrides 1, specified before it\n"), result.err
     elif not option.param.multiple:
         one_line(run(*option.arguments("3", "4")), f"{option.name} is given twice (3, 4): give it once")
 
@@ -169,7 +169,7 @@ def test_a_point_and_a_tilde_are_paths(run: Any, tmp_path: Path, monkeypatch: py
 
 
 class TestAdvice:
-    """What a message says to do works."""
+    """The advice of a message works."""
 
     def test_a_store_without_a_valid_split(self, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from opt_ds.pretrain import pretrain

@@ -1,4 +1,4 @@
-"""What plans derive from a whole store is made once; from its file it gives the same plan, and a changed file is not used."""
+"""Test arrays that plans derive from a store: they are made once, equal after loading, and not used if a file changed."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder; no store can be written."""
+    """Return a run's folder, with stores that cannot be written."""
     monkeypatch.setattr("opt_ds.store.records.os.access", lambda path, mode: False)
     return tmp_path / "run"
 

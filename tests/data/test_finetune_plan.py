@@ -1,4 +1,4 @@
-"""What fine-tuning draws: only samples that fit, inputs that are never the target, negatives that really do not belong."""
+"""Test the plan of fine-tuning: only samples that fit, inputs that are never the target, negatives of other groups."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Sample-level draws: five cases in equal shares, negatives of other groups of the same split, labels that are true."""
+"""Test matching examples: five labels in equal parts, negatives of other groups of the same split, correct labels."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ def matching_samples(store: FeatureStore, pair_probability: float, size: int = 1
 
 
 def true_case(store: FeatureStore, owners: list[dict[int, int]], rows: np.ndarray) -> str:
-    """The label as a reader of the store would give it: which inputs come from samples of one group."""
+    """Return the label that follows from the store: which inputs come from samples of one group."""
     inputs = [m for m in range(3) if rows[m] >= 0]
     groups = {m: int(store.groups[owners[m][int(rows[m])]]) for m in inputs}
     agreeing = [pair for pair in PAIRS if set(pair) <= set(inputs) and groups[pair[0]] == groups[pair[1]]]
@@ -76,7 +76,7 @@ def test_pairs_are_labelled_with_their_case_or_none(complete: FeatureStore) -> N
     assert np.abs((s.input_rows < 0).mean(0) - 1 / 3).max() < 0.02
     assert all(CASES[c] == true_case(complete, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))
     assert not (s.columns["case"] == 0).any()
-    assert (s.columns["case"] == 4).mean() == pytest.approx(0.6, abs=0.02)  # all and one of the three pairs leave it whole
+    assert (s.columns["case"] == 4).mean() == pytest.approx(0.6, abs=0.02)  # `all` and one of the three pairs keep it unchanged
 
 
 def test_half_of_the_draws_judge_a_pair(complete: FeatureStore, ragged: FeatureStore) -> None:
@@ -132,8 +132,8 @@ def test_one_large_group_is_passed_in_a_step_and_the_negatives_are_those_behind_
     ("groups", "rows", "usable"),
     [
         ([0, 1, 2], [0, 1, 2], True),
-        ([0, 1, 2], [0, 0, 0], False),  # one picture for all
-        ([0, 0, 1, 2], [0, 1, 0, 0], False),  # who is given the second has nobody for a third
+        ([0, 1, 2], [0, 0, 0], False),  # one image for all
+        ([0, 0, 1, 2], [0, 1, 0, 0], False),  # a sample with the second as negative has no candidate for a third
         ([0, 0, 1, 2], [0, 1, 2, 3], True),
         ([0, 1, 2, 3], [0, 0, 1, 2], True),
         ([0, 1, 2, 2], [0, 0, 1, 2], False),

@@ -1,4 +1,4 @@
-"""Packing: `[CLS] text [SEP] regions frames` end to end, nothing lost, every index pointing at what it names."""
+"""Test packing: `[CLS] text [SEP] regions frames` end to end, nothing dropped, every index at the correct position."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sa
 
 
 def expected_rows(sample: Sample) -> list[tuple[str, object]]:
-    """The layout written down: one entry per packed position."""
+    """Return the layout: one entry per packed position."""
     rows: list[tuple[str, object]] = [("token", CLS)]
     if TEXT in sample.items:
         rows += [("token", int(t)) for t in sample.items[TEXT].ids] + [("token", SEP)]

@@ -1,4 +1,4 @@
-"""The step plan: a pure function of the step, every sample once an epoch, draws in their shares, counts that hold."""
+"""Test the step plan: a pure function of the step, every sample once per epoch, tasks by their weights, correct counts."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_draws_come_in_the_mix(complete: FeatureStore) -> None:
     mix = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
     plan = StepPlan(make_config(tasks={"mix": mix}, batch={"size": 20_000, "max_tokens": 8192}), [complete])
     draw = plan.step(0).samples.task
-    # an impossible draw (an utterance too short for MAM) gives its share to the others: judge by samples that allow all
+    # the weight of an impossible task (an utterance too short for MAM) goes to the others, so use samples that allow all
     long_enough = plan.step(0).samples.input_lengths
     allowed = (long_enough[:, AUDIO] >= 2) | (plan.step(0).samples.input_rows[:, AUDIO] < 0)
     shares = np.bincount(draw[allowed], minlength=5) / allowed.sum()
@@ -237,7 +237,7 @@ def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judge
     plan = StepPlan(config, [complete])
     found = {TASK_NAMES[draw] for step in plan.validation() for draw in step.samples.task}
     assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
-    assert plan.off["mvm"] == "its share of tasks.mix is 0" and ("matching" in plan.off) != judged
+    assert plan.off["mvm"] == "its weight in tasks.mix is 0" and ("matching" in plan.off) != judged
     assert set(config.learned_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
 
 

@@ -21,7 +21,7 @@ GOLDEN = {
 
 
 def digest(planned: PlannedStep) -> str:
-    """Of all that a plan says."""
+    """Return a hash of the complete plan."""
     found = hashlib.sha256()
     for array in planned.samples.arrays().values():
         found.update(np.ascontiguousarray(array).tobytes())

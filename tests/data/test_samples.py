@@ -33,7 +33,7 @@ def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(num_frames
 
 
 def test_an_empty_recording_has_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a store may hold that another program wrote; ours refuses to."""
+    """A store of another program may hold this. The writer of opt_ds refuses it."""
     monkeypatch.setattr(StoreWriter, "_problem", lambda *_: None)
     store = make_store(tmp_path / "s", 10, frames=(0, 2))
     config = make_config(batch={"size": 40})
@@ -75,7 +75,7 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
 
 
 def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) -> None:
-    """Masks hang on (seed, epoch, sample), not on the batch's size or the slot."""
+    """Masks depend on (seed, epoch, sample), not on the batch size or the global sample index."""
     large, small = make_config(batch={"size": 60}), make_config(batch={"size": 20})
     big = StepPlan(large, [ragged]).step(0).samples
     for step in range(3):

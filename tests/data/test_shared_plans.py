@@ -1,4 +1,4 @@
-"""Plans that the ranks of a node share have the same bits, whoever planned them; a slow, lost or wrong rank changes nothing."""
+"""Test plans shared by the ranks of a node: the same bits from every rank; a slow, missing or wrong rank changes nothing."""
 
 import dataclasses
 import multiprocessing
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def contents(planned: PlannedStep) -> list[Any]:
-    """All that a step's plan says, comparable."""
+    """Return the complete plan of a step in a comparable form."""
     arrays = list(planned.samples.arrays().values())
     dealt = [[(m.slots.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
     numbers = [planned.step, planned.counts, planned.num_tokens, planned.fill, planned.balance, planned.flops]
@@ -83,7 +83,7 @@ def test_another_step_or_run_is_no_plan(plan: StepPlan, tmp_path: Path) -> None:
 
 
 def _run(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None, out: Any) -> None:
-    """A rank, in a process of its own."""
+    """Run a rank in a separate process."""
     shared = SharedPlans(plan, RANKS, folder, place, 2)
     found = []
     for planned in shared.steps(first, last):

@@ -1,4 +1,4 @@
-"""Files made to harm their decoder, and files that only look harmful."""
+"""Files made to harm their decoder, and files that only seem harmful."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ def endless_svg(path: Path) -> None:
 
 
 def bitmap_svg(path: Path, side: int = 30_000) -> None:
-    """A bitmap of 30,000 x 30,000 in a drawing of 200 kB."""
+    """Write a bitmap of 30,000 x 30,000 in a drawing of 200 kB."""
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -37,14 +37,14 @@ def bitmap_svg(path: Path, side: int = 30_000) -> None:
 
 
 def padded_png(path: Path, zeros: int = 60 * 2**30) -> None:
-    """A good picture and 60 GiB of zeros, which take no place on the disk."""
+    """Write a valid image followed by 60 GiB of zeros, which take no space on the disk."""
     noise().save(path, "PNG")
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size + zeros)
 
 
 def talkative_png(path: Path) -> None:
-    """A good picture with 3 MB of text, as editors write it; Pillow alone refuses it."""
+    """Write a valid image with 3 MB of text, as editors do. Pillow alone refuses it."""
     text = PngImagePlugin.PngInfo()
     text.add_text("history", "edited " * 400_000, zip=True)
     noise().save(path, "PNG", pnginfo=text)

@@ -27,7 +27,7 @@ def decoder() -> Iterator[Decoder]:
 
 @pytest.fixture
 def still_works(decoder: Decoder, tmp_path: Path) -> Iterator[None]:
-    """After the test, another picture is decoded rightly."""
+    """Check that after the test another image is decoded correctly."""
     yield
     noise().save(tmp_path / "after.png")
     assert decoder.picture(tmp_path / "after.png").content.tobytes() == Image.open(tmp_path / "after.png").tobytes()
@@ -88,7 +88,7 @@ def test_a_drawing_may_have_its_size_in_every_unit_of_css(unit: str, decoder: De
     picture = decoder.picture(tmp_path / "a.svg").content
     assert picture.width == 256 and 170 <= picture.height <= 175
     assert picture.getpixel((60, 60)) == (255, 0, 0)
-    if unit not in ("%", "vw"):  # parts of nothing: the drawing's content gives the size
+    if unit not in ("%", "vw"):  # percentages without a reference: the drawing's content determines the size
         assert picture.getpixel((200, 60)) == (255, 255, 255)
 
 
@@ -99,7 +99,7 @@ def test_arrays_are_sized_before_they_are_unpacked(decoder: Decoder, tmp_path: P
     (tmp_path / "text.npz").write_text("no archive")
     for name, reason in (
         ("bomb.npz", "its arrays take 512 MiB, 256 are allowed"),
-        ("lies.npz", r"said to be \[1000000000, 2048\], which the file does not hold"),
+        ("lies.npz", r"declared as \[1000000000, 2048\], which the file does not hold"),
         ("objects.npz", "Python objects"),
         ("text.npz", "it is text: accepted are .npz"),
     ):
@@ -181,7 +181,7 @@ def test_nothing_that_libraries_print_is_seen(tmp_path: Path) -> None:
         "except DecodingError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.mp3"], capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.startswith("it is cut off: 0.")
+    assert done.stderr == "" and done.stdout.startswith("it is truncated: 0.")
 
 
 def test_drawings_are_refused_where_they_are_not_allowed(decoder: Decoder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""MP3 files without an index are read to their end, whatever the bit rate of their first frame; cut ones are refused."""
+"""Test MP3 files: without an index they are read to their end, whatever their first bit rate; truncated ones are refused."""
 
 import struct
 from pathlib import Path
@@ -22,7 +22,7 @@ def sound(seconds: float, rate_hz: int, channels: int) -> np.ndarray:
 
 
 def without_index(path: Path, rate_hz: int, channels: int, mode: str, seconds: float = 3.0) -> bytes:
-    """Return an MP3 of `seconds` whose first frame, which says how many follow, is taken away."""
+    """Return an MP3 of `seconds` whose first frame, which holds the number of frames, is removed."""
     soundfile.write(path, sound(seconds, rate_hz, channels), rate_hz, format="MP3", bitrate_mode=mode)
     content = path.read_bytes()
     place = max(content.find(b"Xing"), content.find(b"Info"))
@@ -46,7 +46,7 @@ def test_all_of_a_recording_without_an_index_is_read(tmp_path: Path, mode: str, 
 def test_a_recording_without_an_index_that_ends_within_a_frame_is_refused(tmp_path: Path) -> None:
     content = without_index(tmp_path / "whole.mp3", 16000, 1, "VARIABLE")
     (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 2 + 7])
-    with pytest.raises(DecodingError, match="cut off"):
+    with pytest.raises(DecodingError, match="truncated"):
         load_recording(tmp_path / "cut.mp3")
 
 
@@ -64,14 +64,14 @@ def test_files_with_an_index_or_other_content_are_left_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize("ending", ["mp3", "flac", "ogg"])
 @pytest.mark.parametrize("between", [b"", ID3])
 def test_recordings_that_were_joined_are_refused(tmp_path: Path, ending: str, between: bytes) -> None:
-    """A decoder reads the first one alone, and nothing says so."""
+    """A decoder reads the first one alone, without an error."""
     soundfile.write(tmp_path / f"a.{ending}", sound(1.3, 44100, 1), 44100)
     content = (tmp_path / f"a.{ending}").read_bytes()
     assert len(load_recording(tmp_path / f"a.{ending}")) > 16000
     if ending == "ogg" and between:
         return
     (tmp_path / f"joined.{ending}").write_bytes(content + between + content)
-    with pytest.raises(DecodingError, match="several recordings one after another"):
+    with pytest.raises(DecodingError, match="several streams one after another"):
         load_recording(tmp_path / f"joined.{ending}")
 
 

@@ -52,7 +52,7 @@ def cut(name: str, count: int, **options: object) -> Callable[[Path], object]:
 
 
 def huge_png(path: Path) -> None:
-    """A PNG that says 20,000 x 20,000: 50 kB of zeros that would become 1.2 GB."""
+    """Write a PNG of 20,000 x 20,000: 50 kB of zeros that would become 1.2 GB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -130,10 +130,10 @@ WILD = [
     Wild("six.wav", sound(0.4, 48000, "PCM_16", channels=6)),
     Wild("short.wav", sound(0.001, 16000, "PCM_16")),
     Wild("music.ogg", sound(0.4, 44100, "VORBIS")),
-    Wild("none.wav", sound(0, 16000, "PCM_16"), "the recording has no samples"),
+    Wild("none.wav", sound(0, 16000, "PCM_16"), "the audio has no samples"),
     Wild("text.wav", lambda path: path.write_text("not a recording at all"), "audio file is broken"),
     Wild("cut.flac", lambda path: path.write_bytes(b"fLaC" + bytes(30)), "audio file is broken"),
     Wild("nan.wav", lambda path: soundfile.write(path, np.full(999, np.nan), 16000, subtype="FLOAT"), "NaN"),
-    Wild("slow.wav", lambda path: soundfile.write(path, np.zeros(99), 3), "3 Hz is no recording's"),
+    Wild("slow.wav", lambda path: soundfile.write(path, np.zeros(99), 3), "its sample rate of 3 Hz is outside"),
     Wild("long.wav", lambda path: soundfile.write(path, np.zeros(3_700_000), 1000, subtype="PCM_U8"), "more than 3600"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A dVAE's codes in a store: written alone, beside the dVAE that made them, and never painted by another one."""
+"""Test a dVAE's codes in a store: written with the dVAE that made them, and never decoded by another one."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

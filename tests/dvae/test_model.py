@@ -1,4 +1,4 @@
-"""The dVAE: codes and pictures, the relaxation and its losses against float64, k-means, saving."""
+"""Test the dVAE: codes and images, the relaxation and its losses against float64, k-means, saving."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def keyed(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize("codebook_size", [32, 8192])
 def test_every_code_at_its_position_survives_painting_and_encoding(codebook_size: int) -> None:
-    """Freshly started, the dVAE is a vector quantiser: painting codes and encoding them again is the identity."""
+    """Freshly started, the dVAE is a vector quantiser: decoding codes and encoding the result returns the codes."""
     dvae = make_dvae(TINY.model_copy(update={"codebook_size": codebook_size}))
     codes = torch.arange(max(codebook_size, 64 * 32)).reshape(-1, 64) % codebook_size
     assert (dvae.encode(dvae.decode(codes)) == codes).all()

@@ -57,7 +57,7 @@ def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path,
     assert opened.description.extractors["codes"] == dvae.identity() == result["identity"]
     assert opened.description.dims.num_codes == 32
     num_images = len(opened.region_counts)
-    assert num_images < NUM_SAMPLES  # some samples have no picture
+    assert num_images < NUM_SAMPLES  # some samples have no image
     for row in range(num_images):
         expected = dvae.encode(torch.from_numpy(np.array(opened.pixels(row)))[None])[0]
         assert (opened.codes(row) == expected.numpy()).all()
@@ -357,7 +357,7 @@ def test_bad_input_is_named(store: Path, tmp_path: Path) -> None:
     train(store, tmp_path / "run")
     for message, arguments, options in [
         ("no feature store there", (tmp_path / "gone", tmp_path / "o"), {}),
-        ("no pictures", (tmp_path / "blind", tmp_path / "o"), {}),
+        ("no pixels", (tmp_path / "blind", tmp_path / "o"), {}),
         ('no split "trian" .did you mean "train"', (store, tmp_path / "o"), {"train_split": "trian"}),
         ("another run .seed was 1 there and is 2 now", (store, tmp_path / "run"), {"seed": 2}),
         ("another run .config.steps was 12 there and is 13 now", (store, tmp_path / "run"), {"steps": 13}),

@@ -21,5 +21,5 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
 
 @pytest.fixture(scope="session")
 def without_audio(evaluator: Evaluator) -> Evaluator:
-    """The same model on the same store, as if it had no recordings."""
+    """Return the same model on the same store, as if it had no audio."""
     return Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, AUDIO))

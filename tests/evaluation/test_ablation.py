@@ -41,7 +41,7 @@ def opt_ds(store: Path, output: Path, *arguments: str, min_positives: int = 5) -
 
 
 def test_rows_differ_in_the_losses_that_are_planned(store: Path) -> None:
-    """By the plan of some steps of each row's run: what is counted there is what the row says, and nothing else."""
+    """The plan of some steps of each row's run counts exactly the losses that the row names."""
     rows = rows_of(store)
     assert list(rows) == list(ablation.rows_without(load_config("opt-tiny").tasks))
     expected = {
@@ -82,7 +82,7 @@ def test_a_probe_without_labels_is_refused_before_anything_is_trained(
 def test_runs_become_a_table_and_are_not_run_again(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real run of pretrain.py, the one without the modality level, and the untrained model beside it."""
+    """Run pretrain.py for the row without the modality level, and evaluate the untrained model too."""
     output = tmp_path / "ablation"
     chosen = ("--row", "no-modality-level", "--row", "untrained")
     assert opt_ds(store, output, *chosen) == 0
@@ -98,16 +98,16 @@ def test_runs_become_a_table_and_are_not_run_again(
 
     monkeypatch.setattr(ablation, "_pretrain", lambda *_: pytest.fail("a finished row is trained again"))
     assert opt_ds(store, output, *chosen) == 0
-    assert capfd.readouterr().out.count("done before") == 2
+    assert capfd.readouterr().out.count("already complete") == 2
     assert opt_ds(store, output, "--row", "untrained", min_positives=6) == 0
     found = json.loads((output / "ablation.json").read_text())["rows"]
     assert [row["row"] for row in found] == ["untrained"], "a row of another probe is not in this table"
     name = "no-modality-level"
     row = rows_of(store, names=(name,))[name]
     (output / "no-modality-level" / "metrics.jsonl").open("a").write('{"step": 2, "train/dtr/loss": 1.0}\n')
-    with pytest.raises(RunError, match="dtr ran, which the row is without"):
+    with pytest.raises(RunError, match="dtr ran, which this row disables"):
         ablation.probe_row(row, output, FeatureStore(store), ablation.Probe("valid", min_positives=5), "cpu")
-    with pytest.raises(RunError, match="stands at step 2 of 9"):
+    with pytest.raises(RunError, match="is at step 2 of 9"):
         longer = rows_of(store, "train.max_steps=9", names=(name,))[name]
         ablation.probe_row(longer, output, FeatureStore(store), ablation.Probe("valid"), "cpu")
     assert opt_ds(store, output, *chosen, "--set", "seed=7") == 2, "another run than the one that is there"

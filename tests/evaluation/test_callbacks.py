@@ -1,4 +1,4 @@
-"""Evaluation during a run: what the callbacks draw and report between steps."""
+"""Test evaluation during a run: image grids and reports of the callbacks between steps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.tiny import make_config, make_model, make_store
 
 @dataclass
 class Report:
-    """Keeps what it is given."""
+    """Keeps the reported values."""
 
     figures: dict[str, float] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)
@@ -81,5 +81,5 @@ def test_reference_losses_are_the_main_ranks(store: FeatureStore) -> None:
 
 def test_experiments_are_checked_before_training(store: FeatureStore) -> None:
     run = run_of(store, evaluate={"every_steps": 1, "experiments": ("vqa",)})
-    with pytest.raises(UserError, match="the model does not learn labels"):
+    with pytest.raises(UserError, match="the model is not trained with labels"):
         EvaluationCallbacks().check(run.config, run.stores)

@@ -65,9 +65,9 @@ def test_figures_that_a_perfect_writer_could_not_reach_are_undefined() -> None:
     assert short["cider"] == pytest.approx(5.0)
     alone = scores([["a red cat on a mat"]], ["a red cat on a mat"])
     assert alone["bleu_4"] == pytest.approx(100)
-    assert alone["cider"] is None and alone["undefined"] == {"cider": "there is only one picture"}
+    assert alone["cider"] is None and alone["undefined"] == {"cider": "there is only one image"}
     same = scores([["a red cat on a mat"]] * 3, ["a red cat on a mat"] * 3)
-    assert same["cider"] is None and same["undefined"] == {"cider": "all pictures have the same captions"}
+    assert same["cider"] is None and same["undefined"] == {"cider": "all images have the same captions"}
     assert scores([], [])["undefined"] == {"bleu_4": "no caption has a word", "cider": "no caption has a word"}
     assert "undefined" not in scores(REFERENCES, [""] * 3), "a writer of nothing has earned its 0"
     assert scores(REFERENCES, [""] * 3)["bleu_4"] == 0

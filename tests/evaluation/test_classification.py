@@ -1,4 +1,4 @@
-"""The linear probe: perfect where [CLS] tells the label, chance where it does not, and scikit-learn's own mAP."""
+"""Test the linear probe: perfect if [CLS] determines the label, chance otherwise, and equal to scikit-learn's mAP."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 
 @pytest.fixture
 def labelled(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Gives every sample labels by its number, and a [CLS] that tells them from text alone."""
+    """Assigns labels by the sample's number, and a [CLS] that reveals them from text alone."""
     names = ["even", "third", "rare"]
     labels = {i: [n for n, has in zip(names, (i % 2 == 0, i % 3 == 0, i == 0), strict=True) if has] for i in range(60)}
     monkeypatch.setattr(evaluator.store, "labels", labels.__getitem__)

@@ -39,8 +39,8 @@ def test_a_store_without_recordings_has_all_experiments_of_text_and_images(witho
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (with_experiments("vqa"), "the model does not learn labels"),
-        (with_experiments("captioning", tasks={"dtr": {"weight": 0}}), "the model does not learn dtr"),
+        (with_experiments("vqa"), "the model is not trained with labels"),
+        (with_experiments("captioning", tasks={"dtr": {"weight": 0}}), "the model is not trained with dtr"),
         (with_experiments("image-generation"), "has no image codes"),
         (make_config(evaluate={"every_steps": 1, "split": "vaild"}), 'did you mean "valid"'),
     ],

@@ -1,6 +1,6 @@
-"""Painted pictures: the best candidate by matching is kept, and what FID, CLIP score and the extractor's features say of them.
+"""Test generated images: the best candidate by match probability is kept; FID, CLIP score and the extractor's features.
 
-The networks have random weights in the very files that the real ones come in.
+The networks have random weights in the file formats of the real ones.
 """
 
 import json
@@ -75,7 +75,7 @@ def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: Dis
     redness = lambda sample, picture: float(np.asarray(picture)[..., 0].mean()) / 255  # noqa: E731
     pictures, scores = ImageGenerator(dvae, SAMPLING, 5, redness).paint(evaluator, samples)
     assert scores is not None and scores.shape == (3, 5)
-    assert len(np.unique(scores)) > 5, "candidates are drawn anew"
+    assert len(np.unique(scores)) > 5, "candidates are sampled again"
     kept = [redness(sample, to_picture(one)) for sample, one in zip(samples, pictures, strict=True)]
     assert kept == pytest.approx(scores.max(1))
     alone, none = ImageGenerator(dvae, SAMPLING).paint(evaluator, samples)

@@ -63,7 +63,7 @@ def test_five_directions_by_both_scores(evaluator: Evaluator) -> None:
 
 
 def test_a_model_that_knows_the_answer_has_full_recall(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matrices are turned the right way: likelihood of text j given sample i is 0 on the diagonal only."""
+    """The matrices have the correct orientation: likelihood of text j given sample i is 0 on the diagonal only."""
     monkeypatch.setattr(Evaluator, "text_log_likelihood", lambda self, samples, texts: np.eye(len(samples)) * 50.0 - 60.0)
     found = retrieval(evaluator, "train", candidates=5, matching_candidates=2)
     for direction in ("image_to_text", "text_to_image", "text_to_audio", "audio_to_text"):

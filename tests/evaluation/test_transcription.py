@@ -68,7 +68,7 @@ def test_an_input_that_no_sample_has_is_left_out_and_a_store_without_any_is_refu
     found = transcription(without_audio, "valid")
     assert "I" in found and not {"A", "A+I"} & set(found)
     assert not any("audio" in line for line in transcription_lines(found))
-    with pytest.raises(UserError, match=r'split "valid" has text and what it can be written from \(A\)'):
+    with pytest.raises(UserError, match=r'split "valid" has text and an input to write it from \(A\)'):
         transcription(without_audio, "valid", inputs=("A",))
     with pytest.raises(UserError, match='no sample of split "valid" has text and'):
         transcription(Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, TEXT)), "valid")

@@ -1,4 +1,4 @@
-"""Two-stage retrieval: what the projection learns, that re-ranking scores just the shortlist, and what it says it cost."""
+"""Test two-stage retrieval: the projection learns, re-ranking scores only the shortlist, and its reported cost is right."""
 
 import json
 from pathlib import Path

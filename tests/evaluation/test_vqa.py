@@ -25,7 +25,7 @@ def test_accuracy_is_the_mean_over_all_choices_of_nine_annotators(times: int) ->
 
 @pytest.fixture
 def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
-    """A model with a head of three answers; of each question four annotators said `yes`, one `2`, five what is no label."""
+    """A model with three answers. Per question, four annotators gave `yes`, one `2`, and five an answer that is no label."""
     store = make_store(tmp_path / "store", 30)
     monkeypatch.setattr(FeatureStore, "labels", lambda self, index: ["yes"] * 4 + ["2"])
     config = make_config(tasks={"labels": {"names": ["2", "no", "yes"], "answers": True}})

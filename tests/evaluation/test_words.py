@@ -1,4 +1,4 @@
-"""Texts in scripts without spaces are judged as fairly as others; texts with spaces as the libraries alone judge them."""
+"""Test word metrics: scripts without spaces are scored fairly, and texts with spaces as by the libraries alone."""
 
 import unicodedata
 

@@ -1,1 +1,1 @@
-"""What another package can add to opt_ds without changing it, and what that package then looks like."""
+"""Extensions of opt_ds by another package, without a change to opt_ds."""

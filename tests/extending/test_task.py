@@ -1,4 +1,4 @@
-"""A task in a file of its own, `counting.py`: trained on two ranks, stopped and resumed, evaluated, exported, loaded, ablated."""
+"""Test a task in a separate file (`counting.py`): trained on 2 ranks, resumed, evaluated, exported, loaded, ablated."""
 
 import json
 import os

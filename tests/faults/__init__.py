@@ -1,1 +1,1 @@
-"""What may happen to a run on a shared machine: kills at any moment, full disks, lost and hung ranks, launchers' signals."""
+"""Faults of a run on a shared machine: kills at any moment, full disks, dead and hung ranks, launchers' signals."""

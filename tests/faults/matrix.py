@@ -33,7 +33,7 @@ from tests.warm import WarmProcess
 
 STEPS, CUT = 6, 4
 NAN_LOSS, INFINITE_GRADIENT = 1, 3  # steps that are not taken
-#: Largest relative difference of a step's loss from fp32 at stage 0. Lost moments (`FORGETFUL`) differ by more than each.
+#: Largest relative difference of a step's loss from fp32 at stage 0. Dropped moments (`FORGETFUL`) differ by more than each.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.008, "fp16": 0.008}
 SETTINGS = (
     f"train.max_steps={STEPS}", "schedule.total_steps=50", "optimizer.lr=0.01", "batch.size=12", "batch.max_tokens=1000",
@@ -57,7 +57,7 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """As a line of the table and a folder's name."""
+        """Return the name of a table row and of a folder."""
         words = [f"stage {self.stage}", f"{self.ranks} ranks", self.precision]
         words += [word.replace("_", " ") for word in ("offload", "gather_all", "recompute") if getattr(self, word)]
         return ", ".join(words)
@@ -110,14 +110,14 @@ def config_of(combination: Combination, store: Path, folder: Path, *settings: st
 
 
 def until(config: Config, steps: int) -> Config:
-    """The same run, stopped after so many steps."""
+    """Return the same run, stopped after this many steps."""
     return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
 
 
 def run(
     combination: Combination, store: Path, folder: Path, group: ProcessGroup, *settings: str, last: int = STEPS
 ) -> Outcome:
-    """Train it straight, and again in two parts; or tell why it is refused before training."""
+    """Train without a stop, and again in two parts; or report why the run is refused before training."""
     straight, cut = folder / combination.name, folder / f"{combination.name}, cut"
     fp16 = combination.precision == "fp16"  # which the product does not run on a CPU
     try:
@@ -137,7 +137,7 @@ def run(
 
 
 def forgetful(combination: Combination, store: Path, folder: Path, group: ProcessGroup) -> dict[int, float]:
-    """Losses of a run whose moments are lost at step CUT: what a comparison must notice."""
+    """Return the losses of a run whose moments are dropped at step CUT, which a comparison must detect."""
     output = folder / f"{combination.name}, forgetful"
     config = config_of(combination, store, folder)
     with hardships(group.ranks.rank, group.ranks.world_size):
@@ -262,7 +262,7 @@ def run_ranks(found: list[Combination], world_size: int, store: Path, folder: Pa
 
 
 def read_outcomes(jobs: Path) -> list[Outcome]:
-    """What the ranks have written so far."""
+    """Return what the ranks have written so far."""
     lines = [json.loads(line) for line in jobs.with_suffix(".outcomes").read_text().splitlines()]
     return [
         Outcome(Combination(**line.pop("combination")), {int(s): loss for s, loss in line.pop("losses").items()}, **line)

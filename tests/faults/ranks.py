@@ -1,4 +1,4 @@
-"""Two real ranks of a tiny run as processes of their own, without a launcher that would tidy up after them."""
+"""Two ranks of a tiny run as separate processes, without a launcher that would clean up after them."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -28,7 +28,7 @@ from opt_ds.store.synthetic import write_synthetic_store
 from tests.logs import logged_lines
 from tests.training.runs import FITTED, train
 
-#: Files that nobody computes from: a note or a picture for people, or one that is made again.
+#: Files that are not used in computations: notes or plots for people, or files that are made again.
 FREE = {
     "store": {"verified.json", "lengths.png", "report.json"},
     "exported": {"README.md"},
@@ -67,7 +67,7 @@ def flip(file: Path, bit: int) -> None:
 
 
 def positions(name: str, size: int, count: int) -> list[int]:
-    """The middle of the file, then seeded ones over the whole of it."""
+    """Return the middle of the file, then seeded positions over all of it."""
     chosen = random.Random(name)
     return [size // 2 * 8, *(chosen.randrange(size * 8) for _ in range(count - 1))]
 

@@ -1,4 +1,4 @@
-"""A disk that fills up, and files that are damaged behind the run's back: one line says it, and no more than the last is lost."""
+"""Test full disks and files damaged during a run: one line reports it, and at most the last checkpoint is unusable."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_the_last_checkpoint_s
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "cut off": lambda newest: os.truncate(newest / "model.safetensors", 100),
+    "truncated": lambda newest: os.truncate(newest / "model.safetensors", 100),
     "damaged": lambda newest: flip_byte(newest / "moments.safetensors"),
     "missing": lambda newest: (newest / "state.json").unlink(),
     'no pointer "latest"': lambda newest: (newest.parent / "latest").unlink(),

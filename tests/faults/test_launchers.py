@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 
 def start(launcher: list[str], store: Path, output: Path) -> subprocess.Popen[str]:
-    """Two ranks of a run that would take for ever, in a process group of their own, once they have saved."""
+    """Start two ranks of an endless run in a separate process group, and return once they have saved."""
     settings = (*FITTED, "train.max_steps=100000", "schedule.total_steps=100000", "checkpoint.every_steps=20")
     options = [part for setting in settings for part in ("--set", setting)]
     command = [*launcher, str(ROOT / "opt_ds" / "pretrain.py"), "--config", "opt-tiny", "--store", str(store)]

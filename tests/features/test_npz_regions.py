@@ -1,4 +1,4 @@
-"""Regions that are made already: an odd file costs itself alone, and no unit error passes as a picture's regions."""
+"""Test precomputed regions: an unusual file affects only itself, and wrong units are never accepted as regions."""
 
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def _set(place: Any, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_with("norm_bb", pixels_of), "norm_bb reaches .*, not 1: divide pixels by the picture's width and height"),
+        (_with("norm_bb", pixels_of), "norm_bb reaches .*, not 1: divide pixels by the image's width and height"),
         (_with("norm_bb", lambda boxes: boxes * 100), "norm_bb reaches"),
         (_with("norm_bb", _set((2, 2), 1.02)), "norm_bb reaches 1.0195"),
         (_with("norm_bb", _set((2, 0), -0.02)), "norm_bb falls to -0.0"),
@@ -130,7 +130,7 @@ def test_boxes_in_pixels_are_divided_by_the_pictures_sides() -> None:
     found = extractor().regions(arrays)
     assert np.abs(found.boxes - expected.boxes).max() < 1e-6
     for changes, reason in (
-        ({"image_w": np.int64(100)}, "bbox leaves the picture of 100 x 480 pixels"),
+        ({"image_w": np.int64(100)}, "bbox leaves the image of 100 x 480 pixels"),
         ({"image_h": np.int64(0)}, "image_h is not a length in pixels"),
         ({"bbox": corners}, "bbox holds fractions, not pixels"),
         ({"bbox": arrays["bbox"][:, [2, 3, 0, 1]]}, "bbox: row 0 ends before it begins"),

@@ -1,4 +1,4 @@
-"""Region extractors: grid against the backbone itself, Faster R-CNN on a small random one, pictures of all kinds."""
+"""Test region extractors: grid against the backbone itself, Faster R-CNN on a small random one, images of all kinds."""
 
 import io
 from pathlib import Path
@@ -96,14 +96,14 @@ def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
     (regions,) = whole.extract([noise(2)])
     assert regions.features.shape == (1, whole.dim)
     assert regions.scores[0] == pytest.approx(float(scores.max()), abs=2e-3)
-    for backbone, message in (("timm/resent18", "did you mean"), ("timm/vit_tiny_patch16_224", "does not fit|no feature map")):
+    for backbone, message in (("timm/resent18", "did you mean"), ("timm/vit_tiny_patch16_224", "does not fit|usable feature map")):
         with pytest.raises(UserError, match=message):
             GridExtractor(GridOptions(weights=tmp_path / "model.safetensors", backbone=backbone))
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_small", "timm/mobilenetv3_small_050"])
 def test_a_backbone_lies_on_the_device_as_a_whole(tmp_path: Path, backbone: str) -> None:
-    """The device "meta" refuses tensors of the CPU as a GPU does."""
+    """The device "meta" refuses tensors of the CPU, like a GPU."""
     import timm
 
     name = backbone.removeprefix("timm/")
@@ -164,7 +164,7 @@ def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> N
 
 
 def test_faster_rcnn_features_are_torchvisions_intermediate_tensors(tmp_path: Path) -> None:
-    """A hook on the box head of the very network, run as torchvision runs it: every region's feature is one of its rows."""
+    """With a hook on the box head, run by torchvision: every region's feature is one of the head's rows."""
     random_detector(tmp_path / "d.pt")
     extractor = detector(tmp_path / "d.pt", confidence=0.0, max_regions=20, min_side=96, max_side=128)
     pictures = [noise(3), noise(4, 60, 90), None, noise(5)]
@@ -184,7 +184,7 @@ def test_faster_rcnn_features_are_torchvisions_intermediate_tensors(tmp_path: Pa
 
 
 def test_detectron2s_layout_is_the_same_network(tmp_path: Path) -> None:
-    """A checkpoint written as Detectron2 names and orders its tensors, by a map of the test's own, is loaded back."""
+    """A checkpoint written as Detectron2 names and orders its tensors, by a map of this test, is loaded back."""
     from opt_ds.features.detector import build_faster_rcnn
 
     torch.manual_seed(0)
@@ -240,7 +240,7 @@ def test_detectron2s_pooling_is_shifted_by_half_a_pixel() -> None:
     ramp = torch.arange(64.0).expand(1, 1, 64, 64).contiguous()
     maps = {key: ramp for key in "0123"}
     pooled = _AlignedPooler()(maps, [torch.tensor([[40.0, 40.0, 96.0, 96.0]])], [(256, 256)])
-    centres = (40 + (torch.arange(7) + 0.5) * 8) / 4 - 0.5  # level 2: a fourth of the picture's size
+    centres = (40 + (torch.arange(7) + 0.5) * 8) / 4 - 0.5  # level 2: a quarter of the image's size
     assert torch.allclose(pooled[0, 0, 3], centres, atol=1e-4)
 
 
@@ -334,7 +334,7 @@ def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, 300, 300).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
-    with pytest.raises(DecodingError, match="a PNG picture, cut off"):
+    with pytest.raises(DecodingError, match="a PNG image, truncated"):
         load_picture(tmp_path / "cut.png")
 
 

@@ -1,4 +1,4 @@
-"""Speech extractors: log-mel against its formula, wav2vec 2.0 against the models, recordings of every kind."""
+"""Test speech extractors: log-mel against its formula, wav2vec 2.0 against the models, audio files of every kind."""
 
 import json
 import shutil
@@ -149,7 +149,7 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_processors_file_says_whether_to_normalise_too(hugging_face: Path, tmp_path: Path) -> None:
-    """transformers 5 writes a processor's feature extractor there, and no file of its own."""
+    """transformers 5 writes a processor's feature extractor there, and no separate file."""
     shutil.copytree(hugging_face, tmp_path / "hf")
     own, processor = tmp_path / "hf" / "preprocessor_config.json", tmp_path / "hf" / "processor_config.json"
     settings = json.loads(own.read_text())
@@ -164,7 +164,7 @@ def test_the_processors_file_says_whether_to_normalise_too(hugging_face: Path, t
 
 
 def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face: Path, tmp_path: Path) -> None:
-    """What a checkpoint lacks would be drawn at random, differently in every worker."""
+    """Weights that a checkpoint lacks would be random, and different in every worker."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(hugging_face, tmp_path / "hf")
@@ -211,7 +211,7 @@ def test_layers_that_are_not_there_are_refused(hugging_face: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.9, 1.0, 1.02, 2.5, 5.0])
 def test_windows_cover_every_frame_once(hugging_face: Path, seconds: float) -> None:
-    """As many frames as in one pass; in a window's middle, far from its edges, nearly the same ones."""
+    """The number of frames is that of one pass. In the middle of a window, the frames are nearly the same."""
     random = np.random.default_rng(0).standard_normal(int(seconds * 16000)).astype("float32") * 0.1
     whole = Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face, layer=1))
     parts = Wav2Vec2Extractor(Wav2Vec2Options(weights=hugging_face, layer=1, window_s=1.0, overlap_s=0.4))
@@ -312,11 +312,11 @@ def test_recordings_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> No
         content = (tmp_path / name).read_bytes()
         assert abs(len(load_recording(tmp_path / name)) - 32000) < 400, name
         (tmp_path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(DecodingError, match="cut off"):
+        with pytest.raises(DecodingError, match="truncated"):
             load_recording(tmp_path / name)
     soundfile.write(tmp_path / "whole.ogg", tone(440, 1, 16000), 16000)
     (tmp_path / "chained.ogg").write_bytes((tmp_path / "whole.ogg").read_bytes() * 2)
-    with pytest.raises(DecodingError, match="several recordings one after another"):
+    with pytest.raises(DecodingError, match="several streams one after another"):
         load_recording(tmp_path / "chained.ogg")
 
 

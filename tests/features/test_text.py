@@ -43,7 +43,7 @@ def test_trained_tokens_round_trip_and_any_unicode_is_taken(tmp_path: Path) -> N
 
 
 def test_a_vocabulary_too_small_for_the_letters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="letters alone need"):
+    with pytest.raises(UserError, match="characters alone require"):
         train_wordpiece(CAPTIONS, 8, tmp_path / "tok")
 
 

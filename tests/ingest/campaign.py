@@ -13,7 +13,7 @@ _WORDS = ("red", "green", "dog", "cat", "runs", "sleeps", "house", "tree", "unde
 
 
 def write_folder(folder: Path, num_files: int, num_faults: int) -> tuple[set[str], dict[str, str]]:
-    """Write about `num_files` pictures, texts and recordings, of which `num_faults` are bad.
+    """Write about `num_files` images, texts and audio files, of which `num_faults` are invalid.
 
     Returns the ids of the good samples, and id -> what the reason of a bad one must contain.
     """

@@ -1,4 +1,4 @@
-"""A small corpus of files as people have them: every kind of picture and recording, and some that are broken."""
+"""A small corpus of typical files: every kind of image and audio, and some that are broken."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" 
 
 @pytest.fixture(scope="session")
 def messy_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve samples, of which five are broken in different ways; two share a picture."""
+    """Twelve samples, of which five are broken in different ways; two share an image."""
     folder = tmp_path_factory.mktemp("messy")
     random = np.random.default_rng(0)
     picture = Image.fromarray(random.integers(0, 256, (40, 60, 3), "uint8"))

@@ -76,7 +76,7 @@ def mutate(content: bytes, other: bytes, dice: random.Random) -> tuple[bytes, in
                 data[place] ^= 1 << dice.randrange(8)
             case 1:  # a byte of the header
                 data[dice.randrange(min(64, len(data)))] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
-            case 2:  # cut off
+            case 2:  # truncated
                 del data[max(1, place) :]
             case 3:  # something inserted
                 data[place:place] = dice.randbytes(dice.randrange(1, 40))

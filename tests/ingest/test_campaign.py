@@ -75,7 +75,7 @@ def same_bytes(one: Path, other: Path) -> None:
 
 
 def test_a_small_folder_killed_once(tmp_path: Path) -> None:
-    """The campaign in little: 90 files, 12 faults; killed when the first of several shards is whole."""
+    """Run a small campaign: 90 files, 12 faults, killed when the first of several shards is complete."""
     good, expected = write_folder(tmp_path / "files", 90, 12)
     process = start(tmp_path / "files", tmp_path / "killed", 2, 12)
     while process.poll() is None and not (tmp_path / "killed" / "shard-00000.json").exists():

@@ -1,4 +1,4 @@
-"""The emoji corpus: captions that can be spoken, concepts, honest splits, and real speech."""
+"""Test the emoji corpus: captions that can be spoken, concepts, splits without leaks, and synthesised speech."""
 
 import json
 import subprocess

@@ -94,7 +94,7 @@ def test_another_store_keeps_its_place(parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts, tmp_path / "apart")
     store = tmp_path / "apart" / "store"
     write_synthetic_store(store, 4)
-    with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is no part of it"):
+    with pytest.raises(UserError, match=r"another finished feature store is there, store\.part-0-of-2 is not a partition of it"):
         merge_parts(store)
     assert part_folder(store, 0, 2).is_dir()
 
@@ -109,7 +109,7 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
     shutil.move(tmp_path / "aside", part_folder(store, 1, 2))
     with pytest.raises(UserError, match="unfinished"):
         merge_parts(store)
-    with pytest.raises(UserError, match="no parts beside it"):
+    with pytest.raises(UserError, match="no partitions next to it"):
         merge_parts(tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""A disk that fills up while a store is made: one line, nothing half-written, and the same command goes on."""
+"""Test a disk that fills up while a store is made: one line, no partial files, and the same command resumes."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ if __name__ == "__main__":
 def test_no_space_is_one_line_and_the_same_call_goes_on(
     messy_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str | None
 ) -> None:
-    """The second shard's write fails, told by its number or, as HDF5 does it, in words."""
+    """Make the write of the second shard fail, with an error number or, like HDF5, with a message."""
     real, calls = writer_module.write_datasets, []
 
     def fail_second(path: Path, *arguments: object, **options: object) -> None:

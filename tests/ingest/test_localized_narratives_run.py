@@ -24,7 +24,7 @@ WORDS = ("In", "this", "image", "there", "is", "a", "cat", "dog", "tree", "house
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, JSONL, voice recordings, label CSV files and two checkpoints, as one downloads them."""
+    """Write images, JSONL, voice recordings, label CSV files and two checkpoints, as they are published."""
     folder, random = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
     torch.manual_seed(0)
     (folder / "train").mkdir()

@@ -1,4 +1,4 @@
-"""Manifests: what is wrong is named with its line; shards keep samples of one picture together; splits keep groups."""
+"""Test manifests: errors name their line; shards keep samples of one image together; splits keep groups together."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def test_a_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such manifest"):
         read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="begins as UTF-16 text, but is cut off"):
+    with pytest.raises(UserError, match="begins as UTF-16 text, but is truncated"):
         read_manifest(tmp_path / "m.jsonl")
 
 
@@ -142,7 +142,7 @@ def test_gzip_and_other_line_ends_are_read_and_doubled_fields_refused(tmp_path: 
         manifest = read_manifest(tmp_path / name)
         assert [line.id for line in manifest.lines] == ["a"]
         assert [entry.reason for entry in manifest.rejected] == [
-            'not a sample: line 2: not JSON: the field "text" is there twice in one object',
+            'not a sample: line 2: not JSON: the field "text" occurs twice in one object',
             "not a sample: line 3: not JSON: more follows after the value (line 1, column 25)",
         ]
 

@@ -1,4 +1,4 @@
-"""Damaged files of every accepted format beside undamaged ones: see mutants.py."""
+"""Test damaged files of every accepted format among undamaged ones: see mutants.py."""
 
 from pathlib import Path
 

@@ -44,14 +44,14 @@ def test_good_samples_are_kept_and_the_store_passes_inspection(prepared: Path) -
     index = {store.sample_id(number): number for number in range(store.num_samples)}
     assert sorted(index) == [f"ok-{number}" for number in range(1, 8)]
     rows = {name: store.rows[number].tolist() for name, number in index.items()}
-    assert rows["ok-1"][1] == rows["ok-3"][1]  # one picture, one row
+    assert rows["ok-1"][1] == rows["ok-3"][1]  # one image, one row
     assert rows["ok-4"][:2] == [-1, -1]
     assert rows["ok-5"][::2] == [-1, -1]
     assert store.groups[index["ok-1"]] == store.groups[index["ok-3"]] != store.groups[index["ok-2"]]
     assert store.labels(index["ok-1"]) == ["b", "a"]
     assert store.caption(rows["ok-2"][0]) == "naïve café 猫"
     assert store.tokenizer().decode(store.text(rows["ok-1"][0])) == "a red thing"
-    assert store.frame_counts[rows["ok-1"][2]] == 151  # 12,000 samples at 8 kHz, 100 frames a second
+    assert store.frame_counts[rows["ok-1"][2]] == 151  # 12,000 samples at 8 kHz, 100 frames per second
     assert store.split_samples("valid").tolist() == [index["ok-6"]]
     assert store.pixels(rows["ok-5"][1])[:, 28, 28].tolist() == [0, 0, 255]
     assert store.description.extractors["image"]["backbone"] == "efficientnet-lite0"
@@ -80,7 +80,7 @@ def test_stored_features_are_the_extractors(prepared: Path, messy_manifest: Path
 def test_bytes_do_not_depend_on_workers_or_on_being_killed(
     prepared: Path, messy_manifest: Path, tmp_path: Path
 ) -> None:
-    """A first process is killed as soon as a shard is whole; a second one ends the work."""
+    """A first process is killed as soon as a shard is complete. A second one finishes the work."""
     program = (
         "import sys; from pathlib import Path; from opt_ds.ingest import PrepareSettings, prepare\n"
         "if __name__ == '__main__':\n"

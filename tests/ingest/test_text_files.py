@@ -21,13 +21,13 @@ values = st.recursive(
 )
 
 WRONG = [
-    ('{"a": 1, "b": {"c": 1, "c": 2}}', 'the field "c" is there twice'),
+    ('{"a": 1, "b": {"c": 1, "c": 2}}', 'the field "c" occurs twice'),
     ('{"a": NaN}', "NaN is not a JSON value: write null"),
     ('{"a": -Infinity}', "-Infinity is not a JSON value"),
     ("[" * 100_000, "nested too deeply"),
     ('{"a": 1} {"a": 2}', r"more follows after the value \(line 1, column 10\)"),
-    ('{"a": [1, 2', "it is cut off"),
-    ('{"a": "x', "it is cut off"),
+    ('{"a": [1, 2', "it is truncated"),
+    ('{"a": "x', "it is truncated"),
     ('{"a": 1,}', "see line 1, column 9"),
     ("", "it is empty"),
     ("9" * 5000, "too many digits"),
@@ -47,15 +47,15 @@ def test_what_is_no_strict_json_says_why_in_one_line(tmp_path: Path, text: str, 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[1, 2", "it is cut off"),
-        ('[{"a": 1}, {"a"', "it is cut off"),
+        ("[1, 2", "it is truncated"),
+        ('[{"a": 1}, {"a"', "it is truncated"),
         ("[1 2]", "a comma or ] is missing"),
         ('["a" "b"]', "a comma or ] is missing"),
         ("[1,]", "see line"),
         ("[,1]", "see line"),
         ("[1,,2]", "see line"),
         ("[1] [2]", "more follows after the end of the array"),
-        ('[{"a": 1, "a": 2}]', "there twice"),
+        ('[{"a": 1, "a": 2}]', "occurs twice"),
         ("[[NaN]]", "write null"),
         ("[" * 100_000, "nested too deeply"),
         ("", "not a JSON array"),
@@ -96,7 +96,7 @@ def test_lines_come_out_one_by_one_or_are_reported(
         raw = raw[:place] + spoil[1] + raw[place + 1 :]
     path = tmp_path_factory.mktemp("j") / "a.jsonl"
     path.write_bytes(raw)
-    if raw.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")):  # it now says that it is a gzip file or UTF-16
+    if raw.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")):  # its first bytes are now those of gzip or UTF-16
         try:
             assert all(isinstance(line, (dict, str)) for line in dict(read_json_lines(path)).values())
         except UserError as error:
@@ -112,7 +112,7 @@ def test_lines_come_out_one_by_one_or_are_reported(
         if not line.strip():
             assert number not in read
         elif isinstance(expected, dict):
-            assert read[number] == expected or "there twice" in str(read[number])
+            assert read[number] == expected or "occurs twice" in str(read[number])
         else:
             assert isinstance(read[number], str)
 
@@ -131,11 +131,11 @@ def test_text_in_another_encoding_or_cut_off_is_named(tmp_path: Path) -> None:
     for name, read, why in (
         ("latin.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text: save it as UTF-8"),
         ("wide.csv", lambda path: read_rows(path, ",", quoted=True), "not UTF-8 text but UTF-32: save it as UTF-8"),
-        ("cut.csv", lambda path: read_rows(path, ",", quoted=True), "begins as UTF-16 text, but is cut off or damaged"),
+        ("cut.csv", lambda path: read_rows(path, ",", quoted=True), "begins as UTF-16 text, but is truncated or damaged"),
         ("t.csv", lambda path: read_rows(path, ",", quoted=True), "ZIP archive, not a text file: unpack it"),
-        ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is cut off or damaged"),
+        ("cut.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "the gzip file is truncated or damaged"),
         ("not.tsv.gz", lambda path: read_rows(path, "\t", quoted=False), "not a gzip file"),
-        ("cut.json.gz", read_json_array, "the gzip file is cut off or damaged"),
+        ("cut.json.gz", read_json_array, "the gzip file is truncated or damaged"),
     ):
         with pytest.raises(UserError, match=f"{name}: {why}"):
             list(read(tmp_path / name))

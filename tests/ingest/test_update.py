@@ -67,7 +67,7 @@ def test_audio_and_images_are_replaced_and_the_rest_is_kept(
         named.append(line)
     manifest = tmp_path / "npz.jsonl"
     manifest.write_text("\n".join(map(json.dumps, named)), encoding="utf-8")
-    with pytest.raises(UserError, match='sample "ok-5" would be left with nothing'):
+    with pytest.raises(UserError, match='sample "ok-5" would have no modality left'):
         update_modality(path, manifest, "image", PrepareSettings(images="npz"), workers=1, device="cpu")
     assert FeatureStore(path).fingerprint == after.fingerprint
     np.savez(tmp_path / "drawn.svg.npz", **uniter_arrays(99))
@@ -185,6 +185,6 @@ def test_samples_whose_line_names_no_file_are_lost_and_named(
     assert FeatureStore(tmp_path / "s").fingerprint == before
     logged.clear()
     update_modality(tmp_path / "s", manifest, "audio", SETTINGS, **options)
-    assert "2 samples are left without" in logged[0]
+    assert "2 samples left without" in logged[0]
     assert logged[1:] == [f'  "sample{index}": the manifest names no audio file' for index in (1, 4)]
-    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, **options)  # nothing more is lost
+    update_modality(tmp_path / "s", manifest, "audio", SETTINGS, strict=True, **options)  # no further sample loses the modality

@@ -1,4 +1,4 @@
-"""The texts of a finished store tokenised anew: the rest kept, the report true, a kill harmless."""
+"""Test texts of a finished store that are tokenised again: the rest is kept, the report is correct, a kill is harmless."""
 
 import json
 import os
@@ -114,9 +114,9 @@ def test_samples_whose_line_has_no_text_are_lost_and_named(tmp_path: Path, logge
         update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)
     logged.clear()
     update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40))
-    assert "2 samples are left without" in logged[0]
+    assert "2 samples left without" in logged[0]
     assert logged[1:] == [f'  "sample{index}": the manifest names no text' for index in (1, 4)]
-    update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)  # nothing more is lost
+    update_text(tmp_path / "s", manifest, PrepareSettings(vocab_size=40), strict=True)  # no further sample loses the modality
 
 
 def test_a_tokenizer_is_never_trained_on_no_text(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decoders: teacher-forced scores are those of a plain float64 decoder, and a cache gives the same."""
+"""Test the decoders: teacher-forced scores equal those of a plain float64 decoder, with and without a cache."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def decoder_of(model: OPT, part: str) -> AutoregressiveDecoder:
 
 
 def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """Scores of one sequence, written out in float64."""
+    """Return the scores of one sequence, computed in float64."""
     w = {name: value.detach().double() for name, value in decoder.named_parameters()}
     heads, eps = 2, decoder.norm.eps
     words, shift = (w["word.weight"], 0) if "word.weight" in w else (w["code.weight"], 1)

@@ -90,7 +90,7 @@ def test_standardised_features_have_mean_0_and_deviation_1_and_are_clamped() -> 
 def test_a_modality_that_a_store_lacks_leaves_no_nan(others: int, tmp_path: Path, complete: FeatureStore) -> None:
     silent = FeatureStore(complete.path)
     description = silent.description
-    nothing = Statistics(mean=[0.0] * 6, std=[1.0] * 6, count=0)  # what a store without recordings in "train" keeps
+    nothing = Statistics(mean=[0.0] * 6, std=[1.0] * 6, count=0)  # the values of a store without audio in "train"
     silent.__dict__["description"] = description.model_copy(update={"statistics": {**description.statistics, "audio": nothing}})
     config = make_config(model={"standardize_features": True})
     model = OPT(config.model, config.tasks)

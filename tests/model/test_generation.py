@@ -23,7 +23,7 @@ def memory() -> tuple[torch.Tensor, Sequences]:
 
 
 def log_likelihood(model: OPT, memory_ue: torch.Tensor, ids: list[int], ends: bool) -> float:
-    """Of the items written in this order, one decoded position at a time."""
+    """Return the score of items in this order, one decoded position at a time."""
     memory = Sequences.from_lengths([len(memory_ue)])
     caches, last, total = model.text_decoder.start(memory_ue, memory), BEGIN, 0.0
     with torch.inference_mode():
@@ -50,7 +50,7 @@ def test_greedy_takes_the_best_item_each_time(model: OPT, memory: tuple) -> None
 def test_sequences_that_end_early_leave_the_batch_and_the_others_go_on(
     model: OPT, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As each is written alone, whatever is written beside it and whenever somebody looks."""
+    """Each sequence is generated as it is alone, whatever the other sequences and the check for finished ones."""
     monkeypatch.setattr(generation, "_LOOK_EVERY", {"cpu": looks})
     torch.manual_seed(3)
     lengths = [3, 5, 2, 4, 4, 1, 6, 2, 3, 5]

@@ -1,4 +1,4 @@
-"""The whole model in a step: every parameter learns, idle parts stay harmless, and how a batch is cut is all one."""
+"""Test the complete model in a step: every parameter learns, idle parts are harmless, and the split of a batch is irrelevant."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ WITHOUT_EFFECT = ("qkv.bias", "key_value.bias")
 
 
 def gradients(model: OPT, config: Config, batches: list[PackedBatch], counts: dict, world_size: int = 1) -> float:
-    """Accumulate the gradient of a rank's micro-batches; gives the sum of their losses."""
+    """Accumulate the gradient of a rank's micro-batches and return the sum of their losses."""
     total = 0.0
     for batch in batches:
         loss = total_loss(model(batch), counts, config.tasks, world_size)
@@ -65,7 +65,7 @@ def test_the_last_layer_at_the_rows_that_are_read_is_the_whole_layer(
     assert (found[0][1] - found[1][1]).norm() <= 1e-5 * found[1][1].norm()
 
 
-HEADS = {  # draw -> the parts that only it trains
+HEADS = {  # task -> the parameters that only it trains
     "mlm": ("mlm.",),
     "mvm": ("mvm.",),
     "mam": ("mam.",),
@@ -151,7 +151,7 @@ def test_ranks_and_micro_batches_do_not_change_loss_and_gradients(request: pytes
 
 
 def planned_with(stores: list[FeatureStore], norm: str, world_size: int, rounds: int) -> tuple[Config, PlannedStep]:
-    """The same step cut into so many micro-batches a rank, by the least token budget that does it."""
+    """Return the same step split into this many micro-batches per rank, by the smallest sufficient token budget."""
     budget = 100
     while True:
         config = make_config(model={"norm": norm}, batch={"size": 48, "max_tokens": budget})
@@ -172,7 +172,7 @@ def test_losses_are_bit_equal_when_repeated(ragged: FeatureStore) -> None:
 
 @pytest.mark.parametrize("kernels", ["torch", "fused"])
 def test_recomputed_layers_give_the_same_bits(ragged: FeatureStore, kernels: str, request: pytest.FixtureRequest) -> None:
-    """With dropout: it must come out again as it was, and draws that follow it must too."""
+    """With dropout: recomputation must return the same masks, and so must random numbers that follow."""
     backend.choose(kernels, "cpu")
     request.addfinalizer(lambda: backend.choose("auto", "cpu"))
     config = make_config(model={"dropout": 0.1, "attention_dropout": 0.1}, batch={"size": 40})

@@ -1,4 +1,4 @@
-"""The encoder held to others' truth: with a Hugging Face BERT's weights it gives BERT's outputs."""
+"""Test the encoder against a reference: with the weights of a Hugging Face BERT it returns BERT's outputs."""
 
 from pathlib import Path
 
@@ -97,14 +97,14 @@ def test_the_mlm_head_gives_berts_scores(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize(
     ("bert", "ours", "words"),
     [
-        ({"hidden_size": 24}, {}, "word_embeddings.weight is \\(40, 24\\), the model wants \\(40, 16\\)"),
+        ({"hidden_size": 24}, {}, "word_embeddings.weight is \\(40, 24\\), the model requires \\(40, 16\\)"),
         ({"vocab_size": 50}, {}, "word_embeddings.weight is \\(50, 16\\)"),
         ({"intermediate_size": 64}, {}, "intermediate.dense.weight is \\(64, 16\\)"),
         ({"max_position_embeddings": 6}, {}, "position_embeddings.weight is \\(6, 16\\)"),
         ({}, {"num_layers": 3}, r"it has no encoder.layer.2.*it has 2 layers"),
         ({"num_attention_heads": 4}, {}, "num_attention_heads is 4.*model.num_heads is 2"),
         ({}, {"num_layers": 1}, "it has 2 layers, model.num_layers is 1: set model.num_layers=2"),
-        ({"hidden_act": "relu"}, {}, "its hidden_act is 'relu', the model has 'gelu' alone"),
+        ({"hidden_act": "relu"}, {}, "its hidden_act is 'relu', the model has only 'gelu'"),
         ({}, {"norm": "pre"}, "BERT normalises after each sublayer, model.norm is pre: set model.norm=post"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.tiny import make_batches, make_config, make_model, make_packer, read_
 
 
 def encoder_layer(config: ModelConfig, layer: EncoderLayer, x: torch.Tensor) -> torch.Tensor:
-    """One sequence through one layer, written out in float64."""
+    """Return one sequence after one layer, computed in float64."""
     w = {name: value.detach().double() for name, value in layer.named_parameters()}
 
     def norm(rows: torch.Tensor, name: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ CASES = {
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ql: list[int], kl: list[int], causal: bool
 ) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v, written out per sequence in the dtype of its inputs."""
+    """Return softmax(q kᵀ / √d) v, computed per sequence in the dtype of its inputs."""
     outputs = []
     for qs, ks, vs in zip(q.split(ql), k.split(kl), v.split(kl), strict=True):
         if not len(ks):

@@ -72,7 +72,7 @@ def run_attention(
 
 
 def philox(key: int, counter: tuple[int, ...], rounds: int = 7) -> list[int]:
-    """Philox4x32 (Salmon et al. 2011), written from the paper."""
+    """Philox4x32 (Salmon et al. 2011), implemented from the paper."""
     key0, key1 = key & 0xFFFFFFFF, key >> 32
     c = list(counter)
     for _ in range(rounds):
@@ -110,7 +110,7 @@ def test_dropout_is_the_documented_function_of_the_place(library: str, width: in
 @pytest.mark.parametrize("size", [32, 64, 128, 40])
 def test_attention_drops_the_same_probabilities_in_every_tiling(library: str, size: int) -> None:
     """With equal scores and the identity as values, the output is the mask; d_v of ones is its column sums."""
-    length = size  # as many keys as dims
+    length = size  # the number of keys equals that of dims
     q, k = torch.zeros(length, 1, size), torch.zeros(length, 1, size)
     v = torch.eye(size)[:, None].clone()
     q, k, v = (x.to(torch.float16 if library == "opt_ds_emulator" else torch.float32).requires_grad_() for x in (q, k, v))

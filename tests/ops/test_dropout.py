@@ -1,4 +1,4 @@
-"""Dropout by PyTorch's generator: kept shares, scale and gradient, on what a CPU draws 16 bits an element for."""
+"""Test dropout by PyTorch's generator: kept fraction, scale and gradient, with 16 random bits per element on a CPU."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_kept_share_and_scale(probability: float, dtype: torch.dtype) -> None:
 
 
 def test_neighbours_are_dropped_independently() -> None:
-    """Four elements share one draw of the generator."""
+    """Four elements share one number of the generator."""
     torch.manual_seed(0)
     kept = (generator_dropout(torch.ones(400_000), 0.5) != 0).double().reshape(-1, 4)
     correlation = torch.corrcoef(kept.T) - torch.eye(4, dtype=torch.float64)

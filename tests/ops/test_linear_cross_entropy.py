@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in one: held to the two written out, in chunks and without rows."""
+"""Test the fused linear layer and cross-entropy against the separate ones, in chunks and without rows."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def base_packages(folder: Path) -> Path:
 
 
 class Environment:
-    """A virtual environment; `packages`: a folder that it sees beside its own site-packages."""
+    """Make a virtual environment. `packages` is a folder that it sees in addition to its site-packages."""
 
     def __init__(self, folder: Path, packages: Path | None = None) -> None:
         self.folder = folder

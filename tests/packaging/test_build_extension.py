@@ -110,7 +110,7 @@ def test_the_abi_of_torch_is_taken_over(machine: Machine, abi: bool) -> None:
         ("exit 3", "nvcc failed: exit code 3, without a message"),
         ("kill -9 $$", "nvcc failed: exit code -9, without a message"),
         ('printf "\\xff\\xfe error" >&2; exit 1', "nvcc failed: "),
-        ("true", "my-g++ failed: exit code 4"),  # says that it went well and writes nothing
+        ("true", "my-g++ failed: exit code 4"),  # reports success and writes nothing
     ],
 )
 def test_a_failing_nvcc_leaves_the_cpu_operators_and_the_emulator(machine: Machine, compile_: str, reason: str) -> None:

@@ -77,7 +77,7 @@ def test_pips_isolation_does_not_hide_the_torch_of_the_environment(environment: 
 
 
 def test_the_activated_environment_is_asked_too(environment: tuple[Path, Path], tmp_path: Path) -> None:
-    """`python -m build` isolates by an environment of its own."""
+    """`python -m build` isolates by a separate environment."""
     python, packages = environment
     _fake_torch(packages, _SOUND.format(version="2.9.1"))
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "isolated"], check=True)

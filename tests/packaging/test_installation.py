@@ -58,7 +58,7 @@ def test_the_archive_is_complete(archive: Path) -> None:
 
 
 def _works(environment: Environment, run: Path, raw: Path, tmp_path: Path) -> dict:  # noqa: F811
-    """Import, operators, help, the environment report and `generate`, as installed; gives the build's record."""
+    """Import, operators, help, the environment report and `generate`, as installed, and return the build's record."""
     probe = environment.run("python", "-c", _PROBE)
     assert probe.returncode == 0, probe.stderr
     where, record, version = json.loads(probe.stdout.splitlines()[-1])

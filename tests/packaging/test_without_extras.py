@@ -1,4 +1,4 @@
-"""The commands with the base requirements alone: what needs an extra says which in one line, and everything else works."""
+"""Test the commands with the base requirements alone: a missing extra is named in one line, everything else works."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_help_works_and_no_extra_is_there(packages: Path) -> None:
 
 
 def test_what_needs_an_extra_names_it_and_the_rest_can_be_imported(packages: Path) -> None:
-    """test_requirements.py looks at every module's imports; this runs some of them."""
+    """test_requirements.py checks every module's imports. This test runs some of them."""
     done = without_extras(packages, "-c", _USES_AN_EXTRA, root=ROOT)
     assert done.returncode == 0, done.stderr
     web, words, probe = json.loads(done.stdout.splitlines()[-1])

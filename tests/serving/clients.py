@@ -66,7 +66,7 @@ def serve_process(checkpoint: Path, *options: str) -> Iterator[ServeProcess]:
 
 
 class GoodClients:
-    """Clients that send one request after another, and after a 503 wait as `Retry-After` says and send it again.
+    """Clients that send one request after another, and after a 503 wait for `Retry-After` seconds and send it again.
 
     That is what a 503 is for, so it is no failure. Any other status than 200, a closed connection or a wait of more than
     `patience_s` is one.

@@ -1,4 +1,4 @@
-"""A run as users have it: raw files, prepared, codes written, two steps trained with the real program."""
+"""A run like a user's: raw files, prepared, codes written, two steps trained with the real program."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""Damaged pictures and recordings, uploaded to a running server while two clients work.
+"""Upload damaged images and audio files to a running server while two clients work.
 
     python -m tests.serving.hostile_uploads --checkpoint RUN --mutants FOLDER --good FOLDER
 
-Every file of --mutants is sent once to POST /api/describe, as a picture and as a recording by its name's ending. Each must be
+Every file of --mutants is sent once to POST /api/describe, as an image or as audio by the ending of its name. Each must be
 answered with 200, 413 or 422, or with 503 and then again. None of the clients' requests may fail, and the server's memory
 afterwards must be within 10 % of before.
 """
@@ -29,7 +29,7 @@ def _upload(path: Path) -> bytes:
 
 
 def send_all(server: ServeProcess, mutants: list[Path], senders: int = 3) -> Counter[str]:
-    """The statuses of all files; what goes wrong in a connection counts as a status of its own."""
+    """Return the statuses of all files. A failure of the connection counts as a status."""
 
     def send(path: Path) -> str:
         field = "audio" if path.suffix.lower() in RECORDINGS else "image"
@@ -68,7 +68,7 @@ def campaign(checkpoint: Path, mutants: list[Path], good: dict[str, bytes], *opt
 
 
 def good_files(folder: Path) -> dict[str, bytes]:
-    """A picture and a recording of a folder."""
+    """Return an image and an audio file of a folder."""
     return {"image": next(folder.glob("*.png")).read_bytes(), "audio": next(folder.glob("*.wav")).read_bytes()}
 
 

@@ -74,7 +74,7 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
 @pytest.mark.parametrize(
     ("data", "files", "status", "expected"),
     [
-        ({}, {}, 422, "nothing to read"),
+        ({}, {}, 422, "no input"),
         ({"text": "x" * 20_000}, {}, 422, ""),
         ({}, {"image": b"no picture"}, 422, "cannot be read"),
         ({}, {"audio": b"RIFF no sound"}, 422, "cannot be read"),

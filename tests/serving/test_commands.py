@@ -89,7 +89,7 @@ def test_mistakes_are_one_line(
         (("--set", "plases=3"), 'unknown key "plases" (did you mean "places"?)'),
         (("--set", "places=0"), "places: must be at least 1 (found 0)"),
         (("--set", "places"), "write it as key.path=value"),
-        (("--config", "gone.yaml"), '--config "gone.yaml" is no file'),
+        (("--config", "gone.yaml"), '--config "gone.yaml" is not a file'),
     ],
 )
 def test_a_bad_limit_of_the_server_is_one_line(
@@ -125,7 +125,7 @@ def test_export_then_generate(run: Path, raw_store: Path, tmp_path: Path, capsys
     assert opt_ds("generate", "--checkpoint", tmp_path / "model", *given) == 0
     given = ("--checkpoint", tmp_path / "model", "--store", raw_store, "--output", tmp_path / "a.json")
     assert opt_ds("evaluate", "transcription", *given) == 2
-    assert "an exported folder is for generate and serve" in capsys.readouterr().err
+    assert "an exported model works with generate and serve only" in capsys.readouterr().err
 
 
 def test_pictures_are_painted_and_judged_by_the_models_own_extractor(

@@ -1,4 +1,4 @@
-"""An exported folder loads through Hugging Face's doors and gives bit-equal results; tied weights stay one tensor."""
+"""Test an exported folder: Hugging Face's classes load it with bit-equal results; tied weights stay one tensor."""
 
 import json
 import re
@@ -71,6 +71,6 @@ def test_the_examples_in_python_run_as_they_are_written(
 
 def test_an_existing_folder_is_left_alone(run: Path, exported: Path) -> None:
     before = sorted(exported.rglob("*"))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export(run, exported)
     assert sorted(exported.rglob("*")) == before

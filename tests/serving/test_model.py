@@ -128,7 +128,7 @@ def test_transparent_and_turned_images_are_read_as_their_files(model: opt_ds.Mod
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "nothing to read"),
+        ({}, "no input"),
         ({"text": ""}, "the text is empty"),
         ({"text": b"red"}, "text: expected a str, got bytes"),
         ({"text": "a\udcff"}, "text: character 2 is a lone surrogate"),

@@ -1,4 +1,4 @@
-"""The page in a real browser: upload a picture and speech, read the text, see pictures; what goes wrong is shown.
+"""Test the page in a real browser: upload an image and speech, read the text, see images; errors are shown.
 
 A screenshot is kept as artifacts/page.png.
 """
@@ -55,7 +55,7 @@ def test_a_drawing_is_an_image_too_and_an_empty_form_says_so(browser: Any, addre
     wait = WebDriverWait(browser, 120)
     browser.get(address)
     browser.find_element(By.ID, "describe").click()
-    wait.until(lambda page: "nothing to read" in page.find_element(By.ID, "answer").text)
+    wait.until(lambda page: "no input" in page.find_element(By.ID, "answer").text)
     browser.find_element(By.TAG_NAME, "summary").click()
     canvas = browser.find_element(By.ID, "canvas")
     ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(30, 20).release().perform()

@@ -1,4 +1,4 @@
-"""Raw input becomes what the store holds for it; what does not fit, or cannot be read, is said."""
+"""Test raw input: its features equal those of the store; what is truncated or cannot be read is reported."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "nothing to read"),
+        ({}, "no input"),
         ({"text": " \u200b"}, "the text is empty"),
         ({"image": Path("/nowhere.png")}, "no such file"),
         ({"image": Path(__file__)}, "cannot be read"),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def evaluated(run: Path, raw_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run, with a summary and a classification beside it."""
+    """Return the run, with a summary and a classification in its folder."""
     folder = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(run, folder)
     given = ("--checkpoint", folder, "--store", raw_store, "--split", "valid")
@@ -44,7 +44,7 @@ def test_the_page_shows_the_figures_beside_the_papers(
     browser.get(page.as_uri())
     assert not browser.get_log("browser"), "nothing is missing, nothing is loaded from elsewhere"
     titles = [found.text for found in browser.find_elements(By.TAG_NAME, "figcaption")]
-    others = {"loss, weighted sum", "learning rate", "gradient norm", "samples a second"}
+    others = {"loss, weighted sum", "learning rate", "gradient norm", "samples per second"}
     assert others < set(titles) <= {*others, *LOSSES}
     widths = "return [...document.querySelectorAll('.curves svg')].map(drawing => drawing.getBoundingClientRect().width)"
     drawn = browser.execute_script(widths)
@@ -85,6 +85,6 @@ def test_what_is_no_run_is_refused(evaluated: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(evaluated, broken)
     (broken / "captioning.json").write_text("{")
-    with pytest.raises(UserError, match=r"captioning\.json: damaged, no valid JSON: evaluate once more"):
+    with pytest.raises(UserError, match=r"captioning\.json: damaged, no valid JSON: evaluate again"):
         write_report(broken, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -1,4 +1,4 @@
-"""A model that answers: texts and pictures from any input, repeatably; what it never learned it refuses."""
+"""Test a session: texts and images from any input, repeatably; requests that the model was not trained for are refused."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_what_was_not_learned_is_refused(raw_store: Path, tmp_path: Path) -> Non
 def test_a_head_that_was_never_trained_judges_nothing(session: Session, raw: Path) -> None:
     other = without(session, "matching")
     sample = other.processor("a red square", raw / "0.png")
-    with pytest.raises(UserError, match=r"trained without matching .* cannot judge"):
+    with pytest.raises(UserError, match=r"trained without matching .* cannot predict whether"):
         other.matching(sample)
     painted, compared = other.pictures(sample, 3), session.pictures(sample, 3)
     assert [score for _, score in painted] == [None] * 3
@@ -69,7 +69,7 @@ def test_a_run_without_its_processor_says_what_to_do(run: Path, tmp_path: Path) 
 
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(copy / "processor")
-    with pytest.raises(UserError, match="start the run once more"):
+    with pytest.raises(UserError, match="start the run again"):
         Session.load(copy)
 
 

@@ -42,19 +42,19 @@ class PretrainJob:
         return int(self.cluster.job(self.number)["Restarts"])
 
     def wait(self, condition: Callable[[], object], seconds: float = 240) -> None:
-        """Wait for it; the job's log tells what happened otherwise."""
+        """Wait for it. The error contains the job's log."""
         try:
             self.cluster.wait(condition, seconds, f"job {self.number} is {self.state}")
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.text()}") from None
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until so many steps are logged."""
+        """Wait until this many steps are logged."""
         metrics = self.output / "metrics.jsonl"
         self.wait(lambda: metrics.is_file() and metrics.read_text().count('"kind": "train"') >= step)
 
     def finish(self) -> dict[str, str]:
-        """Wait for the job's end, and give its last weights' and moments' hashes."""
+        """Wait for the job's end, and return the hashes of its last weights and moments."""
         self.wait(lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"))
         time.sleep(0.5)  # the log's last lines
         assert self.state == "COMPLETED", self.text()

@@ -2,7 +2,7 @@
 
 A daemon's children leave its session and its process group (slurmd's do), so neither reaches them. The keeper makes itself the
 parent of every orphan among its descendants (PR_SET_CHILD_SUBREAPER); at SIGTERM, or when its own parent dies, it kills the
-whole tree. Killing a Slurm node's keeper is that node's power cut.
+whole tree. Killing the keeper of a Slurm node simulates a power failure of that node.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ def kill_descendants() -> None:
 
 
 def _next_dead_child() -> int | None:
-    """Wait for a child to end; gives its id, None when there is no child left."""
+    """Wait for a child to end and return its id, or None if there is no child left."""
     try:
         return os.wait()[0]
     except ChildProcessError:

@@ -53,7 +53,7 @@ _NOT_INHERITED = ("SLURM", "SBATCH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_
 
 
 class SlurmMissingError(RuntimeError):
-    """Slurm is not installed and cannot be; the message says why."""
+    """Slurm is not installed and cannot be installed. The message states the reason."""
 
 
 def install_slurm() -> None:
@@ -112,7 +112,7 @@ class LocalCluster:
         self._start(node, ["slurmd", "-D", "-N", node])
 
     def kill_node(self, node: str) -> None:
-        """Cut a node's power: its daemon and every process of its jobs die at once."""
+        """Simulate a power failure of a node: its daemon and every process of its jobs die at once."""
         self._stop(node)
 
     def idle_nodes(self) -> list[str]:
@@ -130,11 +130,11 @@ class LocalCluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says of a job, e.g. JobState, Restarts, ExitCode, NodeList."""
+        """Return the fields of `scontrol show job`, such as JobState, Restarts, ExitCode, NodeList."""
         return dict(word.partition("=")[::2] for word in self.run("scontrol", "show", "job", "-o", number).split())
 
     def wait(self, condition: Callable[[], object], seconds: float, otherwise: str) -> None:
-        """Wait until the condition holds. Raises TimeoutError saying `otherwise`, with the ends of the daemons' logs."""
+        """Wait until the condition holds. Raise TimeoutError with `otherwise` and the ends of the daemons' logs."""
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
@@ -155,7 +155,7 @@ class LocalCluster:
             lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={next(ports)} {size}")
         lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-        # Slurm tells a job its GPUs by the numbers of their device files; no machine has these, so that a real GPU stays unused.
+        # Slurm identifies a job's GPUs by the numbers of their device files; no machine has these, so real GPUs stay unused.
         for number in range(96, 100):
             (self.folder / f"gpu{number}").touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[96-99]\n")
@@ -194,7 +194,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def main() -> None:
-    """Keep a cluster up for playing with it by hand."""
+    """Keep a cluster running for manual use."""
     with LocalCluster(int(sys.argv[1]) if len(sys.argv) > 1 else 2) as cluster:
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

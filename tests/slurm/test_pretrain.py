@@ -1,6 +1,6 @@
-"""slurm/pretrain.sh on a real local Slurm: to the end, and back again after each thing that cuts a job on a cluster.
+"""Test slurm/pretrain.sh on a real local Slurm: to the end, and resumed after everything that stops a job on a cluster.
 
-However often it was cut, the run ends with the weights of the run never cut, bit for bit.
+However often it was stopped, the run ends with the weights of an uninterrupted run, bit for bit.
 """
 
 import time
@@ -18,7 +18,7 @@ SHORT, LONG = 60, 300
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """The long run, never cut."""
+    """Return the long run, without interruption."""
 
     hashes: dict[str, str]
     start_up_s: float  # from the job's start to its first step
@@ -41,7 +41,7 @@ def straight(undisturbed: Undisturbed) -> dict[str, str]:
 
 
 def test_a_signal_in_mid_run_changes_nothing(cluster: LocalCluster, store: Path, tmp_path: Path) -> None:
-    """Two nodes to the end, with the environment report; and the same cut by a signal."""
+    """Two nodes to the end, with the environment report; and the same interrupted by a signal."""
     cluster.environment["OPT_DS_DOCTOR"] = "1"
     whole = PretrainJob(cluster, store, tmp_path / "whole", SHORT)
     expected = whole.finish()

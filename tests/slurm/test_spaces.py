@@ -44,7 +44,7 @@ def _calls(tmp_path: Path) -> list[list[str]]:
 def _run_as_job(
     tmp_path: Path, checkout: Path, script: str, *arguments: str, command: str | None = None, **more: str
 ) -> list[list[str]]:
-    """Run a copy of the script as slurmd does; gives the calls of the interpreter."""
+    """Run a copy of the script like slurmd and return the calls of the interpreter."""
     tools = tmp_path / "tools"
     tools.mkdir()
     command = f"{checkout}/slurm/{script} {' '.join(arguments)}" if command is None else command

@@ -36,7 +36,7 @@ def test_there_and_back_is_the_same_store(store: Path, tmp_path: Path) -> None:
     (store / ".dvae.7.tmp").mkdir()
     copy_store(store, tmp_path / "tidy", None)
     assert not (tmp_path / "tidy" / ".dvae.7.tmp").exists(), "what a killed process left is not copied"
-    with pytest.raises(UserError, match="it is there already"):
+    with pytest.raises(UserError, match="it exists already"):
         copy_store(store, tmp_path / "plain", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "plain", "s", "tidy"]
 

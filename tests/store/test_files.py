@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Test files that are either complete or absent."""
 
 import os
 from pathlib import Path

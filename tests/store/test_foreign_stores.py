@@ -1,4 +1,4 @@
-"""Stores from strangers: whatever names a file elsewhere, or cannot be, is refused in one line before anything is read."""
+"""Test stores from others: names of files elsewhere and impossible values are refused in one line before reading."""
 
 import json
 import shutil
@@ -96,8 +96,8 @@ def absent_data(file: h5py.File, shape: tuple[int, ...], dtype: Any) -> None:
     ("make", "message"),
     [
         (external_storage, "external storage"),
-        (external_link, "a link to elsewhere"),
-        (soft_link, "a link to elsewhere"),
+        (external_link, "a link out of the file"),
+        (soft_link, "a link out of the file"),
         (virtual, "a virtual dataset"),
         (strings, "neither integers nor floats"),
         (compound, "neither integers nor floats"),

@@ -1,4 +1,4 @@
-"""A store that is not of the model's vocabulary or extractors is refused by identity; --force says what will be wrong."""
+"""Test stores of another vocabulary or extractor: refused by fingerprint; --force logs a warning."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The index: equal to what the shards say, bound to one content, replaced by an update; and maps that hold no file open."""
+"""Test the index: equal to the shards, bound to their content, replaced by an update; maps hold no file open."""
 
 import os
 from pathlib import Path

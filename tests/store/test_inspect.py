@@ -138,7 +138,7 @@ def test_groups_across_splits_fail_unless_the_manifest_chose(tmp_path: Path) -> 
     write_synthetic_store(path, 10, samples_per_group=10, splits={"train": 0.5, "valid": 0.5})
     inspection = inspect_store(path)
     assert inspection.failures == []
-    assert inspection.notes == ["1 groups have samples in several splits, as the manifest's own splits say"]
+    assert inspection.notes == ["1 groups have samples in several splits, as the manifest's splits require"]
     fields = json.loads((path / "store.json").read_text())
     description = StoreDescription.model_validate({**fields, "splits_source": "group hash"}).with_fingerprint()
     (path / "store.json").write_text(description.model_dump_json())

@@ -25,7 +25,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds and others do not share: mapped pages of files are the system's to take back."""
+    """Return this process's private memory, without mapped pages of files, which the system can reclaim."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if "Rss" in line)
     return int(fields["RssAnon"].split()[0]) * 1024
 

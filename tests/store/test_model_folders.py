@@ -55,7 +55,7 @@ def test_weights_elsewhere_are_refused(folder: Path, tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for name in ("../stolen.safetensors", str(tmp_path / "stolen.safetensors"), "..", "model.bin"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(UserError, match="which is no safetensors file in the folder"):
+        with pytest.raises(UserError, match="which is not a safetensors file in the folder"):
             check_model_folder(folder)
     index.unlink()
     (folder / "model.safetensors").symlink_to(tmp_path / "stolen.safetensors")

@@ -75,7 +75,7 @@ def test_different_images_are_not_joined(scenes: list[Image.Image]) -> None:
     one, other = np.triu_indices(len(colours), 1)
     assert same_colours(colours[one], colours[other]).sum() == 0  # of 19,900 pairs
     face = Image.new("RGB", (200, 200), "white")
-    for skin, clothes in (("#fadcbc", "red"), ("#a57939", "red"), ("#fadcbc", "blue")):  # one drawing, another colour in a part
+    for skin, clothes in (("#fadcbc", "red"), ("#a57939", "red"), ("#fadcbc", "blue")):  # one drawing, one colour differs
         ImageDraw.Draw(face).ellipse((60, 20, 140, 100), fill=skin, outline="black", width=4)
         ImageDraw.Draw(face).rectangle((50, 105, 150, 200), fill=clothes, outline="black", width=4)
         scenes = [*scenes, face.copy()]
@@ -166,7 +166,7 @@ def test_captions_and_recordings_are_counted(tmp_path: Path) -> None:
     notes = near_duplicate_notes(FeatureStore(tmp_path / "s"))
     assert [note.split("(")[1].split(")")[0] for note in notes] == [
         "identical region features",
-        "equal but for case, spaces and punctuation",
+        "equal except for case, spaces and punctuation",
         "identical frames",
     ]
     assert all("1 of 4" in note and '"sample0" and "sample16"' in note for note in notes)

@@ -1,4 +1,4 @@
-"""Reading: what was written comes back, through shards, processes and pickles; what is broken is refused by name."""
+"""Test reading: written data comes back, through shards, processes and pickles; broken files are refused by name."""
 
 import json
 import multiprocessing
@@ -55,7 +55,7 @@ def test_every_item_comes_back_under_its_global_row(tmp_path: Path) -> None:
     first = ShardContent(
         samples=[
             SampleItem("é-1", (0, 0, -1), "g", "train", ["dog", "cat"]),
-            SampleItem("two", (1, 0, 0), "g", "valid"),  # shares the picture
+            SampleItem("two", (1, 0, 0), "g", "valid"),  # shares the image
         ],
         texts=[TextItem(np.array([5, 5]), "a A"), TextItem(np.array([5]), "ä")],
         images=[image(1, 2)],
@@ -185,7 +185,7 @@ def test_broken_stores_are_refused_by_name(store_path: Path, tmp_path: Path) -> 
     shard, index = tmp_path / "s" / "shard-00001.h5", tmp_path / "s" / "store.json"
     whole, text = shard.read_bytes(), index.read_text()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"shard-00001.h5: shard is cut off"):
+    with pytest.raises(UserError, match=r"shard-00001.h5: shard is truncated"):
         FeatureStore(tmp_path / "s")
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001.h5: shard is missing"):
@@ -207,7 +207,7 @@ def test_broken_stores_are_refused_by_name(store_path: Path, tmp_path: Path) -> 
 
 
 def test_a_shard_that_is_cut_off_while_it_is_read_is_named(store_path: Path, tmp_path: Path) -> None:
-    """Touching mapped bytes that the file has lost would end the process by SIGBUS, without a word."""
+    """Reading mapped bytes beyond the end of a truncated file would end the process by SIGBUS, without a message."""
     copy = tmp_path / "store"
     shutil.copytree(store_path, copy)
     store = FeatureStore(copy)
@@ -215,5 +215,5 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(store_path: Path, tmp
     shard = copy / store.description.shards[0].file
     os.truncate(shard, shard.stat().st_size // 2)
     time.sleep(0.3)
-    with pytest.raises(RunError, match=rf"{shard.name}: has been cut off from \d+ to \d+ bytes"):
+    with pytest.raises(RunError, match=rf"{shard.name}: was truncated from \d+ to \d+ bytes"):
         store.text(0)

@@ -1,4 +1,4 @@
-"""Splits dealt anew: groups stay whole, shares are met, lists are obeyed, and what follows from splits follows."""
+"""Test the reassignment of splits: groups stay together, fractions are met, lists are followed, derived data is updated."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -55,8 +55,8 @@ def test_lists_of_ids_and_of_groups(store: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.csv").write_text("sample3,test\nsample0,test\n")
     assert split_by_list(store, tmp_path / "ids.csv").split_counts["test"] == 2
     assert splits_of(store) == {**before, "sample3": "test", "sample0": "test"}
-    assert inspect_store(store).failures == []  # sample 2 is of sample 3's group: the list said so
-    assert "as the manifest's own splits say" in inspect_store(store).notes[0]
+    assert inspect_store(store).failures == []  # sample 2 is of sample 3's group, as in the list
+    assert "as the manifest's splits require" in inspect_store(store).notes[0]
     (tmp_path / "groups.tsv").write_text("group1\tdev\n")
     split_by_list(store, tmp_path / "groups.tsv", by_group=True)
     assert splits_of(store) == {**before, "sample0": "test", "sample2": "dev", "sample3": "dev"}

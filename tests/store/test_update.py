@@ -1,4 +1,4 @@
-"""Image codes are added to a finished store; a kill at any moment leaves a whole store."""
+"""Test adding image codes to a finished store: a kill at any moment leaves a complete store."""
 
 import os
 from pathlib import Path

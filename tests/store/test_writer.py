@@ -60,7 +60,7 @@ def test_other_outputs_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_picture_whose_labels_do_not_fit_its_features_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The labels of every later picture in the shard would move."""
+    """The labels of every later image in the shard would shift."""
     real = writer_module.StoreWriter.write_shard
 
     def cut_labels(self: writer_module.StoreWriter, index: int, content: writer_module.ShardContent, **options: object) -> None:

@@ -14,7 +14,7 @@ def term(value: float, count: float = 1.0) -> LossTerm:
 def test_the_total_is_the_weighted_sum_of_global_means() -> None:
     tasks = make_config(tasks={"mlm": {"weight": 2.0}, "mvm": {"weight": 0.5}, "mrc": {"weight": 3.0}}).tasks
     terms = {"mlm": term(10.0, 2), "mvfr": term(6.0, 3), "mrc": term(4.0, 3)}
-    counts = {"mlm": 20.0, "mvfr": 12.0, "mrc": 12.0}  # of the whole batch, not of this part of it
+    counts = {"mlm": 20.0, "mvfr": 12.0, "mrc": 12.0}  # of the complete batch, not of this part of it
     expected = 2.0 * 10 / 20 + 0.5 * 6 / 12 + 0.5 * 3.0 * 4 / 12
     for world_size in (1, 4):
         assert total_loss(terms, counts, tasks, world_size).item() == pytest.approx(world_size * expected)

@@ -1,4 +1,4 @@
-"""MAM: regression, and the contrast of a masked frame's prediction with the unmasked frames of its own utterance."""
+"""Test MAM: regression, and the contrast of a masked frame's prediction with the unmasked frames of the utterance."""
 
 import itertools
 import math

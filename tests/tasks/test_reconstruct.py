@@ -1,4 +1,4 @@
-"""Modality-level reconstruction: the whole text with its end, all 64 codes, each given what stands before it."""
+"""Test modality-level reconstruction: the complete text with its end, all 64 codes, each conditioned on those before it."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.tiny import make_config, make_model, make_packer, read_samples, writt
 @pytest.mark.parametrize("always_drop_target", [False, True])
 @torch.no_grad()
 def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target: bool) -> None:
-    """Written one sample at a time, one item at a time: each score is taken from a decoder that has seen no more."""
+    """Return scores of one sample and one item at a time, each from a decoder that has seen only the items before it."""
     options = {"mix": {"modality": 0.8, "mlm": 0.2}, "modality": {"always_drop_target": always_drop_target}}
     config = make_config(tasks=options, batch={"size": 14})
     model, packer = make_model(config), make_packer(config, [ragged])
@@ -40,7 +40,7 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target
         if loss == "dtr":
             assert terms[loss].count == count > 10 and terms[loss].metrics["correct"] == correct
             assert terms[loss].sum.item() == pytest.approx(total, rel=1e-5)
-        else:  # every ninth code, beside the same codes of the packed pass
+        else:  # every ninth code, compared with the same codes of the packed pass
             batch = packer.pack(samples)
             packed = model.image_decoder.scores(code_targets(batch), model.encode(batch.inputs))
             losses = -torch.log_softmax(packed.double(), -1).gather(1, code_targets(batch).target_ids[:, None])[:, 0]

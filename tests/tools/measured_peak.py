@@ -14,7 +14,7 @@ from opt_ds.training.distributed import ProcessGroup, find_ranks
 from tests.training.runs import train
 
 STEPS = 2
-#: Every tensor of some size gets pages of its own, given back when it goes: the resident set is what is in use, without the C
+#: Every tensor of some size gets its own pages, returned when it is freed: the resident set is the memory in use, without the C
 #: library's losses, which depend on what came before.
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "32768",
@@ -32,7 +32,7 @@ def _resident_bytes() -> int:
 
 def _measured(source: str, output: Path, group: ProcessGroup) -> int:
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     baseline, config = _resident_bytes(), load_config(source)
     train(config, output, group, config.precision)
     if not group.ranks.is_main:

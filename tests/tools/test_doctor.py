@@ -1,4 +1,4 @@
-"""The environment report: what it says of this machine, and of machines that are not right."""
+"""Test the environment report: for this machine, and for machines with problems."""
 
 import inspect
 import subprocess
@@ -40,7 +40,7 @@ def test_the_report_of_this_machine(store: Path, tmp_path: Path) -> None:
 
 
 def test_it_takes_what_pretraining_takes() -> None:
-    """slurm/pretrain.sh gives both the same options."""
+    """slurm/pretrain.sh passes the same options to both."""
     theirs = set(inspect.signature(pretrain).parameters) - {"local_rank"}  # the launcher's
     assert theirs <= set(inspect.signature(doctor_command).parameters)
     assert run_program(doctor_command, ["--resume", "--help"], "doctor") == 0

@@ -29,7 +29,7 @@ COMMON = (
     f"train.max_steps={STEPS}", "train.log_every=1", "train.validate_every=1000", "train.validate_samples=2",
     "checkpoint.every_steps=1000",
 )  # fmt: skip
-#: 20 million weights and two samples a micro-batch: weights, gradients, optimiser.
+#: 20 million weights and two samples per micro-batch: weights, gradients, optimiser.
 WIDE = ("model.hidden_size=512", "model.num_heads=8", "model.ffn_size=2048", "model.num_layers=3", "model.max_regions=8",
         "model.max_frames=16", "model.max_text_tokens=24", "batch.size=16", "batch.max_tokens=200")  # fmt: skip
 #: 3 million weights and long micro-batches: activations.

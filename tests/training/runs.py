@@ -37,7 +37,7 @@ def tiny_config(store: Path, *settings: str) -> Config:
 
 
 def train(config: Config, output: Path, group: Any, precision: str | None = None) -> int:
-    """What pretrain.py does once the ranks have joined; `precision` skips the hardware's check. Gives the exit code."""
+    """Do what pretrain.py does after the ranks joined, and return the exit code. `precision` skips the hardware's check."""
     from opt_ds.evaluation.callbacks import EvaluationCallbacks
     from opt_ds.training import checkpoint, preflight, run_folder
     from opt_ds.training.deepspeed_config import Hardware, choose_precision
@@ -93,7 +93,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Environment of one rank, as a launcher gives it; without ranks of this process."""
+    """Return the environment of one rank, as a launcher sets it, without the rank variables of this process."""
     own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     if world_size == 1:
         return own

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there; damage is named and the one before taken; the last few and the best are kept."""
+"""Test checkpoints: complete or absent; damage is named and the previous one used; the last few and the best are kept."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def flip_byte(path: Path) -> None:
 
 DAMAGES = {
     "is damaged (its SHA-256 differs)": lambda folder: flip_byte(folder / "model.safetensors"),
-    "is cut off": lambda folder: (folder / "moments.safetensors").write_bytes(b"short"),
+    "is truncated": lambda folder: (folder / "moments.safetensors").write_bytes(b"short"),
     "is missing": lambda folder: (folder / "state.json").unlink(),
     "no readable COMPLETE.json": lambda folder: (folder / "COMPLETE.json").unlink(),
 }

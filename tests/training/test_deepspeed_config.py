@@ -59,7 +59,7 @@ def test_offload_without_a_partitioned_optimizer_is_refused() -> None:
 def test_settings_own_batch_clipping_and_accumulation() -> None:
     for clip in (1.0, 0.0):
         settings = deepspeed_settings(load_config("opt-base", [f"optimizer.clip_norm={clip}"]), "fp16")
-        assert settings["gradient_clipping"] == clip  # DeepSpeed's default is 1.0, so off must be written too
+        assert settings["gradient_clipping"] == clip  # DeepSpeed's default is 1.0, so "disabled" must be written too
         stage_0 = deepspeed_settings(load_config("opt-base", [f"optimizer.clip_norm={clip}", "zero.stage=0"]), "fp32")
         assert stage_0["gradient_clipping"] == 0.0  # the step clips there
         assert settings["data_types"] == {"grad_accum_dtype": "fp32"}

@@ -75,7 +75,7 @@ def test_slurms_tasks_per_node() -> None:
 
 @pytest.fixture
 def gpus(environment: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes this process see so many GPUs."""
+    """Makes this process see this many GPUs."""
     environment.setattr(torch.cuda, "is_available", lambda: True)
     environment.setattr(torch.cuda, "set_device", lambda index: None)
     return lambda count: environment.setattr(torch.cuda, "device_count", lambda: count)

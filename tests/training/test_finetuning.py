@@ -88,9 +88,9 @@ def test_steps_are_counted_in_epochs_and_settings_have_the_last_word(pretrained:
     ("task", "inputs", "expected"),
     [
         ("captoining", (), 'unknown task "captoining" (did you mean "captioning"?)'),
-        ("captioning", ("T+I",), "captioning writes the text, which cannot go in"),
-        ("transcription", ("I",), "transcription listens"),
-        ("retrieval", ("I",), "retrieval judges what belongs together"),
+        ("captioning", ("T+I",), "captioning generates the text, which cannot be an input"),
+        ("transcription", ("I",), "transcription requires audio"),
+        ("retrieval", ("I",), "retrieval compares modalities"),
         ("vqa", ("I",), "the question is the text"),
     ],
 )

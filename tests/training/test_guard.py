@@ -24,7 +24,7 @@ from tests.training.runs import CURVE, hashes, losses, tensors, tiny_config, tra
 
 @pytest.fixture
 def poison(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Give a sample of each of these training steps a NaN among its features, and tell the samples' names."""
+    """Put a NaN into the features of one sample of each of these training steps, and return the samples' names."""
 
     def poison_steps(*steps: int) -> list[str]:
         config = tiny_config(store)

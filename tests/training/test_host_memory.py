@@ -1,5 +1,5 @@
 """Freed memory is kept for what is allocated next, oneDNN keeps the code of few shapes, and a long accumulation gives back what
-it has too much. In processes of their own: an allocator's ways cannot be undone."""
+it has too much. In separate processes, because an allocator's settings cannot be undone."""
 
 import os
 import subprocess
@@ -69,7 +69,7 @@ for rows in [50, 50, *range(100, 120), 50]:
 
 
 def test_what_is_freed_is_not_fetched_again() -> None:
-    # Smaller: aligned blocks want more room than an equal one leaves, if what lies around it has been taken meanwhile.
+    # Smaller: aligned blocks require more space than an equal one leaves, if its neighbours have been allocated meanwhile.
     first, second = run("print(faults(256), faults(200))")
     assert first > 50 * max(second, 1), "256 MiB are 65,536 pages, or 128 large ones"
 
@@ -98,7 +98,7 @@ def test_memory_is_given_back_seldom_and_a_stores_pages_whenever_it_has_grown(mo
 
     keeper = MemoryKeeper([Store()])  # type: ignore[list-item]
     keeper._trim = lambda _: given.append("freed memory")
-    held = [1000, 1000, 1000, 1040, *[2000] * 40]  # a little more than is needed, then much, whatever is given back
+    held = [1000, 1000, 1000, 1040, *[2000] * 40]  # a little more than needed, then much more, whatever is returned
     monkeypatch.setattr("opt_ds.training.host_memory._resident_pages", lambda: held[number])
     by_micro_batch = []
     for number in range(len(held)):

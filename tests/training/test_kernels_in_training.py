@@ -29,7 +29,7 @@ def choose_again() -> Iterator[None]:
 def test_two_steps_on_the_emulated_kernels_are_two_steps_of_the_reference(
     dropout: float, store: Path, tmp_path: Path, group: Any
 ) -> None:
-    """Without dropout PyTorch itself is the reference; with it our CPU operators, which draw the same bits."""
+    """Without dropout, PyTorch is the reference. With dropout, it is the CPU operators, which use the same random bits."""
     names = ("emulator", "torch" if dropout == 0 else "fused")
     for name in names:
         settings = [f"ops.backend={name}", f"model.dropout={dropout}", f"model.attention_dropout={dropout}", "batch.size=6"]
@@ -46,7 +46,7 @@ def test_two_steps_on_the_emulated_kernels_are_two_steps_of_the_reference(
 
 @pytest.mark.parametrize("settings", [("zero.stage=3",), ("zero.stage=1", "train.recompute=true")])
 def test_our_operators_keep_what_backward_needs(settings: tuple[str, ...], store: Path, tmp_path: Path, group: Any) -> None:
-    """Stage 3 takes the weights away after forward; recomputation makes everything else anew. The same steps, then."""
+    """Stage 3 releases the weights after forward, and recomputation repeats everything else. The steps are the same."""
     for name, how in (("plain", ("zero.stage=1",)), ("other", settings)):
         config = tiny_config(store, "ops.backend=fused", "batch.size=6", "batch.max_tokens=300", "train.max_steps=3", *how)
         assert train(config, tmp_path / name, group) == 0

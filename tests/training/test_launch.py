@@ -1,4 +1,4 @@
-"""What ends a run that had begun well is one line."""
+"""Test errors that end a running run: each is one line."""
 
 from pathlib import Path
 from typing import Any

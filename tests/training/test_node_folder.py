@@ -1,4 +1,4 @@
-"""The folder that the ranks of a node share: one for all of them, removed at the end or, after a kill, at the next start."""
+"""Test the folder that the ranks of a node share: removed at the end or, after a kill, at the next start."""
 
 import fcntl
 from pathlib import Path

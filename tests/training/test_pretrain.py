@@ -51,7 +51,7 @@ BROKEN_STORES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no feature store there"),
     "of another schema": (lambda p: _edit_description(p, schema_version=99), "schema version 99"),
     "with NaN": (_write_nan, "shard-00000.h5"),
-    "cut off": (_cut_off, "shard is cut off"),
+    "cut off": (_cut_off, "shard is truncated"),
 }
 
 
@@ -75,7 +75,7 @@ def test_a_store_that_does_not_fit_names_the_settings_that_mend_it(
 ) -> None:
     given = ["--config", "opt-tiny", "--store", str(store), "--output", str(tmp_path / "run")]
     for key in ("vocab_size", "image_feature_dim", "image_num_classes", "audio_feature_dim", "image_codebook_size"):
-        given += ["--set", f"model.{key}=9"]  # those that are not given are the store's
+        given += ["--set", f"model.{key}=9"]  # unspecified ones are the store's
     assert run_program(pretrain, given, "pretrain.py") == 2
     error = capsys.readouterr().err
     for setting in ("vocab_size=200", "image_feature_dim=32", "image_num_classes=50", "audio_feature_dim=20",
@@ -91,7 +91,7 @@ def test_a_store_that_does_not_fit_names_the_settings_that_mend_it(
         (["precision=fp16"], "does not run on the CPU"),
         (["deepspeed_config=/nonexistent.json"], "deepspeed_config /nonexistent.json: no such file"),
         (["batch.siez=1"], 'did you mean "size"'),
-        ([f"tasks.{task}.weight=0" for task in ("mlm", "mvm", "mam", "modality", "matching")], "leave no task"),
+        ([f"tasks.{task}.weight=0" for task in ("mlm", "mvm", "mam", "modality", "matching")], "no task is enabled"),
     ],
 )
 def test_bad_settings_end_with_one_line(

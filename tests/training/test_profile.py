@@ -1,4 +1,4 @@
-"""A trace on demand, which changes nothing; and what a run says of its speed."""
+"""Test a trace on demand, which changes nothing, and the speed that a run reports."""
 
 import gzip
 import json

@@ -18,13 +18,13 @@ from tests.warm import WarmProcess
 pytestmark = pytest.mark.timeout(900)
 
 QUIET = ("model.dropout=0", "model.attention_dropout=0")
-# Widths cut so that a micro-batch can be small: the longest sample has 24 + 2 + 8 + 4 + 25 + 64 positions.
+# Small widths, so that a micro-batch can be small: the longest sample has 24 + 2 + 8 + 4 + 25 + 64 positions.
 ONE_STEP = (*QUIET, "model.max_regions=8", "model.max_frames=4", "batch.size=40", "optimizer.clip_norm=0",
             "train.max_steps=1")  # fmt: skip
 
 
 def tuned(store: Path, start: Path) -> Config:
-    """Fine-tuning for retrieval: hard negatives, drawn by every rank alike."""
+    """Fine-tuning for retrieval: every rank samples the same hard negatives."""
     more = (*QUIET, "train.max_steps=4", "train.log_every=1", "batch.size=12", "optimizer.clip_norm=0",
             "evaluate.every_steps=2", "evaluate.limit=6")  # fmt: skip
     return finetune_config("retrieval", start, [str(store)], settings=more)

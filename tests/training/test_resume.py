@@ -1,4 +1,4 @@
-"""A run that is cut and continued equals the run never cut; at other ZeRO stages it equals it within rounding."""
+"""Test resuming: a stopped and resumed run equals an uninterrupted one; at other ZeRO stages within rounding."""
 
 from pathlib import Path
 from typing import Any

@@ -63,7 +63,7 @@ def test_fine_tuning_has_one_rank_read_what_is_read_once(learnable: Path, tmp_pa
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The shards that this process hashes from now on; no store can be written."""
+    """Record the shards that this process hashes from now on. No store can be written."""
     read: list[str] = []
     real = verify_module.file_sha256
     monkeypatch.setattr(verify_module, "file_sha256", lambda path: read.append(path.name) or real(path))

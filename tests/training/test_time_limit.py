@@ -1,4 +1,4 @@
-"""The run ends before its time is up: found in the environment or the configuration, with room for a step and the save."""
+"""Test the time limit: from the environment or the configuration, with time left for a step and for saving."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run does and tells on its way: metrics, validation, early stopping, a loss that is not finite."""
+"""Test a run: metrics, validation, early stopping, a non-finite loss."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_recomputing_layers_changes_no_curve(stage: int, store: Path, tmp_path: 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_gradient_is_clipped_to_the_norm(stage: int, store: Path, tmp_path: Path, group: Any) -> None:
-    """Adam's first moments after one step are a tenth of the gradient that it was given."""
+    """Adam's first moments after one step are a tenth of its gradient."""
     norms = {}
     for clip in (0.0, 0.05):
         output = tmp_path / str(clip)
@@ -84,7 +84,7 @@ def test_a_validation_stands_beside_its_baselines(run: Path) -> None:
     table = json.loads((run / "validation.json").read_text())
     assert table["step"] == 12
     assert set(table["losses"]) <= set(table["baselines"])
-    assert table["weighted_loss"] == pytest.approx(sum(table["losses"].values()))  # all weights are 1, dir is off
+    assert table["weighted_loss"] == pytest.approx(sum(table["losses"].values()))  # all weights are 1, dir is disabled
 
 
 def test_early_stopping_keeps_the_best_and_is_remembered(

@@ -59,7 +59,7 @@ __device__ __forceinline__ void copy_tile(unsigned char* shared, unsigned at, co
   in_flight.store(shared, at + in_flight.place());
 }
 
-// A 32 x 32 bit matrix, a word a lane: swaps the role of a lane number's bit and a bit number's bit. In a few of these, "a word a
+// A 32 x 32 bit matrix, one word per lane: swaps the role of a lane number's bit and a bit number's bit. In a few of these, "a word a
 // query" becomes "a word of the elements that this lane's accumulator holds".
 template <int kLaneBit, int kBitBit>
 __device__ __forceinline__ unsigned trade_bits(unsigned word, int lane) {

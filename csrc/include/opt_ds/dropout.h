@@ -1,5 +1,5 @@
 // Dropout without a state: whether an element is kept is a function of what the element is, not of who computes it, so the CPU,
-// the emulator and every GPU agree bit for bit, and the backward pass draws the forward pass's mask again instead of storing it.
+// the emulator and every GPU agree bit for bit, and the backward pass computes the forward pass's mask again instead of storing it.
 //
 // 1. Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"; 7 is the paper's smallest
 //    crush-resistant number). Key: 64 bits of (seed, step). Counter, 4 x 32 bits:

@@ -139,7 +139,7 @@ struct MmaSm70 {
     }
   }
 
-  // ---- dropout: a lane draws the keep word of one query (`drawn_query`, of 16 or 32), then lanes trade bits until each holds the
+  // ---- dropout: a lane computes the keep word of one query (`drawn_query`, of 16 or 32), then lanes exchange bits until each holds the
   // bits of its own accumulator elements (bit numbers: keep_bit).
   template <int kRowTiles>
   __device__ __forceinline__ int drawn_query() const {

@@ -24,7 +24,7 @@ class ImageGeneration(Experiment):
     ability_in_training = GENERATE_IMAGES
     modalities = ((IMAGE, TEXT), (IMAGE, AUDIO))
     needs_image_codes = True
-    needs = ((GENERATE_IMAGES, "paint pictures"),)
+    needs = ((GENERATE_IMAGES, "generate images"),)
 
     def measure(
         self,
@@ -108,11 +108,11 @@ def open_dvae(evaluator: Evaluator, folder: Path | None) -> DiscreteVAE:
 def _check_possible(evaluator: Evaluator, generates: bool, candidates: int) -> None:
     store = evaluator.store
     if generates and candidates > 1:
-        evaluator.require(MATCH, "choose the best of several pictures: give --candidates 1")
+        evaluator.require(MATCH, "choose the best of several images: use --candidates 1")
     if not store.has_codes:
         raise UserError(f"store {store.path}: it has no image codes: write them with opt-ds train-dvae --store {store.path}")
     if generates and not store.has_pixels:
-        raise UserError(f"store {store.path}: it has no pixels to judge pictures by: give --paint 0 --pictures 0")
+        raise UserError(f"store {store.path}: it has no pixels to compare generated images with: use --paint 0 --pictures 0")
 
 
 def _write_grid(request: Request, generator: ImageGenerator, rows: int) -> str:

@@ -29,7 +29,7 @@ class Summary(Experiment):
         return "\n".join([
             self.table(figures),
             f"\ncheckpoint    {request.checkpoint}\nfigures       {request.output}",
-            *(f"picture grid  {request.output.parent / grid}" for grid in grids if grid),
+            *(f"image grid    {request.output.parent / grid}" for grid in grids if grid),
             f"curves        tensorboard --logdir {request.checkpoint}",
         ])  # fmt: skip
 

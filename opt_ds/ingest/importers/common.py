@@ -263,5 +263,5 @@ def _samples(entries: Iterable[Entry], report: _Report, source: str) -> Iterator
     if len(report.splits) > 1:
         raise UserError(
             f'{source}: {report.splits[False]} of {len(ids)} samples name no split, such as "{visible(without)}", '
-            "though others do: name it for all or for none"
+            "although others do: name it for all or for none"
         )

@@ -79,8 +79,8 @@ def import_conceptual_captions(
         images = [images[0]] * len(annotations)
     if len(images) != len(annotations):
         raise UserError(
-            f"--annotations: {len(annotations)} files, --images: {len(images)} folders: indices begin anew in each file, "
-            "so give a folder for each"
+            f"--annotations: {len(annotations)} files, --images: {len(images)} folders: indices start again in each file, "
+            "so give one folder for each"
         )
     files = [split_and_file(each) for each in annotations]
     names = Counter(path.stem for _, path in files)
@@ -102,7 +102,7 @@ def _check_pattern(pattern: str) -> None:
     except (KeyError, ValueError, IndexError, AttributeError, TypeError):
         raise UserError(f'--pattern "{pattern}": use {{index}}, {{crc32}} and {{md5}}') from None
     if same:
-        raise UserError(f'--pattern "{pattern}": one name for all pictures: use {{index}}, {{crc32}} or {{md5}}')
+        raise UserError(f'--pattern "{pattern}": one name for all images: use {{index}}, {{crc32}} or {{md5}}')
 
 
 def _tells_urls_apart(pattern: str) -> bool:
@@ -129,7 +129,7 @@ def _entries(
             paired.found += 1
             wrong = paired.sidecars.contradiction(pictures, found, row.number, caption, url)
             if wrong is not None:
-                yield Skipped(id, f"the picture belongs to another row: {place}: {wrong}")
+                yield Skipped(id, f"the image belongs to another row: {place}: {wrong}")
                 continue
         yield sample(id, text=caption, files={"image": (f"{name} ({url})", found)}, split=split)
     paired.sidecars.check(path, first_index)
@@ -138,7 +138,7 @@ def _entries(
     if not _tells_urls_apart(pattern) and paired.found and not paired.sidecars.checked:
         _check_numbers(path, pictures, pattern, paired.rows + first_index, first_index)
         first = "line 2, after the header" if layout.has_header else "the first line"
-        yield Note(f"{path.name}: {paired.found} pictures were paired by their numbers alone: {first_index} is {first}")
+        yield Note(f"{path.name}: {paired.found} images were paired by their numbers alone: {first_index} is {first}")
 
 
 def _body(path: Path, layout: _Layout) -> Iterator[Row]:
@@ -171,7 +171,7 @@ def _layout(path: Path, url_first: bool, *, by_number: bool) -> _Layout:
     has_header = not holds_url and any(name in _URL_NAMES + _CAPTION_NAMES for name in names)
     if not holds_url and not has_header and by_number and len(rows) > 1:
         raise UserError(
-            f"{path} line 1: no URL, so it cannot be told whether it is a header, which would not be counted: call its "
+            f"{path} line 1: no URL, so it is unclear whether it is a header, which would not be counted: call its "
             "columns caption and url, or correct the line"
         )
     url, caption = (0, 1) if url_first else (1, 0)
@@ -205,7 +205,7 @@ def _check_numbers(path: Path, pictures: Files, pattern: str, end: int, first_in
     if beyond:
         raise UserError(
             f"{path}: its rows have the numbers {first_index} to {end - 1}, but {pictures.folder} holds {len(beyond)} "
-            f"pictures beyond, such as {min(beyond)}: give the table that they were downloaded with, or the first "
+            f"images beyond them, such as {min(beyond)}: give the table that they were downloaded with, or the first "
             "row's number with --first-index"
         )
 

@@ -83,7 +83,7 @@ def import_folder(
     unused = Unused("files", len(found.unused), tuple(found.unused))
     if not found.samples:
         what = f"; {unused_line(unused)}" if found.unused else ""
-        raise UserError(f"{folder}: no picture, recording or .txt file there{what}")
+        raise UserError(f"{folder}: no image, audio or .txt file there{what}")
     near = _near_notes(folder, found.samples, splits)
     if splits:
         _LOG.info(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
@@ -231,7 +231,7 @@ def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]
         raise UserError(
             f"{folder}: {joined} samples have files of two kinds, but {len(pairs)} pairs of files have nearly the same name: "
             f"{shown[0]}: give the files of a sample one name in one folder (a.jpg, a.txt), or list them in a table for "
-            "opt-ds import table; if they do not belong together, import pictures, recordings and texts each from a folder "
+            "opt-ds import table; if they do not belong together, import images, audio and texts each from a folder "
             "of their own"
         )
     more = f", and {len(pairs) - len(shown)} more pairs" if len(pairs) > len(shown) else ""
@@ -269,9 +269,9 @@ def _splits(folder: Path, samples: dict[str, Sample], wanted: bool | None) -> di
     )
     if splits and (others or loose):
         where = [f"in {top} ({count})" for top, count in sorted(others.items())][:3]
-        where += [f"beside them ({len(loose)}, such as {loose[0]})"] if loose else []
+        where += [f"next to them ({len(loose)}, such as {loose[0]})"] if loose else []
         raise UserError(
-            f"{folder}: the folders {', '.join(sorted(splits))} look like splits, but samples lie outside of them, "
+            f"{folder}: the folders {', '.join(sorted(splits))} look like splits, but samples are outside of them, "
             f"{', '.join(where)}: {fix}"
         )
     if not splits:

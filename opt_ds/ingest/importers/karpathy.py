@@ -60,7 +60,7 @@ def _entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]
         id = f"{prefix}sentence {typed(sentence['sentid'], (int, str), 'sentid')}"
         own, imgid = sentence.get("imgid"), picture.get("imgid")
         if own is not None and imgid is not None and own != imgid:
-            yield Skipped(id, f"it contradicts itself: its imgid is {own}, its picture's {imgid}")
+            yield Skipped(id, f"it contradicts itself: its imgid is {own}, its image's {imgid}")
             return
         name, split = typed(picture["filename"], str, "filename"), typed(picture["split"], str, "split")
         below = f"{typed(picture['filepath'], str, 'filepath')}/{name}" if picture.get("filepath") else name

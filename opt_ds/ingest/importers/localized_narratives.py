@@ -97,7 +97,7 @@ def _entries(
         if recording is not None:
             typed(recording, str, "voice_recording")
         if recording is not None and _is_of_another_picture(recording, dataset, image_id):
-            return Skipped(id, f"it contradicts itself: its recording is {recording}")
+            return Skipped(id, f"it contradicts itself: its audio is {recording}")
         return sample(
             id if seen[id] == 1 else f"{id}/{seen[id]}",
             text=typed(entry["caption"], str, "caption"),

@@ -85,7 +85,7 @@ def _last_part(name: str, kinds: frozenset[str]) -> str | None:
 _WAYS: tuple[tuple[str, Callable[[str, frozenset[str]], str | None]], ...] = (
     ("differ in case", _folded),
     ("differ in more than the ending", _without_ending),
-    ("are a recording and a file of several transcripts", _speaker_chapter),
+    ("are audio and a file of several transcripts", _speaker_chapter),
     ("lie in different folders", _without_kind_folders),
     ("lie in different folders", _last_part),
 )

@@ -62,11 +62,11 @@ class Sidecars:
             return
         shifts = Counter(self._row_of[own] - row for row, own in self._named if own in self._row_of)
         shift, count = shifts.most_common(1)[0] if shifts else (0, 0)
-        fix = "the pictures were downloaded with another table, or rows were added or lost"
+        fix = "the images were downloaded with another table, or rows were added or removed"
         if 2 * count > len(self._named):
             fix = f"they are shifted by {shift}: give --first-index {first_index - shift}"
         raise UserError(
-            f"{table}: {self._wrong} of {self.checked} pictures belong to other rows, as files beside them say: {fix}"
+            f"{table}: {self._wrong} of {self.checked} images belong to other rows, according to the files next to them: {fix}"
         )
 
 

@@ -246,7 +246,7 @@ def _parquet(table: Path) -> _Source:
             schema = file.schema_arrow
             return _Source(table, list(schema.names), _parquet_rows(table, _class_names(schema.metadata or {})), [])
     except (ArrowException, OSError, ValueError):
-        raise UserError(f"{table}: not a Parquet file, or cut off") from None
+        raise UserError(f"{table}: not a Parquet file, or truncated") from None
 
 
 def _parquet_rows(table: Path, names: dict[str, list[str]]) -> Iterator[dict[str, Any] | Skipped]:

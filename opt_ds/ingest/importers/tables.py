@@ -99,7 +99,7 @@ def check_doubled(path: Path, columns: Collection[str], used: Collection[str]) -
     """Raise UserError if a used column occurs twice."""
     doubled = [name for name, count in Counter(columns).items() if count > 1 and name in used]
     if doubled:
-        raise UserError(f'{path}: column "{doubled[0]}" is there twice: rename one of them')
+        raise UserError(f'{path}: column "{doubled[0]}" occurs twice: rename one of them')
 
 
 def _checked(rows: Iterator[Row], header: Row) -> Iterator[Row | BadRow]:

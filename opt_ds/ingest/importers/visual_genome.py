@@ -38,7 +38,7 @@ def import_visual_genome(
         UserError: `leave_out` is given without `image_data`, or a file does not have the published form.
     """
     if leave_out is not None and image_data is None:
-        raise UserError("--leave-out: only --image-data tells which pictures are COCO's: give image_data.json too")
+        raise UserError("--leave-out requires --image-data, which lists COCO's images: give image_data.json too")
     paths = [annotations] if isinstance(annotations, Path) else list(annotations)
     pictures = Files(images, output, "image")
     coco_ids = _coco_ids(image_data) if image_data is not None else {}
@@ -65,7 +65,7 @@ def _entries(
     def phrase(region: dict[str, Any], image_id: int, file: str) -> Iterator[Entry]:
         id = f"{prefix}region {typed(region['region_id'], (int, str), 'region_id')}"
         if region.get("image_id", image_id) != image_id:
-            reason = f"it contradicts itself: its image_id is {region['image_id']}, its picture's id {image_id}"
+            reason = f"it contradicts itself: its image_id is {region['image_id']}, its image's id {image_id}"
             yield Skipped(id, reason)
             return
         text = typed(region["phrase"], str, "phrase")

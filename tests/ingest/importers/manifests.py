@@ -1,4 +1,4 @@
-"""What tests of importers share: files with any content, and the samples and reports that came out."""
+"""Helpers of the importers' tests: files with any content, and the resulting samples and reports."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def touch(*paths: Path) -> None:
 
 
 def lines_of(manifest: Path) -> dict[str, ManifestLine]:
-    """The samples by id, through the reader that `opt-ds prepare` uses."""
+    """Return the samples by id, read as `opt-ds prepare` reads them."""
     read = read_manifest(manifest, allow_outside=True)
     assert read.rejected == []
     for line in read.lines:

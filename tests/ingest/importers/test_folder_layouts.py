@@ -57,7 +57,7 @@ def test_what_lies_beside_the_splits_does_not_end_them(tmp_path: Path, train: st
 @pytest.mark.parametrize("more", ["loose.jpg", "extra/a.jpg", "test-old/a.jpg", "deep/er/a.jpg", "loose.txt loose.png"])
 def test_samples_beside_the_splits_are_refused_with_the_way_out(tmp_path: Path, more: str) -> None:
     folder = make(tmp_path / "f", ["train/a.jpg", "test/a.jpg", *more.split()])
-    with pytest.raises(UserError, match=r"look like splits, but samples lie outside.*--folder-splits.*--no-folder-splits"):
+    with pytest.raises(UserError, match=r"look like splits, but samples are outside.*--folder-splits.*--no-folder-splits"):
         run(folder)
     assert run(folder, folder_splits=True) == {"train/a": "train", "test/a": "test"}
     assert set(run(folder, folder_splits=False).values()) == {None}
@@ -127,7 +127,7 @@ def test_texts_in_utf16_are_read_by_their_byte_order_mark(encoding: str, tmp_pat
         ("a.jpg a.jpg.txt b.png b.png.txt", "a.jpg and a.jpg.txt differ in more than the ending"),
         ("1.wav 1.normalized.txt", "1.normalized.txt and 1.wav differ in more than the ending"),
         ("a.JPG A.txt", "A.txt and a.JPG differ in case"),
-        ("84-1-0000.flac 84-1-0001.flac 84-1.trans.txt", "a recording and a file of several transcripts"),
+        ("84-1-0000.flac 84-1-0001.flac 84-1.trans.txt", "audio and a file of several transcripts"),
     ],
 )
 def test_pairs_of_nearly_one_name_are_refused_with_the_way_out(tmp_path: Path, names: str, difference: str) -> None:
@@ -162,7 +162,7 @@ def test_only_files_about_the_collection_are_no_samples(tmp_path: Path) -> None:
 def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
     folder = make(tmp_path / "f", ["train/a.txt", "test/a.txt", "readme.txt"])
     assert run(folder) == {"train/a": "train", "test/a": "test"}
-    with pytest.raises(UserError, match="samples lie outside"):
+    with pytest.raises(UserError, match="samples are outside"):
         run(make(folder, ["b.txt"]))
 
 
@@ -240,5 +240,5 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path, logged: list[str]) -> 
     assert folder_manifest(top).read_bytes() == before
     assert "found" in logged[-1] and "3 samples were left out when it was written, see manifest.report.json" in logged[-1]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no picture, recording or \.txt file there"):
+    with pytest.raises(UserError, match=r"no image, audio or \.txt file there"):
         import_folder(tmp_path / "empty")

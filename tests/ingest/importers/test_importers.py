@@ -131,7 +131,7 @@ def test_conceptual_captions_reports_dead_links(tmp_path: Path) -> None:
     assert [line.text for line in lines_of(manifest).values()] == ["a caption"]
     with pytest.raises(UserError, match=r"use .index., .crc32. and .md5."):
         import_conceptual_captions([str(tsv)], manifest, images=[tmp_path], pattern="{number}")
-    with pytest.raises(UserError, match="indices begin anew in each file"):
+    with pytest.raises(UserError, match="indices start again in each file"):
         import_conceptual_captions([str(tsv), str(tsv)], manifest, images=[tmp_path])
 
 
@@ -183,7 +183,7 @@ def test_visual_genome_takes_phrases_and_leaves_out_coco_tests(tmp_path: Path) -
     assert left_out(manifest)["image 2"] == "held out for COCO's evaluation"
     image_data, coco = tmp_path / "image_data.json", tmp_path / "dataset_coco.json"
     for files, message in (
-        ({"leave_out": coco}, "--leave-out: only --image-data tells"),
+        ({"leave_out": coco}, "--leave-out requires --image-data"),
         ({"image_data": coco, "leave_out": coco}, r'dataset_coco.json: no list of "image_id" and "coco_id"'),
         ({"image_data": image_data, "leave_out": image_data}, r'image_data.json: no "images" with "cocoid" and "split"'),
     ):
@@ -256,7 +256,7 @@ def test_nothing_to_take_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         import_karpathy(tmp_path / "none.json", tmp_path / "m.jsonl", images=tmp_path)
     (tmp_path / "bad.json").write_text('[{"id": 1}, {"id"')
-    with pytest.raises(UserError, match="not JSON: it is cut off"):
+    with pytest.raises(UserError, match="not JSON: it is truncated"):
         list(read_json_array(tmp_path / "bad.json"))
     assert not (tmp_path / "m.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""Pairing of captions and pictures: proven where something can prove it, and never shifted by a header or a blank line."""
+"""Test the pairing of captions and images: verified if possible, and never shifted by a header or a blank line."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def rows(count: int = COUNT) -> list[str]:
 
 
 def run(tmp_path: Path, lines: list[str], **options: Any) -> dict[str, str]:
-    """Import the lines; returns picture number -> caption, and asserts that they fit."""
+    """Import the lines, assert that images and captions fit, and return image number -> caption."""
     (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
     manifest = tmp_path / "m.jsonl"
     import_conceptual_captions([str(tmp_path / "t.tsv")], manifest, images=[tmp_path / "p"], **options)
@@ -71,7 +71,7 @@ def test_blank_lines_are_not_counted_as_img2dataset_does_not(tmp_path: Path) -> 
 
 def test_a_first_line_that_may_be_a_header_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "p")
-    with pytest.raises(UserError, match=r"t.tsv line 1: no URL, so it cannot be told whether it is a header"):
+    with pytest.raises(UserError, match=r"t.tsv line 1: no URL, so it is unclear whether it is a header"):
         run(tmp_path, ["Bildtext\tAdresse", *rows()])
     with pytest.raises(UserError, match=r"t.tsv line 1: no URL"):
         run(tmp_path, ["caption 0 http://a.b/0".replace("http:", "htp:"), *rows()[1:]])
@@ -107,12 +107,12 @@ def test_files_beside_the_pictures_prove_the_pairing(tmp_path: Path) -> None:
     assert len(run(tmp_path, rows())) == COUNT
     assert report(tmp_path)["notes"] == [], "nothing had to be assumed"
     lost = rows()[1:]  # the picture numbered 0 is the lost row's: all others are shifted
-    with pytest.raises(UserError, match=r"4 of 4 pictures belong to other rows.* shifted by -1.*--first-index 1"):
+    with pytest.raises(UserError, match=r"4 of 4 images belong to other rows.* shifted by -1.*--first-index 1"):
         run(tmp_path, lost)
     assert len(run(tmp_path, lost, first_index=1)) == COUNT - 1
     swapped = [*rows()[:3], rows()[4], rows()[3]]
     assert len(run(tmp_path, swapped)) == COUNT - 2
-    assert report(tmp_path)["reasons"] == {"the picture belongs to another row": 2}
+    assert report(tmp_path)["reasons"] == {"the image belongs to another row": 2}
 
 
 def test_captions_beside_the_pictures_prove_it_too(tmp_path: Path) -> None:
@@ -120,13 +120,13 @@ def test_captions_beside_the_pictures_prove_it_too(tmp_path: Path) -> None:
     for row in range(COUNT):
         (folder / f"{row:09d}.txt").write_text(f"caption {row}")
     assert len(run(tmp_path, rows())) == COUNT
-    with pytest.raises(UserError, match="pictures belong to other rows"):
+    with pytest.raises(UserError, match="images belong to other rows"):
         run(tmp_path, rows()[1:])
 
 
 def test_pictures_numbered_beyond_the_rows_are_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "p")
-    with pytest.raises(UserError, match="1 pictures beyond, such as 000000004"):
+    with pytest.raises(UserError, match="1 images beyond them, such as 000000004"):
         run(tmp_path, rows()[1:])
     (tmp_path / "p" / "000000000.jpg").unlink()
     assert len(run(tmp_path, rows()[1:], first_index=1)) == COUNT - 1
@@ -134,7 +134,7 @@ def test_pictures_numbered_beyond_the_rows_are_refused(tmp_path: Path) -> None:
 
 def test_a_pattern_that_names_every_picture_alike_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "p")
-    with pytest.raises(UserError, match="one name for all pictures"):
+    with pytest.raises(UserError, match="one name for all images"):
         run(tmp_path, rows(), pattern="000000000")
 
 
@@ -260,4 +260,4 @@ def test_narratives_of_another_picture_or_split_are_not_guessed(tmp_path: Path) 
     assert found == {"mscoco_val2017/139/1": "valid", "mscoco_test2017/8/1": "test", "mscoco_val2017/8/2": "valid"}
     reasons = {entry["id"]: entry["reason"] for entry in report(tmp_path)["skipped_samples"]}
     assert reasons["mscoco_val2017/7/1"].startswith("several image files have its name: 7 and 000000000007")
-    assert reasons["mscoco_val2017/8/1"].startswith("it contradicts itself: its recording is")
+    assert reasons["mscoco_val2017/8/1"].startswith("it contradicts itself: its audio is")

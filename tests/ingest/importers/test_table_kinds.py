@@ -49,7 +49,7 @@ def test_tables_with_columns_of_any_name(tmp_path: Path, kind: str) -> None:
 
 
 def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
-    """Pictures and recordings inside the table, classes as numbers; a name in it is never a path."""
+    """Images and audio in the table, classes as numbers. A name in it is never a path."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""CSV and TSV against a plain reference reader: each row is read as it was written, or reported with its line."""
+"""Test CSV and TSV against a plain reference reader: each row is read as written, or reported with its line."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, content: str | bytes, name: str = "t.csv", **options: Any) -> dict[str, str]:
-    """Import a table; returns picture -> caption."""
+    """Import a table and return image -> caption."""
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     import_table(folder / name, folder / "m.jsonl", **options)
     return {str(line.image): str(line.text) for line in read_manifest(folder / "m.jsonl").lines}
@@ -118,7 +118,7 @@ def test_rows_that_do_not_fit_the_header_are_named(folder: Path) -> None:
 
 
 def test_columns_are_named_once_and_unused_ones_are_counted(folder: Path) -> None:
-    with pytest.raises(UserError, match='column "text" is there twice'):
+    with pytest.raises(UserError, match='column "text" occurs twice'):
         run(folder, "image,text,text\na.jpg,a cat,a dog\n")
     run(folder, ",image,Text,text,note,note\n0,a.jpg,A,a cat,x,y\n")
     assert report(folder)["unused"][0]["names"] == ["(without a name)", "Text", "note", "note"]
@@ -194,7 +194,7 @@ def test_a_damaged_parquet_file_and_a_number_without_class_are_named(folder: Pat
     run(folder, whole, "t.parquet")
     assert reasons(folder) == ["its label is none of the classes: column labels: 7, of 2 classes"]
     for content in (whole[:-20], whole[:4] + bytes(60) + whole[64:], b"PAR1"):
-        with pytest.raises(UserError, match=r"not a Parquet file, or cut off|damaged after row"):
+        with pytest.raises(UserError, match=r"not a Parquet file, or truncated|damaged after row"):
             run(folder, content, "t.parquet")
 
 
