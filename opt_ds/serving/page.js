@@ -106,7 +106,7 @@ $("form").onsubmit = async event => {
   if (found.matching) parts.push(make("h2", "What belongs together"), rows(Object.entries(found.matching).map(([k, v]) => [k.replace("_", " + "), v])));
   if (found.neighbours) parts.push(make("h2", "Nearest in the store"), rows(found.neighbours.map(n => [n.caption || n.name, n.cosine])));
   const sees = (found.attention || []).filter(w => w.regions.length || w.frames.length);
-  if (sees.length) parts.push(make("h2", "Where a word looks (choose one)"), attention(sees));
+  if (sees.length) parts.push(make("h2", "Attention of a word (choose one)"), attention(sees));
   $("answer").replaceChildren(...parts);
 };
 $("paint").onclick = async () => {
@@ -117,5 +117,5 @@ $("paint").onclick = async () => {
     const image = make("img"); image.src = p.png; image.alt = "generated picture";
     image.title = p.matching === null ? "" : `matching ${p.matching.toFixed(3)}`; box.append(image);
   }
-  $("answer").replaceChildren(make("h2", compared ? "Painted, the best match first" : "Painted"), box, ...found.notes.map(n => make("p", n, "note")));
+  $("answer").replaceChildren(make("h2", compared ? "Generated images, best match first" : "Generated images"), box, ...found.notes.map(n => make("p", n, "note")));
 };

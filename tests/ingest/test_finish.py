@@ -103,7 +103,7 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
     shutil.copytree(parts, tmp_path / "apart")
     store = tmp_path / "apart" / "store"
     shutil.move(part_folder(store, 1, 2), tmp_path / "aside")
-    with pytest.raises(UserError, match="part 1 of 2 is missing"):
+    with pytest.raises(UserError, match="partition 1 of 2 missing"):
         merge_parts(store)
     (tmp_path / "aside" / "part.json").rename(tmp_path / "part.json")
     shutil.move(tmp_path / "aside", part_folder(store, 1, 2))

@@ -87,7 +87,7 @@ def test_a_list_may_have_a_header_and_say_a_thing_twice_but_not_two_things(store
     split_by_list(store, list_file)
     assert (splits_of(store)[first], splits_of(store)[second]) == ("test", "valid")
     list_file.write_text(f"{first},test\n{second},valid\n{first},train\n")
-    with pytest.raises(UserError, match=f'l.csv line 3: "{first}" is in train, but in test on line 1: leave one'):
+    with pytest.raises(UserError, match=f'l.csv line 3: "{first}" is in train, but in test on line 1: remove one'):
         split_by_list(store, list_file)
     list_file.write_text(f'{first},"test\n{second},valid\n')
     with pytest.raises(UserError, match=r"l.csv: a quote is not closed"):

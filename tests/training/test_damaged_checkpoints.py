@@ -223,12 +223,12 @@ def test_an_older_export_without_hashes_loads_with_a_note(exported: Path, logged
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_attn_implementation": "someone/repo"}, "_attn_implementation is no key"),
-        ({"attn_implementation": "someone/repo"}, "attn_implementation is no key"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is no key"),
-        ({"_name_or_path": "someone/repo"}, "_name_or_path is no key"),
-        ({"trust_remote_code": True}, "trust_remote_code is no key"),
-        ({"quantization_config": {"quant_method": "x"}}, "quantization_config is no key"),
+        ({"_attn_implementation": "someone/repo"}, "_attn_implementation is not a key"),
+        ({"attn_implementation": "someone/repo"}, "attn_implementation is not a key"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is not a key"),
+        ({"_name_or_path": "someone/repo"}, "_name_or_path is not a key"),
+        ({"trust_remote_code": True}, "trust_remote_code is not a key"),
+        ({"quantization_config": {"quant_method": "x"}}, "quantization_config is not a key"),
         ({"architectures": ["Evil"]}, "not a model that opt-ds export wrote"),
         ({"opt_ds_config": []}, "no opt_ds_config"),
         ({"sizes": {"num_layers": 10_000_000}}, "require more than"),

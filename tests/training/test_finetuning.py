@@ -112,7 +112,7 @@ def test_a_validation_split_without_labels_is_refused_before_training(
     config, labels = tuned("classification", pretrained, learnable, 1), FeatureStore.labels
     unlabelled = set(FeatureStore(learnable).split_samples("valid").tolist())
     monkeypatch.setattr(FeatureStore, "labels", lambda self, index: () if index in unlabelled else labels(self, index))
-    with pytest.raises(UserError, match='no sample of split "valid" has what the run\'s tasks need') as error:
+    with pytest.raises(UserError, match='no sample of split "valid" has what the tasks need') as error:
         train(config, tmp_path, group)
     assert str(learnable) in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
