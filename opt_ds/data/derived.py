@@ -2,8 +2,6 @@
 
 Each array is computed once, stored in a file with the store's records, and memory-mapped by every rank.
 
-Each is computed once, stored in a file with the store's records, and memory-mapped by every rank.
-
 A file is valid for one store fingerprint and one key (what the array depends on besides the store). A file that was
 modified or damaged is computed again. Writing a file removes those of the store's earlier contents.
 """
@@ -39,7 +37,7 @@ def cached_array(store: FeatureStore, name: str, key: list[Any], make: Callable[
     Returns:
         The array, memory-mapped read-only if it has a file.
     """
-    folder = getattr(store, "records", None)
+    folder = store.records
     if folder is None:
         return make()
     identity = json.dumps([VERSION, store.fingerprint, name, key])

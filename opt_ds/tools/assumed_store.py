@@ -25,6 +25,7 @@ class AssumedStore:
 
     has_codes = has_pixels = True
     modalities = MODALITIES
+    records: Path | None = None  # nothing derived from it is kept
 
     def __init__(self, model: ModelConfig, text: int, regions: int, frames: int) -> None:
         self._model, self._means = model, (text, regions, frames)
