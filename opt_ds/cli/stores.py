@@ -212,7 +212,9 @@ def update(
     """Add or replace one modality of a store; the features of the others are kept as they are."""
     from opt_ds.store.schema import load_description
 
-    known = ("text", "image", "audio", "codes", *load_description(store).further)
+    known: tuple[str, ...] = ("text", "image", "audio", "codes")
+    if modality not in known and extractor is None and not did_you_mean(modality, known):
+        known += tuple(load_description(store).further)
     if modality not in known and extractor is None:
         raise UserError(
             f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}, or name the '

@@ -98,6 +98,9 @@ class OPTProcessor:
         if audio is not None:
             self._add_audio(sample, check_audio(audio))
         for name, file in further.items():
+            if name not in self.further:
+                known = (*MODALITIES, *self.further)
+                raise UserError(f'no modality "{name}"{did_you_mean(name, known)}: the model reads {", ".join(known)}')
             columns = self.columns(name, file)
             self._add(sample, name, columns, len(columns["features"]), f"{name} {Path(file).name}")
         return sample
@@ -108,9 +111,9 @@ class OPTProcessor:
         Raise UserError for a modality that the model has no extractor of, a file that cannot be read, and an extractor that
         is not the training store's.
         """
-        if kind not in self.further:
-            known = ("text", "image", "audio", *self.further)
-            raise UserError(f'no modality "{kind}"{did_you_mean(kind, known)}: the model reads {", ".join(known)}')
+        if kind not in self._file_kinds or kind in MODALITIES:
+            near = did_you_mean(kind, self._file_kinds)
+            raise UserError(f'no modality "{kind}"{near}: the model has extractors of {", ".join(self._file_kinds)}')
         path = Path(file).expanduser()
         if not path.is_file():
             raise UserError(f"{kind} {path}: no such file")

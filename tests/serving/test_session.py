@@ -50,7 +50,7 @@ def test_what_was_not_learned_is_refused(raw_store: Path, tmp_path: Path) -> Non
     sample = session.processor("a red square")
     with pytest.raises(UserError, match=r"trained without dtr .* cannot write text"):
         session.text(sample)
-    with pytest.raises(UserError, match=r"trained without dir .* cannot paint"):
+    with pytest.raises(UserError, match=r"trained without dir .* cannot generate images"):
         session.pictures(sample)
 
 

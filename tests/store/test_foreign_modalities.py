@@ -198,7 +198,7 @@ def absent_data(file: h5py.File) -> None:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(soft_link, "a link to elsewhere"), (external_link, "a link to elsewhere"), (external_storage, "external storage"),
+    [(soft_link, "a link out of the file"), (external_link, "a link out of the file"), (external_storage, "external storage"),
      (absent_data, "more bytes than the file has")],
 )  # fmt: skip
 def test_columns_that_reach_elsewhere_are_refused(store: Path, make: Callable[[h5py.File], None], message: str) -> None:
