@@ -41,7 +41,7 @@ def test_every_import_goes_down_and_none_is_excepted() -> None:
     [
         ("training/trainer.py", "from opt_ds.evaluation import evaluator", "layers", "training.trainer -> opt_ds.evaluation"),
         ("data/loader.py", "def late():\n    from opt_ds.model import opt", "layers", "opt_ds.data.loader -> opt_ds.model.opt"),
-        ("store/writer.py", "def late():\n    import opt_ds.store.split", "circles", "No cycles are allowed in opt_ds.store"),
+        ("store/shards.py", "def late():\n    import opt_ds.store.split", "circles", "No cycles are allowed in opt_ds.store"),
     ],
 )  # fmt: skip
 def test_an_upward_import_and_a_hidden_circle_are_found(copy: Path, file: str, line: str, contract: str, found: str) -> None:

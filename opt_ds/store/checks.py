@@ -186,8 +186,10 @@ def audio_problem(frames: np.ndarray, feature_dim: int) -> str | None:
     return item_problem("audio/features", frames, (None, feature_dim))
 
 
-def further_problem(columns: dict[str, np.ndarray], modality: FurtherModality) -> str | None:
-    """Return why a store could not hold a row of a further modality; None if it can."""
+def further_problem(columns: object, modality: FurtherModality) -> str | None:
+    """Return why a store could not hold a row of a further modality, a dict of its columns; None if it can."""
+    if not isinstance(columns, dict):
+        return f"{type(columns).__name__}, not a dict of columns"
     if columns.keys() != modality.columns.keys():
         return f"columns {', '.join(map(str, columns)) or 'none'}, not {', '.join(modality.columns)}"
     if not all(isinstance(array, np.ndarray) for array in columns.values()):

@@ -128,4 +128,5 @@ def _of_column(values: np.ndarray) -> str:
     if values.ndim > 1:
         return f"{values.dtype} {list(values.shape)} {_spread(values)}"
     more = " …" if len(values) > _MOST_VALUES else ""
-    return " ".join(f"{value:g}" for value in values[:_MOST_VALUES].tolist()) + more
+    shown = values[:_MOST_VALUES].tolist()
+    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in shown) + more

@@ -43,6 +43,7 @@ from opt_ds.store.tokenizer import describe_tokenizer
 
 PARTIAL_FILE = "partial.json"
 
+
 @dataclass(frozen=True)
 class TextItem:
     """A caption: `tokens` int [L] without [CLS] and [SEP], and the string that they were made from."""
@@ -280,8 +281,9 @@ class StoreWriter:
 
     def _item_problem(self, modality: str, item: _Item) -> str | None:
         dims = self._dims
-        if isinstance(item, dict):
+        if modality in self._further:
             return further_problem(item, self._further[modality])
+        assert not isinstance(item, dict), "only further modalities have columns"
         if isinstance(item, TextItem):
             return text_problem(item.tokens, dims.vocab_size)
         if not isinstance(item, ImageItem):

@@ -179,6 +179,7 @@ def test_a_wrong_index_is_found(store: Path) -> None:
         ({"features": np.zeros((0, 3))}, "features are empty"),
         ({"features": np.full((2, 3), 1e5)}, "features: 100000 is beyond float16"),
         ({"features": np.full((2, 3), np.nan)}, "features: NaN or infinite, first in row 0"),
+        ({}, "ndarray, not a dict of columns"),
         ({"features": [[0.0] * 3] * 2}, "columns that are no NumPy arrays"),
         ({"forces": np.full((2, 2, 2), 1e39)}, r"forces: 1e\+39 is beyond float32"),
         ({"forces": np.zeros((1, 2, 2))}, r"forces of shape \[1, 2, 2\], not \[2, 2, 2\]"),
@@ -194,7 +195,7 @@ def test_the_writer_refuses_what_a_store_cannot_hold(tmp_path: Path, row: dict[s
     writer = new_writer(tmp_path / "s", further=FURTHER)
     content = further_contents()[1]
     columns = {name: array for name, array in {**content.further["touch"][0], **row}.items() if array is not None}
-    content.further["touch"][0] = columns
+    content.further["touch"][0] = columns if row else np.zeros((2, 3), "float16")  # type: ignore[assignment]
     with pytest.raises(UserError, match=f'sample "sämple5": touch: {reason}') as error:
         writer.write_shard(0, content)
     assert "\n" not in str(error.value) and not list((tmp_path / "s").glob("shard-*"))
