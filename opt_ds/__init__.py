@@ -40,7 +40,7 @@ def load(
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
         precision: "fp32"; "bf16" or "fp16", with which the weights take half the memory and results differ slightly; or "auto":
             fp32 on the CPU, bf16 on GPUs from Ampere on, fp16 on older ones.
-        image_weights: Weights of the image extractor, if no package brings them.
+        image_weights: Weights of the image extractor, if no package includes them.
         speech_weights: Weights of the speech extractor, if it has any.
         extractor_options: Modality -> options of its extractor that the model does not record, such as other files.
 

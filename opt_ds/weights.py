@@ -71,7 +71,7 @@ def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as JSON: download it again")
     found = config.get("model_type")
     if found is not None and found != model_type:
-        raise UserError(f"{folder}: not a {what} folder: its config.json says model_type {found!r}, not {model_type!r}")
+        raise UserError(f"{folder}: not a {what} folder: model_type in its config.json is {found!r}, not {model_type!r}")
     return config
 
 
@@ -150,7 +150,7 @@ def _read_safetensors(file: Path) -> Any:
     try:
         return load_file(file)
     except (SafetensorError, ValueError, RuntimeError, KeyError):
-        raise UserError(f"{file}: not a checkpoint of plain tensors: cut off or damaged: download it again") from None
+        raise UserError(f"{file}: not a checkpoint of plain tensors: truncated or damaged: download it again") from None
 
 
 def _read_torch(file: Path) -> Any:
@@ -158,7 +158,7 @@ def _read_torch(file: Path) -> Any:
     with open(file, "rb") as stream:
         starts_as_archive = stream.read(2) == b"PK"
     if starts_as_archive and not is_archive:
-        raise UserError(f"{file}: not a checkpoint of plain tensors: cut off or damaged: download it again")
+        raise UserError(f"{file}: not a checkpoint of plain tensors: truncated or damaged: download it again")
     if is_archive:
         with zipfile.ZipFile(file) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
@@ -176,7 +176,7 @@ def _read_torch(file: Path) -> Any:
         reason = (
             "it holds pickled Python objects, which could run code: save only its tensors, torch.save(model.state_dict(), …)"
             if pickled
-            else "cut off, damaged or of another kind: download it again"
+            else "truncated, damaged or of another kind: download it again"
         )
         raise UserError(f"{file}: not a checkpoint of plain tensors: {reason}") from None
 

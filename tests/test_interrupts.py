@@ -130,7 +130,7 @@ def test_training_of_the_dvae_saves_and_asks_to_be_requeued(number: int, nohup: 
     code, lines = interrupt(command, "step/s", group=True, folder=tmp_path, number=number, nohup=nohup)
     name = "SIGTERM" if nohup else signal.Signals(number).name
     assert code == 75 and len(lines) == 1, lines
-    match = re.fullmatch(rf"{name}: saved after step (\d+); start again with the same --output to go on", lines[0])
+    match = re.fullmatch(rf"{name}: saved after step (\d+); run the same command again to resume", lines[0])
     found = checkpoint.find_resumable(tmp_path)
     assert match and found is not None and checkpoint.read_record(found)[0] == int(match[1])
 

@@ -50,7 +50,8 @@ class ImageOptions:
     images: Annotated[
         str,
         typer.Option(
-            help="Region extractor: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name of an installed "
+            help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name of an "
+            "installed "
             "package's, or module:Class."
         ),
     ] = "grid"
@@ -73,7 +74,8 @@ class SpeechOptions:
     """The speech extractor; the fields are those of `PrepareSettings`."""
 
     speech: Annotated[
-        str, typer.Option(help="Speech extractor: logmel, wav2vec2, the name of an installed package's, or module:Class.")
+        str,
+        typer.Option(help="Extractor of audio frames: logmel, wav2vec2, the name of an installed package's, or module:Class."),
     ] = "logmel"
     speech_weights: Annotated[
         Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")

@@ -65,7 +65,7 @@ def train_dvae(
     except TrainingStoppedError as stop:
         if stop.reason == "SIGINT":
             raise KeyboardInterrupt from None
-        _LOG.info(f"{stop}; start again with the same --output to go on")
+        _LOG.info(f"{stop}; run the same command again to resume")
         return REQUEUE_EXIT_CODE
     return 0
 

@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 
 Workers = Annotated[int, typer.Option(help="Number of processes, each with one thread.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ImageWeights = Annotated[Path | None, typer.Option(help="Weights of the image extractor, if no package brings them.")]
-Limit = Annotated[int | None, typer.Option(help="Samples at most, a seeded choice.", min=1)]
-BeamSize = Annotated[int, typer.Option(help="Beam size of the text decoder; 1: greedy.", min=1)]
-Pixels = Annotated[bool, typer.Option(help="Keep each picture at 64 x 64 pixels, for the dVAE and picture grids.")]
+ImageWeights = Annotated[Path | None, typer.Option(help="Weights of the image extractor, if no package includes them.")]
+Limit = Annotated[int | None, typer.Option(help="Largest number of samples, chosen by the seed. Default: all.", min=1)]
+BeamSize = Annotated[int, typer.Option(help="Beam size of the text decoder. 1: greedy search.", min=1)]
+Pixels = Annotated[bool, typer.Option(help="Store each image at 64 x 64 pixels too, for the dVAE and image grids.")]
 ExtractorOption = Annotated[
     list[str] | None,
     typer.Option(
         "--extractor-option",
         metavar="KIND.KEY=VALUE",
-        help="Set one option of the extractor of a modality, such as image.side=224; may be repeated.",
+        help="Set one option of the extractor of a modality, such as image.side=224. May be repeated.",
     ),
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting. May be repeated.")
+]
 
 
 def parse_extractor_options(given: list[str] | None) -> dict[str, dict[str, Any]]:

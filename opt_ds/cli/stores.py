@@ -181,12 +181,13 @@ def update(
     *,
     store: _Store,
     modality: Annotated[
-        str, typer.Option(help="What to add or replace: text, image, audio, codes, or a further modality with its --extractor.")
+        str,
+        typer.Option(help="Modality to add or replace: text, image, audio, codes, or a further modality with its --extractor."),
     ],
     manifest: Annotated[
         Path | None,
         typer.Option(
-            help="image, audio, further ones: the manifest that names the samples' files. text: new texts. Default: the store's "
+            help="image, audio, further ones: manifest that names the samples' files. text: new texts; default: the store's "
             "own."
         ),
     ] = None,
@@ -200,16 +201,20 @@ def update(
     extractor_option: ExtractorOption = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="The extractor's weights; codes: the dVAE's folder; text: a tokenizer's. Default: train one."),
+        typer.Option(
+            help="Weights of the extractor; codes: folder of the dVAE; text: folder of a tokenizer (default: train one)."
+        ),
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
-    layer: Annotated[int | None, typer.Option(help="wav2vec2: the Transformer layer, from 1. Default: the last.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="wav2vec2: Transformer layer whose output is used, from 1. Default: the last.")
+    ] = None,
     frames: FrameOptions,
     tokenizer: TokenizerOptions,
     pixels: Pixels = True,
     reading: ReadingOptions,
 ) -> None:
-    """Add or replace one modality of a store; the features of the others are kept as they are."""
+    """Add or replace one modality of a store. The features of the others are kept."""
     from opt_ds.store.schema import load_description
 
     known: tuple[str, ...] = ("text", "image", "audio", "codes")

@@ -155,7 +155,7 @@ def _image_item(feature: Any, decoded: Decoded[Any], extractor: Any, settings: P
     from opt_ds.decoding.pictures import to_pixels
 
     if not len(feature.features):
-        return Failure("no region was found in the picture")
+        return Failure("no region was found in the image")
     if (problem := image_problem(feature, extractor.dim, extractor.num_classes)) is not None:
         return Failure(f"regions cannot be stored: {problem}")
     picture = decoded.content

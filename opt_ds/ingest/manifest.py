@@ -313,7 +313,7 @@ def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_ou
         raise _LineError(f'id "{line.id}" is also on line {seen[line.id]}: ids must differ', line.id)
     for kind, name in line.files().items():
         if not allow_outside and not _is_inside(name, folder):
-            raise _LineError(f'{kind} "{name}" lies outside the manifest\'s folder (--allow-outside)', line.id)
+            raise _LineError(f'{kind} "{name}" is outside the manifest\'s folder (--allow-outside)', line.id)
 
 
 def _is_inside(name: str, folder: Path) -> bool:

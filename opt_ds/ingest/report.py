@@ -108,7 +108,7 @@ def report_table(report: dict[str, Any], limits: dict[str, int | None], units: M
     rows += [(f"  {reason}", str(count)) for reason, count in report["reasons"].items()]
     for kind, limit in (("text", limits["max_tokens"]), ("audio", limits["max_frames"])):
         if report["cut"][kind]:
-            rows.append((f"{kind} cut at {limit} {units[kind]}", str(len(report["cut"][kind]))))
+            rows.append((f"{kind} truncated at {limit} {units[kind]}", str(len(report["cut"][kind]))))
     for kind, found in report["duplicates"].items():
         if found["repeated"]:
             across = f", {found['across_splits']} of them in several splits" if found["across_splits"] else ""

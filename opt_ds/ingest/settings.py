@@ -63,7 +63,7 @@ class PrepareSettings(Section):
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
     )
-    pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and picture grids.")
+    pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and image grids.")
     speech: str = Field(
         "logmel",
         description="Extractor of audio frames: logmel, wav2vec2, the name of an installed package's, or `module:Class`.",

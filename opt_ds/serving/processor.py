@@ -247,6 +247,6 @@ class OPTProcessor:
                 f"{option} (in Python: {python})"
             )
         if weights is not None and not needs:
-            raise UserError(f"the model's {kind} extractor ({name}) takes no weights from a file: leave {option} away")
+            raise UserError(f"the model's {kind} extractor ({name}) has no weights in a file: omit {option}")
         if weights is not None and not weights.exists():
             raise UserError(f"{option} {weights}: no such file or folder")

@@ -53,7 +53,7 @@ def draw_lengths(lengths: dict[str, np.ndarray], path: Path, units: Mapping[str,
     figure = Figure(figsize=(4 * len(lengths), 3.2), layout="constrained")
     for axes, (kind, values) in zip(figure.subplots(1, len(lengths)), lengths.items(), strict=True):
         axes.set_title(f"{kind}: {len(values)} rows")
-        axes.set_xlabel(f"{units[kind]} a row")
+        axes.set_xlabel(f"{units[kind]} per row")
         if len(values):
             axes.hist(values, bins=_edges(values), color="#4c72b0")
             axes.axvline(float(np.median(values)), color="black", linewidth=1)

@@ -149,7 +149,7 @@ def _described(target: Path, error: Exception) -> "CheckpointError":
     """Return the error that reports, in one line, why a checkpoint could not be written."""
     if isinstance(error, UserError):
         return CheckpointError(str(error))
-    reason, remedy = " ".join(str(error).split())[:300], "start again with the same --output to go on, and report this line"
+    reason, remedy = " ".join(str(error).split())[:300], "start again with the same --output to resume, and report this line"
     if isinstance(error, MemoryError) or "can't allocate memory" in reason:
         reason, remedy = "out of host memory", "use fewer processes or a machine with more memory, then start again"
     elif isinstance(error, OSError):

@@ -128,11 +128,11 @@ class Trainer(TrainingLoop):
             stopped = self.run()
             if self.state.stopped_early:
                 _LOG.info(
-                    f"stopped early after step {self.state.step}: none was better since step {self.state.best_step}"
+                    f"early stopping at step {self.state.step}: no improvement since step {self.state.best_step}"
                 )
             if stopped:
                 _LOG.info(
-                    f"{stopped}: saved after step {self.state.step}; start again with the same --output to go on"
+                    f"{stopped}: saved after step {self.state.step}; run the same command again to resume"
                 )
             else:
                 _LOG.info(f"finished after step {self.state.step}: {self.output}")

@@ -270,7 +270,7 @@ def test_a_run_of_the_model_and_one_of_the_dvae_are_told_apart(complete: tuple[P
 def _train_until(
     step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int | None = None
 ) -> None:
-    """Train until one step past the checkpoint of `step`, as a process that is killed then."""
+    """Train until one step after the checkpoint of `step`, like a process that is killed then."""
     real_step = DVAETrainer.train_step
 
     def dying_step(self: DVAETrainer):

@@ -157,7 +157,7 @@ def test_a_models_processor_reads_its_files_once_the_user_allows_it(
     [
         ({"tuoch": "a.csv"}, r'unknown field "tuoch" \(did you mean "touch"\?\)'),
         ({"touch": 3}, "field touch: give a file's name in quotes"),
-        ({"touch": "../a.csv"}, 'touch "../a.csv" lies outside the manifest\'s folder'),
+        ({"touch": "../a.csv"}, 'touch "../a.csv" is outside the manifest\'s folder'),
         ({}, "none of image, text, audio, touch: a sample needs at least one"),
     ],
 )

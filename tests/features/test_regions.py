@@ -69,7 +69,7 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     (regions,) = extractor.extract([noise(2)])
     assert regions.features.shape == (16, extractor.dim)
     assert len(extractor.identity()["weights_sha256"]) == 64
-    # With one cell for the whole picture the cell's class is the classifier's own.
+    # With one cell for the complete image, the cell's class is the classifier's own.
     whole = GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1))
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

@@ -182,7 +182,7 @@ def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face:
     with pytest.raises(UserError, match=r"does not fit the wav2vec 2\.0 of its config\.json: its weights lack encoder."):
         Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     file.write_bytes(bytes_before[: len(bytes_before) // 2])
-    with pytest.raises(UserError, match=r"model\.safetensors: .*: cut off or damaged: download it again") as error:
+    with pytest.raises(UserError, match=r"model\.safetensors: .*: truncated or damaged: download it again") as error:
         Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     assert "\n" not in str(error.value)
 
@@ -273,7 +273,7 @@ def test_folders_of_other_models_are_refused_by_name(tmp_path: Path, kind: str) 
         config = getattr(transformers, f"{kind}Config")(**_SMALL)
         getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     model_type = json.loads((tmp_path / "config.json").read_text())["model_type"]
-    with pytest.raises(UserError, match=f"not a wav2vec 2.0 folder: its config.json says model_type '{model_type}'"):
+    with pytest.raises(UserError, match=f"not a wav2vec 2.0 folder: model_type in its config.json is '{model_type}'"):
         Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path))
 
 

@@ -26,7 +26,7 @@ def test_shards_add_up_and_equal_files_are_found_across_them() -> None:
     assert report["lengths"]["audio"] == {"rows": 0}
     assert report["lengths"]["image"]["median"] == 55
     table = report_table(report, {"max_tokens": 50, "max_frames": None})
-    assert "text cut at 50 tokens" in "\n".join(table)
+    assert "text truncated at 50 tokens" in "\n".join(table)
     assert any("2, 1 of them in several splits" in line for line in table)
     assert table[-1] == '  skipped "b": image file is broken: b.jpg: odd'
 

@@ -144,7 +144,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(tmp_path: Path, monkeypatch: pyt
     """A child process ends at once at its k-th file operation, for every k until it lives to the end."""
     write_synthetic_store(tmp_path / "s", 4, samples_per_shard=2, pixels=False)
     train_wordpiece([*captions(FeatureStore(tmp_path / "s")).values(), "w1 w2 w3"], 300, tmp_path / "t")
-    # Drawing takes most of the time, and its file's atomic write stays.
+    # Plotting takes most of the time. The atomic write of its file remains.
     monkeypatch.setattr("opt_ds.ingest.report.draw_lengths", lambda _, path, units: path.write_bytes(b"drawn"))
     update_text(tmp_path / "s", None, PrepareSettings(text=tmp_path / "t"))  # imports what the children need
     for moment in range(1, 200):

@@ -48,9 +48,9 @@ BAD_LINES = {
     b'{"id": "\\udfff", "text": "x"}': ("line {}", "surrogate pair"),
     b'{"id": "typo", "txet": "x"}': ("typo", 'did you mean "text"'),
     b'{"id": "nothing"}': ("nothing", "none of image, text, audio"),
-    b'{"id": "out-1", "image": "../secret.png"}': ("out-1", "lies outside the manifest's folder"),
-    b'{"id": "out-2", "image": "/etc/hostname"}': ("out-2", "lies outside the manifest's folder"),
-    b'{"id": "out-3", "audio": "sub/../../x.wav"}': ("out-3", "lies outside the manifest's folder"),
+    b'{"id": "out-1", "image": "../secret.png"}': ("out-1", "is outside the manifest's folder"),
+    b'{"id": "out-2", "image": "/etc/hostname"}': ("out-2", "is outside the manifest's folder"),
+    b'{"id": "out-3", "audio": "sub/../../x.wav"}': ("out-3", "is outside the manifest's folder"),
     b'{"id": "long-name", "image": "' + b"n" * 5000 + b'.png"}': ("long-name", "image file is"),
     b'{"id": "nul", "image": "a\\u0000b.png"}': ("nul", "image file is"),
 }  # fmt: skip
@@ -109,7 +109,7 @@ def test_the_report_counts_what_was_cut_and_what_is_double(prepared: tuple[Path,
     assert sum(report["lengths"]["image"]["histogram"]["counts"]) == report["lengths"]["image"]["rows"] > 10
     assert (prepared[0] / LENGTHS_FILE).read_bytes().startswith(b"\x89PNG")
     table = "\n".join(prepared[1])
-    assert "text cut at 50 tokens" in table
+    assert "text truncated at 50 tokens" in table
     assert "not a sample" in table
 
 

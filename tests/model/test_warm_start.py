@@ -123,7 +123,7 @@ def test_a_folder_that_is_no_bert_is_one_line(tmp_path: Path) -> None:
         load_bert(make_model(), tmp_path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"cut off")
-        with pytest.raises(UserError, match=f"{name}: not a checkpoint of plain tensors: cut off") as error:
+        with pytest.raises(UserError, match=f"{name}: not a checkpoint of plain tensors: truncated") as error:
             load_bert(make_model(), tmp_path)
         assert "\n" not in str(error.value)
         (tmp_path / name).unlink()

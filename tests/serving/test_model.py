@@ -206,7 +206,7 @@ def test_what_is_truncated_is_logged(model: opt_ds.Model, caplog: pytest.LogCapt
         ({"device": "cuda:99"}, r'device "cuda:99": this PyTorch sees \d+ GPUs'),
         ({"device": "cpu", "precision": "half"}, 'precision "half": choose auto, fp32, bf16, fp16'),
         ({"device": "cpu", "precision": "fp16"}, "fp16 does not run on the CPU"),
-        ({"device": "cpu", "image_weights": "not/there"}, "takes no weights from a file"),
+        ({"device": "cpu", "image_weights": "not/there"}, "has no weights in a file"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_so_is_one_line(exported: Path, options: dict[str, Any], message: str) -> None:

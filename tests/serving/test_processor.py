@@ -26,7 +26,7 @@ def test_a_raw_sample_becomes_just_what_training_reads(session: Session, raw: Pa
     stored = evaluator.read(index, (0, 1, 2))
     for modality, part in ((TEXT, "ids"), (IMAGE, "boxes"), (IMAGE, "labels"), (AUDIO, "features")):
         np.testing.assert_array_equal(getattr(made.of(modality), part), getattr(stored.of(modality), part))
-    # In the store's making sixteen pictures went through the network together: sums in another order.
+    # While preparing the store, sixteen images went through the network together, so sums have another order.
     np.testing.assert_allclose(made.items[IMAGE].features, stored.items[IMAGE].features, rtol=1e-2, atol=1e-2)
 
 
@@ -92,5 +92,5 @@ def test_an_extractor_that_is_not_the_training_stores_is_refused(run: Path, sess
 def test_weights_that_the_models_extractor_does_not_take_are_refused(session: Session, run: Path, raw: Path) -> None:
     given = OPTProcessor(run / "processor", session.config.model, image_weights=raw / "0.png", speech_weights=raw / "0.wav")
     for kind, option in (("image", "--image-weights"), ("audio", "--speech-weights")):
-        with pytest.raises(UserError, match=f"{kind} extractor .* takes no weights from a file: leave {option} away"):
+        with pytest.raises(UserError, match=f"{kind} extractor .* has no weights in a file: omit {option}"):
             given(**{kind: raw / ("0.png" if kind == "image" else "0.wav")})

@@ -74,4 +74,4 @@ def test_a_run_without_its_processor_says_what_to_do(run: Path, tmp_path: Path) 
 
 
 def test_a_recording_of_ten_samples_in_float64_is_read(session: Session) -> None:
-    assert AUDIO in session.processor(audio=np.zeros(10, np.float64)).items, "a click is a recording too"
+    assert AUDIO in session.processor(audio=np.zeros(10, np.float64)).items, "a click is valid audio"

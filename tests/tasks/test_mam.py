@@ -125,7 +125,7 @@ def test_the_candidates_are_the_own_frame_and_the_unmasked_frames_of_the_utteran
     config = make_config()
     model, packer = make_model(config), make_packer(config, [complete])
     first, second = frames_sample(8, [2, 3], 0, 0), frames_sample(3, [0], 1, 1)
-    # of a sample that is not drawn for MAM
+    # of a sample that is not used for MAM
     other = Sample(slot=2, items={AUDIO: AudioItems(frames_sample(5, [], 2, 2).of(AUDIO).features)})
     batch = packer.pack([first, second, other])
     with torch.no_grad():

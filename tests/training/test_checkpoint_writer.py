@@ -82,7 +82,7 @@ FAILURES: dict[str, tuple[Any, str, Exception, str]] = {
     ),
     "a fault of the program": (
         checkpoint_writer, "point_to", TypeError("first line\n  second line"),
-        "(TypeError: first line second line): start again with the same --output to go on, and report this line",
+        "(TypeError: first line second line): start again with the same --output to resume, and report this line",
     ),
     "a fault without text": (checkpoint_writer, "_prune", AssertionError(), "(AssertionError): start again with"),
     "no memory in the thread": (checkpoint_writer, "file_sha256", MemoryError(), "(out of host memory): use fewer"),

@@ -97,7 +97,7 @@ def test_early_stopping_keeps_the_best_and_is_remembered(
     assert newest is not None
     state = checkpoint.train_state(checkpoint.read_state(newest))
     assert state.stopped_early and state.best_step is not None and state.step == state.best_step + 2
-    assert any(f"stopped early after step {state.step}" in line for line in logged)
+    assert any(f"early stopping at step {state.step}" in line for line in logged)
     assert checkpoint.resolve_checkpoint(tmp_path).name == checkpoint.folder_name(state.best_step)
 
 
