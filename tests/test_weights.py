@@ -115,5 +115,5 @@ def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json there"):
         read_config(tmp_path, "bert", "BERT")
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    with pytest.raises(UserError, match=r"not a BERT folder: its config\.json says model_type 'roberta', not 'bert'"):
+    with pytest.raises(UserError, match=r"not a BERT folder: model_type in its config\.json is 'roberta', not 'bert'"):
         read_config(tmp_path, "bert", "BERT")

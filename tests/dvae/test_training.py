@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     started = _noted_steps(monkeypatch)
     train(store, output)
     assert started[0] == 6 and weights(output) == weights(whole)
-    assert any("step-00000009 is not usable: moments.safetensors is cut off" in line for line in logged)
+    assert any("step-00000009 is not usable: moments.safetensors is truncated" in line for line in logged)
     launches = json.loads((output / "run.json").read_text())["launches"]
     assert [launch["resumed_from"] for launch in launches] == [None, "step-00000006"]
 

@@ -128,7 +128,7 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         ClipScore(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"not a CLIP folder: its config\.json says model_type 'bert'"):
+    with pytest.raises(UserError, match=r"not a CLIP folder: model_type in its config\.json is 'bert'"):
         ClipScore(tmp_path)
 
 
