@@ -22,7 +22,7 @@ from opt_ds.model.decoders import ImageDecoder  # noqa: E402
 from opt_ds.model.generation import DecodingConfig, write  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
 from opt_ds.nn.autoregressive import AutoregressiveDecoder  # noqa: E402
-from opt_ds.nn.inputs import Written  # noqa: E402
+from opt_ds.nn.inputs import DecoderBatch  # noqa: E402
 from opt_ds.ops import backend  # noqa: E402
 from opt_ds.ops.sequences import Sequences  # noqa: E402
 
@@ -55,7 +55,7 @@ class Writing:
         for length in range(1, self.length + 1):
             sequences = Sequences.from_lengths([length] * self.batch, self.device)
             positions_w = torch.arange(length, device=self.device).repeat(self.batch)
-            prefix = Written(ids_bl.flatten(), ids_bl.flatten(), positions_w, sequences, index_m, self.memory)
+            prefix = DecoderBatch(ids_bl.flatten(), ids_bl.flatten(), positions_w, sequences, index_m, self.memory)
             last_b = sequences.cu_seqlens[1:].long() - 1
             following_b = self.decoder.scores(prefix, self.memory_ue).index_select(0, last_b).argmax(-1)
             ids_bl = torch.cat([ids_bl, following_b[:, None]], dim=1)

@@ -16,7 +16,7 @@ from opt_ds.data.layout import Layout, as_long, join
 from opt_ds.data.modality import ModalityBatch, modalities_of
 from opt_ds.data.sample import Sample
 from opt_ds.data.task import BatchPart, tasks_of
-from opt_ds.nn.inputs import ReadRows, Written
+from opt_ds.nn.inputs import DecoderBatch, OutputPositions
 from opt_ds.ops.movable import Movable, map_tensors
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
@@ -42,7 +42,7 @@ class PackedBatch(Movable):
     """One micro-batch. All parts are present; a part without work has length 0."""
 
     inputs: EncoderInputs
-    read: ReadRows
+    read: OutputPositions
     parts: dict[str, BatchPart]  # task -> its part
     sample_names: tuple[str, ...] = ()
 
@@ -77,7 +77,7 @@ class Packer:
         parts = {task.name: part for task in self._tasks if (part := task.collate(samples, layout)) is not None}
         return PackedBatch(
             inputs=self._inputs(samples, layout),
-            read=_read_rows(samples, layout, [index for part in parts.values() for index in part.output_index]),
+            read=_output_positions(samples, layout, [index for part in parts.values() for index in part.output_index]),
             parts=parts,
             sample_names=tuple(sample.name for sample in samples),
         )
@@ -97,10 +97,10 @@ class Packer:
         )
 
 
-def _read_rows(samples: list[Sample], layout: Layout, readers: list[torch.Tensor]) -> ReadRows:
-    index = np.unique(torch.cat([as_long([]), *readers]).numpy())
+def _output_positions(samples: list[Sample], layout: Layout, output_indices: list[torch.Tensor]) -> OutputPositions:
+    index = np.unique(torch.cat([as_long([]), *output_indices]).numpy())
     lengths = np.diff(np.searchsorted(index, layout.starts))
-    return ReadRows(torch.from_numpy(index), Sequences.from_lengths(lengths, slots=[s.slot for s in samples]))
+    return OutputPositions(torch.from_numpy(index), Sequences.from_lengths(lengths, slots=[s.slot for s in samples]))
 
 
 def decoder_targets(
@@ -108,7 +108,7 @@ def decoder_targets(
     layout: Layout,
     targets: Mapping[int, np.ndarray],
     begin_id: int,
-) -> Written:
+) -> DecoderBatch:
     """Return the teacher-forced targets of a decoder.
 
     Args:
@@ -122,7 +122,7 @@ def decoder_targets(
     """
     memory = [np.arange(layout.starts[i], layout.starts[i + 1]) for i in targets]
     items = list(targets.values())
-    return Written(
+    return DecoderBatch(
         input_ids=join([np.append(begin_id, target[:-1]) for target in items], np.int64),
         target_ids=join(items, np.int64),
         positions=join([np.arange(len(target)) for target in items], np.int64),

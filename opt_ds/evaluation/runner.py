@@ -21,7 +21,7 @@ from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig, write
 from opt_ds.model.opt import OPT
-from opt_ds.nn.inputs import Written
+from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
 from opt_ds.store.tokenizer import load_tokenizer
@@ -236,16 +236,16 @@ class ModelRunner:
         rows = np.array([len(text) + len(end) for text, end in zip(texts, ends, strict=True)])
         read = sorted(set(ks))
         memory = [range(starts[k], starts[k + 1]) for k in read]
-        written = Written(
+        decoder_batch = DecoderBatch(
             ids,
             targets,
             torch.cat([torch.arange(n) for n in rows.tolist()]).to(self.device),
             sequences,
             memory_index=torch.tensor([row for some in memory for row in some], device=self.device),
             memory=Sequences.from_lengths([len(some) for some in memory], device=self.device),
-            readers=Sequences.from_lengths([int(rows[np.array(ks) == k].sum()) for k in read], device=self.device),
+            query_groups=Sequences.from_lengths([int(rows[np.array(ks) == k].sum()) for k in read], device=self.device),
         )
-        scores = self.model.text_decoder.scores(written, hidden_te).float()
+        scores = self.model.text_decoder.scores(decoder_batch, hidden_te).float()
         item = -torch.nn.functional.cross_entropy(scores, targets, reduction="none")
         return (sequences.pad(item) * sequences.valid).double().sum(1).tolist()
 

@@ -17,7 +17,7 @@ from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.modalities.features import FeatureStandardizer
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
-from opt_ds.nn.inputs import ReadRows
+from opt_ds.nn.inputs import OutputPositions
 from opt_ds.nn.transformer import Encoder, LayerStack, number_dropout_sites
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
@@ -63,11 +63,11 @@ class OPT(nn.Module):
     def encode_cls(self, inputs: EncoderInputs) -> torch.Tensor:
         """Return cls_se, the encoder's [CLS] of each sample. The last layer computes no other position."""
         one_each = Sequences.from_lengths(np.ones(len(inputs.sequences)), inputs.sequences.cu_seqlens.device)
-        read = ReadRows(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
+        read = OutputPositions(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
         return self._encode(inputs, read)[0].index_select(0, inputs.cls_index)
 
     def _encode(
-        self, inputs: EncoderInputs, read: ReadRows | None = None
+        self, inputs: EncoderInputs, read: OutputPositions | None = None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         hidden_te, features = self.embeddings(inputs)
         return self.encoder(hidden_te, inputs.sequences, read), features

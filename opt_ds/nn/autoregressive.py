@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opt_ds.config import ModelConfig
-from opt_ds.nn.inputs import Written
+from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.nn.transformer import Decoder, Dropout, LayerCache, LayerNorm
 from opt_ds.ops.linear_cross_entropy import linear_cross_entropy
 from opt_ds.ops.sequences import Sequences
@@ -39,22 +39,24 @@ class AutoregressiveDecoder(nn.Module, ABC):
     def _output(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weight [outputs, e] and the bias [outputs] of the output projection."""
 
-    def forward(self, written: Written, hidden_te: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, decoder_batch: DecoderBatch, hidden_te: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the teacher-forced loss over all decoder targets.
 
         `hidden_te` is the encoder's packed output. Return two fp32 scalars: the cross-entropy summed over the targets,
         and the number of targets with the highest score.
         """
-        return linear_cross_entropy(self._hidden(written, hidden_te), *self._output(), written.target_ids)
+        return linear_cross_entropy(self._hidden(decoder_batch, hidden_te), *self._output(), decoder_batch.target_ids)
 
-    def scores(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
+    def scores(self, decoder_batch: DecoderBatch, hidden_te: torch.Tensor) -> torch.Tensor:
         """Return the teacher-forced scores [w, outputs] of every target position."""
-        return F.linear(self._hidden(written, hidden_te), *self._output())
+        return F.linear(self._hidden(decoder_batch, hidden_te), *self._output())
 
-    def _hidden(self, written: Written, hidden_te: torch.Tensor) -> torch.Tensor:
-        memory_ue = hidden_te.index_select(0, written.memory_index)
-        hidden_we = self._input(written.input_ids, written.positions, written.sequences)
-        return self.decoder(hidden_we, written.sequences, memory_ue, written.memory, written.readers)
+    def _hidden(self, decoder_batch: DecoderBatch, hidden_te: torch.Tensor) -> torch.Tensor:
+        memory_ue = hidden_te.index_select(0, decoder_batch.memory_index)
+        hidden_we = self._input(decoder_batch.input_ids, decoder_batch.positions, decoder_batch.sequences)
+        return self.decoder(
+            hidden_we, decoder_batch.sequences, memory_ue, decoder_batch.memory, decoder_batch.query_groups
+        )
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences, length: int | None = None) -> list[LayerCache]:
         """Return empty caches for incremental decoding, one decoded sequence per memory sequence.

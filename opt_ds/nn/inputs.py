@@ -9,7 +9,7 @@ from opt_ds.ops.sequences import Sequences
 
 
 @dataclass
-class ReadRows(Movable):
+class OutputPositions(Movable):
     """The output positions: packed positions whose encoding a head or decoder uses.
 
     The encoder's last layer is computed at these positions only.
@@ -20,7 +20,7 @@ class ReadRows(Movable):
 
 
 @dataclass
-class Written(Movable):
+class DecoderBatch(Movable):
     """Teacher-forced decoder inputs and targets, and the encoder positions that the decoder attends to."""
 
     input_ids: torch.Tensor  # int64 [w]; −1 marks the start of an image
@@ -29,4 +29,4 @@ class Written(Movable):
     sequences: Sequences
     memory_index: torch.Tensor  # int64 [m], packed positions of the samples with decoder targets
     memory: Sequences
-    readers: Sequences | None = None  # query groups: rows grouped by memory sequence, where several sequences share one
+    query_groups: Sequences | None = None  # rows grouped by memory sequence, where several sequences share one

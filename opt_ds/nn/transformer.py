@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from opt_ds.config import ModelConfig
-from opt_ds.nn.inputs import ReadRows
+from opt_ds.nn.inputs import OutputPositions
 from opt_ds.ops.attention import attention, cached_attention
 from opt_ds.ops.dropout import dropout
 from opt_ds.ops.layer_norm import add_layer_norm, layer_norm
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         """Return queries, keys and values, each [t, h, d]."""
         return self.qkv(x_te).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
-    def forward(self, x_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
+    def forward(self, x_te: torch.Tensor, sequences: Sequences, read: OutputPositions | None = None) -> torch.Tensor:
         """Return [t, e]. With `read`, return [r, e]: the output positions only, which attend to all rows."""
         queries = sequences if read is None else read.sequences
         if read is None:
@@ -180,7 +180,7 @@ class EncoderLayer(nn.Module):
         self.ffn, self.ffn_norm = FeedForward(config), LayerNorm(config)
 
     def forward(
-        self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None
+        self, x_te: torch.Tensor, stream_te: torch.Tensor, sequences: Sequences, read: OutputPositions | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the layer over all rows, or compute its output at the output positions only.
 
@@ -214,7 +214,7 @@ class DecoderLayer(nn.Module):
         x_te: torch.Tensor,
         stream_te: torch.Tensor,
         sequences: Sequences,
-        readers: Sequences,
+        query_groups: Sequences,
         memory_ue: torch.Tensor,
         memory: Sequences,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +224,7 @@ class DecoderLayer(nn.Module):
             x_te: Normed rows [t, e].
             stream_te: Residual stream [t, e].
             sequences: The decoder sequences, for self-attention.
-            readers: Query groups: the decoder rows grouped by the memory sequence that they attend to.
+            query_groups: Query groups: the decoder rows grouped by the memory sequence that they attend to.
             memory_ue: The encoder's output [u, e].
             memory: The memory sequences.
 
@@ -232,7 +232,7 @@ class DecoderLayer(nn.Module):
             (normed rows, stream), each [t, e].
         """
         x_te, stream_te = self.attention_norm(self.attention(x_te, sequences), stream_te, sequences)
-        x_te, stream_te = self.cross_norm(self.cross(x_te, readers, memory_ue, memory), stream_te, sequences)
+        x_te, stream_te = self.cross_norm(self.cross(x_te, query_groups, memory_ue, memory), stream_te, sequences)
         return self.ffn_norm(self.ffn(x_te), stream_te, sequences)
 
     def decode(self, x_be: torch.Tensor, stream_be: torch.Tensor, cache: "LayerCache") -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,7 +265,9 @@ class Encoder(LayerStack):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
-    def forward(self, hidden_te: torch.Tensor, sequences: Sequences, read: ReadRows | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_te: torch.Tensor, sequences: Sequences, read: OutputPositions | None = None
+    ) -> torch.Tensor:
         """Return [t, e]. With `read`, the last layer is computed at the output positions only; all other rows are 0."""
         stream_te = hidden_te
         *lower, last = self.layers
@@ -338,7 +340,7 @@ class Decoder(LayerStack):
         sequences: Sequences,
         memory_ue: torch.Tensor,
         memory: Sequences,
-        readers: Sequences | None = None,
+        query_groups: Sequences | None = None,
     ) -> torch.Tensor:
         """Run all layers teacher-forced.
 
@@ -347,7 +349,7 @@ class Decoder(LayerStack):
             sequences: The decoder sequences.
             memory_ue: The encoder's output [u, e].
             memory: The memory sequences.
-            readers: Query groups: rows grouped by the memory sequence that they attend to, where several sequences
+            query_groups: Query groups: rows grouped by the memory sequence that they attend to, where several sequences
                 share one.
                 None: each decoder sequence has its own memory sequence.
 
@@ -355,9 +357,11 @@ class Decoder(LayerStack):
             Hidden states [t, e].
         """
         stream_te = hidden_te
-        readers = sequences if readers is None else readers
+        query_groups = sequences if query_groups is None else query_groups
         for layer in self.layers:
-            hidden_te, stream_te = self.run_layer(layer, hidden_te, stream_te, sequences, readers, memory_ue, memory)
+            hidden_te, stream_te = self.run_layer(
+                layer, hidden_te, stream_te, sequences, query_groups, memory_ue, memory
+            )
         return hidden_te
 
     def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:

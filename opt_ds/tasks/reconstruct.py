@@ -24,7 +24,7 @@ from opt_ds.data.sample import Sample
 from opt_ds.data.task import BatchPart, Candidates, Drawn, TaskCost
 from opt_ds.modalities.text import read_text
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
-from opt_ds.nn.inputs import Written
+from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.keyed import keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
@@ -62,8 +62,8 @@ class ReconstructionTargets:
 class ReconstructionBatch(BatchPart):
     """Decoder targets of a batch."""
 
-    text: Written
-    image: Written
+    text: DecoderBatch
+    image: DecoderBatch
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
@@ -76,11 +76,11 @@ class ReconstructionBatch(BatchPart):
         return self.text.sequences.total + self.image.sequences.total
 
 
-def reconstruction_term(decoder: nn.Module, written: Written, hidden_te: torch.Tensor) -> LossTerm:
+def reconstruction_term(decoder: nn.Module, decoder_batch: DecoderBatch, hidden_te: torch.Tensor) -> LossTerm:
     """Return the decoder's summed cross-entropy over all target items."""
     assert isinstance(decoder, AutoregressiveDecoder)
-    loss, correct = decoder(written, hidden_te)
-    return LossTerm(loss, float(len(written.target_ids)), {"correct": correct})
+    loss, correct = decoder(decoder_batch, hidden_te)
+    return LossTerm(loss, float(len(decoder_batch.target_ids)), {"correct": correct})
 
 
 def set_code_targets(sample: Sample, codes: np.ndarray) -> None:
@@ -88,7 +88,7 @@ def set_code_targets(sample: Sample, codes: np.ndarray) -> None:
     sample.targets["modality"] = ReconstructionTargets(codes=codes)
 
 
-def code_targets(batch: PackedBatch) -> Written:
+def code_targets(batch: PackedBatch) -> DecoderBatch:
     """Return the image decoder's targets in a batch."""
     part = batch.parts["modality"]
     assert isinstance(part, ReconstructionBatch)
@@ -108,7 +108,7 @@ def set_text_targets(candidates: Candidates, drawn: Drawn, writes: np.ndarray) -
         for number, per_row in enumerate(candidates.lengths_by_row):
             own = np.flatnonzero(there & (candidates.store == number))
             ends[own] = ~per_row[TEXT].truncated(rows[own])
-    drawn.columns["writes_text"], drawn.columns["text_ends"] = writes, ends
+    drawn.columns["has_text_target"], drawn.columns["text_ends"] = writes, ends
     drawn.columns["text_target_length"] = np.where(there, candidates.lengths[:, TEXT] + ends, 0)
 
 
@@ -131,8 +131,8 @@ class ModalityReconstruction(Task):
     )  # fmt: skip
     masked_modalities = (TEXT, IMAGE, AUDIO)
     columns = {  # noqa: RUF012
-        "writes_text": (np.bool_, False),  # whether the text decoder has a target
-        "writes_image": (np.bool_, False),  # whether the image decoder has a target
+        "has_text_target": (np.bool_, False),  # whether the text decoder has a target
+        "has_image_target": (np.bool_, False),  # whether the image decoder has a target
         "text_target_length": (np.int64, 0),  # target tokens: WordPieces, and [SEP] if it follows
         "text_ends": (np.bool_, False),  # whether [SEP] follows; false if model.max_text_tokens truncated the text
     }
@@ -199,10 +199,10 @@ class ModalityReconstruction(Task):
         rows = drawn.input_rows[own]
         rows[dropped] = -1
         drawn.input_rows[own] = rows
-        writes_text = np.zeros(len(drawn.task), dtype=bool)
-        writes_text[own] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True)
-        drawn.columns["writes_image"][own] = image_ok & (dropped[:, IMAGE] if options.always_drop_target else True)
-        set_text_targets(candidates, drawn, writes_text)
+        has_text_target = np.zeros(len(drawn.task), dtype=bool)
+        has_text_target[own] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True)
+        drawn.columns["has_image_target"][own] = image_ok & (dropped[:, IMAGE] if options.always_drop_target else True)
+        set_text_targets(candidates, drawn, has_text_target)
 
     def _dropped(self, key: np.ndarray, present: np.ndarray, always: np.ndarray) -> np.ndarray:
         """Return which modalities are dropped, bool [n, M]. At least one remains in the input."""
@@ -223,18 +223,18 @@ class ModalityReconstruction(Task):
         """Return the number of target items of both decoders, for all tasks that set decoder targets."""
         columns = samples.columns
         return {
-            "dtr": float(columns["text_target_length"][columns["writes_text"]].sum()),
-            "dir": float(columns["writes_image"].sum()) * self.config.model.num_image_codes,
+            "dtr": float(columns["text_target_length"][columns["has_text_target"]].sum()),
+            "dir": float(columns["has_image_target"].sum()) * self.config.model.num_image_codes,
         }
 
     def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of the decoders, for all tasks that set decoder targets."""
         columns, model = samples.columns, self.config.model
-        writing = np.flatnonzero(columns["writes_text"] | columns["writes_image"])
+        writing = np.flatnonzero(columns["has_text_target"] | columns["has_image_target"])
         total.output_positions[writing] += positions[writing].astype(np.int64)
         for layers, outputs, writes, items in (
-            (model.text_decoder_layers, model.vocab_size, columns["writes_text"], columns["text_target_length"]),
-            (model.image_decoder_layers, model.image_codebook_size, columns["writes_image"], model.num_image_codes),
+            (model.text_decoder_layers, model.vocab_size, columns["has_text_target"], columns["text_target_length"]),
+            (model.image_decoder_layers, model.image_codebook_size, columns["has_image_target"], model.num_image_codes),
         ):
             own = np.flatnonzero((samples.task >= 0) & writes & (items > 0))
             num_items = np.broadcast_to(items, len(samples))[own]
@@ -246,10 +246,10 @@ class ModalityReconstruction(Task):
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Set the decoder targets of the sample."""
         targets, columns = ReconstructionTargets(), planned.columns
-        if columns["writes_text"][slot]:
+        if columns["has_text_target"][slot]:
             targets.text = read_text(store, planned.source_rows[slot, TEXT], self.config.model.max_text_tokens)
             targets.text_ends = bool(columns["text_ends"][slot])
-        if columns["writes_image"][slot]:
+        if columns["has_image_target"][slot]:
             targets.codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
         sample.targets["modality"] = targets
 

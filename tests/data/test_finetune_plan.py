@@ -22,7 +22,7 @@ def config(task: str, *inputs: str, labels: dict | None = None, size: int = 200,
 def test_transcription_hears_and_writes_and_never_reads_the_text(ragged: FeatureStore) -> None:
     plan = FineTunePlan(config("transcription", "A", "A+I"), [ragged])
     samples = plan.step(0).samples
-    assert (samples.task == WRITE).all() and samples.columns["writes_text"].all()
+    assert (samples.task == WRITE).all() and samples.columns["has_text_target"].all()
     assert (samples.input_rows[:, TEXT] < 0).all() and (samples.input_rows[:, AUDIO] >= 0).all()
     with_image = samples.source_rows[:, IMAGE] >= 0
     assert (samples.input_rows[~with_image, IMAGE] < 0).all()

@@ -20,7 +20,7 @@ def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) 
     reader, packer = SampleReader(config, [store]), make_packer(config, [store])
     model = make_model(config)
     # Attention pads to the longest of a batch: equal lengths go together, so that nothing is padded.
-    writes = np.stack([step.samples.columns["writes_text"], step.samples.columns["writes_image"]], axis=1)
+    writes = np.stack([step.samples.columns["has_text_target"], step.samples.columns["has_image_target"]], axis=1)
     lengths = np.concatenate([step.samples.input_lengths, writes], axis=1)
     forward = total = 0
     for row in np.unique(lengths, axis=0):

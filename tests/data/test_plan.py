@@ -116,7 +116,7 @@ def test_a_loss_weight_of_0_switches_off(complete: FeatureStore) -> None:
     plan = StepPlan(make_config(tasks={"mvm": {"weight": 0}, "dir": {"weight": 0}}, batch={"size": 500}), [complete])
     planned = plan.step(0)
     assert not (planned.samples.task == TASK_NAMES.index("mvm")).any()
-    assert not planned.samples.columns["writes_image"].any() and planned.samples.columns["writes_text"].any()
+    assert not planned.samples.columns["has_image_target"].any() and planned.samples.columns["has_text_target"].any()
     assert set(planned.counts) == {"mlm", "mafr", "mac", "dtr", "matching"}
     assert plan.off == {"mvm": "its weight is 0"}
 
@@ -143,7 +143,7 @@ def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStor
 
 def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> None:
     assert set(StepPlan(make_config(), [no_codes]).off) == {"dir"}
-    assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.columns["writes_image"].any()
+    assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.columns["has_image_target"].any()
     text_only = make_store(tmp_path / "t", 20, num_codes_vocab=None)
     rows = text_only.rows.copy()
     rows[:, 1:] = -1
@@ -247,9 +247,9 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
     (step,) = StepPlan(config, [complete]).validation()
     s = step.samples
     own = set(complete.split_samples("valid"))
-    assert set(s.sample[s.columns["writes_text"]]) == own == set(s.sample[s.columns["writes_image"]])
-    assert (s.input_rows[s.columns["writes_text"], TEXT] == -1).all()
-    assert (s.input_rows[s.columns["writes_image"], IMAGE] == -1).all()
+    assert set(s.sample[s.columns["has_text_target"]]) == own == set(s.sample[s.columns["has_image_target"]])
+    assert (s.input_rows[s.columns["has_text_target"], TEXT] == -1).all()
+    assert (s.input_rows[s.columns["has_image_target"], IMAGE] == -1).all()
 
 
 # ---- modality dropping
@@ -273,7 +273,9 @@ def test_each_modality_is_dropped_with_its_probability_and_never_all(complete: F
     for first, second in ((0, 1), (0, 2), (1, 2)):
         both = (dropped[:, first] & dropped[:, second]).mean()
         assert both == pytest.approx((p**2 - all_go) / (1 - all_go), abs=0.008)
-    assert s.columns["writes_text"].all() and s.columns["writes_image"].all(), "both decoders work whatever is dropped"
+    assert s.columns["has_text_target"].all() and s.columns["has_image_target"].all(), (
+        "both decoders work whatever is dropped"
+    )
     lengths = complete.text_lengths[s.source_rows[:, TEXT]]
     assert (s.columns["text_ends"] == (lengths <= 8)).all(), "what the model truncates has no end"
     assert 0 < s.columns["text_ends"].mean() < 1
@@ -291,29 +293,33 @@ def test_two_modalities_and_one(ragged: FeatureStore) -> None:
     assert not ((s.input_rows < 0).all(1)).any()
     one = present.sum(1) == 1
     assert one.any() and not dropped[one].any()
-    assert (s.columns["writes_text"] == present[:, TEXT]).all() and (s.columns["writes_image"] == present[:, IMAGE]).all()
+    assert (s.columns["has_text_target"] == present[:, TEXT]).all() and (
+        s.columns["has_image_target"] == present[:, IMAGE]
+    ).all()
 
 
 def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged: FeatureStore) -> None:
     s = modality_samples(complete, always_drop_target=True, text_target_share=0.7)
     dropped = s.input_rows < 0
-    assert (s.columns["writes_text"] == dropped[:, TEXT]).all() and (s.columns["writes_image"] == dropped[:, IMAGE]).all()
-    assert (s.columns["writes_text"] | s.columns["writes_image"]).all() and not dropped.all(1).any()
+    assert (s.columns["has_text_target"] == dropped[:, TEXT]).all() and (
+        s.columns["has_image_target"] == dropped[:, IMAGE]
+    ).all()
+    assert (s.columns["has_text_target"] | s.columns["has_image_target"]).all() and not dropped.all(1).any()
     by_chance = (0.3 - 0.09) / (1 - 0.09)  # of the two others, never both
     expected = [0.7 + 0.3 * by_chance, 0.3 + 0.7 * by_chance, by_chance]
     assert dropped.mean(0) == pytest.approx(expected, abs=0.01)
     r = modality_samples(ragged, always_drop_target=True)
     present, left = r.source_rows >= 0, r.input_rows >= 0
     assert (present.sum(1) >= 2).all() and left.any(1).all(), "something must be left to write from"
-    assert (r.columns["writes_text"] == present[:, TEXT] & ~left[:, TEXT]).all()
-    assert (r.columns["writes_image"] == present[:, IMAGE] & ~left[:, IMAGE]).all()
-    assert (r.columns["writes_text"] | r.columns["writes_image"]).all()
+    assert (r.columns["has_text_target"] == present[:, TEXT] & ~left[:, TEXT]).all()
+    assert (r.columns["has_image_target"] == present[:, IMAGE] & ~left[:, IMAGE]).all()
+    assert (r.columns["has_text_target"] | r.columns["has_image_target"]).all()
 
 
 def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
     for options in ({}, {"always_drop_target": True}):
         s = modality_samples(no_codes, **options)
-        assert s.columns["writes_text"].all() and not s.columns["writes_image"].any()
+        assert s.columns["has_text_target"].all() and not s.columns["has_image_target"].any()
 
 
 # ---- truncated texts
@@ -330,7 +336,9 @@ def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_t
         before, after = old.samples.arrays(), new.samples.arrays()
         for name in set(before) - ({"columns/text_target_length", "columns/text_ends"} if differs else set()):
             np.testing.assert_array_equal(before[name], after[name], err_msg=name)
-        truncated = int((complete.text_lengths[new.samples.source_rows[new.samples.columns["writes_text"], TEXT]] > limit).sum())
+        truncated = int(
+            (complete.text_lengths[new.samples.source_rows[new.samples.columns["has_text_target"], TEXT]] > limit).sum()
+        )
         assert old.counts["dtr"] - new.counts["dtr"] == truncated
         assert (truncated > 0) == differs
 
@@ -345,7 +353,7 @@ def test_the_planned_counts_are_those_of_the_batches(complete: FeatureStore, ver
     targets = [ids for part in written for ids in torch.split(part.target_ids, part.sequences.lengths.tolist())]
     assert sum(map(len, targets)) == planned.counts["dtr"]
     ended = sum(int(ids[-1]) == sep for ids in targets)
-    lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.columns["writes_text"], TEXT]]
+    lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.columns["has_text_target"], TEXT]]
     assert ended == (len(lengths) if version == 1 else (lengths <= config.model.max_text_tokens).sum())
     assert sum(batch.num_tokens for batch in batches) == planned.num_tokens
 

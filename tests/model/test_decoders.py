@@ -9,7 +9,7 @@ from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
-from opt_ds.nn.inputs import Written
+from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_model, make_packer, read_samples
@@ -79,10 +79,10 @@ def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memo
 @pytest.mark.parametrize("part", PARTS)
 def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str, norm: str) -> None:
     model, batch, hidden = setup(ragged, norm)
-    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
-    found = decoder.scores(written, hidden).split(written.sequences.lengths.tolist())
-    ids = written.input_ids.split(written.sequences.lengths.tolist())
-    memories = hidden[written.memory_index].split(written.memory.lengths.tolist())
+    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    found = decoder.scores(decoder_batch, hidden).split(decoder_batch.sequences.lengths.tolist())
+    ids = decoder_batch.input_ids.split(decoder_batch.sequences.lengths.tolist())
+    memories = hidden[decoder_batch.memory_index].split(decoder_batch.memory.lengths.tolist())
     assert len(found) > 3 and len({len(m) for m in memories}) > 3, "ragged memories"
     for own, own_ids, memory in zip(found, ids, memories, strict=True):
         assert (own - reference(decoder, norm, own_ids, memory)).abs().max() < 1e-5
@@ -93,10 +93,10 @@ def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str
 @pytest.mark.parametrize("part", PARTS)
 def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureStore, part: str, norm: str) -> None:
     model, batch, hidden = setup(ragged, norm)
-    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
-    truth = decoder.scores(written, hidden)
-    caches = decoder.start(hidden[written.memory_index], written.memory)
-    inputs, valid = written.sequences.pad(written.input_ids), written.sequences.valid
+    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    truth = decoder.scores(decoder_batch, hidden)
+    caches = decoder.start(hidden[decoder_batch.memory_index], decoder_batch.memory)
+    inputs, valid = decoder_batch.sequences.pad(decoder_batch.input_ids), decoder_batch.sequences.valid
     steps = [decoder.decode(inputs[:, place], place, caches) for place in range(inputs.shape[1])]
     found = torch.stack(steps, dim=1)[valid]
     assert (found - truth).abs().max() <= 1e-5
@@ -107,10 +107,10 @@ def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureSt
 def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
     """A beam's survivors: sequence 2 twice, then sequence 0."""
     model, batch, hidden = setup(ragged)
-    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
-    count = len(written.memory)
-    begin = torch.full((count,), int(written.input_ids[0]))
-    caches = decoder.start(hidden[written.memory_index], written.memory)
+    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    count = len(decoder_batch.memory)
+    begin = torch.full((count,), int(decoder_batch.input_ids[0]))
+    caches = decoder.start(hidden[decoder_batch.memory_index], decoder_batch.memory)
     decoder.decode(begin, 0, caches)
     second = torch.arange(count) % 10 + 5
     truth = decoder.decode(second, 1, [cache.select(torch.arange(count)) for cache in caches])
@@ -123,13 +123,13 @@ def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_written_later_is_not_seen(ragged: FeatureStore, part: str) -> None:
     model, batch, hidden = setup(ragged)
-    decoder, written = decoder_of(model, part), getattr(batch.parts["modality"], part)
-    before = decoder.scores(written, hidden)
-    last = written.sequences.cu_seqlens[1:].long() - 1
+    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    before = decoder.scores(decoder_batch, hidden)
+    last = decoder_batch.sequences.cu_seqlens[1:].long() - 1
     earlier = torch.ones(len(before), dtype=torch.bool)
     earlier[last] = False
-    written.input_ids[last] = (written.input_ids[last] + 3).clamp(max=15)
-    after = decoder.scores(written, hidden)
+    decoder_batch.input_ids[last] = (decoder_batch.input_ids[last] + 3).clamp(max=15)
+    after = decoder.scores(decoder_batch, hidden)
     assert torch.equal(before[earlier], after[earlier]) and not torch.allclose(before[last], after[last])
 
 
@@ -153,16 +153,16 @@ def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) 
     hidden = model.encode(inputs)
     memory_index = torch.arange(len(hidden))
     lengths = inputs.sequences.lengths.tolist()
-    written = Written(
+    decoder_batch = DecoderBatch(
         input_ids=torch.tensor([2, 7, 2, 7, 2, 7]), target_ids=torch.zeros(6, dtype=torch.long),
         positions=torch.tensor([0, 1] * 3), sequences=Sequences.from_lengths([2, 2, 2]),
         memory_index=memory_index, memory=inputs.sequences,
     )  # fmt: skip
-    before = model.text_decoder.scores(written, hidden)
+    before = model.text_decoder.scores(decoder_batch, hidden)
     for modality in (inputs.parts[TEXT].index, inputs.parts[IMAGE].index, inputs.parts[AUDIO].index):
         own = modality[(modality >= lengths[0]) & (modality < lengths[0] + lengths[1])]
         changed = hidden.clone()
         changed[own] += 1.0
-        after = model.text_decoder.scores(written, changed)
+        after = model.text_decoder.scores(decoder_batch, changed)
         assert not torch.allclose(after[2:4], before[2:4])
         assert torch.equal(after[:2], before[:2]) and torch.equal(after[4:], before[4:])

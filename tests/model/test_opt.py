@@ -11,7 +11,7 @@ from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned import PlannedStep
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
-from opt_ds.nn.inputs import ReadRows
+from opt_ds.nn.inputs import OutputPositions
 from opt_ds.ops import backend
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.base import total_loss
@@ -54,7 +54,7 @@ def test_the_last_layer_at_the_rows_that_are_read_is_the_whole_layer(
     samples[3:3] = [SampleReader(config, [ragged]).whole(0, i) for i in range(2)]
     batch = make_packer(config, [ragged]).pack(samples)
     assert batch.read.sequences.min_length == 0 and 0 < len(batch.read.index) < batch.inputs.sequences.total
-    everything = ReadRows(torch.arange(batch.inputs.sequences.total), batch.inputs.sequences)
+    everything = OutputPositions(torch.arange(batch.inputs.sequences.total), batch.inputs.sequences)
     counts = dict.fromkeys(config.tasks.active_losses, 10.0)
     found = []
     for read in (batch.read, everything):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.nn.inputs import Written
+from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.reconstruct import code_targets
@@ -50,7 +50,7 @@ def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target
 
 
 def last_scores(decoder: torch.nn.Module, ids: list[int], hidden: torch.Tensor) -> torch.Tensor:
-    items = Written(
+    items = DecoderBatch(
         input_ids=torch.tensor(ids), target_ids=torch.zeros(len(ids), dtype=torch.long),
         positions=torch.arange(len(ids)), sequences=Sequences.from_lengths([len(ids)]),
         memory_index=torch.arange(len(hidden)), memory=Sequences.from_lengths([len(hidden)]),
