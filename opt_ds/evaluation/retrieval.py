@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
-from opt_ds.data.matching import CASES
+from opt_ds.data.matching import MATCHING_LABELS
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
@@ -29,7 +29,7 @@ DIRECTIONS: dict[str, tuple[tuple[int, ...], int]] = {
     "audio_to_text": ((AUDIO,), TEXT),
     "text_audio_to_image": ((TEXT, AUDIO), IMAGE),
 }
-_CASE_OF_PAIR = {frozenset((IMAGE, AUDIO)): 1, frozenset((TEXT, AUDIO)): 2, frozenset((TEXT, IMAGE)): 3}
+_LABEL_OF_PAIR = {frozenset((IMAGE, AUDIO)): 1, frozenset((TEXT, AUDIO)): 2, frozenset((TEXT, IMAGE)): 3}
 RANKS = (1, 5, 10)
 
 
@@ -135,22 +135,22 @@ def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
 
 def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int, ...], target: int) -> np.ndarray:
     """Return scores [queries, targets] of the matching label that means: exactly these modalities match."""
-    case = case_of(query, target)
+    label = label_of(query, target)
     targets = [evaluator.read(index, (target,)) for index in gallery]
     scores = np.empty((len(gallery), len(gallery)), dtype=np.float32)
     for row, index in enumerate(gallery):
         own = evaluator.read(index, query)
         pairs = [joined(own, other) for other in targets]
-        scores[row] = evaluator.matching_scores(pairs)[:, case]
+        scores[row] = evaluator.matching_scores(pairs)[:, label]
     return scores
 
 
-def case_of(query: tuple[int, ...], target: int) -> int:
+def label_of(query: tuple[int, ...], target: int) -> int:
     """Return the index of the matching label that means: exactly these modalities match.
 
     It is an index into the matching head's scores.
     """
-    return _CASE_OF_PAIR.get(frozenset((*query, target)), CASES.index("all"))
+    return _LABEL_OF_PAIR.get(frozenset((*query, target)), MATCHING_LABELS.index("all"))
 
 
 def joined(query: Sample, target: Sample) -> Sample:

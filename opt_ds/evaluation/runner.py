@@ -16,7 +16,7 @@ import torch
 from opt_ds.abilities import LABEL, MATCH
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.matching import NUM_CASES
+from opt_ds.data.matching import NUM_LABELS
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig, write
@@ -148,7 +148,7 @@ class ModelRunner:
 
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """Return the matching head's scores of each sample, float32 [samples, 5]."""
-        scores = self._from_cls(samples, NUM_CASES, self._head(MATCH).score)
+        scores = self._from_cls(samples, NUM_LABELS, self._head(MATCH).score)
         return torch.from_numpy(scores).log_softmax(-1).numpy() if self.matches_by_softmax else scores
 
     @property

@@ -20,10 +20,10 @@ from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.retrieval import (
     DIRECTIONS,
     RANKS,
-    case_of,
     chance,
     content_names,
     joined,
+    label_of,
     log_mean_exp,
     recall,
     same_pairs,
@@ -165,12 +165,12 @@ class TwoStages:
             Scores [q, k] and the numbers of passes.
         """
         query, target = DIRECTIONS[direction]
-        case = case_of(query, target)
+        label = label_of(query, target)
         scores_qk = np.empty(best_qk.shape, dtype=np.float32)
         for row, index in enumerate(queries):
             own = self.evaluator.read(index, query)
             pairs = [joined(own, self.evaluator.read(gallery[place], (target,))) for place in best_qk[row]]
-            scores_qk[row] = self.evaluator.matching_scores(pairs)[:, case]
+            scores_qk[row] = self.evaluator.matching_scores(pairs)[:, label]
         return Scores(scores_qk, best_qk.size, 0)
 
     def likelihood(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from opt_ds.abilities import GENERATE_IMAGES, MATCH, WRITE_TEXT
 from opt_ds.config import Config
-from opt_ds.data.matching import CASES
+from opt_ds.data.matching import MATCHING_LABELS
 from opt_ds.data.modalities import AUDIO, IMAGE, MODALITIES, TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.dvae.model import DiscreteVAE
@@ -27,7 +27,7 @@ from opt_ds.store.processor_files import PROCESSOR_FOLDER
 from opt_ds.store.schema import DVAE_FOLDER, TOKENIZER_FOLDER
 from opt_ds.training.checkpoint import is_exported, load_model, resolve_checkpoint, run_of
 
-_CASE_OF_MODALITIES = {
+_LABEL_OF_MODALITIES = {
     frozenset((IMAGE, AUDIO)): "image_audio", frozenset((TEXT, AUDIO)): "text_audio", frozenset((TEXT, IMAGE)): "text_image",
     frozenset((TEXT, IMAGE, AUDIO)): "all",
 }  # fmt: skip
@@ -111,8 +111,8 @@ class Session(ModelRunner):
         Raise UserError if the model never learned matching.
         """
         (named,), given = self._matching([sample]), matched(sample)
-        possible = {case for pair, case in _CASE_OF_MODALITIES.items() if pair <= given} | {"none"}
-        return {case: value for case, value in named.items() if case in possible}
+        possible = {label for pair, label in _LABEL_OF_MODALITIES.items() if pair <= given} | {"none"}
+        return {label: value for label, value in named.items() if label in possible}
 
     def match_probabilities(self, samples: Sequence[Sample]) -> list[float]:
         """Return, for each sample of two or three inputs, the matching head's probability that all of them match.
@@ -120,7 +120,7 @@ class Session(ModelRunner):
         Raise UserError if the model never learned matching.
         """
         found = self._matching(samples)
-        return [named[_CASE_OF_MODALITIES[matched(sample)]] for sample, named in zip(samples, found, strict=True)]
+        return [named[_LABEL_OF_MODALITIES[matched(sample)]] for sample, named in zip(samples, found, strict=True)]
 
     def _matching(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
         self.require(MATCH, "predict whether inputs match")
@@ -130,7 +130,7 @@ class Session(ModelRunner):
         compared = [replace(own, items={number: own.items[number] for number in sorted(matched(own))}) for own in samples]
         scores = torch.from_numpy(self.matching_scores(compared))
         values = torch.softmax(scores, 1) if self.matches_by_softmax else torch.sigmoid(scores)
-        return [dict(zip(CASES, row, strict=True)) for row in values.tolist()]
+        return [dict(zip(MATCHING_LABELS, row, strict=True)) for row in values.tolist()]
 
     @property
     def dvae(self) -> DiscreteVAE:

@@ -18,7 +18,7 @@ from opt_ds.abilities import MATCH
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.hard_negatives import HardNegativeSampler
 from opt_ds.data.layout import Layout, as_long
-from opt_ds.data.matching import CASE_OF_PAIR, NUM_CASES, matching_case
+from opt_ds.data.matching import LABEL_OF_PAIR, NUM_LABELS, matching_label
 from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.planned_samples import PlannedSamples
@@ -56,7 +56,7 @@ class MatchingBatch(BatchPart):
     """Matching examples of a batch."""
 
     index: torch.Tensor  # int64 [j], packed positions of [CLS]
-    cases: torch.Tensor  # int64 [j], matching labels
+    labels: torch.Tensor  # int64 [j], matching labels
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
@@ -73,19 +73,19 @@ class MatchingHead(nn.Module):
 
     def __init__(self, config: ModelConfig, options: MatchingConfig) -> None:
         super().__init__()
-        self.score = nn.Linear(config.hidden_size, NUM_CASES)
+        self.score = nn.Linear(config.hidden_size, NUM_LABELS)
         self.loss = options.loss
 
-    def forward(self, hidden_te: torch.Tensor, judged: MatchingBatch) -> dict[str, LossTerm]:
+    def forward(self, hidden_te: torch.Tensor, examples: MatchingBatch) -> dict[str, LossTerm]:
         """Return the loss term.
 
         It counts samples, and "correct" counts the samples whose label has the highest score.
         """
-        scores = self.score(hidden_te.index_select(0, judged.index)).float()
-        term = classification_term(scores, judged.cases)
+        scores = self.score(hidden_te.index_select(0, examples.index)).float()
+        term = classification_term(scores, examples.labels)
         if self.loss == "bce":
-            targets = F.one_hot(judged.cases, NUM_CASES).float()
-            loss = F.binary_cross_entropy_with_logits(scores, targets, reduction="sum") / NUM_CASES
+            targets = F.one_hot(examples.labels, NUM_LABELS).float()
+            loss = F.binary_cross_entropy_with_logits(scores, targets, reduction="sum") / NUM_LABELS
             term = term._replace(sum=loss)
         return {"matching": term}
 
@@ -98,7 +98,7 @@ class Matching(Task):
     options = MatchingConfig
     about = "Sample-level modelling: which modalities belong together."
     losses = (Loss("matching", "matching.", about, ability=MATCH),)
-    columns = {"case": (np.int8, -1)}  # noqa: RUF012  # -1: not a matching example
+    columns = {"matching_label": (np.int8, -1)}  # noqa: RUF012  # -1: not a matching example
     fine_tunes = ("retrieval",)
     fine_tuned_loss = "matching"
 
@@ -128,18 +128,18 @@ class Matching(Task):
     def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
         """Replace and drop inputs so that they have the sampled matching label."""
         key, present = candidates.key[own], candidates.present[own][:, MODALITIES]
-        drawn_case = keyed_choice(NUM_CASES, key, "case")
+        sampled_label = keyed_choice(NUM_LABELS, key, "case")  # "case" is part of the random key: do not rename it
         kept = keyed_choice(3, key, "kept")  # the modality that is kept if the label is "none"
-        replaced = matching_case(drawn_case, kept)
+        replaced = matching_label(sampled_label, kept)
         complete = present.all(1)
-        judged_as_pair = ~complete | (keyed_uniform(key, "pair") < self.section.pair_probability)
+        is_pair = ~complete | (keyed_uniform(key, "pair") < self.section.pair_probability)
         absent = np.where(complete, keyed_choice(3, key, "absent"), np.argmin(present, axis=1))
-        replaced[judged_as_pair, absent[judged_as_pair]] = False
-        pair_case = np.where(replaced.any(1), NUM_CASES - 1, CASE_OF_PAIR[absent])
-        drawn.columns["case"][own] = np.where(judged_as_pair, pair_case, drawn_case)
+        replaced[is_pair, absent[is_pair]] = False
+        pair_label = np.where(replaced.any(1), NUM_LABELS - 1, LABEL_OF_PAIR[absent])
+        drawn.columns["matching_label"][own] = np.where(is_pair, pair_label, sampled_label)
         rows = drawn.input_rows[own]
         rows[:, len(MODALITIES) :] = -1
-        rows[judged_as_pair, absent[judged_as_pair]] = -1
+        rows[is_pair, absent[is_pair]] = -1
         for number, pool in enumerate(derived):
             of_store = candidates.of_store(number, own)
             sample = candidates.sample[own[of_store]]
@@ -155,7 +155,7 @@ class Matching(Task):
         """Add the cost of one output position and the head per sample."""
         own = self.own(samples)
         total.output_positions[own] += 1
-        total.head_flops[own] += 2.0 * self.config.model.hidden_size * NUM_CASES
+        total.head_flops[own] += 2.0 * self.config.model.hidden_size * NUM_LABELS
 
     # ---- fine-tuning: the unchanged sample, or one modality replaced by that of a hard negative
 
@@ -195,18 +195,20 @@ class Matching(Task):
             sample, key = candidates.sample[own], candidates.key[own]
             drawn.input_rows[own], found = pool.replace(drawn.input_rows[own], replaced[own], sample, key)
             drawn.task[own] = np.where(found, drawn.task[own], -1)
-        drawn.columns["case"][:] = np.where(drawn.task >= 0, _case(inputs, replaced), -1)
+        drawn.columns["matching_label"][:] = np.where(drawn.task >= 0, _label(inputs, replaced), -1)
 
     # ---- samples and batches
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Set the matching label of the sample."""
-        sample.targets[self.name] = int(planned.columns["case"][slot])
+        sample.targets[self.name] = int(planned.columns["matching_label"][slot])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
         """Return the matching examples."""
-        judged = [i for i, sample in enumerate(samples) if self.name in sample.targets]
-        return MatchingBatch(as_long(layout.starts[judged]), as_long([samples[i].targets[self.name] for i in judged]))
+        examples = [i for i, sample in enumerate(samples) if self.name in sample.targets]
+        return MatchingBatch(
+            as_long(layout.starts[examples]), as_long([samples[i].targets[self.name] for i in examples])
+        )
 
     # ---- the model and its baseline
 
@@ -223,32 +225,32 @@ class Matching(Task):
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
         """Return the loss of predicting the frequencies of the matching labels."""
-        return _CaseFrequencies(self.section.loss)
+        return _LabelFrequencies(self.section.loss)
 
 
-class _CaseFrequencies(Baseline):
+class _LabelFrequencies(Baseline):
     """Baseline that predicts the frequency of each matching label in the validation pass."""
 
     def __init__(self, loss: str) -> None:
-        self._loss, self._cases = loss, np.zeros(NUM_CASES)
+        self._loss, self._counts = loss, np.zeros(NUM_LABELS)
 
     def add(self, sample: Sample, number: int) -> None:
         if "matching" in sample.targets:
-            self._cases[sample.targets["matching"]] += 1
+            self._counts[sample.targets["matching"]] += 1
 
     def losses(self) -> dict[str, float]:
-        if not self._cases.sum():
+        if not self._counts.sum():
             return {}
-        prior = np.clip(self._cases / self._cases.sum(), 1e-12, 1 - 1e-12)
+        prior = np.clip(self._counts / self._counts.sum(), 1e-12, 1 - 1e-12)
         if self._loss == "ce":
             return {"matching": float(-(prior * np.log(prior)).sum())}
         return {"matching": float(-(prior * np.log(prior) + (1 - prior) * np.log(1 - prior)).mean())}
 
 
-def _case(inputs: np.ndarray, replaced: np.ndarray) -> np.ndarray:
+def _label(inputs: np.ndarray, replaced: np.ndarray) -> np.ndarray:
     """Return the matching labels [B] of inputs bool [B, M] whose modality `replaced` [B] comes from another sample."""
     inputs = inputs[:, MODALITIES]
     complete = inputs.all(1)
-    pair = CASE_OF_PAIR[np.argmin(inputs, axis=1)]
+    pair = LABEL_OF_PAIR[np.argmin(inputs, axis=1)]
     matching = np.where(complete, 0, pair)
     return np.where(replaced < 0, matching, np.where(complete, replaced + 1, 4))

@@ -56,7 +56,7 @@ def test_retrieval_judges_pairs_half_of_which_have_a_negative_on_either_side(gro
     samples = plan.step(0).samples
     negative, side = _pairs(samples)
     assert (samples.task == MATCHING).all() and (samples.input_rows[:, AUDIO] < 0).all()
-    assert (samples.columns["case"] == np.where(negative, 4, 3)).all(), "text_image or none"
+    assert (samples.columns["matching_label"] == np.where(negative, 4, 3)).all(), "text_image or none"
     assert 0.4 < negative.mean() < 0.6
     assert 0.4 < (side[negative] == TEXT).mean() < 0.6
     for slot in np.flatnonzero(negative):
@@ -70,7 +70,7 @@ def test_a_triple_of_which_one_is_replaced_is_the_pair_that_remains(complete: Fe
     samples = FineTunePlan(config("retrieval", "T+A+I"), [complete]).step(0).samples
     negative, side = _pairs(samples)
     assert set(side[negative]) == set(MODALITIES)
-    assert (samples.columns["case"] == np.where(negative, side + 1, 0)).all()
+    assert (samples.columns["matching_label"] == np.where(negative, side + 1, 0)).all()
 
 
 def test_negatives_have_nearer_texts_than_random_ones_and_never_the_same(complete: FeatureStore) -> None:
@@ -137,7 +137,7 @@ def test_every_validation_sample_is_judged_once_matching_and_once_with_each_side
     samples = [step.samples for step in plan.validation()]
     valid = len(complete.split_samples("valid"))
     assert sum(len(s) for s in samples) == 3 * valid
-    assert sum((s.columns["case"] == 3).sum() for s in samples) == valid
+    assert sum((s.columns["matching_label"] == 3).sum() for s in samples) == valid
 
 
 def test_a_store_without_a_fitting_sample_is_refused_in_one_line(no_codes: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def same(a: PackedBatch, b: PackedBatch) -> bool:
              (a.inputs.parts[AUDIO].features, b.inputs.parts[AUDIO].features),
              (a.inputs.parts[IMAGE].masked, b.inputs.parts[IMAGE].masked), (a.inputs.gather_index, b.inputs.gather_index),
              (a.parts["modality"].image.target_ids, b.parts["modality"].image.target_ids),
-             (a.parts["matching"].cases, b.parts["matching"].cases)]  # fmt: skip
+             (a.parts["matching"].labels, b.parts["matching"].labels)]  # fmt: skip
     return a.sample_names == b.sample_names and all(torch.equal(x, y) for x, y in pairs)
 
 

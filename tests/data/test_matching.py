@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_ds.data.matching import CASES
+from opt_ds.data.matching import MATCHING_LABELS
 from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned_samples import PlannedSamples, select
@@ -24,7 +24,7 @@ def matching_samples(store: FeatureStore, pair_probability: float, size: int = 1
     return select(samples, keep)
 
 
-def true_case(store: FeatureStore, owners: list[dict[int, int]], rows: np.ndarray) -> str:
+def true_label(store: FeatureStore, owners: list[dict[int, int]], rows: np.ndarray) -> str:
     """Return the label that follows from the store: which inputs come from samples of one group."""
     inputs = [m for m in range(3) if rows[m] >= 0]
     groups = {m: int(store.groups[owners[m][int(rows[m])]]) for m in inputs}
@@ -45,13 +45,16 @@ def test_five_cases_in_equal_shares_and_the_label_is_right(request: pytest.Fixtu
     store = request.getfixturevalue(name)
     s, owners = matching_samples(store, 0.0), owners_of(store)
     assert len(s) == 10_000 and (s.input_rows >= 0).all()
-    counts = np.bincount(s.columns["case"], minlength=5)
+    counts = np.bincount(s.columns["matching_label"], minlength=5)
     assert len(counts) == 5 and ((counts - 2000.0) ** 2 / 2000.0).sum() < 25.0
-    assert all(CASES[c] == true_case(store, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))
+    assert all(
+        MATCHING_LABELS[c] == true_label(store, owners, rows)
+        for c, rows in zip(s.columns["matching_label"], s.input_rows, strict=True)
+    )
     own = s.input_rows == s.source_rows
     kept = {"all": 3, "image_audio": 2, "text_audio": 2, "text_image": 2, "none": 1}
-    assert all(own[i].sum() == kept[CASES[c]] for i, c in enumerate(s.columns["case"]))
-    none = own[s.columns["case"] == 4]
+    assert all(own[i].sum() == kept[MATCHING_LABELS[c]] for i, c in enumerate(s.columns["matching_label"]))
+    none = own[s.columns["matching_label"] == 4]
     assert np.abs(none.mean(0) - 1 / 3).max() < 0.05, "any of the three stays its own where nothing matches"
 
 
@@ -74,9 +77,13 @@ def test_pairs_are_labelled_with_their_case_or_none(complete: FeatureStore) -> N
     s, owners = matching_samples(complete, 1.0), owners_of(complete)
     assert ((s.input_rows >= 0).sum(1) == 2).all()
     assert np.abs((s.input_rows < 0).mean(0) - 1 / 3).max() < 0.02
-    assert all(CASES[c] == true_case(complete, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))
-    assert not (s.columns["case"] == 0).any()
-    assert (s.columns["case"] == 4).mean() == pytest.approx(0.6, abs=0.02)  # `all` and one of the three pairs keep it unchanged
+    assert all(
+        MATCHING_LABELS[c] == true_label(complete, owners, rows)
+        for c, rows in zip(s.columns["matching_label"], s.input_rows, strict=True)
+    )
+    assert not (s.columns["matching_label"] == 0).any()
+    # `all` and one of the three pairs keep it unchanged
+    assert (s.columns["matching_label"] == 4).mean() == pytest.approx(0.6, abs=0.02)
 
 
 def test_half_of_the_draws_judge_a_pair(complete: FeatureStore, ragged: FeatureStore) -> None:
@@ -85,7 +92,10 @@ def test_half_of_the_draws_judge_a_pair(complete: FeatureStore, ragged: FeatureS
     r, owners = matching_samples(ragged, 0.0), owners_of(ragged)
     two = (r.source_rows >= 0).sum(1) == 2
     assert two.any() and ((r.input_rows[two] >= 0) == (r.source_rows[two] >= 0)).all()
-    assert all(CASES[c] == true_case(ragged, owners, rows) for c, rows in zip(r.columns["case"], r.input_rows, strict=True))
+    assert all(
+        MATCHING_LABELS[c] == true_label(ragged, owners, rows)
+        for c, rows in zip(r.columns["matching_label"], r.input_rows, strict=True)
+    )
 
 
 def test_validation_negatives_are_of_the_valid_split(complete: FeatureStore) -> None:
@@ -99,7 +109,10 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
     three = make_store(tmp_path / "three", 12, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
     s, owners = matching_samples(three, 0.0, 500), owners_of(three)
     assert len(s) == 500
-    assert all(CASES[c] == true_case(three, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))
+    assert all(
+        MATCHING_LABELS[c] == true_label(three, owners, rows)
+        for c, rows in zip(s.columns["matching_label"], s.input_rows, strict=True)
+    )
     two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
     assert "no negative" in StepPlan(make_config(), [two]).off["matching"]
 
@@ -156,8 +169,11 @@ def test_hard_negatives_have_nearer_texts_and_keep_every_rule(grouped: FeatureSt
     for share in (0.0, 1.0):
         plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"hard_negative_share": share}}, **size), [grouped])
         s = plan.step(0).samples
-        assert (s.task == MATCHING).all() and np.bincount(s.columns["case"], minlength=5).min() > 100
-        assert all(CASES[c] == true_case(grouped, owners, rows) for c, rows in zip(s.columns["case"], s.input_rows, strict=True))
+        assert (s.task == MATCHING).all() and np.bincount(s.columns["matching_label"], minlength=5).min() > 100
+        assert all(
+            MATCHING_LABELS[c] == true_label(grouped, owners, rows)
+            for c, rows in zip(s.columns["matching_label"], s.input_rows, strict=True)
+        )
         given = [
             (sample, owners[m][int(rows[m])])
             for sample, source, rows in zip(s.sample, s.source_rows, s.input_rows, strict=True)

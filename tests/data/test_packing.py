@@ -54,8 +54,8 @@ def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sa
         targets.codes = rng.integers(0, 16, 64)
     if targets.text is not None or targets.codes is not None:
         sample.targets["modality"] = targets
-    if (case := int(rng.integers(-1, 5))) >= 0:
-        sample.targets["matching"] = case
+    if (label := int(rng.integers(-1, 5))) >= 0:
+        sample.targets["matching"] = label
     return sample
 
 
@@ -117,7 +117,7 @@ def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bo
 def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) -> None:
     """Every index of every task points at the item that it names, sample by sample, in order."""
     inputs = batch.inputs
-    tokens, regions, frames, sizes, judged = [], [], [], [], []
+    tokens, regions, frames, sizes, examples = [], [], [], [], []
     for i, s in enumerate(samples):
         num_text = 1 if TEXT not in s.items else len(s.items[TEXT].ids) + 2
         num_regions = 0 if IMAGE not in s.items else len(s.items[IMAGE].features)
@@ -131,7 +131,7 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
             frames += [(bounds[i] + num_text + num_regions + p, s.items[AUDIO].features[p].tolist(), int(p)) for p in places]
             sizes.append((len(places), s.items[AUDIO].features.tolist()))
         if "matching" in s.targets:
-            judged.append((bounds[i], s.targets["matching"]))
+            examples.append((bounds[i], s.targets["matching"]))
     t, r, f = batch.parts["mlm"], batch.parts["mvm"], batch.parts["mam"]
     assert list(zip(t.index.tolist(), t.targets.tolist(), strict=True)) == tokens
     assert list(zip(r.index.tolist(), inputs.parts[IMAGE].features[r.rows].tolist(), r.labels.tolist(), strict=True)) == regions
@@ -140,7 +140,10 @@ def check_targets(batch: PackedBatch, samples: list[Sample], bounds: list[int]) 
     assert f.sequences.lengths.tolist() == [count for count, _ in sizes]
     utterances = torch.split(inputs.parts[AUDIO].features[f.utterance_rows], f.utterances.lengths.tolist())
     assert [u.tolist() for u in utterances] == [whole for _, whole in sizes]
-    assert list(zip(batch.parts["matching"].index.tolist(), batch.parts["matching"].cases.tolist(), strict=True)) == judged
+    assert (
+        list(zip(batch.parts["matching"].index.tolist(), batch.parts["matching"].labels.tolist(), strict=True))
+        == examples
+    )
     part = batch.parts["modality"]
     for decoder, name, begin in ((part.text, "text", CLS), (part.image, "codes", -1)):
         who = [i for i, s in enumerate(samples) if getattr(written(s), name) is not None]
@@ -175,6 +178,6 @@ def test_a_batch_moves_as_one(ragged: FeatureStore) -> None:
     batch = make_packer(config, [ragged]).pack(read_samples(config, [ragged]))
     moved = batch.to("meta")
     for part in (moved.inputs.parts[TEXT].ids, moved.inputs.sequences.cu_seqlens, moved.parts["mam"].utterances.cu_seqlens,
-                 moved.parts["modality"].image.memory_index, moved.parts["matching"].cases):  # fmt: skip
+                 moved.parts["modality"].image.memory_index, moved.parts["matching"].labels):  # fmt: skip
         assert part.device.type == "meta"
     assert moved.inputs.sequences.total == batch.inputs.sequences.total and moved.sample_names == batch.sample_names

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.matching import NUM_CASES
+from opt_ds.data.matching import NUM_LABELS
 from opt_ds.data.modalities import AUDIO
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
@@ -37,10 +37,13 @@ def test_mac_is_log_k_of_each_masked_frame(complete: FeatureStore) -> None:
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 def test_matching_is_what_the_best_constant_scores_reach(complete: FeatureStore, loss: str) -> None:
     config = make_config(tasks={"matching": {"loss": loss}})
-    cases = np.concatenate(
-        [s.samples.columns["case"][s.samples.task == MATCHING] for s in StepPlan(config, [complete]).validation()]
+    labels = np.concatenate(
+        [
+            s.samples.columns["matching_label"][s.samples.task == MATCHING]
+            for s in StepPlan(config, [complete]).validation()
+        ]
     )
-    prior = torch.from_numpy(np.bincount(cases, minlength=NUM_CASES) / len(cases)).float()
+    prior = torch.from_numpy(np.bincount(labels, minlength=NUM_LABELS) / len(labels)).float()
     model = make_model(config)
     with torch.no_grad():
         model.matching.score.weight.zero_()

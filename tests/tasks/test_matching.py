@@ -21,15 +21,15 @@ def test_the_loss_is_its_formula(complete: FeatureStore, loss: str) -> None:
     for sample, (cls, *_) in zip(samples, positions_of(samples), strict=True):
         if "matching" not in sample.targets:
             continue
-        case = sample.targets["matching"]
+        label = sample.targets["matching"]
         scores = weight @ hidden[cls] + bias
         if loss == "bce":
             probability = 1 / (1 + np.exp(-scores))
-            right = np.arange(5) == case
+            right = np.arange(5) == label
             total -= np.where(right, np.log(probability), np.log(1 - probability)).sum() / 5
         else:
-            total -= np.log(np.exp(scores[case]) / np.exp(scores).sum())
-        correct += int(scores.argmax() == case)
+            total -= np.log(np.exp(scores[label]) / np.exp(scores).sum())
+        correct += int(scores.argmax() == label)
         count += 1
     assert count > 30 and term.count == count and term.metrics["correct"] == correct
     assert term.sum.item() == pytest.approx(total, rel=1e-5)
