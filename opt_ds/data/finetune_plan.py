@@ -102,9 +102,9 @@ class FineTunePlan(Plan):
         candidates = self._candidates(key, epoch, store, sample, variant=-1)
         inputs = self._input_sm[chosen]
         task = np.full(len(sample), self._number, dtype=np.int8)
-        drawn = self._drawn(task, np.where(inputs, candidates.source_rows, -1))
-        self._task.assign_for_finetuning(candidates, drawn, inputs, replaced, derived)
-        return self._samples_of(candidates, drawn)
+        sampled = self._sampled(task, np.where(inputs, candidates.source_rows, -1))
+        self._task.assign_for_finetuning(candidates, sampled, inputs, replaced, derived)
+        return self._samples_of(candidates, sampled)
 
 
 def plan_class(config: Config) -> type[Plan]:

@@ -63,7 +63,7 @@ class HardNegativeSampler:
             if not len(self._providers[modality]):
                 found[who] = False
                 continue
-            candidate = self._drawn(modality, sample[who], key[who])
+            candidate = self._sampled(modality, sample[who], key[who])
             near = self._similarity.of(sample[who], candidate)
             near[self._refused(modality, candidate, sample[who])] = -np.inf
             best = near.argmax(1)
@@ -72,7 +72,7 @@ class HardNegativeSampler:
             rows[who, modality] = np.where(found[who], self._rows[negative, modality], rows[who, modality])
         return rows, found
 
-    def _drawn(self, modality: int, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
+    def _sampled(self, modality: int, sample: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Return the sampled candidates, int64 [b, k]."""
         providers = self._providers[modality]
         number = np.arange(self._candidates)[None]

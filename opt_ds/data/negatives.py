@@ -132,8 +132,10 @@ class NegativeSampler:
         assert self._similarity is not None
         number = np.tile(np.arange(self._candidates), len(who))
         several = keyed_hash(np.repeat(key, self._candidates), "candidate", number)
-        drawn = self._negatives(modality, np.repeat(who, self._candidates), used, np.repeat(own_row, self._candidates), several)
-        candidate = drawn.reshape(len(who), self._candidates)
+        sampled = self._negatives(
+            modality, np.repeat(who, self._candidates), used, np.repeat(own_row, self._candidates), several
+        )
+        candidate = sampled.reshape(len(who), self._candidates)
         near = self._similarity.of(sample[who], candidate)
         near[self._similarity.same_content(sample[who], candidate)] = -np.inf
         return np.take_along_axis(candidate, near.argmax(1)[:, None], axis=1)[:, 0]

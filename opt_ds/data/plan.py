@@ -58,12 +58,12 @@ class StepPlan(Plan):
             mix.get(name, 0.0) * self.tasks[name].possible(candidates, derived[name]) if mix.get(name) else np.zeros(len(key))
             for name in self._derived
         ]
-        drawn = self._drawn(self._chosen_task(key, shares), candidates.source_rows.copy())
+        sampled = self._sampled(self._chosen_task(key, shares), candidates.source_rows.copy())
         for number, (name, task) in enumerate(self.tasks.items()):
-            own = np.flatnonzero(drawn.task == number)
+            own = np.flatnonzero(sampled.task == number)
             if own.size:
-                task.assign(candidates, drawn, own, derived[name])
-        return self._samples_of(candidates, drawn)
+                task.assign(candidates, sampled, own, derived[name])
+        return self._samples_of(candidates, sampled)
 
     def _chosen_task(self, key: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
         """Return a task per sample, int8 [B], sampled by weight among the possible ones.

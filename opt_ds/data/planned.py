@@ -23,7 +23,7 @@ from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
 from opt_ds.data.modality import modalities_of
 from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
 from opt_ds.data.store_rows import store_rows
-from opt_ds.data.task import Candidates, Drawn, tasks_of
+from opt_ds.data.task import Candidates, SampledTasks, tasks_of
 from opt_ds.ops.keyed import keyed_hash, permute
 from opt_ds.store.reader import FeatureStore
 
@@ -209,21 +209,21 @@ class Plan(ABC):
             sample=sample, source_rows=source_rows, lengths=self._input_lengths(store, source_rows), variant=variant,
         )  # fmt: skip
 
-    def _drawn(self, task: np.ndarray, input_rows: np.ndarray) -> Drawn:
+    def _sampled(self, task: np.ndarray, input_rows: np.ndarray) -> SampledTasks:
         """Return the samples with their tasks, before the tasks make their decisions."""
         columns: dict[str, np.ndarray] = {
             name: np.full(len(task), fill, dtype)
             for unit in self.tasks.values()
             for name, (dtype, fill) in unit.columns.items()
         }
-        return Drawn(task, input_rows, columns)
+        return SampledTasks(task, input_rows, columns)
 
-    def _samples_of(self, candidates: Candidates, drawn: Drawn) -> PlannedSamples:
-        rows = drawn.input_rows
+    def _samples_of(self, candidates: Candidates, sampled: SampledTasks) -> PlannedSamples:
+        rows = sampled.input_rows
         lengths = self._changed_lengths(candidates.store, rows, candidates.source_rows, candidates.lengths)
         return PlannedSamples(
-            epoch=candidates.epoch, store=candidates.store, sample=candidates.sample, task=drawn.task,
-            source_rows=candidates.source_rows, input_rows=rows, input_lengths=lengths, columns=drawn.columns,
+            epoch=candidates.epoch, store=candidates.store, sample=candidates.sample, task=sampled.task,
+            source_rows=candidates.source_rows, input_rows=rows, input_lengths=lengths, columns=sampled.columns,
         )  # fmt: skip
 
     def _counts(self, samples: PlannedSamples) -> dict[str, float]:

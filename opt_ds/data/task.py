@@ -60,7 +60,7 @@ class Candidates:
 
 
 @dataclass
-class Drawn:
+class SampledTasks:
     """Decisions of the tasks about the samples. Each task changes the entries of its own samples."""
 
     task: np.ndarray  # int8 [B], index into the plan's tasks; -1: no task can use this sample
@@ -161,12 +161,12 @@ class DataTask:
         """Return which samples allow the task, bool [B]."""
         return np.zeros(len(candidates.sample), dtype=bool)
 
-    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
+    def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
         """Drop and replace inputs of the task's samples in place, and set its columns.
 
         Args:
             candidates: The samples of the step.
-            drawn: The decisions, which are changed.
+            sampled: The decisions, which are changed.
             own: int64 indices of the task's samples.
             derived: The result of `derive`.
         """
@@ -209,13 +209,13 @@ class DataTask:
         return np.full(len(key), OWN)
 
     def assign_for_finetuning(
-        self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
+        self, candidates: Candidates, sampled: SampledTasks, inputs: np.ndarray, replaced: np.ndarray, derived: Any
     ) -> None:
         """Replace inputs and set columns, as `assign`, for all samples.
 
         Args:
             candidates: The samples of the step.
-            drawn: The decisions, which are changed.
+            sampled: The decisions, which are changed.
             inputs: bool [B, M], the inputs of each sample.
             replaced: int64 [B], the modality that comes from another sample, or `OWN`.
             derived: The result of `derive_for_finetuning`.

@@ -130,9 +130,11 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
     off = StepPlan(config, stores).off
     last = config.max_steps / config.schedule.total_steps
     mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
-    drawn = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in off}
+    sampled = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in off}
     active = config.tasks.active_losses
-    return tuple(x for draw, own in config.tasks.sampled.items() if draw in drawn for x in own if x in active and x not in off)
+    return tuple(
+        x for draw, own in config.tasks.sampled.items() if draw in sampled for x in own if x in active and x not in off
+    )
 
 
 def check_labels(store: FeatureStore, probe: Probe, seed: int) -> None:

@@ -23,7 +23,7 @@ from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
-from opt_ds.data.task import OWN, BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.data.task import OWN, BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
@@ -125,7 +125,7 @@ class Matching(Task):
         """Return which samples have two modalities and a store with usable negatives."""
         return (candidates.present[:, MODALITIES].sum(1) >= 2) & np.array([pool.usable for pool in derived])[candidates.store]
 
-    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
+    def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
         """Replace and drop inputs so that they have the sampled matching label."""
         key, present = candidates.key[own], candidates.present[own][:, MODALITIES]
         sampled_label = keyed_choice(NUM_LABELS, key, "case")  # "case" is part of the random key: do not rename it
@@ -136,8 +136,8 @@ class Matching(Task):
         absent = np.where(complete, keyed_choice(3, key, "absent"), np.argmin(present, axis=1))
         replaced[is_pair, absent[is_pair]] = False
         pair_label = np.where(replaced.any(1), NUM_LABELS - 1, LABEL_OF_PAIR[absent])
-        drawn.columns["matching_label"][own] = np.where(is_pair, pair_label, sampled_label)
-        rows = drawn.input_rows[own]
+        sampled.columns["matching_label"][own] = np.where(is_pair, pair_label, sampled_label)
+        rows = sampled.input_rows[own]
         rows[:, len(MODALITIES) :] = -1
         rows[is_pair, absent[is_pair]] = -1
         for number, pool in enumerate(derived):
@@ -145,7 +145,7 @@ class Matching(Task):
             sample = candidates.sample[own[of_store]]
             if sample.size:
                 rows[of_store] = pool.replace(rows[of_store], replaced[of_store], sample, key[of_store])
-        drawn.input_rows[own] = rows
+        sampled.input_rows[own] = rows
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
         """Return the number of samples of this task."""
@@ -187,15 +187,15 @@ class Matching(Task):
         return np.where(keyed_uniform(key, "negative") < self.config.finetune.negative_share, side, OWN)
 
     def assign_for_finetuning(
-        self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
+        self, candidates: Candidates, sampled: SampledTasks, inputs: np.ndarray, replaced: np.ndarray, derived: Any
     ) -> None:
         """Replace the chosen modality and set the label. Samples without a suitable negative get no task."""
         for number, pool in enumerate(derived):
-            own = candidates.of_store(number, np.arange(len(drawn.task)))
+            own = candidates.of_store(number, np.arange(len(sampled.task)))
             sample, key = candidates.sample[own], candidates.key[own]
-            drawn.input_rows[own], found = pool.replace(drawn.input_rows[own], replaced[own], sample, key)
-            drawn.task[own] = np.where(found, drawn.task[own], -1)
-        drawn.columns["matching_label"][:] = np.where(drawn.task >= 0, _label(inputs, replaced), -1)
+            sampled.input_rows[own], found = pool.replace(sampled.input_rows[own], replaced[own], sample, key)
+            sampled.task[own] = np.where(found, sampled.task[own], -1)
+        sampled.columns["matching_label"][:] = np.where(sampled.task >= 0, _label(inputs, replaced), -1)
 
     # ---- samples and batches
 

@@ -21,7 +21,7 @@ from opt_ds.data.layout import Layout
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
-from opt_ds.data.task import BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.data.task import BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.modalities.text import read_text
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
 from opt_ds.nn.inputs import DecoderBatch
@@ -95,7 +95,7 @@ def code_targets(batch: PackedBatch) -> DecoderBatch:
     return part.image
 
 
-def set_text_targets(candidates: Candidates, drawn: Drawn, writes: np.ndarray) -> None:
+def set_text_targets(candidates: Candidates, sampled: SampledTasks, writes: np.ndarray) -> None:
     """Set the columns of the samples (`writes`, bool [B]) whose text the decoder generates.
 
     A text that `max_text_tokens` truncates gets no end token. Otherwise the decoder would learn to stop in
@@ -108,8 +108,8 @@ def set_text_targets(candidates: Candidates, drawn: Drawn, writes: np.ndarray) -
         for number, per_row in enumerate(candidates.lengths_by_row):
             own = np.flatnonzero(there & (candidates.store == number))
             ends[own] = ~per_row[TEXT].truncated(rows[own])
-    drawn.columns["has_text_target"], drawn.columns["text_ends"] = writes, ends
-    drawn.columns["text_target_length"] = np.where(there, candidates.lengths[:, TEXT] + ends, 0)
+    sampled.columns["has_text_target"], sampled.columns["text_ends"] = writes, ends
+    sampled.columns["text_target_length"] = np.where(there, candidates.lengths[:, TEXT] + ends, 0)
 
 
 class ModalityReconstruction(Task):
@@ -179,7 +179,7 @@ class ModalityReconstruction(Task):
             text_ok, image_ok = text_ok & (candidates.variant != 1), image_ok & (candidates.variant != 0)
         return (text_ok | image_ok) & (candidates.present.sum(1) >= self._needed)
 
-    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
+    def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
         """Drop entire modalities from the input and set the targets.
 
         With `always_drop_target` the targets are the dropped modalities, otherwise all that can be targets.
@@ -196,13 +196,15 @@ class ModalityReconstruction(Task):
             always[:, TEXT] = to_text
             always[:, IMAGE] = ~to_text & image_ok
         dropped = self._dropped(key, present, always)
-        rows = drawn.input_rows[own]
+        rows = sampled.input_rows[own]
         rows[dropped] = -1
-        drawn.input_rows[own] = rows
-        has_text_target = np.zeros(len(drawn.task), dtype=bool)
+        sampled.input_rows[own] = rows
+        has_text_target = np.zeros(len(sampled.task), dtype=bool)
         has_text_target[own] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True)
-        drawn.columns["has_image_target"][own] = image_ok & (dropped[:, IMAGE] if options.always_drop_target else True)
-        set_text_targets(candidates, drawn, has_text_target)
+        sampled.columns["has_image_target"][own] = image_ok & (
+            dropped[:, IMAGE] if options.always_drop_target else True
+        )
+        set_text_targets(candidates, sampled, has_text_target)
 
     def _dropped(self, key: np.ndarray, present: np.ndarray, always: np.ndarray) -> np.ndarray:
         """Return which modalities are dropped, bool [n, M]. At least one remains in the input."""

@@ -11,7 +11,7 @@ from torch import nn
 from opt_ds.data.modalities import TEXT
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
-from opt_ds.data.task import BatchPart, Candidates, Drawn
+from opt_ds.data.task import BatchPart, Candidates, SampledTasks
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, LossTerm, Task
 from opt_ds.tasks.reconstruct import ModalityReconstruction, set_text_targets
@@ -33,10 +33,10 @@ class TextWriting(Task):
         return store.rows[samples, TEXT] >= 0
 
     def assign_for_finetuning(
-        self, candidates: Candidates, drawn: Drawn, inputs: np.ndarray, replaced: np.ndarray, derived: Any
+        self, candidates: Candidates, sampled: SampledTasks, inputs: np.ndarray, replaced: np.ndarray, derived: Any
     ) -> None:
         """Set the text of every sample as its target."""
-        set_text_targets(candidates, drawn, np.ones(len(drawn.task), dtype=bool))
+        set_text_targets(candidates, sampled, np.ones(len(sampled.task), dtype=bool))
 
     def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
         """Set the decoder targets of the sample."""

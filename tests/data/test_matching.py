@@ -134,10 +134,10 @@ def test_one_large_group_is_passed_in_a_step_and_the_negatives_are_those_behind_
     tries: list[int] = []
     real = NegativeSampler._refused
     monkeypatch.setattr(NegativeSampler, "_refused", lambda self, *given: (tries.append(1), real(self, *given))[1])
-    drawn = pool.replace(pool._rows, replaced, who, who.astype(np.uint64))
+    sampled = pool.replace(pool._rows, replaced, who, who.astype(np.uint64))
     assert len(tries) < 60
     monkeypatch.setattr(NegativeSampler, "_next_place", lambda self, place, *_: (place + 1) % 600)
-    assert (pool.replace(pool._rows, replaced, who, who.astype(np.uint64)) == drawn).all()
+    assert (pool.replace(pool._rows, replaced, who, who.astype(np.uint64)) == sampled).all()
     assert len(tries) > 300, "one by one"
 
 

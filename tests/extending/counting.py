@@ -14,7 +14,7 @@ from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.modalities import IMAGE
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
-from opt_ds.data.task import BatchPart, Candidates, Drawn, TaskCost
+from opt_ds.data.task import BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
 from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
@@ -50,8 +50,8 @@ class RegionCounting(Task):
     def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
         return {} if present[:, IMAGE].any() else {self.name: "no sample has image"}
 
-    def assign(self, candidates: Candidates, drawn: Drawn, own: np.ndarray, derived: Any) -> None:
-        drawn.columns["num_regions"][own] = np.minimum(candidates.lengths[own, IMAGE], self.section.most)
+    def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
+        sampled.columns["num_regions"][own] = np.minimum(candidates.lengths[own, IMAGE], self.section.most)
 
     def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
         return {"counting": float(len(self.own(samples)))}
