@@ -31,7 +31,7 @@ from benchmarks.measure import print_table, write_result  # noqa: E402
 from opt_ds.config import load_config  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
-from opt_ds.tools.plan import Cluster, plan_run  # noqa: E402
+from opt_ds.tools.plan import Cluster, estimate_run  # noqa: E402
 from opt_ds.training.hardware import known_gpu, this_machine  # noqa: E402
 
 GIB = 2**30
@@ -122,7 +122,7 @@ def plan(model: str, row: Row, store: Path, batch: int, num_gpus: int) -> dict[s
     gpu = known_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else this_machine()
     if gpu is None:
         return None
-    made = plan_run(
+    made = estimate_run(
         load_config(model, row.arguments(store, batch, STEPS)), Cluster(gpu, num_gpus), [FeatureStore(store)]
     )
     return {"tensors_gib": made.memory.tensors / GIB, "total_gib": made.memory.total / GIB}

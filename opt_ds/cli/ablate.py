@@ -72,7 +72,7 @@ def ablate(
     if taken:
         _LOG.info(f"note: {taken}", extra=ON_STDERR)
     stores = preflight.open_stores(resolved)
-    rows = ablation.plan_rows(source, given, stores, row or ())
+    rows = ablation.ablation_rows(source, given, stores, row or ())
     if task is not None:
         if task >= len(rows):
             raise UserError(f"--task {task}: there are {len(rows)} rows, numbered from 0")

@@ -80,7 +80,7 @@ def plan(
     from opt_ds.data.truncation import truncation_lines
     from opt_ds.store.verify import open_store
     from opt_ds.tools.assumed_store import AssumedStore
-    from opt_ds.tools.plan import Cluster, parse_cluster, plan_run, plan_text
+    from opt_ds.tools.plan import Cluster, estimate_run, estimate_text, parse_cluster
     from opt_ds.training.preflight import check_store, settle
 
     resolved, _, taken = settle(config.config, config.changes, config.stores)
@@ -93,13 +93,15 @@ def plan(
     parsed = parse_cluster(
         Cluster(_gpu(cluster), cluster.num_gpus, cluster.gpus_per_node, network_bytes, cluster.utilisation)
     )
-    result = plan_run(resolved, parsed, stores or AssumedStore(resolved.model, sizes.text, sizes.regions, sizes.frames))
+    result = estimate_run(
+        resolved, parsed, stores or AssumedStore(resolved.model, sizes.text, sizes.regions, sizes.frames)
+    )
     if json_file is not None and str(json_file) != "-":
         from opt_ds.store.files import write_json
 
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, result.as_dict())
-    typer.echo(json.dumps(result.as_dict(), indent=1) if str(json_file) == "-" else plan_text(result))
+    typer.echo(json.dumps(result.as_dict(), indent=1) if str(json_file) == "-" else estimate_text(result))
 
 
 def _gpu(given: ClusterOptions) -> "Gpu":

@@ -16,7 +16,7 @@ from opt_ds.data.planned_samples import PlannedSamples
 _MOST_MICRO_BATCHES = 64  # maximum number of prefetched micro-batches, however few bytes they have
 
 
-class Announced(NamedTuple):
+class Prefetched(NamedTuple):
     """A prefetched micro-batch: number `place` of this rank in the step, and the bytes whose reading was started."""
 
     planned: PlannedStep
@@ -47,7 +47,7 @@ class StepPrefetcher:
             max_bytes: Maximum number of bytes ahead.
         """
         self._rank, self._read_ahead, self._max_bytes = rank, read_ahead, max_bytes
-        self._ready: deque[Announced] = deque()
+        self._ready: deque[Prefetched] = deque()
         self._changed = threading.Condition()
         self._num_bytes = 0
         self._ended = self._stopped = False
@@ -55,7 +55,7 @@ class StepPrefetcher:
         self._thread = threading.Thread(target=self._work, args=(planned_steps,), name="plan", daemon=True)
         self._thread.start()
 
-    def take(self, *, wait: bool) -> Announced | None:
+    def take(self, *, wait: bool) -> Prefetched | None:
         """Return the next micro-batch. Return None if there is none yet or, with `wait`, if there are no more.
 
         An error of the planning thread is raised when its position is reached.
@@ -67,10 +67,10 @@ class StepPrefetcher:
                 if wait and self._error is not None:
                     raise self._error
                 return None
-            announced = self._ready.popleft()
-            self._num_bytes -= announced.num_bytes
+            prefetched = self._ready.popleft()
+            self._num_bytes -= prefetched.num_bytes
             self._changed.notify_all()
-            return announced
+            return prefetched
 
     def close(self) -> None:
         """End the thread."""
@@ -87,7 +87,7 @@ class StepPrefetcher:
                         return
                     size = self._read_ahead(planned.samples, micro_batch.slots) if self._max_bytes else 0
                     with self._changed:
-                        self._ready.append(Announced(planned, place, size))
+                        self._ready.append(Prefetched(planned, place, size))
                         self._num_bytes += size
                         self._changed.notify_all()
         except BaseException as error:

@@ -83,7 +83,9 @@ def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
     return rows | {UNTRAINED: ()}
 
 
-def plan_rows(source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = ()) -> list[Row]:
+def ablation_rows(
+    source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = ()
+) -> list[Row]:
     """Return the ablation's rows in the order of `rows_without`.
 
     Early stopping is disabled in all of them, so that the budget is the same.

@@ -71,7 +71,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunEstimate:
     """All figures: memory in bytes per rank, times in seconds, traffic in bytes per rank and step."""
 
     preset: str
@@ -106,7 +106,7 @@ class RunPlan:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def plan_run(config: Config, cluster: Cluster, stores: list[FeatureStore] | AssumedStore) -> RunPlan:
+def estimate_run(config: Config, cluster: Cluster, stores: list[FeatureStore] | AssumedStore) -> RunEstimate:
     """Return the requirements of a run on a cluster.
 
     Raise UserError for a precision that the GPU or DeepSpeed does not support.
@@ -123,7 +123,7 @@ class _Planner:
         self.parameters = sum(p.numel() for p in self.tracer.model.parameters())
         self.limit = cluster.gpu.memory_gib * 2**30
 
-    def plan(self) -> RunPlan:
+    def plan(self) -> RunEstimate:
         config, cluster = self.config, self.cluster
         wanted = config.batch.max_tokens
         memory = self._memory(wanted)
@@ -140,7 +140,7 @@ class _Planner:
         communication_s = traffic / cluster.rank_bandwidth
         step_s = compute_s + communication_s
         per_sample = self._bytes_per_sample()
-        return RunPlan(
+        return RunEstimate(
             preset=config.preset, gpu=cluster.gpu.name, num_gpus=cluster.num_gpus, precision=self.precision,
             zero_stage=config.zero.stage, offload=config.zero.offload_optimizer,
             samples=", ".join(str(store.path) for store in self.stores), parameters=self.parameters,
@@ -246,7 +246,7 @@ def communication_bytes(
     return ring * (4 * reductions + weight * gathers)
 
 
-def plan_text(plan: RunPlan) -> str:
+def estimate_text(plan: RunEstimate) -> str:
     """Return the figures as aligned lines."""
     gib = 2**30
     parts = {

@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(store: Path, *settings: str, names: tuple[str, ...] = ()) -> dict[str, ablation.Row]:
     given = (*TINY, f"data.stores=['{store}']", *settings)
-    return {row.name: row for row in ablation.plan_rows("opt-tiny", given, [FeatureStore(store)], names)}
+    return {row.name: row for row in ablation.ablation_rows("opt-tiny", given, [FeatureStore(store)], names)}
 
 
 def opt_ds(store: Path, output: Path, *arguments: str, min_positives: int = 5) -> int:

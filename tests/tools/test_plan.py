@@ -10,7 +10,7 @@ from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools import plan as planning
 from opt_ds.tools.assumed_store import AssumedStore
-from opt_ds.tools.plan import Cluster, communication_bytes, plan_run, plan_text
+from opt_ds.tools.plan import Cluster, communication_bytes, estimate_run, estimate_text
 from opt_ds.training.hardware import GPUS, Gpu, find_gpu
 from tests.training.runs import FITTED, make_store
 
@@ -27,7 +27,7 @@ def plan(*settings: str, cluster: Cluster | None = None, search: bool = False):
     with pytest.MonkeyPatch.context() as patch:
         if not search:
             patch.setattr(planning, "_MOST_ROUNDS", 0)
-        return plan_run(config, cluster or Cluster(LITTLE, 4), AssumedStore(config.model, 40, 36, 65))
+        return estimate_run(config, cluster or Cluster(LITTLE, 4), AssumedStore(config.model, 40, 36, 65))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_what_does_not_fit_at_all_is_said() -> None:
     tiny = Gpu("tiny", 1.0, (7, 0), 10e12, 1e12, 100e9, 10e9)
     hopeless = plan(cluster=Cluster(tiny, 4), search=True)
     assert (hopeless.fits, hopeless.largest_budget) == (False, 0)
-    assert "use a higher zero.stage" in plan_text(hopeless)
+    assert "use a higher zero.stage" in estimate_text(hopeless)
 
 
 def test_figures_follow_from_each_other(little) -> None:
@@ -85,7 +85,7 @@ def test_traffic_is_that_of_ring_algorithms() -> None:
 def test_a_slow_network_becomes_the_bound() -> None:
     result = plan(cluster=Cluster(LITTLE, 16, gpus_per_node=4, network_bandwidth=1e9 / 8))
     assert result.bound == "communication"
-    assert "bound by communication" in plan_text(result)
+    assert "bound by communication" in estimate_text(result)
 
 
 def test_a_precision_that_the_gpu_cannot_do_right_is_refused() -> None:
@@ -135,6 +135,6 @@ def test_numbers_that_no_machine_has_are_refused_before_anything_is_planned(
     from opt_ds.cli import _build
     from opt_ds.cli.program import run_command
 
-    monkeypatch.setattr(planning, "plan_run", None)
+    monkeypatch.setattr(planning, "estimate_run", None)
     assert run_command(_build(), ["plan", *options.split()], "opt-ds") == 2
     assert named in capsys.readouterr().err
