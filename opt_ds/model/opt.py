@@ -18,7 +18,7 @@ from opt_ds.modalities.features import FeatureStandardizer
 from opt_ds.model.decoders import ImageDecoder, TextDecoder
 from opt_ds.model.embeddings import InputEmbeddings
 from opt_ds.nn.inputs import OutputPositions
-from opt_ds.nn.transformer import Encoder, LayerStack, number_dropout_sites
+from opt_ds.nn.transformer import Encoder, LayerStack, number_dropout_layers
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, LossTerm
@@ -39,7 +39,7 @@ class OPT(nn.Module):
         for name, task in self.tasks.items():  # the name of the task is the prefix of its head's parameters
             if (head := task.make_head(model, tasks, word)) is not None:
                 self.add_module(name, head)
-        number_dropout_sites(self)
+        number_dropout_layers(self)
         self._initialize()
 
     def forward(self, batch: PackedBatch) -> dict[str, LossTerm]:

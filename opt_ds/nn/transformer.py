@@ -33,7 +33,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.eps, self.probability, self.pre = config.layer_norm_eps, config.dropout, config.norm == "pre"
-        self.dropout_site = 0
+        self.dropout_layer_id = 0
 
     def forward(
         self, x: torch.Tensor, stream: torch.Tensor | None = None, rows: Sequences | None = None
@@ -45,7 +45,9 @@ class LayerNorm(nn.Module):
         if stream is None:
             return layer_norm(x, self.weight, self.bias, self.eps)
         probability = self.probability if self.training else 0.0
-        normed, total = add_layer_norm(x, stream, self.weight, self.bias, self.eps, probability, rows, self.dropout_site)
+        normed, total = add_layer_norm(
+            x, stream, self.weight, self.bias, self.eps, probability, rows, self.dropout_layer_id
+        )
         return normed, (total if self.pre else normed)
 
 
@@ -54,18 +56,18 @@ class Dropout(nn.Module):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.probability, self.dropout_site = probability, 0
+        self.probability, self.dropout_layer_id = probability, 0
 
     def forward(self, x_te: torch.Tensor, rows: Sequences | None) -> torch.Tensor:
         """Apply dropout to [t, e] in training mode; `rows` describes the sequences of the packed rows."""
-        return dropout(x_te, self.probability if self.training else 0.0, rows, self.dropout_site)
+        return dropout(x_te, self.probability if self.training else 0.0, rows, self.dropout_layer_id)
 
 
-def number_dropout_sites(model: nn.Module) -> None:
+def number_dropout_layers(model: nn.Module) -> None:
     """Assign a unique dropout layer id to every dropout of the model. The id is part of the key of its random bits."""
-    sites = (m for m in model.modules() if isinstance(m, (LayerNorm, Dropout, SelfAttention, CrossAttention)))
-    for number, module in enumerate(sites):
-        module.dropout_site = number
+    layers = (m for m in model.modules() if isinstance(m, (LayerNorm, Dropout, SelfAttention, CrossAttention)))
+    for number, module in enumerate(layers):
+        module.dropout_layer_id = number
 
 
 class FusedProjection(nn.Linear):
@@ -92,7 +94,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
         self.num_heads, self.causal, self.probability = config.num_heads, causal, config.attention_dropout
-        self.dropout_site = 0
+        self.dropout_layer_id = 0
         self.qkv = FusedProjection(config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -110,7 +112,7 @@ class SelfAttention(nn.Module):
             q_thd = q_re.unflatten(-1, (self.num_heads, -1))
             k_thd, v_thd = kv_te.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         probability = self.probability if self.training else 0.0
-        attended = attention(q_thd, k_thd, v_thd, queries, sequences, self.causal, probability, self.dropout_site)
+        attended = attention(q_thd, k_thd, v_thd, queries, sequences, self.causal, probability, self.dropout_layer_id)
         return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:
@@ -125,7 +127,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.probability, self.dropout_site = config.num_heads, config.attention_dropout, 0
+        self.num_heads, self.probability, self.dropout_layer_id = config.num_heads, config.attention_dropout, 0
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key_value = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
@@ -149,7 +151,7 @@ class CrossAttention(nn.Module):
         q_thd = self.query(x_te).unflatten(-1, (self.num_heads, -1))
         k_uhd, v_uhd = self.memory(memory_ue)
         probability = self.probability if self.training else 0.0
-        attended = attention(q_thd, k_uhd, v_uhd, sequences, memory, False, probability, self.dropout_site)
+        attended = attention(q_thd, k_uhd, v_uhd, sequences, memory, False, probability, self.dropout_layer_id)
         return self.output(attended.flatten(-2))
 
     def decode(self, x_be: torch.Tensor, cache: "LayerCache") -> torch.Tensor:

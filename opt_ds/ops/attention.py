@@ -21,7 +21,7 @@ def attention(
     keys: Sequences,
     causal: bool = False,
     dropout: float = 0.0,
-    site: int = 0,
+    layer_id: int = 0,
 ) -> torch.Tensor:
     """Compute softmax(q kᵀ / √d) v within each pair of query and key sequences (Vaswani et al. 2017, eq. 1).
 
@@ -36,7 +36,7 @@ def attention(
         keys: The key sequences, one per query sequence; u rows in total.
         causal: Let a query attend to keys up to its own position only. For self-attention.
         dropout: Dropout probability, applied to the attention probabilities.
-        site: Dropout layer id. A compiled backend keys its random bits by it.
+        layer_id: Dropout layer id. A compiled backend keys its random bits by it.
 
     Returns:
         [t, h, d], in the dtype of the inputs.
@@ -49,7 +49,7 @@ def attention(
     slots, key = (queries.slots_or_numbers, backend.dropout_key()) if dropout > 0.0 else (None, 0)
     return getattr(torch.ops, library).attention(
         q_thd, k_uhd, v_uhd, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, q_thd.shape[-1] ** -0.5,
-        causal, slots, dropout, key, site,
+        causal, slots, dropout, key, layer_id,
     )[0]  # fmt: skip
 
 

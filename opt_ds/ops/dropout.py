@@ -12,14 +12,14 @@ from opt_ds.ops.sequences import Sequences
 _device_to_act_as: str | None = None
 
 
-def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, site: int = 0) -> torch.Tensor:
+def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, layer_id: int = 0) -> torch.Tensor:
     """Keep each element of [t, e] with probability 1 − p and scale it by 1 / (1 − p).
 
     Args:
         x_te: Packed rows [t, e].
         probability: Dropout probability p. With 0, as in evaluation, x_te itself is returned.
         rows: The sequences that the rows belong to. A compiled backend requires them.
-        site: Dropout layer id. Each layer has its own random bits.
+        layer_id: Dropout layer id. Each layer has its own random bits.
 
     Returns:
         [t, e], in the dtype of x_te.
@@ -30,7 +30,7 @@ def dropout(x_te: torch.Tensor, probability: float, rows: Sequences | None, site
     if library is None:
         return generator_dropout(x_te, probability)
     assert rows is not None, "dropout of a compiled backend is keyed by the rows' sequences"
-    return getattr(torch.ops, library).dropout(x_te, rows.row_keys, probability, backend.dropout_key(), site)
+    return getattr(torch.ops, library).dropout(x_te, rows.row_keys, probability, backend.dropout_key(), layer_id)
 
 
 def generator_dropout(x: torch.Tensor, probability: float) -> torch.Tensor:

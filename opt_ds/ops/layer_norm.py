@@ -41,7 +41,7 @@ def add_layer_norm(
     eps: float,
     dropout: float = 0.0,
     rows: Sequences | None = None,
-    site: int = 0,
+    layer_id: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute total = residual + dropout(x) and its LayerNorm.
 
@@ -53,7 +53,7 @@ def add_layer_norm(
         eps: Added to the variance.
         dropout: Dropout probability, applied to x. PyTorch's backend uses its generator.
         rows: The sequences that the rows of x belong to. A compiled backend keys its dropout by them.
-        site: Dropout layer id, also part of that key.
+        layer_id: Dropout layer id, also part of that key.
 
     Returns:
         (LayerNorm(total), total). Post-norm uses the first, pre-norm uses both.
@@ -64,7 +64,7 @@ def add_layer_norm(
         row_keys = rows.row_keys if dropout > 0.0 and rows is not None else None
         key = backend.dropout_key() if dropout > 0.0 else 0
         operator = getattr(torch.ops, library).layer_norm
-        normed, total, _, _ = operator(x, None, residual, weight, bias, eps, row_keys, dropout, key, site)
+        normed, total, _, _ = operator(x, None, residual, weight, bias, eps, row_keys, dropout, key, layer_id)
         return normed, total
     if dropout > 0.0:
         x = generator_dropout(x, dropout)

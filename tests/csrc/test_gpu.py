@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
 ]
-KEY, SITE = 0x0123_4567_89AB_CDEF, 11
+KEY, LAYER_ID = 0x0123_4567_89AB_CDEF, 11
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 130, 257]
 
 
@@ -43,7 +43,7 @@ def weights_like(out: torch.Tensor) -> torch.Tensor:
 
 
 def layer_norm(inputs: list[torch.Tensor], keys: torch.Tensor, dropout: float) -> list[torch.Tensor]:
-    normed, total, _, _ = torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, dropout, KEY, SITE)
+    normed, total, _, _ = torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, dropout, KEY, LAYER_ID)
     weights = weights_like(normed)
     return [normed, total, *torch.autograd.grad((normed * weights + total * weights.flip(0)).sum(), inputs)]
 
@@ -72,7 +72,7 @@ def run_attention(
     q, k = queries.to(device), keys.to(device)
     out, _ = torch.ops.opt_ds.attention(
         *inputs, q.cu_seqlens, k.cu_seqlens, q.max_length, k.max_length, inputs[0].shape[-1] ** -0.5, causal, q.slots_or_numbers,
-        dropout, KEY, SITE,
+        dropout, KEY, LAYER_ID,
     )  # fmt: skip
     weights = weights_like(out)
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
@@ -100,8 +100,8 @@ def test_attention(dtype: torch.dtype, size: int, key_lengths: list[int], causal
 def test_dropout_has_the_cpus_bits(dtype: torch.dtype, width: int) -> None:
     keys = Sequences.from_lengths([300, 200], slots=[7, 3]).row_keys
     ones = torch.ones(500, width, dtype=dtype)
-    found = torch.ops.opt_ds.dropout(ones.cuda(), keys.cuda(), 0.3, KEY, SITE).cpu()
-    assert torch.equal(found, torch.ops.opt_ds.dropout(ones, keys, 0.3, KEY, SITE))
+    found = torch.ops.opt_ds.dropout(ones.cuda(), keys.cuda(), 0.3, KEY, LAYER_ID).cpu()
+    assert torch.equal(found, torch.ops.opt_ds.dropout(ones, keys, 0.3, KEY, LAYER_ID))
 
 
 def test_the_current_stream_and_device_are_used() -> None:

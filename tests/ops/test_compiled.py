@@ -10,7 +10,7 @@ import torch
 from opt_ds.ops import compiled
 from opt_ds.ops.sequences import Sequences
 
-KEY, SITE = 0x0123_4567_89AB_CDEF, 11
+KEY, LAYER_ID = 0x0123_4567_89AB_CDEF, 11
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,7 +35,7 @@ def layer_norm_inputs(width: int, dtype: torch.dtype, rows: int = 6) -> list[tor
 def run_layer_norm(library: str, inputs: list[torch.Tensor], dropout: float, eps: float = 1e-5) -> list[torch.Tensor]:
     """normed, total, then the gradients of a fixed weighting of both; in float64."""
     keys = row_keys([2, len(inputs[0]) - 2])
-    normed, total, _, _ = getattr(torch.ops, library).layer_norm(*inputs, eps, keys, dropout, KEY, SITE)
+    normed, total, _, _ = getattr(torch.ops, library).layer_norm(*inputs, eps, keys, dropout, KEY, LAYER_ID)
     loss = (normed * draw(*normed.shape, seed=8).to(normed.dtype) + total * draw(*total.shape, seed=9).to(total.dtype)).sum()
     return [x.detach().double() for x in (normed, total, *torch.autograd.grad(loss, inputs))]
 
@@ -65,7 +65,7 @@ def run_attention(
         queries.slots,
         dropout,
         KEY,
-        SITE,
+        LAYER_ID,
     )
     gradients = torch.autograd.grad((out * draw(*out.shape, seed=9).to(out.dtype)).sum(), inputs)
     return [x.detach().double() for x in (out, *gradients)]
@@ -91,7 +91,11 @@ def test_philox_is_philox() -> None:
 
 
 def kept_by_hand(slot: int, position: int, column: int, probability: float, head: int = 0) -> bool:
-    words = [w for call in range(4) for w in philox(KEY, (4 * (column // 32) + call, position, slot, SITE + (head << 16)))]
+    words = [
+        w
+        for call in range(4)
+        for w in philox(KEY, (4 * (column // 32) + call, position, slot, LAYER_ID + (head << 16)))
+    ]
     number = sum((word >> (column % 32) & 1) << i for i, word in enumerate(words))
     return number >= round(probability * 65536)
 
@@ -100,7 +104,7 @@ def kept_by_hand(slot: int, position: int, column: int, probability: float, head
 @pytest.mark.parametrize("width", [64, 70])
 def test_dropout_is_the_documented_function_of_the_place(library: str, width: int) -> None:
     keys = row_keys([3, 2])
-    y = getattr(torch.ops, library).dropout(torch.ones(5, width), keys, 0.3, KEY, SITE)
+    y = getattr(torch.ops, library).dropout(torch.ones(5, width), keys, 0.3, KEY, LAYER_ID)
     by_hand = [[kept_by_hand(slot, position, column, 0.3) for column in range(width)] for slot, position in keys.tolist()]
     assert torch.equal(y != 0, torch.tensor(by_hand))
     assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - round(0.3 * 65536) / 65536)))
@@ -115,7 +119,9 @@ def test_attention_drops_the_same_probabilities_in_every_tiling(library: str, si
     v = torch.eye(size)[:, None].clone()
     q, k, v = (x.to(torch.float16 if library == "opt_ds_emulator" else torch.float32).requires_grad_() for x in (q, k, v))
     cu, slots = torch.tensor([0, length], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
-    out, _ = getattr(torch.ops, library).attention(q, k, v, cu, cu, length, length, 1.0, False, slots, 0.4, KEY, SITE)
+    out, _ = getattr(torch.ops, library).attention(
+        q, k, v, cu, cu, length, length, 1.0, False, slots, 0.4, KEY, LAYER_ID
+    )
     by_hand = torch.tensor([[kept_by_hand(9, i, j, 0.4) for j in range(length)] for i in range(length)])
     assert torch.equal(out[:, 0] != 0, by_hand), "forward"
     (d_v,) = torch.autograd.grad(out.sum(), v)
@@ -123,13 +129,13 @@ def test_attention_drops_the_same_probabilities_in_every_tiling(library: str, si
     assert torch.allclose(d_v[:, 0, 0].double(), expected.double(), rtol=4e-3), "backward, from the keys' side"
 
 
-def test_the_mask_depends_on_key_site_slot_position_and_head_alone() -> None:
-    def mask(key: int = KEY, site: int = SITE, keys: torch.Tensor | None = None) -> torch.Tensor:
+def test_the_mask_depends_on_key_layer_sample_position_and_head_alone() -> None:
+    def mask(key: int = KEY, layer_id: int = LAYER_ID, keys: torch.Tensor | None = None) -> torch.Tensor:
         keys = row_keys([4]) if keys is None else keys
-        return torch.ops.opt_ds.dropout(torch.ones(4, 64), keys, 0.5, key, site) != 0
+        return torch.ops.opt_ds.dropout(torch.ones(4, 64), keys, 0.5, key, layer_id) != 0
 
     other_slot = torch.tensor([[4, i] for i in range(4)], dtype=torch.int32)
-    masks = [mask(), mask(key=KEY + 1), mask(site=SITE + 1), mask(keys=other_slot)]
+    masks = [mask(), mask(key=KEY + 1), mask(layer_id=LAYER_ID + 1), mask(keys=other_slot)]
     for i, one in enumerate(masks):
         for other in masks[i + 1 :]:
             assert 0.3 < (one == other).double().mean() < 0.7
@@ -138,14 +144,14 @@ def test_the_mask_depends_on_key_site_slot_position_and_head_alone() -> None:
     q = torch.zeros(64, 3, 32)
     cu, slots = torch.tensor([0, 64], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
     values = torch.eye(64, 32)[:, None].expand(64, 3, 32).contiguous()
-    out, _ = torch.ops.opt_ds.attention(q, q, values, cu, cu, 64, 64, 1.0, False, slots, 0.5, KEY, SITE)
+    out, _ = torch.ops.opt_ds.attention(q, q, values, cu, cu, 64, 64, 1.0, False, slots, 0.5, KEY, LAYER_ID)
     assert not torch.equal(out[:, 0], out[:, 1]) and not torch.equal(out[:, 1], out[:, 2])
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9])
 def test_dropout_statistics(probability: float) -> None:
     rows, width = 2000, 768
-    kept = torch.ops.opt_ds.dropout(torch.ones(rows, width), row_keys([rows // 4] * 4), probability, KEY, SITE) != 0
+    kept = torch.ops.opt_ds.dropout(torch.ones(rows, width), row_keys([rows // 4] * 4), probability, KEY, LAYER_ID) != 0
     share, n = 1 - probability, rows * width
     assert abs(kept.double().mean().item() - share) < 4.5 * math.sqrt(share * probability / n) + 1e-5
     for axis, length in ((0, rows), (1, width)):  # neither a row nor a column is favoured
@@ -162,7 +168,7 @@ def test_layer_norm_passes_gradcheck(dropout: float) -> None:
     keys = row_keys([2, 2])
 
     def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, dropout, KEY, SITE)[:2]
+        return torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, dropout, KEY, LAYER_ID)[:2]
 
     assert torch.autograd.gradcheck(function, layer_norm_inputs(5, torch.float64, rows=4))
 
@@ -175,7 +181,7 @@ def test_attention_passes_gradcheck(ql: list[int], kl: list[int], causal: bool, 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.ops.opt_ds.attention(
             q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, 0.6, causal,
-            queries.slots_or_numbers, dropout, KEY, SITE,
+            queries.slots_or_numbers, dropout, KEY, LAYER_ID,
         )[0]  # fmt: skip
 
     assert torch.autograd.gradcheck(function, attention_inputs(ql, kl, 4, torch.float64))
@@ -187,23 +193,23 @@ def test_opcheck(library: str) -> None:
     x, input_bias, residual, weight, bias = layer_norm_inputs(64, torch.float32)
     keys, none = row_keys([2, 4]), None
     for arguments in (
-        (x, input_bias, residual, weight, bias, 1e-5, keys, 0.1, KEY, SITE),
+        (x, input_bias, residual, weight, bias, 1e-5, keys, 0.1, KEY, LAYER_ID),
         (x, none, none, weight, bias, 1e-5, none, 0.0, 0, 0),
     ):
         torch.library.opcheck(ops.layer_norm.default, arguments)
-    torch.library.opcheck(ops.dropout.default, (x, keys, 0.1, KEY, SITE))
+    torch.library.opcheck(ops.dropout.default, (x, keys, 0.1, KEY, LAYER_ID))
     ql = [5, 8]
     q, k, v = attention_inputs(ql, ql, 32, torch.float32)
     queries = Sequences.from_lengths(ql)
     cu, slots = queries.cu_seqlens, queries.slots_or_numbers
-    torch.library.opcheck(ops.attention.default, (q, k, v, cu, cu, 8, 8, 0.2, True, slots, 0.1, KEY, SITE))
+    torch.library.opcheck(ops.attention.default, (q, k, v, cu, cu, 8, 8, 0.2, True, slots, 0.1, KEY, LAYER_ID))
 
 
 def test_torch_compile_sees_whole_graphs() -> None:
     inputs, keys = layer_norm_inputs(64, torch.float32), row_keys([2, 4])
 
     def function(*inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, 0.1, KEY, SITE)[0].square().sum()
+        return torch.ops.opt_ds.layer_norm(*inputs, 1e-5, keys, 0.1, KEY, LAYER_ID)[0].square().sum()
 
     eager, found = function(*inputs), torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs)
     assert torch.equal(eager, found)
@@ -224,7 +230,7 @@ def unfused_layer_norm(inputs: list[torch.Tensor], mask: torch.Tensor, eps: floa
 @pytest.mark.parametrize("width", [64, 192, 768, 100])
 def test_layer_norm_is_as_exact_as_pytorchs(library: str, dtype: torch.dtype, width: int) -> None:
     inputs = layer_norm_inputs(width, dtype, rows=9)
-    mask = torch.ops.opt_ds.dropout(torch.ones(9, width, dtype=torch.float64), row_keys([2, 7]), 0.1, KEY, SITE)
+    mask = torch.ops.opt_ds.dropout(torch.ones(9, width, dtype=torch.float64), row_keys([2, 7]), 0.1, KEY, LAYER_ID)
     truth = unfused_layer_norm([x.detach().double().requires_grad_() for x in inputs], mask)
     torchs = unfused_layer_norm(inputs, mask.to(dtype))
     found = run_layer_norm(library, inputs, 0.1)
