@@ -122,7 +122,7 @@ def open_store(path: Path) -> dict[str, float]:
     plan = StepPlan(config, [store])
     planned = plan.step(0)
     reader = SampleReader(config, [store])
-    samples = [reader.read(planned.samples, int(slot)) for slot in planned.micro_batches[0][0].slots]
+    samples = [reader.read(planned.samples, int(index)) for index in planned.micro_batches[0][0].indices]
     assert samples
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
     after = resident_mib()
@@ -260,7 +260,7 @@ def measure_lengths() -> list[dict[str, Any]]:
         )  # all samples have this length
         planned = StepPlan(config, [store]).step(0)
         reader, packer = SampleReader(config, [store]), Packer(config, store.description.tokenizer)
-        batch = packer.pack([reader.read(planned.samples, slot) for slot in range(count)])
+        batch = packer.pack([reader.read(planned.samples, index) for index in range(count)])
         network = OPT(config.model, config.tasks)
 
         def run(

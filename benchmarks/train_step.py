@@ -105,16 +105,16 @@ class MixData:
         self._reader = SampleReader(self.config, self.stores)
         self._packer = Packer(self.config, self.stores[0].description.tokenizer)
 
-    def pack(self, slots: np.ndarray) -> PackedBatch:
-        batch = self._packer.pack([self._reader.read(self.planned.samples, int(slot)) for slot in slots])
+    def pack(self, indices: np.ndarray) -> PackedBatch:
+        batch = self._packer.pack([self._reader.read(self.planned.samples, int(index)) for index in indices])
         return batch.to(self.device)
 
-    def flops(self, slots: np.ndarray) -> float:
+    def flops(self, indices: np.ndarray) -> float:
         """Return the needed operations of a forward and backward pass on these samples."""
-        return step_flops(self.config, select(self.planned.samples, slots)).total
+        return step_flops(self.config, select(self.planned.samples, indices)).total
 
-    def tokens(self, slots: np.ndarray) -> int:
-        return int(self.lengths[slots].sum())
+    def tokens(self, indices: np.ndarray) -> int:
+        return int(self.lengths[indices].sum())
 
 
 class Accumulator:
@@ -155,17 +155,17 @@ class Contender(ABC):
     """One method of training: its model, and the micro-batches that it makes of the samples."""
 
     def __init__(self, data: MixData, dtype: torch.dtype) -> None:
-        self.data, self.slots = data, self.micro_batches(data)
+        self.data, self.indices = data, self.micro_batches(data)
         torch.manual_seed(1)
-        self.batches = [data.pack(slots) for slots in self.slots[:ACCUMULATION]]
+        self.batches = [data.pack(indices) for indices in self.indices[:ACCUMULATION]]
         self.trained = Accumulator(self.build(data.config).to(data.device), data.config, dtype)
 
     def warm_up(self) -> None:
         """Run a step of other micro-batches, which is not timed. Code for their shapes is cached, code for the timed
         ones is not.
         """
-        for slots in self.slots[ACCUMULATION : 2 * ACCUMULATION]:
-            self.trained.backward(self.loss(self.data.pack(slots)))
+        for indices in self.indices[ACCUMULATION : 2 * ACCUMULATION]:
+            self.trained.backward(self.loss(self.data.pack(indices)))
         self.trained.update()
 
     @abstractmethod
@@ -204,7 +204,7 @@ def data_of_plan(data: MixData, rounds: int) -> list[np.ndarray]:
     from opt_ds.data.micro_batches import distribute
 
     budget = int(data.lengths.sum() / rounds * 1.01) + 1
-    return [m.slots for m in distribute(np.arange(len(data.lengths)), data.lengths, 1, budget)[0]]
+    return [m.indices for m in distribute(np.arange(len(data.lengths)), data.lengths, 1, budget)[0]]
 
 
 class PaddedBert(nn.Module):
@@ -262,11 +262,11 @@ class Uniter(HuggingFace):
         budget = data.lengths.sum() / POOL
         batches: list[np.ndarray] = []
         current: list[int] = []
-        for slot in np.argsort(data.lengths, kind="stable"):
-            if current and data.lengths[slot] * (len(current) + 1) > budget:
+        for index in np.argsort(data.lengths, kind="stable"):
+            if current and data.lengths[index] * (len(current) + 1) > budget:
                 batches.append(np.array(current))
                 current = []
-            current.append(slot)
+            current.append(index)
         batches.append(np.array(current))
         order = np.random.default_rng(1).permutation(len(batches))
         return [batches[k] for k in order]
@@ -290,17 +290,17 @@ def compare_peers(
     peaks = [product_flops / s for s in seconds["matmul"]]
     figures: dict[str, Any] = {"peak_gflops": statistics.median(peaks) / 1e9}
     for name, contender in built.items():
-        slots = [contender.slots[k % ACCUMULATION] for k in range(repeats)]
+        indices = [contender.indices[k % ACCUMULATION] for k in range(repeats)]
         update = statistics.median(seconds[f"{name} update"]) / ACCUMULATION
         times = [s + update for s in seconds[name]]
-        rates = [data.tokens(own) / s for own, s in zip(slots, times, strict=True)]
-        padded = sum(len(own) * data.lengths[own].max() for own in slots)
+        rates = [data.tokens(own) / s for own, s in zip(indices, times, strict=True)]
+        padded = sum(len(own) * data.lengths[own].max() for own in indices)
         figures[name] = {
             "tokens_per_s": statistics.median(rates),
             "seconds_per_micro_batch": statistics.median(times),
-            "fill": 1.0 if name == "ours" else sum(map(data.tokens, slots)) / padded,
+            "fill": 1.0 if name == "ours" else sum(map(data.tokens, indices)) / padded,
             "utilisation": statistics.median(
-                data.flops(own) / s / peak for own, s, peak in zip(slots, times, peaks, strict=True)
+                data.flops(own) / s / peak for own, s, peak in zip(indices, times, peaks, strict=True)
             ),
         }
         figures[name]["rates"] = rates
@@ -324,8 +324,8 @@ def compare_engine(
     from opt_ds.training.trainer import Trainer
 
     data = MixData(folder, mix, [f"batch.size={ACCUMULATION * mix.samples}", "guard.spike_zscore=0", *settings], device)
-    slots = data_of_plan(data, ACCUMULATION)
-    batches = [data.pack(own) for own in slots]
+    indices = data_of_plan(data, ACCUMULATION)
+    batches = [data.pack(own) for own in indices]
     config = data.config
     torch.manual_seed(1)
     loop = Accumulator(OPT(config.model, config.tasks).to(device), config, DTYPES[precision])
@@ -343,7 +343,7 @@ def compare_engine(
     with tempfile.TemporaryDirectory() as output, StopRequest("SIGUSR1") as stop:
         trainer = Trainer(config, data.stores, Path(output), this_rank(), Hardware.detect(), precision, None, stop)
         trainer.engine.train()
-        planned = _with_micro_batches(data.planned, slots, data.lengths)
+        planned = _with_micro_batches(data.planned, indices, data.lengths)
 
         def engine_step(_: int) -> None:
             trainer.stepper.take(planned, iter(batches))
@@ -371,13 +371,13 @@ def compare_engine(
     }
 
 
-def _with_micro_batches(planned: PlannedStep, slots: list[np.ndarray], lengths: np.ndarray) -> PlannedStep:
+def _with_micro_batches(planned: PlannedStep, indices: list[np.ndarray], lengths: np.ndarray) -> PlannedStep:
     import dataclasses
 
     from opt_ds.data.micro_batches import MicroBatchPlan
 
-    totals = [int(lengths[own].sum()) for own in slots]
-    micro_batches = [MicroBatchPlan(own, total, float(total)) for own, total in zip(slots, totals, strict=True)]
+    totals = [int(lengths[own].sum()) for own in indices]
+    micro_batches = [MicroBatchPlan(own, total, float(total)) for own, total in zip(indices, totals, strict=True)]
     return dataclasses.replace(planned, micro_batches=[micro_batches])
 
 

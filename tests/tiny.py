@@ -94,7 +94,7 @@ def make_model(config: Config, seed: int = 0) -> OPT:
 def read_samples(config: Config, stores: list[FeatureStore], step: int = 0) -> list[Sample]:
     """Return all samples of one training step, in the order of their global indices."""
     planned, reader = StepPlan(config, stores).step(step), SampleReader(config, stores)
-    return [reader.read(planned.samples, slot) for slot in range(planned.num_samples)]
+    return [reader.read(planned.samples, index) for index in range(planned.num_samples)]
 
 
 def written(sample: Sample) -> ReconstructionTargets:
@@ -110,7 +110,7 @@ def make_batches(config: Config, stores: list[FeatureStore], planned: PlannedSte
     """[rank][k], the micro-batches as the plan distributes them."""
     reader, packer = SampleReader(config, stores), make_packer(config, stores)
     return [
-        [packer.pack([reader.read(planned.samples, int(slot)) for slot in m.slots]) for m in rank]
+        [packer.pack([reader.read(planned.samples, int(index)) for index in m.indices]) for m in rank]
         for rank in planned.micro_batches
     ]
 

@@ -57,13 +57,15 @@ class MicroBatchLoader:
         """Yield the chunks of the fixed validation pass with this rank's micro-batches."""
         return self._run(iter(self.plan.validation(self.world_size, max_samples)))
 
-    def batch_of(self, planned: PlannedStep, slots: Iterable[int]) -> PackedBatch:
+    def batch_of(self, planned: PlannedStep, indices: Iterable[int]) -> PackedBatch:
         """Return these samples of a step as one batch on the host."""
-        return self._packer.pack([self._reader.read(planned.samples, int(slot)) for slot in slots])
+        return self._packer.pack([self._reader.read(planned.samples, int(index)) for index in indices])
 
     def sample_names(self, planned: PlannedStep) -> list[str]:
         """Return the names of this rank's samples of a step."""
-        return [name for m in planned.micro_batches[self.rank] for name in self.batch_of(planned, m.slots).sample_names]
+        return [
+            name for m in planned.micro_batches[self.rank] for name in self.batch_of(planned, m.indices).sample_names
+        ]
 
     def close(self) -> None:
         """Stop the packing threads."""
@@ -112,5 +114,5 @@ class MicroBatchLoader:
         self.wait_s += time.perf_counter() - start
 
     def _make(self, planned: PlannedStep, number: int) -> PackedBatch:
-        batch = self.batch_of(planned, planned.micro_batches[self.rank][number].slots)
+        batch = self.batch_of(planned, planned.micro_batches[self.rank][number].indices)
         return batch.pin_memory() if self.device.type == "cuda" else batch

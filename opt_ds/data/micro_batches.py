@@ -18,7 +18,7 @@ _TRIES = 64  # number of micro-batches that are tried for a sample, cheapest fir
 class MicroBatchPlan:
     """Global sample indices of the samples in one forward and backward pass."""
 
-    slots: np.ndarray  # int64, ascending
+    indices: np.ndarray  # int64, ascending
     num_tokens: int
     cost: float  # operations, or the costs passed to `distribute`
 
@@ -26,16 +26,16 @@ class MicroBatchPlan:
 class MicroBatches(Sequence[list[MicroBatchPlan]]):
     """Micro-batches of each rank, [rank][k], the same number on every rank. Those of a rank are created on access."""
 
-    def __init__(self, slots: np.ndarray, sizes: np.ndarray, num_tokens: np.ndarray, costs: np.ndarray) -> None:
+    def __init__(self, indices: np.ndarray, sizes: np.ndarray, num_tokens: np.ndarray, costs: np.ndarray) -> None:
         """Store the result of `distribute`.
 
         Args:
-            slots: int64 [n], global sample indices by rank and micro-batch; ascending within each micro-batch.
+            indices: int64 [n], global sample indices by rank and micro-batch; ascending within each micro-batch.
             sizes: int64 [ranks, k], samples per micro-batch.
             num_tokens: int64 [ranks, k].
             costs: float64 [ranks, k].
         """
-        self.slots, self.sizes, self.num_tokens, self.costs = slots, sizes, num_tokens, costs
+        self.indices, self.sizes, self.num_tokens, self.costs = indices, sizes, num_tokens, costs
         self._ends = np.cumsum(sizes).reshape(sizes.shape)
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class MicroBatches(Sequence[list[MicroBatchPlan]]):
     def __getitem__(self, rank: int) -> list[MicroBatchPlan]:  # type: ignore[override]  # slices are not supported
         sizes, ends = self.sizes[rank].tolist(), self._ends[rank].tolist()
         own = zip(sizes, ends, self.num_tokens[rank].tolist(), self.costs[rank].tolist(), strict=True)
-        return [MicroBatchPlan(self.slots[end - size : end], tokens, cost) for size, end, tokens, cost in own]
+        return [MicroBatchPlan(self.indices[end - size : end], tokens, cost) for size, end, tokens, cost in own]
 
     @property
     def loads(self) -> np.ndarray:
@@ -53,7 +53,7 @@ class MicroBatches(Sequence[list[MicroBatchPlan]]):
 
 
 def distribute(
-    slots: np.ndarray, num_tokens: np.ndarray, world_size: int, max_tokens: int, costs: np.ndarray | None = None
+    indices: np.ndarray, num_tokens: np.ndarray, world_size: int, max_tokens: int, costs: np.ndarray | None = None
 ) -> MicroBatches:
     """Distribute samples over the same number of micro-batches per rank, with costs as equal as possible.
 
@@ -62,7 +62,7 @@ def distribute(
     it. A micro-batch is empty only if there are fewer samples than micro-batches.
 
     Args:
-        slots: int64 [n], global sample indices, ascending.
+        indices: int64 [n], global sample indices, ascending.
         num_tokens: int64 [n], tokens of each sample.
         world_size: Number of ranks.
         max_tokens: Token budget of a micro-batch.
@@ -81,7 +81,10 @@ def distribute(
         members, sizes, tokens, sums = (tensor.numpy() for tensor in found)
     by_rank = (world_size, -1)
     return MicroBatches(
-        slots[members].astype(np.int64, copy=False), sizes.reshape(by_rank), tokens.reshape(by_rank), sums.reshape(by_rank)
+        indices[members].astype(np.int64, copy=False),
+        sizes.reshape(by_rank),
+        tokens.reshape(by_rank),
+        sums.reshape(by_rank),
     )
 
 

@@ -159,9 +159,9 @@ class Plan(ABC):
         quota = mix_quotas(weights)
         starts = np.cumsum([0, *quota])
         block = positions // MIX_BLOCK
-        slot = permute(positions % MIX_BLOCK, MIX_BLOCK, self.config.seed, "mix", block)
-        store = np.searchsorted(starts, slot, side="right") - 1
-        within = block * quota[store] + slot - starts[store]
+        offset = permute(positions % MIX_BLOCK, MIX_BLOCK, self.config.seed, "mix", block)
+        store = np.searchsorted(starts, offset, side="right") - 1
+        within = block * quota[store] + offset - starts[store]
         sizes = np.diff(self._starts)[store]
         epoch, place = within // sizes, within % sizes
         for number in range(len(self.stores)):

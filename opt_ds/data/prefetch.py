@@ -85,7 +85,7 @@ class StepPrefetcher:
                 for place, micro_batch in enumerate(planned.micro_batches[self._rank]):
                     if not self._wait_for_room():
                         return
-                    size = self._read_ahead(planned.samples, micro_batch.slots) if self._max_bytes else 0
+                    size = self._read_ahead(planned.samples, micro_batch.indices) if self._max_bytes else 0
                     with self._changed:
                         self._ready.append(Prefetched(planned, place, size))
                         self._num_bytes += size

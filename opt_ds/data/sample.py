@@ -13,7 +13,7 @@ class Sample:
     """Content of one sequence of a batch."""
 
     name: str = ""
-    slot: int = 0  # global sample index: the key of dropout, which therefore does not depend on the ranks
+    index: int = 0  # global sample index: the key of dropout, which therefore does not depend on the ranks
     items: dict[int, Items] = field(default_factory=dict)  # modality -> its items; absent modalities have no entry
     targets: dict[str, Any] = field(default_factory=dict)  # task -> its targets (see the task's file)
 

@@ -23,14 +23,15 @@ class SampleReader:
         self._tasks = list(tasks_of(config).values())
         self._spans = {modality: span for task in self._tasks for modality, span in task.mask_spans.items()}
 
-    def read(self, planned: PlannedSamples, slot: int) -> Sample:
+    def read(self, planned: PlannedSamples, index: int) -> Sample:
         """Return the sample with this global sample index, masked by its key, with the targets of its task."""
-        number, store, rows = int(planned.store[slot]), self.stores[int(planned.store[slot])], planned.input_rows[slot]
-        task = self._tasks[planned.task[slot]] if planned.task[slot] >= 0 else None
-        epoch = int(planned.epoch[slot])
-        key = int(keyed_hash(self.config.seed, "masks", epoch, number, int(planned.sample[slot])))
+        number, rows = int(planned.store[index]), planned.input_rows[index]
+        store = self.stores[number]
+        task = self._tasks[planned.task[index]] if planned.task[index] >= 0 else None
+        epoch = int(planned.epoch[index])
+        key = int(keyed_hash(self.config.seed, "masks", epoch, number, int(planned.sample[index])))
         training_key = key if epoch < VALIDATION_EPOCH else None
-        sample = Sample(name=f"{store.name}/{store.sample_id(int(planned.sample[slot]))}", slot=slot)
+        sample = Sample(name=f"{store.name}/{store.sample_id(int(planned.sample[index]))}", index=index)
         for modality, row in zip(self.modalities, rows, strict=True):
             if row < 0:
                 continue
@@ -40,14 +41,14 @@ class SampleReader:
                 modality.mask(items, store, self.config.tasks.mask_probability, span, key)
             sample.items[modality.number] = items
         if task:
-            task.add_targets(sample, planned, slot, store)
+            task.add_targets(sample, planned, index, store)
         return sample
 
-    def read_ahead(self, planned: PlannedSamples, slots: np.ndarray) -> int:
+    def read_ahead(self, planned: PlannedSamples, indices: np.ndarray) -> int:
         """Start reading the features of these samples from disk, without waiting. Return their number of bytes."""
         total = 0
         with_features = [modality for modality in self.modalities if modality.standardizer]
-        for number, rows in zip(planned.store[slots].tolist(), planned.input_rows[slots].tolist(), strict=True):
+        for number, rows in zip(planned.store[indices].tolist(), planned.input_rows[indices].tolist(), strict=True):
             store = self.stores[number]
             for modality in with_features:
                 row = rows[modality.number]

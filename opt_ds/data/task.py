@@ -231,13 +231,13 @@ class DataTask:
         """
         return {}
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the targets of a sample of this task in `sample.targets`. Its inputs are already read and masked.
 
         Args:
             sample: The sample, which is changed.
             planned: The samples of the step.
-            slot: Global sample index.
+            index: Global sample index.
             store: The sample's store.
         """
 

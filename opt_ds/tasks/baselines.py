@@ -65,10 +65,10 @@ def trivial_baselines(config: Config, stores: list[FeatureStore], version: int |
     found = [unit(config).baseline(statistics) for unit in config.tasks.units.values()]
     baselines = [baseline for baseline in found if baseline is not None]
     for planned in plan.validation(1, config.train.validate_samples):
-        for slot in range(planned.num_samples):
-            sample = reader.read(planned.samples, slot)
+        for index in range(planned.num_samples):
+            sample = reader.read(planned.samples, index)
             for baseline in baselines:
-                baseline.add(sample, int(planned.samples.store[slot]))
+                baseline.add(sample, int(planned.samples.store[index]))
     losses = {loss: value for baseline in baselines for loss, value in baseline.losses().items()}
     return {loss: losses[loss] for loss in config.tasks.active_losses if loss in losses}
 

@@ -151,9 +151,9 @@ class LabelPrediction(Task):
         agreement = self.config.finetune.agreement if self.config.finetune else 3
         return np.minimum(times / (agreement if labels.answers else 1), 1)
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the label targets of the sample."""
-        sample.targets[self.name] = self.label_targets(store, int(planned.sample[slot]))
+        sample.targets[self.name] = self.label_targets(store, int(planned.sample[index]))
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> LabelBatch:
         """Return the targets of the labelled samples."""

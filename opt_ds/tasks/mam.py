@@ -159,7 +159,7 @@ class MaskedAudioModeling(TokenLevelTask):
         frames = self.lengths(samples)
         total.head_flops[self.own(samples)] += 2.0 * self.count_masked(frames) * frames * self._frame_dim
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Mark the sample. Its original frames are the targets."""
         sample.targets[self.name] = True
 

@@ -199,9 +199,9 @@ class Matching(Task):
 
     # ---- samples and batches
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the matching label of the sample."""
-        sample.targets[self.name] = int(planned.columns["matching_label"][slot])
+        sample.targets[self.name] = int(planned.columns["matching_label"][index])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
         """Return the matching examples."""

@@ -81,7 +81,7 @@ class MaskedLanguageModeling(TokenLevelTask):
         width = self.config.model.hidden_size
         return width**2 + width * self.config.model.vocab_size
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the original tokens of the sample."""
         sample.targets[self.name] = sample.of(TEXT).original
 

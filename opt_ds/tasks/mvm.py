@@ -75,7 +75,7 @@ class MaskedVisionModeling(TokenLevelTask):
         model = self.config.model
         return model.hidden_size * (model.image_feature_dim + model.image_num_classes)
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the region classes of the sample."""
         sample.targets[self.name] = sample.of(IMAGE).labels
 

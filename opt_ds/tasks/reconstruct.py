@@ -245,14 +245,14 @@ class ModalityReconstruction(Task):
 
     # ---- samples and batches
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the decoder targets of the sample."""
         targets, columns = ReconstructionTargets(), planned.columns
-        if columns["has_text_target"][slot]:
-            targets.text = read_text(store, planned.source_rows[slot, TEXT], self.config.model.max_text_tokens)
-            targets.text_ends = bool(columns["text_ends"][slot])
-        if columns["has_image_target"][slot]:
-            targets.codes = store.codes(planned.source_rows[slot, IMAGE]).astype(np.int64)
+        if columns["has_text_target"][index]:
+            targets.text = read_text(store, planned.source_rows[index, TEXT], self.config.model.max_text_tokens)
+            targets.text_ends = bool(columns["text_ends"][index])
+        if columns["has_image_target"][index]:
+            targets.codes = store.codes(planned.source_rows[index, IMAGE]).astype(np.int64)
         sample.targets["modality"] = targets
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> BatchPart | None:

@@ -38,9 +38,9 @@ class TextWriting(Task):
         """Set the text of every sample as its target."""
         set_text_targets(candidates, sampled, np.ones(len(sampled.task), dtype=bool))
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         """Set the decoder targets of the sample."""
-        ModalityReconstruction(self.config).add_targets(sample, planned, slot, store)
+        ModalityReconstruction(self.config).add_targets(sample, planned, index, store)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:

@@ -163,13 +163,13 @@ class _Planner:
         """
         step = self._planned(max_tokens)
         lengths = step.samples.input_lengths.sum(1)
-        all_batches = [m for rank in step.micro_batches for m in rank if len(m.slots)]
-        by_padding = max(all_batches, key=lambda m: len(m.slots) * int(lengths[m.slots].max()) ** 2)
+        all_batches = [m for rank in step.micro_batches for m in rank if len(m.indices)]
+        by_padding = max(all_batches, key=lambda m: len(m.indices) * int(lengths[m.indices].max()) ** 2)
         fullest = max(all_batches, key=lambda m: m.num_tokens)
         reader = SampleReader(self.config, self.stores)
         packer = Packer(self.config, self.stores[0].description.tokenizer)
         traced = [
-            self.tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
+            self.tracer.peak_bytes(packer.pack([reader.read(step.samples, int(index)) for index in batch.indices]))
             for batch in ([fullest] if fullest is by_padding else [fullest, by_padding])
         ]
         # A step's micro-batches are balanced, so they may be well below the budget. Those of another batch size may

@@ -147,15 +147,15 @@ class Stepper:
         if number is None:
             return None
         rank = self.group.ranks.rank
-        slots = planned.micro_batches[rank][number].slots
-        batch = self.loader.batch_of(planned, slots)
-        names, losses = self._to_blame(planned, slots) or (list(batch.sample_names), bad_by_micro_batch[number])
+        indices = planned.micro_batches[rank][number].indices
+        batch = self.loader.batch_of(planned, indices)
+        names, losses = self._to_blame(planned, indices) or (list(batch.sample_names), bad_by_micro_batch[number])
         path = guard.dump_micro_batch(self.output, planned.step, rank, number, batch, losses, names)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return f"the loss {', '.join(losses)} of {', '.join(names[:8])}{more}", path
 
     @torch.no_grad()
-    def _to_blame(self, planned: PlannedStep, slots: np.ndarray) -> tuple[list[str], list[str]] | None:
+    def _to_blame(self, planned: PlannedStep, indices: np.ndarray) -> tuple[list[str], list[str]] | None:
         """Return the samples whose losses are not finite when computed alone, and these losses.
 
         A NaN spreads over its micro-batch, so the losses of the micro-batch do not identify the sample. Return None if
@@ -165,13 +165,13 @@ class Stepper:
             return None
         names, losses = [], []
         self.engine.module.eval()
-        for slot in slots:
-            batch, sums = self.loader.batch_of(planned, [slot]).to(self.group.device), TermSums()
+        for index in indices:
+            batch, sums = self.loader.batch_of(planned, [index]).to(self.group.device), TermSums()
             if bad := sums.non_finite(sums.add(self.engine.module(batch))):
                 names += batch.sample_names
                 losses += [loss for loss in bad if loss not in losses]
         self.engine.module.train()
-        return (names, losses) if 0 < len(names) < len(slots) or len(slots) == 1 else None
+        return (names, losses) if 0 < len(names) < len(indices) or len(indices) == 1 else None
 
     def _set_lr(self, step: int) -> None:
         lr = self.config.optimizer.lr * self.config.schedule.lr_factor(step)

@@ -35,9 +35,9 @@ def test_nothing_is_masked_and_the_whole_text_is_the_target(complete: FeatureSto
     setting = config("captioning", "I", size=8)
     planned, reader = FineTunePlan(setting, [complete]).step(0), SampleReader(setting, [complete])
     num_written = 0
-    for slot in range(8):
-        sample = reader.read(planned.samples, slot)
-        text, limit = complete.text(int(planned.samples.source_rows[slot, TEXT])), setting.model.max_text_tokens
+    for index in range(8):
+        sample = reader.read(planned.samples, index)
+        text, limit = complete.text(int(planned.samples.source_rows[index, TEXT])), setting.model.max_text_tokens
         assert sample.items.keys() == {IMAGE} and sample.of(IMAGE).masked is None
         np.testing.assert_array_equal(written(sample).text, text[:limit])
         num_written += limit if len(text) > limit else len(text) + 1
@@ -59,10 +59,10 @@ def test_retrieval_judges_pairs_half_of_which_have_a_negative_on_either_side(gro
     assert (samples.columns["matching_label"] == np.where(negative, 4, 3)).all(), "text_image or none"
     assert 0.4 < negative.mean() < 0.6
     assert 0.4 < (side[negative] == TEXT).mean() < 0.6
-    for slot in np.flatnonzero(negative):
-        modality = int(side[slot])
-        providers = np.flatnonzero(grouped.rows[:, modality] == samples.input_rows[slot, modality])
-        assert set(grouped.groups[providers]).isdisjoint({grouped.groups[samples.sample[slot]]})
+    for index in np.flatnonzero(negative):
+        modality = int(side[index])
+        providers = np.flatnonzero(grouped.rows[:, modality] == samples.input_rows[index, modality])
+        assert set(grouped.groups[providers]).isdisjoint({grouped.groups[samples.sample[index]]})
         assert set(providers) <= set(grouped.split_samples("train"))
 
 

@@ -24,8 +24,8 @@ def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) 
     lengths = np.concatenate([step.samples.input_lengths, writes], axis=1)
     forward = total = 0
     for row in np.unique(lengths, axis=0):
-        slots = np.flatnonzero((lengths == row).all(1))
-        batch = packer.pack([reader.read(step.samples, int(slot)) for slot in slots])
+        indices = np.flatnonzero((lengths == row).all(1))
+        batch = packer.pack([reader.read(step.samples, int(index)) for index in indices])
         with FlopCounterMode(display=False) as counter:
             terms = model(batch)
         forward += counter.get_total_flops()

@@ -108,8 +108,8 @@ def test_planning_and_reading_ahead_stay_bounded(loaders: list, ragged: FeatureS
     asked: list[int] = []
     read_ahead = SampleReader.read_ahead
 
-    def counted(reader: SampleReader, planned, slots) -> int:
-        asked.append(read_ahead(reader, planned, slots))
+    def counted(reader: SampleReader, planned, indices) -> int:
+        asked.append(read_ahead(reader, planned, indices))
         return 2**19  # as if every micro-batch had half a mebibyte
 
     monkeypatch.setattr(SampleReader, "read_ahead", counted)

@@ -16,16 +16,16 @@ from opt_ds.data.micro_batches import distribute
 )
 @settings(max_examples=150, deadline=None)
 def test_each_sample_once_within_the_budget_equally_many_per_rank(lengths: list[int], world_size: int, budget: int) -> None:
-    slots, num_tokens = 3 * np.arange(len(lengths)), np.array(lengths, dtype=np.int64)
-    ranks = distribute(slots, num_tokens, world_size, budget)
+    indices, num_tokens = 3 * np.arange(len(lengths)), np.array(lengths, dtype=np.int64)
+    ranks = distribute(indices, num_tokens, world_size, budget)
     assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1
     every = [micro_batch for rank in ranks for micro_batch in rank]
-    taken = np.concatenate([m.slots for m in every])
-    assert sorted(taken) == slots.tolist()
+    taken = np.concatenate([m.indices for m in every])
+    assert sorted(taken) == indices.tolist()
     for m in every:
-        assert m.num_tokens == num_tokens[m.slots // 3].sum() <= budget
-        assert (np.diff(m.slots) > 0).all()
-    empty = sum(len(m.slots) == 0 for m in every)
+        assert m.num_tokens == num_tokens[m.indices // 3].sum() <= budget
+        assert (np.diff(m.indices) > 0).all()
+    empty = sum(len(m.indices) == 0 for m in every)
     assert empty == max(0, len(every) - len(lengths)), "none is empty while there are samples enough"
     assert len(ranks[0]) <= 1 + 2 * num_tokens.sum() // (world_size * budget), "no more rounds than half-full ones"
 
@@ -49,7 +49,7 @@ def test_costs_are_balanced_where_tokens_are_not_what_costs() -> None:
         dealt = {}
         for name, told in (("tokens", None), ("costs", costs)):
             ranks = distribute(np.arange(1024), lengths, world_size, 2048, told)
-            dealt[name] = np.array([[costs[m.slots].sum() for m in rank] for rank in ranks])
+            dealt[name] = np.array([[costs[m.indices].sum() for m in rank] for rank in ranks])
         waiting = {name: 1 - found.sum() / (world_size * found.max(0).sum()) for name, found in dealt.items()}
         assert waiting["costs"] < 0.03 < waiting["tokens"]
         assert dealt["costs"].sum(1).max() / dealt["costs"].sum(1).mean() < 1.005
@@ -59,7 +59,7 @@ def test_the_result_is_a_function_of_the_arguments() -> None:
     lengths = np.random.default_rng(1).integers(1, 50, 300)
     first, second = (distribute(np.arange(300), lengths, 3, 500) for _ in range(2))
     for a, b in zip(first, second, strict=True):
-        assert [m.slots.tolist() for m in a] == [m.slots.tolist() for m in b]
+        assert [m.indices.tolist() for m in a] == [m.indices.tolist() for m in b]
 
 
 def test_a_huge_step_of_samples_that_fill_badly_is_planned_quickly() -> None:

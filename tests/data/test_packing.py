@@ -28,11 +28,11 @@ def packer() -> Packer:
     return Packer(make_config(), TOKENIZER)
 
 
-def make_sample(subset: tuple[bool, bool, bool], seed: int, slot: int = 0) -> Sample:
+def make_sample(subset: tuple[bool, bool, bool], seed: int, index: int = 0) -> Sample:
     """A sample of these modalities, masked somewhere, with every target that it can have."""
     rng = np.random.default_rng(seed)
     n, r, a = rng.integers(1, 9), rng.integers(1, 7), rng.integers(1, 9)
-    sample = Sample(name=str(seed), slot=slot)
+    sample = Sample(name=str(seed), index=index)
     if subset[0]:
         text = TextItems(rng.integers(5, 40, n), rng.integers(5, 40, n), masked=rng.random(n) < 0.4)
         sample.items[TEXT], sample.targets["mlm"] = text, text.original
@@ -93,7 +93,7 @@ def test_the_layout_of_each_subset_of_modalities(subset: tuple[bool, bool, bool]
 @given(kinds=st.lists(st.tuples(st.sampled_from(SUBSETS), st.integers(0, 10_000)), max_size=8))
 @settings(max_examples=80, deadline=None)
 def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bool], int]]) -> None:
-    samples = [make_sample(subset, seed, slot=7 * i) for i, (subset, seed) in enumerate(kinds)]
+    samples = [make_sample(subset, seed, index=7 * i) for i, (subset, seed) in enumerate(kinds)]
     batch = packer().pack(samples)
     inputs, total = batch.inputs, batch.inputs.sequences.total
     assert sorted(inputs.gather_index.tolist()) == list(range(total))
@@ -103,7 +103,7 @@ def test_unpacking_gives_back_the_samples(kinds: list[tuple[tuple[bool, bool, bo
     assert len(inputs.sequences) == len(samples) == batch.num_samples and bounds[-1] == total
     for i, sample in enumerate(samples):
         assert rows[bounds[i] : bounds[i + 1]] == expected_rows(sample)
-        assert inputs.cls_index[i] == bounds[i] and inputs.slots[i] == sample.slot
+        assert inputs.cls_index[i] == bounds[i] and inputs.sample_indices[i] == sample.index
     check_targets(batch, samples, bounds)
     parts = (batch.parts["mlm"].index, batch.parts["mvm"].index, batch.parts["mam"].index, batch.parts["matching"].index,
              batch.parts["modality"].text.memory_index, batch.parts["modality"].image.memory_index)  # fmt: skip

@@ -34,8 +34,8 @@ def test_a_step_is_a_pure_function_of_the_step(ragged: FeatureStore) -> None:
         planned = other.step(7, world_size)
         assert equal(planned.samples, later.samples) and planned.counts == later.counts
         assert len(planned.micro_batches) == world_size
-        slots = np.concatenate([m.slots for rank in planned.micro_batches for m in rank])
-        assert sorted(slots) == np.flatnonzero(later.samples.task >= 0).tolist()
+        indices = np.concatenate([m.indices for rank in planned.micro_batches for m in rank])
+        assert sorted(indices) == np.flatnonzero(later.samples.task >= 0).tolist()
     assert not equal(plan.step(8).samples, later.samples)
     assert not equal(StepPlan(make_config(seed=2), [ragged]).step(7).samples, later.samples)
 
@@ -177,7 +177,7 @@ def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
     assert planned.num_tokens == total
     assert planned.fill == pytest.approx(total / (3 * len(batches[0]) * 256)) and planned.fill <= 1
     costs = sample_flops(config, planned.samples)
-    ranks = [sum(costs[m.slots].sum() for m in rank) for rank in planned.micro_batches]
+    ranks = [sum(costs[m.indices].sum() for m in rank) for rank in planned.micro_batches]
     assert planned.balance == pytest.approx(max(ranks) / (sum(ranks) / 3))
     assert planned.balance < 1.1
 

@@ -28,7 +28,7 @@ def digest(planned: PlannedStep) -> str:
     found.update(repr((planned.counts, int(planned.num_tokens), float(planned.fill), float(planned.balance))).encode())
     for rank in planned.micro_batches:
         for m in rank:
-            found.update(m.slots.tobytes() + repr((int(m.num_tokens), float(m.cost))).encode())
+            found.update(m.indices.tobytes() + repr((int(m.num_tokens), float(m.cost))).encode())
     return found.hexdigest()[:16]
 
 

@@ -38,8 +38,8 @@ def test_an_empty_recording_has_no_frames(tmp_path: Path, monkeypatch: pytest.Mo
     store = make_store(tmp_path / "s", 10, frames=(0, 2))
     config = make_config(batch={"size": 40})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    with_audio = [slot for slot in range(40) if planned.samples.input_rows[slot, AUDIO] >= 0]
-    shapes = {reader.read(planned.samples, slot).of(AUDIO).features.shape for slot in with_audio}
+    with_audio = [index for index in range(40) if planned.samples.input_rows[index, AUDIO] >= 0]
+    shapes = {reader.read(planned.samples, index).of(AUDIO).features.shape for index in with_audio}
     assert (0, 12) in shapes and all(width == 12 for _, width in shapes)
 
 
@@ -47,8 +47,8 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
     config = make_config(batch={"size": 400})
     planned, reader = StepPlan(config, [ragged]).step(0), SampleReader(config, [ragged])
     s, special = planned.samples, set(range(5))
-    for slot in range(400):
-        sample, draw, lengths = reader.read(s, slot), s.task[slot], s.input_lengths[slot]
+    for index in range(400):
+        sample, draw, lengths = reader.read(s, index), s.task[index], s.input_lengths[index]
         assert [len(sample.items.get(modality, ())) for modality in (TEXT, IMAGE, AUDIO)] == lengths.tolist()
         frames = Audio(config.model, AUDIO).count_masked(lengths[2], 0.15)
         counts = (num_masked(lengths[0], 0.15), num_masked(lengths[1], 0.15), frames)
@@ -56,7 +56,7 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
             expected = draw == (MLM, MVM, MAM)[modality] or draw == MODALITY
             assert sample.items[modality].masked_or_none.sum() == (counts[modality] if expected else 0)
         if TEXT in sample.items:
-            original = ragged.text(s.input_rows[slot, TEXT])[:8]
+            original = ragged.text(s.input_rows[index, TEXT])[:8]
             changed = sample.items[TEXT].ids != original
             assert changed.sum() <= (counts[TEXT] if draw in (MLM, MODALITY) else 0)
             assert not set(original.tolist()) & special
@@ -66,12 +66,14 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
                 assert (sample.targets["mlm"] == original).all()
         assert list(sample.targets) == [TASK_NAMES[draw]], "it has the targets of its task and of no other"
         if IMAGE in sample.items:
-            stored = ragged.regions(s.input_rows[slot, IMAGE])
+            stored = ragged.regions(s.input_rows[index, IMAGE])
             read = sample.items[IMAGE]
             assert (read.features == stored.features[:6]).all() and (read.boxes == stored.boxes[:6]).all()
             assert (read.labels == stored.labels[:6]).all()
         if AUDIO in sample.items:
-            assert (sample.items[AUDIO].features == stack_frames(ragged.frames(s.input_rows[slot, AUDIO]), 2, 0)[:8]).all()
+            assert (
+                sample.items[AUDIO].features == stack_frames(ragged.frames(s.input_rows[index, AUDIO]), 2, 0)[:8]
+            ).all()
 
 
 def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) -> None:
@@ -80,9 +82,9 @@ def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) 
     big = StepPlan(large, [ragged]).step(0).samples
     for step in range(3):
         part = StepPlan(small, [ragged]).step(step).samples
-        for slot in range(20):
-            a = SampleReader(large, [ragged]).read(big, 20 * step + slot)
-            b = SampleReader(small, [ragged]).read(part, slot)
+        for index in range(20):
+            a = SampleReader(large, [ragged]).read(big, 20 * step + index)
+            b = SampleReader(small, [ragged]).read(part, index)
             assert a.items.keys() == b.items.keys()
             parts = [(a.items[m].masked, b.items[m].masked) for m in a.items]
             parts += [(a.items[m].ids, b.items[m].ids) for m in a.items if m == TEXT]
@@ -97,17 +99,21 @@ def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: Fea
     plan, reader = StepPlan(config, [complete]), SampleReader(config, [complete])
     planned = plan.step(0).samples
     offsets = []
-    for slot in range(200):
-        frames = complete.frames(planned.input_rows[slot, AUDIO])
-        found = [o for o in (0, 1) if (reader.read(planned, slot).items[AUDIO].features == stack_frames(frames, 2, o)[:8]).all()]
+    for index in range(200):
+        frames = complete.frames(planned.input_rows[index, AUDIO])
+        found = [
+            o
+            for o in (0, 1)
+            if (reader.read(planned, index).items[AUDIO].features == stack_frames(frames, 2, o)[:8]).all()
+        ]
         assert found
         offsets += found if len(found) == 1 else []
     assert 0.3 < np.mean(offsets) < 0.7
     for step in plan.validation():
-        for slot in range(step.num_samples):
-            row = step.samples.input_rows[slot, AUDIO]
+        for index in range(step.num_samples):
+            row = step.samples.input_rows[index, AUDIO]
             if row >= 0:
-                read = reader.read(step.samples, slot).items[AUDIO].features
+                read = reader.read(step.samples, index).items[AUDIO].features
                 assert (read == stack_frames(complete.frames(row), 2, 0)[:8]).all()
 
 
@@ -118,7 +124,7 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
     store = FeatureStore(store.path)
     config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    batch = make_packer(config, [store]).pack([reader.read(planned.samples, slot) for slot in range(128)])
+    batch = make_packer(config, [store]).pack([reader.read(planned.samples, index) for index in range(128)])
     decoder = batch.parts["modality"].image
     targets = decoder.target_ids.reshape(128, 64).numpy()
     assert (targets == codes[planned.samples.source_rows[:, IMAGE]]).all()
@@ -141,7 +147,7 @@ def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple
 def test_random_replacements_are_ordinary_tokens_of_the_vocabulary(complete: FeatureStore) -> None:
     config = make_config(tasks={"mix": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
     planned, reader = StepPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
-    samples = [reader.read(planned, slot) for slot in range(3000)]
+    samples = [reader.read(planned, index) for index in range(3000)]
     shown = np.concatenate([s.items[TEXT].ids[s.items[TEXT].masked] for s in samples])
     original = np.concatenate([s.items[TEXT].original[s.items[TEXT].masked] for s in samples])
     assert len(shown) >= 3000 and np.mean(shown == 4) == pytest.approx(0.8, abs=0.03), "id 4 is [MASK]"

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def contents(planned: PlannedStep) -> list[Any]:
     """Return the complete plan of a step in a comparable form."""
     arrays = list(planned.samples.arrays().values())
-    dealt = [[(m.slots.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
+    dealt = [[(m.indices.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
     numbers = [planned.step, planned.counts, planned.num_tokens, planned.fill, planned.balance, planned.flops]
     return [*numbers, planned.num_samples, dealt, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
 

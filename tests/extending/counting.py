@@ -61,9 +61,9 @@ class RegionCounting(Task):
         total.output_positions[own] += 1
         total.head_flops[own] += 2.0 * self.config.model.hidden_size * (self.section.most + 1)
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
-        assert min(len(given(sample.items[IMAGE].features)), self.section.most) == planned.columns["num_regions"][slot]
-        sample.targets[self.name] = int(planned.columns["num_regions"][slot])
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+        assert min(len(given(sample.items[IMAGE].features)), self.section.most) == planned.columns["num_regions"][index]
+        sample.targets[self.name] = int(planned.columns["num_regions"][index])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> Counts:
         counted = [i for i, sample in enumerate(samples) if self.name in sample.targets]

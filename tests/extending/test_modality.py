@@ -101,8 +101,8 @@ def test_every_sample_is_read_with_its_readings_and_masked_by_the_modalitys_own_
     config = load_config("opt-tiny", [*WITH_TOUCH, "model.touch.feature_dim=3", "batch.size=64", "model.vocab_size=60"])
     planned, reader = StepPlan(config, [store]).step(0).samples, SampleReader(config, [store])
     seen = set()
-    for slot in range(64):
-        sample, row = reader.read(planned, slot), planned.input_rows[slot, TOUCH]
+    for index in range(64):
+        sample, row = reader.read(planned, index), planned.input_rows[index, TOUCH]
         assert (TOUCH in sample.items) == (row >= 0)
         if row >= 0:
             touch = sample.of(TOUCH)

@@ -149,7 +149,7 @@ class MaskedTouchModeling(TokenLevelTask):
     def flops_per_item(self) -> float:
         return self.config.model.hidden_size * self.config.model.touch.feature_dim
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, slot: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
         sample.targets[self.name] = True
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedReadings:

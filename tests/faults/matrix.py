@@ -225,16 +225,16 @@ def deal(planned: PlannedStep, way: int) -> list[list[MicroBatchPlan]]:
     tasks on the last rank, the others on the first.
     """
     world_size = len(planned.micro_batches)
-    slots = np.sort(np.concatenate([m.slots for rank in planned.micro_batches for m in rank]))
-    late = np.isin(planned.samples.task[slots], (MODALITY, MATCHING))
+    indices = np.sort(np.concatenate([m.indices for rank in planned.micro_batches for m in rank]))
+    late = np.isin(planned.samples.task[indices], (MODALITY, MATCHING))
     if way == 0:
         return planned.micro_batches
     parts: list[list[np.ndarray]] = [[] for _ in range(world_size)]
     if way == 1:
-        parts[0] += [slots[::2], slots[1::2]]
+        parts[0] += [indices[::2], indices[1::2]]
     else:
-        parts[0].append(slots[~late])
-        parts[-1].append(slots[late])
+        parts[0].append(indices[~late])
+        parts[-1].append(indices[late])
     rounds = max(len(part) for part in parts) + (way == 1)
     nothing = np.empty(0, dtype=np.int64)
     return [[MicroBatchPlan(m, 0, 0.0) for m in [*part, *[nothing] * (rounds - len(part))]] for part in parts]

@@ -25,7 +25,7 @@ Calls = list[tuple[str, str]]
 def batches(config: Config, store: FeatureStore) -> dict[str, PackedBatch]:
     """A step's samples in one batch; those of one task alone; one sample alone; none."""
     planned, reader, packer = StepPlan(config, [store]).step(0), SampleReader(config, [store]), make_packer(config, [store])
-    samples = [reader.read(planned.samples, slot) for slot in range(planned.num_samples)]
+    samples = [reader.read(planned.samples, index) for index in range(planned.num_samples)]
     found = {"all": packer.pack(samples), "none": packer.pack([])}
     for draw in sorted(set(planned.samples.task.tolist())):
         found[TASK_NAMES[draw]] = packer.pack([s for s, own in zip(samples, planned.samples.task, strict=True) if own == draw])

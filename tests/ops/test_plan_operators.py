@@ -64,8 +64,8 @@ def test_micro_batches_are_the_same(in_numpy: Callable[[Callable[[], Any]], Any]
         costs = None if trial % 3 == 0 else rng.random(n) * lengths
         arguments = (2 * np.arange(n), lengths, world_size, budget, costs)
         found, expected = distribute(*arguments), in_numpy(lambda arguments=arguments: distribute(*arguments))
-        assert [[(m.slots.tolist(), m.num_tokens, m.cost) for m in rank] for rank in found] == [
-            [(m.slots.tolist(), m.num_tokens, m.cost) for m in rank] for rank in expected
+        assert [[(m.indices.tolist(), m.num_tokens, m.cost) for m in rank] for rank in found] == [
+            [(m.indices.tolist(), m.num_tokens, m.cost) for m in rank] for rank in expected
         ]
 
 
@@ -75,5 +75,5 @@ def test_a_cost_is_the_sum_that_numpy_gives() -> None:
     costs = rng.random(2000)
     for rank in distribute(np.arange(2000), np.ones(2000, dtype=np.int64), 3, 200, costs):
         for micro_batch in rank:
-            dearest_first = micro_batch.slots[np.argsort(-costs[micro_batch.slots], kind="stable")]
+            dearest_first = micro_batch.indices[np.argsort(-costs[micro_batch.indices], kind="stable")]
             assert micro_batch.cost == float(costs[dearest_first].sum())

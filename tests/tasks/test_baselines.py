@@ -27,8 +27,8 @@ def test_mac_is_log_k_of_each_masked_frame(complete: FeatureStore) -> None:
     config = make_config()
     reader, logs = SampleReader(config, [complete]), []
     for step in StepPlan(config, [complete]).validation():
-        for slot in range(step.num_samples):
-            sample = reader.read(step.samples, slot)
+        for index in range(step.num_samples):
+            sample = reader.read(step.samples, index)
             if "mam" in sample.targets:
                 logs += [np.log(1 + (~sample.items[AUDIO].masked).sum())] * int(sample.items[AUDIO].masked.sum())
     assert trivial_baselines(config, [complete])["mac"] == pytest.approx(np.mean(logs))

@@ -113,12 +113,12 @@ def mac_of(model: OPT, batch: PackedBatch, hidden: torch.Tensor) -> float:
         return model.mam(hidden, batch.parts["mam"], frames, batch.inputs.parts[AUDIO].masked)["mac"].sum.item()
 
 
-def frames_sample(count: int, masked: list[int], seed: int, slot: int) -> Sample:
+def frames_sample(count: int, masked: list[int], seed: int, index: int) -> Sample:
     rng = np.random.default_rng(seed)
     flags = np.zeros(count, dtype=bool)
     flags[masked] = True
     frames = rng.standard_normal((count, 12)).astype("float16")
-    return Sample(slot=slot, items={AUDIO: AudioItems(frames, masked=flags)}, targets={"mam": True})
+    return Sample(index=index, items={AUDIO: AudioItems(frames, masked=flags)}, targets={"mam": True})
 
 
 def test_the_candidates_are_the_own_frame_and_the_unmasked_frames_of_the_utterance(complete: FeatureStore) -> None:
@@ -126,7 +126,7 @@ def test_the_candidates_are_the_own_frame_and_the_unmasked_frames_of_the_utteran
     model, packer = make_model(config), make_packer(config, [complete])
     first, second = frames_sample(8, [2, 3], 0, 0), frames_sample(3, [0], 1, 1)
     # of a sample that is not used for MAM
-    other = Sample(slot=2, items={AUDIO: AudioItems(frames_sample(5, [], 2, 2).of(AUDIO).features)})
+    other = Sample(index=2, items={AUDIO: AudioItems(frames_sample(5, [], 2, 2).of(AUDIO).features)})
     batch = packer.pack([first, second, other])
     with torch.no_grad():
         hidden = model.encode(batch.inputs)

@@ -82,7 +82,7 @@ def predicted(case: tuple[str, ...], store: Path, world_size: int) -> RankMemory
     plan, activations = StepPlan(config, stores), 0.0
     for step in (plan.step(number, world_size) for number in range(STEPS)):
         for number, batch in enumerate(step.micro_batches[0]):
-            found = tracer.peak_bytes(packer.pack([reader.read(step.samples, int(slot)) for slot in batch.slots]))
+            found = tracer.peak_bytes(packer.pack([reader.read(step.samples, int(index)) for index in batch.indices]))
             # The first of a step finds no gradients yet; in a long accumulation that makes no difference.
             activations = max(activations, found - (gradients if number == 0 else 0))
     return rank_memory(config, "fp32", parameters, world_size, "cpu", activations)

@@ -52,7 +52,7 @@ def _gradient(config: Config, settings: dict[str, Any], num_micro_batches: int) 
     engine.train()
     for k, micro_batch in enumerate(planned.micro_batches[0]):
         engine.set_gradient_accumulation_boundary(k == num_micro_batches - 1)
-        terms = engine(loader.batch_of(planned, micro_batch.slots))
+        terms = engine(loader.batch_of(planned, micro_batch.indices))
         engine.backward(total_loss(terms, planned.counts, config.tasks, 1), scale_wrt_gas=False)
     loader.close()
     scaled = torch.cat([safe_get_full_grad(parameter).flatten() for parameter in engine.module.parameters()])

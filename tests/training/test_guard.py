@@ -32,12 +32,12 @@ def poison(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
         plan, read, poisoned = StepPlan(config, stores), SampleReader.read, set()
         for step in steps:
             samples = plan.step(step).samples
-            slot = next(slot for slot in range(len(samples)) if samples.input_rows[slot, IMAGE] >= 0)
-            poisoned.add((int(samples.epoch[slot]), int(samples.sample[slot])))
+            index = next(index for index in range(len(samples)) if samples.input_rows[index, IMAGE] >= 0)
+            poisoned.add((int(samples.epoch[index]), int(samples.sample[index])))
 
-        def read_poisoned(self: SampleReader, samples: PlannedSamples, slot: int) -> Sample:
-            sample = read(self, samples, slot)
-            if (int(samples.epoch[slot]), int(samples.sample[slot])) in poisoned:
+        def read_poisoned(self: SampleReader, samples: PlannedSamples, index: int) -> Sample:
+            sample = read(self, samples, index)
+            if (int(samples.epoch[index]), int(samples.sample[index])) in poisoned:
                 sample.items[IMAGE].features = np.full_like(sample.items[IMAGE].features, math.nan)
             return sample
 
