@@ -287,14 +287,14 @@ class Config(Section):
     )
 
     @property
-    def learned_losses(self) -> tuple[str, ...]:
+    def trained_losses(self) -> tuple[str, ...]:
         """Losses that the model was trained with, in this run or in those that its weights come from."""
         before = (*(self.finetune.learned if self.finetune else ()), *(self.init.learned if self.init else ()))
-        return tuple(loss for loss in self.tasks.all_losses if loss in before or loss in self.tasks.trained_losses)
+        return tuple(loss for loss in self.tasks.all_losses if loss in before or loss in self.tasks.sampled_losses)
 
     def can(self, ability: str) -> bool:
         """Return whether the model was trained with the loss that teaches this ability (see `opt_ds.abilities`)."""
-        return self.tasks.loss_for(ability) in self.learned_losses
+        return self.tasks.loss_for(ability) in self.trained_losses
 
     @property
     def max_steps(self) -> int:

@@ -90,7 +90,7 @@ class TasksConfig(Section):
         return tuple(loss for loss in self.all_losses if self.loss_weight(loss) > 0)
 
     @property
-    def trained_losses(self) -> tuple[str, ...]:
+    def sampled_losses(self) -> tuple[str, ...]:
         """The active losses whose task is sampled in some phase of the schedule.
 
         Active losses of tasks that are not sampled are included.

@@ -84,14 +84,14 @@ class StepPlan(Plan):
         split = self.config.data.train_split
         # One row per subset of modalities that occurs.
         present = np.concatenate([present_subsets(store, split, self.modalities) for store in self.stores])
-        active, trained = self.config.tasks.active_losses, self.config.tasks.trained_losses
+        active, sampled = self.config.tasks.active_losses, self.config.tasks.sampled_losses
         tasks: dict[str, str] = {}
         losses: dict[str, str] = {}
         for name, derived in self._derived.items():
             names = self.tasks[name].loss_names()
             if not any(loss in active for loss in names):
                 tasks[name] = "its weight is 0"
-            elif not any(loss in trained for loss in names):
+            elif not any(loss in sampled for loss in names):
                 tasks[name] = "its weight in tasks.mix is 0"
             for key, reason in self.tasks[name].disabled(present, self.stores, derived).items():
                 (tasks if key == name else losses).setdefault(key, reason)

@@ -83,7 +83,7 @@ def finetune_config(
     tree["data"] |= {"stores": [str(store.path) for store in opened], "mix": None}
     tree["finetune"] = {
         "task": task, "checkpoint": str(folder), "weights_sha256": checkpoint.weights_sha256(folder), "inputs": list(inputs),
-        "learned": list(saved.learned_losses),
+        "learned": list(saved.trained_losses),
     }  # fmt: skip
     if task == "vqa":
         tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)
@@ -102,7 +102,7 @@ def finetune_config(
 
 def _check(task: str, unit: Any, inputs: tuple[str, ...], saved: Config, folder: Path) -> None:
     loss = unit.fine_tuned_loss
-    if not unit.is_optional and loss not in saved.learned_losses:
+    if not unit.is_optional and loss not in saved.trained_losses:
         raise UserError(
             f"{folder}: this model was trained without {loss} (tasks.{loss}.weight is 0), which {task} fine-tunes: take a "
             "checkpoint that was trained with it"

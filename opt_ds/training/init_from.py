@@ -135,22 +135,22 @@ def _start(given: Path, moments: bool) -> Start:
     steps = checkpoint.train_state(state).adam_steps if moments else 0
     init = InitConfig(
         run=str(given.resolve()), checkpoint=str(folder.resolve()), weights_sha256=checkpoint.weights_sha256(folder),
-        learned=_learned(config, run), moments=moments, adam_steps=steps,
+        learned=_trained_losses(config, run), moments=moments, adam_steps=steps,
     )  # fmt: skip
     return Start(init, config)
 
 
-def _learned(config: Config, run: Path) -> tuple[str, ...]:
+def _trained_losses(config: Config, run: Path) -> tuple[str, ...]:
     """Return the losses whose heads a run trained. Losses of tasks that had no samples in any launch are excluded."""
     before = (*(config.finetune.learned if config.finetune else ()), *(config.init.learned if config.init else ()))
-    off = _tasks_off(run / run_folder.RUN_FILE)
-    without = off | {loss for task in off for loss in config.tasks.sampled.get(task, ())}
-    learned = (loss for loss in config.learned_losses if loss in before or loss not in without)
+    disabled = _disabled_tasks(run / run_folder.RUN_FILE)
+    without = disabled | {loss for task in disabled for loss in config.tasks.sampled.get(task, ())}
+    learned = (loss for loss in config.trained_losses if loss in before or loss not in without)
     sampled = {loss for losses in config.tasks.sampled.values() for loss in losses}
     return tuple(loss for loss in learned if loss in sampled)
 
 
-def _tasks_off(file: Path) -> set[str]:
+def _disabled_tasks(file: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:

@@ -238,7 +238,7 @@ def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judge
     found = {TASK_NAMES[draw] for step in plan.validation() for draw in step.samples.task}
     assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
     assert plan.off["mvm"] == "its weight in tasks.mix is 0" and ("matching" in plan.off) != judged
-    assert set(config.learned_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
+    assert set(config.trained_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
 
 
 

@@ -42,7 +42,9 @@ def test_every_task_learns_from_the_checkpoint_and_leaves_a_whole_model(
     assert sum(found[step] for step in range(26, 31)) < 0.8 * sum(found[step] for step in range(1, 6))
     assert set(json.loads((tmp_path / "validation.json").read_text())["losses"]) == {LOSSES[task]}
     model, loaded = checkpoint.load_model(tmp_path)
-    assert loaded.learned_losses[:3] == ("mlm", "mvfr", "mrc"), "the other heads are still what pre-training made of them"
+    assert loaded.trained_losses[:3] == ("mlm", "mvfr", "mrc"), (
+        "the other heads are still what pre-training made of them"
+    )
     assert (model.head("labels") is not None) == (LOSSES[task] == "labels")
 
 

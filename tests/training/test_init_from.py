@@ -100,7 +100,7 @@ def test_the_schedule_is_new_and_what_carries_over_is_said_and_recorded(
     launch = record["launches"][0]["init_from"]
     assert launch["moments"] and launch["parameters_taken"] > 50
     assert launch["fresh"] and all(name.startswith("image_decoder.") for name in launch["fresh"])
-    assert checkpoint.load_model(tmp_path / "new")[1].learned_losses.count("dir") == 1, "the new run trains it"
+    assert checkpoint.load_model(tmp_path / "new")[1].trained_losses.count("dir") == 1, "the new run trains it"
 
 
 def test_resume_is_bit_exact_and_does_not_need_the_source(source: Path, tmp_path: Path, group: Any) -> None:
@@ -266,10 +266,10 @@ def test_a_fine_tuned_run_gives_all_but_its_label_head(learnable: Path, tmp_path
     tuned = finetune_config("captioning", tmp_path / "first", [str(learnable)], settings=["train.max_steps=1", "batch.size=4"])
     train(tuned, tmp_path / "tuned", group)
     config = resolved(tmp_path / "tuned", tmp_path / "new", "train.max_steps=1")
-    assert config.finetune is None and set(config.init.learned) == set(tuned.learned_losses)  # type: ignore[union-attr]
+    assert config.finetune is None and set(config.init.learned) == set(tuned.trained_losses)  # type: ignore[union-attr]
     train(config, tmp_path / "new", group)
     again = finetune_config("captioning", tmp_path / "new", [str(learnable)])
-    assert again.init is None and set(again.learned_losses) == set(tuned.learned_losses)
+    assert again.init is None and set(again.trained_losses) == set(tuned.trained_losses)
 
 
 def test_more_steps_than_the_schedule_has_are_said_to_be_of_learning_rate_0(
