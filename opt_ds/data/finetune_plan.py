@@ -45,7 +45,7 @@ class FineTunePlan(Plan):
                 f'{stores[0].path}: no sample of split "{config.data.train_split}" has {" or ".join(self.options.inputs)}'
                 f"{self._task.target_words}: choose other --inputs, or another store"
             )
-        self.off: dict[str, str] = {}
+        self.disabled_tasks: dict[str, str] = {}
         self._derived, self._valid_derived = (self._derive(split) for split in (config.data.train_split, config.data.valid_split))
 
     def _derive(self, split: str) -> Any:

@@ -25,7 +25,7 @@ class StepPlan(Plan):
         self._derived = {
             name: task.derive(stores, self._train, config.data.train_split) for name, task in self.tasks.items() if task.sampled
         }
-        self.off = self._disabled()
+        self.disabled_tasks = self._disabled()
 
     def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> PlannedSamples:
         fraction = step / self.config.schedule.total_steps
@@ -36,7 +36,7 @@ class StepPlan(Plan):
         epoch, store = np.full(len(valid), VALIDATION_EPOCH), np.full(len(valid), number)
         parts = []
         for name in self._derived:
-            if name in self.off:
+            if name in self.disabled_tasks:
                 continue
             derived = {name: self.tasks[name].derive(self.stores, samples_of, None)}
             for variant in range(self.tasks[name].num_variants):

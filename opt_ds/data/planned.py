@@ -61,7 +61,7 @@ class Plan(ABC):
     #: sizes, whatever `data.mix`.
     VERSIONS = (1, 2, 3)
     # Task or loss -> why no sample of these stores can take it, or why the configuration disables it.
-    off: dict[str, str]
+    disabled_tasks: dict[str, str]
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         """Create the plan. `version` is that of the run that is continued, one of `VERSIONS`; None means the newest."""

@@ -129,13 +129,17 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
     These losses have a positive weight, belong to a task that is sampled at some time, and are possible on the stores'
     samples.
     """
-    off = StepPlan(config, stores).off
+    disabled = StepPlan(config, stores).disabled_tasks
     last = config.max_steps / config.schedule.total_steps
     mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
-    sampled = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in off}
+    sampled = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in disabled}
     active = config.tasks.active_losses
     return tuple(
-        x for draw, own in config.tasks.sampled.items() if draw in sampled for x in own if x in active and x not in off
+        x
+        for draw, own in config.tasks.sampled.items()
+        if draw in sampled
+        for x in own
+        if x in active and x not in disabled
     )
 
 

@@ -128,8 +128,8 @@ def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
         return [str(error)]
     where = ", ".join(str(store.path) for store in stores)
     shares = config.tasks.mix_at(0.0) if config.finetune is None else {}
-    if shares and all(task in plan.off for task, share in shares.items() if share):
-        why = "; ".join(f"{task}: {reason}" for task, reason in plan.off.items() if shares.get(task))
+    if shares and all(task in plan.disabled_tasks for task, share in shares.items() if share):
+        why = "; ".join(f"{task}: {reason}" for task, reason in plan.disabled_tasks.items() if shares.get(task))
         return [f"{where}: no task can be trained ({why}): prepare samples that have it, or change tasks.mix"]
     if not plan.has_validation(config.train.validate_samples):
         return [

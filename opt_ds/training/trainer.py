@@ -326,7 +326,7 @@ class Trainer(TrainingLoop):
             "parameters": numel,
             "samples_per_step": self.plan.batch_samples,
             "micro_batches": len(first.micro_batches[0]),
-            "tasks_off": self.plan.off,
+            "tasks_off": self.plan.disabled_tasks,
             "resumed_from": resume_from.name if resume_from else None,
             **({"init_from": self.carried.record()} if self.carried else {}),
             "versions": run_folder.versions(),
@@ -346,7 +346,7 @@ class Trainer(TrainingLoop):
         )
         for reason in backend.reasons():
             _LOG.info(reason)
-        for task, reason in self.plan.off.items():
+        for task, reason in self.plan.disabled_tasks.items():
             _LOG.info(f"task {task} is disabled: {reason}")
         for line in self.carried.lines() if self.carried else ():
             _LOG.info(line)

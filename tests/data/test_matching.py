@@ -114,7 +114,7 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
         for c, rows in zip(s.columns["matching_label"], s.input_rows, strict=True)
     )
     two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
-    assert "no negative" in StepPlan(make_config(), [two]).off["matching"]
+    assert "no negative" in StepPlan(make_config(), [two]).disabled_tasks["matching"]
 
 
 def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> NegativeSampler:

@@ -60,7 +60,7 @@ def test_stores_of_few_samples(tmp_path, num_samples: int) -> None:
     epoch, _, sample = taken(plan, 4)
     for number in range(20 // num_samples):
         assert sorted(sample[epoch == number]) == list(range(num_samples))
-    assert ("matching" in plan.off) == (num_samples < 3)
+    assert ("matching" in plan.disabled_tasks) == (num_samples < 3)
     if num_samples < 3:
         assert not (plan.step(0).samples.task == MATCHING).any()
 
@@ -118,13 +118,13 @@ def test_a_loss_weight_of_0_switches_off(complete: FeatureStore) -> None:
     assert not (planned.samples.task == TASK_NAMES.index("mvm")).any()
     assert not planned.samples.columns["has_image_target"].any() and planned.samples.columns["has_text_target"].any()
     assert set(planned.counts) == {"mlm", "mafr", "mac", "dtr", "matching"}
-    assert plan.off == {"mvm": "its weight is 0"}
+    assert plan.disabled_tasks == {"mvm": "its weight is 0"}
 
 
 def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStore) -> None:
     plan = StepPlan(make_config(batch={"size": 20_000, "max_tokens": 8192}), [ragged])
     s = plan.step(0).samples
-    assert plan.off == {}
+    assert plan.disabled_tasks == {}
     present = s.source_rows >= 0
     for subset in np.unique(present, axis=0):
         own = (present == subset).all(1)
@@ -142,18 +142,18 @@ def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStor
 
 
 def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> None:
-    assert set(StepPlan(make_config(), [no_codes]).off) == {"dir"}
+    assert set(StepPlan(make_config(), [no_codes]).disabled_tasks) == {"dir"}
     assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.columns["has_image_target"].any()
     text_only = make_store(tmp_path / "t", 20, num_codes_vocab=None)
     rows = text_only.rows.copy()
     rows[:, 1:] = -1
     text_only.__dict__["index"] = index_with(text_only, rows)
-    assert set(StepPlan(make_config(), [text_only]).off) == {"mvm", "mam", "matching", "dir"}
+    assert set(StepPlan(make_config(), [text_only]).disabled_tasks) == {"mvm", "mam", "matching", "dir"}
     rows = rows.copy()
     rows[:] = [-1, -1, 0]
     text_only.__dict__["index"] = index_with(text_only, rows)
-    off = StepPlan(make_config(), [text_only]).off
-    assert set(off) == {"mlm", "mvm", "matching", "modality", "dtr", "dir"}
+    disabled = StepPlan(make_config(), [text_only]).disabled_tasks
+    assert set(disabled) == {"mlm", "mvm", "matching", "modality", "dtr", "dir"}
 
 
 @pytest.mark.parametrize("missing", ["complete", "ragged"])
@@ -237,7 +237,9 @@ def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judge
     plan = StepPlan(config, [complete])
     found = {TASK_NAMES[draw] for step in plan.validation() for draw in step.samples.task}
     assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
-    assert plan.off["mvm"] == "its weight in tasks.mix is 0" and ("matching" in plan.off) != judged
+    assert (
+        plan.disabled_tasks["mvm"] == "its weight in tasks.mix is 0" and ("matching" in plan.disabled_tasks) != judged
+    )
     assert set(config.trained_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
 
 
