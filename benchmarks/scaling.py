@@ -215,7 +215,13 @@ def measure_ranks() -> list[dict[str, Any]]:
         for ranks in RANKS:
             planned = plan.step(3, ranks)
             seconds = median_busy(partial(plan.step, world_size=ranks), 3)
-            row = {"batch": batch, "ranks": ranks, "step_s": seconds, "balance": planned.balance, "fill": planned.fill}
+            row = {
+                "batch": batch,
+                "ranks": ranks,
+                "step_s": seconds,
+                "balance": planned.load_imbalance,
+                "fill": planned.packing_efficiency,
+            }
             left, read = sharing_seconds(planned)
             shared = (seconds + left + (NODE_RANKS - 1) * read) / NODE_RANKS
             rows.append({**row, "node_step_s": shared, "micro_batches": len(planned.micro_batches[0])})

@@ -42,8 +42,8 @@ class PlannedStep:
     counts: dict[str, float]
     micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], the same number on every rank
     num_tokens: int
-    fill: float  # packing efficiency: used positions as a fraction of the micro-batches' budget
-    balance: float  # load imbalance: maximum operations of a rank divided by the mean
+    packing_efficiency: float  # used positions as a fraction of the micro-batches' budget
+    load_imbalance: float  # maximum operations of a rank divided by the mean
     flops: float  # operations of training once on all its samples
 
     @property
@@ -243,8 +243,8 @@ class Plan(ABC):
         mean = sum(loads) / world_size
         budget = micro_batches.sizes.size * self.config.batch.max_tokens
         return PlannedStep(
-            step, samples, self._counts(samples), micro_batches, num_tokens=total, fill=total / budget,
-            balance=max(loads) / mean if mean else 1.0, flops=flops,
+            step, samples, self._counts(samples), micro_batches, num_tokens=total, packing_efficiency=total / budget,
+            load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
         )  # fmt: skip
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:

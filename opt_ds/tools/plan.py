@@ -89,7 +89,7 @@ class RunEstimate:
     max_tokens: int  # basis of the figures below: batch.max_tokens, or the largest budget if that is smaller
     batch_samples: int
     accumulation: int
-    fill: float
+    fill: float  # packing efficiency
     flops_per_step: float
     communication_bytes: float
     bytes_per_sample: float
@@ -145,7 +145,7 @@ class _Planner:
             zero_stage=config.zero.stage, offload=config.zero.offload_optimizer,
             samples=", ".join(str(store.path) for store in self.stores), parameters=self.parameters,
             memory_limit=self.limit, memory=memory, fits=memory.total <= self.limit, largest_budget=largest,
-            max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation, fill=step.fill,
+            max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation, fill=step.packing_efficiency,
             flops_per_step=flops, communication_bytes=traffic, bytes_per_sample=per_sample,
             read_rate=per_sample * step.num_samples / step_s, compute_s=compute_s, communication_s=communication_s,
             step_s=step_s, total_steps=config.schedule.total_steps, total_s=step_s * config.schedule.total_steps,

@@ -29,7 +29,7 @@ class ThroughputMeter:
         self.sums = TermSums()
         self._samples = self._tokens = self._steps = 0
         self._flops, self._by_task = 0.0, np.zeros(len(self._loader.plan.task_names))
-        self._fill = self._balance = 0.0
+        self._packing_efficiency = self._load_imbalance = 0.0
         self._norm = float("nan")
         self._start, self._waited = time.perf_counter(), self._loader.wait_s
 
@@ -43,8 +43,8 @@ class ThroughputMeter:
         self._flops += planned.flops
         task = planned.samples.task
         self._by_task += np.bincount(task[task >= 0], minlength=len(self._by_task))
-        self._fill += planned.fill
-        self._balance += planned.balance
+        self._packing_efficiency += planned.packing_efficiency
+        self._load_imbalance += planned.load_imbalance
         self._norm = result.gradient_norm
 
     def seconds(self) -> float:
@@ -71,8 +71,8 @@ class ThroughputMeter:
             "tflops_per_rank": flops / 1e12,
             "flops_utilisation": flops / self._peak.flops_per_s,
             "seconds_per_step": seconds / self._steps,
-            "fill": self._fill / self._steps,
-            "rank_balance": self._balance / self._steps,
+            "fill": self._packing_efficiency / self._steps,
+            "rank_balance": self._load_imbalance / self._steps,
             "data_wait_share": (self._loader.wait_s - self._waited) / seconds,
         }
 

@@ -342,7 +342,7 @@ class Trainer(TrainingLoop):
         _LOG.info(
             f"{self.config.preset}: {numel / 1e6:.1f} million parameters; {self.plan.batch_samples} samples per step in "
             f"{launch['micro_batches']} micro-batch{'es' * (launch['micro_batches'] > 1)} per rank, "
-            f"packing efficiency {first.fill:.0%}; {self.plan.num_samples} training samples"
+            f"packing efficiency {first.packing_efficiency:.0%}; {self.plan.num_samples} training samples"
         )
         for reason in backend.reasons():
             _LOG.info(reason)

@@ -175,11 +175,14 @@ def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
     assert [[m.num_tokens for m in rank] for rank in planned.micro_batches] == [[b.num_tokens for b in r] for r in batches]
     total = sum(b.num_tokens for rank in batches for b in rank)
     assert planned.num_tokens == total
-    assert planned.fill == pytest.approx(total / (3 * len(batches[0]) * 256)) and planned.fill <= 1
+    assert (
+        planned.packing_efficiency == pytest.approx(total / (3 * len(batches[0]) * 256))
+        and planned.packing_efficiency <= 1
+    )
     costs = sample_flops(config, planned.samples)
     ranks = [sum(costs[m.indices].sum() for m in rank) for rank in planned.micro_batches]
-    assert planned.balance == pytest.approx(max(ranks) / (sum(ranks) / 3))
-    assert planned.balance < 1.1
+    assert planned.load_imbalance == pytest.approx(max(ranks) / (sum(ranks) / 3))
+    assert planned.load_imbalance < 1.1
 
 
 def test_a_batch_in_tokens(complete: FeatureStore) -> None:

@@ -25,7 +25,11 @@ def digest(planned: PlannedStep) -> str:
     found = hashlib.sha256()
     for array in planned.samples.arrays().values():
         found.update(np.ascontiguousarray(array).tobytes())
-    found.update(repr((planned.counts, int(planned.num_tokens), float(planned.fill), float(planned.balance))).encode())
+    found.update(
+        repr(
+            (planned.counts, int(planned.num_tokens), float(planned.packing_efficiency), float(planned.load_imbalance))
+        ).encode()
+    )
     for rank in planned.micro_batches:
         for m in rank:
             found.update(m.indices.tobytes() + repr((int(m.num_tokens), float(m.cost))).encode())

@@ -38,7 +38,14 @@ def contents(planned: PlannedStep) -> list[Any]:
     """Return the complete plan of a step in a comparable form."""
     arrays = list(planned.samples.arrays().values())
     dealt = [[(m.indices.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
-    numbers = [planned.step, planned.counts, planned.num_tokens, planned.fill, planned.balance, planned.flops]
+    numbers = [
+        planned.step,
+        planned.counts,
+        planned.num_tokens,
+        planned.packing_efficiency,
+        planned.load_imbalance,
+        planned.flops,
+    ]
     return [*numbers, planned.num_samples, dealt, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
 
 
