@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_NO_ROWS = np.zeros(0, np.int32)
+
+
 class Regions(NamedTuple):
     """The regions of one image.
 
@@ -140,8 +143,11 @@ class FeatureStore:
         return self.index.lengths["audio"]
 
     def lengths(self, modality: str) -> np.ndarray:
-        """Return the number of items of each row of a modality, int32. For text these are tokens."""
-        return self.index.lengths[modality]
+        """Return the number of items of each row of a modality, int32. For text these are tokens.
+
+        A modality that the store does not have has no rows.
+        """
+        return self.index.lengths.get(modality, _NO_ROWS)
 
     def split_samples(self, split: str) -> np.ndarray:
         """Return the sample indices of a split, ascending int64. Raise UserError if there is no such split."""

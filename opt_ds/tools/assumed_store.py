@@ -29,7 +29,9 @@ class AssumedStore:
 
     def __init__(self, model: ModelConfig, text: int, regions: int, frames: int) -> None:
         self._model, self._means = model, (text, regions, frames)
-        self.path = Path(f"assumed samples of {text} WordPieces, {regions} regions, {frames} frames")
+        further = [name for name in model.modalities if name not in self.modalities]
+        left_out = f", without {' and '.join(further)}" if further else ""
+        self.path = Path(f"assumed samples of {text} WordPieces, {regions} regions, {frames} frames{left_out}")
         self.fingerprint, self.name, self.num_samples = "assumed", "assumed", _SAMPLES
         self.rows = np.repeat(np.arange(_SAMPLES, dtype=np.int64)[:, None], 3, axis=1)
         self.groups = np.arange(_SAMPLES, dtype=np.int64)
@@ -46,12 +48,12 @@ class AssumedStore:
         )  # fmt: skip
 
     def lengths(self, modality: str) -> np.ndarray:
-        """Return the number of items per row of a modality, int32."""
-        return self._lengths[self.modalities.index(modality)]
+        """Return the number of items per row of a modality, int32. Further modalities have no rows."""
+        return self._lengths.get(modality, np.zeros(0, np.int32))
 
     @cached_property
-    def _lengths(self) -> list[np.ndarray]:
-        return [self._spread(number) for number in range(len(self.modalities))]
+    def _lengths(self) -> dict[str, np.ndarray]:
+        return {name: self._spread(number) for number, name in enumerate(self.modalities)}
 
     def split_samples(self, split: str) -> np.ndarray:
         """Return the last samples for the split "valid", and the rest for any other name."""
