@@ -50,7 +50,7 @@ BUGS = [
      "4 * (right ^ who) + quad", "4 * who + quad", "plain", "attention"),
     ("the wrong Philox counter in the backward pass", BACKWARD,
      "tile0 + mma.drawn_column()", "tile0 + 1 + mma.drawn_column()", "plain", "attention"),
-    ("dropout bits dealt to the wrong lanes", SM70, "trade_bits<3, 3>", "trade_bits<3, 4>", "plain", "attention"),
+    ("dropout bits given to the wrong lanes", SM70, "trade_bits<3, 3>", "trade_bits<3, 4>", "plain", "attention"),
     ("dropout of the wrong head", FORWARD, "query, slot, head)", "query, slot, 0)", "plain", "attention"),
     ("delta forgotten", BACKWARD, "column_delta[j][e] : row_delta[mt][r]", "0.f : row_delta[mt][r]", "plain", "attention"),
     ("causal edge off by one", BACKWARD, "own_row > other :", "own_row >= other :", "plain", "attention"),
@@ -62,7 +62,7 @@ BUGS = [
 BUGS_SM80 = [
     ("ldmatrix not transposed for the values", SM75, "ldmatrix<true>", "ldmatrix<false>", "plain", "attention"),
     ("halves of a B operand exchanged", SM75, "instruction(c, a, b.x, b.y)", "instruction(c, a, b.y, b.x)", "plain", "attention"),
-    ("dropout bits dealt to the wrong lanes, m16n8", SM75, "trade_bits<2, 0>", "trade_bits<1, 0>", "plain", "attention"),
+    ("dropout bits given to the wrong lanes, m16n8", SM75, "trade_bits<2, 0>", "trade_bits<1, 0>", "plain", "attention"),
     ("rows stored without the transposition", SM75, "swap_words(word[0], word[2], 2);", "", "plain", "attention"),
 ]
 QUICK = ("backward draws another row's dropout", "the wrong Philox counter in the backward pass", "keys past the end not masked")

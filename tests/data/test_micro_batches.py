@@ -46,13 +46,13 @@ def test_costs_are_balanced_where_tokens_are_not_what_costs() -> None:
     lengths = rng.integers(46, 191, 1024)
     costs = lengths * np.where(rng.random(1024) < 0.3, 2.5, 1.0) + lengths.astype(np.float64) ** 2 / 300
     for world_size in (2, 4, 8):
-        dealt = {}
+        assigned = {}
         for name, told in (("tokens", None), ("costs", costs)):
             ranks = distribute(np.arange(1024), lengths, world_size, 2048, told)
-            dealt[name] = np.array([[costs[m.indices].sum() for m in rank] for rank in ranks])
-        waiting = {name: 1 - found.sum() / (world_size * found.max(0).sum()) for name, found in dealt.items()}
+            assigned[name] = np.array([[costs[m.indices].sum() for m in rank] for rank in ranks])
+        waiting = {name: 1 - found.sum() / (world_size * found.max(0).sum()) for name, found in assigned.items()}
         assert waiting["costs"] < 0.03 < waiting["tokens"]
-        assert dealt["costs"].sum(1).max() / dealt["costs"].sum(1).mean() < 1.005
+        assert assigned["costs"].sum(1).max() / assigned["costs"].sum(1).mean() < 1.005
 
 
 def test_the_result_is_a_function_of_the_arguments() -> None:

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def contents(planned: PlannedStep) -> list[Any]:
     """Return the complete plan of a step in a comparable form."""
     arrays = list(planned.samples.arrays().values())
-    dealt = [[(m.indices.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
+    assigned = [[(m.indices.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
     numbers = [
         planned.step,
         planned.counts,
@@ -46,7 +46,7 @@ def contents(planned: PlannedStep) -> list[Any]:
         planned.load_imbalance,
         planned.flops,
     ]
-    return [*numbers, planned.num_samples, dealt, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
+    return [*numbers, planned.num_samples, assigned, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
 
 
 def are_right(plan: StepPlan, steps: list[PlannedStep]) -> bool:
