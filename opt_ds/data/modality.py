@@ -35,7 +35,7 @@ class Items(ABC):
     def __len__(self) -> int: ...
 
     @property
-    def masked_or_none(self) -> np.ndarray:
+    def is_masked(self) -> np.ndarray:
         """Which items are masked, bool [n]."""
         return np.zeros(len(self), dtype=bool) if self.masked is None else self.masked
 
@@ -55,7 +55,6 @@ class Modality(ABC, Generic[AnyItems, AnyBatch]):
     """A modality of a model. Instances hold the configuration and no state."""
 
     name: ClassVar[str]  # its group in a store, and its field in a manifest
-    letter: ClassVar[str]  # in tables of input modalities
     item_word: ClassVar[str]  # plural, as in "tokens"
     row_word: ClassVar[str]  # plural of one sample's input, as in "texts"
     embedder: ClassVar[str]  # name of the embedder in the model, a prefix of its parameters
@@ -87,7 +86,7 @@ class Modality(ABC, Generic[AnyItems, AnyBatch]):
     @property
     def lengths_key(self) -> list[Any]:
         """What `lengths` depends on besides the store; JSON."""
-        return [self.limit] if self.stack == 1 else [self.limit, self.stack]
+        return [self.name, self.limit, self.stack]
 
     def lengths(self, store: FeatureStore) -> ModelLengths:
         """Return the number of items that the model reads of each row of a store."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.data.modality import Items, modalities_of
+from opt_ds.data.modality import modalities_of
 from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
 from opt_ds.data.sample import Sample
 from opt_ds.data.store_rows import store_rows
@@ -68,9 +68,5 @@ class SampleReader:
         rows = store_rows(store, np.array([index]), self.modalities)[0]
         for modality in self.modalities if modalities is None else (self.modalities[m] for m in modalities):
             if rows[modality.number] >= 0:
-                sample.items[modality.number] = self.items(store, modality.number, rows[modality.number])
+                sample.items[modality.number] = modality.read(store, rows[modality.number])
         return sample
-
-    def items(self, store: FeatureStore, modality: int, row: int) -> Items:
-        """Return the items of a row without masking."""
-        return self.modalities[modality].read(store, row)

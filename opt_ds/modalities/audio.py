@@ -5,7 +5,6 @@ Legend: a frame rows (or model frames of one sample), T stored frames, e width, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from opt_ds.config import DataConfig, ModelConfig
 from opt_ds.data.layout import Layout, join
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import masked_spans, num_masked
-from opt_ds.data.modality import Items, Modality, ModalityBatch
-from opt_ds.modalities.features import FeatureStandardizer
+from opt_ds.modalities.features import FeatureBatch, FeatureItems, FeatureModality
 from opt_ds.nn.transformer import LayerNorm
 from opt_ds.ops.keyed import keyed_choice
 from opt_ds.store.reader import FeatureStore
@@ -24,28 +22,22 @@ from opt_ds.store.schema import Dims, StoreDescription
 
 
 @dataclass
-class AudioItems(Items):
-    """Frames of one sample."""
-
-    features: np.ndarray  # float16 [a, stack · v], the original features even where masked
-
-    def __len__(self) -> int:
-        return len(self.features)
+class AudioItems(FeatureItems):
+    """Model frames of one sample. Their features are float16 [a, stack · v]."""
 
 
 @dataclass
-class AudioBatch(ModalityBatch):
+class AudioBatch(FeatureBatch):
     """Frame rows of a batch."""
 
-    features: torch.Tensor  # float16 [a, stack · v], the original features even where masked
     positions: torch.Tensor  # int64 [a]
     masked: torch.Tensor  # bool [a]
 
 
-class Audio(Modality[AudioItems, AudioBatch]):
+class Audio(FeatureModality[AudioItems, AudioBatch]):
     """Audio frames. Masked frames form spans, because a single frame could be copied from its neighbours."""
 
-    name, letter = "audio", "A"
+    name = "audio"
     item_word, row_word = "frames", "audio clips"
     embedder, standardizer = "frames", "frame_standardizer"
     limit_key = "max_frames"
@@ -61,19 +53,14 @@ class Audio(Modality[AudioItems, AudioBatch]):
         return self.model.audio_stack
 
     @property
-    def lengths_key(self) -> list[Any]:
-        """What `lengths` depends on besides the store."""
-        return [self.limit, self.stack]
-
-    @property
-    def frame_dim(self) -> int:
-        """Dimension of a model frame."""
-        return self.stack * self.model.audio_feature_dim
+    def feature_dim(self) -> int:
+        """Size of a stored frame."""
+        return self.model.audio_feature_dim
 
     @property
     def projected_dim(self) -> int:
         """Dimension of a model frame."""
-        return self.frame_dim
+        return self.stack * self.feature_dim
 
     def limit_note(self, dims: Sequence[Dims]) -> str:
         """Return the limit in seconds."""
@@ -115,33 +102,20 @@ class Audio(Modality[AudioItems, AudioBatch]):
         frames = [own for own in items if own is not None]
         return AudioBatch(
             index=torch.from_numpy(layout.index_of(self.number)),
-            features=join([own.features for own in frames], np.float16, (self.frame_dim,)),
+            features=join([own.features for own in frames], np.float16, (self.projected_dim,)),
             positions=join([np.arange(len(own)) for own in frames], np.int64),
-            masked=join([own.masked_or_none for own in frames], bool),
+            masked=join([own.is_masked for own in frames], bool),
         )
 
     def make_embedder(self) -> nn.Module:
         """Return the embedder of frames."""
         return FrameEmbedder(self.model)
 
-    def make_standardizer(self) -> nn.Module:
-        """Return the standardisation of the frames' features."""
-        return FeatureStandardizer(self.model.audio_feature_dim, self.stack, self.model.standardize_features)
-
-    def features(self, batch: AudioBatch) -> torch.Tensor:
-        """Return the frames' features."""
-        return batch.features
-
     def embed(
         self, embedder: nn.Module, batch: AudioBatch, features: torch.Tensor | None, type_e: torch.Tensor
     ) -> torch.Tensor:
         """Return the embeddings of the frame rows."""
         return embedder(features, batch.positions, batch.masked, type_e)
-
-    def initialized_parts(self, embedder: Any) -> tuple[nn.Parameter | None, list[nn.Linear]]:
-        """Return the vector of masked frames, and the projection of features."""
-        return embedder.mask, [embedder.feature]
-
 
 def stack_frames(frames: np.ndarray, stack: int, offset: int) -> np.ndarray:
     """Return frames [T, v] as [a, stack · v], with `stack` frames per row.

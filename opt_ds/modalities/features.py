@@ -1,12 +1,63 @@
-"""Standardisation of feature vectors, for modalities whose items are vectors.
+"""Modalities whose items are feature vectors: base class, and the standardisation of the features.
 
-Legend: v feature width.
+Legend: n items of a sample, r rows of a batch, v feature width.
 """
 
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
 import torch
 from torch import nn
 
 from opt_ds.config import STANDARD_LIMIT
+from opt_ds.data.modality import Items, Modality, ModalityBatch
+
+
+@dataclass
+class FeatureItems(Items):
+    """Feature vectors of one sample."""
+
+    features: np.ndarray  # float16 [n, v], the original features even where masked
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass
+class FeatureBatch(ModalityBatch):
+    """Feature vectors of a batch."""
+
+    features: torch.Tensor  # float16 [r, v], the original features even where masked
+
+
+AnyFeatureItems = TypeVar("AnyFeatureItems", bound=FeatureItems)
+AnyFeatureBatch = TypeVar("AnyFeatureBatch", bound=FeatureBatch)
+
+
+class FeatureModality(Modality[AnyFeatureItems, AnyFeatureBatch]):
+    """A modality of feature vectors, which are standardised.
+
+    The embedder has a vector `mask` for masked items and a projection `feature`.
+    """
+
+    @property
+    @abstractmethod
+    def feature_dim(self) -> int:
+        """Size of a stored feature."""
+
+    def make_standardizer(self) -> nn.Module:
+        """Return the standardisation of the features."""
+        return FeatureStandardizer(self.feature_dim, self.stack, self.model.standardize_features)
+
+    def features(self, batch: AnyFeatureBatch) -> torch.Tensor:
+        """Return the features of the rows."""
+        return batch.features
+
+    def initialized_parts(self, embedder: Any) -> tuple[nn.Parameter | None, list[nn.Linear]]:
+        """Return the vector of masked items, and the projection of features."""
+        return embedder.mask, [embedder.feature]
 
 
 class FeatureStandardizer(nn.Module):

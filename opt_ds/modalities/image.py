@@ -13,38 +13,32 @@ from torch import nn
 
 from opt_ds.config import DataConfig, ModelConfig
 from opt_ds.data.layout import Layout, join
-from opt_ds.data.modality import Items, Modality, ModalityBatch
-from opt_ds.modalities.features import FeatureStandardizer
+from opt_ds.modalities.features import FeatureBatch, FeatureItems, FeatureModality
 from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import BOX_SIZE, Dims, StoreDescription
 
 
 @dataclass
-class ImageItems(Items):
+class ImageItems(FeatureItems):
     """Regions of one sample."""
 
-    features: np.ndarray  # float16 [r, v], the original features even where masked
     boxes: np.ndarray  # float32 [r, 7]
     labels: np.ndarray  # int64 [r], the detector's classes
 
-    def __len__(self) -> int:
-        return len(self.features)
-
 
 @dataclass
-class ImageBatch(ModalityBatch):
+class ImageBatch(FeatureBatch):
     """Region rows of a batch."""
 
-    features: torch.Tensor  # float16 [r, v], the original features even where masked
     boxes: torch.Tensor  # float32 [r, 7]
     masked: torch.Tensor  # bool [r]
 
 
-class Image(Modality[ImageItems, ImageBatch]):
+class Image(FeatureModality[ImageItems, ImageBatch]):
     """Image regions."""
 
-    name, letter = "image", "I"
+    name = "image"
     item_word, row_word = "regions", "images"
     embedder, standardizer = "regions", "region_standardizer"
     limit_key = "max_regions"
@@ -56,9 +50,14 @@ class Image(Modality[ImageItems, ImageBatch]):
         return self.model.max_regions
 
     @property
+    def feature_dim(self) -> int:
+        """Size of a region's feature."""
+        return self.model.image_feature_dim
+
+    @property
     def projected_dim(self) -> int:
         """Dimensions of a region's feature and box."""
-        return self.model.image_feature_dim + BOX_SIZE
+        return self.feature_dim + BOX_SIZE
 
     def store_sizes(self, store: StoreDescription) -> dict[str, int]:
         """Return the sizes of features and classes."""
@@ -83,22 +82,14 @@ class Image(Modality[ImageItems, ImageBatch]):
         regions = [own for own in items if own is not None]
         return ImageBatch(
             index=torch.from_numpy(layout.index_of(self.number)),
-            features=join([own.features for own in regions], np.float16, (self.model.image_feature_dim,)),
+            features=join([own.features for own in regions], np.float16, (self.feature_dim,)),
             boxes=join([own.boxes for own in regions], np.float32, (BOX_SIZE,)),
-            masked=join([own.masked_or_none for own in regions], bool),
+            masked=join([own.is_masked for own in regions], bool),
         )
 
     def make_embedder(self) -> nn.Module:
         """Return the embedder of regions."""
         return RegionEmbedder(self.model)
-
-    def make_standardizer(self) -> nn.Module:
-        """Return the standardisation of the regions' features."""
-        return FeatureStandardizer(self.model.image_feature_dim, 1, self.model.standardize_features)
-
-    def features(self, batch: ImageBatch) -> torch.Tensor:
-        """Return the regions' features."""
-        return batch.features
 
     def embed(
         self, embedder: nn.Module, batch: ImageBatch, features: torch.Tensor | None, type_e: torch.Tensor

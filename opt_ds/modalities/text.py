@@ -47,7 +47,7 @@ class TextBatch(ModalityBatch):
 class Text(Modality[TextItems, TextBatch]):
     """Text."""
 
-    name, letter = "text", "T"
+    name = "text"
     item_word, row_word = "tokens", "texts"
     embedder = "text"
     limit_key = "max_text_tokens"

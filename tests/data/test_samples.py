@@ -54,7 +54,7 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
         counts = (num_masked(lengths[0], 0.15), num_masked(lengths[1], 0.15), frames)
         for modality in sample.items.keys() & {IMAGE, AUDIO}:
             expected = draw == (MLM, MVM, MAM)[modality] or draw == MODALITY
-            assert sample.items[modality].masked_or_none.sum() == (counts[modality] if expected else 0)
+            assert sample.items[modality].is_masked.sum() == (counts[modality] if expected else 0)
         if TEXT in sample.items:
             original = ragged.text(s.input_rows[index, TEXT])[:8]
             changed = sample.items[TEXT].ids != original

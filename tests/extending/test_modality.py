@@ -19,10 +19,13 @@ from opt_ds.data.modalities import IMAGE
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
+from opt_ds.model.initial import initial_model
 from opt_ds.registry import PLUGINS_VARIABLE
 from opt_ds.store import FeatureStore
+from opt_ds.tools.assumed_store import AssumedStore
 from opt_ds.training import checkpoint
-from tests.extending.touch import TOUCH
+from opt_ds.training.preflight import training_notes
+from tests.extending.touch import TOUCH, Touch
 from tests.training.runs import free_port, hashes, rank_environment
 from tests.training.test_pretrain import SCRIPT
 from tests.warm import WarmProcess
@@ -108,7 +111,7 @@ def test_every_sample_is_read_with_its_readings_and_masked_by_the_modalitys_own_
             touch = sample.of(TOUCH)
             assert (touch.features == store.columns("touch", row)["features"][:6]).all()
             hidden = int(np.ceil(0.15 * len(touch))) if "mtm" in sample.targets else 0
-            assert touch.masked_or_none.tolist() == [False] * (len(touch) - hidden) + [True] * hidden
+            assert touch.is_masked.tolist() == [False] * (len(touch) - hidden) + [True] * hidden
             seen.add(hidden > 0)
     assert seen == {False, True}
     assert planned.input_positions().max() > 1 + planned.input_lengths[:, :TOUCH].sum(1).max(), "its rows are in the sequence"
@@ -122,7 +125,7 @@ def test_a_model_without_it_reads_the_same_store_as_before(touched: Path, raw_st
     assert np.array_equal(with_it.input_rows, without.input_rows) and np.array_equal(with_it.task, without.task)
 
 
-def test_two_ranks_learn_it_and_a_killed_run_goes_on_to_the_same_weights(touched: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_it_and_a_killed_run_goes_on_to_the_same_weights(touched: Path, whole: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert any("train/mtm/loss" in line for line in lines)
     table = json.loads((whole / "validation.json").read_text())
@@ -141,12 +144,55 @@ def test_two_ranks_learn_it_and_a_killed_run_goes_on_to_the_same_weights(touched
 def test_its_weights_are_trained_and_its_statistics_set(touched: Path, whole: Path) -> None:
     model, config = checkpoint.load_model(whole)
     assert config.model.touch.feature_dim == 3, "taken from the store"
-    embeddings = model.embeddings
-    assert embeddings.modality.weight.shape[0] == 4
-    mean = FeatureStore(touched).description.statistics["touch"].mean
-    assert torch.allclose(embeddings.touch_standardizer.mean, torch.tensor(mean))
-    torch.manual_seed(config.seed)
-    assert embeddings.touch.mask.abs().max() > 0
+    store = FeatureStore(touched)
+    assert model.embeddings.modality.weight.shape[0] == 4
+    mean = torch.tensor(store.description.statistics["touch"].mean)
+    assert torch.allclose(model.embeddings.touch_standardizer.mean, mean)
+    untrained = dict(initial_model(config, [store]).named_parameters())
+    of_touch = {name: own for name, own in model.named_parameters() if ".touch." in name or name.startswith("mtm.")}
+    assert len(of_touch) == 8
+    for name, own in of_touch.items():
+        assert not torch.equal(own, untrained[name]), f"{name} is still the initial one"
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_stage_trains_it_as_stage_1_does(stage: int, touched: Path, whole: Path, tmp_path: Path) -> None:
+    finish(ranks(touched, tmp_path / "run", f"zero.stage={stage}", "train.max_steps=4"))
+    found, expected = (losses(output) for output in (tmp_path / "run", whole))
+    assert len(found) == 4 and all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in found)
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_a_store_may_lack_it(touched: Path, raw_store: Path) -> None:
+    """Beside a store that has it, alone, or where no store is prepared yet."""
+    config = load_config("opt-tiny", [*WITH_TOUCH, "model.touch.feature_dim=3", "batch.size=48", "model.vocab_size=60"])
+    for paths, has_touch in (([touched, raw_store], True), ([raw_store], False)):
+        stores = [FeatureStore(path) for path in paths]
+        planned = StepPlan(config, stores).step(0)
+        rows = planned.samples.input_rows[:, TOUCH]
+        assert (rows >= 0).any() == has_touch and (planned.counts["mtm"] > 0) == has_touch
+        assert (rows[planned.samples.store == len(stores) - 1] < 0).all()
+        reader = SampleReader(config, stores)
+        assert all(reader.read(planned.samples, index).items for index in range(8))
+        assert ("model.plugins: no store has touch" in training_notes(config, stores)) != has_touch
+    assumed = AssumedStore(config.model, 10, 8, 20)
+    assert StepPlan(config, [assumed]).step(0).counts["mtm"] == 0 and str(assumed.path).endswith(", without touch")
+    without = load_config("opt-tiny", ["model.vocab_size=60"])
+    assert any("its touch is not read" in line for line in training_notes(without, [FeatureStore(touched)]))
+
+
+def test_arrays_that_are_kept_with_a_store_are_those_of_the_modality() -> None:
+    """Two modalities of the same limit have other lengths."""
+
+    class Smell(Touch):
+        name = "smell"
+
+    model = load_config("opt-tiny", [*WITH_TOUCH]).model
+    assert Smell(model, TOUCH).lengths_key != Touch(model, TOUCH).lengths_key
 
 
 def test_it_is_evaluated_exported_and_served(

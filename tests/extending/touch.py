@@ -14,11 +14,10 @@ from torch import nn
 
 from opt_ds.config import DataConfig, ModelConfig, Section, TasksConfig
 from opt_ds.data.layout import Layout, join
-from opt_ds.data.modality import Items, Modality, ModalityBatch
 from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import BatchPart
-from opt_ds.modalities.features import FeatureStandardizer
+from opt_ds.modalities.features import FeatureBatch, FeatureItems, FeatureModality
 from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import Dims, StoreDescription
@@ -37,22 +36,18 @@ class TouchConfig(Section):
 
 
 @dataclass
-class TouchItems(Items):
-    features: np.ndarray  # float16 [n, sensors]
-
-    def __len__(self) -> int:
-        return len(self.features)
+class TouchItems(FeatureItems):
+    """Readings of one sample."""
 
 
 @dataclass
-class TouchBatch(ModalityBatch):
-    features: torch.Tensor  # float16 [n, sensors]
+class TouchBatch(FeatureBatch):
     positions: torch.Tensor  # int64 [n]
     masked: torch.Tensor  # bool [n]
 
 
-class Touch(Modality[TouchItems, TouchBatch]):
-    name, letter = "touch", "H"
+class Touch(FeatureModality[TouchItems, TouchBatch]):
+    name = "touch"
     item_word, row_word = "readings", "touches"
     embedder, standardizer = "touch", "touch_standardizer"
     options, about = TouchConfig, "Touch: readings of a finger's sensors."
@@ -63,8 +58,12 @@ class Touch(Modality[TouchItems, TouchBatch]):
         return self.model.touch.max_readings
 
     @property
-    def projected_dim(self) -> int:
+    def feature_dim(self) -> int:
         return self.model.touch.feature_dim
+
+    @property
+    def projected_dim(self) -> int:
+        return self.feature_dim
 
     def stored_bytes(self, dims: Dims) -> int:
         return 2 * self.projected_dim
@@ -90,26 +89,16 @@ class Touch(Modality[TouchItems, TouchBatch]):
             index=torch.from_numpy(layout.index_of(self.number)),
             features=join([own.features for own in there], np.float16, (self.projected_dim,)),
             positions=join([np.arange(len(own)) for own in there], np.int64),
-            masked=join([own.masked_or_none for own in there], bool),
+            masked=join([own.is_masked for own in there], bool),
         )
 
     def make_embedder(self) -> nn.Module:
         return TouchEmbedder(self.model)
 
-    def make_standardizer(self) -> nn.Module:
-        return FeatureStandardizer(self.projected_dim, 1, self.model.standardize_features)
-
-    def features(self, batch: TouchBatch) -> torch.Tensor:
-        return batch.features
-
     def embed(
         self, embedder: nn.Module, batch: TouchBatch, features: torch.Tensor | None, type_e: torch.Tensor
     ) -> torch.Tensor:
         return embedder(features, batch.positions, batch.masked, type_e)
-
-    def initialized_parts(self, embedder: Any) -> tuple[nn.Parameter | None, list[nn.Linear]]:
-        return embedder.mask, [embedder.feature]
-
 
 class TouchEmbedder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:

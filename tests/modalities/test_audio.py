@@ -29,7 +29,7 @@ def test_the_count_at_15_percent() -> None:
 def test_masked_frames_come_in_spans(length: int, probability: float, span: int, key: int) -> None:
     items = AudioItems(np.zeros((length, 12), np.float16))
     UNIT.mask(items, None, probability, span, key)  # type: ignore[arg-type]  # it reads nothing of the store
-    masked = items.masked_or_none
+    masked = items.is_masked
     assert masked.shape == (length,) and masked.sum() == UNIT.count_masked(length, probability)
     assert not masked.all(), "at least one frame stays"
     assert (runs(masked) < span).sum() <= 1, "only the remainder is shorter than the span"
