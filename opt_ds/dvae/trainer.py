@@ -108,7 +108,7 @@ class DVAETrainer(TrainingLoop):
         self.gradient_norm = torch.zeros(())
         self._train_codes_ns: Tensor | None = None
         found = checkpoints.resume(run.output, self.dvae, self.optimizer, run.config.steps)
-        state, resumed_from = found or (DVAEState(start_psnr_db=self.start_codebook()), None)
+        state, resumed_from = found or (self.started(), None)
         if resumed_from:
             _LOG.info(f"dVAE: resuming at step {state.step} of {run.config.steps}")
         launch = {**asdict(run.hardware), "resumed_from": resumed_from, "versions": run_folder.versions()}
@@ -135,6 +135,12 @@ class DVAETrainer(TrainingLoop):
             self.close()
 
     # ---- start
+
+    def started(self) -> DVAEState:
+        """Initialise the codebook. Return the progress of a new run, whose time includes this."""
+        began, cpu_began = time.monotonic(), time.process_time()
+        psnr_db = self.start_codebook()
+        return DVAEState(0, time.monotonic() - began, time.process_time() - cpu_began, psnr_db)
 
     def start_codebook(self) -> float:
         """Initialise the codebook with k-means centroids of distinct training patches.

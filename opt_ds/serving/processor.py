@@ -90,6 +90,10 @@ class OPTProcessor:
         """
         if text is None and image is None and audio is None and not further:
             raise UserError("no input: give a text, an image, audio, or several of them")
+        for name in further:
+            if name not in self.further:
+                known = (*MODALITIES, *self.further)
+                raise UserError(f'no modality "{name}"{did_you_mean(name, known)}: the model reads {", ".join(known)}')
         sample = Sample(name="raw input")
         if text is not None:
             self._add_text(sample, check_text(text))
@@ -98,9 +102,6 @@ class OPTProcessor:
         if audio is not None:
             self._add_audio(sample, check_audio(audio))
         for name, file in further.items():
-            if name not in self.further:
-                known = (*MODALITIES, *self.further)
-                raise UserError(f'no modality "{name}"{did_you_mean(name, known)}: the model reads {", ".join(known)}')
             columns = self.columns(name, file)
             self._add(sample, name, columns, len(columns["features"]), f"{name} {Path(file).name}")
         return sample

@@ -216,7 +216,7 @@ def test_it_is_evaluated_exported_and_served(
     model = opt_ds.load(tmp_path / "model")
     assert isinstance(model.caption(files / "4.png"), str)
     with pytest.raises(UserError, match=r'no modality "tuch" \(did you mean "touch"'):
-        session.processor(tuch=files / "4.csv")
+        session.processor(image=files / "missing.png", tuch=files / "4.csv")
     described = answer(session, files, allow_further=True)
     assert described.status_code == 200 and isinstance(described.json()["text"], str)
     refused = answer(session, files, allow_further=False)
