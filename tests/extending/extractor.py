@@ -14,7 +14,7 @@ from opt_ds.features.further import FurtherExtractor
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.features.speech import SpeechExtractor
 from opt_ds.store.files import file_sha256
-from opt_ds.store.schema import StoredColumn
+from opt_ds.store.further import StoredColumn
 
 
 class ColourOptions(Section):
