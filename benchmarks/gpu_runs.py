@@ -48,7 +48,7 @@ class Row:
     def arguments(self, store: Path, batch: int, steps: int) -> list[str]:
         return [
             f"data.stores=[{store}]", f"batch.size={batch}", f"train.max_steps={steps}", "train.log_every=1",
-            "train.validate_samples=64", "train.picture_grid=0", *self.settings,
+            "train.validate_samples=64", "train.image_grid=0", *self.settings,
         ]  # fmt: skip
 
 

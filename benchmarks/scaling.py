@@ -258,7 +258,7 @@ def measure_lengths() -> list[dict[str, Any]]:
                  "vocab_size": 8192, "image_codebook_size": 1024}  # fmt: skip
         count = 2048 // length
         config = config_from_dict(
-            {"model": model, "tasks": {"mix": {"mlm": 1.0}}, "batch": {"size": count}}, where="benchmark"
+            {"model": model, "tasks": {"sampling_weights": {"mlm": 1.0}}, "batch": {"size": count}}, where="benchmark"
         )
         store: Any = AssumedStore(config.model, text, length - text - frames - 2, frames)
         store._spread = lambda modality, s=store: np.full(

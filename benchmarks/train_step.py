@@ -88,7 +88,7 @@ class MixData:
         longest = 2 + mix.text[1] + mix.regions[1] + mix.frames[1]
         self.config = load_config("opt-base", [
             "model.num_layers=4", "model.text_decoder_layers=1", "model.image_decoder_layers=1",
-            f"batch.size={POOL * mix.samples}", f"batch.max_tokens={100 * longest}", "train.picture_grid=0",
+            f"batch.size={POOL * mix.samples}", f"batch.max_tokens={100 * longest}", "train.image_grid=0",
             f"data.stores=[{folder}]", *mix.model, *settings,
         ])  # fmt: skip
         model = self.config.model
@@ -279,7 +279,7 @@ def compare_peers(
     folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
     """Measure masked language modelling by all methods: tokens per second and utilisation of the matmul peak."""
-    data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
+    data = MixData(folder, mix, ["tasks.sampling_weights={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
     for contender in built.values():
         contender.warm_up()

@@ -19,7 +19,7 @@ from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
 from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
-from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
+from opt_ds.data.mixing import SAMPLING_BLOCK, store_quotas
 from opt_ds.data.modality import modalities_of
 from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
 from opt_ds.data.store_rows import store_rows
@@ -58,7 +58,7 @@ class Plan(ABC):
     VERSION = 3  # Stored in checkpoints, because a plan that samples differently must not continue an older run.
     #: Versions that this code can follow. In version 1 the text decoder also learned [SEP] after truncated texts. Up to
     #: version 2, with a batch size in tokens, the number of samples was computed for stores read in proportion to their
-    #: sizes, whatever `data.mix`.
+    #: sizes, whatever `data.store_weights`.
     VERSIONS = (1, 2, 3)
     # Task or loss -> why no sample of these stores can take it, or why the configuration disables it.
     disabled_tasks: dict[str, str]
@@ -133,7 +133,7 @@ class Plan(ABC):
 
     def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed = self.config.seed
-        weights = self.config.data.mix
+        weights = self.config.data.store_weights
         if weights is None or len(self.stores) == 1:
             epoch = positions // self.num_samples
             place = permute(positions - epoch * self.num_samples, self.num_samples, seed, "order", epoch)
@@ -156,10 +156,10 @@ class Plan(ABC):
 
         Each store has its own epochs, which advance at its own pace.
         """
-        quota = mix_quotas(weights)
+        quota = store_quotas(weights)
         starts = np.cumsum([0, *quota])
-        block = positions // MIX_BLOCK
-        offset = permute(positions % MIX_BLOCK, MIX_BLOCK, self.config.seed, "mix", block)
+        block = positions // SAMPLING_BLOCK
+        offset = permute(positions % SAMPLING_BLOCK, SAMPLING_BLOCK, self.config.seed, "mix", block)
         store = np.searchsorted(starts, offset, side="right") - 1
         within = block * quota[store] + offset - starts[store]
         sizes = np.diff(self._starts)[store]
@@ -261,13 +261,15 @@ class Plan(ABC):
         if self.config.batch.unit == "samples":
             return self.config.batch.size
         tokens = [self._num_items(number) for number in range(len(self.stores))]
-        mix = self.config.data.mix
-        if mix is None or len(self.stores) == 1 or self.version < 3:
+        store_weights = self.config.data.store_weights
+        if store_weights is None or len(self.stores) == 1 or self.version < 3:
             mean = sum(tokens) / self.num_samples
         else:
-            shares = mix_quotas(mix) / MIX_BLOCK
+            fractions = store_quotas(store_weights) / SAMPLING_BLOCK
             sizes = [max(1, len(samples)) for samples in self._train]
-            mean = sum(share * own / size for share, own, size in zip(shares.tolist(), tokens, sizes, strict=True))
+            mean = sum(
+                fraction * own / size for fraction, own, size in zip(fractions.tolist(), tokens, sizes, strict=True)
+            )
         return max(1, round(self.config.batch.size / (2 + mean)))
 
     def _num_items(self, number: int) -> float:

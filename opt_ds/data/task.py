@@ -102,7 +102,7 @@ class DataTask:
     """A task as the data pipeline sees it. Instances hold the configuration and no state."""
 
     name: ClassVar[str]
-    sampled: ClassVar[bool] = True  # whether pre-training samples the task by tasks.mix
+    sampled: ClassVar[bool] = True  # whether pre-training samples the task by tasks.sampling_weights
     masked_modalities: ClassVar[tuple[int, ...]] = ()  # modalities whose items are masked in the input
     #: Column of the step plan -> its dtype and its value for samples of other tasks.
     columns: ClassVar[dict[str, tuple[type, Any]]] = {}

@@ -148,7 +148,7 @@ class DVAETrainer(TrainingLoop):
         Return the PSNR of that quantiser, in dB.
         """
         config, rows = self.spec.config, self.spec.rows
-        chosen = permute(np.arange(min(config.kmeans_pictures, len(rows))), len(rows), self.spec.seed, "kmeans")
+        chosen = permute(np.arange(min(config.kmeans_images, len(rows))), len(rows), self.spec.seed, "kmeans")
         patches_ndyx = fold(torch.from_numpy(read_pixels(self.spec.store, rows[chosen])))
         # Only distinct patches are used. Otherwise half of the codebook would represent shades of the blank margin.
         levels_md = (patches_ndyx.flatten(2).transpose(1, 2).flatten(0, 1) + 0.5).mul(255).round().byte().numpy()

@@ -34,7 +34,13 @@ from opt_ds.training.host_memory import keep_freed_memory
 
 _LOG = logging.getLogger(__name__)
 # With fewer images than this, a codebook of 8,192 has fewer than about 150 patches per code.
-MIN_PICTURES_FOR_BASE = 20_000
+MIN_IMAGES_FOR_BASE = 20_000
+#: Former keys of what run.json records -> their names.
+_FORMER_KEYS = {
+    "num_pictures": "num_images",
+    "pictures_sha256": "images_sha256",
+    **{f"config.{former}": f"config.{key}" for former, key in DVAEConfig.renamed.items()},
+}
 
 
 def train_dvae(
@@ -118,16 +124,15 @@ def read_result(output: Path) -> dict[str, Any]:
     return result
 
 
-def default_preset(num_pictures: int, config_file: Path | None) -> str:
+def default_preset(num_images: int, config_file: Path | None) -> str:
     """Return the preset of the configuration file or, without one, the preset for a store of this size.
 
     Log the choice.
     """
+    preset = "dvae-base" if num_images >= MIN_IMAGES_FOR_BASE else "dvae-emoji"
     if config_file:
         preset = preset_of_file(config_file)
-    else:
-        preset = "dvae-base" if num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
-    reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} images"
+    reason = f"the base of {config_file}" if config_file else f"fits {num_images} images"
     _LOG.info(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset
 
@@ -172,13 +177,13 @@ def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed
         split: The train split.
     """
     some = rows[permute(np.arange(min(256, len(rows))), len(rows), "pictures")]
-    pictures = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
+    images = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
     tree = {
         "config": config.model_dump(),
         "seed": seed,
         "train_split": split,
-        "num_pictures": len(rows),
-        "pictures_sha256": pictures,
+        "num_images": len(rows),
+        "images_sha256": images,
     }
     return run_folder.flatten(tree)
 
@@ -187,7 +192,8 @@ def check_output(output: Path, identity: dict[str, Any]) -> None:
     """Raise UserError if the output directory contains another run, or other files. Write nothing."""
     record = run_folder.read_record(output, run_folder.DVAE)
     if record is not None:
-        run_folder.compare_identity(output, record, identity)
+        recorded = {_FORMER_KEYS.get(key, key): value for key, value in record["identity"].items()}
+        run_folder.compare_identity(output, {**record, "identity": recorded}, identity)
         return
     own = (run_folder.LOCK_FILE, f".{run_folder.RUN_FILE}.")  # left by a launch that was killed at its start
     if output.exists() and any(not entry.name.startswith(own) for entry in output.iterdir()):

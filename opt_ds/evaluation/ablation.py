@@ -131,8 +131,14 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
     """
     disabled = StepPlan(config, stores).disabled_tasks
     last = config.max_steps / config.schedule.total_steps
-    mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
-    sampled = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in disabled}
+    weights_of_phases = [
+        config.tasks.sampling_weights_at(f)
+        for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum))
+        if f < last
+    ]
+    sampled = {
+        draw for weights in weights_of_phases for draw, weight in weights.items() if weight > 0 and draw not in disabled
+    }
     active = config.tasks.active_losses
     return tuple(
         x

@@ -79,8 +79,8 @@ def build_app(
     """
     # Types of the handlers' parameters. FastAPI validates with them and includes them in the schema.
     _Text = Annotated[str | None, Form(max_length=limits.text_characters)]  # noqa: N806
-    _Count = Annotated[int, Form(ge=1, le=limits.pictures)]  # noqa: N806
-    default_count = min(4, limits.pictures)
+    _Count = Annotated[int, Form(ge=1, le=limits.images)]  # noqa: N806
+    default_count = min(4, limits.images)
 
     further = session.processor.further if allow_further else ()
 
@@ -95,7 +95,7 @@ def build_app(
         text: str | None, image: UploadFile | None, audio: UploadFile | None, others: dict[str, Any]
     ) -> tuple[Sample, list[str]]:
         notes: list[str] = []
-        processor = session.processor.with_notes(notes, limits.recording_s, allow_svg=allow_svg)
+        processor = session.processor.with_notes(notes, limits.audio_s, allow_svg=allow_svg)
         return _sample(processor, text, image, audio, others), notes
 
     app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")

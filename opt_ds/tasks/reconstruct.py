@@ -37,6 +37,8 @@ _BEGIN_OF_CODES = -1  # not a code
 class ModalityConfig(LossConfig):
     """Modality-level reconstruction."""
 
+    renamed = {"text_target_share": "text_target_fraction"}  # noqa: RUF012
+
     drop_probability: float = Field(
         0.3, gt=0, lt=1, description="Probability of dropping each modality from the input."
     )
@@ -44,8 +46,8 @@ class ModalityConfig(LossConfig):
         False,
         description="Never show the reconstructed modality in the input. A sample then has one target, text or image.",
     )
-    text_target_share: float = Field(
-        0.5, ge=0, le=1, description="With `always_drop_target`: share of samples whose target is text."
+    text_target_fraction: float = Field(
+        0.5, ge=0, le=1, description="With `always_drop_target`: fraction of samples whose target is text."
     )
 
 
@@ -189,7 +191,7 @@ class ModalityReconstruction(Task):
         text_ok, image_ok = (writable[own] for writable in self._writable(candidates))
         always = np.zeros_like(present)  # dropped regardless of chance
         if options.always_drop_target:
-            to_text = keyed_uniform(key, "target") < options.text_target_share
+            to_text = keyed_uniform(key, "target") < options.text_target_fraction
             if candidates.variant >= 0:
                 to_text = np.full(len(own), candidates.variant == 0)
             to_text = text_ok & (to_text | ~image_ok)

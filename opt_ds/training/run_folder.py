@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from opt_ds.config import Config, InitConfig, dump_config
+from opt_ds.config import Config, InitConfig, Section, dump_config
+from opt_ds.config.section import current_names, current_path
 from opt_ds.errors import UserError
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
@@ -45,19 +46,12 @@ MODEL, DVAE = "model", "dVAE"
 #: resume.
 _IDENTITY = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
-    "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
-    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.negative_candidates",
-    "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
+    "data.store_weights", "data.train_split", "data.valid_split", "data.frame_offset",
+    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_fraction",
+    "finetune.negative_candidates", "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
 _ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": []}
-#: Their former names, which older runs record.
-_RENAMED = {
-    "tasks.matching.near_donor_share": "tasks.matching.hard_negative_share",
-    "tasks.matching.near_donor_candidates": "tasks.matching.hard_negative_candidates",
-    "finetune.donor_candidates": "finetune.negative_candidates",
-    "finetune.same_group_donors": "finetune.same_group_negatives",
-}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
@@ -76,10 +70,21 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
     """
     record = read_record(output, MODEL)
     if record is not None:
-        recorded = _ADDED | {_RENAMED.get(key, key): value for key, value in record["identity"].items()}
+        recorded = _ADDED | _with_current_keys(type(config), config.model_dump(mode="json"), record["identity"])
         compare_identity(output, {**record, "identity": recorded}, identity(config, stores))
     elif (output / "checkpoints").exists():
         raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
+
+
+def _with_current_keys(kind: type[Section], tree: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded settings, by dotted key, with the current names of keys that an older version recorded."""
+    current: dict[str, Any] = {}
+    for key, value in recorded.items():
+        path, section = current_path(kind, key.split("."), tree)
+        if section is not None and isinstance(value, list):
+            value = [current_names(section, item) for item in value]
+        current[".".join(path)] = value
+    return current
 
 
 def read_record(output: Path, kind: str) -> dict[str, Any] | None:

@@ -15,8 +15,10 @@ from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_store
 
 TOKENS = {"batch": {"size": 600, "unit": "tokens"}}
-HARD = {"tasks": {"mix": {"matching": 1.0}, "matching": {"hard_negative_share": 0.7, "hard_negative_candidates": 8}}}
-TUNED = {"finetune": {"task": "retrieval", "checkpoint": "-", "weights_sha256": "0", "inputs": ["T+I"], "learned": ["matching"]}}
+NEGATIVES = {"hard_negative_fraction": 0.7, "hard_negative_candidates": 8}
+HARD = {"tasks": {"sampling_weights": {"matching": 1.0}, "matching": NEGATIVES}}
+START = {"checkpoint": "-", "weights_sha256": "0", "trained_losses": ["matching"]}
+TUNED = {"finetune": {"task": "retrieval", "inputs": ["T+I"], **START}}
 
 
 @pytest.fixture(scope="module")

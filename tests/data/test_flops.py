@@ -15,7 +15,7 @@ from tests.tiny import SAMPLED_TASKS, make_config, make_model, make_packer, make
 @pytest.mark.parametrize("draw", SAMPLED_TASKS)
 def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) -> None:
     store = make_store(tmp_path / "equal", 40, text_len=(6, 6), regions=(5, 5), frames=(8, 8), seed=4)
-    config = make_config(tasks={"mix": {draw: 1.0}}, batch={"size": 12, "max_tokens": 4096})
+    config = make_config(tasks={"sampling_weights": {draw: 1.0}}, batch={"size": 12, "max_tokens": 4096})
     step = StepPlan(config, [store]).step(0)
     reader, packer = SampleReader(config, [store]), make_packer(config, [store])
     model = make_model(config)

@@ -18,7 +18,7 @@ PAIRS = {(1, 2): "image_audio", (0, 2): "text_audio", (0, 1): "text_image"}
 
 
 def matching_samples(store: FeatureStore, pair_probability: float, size: int = 10_000) -> PlannedSamples:
-    tasks = {"mix": {"matching": 1.0}, "matching": {"pair_probability": pair_probability}}
+    tasks = {"sampling_weights": {"matching": 1.0}, "matching": {"pair_probability": pair_probability}}
     samples = StepPlan(make_config(tasks=tasks, batch={"size": size, "max_tokens": 8192}), [store]).step(0).samples
     keep = samples.task == MATCHING
     return select(samples, keep)
@@ -161,13 +161,13 @@ def test_a_pool_is_usable_if_every_sample_finds_two_negatives(tmp_path, groups: 
 
 
 def test_hard_negatives_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore) -> None:
-    matching = {"pair_probability": 0.0, "hard_negative_share": 1.0}
-    tasks = {"mix": {"matching": 1.0}}
+    matching = {"pair_probability": 0.0, "hard_negative_fraction": 1.0}
+    tasks = {"sampling_weights": {"matching": 1.0}}
     size = {"batch": {"size": 1000, "max_tokens": 8192}}
     owners, train = owners_of(grouped), grouped.split_samples("train")
     similarity, mean = TextSimilarity(grouped, train, []), {}
     for share in (0.0, 1.0):
-        plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"hard_negative_share": share}}, **size), [grouped])
+        plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"hard_negative_fraction": share}}, **size), [grouped])
         s = plan.step(0).samples
         assert (s.task == MATCHING).all() and np.bincount(s.columns["matching_label"], minlength=5).min() > 100
         assert all(

@@ -74,7 +74,7 @@ def test_two_stores_are_one_without_weights(complete: FeatureStore, ragged: Feat
 
 
 def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(complete: FeatureStore, no_codes: FeatureStore) -> None:
-    config = make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 4096})
+    config = make_config(data={"stores": ["a", "b"], "store_weights": [0.7, 0.3]}, batch={"size": 4096})
     plan = StepPlan(config, [complete, no_codes])
     epoch, store, sample = taken(plan, 2)
     for half in (store[:4096], store[4096:]):
@@ -86,27 +86,34 @@ def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(complete:
         for number in range(whole):
             assert sorted(sample[(store == which) & (epoch == number)]) == own.tolist()
         assert epochs.max() == whole
-    small = StepPlan(make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes])
+    small = StepPlan(
+        make_config(data={"stores": ["a", "b"], "store_weights": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes]
+    )
     assert (taken(small, 128)[2] == sample).all(), "the order does not depend on the batch"
     share = np.mean(store[:200] == 0)
     assert 0.5 < share < 0.9, "the stores alternate from the start"
 
 
 def test_draws_come_in_the_mix(complete: FeatureStore) -> None:
-    mix = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
-    plan = StepPlan(make_config(tasks={"mix": mix}, batch={"size": 20_000, "max_tokens": 8192}), [complete])
+    weights = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
+    plan = StepPlan(
+        make_config(tasks={"sampling_weights": weights}, batch={"size": 20_000, "max_tokens": 8192}), [complete]
+    )
     draw = plan.step(0).samples.task
     # the weight of an impossible task (an utterance too short for MAM) goes to the others, so use samples that allow all
     long_enough = plan.step(0).samples.input_lengths
     allowed = (long_enough[:, AUDIO] >= 2) | (plan.step(0).samples.input_rows[:, AUDIO] < 0)
     shares = np.bincount(draw[allowed], minlength=5) / allowed.sum()
-    assert np.abs(shares - list(mix.values())).max() < 0.03
+    assert np.abs(shares - list(weights.values())).max() < 0.03
     again = plan.step(1).samples
     assert (again.task >= 0).all()
 
 
 def test_a_curriculum_changes_the_mix(complete: FeatureStore) -> None:
-    tasks = {"mix": {"mlm": 1.0}, "curriculum": [{"from_fraction": 0.5, "mix": {"matching": 1.0}}]}
+    tasks = {
+        "sampling_weights": {"mlm": 1.0},
+        "curriculum": [{"from_fraction": 0.5, "sampling_weights": {"matching": 1.0}}],
+    }
     plan = StepPlan(make_config(tasks=tasks), [complete])
     assert set(plan.step(49).samples.task) == {TASK_NAMES.index("mlm")}
     assert set(plan.step(50).samples.task) == {TASK_NAMES.index("matching")}
@@ -235,13 +242,17 @@ def test_fewer_validation_samples_are_a_seeded_choice_of_all_stores(complete: Fe
 
 @pytest.mark.parametrize(("later", "judged"), [({}, False), ({"matching": 1.0}, True)])
 def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judged: bool, complete: FeatureStore) -> None:
-    tasks = {"mix": {"mlm": 1.0, "modality": 0.5}, "curriculum": [{"from_fraction": 0.5, "mix": later}] if later else []}
+    tasks = {
+        "sampling_weights": {"mlm": 1.0, "modality": 0.5},
+        "curriculum": [{"from_fraction": 0.5, "sampling_weights": later}] if later else [],
+    }
     config = make_config(tasks=tasks)
     plan = StepPlan(config, [complete])
     found = {TASK_NAMES[draw] for step in plan.validation() for draw in step.samples.task}
     assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
     assert (
-        plan.disabled_tasks["mvm"] == "its weight in tasks.mix is 0" and ("matching" in plan.disabled_tasks) != judged
+        plan.disabled_tasks["mvm"] == "its weight in tasks.sampling_weights is 0"
+        and ("matching" in plan.disabled_tasks) != judged
     )
     assert set(config.trained_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
 
@@ -261,7 +272,9 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
 
 
 def modality_samples(store: FeatureStore, **options) -> PlannedSamples:
-    config = make_config(tasks={"mix": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192})
+    config = make_config(
+        tasks={"sampling_weights": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192}
+    )
     samples = StepPlan(config, [store]).step(0).samples
     keep = samples.task == MODALITY
     return select(samples, keep)
@@ -304,7 +317,7 @@ def test_two_modalities_and_one(ragged: FeatureStore) -> None:
 
 
 def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged: FeatureStore) -> None:
-    s = modality_samples(complete, always_drop_target=True, text_target_share=0.7)
+    s = modality_samples(complete, always_drop_target=True, text_target_fraction=0.7)
     dropped = s.input_rows < 0
     assert (s.columns["has_text_target"] == dropped[:, TEXT]).all() and (
         s.columns["has_image_target"] == dropped[:, IMAGE]
@@ -331,7 +344,7 @@ def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
 
 
 def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_the_end_differs(complete: FeatureStore) -> None:
-    tasks = {"mix": {"modality": 1.0}}
+    tasks = {"sampling_weights": {"modality": 1.0}}
     longest = int(complete.text_lengths.max())
     for limit, differs in ((longest, False), (8, True)):
         config = make_config(tasks=tasks, model={"max_text_tokens": limit})
@@ -350,7 +363,7 @@ def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_t
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_planned_counts_are_those_of_the_batches(complete: FeatureStore, version: int) -> None:
-    config = make_config(tasks={"mix": {"modality": 1.0}})
+    config = make_config(tasks={"sampling_weights": {"modality": 1.0}})
     planned = StepPlan(config, [complete], version).step(0)
     batches = [batch for rank in make_batches(config, [complete], planned) for batch in rank]
     sep = complete.description.tokenizer.sep_id
@@ -370,15 +383,17 @@ def test_a_batch_in_tokens_follows_the_mix_of_the_stores(tmp_path: Path) -> None
     short = make_store(tmp_path / "short", 90, text_len=(1, 1), regions=(1, 1), frames=(1, 2))
     long = make_store(tmp_path / "long", 60, text_len=(8, 8), regions=(6, 6), frames=(15, 16))
 
-    def plan(mix: tuple[float, ...] | None, version: int | None = None) -> StepPlan:
-        config = make_config(batch={"size": 4000, "unit": "tokens"}, data={"mix": mix, "stores": ["a", "b"]})
+    def plan(weights: tuple[float, ...] | None, version: int | None = None) -> StepPlan:
+        config = make_config(
+            batch={"size": 4000, "unit": "tokens"}, data={"store_weights": weights, "stores": ["a", "b"]}
+        )
         return StepPlan(config, [short, long], version)
 
-    for mix in ((0.9, 0.1), (0.1, 0.9), None):
-        found = plan(mix)
+    for weights in ((0.9, 0.1), (0.1, 0.9), None):
+        found = plan(weights)
         positions = found.batch_samples * 2 + sum(  # [CLS], [SEP] and the items of the samples that the first steps read
             found._input_lengths(s.store, s.source_rows).sum() / 20 for s in (found.step(step).samples for step in range(20))
         )
-        assert positions == pytest.approx(4000, rel=0.03), mix
+        assert positions == pytest.approx(4000, rel=0.03), weights
     assert plan((0.9, 0.1)).batch_samples > 2 * plan((0.1, 0.9)).batch_samples
     assert plan((0.9, 0.1), version=2).batch_samples == plan(None).batch_samples, "an older run continues as it began"

@@ -95,7 +95,7 @@ def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) 
 
 
 def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: FeatureStore) -> None:
-    config = make_config(data={"frame_offset": True}, batch={"size": 200}, tasks={"mix": {"mlm": 1.0}})
+    config = make_config(data={"frame_offset": True}, batch={"size": 200}, tasks={"sampling_weights": {"mlm": 1.0}})
     plan, reader = StepPlan(config, [complete]), SampleReader(config, [complete])
     planned = plan.step(0).samples
     offsets = []
@@ -122,7 +122,7 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
     codes = np.random.default_rng(0).permutation(8192).reshape(128, 64)
     set_codes(store.path, codes, {"name": "dvae", "num_codes": 8192})
     store = FeatureStore(store.path)
-    config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
+    config = make_config(model={"image_codebook_size": 8192}, tasks={"sampling_weights": {"modality": 1.0}}, batch={"size": 128})
     planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
     batch = make_packer(config, [store]).pack([reader.read(planned.samples, index) for index in range(128)])
     decoder = batch.parts["modality"].image
@@ -145,7 +145,7 @@ def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple
 
 
 def test_random_replacements_are_ordinary_tokens_of_the_vocabulary(complete: FeatureStore) -> None:
-    config = make_config(tasks={"mix": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
+    config = make_config(tasks={"sampling_weights": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
     planned, reader = StepPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
     samples = [reader.read(planned, index) for index in range(3000)]
     shown = np.concatenate([s.items[TEXT].ids[s.items[TEXT].masked] for s in samples])

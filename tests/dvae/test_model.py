@@ -214,7 +214,7 @@ def test_a_configuration_file_may_name_its_preset(tmp_path: Path) -> None:
 
 
 def test_schedules_start_cool_and_end_as_configured() -> None:
-    config = DVAEConfig(steps=1000, soft_share=0.5, anneal_share=0.8, kl_weight=2.0, straight_through_share=0.1)
+    config = DVAEConfig(steps=1000, soft_fraction=0.5, anneal_fraction=0.8, kl_weight=2.0, straight_through_fraction=0.1)
     plan = [schedule(config, step) for step in range(config.steps)]
     assert [settings.soft for settings in plan] == [True] * 500 + [False] * 500
     assert plan[0].temperature == config.temperature_start

@@ -63,7 +63,7 @@ def test_rows_differ_in_the_losses_that_are_planned(store: Path) -> None:
 
 def test_a_row_that_would_repeat_the_full_run_is_left_out_and_refused_when_named(store: Path) -> None:
     assert "no-mam" not in rows_of(store, "tasks.mam.weight=0")
-    assert "no-sample-level" not in rows_of(store, "tasks.mix={mlm: 1, modality: 1}"), "never drawn"
+    assert "no-sample-level" not in rows_of(store, "tasks.sampling_weights={mlm: 1, modality: 1}"), "never drawn"
     with pytest.raises(UserError, match="takes nothing away"):
         rows_of(store, "tasks.mam.weight=0", names=("no-mam",))
     with pytest.raises(UserError, match='did you mean "no-dtr"'):

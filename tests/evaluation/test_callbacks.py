@@ -57,7 +57,7 @@ def run_of(store: FeatureStore, is_main: bool = True, **sections: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("is_main", "settings", "drawn"),
-    [(True, {"picture_grid": 2}, True), (True, {"picture_grid": 0}, False), (False, {"picture_grid": 2}, False)],
+    [(True, {"image_grid": 2}, True), (True, {"image_grid": 0}, False), (False, {"image_grid": 2}, False)],
 )
 def test_the_main_rank_draws_the_picture_grid(store: FeatureStore, is_main: bool, settings: dict, drawn: bool) -> None:
     run = run_of(store, is_main, train=settings)

@@ -135,7 +135,7 @@ def model(store: Path, folder: Path) -> Path:
     dims = FeatureStore(store).description.dims
     settings = (
         f"model.vocab_size={dims.vocab_size}", "model.image_feature_dim=3", "model.image_num_classes=2",
-        "model.audio_feature_dim=3", "train.max_steps=2", "batch.size=4", "train.picture_grid=0", "train.validate_every=1000",
+        "model.audio_feature_dim=3", "train.max_steps=2", "batch.size=4", "train.image_grid=0", "train.validate_every=1000",
     )  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
     run = [sys.executable, str(ROOT / "opt_ds" / "pretrain.py"), "--config", "opt-tiny", "--store", str(store),

@@ -77,7 +77,7 @@ def touched(files: Path) -> Path:
 def ranks(store: Path, output: Path, *settings: str) -> list[WarmProcess]:
     given = (
         *WITH_TOUCH, f"train.max_steps={STEPS}", "schedule.total_steps=200", "schedule.warmup_steps=2", "batch.size=8",
-        "train.picture_grid=0", "train.validate_every=6", "train.log_every=1", "checkpoint.every_steps=4", *settings,
+        "train.image_grid=0", "train.validate_every=6", "train.log_every=1", "checkpoint.every_steps=4", *settings,
     )  # fmt: skip
     options = [part for setting in given for part in ("--set", setting)]
     line = [str(SCRIPT), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]

@@ -18,7 +18,7 @@ PARTS = ("text", "image")
 
 
 def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, torch.Tensor]:
-    config = make_config(model={"norm": norm}, tasks={"mix": {"modality": 1.0}}, batch={"size": 12})
+    config = make_config(model={"norm": norm}, tasks={"sampling_weights": {"modality": 1.0}}, batch={"size": 12})
     model = make_model(config)
     batch = make_packer(config, [store]).pack(read_samples(config, [store]))
     with torch.no_grad():

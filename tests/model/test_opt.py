@@ -76,7 +76,7 @@ HEADS = {  # task -> the parameters that only it trains
 
 @pytest.mark.parametrize("draw", HEADS)
 def test_a_head_without_work_has_gradients_of_zero(complete: FeatureStore, draw: str) -> None:
-    config = make_config(tasks={"mix": {draw: 1.0}})
+    config = make_config(tasks={"sampling_weights": {draw: 1.0}})
     model, planned = make_model(config), StepPlan(config, [complete]).step(0)
     gradients(model, config, make_batches(config, [complete], planned)[0], planned.counts)
     for name, parameter in model.named_parameters():
@@ -113,7 +113,7 @@ def test_a_micro_batch_of_no_samples(complete: FeatureStore, training: bool) -> 
 
 def test_infinite_scores_elsewhere_do_not_reach_a_head_without_work(complete: FeatureStore) -> None:
     """0 · NaN is NaN: the anchor of an idle head must be an empty sum, not a product with 0."""
-    config = make_config(tasks={"mix": {"mlm": 1.0}})
+    config = make_config(tasks={"sampling_weights": {"mlm": 1.0}})
     model, planned = make_model(config), StepPlan(config, [complete]).step(0)
     with torch.no_grad():
         for idle in (model.mvm, model.mam, model.matching, model.image_decoder):

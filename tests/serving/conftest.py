@@ -66,7 +66,7 @@ def start_run(store: Path, output: Path, *settings: str) -> None:
     dims = FeatureStore(store).description.dims
     given = (
         f"model.vocab_size={dims.vocab_size}", f"model.image_codebook_size={dims.num_codes}", "train.max_steps=2",
-        "batch.size=8", "train.picture_grid=0", *settings,
+        "batch.size=8", "train.image_grid=0", *settings,
     )  # fmt: skip
     options = [part for setting in given for part in ("--set", setting)]
     script = Path(__file__).parents[2] / "opt_ds" / "pretrain.py"

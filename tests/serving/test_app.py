@@ -92,7 +92,7 @@ def test_bad_requests_get_a_status_and_a_reason(
 
 
 def test_the_fields_of_a_request_keep_to_the_limits_that_are_given(session: Session) -> None:
-    client = TestClient(build_app(session, limits=Limits(text_characters=5, pictures=1)), base_url="http://localhost")
+    client = TestClient(build_app(session, limits=Limits(text_characters=5, images=1)), base_url="http://localhost")
     assert client.post("/api/paint", data={"text": "a red"}).status_code == 200
     for data in ({"text": "a red "}, {"text": "a red", "count": 2}):
         assert client.post("/api/paint", data=data).status_code == 422

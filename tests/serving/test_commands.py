@@ -103,7 +103,7 @@ def test_a_bad_limit_of_the_server_is_one_line(
 def test_the_server_keeps_to_the_limits_of_a_file_and_of_set(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "limits.yaml").write_text("places: 3\npictures: 2\n")
+    (tmp_path / "limits.yaml").write_text("places: 3\nimages: 2\n")
     kept: list[Limits] = []
 
     class Ready(BaseException):
@@ -115,8 +115,8 @@ def test_the_server_keeps_to_the_limits_of_a_file_and_of_set(
 
     monkeypatch.setattr("opt_ds.serving.server.build_server", build)
     with pytest.raises(Ready):
-        opt_ds("serve", "--checkpoint", run, "--port", "0", "--config", tmp_path / "limits.yaml", "--set", "pictures=1")
-    assert kept == [Limits(places=3, pictures=1)]
+        opt_ds("serve", "--checkpoint", run, "--port", "0", "--config", tmp_path / "limits.yaml", "--set", "images=1")
+    assert kept == [Limits(places=3, images=1)]
 
 
 def test_export_then_generate(run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

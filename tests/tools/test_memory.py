@@ -25,7 +25,7 @@ from tests.training.runs import free_port, make_store, rank_environment, tiny_co
 
 COMMON = (
     "model.vocab_size=4000", "model.image_feature_dim=128", "model.audio_feature_dim=128", "model.image_num_classes=100",
-    "model.image_codebook_size=512", "model.text_decoder_layers=1", "model.image_decoder_layers=1", "train.picture_grid=0",
+    "model.image_codebook_size=512", "model.text_decoder_layers=1", "model.image_decoder_layers=1", "train.image_grid=0",
     f"train.max_steps={STEPS}", "train.log_every=1", "train.validate_every=1000", "train.validate_samples=2",
     "checkpoint.every_steps=1000",
 )  # fmt: skip

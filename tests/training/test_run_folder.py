@@ -40,9 +40,6 @@ def test_a_run_that_began_before_a_setting_existed_is_the_same_run(store: Path, 
     config, stores = tiny_config(store), [FeatureStore(store)]
     identity = run_folder.identity(config, stores)
     assert identity.pop("tasks.plugins") == []
-    for former, key in run_folder._RENAMED.items():
-        if key in identity:
-            identity[former] = identity.pop(key)
     (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "launches": [], "stores": []}))
     run_folder.check_same_run(tmp_path, config, stores)
     other = tiny_config(store, "tasks.plugins=[tests.extending.counting:RegionCounting]")

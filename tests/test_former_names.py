@@ -1,0 +1,164 @@
+"""Names of earlier versions work for one release: keys, options, arguments, and what older files hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opt_ds.config import config_from_dict, load_config, section
+from opt_ds.config.dvae import DVAEConfig, load_dvae_config
+from opt_ds.config.section import Section, load_section
+from opt_ds.config.sources import merge
+from opt_ds.errors import UserError
+from opt_ds.serving.limits import Limits
+from opt_ds.store.reader import FeatureStore
+from opt_ds.training import run_folder
+from tests.training.runs import tiny_config
+
+START = {"checkpoint": "run/checkpoints/step-1", "weights_sha256": "0"}
+#: Former key of a run's configuration, its name now, a value.
+KEYS = (
+    ("tasks.mix", "tasks.sampling_weights", {"mlm": 1.0, "modality": 0.5}),
+    ("tasks.mix.mvm", "tasks.sampling_weights.mvm", 0.25),
+    ("data.mix", "data.store_weights", [0.25, 0.75]),
+    ("train.picture_grid", "train.image_grid", 3),
+    ("tasks.matching.hard_negative_share", "tasks.matching.hard_negative_fraction", 0.5),
+    ("tasks.matching.near_donor_share", "tasks.matching.hard_negative_fraction", 0.25),
+    ("tasks.matching.near_donor_candidates", "tasks.matching.hard_negative_candidates", 8),
+    ("tasks.modality.text_target_share", "tasks.modality.text_target_fraction", 0.25),
+    ("init.learned", "init.trained_losses", ["mlm"]),
+    ("finetune.learned", "finetune.trained_losses", ["mlm"]),
+    ("finetune.negative_share", "finetune.negative_fraction", 0.25),
+    ("finetune.donor_candidates", "finetune.negative_candidates", 4),
+    ("finetune.same_group_donors", "finetune.same_group_negatives", True),
+)  # fmt: skip
+DVAE_KEYS = (
+    ("soft_share", "soft_fraction", 0.25), ("anneal_share", "anneal_fraction", 0.25),
+    ("kl_warmup_share", "kl_warmup_fraction", 0.5), ("straight_through_share", "straight_through_fraction", 0.5),
+    ("kmeans_pictures", "kmeans_images", 99),
+)  # fmt: skip
+LIMITS = (("pictures", "images", 2), ("recording_s", "audio_s", 5.0))
+NEEDED: dict[str, Any] = {
+    "init": {"run": "run", **START},
+    "finetune": {"task": "retrieval", "inputs": ["T+I"], **START},
+    "data": {"stores": ["a", "b"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(section, "_reported", set())
+
+
+def tree_of(key: str, value: Any) -> dict[str, Any]:
+    """A plain tree with one key, and what its section requires."""
+    tree: dict[str, Any] = {}
+    for part in reversed(key.split(".")):
+        tree = {part: tree or value}
+    outer = key.split(".")[0]
+    return merge({outer: NEEDED[outer]}, tree) if outer in NEEDED else tree
+
+
+def one_warning(lines: list[str], former: str, key: str) -> bool:
+    return len(lines) == 1 and former in lines[0] and f"is now called {key}" in lines[0]
+
+
+@pytest.mark.parametrize(("former", "key", "value"), KEYS)
+def test_a_former_key_of_a_run(former: str, key: str, value: Any, tmp_path: Path, logged: list[str]) -> None:
+    expected = config_from_dict(merge({"preset": "opt-emoji"}, tree_of(key, value)), where="test")
+    assert expected != config_from_dict(merge({"preset": "opt-emoji"}, NEEDED), where="test")
+    settings = [f"{name}={json.dumps(part)}" for name, part in NEEDED.items() if key.startswith(f"{name}.")]
+
+    assert load_config("opt-base", [*settings, f"{former}={json.dumps(value)}"]) == load_config(
+        "opt-base", [*settings, f"{key}={json.dumps(value)}"]
+    )
+    assert one_warning(logged, former, key), logged
+    logged.clear()
+    section._reported.clear()
+
+    file = tmp_path / "mine.yaml"  # the preset has some of these keys by their names of now
+    file.write_text(yaml.safe_dump({"preset": "opt-emoji", **tree_of(former, value)}))
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"preset": "opt-emoji", **tree_of(key, value)}))
+    assert load_config(str(file)) == load_config(str(other))
+    assert one_warning(logged, former.removesuffix(".mvm"), key.removesuffix(".mvm")), logged
+    logged.clear()
+
+    old = config_from_dict(merge({"preset": "opt-emoji"}, tree_of(former, value)), where="an old checkpoint")
+    assert old == expected and not logged, "a file that an older version wrote is read without a warning"
+    with pytest.raises(UserError, match=f"{former.split('.')[-1]} is the former name of"):
+        load_config("opt-tiny", [*settings, f"{former}={json.dumps(value)}", f"{key}={json.dumps(value)}"])
+
+
+def test_a_former_key_in_a_list_of_sections(logged: list[str]) -> None:
+    phase = "[{from_fraction: 0.5, %s: {mlm: 1}}]"
+    config = load_config("opt-emoji", [f"tasks.curriculum={phase % 'mix'}"])
+    assert one_warning(logged, "mix", "tasks.curriculum.sampling_weights")
+    assert config == load_config("opt-emoji", [f"tasks.curriculum={phase % 'sampling_weights'}"])
+
+
+@pytest.mark.parametrize(("former", "key", "value"), DVAE_KEYS)
+def test_a_former_key_of_a_dvae(former: str, key: str, value: Any, tmp_path: Path, logged: list[str]) -> None:
+    expected = load_dvae_config("dvae-tiny", settings=[f"{key}={value}"])
+    assert expected != load_dvae_config("dvae-tiny")
+    assert load_dvae_config("dvae-tiny", settings=[f"{former}={value}"]) == expected
+    assert one_warning(logged, former, key)
+    logged.clear()
+    section._reported.clear()
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"preset: dvae-tiny\n{former}: {value}\n")
+    assert load_dvae_config(None, file) == expected
+    assert one_warning(logged, former, key)
+    logged.clear()
+    saved = expected.model_dump()
+    saved[former] = saved.pop(key)
+    assert DVAEConfig.model_validate(saved) == expected and not logged
+
+
+@pytest.mark.parametrize(("former", "key", "value"), LIMITS)
+def test_a_former_limit_of_the_server(former: str, key: str, value: float, tmp_path: Path, logged: list[str]) -> None:
+    file = tmp_path / "limits.yaml"
+    file.write_text(f"{former}: {value}\n")
+    assert load_section(Limits, str(file)) == Limits(**{key: value}) == load_section(Limits, None, [f"{key}={value}"])
+    assert one_warning(logged, former, key)
+
+
+def test_a_former_argument_of_a_section_in_python(logged: list[str]) -> None:
+    assert Limits(pictures=3) == Limits(images=3)
+    assert one_warning(logged, "pictures", "images")
+
+
+def with_former_names(kind: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a configuration as an older version wrote it."""
+    former = {key: name for name, key in kind.renamed.items()}
+    old = {}
+    for key, value in tree.items():
+        field = kind.model_fields.get(key)
+        child = section.section_of(field.annotation) if field else None
+        if child is not None and isinstance(value, dict):
+            value = with_former_names(child.class_for(value), value)
+        elif child is not None and isinstance(value, list):
+            value = [with_former_names(child, item) for item in value]
+        old[former.get(key, key)] = value
+    return old
+
+
+def test_a_run_of_an_older_version_is_the_same_run(complete: FeatureStore, tmp_path: Path, logged: list[str]) -> None:
+    phases = "tasks.curriculum=[{from_fraction: 0.5, sampling_weights: {mlm: 1}}]"
+    config, stores = tiny_config(complete.path, phases, "tasks.matching.hard_negative_fraction=0.5"), [complete]
+    now = run_folder.identity(config, stores)
+    tree = with_former_names(type(config), config.model_dump(mode="json"))
+    assert {"mix", "curriculum"} <= tree["tasks"].keys() and "mix" in tree["tasks"]["curriculum"][0]
+    old = run_folder.flatten(tree)
+    recorded = {key: value for key, value in old.items() if key in now or "mix" in key or "share" in key}
+    recorded = {key: value for key, value in recorded.items() if not key.endswith(".plugins")}
+    recorded["data.stores"] = now["data.stores"]
+    assert recorded.keys() != now.keys()
+    (tmp_path / "run.json").write_text(json.dumps({"identity": recorded, "launches": [], "stores": []}))
+    run_folder.check_same_run(tmp_path, config, stores)
+    other = tiny_config(complete.path, phases, "tasks.matching.hard_negative_fraction=0.25")
+    with pytest.raises(UserError, match=r"tasks\.matching\.hard_negative_fraction was 0\.5 there and is 0\.25 now"):
+        run_folder.check_same_run(tmp_path, other, stores)
+    assert not logged
