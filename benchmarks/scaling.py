@@ -220,7 +220,7 @@ def measure_ranks() -> list[dict[str, Any]]:
                 "ranks": ranks,
                 "step_s": seconds,
                 "balance": planned.load_imbalance,
-                "fill": planned.packing_efficiency,
+                "packing_efficiency": planned.packing_efficiency,
             }
             left, read = sharing_seconds(planned)
             shared = (seconds + left + (NODE_RANKS - 1) * read) / NODE_RANKS

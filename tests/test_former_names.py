@@ -12,7 +12,9 @@ from opt_ds.config.dvae import DVAEConfig, load_dvae_config
 from opt_ds.config.section import Section, load_section
 from opt_ds.config.sources import merge
 from opt_ds.errors import UserError
+from opt_ds.former_names import METRICS, current_keys
 from opt_ds.serving.limits import Limits
+from opt_ds.serving.report import _metrics
 from opt_ds.store.reader import FeatureStore
 from opt_ds.training import run_folder
 from tests.training.runs import tiny_config
@@ -162,3 +164,21 @@ def test_a_run_of_an_older_version_is_the_same_run(complete: FeatureStore, tmp_p
     with pytest.raises(UserError, match=r"tasks\.matching\.hard_negative_fraction was 0\.5 there and is 0\.25 now"):
         run_folder.check_same_run(tmp_path, other, stores)
     assert not logged
+
+
+def test_metrics_of_an_older_version_are_read(tmp_path: Path) -> None:
+    old = {"kind": "train", "step": 1, "speed/fill": 0.5, "speed/rank_balance": 1.5, "speed/data_wait_share": 0.25}
+    new = {"kind": "train", "step": 2, **{key: 0.5 for key in METRICS.values()}}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (old, new)))
+    first, second = _metrics(tmp_path)
+    assert first == {
+        "kind": "train", "step": 1, "speed/packing_efficiency": 0.5, "speed/load_imbalance": 1.5,
+        "speed/data_wait_fraction": 0.25,
+    }  # fmt: skip
+    assert second == new
+
+
+def test_a_new_key_wins_over_its_former_name() -> None:
+    names = {"old": "new"}
+    assert current_keys({"new": 1, "old": 2, "in": [{"old": {"old": 3}}]}, names) == {"new": 1, "in": [{"new": {"new": 3}}]}
+    assert current_keys({"old": 2, "new": 1}, names) == {"new": 1}

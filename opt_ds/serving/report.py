@@ -14,12 +14,14 @@ from typing import Any
 import jinja2
 import yaml
 
-from opt_ds.config import config_from_dict, load_config
+from opt_ds.config import Config, config_from_dict, load_config
+from opt_ds.config.section import current_names
 from opt_ds.config.sources import preset_names
 from opt_ds.errors import UserError
 from opt_ds.evaluation import paper
 from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE
 from opt_ds.evaluation.retrieval import DIRECTIONS, RANKS
+from opt_ds.former_names import METRICS, current_keys
 from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint
@@ -99,7 +101,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
             found = None
         if not isinstance(found, dict):
             raise UserError(f"{path}: line {number} is damaged: remove that line")
-        lines.append(found)
+        lines.append(current_keys(found, METRICS))
     return lines
 
 
@@ -123,7 +125,7 @@ def _about(run: Path, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "stopped_early": state.stopped_early, "best_step": state.best_step, "samples": state.step * last["samples_per_step"],
         "seconds": state.train_seconds, "rank_hours": state.train_seconds * ranks / 3600, "last": last, "launches": launches,
         "samples_per_s": mean("speed/samples_per_s"), "tokens_per_s": mean("speed/tokens_per_s"),
-        "utilisation": mean("speed/flops_utilisation"), "waiting": mean("speed/data_wait_share"),
+        "utilisation": mean("speed/flops_utilisation"), "waiting": mean("speed/data_wait_fraction"),
         "memory_gib": max((line.get("memory/peak_gib", 0.0) for line in train), default=None), "seed": config.seed,
     }  # fmt: skip
 
@@ -284,7 +286,7 @@ def _ablation(folder: Path | None) -> dict[str, Any] | None:
 
 def _settings(run: Path) -> dict[str, Any]:
     """Return the configuration as YAML, and its differences from the preset: key, value, the preset's value."""
-    tree = _yaml(run / CONFIG_FILE)
+    tree = current_names(Config, _yaml(run / CONFIG_FILE))
     text = yaml.safe_dump(tree, sort_keys=False)
     preset = str(tree.get("preset"))
     if preset not in preset_names():

@@ -89,7 +89,7 @@ class RunEstimate:
     max_tokens: int  # basis of the figures below: batch.max_tokens, or the largest budget if that is smaller
     batch_samples: int
     accumulation: int
-    fill: float  # packing efficiency
+    packing_efficiency: float  # positions used, as a fraction of the micro-batches' budget
     flops_per_step: float
     communication_bytes: float
     bytes_per_sample: float
@@ -102,8 +102,12 @@ class RunEstimate:
     bound: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with the total memory."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        """Return plain values for JSON, with the total memory.
+
+        `fill` is the former name of `packing_efficiency`; it goes with the next release.
+        """
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**asdict(self), "memory": memory, "fill": self.packing_efficiency}
 
 
 def estimate_run(config: Config, cluster: Cluster, stores: list[FeatureStore] | AssumedStore) -> RunEstimate:
@@ -145,7 +149,8 @@ class _Planner:
             zero_stage=config.zero.stage, offload=config.zero.offload_optimizer,
             samples=", ".join(str(store.path) for store in self.stores), parameters=self.parameters,
             memory_limit=self.limit, memory=memory, fits=memory.total <= self.limit, largest_budget=largest,
-            max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation, fill=step.packing_efficiency,
+            max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation,
+            packing_efficiency=step.packing_efficiency,
             flops_per_step=flops, communication_bytes=traffic, bytes_per_sample=per_sample,
             read_rate=per_sample * step.num_samples / step_s, compute_s=compute_s, communication_s=communication_s,
             step_s=step_s, total_steps=config.schedule.total_steps, total_s=step_s * config.schedule.total_steps,
@@ -270,7 +275,7 @@ def estimate_text(plan: RunEstimate) -> str:
         *([("  on the host", f"{plan.memory.host / gib:.2f} GiB")] if plan.memory.host else []),
         ("largest batch.max_tokens", budget),
         ("micro-batches per step", f"{plan.accumulation} of {plan.max_tokens:,} positions per GPU for {plan.batch_samples:,} "
-         f"samples, packing efficiency {plan.fill:.0%}"),
+         f"samples, packing efficiency {plan.packing_efficiency:.0%}"),
         ("operations per step", f"{plan.flops_per_step / 1e15:.2f} PFLOP"),
         ("traffic per GPU and step", f"{plan.communication_bytes / 1e9:.2f} GB"),
         ("reading rate needed", f"{plan.read_rate / 1e6:.0f} MB/s ({plan.bytes_per_sample / 1e3:.0f} kB per sample)"),

@@ -71,9 +71,9 @@ class ThroughputMeter:
             "tflops_per_rank": flops / 1e12,
             "flops_utilisation": flops / self._peak.flops_per_s,
             "seconds_per_step": seconds / self._steps,
-            "fill": self._packing_efficiency / self._steps,
-            "rank_balance": self._load_imbalance / self._steps,
-            "data_wait_share": (self._loader.wait_s - self._waited) / seconds,
+            "packing_efficiency": self._packing_efficiency / self._steps,
+            "load_imbalance": self._load_imbalance / self._steps,
+            "data_wait_fraction": (self._loader.wait_s - self._waited) / seconds,
         }
 
     @contextmanager

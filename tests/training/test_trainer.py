@@ -58,7 +58,7 @@ def test_the_figures_are_in_json_lines_and_in_tensorboard(run: Path) -> None:
     logged, validated = ({k for line in lines if line["kind"] == kind for k in line} for kind in ("train", "valid"))
     assert {
         "train/dtr/loss", "train/dtr/accuracy", "optimizer/lr", "optimizer/gradient_norm", "optimizer/loss_scale",
-        "speed/samples_per_s", "speed/tokens_per_s", "speed/fill", "speed/data_wait_share",
+        "speed/samples_per_s", "speed/tokens_per_s", "speed/packing_efficiency", "speed/data_wait_fraction",
     } <= logged  # fmt: skip
     assert {"valid/loss", "valid/dtr/loss"} <= validated
     assert "valid/mlm/loss" not in validated, "its share of the samples is 0"
