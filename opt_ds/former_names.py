@@ -12,6 +12,30 @@ METRICS = {
     "speed/rank_balance": "speed/load_imbalance",
     "speed/data_wait_share": "speed/data_wait_fraction",
 }
+#: Fields of run.json.
+RUN = {"identity": "fixed_settings"}
+#: Fields of a launch in run.json.
+LAUNCH = {"tasks_off": "tasks_disabled"}
+#: Fields of the result.json of a dVAE's run.
+DVAE_RESULT = {"identity": "fingerprint"}
+#: Fields of report.json, and of a shard's notes in its journal.
+PREPARATION = {"cut": "truncated", "lost": "dropped"}
+
+
+def current_fields(record: Any, names: Mapping[str, str]) -> Any:
+    """Return a JSON object whose former fields have their current names. What is in the fields is not changed.
+
+    Args:
+        record: The object. Other JSON values are returned as they are.
+        names: Former field -> its name. If the object has both, the former field is dropped.
+
+    Returns:
+        The object.
+    """
+    if not isinstance(record, Mapping):
+        return record
+    found = {names[name]: value for name, value in record.items() if name in names}
+    return found | {name: value for name, value in record.items() if name not in names}
 
 
 def current_keys(tree: Any, names: Mapping[str, str]) -> Any:
@@ -25,8 +49,7 @@ def current_keys(tree: Any, names: Mapping[str, str]) -> Any:
         The values.
     """
     if isinstance(tree, Mapping):
-        found = {names.get(key, key): current_keys(value, names) for key, value in tree.items() if key in names}
-        return found | {key: current_keys(value, names) for key, value in tree.items() if key not in names}
+        return {key: current_keys(value, names) for key, value in current_fields(tree, names).items()}
     if isinstance(tree, list):
         return [current_keys(item, names) for item in tree]
     return tree

@@ -1,9 +1,11 @@
 """Names of earlier versions work for one release: keys, options, arguments, and what older files hold."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,10 +15,12 @@ from opt_ds.config.section import Section, load_section
 from opt_ds.config.sources import merge
 from opt_ds.errors import UserError
 from opt_ds.former_names import METRICS, current_keys
+from opt_ds.ingest.report import ModalityNotes, build_report, refresh_report, report_table
 from opt_ds.serving.limits import Limits
 from opt_ds.serving.report import _metrics
 from opt_ds.store.reader import FeatureStore
 from opt_ds.training import run_folder
+from opt_ds.training.init_from import _disabled_tasks
 from tests.training.runs import tiny_config
 
 START = {"checkpoint": "run/checkpoints/step-1", "weights_sha256": "0"}
@@ -150,7 +154,7 @@ def with_former_names(kind: type[Section], tree: dict[str, Any]) -> dict[str, An
 def test_a_run_of_an_older_version_is_the_same_run(complete: FeatureStore, tmp_path: Path, logged: list[str]) -> None:
     phases = "tasks.curriculum=[{from_fraction: 0.5, sampling_weights: {mlm: 1}}]"
     config, stores = tiny_config(complete.path, phases, "tasks.matching.hard_negative_fraction=0.5"), [complete]
-    now = run_folder.identity(config, stores)
+    now = run_folder.fixed_settings(config, stores)
     tree = with_former_names(type(config), config.model_dump(mode="json"))
     assert {"mix", "curriculum"} <= tree["tasks"].keys() and "mix" in tree["tasks"]["curriculum"][0]
     old = run_folder.flatten(tree)
@@ -182,3 +186,28 @@ def test_a_new_key_wins_over_its_former_name() -> None:
     names = {"old": "new"}
     assert current_keys({"new": 1, "old": 2, "in": [{"old": {"old": 3}}]}, names) == {"new": 1, "in": [{"new": {"new": 3}}]}
     assert current_keys({"old": 2, "new": 1}, names) == {"new": 1}
+
+
+def test_notes_and_a_report_of_an_older_preparation(complete: FeatureStore, tmp_path: Path) -> None:
+    note = {"skipped": [], "truncated": {"text": ["a"], "audio": []}, "digests": {}}
+    old = {"skipped": [], "cut": note["truncated"], "digests": {}}
+    lengths = {"text": np.array([3, 4])}
+    report = build_report(2, [], [note], lengths)
+    assert build_report(2, [], [old], lengths) == report and report["truncated"]["text"] == ["a"]
+    assert any("text truncated at 4" in line for line in report_table(report, {"max_tokens": 4, "max_frames": None}))
+
+    store = Path(shutil.copytree(complete.path, tmp_path / "store"))
+    dropped = {"audio": [{"id": "b", "reason": "broken"}]}
+    report["cut"], report["lost"] = report.pop("truncated"), dropped
+    (store / "report.json").write_text(json.dumps(report))
+    refresh_report(store, complete.description, ModalityNotes("text", truncated=["c"]))
+    found = json.loads((store / "report.json").read_text())
+    assert found["truncated"] == {"text": ["c"], "audio": []} and found["dropped"] == {**dropped, "text": []}
+    assert not found.keys() & {"cut", "lost"}
+
+
+@pytest.mark.parametrize("key", ["tasks_disabled", "tasks_off"])
+def test_the_disabled_tasks_of_a_launch(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"launches": [{key: {"mvm": "no image", "mam": "no audio"}}, {key: {"mvm": "no image"}}]}))
+    assert _disabled_tasks(file) == {"mvm"}

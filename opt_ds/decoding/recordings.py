@@ -59,7 +59,7 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
         if header.length_unknown and sound.format == "FLAC":
             raise RefusedError("its header does not contain its length (a FLAC written to a pipe): encode it again into a file")
         _check_length(frames, channels, rate_hz, max_seconds)
-        if header.is_cut:
+        if header.is_truncated:
             assert header.announced is not None and header.held is not None
             whole = frames * header.announced / max(1, header.held)
             raise BrokenFileError(f"it is truncated: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
@@ -80,7 +80,7 @@ def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:
     try:
         sound = soundfile.SoundFile(header.readable(file))
     except soundfile.LibsndfileError:
-        if header.is_cut:  # libsndfile does not open some truncated formats
+        if header.is_truncated:  # libsndfile does not open some truncated formats
             raise BrokenFileError(f"it is truncated: {header.held} of {header.announced} bytes of sound") from None
         raise
     if header.mpeg is None or abs(sound.frames - header.mpeg.samples) <= _CUT_S * sound.samplerate:

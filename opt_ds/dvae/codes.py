@@ -63,7 +63,7 @@ class ReconstructionQuality:
     `psnr_db` is 10 log10(1 / mse), with the mse over all images and values. `mean_psnr_db` is the mean PSNR per image.
     """
 
-    num_pictures: int
+    num_images: int
     psnr_db: float
     mean_psnr_db: float
 

@@ -258,8 +258,8 @@ class DVAETrainer(TrainingLoop):
             "train_seconds": round(self.state.seconds, 1),
             "train_cpu_seconds": round(self.state.cpu_seconds, 1),
             "hardware": asdict(run.hardware),
-            "num_pictures": num_images(run.store),
-            "identity": self.dvae.identity(),
+            "num_images": num_images(run.store),
+            "fingerprint": self.dvae.identity(),
         }
         self.dvae.save_pretrained(self.output)
         shown = self._sample(np.concatenate(list(held_out.values()) or [run.rows]), GRID_PICTURES)

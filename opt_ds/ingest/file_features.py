@@ -33,7 +33,7 @@ class Extracted:
 
     item: Any
     digest: str
-    was_cut: bool = False
+    was_truncated: bool = False
 
 
 class FileFeatures:
@@ -171,7 +171,7 @@ def _audio_item(frames: np.ndarray, decoded: Decoded[Any], extractor: Any, setti
     kept = frames[: settings.max_frames]
     if (problem := audio_problem(kept, extractor.dim)) is not None:
         return Failure(f"speech cannot be stored: {problem}")
-    return Extracted(kept, decoded.digest, was_cut=len(kept) < len(frames))
+    return Extracted(kept, decoded.digest, was_truncated=len(kept) < len(frames))
 
 
 def _further_item(columns: Any, decoded: Decoded[Any], extractor: Any, settings: PrepareSettings) -> Extracted | Failure:

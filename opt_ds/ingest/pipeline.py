@@ -294,7 +294,7 @@ def _assemble(
     content = ShardContent(further={kind: [] for kind in manifest.further})
     skipped: list[dict[str, str]] = []
     files: dict[str, Any] = {}
-    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    truncated: dict[str, list[str]] = {"text": [], "audio": []}
     rows: dict[str, dict[str, int]] = {kind: {} for kind in kinds}
     digests: dict[str, list[list[str]]] = {kind: [] for kind in ("text", *kinds)}
     targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios, **content.further}
@@ -316,16 +316,16 @@ def _assemble(
             if row == len(targets[kind]):
                 targets[kind].append(part.item)
                 digests[kind].append([part.digest, split, line.id])
-                if part.was_cut:
-                    cut[kind].append(line.id)
+                if part.was_truncated:
+                    truncated[kind].append(line.id)
             sample_rows[kind] = row
         if tokens is not None and line.text is not None:
             if max_tokens is not None and len(tokens) > max_tokens:
-                cut["text"].append(line.id)
+                truncated["text"].append(line.id)
                 tokens = tokens[:max_tokens]
             sample_rows["text"] = len(content.texts)
             content.texts.append(TextItem(tokens, line.text))
             digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=8).hexdigest(), split, line.id])
         content.samples.append(SampleItem(line.id, tuple(sample_rows.values()), line.group_name, split, line.labels))
-    notes = {"skipped": skipped, "cut": cut, "digests": digests}
+    notes = {"skipped": skipped, "truncated": truncated, "digests": digests}
     return content, {**notes, "files": files} if files else notes

@@ -19,6 +19,7 @@ from opt_ds.config import Config, InitConfig, ModelConfig, config_from_dict, loa
 from opt_ds.config.sources import given_keys
 from opt_ds.data.modality import modalities_of
 from opt_ds.errors import UserError
+from opt_ds.former_names import LAUNCH, current_fields
 from opt_ds.store.foreign import tensor_shapes
 from opt_ds.store.processor_files import PROCESSOR_FILE, PROCESSOR_FOLDER, identity_differences, load_processor_description
 from opt_ds.store.reader import FeatureStore
@@ -161,10 +162,11 @@ def _disabled_tasks(file: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:
-        launches = [set(launch["tasks_off"]) for launch in json.loads(file.read_text(encoding="utf-8"))["launches"]]
+        launches = json.loads(file.read_text(encoding="utf-8"))["launches"]
+        disabled = [set(current_fields(launch, LAUNCH)["tasks_disabled"]) for launch in launches]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file}: damaged, it does not hold a run's launches: restore it, or name another run") from None
-    return set.intersection(*launches) if launches else set()
+    return set.intersection(*disabled) if disabled else set()
 
 
 def settings_of_start(start: Start, source: str, settings: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Output directory of a run (of the model or of the dVAE): the run's identity, its lock, and a record of each launch.
+"""Output directory of a run (of the model or of the dVAE): its settings, its lock, a record of each launch.
 
-run.json      kind (for a dVAE's run), identity (what may not change between launches), stores, the start set by
+run.json      kind (for a dVAE's run), fixed_settings (what may not change between launches), stores, the start set by
 --init-from, and one entry per launch: versions, device, …
 
 A run of the model also has:
@@ -23,6 +23,7 @@ from typing import IO, Any
 from opt_ds.config import Config, InitConfig, Section, dump_config
 from opt_ds.config.section import current_names, current_path
 from opt_ds.errors import UserError
+from opt_ds.former_names import RUN, current_fields
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.reader import FeatureStore
@@ -44,7 +45,7 @@ MODEL, DVAE = "model", "dVAE"
 
 #: Settings that identify a run. All other settings (batch.max_tokens, zero.*, train.*, precision, …) may change on
 #: resume.
-_IDENTITY = (
+_FIXED = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
     "data.store_weights", "data.train_split", "data.valid_split", "data.frame_offset",
     "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_fraction",
@@ -56,10 +57,10 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted wit
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
 
-def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
+def fixed_settings(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
     """Return a flat dict of key -> value with everything that identifies a run."""
     flat = flatten(config.model_dump(mode="json"))
-    own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _IDENTITY)}
+    own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _FIXED)}
     return {**own, "data.stores": [store.fingerprint for store in stores]}
 
 
@@ -70,8 +71,8 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
     """
     record = read_record(output, MODEL)
     if record is not None:
-        recorded = _ADDED | _with_current_keys(type(config), config.model_dump(mode="json"), record["identity"])
-        compare_identity(output, {**record, "identity": recorded}, identity(config, stores))
+        recorded = _ADDED | _with_current_keys(type(config), config.model_dump(mode="json"), record["fixed_settings"])
+        compare_settings(output, {**record, "fixed_settings": recorded}, fixed_settings(config, stores))
     elif (output / "checkpoints").exists():
         raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
 
@@ -104,12 +105,12 @@ def read_record(output: Path, kind: str) -> dict[str, Any] | None:
         return None
     try:
         record = _upgraded(json.loads(path.read_text(encoding="utf-8")))
-        saved, launches = record["identity"], record["launches"]
+        saved, launches = record["fixed_settings"], record["launches"]
         is_damaged = not (isinstance(saved, dict) and isinstance(launches, list) and all(isinstance(x, dict) for x in launches))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         is_damaged = True
     if is_damaged:
-        raise UserError(f"{path}: damaged, it does not hold a run's identity and launches: restore it, or use another --output")
+        raise UserError(f"{path}: damaged, it does not hold a run's settings and launches: restore it, or use another --output")
     found = record.get("kind", MODEL)
     if found != kind:
         raise UserError(f"{output} holds a run of the {found}, not of the {kind}: use another --output")
@@ -130,18 +131,19 @@ def refuse_dvae(path: Path) -> None:
 
 
 def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """Return run.json in its current format. Old runs of the dVAE recorded only their identity, as a tree."""
-    if "identity" not in record and "pictures_sha256" in record:
-        return {"kind": DVAE, "identity": flatten(record), "launches": []}
+    """Return run.json in its current format. Old runs of the dVAE recorded only these settings, as a tree."""
+    record = current_fields(record, RUN)
+    if "fixed_settings" not in record and "pictures_sha256" in record:
+        return {"kind": DVAE, "fixed_settings": flatten(record), "launches": []}
     return record
 
 
-def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise UserError if a run.json is not that of the run with identity `wanted`.
+def compare_settings(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError if a run.json is not that of the run with the fixed settings `wanted`.
 
     The message names the first key that differs.
     """
-    saved, wanted = record["identity"], json.loads(json.dumps(wanted))
+    saved, wanted = record["fixed_settings"], json.loads(json.dumps(wanted))
     for key in sorted({*saved, *wanted}):
         if saved.get(key) != wanted.get(key):
             was, now = _short(saved.get(key)), _short(wanted.get(key))
@@ -206,7 +208,7 @@ def record_launch(output: Path, config: Config, stores: list[FeatureStore], laun
         temporary.write_text(dump_config(config), encoding="utf-8")
     about = {
         "preset": config.preset,
-        "identity": identity(config, stores),
+        "fixed_settings": fixed_settings(config, stores),
         "stores": describe_stores(stores),
         **({"init_from": config.init.model_dump(mode="json")} if config.init else {}),
     }

@@ -326,7 +326,7 @@ class Trainer(TrainingLoop):
             "parameters": numel,
             "samples_per_step": self.plan.batch_samples,
             "micro_batches": len(first.micro_batches[0]),
-            "tasks_off": self.plan.disabled_tasks,
+            "tasks_disabled": self.plan.disabled_tasks,
             "resumed_from": resume_from.name if resume_from else None,
             **({"init_from": self.carried.record()} if self.carried else {}),
             "versions": run_folder.versions(),
@@ -353,7 +353,7 @@ class Trainer(TrainingLoop):
         if resume_from:
             _LOG.info(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
         self.report.text("run", settings_table(launch))
-        self.report.text("config", settings_table(run_folder.identity(self.config, self.stores)))
+        self.report.text("config", settings_table(run_folder.fixed_settings(self.config, self.stores)))
         self.report.text("state", settings_table(asdict(self.state)))
 
 

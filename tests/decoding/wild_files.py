@@ -41,7 +41,7 @@ def sound(seconds: float, rate_hz: int, subtype: str, channels: int = 1) -> Call
     return lambda path: soundfile.write(path, wave(seconds, rate_hz, channels), rate_hz, subtype=subtype)
 
 
-def cut(name: str, count: int, **options: object) -> Callable[[Path], object]:
+def truncated(name: str, count: int, **options: object) -> Callable[[Path], object]:
     def write(path: Path) -> None:
         whole = path.with_name(f"whole-{path.name}")
         noise(200, 200).save(whole, name, **options)
@@ -107,9 +107,9 @@ WILD = [
     Wild("named.jpg", lambda path: noise().save(path, "PNG")),
     Wild("link.svg", lambda path: path.write_text(SVG.format('<a href="http://a.b"><rect width="4" height="4"/></a>'))),
     Wild("tall.svg", lambda path: path.write_text(SVG.replace("0 0 8 8", "0 0 1 90000").format(""))),
-    Wild("cut.jpg", cut("JPEG", 900), "image file is broken: cut.jpg"),
-    Wild("cut.png", cut("PNG", 900), "image file is broken: cut.png"),
-    Wild("cut.webp", cut("WEBP", 300), "image file is broken: cut.webp"),
+    Wild("cut.jpg", truncated("JPEG", 900), "image file is broken: cut.jpg"),
+    Wild("cut.png", truncated("PNG", 900), "image file is broken: cut.png"),
+    Wild("cut.webp", truncated("WEBP", 300), "image file is broken: cut.webp"),
     Wild("cut.heic", lambda path: path.write_bytes(HEIC.read_bytes()[:300]), "image file is broken: cut.heic"),
     Wild("huge.png", huge_png, "20000 x 20000 pixels are more than 100000000"),
     Wild("float.tiff", float32, "no fixed range"),

@@ -127,7 +127,7 @@ def test_update_replaces_it_and_adds_it_to_a_store_without(store: Path, folder: 
     assert added.modalities[3:] == ("touch",)
     assert (sample(added, "all")[3] >= 0, sample(added, "text")[3]) == (True, -1)
     report = json.loads((tmp_path / "added" / REPORT_FILE).read_text())
-    assert [entry["id"] for entry in report["lost"]["touch"]] == ["late"]
+    assert [entry["id"] for entry in report["dropped"]["touch"]] == ["late"]
 
 
 def test_a_models_processor_reads_its_files_once_the_user_allows_it(

@@ -76,9 +76,9 @@ def test_new_texts_of_a_manifest_and_a_report_that_is_true_again(
     assert captions(opened) == {"ok-1": "one and two", "ok-3": "three", "ok-4": "plain words", "ok-5": "three",
                                 "ok-6": "plain words", "ok-7": "plain words"}  # fmt: skip
     assert by_id(opened)["ok-2"][0] == -1
-    assert report["lost"] == {"text": [{"id": "ok-2", "reason": "the text has no tokens"}]}
+    assert report["dropped"] == {"text": [{"id": "ok-2", "reason": "the text has no tokens"}]}
     assert any("ok-2" in line for line in logged)
-    assert "ok-1" in report["cut"]["text"]
+    assert "ok-1" in report["truncated"]["text"]
     assert max(opened.text_lengths) == 2 == report["lengths"]["text"]["max"]
     assert report["duplicates"]["text"]["repeated"] == 3  # "three" once more, "plain words" twice
     assert report["duplicates"]["text"]["across_splits"] == 1

@@ -103,7 +103,7 @@ def test_each_fault_is_reported_with_its_reason_and_the_rest_is_kept(
 
 def test_the_report_counts_what_was_cut_and_what_is_double(prepared: tuple[Path, list[str]]) -> None:
     report = json.loads((prepared[0] / REPORT_FILE).read_text())
-    assert report["cut"] == {"text": ["t/long"], "audio": []}
+    assert report["truncated"] == {"text": ["t/long"], "audio": []}
     assert ["../../t", "t/again"] in report["duplicates"]["text"]["largest"]
     assert report["lengths"]["text"]["max"] == 50
     assert sum(report["lengths"]["image"]["histogram"]["counts"]) == report["lengths"]["image"]["rows"] > 10

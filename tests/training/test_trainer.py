@@ -76,7 +76,7 @@ def test_the_run_says_what_it_was(run: Path) -> None:
     assert launch["freed_memory"] and launch["primitives_kept"]
     assert {"torch", "deepspeed", "python", "git"} <= set(launch["versions"])
     assert "attention" in launch["kernels"] and launch["device"]
-    assert about["identity"]["model.vocab_size"] == 200
+    assert about["fixed_settings"]["model.vocab_size"] == 200
     assert (run / "config.yaml").read_text().startswith("preset: opt-tiny")
 
 
