@@ -41,11 +41,6 @@ def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
     return _summed(_forward_flops(config, tasks_of(config).values(), samples)[0])
 
 
-def sample_flops(config: Config, samples: PlannedSamples) -> np.ndarray:
-    """Return the operations of training once on each sample, float64 [B]."""
-    return sample_and_step_flops(config, tasks_of(config).values(), samples)[0]
-
-
 def sample_and_step_flops(
     config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
 ) -> tuple[np.ndarray, float, np.ndarray]:

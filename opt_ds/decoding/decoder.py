@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.decoding.decoder_process import MESSAGE_BYTES
-from opt_ds.decoding.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
+from opt_ds.decoding.limits import MIB, Budget, Limits, readable
 from opt_ds.errors import RunError
 from opt_ds.version import PACKAGE_FOLDER
 
@@ -184,16 +184,6 @@ def own_decoder() -> Decoder:
     if _own is None:
         _own = Decoder()
     return _own
-
-
-def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image of a file as RGB, using the decoder of this process."""
-    return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
-
-
-def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Return the audio of a file as mono float32 [S] at 16 kHz, using the decoder of this process."""
-    return own_decoder().recording(path, Limits(max_seconds=max_seconds)).content
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -169,11 +169,6 @@ def endings_of(*kinds: Kind, decodable: bool = False) -> tuple[str, ...]:
     )
 
 
-def decoders_of(kind: Kind) -> tuple[str, ...]:
-    """Return the names, in Pillow or libsndfile, of a kind's formats that can be decoded here."""
-    return tuple(each.decoder for each in FORMATS if each.kind == kind and each.decoder is not None)
-
-
 def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | None:
     """Return why a file cannot be used and how to fix that; None if its format can be decoded here or is unknown.
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.flops import sample_flops
+from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.plan import StepPlan
 from opt_ds.data.planned_samples import PlannedSamples, select
+from opt_ds.data.task import tasks_of
 from opt_ds.store import FeatureStore
 from tests.tiny import MATCHING, MODALITY, TASK_NAMES, index_with, make_batches, make_config, make_model, make_store
 
@@ -186,7 +187,7 @@ def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
         planned.packing_efficiency == pytest.approx(total / (3 * len(batches[0]) * 256))
         and planned.packing_efficiency <= 1
     )
-    costs = sample_flops(config, planned.samples)
+    costs, _, _ = sample_and_step_flops(config, tasks_of(config).values(), planned.samples)
     ranks = [sum(costs[m.indices].sum() for m in rank) for rank in planned.micro_batches]
     assert planned.load_imbalance == pytest.approx(max(ranks) / (sum(ranks) / 3))
     assert planned.load_imbalance < 1.1

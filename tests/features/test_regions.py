@@ -13,12 +13,13 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from opt_ds.decoding.decoder import DecodingError, load_picture
+from opt_ds.decoding.decoder import DecodingError
 from opt_ds.decoding.pictures import to_pixels
 from opt_ds.errors import UserError
 from opt_ds.features.detector import FasterRCNNExtractor, FasterRCNNOptions
 from opt_ds.features.extractors import choose
 from opt_ds.features.grid import GridExtractor, GridOptions
+from tests.decoded import image_of
 
 
 def detector(weights: Path, **options: Any) -> FasterRCNNExtractor:
@@ -300,14 +301,14 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
 )
 def test_pictures_of_every_mode_become_rgb_on_white(tmp_path: Path, name: str, mode: str, colour, expected) -> None:
     Image.new(mode, (33, 20), colour).save(tmp_path / name)
-    pixels = to_pixels(load_picture(tmp_path / name))
+    pixels = to_pixels(image_of(tmp_path / name))
     assert pixels.shape == (3, 64, 64)
     assert np.abs(pixels.astype(int) - np.array(expected)[:, None, None]).max() <= 3
 
 
 def test_svg_rotation_tags_and_transparent_palettes(tmp_path: Path) -> None:
     (tmp_path / "a.svg").write_text(RED_SVG)
-    pixels = to_pixels(load_picture(tmp_path / "a.svg"))
+    pixels = to_pixels(image_of(tmp_path / "a.svg"))
     assert pixels[:, 30, 10].tolist() == [255, 0, 0]
     assert pixels[:, 30, 50].tolist() == [255, 255, 255]
     rotated = Image.new("RGB", (40, 20), "white")
@@ -315,20 +316,20 @@ def test_svg_rotation_tags_and_transparent_palettes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
     rotated.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    assert load_picture(tmp_path / "a.jpg").size == (20, 40)
-    assert load_picture(tmp_path / "a.jpg").getpixel((10, 5))[1] < 60
+    assert image_of(tmp_path / "a.jpg").size == (20, 40)
+    assert image_of(tmp_path / "a.jpg").getpixel((10, 5))[1] < 60
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "p.png", transparency=0)
-    assert load_picture(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
+    assert image_of(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", '<?xml version="1.0"?>\n', "\ufeff<!DOCTYPE svg>\n", "\n<!-- drawn -->"])
 def test_a_drawing_is_known_by_what_it_holds(tmp_path: Path, start: str) -> None:
     (tmp_path / "a").write_text(start + RED_SVG, encoding="utf-8")
-    assert load_picture(tmp_path / "a").getpixel((10, 100)) == (255, 0, 0)
+    assert image_of(tmp_path / "a").getpixel((10, 100)) == (255, 0, 0)
     noise(0, 8, 8).save(tmp_path / "b.svg", "PNG")
-    assert load_picture(tmp_path / "b.svg").size == (8, 8)
+    assert image_of(tmp_path / "b.svg").size == (8, 8)
 
 
 def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
     noise(0, 300, 300).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
     with pytest.raises(DecodingError, match="a PNG image, truncated"):
-        load_picture(tmp_path / "cut.png")
+        image_of(tmp_path / "cut.png")
 
 
 def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp_path: Path) -> None:

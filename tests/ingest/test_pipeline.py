@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_ds.decoding.decoder import load_picture
 from opt_ds.errors import UserError
 from opt_ds.features.grid import GridExtractor
 from opt_ds.features.text import train_wordpiece
@@ -22,6 +21,7 @@ from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.files import exclusive_use
+from tests.decoded import image_of
 from tests.ingest.conftest import SETTINGS
 
 
@@ -71,7 +71,7 @@ def test_what_is_broken_is_counted_with_its_reason(prepared: Path) -> None:
 def test_stored_features_are_the_extractors(prepared: Path, messy_manifest: Path) -> None:
     store = FeatureStore(prepared)
     sample = next(number for number in range(store.num_samples) if store.sample_id(number) == "ok-6")
-    (regions,) = GridExtractor().extract([load_picture(messy_manifest.parent / "grey.png")])
+    (regions,) = GridExtractor().extract([image_of(messy_manifest.parent / "grey.png")])
     stored = store.regions(store.rows[sample, 1])
     assert np.abs(stored.features.astype(float) - regions.features).max() < 0.01
     assert (stored.boxes == regions.boxes).all()

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_ds.decoding.decoder import load_picture, load_recording
 from opt_ds.errors import UserError
 from opt_ds.features.grid import GridExtractor
 from opt_ds.ingest import PrepareSettings, prepare
@@ -19,6 +18,7 @@ from opt_ds.ingest.manifest import read_manifest
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.lengths import LENGTHS_FILE
+from tests.decoded import audio_of, image_of
 from tests.decoding.wild_files import WILD, noise
 from tests.ingest.test_pipeline import contents
 from tests.logs import logged_lines
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_an_error_or_readable_never_a_crash(name: str, data: s
         whole[data.draw(st.integers(0, min(len(whole), 200) - 1))] = data.draw(st.integers(0, 255))
     (folder / name).write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     try:
-        loaded = np.asarray((load_recording if name.endswith(("wav", "ogg")) else load_picture)(folder / name))
+        loaded = np.asarray((audio_of if name.endswith(("wav", "ogg")) else image_of)(folder / name))
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError):
         return
     assert np.isfinite(loaded).all()
