@@ -97,7 +97,7 @@ def main() -> None:
             found.append(row)
             two, first = row["two_stages"], row["projection"]
             print(f"| {direction} | {score} | {row['all_pairs']['R@1']:.1%} | {two['R@1']:.1%} | {first['R@1']:.1%} | "
-                  f"{row['shortlist_recall']:.1%} | {two['encoder_share']:.2%} | {two['decoder_share']:.2%} | "
+                  f"{row['shortlist_recall']:.1%} | {two['encoder_fraction']:.2%} | {two['decoder_fraction']:.2%} | "
                   f"{row['all_pairs_s']:.0f} | {row['two_stages_s']:.0f} |", flush=True)  # fmt: skip
             write_json(options.output, {"store": store.fingerprint, "threads": torch.get_num_threads(), "rows": found})
     print(json.dumps({"queries": len(queries), "candidates": len(gallery), "shortlist": options.shortlist}))

@@ -12,6 +12,16 @@ METRICS = {
     "speed/rank_balance": "speed/load_imbalance",
     "speed/data_wait_share": "speed/data_wait_fraction",
 }
+#: Keys in the files that `opt-ds evaluate` writes.
+FIGURES = {
+    "picture_grid": "image_grid",
+    "painted": "generated",
+    "pictures": "images",
+    "pictures_without_words": "images_without_words",
+    "another_picture": "another_image",
+    "encoder_share": "encoder_fraction",
+    "decoder_share": "decoder_fraction",
+}
 #: Fields of run.json.
 RUN = {"identity": "fixed_settings"}
 #: Fields of a launch in run.json.

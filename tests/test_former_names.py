@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 import yaml
 
+from opt_ds.cli.former_options import FORMER_OPTIONS, with_current_options
+from opt_ds.cli.program import run_program
+from opt_ds.cli.stores import inspect_store
 from opt_ds.config import config_from_dict, load_config, section
 from opt_ds.config.dvae import DVAEConfig, load_dvae_config
 from opt_ds.config.section import Section, load_section
 from opt_ds.config.sources import merge
 from opt_ds.errors import UserError
-from opt_ds.former_names import METRICS, current_keys
+from opt_ds.former_names import FIGURES, METRICS, current_keys
 from opt_ds.ingest.report import ModalityNotes, build_report, refresh_report, report_table
 from opt_ds.serving.limits import Limits
-from opt_ds.serving.report import _metrics
+from opt_ds.serving.report import _grids, _metrics
 from opt_ds.store.reader import FeatureStore
+from opt_ds.store.synthetic import write_synthetic_store
 from opt_ds.training import run_folder
 from opt_ds.training.init_from import _disabled_tasks
+from tests.cli.test_messages import leaf_commands
 from tests.training.runs import tiny_config
 
 START = {"checkpoint": "run/checkpoints/step-1", "weights_sha256": "0"}
@@ -211,3 +216,40 @@ def test_the_disabled_tasks_of_a_launch(key: str, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"launches": [{key: {"mvm": "no image", "mam": "no audio"}}, {key: {"mvm": "no image"}}]}))
     assert _disabled_tasks(file) == {"mvm"}
+
+
+@pytest.mark.parametrize("command", FORMER_OPTIONS)
+def test_the_former_options_of_a_command(command: str, logged: list[str]) -> None:
+    names = FORMER_OPTIONS[command]
+    known = {option for path, found in leaf_commands() if path[-1] == command for each in found.params for option in each.opts}
+    assert set(names.values()) <= known and not known & names.keys()
+    for former, option in names.items():
+        given = [former, "x", f"{former}=y", "--sample", "--", former]
+        assert with_current_options(command, given) == [option, "x", f"{option}=y", "--sample", "--", former]
+        assert f"the option {former} is now called {option}" in logged[-1]
+        with pytest.raises(UserError, match=f"{former} is the former name of {option}: give one of them"):
+            with_current_options(command, [former, "x", option, "y"])
+        logged.clear()
+        assert with_current_options("another", given) == given and not logged
+
+
+def test_a_former_option_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_synthetic_store(tmp_path / "store", 5)
+    assert run_program(inspect_store, [str(tmp_path / "store"), "--pictures", str(tmp_path / "look")], "inspect") == 0
+    assert (tmp_path / "look" / "lengths.png").is_file()
+    assert capsys.readouterr().err.count("the option --pictures is now called --images") == 1
+
+
+def test_figures_of_an_older_evaluation_are_shown(tmp_path: Path) -> None:
+    old = {
+        "split": "valid", "pictures": 3, "pictures_without_words": 0, "another_picture": {"bleu_4": 1.0},
+        "T": {"painted": {"clip_score": {"painted": 20.0}}, "bits_per_code": 1.0}, "picture_grid": "picture_grid-valid.png",
+        "text_to_image": {"matching": {"encoder_share": 0.5, "decoder_share": 0.25}},
+    }  # fmt: skip
+    found = current_keys(old, FIGURES)
+    assert found["images"] == 3 and found["another_image"] == {"bleu_4": 1.0} and found["images_without_words"] == 0
+    assert found["T"] == {"generated": {"clip_score": {"generated": 20.0}}, "bits_per_code": 1.0}
+    assert found["text_to_image"]["matching"] == {"encoder_fraction": 0.5, "decoder_fraction": 0.25}
+    (tmp_path / "picture_grid-valid.png").write_bytes(b"image")
+    grids = _grids(tmp_path, {"summary": {"splits": {"valid": found}}, "image_generation": found})
+    assert [grid["title"] for grid in grids] == ["Held-out split valid", "opt-ds evaluate image-generation"]

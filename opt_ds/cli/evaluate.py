@@ -154,10 +154,10 @@ class ImageGenerationOptions(SamplingOptions):
 
     limit: Limit = None
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
-    pictures: Annotated[
+    images: Annotated[
         int, typer.Option(help="Rows of the image grid, which is written next to the JSON file. 0: no grid.", min=0)
     ] = 8
-    paint: Annotated[
+    generate: Annotated[
         int, typer.Option(help="Samples per kind of input to generate and rate images for. 0: none.", min=0)
     ] = 100
     inception: Annotated[

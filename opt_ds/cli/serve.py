@@ -95,9 +95,9 @@ def generate(
         if not _is_stdout(output):
             typer.echo(written)
         return
-    picture, score = session.pictures(sample, candidates, sampling.decoding(seed))[0]
+    image, score = session.generate_images(sample, candidates, sampling.decoding(seed))[0]
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     _write(output, file.getvalue())
     chosen = "" if score is None else f" (match probability {score:.3f}, the best of {candidates})"
     typer.echo(f"{output}{chosen}", err=_is_stdout(output))

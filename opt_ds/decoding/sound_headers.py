@@ -1,7 +1,7 @@
 """Compare what the headers of audio files announce with what the files contain, to detect truncated files.
 
 libsndfile silently clamps the announced length to the available one, and it silently reads only the first stream of an
-OGG file. MP3 and FLAC are compared after decoding (recordings.py), when the number of their frames is known. The length
+OGG file. MP3 and FLAC are compared after decoding (audio.py), when the number of their frames is known. The length
 of an MP3 without an index is only an estimate, so its frames are counted.
 """
 

@@ -119,12 +119,12 @@ def reconstruction_grid(
     Returns:
         The grid, uint8 [H, W, 3].
     """
-    painted_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
+    reconstructed_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
     bands = []
     for start in range(0, len(pixels_nchw), per_row):
-        for pictures_nchw in (pixels_nchw, painted_nchw):
+        for images_nchw in (pixels_nchw, reconstructed_nchw):
             row = np.full((per_row, *pixels_nchw.shape[1:]), 255, "uint8")
-            part = pictures_nchw[start : start + per_row]
+            part = images_nchw[start : start + per_row]
             row[: len(part)] = part
             bands.append(row.transpose(2, 0, 3, 1).reshape(row.shape[2], -1, 3))
     return np.concatenate(bands).repeat(zoom, 0).repeat(zoom, 1)

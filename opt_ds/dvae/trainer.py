@@ -48,7 +48,7 @@ from opt_ds.training.time_limit import TimeLimit
 _LOG = logging.getLogger(__name__)
 RESULT_FILE = "result.json"
 GRID_FILE = "reconstructions.png"
-GRID_PICTURES = 16
+GRID_IMAGES = 16
 LOG_EVERY = 20
 _KEPT_CHECKPOINTS = 2  # the older one is used if the newest is damaged
 
@@ -262,11 +262,11 @@ class DVAETrainer(TrainingLoop):
             "fingerprint": self.dvae.identity(),
         }
         self.dvae.save_pretrained(self.output)
-        shown = self._sample(np.concatenate(list(held_out.values()) or [run.rows]), GRID_PICTURES)
+        shown = self._sample(np.concatenate(list(held_out.values()) or [run.rows]), GRID_IMAGES)
         grid_hwc = reconstruction_grid(extractor, read_pixels(run.store, shown))
         Image.fromarray(grid_hwc).save(self.output / GRID_FILE)
         step = self.state.step
-        self.report.picture("dvae/true_above_reconstructed", grid_hwc, step)
+        self.report.image("dvae/true_above_reconstructed", grid_hwc, step)
         self.report.scalars(step, {f"dvae/psnr_db_{name}": values["psnr_db"] for name, values in quality.items()}, "valid")
         write_json(self.output / RESULT_FILE, result)
         shutil.rmtree(self.output / FOLDER, ignore_errors=True)

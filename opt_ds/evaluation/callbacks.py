@@ -10,7 +10,7 @@ from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.evaluation.during_training import check_experiments, figures_during_training
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.image_generation import ImageGenerator
-from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER
 from opt_ds.tasks.baselines import trivial_baselines
@@ -50,8 +50,8 @@ class EvaluationCallbacks(Callbacks):
             return
         run.engine.eval()
         dvae = load_store_dvae(store.path, store.description).to(run.group.device)
-        image = draw_picture_grid(evaluator, ImageGenerator(dvae), valid, run.config.train.image_grid)
-        run.report.picture("valid/pictures", image, run.state.step)
+        image = draw_image_grid(evaluator, ImageGenerator(dvae), valid, run.config.train.image_grid)
+        run.report.image("valid/images", image, run.state.step)
         run.engine.train()
 
     def after_step(self, run: TrainingRun) -> None:

@@ -142,8 +142,8 @@ class TwoStages:
             encoder_runs += encoded
             found[score] = {
                 **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
-                "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_share": encoder_runs / first_qc.size,
-                "decoder_share": decoder_runs / first_qc.size,
+                "decoder_runs": decoder_runs, "all_pairs": first_qc.size,
+                "encoder_fraction": encoder_runs / first_qc.size, "decoder_fraction": decoder_runs / first_qc.size,
             }  # fmt: skip
         return found
 

@@ -101,14 +101,14 @@ class FasterRCNNExtractor(RegionExtractor):
         """
         results: list[RegionFeatures | None] = [None] * len(inputs)
         for indices in _batches(inputs, 1 if self._device == "cpu" else _GPU_BATCH):
-            pictures = [picture for index in indices if (picture := inputs[index]) is not None]
-            for index, regions in zip(indices, self._regions(pictures), strict=True):
+            opened = [image for index in indices if (image := inputs[index]) is not None]
+            for index, regions in zip(indices, self._regions(opened), strict=True):
                 results[index] = regions
         return results
 
-    def _regions(self, pictures: Sequence[Image.Image]) -> list[RegionFeatures]:
+    def _regions(self, opened: Sequence[Image.Image]) -> list[RegionFeatures]:
         tensors = [
-            torch.from_numpy(np.array(picture)).to(self._device).permute(2, 0, 1).float() / 255 for picture in pictures
+            torch.from_numpy(np.array(image)).to(self._device).permute(2, 0, 1).float() / 255 for image in opened
         ]
         images, _ = self._model.transform(tensors)
         with torch.autocast(torch.device(self._device).type, torch.float16, enabled=self._device != "cpu"):
@@ -156,9 +156,9 @@ def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]
     The images of a batch have one size; there are at most `most` of them.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
-    for index, picture in enumerate(inputs):
-        if picture is not None:
-            by_size.setdefault(picture.size, []).append(index)
+    for index, image in enumerate(inputs):
+        if image is not None:
+            by_size.setdefault(image.size, []).append(index)
     return [group[start : start + most] for group in by_size.values() for start in range(0, len(group), most)]
 
 

@@ -118,7 +118,7 @@ class GridExtractor(RegionExtractor):
         """
         size = (self._side, self._side)
         hole = Image.new("RGB", size)  # keeps the batch size, on which the last bits of the results may depend
-        pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
+        pixels = np.stack([np.asarray((image or hole).resize(size, Image.Resampling.BICUBIC)) for image in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (
             torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._normalisation
@@ -131,14 +131,14 @@ class GridExtractor(RegionExtractor):
         count = self._cells * self._cells
         return [
             None
-            if picture is None
+            if image is None
             else RegionFeatures(
                 cells_nrc[index].to(torch.float16).cpu().numpy(),
                 self._boxes_r7,
                 labels[index * count : (index + 1) * count].to(torch.int16).cpu().numpy(),
                 scores[index * count : (index + 1) * count].to(torch.float16).cpu().numpy(),
             )
-            for index, picture in enumerate(inputs)
+            for index, image in enumerate(inputs)
         ]
 
 

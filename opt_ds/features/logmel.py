@@ -12,7 +12,7 @@ import torch
 import torchaudio
 
 from opt_ds.config.section import Section
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.features.speech import SpeechExtractor
 
 

@@ -15,7 +15,7 @@ import torchaudio
 from pydantic import Field, model_validator
 
 from opt_ds.config.section import Section
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import load_state_dict, weights_identity
 from opt_ds.features.speech import SpeechExtractor

@@ -23,7 +23,15 @@ from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.retrieval import joined
 from opt_ds.model.generation import image_decoding, text_decoding
-from opt_ds.serving.arguments import Score, check_count, check_range, check_score, choose_dtype, parse_device
+from opt_ds.serving.arguments import (
+    Score,
+    check_count,
+    check_range,
+    check_score,
+    choose_dtype,
+    parse_device,
+    renamed_argument,
+)
 from opt_ds.serving.inputs import AudioInput, ImageInput
 from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_beside, unit_cls
 from opt_ds.serving.session import Session
@@ -194,8 +202,8 @@ class Model:
         check_range("temperature", temperature, 1e-3, None)
         check_range("seed", seed, 0, _MAX_SEED)
         options = image_decoding(top_k, top_p, temperature, seed)
-        found = self._session.pictures(self._read(text, image, audio), count, options)
-        return [GeneratedImage(picture, probability) for picture, probability in found]
+        found = self._session.generate_images(self._read(text, image, audio), count, options)
+        return [GeneratedImage(generated, probability) for generated, probability in found]
 
     def embed(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, normalize: bool = True
@@ -275,21 +283,24 @@ class Model:
 
     def rank_audio(
         self,
-        recordings: Sequence[AudioInput],
+        audio: Sequence[AudioInput] | None = None,
         *,
         text: str | None = None,
         image: ImageInput | None = None,
         by: Score = "matching",
+        recordings: Sequence[AudioInput] | None = None,
     ) -> list[Ranked]:
         """Rank audio for a text, an image or both, best first.
 
         Args:
-            recordings: The candidates.
+            audio: The candidates.
             text: The query.
             image: The query.
             by: "matching" or "likelihood", as in `rank_images`.
+            recordings: Former name of `audio`; it goes with the next release.
         """
-        return self._ranked_for(self._read(text, image, None), [self._read(None, None, audio) for audio in recordings], by)
+        candidates = renamed_argument("audio", audio, "recordings", recordings)
+        return self._ranked_for(self._read(text, image, None), [self._read(None, None, one) for one in candidates], by)
 
     def index(self, store: str | Path, split: str = "train", limit: int = 2000) -> "StoreIndex":
         """Embed samples of a feature store, for `StoreIndex.nearest`.

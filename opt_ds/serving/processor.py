@@ -154,14 +154,14 @@ class OPTProcessor:
         self._add(sample, "text", tokens, len(tokens), "the text")
 
     def _add_image(self, sample: Sample, image: Path | Image.Image) -> None:
-        picture = self._decoded(image, "image") if isinstance(image, Path) else image
-        found = self._extractor("image").extract([picture])[0]
+        content = self._decoded(image, "image") if isinstance(image, Path) else image
+        found = self._extractor("image").extract([content])[0]
         if not len(found.features):
             raise UserError("no region was found in the image: use another image")
         self._add(sample, "image", found, len(found.features), "the image")
 
     def _add_audio(self, sample: Sample, audio: Path | np.ndarray) -> None:
-        from opt_ds.decoding.recordings import trim_silence
+        from opt_ds.decoding.audio import trim_silence
         from opt_ds.features.speech import pool_frames
 
         waveform = self._decoded(audio, "audio") if isinstance(audio, Path) else audio
@@ -190,7 +190,7 @@ class OPTProcessor:
     def _decoded(self, path: Path, kind: str) -> Any:
         if not path.is_file():
             raise UserError(f"{kind} {path}: no such file")
-        decode: Callable[..., Any] = self._decoder.picture if kind == "image" else self._decoder.recording
+        decode: Callable[..., Any] = self._decoder.image if kind == "image" else self._decoder.audio
         try:
             return decode(path, self._limits).content
         except DecodingError as error:

@@ -21,7 +21,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation import paper
 from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE
 from opt_ds.evaluation.retrieval import DIRECTIONS, RANKS
-from opt_ds.former_names import METRICS, current_keys
+from opt_ds.former_names import FIGURES, METRICS, current_keys
 from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint
@@ -50,7 +50,7 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
         raise UserError(f"{run}: no {CONFIG_FILE} there: restore it, or name another run")
     if ablation is not None and not (ablation / JSON_FILE).is_file():
         raise UserError(f"--ablation {ablation}: no {JSON_FILE} there: name the folder that opt-ds ablate wrote")
-    found = {name: _read(run / file) for name, file in _FILES.items() if (run / file).is_file()}
+    found = {name: current_keys(_read(run / file), FIGURES) for name, file in _FILES.items() if (run / file).is_file()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -259,8 +259,8 @@ def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _grids(run: Path, found: dict[str, Any]) -> list[dict[str, str]]:
     """Return the evaluation's image grids as data URLs."""
     splits = found.get("summary", {}).get("splits", {})
-    named = {f"Held-out split {split}": figures.get("picture_grid") for split, figures in splits.items()}
-    named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("picture_grid")
+    named = {f"Held-out split {split}": figures.get("image_grid") for split, figures in splits.items()}
+    named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("image_grid")
     return [
         {"title": title, "url": _data_url(run / file)}
         for title, file in named.items()

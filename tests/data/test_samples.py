@@ -32,7 +32,7 @@ def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(num_frames
         assert stacked_length(num_frames, stack) * stack < num_frames + 2 * stack, "no whole frame of repetition too many"
 
 
-def test_an_empty_recording_has_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_audio_file_has_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store of another program may hold this. The writer of opt_ds refuses it."""
     monkeypatch.setattr(StoreWriter, "_problem", lambda *_: None)
     store = make_store(tmp_path / "s", 10, frames=(0, 2))

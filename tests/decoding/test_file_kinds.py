@@ -36,7 +36,7 @@ def test_no_ending_belongs_to_two_formats() -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_pictures_are_told_by_their_first_bytes(name: str) -> None:
+def test_images_are_told_by_their_first_bytes(name: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (20, 20), "red").save(file, name)
     found = format_of_content(file.getvalue()[:1024])
@@ -44,7 +44,7 @@ def test_pictures_are_told_by_their_first_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS["audio"])
-def test_recordings_are_told_by_their_first_bytes(name: str, tmp_path: Path) -> None:
+def test_audio_files_are_told_by_their_first_bytes(name: str, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a", np.zeros(4000, "float32"), 16000, format=name)
     found = format_of_content((tmp_path / "a").read_bytes()[:1024])
     assert found is not None and found.decoder == name and found.kind == "audio"

@@ -36,7 +36,7 @@ def without_index(path: Path, rate_hz: int, channels: int, mode: str, seconds: f
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
 @pytest.mark.parametrize(("rate_hz", "channels"), [(16000, 1), (22050, 2), (44100, 2), (8000, 1), (48000, 1)])
-def test_all_of_a_recording_without_an_index_is_read(tmp_path: Path, mode: str, rate_hz: int, channels: int) -> None:
+def test_all_of_an_audio_file_without_an_index_is_read(tmp_path: Path, mode: str, rate_hz: int, channels: int) -> None:
     content = without_index(tmp_path / "whole.mp3", rate_hz, channels, mode)
     for name, stored in {"a.mp3": content, "b.mp3": ID3 + content, "c.mp3": content + b"TAG" + bytes(125)}.items():
         (tmp_path / name).write_bytes(stored)
@@ -44,7 +44,7 @@ def test_all_of_a_recording_without_an_index_is_read(tmp_path: Path, mode: str, 
         assert 2.95 < seconds < 3.2, f"{name}: {seconds:.2f} s, an encoder's padding is at most 0.2 s"
 
 
-def test_a_recording_without_an_index_that_ends_within_a_frame_is_refused(tmp_path: Path) -> None:
+def test_an_audio_file_without_an_index_that_ends_within_a_frame_is_refused(tmp_path: Path) -> None:
     content = without_index(tmp_path / "whole.mp3", 16000, 1, "VARIABLE")
     (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 2 + 7])
     with pytest.raises(DecodingError, match="truncated"):
@@ -64,7 +64,7 @@ def test_files_with_an_index_or_other_content_are_left_alone(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ending", ["mp3", "flac", "ogg"])
 @pytest.mark.parametrize("between", [b"", ID3])
-def test_recordings_that_were_joined_are_refused(tmp_path: Path, ending: str, between: bytes) -> None:
+def test_audio_files_that_were_joined_are_refused(tmp_path: Path, ending: str, between: bytes) -> None:
     """A decoder reads the first one alone, without an error."""
     soundfile.write(tmp_path / f"a.{ending}", sound(1.3, 44100, 1), 44100)
     content = (tmp_path / f"a.{ending}").read_bytes()

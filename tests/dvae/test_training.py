@@ -354,7 +354,7 @@ def test_a_complete_run_only_writes_missing_codes(
     DiscreteVAE.from_pretrained(store / "dvae")
 
 
-def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
+def test_an_epoch_takes_each_image_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
     rows = split_image_rows(FeatureStore(store), "train")
     hardware = program.Hardware("cpu", "fp32", 1)
     run = DVAERun(FeatureStore(store), rows, "train", DVAE_PRESETS["dvae-tiny"], 5, hardware, tmp_path, 1, {})
@@ -364,15 +364,15 @@ def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, 
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_quality_is_the_formula_on_the_store_s_pictures(store: Path) -> None:
+def test_quality_is_the_formula_on_the_store_s_images(store: Path) -> None:
     torch.manual_seed(0)
     extractor, opened = CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])), FeatureStore(store)
     rows = np.arange(5)
     true = np.stack([opened.pixels(row) for row in rows]) / 255.0
-    painted = extractor.reconstruct(np.stack([opened.pixels(row) for row in rows])).astype("float64")
+    generated = extractor.reconstruct(np.stack([opened.pixels(row) for row in rows])).astype("float64")
     quality = reconstruction_quality(extractor, opened, rows)
-    assert quality.psnr_db == pytest.approx(10 * np.log10(1 / np.mean((true - painted) ** 2)), abs=1e-6)
-    own = [psnr_db(float(np.mean((t - p) ** 2))) for t, p in zip(true, painted, strict=True)]
+    assert quality.psnr_db == pytest.approx(10 * np.log10(1 / np.mean((true - generated) ** 2)), abs=1e-6)
+    own = [psnr_db(float(np.mean((t - p) ** 2))) for t, p in zip(true, generated, strict=True)]
     assert quality.mean_psnr_db == pytest.approx(np.mean(own), abs=1e-6)
     use = codebook_use(np.array([[0, 0, 3, 3]]), 8)
     assert use == {"codes_used": 2, "fraction_used": 0.25, "perplexity": pytest.approx(2.0)}

@@ -38,13 +38,13 @@ def command(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six samples: one picture ends the process that extracts it, another one makes the extractor raise."""
+    """Six samples: one image ends the process that extracts it, another one makes the extractor raise."""
     folder = tmp_path_factory.mktemp("files")
     lines = []
     for number, name in enumerate([*GOOD, "crash", "fail"]):
-        picture = Image.new("RGB", (30, 30), (40 * number, 200 - 30 * number, 90))
-        picture.putpixel((0, 0), {"crash": (1, 2, 3), "fail": (3, 2, 1)}.get(name, (9, 9, 9)))
-        picture.save(folder / f"{name}.png")
+        image = Image.new("RGB", (30, 30), (40 * number, 200 - 30 * number, 90))
+        image.putpixel((0, 0), {"crash": (1, 2, 3), "fail": (3, 2, 1)}.get(name, (9, 9, 9)))
+        image.save(folder / f"{name}.png")
         soundfile.write(folder / f"{name}.wav", np.full(16_000, 0.1 * (number + 1)), 16_000)
         lines.append({"id": name, "image": f"{name}.png", "text": f"a thing {name}", "audio": f"{name}.wav",
                       "split": "valid" if name == "d" else "train"})  # fmt: skip

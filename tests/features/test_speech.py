@@ -11,8 +11,8 @@ import soundfile
 import torch
 import torchaudio
 
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ, trim_silence
 from opt_ds.decoding.decoder import DecodingError
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ, trim_silence
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import choose
 from opt_ds.features.logmel import LogMelExtractor
@@ -58,7 +58,7 @@ def test_logmel_equals_its_formula() -> None:
     ("name", "rate_hz", "channels"),
     [("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 22050, 1), ("a.ogg", 48000, 2), ("a.mp3", 32000, 1)],
 )
-def test_recordings_of_every_kind_become_mono_16_khz(tmp_path: Path, name: str, rate_hz: int, channels: int) -> None:
+def test_audio_files_of_every_kind_become_mono_16_khz(tmp_path: Path, name: str, rate_hz: int, channels: int) -> None:
     samples = np.repeat(tone(440, 0.5, rate_hz)[:, None], channels, 1)
     soundfile.write(tmp_path / name, samples, rate_hz)
     mono = audio_of(tmp_path / name)
@@ -68,10 +68,10 @@ def test_recordings_of_every_kind_become_mono_16_khz(tmp_path: Path, name: str, 
     assert np.argmax(spectrum) * SAMPLE_RATE_HZ / len(mono) == pytest.approx(440, abs=4)
 
 
-def test_broken_recordings_are_errors(tmp_path: Path) -> None:
+def test_broken_audio_files_are_errors(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, "float32"), 16000, subtype="FLOAT")
-    (tmp_path / "text.wav").write_text("not a recording")
+    (tmp_path / "text.wav").write_text("not an audio file")
     with pytest.raises(ValueError, match="no samples"):
         audio_of(tmp_path / "empty.wav")
     with pytest.raises(ValueError, match="NaN"):
@@ -304,7 +304,7 @@ def test_a_config_and_weights_that_disagree_are_one_line(tmp_path: Path) -> None
         Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path))
 
 
-def test_recordings_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> None:
+def test_audio_files_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> None:
     cut = {"a.wav": ("WAV", "PCM_16"), "gsm.wav": ("WAV", "GSM610"), "a.rf64": ("RF64", "PCM_16"), "a.w64": ("W64", "PCM_16"),
            "a.aiff": ("AIFF", "PCM_16"), "a.au": ("AU", "PCM_16"), "a.caf": ("CAF", "PCM_16"), "a.flac": ("FLAC", "PCM_16"),
            "a.ogg": ("OGG", "VORBIS"), "a.opus": ("OGG", "OPUS"), "a.mp3": ("MP3", "MPEG_LAYER_III")}  # fmt: skip
@@ -321,7 +321,7 @@ def test_recordings_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> No
         audio_of(tmp_path / "chained.ogg")
 
 
-def test_recordings_without_a_length_and_with_tags_are_whole(tmp_path: Path) -> None:
+def test_audio_files_without_a_length_and_with_tags_are_whole(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", tone(440, 1, 16000), 16000)
     wav, whole = (tmp_path / "a.wav").read_bytes(), audio_of(tmp_path / "a.wav")
     place = wav.index(b"data") + 4

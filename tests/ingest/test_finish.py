@@ -36,7 +36,7 @@ def test_merged_parts_are_the_store(parts: Path, messy_manifest: Path, tmp_path:
     merged = merge_parts(store)
     assert contents(store) == contents(tmp_path / "whole")
     assert merged.num_samples == 7
-    assert "bad-picture" in (store / REPORT_FILE).read_text()
+    assert "bad-image" in (store / REPORT_FILE).read_text()
     assert [path.name for path in store.parent.iterdir()] == ["store"], "the parts are gone"
     assert merge_parts(store) == merged
 

@@ -61,8 +61,8 @@ def test_what_is_broken_is_counted_with_its_reason(prepared: Path) -> None:
     report = json.loads((prepared / REPORT_FILE).read_text())
     assert (report["kept"], report["skipped"]) == (7, 5)
     reasons = {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
-    assert reasons["bad-picture"].startswith("image file is broken: cut.jpg")
-    assert reasons["no-picture"] == "image file is missing: gone.png"
+    assert reasons["bad-image"].startswith("image file is broken: cut.jpg")
+    assert reasons["no-image"] == "image file is missing: gone.png"
     assert reasons["bad-audio"].startswith("audio file is broken: noise.wav")
     assert reasons["no-audio"] == "audio file is missing: gone.wav"
     assert reasons["empty"] == "the text has no tokens"

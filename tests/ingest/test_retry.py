@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for seed, name in enumerate(NAMES):
         write_good(folder / f"{name}.wav", seed)
-    (folder / "bad.wav").write_text("not a recording")
+    (folder / "bad.wav").write_text("not an audio file")
     (folder / "gone.wav").unlink()
     (folder / "fault.wav").unlink()
     (folder / "fault.wav").symlink_to("/proc/self/mem")

@@ -137,8 +137,8 @@ def test_files_outside_are_taken_when_allowed(tmp_path: Path) -> None:
 
 
 def test_a_hole_in_a_batch_leaves_its_neighbours_bytes_alone() -> None:
-    extractor, pictures = GridExtractor(), [noise(), noise(), noise()]
-    whole, holed = extractor.extract(pictures), extractor.extract([pictures[0], None, pictures[2]])
+    extractor, images = GridExtractor(), [noise(), noise(), noise()]
+    whole, holed = extractor.extract(images), extractor.extract([images[0], None, images[2]])
     assert holed[1] is None
     for index in (0, 2):
         for ours, theirs in zip(holed[index], whole[index], strict=True):

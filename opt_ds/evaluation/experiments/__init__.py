@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class ImageJudge(Protocol):
     """Evaluates images with the image extractor of the evaluated model."""
 
-    def match_probability(self, sample: "Sample", picture: "Image.Image") -> float:
+    def match_probability(self, sample: "Sample", image: "Image.Image") -> float:
         """Return the match probability of the image with the sample's text and audio."""
 
-    def image_embedding(self, picture: "Image.Image") -> "np.ndarray":
+    def image_embedding(self, image: "Image.Image") -> "np.ndarray":
         """Return the embedding (feature vector) of an image."""
 
 
