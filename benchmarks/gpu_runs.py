@@ -177,8 +177,8 @@ def main() -> int:
 def cells(name: str, found: dict[str, Any]) -> list[str]:
     if found["exit"]:
         return [name, f"failed: exit {found['exit']}", "", "", "", "", "", f"{found['driver_gib']:.1f}"]
-    planned = found.get("plan")
-    tensors, total = (f" ({planned[key]:.1f})" if planned else "" for key in ("tensors_gib", "total_gib"))
+    estimate = found.get("plan")
+    tensors, total = (f" ({estimate[key]:.1f})" if estimate else "" for key in ("tensors_gib", "total_gib"))
     return [name, f"{found['tokens_per_s']:,.0f}", f"{found['samples_per_s']:,.0f}", f"{found['tflops_per_rank']:.0f}",
             f"{found['flops_utilisation']:.0%}", f"{found['data_wait_fraction']:.1%}", f"{found['allocated_gib']:.1f}{tensors}",
             f"{found['driver_gib']:.1f}{total}"]  # fmt: skip

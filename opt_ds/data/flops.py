@@ -12,7 +12,7 @@ import numpy as np
 
 from opt_ds.config import Config, ModelConfig
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import DataTask, TaskCost, tasks_of
 
 
@@ -36,13 +36,13 @@ class StepFlops:
         return 3 * self.forward - self.embeddings
 
 
-def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
+def step_flops(config: Config, samples: StepSamples) -> StepFlops:
     """Return the operations of training once on these samples."""
     return _summed(_forward_flops(config, tasks_of(config).values(), samples)[0])
 
 
 def sample_and_step_flops(
-    config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
+    config: Config, tasks: Iterable[DataTask], samples: StepSamples
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """Return the operations of training once on each sample and on all of them.
 
@@ -79,7 +79,7 @@ def _summed(parts: tuple[np.ndarray, ...]) -> StepFlops:
 
 
 def _forward_flops(
-    config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
+    config: Config, tasks: Iterable[DataTask], samples: StepSamples
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """Return operations of embeddings, encoder, decoders and heads, float64 [B] each.
 

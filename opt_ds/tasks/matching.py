@@ -21,8 +21,8 @@ from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.matching import LABEL_OF_PAIR, NUM_LABELS, matching_label
 from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.negatives import NegativeSampler
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import OWN, BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
@@ -148,11 +148,11 @@ class Matching(Task):
                 rows[of_store] = pool.replace(rows[of_store], replaced[of_store], sample, key[of_store])
         sampled.input_rows[own] = rows
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of samples of this task."""
         return {"matching": float((samples.task == self.number).sum())}
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of one output position and the head per sample."""
         own = self.own(samples)
         total.output_positions[own] += 1
@@ -200,9 +200,9 @@ class Matching(Task):
 
     # ---- samples and batches
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the matching label of the sample."""
-        sample.targets[self.name] = int(planned.columns["matching_label"][index])
+        sample.targets[self.name] = int(samples.columns["matching_label"][index])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
         """Return the matching examples."""

@@ -17,9 +17,9 @@ from opt_ds.config import Config
 from opt_ds.data.batch import Packer
 from opt_ds.data.flops import step_flops
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.data.store_rows import store_rows
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
@@ -133,7 +133,7 @@ class _Planner:
         memory = self._memory(wanted)
         largest = self._largest_budget(wanted, memory)
         used = min(wanted, largest or wanted)
-        step = self._planned(used)
+        step = self._step_plan(used)
         flops = step_flops(config, step.samples).total
         accumulation = len(step.micro_batches[0])
         peak = cluster.gpu.fp32_flops if self.precision == "fp32" else cluster.gpu.half_flops
@@ -157,16 +157,16 @@ class _Planner:
             bound="compute" if compute_s >= communication_s else "communication",
         )  # fmt: skip
 
-    def _planned(self, max_tokens: int) -> PlannedStep:
+    def _step_plan(self, max_tokens: int) -> StepPlan:
         config = self.config.model_copy(update={"batch": self.config.batch.model_copy(update={"max_tokens": max_tokens})})
-        return StepPlan(config, self.stores).step(0, self.cluster.num_gpus)
+        return PretrainingPlan(config, self.stores).step(0, self.cluster.num_gpus)
 
     def _memory(self, max_tokens: int) -> RankMemory:
         """Return the memory at this budget.
 
         It is traced with the micro-batches of the first step that have the most positions and the most padding.
         """
-        step = self._planned(max_tokens)
+        step = self._step_plan(max_tokens)
         lengths = step.samples.input_lengths.sum(1)
         all_batches = [m for rank in step.micro_batches for m in rank if len(m.indices)]
         by_padding = max(all_batches, key=lambda m: len(m.indices) * int(lengths[m.indices].max()) ** 2)
@@ -190,7 +190,7 @@ class _Planner:
         model = self.config.model
         least = model.max_sequence + model.max_text_tokens + 1 + model.num_image_codes
         # A budget larger than a complete step on one rank is never used.
-        most = max(least, sum(m.num_tokens for m in self._planned(wanted).micro_batches[0]))
+        most = max(least, sum(m.num_tokens for m in self._step_plan(wanted).micro_batches[0]))
         fits, fails = 0, most + _BUDGET_STEP  # the largest budget known to fit, and the smallest known not to fit
         budget, memory = wanted, at_wanted
         for _ in range(_MOST_ROUNDS):

@@ -19,7 +19,7 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.errors import UserError
 from opt_ds.model.initial import initial_model
 from opt_ds.ops import backend
@@ -152,8 +152,8 @@ class Trainer(TrainingLoop):
         """Take the remaining steps. Yield after each one."""
         self.engine.train()
         self.meter.restart()
-        for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
-            self.meter.add(planned, self.stepper.take(planned, micro_batches))
+        for step_plan, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
+            self.meter.add(step_plan, self.stepper.take(step_plan, micro_batches))
             self.profiler.step_done(self.state.step + 1)
             yield
 
@@ -309,7 +309,7 @@ class Trainer(TrainingLoop):
         return engine
 
     def _describe(
-        self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
+        self, hardware: Hardware, settings: dict[str, Any], first: StepPlan, resume_from: Path | None
     ) -> None:
         """Log and record every choice that was made for this launch."""
         numel = sum(deepspeed_internals.full_numel(p) for p in self.engine.module.parameters())

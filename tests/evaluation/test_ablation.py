@@ -9,7 +9,7 @@ import pytest
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.config import load_config
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import RunError, UserError
 from opt_ds.evaluation import ablation
 from opt_ds.evaluation.ablation_table import ablation_markdown
@@ -54,10 +54,10 @@ def test_rows_differ_in_the_losses_that_are_planned(store: Path) -> None:
     for name, row in rows.items():
         if not row.steps:
             continue
-        plan = StepPlan(row.config, [FeatureStore(store)])
-        planned = {loss for step in range(30) for loss, count in plan.step(step).counts.items() if count}
-        assert planned == set(row.losses), name
-        assert planned == expected.get(name, planned), name
+        plan = PretrainingPlan(row.config, [FeatureStore(store)])
+        counted = {loss for step in range(30) for loss, count in plan.step(step).counts.items() if count}
+        assert counted == set(row.losses), name
+        assert counted == expected.get(name, counted), name
     assert len({row.losses for row in rows.values()}) == len(rows), "no two rows are the same run"
 
 

@@ -14,7 +14,7 @@ import torch
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.config import config_from_dict, load_config
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import UserError
 from opt_ds.evaluation.ablation import rows_without
 from opt_ds.registry import PLUGINS_VARIABLE, TASKS
@@ -128,7 +128,7 @@ def test_the_other_tasks_samples_are_planned_as_without_it(store: Path) -> None:
     weights = "tasks.sampling_weights={mlm: 1, mvm: 1, mam: 1, modality: 1, matching: 1}"
     with_it = load_config("opt-tiny", [*FITTED, WITH_TASK[0], weights])
     stores = [FeatureStore(store)]
-    old, new = (StepPlan(config, stores).step(3).samples for config in (without, with_it))
+    old, new = (PretrainingPlan(config, stores).step(3).samples for config in (without, with_it))
     before, after = old.arrays(), new.arrays()
     assert set(after) - set(before) == {"columns/num_regions"}
     assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -14,7 +14,7 @@ import pytest
 
 from opt_ds.config import Config, dump_config, load_config
 from opt_ds.data.batch import Packer
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.synthetic import write_synthetic_store
@@ -79,7 +79,7 @@ def predicted(case: tuple[str, ...], store: Path, world_size: int) -> RankMemory
     tracer = ActivationTracer(config, "fp32", "cpu")
     parameters = sum(p.numel() for p in tracer.model.parameters())
     gradients = rank_memory(config, "fp32", parameters, world_size, "cpu", 0).gradients
-    plan, activations = StepPlan(config, stores), 0.0
+    plan, activations = PretrainingPlan(config, stores), 0.0
     for step in (plan.step(number, world_size) for number in range(STEPS)):
         for number, batch in enumerate(step.micro_batches[0]):
             found = tracer.peak_bytes(packer.pack([reader.read(step.samples, int(index)) for index in batch.indices]))

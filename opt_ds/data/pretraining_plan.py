@@ -1,7 +1,7 @@
 """Step plan of pre-training: the task of each sample, and which of its modalities are dropped or replaced.
 
 Tasks, dropping and replacing are hashes of (seed, epoch, store, sample). The order of samples is that of
-`data.planned`.
+`data.step_plan`.
 """
 
 from itertools import accumulate
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.data.planned import Plan
-from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.step_plan import Plan
+from opt_ds.data.step_samples import VALIDATION_EPOCH, StepSamples
 from opt_ds.data.store_rows import present_subsets
 from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
 
-class StepPlan(Plan):
+class PretrainingPlan(Plan):
     """Step plan of the pre-training tasks, which are sampled by `tasks.sampling_weights`."""
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
@@ -27,11 +27,11 @@ class StepPlan(Plan):
         }
         self.disabled_tasks = self._disabled()
 
-    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> PlannedSamples:
+    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> StepSamples:
         fraction = step / self.config.schedule.total_steps
         return self._assigned(epoch, store, sample, self.config.tasks.sampling_weights_at(fraction), self._derived)
 
-    def _validation_samples(self, number: int, valid: np.ndarray) -> list[PlannedSamples]:
+    def _validation_samples(self, number: int, valid: np.ndarray) -> list[StepSamples]:
         samples_of = [valid if number == other else valid[:0] for other in range(len(self.stores))]
         epoch, store = np.full(len(valid), VALIDATION_EPOCH), np.full(len(valid), number)
         parts = []
@@ -51,7 +51,7 @@ class StepPlan(Plan):
         sampling_weights: dict[str, float],
         derived: dict[str, Any],
         variant: int = -1,
-    ) -> PlannedSamples:
+    ) -> StepSamples:
         key = keyed_hash(self.config.seed, "sample", epoch, store, sample)
         candidates = self._candidates(key, epoch, store, sample, variant)
         weights = [
