@@ -1,10 +1,17 @@
-"""Keys in files of earlier versions that have another name now. Readers accept both; writers use the new one.
+"""Names of earlier versions that work until the next release: keys in files, and arguments of functions.
 
-Former keys of configurations are in the sections (`Section.renamed`), former options in `opt_ds.cli.former_options`.
+Readers of files accept both names of a key; writers use the new one. Former keys of configurations are in the sections
+(`Section.renamed`), former options in `opt_ds.cli.former_options`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from opt_ds.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Keys in metrics.jsonl.
 METRICS = {
@@ -63,3 +70,30 @@ def current_keys(tree: Any, names: Mapping[str, str]) -> Any:
     if isinstance(tree, list):
         return [current_keys(item, names) for item in tree]
     return tree
+
+
+def former_arguments(**names: str) -> Callable[[Function], Function]:
+    """Return a decorator that lets a function take arguments by their former names, with a DeprecationWarning.
+
+    The function raises UserError for an argument that is given by both names.
+
+    Args:
+        names: Former name -> name, of arguments that may be given by keyword.
+    """
+
+    def decorated(function: Function) -> Function:
+        @functools.wraps(function)
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            for former, name in names.items():
+                if former not in keywords:
+                    continue
+                if name in keywords:
+                    raise UserError(f"{former} is the former name of {name}: give one of them")
+                keywords[name] = keywords.pop(former)
+                message = f"the argument {former} is now called {name}; the former name works until the next release"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return function(*arguments, **keywords)
+
+        return cast(Function, wrapper)
+
+    return decorated

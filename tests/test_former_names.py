@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from opt_ds.config.dvae import DVAEConfig, load_dvae_config
 from opt_ds.config.section import Section, load_section
 from opt_ds.config.sources import merge
 from opt_ds.errors import UserError
-from opt_ds.former_names import FIGURES, METRICS, current_keys
+from opt_ds.features.extractors import Extractor, ExtractorChoice
+from opt_ds.former_names import FIGURES, METRICS, current_keys, former_arguments
 from opt_ds.ingest.report import ModalityNotes, build_report, refresh_report, report_table
 from opt_ds.serving.limits import Limits
 from opt_ds.serving.report import _grids, _metrics
@@ -253,3 +255,33 @@ def test_figures_of_an_older_evaluation_are_shown(tmp_path: Path) -> None:
     (tmp_path / "picture_grid-valid.png").write_bytes(b"image")
     grids = _grids(tmp_path, {"summary": {"splits": {"valid": found}}, "image_generation": found})
     assert [grid["title"] for grid in grids] == ["Held-out split valid", "opt-ds evaluate image-generation"]
+
+
+def test_former_arguments_warn_and_work() -> None:
+    @former_arguments(share="partition")
+    def function(first: int, *, partition: int | None = None) -> tuple[int, int | None]:
+        return first, partition
+
+    assert function(1) == (1, None) and function(1, partition=2) == (1, 2)
+    with pytest.warns(DeprecationWarning, match="the argument share is now called partition"):
+        assert function(1, share=2) == (1, 2)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="share is the former name of partition: give one of them"):
+        function(1, share=2, partition=2)  # type: ignore[call-arg]
+
+
+def test_an_extractor_may_define_its_fingerprint_by_the_former_name() -> None:
+    with pytest.warns(DeprecationWarning, match="Old.identity is now called fingerprint"):
+
+        class Old(Extractor):
+            name, kind = "old", "image"
+
+            def __init__(self, options: Any, device: str) -> None: ...
+
+            def identity(self) -> dict[str, Any]:
+                return {"name": "old"}
+
+            def extract(self, inputs: Sequence[Any]) -> list[Any]:
+                return list(inputs)
+
+    choice = ExtractorChoice(Old, "old", Section())
+    assert choice.complete_fingerprint(choice.build("cpu")) == {"name": "old"}

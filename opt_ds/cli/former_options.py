@@ -8,6 +8,7 @@ from opt_ds.errors import UserError
 _LOG = logging.getLogger(__name__)
 #: Command -> former name of an option -> its name.
 FORMER_OPTIONS = {
+    "prepare": {"--shard": "--partition"},
     "inspect": {"--pictures": "--images"},
     "image-generation": {"--pictures": "--images", "--paint": "--generate"},
     "localized-narratives": {"--recordings": "--audio"},

@@ -97,8 +97,8 @@ def _forward_flops(
 
     per_position, keys_and_values = 2 * (4 * width**2 + 2 * width * ffn), 4 * width**2
     squares = 4 * width * positions  # of attention, per position
-    whole_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
-    encoder = (model.num_layers - 1) * positions * whole_layer + keys_and_values * positions
+    full_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
+    encoder = (model.num_layers - 1) * positions * full_layer + keys_and_values * positions
     encoder += last_layer * cost.output_positions  # the last layer is computed only at positions that are used
     projected = [
         samples.input_lengths[:, modality.number] * modality.projected_dim

@@ -83,7 +83,7 @@ class StepPrefetcher:
         try:
             for step_plan in step_plans:
                 for place, micro_batch in enumerate(step_plan.micro_batches[self._rank]):
-                    if not self._wait_for_room():
+                    if not self._wait_for_capacity():
                         return
                     size = self._read_ahead(step_plan.samples, micro_batch.indices) if self._max_bytes else 0
                     with self._changed:
@@ -97,7 +97,7 @@ class StepPrefetcher:
                 self._ended = True
                 self._changed.notify_all()
 
-    def _wait_for_room(self) -> bool:
+    def _wait_for_capacity(self) -> bool:
         """Wait until one more micro-batch may be prefetched. Return False if the prefetcher is closed."""
         with self._changed:
             while not self._stopped and (self._num_bytes >= max(1, self._max_bytes) or len(self._ready) >= _MOST_MICRO_BATCHES):

@@ -55,7 +55,7 @@ class SampleReader:
                 total += store.read_ahead(modality.name, row) if row >= 0 else 0
         return total
 
-    def whole(self, number: int, index: int, modalities: Iterable[int] | None = None) -> Sample:
+    def read_unmasked(self, number: int, index: int, modalities: Iterable[int] | None = None) -> Sample:
         """Return a store's sample without masking, for evaluation.
 
         Args:

@@ -177,10 +177,10 @@ def write_plan(path: Path, step_plan: StepPlan, key: str) -> None:
     arrays |= {f"micro_batches/{name}": getattr(step_plan.micro_batches, name) for name in _MICRO_BATCHES}
     about: dict[str, Any] = {name: getattr(step_plan, name) for name in _NUMBERS}
     about |= {"key": key, "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()]}
-    content, start = np.zeros(sum(map(_room, arrays.values())), np.uint8), 0
+    content, start = np.zeros(sum(map(_padded_bytes, arrays.values())), np.uint8), 0
     for array in arrays.values():
         content[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        start += _room(array)
+        start += _padded_bytes(array)
     about["sum"] = _sum(content)
     header = json.dumps(about).encode()
     with open(path, "wb") as file:
@@ -202,7 +202,7 @@ def read_plan(path: Path, step: int, key: str) -> StepPlan | None:
         arrays = {}
         for name, dtype, shape in about["arrays"]:
             arrays[name] = np.frombuffer(content, dtype, int(np.prod(shape)), start).reshape(shape)
-            start += _room(arrays[name])
+            start += _padded_bytes(arrays[name])
         if start != size:
             return None
         micro_batches = MicroBatches(*(arrays.pop(f"micro_batches/{name}") for name in _MICRO_BATCHES))
@@ -212,7 +212,7 @@ def read_plan(path: Path, step: int, key: str) -> StepPlan | None:
         return None
 
 
-def _room(array: np.ndarray) -> int:
+def _padded_bytes(array: np.ndarray) -> int:
     """Return the number of bytes from the start of the array to that of the next one."""
     return array.nbytes + -array.nbytes % _ALIGNMENT
 

@@ -77,5 +77,5 @@ def _dropped(stored: np.ndarray, limit: int, stack: int) -> _Dropped:
     return _Dropped(len(stored), truncated, dropped, longest)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.2g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %" if fraction >= 0.001 else f"{100 * fraction:.2g} %"

@@ -65,8 +65,8 @@ def decode_audio(file: BinaryIO, max_seconds: float, allow: Callable[[int], None
         _check_length(frames, channels, rate_hz, max_seconds)
         if header.is_truncated:
             assert header.announced is not None and header.held is not None
-            whole = frames * header.announced / max(1, header.held)
-            raise BrokenFileError(f"it is truncated: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
+            expected = frames * header.announced / max(1, header.held)
+            raise BrokenFileError(f"it is truncated: {frames / rate_hz:.1f} of {expected / rate_hz:.1f} s")
         allow(frames * channels)
         # Read in one piece: where reading stops and resumes, the last bits of MP3 samples differ.
         samples = sound.read(frames=frames, dtype="float32", always_2d=True)

@@ -38,9 +38,9 @@ class CodeExtractor:
         """Load the output of `opt-ds train-dvae`. Raise UserError if it is missing or damaged."""
         return cls(DiscreteVAE.from_pretrained(folder), device)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: name, codebook size and SHA-256 of the weights."""
-        return self.dvae.identity()
+        return self.dvae.fingerprint()
 
     def extract(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the argmax codes of each image, uint16 [64], in row-major order of the 8×8 grid."""
@@ -97,11 +97,11 @@ def encode_store(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray
 def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
     """Return the number of codes that occur, their fraction of the codebook, and exp(entropy) of their distribution."""
     counts_k = np.bincount(codes_ns.reshape(-1), minlength=codebook_size)
-    share_k = counts_k[counts_k > 0] / counts_k.sum()
+    fraction_k = counts_k[counts_k > 0] / counts_k.sum()
     return {
         "codes_used": int((counts_k > 0).sum()),
         "fraction_used": float((counts_k > 0).mean()),
-        "perplexity": float(np.exp(-(share_k * np.log(share_k)).sum())),
+        "perplexity": float(np.exp(-(fraction_k * np.log(fraction_k)).sum())),
     }
 
 
@@ -142,13 +142,14 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
         folder = store_path / DVAE_FOLDER
         for leftover in store_path.glob(f".{DVAE_FOLDER}.*.tmp"):
             shutil.rmtree(leftover)
-        if store.has_codes and store.description.extractors.get("codes") == extractor.identity() == _identity_in(folder):
+        own = extractor.fingerprint()
+        if store.has_codes and store.description.extractors.get("codes") == own == _fingerprint_in(folder):
             _LOG.info(f"dVAE: {store_path} already has this dVAE's codes")
             return False
         temporary = folder.with_name(f".{DVAE_FOLDER}.{os.getpid()}.tmp")
         try:
             extractor.dvae.save_pretrained(temporary)
-            set_codes(store_path, encode_store(extractor, store), extractor.identity())
+            set_codes(store_path, encode_store(extractor, store), extractor.fingerprint())
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         finally:
@@ -157,9 +158,9 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
         return True
 
 
-def _identity_in(folder: Path) -> dict[str, Any] | None:
+def _fingerprint_in(folder: Path) -> dict[str, Any] | None:
     try:
-        return DiscreteVAE.from_pretrained(folder).identity()
+        return DiscreteVAE.from_pretrained(folder).fingerprint()
     except UserError:  # missing or incomplete: it will be written again
         return None
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from opt_ds.config.dvae import DVAE_PRESETS, DVAEConfig
 from opt_ds.dvae.kmeans import kmeans
 from opt_ds.errors import UserError
-from opt_ds.store.dvae import CONFIG_FILE, WEIGHTS_FILE, dvae_identity, read_dvae_folder
+from opt_ds.store.dvae import CONFIG_FILE, WEIGHTS_FILE, dvae_fingerprint, read_dvae_folder
 from opt_ds.store.files import follow_umask
 from opt_ds.store.seal import seal_folder
 
@@ -144,12 +144,12 @@ class DiscreteVAE(nn.Module):
         """Return the parameters that determine the codes of an image."""
         return [*self.encoder.parameters(), self.keys_kd, self.key_bias_k]
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: name, codebook size and SHA-256 of the weights.
 
         It links codes to the dVAE that made them.
         """
-        return dvae_identity(self.config, self.state_dict())
+        return dvae_fingerprint(self.config, self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`. Create the folder if necessary."""

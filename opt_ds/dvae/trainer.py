@@ -259,7 +259,7 @@ class DVAETrainer(TrainingLoop):
             "train_cpu_seconds": round(self.state.cpu_seconds, 1),
             "hardware": asdict(run.hardware),
             "num_images": num_images(run.store),
-            "fingerprint": self.dvae.identity(),
+            "fingerprint": self.dvae.fingerprint(),
         }
         self.dvae.save_pretrained(self.output)
         shown = self._sample(np.concatenate(list(held_out.values()) or [run.rows]), GRID_IMAGES)

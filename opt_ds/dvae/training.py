@@ -121,7 +121,8 @@ def read_result(output: Path) -> dict[str, Any]:
     """Return the result.json of a completed run. Raise UserError if it, or the dVAE that it describes, is damaged."""
     file, remedy = output / RESULT_FILE, "restore it, or remove it to repeat the run"
     result = current_fields(read_json_object(file, remedy), DVAE_RESULT)
-    if type(result.get("steps")) is not int or result.get("fingerprint") != DiscreteVAE.from_pretrained(output).identity():
+    own = DiscreteVAE.from_pretrained(output).fingerprint()
+    if type(result.get("steps")) is not int or result.get("fingerprint") != own:
         raise UserError(f"{file}: damaged, it does not describe the dVAE in this folder: {remedy}")
     return result
 

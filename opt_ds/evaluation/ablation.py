@@ -137,13 +137,13 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
         if f < last
     ]
     sampled = {
-        draw for weights in weights_of_phases for draw, weight in weights.items() if weight > 0 and draw not in disabled
+        task for weights in weights_of_phases for task, weight in weights.items() if weight > 0 and task not in disabled
     }
     active = config.tasks.active_losses
     return tuple(
         x
-        for draw, own in config.tasks.sampled.items()
-        if draw in sampled
+        for task, own in config.tasks.sampled.items()
+        if task in sampled
         for x in own
         if x in active and x not in disabled
     )

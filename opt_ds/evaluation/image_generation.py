@@ -180,10 +180,11 @@ def generation_figures(
         figures["fid"] = image_networks.frechet_inception_distance(generated, true, inception)
     if clip is not None:
         captions = [evaluator.caption(index) for index in gallery]
-        judge = image_networks.ClipScore(clip, evaluator.device)
+        others = [captions[-1], *captions[:-1]]
+        clip_score = image_networks.ClipScore(clip, evaluator.device)
         figures["clip_score"] = {
-            "generated": judge.mean(generated, captions), "true": judge.mean(true, captions),
-            "another_caption": judge.mean(generated, [captions[-1], *captions[:-1]]) if len(captions) > 1 else None,
+            "generated": clip_score.mean(generated, captions), "true": clip_score.mean(true, captions),
+            "another_caption": clip_score.mean(generated, others) if len(captions) > 1 else None,
         }  # fmt: skip
     return figures
 

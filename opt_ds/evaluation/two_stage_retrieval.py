@@ -307,8 +307,8 @@ def table(result: dict[str, Any]) -> str:
         for stage in ("projection", "matching", "likelihood"):
             if stage in found:
                 cells = "".join(f"{found[stage][f'R@{k}']:>8.1%}" for k in RANKS)
-                shares = (found[stage].get(f"{part}_share") for part in ("encoder", "decoder"))
-                cost = "".join("" if share is None else f"{share:>10.2%}" for share in shares)
+                fractions = (found[stage].get(f"{part}_fraction") for part in ("encoder", "decoder"))
+                cost = "".join("" if fraction is None else f"{fraction:>10.2%}" for fraction in fractions)
                 lines.append(f"  {name:<22}{stage:<14}{cells}{cost}")
                 name = ""
         lines.append(f"  {'':<22}in shortlist  {found['shortlist_recall']:>7.1%}   (chance R@1 {found['chance']['R@1']:.2%})")

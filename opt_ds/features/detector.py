@@ -23,7 +23,7 @@ from torchvision.ops import batched_nms
 from opt_ds.config.section import Section
 from opt_ds.errors import UserError
 from opt_ds.features import detectron2
-from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.extractors import load_state_dict, weights_fingerprint
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.schema import BOX_SIZE
 from opt_ds.weights import fit
@@ -75,12 +75,12 @@ class FasterRCNNExtractor(RegionExtractor):
         self._model.to(device)
         self._settings = options.model_dump(exclude={"weights"})
         self._device = device
-        self._weights_sha256 = weights_identity(weights)
+        self._weights_sha256 = weights_fingerprint(weights)
         self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
         self.dim = self._model.roi_heads.box_head.fc7.out_features
         self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,

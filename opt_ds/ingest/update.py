@@ -69,9 +69,9 @@ def update_modality(
         chosen_device = choose_device(device)
         choice = settings.extractor(kind)
         extractor = choice.build(chosen_device)
-        identity, dims = choice.fingerprint(extractor), _dims(store, extractor, kind, settings)
+        fingerprint, dims = choice.complete_fingerprint(extractor), _dims(store, extractor, kind, settings)
         if kind == "audio" and settings.trim_silence:
-            identity["trim_silence"] = True
+            fingerprint["trim_silence"] = True
         further = {**store.description.further, kind: extractor.modality()} if isinstance(extractor, FurtherExtractor) else None
         del extractor
         shards = _shards(store, files, kind)
@@ -99,7 +99,11 @@ def update_modality(
                 return changed
 
             def fields() -> dict[str, Any]:
-                new = {"dims": dims, "extractors": {**store.description.extractors, kind: identity}, "preparation_key": ""}
+                new = {
+                    "dims": dims,
+                    "extractors": {**store.description.extractors, kind: fingerprint},
+                    "preparation_key": "",
+                }
                 if kind == "image":
                     new["extractors"].pop("codes", None)
                     new |= {"has_codes": False, "has_pixels": bool(pixels) and all(pixels)}
@@ -108,7 +112,8 @@ def update_modality(
             description = rewrite_shards(store, change, fields, new_further=further)
         refresh_report(path, description, notes)
         _LOG.info(
-            f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.dropped)} samples left without"
+            f"{path}: {kind} features of {total} files by {fingerprint['name']}; {len(notes.dropped)} samples left "
+            "without"
         )
         for line in notes.shown():
             _LOG.info(line)

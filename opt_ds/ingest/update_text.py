@@ -98,7 +98,7 @@ def update_text(
         def fields() -> dict[str, Any]:
             return {
                 "dims": store.description.dims.model_copy(update={"vocab_size": vocab_size}),
-                "extractors": {**store.description.extractors, "text": extractor.identity()},
+                "extractors": {**store.description.extractors, "text": extractor.fingerprint()},
                 "tokenizer": tokenizer,
                 "tokenizer_folder": folder.name,
                 "preparation_key": "",

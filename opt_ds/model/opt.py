@@ -118,9 +118,9 @@ class OPT(nn.Module):
 
 def _pooled(statistics: list) -> tuple[torch.Tensor, torch.Tensor]:
     counts = torch.tensor([float(s.count) for s in statistics], dtype=torch.float64)
-    shares = (counts / counts.sum())[:, None]
+    weights = (counts / counts.sum())[:, None]
     means = torch.tensor([s.mean for s in statistics], dtype=torch.float64)
     stds = torch.tensor([s.std for s in statistics], dtype=torch.float64)
-    mean = (shares * means).sum(0)
-    variance = (shares * (stds.square() + (means - mean).square())).sum(0)
+    mean = (weights * means).sum(0)
+    variance = (weights * (stds.square() + (means - mean).square())).sum(0)
     return mean.float(), variance.sqrt().float()

@@ -1,7 +1,6 @@
 """Checks of the arguments of the Python interface: device, precision, counts, ranges and scores."""
 
-import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,21 +58,6 @@ def check_range(name: str, value: float, least: float, most: float | None) -> No
         raise UserError(f"{name}: expected a number, got {type(value).__name__}")
     if not np.isfinite(value) or value < least or (most is not None and value > most):
         raise UserError(f"{name} {value}: give {f'at least {least:g}' if most is None else f'{least:g} to {most:g}'}")
-
-
-def renamed_argument(name: str, value: Any, former: str, former_value: Any) -> Any:
-    """Return the value of an argument that was given by its name or, with a DeprecationWarning, by its former name.
-
-    Raise UserError if it was given by both names or by none.
-    """
-    if former_value is None:
-        if value is None:
-            raise UserError(f"{name}: is missing")
-        return value
-    if value is not None:
-        raise UserError(f"{former} is the former name of {name}: give one of them")
-    warnings.warn(f"the argument {former} is now called {name}", DeprecationWarning, stacklevel=3)
-    return former_value
 
 
 def check_score(by: str) -> str:

@@ -22,18 +22,11 @@ from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.retrieval import joined
+from opt_ds.former_names import former_arguments
 from opt_ds.model.generation import image_decoding, text_decoding
-from opt_ds.serving.arguments import (
-    Score,
-    check_count,
-    check_range,
-    check_score,
-    choose_dtype,
-    parse_device,
-    renamed_argument,
-)
+from opt_ds.serving.arguments import Score, check_count, check_range, check_score, choose_dtype, parse_device
 from opt_ds.serving.inputs import AudioInput, ImageInput
-from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_beside, unit_cls
+from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_of, unit_cls
 from opt_ds.serving.session import Session
 
 _MAX_SEED = 2**63 - 1
@@ -281,14 +274,14 @@ class Model:
         """
         return self._ranked_for(self._read(text, None, audio), [self._read(None, image, None) for image in images], by)
 
+    @former_arguments(recordings="audio")
     def rank_audio(
         self,
-        audio: Sequence[AudioInput] | None = None,
+        audio: Sequence[AudioInput],
         *,
         text: str | None = None,
         image: ImageInput | None = None,
         by: Score = "matching",
-        recordings: Sequence[AudioInput] | None = None,
     ) -> list[Ranked]:
         """Rank audio for a text, an image or both, best first.
 
@@ -297,10 +290,8 @@ class Model:
             text: The query.
             image: The query.
             by: "matching" or "likelihood", as in `rank_images`.
-            recordings: Former name of `audio`; it goes with the next release.
         """
-        candidates = renamed_argument("audio", audio, "recordings", recordings)
-        return self._ranked_for(self._read(text, image, None), [self._read(None, None, one) for one in candidates], by)
+        return self._ranked_for(self._read(text, image, None), [self._read(None, None, one) for one in audio], by)
 
     def index(self, store: str | Path, split: str = "train", limit: int = 2000) -> "StoreIndex":
         """Embed samples of a feature store, for `StoreIndex.nearest`.
@@ -311,7 +302,7 @@ class Model:
             limit: Maximum number of samples, chosen by a fixed seed.
         """
         check_count("limit", limit)
-        return StoreIndex(Neighbours(evaluator_beside(self._session, Path(store)), split, limit), self._read)
+        return StoreIndex(Neighbours(evaluator_of(self._session, Path(store)), split, limit), self._read)
 
     def _read(self, text: str | None, image: ImageInput | None, audio: AudioInput | None) -> Sample:
         return self._session.processor(text, image, audio)

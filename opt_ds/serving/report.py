@@ -276,10 +276,10 @@ def _ablation(folder: Path | None) -> dict[str, Any] | None:
     rows = []
     for row in figures["rows"]:
         scores = {name: found["mAP"] for name, found in row["classification"]["subsets"].items()}
-        judged = list(scores)[-1]
+        subset = list(scores)[-1]
         change = None
         if full is not None and row is not full:
-            change = 100 * (scores[judged] / full["classification"]["subsets"][judged]["mAP"] - 1)
+            change = 100 * (scores[subset] / full["classification"]["subsets"][subset]["mAP"] - 1)
         rows.append({**row, "scores": scores, "change": change, "paper": paper.ABLATION.get(row["row"])})
     return {**figures, "rows": rows, "chart": _data_url(folder / CHART_FILE) if (folder / CHART_FILE).is_file() else ""}
 

@@ -175,11 +175,11 @@ class LabelPrediction(Task):
         """Return the loss of predicting each label's training frequency."""
         if self.section is None:
             return None
-        shares = statistics.mean_of_labelled(self.label_targets)
+        frequencies = statistics.mean_of_labelled(self.label_targets)
 
         def losses(sample: Sample, number: int) -> dict[str, Any]:
             targets = sample.targets[self.name]
-            loss = -(targets * np.log(shares) + (1 - targets) * np.log(1 - shares)).sum()
+            loss = -(targets * np.log(frequencies) + (1 - targets) * np.log(1 - frequencies)).sum()
             return {"labels": np.array([float(loss)])}
 
         return SampleBaseline(self.name, losses)

@@ -21,7 +21,12 @@ from opt_ds.data.modality import modalities_of
 from opt_ds.errors import UserError
 from opt_ds.former_names import LAUNCH, current_fields
 from opt_ds.store.foreign import tensor_shapes
-from opt_ds.store.processor_files import PROCESSOR_FILE, PROCESSOR_FOLDER, identity_differences, load_processor_description
+from opt_ds.store.processor_files import (
+    PROCESSOR_FILE,
+    PROCESSOR_FOLDER,
+    fingerprint_differences,
+    load_processor_description,
+)
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import load_description
 from opt_ds.training import checkpoint, run_folder
@@ -233,7 +238,7 @@ def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> Non
     description = load_processor_description(processor)
     shared = {kind: description.extractors.get(kind, there) for kind, there in store.description.extractors.items()}
     own = description.model_copy(update={"extractors": shared})
-    differences = identity_differences(
+    differences = fingerprint_differences(
         own, store, codes=start.config.tasks.loss_for(GENERATE_IMAGES) in start.init.trained_losses
     )
     if differences:

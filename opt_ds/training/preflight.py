@@ -128,9 +128,9 @@ def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
     except UserError as error:
         return [str(error)]
     where = ", ".join(str(store.path) for store in stores)
-    shares = config.tasks.sampling_weights_at(0.0) if config.finetune is None else {}
-    if shares and all(task in plan.disabled_tasks for task, share in shares.items() if share):
-        why = "; ".join(f"{task}: {reason}" for task, reason in plan.disabled_tasks.items() if shares.get(task))
+    weights = config.tasks.sampling_weights_at(0.0) if config.finetune is None else {}
+    if weights and all(task in plan.disabled_tasks for task, weight in weights.items() if weight):
+        why = "; ".join(f"{task}: {reason}" for task, reason in plan.disabled_tasks.items() if weights.get(task))
         return [
             f"{where}: no task can be trained ({why}): prepare samples that have it, or change tasks.sampling_weights"
         ]

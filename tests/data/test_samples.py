@@ -136,7 +136,7 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
 
 @pytest.mark.parametrize("modalities", [(TEXT,), (IMAGE, AUDIO), (TEXT, IMAGE, AUDIO)])
 def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple[int, ...]) -> None:
-    sample = SampleReader(make_config(), [complete]).whole(0, 5, modalities)
+    sample = SampleReader(make_config(), [complete]).read_unmasked(0, 5, modalities)
     assert tuple(sample.items) == modalities
     if TEXT in modalities:
         assert (sample.items[TEXT].ids == complete.text(complete.rows[5, TEXT])[:8]).all()

@@ -161,11 +161,11 @@ def test_save_and_load_keep_codes_images_and_identity(tmp_path: Path) -> None:
     dvae, shown = make_dvae(trained=True), images(2)
     dvae.save_pretrained(tmp_path / "dvae")
     loaded = DiscreteVAE.from_pretrained(tmp_path / "dvae")
-    assert loaded.config == dvae.config and loaded.identity() == dvae.identity()
+    assert loaded.config == dvae.config and loaded.fingerprint() == dvae.fingerprint()
     assert torch.equal(loaded.decode(loaded.encode(shown)), dvae.decode(dvae.encode(shown)))
     loaded.codebook_kd.data[0, 0] += 1e-6
-    assert loaded.identity() != dvae.identity()
-    assert loaded.identity()["num_codes"] == 32
+    assert loaded.fingerprint() != dvae.fingerprint()
+    assert loaded.fingerprint()["num_codes"] == 32
 
 
 def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:

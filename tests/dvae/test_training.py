@@ -56,14 +56,14 @@ def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path,
     opened = FeatureStore(store)
     assert inspect_store(store).failures == []
     dvae = DiscreteVAE.from_pretrained(tmp_path / "run")
-    assert opened.description.extractors["codes"] == dvae.identity() == result["fingerprint"]
+    assert opened.description.extractors["codes"] == dvae.fingerprint() == result["fingerprint"]
     assert opened.description.dims.num_codes == 32
     num_images = len(opened.region_counts)
     assert num_images < NUM_SAMPLES  # some samples have no image
     for row in range(num_images):
         expected = dvae.encode(torch.from_numpy(np.array(opened.pixels(row)))[None])[0]
         assert (opened.codes(row) == expected.numpy()).all()
-    assert DiscreteVAE.from_pretrained(store / "dvae").identity() == dvae.identity()
+    assert DiscreteVAE.from_pretrained(store / "dvae").fingerprint() == dvae.fingerprint()
     for file in ("run.json", "result.json", "reconstructions.png", "tensorboard"):
         assert (tmp_path / "run" / file).exists()
     written = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -113,12 +113,12 @@ def test_the_distance_is_between_the_generated_and_the_true_images(inception: Pa
 
 
 def test_clip_score_is_the_cosine_of_transformers_own_embeddings(evaluator: Evaluator, dvae: DiscreteVAE, clip: Path) -> None:
-    judge = ClipScore(clip)
+    clip_score = ClipScore(clip)
     images = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
-    found = judge.scores(images, ["a red heart", "a very long caption of more tokens than the model reads"])
-    given = judge.processor(text=["a red heart"], images=[to_image(images[0])], return_tensors="pt")
+    found = clip_score.scores(images, ["a red heart", "a very long caption of more tokens than the model reads"])
+    given = clip_score.processor(text=["a red heart"], images=[to_image(images[0])], return_tensors="pt")
     with torch.inference_mode():
-        output = judge.model(**given)
+        output = clip_score.model(**given)
     cosine = float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds))
     assert found[0] == pytest.approx(100 * max(cosine, 0), abs=0.01) and found.shape == (2,)
     figures = generation_figures(evaluator, "train", "T+A", ImageGenerator(dvae, SAMPLING), 4, clip=clip)

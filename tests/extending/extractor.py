@@ -38,7 +38,7 @@ class Colours(RegionExtractor):
         cells = [(x, y) for y in range(options.side) for x in range(options.side)]
         self._boxes = boxes_with_size(np.array([(edges[x], edges[y], edges[x + 1], edges[y + 1]) for x, y in cells]))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"name": self.name, "version": "1.0", "weights_sha256": self._sha256}
 
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
@@ -68,7 +68,7 @@ class Loudness(SpeechExtractor):
         self._bands = np.array(options.bands)
         self.dim, self.frame_rate_hz = len(options.bands), float(options.frames_per_s)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"name": self.name, "weights_sha256": None}
 
     def extract(self, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
@@ -100,7 +100,7 @@ class Touch(FurtherExtractor):
     def __init__(self, options: TouchOptions, device: str) -> None:
         self._scale = options.scale
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"name": self.name, "version": "1.0"}
 
     def extract(self, inputs: Sequence[Path | None]) -> list[dict[str, np.ndarray] | None]:

@@ -23,7 +23,7 @@ from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.ingest.update import update_modality
 from opt_ds.registry import EXTRACTORS, PLUGINS_VARIABLE
 from opt_ds.store import FeatureStore, inspect_store
-from opt_ds.store.processor_files import check_identity, copy_processor_files
+from opt_ds.store.processor_files import check_fingerprints, copy_processor_files
 from tests.training.runs import rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -124,9 +124,9 @@ def test_update_adds_a_modality(folder: Path, tmp_path: Path) -> None:
 
 def test_a_store_of_another_fingerprint_is_refused(store: Path, updated: Path, tmp_path: Path) -> None:
     copy_processor_files(FeatureStore(store), tmp_path / "processor")
-    check_identity(tmp_path / "processor", FeatureStore(store), force=False)
+    check_fingerprints(tmp_path / "processor", FeatureStore(store), force=False)
     with pytest.raises(UserError, match="its audio features come from another extractor than the model's"):
-        check_identity(tmp_path / "processor", FeatureStore(updated), force=False)
+        check_fingerprints(tmp_path / "processor", FeatureStore(updated), force=False)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def read(model: Path, folder: Path, allowed: str, *options: str) -> subprocess.C
         f"import opt_ds; model = opt_ds.load({str(model)!r}, device='cpu'{weights}); processor = model._session.processor\n"
         f"sample = processor('words', {str(folder / 'c.png')!r}, {str(folder / 'c.wav')!r})\n"
         "print('text alone works', processor('words') is not None)\n"
-        "print(processor._extractor('image').identity()['name'], processor._extractor('audio').dim)"
+        "print(processor._extractor('image').fingerprint()['name'], processor._extractor('audio').dim)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), PLUGINS_VARIABLE: allowed}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -40,7 +40,7 @@ def test_faster_rcnn_on_a_gpu_batches_by_size(tmp_path: Path) -> None:
     extractor = FasterRCNNExtractor(FasterRCNNOptions(weights=tmp_path / "d.pt", **sides), "cuda")
     images = [noise(0), noise(1, 60, 90), None, noise(2)]
     together = extractor.extract(images)
-    assert extractor.identity()["precision"] == "fp16"
+    assert extractor.fingerprint()["precision"] == "fp16"
     assert together[2] is None
     for image, regions in zip(images, together, strict=True):
         if image is not None and regions is not None:

@@ -69,7 +69,7 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     assert extractor.num_classes == 7
     (regions,) = extractor.extract([noise(2)])
     assert regions.features.shape == (16, extractor.dim)
-    assert len(extractor.identity()["weights_sha256"]) == 64
+    assert len(extractor.fingerprint()["weights_sha256"]) == 64
     # With one cell for the complete image, the cell's class is the classifier's own.
     whole = GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1))
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
@@ -89,7 +89,7 @@ def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     whole = GridExtractor(GridOptions(weights=tmp_path / "model.safetensors", backbone=f"timm/{name}", side=64, cells=1))
     assert whole.num_classes == 7
-    assert whole.identity()["backbone"] == f"timm/{name}"
+    assert whole.fingerprint()["backbone"] == f"timm/{name}"
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
@@ -128,7 +128,7 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     few = detector(tmp_path / "d.pt", confidence=0.99, **sizes)
     many = detector(tmp_path / "d.pt", confidence=0.0, max_regions=30, **sizes)
     assert (few.dim, few.num_classes) == (24, 11)
-    assert few.identity()["backbone"] == "torchvision/resnet18_fpn"
+    assert few.fingerprint()["backbone"] == "torchvision/resnet18_fpn"
     assert [len(regions.features) for regions in few.extract([noise(0), noise(1, 60, 90)])] == [10, 10]
     (regions,) = many.extract([noise(0)])
     assert regions.features.shape == (30, 24)
@@ -353,17 +353,19 @@ def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp
     save_file(network.state_dict(), folder / "model.safetensors")
     options: dict[str, Any] = {"weights": folder / "model.safetensors", "backbone": f"timm/{name}", "side": 64, "cells": 1}
     plain = GridExtractor(GridOptions(**options))
-    assert not {"mean", "std"} & plain.identity().keys(), "stores made with ImageNet's normalisation keep their identity"
+    assert not {"mean", "std"} & plain.fingerprint().keys(), (
+        "stores made with ImageNet's normalisation keep their fingerprint"
+    )
     half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (folder / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": half}))
     own = GridExtractor(GridOptions(**options))
-    assert own.identity() == {**plain.identity(), **half}
+    assert own.fingerprint() == {**plain.fingerprint(), **half}
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     with torch.inference_mode():
         map_nchw = network.forward_features(torch.tensor((pixels.transpose(2, 0, 1)[None] - 0.5) / 0.5, dtype=torch.float32))
     assert np.allclose(own.extract([noise(2)])[0].features[0], map_nchw.mean((2, 3))[0], atol=2e-3)
     old = GridExtractor(GridOptions(**options, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
-    assert old.identity() == plain.identity(), "what an old store was made with can be made again"
+    assert old.fingerprint() == plain.fingerprint(), "what an old store was made with can be made again"
     (folder / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     with pytest.raises(UserError, match="its weights are of resnet18, not mobilenetv2_035"):
         GridExtractor(GridOptions(**options))

@@ -130,7 +130,7 @@ def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"do_normalize": true}')
     normal = Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     assert np.abs(normal.extract([waveforms[0] * 0.1])[0] - normal.extract([waveforms[0]])[0]).max() < 0.02
-    assert normal.identity() != plain.identity()
+    assert normal.fingerprint() != plain.fingerprint()
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_the_processors_file_says_whether_to_normalise_too(hugging_face: Path, t
         ({"processor_class": "Wav2Vec2Processor"}, False),
     ):
         processor.write_text(json.dumps(content))
-        assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf")).identity()["normalise"] is normalise
+        assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf")).fingerprint()["normalise"] is normalise
 
 
 def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face: Path, tmp_path: Path) -> None:

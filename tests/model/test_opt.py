@@ -51,7 +51,7 @@ def test_the_last_layer_at_the_rows_that_are_read_is_the_whole_layer(
     request.addfinalizer(lambda: backend.choose("auto", "cpu"))
     config = make_config(model={"norm": norm}, batch={"size": 40})
     model, samples = make_model(config), read_samples(config, [ragged])
-    samples[3:3] = [SampleReader(config, [ragged]).whole(0, i) for i in range(2)]
+    samples[3:3] = [SampleReader(config, [ragged]).read_unmasked(0, i) for i in range(2)]
     batch = make_packer(config, [ragged]).pack(samples)
     assert batch.read.sequences.min_length == 0 and 0 < len(batch.read.index) < batch.inputs.sequences.total
     everything = OutputPositions(torch.arange(batch.inputs.sequences.total), batch.inputs.sequences)
@@ -93,7 +93,7 @@ def test_a_micro_batch_of_one_modality(complete: FeatureStore, modality: int) ->
     """As evaluation packs it: nothing to learn, embedders without rows."""
     config = make_config()
     model, reader = make_model(config), SampleReader(config, [complete])
-    batch = make_packer(config, [complete]).pack([reader.whole(0, i, (modality,)) for i in range(3)])
+    batch = make_packer(config, [complete]).pack([reader.read_unmasked(0, i, (modality,)) for i in range(3)])
     loss = total_loss(model(batch), dict.fromkeys(config.tasks.active_losses, 5.0), config.tasks, 1)
     loss.backward()
     assert loss.item() == 0.0

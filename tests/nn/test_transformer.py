@@ -68,7 +68,7 @@ def test_a_packed_sample_is_encoded_as_if_alone(ragged: FeatureStore, norm: str)
 def test_regions_are_a_set_and_frames_a_sequence(complete: FeatureStore) -> None:
     config = make_config()
     model, packer = make_model(config), make_packer(config, [complete])
-    sample = SampleReader(config, [complete]).whole(0, 0)
+    sample = SampleReader(config, [complete]).read_unmasked(0, 0)
     assert min(len(sample.items[IMAGE].features), len(sample.items[AUDIO].features)) > 2
     cls = model.encode(packer.pack([sample]).inputs)[0]
     regions, frames = sample.of(IMAGE), sample.of(AUDIO)

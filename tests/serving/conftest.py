@@ -100,9 +100,9 @@ def without(session: Session, *losses: str) -> Session:
 def address(session: Session, raw_store: Path) -> Iterator[str]:
     """A real server on a free port of this machine."""
     from opt_ds.serving.app import build_app
-    from opt_ds.serving.neighbours import Neighbours, evaluator_beside
+    from opt_ds.serving.neighbours import Neighbours, evaluator_of
 
-    with serving(build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))) as port:
+    with serving(build_app(session, Neighbours(evaluator_of(session, raw_store), "train"))) as port:
         yield f"http://127.0.0.1:{port}"
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from opt_ds.errors import UserError
 from opt_ds.serving.app import build_app
 from opt_ds.serving.limits import Limits
-from opt_ds.serving.neighbours import evaluator_beside
+from opt_ds.serving.neighbours import evaluator_of
 from opt_ds.serving.session import Session
 from tests.serving.conftest import without
 
@@ -156,9 +156,9 @@ def test_a_client_that_hangs_up_takes_nothing_down(address: str, client: httpx.C
     assert client.post("/api/describe", data={"text": "a red square"}).status_code == 200
 
 
-def test_another_store_is_refused_by_identity(session: Session, tmp_path: Path) -> None:
+def test_another_store_is_refused_by_fingerprint(session: Session, tmp_path: Path) -> None:
     from opt_ds.store.synthetic import write_synthetic_store
 
     write_synthetic_store(tmp_path / "other", 10)
     with pytest.raises(UserError, match="its vocabulary is not the model's"):
-        evaluator_beside(session, tmp_path / "other")
+        evaluator_of(session, tmp_path / "other")

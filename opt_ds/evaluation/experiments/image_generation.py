@@ -72,17 +72,17 @@ class ImageGeneration(Experiment):
         if clip is not None:
             ClipScore(clip)
         inputs = possible_inputs(evaluator, split)
-        judge = generator = None
+        rater = generator = None
         if generates:
-            judge = request.open_judge(image_weights)
+            rater = request.open_rater(image_weights)
             options = image_decoding(top_k, top_p, temperature, seed)
-            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, judge.match_probability)
+            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, rater.match_probability)
         figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
-        if generator is not None and judge is not None and generate:
+        if generator is not None and rater is not None and generate:
             count = min(generate, limit or generate)
             for name, row in figures.items():
                 row["generated"] = generation_figures(
-                    evaluator, split, name, generator, count, seed, judge.image_embedding, inception, clip
+                    evaluator, split, name, generator, count, seed, rater.image_embedding, inception, clip
                 )
         if generator is not None and images:
             figures["image_grid"] = _write_grid(request, generator, images)

@@ -204,9 +204,9 @@ def assign_splits(samples: list[EmojiSample]) -> list[EmojiSample]:
     taken: dict[str, int] = defaultdict(int)
     for sample in sorted(samples, key=lambda sample: _shuffled(sample.id)):
         unique = samples_of_image[sample.svg_sha256] == 1
-        room = 2 * (taken[sample.concept] + 1) <= len(concepts[sample.concept])
+        has_space = 2 * (taken[sample.concept] + 1) <= len(concepts[sample.concept])
         split = next((name for name in ("test_variant", "valid") if wanted[name]), None)
-        if split and unique and room and sample.id not in splits:
+        if split and unique and has_space and sample.id not in splits:
             splits[sample.id] = split
             wanted[split] -= 1
             taken[sample.concept] += 1

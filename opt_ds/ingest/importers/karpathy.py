@@ -106,6 +106,6 @@ def _token_entries(annotations: Path, image_files: Files, prefix: str) -> Iterat
         yield sample(
             prefix + row.cells[0],
             text=row.cells[1],
-            files={"image": (match[1], image_files.get_or_say(match[1], "image"))},
+            files={"image": (match[1], image_files.get_or_problem(match[1], "image"))},
             group=f"{prefix}image {match[1]}",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
+from opt_ds.former_names import former_arguments
 from opt_ds.ingest.importers.common import (
     Entry,
     Unused,
@@ -40,6 +41,7 @@ class ImageLabels:
     unused: list[Unused] = field(default_factory=list)
 
 
+@former_arguments(recordings="audio")
 def import_localized_narratives(
     annotations: Sequence[Path],
     output: Path,
