@@ -63,7 +63,7 @@ class OPT(nn.Module):
     def encode_cls(self, inputs: EncoderInputs) -> torch.Tensor:
         """Return cls_se, the encoder's [CLS] of each sample. The last layer computes no other position."""
         one_each = Sequences.from_lengths(np.ones(len(inputs.sequences)), inputs.sequences.cu_seqlens.device)
-        read = OutputPositions(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
+        read = OutputPositions(inputs.cls_index, replace(one_each, sample_index=inputs.sequences.sample_index))
         return self._encode(inputs, read)[0].index_select(0, inputs.cls_index)
 
     def _encode(
