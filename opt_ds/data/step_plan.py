@@ -2,8 +2,8 @@
 
 A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed
 permutation of (p mod N). The plan of a step is computed completely, so the counts that normalise the losses need no
-communication. The subclass decides the task of a sample: `data.plan` for pre-training, `data.finetune_plan` for
-fine-tuning. The masks of a sample are decided later, by `data.samples`, from the same keys.
+communication. The subclass decides the task of a sample: `data.pretraining_plan` for pre-training, `data.finetune_plan`
+for fine-tuning. The masks of a sample are decided later, by `data.samples`, from the same keys.
 
 Legend: B samples of a step; M modalities of the model.
 """

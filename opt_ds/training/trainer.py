@@ -1,6 +1,6 @@
 """Training of the model: one optimiser step after the other, and what happens between steps.
 
-An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
+An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.step_plan`.
 """
 
 import logging
