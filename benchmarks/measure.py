@@ -19,7 +19,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[int], object]],
+    methods: Mapping[str, Callable[[int], object]],
     repeats: int,
     clock: str = "wall",
     device: torch.device | str = "cpu",
@@ -37,11 +37,11 @@ def interleaved(
             torch.cuda.synchronize()
         return CLOCKS[clock]()
 
-    for step in contenders.values():
+    for step in methods.values():
         step(-1)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats):
-        for name, step in contenders.items():
+        for name, step in methods.items():
             began = now()
             step(repeat)
             seconds[name].append(now() - began)

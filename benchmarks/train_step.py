@@ -38,10 +38,10 @@ from benchmarks.measure import CLOCKS, interleaved, machine, matmul, median_rati
 from opt_ds.config import Config, load_config  # noqa: E402
 from opt_ds.data.batch import PackedBatch, Packer  # noqa: E402
 from opt_ds.data.flops import step_flops  # noqa: E402
-from opt_ds.data.plan import StepPlan  # noqa: E402
-from opt_ds.data.planned import PlannedStep  # noqa: E402
-from opt_ds.data.planned_samples import select  # noqa: E402
+from opt_ds.data.pretraining_plan import PretrainingPlan  # noqa: E402
 from opt_ds.data.samples import SampleReader  # noqa: E402
+from opt_ds.data.step_plan import StepPlan  # noqa: E402
+from opt_ds.data.step_samples import select  # noqa: E402
 from opt_ds.model.embeddings import InputEmbeddings  # noqa: E402
 from opt_ds.model.opt import OPT  # noqa: E402
 from opt_ds.ops import backend  # noqa: E402
@@ -88,7 +88,7 @@ class MixData:
         longest = 2 + mix.text[1] + mix.regions[1] + mix.frames[1]
         self.config = load_config("opt-base", [
             "model.num_layers=4", "model.text_decoder_layers=1", "model.image_decoder_layers=1",
-            f"batch.size={POOL * mix.samples}", f"batch.max_tokens={100 * longest}", "train.picture_grid=0",
+            f"batch.size={POOL * mix.samples}", f"batch.max_tokens={100 * longest}", "train.image_grid=0",
             f"data.stores=[{folder}]", *mix.model, *settings,
         ])  # fmt: skip
         model = self.config.model
@@ -100,18 +100,18 @@ class MixData:
                 num_codes_vocab=model.image_codebook_size, pixels=False,
             )  # fmt: skip
         self.stores = [FeatureStore(folder)]
-        self.planned = StepPlan(self.config, self.stores).step(0)
-        self.lengths = (2 + self.planned.samples.input_lengths.sum(1)).astype(np.int64)
+        self.step_plan = PretrainingPlan(self.config, self.stores).step(0)
+        self.lengths = (2 + self.step_plan.samples.input_lengths.sum(1)).astype(np.int64)
         self._reader = SampleReader(self.config, self.stores)
         self._packer = Packer(self.config, self.stores[0].description.tokenizer)
 
     def pack(self, indices: np.ndarray) -> PackedBatch:
-        batch = self._packer.pack([self._reader.read(self.planned.samples, int(index)) for index in indices])
+        batch = self._packer.pack([self._reader.read(self.step_plan.samples, int(index)) for index in indices])
         return batch.to(self.device)
 
     def flops(self, indices: np.ndarray) -> float:
         """Return the needed operations of a forward and backward pass on these samples."""
-        return step_flops(self.config, select(self.planned.samples, indices)).total
+        return step_flops(self.config, select(self.step_plan.samples, indices)).total
 
     def tokens(self, indices: np.ndarray) -> int:
         return int(self.lengths[indices].sum())
@@ -196,7 +196,7 @@ class Ours(Contender):
         return OPT(config.model, config.tasks)
 
     def loss(self, batch: PackedBatch) -> torch.Tensor:
-        return total_loss(self.trained.model(batch), self.data.planned.counts, self.data.config.tasks, 1)
+        return total_loss(self.trained.model(batch), self.data.step_plan.counts, self.data.config.tasks, 1)
 
 
 def data_of_plan(data: MixData, rounds: int) -> list[np.ndarray]:
@@ -279,7 +279,7 @@ def compare_peers(
     folder: Path, mix: Mix, precision: str, repeats: int, clock: str, settings: list[str], device: torch.device
 ) -> dict[str, Any]:
     """Measure masked language modelling by all methods: tokens per second and utilisation of the matmul peak."""
-    data = MixData(folder, mix, ["tasks.mix={mlm: 1}", *settings], device)
+    data = MixData(folder, mix, ["tasks.sampling_weights={mlm: 1}", *settings], device)
     built = {name: kind(data, DTYPES[precision]) for name, kind in PEERS.items()}
     for contender in built.values():
         contender.warm_up()
@@ -334,7 +334,7 @@ def compare_engine(
         total = torch.zeros((), device=device)
         for k, batch in enumerate(batches):
             backend.seed_dropout(1, 0, 0, k)
-            loss = total_loss(loop.model(batch), data.planned.counts, config.tasks, 1)
+            loss = total_loss(loop.model(batch), data.step_plan.counts, config.tasks, 1)
             loop.backward(loss)
             total += loss.detach()
         loop.update()
@@ -343,10 +343,10 @@ def compare_engine(
     with tempfile.TemporaryDirectory() as output, StopRequest("SIGUSR1") as stop:
         trainer = Trainer(config, data.stores, Path(output), this_rank(), Hardware.detect(), precision, None, stop)
         trainer.engine.train()
-        planned = _with_micro_batches(data.planned, indices, data.lengths)
+        step_plan = _with_micro_batches(data.step_plan, indices, data.lengths)
 
         def engine_step(_: int) -> None:
-            trainer.stepper.take(planned, iter(batches))
+            trainer.stepper.take(step_plan, iter(batches))
 
         product, product_flops = matmul(DTYPES[precision], device)
         seconds = interleaved({"loop": loop_step, "matmul": product, "engine": engine_step}, repeats, clock, device)
@@ -371,14 +371,14 @@ def compare_engine(
     }
 
 
-def _with_micro_batches(planned: PlannedStep, indices: list[np.ndarray], lengths: np.ndarray) -> PlannedStep:
+def _with_micro_batches(step_plan: StepPlan, indices: list[np.ndarray], lengths: np.ndarray) -> StepPlan:
     import dataclasses
 
     from opt_ds.data.micro_batches import MicroBatchPlan
 
     totals = [int(lengths[own].sum()) for own in indices]
     micro_batches = [MicroBatchPlan(own, total, float(total)) for own, total in zip(indices, totals, strict=True)]
-    return dataclasses.replace(planned, micro_batches=[micro_batches])
+    return dataclasses.replace(step_plan, micro_batches=[micro_batches])
 
 
 def report(name: str, precision: str, peers: dict[str, Any] | None, engine: dict[str, Any] | None) -> None:
