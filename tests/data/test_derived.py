@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from opt_ds.data.plan_of import Plan
 
 from opt_ds.config import Config
 from opt_ds.data import derived, text_similarity
 from opt_ds.data.finetune_plan import FineTunePlan
 from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_plan import Plan
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_store
 
