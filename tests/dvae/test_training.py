@@ -219,7 +219,7 @@ def test_a_run_folder_written_before_it_recorded_launches_resumes(
     config, others = {}, {}
     for key, value in _with_former_names(json.loads(file.read_text())["fixed_settings"]).items():
         (config if key.startswith("config.") else others)[key.removeprefix("config.")] = value
-    assert "kmeans_pictures" in config
+    assert "kmeans_pictures" in config, "a former name"
     file.write_text(json.dumps({"config": config, **others}, indent=1))
     with pytest.raises(UserError, match=r"holds another run \(seed was 1 there and is 2 now\)"):
         train(store, tmp_path / "cut", seed=2)
