@@ -5,6 +5,7 @@ Readers of files accept both names of a key; writers use the new one. Former key
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -78,16 +79,18 @@ def former_arguments(**names: str) -> Callable[[Function], Function]:
     The function raises UserError for an argument that is given by both names.
 
     Args:
-        names: Former name -> name, of arguments that may be given by keyword.
+        names: Former name -> name, of arguments.
     """
 
     def decorated(function: Function) -> Function:
+        parameters = list(inspect.signature(function).parameters)
+
         @functools.wraps(function)
         def wrapper(*arguments: Any, **keywords: Any) -> Any:
             for former, name in names.items():
                 if former not in keywords:
                     continue
-                if name in keywords:
+                if name in keywords or name in parameters[: len(arguments)]:
                     raise UserError(f"{former} is the former name of {name}: give one of them")
                 keywords[name] = keywords.pop(former)
                 message = f"the argument {former} is now called {name}; the former name works until the next release"

@@ -245,9 +245,9 @@ def test_an_installed_package_announces_extractors(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("opt_ds.registry.entry_points", lambda group: announced if group == "opt_ds.features" else [])
     monkeypatch.setattr(EXTRACTORS, "_allowed", set())
     colours = choose("image", "colours", {"side": 4})
-    assert "plugin" not in colours.fingerprint(colours.build("cpu"))
+    assert "plugin" not in colours.complete_fingerprint(colours.build("cpu"))
     loudness = PrepareSettings(speech="own-loudness").extractor("audio")
-    fingerprint = loudness.fingerprint(loudness.build("cpu"))
+    fingerprint = loudness.complete_fingerprint(loudness.build("cpu"))
     assert (fingerprint["name"], named_in(fingerprint)) == ("loudness", "own-loudness"), "it is found again by this name"
     with pytest.raises(UserError, match=r'no extractor "colour" \(did you mean "colours"\?\)'):
         choose("image", "colour", {})

@@ -266,7 +266,7 @@ def test_a_fine_tuned_run_gives_all_but_its_label_head(learnable: Path, tmp_path
     tuned = finetune_config("captioning", tmp_path / "first", [str(learnable)], settings=["train.max_steps=1", "batch.size=4"])
     train(tuned, tmp_path / "tuned", group)
     config = resolved(tmp_path / "tuned", tmp_path / "new", "train.max_steps=1")
-    assert config.finetune is None and set(config.init.learned) == set(tuned.trained_losses)  # type: ignore[union-attr]
+    assert config.finetune is None and set(config.init.trained_losses) == set(tuned.trained_losses)  # type: ignore[union-attr]
     train(config, tmp_path / "new", group)
     again = finetune_config("captioning", tmp_path / "new", [str(learnable)])
     assert again.init is None and set(again.trained_losses) == set(tuned.trained_losses)
