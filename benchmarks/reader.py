@@ -2,17 +2,17 @@
 
     python benchmarks/reader.py [--samples 2000] [--repeats 7] [--folder FOLDER] [--output reader.json]
 
-Every format holds the same samples, 36 regions of 2,048 and 65 frames of 768 float16: 0.25 MB. The script checks that all
-readers return the same values. Two results are timed. `view`: the arrays of each sample can be read (one value of each is
-read). `packed`: every byte is copied into the arrays of a batch of 32, as in training. Warm: the repeats of all readers are
-interleaved, each in its own random order. Cold: the files' pages are dropped by posix_fadvise(DONTNEED) before each
-repeat, and the fraction of pages that stayed is measured. A sequential read of the same files, also dropped before, is
-measured too.
+Every format holds the same samples, 36 regions of 2,048 and 65 frames of 768 float16: 0.25 MB. The script checks that
+all readers return the same values. Two results are timed. `view`: the arrays of each sample can be read (one value of
+each is read). `packed`: every byte is copied into the arrays of a batch of 32, as in training. Warm: the repeats of all
+readers are interleaved, each in its own random order. Cold: the files' pages are dropped by posix_fadvise(DONTNEED)
+before each repeat, and the fraction of pages that stayed is measured. A sequential read of the same files, also dropped
+before, is measured too.
 
-h5py is measured twice. In its best form, files and datasets stay open, and `packed` reads straight into the arrays of the
-batch. In the other, datasets are looked up by name for each sample, as in many simple loaders. WebDataset has no random
-access and is read in the order of its tar files. WebDataset and Mosaic streaming are in benchmarks/requirements.txt. A
-reader whose package is missing is omitted, and the script prints that.
+h5py is measured twice. In its best form, files and datasets stay open, and `packed` reads straight into the arrays of
+the batch. In the other, datasets are looked up by name for each sample, as in many simple loaders. WebDataset has no
+random access and is read in the order of its tar files. WebDataset and Mosaic streaming are in
+benchmarks/requirements.txt. A reader whose package is missing is omitted, and the script prints that.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from benchmarks.readers import (  # noqa: E402
     Ours,
     OursAhead,
     all_samples,
-)  # fmt: skip
+)
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.mapped import MappedFile  # noqa: E402
 from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
@@ -160,7 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def open_readers(folder: Path, source: Path) -> list[Any]:
-    """Return the readers whose packages are installed. Their formats are written into the folder if they are missing."""
+    """Return the readers whose packages are installed. Formats that are missing are written into the folder."""
     readers: list[Any] = []
     for kind in READERS:
         try:

@@ -1,8 +1,8 @@
 """The readers that `benchmarks/reader.py` compares. Each reads the same samples from its own format.
 
-A reader has a `name`, its `files`, and `samples(order)`, which yields the samples with these indices. `fill(order, batch)`,
-where a reader has it, reads them straight into the arrays of a batch. `reopen()` unmaps pages of the process, because a
-mapped page cannot be dropped from the system's cache.
+A reader has a `name`, its `files`, and `samples(order)`, which yields the samples with these indices. If it has
+`fill(order, batch)`, that reads them straight into the arrays of a batch. If it has `reopen()`, that unmaps pages of the
+process, because a mapped page cannot be dropped from the system's cache.
 """
 
 import bisect
@@ -51,7 +51,7 @@ class Ours:
 
 
 class OursAhead(Ours):
-    """Requests 64 MiB ahead in the known order, as the loader does (there in a separate thread, here in the same one)."""
+    """Requests 64 MiB ahead in the known order, as the loader does in a separate thread, here in the same one."""
 
     name = "opt_ds, reading ahead"
     _ahead = True
@@ -60,8 +60,8 @@ class OursAhead(Ours):
 class Hdf5:
     """The same shards read by h5py, whose files and datasets stay open. A sample's offsets are in memory.
 
-    Regions and frames are contiguous ranges of rows, as for opt_ds. A view slices the dataset, which is h5py's fastest way
-    to a new array. A batch is filled by h5py's low-level read straight into its arrays, without a copy between.
+    Regions and frames are contiguous ranges of rows, as for opt_ds. A view slices the dataset, which is h5py's fastest
+    way to a new array. A batch is filled by h5py's low-level read straight into its arrays, without a copy between.
     """
 
     name = "h5py, datasets held open"

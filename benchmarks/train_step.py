@@ -2,8 +2,9 @@
 
     python benchmarks/train_step.py [--layers 4 12 24] [--precision fp32 bf16] [--mix long emoji] [--output FILE.json]
 
-Part `baselines` compares optimiser steps of masked language modelling. All models have `opt-base`'s width (768, 12 heads,
-FFN 3,072), a vocabulary of 30,522, dropout 0.1, the same embedders of regions and frames, and the same initial weights:
+Part `baselines` compares optimiser steps of masked language modelling. All models have `opt-base`'s width (768, 12
+heads, FFN 3,072), a vocabulary of 30,522, dropout 0.1, the same embedders of regions and frames, and the same initial
+weights:
 
     ours       packed; the last layer and the vocabulary's scores at masked WordPieces only
     hf         transformers' BERT without padding, in the same micro-batches; scores at masked WordPieces only
@@ -12,15 +13,15 @@ FFN 3,072), a vocabulary of 30,522, dropout 0.1, the same embedders of regions a
 
 They take turns micro-batch by micro-batch. In a step all train on the same samples with the same masks, accumulate
 gradients in fp32, clip them and run one fused AdamW. Every step has other samples. An untimed step warms each method up
-and counts its work. The script stops if the counts differ, if equal weights do not give equal losses, or if a method does
-not learn.
+and counts its work. The script stops if the counts differ, if equal weights do not give equal losses, or if a method
+does not learn.
 
 Part `engine` compares a complete optimiser step of opt_ds (all tasks, DeepSpeed stage 1, one rank) with `loop`, the same
 model and micro-batches in a plain PyTorch loop.
 
-Tokens are positions with content. Utilisation is the number of needed operations (opt_ds/data/flops.py: without padding
-and unused positions), relative to a large matrix product timed in the same turns. `--times` enlarges the micro-batches,
-so that they occupy a GPU. `--backend` chooses the operators there.
+Tokens are positions with content. Utilisation is the number of needed operations (opt_ds/data/flops.py: without
+padding and unused positions), relative to a large matrix product timed in the same turns. `--times` enlarges the
+micro-batches, so that they occupy a GPU. `--backend` chooses the operators there.
 """
 
 import argparse
@@ -94,8 +95,9 @@ def measure(
     found: dict[str, Any] = {}
     if "baselines" in options.part:
         data = mlm_data(folder, mix, repeats, micro_batches, settings, device)
-        found["baselines"] = compare_methods(data, precision, options.baseline, repeats, micro_batches, options.clock)
-        del data
+        found["baselines"] = compare_methods(
+            data, precision, options.baseline, repeats, micro_batches, options.clock
+        )
     if "engine" in options.part:
         from benchmarks.step.engine import compare_engine, engine_data
 
@@ -121,8 +123,8 @@ def report_baselines(heading: str, figures: dict[str, Any]) -> None:
         ],
     )  # fmt: skip
     print_table(
-        ["", "tokens/s: median", "slowest–fastest", "content of the positions", "needed operations over the matmul peak",
-         "opt_ds is faster by: median", "range"],
+        ["", "tokens/s: median", "slowest–fastest", "content of the positions",
+         "needed operations over the matmul peak", "opt_ds is faster by: median", "range"],
         [
             [m["title"], f"{m['tokens_per_s']['median']:.0f}",
              f"{m['tokens_per_s']['min']:.0f}–{m['tokens_per_s']['max']:.0f}",

@@ -5,8 +5,8 @@ embedders, and the table of word embeddings with the head, as opt_ds does. BERT'
 because the embedders already add positions and types.
 
 Without padding, all samples of a micro-batch are one sequence of length T. On a GPU with flash-attn, transformers
-attends within the samples by itself (`flash_attention_2` with cumulative lengths). Elsewhere it cannot: its flash kernels
-run on GPUs, `flex_attention` has no dropout, and `create_bidirectional_mask` ignores position ids. There,
+attends within the samples by itself (`flash_attention_2` with cumulative lengths). Elsewhere it cannot: its flash
+kernels run on GPUs, `flex_attention` has no dropout, and `create_bidirectional_mask` ignores position ids. There,
 `attend_by_sample` is registered as attention function, which is transformers' interface for such extensions.
 
 Shape letters: t packed rows, m masked WordPieces, s samples, l length of the longest, e width, h heads, d head width.
@@ -75,8 +75,9 @@ class MaskedBert(nn.Module):
         bert = BertForMaskedLM._from_config(
             BertConfig(
                 vocab_size=model.vocab_size, hidden_size=model.hidden_size, num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_heads, intermediate_size=model.ffn_size, hidden_dropout_prob=model.dropout,
-                attention_probs_dropout_prob=model.attention_dropout, layer_norm_eps=model.layer_norm_eps,
+                num_attention_heads=model.num_heads, intermediate_size=model.ffn_size,
+                hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.attention_dropout,
+                layer_norm_eps=model.layer_norm_eps,
             ),
             attn_implementation=attention,
         )  # fmt: skip
@@ -137,7 +138,8 @@ def copy_weights(source: OPT, target: MaskedBert) -> None:
     head = source.head("mlm")
     assert isinstance(head, MlmHead)
     target.embeddings.load_state_dict(source.embeddings.state_dict())
-    pairs: list[tuple[Any, Any]] = [(head.transform, target.head.transform.dense), (head.norm, target.head.transform.LayerNorm)]
+    transform = target.head.transform
+    pairs: list[tuple[Any, Any]] = [(head.transform, transform.dense), (head.norm, transform.LayerNorm)]
     layers: Any = zip(source.encoder.layers, target.encoder.layer, strict=True)
     for own, theirs in layers:
         projections = (theirs.attention.self.query, theirs.attention.self.key, theirs.attention.self.value)

@@ -1,4 +1,4 @@
-"""Comparison of opt_ds with the baselines in masked language modelling: the same work, the same losses, then the time."""
+"""Comparison of opt_ds with the baselines in masked language modelling: same work, same losses, then the time."""
 
 import math
 import statistics

@@ -38,7 +38,8 @@ MIXES = {
     "long": Mix((6, 54), (10, 56), (30, 80), 16),
     # names of emoji: a few words, 16 grid cells, 8 stacked log-mel frames
     "emoji": Mix((2, 9), (16, 16), (70, 200), 40,
-                 ("model.image_feature_dim=1280", "model.audio_feature_dim=80", "model.audio_stack=8", "model.max_regions=16")),
+                 ("model.image_feature_dim=1280", "model.audio_feature_dim=80", "model.audio_stack=8",
+                  "model.max_regions=16")),
 }  # fmt: skip
 
 
@@ -63,7 +64,13 @@ class MixData:
     """A synthetic store of a mix, the configuration of the model, and the samples of a step plan."""
 
     def __init__(
-        self, folder: Path, mix: Mix, settings: list[str], device: torch.device, pool: int = POOL, taken: int | None = None
+        self,
+        folder: Path,
+        mix: Mix,
+        settings: list[str],
+        device: torch.device,
+        pool: int = POOL,
+        taken: int | None = None,
     ) -> None:
         """Open the store, or write it if it does not exist.
 
@@ -79,7 +86,8 @@ class MixData:
         longest = 2 + mix.text[1] + mix.regions[1] + mix.frames[1]
         self.config = load_config("opt-base", [
             "model.text_decoder_layers=1", "model.image_decoder_layers=1", f"batch.size={self.pool * mix.samples}",
-            f"batch.max_tokens={100 * longest}", "train.picture_grid=0", f"data.stores=[{folder}]", *mix.model, *settings,
+            f"batch.max_tokens={100 * longest}", "train.picture_grid=0", f"data.stores=[{folder}]",
+            *mix.model, *settings,
         ])  # fmt: skip
         model = self.config.model
         if not folder.exists():

@@ -34,7 +34,7 @@ def this_rank() -> ProcessGroup:
 def engine_data(
     folder: Path, mix: Mix, pool: int, micro_batches: int, settings: list[str], device: torch.device
 ) -> MixData:
-    """Return the samples of one step of all tasks. `pool` is the number of micro-batches that the store has samples for."""
+    """Return the samples of one step of all tasks. The store has samples for `pool` micro-batches."""
     return MixData(folder, mix, ["guard.spike_zscore=0", *settings], device, pool, micro_batches)
 
 

@@ -1,4 +1,4 @@
-"""The methods that are compared: opt_ds, and baselines in their best form. Each trains the same model on the same samples."""
+"""The methods that are compared: opt_ds, and baselines in their best form. All train one model on the same samples."""
 
 from abc import ABC, abstractmethod
 from functools import partial

@@ -38,7 +38,9 @@ class Work:
         self.tokens += batch.inputs.sequences.total
         self.masked += len(masked.targets)
 
-    def add_run(self, model: ModelConfig, forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], None]) -> None:
+    def add_run(
+        self, model: ModelConfig, forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], None]
+    ) -> None:
         """Run forward and backward of a micro-batch, and add what they compute."""
         with ProductCounter(model) as first:
             loss = forward()
