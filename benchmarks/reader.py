@@ -235,8 +235,10 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     source = options.folder / f"store-{options.samples}"
     if not (source / "store.json").is_file():
-        write_synthetic_store(source, options.samples, regions=(REGIONS, REGIONS), frames=(FRAMES, FRAMES), pixels=False,
-                              image_feature_dim=REGION_DIM, audio_feature_dim=FRAME_DIM, samples_per_shard=500)  # fmt: skip
+        write_synthetic_store(
+            source, options.samples, regions=(REGIONS, REGIONS), frames=(FRAMES, FRAMES), pixels=False,
+            image_feature_dim=REGION_DIM, audio_feature_dim=FRAME_DIM, samples_per_shard=500,
+        )  # fmt: skip
     readers = open_readers(options.folder, source)
     shapes = (BATCH * REGIONS, REGION_DIM), (BATCH * FRAMES, FRAME_DIM)
     batch = tuple(torch.zeros(shape, dtype=torch.float16).numpy() for shape in shapes)  # like a batch in training
@@ -281,7 +283,8 @@ def report(found: Times, plain: list[tuple[float, float]], samples: int, result:
     print("\n| | faster by: median | range |\n|---|---|---|")
     for name, ratio in result["times_as_fast"].items():
         print(f"| {name} | {ratio['median']:.2f} | {ratio['min']:.2f}–{ratio['max']:.2f} |")
-    print(json.dumps({key: value for key, value in result.items() if key not in ("readers", "times_as_fast", "machine")}))
+    in_tables = ("readers", "times_as_fast", "machine")
+    print(json.dumps({key: value for key, value in result.items() if key not in in_tables}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The readers that `benchmarks/reader.py` compares. Each reads the same samples from its own format.
 
 A reader has a `name`, its `files`, and `samples(order)`, which yields the samples with these indices. If it has
-`fill(order, batch)`, that reads them straight into the arrays of a batch. If it has `reopen()`, that unmaps pages of the
-process, because a mapped page cannot be dropped from the system's cache.
+`fill(order, batch)`, that reads them straight into the arrays of a batch. If it has `reopen()`, that unmaps pages of
+the process, because a mapped page cannot be dropped from the system's cache.
 """
 
 import bisect

@@ -16,8 +16,8 @@ gradients in fp32, clip them and run one fused AdamW. Every step has other sampl
 and counts its work. The script stops if the counts differ, if equal weights do not give equal losses, or if a method
 does not learn.
 
-Part `engine` compares a complete optimiser step of opt_ds (all tasks, DeepSpeed stage 1, one rank) with `loop`, the same
-model and micro-batches in a plain PyTorch loop.
+Part `engine` compares a complete optimiser step of opt_ds (all tasks, DeepSpeed stage 1, one rank) with `loop`, the
+same model and micro-batches in a plain PyTorch loop.
 
 Tokens are positions with content. Utilisation is the number of needed operations (opt_ds/data/flops.py: without
 padding and unused positions), relative to a large matrix product timed in the same turns. `--times` enlarges the

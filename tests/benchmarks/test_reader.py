@@ -40,7 +40,8 @@ def test_a_reader_returns_the_samples_in_any_order(kind: type, source: Path, tmp
 
 @pytest.mark.parametrize("kind", [Ours, Hdf5, Hdf5Lookups])
 def test_a_batch_holds_the_samples_in_their_order(kind: type, source: Path, tmp_path: Path) -> None:
-    store, order, batch = FeatureStore(source), np.random.default_rng(1).permutation(SAMPLES)[: reader.BATCH], new_batch()
+    order, batch = np.random.default_rng(1).permutation(SAMPLES)[: reader.BATCH], new_batch()
+    store = FeatureStore(source)
     reader.packed(kind(tmp_path, source), order, batch)
     rows = store.rows[order].tolist()
     np.testing.assert_array_equal(batch[0], np.concatenate([store.region_features(image) for _, image, _ in rows]))
@@ -85,8 +86,8 @@ def test_a_reader_of_other_values_is_refused(source: Path, tmp_path: Path) -> No
 def test_the_script_measures_every_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["reader.py", "--samples", "40", "--repeats", "2", "--cold-repeats", "1", "--folder", str(tmp_path / "work"),
-                 "--output", str(tmp_path / "out.json")]  # fmt: skip
+    arguments = ["reader.py", "--samples", "40", "--repeats", "2", "--cold-repeats", "1",
+                 "--folder", str(tmp_path / "work"), "--output", str(tmp_path / "out.json")]  # fmt: skip
     monkeypatch.setattr("sys.argv", arguments)
     monkeypatch.setattr(reader, "memory_rate", lambda: 1e9)  # copies half a gigabyte
     reader.main()
