@@ -50,9 +50,15 @@ def test_a_documented_command_is_accepted(
         importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
 
 
-def test_files_that_the_page_names_exist() -> None:
-    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    names = set(re.findall(r"`((?:benchmarks|csrc|docs|opt_ds|ops|training|tests)/[\w./]+)`", page))
-    missing = [name for name in names if not any((ROOT / base / name).exists() for base in ("", "opt_ds"))]
+@pytest.mark.parametrize("page", ["benchmarks/README.md", "csrc/README.md"])
+def test_files_and_targets_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = "benchmarks|csrc|docs|opt_ds|ops|training|tests|kernels|verify"
+    names = set(re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]+\.\w+)", text))
+    bases = ("", "opt_ds", "csrc")
     assert len(names) > 8
-    assert missing == []
+    assert [name for name in names if not any((ROOT / base / name).exists() for base in bases)] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"`make ([\w-]+)`", text))
+    assert "test-gpu" in targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []

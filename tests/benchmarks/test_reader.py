@@ -30,7 +30,8 @@ def new_batch() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", [Ours, OursAhead, Hdf5, Hdf5Lookups, Lmdb])
 def test_a_reader_returns_the_samples_in_any_order(kind: type, source: Path, tmp_path: Path) -> None:
     store, order = FeatureStore(source), np.random.default_rng(0).permutation(SAMPLES)
-    found = list(kind(tmp_path, source).samples(order))
+    opened = kind(tmp_path, source)  # LMDB's values are valid as long as its environment
+    found = list(opened.samples(order))
     assert len(found) == SAMPLES
     for index, (regions, frames) in zip(order, found, strict=True):
         _, image, audio = store.rows[index].tolist()
