@@ -163,7 +163,9 @@ def _templates(ground: str, style: str, side: int) -> tuple[np.ndarray, np.ndarr
     scale = IMAGE_SIDE // GRID
     size = (side * _CODE, side * _CODE)
     icons = [
-        np.asarray(object_icon(kind, colour, style, side * scale, scale).resize(size, Image.Resampling.LANCZOS), np.float32)
+        np.asarray(
+            object_icon(kind, colour, style, side * scale, scale).resize(size, Image.Resampling.LANCZOS), np.float32
+        )
         for kind, colour in _appearances()
     ]
     rgba = np.stack(icons)
@@ -174,5 +176,3 @@ def _templates(ground: str, style: str, side: int) -> tuple[np.ndarray, np.ndarr
 
 def _mean(values: list[bool]) -> float | None:
     return sum(values) / len(values) if values else None
-
-

@@ -103,9 +103,7 @@ def _other_values(group: Group, kind: str, present: set[str]) -> list[str | int]
         names = [(name, group.colour) for name in KINDS if name not in present and _is_drawn(name, group.colour)]
     held = is_binding_held_out(group.kind, group.colour)
     return [
-        name if kind == "object" else str(colour)
-        for name, colour in names
-        if is_binding_held_out(name, colour) == held
+        name if kind == "object" else str(colour) for name, colour in names if is_binding_held_out(name, colour) == held
     ]
 
 

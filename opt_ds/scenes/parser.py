@@ -35,9 +35,7 @@ def parse_caption(text: str) -> SceneGraph | None:
     if len(grounds) > 1:
         return None
     ground = next(iter(grounds), None)
-    for template, first, second in _TEMPLATES:
-        if found[f"{template}_{first}"] is not None:
-            break
+    template, first, second = next(each for each in _TEMPLATES if found[f"{each[0]}_{each[1]}"] is not None)
     groups = [_group(found, f"{template}_{name}") for name in (first, second) if name]
     if any(group is None for group in groups):
         return None
@@ -123,12 +121,8 @@ _RELATION = (
     f"{_nouns('relation_a')} (?:(?:is|are) )?(?P<relation_side>{_any_of(_SIDE_OF['relation'])}) {_nouns('relation_b')}"
 )
 _WITH = f"{_nouns('with_a')} with {_nouns('with_b')} (?P<with_side>{_any_of(_SIDE_OF['with'])})"
-_PLACES = (
-    f"{_nouns('places_a')} (?P<places_side_a>{_PLACE}) and {_nouns('places_b')} (?P<places_side_b>{_PLACE})"
-)
-_PLACES_FIRST = (
-    f"(?P<first_side_a>{_PLACE}) {_nouns('first_a')} and (?P<first_side_b>{_PLACE}) {_nouns('first_b')}"
-)
+_PLACES = f"{_nouns('places_a')} (?P<places_side_a>{_PLACE}) and {_nouns('places_b')} (?P<places_side_b>{_PLACE})"
+_PLACES_FIRST = f"(?P<first_side_a>{_PLACE}) {_nouns('first_a')} and (?P<first_side_b>{_PLACE}) {_nouns('first_b')}"
 _BODY = f"(?:{_RELATION}|{_WITH}|{_PLACES}|{_PLACES_FIRST}|{_nouns('single_a')})"
 #: Template -> names of its noun phrases.
 _TEMPLATES = (

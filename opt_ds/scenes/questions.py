@@ -61,9 +61,7 @@ def question_kind(text: str) -> str | None:
     return next((kind for start, kind in starts.items() if words.startswith(start)), None)
 
 
-def vqa_files(
-    questions: list[tuple[int, list[Question]]], subtype: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def vqa_files(questions: list[tuple[int, list[Question]]], subtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the question file and the annotation file of a split, as VQA v2 has them.
 
     Args:
