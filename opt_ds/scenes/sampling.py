@@ -8,7 +8,7 @@ from opt_ds.scenes.layout import Axis
 from opt_ds.scenes.pictograms import FILLED, OUTLINED
 from opt_ds.scenes.random_choices import Choices
 from opt_ds.scenes.truth import Group, Scene, SceneGraph
-from opt_ds.scenes.vocabulary import GROUNDS, KINDS
+from opt_ds.scenes.vocabulary import COLOURS, GROUNDS, KINDS
 
 TRAIN, VALID = "train", "valid"
 COMPOSITION, VOICE, STYLE = "test_composition", "test_voice", "test_style"
@@ -19,6 +19,9 @@ _CYCLE = 40
 _SPLIT_AT = {1: VALID, 2: COMPOSITION, 3: VOICE, 4: STYLE, 22: COMPOSITION}
 _SINGLE_SHARE = 0.2  # of scenes with one group
 _TINTED_SHARE = 0.6  # of groups
+# A random change of one count, as in a hard negative, is as probable as its reverse. So no count is a priori likelier.
+_SINGLE_COUNTS = {(1,): 0.25, (2,): 0.5, (3,): 0.25}
+_PAIR_COUNTS = {(1, 1): 0.5, (1, 2): 0.25, (2, 1): 0.25}
 _SIZES = {None: 0.5, "small": 0.25, "large": 0.25}
 _ATTEMPTS = 2_000  # to find a new scene of the chosen form
 _BINDING_SHARE = 0.4  # of the scenes of test_composition: held-out bindings; the others have a held-out pair
@@ -67,11 +70,12 @@ def _graph(choices: Choices, split: str, single: bool, binding: bool) -> SceneGr
     if len(set(kinds)) < len(kinds) or (not single and split != COMPOSITION and is_pair_held_out(*kinds)):
         return None
     axis: Axis | None = None if single else choices.one_of(("horizontal", "vertical"))
-    counts = choices.one_of(((1,), (2,), (3,)) if single else ((1, 1), (1, 2), (2, 1)))
+    counts = choices.weighted(_SINGLE_COUNTS if single else _PAIR_COUNTS)
     groups = tuple(
-        Group(kind, count, _colour(choices, kind), choices.weighted(_SIZES))
-        for kind, count in zip(kinds, counts, strict=True)
+        Group(kind, count, _colour(choices), choices.weighted(_SIZES)) for kind, count in zip(kinds, counts, strict=True)
     )
+    if any(group.colour not in (None, *KINDS[group.kind].tints) for group in groups):
+        return None
     graph = SceneGraph(groups, axis, choices.one_of(tuple(GROUNDS)))
     if binding:
         graph = _with_held_out_colours(choices, graph)
@@ -79,8 +83,9 @@ def _graph(choices: Choices, split: str, single: bool, binding: bool) -> SceneGr
     return graph if wanted and graph.is_drawable and _is_clear(graph) else None
 
 
-def _colour(choices: Choices, kind: str) -> str | None:
-    return choices.one_of(KINDS[kind].tints) if choices.chance(_TINTED_SHARE) else None
+def _colour(choices: Choices) -> str | None:
+    """Return a tint or None. All tints are as frequent, for every kind that has them."""
+    return choices.one_of(tuple(COLOURS)) if choices.chance(_TINTED_SHARE) else None
 
 
 def _with_held_out_colours(choices: Choices, graph: SceneGraph) -> SceneGraph:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def _facts(text: str) -> list[tuple[object, ...]]:
     assert graph is not None
     words = text.split()
     kinds = tuple(group.kind for group in graph.groups)
-    found: list[tuple[object, ...]] = [("pair", *kinds), ("axis", graph.axis), *zip(words, words[1:], strict=False)]
+    found: list[tuple[object, ...]] = [("pair", *kinds), ("axis", graph.axis), *pairwise(words)]
     for group in graph.groups:
         found += [("kind", group.kind), ("binding", group.kind, group.colour)]
     return found
