@@ -32,7 +32,7 @@ def corpus(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="scenes: number of samples. Default: 16000. A larger number adds to a corpus.", min=1, max=1_000_000),
+        typer.Option(help="scenes: number of samples. Default: 16000. More add to a corpus.", min=1, max=1_000_000),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="scenes: seed of everything random. Default: 1.")] = None,
     speech: Annotated[bool, typer.Option(help="scenes: speak the captions.")] = True,
@@ -41,8 +41,8 @@ def corpus(
 
     emoji: 3,944 OpenMoji images, their English names, and the names spoken by Piper. Takes about 4 minutes on two cores.
 
-    scenes: one to three OpenMoji pictograms in a relation on a coloured ground, spoken captions, and the truth of each scene:
-    further captions, hard negatives, questions. Takes about 5 minutes for 16,000 scenes on two cores.
+    scenes: one to three OpenMoji pictograms in a relation on a coloured ground, spoken captions, and the truth of each
+    scene: further captions, hard negatives, questions. Takes about 5 minutes for 16,000 scenes on two cores.
     """
     if name not in _CORPORA:
         raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')

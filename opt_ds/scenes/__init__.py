@@ -15,6 +15,8 @@
     questions   questions and their answers
     labels      labels that need binding
     checker     the scene graph of an image
+    records     the truth file of a corpus
+    random_choices   choices that are the same on every machine
 
 Nothing here imports torch.
 """

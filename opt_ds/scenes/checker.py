@@ -1,7 +1,7 @@
 """The scene graph of an image, found by comparing its cells with all pictograms, and how far it is what was asked for.
 
-Images have 64 x 64 pixels, as generated ones do. The checker knows the pictograms, tints, grounds and layouts of the corpus,
-so it needs no training. It always answers: on an image without objects the answer is the nearest scene.
+Images have 64 x 64 pixels, as generated ones do. The checker knows the pictograms, tints, grounds and layouts of the
+corpus, so it needs no training. It always answers: on an image without objects the answer is the nearest scene.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ _NEAR = 60.0**2  # squared distance of colours above which a pixel counts as no 
 class Verdict:
     """What of an image is as asked. None: not asked for, or there is nothing to compare.
 
-    `ground`: its colour. `layout`: number of groups and their axis. `objects`: the fraction of groups, in their places, of
-    the right kind. `colour`, `count`, `size`: the fraction of groups of the right kind for which it is right as well.
-    `whole`: everything that was asked for is right.
+    `ground`: its colour. `layout`: number of groups and their axis. `objects`: the fraction of groups, in their
+    places, of the right kind. `colour`, `count`, `size`: the fraction of groups of the right kind for which it is
+    right as well. `whole`: everything that was asked for is right.
     """
 
     ground: bool | None
@@ -116,7 +116,7 @@ def _explain(
 
 
 class _Errors:
-    """The squared differences between the cells of an image and every appearance of an object, computed once per cell."""
+    """The squared differences between the cells of an image and every appearance of an object."""
 
     def __init__(self, pixels: np.ndarray, ground: str, style: str) -> None:
         padded = ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
@@ -159,7 +159,7 @@ def _appearances() -> list[tuple[str, str | None]]:
 
 @cache
 def _templates(ground: str, style: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return all appearances in a cell of `side` codes on a ground, float32 [appearances, values], and their squared norms."""
+    """Return all appearances in a cell of `side` codes, float32 [appearances, values], and their squared norms."""
     scale = IMAGE_SIDE // GRID
     size = (side * _CODE, side * _CODE)
     icons = [

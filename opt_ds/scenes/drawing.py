@@ -32,7 +32,7 @@ def draw(scene: Scene, side: int = IMAGE_SIDE) -> Image.Image:
 def png_bytes(scene: Scene) -> bytes:
     """Return the image of a scene as a PNG file."""
     buffer = io.BytesIO()
-    draw(scene).save(buffer, "PNG", compress_level=6)
+    draw(scene).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 

@@ -1,7 +1,7 @@
 """What training never shows: pairs of kinds, and bindings of a colour to a kind. Both are in `test_composition` only.
 
-Pairs are held out whole: neither order, relation, count nor colour of a held-out pair is in training. A caption with its
-two groups swapped is therefore as unseen as the true one.
+Pairs are held out whole: neither order, relation, count nor colour of a held-out pair is in training. A caption with
+its two groups swapped is therefore as unseen as the true one.
 
 Kinds are grouped in twos. Of some such twins, two colours are held out for both, so that exchanging their colours leads
 from one held-out binding to another. Twins are a held-out pair too.
@@ -26,7 +26,7 @@ def is_pair_held_out(one: str, other: str) -> bool:
 
 
 def is_binding_held_out(kind: str, colour: str | None) -> bool:
-    """Return whether training never shows this kind in this colour. None, the pictogram's own colours, is never held out."""
+    """Return whether training never shows this kind in this colour. None (its own colours) is never held out."""
     return colour in held_out_colours(kind)
 
 

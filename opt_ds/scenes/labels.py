@@ -10,8 +10,8 @@ _PLACE = {"left": "on the left", "right": "on the right", "above": "above", "bel
 def scene_labels(graph: SceneGraph) -> list[str]:
     """Return the labels: "cat", "red cat", "cat on the left", and of two groups "animal left of food".
 
-    A label per pair of kinds ("cat left of dog") would be absent from training for held-out pairs and rare for others. The
-    place of a kind and the relation of two categories need the same binding and are frequent.
+    A label per pair of kinds ("cat left of dog") would be absent from training for held-out pairs and rare for others.
+    The place of a kind and the relation of two categories need the same binding and are frequent.
     """
     labels = []
     for place, group in enumerate(graph.groups):

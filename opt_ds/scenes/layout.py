@@ -1,6 +1,7 @@
-"""Where the objects of a scene are: squares on the 8 x 8 grid of image codes, determined by counts, sizes and axis alone.
+"""Where the objects of a scene are: squares on the 8 x 8 grid of image codes.
 
-One group stands in the middle. Of two groups, the first is at the left or upper edge and the second at the opposite one.
+Counts, sizes and the axis alone determine them. One group stands in the middle. Of two groups, the first is at the left
+or upper edge and the second at the opposite one.
 """
 
 from dataclasses import dataclass

@@ -111,8 +111,8 @@ def _any_of(words: Iterable[str]) -> str:
 
 def _nouns(name: str) -> str:
     count, size, colour, kind = map(_any_of, (_COUNT, _SIZE, _COLOUR, _NOUNS))
-    parts = f"(?P<{name}_count>{count}) (?:(?P<{name}_size>{size}) )?(?:(?P<{name}_colour>{colour}) )?(?P<{name}_kind>{kind})"
-    return f"(?P<{name}>{parts})"
+    adjectives = f"(?:(?P<{name}_size>{size}) )?(?:(?P<{name}_colour>{colour}) )?"
+    return f"(?P<{name}>(?P<{name}_count>{count}) {adjectives}(?P<{name}_kind>{kind}))"
 
 
 _FRAME = f"(?:{_any_of(FRAMES)}|(?:{_any_of(COUNTED_FRAMES)}) (?:is|are))"

@@ -17,8 +17,8 @@ TRUTH_FILE = "truth.jsonl"
 class Speech:
     """How a caption was spoken.
 
-    `voice`: name of the voice. `length_scale`: duration relative to the voice's normal speed; above 1 is slower. `joined`:
-    recordings of words and phrases were joined; otherwise the caption was spoken as a whole.
+    `voice`: name of the voice. `length_scale`: duration relative to the voice's normal speed; above 1 is slower.
+    `joined`: recordings of words and phrases were joined; otherwise the caption was spoken as a whole.
     """
 
     voice: str
@@ -30,9 +30,9 @@ class Speech:
 class SceneRecord:
     """A sample of the corpus.
 
-    `id`: that of the manifest. `held_out`: what of the scene training never shows ("pair", "binding"). `captions`: several
-    true captions; the first one is that of the manifest. `negatives`: kind -> a false caption in the words of the first one.
-    `speech`: None in a corpus without speech.
+    `id`: that of the manifest. `held_out`: what of the scene training never shows ("pair", "binding"). `captions`:
+    several true captions; the first one is that of the manifest. `negatives`: kind -> a false caption in the words of
+    the first one. `speech`: None in a corpus without speech.
     """
 
     id: str

@@ -72,7 +72,8 @@ def _graph(choices: Choices, split: str, single: bool, binding: bool) -> SceneGr
     axis: Axis | None = None if single else choices.one_of(("horizontal", "vertical"))
     counts = choices.weighted(_SINGLE_COUNTS if single else _PAIR_COUNTS)
     groups = tuple(
-        Group(kind, count, _colour(choices), choices.weighted(_SIZES)) for kind, count in zip(kinds, counts, strict=True)
+        Group(kind, count, _colour(choices), choices.weighted(_SIZES))
+        for kind, count in zip(kinds, counts, strict=True)
     )
     if any(group.colour not in (None, *KINDS[group.kind].tints) for group in groups):
         return None

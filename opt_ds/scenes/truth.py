@@ -23,8 +23,8 @@ class Group:
 class SceneGraph:
     """One or two groups, and the colour of the ground.
 
-    The first of two groups is left of (`axis` horizontal) or above (vertical) the second, whatever words a caption uses.
-    The graph of a caption has None for what the caption does not mention.
+    The first of two groups is left of (`axis` horizontal) or above (vertical) the second, whatever words a caption
+    uses. The graph of a caption has None for what the caption does not mention.
     """
 
     groups: tuple[Group, ...]

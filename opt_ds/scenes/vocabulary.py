@@ -17,8 +17,8 @@ class Kind:
     """A kind of object.
 
     `code`: the code point of its pictogram. `words`: singular forms, the name first. `plurals`: their plurals.
-    `own_colour`: the colour that people would give the untinted pictogram, if it is one of COLOURS. `untinted`: colours in
-    which the pictogram would look like the untinted one; it is never drawn in them.
+    `own_colour`: the colour that people would give the untinted pictogram, if it is one of COLOURS. `untinted`:
+    colours in which the pictogram would look like the untinted one; it is never drawn in them.
     """
 
     name: str

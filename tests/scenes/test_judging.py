@@ -1,4 +1,4 @@
-"""Test the judgement of captions: true paraphrases are true, everything else is not, and partial ones are incomplete."""
+"""Test the judgement of captions: paraphrases are true, what differs is not, partial ones are incomplete."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Test hard negatives: each differs in what its kind says alone, and nothing but the truth tells it from the true caption."""
+"""Test hard negatives: each differs in what its kind says alone, and only the truth tells it from the true caption."""
 
 import math
 from collections import Counter
@@ -89,7 +89,7 @@ def test_frequencies_in_training_cannot_tell_negatives(described: list[Any]) -> 
 
 
 def _facts(text: str) -> list[tuple[object, ...]]:
-    """Return what a caption says, as independent facts: kinds, bindings, numbers, pairs in their order, and pairs of words."""
+    """Return what a caption says, as independent facts: kinds, bindings, ordered pairs, and pairs of words."""
     graph = parse_caption(text)
     assert graph is not None
     words = text.split()

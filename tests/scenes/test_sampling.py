@@ -1,4 +1,4 @@
-"""Test the splits: training shows no held-out pair or binding, neither in images nor in words, and no scene is there twice."""
+"""Test the splits: training shows no held-out pair or binding in images or words, and no scene occurs twice."""
 
 from collections import Counter, defaultdict
 from itertools import combinations, islice

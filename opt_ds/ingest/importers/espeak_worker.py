@@ -4,11 +4,11 @@
     stdin:  {"text": "a red cat", "voice": "en-us+f2", "length_scale": 1.0, "path": "out.flac"}
     stdout: {"path": "out.flac", "seconds": 0.9} or {"path": "out.flac", "error": "..."}
 
-eSpeak NG is GPL-3 software. Its library and voices are part of the package piper-tts. This file imports nothing of opt_ds,
-and opt_ds never imports it but runs it as a tool. The output is 16 kHz mono 16-bit FLAC.
+eSpeak NG is GPL-3 software. Its library and voices are part of the package piper-tts. This file imports nothing of
+opt_ds, and opt_ds never imports it but runs it as a tool. The output is 16 kHz mono 16-bit FLAC.
 
-The library keeps state between utterances, on which the samples depend. Each job therefore runs in a forked process that
-starts from the same state, so that equal jobs produce equal files.
+The library keeps state between utterances, on which the samples depend. Each job therefore runs in a forked process
+that starts from the same state, so that equal jobs produce equal files.
 """
 
 import ctypes

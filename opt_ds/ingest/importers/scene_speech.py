@@ -1,7 +1,8 @@
 """Speech of the corpus `scenes`: who speaks a caption, how fast, and how it is made.
 
-Piper sounds natural but is slow. Most of its captions are joined from recordings of words and phrases, each made once per
-rate; some are spoken as a whole. eSpeak NG, a part of the same package, is fast and speaks every caption as a whole.
+Piper sounds natural but is slow. Most of its captions are joined from recordings of words and phrases, each made once
+per rate; some are spoken as a whole. eSpeak NG, a part of the same package, is fast and speaks every caption as a
+whole.
 """
 
 import os
@@ -87,7 +88,9 @@ def speech_pieces(text: str) -> list[str]:
 
 
 def speak_captions(recordings: Sequence[Recording], folder: Path, workers: int) -> None:
-    """Write the recordings whose file does not exist yet, 16 kHz FLAC. Pieces are kept in `folder` until all are written.
+    """Write the recordings whose file does not exist yet, 16 kHz FLAC.
+
+    Pieces are kept in `folder` until all are written.
 
     Raises:
         UserError: A caption cannot be spoken.

@@ -52,8 +52,8 @@ ATTRIBUTION = {
     "corpus": "scenes",
     "pictures": "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0. "
     "Tinted and composed here; the images are under the same license.",
-    "speech": f"synthesised by Piper (GPL-3.0, run as a tool) with the voice en_US-{PIPER_VOICE}-medium and by eSpeak NG "
-    "(GPL-3.0, run as a tool, part of piper-tts) with the voices "
+    "speech": f"synthesised by Piper (GPL-3.0, run as a tool) with the voice en_US-{PIPER_VOICE}-medium and by eSpeak "
+    "NG (GPL-3.0, run as a tool, part of piper-tts) with the voices "
     + ", ".join(name for name in (*VOICES, HELD_OUT_VOICE) if name != PIPER_VOICE),
 }
 _VERSION = 1  # of the samples: a folder with others is not completed
