@@ -160,18 +160,19 @@ def _appearances() -> list[tuple[str, str | None]]:
 @cache
 def _templates(ground: str, style: str, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Return all appearances in a cell of `side` codes, float32 [appearances, values], and their squared norms."""
+    colours, cover = _icons(style, side)
+    templates = (colours + np.array(GROUNDS[ground], np.float32) * (1 - cover)).reshape(len(colours), -1)
+    return templates, (templates**2).sum(1)
+
+
+@cache
+def _icons(style: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the premultiplied colours, float32 [appearances, s, s, 3], and the coverage, [appearances, s, s, 1], 0..1."""
     scale = IMAGE_SIDE // GRID
     size = (side * _CODE, side * _CODE)
-    icons = [
-        np.asarray(
-            object_icon(kind, colour, style, side * scale, scale).resize(size, Image.Resampling.LANCZOS), np.float32
-        )
-        for kind, colour in _appearances()
-    ]
-    rgba = np.stack(icons)
-    colour = np.array(GROUNDS[ground], np.float32)
-    templates = (rgba[..., :3] + colour * (1 - rgba[..., 3:] / 255)).reshape(len(icons), -1)
-    return templates, (templates**2).sum(1)
+    icons = (object_icon(*name, style, side * scale, scale) for name in _appearances())
+    rgba = np.stack([np.asarray(icon.resize(size, Image.Resampling.LANCZOS), np.float32) for icon in icons])
+    return rgba[..., :3], rgba[..., 3:] / 255
 
 
 def _mean(values: list[bool]) -> float | None:

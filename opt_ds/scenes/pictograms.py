@@ -19,7 +19,7 @@ from opt_ds.scenes.vocabulary import COLOURS, KINDS
 FILLED, OUTLINED = "filled", "outlined"
 STYLES = (FILLED, OUTLINED)
 
-_SIDE = 288  # px; four times the unit of OpenMoji's drawings
+_SIDE = 216  # px; three times the unit of OpenMoji's drawings
 _SVG = "http://www.w3.org/2000/svg"
 _PALEST = 0.65  # share of white in the palest tint
 _LUMINANCE = np.array([0.299, 0.587, 0.114])

@@ -8,11 +8,11 @@ from opt_ds.ingest.importers.speech_synthesis import ESPEAK, SpeechJob, speak_al
 
 
 def test_espeak_speaks_the_same_after_other_captions(tmp_path: Path) -> None:
-    """Its library keeps state between utterances."""
+    """Its library keeps state between utterances, and seeds its noise, which this voice has, with the time."""
     alone, after = tmp_path / "alone.flac", tmp_path / "after.flac"
-    longer = SpeechJob("two small dogs above a house", 1.0, tmp_path / "longer.flac", "en-us+f2")
-    assert speak_all([SpeechJob("a red cat", 1.0, alone, "en-us")], 1, ESPEAK) == {}
-    assert speak_all([longer, SpeechJob("a red cat", 1.0, after, "en-us")], 1, ESPEAK) == {}
+    longer = SpeechJob("two small dogs above a house", 1.0, tmp_path / "longer.flac", "en-us")
+    assert speak_all([SpeechJob("a red cat", 1.0, alone, "en-us+f2")], 1, ESPEAK) == {}
+    assert speak_all([longer, SpeechJob("a red cat", 1.0, after, "en-us+f2")], 1, ESPEAK) == {}
     assert alone.read_bytes() == after.read_bytes()
 
 

@@ -42,6 +42,7 @@ class Engine:
         self.rate_hz = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
         if self.rate_hz <= 0:
             raise OSError("eSpeak NG does not start")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the noise in a voice; it was seeded with the time
         self._chunks: list[np.ndarray] = []
         self._callback = _CALLBACK(self._take)  # the library keeps no reference
         self._library.espeak_SetSynthCallback(self._callback)
