@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("spoken") / "corpus"
-    write_scenes_corpus(folder, samples=6, workers=2)
+    write_scenes_corpus(folder, samples=6, workers=1)
     return folder
 
 
@@ -67,20 +68,21 @@ def test_captions_are_spoken(spoken: Path) -> None:
     assert not (spoken / "pieces").exists()
 
 
-def test_the_same_bytes_with_other_workers_after_a_stop_and_in_a_larger_corpus(spoken: Path, tmp_path: Path) -> None:
-    write_scenes_corpus(tmp_path, samples=3, workers=1)
-    for name in ("audio/000000000001.flac", "images/000000000002.png", "manifest.jsonl"):
+def test_a_stopped_run_resumes_to_the_same_bytes_with_other_workers(spoken: Path, tmp_path: Path) -> None:
+    shutil.copytree(spoken, tmp_path, dirs_exist_ok=True)
+    for name in ("audio/000000000001.flac", "audio/000000000005.flac", "images/000000000002.png", "manifest.jsonl"):
         (tmp_path / name).unlink()
     (tmp_path / "images" / "000000000003.png.77.tmp").write_text("of a killed process")
     kept = tmp_path / "audio" / "000000000000.flac"
     stamp = kept.stat().st_mtime_ns
-    write_scenes_corpus(tmp_path, samples=6, workers=1)
+    write_scenes_corpus(tmp_path, samples=6, workers=2)
     assert contents(tmp_path) == contents(spoken)
     assert kept.stat().st_mtime_ns == stamp
 
 
-def test_worker_processes_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_and_growth_do_not_change_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_scenes_corpus(tmp_path / "one", samples=70, workers=1, speech=False)
+    write_scenes_corpus(tmp_path / "two", samples=30, speech=False)
     monkeypatch.setattr(processes, "_FEW", 0)
     write_scenes_corpus(tmp_path / "two", samples=70, workers=2, speech=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

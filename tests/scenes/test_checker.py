@@ -22,7 +22,7 @@ CAT_DOG = SceneGraph((Group("cat", 1, "red", "small"), Group("dog", 2, "blue")),
 @pytest.fixture(scope="module")
 def judged(described: list[Any]) -> list[tuple[Scene, SceneGraph]]:
     """Every split's scenes, and what the checker reads in their images."""
-    chosen = [each.scene for each in described[:120]]
+    chosen = [each.scene for each in described[:100]]
     return [(scene, read_image(for_checking(draw(scene)), scene.style)) for scene in chosen]
 
 

@@ -61,7 +61,7 @@ def speak_all(jobs: Sequence[SpeechJob], workers: int, engine: str = PIPER) -> d
     ) as progress:
         threads = [
             threading.Thread(target=_serve, args=(engine, waiting, failures, progress))
-            for _ in range(workers if todo else 0)
+            for _ in range(min(workers, len(todo)))
         ]
         for thread in threads:
             thread.start()
