@@ -63,7 +63,7 @@ def is_fair(graph: SceneGraph) -> bool:
 def _held_out() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Return kind -> (its twin, its held-out colours)."""
     order = sorted(KINDS, key=lambda kind: stable_hash("twins", kind))
-    found = {}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for index in range(0, len(order), 2):
         one, other = order[index : index + 2]
         turn = index // 2

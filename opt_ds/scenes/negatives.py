@@ -97,6 +97,7 @@ def _other_values(group: Group, kind: str, present: set[str]) -> list[str | int]
     """Return other values of a group's kind, colour or count, which are as much held out as its own."""
     if kind == "count":
         return [group.count - 1, group.count + 1]
+    names: list[tuple[str, str | None]]
     if kind == "colour":
         names = [(group.kind, colour) for colour in KINDS[group.kind].tints if group.colour not in (None, colour)]
     else:

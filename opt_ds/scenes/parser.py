@@ -5,7 +5,7 @@ finds what they mention.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from opt_ds.scenes.layout import Axis
 from opt_ds.scenes.phrases import (
@@ -79,7 +79,7 @@ def _side(found: re.Match[str], template: str) -> str | None:
     return first if second == OPPOSITE[first] else None
 
 
-def _inverse(words: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _inverse(words: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     return {word: name for name, options in words.items() for word in options}
 
 
@@ -110,7 +110,7 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 def _nouns(name: str) -> str:
-    count, size, colour, kind = map(_any_of, (_COUNT, _SIZE, _COLOUR, _NOUNS))
+    count, size, colour, kind = _any_of(_COUNT), _any_of(_SIZE), _any_of(_COLOUR), _any_of(_NOUNS)
     adjectives = f"(?:(?P<{name}_size>{size}) )?(?:(?P<{name}_colour>{colour}) )?"
     return f"(?P<{name}>(?P<{name}_count>{count}) {adjectives}(?P<{name}_kind>{kind}))"
 
