@@ -20,8 +20,8 @@ _SPLIT_AT = {1: VALID, 2: COMPOSITION, 3: VOICE, 4: STYLE, 22: COMPOSITION}
 _SINGLE_SHARE = 0.2  # of scenes with one group
 _TINTED_SHARE = 0.6  # of groups
 # A random change of one count, as in a hard negative, is as probable as its reverse. So no count is a priori likelier.
-_SINGLE_COUNTS = {(1,): 0.25, (2,): 0.5, (3,): 0.25}
-_PAIR_COUNTS = {(1, 1): 0.5, (1, 2): 0.25, (2, 1): 0.25}
+_SINGLE_COUNTS: dict[tuple[int, ...], float] = {(1,): 0.25, (2,): 0.5, (3,): 0.25}
+_PAIR_COUNTS: dict[tuple[int, ...], float] = {(1, 1): 0.5, (1, 2): 0.25, (2, 1): 0.25}
 _SIZES = {None: 0.5, "small": 0.25, "large": 0.25}
 _ATTEMPTS = 2_000  # to find a new scene of the chosen form
 _BINDING_SHARE = 0.4  # of the scenes of test_composition: held-out bindings; the others have a held-out pair
