@@ -115,7 +115,7 @@ def test_a_voice_and_a_rate_are_held_out() -> None:
     assert set(tested) == {(True, False), (False, True), (True, True)} and min(tested.values()) > 40
     assert all(speech.voice == PIPER_VOICE for _, speech in chosen if speech.joined)
     joined = [speech.joined for split, speech in chosen if speech.voice == PIPER_VOICE]
-    assert 0.95 < sum(joined) / len(joined) < 0.99
+    assert 0.98 < sum(joined) / len(joined) < 1
 
 
 def test_pieces_are_phrases_and_few(spoken: Path) -> None:
