@@ -32,7 +32,7 @@ MODELS = {
     "whisper": "WhisperEncoder",
 }
 # Weights of training or recognition heads, which folders may have besides the encoder.
-_HEADS = r"lm_head\..*|quantizer\..*|project_(q|hid)\..*|classifier\..*|projector\..*|layer_weights|final_proj\..*|label_embs_concat"
+_HEADS = r"lm_head\..*|quantizer\..*|project_(q|hid)\..*|classifier\..*|projector\..*|layer_weights"
 _DECODER = r"(model\.)?decoder\..*|proj_out\.weight|classifier\..*|projector\..*|layer_weights"
 #: Used in training only.
 _MASK = r"masked_spec_embed"
@@ -49,8 +49,8 @@ class HFSpeechOptions(Section):
     )
     layer: int | None = Field(
         None,
-        description="Layer whose output is used, from 1, or from -1 for the last. None: the output of the encoder, after its final "
-        "norm if it has one.",
+        description="Layer whose output is used, from 1, or from -1 for the last. None: the output of the encoder, after its "
+        "final norm if it has one.",
     )
     layers: tuple[int, ...] | None = Field(
         None, min_length=1, description="Layers whose outputs are averaged, such as [9, 10, 11, 12]. None: `layer` alone."
@@ -247,8 +247,8 @@ class _WhisperSpectrogram(_Input):
         own = self._extractor
         if own.feature_size != config.num_mel_bins or own.nb_max_frames != 2 * config.max_source_positions:
             raise UserError(
-                f"{folder}: its preprocessor_config.json makes {own.feature_size} bins of {own.nb_max_frames} frames, its network "
-                f"takes {config.num_mel_bins} of {2 * config.max_source_positions}: download the folder again"
+                f"{folder}: its preprocessor_config.json makes {own.feature_size} bins of {own.nb_max_frames} frames, its "
+                f"network takes {config.num_mel_bins} of {2 * config.max_source_positions}: download the folder again"
             )
         self.hop, self.longest = 2 * own.hop_length, int(config.max_source_positions)
 

@@ -204,7 +204,7 @@ def timm_input(settings: Mapping[str, Any]) -> ImageInput | str:
     mode, interpolation = settings.get("crop_mode") or "center", str(settings["interpolation"])
     if height != width or mode not in ("center", "squash") or interpolation not in INTERPOLATIONS:
         return f"its input ({width} x {height} pixels, {mode}, {interpolation}) is not supported"
-    return ImageInput(height, "crop" if mode == "center" else "squash", resized, interpolation, _three(mean), _three(std))
+    return ImageInput(height, "crop" if mode == "center" else "squash", resized, interpolation, three(mean), three(std))
 
 
 def hugging_face_pixels(chosen: ImageInput, unrounded: bool) -> Pixels:
@@ -248,10 +248,11 @@ def _colours(own: Any) -> tuple[Colour, Colour]:
     """Return mean and deviation for pixels in 0..1, from the processor's scale, mean and deviation."""
     mean, std = (own.image_mean, own.image_std) if own.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     scale = 255 * (own.rescale_factor if own.do_rescale else 1.0)
-    return _three(float(value) / scale for value in mean), _three(float(value) / scale for value in std)
+    return three(float(value) / scale for value in mean), three(float(value) / scale for value in std)
 
 
-def _three(values: Iterable[float]) -> Colour:
+def three(values: Iterable[float]) -> Colour:
+    """Return the values of red, green and blue."""
     return tuple(values)  # type: ignore[return-value]
 
 

@@ -46,6 +46,8 @@ class PatchEncoder(ABC):
     num_layers: int
     #: Package that runs the network.
     package: str
+    #: Patches per side of the input; None if they depend on the image.
+    patches: int | None = None
 
     @abstractmethod
     def maps(self, pictures: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
@@ -108,7 +110,7 @@ def check_side(side: int, trained: int, options: InputOptions, where: Path) -> N
     """Raise UserError if the model's own files disagree on the side of its input, and the options do not set it."""
     if side != trained and options.side is None:
         raise UserError(
-            f"{where}: its images are prepared for {side} x {side} pixels, its network for {trained} x {trained}: set one of them "
+            f"{where}: its input settings say {side} x {side} pixels, its network was built for {trained} x {trained}: choose "
             f"with --extractor-option image.side={trained} (position embeddings are interpolated for any other)"
         )
 
@@ -146,6 +148,7 @@ class HuggingFaceEncoder(PatchEncoder):
         self._input = settle(options, own, folder)
         self._pixels: Pixels = hugging_face_pixels(self._input, self._family.processor.startswith("DINOv3"))
         self._arguments: dict[str, Any] = {}
+        self.patches = self._input.side // self._patch
         if self._family.resizes_positions and trained_side is not None:
             trained = _side(trained_side, folder, "image_size")
             check_side(self._input.side, trained, options, folder)
@@ -235,6 +238,7 @@ class TimmEncoder(PatchEncoder):
         self.num_layers, self.dim = len(self._network.blocks), int(self._network.num_features)
         self._check(name, where)
         self._patch = int(self._network.patch_embed.feat_ratio())
+        self.patches = self._input.side // self._patch
 
     def _resize(self, options: InputOptions, where: Path) -> None:
         """Resize the position embeddings to the input."""

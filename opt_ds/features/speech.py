@@ -15,7 +15,7 @@ from opt_ds.errors import UserError
 from opt_ds.features.extractors import Extractor
 
 # Words in the pickle of a checkpoint that was saved by Fairseq, or by code derived from it (WavLM's first release).
-_FAIRSEQ = (b"fairseq", b"omegaconf", b"argparse", b"optimizer_history", b"encoder_layerdrop")
+_FAIRSEQ = (b"fairseq", b"optimizer_history", b"encoder_layerdrop", b"conv_feature_layers")
 _SEARCHED = 4 * 2**20  # bytes
 
 

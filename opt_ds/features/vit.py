@@ -78,6 +78,9 @@ class ViTExtractor(RegionExtractor):
         self._weights_sha256 = weights_identity(options.weights)
         self._layer = layer_number(options.layer, self._encoder.num_layers, "image.layer")
         self.dim = self._encoder.dim
+        patches = self._encoder.patches
+        if self._pool is not None and patches is not None and self._pool > patches:
+            raise UserError(f"image.pool {self._pool}: the model has {patches} x {patches} patches: choose at most {patches}")
 
     def identity(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
