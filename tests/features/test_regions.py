@@ -397,14 +397,14 @@ def test_timms_configuration_sets_side_and_interpolation(tmp_path: Path, logged:
     identity = GridExtractor(GridOptions(**options)).identity()
     assert (identity["side"], identity["interpolation"], identity["mean"]) == (96, "bilinear", [0.5] * 3)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": {"std": [1, 1]}}))
-    with pytest.raises(UserError, match=r"not accept images of three colours: set --extractor-option image\.side=… .*image\.std=…"):
+    with pytest.raises(UserError, match=r"not accept images of three colours: set .*image\.side=… .*image\.std=…"):
         GridExtractor(GridOptions(**options))
     told = dict(side=64, interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     assert GridExtractor(GridOptions(**options, **told)).identity()["side"] == 64
 
 
 def test_fingerprints_of_older_stores_stay_valid(tmp_path: Path) -> None:
-    """Before the backbone set side and interpolation, they were 192 pixels and bicubic, and the fingerprint had no interpolation."""
+    """Before the backbone set side and interpolation, they were 192 pixels and bicubic, which the fingerprint did not state."""
     torch.save(get_model("resnet18", weights=None, num_classes=7).state_dict(), tmp_path / "w.pt")
     new = choose("image", "grid", {"weights": tmp_path / "w.pt", "backbone": "resnet18"})
     recent = new.fingerprint(new.build("cpu"))
