@@ -51,7 +51,7 @@ class ImageOptions:
         str,
         typer.Option(
             help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision transformer), "
-            "npz (files made by one), the name of an installed package's, or module:Class."
+            "hf_detector (object queries), npz (files made by one), the name of an installed package's, or module:Class."
         ),
     ] = "grid"
     image_weights: Annotated[

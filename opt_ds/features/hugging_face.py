@@ -18,6 +18,8 @@ from opt_ds.weights import refuse_remainder
 #: Fields of config.json that could select code, precision or a kernel. They are ignored.
 NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config")
 
+_SLACK = 10_000_000  # parameters
+
 
 def build_config(folder: Path, fields: Mapping[str, Any], model_type: str) -> Any:
     """Return transformers' configuration of a model. UserError for values that it cannot use."""
@@ -63,10 +65,13 @@ def load_model(
     """
     with _quiet():
         try:
+            _refuse_larger(found, config, state, where, arguments)
             model, report = found.from_pretrained(
                 None, config=config, state_dict=dict(state), torch_dtype=torch.float32, output_loading_info=True,
                 ignore_mismatched_sizes=True, local_files_only=True, **arguments,
             )  # fmt: skip
+        except UserError:
+            raise
         except Exception:  # of many types, with advice that is not ours
             raise UserError(f"{where}: config.json and weights do not fit each other: download the folder again") from None
     for key, have, want in sorted(report["mismatched_keys"]):
@@ -74,6 +79,18 @@ def load_model(
     missing = [key for key in report["missing_keys"] if not (unused and re.fullmatch(unused, key))]
     refuse_remainder(missing, report["unexpected_keys"], str(where), name)
     return model.eval()
+
+
+def _refuse_larger(found: Any, config: Any, state: Mapping[str, torch.Tensor], where: Path, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError for a configuration of a far larger network than the weights are of, before memory is taken for it."""
+    with torch.device("meta"):
+        described = sum(weight.numel() for weight in found(config, **arguments).parameters())
+    given = sum(weight.numel() for weight in state.values())
+    if described > 2 * given + _SLACK:
+        raise UserError(
+            f"{where}: config.json describes a network of {described:,} parameters, the weights are {given:,}: download the "
+            "folder again"
+        )
 
 
 def read_processor(folder: Path, part: str) -> dict[str, Any] | None:
