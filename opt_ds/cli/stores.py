@@ -194,8 +194,8 @@ def update(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; or the name of an installed "
-            "package's, or module:Class."
+            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; or the name of an "
+            "installed package's, or module:Class."
         ),
     ] = None,
     extractor_option: ExtractorOption = None,

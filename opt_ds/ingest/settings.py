@@ -42,8 +42,8 @@ class PrepareSettings(Section):
     images: str = Field(
         "grid",
         description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision "
-        "transformer), hf_detector (object queries), npz (files made by one), the name of an installed package's (entry points `opt_ds.features`), or "
-        "`module:Class`.",
+        "transformer), hf_detector (object queries), npz (files made by one), the name of an installed package's (entry "
+        "points `opt_ds.features`), or `module:Class`.",
     )
     image_weights: Path | None = Field(
         None,
