@@ -143,7 +143,7 @@ def randomise(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             norm = weight.dim() == 1 and name.endswith("weight")
-            weight.normal_(1.0 if norm else 0.0, 0.2 if weight.dim() == 1 or "pos" in name or "token" in name else 0.15)
+            weight.normal_(1.0 if norm else 0.0, 0.15 if weight.dim() == 2 else 0.2)
 
 
 def picture(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:

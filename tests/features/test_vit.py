@@ -108,14 +108,14 @@ def test_the_comparison_finds_each_seeded_fault(folder_of: Callable[[str], Path]
     assert difference(shifted, name, folder) > FAULT
     lost = extractor_of(folder)
     network = getattr(lost._encoder, "_model", None) or lost._encoder._network
-    parameters = [own for key, own in network.named_parameters() if "pos" in key or "relative" in key]
-    buffers = [own for key, own in network.named_buffers() if "inv_freq" in key or "periods" in key]
-    assert parameters or buffers
+    kinds = ("position", "pos_embed")
+    parameters = [own for key, own in network.named_parameters() if any(kind in key for kind in kinds)]
+    assert parameters or hasattr(network, "rope") or hasattr(network, "rope_embeddings")
     with torch.no_grad():
-        for own in parameters or buffers:
-            own.zero_() if parameters else own.fill_(1e-3)
-    if hasattr(network, "rope") and hasattr(network.rope, "pos_embed_cached"):
-        network.rope.pos_embed_cached = None
+        for own in parameters:
+            own.zero_()
+        for key, own in network.named_buffers():  # of rotary positions: an angle of 0
+            own.fill_({"inv_freq": 0.0, "periods": 1e9}[key.split(".")[-1]]) if key.endswith(("inv_freq", "periods")) else None
     assert difference(lost, name, folder) > FAULT
 
 
