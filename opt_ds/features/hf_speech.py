@@ -205,8 +205,9 @@ class _Waveform(_Input):
         return padded, (len(padded) - self._receptive) // self.hop + 1
 
     def part(self, prepared: np.ndarray, first: int, last: int) -> dict[str, torch.Tensor]:
-        """Return the samples that the frames see."""
-        samples = prepared[first * self.hop : (last - 1) * self.hop + self._receptive]
+        """Return the samples that the frames see; all of them for all frames, since a group norm sees the rest too."""
+        is_whole = first == 0 and last * self.hop + self._receptive > len(prepared)
+        samples = prepared if is_whole else prepared[first * self.hop : (last - 1) * self.hop + self._receptive]
         return {"input_values": torch.from_numpy(samples)[None]}
 
 
