@@ -180,7 +180,7 @@ def test_a_fingerprint_builds_the_same_extractor(folder_of: Callable[[str], Path
     assert again.fingerprint(again.build("cpu")) == identity == json.loads(json.dumps(identity))
 
 
-@pytest.mark.parametrize("name", SPEECH)
+@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-bert", "whisper"])
 def test_weights_that_do_not_fit_are_refused_by_name(folder_of: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
