@@ -10,6 +10,7 @@ import soundfile
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.data.plan import StepPlan
+from opt_ds.decoding.decoder import load_recording
 from opt_ds.features.extractors import choose
 from opt_ds.serving.processor import OPTProcessor
 from opt_ds.store import FeatureStore, inspect_store
@@ -82,5 +83,5 @@ def test_a_model_of_the_store_reads_raw_files_alike(store: Path, tmp_path: Path)
     sample = processor(image=folder / "2.png", audio=folder / "2.wav")
     assert len(sample.items[1]) == 4 and len(sample.items[2]) > 0
     own = choose("audio", "hf_speech", {"weights": folder / "hubert", "layers": [2, 3]}).build("cpu")
-    assert np.array_equal(own.extract([soundfile.read(folder / "2.wav", dtype="float32")[0]])[0], opened.frames(row[2]))
+    assert np.array_equal(own.extract([load_recording(folder / "2.wav")])[0], opened.frames(row[2]))
     processor.close()
