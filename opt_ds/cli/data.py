@@ -79,16 +79,20 @@ class ImageOptions:
     images: Annotated[
         str,
         typer.Option(
-            help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name of an "
-            "installed "
-            "package's, or module:Class."
+            help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision transformer), "
+            "hf_detector (object queries), npz (files made by one), the name of an installed package's, or module:Class."
         ),
     ] = "grid"
     image_weights: Annotated[
-        Path | None, typer.Option(help="State dict of the detector or backbone. Default for grid: its own weights.")
+        Path | None,
+        typer.Option(help="State dict of the detector or backbone; vit: a folder. Default for grid: its own weights."),
     ] = None
     image_backbone: Annotated[
-        str | None, typer.Option(help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME.")
+        str | None,
+        typer.Option(
+            help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME. vit: the architecture that they "
+            "must have."
+        ),
     ] = None
     image_min_side: Annotated[
         int, typer.Option(help="faster_rcnn: length of the scaled image's shorter side, in pixels.", min=1)
@@ -104,23 +108,28 @@ class SpeechOptions:
 
     speech: Annotated[
         str,
-        typer.Option(help="Extractor of audio frames: logmel, wav2vec2, the name of an installed package's, or module:Class."),
+        typer.Option(
+            help="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, the name of an "
+            "installed package's, or module:Class."
+        ),
     ] = "logmel"
     speech_weights: Annotated[
-        Path | None, typer.Option(help="wav2vec2: a torchaudio state dict or a Hugging Face folder.")
+        Path | None,
+        typer.Option(help="hf_speech: a Hugging Face folder. wav2vec2: that or a torchaudio state dict."),
     ] = None
     speech_layer: Annotated[
         int | None,
-        typer.Option(help="wav2vec2: Transformer layer whose output is used, counted from 1. Default: the last."),
+        typer.Option(help="hf_speech, wav2vec2: layer whose output is used, counted from 1. Default: the last."),
     ] = None
     speech_window_s: Annotated[
         float,
         typer.Option(
-            "--speech-window", help="wav2vec2: length of the windows that longer audio is split into, in seconds."
+            "--speech-window",
+            help="hf_speech, wav2vec2: length of the windows that longer audio is split into, in seconds.",
         ),
     ] = 30.0
     speech_overlap_s: Annotated[
-        float, typer.Option("--speech-overlap", help="wav2vec2: overlap of neighbouring windows, in seconds.")
+        float, typer.Option("--speech-overlap", help="hf_speech, wav2vec2: overlap of neighbouring windows, in seconds.")
     ] = 2.0
     trim_silence: Annotated[bool, typer.Option(help="Remove silence at both ends of audio.")] = False
 

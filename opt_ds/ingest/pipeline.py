@@ -117,6 +117,8 @@ def _prepare(
     named = ", ".join(choice.given for choice in choices.values())
     _LOG.info(f"device: {device}; extractors: {named}; workers: {workers}")
     extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
+    if extractors["image"].num_classes < 2 and "image" in manifest.file_kinds:
+        _LOG.info(f"{choices['image'].given}: its image regions have no classes, so training disables MRC")
     identities = {kind: choice.fingerprint(extractors[kind]) for kind, choice in choices.items()}
     if settings.trim_silence:
         identities["audio"]["trim_silence"] = True  # serving must trim the audio too

@@ -104,7 +104,7 @@ class TrainingStatistics:
     def _counts(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
         """Counts of each token, of texts, of each region class and of each image code."""
         model = self._config.model
-        tokens, classes = np.zeros(model.vocab_size), np.zeros(model.image_num_classes)
+        tokens, classes = np.zeros(model.vocab_size), np.zeros(max(model.image_num_classes, 1))
         codes, num_texts = np.zeros(model.image_codebook_size), 0
         for store in self._stores:
             rows = store.rows[store.split_samples(self._config.data.train_split)[:_TRAIN_ROWS]]
