@@ -165,3 +165,30 @@ def table(
     from opt_ds.ingest.importers.table import import_table as run
 
     _next(run(table, output, files=files, columns=column or ()))
+
+
+@imports.command("webdataset")
+def webdataset(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tar files, as PATTERN or SPLIT=PATTERN: a file, a folder, or a name with braces or *, such as "
+            "'train=shards/{00000..00099}.tar'."
+        ),
+    ],
+    output: _Output,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FIELD=ENDING for image, audio, text or labels, such as image=png, or a field of a .json member, such as "
+            "text=json:caption. May be repeated. Default: the only image and audio; .txt, or the caption in .json."
+        ),
+    ] = None,
+    last_dot: Annotated[
+        bool, typer.Option("--last-dot", help="A key ends at the last dot of a name. Default: at the first one.")
+    ] = False,
+) -> None:
+    """Import WebDataset tars, such as img2dataset's. Images and audio are read in place; nothing is unpacked."""
+    from opt_ds.ingest.importers.webdataset import import_webdataset as run
+
+    _next(run(shards, output, members=member or (), last_dot=last_dot))

@@ -104,7 +104,7 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("xz", "archive", (".xz",), advice="unpack it"),
     FileFormat("7-Zip", "archive", (".7z",), advice="unpack it"),
     FileFormat("RAR", "archive", (".rar",), advice="unpack it"),
-    FileFormat("tar", "archive", (".tar",), advice="unpack it"),
+    FileFormat("tar", "archive", (".tar",), advice="opt-ds import webdataset reads the files in it"),
 )  # fmt: skip
 
 _BY_ENDING = {ending: each for each in FORMATS for ending in each.endings}

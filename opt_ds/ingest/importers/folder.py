@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opt_ds.decoding.file_kinds import HEAD_BYTES, is_clutter, kind_of_content, kind_of_name, why_not_decodable
+from opt_ds.decoding.file_kinds import (
+    HEAD_BYTES,
+    format_of_name,
+    is_clutter,
+    kind_of_content,
+    kind_of_name,
+    why_not_decodable,
+)
 from opt_ds.errors import UserError
 from opt_ds.ingest.importers.common import (
     Entry,
@@ -83,7 +90,8 @@ def import_folder(
     unused = Unused("files", len(found.unused), tuple(found.unused))
     if not found.samples:
         what = f"; {unused_line(unused)}" if found.unused else ""
-        raise UserError(f"{folder}: no image, audio or .txt file there{what}")
+        tars = f": opt-ds import webdataset {folder} reads tars" if any(_is_tar(name) for name in found.unused) else ""
+        raise UserError(f"{folder}: no image, audio or .txt file there{what}{tars}")
     near = _near_notes(folder, found.samples, splits)
     if splits:
         _LOG.info(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
@@ -210,6 +218,11 @@ def _is_about(name: str) -> bool:
     """Return whether a text is about the collection. In subfolders only README and LICENSE are."""
     is_at_top = "/" not in name and _ABOUT_AT_TOP.fullmatch(name) is not None
     return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
+
+
+def _is_tar(name: str) -> bool:
+    found = format_of_name(name)
+    return found is not None and found.name == "tar"
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:
