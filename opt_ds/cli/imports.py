@@ -192,3 +192,26 @@ def webdataset(
     from opt_ds.ingest.importers.webdataset import import_webdataset as run
 
     _next(run(shards, output, members=member or (), last_dot=last_dot))
+
+
+@imports.command("hugging-face")
+def hugging_face(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of save_to_disk, folders with Parquet shards, or such files, as PATTERN or SPLIT=PATTERN with braces "
+            "or *."
+        ),
+    ],
+    output: _Output,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder that paths in the cells are relative to. Default: the first file's.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=caption. May be repeated.")
+    ] = None,
+) -> None:
+    """Import a Hugging Face data set on disk: Arrow or Parquet files with Image and Audio columns."""
+    from opt_ds.ingest.importers.hugging_face import import_hugging_face as run
+
+    _next(run(sources, output, files=files, columns=column or ()))

@@ -50,9 +50,16 @@ def find_shards(arguments: Sequence[str], endings: tuple[str, ...]) -> list[Shar
         if real in seen:
             raise UserError(f"{path}: it is named twice: name each file once")
         seen.add(real)
-    top = _common_folder([path for _, path in found])
-    names = [os.path.splitext(os.path.relpath(os.path.abspath(path), top))[0] for _, path in found]
+    names = shard_names([path for _, path in found])
     return [Shard(path, name, split) for (split, path), name in zip(found, names, strict=True)]
+
+
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its path, without ending, in the folder that contains all of them."""
+    if not paths:
+        return []
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [os.path.splitext(os.path.relpath(os.path.abspath(path), top))[0] for path in paths]
 
 
 def named_together(arguments: Sequence[str]) -> str:
@@ -121,7 +128,3 @@ def _files(pattern: str, argument: str, endings: tuple[str, ...]) -> list[Path]:
         which = f", as {len(missing)} of the {len(names)} that {pattern} names" if len(names) > 1 else ""
         raise UserError(f"{missing[0]}: no such file{which}")
     return [Path(name) for name in found]
-
-
-def _common_folder(paths: Sequence[Path]) -> str:
-    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]) if paths else "."
