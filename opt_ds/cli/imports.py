@@ -215,3 +215,19 @@ def hugging_face(
     from opt_ds.ingest.importers.hugging_face import import_hugging_face as run
 
     _next(run(sources, output, files=files, columns=column or ()))
+
+
+@imports.command("metadata")
+def metadata(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with metadata.jsonl, .csv or .parquet, in it or in its subfolders.")
+    ],
+    output: _Output,
+    column: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=caption. May be repeated.")
+    ] = None,
+) -> None:
+    """Import a folder of images or audio with a table of their file_name, as Hugging Face's ImageFolder reads it."""
+    from opt_ds.ingest.importers.metadata_folder import import_metadata_folder as run
+
+    _next(run(folder, output, columns=column or ()))

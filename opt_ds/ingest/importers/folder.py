@@ -35,6 +35,7 @@ from opt_ds.ingest.importers.common import (
     write_import,
 )
 from opt_ds.ingest.importers.files import Found
+from opt_ds.ingest.importers.metadata_folder import METADATA_NAMES
 from opt_ds.ingest.importers.near_names import near_pairs
 from opt_ds.ingest.manifest import ManifestLine, Skipped
 from opt_ds.ingest.text_files import read_json
@@ -101,6 +102,8 @@ def import_folder(
         if found.unused:
             yield unused
         held = Counter(" and ".join(kind for kind in _KINDS if kind in kinds) for kinds in found.samples.values())
+        if any(name.split("/")[-1] in METADATA_NAMES for name in found.unused):
+            yield Note(f"metadata of the files was not read: opt-ds import metadata {folder} reads it")
         if len(held) > 1:  # such as a.jpg and a.jpg.txt, which are not one sample
             yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
         yield from near
