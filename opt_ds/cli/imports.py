@@ -16,6 +16,7 @@ _Output = Annotated[
     Path, typer.Option(help="Manifest to write, such as my/manifest.jsonl. A report is written next to it.")
 ]
 _Images = Annotated[Path, typer.Option(help="Folder of the images. Subfolders are searched.")]
+_Recordings = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
 _KeepIncomplete = Annotated[
     bool,
     typer.Option("--keep-incomplete", help="Keep samples whose image or audio file is missing, without that modality."),
@@ -89,11 +90,13 @@ def visual_genome(
 
 @imports.command("coco")
 def coco(
-    annotations: Annotated[list[Path], typer.Option(help="Karpathy's dataset_coco.json. May be repeated.")],
+    annotations: Annotated[
+        list[Path], typer.Option(help="Karpathy's dataset_coco.json, or COCO's captions_….json. May be repeated.")
+    ],
     images: _Images,
     output: _Output,
 ) -> None:
-    """Import COCO captions in Karpathy's splits."""
+    """Import COCO captions in Karpathy's splits, or in COCO's own."""
     from opt_ds.ingest.importers.karpathy import import_karpathy as run
 
     _next(run(annotations, output, images=images))
@@ -231,3 +234,42 @@ def metadata(
     from opt_ds.ingest.importers.metadata_folder import import_metadata_folder as run
 
     _next(run(folder, output, columns=column or ()))
+
+
+@imports.command("spoken-captions")
+def spoken_captions(
+    annotations: Annotated[
+        list[str],
+        typer.Option(help="SpokenCOCO_….json or the JSON of Places Audio Captions, as FILE or SPLIT=FILE. May be repeated."),
+    ],
+    images: _Images,
+    recordings: _Recordings,
+    output: _Output,
+    keep_incomplete: _KeepIncomplete = False,
+) -> None:
+    """Import SpokenCOCO or Places Audio Captions: one recording, its text and its image per sample."""
+    from opt_ds.ingest.importers.spoken_captions import import_spoken_captions as run
+
+    _next(run(annotations, output, images=images, recordings=recordings, keep_incomplete=keep_incomplete))
+
+
+@imports.command("flickr8k-audio")
+def flickr8k_audio(
+    annotations: Annotated[Path, typer.Option(help="wav2capt.txt.")],
+    images: _Images,
+    recordings: _Recordings,
+    output: _Output,
+    captions: Annotated[
+        Path | None, typer.Option(help="Flickr8k.token.txt, or dataset_flickr8k.json with splits. Default: no texts.")
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="SPLIT=FILE with a list of images, such as train=Flickr_8k.trainImages.txt. May be repeated."),
+    ] = None,
+    keep_incomplete: _KeepIncomplete = False,
+) -> None:
+    """Import Flickr8k Audio Captions: one recording, its text and its image per sample."""
+    from opt_ds.ingest.importers.flickr8k_audio import import_flickr8k_audio as run
+
+    _next(run(annotations, output, images=images, recordings=recordings, captions=captions, splits=split or (),
+              keep_incomplete=keep_incomplete))  # fmt: skip
