@@ -273,3 +273,43 @@ def flickr8k_audio(
 
     _next(run(annotations, output, images=images, recordings=recordings, captions=captions, splits=split or (),
               keep_incomplete=keep_incomplete))  # fmt: skip
+
+
+@imports.command("blip")
+def blip(
+    annotations: Annotated[
+        list[str], typer.Option(help="JSON list of image and caption, as FILE or SPLIT=FILE. May be repeated.")
+    ],
+    images: _Images,
+    output: _Output,
+) -> None:
+    """Import a JSON list of images and captions, as BLIP and LAVIS publish them."""
+    from opt_ds.ingest.importers.blip import import_blip as run
+
+    _next(run(annotations, output, images=images))
+
+
+@imports.command("common-voice")
+def common_voice(
+    annotations: Annotated[list[str], typer.Option(help="train.tsv, dev.tsv, …, as FILE or SPLIT=FILE. May be repeated.")],
+    recordings: Annotated[Path, typer.Option(help="Folder clips.")],
+    output: _Output,
+) -> None:
+    """Import Common Voice: one clip and its sentence per sample."""
+    from opt_ds.ingest.importers.common_voice import import_common_voice as run
+
+    _next(run(annotations, output, recordings=recordings))
+
+
+@imports.command("kaldi")
+def kaldi(
+    folders: Annotated[list[str], typer.Argument(help="Folders with wav.scp and text, as FOLDER or SPLIT=FOLDER.")],
+    output: _Output,
+    recordings: Annotated[
+        Path | None, typer.Option(help="Folder that the files in wav.scp are relative to. Default: that of wav.scp.")
+    ] = None,
+) -> None:
+    """Import data folders of Kaldi: plain audio files in wav.scp, and their texts."""
+    from opt_ds.ingest.importers.kaldi import import_kaldi as run
+
+    _next(run(folders, output, recordings=recordings))

@@ -168,7 +168,7 @@ def test_flickr8k_audio_with_its_texts_and_splits(tmp_path: Path) -> None:
     images = [{"filename": f"{name}.jpg", "split": "val", "sentences": [{"raw": f"Raw {number}."} for number in range(3)]}]
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
     import_flickr8k_audio(pairs, manifest, captions=tmp_path / "dataset_flickr8k.json", **folders)
-    assert [(line.split, line.text) for line in lines_of(manifest).values()][0] == ("valid", "Raw 0.")
+    assert [(line.split, line.text) for line in lines_of(manifest).values()] == [("valid", f"Raw {n}.") for n in range(3)]
     import_flickr8k_audio(pairs, manifest, keep_incomplete=True, **folders)
     assert lines_of(manifest)[f"{other}_0.wav"].audio is None
 
