@@ -25,7 +25,7 @@ from tests.ingest.test_pipeline import contents
 from tests.logs import logged_lines
 
 COLOURS, LOUDNESS = "tests.extending.extractor:Colours", "tests.extending.extractor:Loudness"
-SETTINGS = PrepareSettings(images=COLOURS, speech=LOUDNESS, samples_per_shard=2, vocab_size=60)
+SETTINGS = PrepareSettings(images=COLOURS, speech=LOUDNESS, samples_per_shard=1, vocab_size=60)
 NAMES = [f"{number:09d}" for number in range(6)]
 
 
@@ -65,7 +65,8 @@ def loose_manifest(folder: Path) -> Path:
     return folder / "loose.jsonl"
 
 
-def test_a_store_of_tars_is_that_of_loose_files_also_after_a_kill(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.faults)])
+def test_a_store_of_tars_is_that_of_loose_files_also_after_kills(kills: int, corpus: Path, tmp_path: Path) -> None:
     run(loose_manifest(corpus), tmp_path / "loose")
     program = (
         "import sys; from pathlib import Path; from tests.ingest.test_tar_run import run\n"
@@ -73,16 +74,17 @@ def test_a_store_of_tars_is_that_of_loose_files_also_after_a_kill(corpus: Path, 
     )
     script, output = tmp_path / "run.py", tmp_path / "store"
     script.write_text(program)
-    process = subprocess.Popen(
-        [sys.executable, script, corpus / "manifest.jsonl", output],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while process.poll() is None and not (output / "shard-00000.json").exists():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (output / "shard-00000.json").exists() and not (output / "store.json").exists()
+    for shard in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, script, corpus / "manifest.jsonl", output],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
+            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and not (output / f"shard-{shard:05d}.json").exists():
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert (output / f"shard-{shard:05d}.json").exists() and not (output / "store.json").exists()
     run(corpus / "manifest.jsonl", output)
     ours, theirs = contents(output), contents(tmp_path / "loose")
     assert sorted(ours) == sorted(theirs)

@@ -92,7 +92,7 @@ def _pieces(source: str) -> Iterator[_Piece]:
 def _pieces_of_folder(folder: Path) -> Iterator[_Piece]:
     if (folder / _SPLITS).is_file():
         splits = _texts(read_json(folder / _SPLITS), "splits")
-        if splits is None:
+        if not splits:
             raise UserError(f'{folder / _SPLITS}: no list "splits" of names')
         for split in splits:
             if not (folder / split / _STATE).is_file():

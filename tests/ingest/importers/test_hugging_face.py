@@ -165,8 +165,9 @@ def test_other_columns_damage_and_missing_files_are_refused_by_name(tmp_path: Pa
         refused(message)
     (folder / "state.json").write_text("[")
     refused("not JSON: it is truncated")
-    (folder / "dataset_dict.json").write_text('{"splits": ["../d"]}')
-    refused('no list "splits" of names')
+    for splits in ('["../d"]', "[]", '"d"', "[1]"):
+        (folder / "dataset_dict.json").write_text(f'{{"splits": {splits}}}')
+        refused('no list "splits" of names')
     (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
     refused("d/train: state.json is missing there")
     refused(r"neither state.json, dataset_dict.json nor \*.parquet", str(tmp_path))
