@@ -27,6 +27,8 @@ _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters; b
 _RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]+)=")
 _LONG_NAME, _LONG_LINK, _GLOBAL = b"L", b"K", b"g"
 _EXTENDED = (b"x", b"X")
+_SPARSE = b"S"
+_MAP_CONTINUES, _MAP_CONTINUES_AGAIN = 482, 504  # byte in the header of a sparse member, and in the further blocks of its map
 _KINDS: dict[bytes, MemberKind] = {
     b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link", b"S": "sparse file",
 }  # fmt: skip
@@ -155,6 +157,7 @@ def read_member(file: BinaryIO, offset: int) -> TarMember | None:
             kind = "sparse file" if is_sparse else _KINDS.get(header.type, "special file")
             if kind == "file" and header.name.endswith("/"):  # as the oldest tars write folders
                 kind = "folder"
+            offset = _after_sparse_map(file, block, offset) if header.type == _SPARSE else offset
             has_content = kind in ("file", "sparse file", "special file")
             return TarMember(header.name if name is None else name, kind, start, offset, size if has_content else 0)
         content = _header_content(file, offset, header)
@@ -169,6 +172,15 @@ def read_member(file: BinaryIO, offset: int) -> TarMember | None:
             name = records.get("path", name)
             size = _number(records["size"]) if "size" in records else size
     raise BrokenFileError(f"more than {_MOST_HEADERS} headers of one member at byte {start}")
+
+
+def _after_sparse_map(file: BinaryIO, block: bytes, offset: int) -> int:
+    """Return the first byte after the map of a sparse member, which may continue in further blocks after the header."""
+    place = _MAP_CONTINUES
+    while len(block) == BLOCK_BYTES and block[place]:
+        block = os.pread(file.fileno(), BLOCK_BYTES, offset)
+        offset, place = offset + BLOCK_BYTES, _MAP_CONTINUES_AGAIN
+    return offset
 
 
 def _parse_block(block: bytes, offset: int) -> tarfile.TarInfo:

@@ -57,10 +57,10 @@ def _tables(folder: Path) -> list[Path]:
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_clutter(f"{name}/x"))
-        own = [name for name in METADATA_NAMES if name in names or f"{name}.gz" in names]
+        own = [name for each in METADATA_NAMES for name in (each, f"{each}.gz") if name in names]
         if len(own) > 1:
             raise UserError(f"{place}: both {own[0]} and {own[1]} are there: keep one")
-        found += [Path(place, name if name in names else f"{name}.gz") for name in own]
+        found += [Path(place, name) for name in own]
     if not found:
         raise UserError(f"{folder}: no metadata.jsonl, metadata.csv or metadata.parquet is there")
     return found

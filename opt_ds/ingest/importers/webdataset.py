@@ -6,6 +6,7 @@ read into the manifest. Images and audio stay in the tars: the manifest refers t
 """
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ _JSON_ENDINGS = ("json", "jsn")
 #: Fields of a .json member that hold the text, if the sample has no text member. The first one that is not null is used.
 _TEXT_FIELDS = ("caption", "captions", "text", "texts", "transcript", "transcription", "sentence")
 _MOST_TEXT_BYTES = 16 * 2**20
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # found in a folder in order to refuse them
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
@@ -85,7 +87,7 @@ def import_webdataset(
         UserError: A shard is missing, compressed or not a tar, or `members` is invalid.
     """
     chosen = _parse_members(members)
-    found = find_shards(shards, (".tar",))
+    found = find_shards(shards, (".tar", *_COMPRESSED))
     for shard in found:
         _check_is_tar(shard.path)
 
@@ -189,8 +191,11 @@ def _keys(shard: Shard, tar: BinaryIO, last_dot: bool, usage: _Usage) -> tuple[d
 
 
 def _key_and_ending(name: str, last_dot: bool) -> tuple[str, str]:
-    """Split a name into key and ending, which is lower-cased; ("", "") for a name without one of them."""
-    name = plain_name(name) or name
+    """Split a name into key and ending, which is lower-cased; ("", "") for a name without one of them.
+
+    Unicode is composed, since tars made on a Mac may hold decomposed names next to composed ones.
+    """
+    name = unicodedata.normalize("NFC", plain_name(name) or name)
     folder, slash, last = name.rpartition("/")
     stem, _, ending = last.rpartition(".") if last_dot else last.partition(".")
     return (f"{folder}{slash}{stem}", ending.lower()) if stem and ending else ("", "")

@@ -81,6 +81,7 @@ def test_audio_with_texts_of_json_and_several_captions(tmp_path: Path) -> None:
         ("a/2.wav", b"RIFF\0\0\0\0WAVE"), ("a/2.json", json.dumps({"caption": None, "text": "Wind.", "tag": [3]}).encode()),
         ("a/3.MP3", b"ID3"), ("a/3.transcript", b"\xef\xbb\xbfhello\n"),
         ("a/4.ogg", b"OggS"), ("a/4.png", b"\x89PNG\r\n\x1a\n"), ("a/4.seg.png", b"\x89PNG\r\n\x1a\n"), ("a/4.cls", b"3"),
+        ("a/e\u0301.wav", b"RIFF\0\0\0\0WAVE"), ("a/\u00e9.txt", b"decomposed"),
         ("a/5.m4a", b"\0\0\0\x20ftypM4A "), ("a/5.txt", b"x"), ("a/6.txt", b"NUL\0"),
     ]  # fmt: skip
     write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
@@ -89,6 +90,7 @@ def test_audio_with_texts_of_json_and_several_captions(tmp_path: Path) -> None:
     samples = lines_of(manifest)
     assert {id: line.text for id, line in samples.items()} == {
         "x/a/1#0": "Rain.", "x/a/1#1": "Rain falls.", "x/a/2": "Wind.", "x/a/3": "hello", "x/a/4": None,
+        "x/a/\u00e9": "decomposed",
     }  # fmt: skip
     assert samples["x/a/1#0"].audio == samples["x/a/1#1"].audio
     assert samples["x/a/1#0"].group == samples["x/a/1#1"].group == "x/a/1"
@@ -100,7 +102,7 @@ def test_audio_with_texts_of_json_and_several_captions(tmp_path: Path) -> None:
     }
     report = report_of(manifest)
     assert report["unused"][0]["names"] == [".cls (1)", ".seg.png (1)"]
-    assert report["notes"][0].startswith("samples with audio and text: 3, image and audio: 1")
+    assert report["notes"][0].startswith("samples with audio and text: 4, image and audio: 1")
     import_webdataset([str(tmp_path / "x.tar")], manifest, members=["image=seg.png", "text=cls", "audio=ogg"])
     (line,) = lines_of(manifest).values()
     assert line.text == "3" and line.image is not None and "a/4.seg.png@" in line.image
@@ -196,6 +198,9 @@ def test_shards_that_cannot_be_read_in_place_are_refused_in_one_line(tmp_path: P
     (tmp_path / "shard").write_bytes(content)
     (tmp_path / "picture.tar").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
     (tmp_path / "none").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for name in ("00000.tar", "00001.tar.gz"):
+        (tmp_path / "mixed" / name).write_bytes((tmp_path / name).read_bytes())
     for given, message in (
         (["00001.tar.gz"], r"00001.tar.gz: compressed, .*: decompress it"),
         (["00002.tar"], "00002.tar: compressed"),
@@ -203,6 +208,7 @@ def test_shards_that_cannot_be_read_in_place_are_refused_in_one_line(tmp_path: P
         (["picture.tar"], "PNG image, not a tar"),
         (["{00000..00009}.tar"], r"00001.tar: no such file, as 8 of the 10 that .* names"),
         (["*.tra"], r"\*.tra: no such file"),
+        (["mixed"], r"mixed/00001.tar.gz: compressed"),
         (["none"], r"no file there is called \*.tar"),
         (["00000.tar", "train=./00000.tar"], "it is named twice"),
         (["{0..99999999}.tar"], "stand for more than 1,000,000 names"),
