@@ -32,12 +32,13 @@ def import_kaldi(folders: Sequence[str], output: Path, *, recordings: Path | Non
     found = [split_and_file(each) for each in folders]
     for _, folder in found:
         _check(folder)
+    shared = None if recordings is None else Files(recordings, output, "audio")
+    sounds = [shared or Files(folder, output, "audio", whole_folder=False) for _, folder in found]
 
     def entries() -> Iterator[Entry]:
-        for split, folder in found:
-            sounds = Files(recordings or folder, output, "audio", whole_folder=recordings is not None)
-            yield from _entries(folder, split, sounds)
-            yield from unused_files([sounds])
+        for (split, folder), files in zip(found, sounds, strict=True):
+            yield from _entries(folder, split, files)
+        yield from unused_files(sounds)
 
     return write_import(output, entries(), source=", ".join(folders))
 

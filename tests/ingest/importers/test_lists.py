@@ -106,6 +106,11 @@ def test_kaldi_folders_of_plain_files(tmp_path: Path) -> None:
         "utt-none": "not an utterance and a file: wav.scp line 5",
     }
     assert unused_of(manifest)["texts"] == ["utt-left"]
+    (tmp_path / "data" / "dev").mkdir()
+    (tmp_path / "data" / "dev" / "wav.scp").write_text("utt-e wavs/b c.flac\n")
+    import_kaldi([f"train={train}", f"valid={tmp_path}/data/dev"], manifest, recordings=tmp_path)
+    assert unused_of(manifest)["files"] == ["data/test/d.wav"], "a file of one folder's list is not unused in another's"
+    assert lines_of(manifest)["utt-e"].text is None
     import_kaldi([str(test)], manifest)
     assert [line.text for line in lines_of(manifest).values()] == ["ünïcode"]
     for line, message in (
