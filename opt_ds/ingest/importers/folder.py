@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opt_ds.decoding.file_kinds import (
-    HEAD_BYTES,
-    format_of_name,
-    is_clutter,
-    kind_of_content,
-    kind_of_name,
-    why_not_decodable,
-)
+from opt_ds.decoding.file_kinds import HEAD_BYTES, is_clutter, kind_of_content, kind_of_name, why_not_decodable
 from opt_ds.errors import UserError
 from opt_ds.ingest.importers.common import (
     Entry,
@@ -91,8 +84,7 @@ def import_folder(
     unused = Unused("files", len(found.unused), tuple(found.unused))
     if not found.samples:
         what = f"; {unused_line(unused)}" if found.unused else ""
-        tars = f": opt-ds import webdataset {folder} reads tars" if any(_is_tar(name) for name in found.unused) else ""
-        raise UserError(f"{folder}: no image, audio or .txt file there{what}{tars}")
+        raise UserError(f"{folder}: no image, audio or .txt file there{what}{_other_importer(found.unused)}")
     near = _near_notes(folder, found.samples, splits)
     if splits:
         _LOG.info(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
@@ -223,9 +215,17 @@ def _is_about(name: str) -> bool:
     return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
 
 
-def _is_tar(name: str) -> bool:
-    found = format_of_name(name)
-    return found is not None and found.name == "tar"
+def _other_importer(unused: list[str]) -> str:
+    """Return a hint at the importer of a collection that this folder has the files of; "" if there is none."""
+    names = {name.split("/")[-1].lower() for name in unused}
+    for importer, matches in (
+        ("webdataset", (".tar",)),
+        ("hugging-face", ("state.json", "dataset_dict.json", ".parquet", ".arrow")),
+        ("kaldi", ("wav.scp",)),
+    ):
+        if any(name.endswith(matches) for name in names):
+            return f": opt-ds import {importer} reads such a folder"
+    return ""
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from opt_ds.decoding.file_kinds import kind_of_name
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.ingest.importers.arrow_tables import PARQUET, open_table
+from opt_ds.ingest.importers.arrow_tables import ARROW, PARQUET, open_table
 from opt_ds.ingest.importers.captions import captions_of, samples_of_captions
 from opt_ds.ingest.importers.common import Entry, Note, Unused, split_of_name, unused_files, write_import
 from opt_ds.ingest.importers.embedded import EmbeddedFiles, is_embedded, path_of
@@ -72,8 +72,8 @@ def import_table(
     """
     column_of = parse_columns(columns)
     folder = table.parent if files is None else files
-    is_parquet = table.suffix.lower() == PARQUET
-    source = _parquet(table) if is_parquet else _text_table(table, tuple(column_of.values()), folder)
+    is_arrow = table.suffix.lower() in (PARQUET, ARROW)
+    source = _arrow_table(table) if is_arrow else _text_table(table, tuple(column_of.values()), folder)
     return import_rows(source, output, column_of, folder, whole_folder=files is not None)
 
 
@@ -271,7 +271,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _parquet(path: Path) -> TableSource:
+def _arrow_table(path: Path) -> TableSource:
     table = open_table(path)
 
     def rows() -> Iterator[TableRow | Skipped]:

@@ -180,6 +180,8 @@ def test_an_arrow_file_of_feather_is_read_and_flipped_bytes_end_in_one_line(tmp_
         writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, SCHEMA))
     import_hugging_face([str(tmp_path / "x.arrow")], tmp_path / "m.jsonl", columns=COLUMNS)
     assert [line.text for line in lines_of(tmp_path / "m.jsonl").values()] == [f"caption {number}" for number in range(3)]
+    import_table(tmp_path / "x.arrow", tmp_path / "m.jsonl", columns=COLUMNS)
+    assert list(lines_of(tmp_path / "m.jsonl")) == ["row 0", "row 1", "row 2"]
     folder = save(tmp_path / "d", [rows])
     (file,) = folder.glob("*.arrow")
     whole = file.read_bytes()
