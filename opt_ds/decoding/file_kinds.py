@@ -42,7 +42,7 @@ class FileFormat:
 
 
 SVG = FileFormat("SVG", "image", (".svg",), "SVG")
-TABLE = FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet"), "table")
+TABLE = FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet", ".arrow"), "table")
 _TO_FILE = "download the file itself, not a page about it"
 HTML = FileFormat("HTML page", "document", (".html", ".htm", ".xhtml"), advice=_TO_FILE)
 _MPEG4 = FileFormat("MPEG-4", "video", (".mp4", ".m4v", ".mov", ".3gp"), advice=_TO_SOUND)

@@ -221,12 +221,10 @@ def _check_is_manifest(path: Path) -> None:
     A file that begins with "{" is accepted here.
     """
     with open(path, "rb") as file:
-        if (found := format_of_content(file.read(HEAD_BYTES))) is not None and found.name == "tar":
-            raise UserError(
-                f"{path}: a tar, not a manifest: opt-ds import webdataset {path} --output manifest.jsonl makes a manifest of it"
-            )
+        _refuse_tar(path, file.read(HEAD_BYTES))
     with open_bytes(path) as file:
         head = file.read(HEAD_BYTES)
+    _refuse_tar(path, head)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         return
     found = format_of_content(head) or format_of_name(path.with_suffix("") if path.suffix.lower() == ".gz" else path)
@@ -238,6 +236,14 @@ def _check_is_manifest(path: Path) -> None:
         raise UserError(
             f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample per line), or the "
             "folder that holds the files"
+        )
+
+
+def _refuse_tar(path: Path, head: bytes) -> None:
+    found = format_of_content(head)
+    if found is not None and found.name == "tar":
+        raise UserError(
+            f"{path}: a tar, not a manifest: opt-ds import webdataset {path} --output manifest.jsonl makes a manifest of it"
         )
 
 
