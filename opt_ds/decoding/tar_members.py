@@ -20,7 +20,7 @@ from opt_ds.decoding.reasons import BrokenFileError
 BLOCK_BYTES = 512
 MemberKind = Literal["file", "folder", "link", "sparse file", "special file"]
 _MOST_HEADERS, _MOST_HEADER_BYTES = 16, 2**20  # extended headers of one member
-_LONGEST_NAME = 1000
+_LONGEST_NAME, _LONGEST_REFERENCE = 1000, 6000  # a path of Linux has at most 4,096 bytes
 _REFERENCE = re.compile(r"(.+\.tar)#(.+)@([0-9]{1,18})\+([0-9]{1,18})", re.DOTALL | re.IGNORECASE)
 _BETWEEN = ".tar#"  # what ends the tar's name in a reference
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters; bytes that are not UTF-8
@@ -69,7 +69,8 @@ class TarMember:
 
 def member_reference(path: str | os.PathLike[str]) -> MemberReference | None:
     """Return the reference that a path is; None for the path of an ordinary file."""
-    match = _REFERENCE.fullmatch(os.fspath(path))
+    text = os.fspath(path)
+    match = _REFERENCE.fullmatch(text) if len(text) <= _LONGEST_REFERENCE else None
     return MemberReference(match[1], match[2], int(match[3]), int(match[4])) if match else None
 
 

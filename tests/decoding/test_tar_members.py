@@ -105,6 +105,7 @@ def test_a_reference_that_the_tar_does_not_have_is_a_fault_of_the_file(tmp_path:
         with pytest.raises(EnvironmentFaultError, match="lost: cannot be read"):
             decoder.picture(tmp_path / "lost" / "x.tar#a.png@0+600")
     assert shown_name("/data/x.tar#folder/a.png@0+600") == "x.tar#folder/a.png"
+    assert member_reference("x.tar#" * 10**6 + "@") is None, "and at once"
     for ordinary in ("x.tar", "x.tar#a.png", "a.png@0+600", "x.tar#a.png@-1+2", "x.tar#@0+1", "x.tar#a@0+"):
         assert member_reference(ordinary) is None
 
