@@ -13,12 +13,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from opt_ds.decoding.tar_members import member_reference
+from opt_ds.decoding.tar_members import MemberReference, member_reference
 from opt_ds.errors import UserError
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.ingest.importers.webdataset import import_webdataset
 from opt_ds.ingest.manifest import read_manifest
 from opt_ds.ingest.report import REPORT_FILE
+from opt_ds.ingest.retry import file_state
 from opt_ds.store import FeatureStore
 from tests.ingest.importers.tars import write_tar
 from tests.ingest.test_pipeline import contents
@@ -67,49 +68,78 @@ def loose_manifest(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.faults)])
 def test_a_store_of_tars_is_that_of_loose_files_also_after_kills(kills: int, corpus: Path, tmp_path: Path) -> None:
+    for shard in range(kills):
+        kill_after_shard(shard, corpus / "manifest.jsonl", tmp_path / "store", tmp_path)
+    run(corpus / "manifest.jsonl", tmp_path / "store")
     run(loose_manifest(corpus), tmp_path / "loose")
-    program = (
+    assert_same(tmp_path / "store", tmp_path / "loose")
+
+
+@pytest.mark.faults
+def test_a_tar_that_was_truncated_is_completed_with_retry_skipped(corpus: Path, tmp_path: Path) -> None:
+    manifest, output, tar = corpus / "manifest.jsonl", tmp_path / "store", corpus / "00001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: last_image(manifest).offset + 600])
+    run(manifest, output)
+    (skipped,) = json.loads((output / REPORT_FILE).read_text())["skipped_samples"]
+    assert skipped["reason"] == f"image file is broken: 00001.tar#{NAMES[-1]}.png: 00001.tar is truncated"
+    assert not any("changed since" in line for line in run(manifest, output))
+    tar.write_bytes(whole)
+    assert any("1 skipped file has changed since" in line for line in run(manifest, output))
+    run(manifest, output, retry_skipped=True)
+    run(loose_manifest(corpus), tmp_path / "loose")
+    assert_same(output, tmp_path / "loose")
+
+
+def test_the_state_of_a_skipped_member_changes_with_its_content_and_its_tar(corpus: Path) -> None:
+    """`--retry-skipped` looks at this."""
+    manifest, tar = corpus / "manifest.jsonl", corpus / "00001.tar"
+    whole, member = tar.read_bytes(), last_image(manifest)
+    path = corpus / str(read_manifest(manifest).lines[-1].image)
+    good = file_state(path)
+    assert good == file_state(corpus / f"{NAMES[-1]}.png"), "that of the loose file"
+    tar.write_bytes(whole + b"more")
+    assert file_state(path) == good, "what follows the member is of no importance"
+    states = [good]
+    for content in (whole[: member.offset + 600], whole[: member.offset + 100], whole[: member.offset + 600] + b"\1" * 9999):
+        tar.write_bytes(content)
+        states.append(file_state(path))
+    tar.unlink()
+    states.append(file_state(path))
+    assert all(states.count(state) == 1 for state in states) and states[-1] is None
+
+
+def last_image(manifest: Path) -> MemberReference:
+    reference = member_reference(str(read_manifest(manifest).lines[-1].image))
+    assert reference is not None
+    return reference
+
+
+def assert_same(store: Path, loose: Path) -> None:
+    ours, theirs = contents(store), contents(loose)
+    assert sorted(ours) == sorted(theirs)
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"store.json"}, "it states the manifest's hash"
+    assert FeatureStore(store).description.fingerprint == FeatureStore(loose).description.fingerprint
+    assert FeatureStore(store).num_samples == 6
+
+
+def kill_after_shard(shard: int, manifest: Path, output: Path, folder: Path) -> None:
+    """Prepare in another process, and kill it as soon as this shard is complete."""
+    script = folder / "run.py"
+    script.write_text(
         "import sys; from pathlib import Path; from tests.ingest.test_tar_run import run\n"
         "if __name__ == '__main__':\n    run(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    script, output = tmp_path / "run.py", tmp_path / "store"
-    script.write_text(program)
-    for shard in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, script, corpus / "manifest.jsonl", output],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
-            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while process.poll() is None and not (output / f"shard-{shard:05d}.json").exists():
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert (output / f"shard-{shard:05d}.json").exists() and not (output / "store.json").exists()
-    run(corpus / "manifest.jsonl", output)
-    ours, theirs = contents(output), contents(tmp_path / "loose")
-    assert sorted(ours) == sorted(theirs)
-    differing = {name for name in ours if ours[name] != theirs[name]}
-    assert differing <= {"store.json", REPORT_FILE}, "these state the manifest's hash"
-    assert FeatureStore(output).description.fingerprint == FeatureStore(tmp_path / "loose").description.fingerprint
-    assert FeatureStore(output).num_samples == 6
-
-
-def test_a_tar_that_was_truncated_is_completed_with_retry_skipped(corpus: Path, tmp_path: Path) -> None:
-    tar, output = corpus / "00001.tar", tmp_path / "store"
-    whole = tar.read_bytes()
-    last = member_reference(read_manifest(corpus / "manifest.jsonl").lines[-1].image or "")
-    assert last is not None
-    tar.write_bytes(whole[: last.offset + 600])
-    run(corpus / "manifest.jsonl", output)
-    report = json.loads((output / REPORT_FILE).read_text())
-    (skipped,) = report["skipped_samples"]
-    assert skipped["reason"] == f"image file is broken: 00001.tar#{NAMES[-1]}.png: 00001.tar is truncated"
-    assert not any("changed since" in line for line in run(corpus / "manifest.jsonl", output))
-    tar.write_bytes(whole)
-    assert any("1 skipped file has changed since" in line for line in run(corpus / "manifest.jsonl", output))
-    run(corpus / "manifest.jsonl", output, retry_skipped=True)
-    run(corpus / "manifest.jsonl", tmp_path / "at-once")
-    assert contents(output) == contents(tmp_path / "at-once")
+    process = subprocess.Popen(
+        [sys.executable, script, manifest, output],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None and not (output / f"shard-{shard:05d}.json").exists():
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (output / f"shard-{shard:05d}.json").exists() and not (output / "store.json").exists()
 
 
 def test_tars_that_are_missing_or_elsewhere_are_refused(corpus: Path, tmp_path: Path) -> None:
