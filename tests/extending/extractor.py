@@ -107,6 +107,8 @@ class Touch(FurtherExtractor):
         return [None if path is None else self._read(path) for path in inputs]
 
     def _read(self, path: Path) -> dict[str, np.ndarray]:
+        if path.suffix != ".csv":
+            raise ValueError(f'no .csv file: "{path.suffix}"')
         table = np.loadtxt(path, delimiter=",", ndmin=2)
         return {"features": table[:, 1:] * self._scale, "at_ms": table[:, 0].astype(int)}
 
