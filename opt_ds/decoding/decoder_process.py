@@ -199,15 +199,17 @@ def _open(path: str) -> BinaryIO:
 def _in_memory(tar: BinaryIO, reference: MemberReference) -> BinaryIO:
     """Return a file in memory with the content of a member. Raise BrokenFileError if the tar does not have it."""
     member = find_member(tar, reference)
-    file = os.fdopen(os.memfd_create("member"), "w+b")
+    descriptor = os.memfd_create("member")
     try:
         for block in content_blocks(tar, member):
-            file.write(block)
-        file.seek(0)
+            left = memoryview(block)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        os.lseek(descriptor, 0, os.SEEK_SET)
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def _answer_of_os_error(error: OSError) -> dict[str, Any]:
