@@ -12,7 +12,7 @@ import torch
 
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.data.sample import Sample
-from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.evaluator import Evaluator, seeded_choice
 from opt_ds.modalities import BUILT_IN
 from opt_ds.model.initial import initial_model
 from opt_ds.store.same_content import Groups, image_content, plain_caption
@@ -30,6 +30,11 @@ class Others(NamedTuple):
 
     places: np.ndarray
     others: np.ndarray
+
+    def limited(self, limit: int, seed: int) -> "Others":
+        """Return at most `limit` of them, a seeded choice."""
+        kept = seeded_choice(np.arange(len(self.places)), limit, seed)
+        return Others(self.places[kept], self.others[kept])
 
 
 def other_samples(evaluator: Evaluator, samples: np.ndarray, modalities: Sequence[int], seed: int) -> Others:

@@ -179,3 +179,31 @@ def neighbour_contexts(tokens: np.ndarray, places: np.ndarray, size: int) -> Cha
     left, right = padded[places], padded[places + 2]
     both = left * (size + 1) + right
     return [[left, both], [right, both]]
+
+
+def class_contexts(labels: np.ndarray, masked: np.ndarray | None, size: int) -> Chains:
+    """Return the contexts of an image's region classes: the most frequent class of the visible regions; and the place.
+
+    Args:
+        labels: Classes, int64 [n].
+        masked: The regions whose contexts are wanted, bool [n]; the others are visible. None: each region, with all
+            others visible.
+        size: Number of classes. It also stands for none visible.
+    """
+    if masked is None:
+        counts = np.bincount(labels, minlength=size)
+        others = counts[None, :] - (np.arange(size)[None, :] == labels[:, None])
+        most = np.where(len(labels) > 1, others.argmax(1), size)
+        return [[most], [np.arange(len(labels))]]
+    places, visible = np.flatnonzero(masked), labels[~masked]
+    most_visible = int(np.bincount(visible, minlength=size).argmax()) if len(visible) else size
+    return [[np.full(len(places), most_visible)], [places]]
+
+
+def joined_chains(parts: Sequence[Chains], levels: Sequence[int]) -> Chains:
+    """Return the contexts of several texts or images as one. `levels` is the number of levels of each chain."""
+    empty = np.empty(0, np.int64)
+    return [
+        [np.concatenate([part[chain][level] for part in parts]) if parts else empty for level in range(depth)]
+        for chain, depth in enumerate(levels)
+    ]
