@@ -154,8 +154,9 @@ def _bleu_measurement(references: list[list[str]], written: list[str]) -> Measur
     return Measurement(parts, _bleu)
 
 
-def _bleu(sums: np.ndarray) -> np.ndarray:
-    """Return BLEU-4 (0 … 100) [b] of sums [b, 10]."""
+def _bleu(times_bn: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return BLEU-4 (0 … 100) [b] of the sums of [n, 10]."""
+    sums = times_bn @ parts
     with np.errstate(divide="ignore", invalid="ignore"):
         log_precision = np.log(np.nan_to_num(sums[:, :4] / sums[:, 4:8])).mean(1)
         log_penalty = np.minimum(0, 1 - sums[:, 9] / sums[:, 8])

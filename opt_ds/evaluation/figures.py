@@ -27,6 +27,7 @@ _LABELS = {
     "constant_caption": "one caption for all",
     "trained_projection": "projection of [CLS]",
     "training_images": "training images",
+    "unmatched_image": "image generated for another sample",
     "untrained_probe": "untrained encoder, probe",
     "untrained_projection": "untrained encoder, projection",
 }

@@ -5,7 +5,7 @@ The interval contains 95 % of its values over seeded draws of samples with repla
 samples are compared by the interval of their difference over the same draws, which is much narrower than the two
 intervals suggest.
 
-Legend: b draws, n samples, k sums.
+Legend: b draws, n samples, k numbers per sample.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,23 +22,24 @@ _COUNTED_AT_ONCE = 1 << 22  # samples times draws, 32 MiB
 Interval = tuple[float, float]
 
 
-def ratio(sums: np.ndarray) -> np.ndarray:
-    """Return sums[..., 0] / sums[..., 1], for means and rates; NaN for 0 / 0."""
+def ratio(times_bn: np.ndarray, parts_n2: np.ndarray) -> np.ndarray:
+    """Return the ratio of two sums over the samples [b], for means and rates; NaN for 0 / 0."""
+    sums_b2 = times_bn @ parts_n2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return sums[..., 0] / sums[..., 1]
+        return sums_b2[:, 0] / sums_b2[:, 1]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement whose value is a function of sums over the samples.
+    """A measurement of samples.
 
     Attributes:
-        parts: Each sample's contribution to the sums, float64 [n, k].
-        statistic: Returns the value [b] of sums [b, k].
+        parts: What is known of each sample, float64 [n, k].
+        statistic: Returns the value [b] of samples [n, k] that are counted so many times [b, n].
     """
 
     parts: np.ndarray
-    statistic: Callable[[np.ndarray], np.ndarray] = ratio
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray] = ratio
 
     @classmethod
     def mean(cls, values: np.ndarray) -> "Measurement":
@@ -50,7 +51,7 @@ class Measurement:
 
     def counted(self, times_bn: np.ndarray) -> np.ndarray:
         """Return the value if each sample is counted so many times, float64 [b]."""
-        return self.statistic(times_bn @ self.parts)
+        return self.statistic(times_bn, self.parts)
 
     def at(self, places: np.ndarray) -> "Measurement":
         """Return the measurement of some of the samples."""

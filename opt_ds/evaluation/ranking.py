@@ -69,7 +69,7 @@ _NAMES = tuple(f"R@{k}" for k in RANKS)
 
 
 def recall_figures(
-    scores: np.ndarray, same: np.ndarray, controls: Mapping[str, np.ndarray] | None = None
+    scores: np.ndarray, same: np.ndarray, controls: Mapping[str, np.ndarray] | None = None, places: np.ndarray | None = None
 ) -> dict[str, Figure]:
     """Return R@k beside chance and beside the recall of other scores of the same pairs.
 
@@ -77,15 +77,18 @@ def recall_figures(
         scores: float [q, c].
         same: Which candidates are correct, bool [q, c].
         controls: Name -> scores [q, c].
+        places: Queries that the controls, except chance, are compared on. None: all.
     """
-    by_name = {"chance": np.zeros(same.shape), **(controls or {})}
-    own, others = hits(scores, same), {name: hits(other, same) for name, other in by_name.items()}
-    return {
-        name: measure(
-            Measurement.mean(own[:, k]), {key: Measured(Measurement.mean(other[:, k])) for key, other in others.items()}
-        )
-        for k, name in enumerate(_NAMES)
-    }
+    own, by_chance = hits(scores, same), hits(np.zeros(same.shape), same)
+    others = {name: hits(other, same) for name, other in (controls or {}).items()}
+    found = {}
+    for k, name in enumerate(_NAMES):
+        measured = {"chance": Measured(Measurement.mean(by_chance[:, k]))}
+        for key, other in others.items():
+            measurement = Measurement.mean(other[:, k])
+            measured[key] = Measured(measurement if places is None else measurement.at(places), places)
+        found[name] = measure(Measurement.mean(own[:, k]), measured)
+    return found
 
 
 def recall_row(
