@@ -15,8 +15,9 @@ import numpy as np
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.controls import Others, another, other_samples
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator, seeded_choice
-from opt_ds.evaluation.figures import FIGURES, Figure, Measured, beside, decimals, figure_lines, measure, read_figure
+from opt_ds.evaluation.figures import FIGURES, Figure, Measured, beside, figure_lines, measure
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.reading import CAPTION_FORMS, read_captioning
 from opt_ds.evaluation.transcription import constant_caption
 from opt_ds.evaluation.words import Words, normalize
 from opt_ds.extras import needs_extra
@@ -174,17 +175,6 @@ _MEASURES = {"bleu_4": _bleu_measurement, "cider": _cider_measurement}
 
 def captioning_lines(figures: Mapping[str, Any]) -> list[str]:
     """Return the figures of `captioning` as text, with the controls below, and a line per undefined figure."""
-    forms = {"BLEU-4": decimals(1), "CIDEr": decimals(3)}
     shown = read_captioning(figures)
-    lines = figure_lines("image→text", shown, forms) if shown else []
+    lines = figure_lines("image→text", shown, CAPTION_FORMS) if shown else []
     return lines + [f"  {metric} is undefined: {reason}" for metric, reason in figures.get("undefined", {}).items()]
-
-
-def read_captioning(figures: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return column -> figure, without those that are undefined."""
-    return {
-        column: read_figure(figures, name, {
-            "constant_caption": figures["constant_caption"][name], another(IMAGE): figures["another_picture"][name],
-        })
-        for column, name in (("BLEU-4", "bleu_4"), ("CIDEr", "cider")) if figures[name] is not None
-    }  # fmt: skip

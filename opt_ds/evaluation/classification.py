@@ -15,8 +15,9 @@ from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.controls import untrained
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, measure, percent, read_figure
+from opt_ds.evaluation.figures import Measured, beside, figure_lines, measure, percent
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.reading import read_classification
 from opt_ds.extras import needs_extra
 from opt_ds.store.reader import FeatureStore
 
@@ -109,18 +110,6 @@ def classification_lines(figures: Mapping[str, Any]) -> list[str]:
     for subset, shown in read_classification(figures).items():
         lines += figure_lines(subset, shown, percent)
     return lines
-
-
-def read_classification(figures: Mapping[str, Any]) -> dict[str, dict[str, Figure]]:
-    """Return subset -> name -> figure: of the probe and, if there is one, of the fine-tuned head."""
-    before = {"chance": figures["chance"]}
-    return {
-        subset: {
-            name: read_figure(row, key, before)
-            for name, key in (("mAP", "mAP"), ("of the fine-tuned head", "head_mAP")) if key in row
-        }
-        for subset, row in figures["subsets"].items()
-    }  # fmt: skip
 
 
 def label_matrices(

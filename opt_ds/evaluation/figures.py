@@ -139,10 +139,11 @@ def measure(
         uncontrolled: Why no control is left, if none is.
     """
     sign = -1.0 if lower_is_better else 1.0
+    bounds = interval(own)
     found = {}
     for name, control in controls.items():
         if not isinstance(control, Measured):
-            found[name] = Control(float(control), None, sign * (own.value - control), _shifted(interval(own), control, sign))
+            found[name] = Control(float(control), None, sign * (own.value - control), _shifted(bounds, control, sign))
         elif len(control.measurement):
             paired = own if control.places is None else own.at(control.places)
             better, worse = (control.measurement, paired) if lower_is_better else (paired, control.measurement)
@@ -150,7 +151,7 @@ def measure(
                 control.measurement.value, interval(control.measurement), better.value - worse.value,
                 difference_interval(better, worse), len(control.measurement),
             )  # fmt: skip
-    return Figure(own.value, interval(own), found, "" if found else uncontrolled)
+    return Figure(own.value, bounds, found, "" if found else uncontrolled)
 
 
 def beside(figures: Mapping[str, Figure]) -> dict[str, Any]:

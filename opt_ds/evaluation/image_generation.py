@@ -26,11 +26,10 @@ from opt_ds.evaluation.figures import (
     decimals,
     figure_lines,
     measure,
-    percent,
-    read_figure,
 )
 from opt_ds.evaluation.intervals import Measurement
 from opt_ds.evaluation.ranking import chance, recall_figures
+from opt_ds.evaluation.reading import IMAGE_INPUTS, painted_metrics, read_bits
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.tasks.context_counts import code_contexts, code_positions
@@ -309,18 +308,14 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
     return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-#: Input -> its name in tables.
-INPUTS = {"T": "text→image", "A": "audio→image", "T+A": "text+audio→image"}
-
-
 def image_generation_lines(figures: Mapping[str, Any]) -> list[str]:
     """Return the figures of `opt-ds evaluate image-generation` as text: per input and metric a line, controls below."""
     lines = []
-    for name in (name for name in INPUTS if name in figures):
-        lines += bits_lines(figures[name], INPUTS[name])
+    for name in (name for name in IMAGE_INPUTS if name in figures):
+        lines += bits_lines(figures[name], IMAGE_INPUTS[name])
         painted = figures[name].get("painted", {})
-        for metric, shown, form in painted_tables(painted):
-            lines += figure_lines(f"{INPUTS[name]}, {metric}", shown, form)
+        for metric, shown, form in painted_metrics(painted):
+            lines += figure_lines(f"{IMAGE_INPUTS[name]}, {metric}", shown, form)
         if score := painted.get("clip_score"):
             lines.append(f"      CLIP score of the true images {score['true']:.1f}")
     return lines
@@ -329,26 +324,3 @@ def image_generation_lines(figures: Mapping[str, Any]) -> list[str]:
 def bits_lines(row: Mapping[str, Any], name: str) -> list[str]:
     """Return a row of `bits_per_code` as text."""
     return figure_lines(name, {"bits per image code": read_bits(row)}, decimals(2))
-
-
-def read_bits(row: Mapping[str, Any]) -> Figure:
-    """Return the bits per code of a row. An earlier version had the codes' frequencies beside it."""
-    return read_figure(row, "bits_per_code", {"code_frequencies": row["unigram_bits_per_code"]})
-
-
-def painted_tables(painted: Mapping[str, Any]) -> list[tuple[str, dict[str, Figure], Callable[[float], str]]]:
-    """Return the metrics of generated images: name, column -> figure, and the form of the values."""
-    found: list[tuple[str, dict[str, Figure], Callable[[float], str]]] = []
-    if nearest := painted.get("nearest"):
-        shown = {name: read_figure(nearest, name, {"chance": nearest["chance"][name]}) for name in nearest["chance"]}
-        found.append((f"true image among the nearest of {painted['samples']}", shown, percent))
-    if matching := painted.get("matching"):
-        columns = {"first candidate": "first", f"best of {painted['candidates']}": "kept"}
-        shown = {column: read_figure(matching, name) for column, name in columns.items()}
-        found.append(("match probability", shown, decimals(3)))
-    if "fid" in painted:
-        found.append(("Fréchet inception distance", {"FID": read_figure(painted, "fid")}, decimals(1)))
-    if score := painted.get("clip_score"):
-        before = {"another_text": score.get("another_caption")}
-        found.append(("CLIP score", {"score": read_figure(score, "painted", before)}, decimals(1)))
-    return found

@@ -21,19 +21,12 @@ from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.controls import content_names
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.figures import figure_lines, percent, read_figure
+from opt_ds.evaluation.figures import figure_lines, percent
 from opt_ds.evaluation.projections import DIRECTIONS, ProjectionControls, texts_of
-from opt_ds.evaluation.ranking import RANKS, likeliest, likeliest_first, log_mean_exp, recall_row
+from opt_ds.evaluation.ranking import likeliest, likeliest_first, log_mean_exp, recall_row
+from opt_ds.evaluation.reading import SCORES, read_recall, score_name
 
 _LABEL_OF_PAIR = {frozenset((IMAGE, AUDIO)): 1, frozenset((TEXT, AUDIO)): 2, frozenset((TEXT, IMAGE)): 3}
-#: Scores of a direction, in the order in which they are printed, and their names.
-SCORES = {
-    "likelihood": "text likelihood",
-    "likelihood_raw": "text likelihood, raw",
-    "likelihood_transductive": "text likelihood, transductive",
-    "matching": "matching head",
-    "projection": "projection of [CLS]",
-}
 
 
 def retrieval(
@@ -154,15 +147,9 @@ def retrieval_lines(figures: Mapping[str, Any]) -> list[str]:
     for direction in (name for name in DIRECTIONS if name in figures):
         name = direction.replace("_to_", "→").replace("_", "+")
         for score, row in ((score, figures[direction][score]) for score in SCORES if score in figures[direction]):
-            shown = {f"R@{k}": read_figure(row, f"R@{k}", {"chance": row["chance"][f"R@{k}"]}) for k in RANKS}
-            lines += figure_lines(f"{name}, {score_name(direction, score, row)} of {row['candidates']}", shown, percent)
+            title = f"{name}, {score_name(direction, score, row)} of {row['candidates']}"
+            lines += figure_lines(title, read_recall(row), percent)
     return lines
-
-
-def score_name(direction: str, score: str, row: Mapping[str, Any]) -> str:
-    """Return the name of a row's score. Without `prior`, the row is of a version whose prior was the test queries'."""
-    transductive = score == "likelihood" and DIRECTIONS[direction][1] == TEXT and "prior" not in row
-    return SCORES["likelihood_transductive" if transductive else score]
 
 
 def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int, ...], target: int) -> np.ndarray:

@@ -14,8 +14,9 @@ from opt_ds.data.modalities import TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.controls import another, other_samples, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, measure, percent, read_figure
+from opt_ds.evaluation.figures import Measured, beside, figure_lines, measure, percent, read_figure
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.reading import TEXT_INPUTS, read_error_rates
 from opt_ds.evaluation.words import Words, normalize
 from opt_ds.extras import needs_extra
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
@@ -115,28 +116,15 @@ def _row(
     return row | ({"references_without_words": wordless} if wordless else {})
 
 
-#: Input -> its name in tables.
-INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
-
-
 def transcription_lines(figures: Mapping[str, Any]) -> list[str]:
     """Return the figures of `transcription` as text: a line per input, with its controls below."""
     lines = ["  word and character error rate"]
-    for key, name in ((key, name) for key, name in INPUTS.items() if key in figures):
+    for key, name in ((key, name) for key, name in TEXT_INPUTS.items() if key in figures):
         row = figures[key]
-        shown = {"WER": read_wer(figures, key)}
-        if "figures" in row:
-            shown["CER"] = read_figure(row, "cer")
-            shown |= {"other words": read_figure(row, "wer_of_other_words")} if "wer_of_other_words" in row else {}
+        shown = read_error_rates(figures, key)
+        shown |= {"other words": read_figure(row, "wer_of_other_words")} if "wer_of_other_words" in row else {}
         lines += figure_lines(name, shown, percent)
     return [*lines, f"    one caption for all: \"{figures['constant_caption']['text']}\""]
-
-
-def read_wer(figures: Mapping[str, Any], key: str) -> Figure:
-    """Return the word error rate of an input. An earlier version had one caption for all and shuffled audio beside it."""
-    row = figures[key]
-    before = {"another_audio": row.get("wer_shuffled_audio"), "constant_caption": figures["constant_caption"]["wer"]}
-    return read_figure(row, "wer", before)
 
 
 def word_error_rate(references: list[str], written: list[str]) -> float:

@@ -20,7 +20,6 @@ from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, me
 from opt_ds.evaluation.intervals import Measurement
 from opt_ds.evaluation.projections import DIRECTIONS, Projections, Scores, texts_of
 from opt_ds.evaluation.ranking import (
-    RANKS,
     chance,
     chance_among,
     likeliest,
@@ -29,6 +28,7 @@ from opt_ds.evaluation.ranking import (
     reranked,
     shortlisted,
 )
+from opt_ds.evaluation.reading import read_recall
 from opt_ds.evaluation.retrieval import joined, label_of, same_pairs
 
 _ABILITY_OF = {"matching": MATCH, "likelihood": WRITE_TEXT}
@@ -215,8 +215,7 @@ def table(result: Mapping[str, Any]) -> str:
         found, name = result[direction], direction.replace("_to_", "→").replace("_", "+")
         for stage in (stage for stage in ("projection", "matching", "likelihood") if stage in found):
             row = found[stage]
-            shown = {f"R@{k}": read_figure(row, f"R@{k}", {"chance": found["chance"][f"R@{k}"]}) for k in RANKS}
-            lines += figure_lines(f"{name}, {stage}", shown, percent)
+            lines += figure_lines(f"{name}, {stage}", read_recall({**row, "chance": found["chance"]}), percent)
             if "encoder_share" in row:
                 shares = f"{row['encoder_share']:.2%} of the encoder runs, {row['decoder_share']:.2%} of the decoder runs"
                 lines.append(f"      {shares} of all pairs")
