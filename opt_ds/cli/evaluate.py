@@ -7,6 +7,7 @@ Each experiment is in `opt_ds/evaluation/experiments/<name>.py`, which is import
 import atexit
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -291,7 +292,9 @@ def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
         evaluator.require(ability, what)
     open_judge = partial(_open_judge, inputs.checkpoint, str(evaluator.device))
     request = Request(evaluator, tuple(splits), inputs.checkpoint, inputs.output, choice.seed, open_judge)
+    started = time.perf_counter()
     figures = experiment.measure(request, **vars(options))
+    _LOG.info(f"note: measured in {time.perf_counter() - started:.0f} s, including the controls", extra=ON_STDERR)
     _write(figures, inputs.output)
     _echo(experiment.report(request, figures))
 

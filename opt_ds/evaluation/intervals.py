@@ -74,6 +74,18 @@ def difference_interval(one: Measurement, other: Measurement) -> Interval | None
     return _central([one.counted(times) - other.counted(times) for times in _draws(len(one))])
 
 
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last one, that of the last one.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval_of_few(values: np.ndarray) -> Interval | None:
+    """Return the 95 % interval of the mean of few values, such as one per training, by Student's t. One has none."""
+    if len(values) < 2:
+        return None
+    half = _T[min(len(values) - 1, len(_T)) - 1] * float(np.std(values, ddof=1)) / np.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
 def _draws(count: int) -> Iterator[np.ndarray]:
     """Yield how often each of `count` samples is drawn, float64 [b, n], DRAWS rows in total. One sample yields none."""
     at_once = max(1, _COUNTED_AT_ONCE // max(count, 1))

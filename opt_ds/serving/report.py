@@ -17,8 +17,7 @@ import yaml
 from opt_ds.config import config_from_dict, load_config
 from opt_ds.config.sources import preset_names
 from opt_ds.errors import UserError
-from opt_ds.evaluation import paper
-from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE
+from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE, marks_text, table_rows
 from opt_ds.serving import report_tables
 from opt_ds.serving.report_tables import FigureTable
 from opt_ds.store.files import atomic_file
@@ -247,16 +246,9 @@ def _ablation(folder: Path | None) -> dict[str, Any] | None:
     if folder is None:
         return None
     figures = _read(folder / JSON_FILE)
-    full = next((row for row in figures["rows"] if row["row"] == "full"), None)
-    rows = []
-    for row in figures["rows"]:
-        scores = {name: found["mAP"] for name, found in row["classification"]["subsets"].items()}
-        judged = list(scores)[-1]
-        change = None
-        if full is not None and row is not full:
-            change = 100 * (scores[judged] / full["classification"]["subsets"][judged]["mAP"] - 1)
-        rows.append({**row, "scores": scores, "change": change, "paper": paper.ABLATION.get(row["row"])})
-    return {**figures, "rows": rows, "chart": _data_url(folder / CHART_FILE) if (folder / CHART_FILE).is_file() else ""}
+    rows = table_rows(figures)
+    chart = _data_url(folder / CHART_FILE) if (folder / CHART_FILE).is_file() else ""
+    return {"rows": rows, "marks": marks_text(rows), "chart": chart}
 
 
 def _settings(run: Path) -> dict[str, Any]:
