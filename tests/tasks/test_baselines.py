@@ -1,6 +1,5 @@
 """Test trivial baselines: the exact loss over the validation pass of predictions by counts in context and by means."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -93,7 +92,7 @@ def test_neighbours_count_where_they_tell_something(complete: FeatureStore, monk
     def alike(row: int) -> Any:
         found = regions(row)
         own = np.random.default_rng(row).normal(size=(1, found.features.shape[1]))
-        return dataclasses.replace(found, features=(own + 0.1 * found.features).astype("f2"), labels=found.labels * 0 + row % 7)
+        return found._replace(features=(own + 0.1 * found.features).astype("f2"), labels=found.labels * 0 + row % 7)
 
     monkeypatch.setattr(complete, "regions", alike, raising=False)
     monkeypatch.setattr(complete, "frames", lambda row: np.cumsum(frames(row), 0) * 0.3, raising=False)
