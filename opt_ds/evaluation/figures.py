@@ -160,7 +160,8 @@ def beside(figures: Mapping[str, Figure]) -> dict[str, Any]:
     return {**values, FIGURES: {name: figure.as_json() for name, figure in figures.items()}}
 
 
-_BEFORE = "measured without a control: evaluate again"
+#: Why a figure of an earlier version may have no control.
+NO_CONTROL = "measured without a control: evaluate again"
 
 
 def read_figure(row: Mapping[str, Any], name: str, controls: Mapping[str, float | None] | None = None) -> Figure:
@@ -174,9 +175,9 @@ def read_figure(row: Mapping[str, Any], name: str, controls: Mapping[str, float 
     found = row.get(FIGURES, {}).get(name)
     if found is None:
         known = {key: Control(float(value)) for key, value in (controls or {}).items() if value is not None}
-        return Figure(float(row[name]), None, known, "" if known else _BEFORE)
+        return Figure(float(row[name]), None, known, "" if known else NO_CONTROL)
     own = {key: _control(control) for key, control in found["controls"].items()}
-    return Figure(found["value"], _pair(found["interval"]), own, found.get("uncontrolled", "" if own else _BEFORE))
+    return Figure(found["value"], _pair(found["interval"]), own, found.get("uncontrolled", "" if own else NO_CONTROL))
 
 
 def _control(found: Mapping[str, Any]) -> Control:

@@ -9,7 +9,7 @@ from typing import Any
 
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.controls import another
-from opt_ds.evaluation.figures import Control, Figure, Form, decimals, percent, read_figure
+from opt_ds.evaluation.figures import NO_CONTROL, Control, Figure, Form, decimals, percent, read_figure
 from opt_ds.evaluation.projections import DIRECTIONS
 from opt_ds.evaluation.ranking import RANKS
 
@@ -106,11 +106,12 @@ def read_loss(row: Mapping[str, Any]) -> Figure:
 
 def read_loss_accuracy(row: Mapping[str, Any]) -> Figure:
     """Return the accuracy of a validation loss's task beside that of its trivial baseline."""
-    return _against(row["accuracy"], row.get("baseline_accuracy"), lower_is_better=False)
+    reason = _NO_BASELINE if "baseline_accuracy" in row else NO_CONTROL
+    return _against(row["accuracy"], row.get("baseline_accuracy"), lower_is_better=False, reason=reason)
 
 
-def _against(value: float, baseline: float | None, lower_is_better: bool) -> Figure:
+def _against(value: float, baseline: float | None, lower_is_better: bool, reason: str = _NO_BASELINE) -> Figure:
     if baseline is None:
-        return Figure(value, None, {}, _NO_BASELINE)
+        return Figure(value, None, {}, reason)
     advantage = baseline - value if lower_is_better else value - baseline
     return Figure(value, None, {"trivial_baseline": Control(baseline, None, advantage, (advantage, advantage))})
