@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import Extractor
 from opt_ds.store.checks import further_problem
-from opt_ds.store.schema import FurtherModality, StoredColumn
+from opt_ds.store.further import FurtherModality, StoredColumn
 
 
 class FurtherExtractor(Extractor):

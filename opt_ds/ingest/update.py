@@ -20,8 +20,9 @@ from opt_ds.ingest.report import ModalityNotes, refresh_report
 from opt_ds.ingest.settings import PrepareSettings
 from opt_ds.ingest.workers import ShardFiles, extraction
 from opt_ds.store.files import exclusive_use
+from opt_ds.store.further import FurtherModality
 from opt_ds.store.reader import FeatureStore
-from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, FurtherModality, StoreDescription
+from opt_ds.store.schema import BOX_SIZE, DATASETS, MISSING, MODALITIES, PIXELS_SHAPE, StoreDescription
 from opt_ds.store.shards import join_columns
 from opt_ds.store.update import Arrays, rewrite_shards
 from opt_ds.store.verify import open_store

@@ -48,6 +48,7 @@ _PAGE = {
     "/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css"),
 }  # fmt: skip
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s:]+/)+")
+_PLAIN_ENDING = re.compile(r"\.[A-Za-z0-9]{1,8}")
 
 _Upload = Annotated[UploadFile | None, File()]
 
@@ -216,11 +217,18 @@ def _sample(
     others: dict[str, UploadFile],
 ) -> Sample:
     with tempfile.TemporaryDirectory(prefix="opt-ds-") as folder:
-        # The server chooses the names, so that an upload's own name does not affect where it is written.
-        kept = {name: _kept(upload, Path(folder) / name) for name, upload in others.items()}
+        # The server chooses the names, so that an upload's own name does not affect where it is written. The file of a further
+        # modality keeps its ending, because its extractor may choose a format by it.
+        kept = {name: _kept(upload, Path(folder) / f"{name}{_ending(upload)}") for name, upload in others.items()}
         further = {name: path for name, path in kept.items() if path is not None}
         image_file, audio_file = _kept(image, Path(folder) / "image"), _kept(audio, Path(folder) / "audio")
         return processor(text or None, image_file, audio_file, **further)
+
+
+def _ending(upload: UploadFile) -> str:
+    """Return the ending of an upload's own name, such as ".npz", or "" if it is longer or not plain."""
+    ending = Path(upload.filename or "").suffix
+    return ending if _PLAIN_ENDING.fullmatch(ending) else ""
 
 
 def _kept(upload: UploadFile | None, path: Path) -> Path | None:

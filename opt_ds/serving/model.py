@@ -10,7 +10,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,15 @@ from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.config import Config
 from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
-from opt_ds.errors import UserError, did_you_mean
+from opt_ds.errors import UserError
 from opt_ds.evaluation.retrieval import joined
 from opt_ds.model.generation import image_decoding, text_decoding
+from opt_ds.serving.arguments import Score, check_count, check_range, check_score, choose_dtype, parse_device
 from opt_ds.serving.inputs import AudioInput, ImageInput
 from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_beside, unit_cls
 from opt_ds.serving.session import Session
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_AMPERE = (8, 0)  # compute capability of the first GPUs with bf16
 _MAX_SEED = 2**63 - 1
-
-Score = Literal["matching", "likelihood"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Model:
             audio: Input.
             beam_size: Beam size; 1: greedy search.
         """
-        _check_count("beam_size", beam_size)
+        check_count("beam_size", beam_size)
         return self._session.text(self._read(text, image, audio), text_decoding(beam_size))
 
     def generate_image(
@@ -191,11 +188,11 @@ class Model:
             temperature: Divides the logits; lower values give less variation.
             seed: Equal seeds and inputs give equal images on the same hardware.
         """
-        _check_count("candidates or count", count)
-        _check_range("top_k", top_k, 0, None)
-        _check_range("top_p", top_p, 0, 1)
-        _check_range("temperature", temperature, 1e-3, None)
-        _check_range("seed", seed, 0, _MAX_SEED)
+        check_count("candidates or count", count)
+        check_range("top_k", top_k, 0, None)
+        check_range("top_p", top_p, 0, 1)
+        check_range("temperature", temperature, 1e-3, None)
+        check_range("seed", seed, 0, _MAX_SEED)
         options = image_decoding(top_k, top_p, temperature, seed)
         found = self._session.pictures(self._read(text, image, audio), count, options)
         return [GeneratedImage(picture, probability) for picture, probability in found]
@@ -252,7 +249,7 @@ class Model:
                 likelihood of the text, in nats, by the text decoder; longer texts are less likely.
         """
         query, candidates = self._read(None, image, audio), [self._read(text, None, None) for text in texts]
-        if _check_score(by) == "matching":
+        if check_score(by) == "matching":
             return self._ranked_by_matching(query, candidates)
         self._session.require(WRITE_TEXT, "rank by likelihood")
         return _ranked(self._session.text_log_likelihood([query], [sample.of(TEXT).ids for sample in candidates])[0])
@@ -302,7 +299,7 @@ class Model:
             split: Split of the store.
             limit: Maximum number of samples, chosen by a fixed seed.
         """
-        _check_count("limit", limit)
+        check_count("limit", limit)
         return StoreIndex(Neighbours(evaluator_beside(self._session, Path(store)), split, limit), self._read)
 
     def _read(self, text: str | None, image: ImageInput | None, audio: AudioInput | None) -> Sample:
@@ -310,7 +307,7 @@ class Model:
 
     def _ranked_for(self, query: Sample, candidates: list[Sample], by: Score) -> list[Ranked]:
         """Rank images or audio."""
-        if _check_score(by) == "matching":
+        if check_score(by) == "matching":
             return self._ranked_by_matching(query, candidates)
         self._session.require(WRITE_TEXT, "rank by likelihood")
         if TEXT not in query.items:
@@ -346,7 +343,7 @@ class StoreIndex:
         Returns:
             The samples whose embeddings have the largest cosine similarity with that of the input.
         """
-        _check_count("count", count)
+        check_count("count", count)
         return self._neighbours.nearest(self._read(text, image, audio), count)
 
 
@@ -372,8 +369,8 @@ def load_model(
     Returns:
         The model.
     """
-    where = _choose_device(str(device))
-    dtype = _choose_dtype(precision, where)
+    where = parse_device(str(device))
+    dtype = choose_dtype(precision, where)
     session = Session.load(
         Path(path).expanduser(),
         image_weights=None if image_weights is None else Path(image_weights),
@@ -384,57 +381,6 @@ def load_model(
     for parameter in session.model.parameters():  # Not the buffers: features are standardised in fp32, as in training.
         parameter.data = parameter.data.to(dtype)
     return Model(session)
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        known = ("auto", "cpu", "cuda", "cuda:0")
-        raise UserError(f'device "{device}": choose auto, cpu, cuda or cuda:N{did_you_mean(device, known)}')
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise UserError(f'device "{device}": this PyTorch sees {count} GPUs: choose another one, or cpu')
-    return found
-
-
-def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    known = ("auto", *_DTYPES)
-    if precision not in known:
-        raise UserError(f'precision "{precision}": choose {", ".join(known)}{did_you_mean(precision, known)}')
-    has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= _AMPERE
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision fp16 does not run on the CPU: use fp32 or bf16")
-    if precision == "bf16" and not has_bf16:
-        raise UserError("precision bf16: this GPU is older than Ampere: use fp16 or fp32")
-    return _DTYPES[precision]
-
-
-def _check_count(name: str, value: int) -> None:
-    _check_range(name, value, 1, None)
-    if not isinstance(value, (int, np.integer)):
-        raise UserError(f"{name}: {value}: give a whole number")
-
-
-def _check_range(name: str, value: float, least: float, most: float | None) -> None:
-    """Raise UserError for a value outside the range, of another type, NaN or infinite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise UserError(f"{name}: expected a number, got {type(value).__name__}")
-    if not np.isfinite(value) or value < least or (most is not None and value > most):
-        raise UserError(f"{name} {value}: give {f'at least {least:g}' if most is None else f'{least:g} to {most:g}'}")
-
-
-def _check_score(by: str) -> str:
-    known = ("matching", "likelihood")
-    if by not in known:
-        raise UserError(f'by="{by}": choose {" or ".join(known)}{did_you_mean(by, known)}')
-    return by
 
 
 def _ranked(scores: np.ndarray) -> list[Ranked]:

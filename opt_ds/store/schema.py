@@ -12,16 +12,12 @@ shard; M modalities of the store.
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -31,6 +27,7 @@ from pydantic import (
 
 from opt_ds.errors import UserError
 from opt_ds.store.foreign import check_inside, invalid_field
+from opt_ds.store.further import MAX_FURTHER, PLAIN_NAME, Count, Frozen, FurtherCounts, FurtherModality, listed_columns
 
 SCHEMA_VERSION = 1
 STORE_FILE = "store.json"
@@ -84,21 +81,15 @@ DATASETS: dict[str, str] = {
 }
 OPTIONAL_DATASETS = ("image/codes", "image/pixels")
 
-# A shard of the built-in datasets and as many further ones stays below the number of objects that hdf5.py accepts.
-MAX_FURTHER = 8
-MAX_COLUMNS = 7
-_MAX_WIDTH = 2**24
-_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
-_RESERVED = (*MODALITIES, "samples", "codes")  # "codes" has an entry in `extractors`
 
+_RESERVED = (*MODALITIES, "samples", "codes")  # "codes" has an entry in `extractors`
 _MAX_STORE_JSON_BYTES = 256 << 20
-_Count = Annotated[int, Field(ge=0, lt=2**48)]
 _Size = Annotated[int, Field(ge=0, le=2**24)]
 
 
 def modality_name_problem(name: str) -> str | None:
     """Return why a further modality cannot have this name; None if it can."""
-    if not _PLAIN_NAME.fullmatch(name):
+    if not PLAIN_NAME.fullmatch(name):
         return "a name has 1 to 32 letters, digits and underscores, and begins with a letter"
     return f'"{name}" is a name of the store\'s own' if name in _RESERVED else None
 
@@ -109,56 +100,7 @@ def _modality_name(name: str) -> str:
     return name
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StoredColumn(_Frozen):
-    """One array of a further modality. Its shape is [items, *width]."""
-
-    dtype: Literal["float16", "float32", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-    width: tuple[Annotated[int, Field(ge=1, le=_MAX_WIDTH)], ...] = Field((), max_length=3)
-
-    @model_validator(mode="after")
-    def _is_bounded(self) -> "StoredColumn":
-        if math.prod(self.width) > _MAX_WIDTH:
-            raise ValueError(f"width: more than {_MAX_WIDTH} values per item")
-        return self
-
-
-class FurtherModality(_Frozen):
-    """A modality besides text, image and audio.
-
-    `item` is the plural word for its items, such as "readings". `columns` are the arrays that each row consists of.
-    They have one length. "features" is one of them: float16 [items, size].
-    """
-
-    item: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_ -]{0,31}$")
-    columns: dict[Annotated[str, Field(pattern=rf"^{_PLAIN_NAME.pattern}$")], StoredColumn] = Field(max_length=MAX_COLUMNS)
-
-    @model_validator(mode="after")
-    def _has_features(self) -> "FurtherModality":
-        features = self.columns.get("features")
-        if features is None or features.dtype != "float16" or len(features.width) != 1:
-            raise ValueError('columns: "features" of dtype float16 and one width is missing')
-        if "offsets" in self.columns:
-            raise ValueError('columns: "offsets" is a name of the store\'s own')
-        return self
-
-    @property
-    def feature_dim(self) -> int:
-        """Size of a feature."""
-        return self.columns["features"].width[0]
-
-
-class FurtherCounts(_Frozen):
-    """Rows of a further modality in a shard, and items in all of them."""
-
-    rows: _Count
-    items: _Count
-
-
-class _MayBeFurther(_Frozen):
+class _MayBeFurther(Frozen):
     """A description whose field `further` is left out wherever it is written if it is empty.
 
     Stores of the built-in modalities therefore keep their bytes, and older versions read them.
@@ -172,7 +114,7 @@ class _MayBeFurther(_Frozen):
         return fields
 
 
-class Dims(_Frozen):
+class Dims(Frozen):
     """Sizes that a model must match. `num_codes` is the size of the dVAE's codebook, None without codes."""
 
     image_feature_dim: _Size
@@ -183,7 +125,7 @@ class Dims(_Frozen):
     num_codes: int | None = Field(None, ge=1, le=65536)
 
 
-class TokenizerDescription(_Frozen):
+class TokenizerDescription(Frozen):
     """The ids of BERT's special tokens in `tokenizer/`, and the hash of its files."""
 
     pad_id: _Size
@@ -194,27 +136,27 @@ class TokenizerDescription(_Frozen):
     sha256: str
 
 
-class Statistics(_Frozen):
+class Statistics(Frozen):
     """Mean and standard deviation per feature dimension over the distinct rows of the train split, and their count."""
 
     mean: list[float]
     std: list[Annotated[float, Field(ge=0)]]
-    count: _Count
+    count: Count
 
 
 class ShardDescription(_MayBeFurther):
     """One shard file: its size, checksum and lengths."""
 
     file: str = Field(pattern=r"^shard-[0-9]+(-r[0-9]+)?\.h5$")
-    bytes: _Count
+    bytes: Count
     sha256: str
-    num_samples: _Count
-    num_texts: _Count
-    num_images: _Count
-    num_audios: _Count
-    num_tokens: _Count
-    num_regions: _Count
-    num_frames: _Count
+    num_samples: Count
+    num_texts: Count
+    num_images: Count
+    num_audios: Count
+    num_tokens: Count
+    num_regions: Count
+    num_frames: Count
     further: dict[str, FurtherCounts] = Field(default_factory=dict)
 
     def num_rows(self, modality: str) -> int:
@@ -238,9 +180,9 @@ class StoreDescription(_MayBeFurther):
     """
 
     schema_version: int
-    num_samples: _Count
+    num_samples: Count
     split_names: list[str] = Field(max_length=MAX_SPLITS)
-    split_counts: dict[str, _Count]
+    split_counts: dict[str, Count]
     splits_source: Literal["manifest", "group hash"]
     dims: Dims
     has_codes: bool
@@ -306,14 +248,9 @@ class StoreDescription(_MayBeFurther):
             mode="json", exclude={"fingerprint", "info", "preparation_key", "statistics", "tokenizer_folder"}
         )
         if self.further:
-            content["further"] = [[name, each.item, _listed(each.columns)] for name, each in self.further.items()]
+            content["further"] = [[name, each.item, listed_columns(each.columns)] for name, each in self.further.items()]
         text = json.dumps(content, sort_keys=True, ensure_ascii=True)
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
-
-
-def _listed(columns: Mapping[str, StoredColumn]) -> list[Any]:
-    """Return the columns as a list, because their order, which JSON with sorted keys loses, is part of the content."""
-    return [[name, column.dtype, list(column.width)] for name, column in columns.items()]
 
 
 def datasets_of(further: Mapping[str, FurtherModality]) -> dict[str, str]:

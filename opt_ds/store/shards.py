@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 
 from opt_ds.store.files import file_sha256
-from opt_ds.store.schema import DATASETS, MODALITIES, FurtherCounts, FurtherModality, ShardDescription
+from opt_ds.store.further import FurtherCounts, FurtherModality
+from opt_ds.store.schema import DATASETS, MODALITIES, ShardDescription
 
 # Alignment also aligns the reader's maps. NumPy and torch are faster on aligned addresses.
 ALIGNMENT_BYTES = 64

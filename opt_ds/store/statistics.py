@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from opt_ds.store.further import FurtherModality
 from opt_ds.store.index import ShardFile
-from opt_ds.store.schema import MISSING, MODALITIES, Dims, FurtherModality, Statistics, StoreDescription, feature_dims_of
+from opt_ds.store.schema import MISSING, MODALITIES, Dims, Statistics, StoreDescription, feature_dims_of
 
 TRAIN_SPLIT = "train"
 _BLOCK_ROWS = 8192

@@ -14,7 +14,7 @@ from opt_ds.features.further import FurtherExtractor
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.features.speech import SpeechExtractor
 from opt_ds.store.files import file_sha256
-from opt_ds.store.schema import StoredColumn
+from opt_ds.store.further import StoredColumn
 
 
 class ColourOptions(Section):
@@ -107,6 +107,8 @@ class Touch(FurtherExtractor):
         return [None if path is None else self._read(path) for path in inputs]
 
     def _read(self, path: Path) -> dict[str, np.ndarray]:
+        if path.suffix != ".csv":
+            raise ValueError(f'no .csv file: "{path.suffix}"')
         table = np.loadtxt(path, delimiter=",", ndmin=2)
         return {"features": table[:, 1:] * self._scale, "at_ms": table[:, 0].astype(int)}
 

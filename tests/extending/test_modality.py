@@ -233,7 +233,7 @@ def answer(session: "Session", files: Path, *, allow_further: bool) -> Any:
 
     client = TestClient(build_app(session, allow_further=allow_further), base_url="http://localhost")
     names = {"image": "4.png", "touch": "4.csv"}
-    return client.post("/api/describe", files={field: (files / name).read_bytes() for field, name in names.items()})
+    return client.post("/api/describe", files={field: (name, (files / name).read_bytes()) for field, name in names.items()})
 
 
 def test_a_model_of_the_three_modalities_cannot_take_it(raw_store: Path) -> None:

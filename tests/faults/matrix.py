@@ -11,6 +11,7 @@ A process runs a list of combinations one after another, because starting a proc
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,9 @@ def config_of(combination: Combination, store: Path, folder: Path, *settings: st
         }  # fmt: skip
     file = folder / f"{combination.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(tree))
+    own_file = file.with_suffix(f".{os.getpid()}")  # Every rank writes it, so none may read it half-written.
+    own_file.write_text(json.dumps(tree))
+    own_file.replace(file)
     own = (f"zero.stage={combination.stage}", f"zero.offload_optimizer={str(combination.offload).lower()}",
            f"train.recompute={str(combination.recompute).lower()}", f"precision={combination.precision}",
            f"deepspeed_config={file}")  # fmt: skip

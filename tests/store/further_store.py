@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from opt_ds.store.files import file_sha256
-from opt_ds.store.schema import FurtherModality, StoredColumn, StoreDescription
+from opt_ds.store.further import FurtherModality, StoredColumn
+from opt_ds.store.schema import StoreDescription
 from opt_ds.store.writer import ShardContent
 from tests.store.fixed_store import contents, new_writer, write
 

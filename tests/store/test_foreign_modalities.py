@@ -12,8 +12,8 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore, inspect_store, verify_store
+from opt_ds.store.further import MAX_COLUMNS, MAX_FURTHER, FurtherModality, StoredColumn
 from opt_ds.store.index import INDEX_FILE
-from opt_ds.store.schema import MAX_COLUMNS, MAX_FURTHER, FurtherModality, StoredColumn
 from tests.store.fixed_store import contents, new_writer, write
 from tests.store.further_store import agree, write_store
 

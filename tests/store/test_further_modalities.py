@@ -14,11 +14,11 @@ from PIL import Image
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore, inspect_store, open_store, set_codes, verify_store
 from opt_ds.store.convert import copy_store
+from opt_ds.store.further import FurtherModality, StoredColumn
 from opt_ds.store.index import INDEX_FILE
 from opt_ds.store.lengths import draw_lengths, shard_lengths
 from opt_ds.store.near_duplicates import same_images
 from opt_ds.store.processor_files import check_identity, copy_processor_files
-from opt_ds.store.schema import FurtherModality, StoredColumn
 from opt_ds.store.show import describe_sample, draw_sample
 from opt_ds.store.split import split_by_list, split_by_ratio
 from opt_ds.store.update import Arrays, rewrite_shards
