@@ -69,18 +69,17 @@ def transcription(
     measures: dict[str, _Edits] = {"wer": _word_edits, "cer": _character_edits}
     if ignored_words:
         measures["wer_of_other_words"] = partial(_edits_of_other_words, ignored=ignored_words)
-    constant = constant_caption(evaluator, seed)
-    for name in inputs:
-        gallery = evaluator.samples_with(split, (TEXT, *SUBSETS[name]), limit, seed)
-        if len(gallery):
-            result[name] = _row(evaluator, gallery, SUBSETS[name], seed, options, measures, constant)
-    if inputs and not any(name in result for name in inputs):
+    galleries = {name: evaluator.samples_with(split, (TEXT, *SUBSETS[name]), limit, seed) for name in inputs}
+    if inputs and not any(map(len, galleries.values())):
         raise UserError(
             f'{evaluator.store.path}: no sample of split "{split}" has text and an input to write it from '
             f"({', '.join(inputs)}): choose another split"
         )
-    gallery = evaluator.require_samples(split, (TEXT,), limit, seed)
-    references = [evaluator.caption(index) for index in gallery]
+    references = [evaluator.caption(index) for index in evaluator.require_samples(split, (TEXT,), limit, seed)]
+    constant = constant_caption(evaluator, seed)
+    for name, gallery in galleries.items():
+        if len(gallery):
+            result[name] = _row(evaluator, gallery, SUBSETS[name], seed, options, measures, constant)
     constants = [constant] * len(references)
     result["tokenization"] = Words.of(map(normalize, references)).name
     result["constant_caption"] = {"wer": word_error_rate(references, constants), "text": constant}

@@ -1,5 +1,7 @@
 """Test the controls: another sample's input is of another group and content; the untrained encoder is not the trained one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,8 +39,9 @@ def test_the_other_sample_shares_no_group_caption_or_content(evaluator: Evaluato
     rows = store.index.rows.copy()
     rows[gallery[1], IMAGE] = rows[gallery[0], IMAGE]  # the same image
     rows[gallery[3], TEXT] = rows[gallery[2], TEXT]  # the same text
-    store.__dict__["index"] = index_with(store, rows)
-    store.index.groups[gallery[5]] = store.index.groups[gallery[4]]  # the same group
+    groups = store.groups.copy()
+    groups[gallery[5]] = groups[gallery[4]]  # the same group
+    store.__dict__["index"] = replace(index_with(store, rows), groups=groups)
     shared = Evaluator(evaluator.model, evaluator.config, store)
     real = Evaluator.caption
     monkeypatch.setattr(
