@@ -26,6 +26,8 @@ DIRECTIONS: Mapping[str, tuple[tuple[int, ...], int]] = {
     "audio_to_text": ((AUDIO,), TEXT),
     "text_audio_to_image": ((TEXT, AUDIO), IMAGE),
 }
+#: Direction -> the one that it reverses. Both have one projection, because its loss is symmetric.
+_REVERSES = {"text_to_image": "image_to_text", "text_to_audio": "audio_to_text"}
 #: Number of training inputs whose mean likelihood estimates a text's prior, where texts are ranked. They are the
 #: nearest inputs by the projection. Other inputs would contribute little, because nearly all of a text's likelihood
 #: comes from the few inputs that it nearly fits.
@@ -68,6 +70,8 @@ class Projections:
 
     def scores(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
         """Return the scores [q, c] of samples as queries and of samples as candidates."""
+        if direction in _REVERSES:
+            return self.scores(_REVERSES[direction], gallery, queries).T
         query, target = DIRECTIONS[direction]
         return self.fitted(direction).projection.scores(self.vectors(queries, query), self.vectors(gallery, (target,)))
 
@@ -82,7 +86,7 @@ class Projections:
         )
 
     def fitted(self, direction: str) -> Fitted:
-        """Return the direction's projection. It is fitted at the first call."""
+        """Return the projection of a direction that reverses no other one. It is fitted at the first call."""
         if direction not in self._fitted:
             query, target = DIRECTIONS[direction]
             data = self.evaluator.config.data
