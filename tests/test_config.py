@@ -1,6 +1,7 @@
 """The configuration: presets, files, settings, and one clear line for each mistake."""
 
 import itertools
+import pickle
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_every_preset_loads_and_survives_its_dump(name: str, tmp_path: Path) -> 
     file.write_text(dump_config(config))
     assert load_config(str(file)) == config
     assert config_from_dict(yaml.safe_load(dump_config(config)), where="dump") == config
+    assert pickle.loads(pickle.dumps(config)) == config, "ranks send each other configurations"
 
 
 def test_the_presets_of_the_paper_are_the_paper() -> None:

@@ -100,6 +100,11 @@ class ModelConfig(Section):
         """Return the class with the sections of the modalities that the values name."""
         return model_config(plugins_of(values))
 
+    @classmethod
+    def trust(cls, values: Any) -> None:
+        """Allow the import of modalities that the user names by `module:Class`."""
+        MODALITIES.allow(plugins_of(values))
+
     @property
     def modalities(self) -> dict[str, Any]:
         """Name -> class of the modalities, in the order of their numbers."""

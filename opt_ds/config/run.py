@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opt_ds.config.model import STANDARD_LIMIT, DataConfig, ModelConfig, ModelSection, Subset
-from opt_ds.config.plugins import plugins_of
 from opt_ds.config.section import Section, dump_section, load_section, section_from_dict
 from opt_ds.config.sources import PRESET_FOLDER
 from opt_ds.config.tasks import CurriculumPhase, LossConfig, TasksConfig, TasksSection, default_tasks
-from opt_ds.registry import MODALITIES, TASKS
 
 __all__ = [
     "STANDARD_LIMIT", "BatchConfig", "CheckpointConfig", "Config", "CurriculumPhase", "DataConfig", "EvaluateConfig",
@@ -304,8 +302,8 @@ class Config(Section):
     @classmethod
     def trust(cls, values: Any) -> None:
         """Allow the import of modalities and tasks that the user names by `module:Class`."""
-        MODALITIES.allow(plugins_of(values.get("model")))
-        TASKS.allow(plugins_of(values.get("tasks")))
+        ModelConfig.trust(values.get("model"))
+        TasksConfig.trust(values.get("tasks"))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":

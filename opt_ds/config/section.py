@@ -8,6 +8,7 @@ line. `opt_ds.tools.config_reference` generates `docs/configuration.md` from the
 import copy
 import logging
 import re
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,25 @@ class Section(BaseModel):
     @classmethod
     def trust(cls, values: Any) -> None:
         """Record that the user gave these values in this command. Other values may come from an untrusted file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the section by its importable class. Each process makes the class that `class_for` returns for itself."""
+        kind = next(each for each in type(self).__mro__ if _is_importable(each))
+        named = {"plugins": list(getattr(self, "plugins", ()))}
+        return _unpickled, (kind, named, self.__getstate__())
+
+
+def _is_importable(kind: type) -> bool:
+    return getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
+
+
+def _unpickled(kind: type[Section], named: dict[str, Any], state: dict[str, Any]) -> Section:
+    """Return a section as another process of this command had it. What that process trusted is trusted here."""
+    kind.trust(named)
+    made = kind.class_for(named)
+    section = made.__new__(made)
+    section.__setstate__(state)
+    return section
 
 
 AnySection = TypeVar("AnySection", bound=Section)

@@ -62,6 +62,11 @@ class TasksConfig(Section):
         """Return the class with the sections of the tasks that the values name."""
         return tasks_config(plugins_of(values))
 
+    @classmethod
+    def trust(cls, values: Any) -> None:
+        """Allow the import of tasks that the user names by `module:Class`."""
+        TASKS.allow(plugins_of(values))
+
     @property
     def sampled(self) -> dict[str, tuple[str, ...]]:
         """Task -> its losses, for the tasks that pre-training samples."""

@@ -243,6 +243,20 @@ def test_a_model_of_the_three_modalities_cannot_take_it(raw_store: Path) -> None
         load_config("opt-tiny", [WITH_TOUCH[0], "model.touch.max_reading=6"])
 
 
+def test_a_configuration_with_it_goes_to_another_process(tmp_path: Path) -> None:
+    import pickle
+    import subprocess
+    import sys
+
+    config = load_config("opt-tiny", [*WITH_TOUCH])
+    assert pickle.loads(pickle.dumps(config)) == config
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    environment = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE} | {"PYTHONPATH": str(ROOT)}
+    code = f"import pickle; print(pickle.load(open({str(tmp_path / 'config')!r}, 'rb')).model.touch.max_readings)"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "6", found.stderr
+
+
 def test_a_checkpoint_alone_cannot_name_code(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
     import sys
