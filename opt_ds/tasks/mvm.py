@@ -16,7 +16,8 @@ from opt_ds.data.sample import Sample, given
 from opt_ds.data.task import BatchPart
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, classification_term
-from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, Terms, TrainingStatistics
+from opt_ds.tasks.neighbours import mean_of_others, mean_of_visible
 from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
@@ -121,15 +122,18 @@ class MaskedVisionModeling(TokenLevelTask):
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
         """Return the baselines of MVFR and MRC.
 
-        They are the mean of the training features, and the classes' training frequencies.
+        MVFR: the mean of the image's visible regions, shrunk to the mean of the training features. MRC: counts of the
+        class by the most frequent visible class and by the region's place.
         """
 
-        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray | Terms]:
             regions = sample.of(IMAGE)
             masked = given(regions.masked)
-            found = {"mvfr": statistics.mean_error(regions.features[masked], number, "image", 1)}
+            vectors = statistics.standard(regions.features, number, "image", 1)
+            guess = statistics.shrinkage(number, IMAGE, "image", 1, mean_of_others) * mean_of_visible(vectors, masked)
+            found: dict[str, np.ndarray | Terms] = {"mvfr": np.square(vectors[masked] - guess).mean(-1)}
             if has_classes(self.config.model):
-                found["mrc"] = statistics.classes[sample.targets[self.name][masked]]
+                found["mrc"] = statistics.class_terms(sample.targets[self.name].astype(np.int64), masked)
             return found
 
         return SampleBaseline(self.name, losses)

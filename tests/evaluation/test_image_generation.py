@@ -14,8 +14,16 @@ import torch
 from opt_ds.data.modalities import IMAGE
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.errors import UserError
+from opt_ds.evaluation import image_networks
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, painted_figures, possible_inputs, to_picture
+from opt_ds.evaluation.image_generation import (
+    ImageGenerator,
+    bits_per_code,
+    image_generation_lines,
+    painted_figures,
+    possible_inputs,
+    to_picture,
+)
 from opt_ds.evaluation.image_networks import ClipScore, check_inception, frechet_inception_distance
 from opt_ds.model.generation import DecodingConfig
 from tests.tiny import masked
@@ -92,6 +100,8 @@ def test_true_pictures_are_their_own_nearest_and_noise_is_not(evaluator: Evaluat
     image_embedding = lambda picture: np.asarray(picture, dtype=np.float32).reshape(-1)  # noqa: E731
     copied = painted_figures(evaluator, "train", "T", Copying(dvae), 20, image_embedding=image_embedding)
     assert copied["nearest"]["R@1"] == 1.0 and copied["nearest"]["chance"]["R@1"] == pytest.approx(1 / 20)
+    others = copied["nearest"]["figures"]["R@1"]["controls"]
+    assert set(others) == {"chance", "another_text"} and others["another_text"]["value"] == 0, "they show other images"
     painted = painted_figures(evaluator, "train", "T", ImageGenerator(dvae, SAMPLING), 20, image_embedding=image_embedding)
     assert painted["nearest"]["R@1"] < 0.5
 
@@ -112,7 +122,8 @@ def test_clip_score_is_the_cosine_of_transformers_own_embeddings(evaluator: Eval
     cosine = float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds))
     assert found[0] == pytest.approx(100 * max(cosine, 0), abs=0.01) and found.shape == (2,)
     figures = painted_figures(evaluator, "train", "T+A", ImageGenerator(dvae, SAMPLING), 4, clip=clip)
-    assert set(figures["clip_score"]) == {"painted", "true", "another_caption"}
+    assert set(figures["clip_score"]) == {"painted", "true", "figures"}
+    assert set(figures["clip_score"]["figures"]["painted"]["controls"]) == {"another_text", "another_audio"}
     assert json.loads(json.dumps(figures)) == figures
 
 
@@ -140,3 +151,17 @@ def test_only_what_samples_have_is_painted_from(evaluator: Evaluator, without_au
     pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
     with pytest.raises(UserError, match='no sample of split "valid" has an image and text or audio'):
         possible_inputs(pictureless, "valid")
+
+
+def test_match_probabilities_and_the_distance_have_controls(
+    evaluator: Evaluator, dvae: DiscreteVAE, inception: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redness = lambda sample, picture: float(np.asarray(picture)[..., 0].mean()) / 255  # noqa: E731
+    monkeypatch.setattr(image_networks, "frechet_inception_distance", lambda painted, true, weights: float(len(true)))
+    found = painted_figures(evaluator, "valid", "T", ImageGenerator(dvae, SAMPLING, 2, redness), 4, inception=inception)
+    matching = found["matching"]["figures"]
+    assert set(matching) == {"first", "kept"} and set(matching["kept"]["controls"]) == {"unmatched_image"}
+    assert "no better than image generated for another sample" in matching["kept"]["verdicts"], "redness ignores the text"
+    assert found["fid"] == 4 and set(found["figures"]["fid"]["controls"]) == {"training_images"}
+    lines = image_generation_lines({"T": {**bits_per_code(evaluator, "valid", limit=4), "painted": found}})
+    assert any("training images" in line for line in lines) and not any("not shown" in line for line in lines)
