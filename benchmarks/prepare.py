@@ -1,14 +1,16 @@
 """Measure the preparation pipeline: samples per second and the load of the processors, for 1 and 2 worker processes.
 
-    python benchmarks/prepare.py [--samples 300] [--workers 1 --workers 2] [--repeats 3] [--output prepare.json]
+    python benchmarks/prepare.py [--samples 300] [--workers 1 --workers 2] [--repeats 3] [--tars] [--output prepare.json]
 
 The corpus is seeded noise: JPEG images of 640 x 480, WAV files of 3 s at 44.1 kHz, captions of ten words. `prepare`
 runs in a new process. Its processor time and that of its workers are added. `busy` is that time divided by wall-clock
 time and workers. The main process (tokens, HDF5, checksums) adds to it, so more than 100 % is possible. Loading the
-extractors is included; `steady` excludes the time until the first tenth of the files was extracted.
+extractors is included; `steady` excludes the time until the first tenth of the files was extracted. `--tars` measures the
+same files also in place in WebDataset tars, in turn with the loose files.
 """
 
 import argparse
+import io
 import json
 import os
 import resource
@@ -16,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+SAMPLES_PER_TAR = 500
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -48,6 +52,23 @@ def write_corpus(folder: Path, num_samples: int) -> Path:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("\n".join(lines), encoding="utf-8")
     return manifest
+
+
+def write_tars(folder: Path, num_samples: int) -> Path:
+    """Write the corpus once more as WebDataset tars of 500 samples, and their manifest."""
+    from opt_ds.ingest.importers.webdataset import import_webdataset
+
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    for start in range(0, num_samples, SAMPLES_PER_TAR):
+        with tarfile.open(folder / f"{start // SAMPLES_PER_TAR:05d}.tar", "w") as tar:
+            for line in lines[start : start + SAMPLES_PER_TAR]:
+                for name in (line["image"], line["audio"]):
+                    tar.add(folder / name, name)
+                text = line["text"].encode()
+                info = tarfile.TarInfo(f"{line['id']}.txt")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    return import_webdataset([str(folder)], folder / "tars.jsonl")
 
 
 def prepare_once(manifest: Path, output: Path, workers: int) -> dict[str, float]:
@@ -78,6 +99,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--workers", type=int, action="append", help="default: 1 and 2")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tars", action="store_true", help="measure WebDataset tars too")
     parser.add_argument("--output", type=Path, default=Path("prepare.json"))
     parser.add_argument("--once", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -90,23 +112,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = Path(name)
         (folder / "corpus").mkdir()
-        manifest = write_corpus(folder / "corpus", options.samples)
-        runs: dict[int, list[dict[str, float]]] = {workers: [] for workers in options.workers or (1, 2)}
+        manifests = {"files": write_corpus(folder / "corpus", options.samples)}
+        if options.tars:
+            manifests["tars"] = write_tars(folder / "corpus", options.samples)
+        runs: dict[tuple[str, int], list[dict[str, float]]] = {
+            (form, workers): [] for workers in options.workers or (1, 2) for form in manifests
+        }
         for _ in range(options.repeats):
-            for workers, done in runs.items():
-                command = [sys.executable, __file__, "--once", str(manifest), str(folder / "store"), str(workers)]
+            for (form, workers), done in runs.items():
+                command = [sys.executable, __file__, "--once", str(manifests[form]), str(folder / "store"), str(workers)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 done.append(json.loads(out.splitlines()[-1]))
                 shutil.rmtree(folder / "store")
-        for workers, done in runs.items():
+        for (form, workers), done in runs.items():
             row = {key: statistics.median(run[key] for run in done) for key in done[0]}
-            rows.append({"workers": workers, "samples": options.samples, "samples_per_s": options.samples / row["wall_s"],
+            rows.append({"form": form, "workers": workers, "samples": options.samples,
+                         "samples_per_s": options.samples / row["wall_s"],
                          "cpu_ms_per_sample": row["busy_s"] / options.samples * 1e3, **row})  # fmt: skip
     machine = {"processors": os.cpu_count(), "load_average": os.getloadavg()[0]}
     write_json(options.output, {"rows": rows, **machine})
-    print("| workers | samples/s | samples/s, steady | processor time per sample | busy |\n|---|---|---|---|---|")
+    print("| corpus | workers | samples/s | samples/s, steady | processor time per sample | busy |\n|---|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['workers']} | {row['samples_per_s']:.1f} | {row['steady_samples_per_s']:.1f} | "
+        print(f"| {row['form']} | {row['workers']} | {row['samples_per_s']:.1f} | {row['steady_samples_per_s']:.1f} | "
               f"{row['cpu_ms_per_sample']:.0f} ms | {row['busy']:.0%} |")  # fmt: skip
     print(json.dumps(machine))
 

@@ -23,7 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT  # noqa: E402
 from opt_ds.evaluation.evaluator import Evaluator  # noqa: E402
-from opt_ds.evaluation.retrieval import DIRECTIONS, recall, same_pairs  # noqa: E402
+from opt_ds.evaluation.projections import DIRECTIONS  # noqa: E402
+from opt_ds.evaluation.ranking import recall  # noqa: E402
+from opt_ds.evaluation.retrieval import same_pairs  # noqa: E402
 from opt_ds.evaluation.two_stage_retrieval import TwoStages  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.reader import FeatureStore  # noqa: E402

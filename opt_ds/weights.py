@@ -58,8 +58,8 @@ def read_folder(folder: Path, what: str) -> Tensors:
     raise UserError(f"{folder}: neither {' nor '.join(_NAMES)} is there ({what}): give a folder saved by save_pretrained")
 
 
-def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
-    """Return a Hugging Face folder's config.json. UserError for the folder of another kind of model, by its `model_type`."""
+def read_config_file(folder: Path, what: str) -> dict[str, Any]:
+    """Return the fields of a model folder's config.json. UserError if it is missing or not readable."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json there, so it is not a {what} folder: give one saved by save_pretrained")
@@ -69,6 +69,12 @@ def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not readable as JSON: download it again")
+    return config
+
+
+def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
+    """Return a Hugging Face folder's config.json. UserError for the folder of another kind of model, by its `model_type`."""
+    config = read_config_file(folder, what)
     found = config.get("model_type")
     if found is not None and found != model_type:
         raise UserError(f"{folder}: not a {what} folder: model_type in its config.json is {found!r}, not {model_type!r}")
@@ -90,6 +96,11 @@ def fit(network: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str,
                 raise UserError(f"{where}: does not fit {name}: {key} is {have}, not {want}") from None
         raise UserError(f"{where}: does not fit {name}: its weights have other sizes") from None
     refuse_remainder(missing, unexpected, where, name, extras)
+
+
+def without(state: Mapping[str, torch.Tensor], others: str) -> Tensors:
+    """Return the weights whose whole name does not match the regular expression `others`."""
+    return {key: value for key, value in state.items() if not re.fullmatch(others, key)}
 
 
 def refuse_remainder(missing: Iterable[str], unexpected: Iterable[str], where: str, name: str, extras: str = "") -> None:

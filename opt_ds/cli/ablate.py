@@ -43,6 +43,14 @@ def ablate(
     limit: Annotated[
         int | None, typer.Option(help="Largest number of samples of the probe. Default: all.", min=1)
     ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Runs per row, with consecutive seeds. With 1, the table marks all changes as unsure. Use 3 or more to "
+            "compare trainings.",
+            min=1,
+        ),
+    ] = 1,
     num_ranks: Annotated[int | None, typer.Option(help="Ranks per run. Default: one per GPU, or 1.", min=1)] = None,
     task: Annotated[
         int | None, typer.Option(help="Run only this row, counted from 0, as a task of a job array.", min=0)
@@ -54,7 +62,7 @@ def ablate(
 ) -> int:
     """Run the paper's ablation: pre-train without each task and level, fit a linear probe to each run, write one table.
 
-    All runs have the same seed and budget. Run the same command again to resume: finished rows are skipped. Exit codes
+    All runs have the same seeds and budget. Run the same command again to resume: finished rows are skipped. Exit codes
     are those of pretrain.py: 75 after a signal, saved.
     """
     import torch
@@ -72,13 +80,14 @@ def ablate(
     if taken:
         _LOG.info(f"note: {taken}", extra=ON_STDERR)
     stores = preflight.open_stores(resolved)
-    rows = ablation.ablation_rows(source, given, stores, row or ())
+    rows = ablation.ablation_rows(source, given, stores, row or (), seeds)
+    all_seeds = list(dict.fromkeys(each.config.seed for each in rows))
     if task is not None:
         if task >= len(rows):
             raise UserError(f"--task {task}: there are {len(rows)} rows, numbered from 0")
         rows = [rows[task]]
     if list_rows:
-        typer.echo("\n".join(each.name for each in rows))
+        typer.echo("\n".join(each.folder for each in rows))
         return 0
     if arguments:
         if len(rows) != 1:
@@ -93,15 +102,15 @@ def ablate(
     )
     ablation.check_labels(stores[0], wanted, rows[0].config.seed)
     for each in rows:
-        run_folder.check_same_run(output / each.name, each.config, stores)
+        run_folder.check_same_run(output / each.folder, each.config, stores)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = num_ranks or max(1, torch.cuda.device_count())
-    names = ", ".join(each.name for each in rows)
+    names = ", ".join(each.folder for each in rows)
     _LOG.info(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} per run, in {output}")
-    code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device)
+    code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device, all_seeds)
     if code:
         return code
-    figures = ablation.write_tables(output, stores[0], rows[0].config, wanted)
+    figures = ablation.write_tables(output, stores[0], rows[0].config, wanted, all_seeds)
     typer.echo("\n" + ablation_table.ablation_markdown(figures))
     typer.echo(f"table   {output / ablation_table.MARKDOWN_FILE}, {output / ablation_table.JSON_FILE}")
     typer.echo(f"chart   {output / ablation_table.CHART_FILE}")

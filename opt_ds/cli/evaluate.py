@@ -7,6 +7,7 @@ Each experiment is in `opt_ds/evaluation/experiments/<name>.py`, which is import
 import atexit
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,10 @@ class RetrievalOptions:
         int | None,
         typer.Option(help="Re-rank only the top N candidates of the first stage (two-stage retrieval).", min=1),
     ] = None
+    transductive: Annotated[
+        bool,
+        typer.Option(help="Also report texts ranked by likelihood over its mean over the test queries themselves."),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,25 +209,28 @@ class Row(NamedTuple):
 EXPERIMENTS = (
     Row(
         "retrieval",
-        "Measure zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood.\n\n"
+        "Measure zero-shot retrieval in five directions, by the matching head and by the text decoder's likelihood, "
+        "beside a projection of [CLS] and of an untrained encoder's [CLS].\n\n"
         "With --shortlist, a projection of [CLS], fitted on the training split, ranks the gallery first. The model then "
         "scores only the top N. Use it for galleries of thousands.",
         RetrievalOptions,
     ),
     Row(
         "transcription",
-        "Measure the word error rate of audio→text, audio+image→text and image→text, with shuffled audio and a constant "
-        "caption as baselines.",
+        "Measure the word error rate of audio→text, audio+image→text and image→text, beside that with another "
+        "sample's audio or image and that of a constant caption.",
         TranscriptionOptions,
     ),
     Row(
         "classification",
-        "Measure the mAP of a linear probe on the frozen model, for each subset of the store's modalities.",
+        "Measure the mAP of a linear probe on the frozen model, for each subset of the store's modalities, beside that on an "
+        "untrained model.",
         ClassificationOptions,
     ),
     Row(
         "vqa",
-        "Measure the VQA accuracy of a fine-tuned model, a constant answer, and the upper bound of the model's answers.",
+        "Measure the VQA accuracy of a fine-tuned model, beside a constant answer and the answers to another sample's image "
+        "or question.",
         VqaOptions,
         VqaInputs,
     ),
@@ -284,7 +292,9 @@ def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
         evaluator.require(ability, what)
     open_rater = partial(_open_session, inputs.checkpoint, str(evaluator.device))
     request = Request(evaluator, tuple(splits), inputs.checkpoint, inputs.output, choice.seed, open_rater)
+    started = time.perf_counter()
     figures = experiment.measure(request, **vars(options))
+    _LOG.info(f"note: measured in {time.perf_counter() - started:.0f} s, including the controls", extra=ON_STDERR)
     _write(figures, inputs.output)
     _echo(experiment.report(request, figures))
 

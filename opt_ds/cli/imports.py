@@ -16,6 +16,7 @@ _Output = Annotated[
     Path, typer.Option(help="Manifest to write, such as my/manifest.jsonl. A report is written next to it.")
 ]
 _Images = Annotated[Path, typer.Option(help="Folder of the images. Subfolders are searched.")]
+_Recordings = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
 _KeepIncomplete = Annotated[
     bool,
     typer.Option("--keep-incomplete", help="Keep samples whose image or audio file is missing, without that modality."),
@@ -89,11 +90,13 @@ def visual_genome(
 
 @imports.command("coco")
 def coco(
-    annotations: Annotated[list[Path], typer.Option(help="Karpathy's dataset_coco.json. May be repeated.")],
+    annotations: Annotated[
+        list[Path], typer.Option(help="Karpathy's dataset_coco.json, or COCO's captions_….json. May be repeated.")
+    ],
     images: _Images,
     output: _Output,
 ) -> None:
-    """Import COCO captions in Karpathy's splits."""
+    """Import COCO captions in Karpathy's splits, or in COCO's own."""
     from opt_ds.ingest.importers.karpathy import import_karpathy as run
 
     _next(run(annotations, output, images=images))
@@ -165,3 +168,148 @@ def table(
     from opt_ds.ingest.importers.table import import_table as run
 
     _next(run(table, output, files=files, columns=column or ()))
+
+
+@imports.command("webdataset")
+def webdataset(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tar files, as PATTERN or SPLIT=PATTERN: a file, a folder, or a name with braces or *, such as "
+            "'train=shards/{00000..00099}.tar'."
+        ),
+    ],
+    output: _Output,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FIELD=ENDING for image, audio, text or labels, such as image=png, or a field of a .json member, such as "
+            "text=json:caption. May be repeated. Default: the only image and audio; .txt, or the caption in .json."
+        ),
+    ] = None,
+    last_dot: Annotated[
+        bool, typer.Option("--last-dot", help="A key ends at the last dot of a name. Default: at the first one.")
+    ] = False,
+) -> None:
+    """Import WebDataset tars, such as img2dataset's. Images and audio are read in place; nothing is unpacked."""
+    from opt_ds.ingest.importers.webdataset import import_webdataset as run
+
+    _next(run(shards, output, members=member or (), last_dot=last_dot))
+
+
+@imports.command("hugging-face")
+def hugging_face(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of save_to_disk, folders with Parquet shards, or such files, as PATTERN or SPLIT=PATTERN with braces "
+            "or *."
+        ),
+    ],
+    output: _Output,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder that paths in the cells are relative to. Default: the first file's.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=caption. May be repeated.")
+    ] = None,
+) -> None:
+    """Import a Hugging Face data set on disk: Arrow or Parquet files with Image and Audio columns."""
+    from opt_ds.ingest.importers.hugging_face import import_hugging_face as run
+
+    _next(run(sources, output, files=files, columns=column or ()))
+
+
+@imports.command("metadata")
+def metadata(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with metadata.jsonl, .csv or .parquet, in it or in its subfolders.")
+    ],
+    output: _Output,
+    column: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=caption. May be repeated.")
+    ] = None,
+) -> None:
+    """Import a folder of images or audio with a table of their file_name, as Hugging Face's ImageFolder reads it."""
+    from opt_ds.ingest.importers.metadata_folder import import_metadata_folder as run
+
+    _next(run(folder, output, columns=column or ()))
+
+
+@imports.command("spoken-captions")
+def spoken_captions(
+    annotations: Annotated[
+        list[str],
+        typer.Option(help="SpokenCOCO_….json or the JSON of Places Audio Captions, as FILE or SPLIT=FILE. May be repeated."),
+    ],
+    images: _Images,
+    audio: _Recordings,
+    output: _Output,
+    keep_incomplete: _KeepIncomplete = False,
+) -> None:
+    """Import SpokenCOCO or Places Audio Captions: one recording, its text and its image per sample."""
+    from opt_ds.ingest.importers.spoken_captions import import_spoken_captions as run
+
+    _next(run(annotations, output, images=images, audio=audio, keep_incomplete=keep_incomplete))
+
+
+@imports.command("flickr8k-audio")
+def flickr8k_audio(
+    annotations: Annotated[Path, typer.Option(help="wav2capt.txt.")],
+    images: _Images,
+    audio: _Recordings,
+    output: _Output,
+    captions: Annotated[
+        Path | None, typer.Option(help="Flickr8k.token.txt, or dataset_flickr8k.json with splits. Default: no texts.")
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="SPLIT=FILE with a list of images, such as train=Flickr_8k.trainImages.txt. May be repeated."),
+    ] = None,
+    keep_incomplete: _KeepIncomplete = False,
+) -> None:
+    """Import Flickr8k Audio Captions: one recording, its text and its image per sample."""
+    from opt_ds.ingest.importers.flickr8k_audio import import_flickr8k_audio as run
+
+    _next(run(annotations, output, images=images, audio=audio, captions=captions, splits=split or (),
+              keep_incomplete=keep_incomplete))  # fmt: skip
+
+
+@imports.command("blip")
+def blip(
+    annotations: Annotated[
+        list[str], typer.Option(help="JSON list of image and caption, as FILE or SPLIT=FILE. May be repeated.")
+    ],
+    images: _Images,
+    output: _Output,
+) -> None:
+    """Import a JSON list of images and captions, as BLIP and LAVIS publish them."""
+    from opt_ds.ingest.importers.blip import import_blip as run
+
+    _next(run(annotations, output, images=images))
+
+
+@imports.command("common-voice")
+def common_voice(
+    annotations: Annotated[list[str], typer.Option(help="train.tsv, dev.tsv, …, as FILE or SPLIT=FILE. May be repeated.")],
+    audio: Annotated[Path, typer.Option(help="Folder clips.")],
+    output: _Output,
+) -> None:
+    """Import Common Voice: one clip and its sentence per sample."""
+    from opt_ds.ingest.importers.common_voice import import_common_voice as run
+
+    _next(run(annotations, output, audio=audio))
+
+
+@imports.command("kaldi")
+def kaldi(
+    folders: Annotated[list[str], typer.Argument(help="Folders with wav.scp and text, as FOLDER or SPLIT=FOLDER.")],
+    output: _Output,
+    audio: Annotated[
+        Path | None, typer.Option(help="Folder that the files in wav.scp are relative to. Default: that of wav.scp.")
+    ] = None,
+) -> None:
+    """Import data folders of Kaldi: plain audio files in wav.scp, and their texts."""
+    from opt_ds.ingest.importers.kaldi import import_kaldi as run
+
+    _next(run(folders, output, audio=audio))

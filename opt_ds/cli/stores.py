@@ -194,8 +194,8 @@ def update(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="image: grid, faster_rcnn or npz; audio: logmel or wav2vec2; or the name of an installed package's, or "
-            "module:Class."
+            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; or the name of an "
+            "installed package's, or module:Class."
         ),
     ] = None,
     extractor_option: ExtractorOption = None,
@@ -207,7 +207,7 @@ def update(
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="grid: torchvision's name of the backbone of --weights.")] = None,
     layer: Annotated[
-        int | None, typer.Option(help="wav2vec2: Transformer layer whose output is used, from 1. Default: the last.")
+        int | None, typer.Option(help="hf_speech, wav2vec2: layer whose output is used, from 1. Default: the last.")
     ] = None,
     frames: FrameOptions,
     tokenizer: TokenizerOptions,

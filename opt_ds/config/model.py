@@ -47,7 +47,9 @@ class ModelConfig(Section):
         126, ge=1, description="Longest text, in WordPiece tokens without [CLS] and [SEP]. Longer texts are truncated."
     )
     image_feature_dim: int = Field(2048, ge=1, description="Dimension of an image region's feature vector.")
-    image_num_classes: int = Field(1601, ge=2, description="Number of classes that image regions are labelled with.")
+    image_num_classes: int = Field(
+        1601, ge=0, description="Number of classes that image regions are labelled with. Below 2: none, and MRC is disabled."
+    )
     max_regions: int = Field(100, ge=1, description="Largest number of image regions. Further regions are dropped.")
     audio_feature_dim: int = Field(768, ge=1, description="Dimension of a stored audio frame.")
     audio_stack: int = Field(

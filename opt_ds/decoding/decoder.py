@@ -5,6 +5,8 @@
     audio = decoder.audio(path).content      # mono float32 at 16 kHz
     arrays = decoder.arrays(path).content    # of an .npz file
 
+A path may also be a reference to a member of a tar (tar_members.py).
+
 The content of a file can cause a `DecodingError` and nothing else. The process (decoder_process.py) may crash, hang, or
 reach its limit of memory or time; the next file gets a new process. Errors of the file system raise
 `EnvironmentFaultError` instead: the file may be good, so it must not be counted as bad.
@@ -33,7 +35,12 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.decoding.decoder_process import MESSAGE_BYTES
+<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
 from opt_ds.decoding.limits import MIB, Budget, Limits, readable
+=======
+from opt_ds.decoding.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
+from opt_ds.decoding.tar_members import file_on_disk, shown_name
+>>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
 from opt_ds.errors import RunError
 from opt_ds.version import PACKAGE_FOLDER
 
@@ -155,7 +162,7 @@ class Decoder:
                 raise EnvironmentFaultError(_fault_message(path, answer["fault"]))
             if "missing" in answer:
                 refuse_lost_folder(path)
-                raise MissingFileError(f"{path.name} is missing")
+                raise MissingFileError(f"{shown_name(path)} is missing")
             if "failure" in answer:
                 raise DecodingError(answer["failure"], refused=answer.get("refused", False))
             assert self._child is not None
@@ -287,10 +294,11 @@ def refuse_lost_folder(path: Path) -> None:
 
     That is the case for a lost mount or a moved corpus.
     """
+    folder = file_on_disk(path).parent
     try:
-        os.stat(path.parent)
+        os.stat(folder)
     except OSError as error:
-        raise EnvironmentFaultError(_fault_message(path.parent, error.errno or errno.EIO)) from None
+        raise EnvironmentFaultError(_fault_message(folder, error.errno or errno.EIO)) from None
 
 
 def _too_slow(seconds: float) -> dict[str, Any]:

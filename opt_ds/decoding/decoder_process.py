@@ -9,8 +9,9 @@ crash of a native library:
 - It writes nothing but its answer. There are no core dumps, and output of libraries goes to memory that the parent may
   read.
 
-A request is one JSON message: kind (image, audio, arrays), path, limits. The answer is one JSON message; the bytes of
-its arrays are in shared memory. A file is first read to its end, for its hash, before any decoder sees it. This
+A request is one JSON message: kind (image, audio, arrays), path, limits. The path may be a reference to a member of a
+tar (tar_members.py), which is copied into memory and then treated like a file. The answer is one JSON message; the bytes
+of its arrays are in shared memory. A file is first read to its end, for its hash, before any decoder sees it. This
 separates errors of the file system ("fault") from errors of the content ("failure").
 """
 
@@ -30,6 +31,8 @@ import sys
 from typing import Any, BinaryIO, cast
 
 from opt_ds.decoding.limits import Budget, Limits, readable
+from opt_ds.decoding.reasons import BrokenFileError
+from opt_ds.decoding.tar_members import MemberReference, content_blocks, find_member, member_reference
 
 MESSAGE_BYTES = 2**17  # a request contains one path
 DIGEST_BYTES = 8  # enough to count identical files, not to prove identity
@@ -71,19 +74,28 @@ class Process:
         if not digest_only:
             _import_decoders(kind)
         self._idle_bytes = self._idle_bytes or _own_memory()
+        reference = member_reference(path)
         try:
-            with _open(path) as file:
-                size = os.fstat(file.fileno()).st_size
+            with _open(path if reference is None else reference.tar) as file:
+                size = os.fstat(file.fileno()).st_size if reference is None else reference.size
                 if size > limits.file_bytes(kind):
                     allowed = f"{readable(limits.file_bytes(kind))} are allowed"
                     return {"failure": f"the file has {readable(size)}, {allowed}", "refused": True}
-                digest = hashlib.file_digest(cast(io.BufferedReader, file), _new_digest).hexdigest()
-                if digest_only:
-                    return {"digest": digest}
-                file.seek(0)
-                return {"digest": digest, **self._decode(kind, file, path, size, limits)}
+                if reference is None:
+                    return self._content(kind, file, path, size, limits, digest_only)
+                with _in_memory(file, reference) as member:
+                    return self._content(kind, member, f"/proc/self/fd/{member.fileno()}", size, limits, digest_only)
+        except BrokenFileError as error:
+            return {"failure": str(error)}
         except OSError as error:
             return _answer_of_os_error(error)
+
+    def _content(self, kind: str, file: BinaryIO, path: str, size: int, limits: Limits, digest_only: bool) -> dict[str, Any]:
+        digest = hashlib.file_digest(cast(io.BufferedReader, file), _new_digest).hexdigest()
+        if digest_only:
+            return {"digest": digest}
+        file.seek(0)
+        return {"digest": digest, **self._decode(kind, file, path, size, limits)}
 
     def _decode(self, kind: str, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
         from opt_ds.decoding.reasons import RefusedError, reason_of
@@ -183,6 +195,22 @@ def _open(path: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _in_memory(tar: BinaryIO, reference: MemberReference) -> BinaryIO:
+    """Return a file in memory with the content of a member. Raise BrokenFileError if the tar does not have it."""
+    member = find_member(tar, reference)
+    descriptor = os.memfd_create("member")
+    try:
+        for block in content_blocks(tar, member):
+            left = memoryview(block)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return os.fdopen(descriptor, "rb")
 
 

@@ -42,7 +42,7 @@ class FileFormat:
 
 
 SVG = FileFormat("SVG", "image", (".svg",), "SVG")
-TABLE = FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet"), "table")
+TABLE = FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet", ".arrow"), "table")
 _TO_FILE = "download the file itself, not a page about it"
 HTML = FileFormat("HTML page", "document", (".html", ".htm", ".xhtml"), advice=_TO_FILE)
 _MPEG4 = FileFormat("MPEG-4", "video", (".mp4", ".m4v", ".mov", ".3gp"), advice=_TO_SOUND)
@@ -104,7 +104,7 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("xz", "archive", (".xz",), advice="unpack it"),
     FileFormat("7-Zip", "archive", (".7z",), advice="unpack it"),
     FileFormat("RAR", "archive", (".rar",), advice="unpack it"),
-    FileFormat("tar", "archive", (".tar",), advice="unpack it"),
+    FileFormat("tar", "archive", (".tar",), advice="opt-ds import webdataset reads the files in it"),
 )  # fmt: skip
 
 _BY_ENDING = {ending: each for each in FORMATS for ending in each.endings}

@@ -43,13 +43,15 @@ ROW_FILE = "row.json"
 class Row:
     """One run of the ablation.
 
-    It has a name, settings on top of the full run's, its configuration, and the losses that it can compute.
+    It has a name, settings on top of the full run's, its configuration, and the losses that it can compute. `folder` is
+    the name of its folder.
     """
 
     name: str
     settings: tuple[str, ...]
     config: Config
     losses: tuple[str, ...]
+    folder: str
 
     @property
     def steps(self) -> int:
@@ -84,7 +86,7 @@ def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
 
 
 def ablation_rows(
-    source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = ()
+    source: str, settings: Sequence[str], stores: list[FeatureStore], names: Sequence[str] = (), num_seeds: int = 1
 ) -> list[Row]:
     """Return the ablation's rows in the order of `rows_without`.
 
@@ -95,6 +97,7 @@ def ablation_rows(
         settings: Overrides of the form "key.path=value" for all rows.
         stores: The stores to train on.
         names: The rows to return. Empty: all rows that differ from the full run.
+        num_seeds: Number of runs per row, with consecutive seeds from the configured one on.
 
     Raises:
         UserError: A row is unknown or leaves no task, or a named row removes nothing because the full run has none of
@@ -119,8 +122,15 @@ def ablation_rows(
                 raise UserError(f"--row {name} {why} (those of the full run: {', '.join(possible)}): omit it")
             continue
         own = tuple(f"tasks.{task}.weight=0" for task in without)
-        rows.append(Row(name, (*shared, *own), load_config(source, (*shared, *own)), left))
+        for seed in range(full.seed, full.seed + num_seeds):
+            given = (*shared, *own, *((f"seed={seed}",) if seed != full.seed else ()))
+            rows.append(Row(name, given, load_config(source, given), left, folder_name(name, seed, full.seed)))
     return rows
+
+
+def folder_name(name: str, seed: int, first_seed: int) -> str:
+    """Return the name of the folder of a row's run. That of the first seed has the row's name."""
+    return name if seed == first_seed else f"{name}-seed{seed}"
 
 
 def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ...]:
@@ -157,8 +167,8 @@ def check_labels(store: FeatureStore, probe: Probe, seed: int) -> None:
 
 def is_done(row: Row, folder: Path, probe: Probe) -> bool:
     """Return whether the row's figures exist for the same budget and probe."""
-    found = read_row(folder / row.name)
-    return found is not None and _is_of(found, row.config, probe)
+    found = read_row(folder / row.folder)
+    return found is not None and _is_of(found, row.config, probe, row.config.seed)
 
 
 def read_row(folder: Path) -> dict[str, Any] | None:
@@ -187,7 +197,7 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
     Raises:
         RunError: The run is unfinished or trained a loss that the row leaves out.
     """
-    run = folder / row.name
+    run = folder / row.folder
     seconds = 0.0
     ran: tuple[str, ...] = ()
     if row.name == UNTRAINED:
@@ -204,12 +214,12 @@ def probe_row(row: Row, folder: Path, store: FeatureStore, probe: Probe, device:
     evaluator = Evaluator(model.to(device), row.config, store, device)
     figures = classification(
         evaluator, probe.split, probe.train_split, probe.subsets, probe.min_positives, probe.regularisation, probe.limit,
-        row.config.seed,
+        row.config.seed, with_untrained=False,
     )  # fmt: skip
     found = {
-        "row": row.name, "without": list(rows_without(row.config.tasks)[row.name]), "losses": list(ran),
+        "row": row.name, "seed": row.config.seed, "without": list(rows_without(row.config.tasks)[row.name]), "losses": list(ran),
         "steps": row.steps, "train_seconds": seconds,
-        "probe": _probe_settings(row.config, probe), "classification": figures,
+        "probe": _probe_settings(probe, row.config.seed), "classification": figures,
     }  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / ROW_FILE, found)
@@ -226,11 +236,12 @@ def losses_of_run(run: Path, tasks: TasksConfig) -> tuple[str, ...]:
 def pretrain_arguments(source: str, row: Row, folder: Path) -> list[str]:
     """Return the command line arguments of pretrain.py for a row."""
     settings = {setting.partition("=")[0]: setting for setting in row.settings}  # pretrain.py accepts each key once
-    return ["--config", source, "--output", str(folder / row.name), *(part for x in settings.values() for part in ("--set", x))]
+    return ["--config", source, "--output", str(folder / row.folder), *(part for x in settings.values() for part in ("--set", x))]
 
 
 def make_rows(
     source: str, rows: Sequence[Row], folder: Path, store: FeatureStore, probe: Probe, ranks: int, device: str,
+    seeds: Sequence[int],
 ) -> int:  # fmt: skip
     """Pre-train and probe the rows that are not done, and write the tables after each row.
 
@@ -242,6 +253,7 @@ def make_rows(
         probe: Settings of the probe.
         ranks: Number of ranks of each pre-training run.
         device: Device of the probe.
+        seeds: All seeds of the ablation, the configured one first; `rows` may be a part of its rows.
 
     Returns:
         0, or 75 if a signal stopped the process. A run that was interrupted has saved a checkpoint.
@@ -251,7 +263,7 @@ def make_rows(
     """
     with StopRequest() as stop:
         for number, row in enumerate(rows, 1):
-            where = f"[{number}/{len(rows)}] {row.name}"
+            where = f"[{number}/{len(rows)}] {row.folder}"
             if is_done(row, folder, probe):
                 _LOG.info(f"{where}: already complete")
                 continue
@@ -260,9 +272,9 @@ def make_rows(
             if stop.received:
                 return REQUEUE_EXIT_CODE
             if code:
-                raise RunError(f"row {row.name}: pretrain.py ended with code {code}, see above; run it again to resume")
+                raise RunError(f"row {row.folder}: pretrain.py ended with code {code}, see above; run it again to resume")
             probe_row(row, folder, store, probe, device)
-            write_tables(folder, store, row.config, probe)
+            write_tables(folder, store, row.config, probe, seeds)
     return 0
 
 
@@ -285,7 +297,9 @@ def _pretrain(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
     return code
 
 
-def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe) -> dict[str, Any]:
+def write_tables(
+    folder: Path, store: FeatureStore, config: Config, probe: Probe, seeds: Sequence[int]
+) -> dict[str, Any]:
     """Write the table of all rows in `folder` with this budget and probe (see ablation_table).
 
     Processes take turns. The last of an array job's tasks to write has therefore read every row.
@@ -295,25 +309,30 @@ def write_tables(folder: Path, store: FeatureStore, config: Config, probe: Probe
         store: The store of the runs.
         config: Configuration of any row, which defines the budget.
         probe: Settings of the probe.
+        seeds: Seeds of the runs, the configured one first.
 
     Returns:
         The figures of the table.
     """
     with exclusive_use(folder / "ablation"):
-        found = [row for name in rows_without(config.tasks) if (row := read_row(folder / name)) is not None]
-        rows = [row for row in found if _is_of(row, config, probe)]
+        rows = []
+        for name in rows_without(config.tasks):
+            for seed in seeds:
+                row = read_row(folder / folder_name(name, seed, seeds[0]))
+                if row is not None and _is_of(row, config, probe, seed):
+                    rows.append({"seed": seed, **row})
         figures = {
             "schema": ABLATION_SCHEMA, "store": {"name": store.name, "fingerprint": store.fingerprint}, "preset": config.preset,
-            "seed": config.seed, "batch": config.batch.model_dump(include={"size", "unit"}), "rows": rows,
+            "seed": seeds[0], "seeds": list(seeds), "batch": config.batch.model_dump(include={"size", "unit"}), "rows": rows,
         }  # fmt: skip
         write_ablation_table(figures, folder)
     return figures
 
 
-def _is_of(found: dict[str, Any], config: Config, probe: Probe) -> bool:
+def _is_of(found: dict[str, Any], config: Config, probe: Probe, seed: int) -> bool:
     steps = 0 if found["row"] == UNTRAINED else config.max_steps
-    return found["steps"] == steps and found["probe"] == _probe_settings(config, probe)
+    return found["steps"] == steps and found["probe"] == _probe_settings(probe, seed)
 
 
-def _probe_settings(config: Config, probe: Probe) -> dict[str, Any]:
-    return {**json.loads(json.dumps(asdict(probe))), "seed": config.seed}
+def _probe_settings(probe: Probe, seed: int) -> dict[str, Any]:
+    return {**json.loads(json.dumps(asdict(probe))), "seed": seed}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from opt_ds.config import Config
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.dvae.storage import load_store_dvae
-from opt_ds.evaluation.during_training import check_experiments, figures_during_training
+from opt_ds.evaluation.during_training import check_experiments, figures_during_training, scalars
 from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.figures import decimals, figure_lines
 from opt_ds.evaluation.image_generation import ImageGenerator
 from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.store.reader import FeatureStore
@@ -65,8 +66,10 @@ class EvaluationCallbacks(Callbacks):
         evaluator = Evaluator(run.engine.module, run.config, run.stores[0], run.group.device, run.group)
         figures = figures_during_training(evaluator, options, run.config.seed)
         run.engine.train()
-        run.report.scalars(run.state.step, figures, "evaluate")
+        run.report.scalars(run.state.step, scalars(figures), "evaluate")
         _LOG.info(f"evaluation after step {run.state.step}, on {options.split}")
-        for name, value in figures.items():
-            if name.rpartition("/")[2] in _SHOWN:
-                _LOG.info(f"  {name.removeprefix('evaluate/'):<50}{value:>9.4f}")
+        for name, figure in figures.items():
+            path, _, key = name.removeprefix("evaluate/").rpartition("/")
+            if key in _SHOWN:
+                for line in figure_lines(path, {key: figure}, decimals(4)):
+                    _LOG.info(line)

@@ -3,15 +3,21 @@
 Both sides are normalised and tokenised as for word error rates (words.py: lower case, no punctuation, scripts without
 spaces by character). The references of an image are all captions of the samples that share it. A figure that is
 undefined for these captions is None, with the reason under `undefined`. Otherwise it would be 0 even for perfect
-captions.
+captions. Beside each figure stand that of one caption for all images, and that of the captions generated for other
+images.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.evaluation.controls import Others, another, other_samples
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator, seeded_choice
+from opt_ds.evaluation.figures import FIGURES, Figure, Measured, beside, figure_lines, measure
+from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.reading import CAPTION_FORMS, read_captioning
 from opt_ds.evaluation.transcription import constant_caption
 from opt_ds.evaluation.words import Words, normalize
 from opt_ds.extras import needs_extra
@@ -54,29 +60,45 @@ def captioning(
     written = [
         normalize(text) for text in evaluator.write_text([evaluator.read(i, SUBSETS["I"]) for i in images], options)
     ]
-    wanted, written, wordless = _with_words(list(references.values()), written)
+    kept = np.array([place for place, texts in enumerate(references.values()) if any(texts)], dtype=np.int64)
+    wanted = [[text for text in list(references.values())[place] if text] for place in kept]
     words = Words.of(text for texts in wanted for text in texts)
-    constant = normalize(constant_caption(evaluator, seed))
-    alone = {"bleu_4": None, "cider": None, "undefined": {"bleu_4": _ALONE, "cider": _ALONE}}
+    own = [written[place] for place in kept]
+    constants = [normalize(constant_caption(evaluator, seed))] * len(kept)
+    others = other_samples(evaluator, images[kept], (IMAGE,), seed)
+    found = scores(wanted, own)
+    figures = _figures([name for name in _MEASURES if found[name] is not None], wanted, own, constants, others)
+    from_others = {name: figure.controls.get(another(IMAGE)) for name, figure in figures.items()}
     return {
-        "split": split, "images": len(images), "images_without_words": wordless, "tokenization": words.name,
-        "references_beyond_model": beyond, "decoding": options.model_dump(), **scores(wanted, written),
-        "constant_caption": {**scores(wanted, [constant] * len(wanted)), "text": constant},
-        "another_image": scores(wanted, list(np.roll(written, 1))) if len(wanted) > 1 else alone,
+        "split": split, "images": len(images), "images_without_words": len(images) - len(kept),
+        "tokenization": words.name, "references_beyond_model": beyond, "decoding": options.model_dump(), **found,
+        FIGURES: beside(figures)[FIGURES],
+        "constant_caption": {**scores(wanted, constants), "text": constants[0] if constants else ""},
+        "another_image": {name: control.value if (control := from_others.get(name)) else None for name in _MEASURES},
     }  # fmt: skip
 
 
+def _figures(
+    names: list[str], references: list[list[str]], written: list[str], constants: list[str], others: Others
+) -> dict[str, Figure]:
+    """Return the figures of these names beside one caption for all, and beside the captions of other images."""
+    words = Words.of(text for texts in references for text in texts)
+    references = [list(map(words.spaced, texts)) for texts in references]
+    # What the model generates for another image is what it would generate if this sample had that image.
+    swapped = list(written)
+    for place, other in zip(others.places, others.others, strict=True):
+        swapped[place] = written[other]
+    own, constant, another_image = (list(map(words.spaced, texts)) for texts in (written, constants, swapped))
+    figures = {}
+    for name in names:
+        measurement = _MEASURES[name]
+        controls = {"constant_caption": Measured(measurement(references, constant))}
+        controls[another(IMAGE)] = Measured(measurement(references, another_image).at(others.places), others.places)
+        figures[name] = measure(measurement(references, own), controls)
+    return figures
+
+
 _ALONE = "there is only one image"
-
-
-def _with_words(references: list[list[str]], written: list[str]) -> tuple[list[list[str]], list[str], int]:
-    """Drop references without a word, and images that then have no reference.
-
-    Also return the number of dropped images.
-    """
-    pairs = [([text for text in texts if text], own) for texts, own in zip(references, written, strict=True)]
-    kept = [(texts, own) for texts, own in pairs if texts]
-    return [texts for texts, _ in kept], [own for _, own in kept], len(pairs) - len(kept)
 
 
 def scores(references: list[list[str]], written: list[str]) -> dict[str, Any]:
@@ -95,9 +117,9 @@ def scores(references: list[list[str]], written: list[str]) -> dict[str, Any]:
             undefined["bleu_4"] = "no caption has four words"
         if (reason := _cider_problem(references)) is not None:
             undefined["cider"] = reason
-    measures = {"bleu_4": bleu_4, "cider": cider}
     found: dict[str, Any] = {
-        name: None if name in undefined else measure(references, written) for name, measure in measures.items()
+        name: None if name in undefined else measurement(references, written).value
+        for name, measurement in _MEASURES.items()
     }
     return {**found, "undefined": undefined} if undefined else found
 
@@ -118,13 +140,43 @@ def bleu_4(references: list[list[str]], written: list[str]) -> float:
 
     Words must be separated by spaces.
     """
-    most = max(map(len, references))
-    columns: Any = [[texts[k] if k < len(texts) else None for texts in references] for k in range(most)]
-    return float(sacrebleu.corpus_bleu(written, columns, tokenize="none", smooth_method="none").score)
+    return _bleu_measurement(references, written).value
 
 
 def cider(references: list[list[str]], written: list[str]) -> float:
     """Return CIDEr-D (Vedantam et al. 2015) as computed by pycocoevalcap, which needs at least two images."""
-    wanted = dict(enumerate(references))
-    found = {number: [text] for number, text in enumerate(written)}
-    return float(Cider().compute_score(wanted, found)[0])
+    return _cider_measurement(references, written).value
+
+
+def _bleu_measurement(references: list[list[str]], written: list[str]) -> Measurement:
+    """Return BLEU-4 as a function of sums over the images: matched and all n-grams, and both lengths."""
+    parts = np.zeros((len(written), 10))
+    for row, (texts, text) in enumerate(zip(references, written, strict=True)):
+        found = sacrebleu.sentence_bleu(text, texts, tokenize="none", smooth_method="none", use_effective_order=True)
+        parts[row] = *found.counts, *found.totals, found.sys_len, found.ref_len
+    return Measurement(parts, _bleu)
+
+
+def _bleu(times_bn: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return BLEU-4 (0 … 100) [b] of the sums of [n, 10]."""
+    sums = times_bn @ parts
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_precision = np.log(np.nan_to_num(sums[:, :4] / sums[:, 4:8])).mean(1)
+        log_penalty = np.minimum(0, 1 - sums[:, 9] / sums[:, 8])
+        return 100 * np.nan_to_num(np.exp(log_precision + log_penalty))
+
+
+def _cider_measurement(references: list[list[str]], written: list[str]) -> Measurement:
+    """Return CIDEr-D, which is a mean over the images."""
+    found = Cider().compute_score(dict(enumerate(references)), {number: [text] for number, text in enumerate(written)})[1]
+    return Measurement.mean(np.asarray(found))
+
+
+_MEASURES = {"bleu_4": _bleu_measurement, "cider": _cider_measurement}
+
+
+def captioning_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the figures of `captioning` as text, with the controls below, and a line per undefined figure."""
+    shown = read_captioning(figures)
+    lines = figure_lines("image→text", shown, CAPTION_FORMS) if shown else []
+    return lines + [f"  {metric} is undefined: {reason}" for metric, reason in figures.get("undefined", {}).items()]

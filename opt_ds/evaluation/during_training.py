@@ -1,6 +1,6 @@
 """Experiments at intervals during training: the functions of `opt-ds evaluate` on fewer samples, with flat figures."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,8 @@ from opt_ds.config import Config, EvaluateConfig
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import load_experiment
+from opt_ds.evaluation.figures import FIGURES, Figure, read_figure
 from opt_ds.store.reader import FeatureStore
-
-_FIGURES = ("R@1", "R@5", "R@10", "wer", "cer", "wer_shuffled_audio", "bleu_4", "cider", "bits_per_code", "accuracy")
 
 
 def check_experiments(config: Config, store: FeatureStore) -> None:
@@ -42,27 +41,30 @@ def _count_with(store: FeatureStore, split: str, modalities: Collection[int]) ->
     return int(counts[np.arange(len(counts)) & wanted == wanted].sum())
 
 
-def figures_during_training(evaluator: Evaluator, options: EvaluateConfig, seed: int) -> dict[str, float]:
+def figures_during_training(evaluator: Evaluator, options: EvaluateConfig, seed: int) -> dict[str, Figure]:
     """Return "evaluate/<experiment>/…" -> figure.
 
     Decoding is greedy and galleries have at most `options.limit` samples.
     """
-    figures: dict[str, float] = {}
+    figures: dict[str, Figure] = {}
     for name in options.experiments:
         measured = load_experiment(name).measure_in_training(evaluator, options.split, options.limit, seed)
-        for key, value in _flat(measured, f"evaluate/{name}").items():
-            if key.rpartition("/")[2] in _FIGURES:
-                figures[key] = value
+        figures |= _flat(measured, f"evaluate/{name}")
     return figures
 
 
-def _flat(tree: dict[str, Any], path: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+def scalars(figures: Mapping[str, Figure]) -> dict[str, float]:
+    """Return name -> value of figures and, under <name>_<control>, of their controls."""
+    found = {}
+    for name, figure in figures.items():
+        found[name] = figure.value
+        found |= {f"{name}_{control}": beside.value for control, beside in figure.controls.items()}
+    return found
+
+
+def _flat(tree: Mapping[str, Any], path: str) -> dict[str, Figure]:
+    found = {f"{path}/{name}": read_figure(tree, name) for name in tree.get(FIGURES, {})}
     for key, value in tree.items():
-        if key in ("chance", "decoding", "constant_caption", "constant_answer", "another_image"):
-            continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != FIGURES:
             found |= _flat(value, f"{path}/{key}")
-        elif isinstance(value, (int, float)):
-            found[f"{path}/{key}"] = float(value)
     return found

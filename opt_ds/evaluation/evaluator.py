@@ -1,6 +1,7 @@
 """Evaluator: a trained model together with the store that it is evaluated on."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.baselines import TrainingStatistics
 
 if TYPE_CHECKING:
     from opt_ds.training.distributed import ProcessGroup
@@ -81,6 +83,11 @@ class Evaluator(ModelRunner):
         super().__init__(model, config, store.description.tokenizer, store.tokenizer_folder, device, group)
         self.store = store
         self.reader = SampleReader(config, [store])
+
+    @cached_property
+    def training_statistics(self) -> TrainingStatistics:
+        """Counts of the store's training split."""
+        return TrainingStatistics(self.config, [self.store])
 
     def samples_with(self, split: str, modalities: Sequence[int], limit: int | None = None, seed: int = 1) -> np.ndarray:
         """Return the samples of a split that have these modalities (see the function of the same name)."""

@@ -1,6 +1,10 @@
-"""Image generation: bits per image code of the true codes, and metrics of images generated from sampled codes."""
+"""Image generation: bits per image code of the true codes, and metrics of images generated from sampled codes.
 
-from collections.abc import Callable, Sequence
+Bits per code stand beside counts of the training codes (frequencies, by position, by position with the codes to the left
+and above) and beside those with another sample's input. Generated images stand beside those of another sample's input.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +16,24 @@ from PIL import Image
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
+from opt_ds.evaluation.controls import NO_OTHER, Others, another, content_names, other_samples, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.retrieval import chance, content_names, recall
+from opt_ds.evaluation.figures import (
+    Control,
+    Figure,
+    Measured,
+    beside,
+    decimals,
+    figure_lines,
+    measure,
+)
+from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.ranking import chance, recall_figures
+from opt_ds.evaluation.reading import IMAGE_INPUTS, painted_metrics, read_bits
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
-from opt_ds.tasks.reconstruct import code_targets, set_code_targets
+from opt_ds.tasks.context_counts import code_contexts, code_positions
+from opt_ds.tasks.reconstruct import set_code_targets
 
 if TYPE_CHECKING:
     from opt_ds.dvae.model import DiscreteVAE
@@ -25,38 +42,55 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLING = DecodingConfig(method="sample", top_k=32, temperature=0.8)
 
 
-@torch.inference_mode()
 def bits_per_code(evaluator: Evaluator, split: str, inputs: str = "T", limit: int | None = None, seed: int = 1) -> dict[str, Any]:
-    """Return the mean −log2 P(code | previous codes, input) over all true codes of the split.
-
-    The baseline `unigram_bits_per_code` uses the codes' training frequencies.
+    """Return the mean −log2 P(code | previous codes, input) over all true codes of the split, beside its controls.
 
     Args:
         evaluator: The model and the store.
         split: Name of the split.
         inputs: Input modalities, a key of SUBSETS.
         limit: Maximum number of samples. None: all.
-        seed: Seed of the choice of samples.
+        seed: Seed of the choice of samples and of the other samples.
 
     Returns:
         The figures, as plain values.
     """
     modalities = SUBSETS[inputs]
     gallery = evaluator.require_samples(split, (IMAGE, *modalities), limit, seed)
-    samples = [evaluator.read(index, modalities) for index in gallery]
-    codes = [evaluator.store.codes(int(evaluator.store.rows[index, IMAGE])).astype(np.int64) for index in gallery]
-    for sample, target in zip(samples, codes, strict=True):
-        set_code_targets(sample, target)
-    total, count = 0.0, 0
-    for _, batch, hidden_te in evaluator.batches(samples):
-        scores = evaluator.model.image_decoder.scores(code_targets(batch), hidden_te).float()
-        targets = code_targets(batch).target_ids
-        total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
-        count += len(targets)
-    total, count = evaluator.over_ranks(total), round(evaluator.over_ranks(count))
-    unigram = _unigram_bits(evaluator, codes)
-    return {"split": split, "inputs": inputs, "bits_per_code": total / count / np.log(2), "unigram_bits_per_code": unigram,
+    codes_nk = np.stack([evaluator.store.codes(int(row)) for row in evaluator.store.rows[gallery, IMAGE]]).astype(np.int64)
+
+    def bits(samples: list[Sample], codes: np.ndarray) -> Measurement:
+        for sample, target in zip(samples, codes, strict=True):
+            set_code_targets(sample, target)
+        return Measurement.mean(evaluator.code_bits(samples).mean(1))
+
+    controls = counted_bits(evaluator, codes_nk)
+    others = other_samples(evaluator, gallery, (IMAGE, *modalities), seed)
+    for modality in modalities if len(others.places) else ():
+        swapped = with_others(evaluator, gallery, modalities, modality, others)
+        controls[another(modality)] = Measured(bits(swapped, codes_nk[others.places]), others.places)
+    own = bits([evaluator.read(index, modalities) for index in gallery], codes_nk)
+    figure = measure(own, controls, lower_is_better=True)
+    unigram = figure.controls["code_frequencies"].value
+    return {"split": split, "inputs": inputs, **beside({"bits_per_code": figure}), "unigram_bits_per_code": unigram,
             "samples": len(gallery)}  # fmt: skip
+
+
+def counted_bits(evaluator: Evaluator, codes_nk: np.ndarray) -> dict[str, Measured]:
+    """Return the bits per code of models that count the training split's codes, as controls.
+
+    `codes_nk` are the image codes to predict, int64 [n, codes per image].
+    """
+    counts, size = evaluator.training_statistics, evaluator.config.model.image_codebook_size
+    found = {
+        "code_frequencies": (counts.code_frequencies, [[]]),
+        "code_positions": (counts.codes_by_position, code_positions(codes_nk)),
+        "code_contexts": (counts.codes_in_context, code_contexts(codes_nk, size)),
+    }
+    return {
+        name: Measured(Measurement.mean(model.bits(contexts, codes_nk.reshape(-1)).reshape(codes_nk.shape).mean(1)))
+        for name, (model, contexts) in found.items()
+    }
 
 
 def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
@@ -139,10 +173,13 @@ def generation_figures(
 
     - `nearest`, with `image_embedding`: fraction of generated images whose own true image is among the 1, 5, 10 nearest true
       images, by cosine of centred embeddings.
-    - `fid`, with `inception`: Fréchet inception distance to the true images.
-    - `clip_score`, with `clip`: of the generated images, of the true images, and of generated images with another
-      caption.
+    - `fid`, with `inception`: Fréchet inception distance to the true images. The control is that of training images,
+      which a generator reaches that ignores its input.
+    - `clip_score`, with `clip`: of the generated images, of the true images, and of images generated from another
+      sample's input.
     - `matching`, with several candidates: mean match probability of the first candidate and of the kept one.
+
+    The control of the others is another sample's input, for each of its modalities.
 
     Args:
         evaluator: The model and the store.
@@ -150,7 +187,7 @@ def generation_figures(
         inputs: Input modalities, a key of SUBSETS.
         generator: The image generator.
         limit: Maximum number of samples. None: all.
-        seed: Seed of the choice of samples.
+        seed: Seed of the choice of samples and of the other samples.
         image_embedding: Returns the embedding of an image.
         inception: Weights of Inception-v3.
         clip: Folder of a CLIP model.
@@ -165,20 +202,27 @@ def generation_figures(
     gallery = evaluator.require_samples(split, sorted(needed), limit, seed)
     samples = [evaluator.read(index, modalities) for index in gallery]
     generated, scores = generator.generate(evaluator, samples)
-    true = np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, IMAGE]])
-    figures: dict[str, Any] = {
+    others = other_samples(evaluator, gallery, (IMAGE, *modalities), seed)
+    swapped = _from_others(evaluator, gallery, modalities, generator, generated, others)
+    true = _pixels(evaluator, gallery)
+    row: dict[str, Any] = {
         "split": split, "inputs": inputs, "samples": len(gallery), "candidates": generator.candidates,
         "sampling": generator.options.model_dump(),
     }  # fmt: skip
     if scores is not None:
-        figures["matching"] = {"first": float(scores[:, 0].mean()), "kept": float(scores.max(1).mean())}
+        row["matching"] = _matching(generator, samples, generated, scores, others)
     if image_embedding is not None:
         names = content_names(evaluator, gallery, IMAGE)
         same = names[:, None] == names[None, :]
-        figures["nearest"] = {**recall(_cosines(generated, true, image_embedding), same), "chance": chance(same)}
+        cosines = {
+            name: _cosines(images, true, image_embedding) for name, images in {"own": generated, **swapped}.items()
+        }
+        row["nearest"] = {**beside(recall_figures(cosines.pop("own"), same, cosines, others.places)), "chance": chance(same)}
     if inception is not None:
-        figures["fid"] = image_networks.frechet_inception_distance(generated, true, inception)
+        fid = image_networks.frechet_inception_distance(generated, true, inception)
+        row |= beside({"fid": _distance(fid, evaluator, true, inception, seed)})
     if clip is not None:
+<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
         captions = [evaluator.caption(index) for index in gallery]
         others = [captions[-1], *captions[:-1]]
         clip_score = image_networks.ClipScore(clip, evaluator.device)
@@ -187,6 +231,86 @@ def generation_figures(
             "another_caption": clip_score.mean(generated, others) if len(captions) > 1 else None,
         }  # fmt: skip
     return figures
+=======
+        clip_score = image_networks.ClipScore(clip, evaluator.device)
+        row["clip_score"] = _clip_scores(
+            clip_score, [evaluator.caption(index) for index in gallery], generated, true, swapped, others
+        )
+    return row
+
+
+def _from_others(
+    evaluator: Evaluator, gallery: np.ndarray, modalities: tuple[int, ...], generator: ImageGenerator,
+    generated: np.ndarray, others: Others,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return control -> images as generated with another sample's input. A sample without another one keeps its own.
+
+    With a single modality these are the images of the other samples.
+    """
+    found = {}
+    for modality in modalities if len(others.places) else ():
+        images = generated.copy()
+        if len(modalities) == 1:
+            images[others.places] = generated[others.others]
+        else:
+            images[others.places] = generator.generate(
+                evaluator, with_others(evaluator, gallery, modalities, modality, others)
+            )[0]
+        found[another(modality)] = images
+    return found
+
+
+def _matching(
+    generator: ImageGenerator, samples: Sequence[Sample], generated: np.ndarray, scores: np.ndarray, others: Others
+) -> dict[str, Any]:
+    """Return the mean match probability of the first candidate and of the kept one, beside the kept ones of others."""
+    assert generator.match_probability is not None, "several candidates are compared"
+    pairs = zip(others.places, others.others, strict=True)
+    elsewhere = np.array(
+        [generator.match_probability(samples[own], to_image(generated[other])) for own, other in pairs]
+    )
+    control = {"unmatched_image": Measured(Measurement.mean(elsewhere), others.places)}
+    return beside({
+        name: measure(Measurement.mean(values), control, uncontrolled=NO_OTHER)
+        for name, values in (("first", scores[:, 0]), ("kept", scores.max(1)))
+    })  # fmt: skip
+
+
+def _distance(fid: float, evaluator: Evaluator, true: np.ndarray, inception: Path, seed: int) -> Figure:
+    """Return the FID beside that of as many training images. It has no interval, since it is no sum over the images."""
+    from opt_ds.evaluation import image_networks
+
+    train = evaluator.samples_with(evaluator.config.data.train_split, (IMAGE,), len(true), seed)
+    if len(train) < 2:
+        return Figure(fid, None, {}, "there are no training images to compare with")
+    other = image_networks.frechet_inception_distance(_pixels(evaluator, train), true, inception)
+    return Figure(fid, None, {"training_images": Control(other, None, other - fid, None, len(train))})
+
+
+def _clip_scores(
+    clip_score: Any,
+    captions: list[str],
+    generated: np.ndarray,
+    true: np.ndarray,
+    swapped: Mapping[str, np.ndarray],
+    others: Others,
+) -> dict[str, Any]:
+    """Return CLIP's scores of generated images with their captions, beside those generated from another sample's input."""
+    elsewhere = {
+        name: Measurement.mean(clip_score.scores(images, captions)).at(others.places)
+        for name, images in swapped.items()
+    }
+    figure = measure(
+        Measurement.mean(clip_score.scores(generated, captions)),
+        {name: Measured(measurement, others.places) for name, measurement in elsewhere.items()}, uncontrolled=NO_OTHER,
+    )  # fmt: skip
+    return {**beside({"generated": figure}), "true": clip_score.mean(true, captions)}
+
+
+def _pixels(evaluator: Evaluator, samples: np.ndarray) -> np.ndarray:
+    """Return the true images of samples, uint8 [samples, 3, 64, 64]."""
+    return np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[samples, IMAGE]])
+>>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
 
 
 def _cosines(
@@ -213,19 +337,10 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def _unigram_bits(evaluator: Evaluator, codes: list[np.ndarray]) -> float:
-    store = evaluator.store
-    train = store.rows[store.split_samples(evaluator.config.data.train_split), IMAGE]
-    counts = np.full(evaluator.config.model.image_codebook_size, 0.5)
-    for row in np.unique(train[train >= 0]):
-        np.add.at(counts, store.codes(int(row)), 1)
-    bits = -np.log2(counts / counts.sum())
-    return float(np.mean(bits[np.stack(codes)]))
-
-
-def table(figures: dict[str, Any]) -> str:
-    """Return the figures of `opt-ds evaluate image-generation` as text, one line per input."""
+def image_generation_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the figures of `opt-ds evaluate image-generation` as text: per input and metric a line, controls below."""
     lines = []
+<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
     for name in (name for name in SUBSETS if name in figures):
         row = figures[name]
         unigram = row["unigram_bits_per_code"]
@@ -245,3 +360,18 @@ def table(figures: dict[str, Any]) -> str:
             line += f"   CLIP score {score['generated']:.1f} (true images {score['true']:.1f})"
         lines.append(line)
     return "\n".join(lines)
+=======
+    for name in (name for name in IMAGE_INPUTS if name in figures):
+        lines += bits_lines(figures[name], IMAGE_INPUTS[name])
+        generated = figures[name].get("generated", {})
+        for metric, shown, form in painted_metrics(generated):
+            lines += figure_lines(f"{IMAGE_INPUTS[name]}, {metric}", shown, form)
+        if score := generated.get("clip_score"):
+            lines.append(f"      CLIP score of the true images {score['true']:.1f}")
+    return lines
+
+
+def bits_lines(row: Mapping[str, Any], name: str) -> list[str]:
+    """Return a row of `bits_per_code` as text."""
+    return figure_lines(name, {"bits per image code": read_bits(row)}, decimals(2))
+>>>>>>> be05028686c2404cd29051e48a1e6375f345f25d

@@ -1,36 +1,32 @@
 """Zero-shot retrieval in five directions.
 
-The scores are the matching head's and, if text is one side, the text decoder's likelihood.
+The scores are the matching head's and, if text is one side, the text decoder's likelihood. Beside them stand the recalls
+of a linear projection of [CLS], of the trained encoder and of an untrained one.
 
 A gallery of seeded candidates provides both queries and targets. Equal captions and identical images count as correct:
 a hit is any candidate whose target is the same text, image or audio as the query's own. A hit is also any candidate of
 the same query, such as each caption of an image.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.matching import MATCHING_LABELS
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
+from opt_ds.evaluation.controls import content_names
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.store.same_content import image_content
+from opt_ds.evaluation.figures import figure_lines, percent
+from opt_ds.evaluation.projections import DIRECTIONS, ProjectionControls, texts_of
+from opt_ds.evaluation.ranking import likeliest, likeliest_first, log_mean_exp, recall_row
+from opt_ds.evaluation.reading import SCORES, read_recall, score_name
 
-#: Direction -> (query modalities, target modality).
-DIRECTIONS: dict[str, tuple[tuple[int, ...], int]] = {
-    "image_to_text": ((IMAGE,), TEXT),
-    "text_to_image": ((TEXT,), IMAGE),
-    "text_to_audio": ((TEXT,), AUDIO),
-    "audio_to_text": ((AUDIO,), TEXT),
-    "text_audio_to_image": ((TEXT, AUDIO), IMAGE),
-}
 _LABEL_OF_PAIR = {frozenset((IMAGE, AUDIO)): 1, frozenset((TEXT, AUDIO)): 2, frozenset((TEXT, IMAGE)): 3}
-RANKS = (1, 5, 10)
 
 
 def retrieval(
@@ -40,20 +36,26 @@ def retrieval(
     matching_candidates: int = 100,
     triple_candidates: int = 50,
     seed: int = 1,
+    controls: ProjectionControls | None = None,
+    transductive: bool = False,
 ) -> dict[str, Any]:
-    """Return R@1/5/10 of each direction, with chance, for the scores `likelihood` and `matching`.
+    """Return R@1/5/10 of each direction for several scores, each beside its controls.
 
     The gallery of a direction consists of samples that have its modalities. A direction without such samples is
-    omitted, and so is a score whose loss the model was not trained with. If texts are ranked, a text's likelihood is
-    divided by its mean over the queries; otherwise short captions would win.
+    omitted, and so is a score whose loss the model was not trained with. If texts are ranked, short captions have the
+    highest likelihoods. Therefore `likelihood` divides a text's likelihood by its prior, the mean over training inputs.
+    `likelihood_raw` does not.
 
     Args:
         evaluator: The model and the store.
         split: Name of the split.
-        candidates: Gallery size for `likelihood`.
+        candidates: Gallery size for the likelihoods and for the projection.
         matching_candidates: Gallery size for `matching`, smaller because the matching head must encode every pair.
         triple_candidates: Gallery size for `matching` if a pair consists of three modalities.
         seed: Seed of the galleries.
+        controls: The projections. None: the controls are chance alone, and there is no prior.
+        transductive: Add `likelihood_transductive`, whose prior is the mean over the evaluation's own queries. It uses
+            what is not known of a single query, so it is no figure of the model.
 
     Returns:
         Direction -> score -> figures.
@@ -62,6 +64,8 @@ def retrieval(
         UserError: No direction is left, or the model was trained with neither loss.
     """
     result: dict[str, Any] = {"split": split, "seed": seed}
+    if controls is not None:
+        result["untrained_seed"] = evaluator.config.seed
     writes, judges = (evaluator.config.can(ability) for ability in (WRITE_TEXT, MATCH))
     if not writes:
         loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
@@ -76,61 +80,76 @@ def retrieval(
     likelihood = {other: _likelihood_matrix(evaluator, gallery[other], other) for other in there if writes}
     pairs = {other: _matching_matrix(evaluator, small[other], (TEXT,), other) for other in there if judges}
     for direction, (query, target) in DIRECTIONS.items():
-        figures: dict[str, Any] = {}
+        table = _Table(evaluator, direction, controls)
         if len(query) == 1:
             (other,) = {*query, target} - {TEXT}
             if other not in there:
                 continue
-            if writes:
-                by_other = likelihood[other]  # [others, texts]
-                scores = by_other - log_mean_exp(by_other, axis=0) if target == TEXT else by_other.T
-                figures["likelihood"] = _figures(scores, same_pairs(evaluator, gallery[other], gallery[other], query, target))
+            if writes and target == TEXT:
+                table.add_texts(likelihood[other], gallery[other], transductive)
+            elif writes:
+                table.add("likelihood", likelihood[other].T, gallery[other], prior="none")
             if judges:
-                scores = pairs[other].T if target == TEXT else pairs[other]
-                figures["matching"] = _figures(scores, same_pairs(evaluator, small[other], small[other], query, target))
+                table.add("matching", pairs[other].T if target == TEXT else pairs[other], small[other])
+            table.add_projection(gallery[other])
         else:
             ranked = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
             if not len(ranked):
                 continue
             if judges:
-                scores = _matching_matrix(evaluator, ranked, query, target)
-                figures["matching"] = _figures(scores, same_pairs(evaluator, ranked, ranked, query, target))
-        result[direction] = figures
+                table.add("matching", _matching_matrix(evaluator, ranked, query, target), ranked)
+            table.add_projection(ranked)
+        result[direction] = table.rows
     return result
 
 
-def retrieval_lines(figures: dict[str, Any]) -> list[str]:
-    """Return the figures of `retrieval` as text, one line per direction and score."""
-    lines = ["  retrieval                                            " + "".join(f"{f'R@{k}':>8}" for k in RANKS)]
+class _Table:
+    """The rows of one direction."""
+
+    def __init__(self, evaluator: Evaluator, direction: str, controls: ProjectionControls | None) -> None:
+        self.evaluator, self.direction = evaluator, direction
+        self.controls = controls if controls is not None and controls.can_fit(direction) else None
+        self.rows: dict[str, Any] = {}
+
+    def add(self, score: str, scores: np.ndarray, gallery: np.ndarray, **facts: Any) -> None:
+        """Add the recall of scores [queries, targets] of a gallery."""
+        same = same_pairs(self.evaluator, gallery, gallery, *DIRECTIONS[self.direction])
+        others = self.controls.scores(self.direction, gallery) if self.controls else {}
+        self.rows[score] = recall_row(scores, same, others, **facts)
+
+    def add_texts(self, likelihood_qc: np.ndarray, gallery: np.ndarray, transductive: bool) -> None:
+        """Add the recalls of texts by log likelihood [queries, texts]: over the prior of training inputs, and raw."""
+        if self.controls:
+            log_prior_c = self.controls.trained.log_priors(self.direction, gallery).values
+            self.add("likelihood", over_prior(likelihood_qc, log_prior_c), gallery, prior="training inputs")
+        self.add("likelihood_raw", likelihood_qc, gallery, prior="none")
+        if transductive:
+            over_queries = likelihood_qc - log_mean_exp(likelihood_qc, axis=0)
+            self.add("likelihood_transductive", over_queries, gallery, prior="test queries")
+
+    def add_projection(self, gallery: np.ndarray) -> None:
+        """Add the recall by the projection of the trained encoder, beside that of the untrained one."""
+        if self.controls:
+            others = self.controls.scores(self.direction, gallery)
+            own = others.pop("trained_projection")
+            same = same_pairs(self.evaluator, gallery, gallery, *DIRECTIONS[self.direction])
+            self.rows["projection"] = recall_row(own, same, others)
+
+
+def over_prior(log_likelihood_qc: np.ndarray, log_prior_c: np.ndarray) -> np.ndarray:
+    """Return scores [q, c] that rank each query's likeliest texts by likelihood over prior, before the others."""
+    return likeliest_first(log_likelihood_qc, log_likelihood_qc - log_prior_c[None, :], likeliest(log_likelihood_qc))
+
+
+def retrieval_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the figures of `retrieval` as text: per direction and score a line, with its controls below."""
+    lines = ["  retrieval"]
     for direction in (name for name in DIRECTIONS if name in figures):
         name = direction.replace("_to_", "→").replace("_", "+")
-        for score, label in (("likelihood", "text likelihood"), ("matching", "matching head")):
-            if score in figures[direction]:
-                row = figures[direction][score]
-                cells = "".join(f"{row[f'R@{k}']:>8.1%}" for k in RANKS)
-                chance = f"   chance {row['chance']['R@1']:.1%}"
-                lines.append(f"    {name:<20}{label:<16}of {row['candidates']:<11}{cells}{chance}")
-                name = ""
+        for score, row in ((score, figures[direction][score]) for score in SCORES if score in figures[direction]):
+            title = f"{name}, {score_name(direction, score, row)} of {row['candidates']}"
+            lines += figure_lines(title, read_recall(row), percent)
     return lines
-
-
-def _figures(scores: np.ndarray, same: np.ndarray) -> dict[str, Any]:
-    return {"candidates": len(scores), **recall(scores, same), "chance": chance(same)}
-
-
-def recall(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
-    """Return the fraction of queries with a correct candidate among the k best.
-
-    `scores` and `same` are [queries, candidates].
-
-    The rank of the best correct candidate counts the incorrect ones with a higher score and half of those with the same
-    score, so that constant scores give chance. NaN counts as the lowest score.
-    """
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    best_right = np.where(same, scores, -np.inf).max(1, keepdims=True)
-    wrong = ~same
-    rank = ((scores > best_right) & wrong).sum(1) + 0.5 * ((scores == best_right) & wrong).sum(1)
-    return {f"R@{k}": float((rank < k).mean()) for k in RANKS}
 
 
 def _matching_matrix(evaluator: Evaluator, gallery: np.ndarray, query: tuple[int, ...], target: int) -> np.ndarray:
@@ -160,8 +179,7 @@ def joined(query: Sample, target: Sample) -> Sample:
 
 def _likelihood_matrix(evaluator: Evaluator, gallery: np.ndarray, modality: int) -> np.ndarray:
     samples = [evaluator.read(index, (modality,)) for index in gallery]
-    texts = [evaluator.read(index, (TEXT,)).of(TEXT).ids for index in gallery]
-    return evaluator.text_log_likelihood(samples, texts)
+    return evaluator.text_log_likelihood(samples, texts_of(evaluator, gallery))
 
 
 def same_pairs(
@@ -187,33 +205,3 @@ def same_pairs(
         return names[: len(queries), None] == names[None, len(queries) :]
 
     return equal(target) | np.logical_and.reduce([equal(modality) for modality in query])
-
-
-def content_names(evaluator: Evaluator, samples: np.ndarray, modality: int) -> np.ndarray:
-    """Return int64 [n] identifiers that are equal if and only if two samples' captions, images or audio are equal."""
-    content: list[str] | list[bytes]
-    if modality == TEXT:
-        content = [evaluator.caption(index) for index in samples]
-    else:
-        store, rows = evaluator.store, evaluator.store.rows[samples, modality]
-        content = [
-            image_content(store.region_features(row)) if modality == IMAGE else store.frames(row).tobytes() for row in rows
-        ]
-    return np.unique(np.array([hash(item) for item in content]), return_inverse=True)[1]
-
-
-def chance(same: np.ndarray) -> dict[str, float]:
-    """Return the exact R@k of a random order: 1 − C(n − correct, k) / C(n, k), averaged over the queries."""
-    n, right = same.shape[1], same.sum(1)
-    chance = {}
-    for k in RANKS:
-        miss = np.ones(len(right))
-        for i in range(min(k, n)):
-            miss = miss * np.maximum(n - right - i, 0) / (n - i)
-        chance[f"R@{k}"] = float((1 - miss).mean())
-    return chance
-
-
-def log_mean_exp(values: np.ndarray, axis: int) -> np.ndarray:
-    """Return the log of the mean of exp(values) along the axis, which is kept with length 1."""
-    return torch.logsumexp(torch.from_numpy(values), axis, keepdim=True).numpy() - np.log(values.shape[axis])

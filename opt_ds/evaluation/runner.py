@@ -25,6 +25,7 @@ from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.schema import TokenizerDescription
 from opt_ds.store.tokenizer import load_tokenizer
+from opt_ds.tasks.reconstruct import code_targets
 
 if TYPE_CHECKING:
     from opt_ds.training.distributed import ProcessGroup
@@ -90,10 +91,6 @@ class ModelRunner:
         """Whether this rank logs and writes files."""
         return self.group is None or self.group.ranks.is_main
 
-    def over_ranks(self, total: float) -> float:
-        """Return the sum over the ranks of what each computed on its part of `batches`."""
-        return sum(self.group.gather(total)) if self.group else total
-
     def require(self, ability: str, what: str | None = None) -> None:
         """Raise UserError if the model lacks an ability (see `opt_ds.abilities`) that it requires to do `what`."""
         what, loss = what or ability, self.config.tasks.loss_for(ability)
@@ -145,6 +142,21 @@ class ModelRunner:
             own += places
             codes[places] = np.array(written)
         return self._from_all(codes, own)
+
+    @torch.inference_mode()
+    def code_bits(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return −log2 P(code | previous codes, sample) of each sample's code targets, float64 [samples, codes per image].
+
+        See `set_code_targets`.
+        """
+        bits, own = np.empty((len(samples), self.config.model.num_image_codes)), list[int]()
+        for places, batch, hidden_te in self.batches(samples):
+            targets = code_targets(batch)
+            scores = self.model.image_decoder.scores(targets, hidden_te).float()
+            item = torch.nn.functional.cross_entropy(scores, targets.target_ids, reduction="none")
+            own += places
+            bits[places] = item.double().view(len(places), -1).cpu().numpy() / np.log(2)
+        return self._from_all(bits, own)
 
     def matching_scores(self, samples: Sequence[Sample]) -> np.ndarray:
         """Return the matching head's scores of each sample, float32 [samples, 5]."""

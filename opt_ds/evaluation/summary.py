@@ -1,4 +1,4 @@
-"""Summary at the end of a pre-training run: one table of all figures, each with its trivial baseline.
+"""Summary at the end of a pre-training run: one table of all figures, each beside its controls.
 
 `summarize` returns the content of `result.json`. docs/results.md defines each key.
 """
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code
+from opt_ds.evaluation.figures import decimals, figure_lines, percent
+from opt_ds.evaluation.image_generation import ImageGenerator, bits_lines, bits_per_code
 from opt_ds.evaluation.image_grid import draw_image_grid
+from opt_ds.evaluation.projections import ProjectionControls
+from opt_ds.evaluation.reading import IMAGE_INPUTS, read_loss, read_loss_accuracy
 from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
 from opt_ds.evaluation.transcription import transcription, transcription_lines
-from opt_ds.tasks.baselines import trivial_baselines
+from opt_ds.tasks.baselines import baseline_result
 from opt_ds.training.validation import validate
 
 if TYPE_CHECKING:
@@ -51,54 +54,68 @@ def summarize(
     started = time.perf_counter()
     config, store = evaluator.config, evaluator.store
     result = validate(evaluator.model, config, store, evaluator.device, evaluator.group)
-    baselines = trivial_baselines(config, [store])
+    validated = time.perf_counter()
+    baselines = baseline_result(config, [store])
     summary: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "store": {"name": store.name, "fingerprint": store.fingerprint},
         "validation": {
-            loss: {"loss": value, "baseline": baselines.get(loss), "accuracy": result.accuracies.get(loss)}
+            loss: {
+                "loss": value, "baseline": baselines.losses.get(loss), "accuracy": result.accuracies.get(loss),
+                "baseline_accuracy": baselines.accuracies.get(loss),
+            }
             for loss, value in result.losses.items()
         },
         "splits": {},
-    }
+    }  # fmt: skip
+    seconds = {"validation": validated - started, "baselines": time.perf_counter() - validated}
     writes, can_generate = (config.can(ability) for ability in (WRITE_TEXT, GENERATE_IMAGES))
+    controls = ProjectionControls(evaluator, seed)
+
+    def timed(name: str, measured: Any, *arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        found = measured(*arguments, **options)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+        return found
+
     for split in splits:
         figures: dict[str, Any] = {
-            "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
-            "transcription": transcription(evaluator, split, ("A", "A+I", "I") if writes else (), seed=seed),
+            "retrieval": timed(
+                "retrieval", retrieval, evaluator, split, candidates, matching_candidates, seed=seed, controls=controls
+            ),
+            "transcription": timed(
+                "transcription", transcription, evaluator, split, ("A", "A+I", "I") if writes else (), seed=seed
+            ),
         }
         has_generated = can_generate and evaluator.has_samples(split, (TEXT, IMAGE))
         if store.has_codes and has_generated:
-            figures["image_generation"] = bits_per_code(evaluator, split)
+            figures["image_generation"] = timed("image generation", bits_per_code, evaluator, split)
         if store.has_codes and store.has_pixels and dvae is not None and has_generated:
             grid = output / f"image_grid-{split}.png"
-            drawn = draw_image_grid(evaluator, ImageGenerator(dvae), split, seed=seed)
+            drawn = timed("image grid", draw_image_grid, evaluator, ImageGenerator(dvae), split, seed=seed)
             if evaluator.is_main:
                 _save_image(drawn, grid)
             figures["image_grid"] = grid.name
         summary["splits"][split] = figures
-    summary["seconds"] = time.perf_counter() - started
+    summary["seconds"], summary["seconds_by_part"] = time.perf_counter() - started, seconds
     return summary
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return the summary as text for a terminal of 100 columns."""
-    lines = ["", "Validation loss            loss   trivial baseline   accuracy"]
+    """Return the summary as text for a terminal."""
+    lines = ["", "Validation"]
     for loss, row in summary["validation"].items():
-        baseline = "—" if row["baseline"] is None else f"{row['baseline']:.3f}"
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
-        below = "" if row["baseline"] is None else ("below" if row["loss"] < row["baseline"] else "NOT BELOW")
-        lines.append(f"  {loss:<20} {row['loss']:>9.3f}   {baseline:>9} {below:<9} {accuracy:>6}")
+        lines += figure_lines(loss, {"loss": read_loss(row)}, decimals(3))
+        if row["accuracy"] is not None:
+            lines += figure_lines(f"{loss}, accuracy", {"accuracy": read_loss_accuracy(row)}, percent)
     for split, figures in summary["splits"].items():
         lines += ["", f"Held-out split {split}", *retrieval_lines(figures["retrieval"])]
         lines += transcription_lines(figures["transcription"])
         if "image_generation" in figures:
             image = figures["image_generation"]
-            lines.append(
-                f"  text→image: {image['bits_per_code']:.2f} bits per image code "
-                f"(training frequencies: {image['unigram_bits_per_code']:.2f})"
-            )
-    return "\n".join(lines)
+            lines += ["  image generation", *bits_lines(image, IMAGE_INPUTS[image["inputs"]])]
+    parts = ", ".join(f"{name} {took:.0f}" for name, took in summary.get("seconds_by_part", {}).items())
+    return "\n".join([*lines, "", f"evaluated in {summary['seconds']:.0f} s ({parts})" if parts else ""]).rstrip()
 
 
 def _save_image(image: Any, path: Path) -> None:

@@ -1,15 +1,22 @@
-"""Speech recognition and captioning by the text decoder: word error rates, and the rates without the right audio.
+"""Speech recognition and captioning by the text decoder: word error rates, each beside its controls.
 
-Both sides are normalised and tokenised as in words.py: lower case, no punctuation, scripts without spaces by character.
+The controls are the audio or image of another sample and one caption for all. Both sides are normalised and tokenised as
+in words.py: lower case, no punctuation, scripts without spaces by character.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from opt_ds.data.modalities import AUDIO, TEXT
+from opt_ds.data.modalities import TEXT
 from opt_ds.errors import UserError
+from opt_ds.evaluation.controls import another, other_samples, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluation.figures import Measured, beside, figure_lines, measure, percent, read_figure
+from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.reading import TEXT_INPUTS, read_error_rates
 from opt_ds.evaluation.words import Words, normalize
 from opt_ds.extras import needs_extra
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
@@ -18,6 +25,11 @@ with needs_extra("downstream", "the word error rate"):
     import jiwer
 
 _CONSTANT_CANDIDATES, _CONSTANT_REFERENCES = 200, 300
+#: Maximum number of samples per input that a control generates text for.
+CONTROL_SAMPLES = 200
+
+#: Returns edits and reference items of each pair of a reference and a generated text, float64 [n, 2].
+_Edits = Callable[[list[str], list[str]], np.ndarray]
 
 
 def transcription(
@@ -29,19 +41,19 @@ def transcription(
     options: DecodingConfig | None = None,
     ignored_words: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Return the word error rate of the text generated from each input, with two baselines.
+    """Return the error rates of the text generated from each input, beside their controls.
 
-    The baselines are the audio of other samples, and one constant caption (the training caption with the fewest errors
-    on the training split). An input that no sample has together with a caption is omitted.
+    The controls are each modality of the input taken from another sample, and one constant caption (the training caption
+    with the fewest errors on the training split). An input that no sample has together with a caption is omitted.
 
     Args:
         evaluator: The model and the store.
         split: Name of the split.
         inputs: Input modalities, keys of SUBSETS.
         limit: Maximum number of samples per input. None: all.
-        seed: Seed of the choices and of the shuffled audio.
+        seed: Seed of the choices.
         options: Decoding options. None: the defaults.
-        ignored_words: Normalised words that a second figure, `wer_of_other_words`, does not count. Frequent words that
+        ignored_words: Normalised words that a further figure, `wer_of_other_words`, does not count. Frequent words that
             are easy to guess hide how well rare words are recognised.
 
     Returns:
@@ -54,59 +66,64 @@ def transcription(
     result: dict[str, Any] = {"split": split, "decoding": options.model_dump()}
     if ignored_words:
         result["ignored_words"] = sorted(ignored_words)
-    for name in inputs:
-        modalities = SUBSETS[name]
-        gallery = evaluator.samples_with(split, (TEXT, *modalities), limit, seed)
-        if not len(gallery):
-            continue
-        references = [evaluator.caption(index) for index in gallery]
-        samples = [evaluator.read(index, modalities) for index in gallery]
-        written = evaluator.write_text(samples, options)
-        result[name] = {
-            "wer": word_error_rate(references, written),
-            "cer": character_error_rate(references, written),
-            "samples": len(gallery),
-            "references_beyond_model": evaluator.captions_beyond_model(gallery),
-        }
-        wordless = sum(not normalize(reference) for reference in references)
-        if wordless:
-            result[name]["references_without_words"] = wordless
-        if ignored_words:
-            result[name]["wer_of_other_words"] = _wer_of_other_words(references, written, ignored_words)
-        if AUDIO in modalities and len(gallery) > 1:
-            order = _shuffle(references, seed)
-            for sample, other in zip(samples, order, strict=True):
-                sample.items[AUDIO] = evaluator.read(gallery[other], (AUDIO,)).of(AUDIO)
-            shuffled = evaluator.write_text(samples, options)
-            result[name]["wer_shuffled_audio"] = word_error_rate(references, shuffled)
-    if inputs and not any(name in result for name in inputs):
+    measures: dict[str, _Edits] = {"wer": _word_edits, "cer": _character_edits}
+    if ignored_words:
+        measures["wer_of_other_words"] = partial(_edits_of_other_words, ignored=ignored_words)
+    galleries = {name: evaluator.samples_with(split, (TEXT, *SUBSETS[name]), limit, seed) for name in inputs}
+    if inputs and not any(map(len, galleries.values())):
         raise UserError(
             f'{evaluator.store.path}: no sample of split "{split}" has text and an input to write it from '
             f"({', '.join(inputs)}): choose another split"
         )
-    gallery = evaluator.require_samples(split, (TEXT,), limit, seed)
+    references = [evaluator.caption(index) for index in evaluator.require_samples(split, (TEXT,), limit, seed)]
     constant = constant_caption(evaluator, seed)
-    references = [evaluator.caption(index) for index in gallery]
+    for name, gallery in galleries.items():
+        if len(gallery):
+            result[name] = _row(evaluator, gallery, SUBSETS[name], seed, options, measures, constant)
     constants = [constant] * len(references)
     result["tokenization"] = Words.of(map(normalize, references)).name
     result["constant_caption"] = {"wer": word_error_rate(references, constants), "text": constant}
     if ignored_words:
-        result["constant_caption"]["wer_of_other_words"] = _wer_of_other_words(references, constants, ignored_words)
+        parts = _edits_of_other_words(references, constants, ignored_words)
+        result["constant_caption"]["wer_of_other_words"] = _measured(parts).value
     return result
 
 
-def transcription_lines(figures: dict[str, Any]) -> list[str]:
-    """Return the figures of `transcription` as text, one line per input."""
-    names = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
-    lines = ["  word error rate"]
-    for key, name in ((key, name) for key, name in names.items() if key in figures):
+def _row(
+    evaluator: Evaluator, gallery: np.ndarray, modalities: tuple[int, ...], seed: int, options: DecodingConfig,
+    measures: Mapping[str, _Edits], constant: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the figures of one input."""
+    references = [evaluator.caption(index) for index in gallery]
+    written = evaluator.write_text([evaluator.read(index, modalities) for index in gallery], options)
+    others = other_samples(evaluator, gallery, modalities, seed).limited(CONTROL_SAMPLES, seed)
+    swapped = {
+        another(modality): evaluator.write_text(with_others(evaluator, gallery, modalities, modality, others), options)
+        for modality in (modalities if len(others.places) else ())
+    }
+    figures = {}
+    for name, edits in measures.items():
+        own = [references[place] for place in others.places]
+        found = {key: edits(own, texts) for key, texts in swapped.items()}
+        controls = {key: Measured(Measurement(parts), others.places) for key, parts in found.items() if parts[:, 1].any()}
+        controls["constant_caption"] = Measured(Measurement(edits(references, [constant] * len(references))))
+        figures[name] = measure(_measured(edits(references, written)), controls, lower_is_better=True)
+    row = {
+        **beside(figures), "samples": len(gallery), "references_beyond_model": evaluator.captions_beyond_model(gallery)
+    }  # fmt: skip
+    wordless = sum(not normalize(reference) for reference in references)
+    return row | ({"references_without_words": wordless} if wordless else {})
+
+
+def transcription_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the figures of `transcription` as text: a line per input, with its controls below."""
+    lines = ["  word and character error rate"]
+    for key, name in ((key, name) for key, name in TEXT_INPUTS.items() if key in figures):
         row = figures[key]
-        shuffled = f"   with shuffled audio {row['wer_shuffled_audio']:.1%}" if "wer_shuffled_audio" in row else ""
-        others = f"   other words {row['wer_of_other_words']:.1%}" if "wer_of_other_words" in row else ""
-        lines.append(f"    {name:<20}{row['wer']:>7.1%}{shuffled}{others}")
-    constant = figures["constant_caption"]
-    lines.append(f"    {'constant caption':<20}{constant['wer']:>7.1%}   (\"{constant['text']}\")")
-    return lines
+        shown = read_error_rates(figures, key)
+        shown |= {"other words": read_figure(row, "wer_of_other_words")} if "wer_of_other_words" in row else {}
+        lines += figure_lines(name, shown, percent)
+    return [*lines, f"    one caption for all: \"{figures['constant_caption']['text']}\""]
 
 
 def word_error_rate(references: list[str], written: list[str]) -> float:
@@ -115,33 +132,55 @@ def word_error_rate(references: list[str], written: list[str]) -> float:
     Scripts without spaces count by character (see words.py). References that become empty are dropped. Raise UserError
     if all do.
     """
-    wanted, found = _normalized_pairs(references, written)
-    words = Words.of(wanted)
-    return float(jiwer.wer(list(map(words.spaced, wanted)), list(map(words.spaced, found))))
+    return _measured(_word_edits(references, written)).value
 
 
 def character_error_rate(references: list[str], written: list[str]) -> float:
     """Return the same over characters. Spaces next to scripts without spaces do not count."""
-    wanted, found = _normalized_pairs(references, written)
-    words = Words.of(wanted)
-    return float(jiwer.cer(list(map(words.unspaced, wanted)), list(map(words.unspaced, found))))
+    return _measured(_character_edits(references, written)).value
 
 
-def _wer_of_other_words(references: list[str], written: list[str], ignored: frozenset[str]) -> float:
+def _word_edits(references: list[str], written: list[str]) -> np.ndarray:
+    words = Words.of(map(normalize, references))
+    return _edits(references, written, words.spaced, jiwer.process_words)
+
+
+def _character_edits(references: list[str], written: list[str]) -> np.ndarray:
+    words = Words.of(map(normalize, references))
+    return _edits(references, written, words.unspaced, jiwer.process_characters)
+
+
+def _edits_of_other_words(references: list[str], written: list[str], ignored: frozenset[str]) -> np.ndarray:
     words = Words.of(map(normalize, references))
 
     def others(text: str) -> str:
         return " ".join(word for word in words.split(normalize(text)) if word not in ignored)
 
-    return word_error_rate([others(text) for text in references], [others(text) for text in written])
+    return _word_edits([others(text) for text in references], [others(text) for text in written])
 
 
-def _normalized_pairs(references: list[str], written: list[str]) -> tuple[list[str], list[str]]:
-    pairs = [(normalize(r), normalize(w)) for r, w in zip(references, written, strict=True)]
-    pairs = [(r, w) for r, w in pairs if r]
-    if not pairs:
+def _edits(
+    references: list[str], written: list[str], split: Callable[[str], str], process: Callable[[str, str], Any]
+) -> np.ndarray:
+    """Return edits and reference items per pair, after normalisation, float64 [n, 2].
+
+    A reference without a word counts as 0 of 0.
+    """
+    parts = np.zeros((len(references), 2))
+    for row, pair in enumerate(zip(references, written, strict=True)):
+        wanted, found = (split(normalize(text)) for text in pair)
+        if wanted:
+            counts = process(wanted, found)
+            wrong = counts.substitutions + counts.deletions
+            parts[row] = wrong + counts.insertions, wrong + counts.hits
+    return parts
+
+
+def _measured(edits: np.ndarray) -> Measurement:
+    """Return the error rate of edits and reference items. Raise UserError if there is no item."""
+    if not edits[:, 1].any():
         raise UserError("no caption has a word left after removing punctuation and ignored words")
-    return [r for r, _ in pairs], [w for _, w in pairs]
+    return Measurement(edits)
 
 
 def constant_caption(evaluator: Evaluator, seed: int) -> str:
@@ -151,16 +190,13 @@ def constant_caption(evaluator: Evaluator, seed: int) -> str:
     """
     train = evaluator.require_samples(evaluator.config.data.train_split, (TEXT,), _CONSTANT_REFERENCES, seed)
     references = [evaluator.caption(index) for index in train]
-    return min(references[:_CONSTANT_CANDIDATES], key=lambda text: word_error_rate(references, [text] * len(references)))
+    wanted = [text for text in map(normalize, references) if text]
+    if not wanted:
+        raise UserError(f"{evaluator.store.path}: no caption of split {evaluator.config.data.train_split} has a word")
+    words = Words.of(wanted)
+    spaced = list(map(words.spaced, wanted))
 
+    def errors(text: str) -> float:
+        return jiwer.wer(spaced, [words.spaced(normalize(text))] * len(spaced))
 
-def _shuffle(captions: list[str], seed: int) -> np.ndarray:
-    """Return a permutation without fixed points, so that each sample gets another one's audio.
-
-    The other audio may have the same content.
-    """
-    order = np.random.default_rng(seed).permutation(len(captions))
-    turned = np.roll(order, 1)
-    other = np.empty_like(order)
-    other[order] = turned
-    return other
+    return min(references[:_CONSTANT_CANDIDATES], key=errors)

@@ -6,37 +6,31 @@ the text decoder for the likelihood). Two stages take 2 N + K N passes, and for 
 Legend: q queries, c candidates, k shortlisted candidates.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
-from opt_ds.evaluation.dual_projection import DualProjection, Pairs, fit_dual_projection
+from opt_ds.evaluation.controls import untrained
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.retrieval import (
-    DIRECTIONS,
-    RANKS,
+from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, measure, percent, read_figure
+from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.projections import DIRECTIONS, Projections, Scores, texts_of
+from opt_ds.evaluation.ranking import (
     chance,
-    content_names,
-    joined,
-    label_of,
-    log_mean_exp,
-    recall,
-    same_pairs,
+    chance_among,
+    likeliest,
+    likeliest_first,
+    recall_figures,
+    reranked,
+    shortlisted,
 )
+from opt_ds.evaluation.reading import read_recall
+from opt_ds.evaluation.retrieval import joined, label_of, same_pairs
 
-#: Number of training inputs whose mean likelihood estimates a text's prior, where texts are ranked. They are the
-#: nearest inputs by the projection. Other inputs would contribute little, because nearly all of a text's likelihood
-#: comes from the few inputs that it nearly fits.
-PRIOR_INPUTS = 32
-#: Number of likeliest texts per query whose likelihood is divided by their prior (re-ranking of the N best: Li et al.
-#: 2016). The prior of a text that no training input explains is close to 0, so that text would otherwise win for every
-#: query.
-LIKELIEST = 50
 _ABILITY_OF = {"matching": MATCH, "likelihood": WRITE_TEXT}
 
 
@@ -72,46 +66,34 @@ def two_stage_retrieval(
     if not evaluator.config.can(WRITE_TEXT):
         loss = evaluator.config.tasks.loss_for(WRITE_TEXT)
         evaluator.require(MATCH, f"predict whether inputs match, nor (without {loss}) how likely a text is")
-    stages = TwoStages(evaluator, seed)
+    stages, without_training = TwoStages(evaluator, seed), Projections(untrained(evaluator), seed)
     needs = {name: {*DIRECTIONS[name][0], DIRECTIONS[name][1]} for name in directions}
     directions = [name for name in directions if evaluator.has_samples(split, sorted(needs[name]))]
     needed = set[int]().union(*(needs[name] for name in directions)) or {TEXT, IMAGE, AUDIO}
     gallery = evaluator.require_samples(split, sorted(needed), candidates, seed)
     if shortlist >= len(gallery):
         raise UserError(f"--shortlist {shortlist}: the gallery has {len(gallery)} samples: use a smaller value, or omit it")
-    result: dict[str, Any] = {"split": split, "seed": seed, "candidates": len(gallery), "shortlist": shortlist}
+    result: dict[str, Any] = {"split": split, "seed": seed, "candidates": len(gallery), "shortlist": shortlist,
+                              "untrained_seed": evaluator.config.seed}  # fmt: skip
     for direction in directions:
-        result[direction] = stages.figures(direction, gallery, gallery, shortlist)
+        result[direction] = stages.figures(direction, gallery, gallery, shortlist, untrained_projections=without_training)
     return result
 
 
-class _Fitted(NamedTuple):
-    """A direction's projection and the samples that it was fitted on."""
-
-    projection: DualProjection
-    samples: np.ndarray  # int64 [n], of the training split
-    query_ne: np.ndarray  # their [CLS], float32 [n, e]
-
-
-class Scores(NamedTuple):
-    """Scores, and the numbers of encoder and decoder passes that they took."""
-
-    values: np.ndarray
-    encoder_runs: int
-    decoder_runs: int
-
-
-@dataclass
 class TwoStages:
     """The two stages for one model and one store. [CLS] vectors and projections are computed once."""
 
-    evaluator: Evaluator
-    seed: int = 1
-    _fitted: dict[str, _Fitted] = field(default_factory=dict)
-    _cls: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    def __init__(self, evaluator: Evaluator, seed: int = 1) -> None:
+        self.evaluator, self.projections = evaluator, Projections(evaluator, seed)
 
     def figures(
-        self, direction: str, queries: np.ndarray, gallery: np.ndarray, shortlist: int, scores: Sequence[str] = ()
+        self,
+        direction: str,
+        queries: np.ndarray,
+        gallery: np.ndarray,
+        shortlist: int,
+        scores: Sequence[str] = (),
+        untrained_projections: Projections | None = None,
     ) -> dict[str, Any]:
         """Return recalls and costs of one direction.
 
@@ -121,6 +103,7 @@ class TwoStages:
             gallery: Sample indices of the candidates.
             shortlist: Number of candidates that are re-ranked.
             scores: Scores to re-rank by. Empty: all that the model learned.
+            untrained_projections: Projections of an untrained encoder, a control. None: without this control.
 
         Returns:
             The figures, as plain values.
@@ -128,10 +111,14 @@ class TwoStages:
         same_qc = same_pairs(self.evaluator, queries, gallery, *DIRECTIONS[direction])
         first_qc = self.first_stage(direction, queries, gallery)
         best_qk = shortlisted(first_qc, shortlist)
+        others: dict[str, np.ndarray] = {}
+        if untrained_projections is not None:
+            others["untrained_projection"] = untrained_projections.scores(direction, queries, gallery)
         found: dict[str, Any] = {
-            "chance": chance(same_qc), "projection": recall(first_qc, same_qc),
-            "shortlist_recall": float(np.take_along_axis(same_qc, best_qk, 1).any(1).mean()),
+            "chance": chance(same_qc), "projection": beside(recall_figures(first_qc, same_qc, others)),
+            **beside({"shortlist_recall": _shortlist_recall(first_qc, same_qc, shortlist, others)}),
         }  # fmt: skip
+        others["trained_projection"] = first_qc
         encoded = len(queries) + len(gallery)
         can = self.evaluator.config.can
         for score in scores or [name for name, ability in _ABILITY_OF.items() if can(ability)]:
@@ -141,16 +128,21 @@ class TwoStages:
             second_qk, encoder_runs, decoder_runs = rank(direction, queries, gallery, best_qk)
             encoder_runs += encoded
             found[score] = {
+<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
                 **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
                 "decoder_runs": decoder_runs, "all_pairs": first_qc.size,
                 "encoder_fraction": encoder_runs / first_qc.size, "decoder_fraction": decoder_runs / first_qc.size,
+=======
+                **beside(recall_figures(reranked(first_qc, best_qk, second_qk), same_qc, others)), "encoder_runs": encoder_runs,
+                "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_fraction": encoder_runs / first_qc.size,
+                "decoder_fraction": decoder_runs / first_qc.size,
+>>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
             }  # fmt: skip
         return found
 
     def first_stage(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
         """Return the dual projection's scores [q, c]."""
-        query, target = DIRECTIONS[direction]
-        return self._fit(direction).projection.scores(self._vectors(queries, query), self._vectors(gallery, (target,)))
+        return self.projections.scores(direction, queries, gallery)
 
     def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
         """Return the matching head's scores of the shortlisted pairs. Each pair takes one encoder pass.
@@ -189,129 +181,52 @@ class TwoStages:
             Scores [q, k] and the numbers of passes.
         """
         query, target = DIRECTIONS[direction]
-        read, texts_of = self.evaluator.read, self._texts
+        read = self.evaluator.read
         if target == TEXT:
             samples = [read(index, query) for index in queries]
             ranked, places = np.unique(best_qk, return_inverse=True)  # texts that are in at least one shortlist
-            texts, wanted_qk = texts_of(gallery[ranked]), places.reshape(best_qk.shape)
+            texts, wanted_qk = texts_of(self.evaluator, gallery[ranked]), places.reshape(best_qk.shape)
             found_qk = np.stack(self.evaluator.text_log_likelihood_of(samples, texts, list(wanted_qk)))
-            likely_qk = _likeliest(found_qk)
+            likely_qk = likeliest(found_qk)
             divided = np.unique(wanted_qk[likely_qk])
             log_priors = np.zeros(len(ranked))
-            log_priors[divided], encoder_runs, decoder_runs = self._log_priors(direction, gallery[ranked[divided]])
-            scores_qk = _likeliest_first(found_qk, found_qk - log_priors[wanted_qk], likely_qk)
+            log_priors[divided], encoder_runs, decoder_runs = self.projections.log_priors(direction, gallery[ranked[divided]])
+            scores_qk = likeliest_first(found_qk, found_qk - log_priors[wanted_qk], likely_qk)
             return Scores(scores_qk, len(queries) + encoder_runs, best_qk.size + decoder_runs)
         samples = [read(index, (target,)) for index in gallery]
         rows, columns = np.divmod(np.arange(best_qk.size), best_qk.shape[1])
         pairs_of = [np.flatnonzero(best_qk.reshape(-1) == place) for place in range(len(gallery))]
-        found = self.evaluator.text_log_likelihood_of(samples, texts_of(queries), [rows[flat] for flat in pairs_of])
+        texts = texts_of(self.evaluator, queries)
+        found = self.evaluator.text_log_likelihood_of(samples, texts, [rows[flat] for flat in pairs_of])
         scores_qk = np.empty(best_qk.shape)
         for flat, values in zip(pairs_of, found, strict=True):
             scores_qk[rows[flat], columns[flat]] = values
         return Scores(scores_qk, len(np.unique(best_qk)), best_qk.size)
 
-    def _log_priors(self, direction: str, samples: np.ndarray) -> Scores:
-        """Return the log prior of these samples' texts, float64 [samples].
 
-        The prior is the mean likelihood over the nearest training inputs.
-        """
-        nearest_kt = self._prior_inputs(direction, samples)
-        inputs, places = np.unique(nearest_kt, return_inverse=True)
-        rows, texts = places.reshape(-1), np.tile(np.arange(len(samples)), len(nearest_kt))
-        order = np.argsort(rows, kind="stable")  # grouped by input
-        wanted = np.split(texts[order], np.cumsum(np.bincount(rows))[:-1])
-        read = [self.evaluator.read(index, DIRECTIONS[direction][0]) for index in inputs]
-        found = self.evaluator.text_log_likelihood_of(read, self._texts(samples), wanted)
-        values = np.empty(nearest_kt.size)
-        values[order] = np.concatenate(found)
-        return Scores(log_mean_exp(values.reshape(nearest_kt.shape), axis=0)[0], len(inputs), nearest_kt.size)
+def _shortlist_recall(first_qc: np.ndarray, same_qc: np.ndarray, shortlist: int, others: Mapping[str, np.ndarray]) -> Figure:
+    """Return the fraction of queries with a correct candidate in the shortlist, beside that of other first stages."""
 
-    def _prior_inputs(self, direction: str, samples: np.ndarray) -> np.ndarray:
-        """Return the training samples that are nearest to these samples' texts, int64 [k, samples].
+    def found(scores_qc: np.ndarray) -> Measurement:
+        return Measurement.mean(np.take_along_axis(same_qc, shortlisted(scores_qc, shortlist), 1).any(1))
 
-        The distance is that of the projection.
-        """
-        fitted = self._fit(direction)
-        scores_nt = fitted.projection.scores(fitted.query_ne, self._vectors(samples, (TEXT,)))
-        count = min(PRIOR_INPUTS, len(fitted.samples))
-        return fitted.samples[np.sort(np.argpartition(-scores_nt, count - 1, axis=0)[:count], axis=0)]
-
-    def _fit(self, direction: str) -> _Fitted:
-        """Return the direction's projection. It is fitted at the first call."""
-        if direction not in self._fitted:
-            query, target = DIRECTIONS[direction]
-            data = self.evaluator.config.data
-            fitted_on = []
-            for split in (data.train_split, data.valid_split):
-                samples = self.evaluator.samples_with(split, (*query, target))
-                if not len(samples):
-                    raise UserError(f"{self.evaluator.store.path}: split {split} has no sample to fit {direction} on")
-                names = content_names(self.evaluator, samples, target)
-                fitted_on.append((samples, Pairs(self._vectors(samples, query), self._vectors(samples, (target,)), names)))
-            (train_samples, train), (_, valid) = fitted_on
-            projection = fit_dual_projection(train, valid, seed=self.seed)
-            self._fitted[direction] = _Fitted(projection, train_samples, train.query_ne)
-        return self._fitted[direction]
-
-    def _vectors(self, samples: np.ndarray, modalities: tuple[int, ...]) -> np.ndarray:
-        """Return the [CLS] of these modalities, float32 [samples, e]. Each sample is encoded once."""
-        width, store = self.evaluator.config.model.hidden_size, self.evaluator.store
-        empty = (np.empty((store.num_samples, width), np.float32), np.zeros(store.num_samples, bool))
-        vectors, known = self._cls.setdefault(modalities, empty)
-        new = np.unique(samples[~known[samples]])
-        vectors[new] = self.evaluator.cls_vectors([self.evaluator.read(index, modalities) for index in new])
-        known[new] = True
-        return vectors[samples]
-
-    def _texts(self, samples: np.ndarray) -> list[np.ndarray]:
-        return [self.evaluator.read(index, (TEXT,)).of(TEXT).ids for index in samples]
+    by_chance = {"chance": Measured(Measurement.mean(chance_among(same_qc, shortlist)))}
+    return measure(found(first_qc), by_chance | {name: Measured(found(scores_qc)) for name, scores_qc in others.items()})
 
 
-def shortlisted(first_qc: np.ndarray, shortlist: int) -> np.ndarray:
-    """Return the gallery indices of the first stage's best candidates in ascending order, int64 [q, k]."""
-    return np.sort(np.argpartition(-first_qc, shortlist - 1, axis=1)[:, :shortlist], axis=1)
-
-
-def _likeliest(log_likelihood_qk: np.ndarray) -> np.ndarray:
-    """Return which texts are among the `LIKELIEST` of each query, bool [q, k]."""
-    count = min(LIKELIEST, log_likelihood_qk.shape[1])
-    likely_qk = np.zeros(log_likelihood_qk.shape, dtype=bool)
-    np.put_along_axis(likely_qk, np.argpartition(-log_likelihood_qk, count - 1, axis=1)[:, :count], True, axis=1)
-    return likely_qk
-
-
-def _likeliest_first(log_likelihood_qk: np.ndarray, over_prior_qk: np.ndarray, likely_qk: np.ndarray) -> np.ndarray:
-    """Return scores [q, k]: the likeliest texts by likelihood over prior, then the other texts by likelihood."""
-    least_q = np.where(likely_qk, over_prior_qk, np.inf).min(1, keepdims=True)
-    return np.where(likely_qk, over_prior_qk, least_q + log_likelihood_qk - log_likelihood_qk.max(1, keepdims=True) - 1)
-
-
-def reranked(first_qc: np.ndarray, best_qk: np.ndarray, second_qk: np.ndarray) -> np.ndarray:
-    """Return scores [q, c] that rank the shortlist first, in the second stage's order.
-
-    The other candidates follow in the first stage's order.
-    """
-    scores_qc = first_qc.astype(np.float64) - first_qc.max(1, keepdims=True)
-    np.put_along_axis(scores_qc, best_qk, second_qk - second_qk.min(1, keepdims=True) + 1, axis=1)
-    return scores_qc
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the figures as text."""
-    lines = [
-        f"{result['candidates']} candidates of {result['split']}, the best {result['shortlist']} re-ranked",
-        f"  {'':<22}{'':<14}" + "".join(f"{f'R@{k}':>8}" for k in RANKS) + "   encoder, decoder runs of all pairs",
-    ]
+def table(result: Mapping[str, Any]) -> str:
+    """Return the figures as text: per direction and score a line, with its controls below, and the cost."""
+    lines = [f"{result['candidates']} candidates of {result['split']}, the best {result['shortlist']} re-ranked"]
     for direction in (name for name in DIRECTIONS if name in result):
         found, name = result[direction], direction.replace("_to_", "→").replace("_", "+")
-        for stage in ("projection", "matching", "likelihood"):
-            if stage in found:
-                cells = "".join(f"{found[stage][f'R@{k}']:>8.1%}" for k in RANKS)
-                fractions = (found[stage].get(f"{part}_fraction") for part in ("encoder", "decoder"))
-                cost = "".join("" if fraction is None else f"{fraction:>10.2%}" for fraction in fractions)
-                lines.append(f"  {name:<22}{stage:<14}{cells}{cost}")
-                name = ""
-        lines.append(f"  {'':<22}in shortlist  {found['shortlist_recall']:>7.1%}   (chance R@1 {found['chance']['R@1']:.2%})")
+        for stage in (stage for stage in ("projection", "matching", "likelihood") if stage in found):
+            row = found[stage]
+            lines += figure_lines(f"{name}, {stage}", read_recall({**row, "chance": found["chance"]}), percent)
+            if "encoder_fraction" in row:
+                fractions = f"{row['encoder_fraction']:.2%} of the encoder runs, {row['decoder_fraction']:.2%} of the decoder runs"
+                lines.append(f"      {fractions} of all pairs")
+        in_shortlist = read_figure(found, "shortlist_recall")
+        lines += figure_lines(f"{name}, in the shortlist", {"recall": in_shortlist}, percent)
     return "\n".join(lines)
 
 

@@ -13,12 +13,17 @@ but the split's maximum does.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.evaluation.controls import another, other_samples, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
+from opt_ds.evaluation.figures import Measured, beside, figure_lines, measure, percent
+from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.reading import read_accuracy
 
 ANNOTATORS = 10  # per question, as published
 _FEWEST = 4  # Minimum number of answers per question for the published accuracy: without one of them, three can agree.
@@ -28,7 +33,8 @@ def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None
     """Return the accuracy (0 … 1) over the split's questions.
 
     `constant_answer` is the accuracy of the most frequent training answer. `best_possible` is the best accuracy that
-    the head's labels allow.
+    the head's labels allow. Beside the accuracy stand the constant answer, and the answers if the image or the question
+    is another sample's.
 
     Args:
         evaluator: The model and the store.
@@ -57,9 +63,18 @@ def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None
     answers = [names[place] for place in scores.argmax(1)]
     constant = _most_frequent(evaluator)
 
-    def accuracy(chosen: list[str]) -> float:
-        return float(np.mean([answer_accuracy(counts, name, annotators) for counts, name in zip(given, chosen, strict=True)]))
+    def accuracy(chosen: list[str], wanted: list[Counter[str]]) -> Measurement:
+        return Measurement.mean(
+            np.array([answer_accuracy(counts, name, annotators) for counts, name in zip(wanted, chosen, strict=True)])
+        )
 
+    for_all = accuracy([constant] * len(given), given)
+    controls = {"constant_answer": Measured(for_all)}
+    others = other_samples(evaluator, questions, SUBSETS[inputs], seed)
+    for modality in SUBSETS[inputs] if len(others.places) else ():
+        swapped = evaluator.label_scores(with_others(evaluator, questions, SUBSETS[inputs], modality, others))
+        chosen = [names[place] for place in swapped.argmax(1)]
+        controls[another(modality)] = Measured(accuracy(chosen, [given[place] for place in others.places]), others.places)
     best = [
         max((answer_accuracy(counts, name, annotators) for name in counts if name in names), default=0.0)
         for counts in given
@@ -67,9 +82,19 @@ def vqa(evaluator: Evaluator, split: str, inputs: str = "T+I", limit: int | None
     return {
         "split": split, "inputs": inputs, "questions": len(questions), "answers": len(names),
         "annotators": annotators, "measure": "any annotator" if annotators < _FEWEST else "min(others / 3, 1)",
-        "accuracy": accuracy(answers), "constant_answer": {"answer": constant, "accuracy": accuracy([constant] * len(given))},
+        **beside({"accuracy": measure(accuracy(answers, given), controls)}),
+        "constant_answer": {"answer": constant, "accuracy": for_all.value},
         "best_possible": float(np.mean(best)),
     }  # fmt: skip
+
+
+def vqa_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the accuracy as text, with its controls and upper bound below."""
+    constant = figures["constant_answer"]
+    return [
+        *figure_lines(f"VQA, {figures['questions']} questions", {"accuracy": read_accuracy(figures)}, percent),
+        f"      one answer for all: \"{constant['answer']}\"; best possible accuracy {figures['best_possible']:.1%}",
+    ]
 
 
 def answer_accuracy(given: Counter[str], answer: str, annotators: int = ANNOTATORS) -> float:

@@ -4,7 +4,10 @@
 BUILT_IN = {
     "grid": "opt_ds.features.grid:GridExtractor",
     "faster_rcnn": "opt_ds.features.detector:FasterRCNNExtractor",
+    "vit": "opt_ds.features.vit:ViTExtractor",
+    "hf_detector": "opt_ds.features.hf_detector:HFDetectorExtractor",
     "npz": "opt_ds.features.npz_regions:NpzExtractor",
     "logmel": "opt_ds.features.logmel:LogMelExtractor",
+    "hf_speech": "opt_ds.features.hf_speech:HFSpeechExtractor",
     "wav2vec2": "opt_ds.features.wav2vec2:Wav2Vec2Extractor",
 }

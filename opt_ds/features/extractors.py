@@ -168,6 +168,25 @@ def named_in(fingerprint: Mapping[str, Any]) -> str:
     return str(fingerprint.get(PLUGIN, fingerprint.get("name", "")))
 
 
+def layer_number(layer: int | None, count: int, option: str) -> int | None:
+    """Return a layer counted from 1, given from 1, or from -1 for the last; None for None.
+
+    Args:
+        layer: The layer.
+        count: Number of layers.
+        option: The option that names it, for messages.
+
+    Raises:
+        UserError: There is no such layer.
+    """
+    if layer is None:
+        return None
+    number = layer if layer > 0 else count + 1 + layer
+    if not 1 <= number <= count or layer == 0:
+        raise UserError(f"{option} {layer}: the model has layers 1 to {count} (or -1 to -{count}, from the last)")
+    return number
+
+
 def _is_path(annotation: Any) -> bool:
     return annotation is Path or Path in get_args(annotation)
 

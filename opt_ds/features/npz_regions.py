@@ -25,7 +25,7 @@ class NpzOptions(Section):
     """The options of npz. Those of the selection are UNITER's."""
 
     dim: int = Field(2048, ge=1, description="Size of a feature.")
-    num_classes: int = Field(1601, ge=1, description="Number of region classes.")
+    num_classes: int = Field(1601, ge=0, description="Number of region classes. 0: none, and MRC is disabled.")
     confidence: float = Field(0.2, description="Regions at or below this score are dropped, except to reach `min_regions`.")
     min_regions: int = Field(10, ge=1, description="Smallest number of regions per image, as far as the file has them.")
     max_regions: int = Field(100, ge=1, description="Largest number of regions per image.")

@@ -32,7 +32,7 @@ class RegionExtractor(Extractor):
     kind = "image"
     #: Size of a feature.
     dim: int
-    #: Number of region classes.
+    #: Number of region classes. 0: there are none. All labels are 0 then, and MRC is disabled.
     num_classes: int
 
     @abstractmethod

@@ -18,7 +18,7 @@ from opt_ds.config.section import Section
 from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import load_state_dict, weights_fingerprint
-from opt_ds.features.speech import SpeechExtractor
+from opt_ds.features.speech import SpeechExtractor, refuse_fairseq, windows
 from opt_ds.weights import fit, read_config, read_folder
 
 # The convolutions of every wav2vec 2.0 model: the receptive field of a frame is 400 samples, the hop is 320.
@@ -128,6 +128,7 @@ class Wav2Vec2Extractor(SpeechExtractor):
         self._hidden = lambda waveforms: model(waveforms, output_hidden_states=True).hidden_states[layer]
 
     def _load_torchaudio(self, file: Path) -> None:
+        refuse_fairseq(file)
         state = load_state_dict(file, "--speech-weights of wav2vec2")
         bias = state.get("encoder.feature_projection.projection.bias")
         width = 0 if bias is None else len(bias)
@@ -184,17 +185,3 @@ def _normalises(folder: Path) -> bool:
         return settings is not None and bool(settings.get("do_normalize", True))
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{file}: not readable as a feature extractor's settings: fetch it again") from None
-
-
-def windows(count: int, window: int, margin: int) -> list[tuple[int, int, int, int]]:
-    """Split `count` frames into windows.
-
-    Return per window (first, last + 1) of the computed frames and (start, stop) of the frames that are kept.
-    """
-    if count <= window:
-        return [(0, count, 0, count)]
-    step = window - 2 * margin
-    return [
-        (max(0, start - margin), min(count, start + step + margin), start, min(count, start + step))
-        for start in range(0, count, max(1, step))
-    ]

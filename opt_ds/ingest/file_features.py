@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from opt_ds.decoding.decoder import Decoded, DecodingError, EnvironmentFaultError, MissingFileError, own_decoder
+from opt_ds.decoding.tar_members import shown_name
 from opt_ds.features.extractors import Extractor, ExtractorChoice
 from opt_ds.ingest.retry import file_state
 from opt_ds.ingest.settings import PrepareSettings
@@ -124,14 +125,14 @@ def _decode(extractor: Extractor, path: Path, settings: PrepareSettings) -> Deco
     except MemoryError:
         raise EnvironmentFaultError(f"{path}: its content does not fit into memory: use fewer --workers") from None
     except Exception as error:
-        return Failure(f"{extractor.kind} file is broken: {path.name}: {_one_line(error)}")
+        return Failure(f"{extractor.kind} file is broken: {shown_name(path)}: {_one_line(error)}")
 
 
 def _failure(kind: str, path: Path, error: DecodingError) -> Failure:
     # The report must not depend on the folder of the files.
     if isinstance(error, MissingFileError):
-        return Failure(f"{kind} file is missing: {path.name}")
-    return Failure(f"{kind} file is {'refused' if error.refused else 'broken'}: {path.name}: {error}")
+        return Failure(f"{kind} file is missing: {shown_name(path)}")
+    return Failure(f"{kind} file is {'refused' if error.refused else 'broken'}: {shown_name(path)}: {error}")
 
 
 def _no_features(kind: str, error: Exception) -> Failure:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from opt_ds.decoding.file_kinds import HEAD_BYTES, TABLE, format_of_content, format_of_name
+from opt_ds.decoding.tar_members import file_on_disk, member_reference
 from opt_ds.errors import UserError, did_you_mean
 from opt_ds.ingest.text_files import JsonError, byte_lines, open_bytes, parse_json
 from opt_ds.store.files import atomic_file
@@ -38,7 +39,7 @@ _NAMES = ("id", "group", "split")  # fields that may be integers, which are conv
 class ManifestLine(BaseModel):
     """A sample: `id`, and any of text, labels, group, split and files (image, audio, further modalities).
 
-    Files are relative to the manifest's folder.
+    Files are relative to the manifest's folder. A file may be a member of a tar (see opt_ds/decoding/tar_members.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
@@ -219,8 +220,11 @@ def _check_is_manifest(path: Path) -> None:
 
     A file that begins with "{" is accepted here.
     """
+    with open(path, "rb") as file:
+        _refuse_tar(path, file.read(HEAD_BYTES))
     with open_bytes(path) as file:
         head = file.read(HEAD_BYTES)
+    _refuse_tar(path, head)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         return
     found = format_of_content(head) or format_of_name(path.with_suffix("") if path.suffix.lower() == ".gz" else path)
@@ -232,6 +236,14 @@ def _check_is_manifest(path: Path) -> None:
         raise UserError(
             f"{path}: a file of the format {found.name}, not a manifest: give a manifest (JSONL, one sample per line), or the "
             "folder that holds the files"
+        )
+
+
+def _refuse_tar(path: Path, head: bytes) -> None:
+    found = format_of_content(head)
+    if found is not None and found.name == "tar":
+        raise UserError(
+            f"{path}: a tar, not a manifest: opt-ds import webdataset {path} --output manifest.jsonl makes a manifest of it"
         )
 
 
@@ -312,11 +324,13 @@ def _check_line(line: ManifestLine, seen: dict[str, int], folder: Path, allow_ou
     if line.id in seen:
         raise _LineError(f'id "{line.id}" is also on line {seen[line.id]}: ids must differ', line.id)
     for kind, name in line.files().items():
-        if not allow_outside and not _is_inside(name, folder):
+        if kind not in FILE_FIELDS and member_reference(name) is not None:
+            raise _LineError(f'{kind} "{name}" is in a tar: only {" and ".join(FILE_FIELDS)} can be read there', line.id)
+        if not allow_outside and not _is_inside(file_on_disk(name), folder):
             raise _LineError(f'{kind} "{name}" is outside the manifest\'s folder (--allow-outside)', line.id)
 
 
-def _is_inside(name: str, folder: Path) -> bool:
+def _is_inside(name: Path, folder: Path) -> bool:
     top = os.path.abspath(folder)
     return os.path.abspath(os.path.join(top, name)).startswith(top.rstrip(os.sep) + os.sep)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from opt_ds.decoding.decoder import EnvironmentFaultError
 from opt_ds.decoding.decoder_process import FAULTS
+from opt_ds.decoding.tar_members import file_on_disk
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import ExtractorChoice
@@ -123,6 +124,8 @@ def _prepare(
     named = ", ".join(choice.given for choice in choices.values())
     _LOG.info(f"device: {device}; extractors: {named}; workers: {workers}")
     extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
+    if extractors["image"].num_classes < 2 and "image" in manifest.file_kinds:
+        _LOG.info(f"{choices['image'].given}: its image regions have no classes, so training disables MRC")
     fingerprints = {kind: choice.complete_fingerprint(extractors[kind]) for kind, choice in choices.items()}
     if settings.trim_silence:
         fingerprints["audio"]["trim_silence"] = True  # serving must trim the audio too
@@ -200,11 +203,12 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, fingerprints
 def _check_files(manifest: Manifest, strict: bool) -> None:
     for kind in manifest.file_kinds:
         names = {name for line in manifest.lines if (name := line.file(kind)) is not None}
-        missing = sorted(name for name in names if not _is_file(manifest.folder / name))
+        missing = sorted(name for name in names if not _is_file(file_on_disk(manifest.folder / name)))
         if missing and (strict or len(missing) == len(names)):
+            first = file_on_disk(manifest.folder / missing[0])
             raise UserError(
-                f"{manifest.path}: {len(missing)} of {len(names)} {kind} files are missing, "
-                f"the first is {manifest.folder / missing[0]}: paths are relative to the manifest"
+                f"{manifest.path}: {len(missing)} of {len(names)} {kind} files are missing, the first is {first}: "
+                "paths are relative to the manifest"
             )
 
 

@@ -8,12 +8,15 @@ import errno
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from opt_ds.decoding.decoder import DecodingError, own_decoder
 from opt_ds.decoding.decoder_process import DIGEST_BYTES
+from opt_ds.decoding.reasons import BrokenFileError
+from opt_ds.decoding.tar_members import MemberReference, content_blocks, find_member, member_reference
 from opt_ds.errors import UserError
 from opt_ds.former_names import PREPARATION, current_fields
 from opt_ds.ingest.manifest import Manifest
@@ -29,7 +32,10 @@ _HASHED_BYTES = 2**30  # for larger files only the size is compared
 
 def file_state(path: Path) -> FileState:
     """Return [bytes, hash] of a file that was not used; None if it does not exist."""
+    reference = member_reference(path)
     try:
+        if reference is not None:
+            return _member_state(reference)
         size = path.stat().st_size
         if size > _HASHED_BYTES or not path.is_file():
             return [size, ""]
@@ -38,6 +44,20 @@ def file_state(path: Path) -> FileState:
     except (OSError, ValueError) as error:
         missing = isinstance(error, ValueError) or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
         return None if missing else ["", ""]
+
+
+def _member_state(reference: MemberReference) -> FileState:
+    """Return [bytes, hash] of a member of a tar, or [bytes of the tar, "no member"] if the tar does not have it."""
+    with open(reference.tar, "rb") as tar:
+        try:
+            member = find_member(tar, reference)
+            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+            if member.size <= _HASHED_BYTES:
+                for block in content_blocks(tar, member):
+                    digest.update(block)
+            return [member.size, digest.hexdigest() if member.size <= _HASHED_BYTES else ""]
+        except BrokenFileError:
+            return [os.fstat(tar.fileno()).st_size, "no member"]
 
 
 def notice_changes(manifest: Manifest, skipped_files: dict[str, FileState]) -> None:

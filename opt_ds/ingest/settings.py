@@ -41,18 +41,19 @@ class PrepareSettings(Section):
 
     images: str = Field(
         "grid",
-        description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, npz (files made by one), the name "
-        "of an installed package's (entry points `opt_ds.features`), or `module:Class`.",
+        description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision "
+        "transformer), hf_detector (object queries), npz (files made by one), the name of an installed package's (entry "
+        "points `opt_ds.features`), or `module:Class`.",
     )
     image_weights: Path | None = Field(
         None,
-        description="State dict of the detector or backbone. None: the weights of the extractor's package, if it "
-        "has any.",
+        description="State dict of the detector or backbone; vit: a folder. None: the weights of the extractor's package, if "
+        "it has any.",
     )
     image_backbone: str | None = Field(
         None,
-        description="grid: torchvision's name of the backbone of `image_weights`, or timm/NAME. None: the "
-        "extractor's own.",
+        description="grid: torchvision's name of the backbone of `image_weights`, or timm/NAME. vit: the architecture that "
+        "they must have. None: the extractor's own.",
     )
     image_min_side: int = Field(
         600, ge=1, description="faster_rcnn: pixels that the shorter side of an image is scaled to."
@@ -66,18 +67,20 @@ class PrepareSettings(Section):
     pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and image grids.")
     speech: str = Field(
         "logmel",
-        description="Extractor of audio frames: logmel, wav2vec2, the name of an installed package's, or `module:Class`.",
+        description="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, the name of an "
+        "installed package's, or `module:Class`.",
     )
     speech_weights: Path | None = Field(
-        None, description="wav2vec2: a torchaudio state dict or a Hugging Face folder. logmel needs none."
+        None,
+        description="hf_speech: a Hugging Face folder. wav2vec2: that or a torchaudio state dict. logmel needs none.",
     )
     speech_layer: int | None = Field(
-        None, description="wav2vec2: Transformer layer whose output is taken, counted from 1. None: the last one."
+        None, description="hf_speech, wav2vec2: layer whose output is taken, counted from 1. None: the last one."
     )
     speech_window_s: float = Field(
-        30.0, description="wav2vec2: length of the windows that longer audio is split into, in seconds."
+        30.0, description="hf_speech, wav2vec2: length of the windows that longer audio is split into, in seconds."
     )
-    speech_overlap_s: float = Field(2.0, description="wav2vec2: overlap of neighbouring windows, in seconds.")
+    speech_overlap_s: float = Field(2.0, description="hf_speech, wav2vec2: overlap of neighbouring windows, in seconds.")
     extractors: dict[str, str] = Field(
         default_factory=dict,
         description="Name of a further modality -> its extractor: the name of an installed package's, or `module:Class`. The "

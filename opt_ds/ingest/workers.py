@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.decoding.limits import MIB
+from opt_ds.decoding.tar_members import shown_name
 from opt_ds.errors import RunError
 from opt_ds.features.extractors import ExtractorChoice
 from opt_ds.ingest.file_features import Extracted, Failure, FileFeatures
@@ -118,7 +119,7 @@ class _Pool:
         assert name is not None
         results = self._attempt(replace(task, names=[name if index == place else None for index in range(len(task.names))]))
         if results is None:
-            reason = f"no {task.kind} features could be made: {Path(name).name}: it ends the worker process (out of memory?)"
+            reason = f"no {task.kind} features could be made: {shown_name(name)}: it ends the worker process (out of memory?)"
             return Failure(reason, file_state(task.folder / name))
         return results[place]
 

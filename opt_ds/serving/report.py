@@ -18,10 +18,16 @@ from opt_ds.config import Config, config_from_dict, load_config
 from opt_ds.config.section import current_names
 from opt_ds.config.sources import preset_names
 from opt_ds.errors import UserError
+<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
 from opt_ds.evaluation import paper
 from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE
 from opt_ds.evaluation.retrieval import DIRECTIONS, RANKS
 from opt_ds.former_names import FIGURES, METRICS, current_keys
+=======
+from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE, marks_text, table_rows
+from opt_ds.serving import report_tables
+from opt_ds.serving.report_tables import FigureTable
+>>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
 from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint
@@ -76,8 +82,10 @@ def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[st
     metrics, summary = _metrics(run), found.get("summary", {})
     return {
         "name": run.resolve().name, "about": _about(run, metrics), "curves": _curves(metrics, _baselines(run)), "found": found,
-        "ranks": RANKS, "validation": summary.get("validation") or _validation(run), "retrieval": _retrieval(found),
-        "paper": paper, "summary_splits": summary.get("splits", {}), "transcription": _transcription(found),
+        "validation": report_tables.validation_table(summary.get("validation") or _validation(run)),
+        "classification": [report_tables.classification_table(found["classification"])] if "classification" in found else [],
+        "retrieval": report_tables.retrieval_tables(found), "texts": _texts(found),
+        "images": report_tables.image_generation_tables(found),
         "grids": _grids(run, found), "settings": _settings(run), "ablation": _ablation(ablation),
         "missing": [name for name in EXPERIMENTS if name not in found],
     }  # fmt: skip
@@ -212,40 +220,7 @@ def _running_mean(values: list[float], width: int) -> list[float]:
     return means
 
 
-# ---- tables
-
-
-def _retrieval(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one table per split, with one row per direction and score, in the paper's order."""
-    tables: dict[str, dict[str, Any]] = {}
-    for split, figures in found.get("summary", {}).get("splits", {}).items():
-        tables[split] = dict(figures["retrieval"])
-    if "retrieval" in found and "split" in found["retrieval"]:
-        tables.setdefault(found["retrieval"]["split"], {}).update(found["retrieval"])
-    result = []
-    two_stages = found.get("two_stages", {})
-    for split, figures in tables.items():
-        rows = []
-        for direction in (name for name in DIRECTIONS if name in figures):
-            own = figures[direction]
-            scored = [("text likelihood", own.get("likelihood")), ("matching head", own.get("matching"))]
-            if two_stages.get("split") == split and direction in two_stages:
-                scored += _two_stage_rows(two_stages, direction)
-            rows.append({
-                "name": direction.replace("_to_", " → ").replace("_", " + "),
-                "scores": [{"name": name, **row} for name, row in scored if row], "paper": paper.RETRIEVAL[direction],
-            })  # fmt: skip
-        result.append({"split": split, "rows": rows})
-    return result
-
-
-def _two_stage_rows(two_stages: dict[str, Any], direction: str) -> list[tuple[str, dict[str, Any]]]:
-    own = two_stages[direction]
-    shared = {"candidates": two_stages["candidates"], "chance": own["chance"]}
-    return [
-        (f"{score}, best {two_stages['shortlist']} of a projection", {**own[score], **shared})
-        for score in ("likelihood", "matching") if score in own
-    ]  # fmt: skip
+# ---- results
 
 
 def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -254,6 +229,13 @@ def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if "transcription" in found:
         tables[found["transcription"]["split"]] = found["transcription"]
     return list(tables.items())
+
+
+def _texts(found: dict[str, Any]) -> list[FigureTable]:
+    """Return the tables of generated texts."""
+    rates = _transcription(found)
+    tables = [report_tables.transcription_table(rates)] if rates else []
+    return tables + ([report_tables.captioning_table(found["captioning"])] if "captioning" in found else [])
 
 
 def _grids(run: Path, found: dict[str, Any]) -> list[dict[str, str]]:
@@ -272,16 +254,9 @@ def _ablation(folder: Path | None) -> dict[str, Any] | None:
     if folder is None:
         return None
     figures = _read(folder / JSON_FILE)
-    full = next((row for row in figures["rows"] if row["row"] == "full"), None)
-    rows = []
-    for row in figures["rows"]:
-        scores = {name: found["mAP"] for name, found in row["classification"]["subsets"].items()}
-        subset = list(scores)[-1]
-        change = None
-        if full is not None and row is not full:
-            change = 100 * (scores[subset] / full["classification"]["subsets"][subset]["mAP"] - 1)
-        rows.append({**row, "scores": scores, "change": change, "paper": paper.ABLATION.get(row["row"])})
-    return {**figures, "rows": rows, "chart": _data_url(folder / CHART_FILE) if (folder / CHART_FILE).is_file() else ""}
+    rows = table_rows(figures)
+    chart = _data_url(folder / CHART_FILE) if (folder / CHART_FILE).is_file() else ""
+    return {"rows": rows, "marks": marks_text(rows), "chart": chart}
 
 
 def _settings(run: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ RANGES: dict[str, Callable[[ShardDescription, StoreDescription], tuple[float, fl
     "samples/group": lambda shard, store: (0, 2**63 - 1),
     "text/tokens": lambda shard, store: (0, store.dims.vocab_size - 1),
     "image/boxes": lambda shard, store: (-BOX_TOLERANCE, 1 + BOX_TOLERANCE),
-    "image/labels": lambda shard, store: (0, store.dims.image_num_classes - 1),
+    "image/labels": lambda shard, store: (0, max(store.dims.image_num_classes - 1, 0)),  # without classes all are 0
     "image/scores": lambda shard, store: (0, 1),
     "image/codes": lambda shard, store: (0, (store.dims.num_codes or 0) - 1),
 }
@@ -166,6 +166,8 @@ class Regions(Protocol):
 def image_problem(regions: Regions, feature_dim: int, num_classes: int) -> str | None:
     """Return why a store could not hold the regions of an image (see `ImageItem`); None if it can.
 
+    Without classes (`num_classes` 0), every label must be 0.
+
     Values are checked as they would be stored: a feature that overflows float16 is infinite.
     """
     problem = item_problem("image/features", regions.features, (None, feature_dim))
@@ -176,7 +178,7 @@ def image_problem(regions: Regions, feature_dim: int, num_classes: int) -> str |
     return (
         item_problem("image/boxes", regions.boxes, (count, BOX_SIZE), low, high)
         or next((f"boxes: {problem}" for problem in box_problems(regions.boxes.astype("float32"))), None)
-        or item_problem("image/labels", regions.labels, (count,), 0, num_classes - 1)
+        or item_problem("image/labels", regions.labels, (count,), 0, max(num_classes - 1, 0))
         or item_problem("image/scores", regions.scores, (count,), 0, 1)
     )
 

@@ -142,7 +142,7 @@ def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]
         ("splits", ", ".join(f"{name} {count}" for name, count in description.split_counts.items())),
         ("texts", f"{texts}, {each('text')}, vocabulary of {dims.vocab_size}"),
         ("images", f"{images}, {each('image')} of {dims.image_feature_dim} dimensions"),
-        ("image classes", str(dims.image_num_classes)),
+        ("image classes", str(dims.image_num_classes) if dims.image_num_classes > 1 else "none (MRC is disabled)"),
         ("audios", f"{audios}, {each('audio')} of {dims.audio_feature_dim} dimensions"),
         ("audio frame rate", f"{dims.audio_frame_rate_hz:g} Hz"),
         *((name, further(name)) for name in description.further),

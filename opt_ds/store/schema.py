@@ -115,7 +115,10 @@ class _MayBeFurther(Frozen):
 
 
 class Dims(Frozen):
-    """Sizes that a model must match. `num_codes` is the size of the dVAE's codebook, None without codes."""
+    """Sizes that a model must match. `num_codes` is the size of the dVAE's codebook, None without codes.
+
+    `image_num_classes` is 0 if the image extractor gives no classes.
+    """
 
     image_feature_dim: _Size
     image_num_classes: _Size

@@ -45,7 +45,8 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
         lines.append(("regions", f"{len(regions.features)}, features {_spread(regions.features)}"))
         for box, label, score in list(zip(regions.boxes, regions.labels, regions.scores, strict=True))[:_MOST_BOXES]:
             corners = ", ".join(f"{value:.2f}" for value in box[:4])
-            lines.append((f"  class {label}", f"score {float(score):.2f}, box {corners}"))
+            name = f"class {label}" if store.description.dims.image_num_classes > 1 else "region"
+            lines.append((f"  {name}", f"score {float(score):.2f}, box {corners}"))
         if store.has_codes:
             lines.append(("image codes", " ".join(map(str, store.codes(image).tolist()))))
     if audio != MISSING:

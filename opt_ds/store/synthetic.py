@@ -46,7 +46,7 @@ def write_synthetic_store(
         frames: Smallest and largest number of frames per audio row, inclusive.
         image_feature_dim: Size of an image feature.
         audio_feature_dim: Size of an audio frame.
-        image_num_classes: Number of region classes.
+        image_num_classes: Number of region classes. 0: none.
         vocab_size: Number of tokens, including the special ones.
         num_codes_vocab: Size of the codebook; None for a store without codes.
         missing: Probability that a sample lacks a modality. At least one is kept.
@@ -78,7 +78,7 @@ def write_synthetic_store(
         return ImageItem(
             features=rng.standard_normal((count, image_feature_dim), "float32").astype("float16"),
             boxes=_random_boxes(rng, count),
-            labels=rng.integers(0, image_num_classes, count),
+            labels=rng.integers(0, max(image_num_classes, 1), count),
             scores=rng.random(count),
             pixels=rng.integers(0, 256, PIXELS_SHAPE, "uint8") if pixels else None,
             codes=rng.integers(0, num_codes_vocab, CODES_PER_IMAGE) if num_codes_vocab else None,

@@ -22,7 +22,7 @@ from opt_ds.errors import UserError
 from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
-from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, Terms, TrainingStatistics
 
 
 class LabelsConfig(LossConfig):
@@ -180,6 +180,6 @@ class LabelPrediction(Task):
         def losses(sample: Sample, number: int) -> dict[str, Any]:
             targets = sample.targets[self.name]
             loss = -(targets * np.log(frequencies) + (1 - targets) * np.log(1 - frequencies)).sum()
-            return {"labels": np.array([float(loss)])}
+            return {"labels": Terms(np.array([float(loss)]), np.array([float(targets[frequencies.argmax()])]))}
 
         return SampleBaseline(self.name, losses)

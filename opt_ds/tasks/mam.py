@@ -22,7 +22,8 @@ from opt_ds.modalities.audio import AudioBatch
 from opt_ds.ops.sequences import Sequences
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm
-from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, Terms, TrainingStatistics
+from opt_ds.tasks.neighbours import interpolated, mean_at_distance
 from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
@@ -191,16 +192,24 @@ class MaskedAudioModeling(TokenLevelTask):
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
         """Return the baselines of MAFR and MAC.
 
-        They are the mean of the training features, and log K for K equally likely candidates.
+        MAFR: interpolation between the nearest visible frames, shrunk to the mean of the training features. MAC: log K
+        for K equally likely candidates.
         """
         stack = self.config.model.audio_stack
 
-        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+        def shrinkage(number: int, distance: int) -> float:
+            return statistics.shrinkage(number, AUDIO, "audio", stack, mean_at_distance(distance))
+
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray | Terms]:
             frames = sample.of(AUDIO)
             masked = given(frames.masked)
+            vectors = statistics.standard(frames.features, number, "audio", stack)
+            guesses, distances = interpolated(vectors, masked)
+            guesses *= np.array([shrinkage(number, int(distance)) for distance in distances])[:, None]
+            candidates = np.full(masked.sum(), 1.0 + (~masked).sum())
             return {
-                "mafr": statistics.mean_error(frames.features[masked], number, "audio", stack),
-                "mac": np.full(masked.sum(), np.log(1 + (~masked).sum())),
+                "mafr": np.square(vectors[masked] - guesses).mean(-1),
+                "mac": Terms(np.log(candidates), 1 / candidates),
             }
 
         return SampleBaseline(self.name, losses)

@@ -4,7 +4,7 @@ There are five matching labels: all three; image and audio; text and audio; text
 not match comes from another sample. Modalities of other packages are dropped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -225,27 +225,42 @@ class Matching(Task):
         return head(encoded.hidden_te, part)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """Return the loss of predicting the frequencies of the matching labels."""
+        """Return the loss of predicting the frequencies of the matching labels, given which modalities are present."""
         return _LabelFrequencies(self.section.loss)
 
 
 class _LabelFrequencies(Baseline):
-    """Baseline that predicts the frequency of each matching label in the validation pass."""
+    """Baseline that predicts the frequency of each matching label in the validation pass, given the modalities present.
+
+    Which modalities are present decides which labels are possible: text and audio alone match or do not.
+    """
 
     def __init__(self, loss: str) -> None:
-        self._loss, self._counts = loss, np.zeros(NUM_LABELS)
+        self._loss = loss
+        self._counts: dict[tuple[int, ...], np.ndarray] = {}
 
     def add(self, sample: Sample, number: int) -> None:
         if "matching" in sample.targets:
-            self._counts[sample.targets["matching"]] += 1
+            counts = self._counts.setdefault(tuple(sorted(sample.items)), np.zeros(NUM_LABELS))
+            counts[sample.targets["matching"]] += 1
 
     def losses(self) -> dict[str, float]:
-        if not self._counts.sum():
-            return {}
-        prior = np.clip(self._counts / self._counts.sum(), 1e-12, 1 - 1e-12)
+        return self._mean(self._loss_of)
+
+    def accuracies(self) -> dict[str, float]:
+        return self._mean(lambda prior: float(prior.max()))
+
+    def _mean(self, of_prior: Callable[[np.ndarray], float]) -> dict[str, float]:
+        """Return the mean over the samples of a function of the frequencies given their modalities."""
+        total = sum(counts.sum() for counts in self._counts.values())
+        found = sum(counts.sum() * of_prior(counts / counts.sum()) for counts in self._counts.values())
+        return {"matching": float(found / total)} if total else {}
+
+    def _loss_of(self, frequencies: np.ndarray) -> float:
+        prior = np.clip(frequencies, 1e-12, 1 - 1e-12)
         if self._loss == "ce":
-            return {"matching": float(-(prior * np.log(prior)).sum())}
-        return {"matching": float(-(prior * np.log(prior) + (1 - prior) * np.log(1 - prior)).mean())}
+            return float(-(prior * np.log(prior)).sum())
+        return float(-(prior * np.log(prior) + (1 - prior) * np.log(1 - prior)).mean())
 
 
 def _label(inputs: np.ndarray, replaced: np.ndarray) -> np.ndarray:

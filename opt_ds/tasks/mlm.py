@@ -20,7 +20,7 @@ from opt_ds.data.task import BatchPart
 from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, vocabulary_term
-from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, Terms, TrainingStatistics
 from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
@@ -105,9 +105,12 @@ class MaskedLanguageModeling(TokenLevelTask):
         return head(encoded.hidden_te, part)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """Return the loss of predicting the unigram frequencies of the training texts."""
+        """Return the loss of predicting a token from the tokens next to it, by counts of the training texts."""
 
-        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
-            return {"mlm": statistics.tokens[sample.targets[self.name][given(sample.of(TEXT).masked)]]}
+        def losses(sample: Sample, number: int) -> dict[str, Terms]:
+            text = sample.of(TEXT)
+            places = np.flatnonzero(given(text.masked))
+            tokens = sample.targets[self.name][places].astype(np.int64)
+            return {"mlm": statistics.masked_token_terms(text.ids.astype(np.int64), places, tokens)}
 
         return SampleBaseline(self.name, losses)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, classification_term
-from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, Terms, TrainingStatistics
+from opt_ds.tasks.neighbours import mean_of_others, mean_of_visible
 from opt_ds.tasks.token_level import TokenLevelTask, masked_places
 
 
@@ -37,22 +39,28 @@ class MvmHead(nn.Module):
     """Head of MVFR and MRC.
 
     MVFR: FC to the input's dimension, squared error averaged over dimensions. MRC: FC, cross-entropy with the
-    detector's class.
+    detector's class. Without classes there is no MRC.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.regress = nn.Linear(config.hidden_size, config.image_feature_dim)
-        self.classify = nn.Linear(config.hidden_size, config.image_num_classes)
+        self.classify = nn.Linear(config.hidden_size, config.image_num_classes) if has_classes(config) else None
 
     def forward(self, hidden_te: torch.Tensor, masked: MaskedRegions, regions_rv: torch.Tensor) -> dict[str, LossTerm]:
         """Return the terms of MVFR and MRC. `regions_rv` are the original features, float32."""
         hidden_me = hidden_te.index_select(0, masked.index)
         error = self.regress(hidden_me).float() - regions_rv.index_select(0, masked.rows)
-        return {
-            "mvfr": LossTerm(error.square().mean(-1).sum(), float(len(masked.rows)), {}),
-            "mrc": classification_term(self.classify(hidden_me), masked.labels),
-        }
+        regressed = LossTerm(error.square().mean(-1).sum(), float(len(masked.rows)), {})
+        if self.classify is None:
+            zero = torch.zeros((), device=hidden_te.device)
+            return {"mvfr": regressed, "mrc": LossTerm(zero, 0.0, {"correct": zero})}
+        return {"mvfr": regressed, "mrc": classification_term(self.classify(hidden_me), masked.labels)}
+
+
+def has_classes(model: ModelConfig) -> bool:
+    """Return whether the regions have classes to predict."""
+    return model.image_num_classes >= 2
 
 
 class MaskedVisionModeling(TokenLevelTask):
@@ -73,7 +81,19 @@ class MaskedVisionModeling(TokenLevelTask):
     def flops_per_item(self) -> float:
         """Return the multiplications of both linear layers."""
         model = self.config.model
-        return model.hidden_size * (model.image_feature_dim + model.image_num_classes)
+        return model.hidden_size * (model.image_feature_dim + (model.image_num_classes if has_classes(model) else 0))
+
+    def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
+        """Return a reason if no sample has an image, and one for MRC if the regions have no classes."""
+        reasons = super().disabled(present, stores, derived)
+        if not has_classes(self.config.model) and "mrc" in self.active:
+            reasons["mrc"] = "the store's image regions have no classes (their extractor gives none)"
+        return reasons
+
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of masked regions for each loss; 0 for MRC if the regions have no classes."""
+        terms = super().num_terms(samples)
+        return terms if has_classes(self.config.model) else {**terms, "mrc": 0.0}
 
     def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the region classes of the sample."""
@@ -102,15 +122,18 @@ class MaskedVisionModeling(TokenLevelTask):
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
         """Return the baselines of MVFR and MRC.
 
-        They are the mean of the training features, and the classes' training frequencies.
+        MVFR: the mean of the image's visible regions, shrunk to the mean of the training features. MRC: counts of the
+        class by the most frequent visible class and by the region's place.
         """
 
-        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+        def losses(sample: Sample, number: int) -> dict[str, np.ndarray | Terms]:
             regions = sample.of(IMAGE)
             masked = given(regions.masked)
-            return {
-                "mvfr": statistics.mean_error(regions.features[masked], number, "image", 1),
-                "mrc": statistics.classes[sample.targets[self.name][masked]],
-            }
+            vectors = statistics.standard(regions.features, number, "image", 1)
+            guess = statistics.shrinkage(number, IMAGE, "image", 1, mean_of_others) * mean_of_visible(vectors, masked)
+            found: dict[str, np.ndarray | Terms] = {"mvfr": np.square(vectors[masked] - guess).mean(-1)}
+            if has_classes(self.config.model):
+                found["mrc"] = statistics.class_terms(sample.targets[self.name].astype(np.int64), masked)
+            return found
 
         return SampleBaseline(self.name, losses)

@@ -28,7 +28,7 @@ from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.keyed import keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
-from opt_ds.tasks.baselines import Baseline, SampleBaseline, TrainingStatistics
+from opt_ds.tasks.baselines import Baseline, SampleBaseline, Terms, TrainingStatistics
 
 _REDRAWS = 32
 _BEGIN_OF_CODES = -1  # not a code
@@ -283,18 +283,19 @@ class ModalityReconstruction(Task):
         }
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline | None:
-        """Return the loss of unigram frequencies.
+        """Return the losses of counts in context.
 
-        They are those of training tokens and the end of a text for DTR, and of image codes for DIR.
+        DTR: a token, or the end of the text, by the two tokens before it. DIR: an image code by its position and the
+        codes to the left and above.
         """
 
-        def losses(sample: Sample, number: int) -> dict[str, np.ndarray]:
+        def losses(sample: Sample, number: int) -> dict[str, Terms]:
             targets: ReconstructionTargets = sample.targets["modality"]
             found = {}
             if targets.text is not None:
-                found["dtr"] = statistics.tokens_with_end[np.append(targets.text, -1) if targets.text_ends else targets.text]
+                found["dtr"] = statistics.next_token_terms(targets.text.astype(np.int64), targets.text_ends)
             if targets.codes is not None:
-                found["dir"] = statistics.codes[targets.codes]
+                found["dir"] = statistics.code_terms(targets.codes)
             return found
 
         return SampleBaseline("modality", losses)

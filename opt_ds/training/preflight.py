@@ -16,8 +16,8 @@ from opt_ds.store.trainable import split_problems
 from opt_ds.store.verify import verify_store
 
 DEFAULT_STORE = Path("data/emoji")
-#: Sizes of which a model cannot have as few as 1.
-_SMALLEST_SIZE = {"model.vocab_size": 8, "model.image_num_classes": 2, "model.image_codebook_size": 2}
+#: Smallest value of those sizes of a model that are not at least 1.
+_SMALLEST_SIZE = {"model.vocab_size": 8, "model.image_num_classes": 0, "model.image_codebook_size": 2}
 
 
 def default_preset(stores: list[str], has_gpu: bool) -> tuple[str, str]:

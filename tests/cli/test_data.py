@@ -65,6 +65,10 @@ def test_near_duplicates_are_noted_and_split_keeps_them_together_unless_told(tmp
     ("arguments", "message"),
     [
         (["corpus", "emojis", "--output", "x"], 'did you mean "emoji"'),
+        (["corpus", "scene", "--output", "x"], 'did you mean "scenes"'),
+        (["corpus", "scenes", "--output", "x", "--limit", "9"], "--limit: corpus scenes does not have it"),
+        (["corpus", "emoji", "--output", "x", "--samples", "9"], "--samples: corpus emoji does not have it"),
+        (["corpus", "emoji", "--output", "x", "--no-speech"], "--no-speech: corpus emoji does not have it"),
         (["prepare", "--manifest", "none.jsonl", "--output", "x"], "none.jsonl: no such manifest"),
         (["inspect", "nowhere"], "nowhere: no feature store there"),
         (["split", "nowhere"], "give one of --ratio, --ids and --groups"),

@@ -1,11 +1,14 @@
-"""A small random model on a small store that has codes and pixels."""
+"""A small random model on a small store that has codes and pixels. Projections are fitted in a few steps."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from opt_ds.data.modalities import AUDIO
+from opt_ds.evaluation import projections
+from opt_ds.evaluation.dual_projection import fit_dual_projection
 from opt_ds.evaluation.evaluator import Evaluator
 from tests.tiny import make_config, make_model, make_store, masked
 
@@ -23,3 +26,8 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
 def without_audio(evaluator: Evaluator) -> Evaluator:
     """Return the same model on the same store, as if it had no audio."""
     return Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, AUDIO))
+
+
+@pytest.fixture(autouse=True)
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projections, "fit_dual_projection", partial(fit_dual_projection, steps=20))

@@ -12,7 +12,7 @@ from opt_ds.config import load_config
 from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import RunError, UserError
 from opt_ds.evaluation import ablation
-from opt_ds.evaluation.ablation_table import ablation_markdown
+from opt_ds.evaluation.ablation_table import ablation_markdown, table_rows
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.synthetic import write_synthetic_store
 from tests.tiny import LOSSES
@@ -121,5 +121,46 @@ def test_changes_are_relative_to_the_full_run() -> None:
 
     figures = {"preset": "opt-tiny", "seed": 1, "batch": {"size": 2, "unit": "samples"}}
     table = ablation_markdown({**figures, "rows": [row("full", 0.8), row("no-sample-level", 0.6)]})
-    assert "| no-sample-level | mlm | 60.0 | -25.0 % | -7.4 % |" in table
+    assert "| no-sample-level | mlm | 60.0 | -25.0 % ? | -7.4 % |" in table
+    assert "?: one training each, so the seed may cause the change" in table
     assert "change" in ablation_markdown({**figures, "rows": [row("no-mlm", 0.6)]}), "without the full run there is no change"
+
+
+def test_changes_over_several_seeds_have_an_interval_and_a_mark_if_it_includes_zero() -> None:
+    def run(name: str, seed: int, score: float) -> dict[str, Any]:
+        probe = {"labels": 3, "test_samples": 4, "train_samples": 5, "split": "valid", "chance": 0.2}
+        row = {"row": name, "seed": seed, "losses": ["mlm"], "steps": 2}
+        return row | {"classification": {**probe, "subsets": {"T": {"mAP": score}}}}
+
+    runs = [run("full", seed, score) for seed, score in ((1, 0.80), (2, 0.70), (3, 0.75))]
+    runs += [run("no-mlm", seed, score) for seed, score in ((1, 0.40), (2, 0.34), (3, 0.37))]  # about half of each
+    runs += [run("no-dtr", seed, score) for seed, score in ((1, 0.90), (2, 0.60), (3, 0.80))]
+    figures = {"preset": "opt-tiny", "seed": 1, "seeds": [1, 2, 3], "batch": {"size": 2, "unit": "samples"}, "rows": runs}
+    rows = {row.name: row for row in table_rows(figures)}
+    worse, unsure = rows["no-mlm"], rows["no-dtr"]
+    assert worse.change == pytest.approx(-50.7, abs=0.2) and worse.interval is not None and worse.interval[1] < -40
+    assert worse.change_text.endswith("]") and unsure.change_text.endswith("] ≈")
+    assert rows["full"].change_text == "" and rows["full"].scores["T"] == pytest.approx(0.75) and worse.seeds == 3
+    table = ablation_markdown(figures)
+    assert "≈: the 95 % interval over the seeds includes 0." in table and "?:" not in table and "seed 1, 2, 3" in table
+    assert table.count("| no-mlm |") == 1, "runs of several seeds are one row"
+
+
+def test_every_seed_has_its_own_run(store: Path) -> None:
+    given = (*TINY, f"data.stores=['{store}']")
+    rows = ablation.ablation_rows("opt-tiny", given, [FeatureStore(store)], ("no-dtr", "untrained"), 3)
+    assert [row.folder for row in rows] == [
+        "no-dtr", "no-dtr-seed2", "no-dtr-seed3", "untrained", "untrained-seed2", "untrained-seed3"
+    ]  # fmt: skip
+    assert [row.config.seed for row in rows] == [1, 2, 3, 1, 2, 3]
+    assert "seed=3" in ablation.pretrain_arguments("opt-tiny", rows[2], Path("out"))
+    from_seven = ablation.ablation_rows("opt-tiny", (*given, "seed=7"), [FeatureStore(store)], ("no-dtr",), 2)
+    assert [(row.folder, row.config.seed) for row in from_seven] == [("no-dtr", 7), ("no-dtr-seed8", 8)]
+
+
+def test_untrained_rows_of_three_seeds_are_one_row_of_the_table(store: Path, tmp_path: Path) -> None:
+    assert opt_ds(store, tmp_path / "a", "--row", "untrained", "--seeds", "3") == 0
+    figures = json.loads((tmp_path / "a" / "ablation.json").read_text())
+    assert [row["seed"] for row in figures["rows"]] == figures["seeds"] == [1, 2, 3]
+    scores = {row["classification"]["subsets"]["T+A+I"]["mAP"] for row in figures["rows"]}
+    assert len(scores) == 3 and (tmp_path / "a" / "ablation.md").read_text().count("| untrained |") == 1

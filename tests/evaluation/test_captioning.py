@@ -38,6 +38,11 @@ def test_a_models_captions_are_scored_an_image_once(evaluator: Evaluator) -> Non
     gallery = evaluator.samples_with("valid", (0, 1))
     assert figures["images"] == len(np.unique(evaluator.store.rows[gallery, 1]))
     assert {"bleu_4", "cider", "constant_caption", "another_image"} <= set(figures)
+    for name in {"bleu_4", "cider"} & set(figures["figures"]):
+        controls = figures["figures"][name]["controls"]
+        assert set(controls) == {"constant_caption", "another_image"}
+        assert controls["constant_caption"]["value"] == pytest.approx(figures["constant_caption"][name])
+        assert controls["another_image"]["value"] == figures["another_picture"][name]
 
 
 def test_a_limit_is_one_of_images_and_keeps_all_their_captions(
@@ -49,7 +54,7 @@ def test_a_limit_is_one_of_images_and_keeps_all_their_captions(
     rows[gallery, IMAGE] = np.repeat(rows[gallery[::3], IMAGE], 3)[: len(gallery)]
     store.__dict__["index"] = index_with(store, rows)
     wanted: list[list[str]] = []
-    monkeypatch.setattr("opt_ds.evaluation.captioning.bleu_4", lambda references, written: wanted.extend(references) or 0.0)
+    monkeypatch.setattr("opt_ds.evaluation.captioning._figures", lambda names, references, *rest: wanted.extend(references) or {})
     figures = captioning(Evaluator(evaluator.model, evaluator.config, store), "valid", limit=2, options=DecodingConfig())
     assert figures["images"] == 2
     assert all(len(captions) == 3 for captions in wanted)

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 
 import opt_ds.evaluation.classification as module
 from opt_ds.errors import UserError
-from opt_ds.evaluation.classification import classification, table
+from opt_ds.evaluation.classification import classification, classification_lines
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 
 
@@ -36,7 +36,9 @@ def test_the_probe_finds_what_is_there_and_nothing_else(evaluator: Evaluator, la
     assert figures["subsets"]["T"]["mAP"] == 1.0 and figures["subsets"]["T"]["labels_not_converged"] == 0
     assert figures["subsets"]["A"]["mAP"] < 0.95
     assert set(figures["subsets"]["T"]["average_precision"]) == {"even", "third"}
-    assert "100.0%" in table(figures) and "chance" in table(figures)
+    lines = classification_lines(figures)
+    assert any("100.0%" in line for line in lines) and any("chance" in line for line in lines)
+    assert any("untrained encoder, probe" in line for line in lines)
 
 
 def test_map_is_scikit_learns(evaluator: Evaluator, labelled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,11 +50,24 @@ def test_map_is_scikit_learns(evaluator: Evaluator, labelled: dict[str, Any], mo
         return kept["scores"], 0
 
     monkeypatch.setattr(module, "_probe", probe)
-    figures = classification(evaluator, "valid", subsets=("A",), min_positives=5)
+    figures = classification(evaluator, "valid", subsets=("A",), min_positives=5, with_untrained=False)
+    assert set(figures["subsets"]["A"]["figures"]["mAP"]["controls"]) == {"chance"}
     test = evaluator.samples_with("valid", (0, 1, 2))
     truth = np.array([[i % 2 == 0, i % 3 == 0] for i in test])
     assert figures["subsets"]["A"]["mAP"] == pytest.approx(average_precision_score(truth, kept["scores"], average="macro"))
     assert figures["chance"] == pytest.approx(truth.mean(0).mean())
+    low, high = figures["subsets"]["A"]["figures"]["mAP"]["interval"]
+    assert low < figures["subsets"]["A"]["mAP"] < high
+
+
+def test_map_of_counted_samples_is_scikit_learns_with_weights() -> None:
+    random = np.random.default_rng(0)
+    truth, scores = random.random((40, 3)) < 0.4, random.integers(0, 6, (40, 3)).astype(float)  # with ties
+    times = random.integers(0, 4, (5, 40)).astype(float)
+    found = module._mean_average_precision(truth, scores).counted(times)
+    for row, value in zip(times, found, strict=True):
+        expected = [average_precision_score(truth[:, c], scores[:, c], sample_weight=row) for c in range(3)]
+        assert value == pytest.approx(np.mean(expected))
 
 
 def test_all_seven_subsets_of_a_real_model_are_judged_on_the_same_samples(

@@ -5,7 +5,7 @@ import pytest
 
 from opt_ds.config import Config
 from opt_ds.errors import UserError
-from opt_ds.evaluation.during_training import check_experiments, figures_during_training
+from opt_ds.evaluation.during_training import check_experiments, figures_during_training, scalars
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config
@@ -20,11 +20,17 @@ def test_every_experiment_gives_figures_by_name(evaluator: Evaluator) -> None:
     figures = figures_during_training(evaluator, options, seed=1)
     assert {
         "evaluate/retrieval/text_to_image/likelihood/R@1", "evaluate/retrieval/text_audio_to_image/matching/R@10",
-        "evaluate/transcription/A/wer", "evaluate/transcription/A+I/wer_shuffled_audio", "evaluate/captioning/bleu_4",
+        "evaluate/transcription/A/wer", "evaluate/transcription/A+I/wer", "evaluate/captioning/bleu_4",
         "evaluate/image-generation/T+A/bits_per_code",
     } <= set(figures)  # fmt: skip
-    assert all(np.isfinite(value) for value in figures.values())
-    assert not any("chance" in name or "samples" in name for name in figures)
+    assert all(figure.controls for figure in figures.values())
+    values = scalars(figures)
+    assert set(figures) < set(values) and all(np.isfinite(value) for value in values.values())
+    assert {
+        "evaluate/transcription/A+I/wer_another_audio", "evaluate/transcription/A+I/wer_constant_caption",
+        "evaluate/retrieval/text_to_image/likelihood/R@1_chance", "evaluate/image-generation/T+A/bits_per_code_code_contexts",
+    } <= set(values)  # fmt: skip
+    assert not any("samples" in name for name in values)
 
 
 def test_a_store_without_audio_files_has_all_experiments_of_text_and_images(without_audio: Evaluator) -> None:

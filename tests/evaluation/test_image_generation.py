@@ -14,11 +14,13 @@ import torch
 from opt_ds.data.modalities import IMAGE
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.errors import UserError
+from opt_ds.evaluation import image_networks
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.image_generation import (
     ImageGenerator,
     bits_per_code,
     generation_figures,
+    image_generation_lines,
     possible_inputs,
     to_image,
 )
@@ -100,6 +102,8 @@ def test_true_images_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator
     image_embedding = lambda image: np.asarray(image, dtype=np.float32).reshape(-1)  # noqa: E731
     copied = generation_figures(evaluator, "train", "T", Copying(dvae), 20, image_embedding=image_embedding)
     assert copied["nearest"]["R@1"] == 1.0 and copied["nearest"]["chance"]["R@1"] == pytest.approx(1 / 20)
+    others = copied["nearest"]["figures"]["R@1"]["controls"]
+    assert set(others) == {"chance", "another_text"} and others["another_text"]["value"] == 0, "they show other images"
     generated = generation_figures(
         evaluator, "train", "T", ImageGenerator(dvae, SAMPLING), 20, image_embedding=image_embedding
     )
@@ -122,7 +126,8 @@ def test_clip_score_is_the_cosine_of_transformers_own_embeddings(evaluator: Eval
     cosine = float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds))
     assert found[0] == pytest.approx(100 * max(cosine, 0), abs=0.01) and found.shape == (2,)
     figures = generation_figures(evaluator, "train", "T+A", ImageGenerator(dvae, SAMPLING), 4, clip=clip)
-    assert set(figures["clip_score"]) == {"generated", "true", "another_caption"}
+    assert set(figures["clip_score"]) == {"generated", "true", "figures"}
+    assert set(figures["clip_score"]["figures"]["generated"]["controls"]) == {"another_text", "another_audio"}
     assert json.loads(json.dumps(figures)) == figures
 
 
@@ -150,3 +155,19 @@ def test_only_what_samples_have_is_generated_from(evaluator: Evaluator, without_
     imageless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
     with pytest.raises(UserError, match='no sample of split "valid" has an image and text or audio'):
         possible_inputs(imageless, "valid")
+
+
+def test_match_probabilities_and_the_distance_have_controls(
+    evaluator: Evaluator, dvae: DiscreteVAE, inception: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redness = lambda sample, image: float(np.asarray(image)[..., 0].mean()) / 255  # noqa: E731
+    monkeypatch.setattr(image_networks, "frechet_inception_distance", lambda generated, true, weights: float(len(true)))
+    found = generation_figures(
+        evaluator, "valid", "T", ImageGenerator(dvae, SAMPLING, 2, redness), 4, inception=inception
+    )
+    matching = found["matching"]["figures"]
+    assert set(matching) == {"first", "kept"} and set(matching["kept"]["controls"]) == {"unmatched_image"}
+    assert "no better than image generated for another sample" in matching["kept"]["verdicts"], "redness ignores the text"
+    assert found["fid"] == 4 and set(found["figures"]["fid"]["controls"]) == {"training_images"}
+    lines = image_generation_lines({"T": {**bits_per_code(evaluator, "valid", limit=4), "generated": found}})
+    assert any("training images" in line for line in lines) and not any("not shown" in line for line in lines)

@@ -6,22 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import opt_ds.evaluation.projections as projections_module
+import opt_ds.evaluation.ranking as ranking_module
 import opt_ds.evaluation.runner as runner
-import opt_ds.evaluation.two_stage_retrieval as two_stage_retrieval_module
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.dual_projection import Pairs, fit_dual_projection
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.retrieval import DIRECTIONS, _likelihood_matrix, _matching_matrix, recall
-from opt_ds.evaluation.two_stage_retrieval import (
-    TwoStages,
-    _likeliest,
-    _likeliest_first,
-    reranked,
-    shortlisted,
-    table,
-    two_stage_retrieval,
-)
+from opt_ds.evaluation.projections import DIRECTIONS
+from opt_ds.evaluation.ranking import likeliest, likeliest_first, recall, reranked, shortlisted
+from opt_ds.evaluation.retrieval import _likelihood_matrix, _matching_matrix
+from opt_ds.evaluation.two_stage_retrieval import TwoStages, table, two_stage_retrieval
 from tests.tiny import make_config, make_model
 
 
@@ -80,13 +75,13 @@ def test_re_ranking_scores_are_those_of_all_pairs(evaluator: Evaluator, directio
         assert found_likelihood == pytest.approx(np.take_along_axis(everything, best, 1), abs=1e-4)
     if direction == "image_to_text":
         everything = _likelihood_matrix(evaluator, gallery, IMAGE)
-        over_prior = everything - stages._log_priors(direction, gallery).values
+        over_prior = everything - stages.projections.log_priors(direction, gallery).values
         found_likelihood = stages.likelihood(direction, gallery, gallery, best).values
         assert found_likelihood == pytest.approx(np.take_along_axis(over_prior, best, 1), abs=1e-4)
 
 
 def test_a_prior_is_the_mean_over_the_nearest_training_inputs(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_stage_retrieval_module, "PRIOR_INPUTS", 3)
+    monkeypatch.setattr(projections_module, "PRIOR_INPUTS", 3)
     stages = TwoStages(evaluator)
     gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 6)
     train = evaluator.samples_with("train", (IMAGE, TEXT))
@@ -96,16 +91,16 @@ def test_a_prior_is_the_mean_over_the_nearest_training_inputs(evaluator: Evaluat
         nearest = train[np.argsort(-scores[:, place])[:3]]
         samples = [evaluator.read(index, (IMAGE,)) for index in nearest]
         expected = np.log(np.exp(evaluator.text_log_likelihood(samples, [text])[:, 0]).mean())
-        assert stages._log_priors("image_to_text", gallery).values[place] == pytest.approx(expected, abs=1e-4)
+        assert stages.projections.log_priors("image_to_text", gallery).values[place] == pytest.approx(expected, abs=1e-4)
 
 
 def test_only_a_querys_likeliest_texts_are_judged_over_their_prior(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_stage_retrieval_module, "LIKELIEST", 2)
+    monkeypatch.setattr(ranking_module, "LIKELIEST", 2)
     log_likelihood = np.array([[-3.0, -90.0, -4.0, -5.0]])
     log_prior = np.array([-3.0, -200.0, -9.0, -30.0])  # the second is next to impossible whatever goes in
-    likely = _likeliest(log_likelihood)
+    likely = likeliest(log_likelihood)
     assert likely.tolist() == [[True, False, True, False]]
-    scores = _likeliest_first(log_likelihood, log_likelihood - log_prior, likely)
+    scores = likeliest_first(log_likelihood, log_likelihood - log_prior, likely)
     assert np.argsort(-scores).tolist() == [[2, 0, 3, 1]]
 
 
@@ -114,11 +109,11 @@ def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pyt
     encoded: list[int] = []
     packed = Evaluator._packed
     monkeypatch.setattr(Evaluator, "_packed", lambda self, samples: (encoded.append(len(samples)), packed(self, samples))[1])
-    monkeypatch.setattr(two_stage_retrieval_module, "LIKELIEST", 2)
+    monkeypatch.setattr(ranking_module, "LIKELIEST", 2)
     for direction in ("image_to_text", "text_to_audio", "text_audio_to_image"):
         stages = TwoStages(evaluator)
         stages.first_stage(direction, gallery[:1], gallery[:1])  # fits the projection, once for all galleries
-        stages._cls.clear()
+        stages.projections._cls.clear()
         encoded.clear()
         found = stages.figures(direction, gallery, gallery, 4)
         matching, likelihood = found["matching"], found.get("likelihood")
@@ -131,6 +126,11 @@ def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pyt
 def test_figures_are_plain_and_a_long_shortlist_is_refused(evaluator: Evaluator, tmp_path: Path) -> None:
     result = two_stage_retrieval(evaluator, "valid", 3, directions=("text_to_image", "text_audio_to_image"))
     assert json.loads(json.dumps(result)) == result
+    assert set(result["text_to_image"]["projection"]["figures"]["R@1"]["controls"]) == {"chance", "untrained_projection"}
+    assert set(result["text_to_image"]["likelihood"]["figures"]["R@1"]["controls"]) == {
+        "chance", "untrained_projection", "trained_projection"
+    }  # fmt: skip
+    assert set(result["text_to_image"]["figures"]["shortlist_recall"]["controls"]) == {"chance", "untrained_projection"}
     assert result["text_to_image"]["likelihood"]["R@1"] <= result["text_to_image"]["shortlist_recall"] <= 1
     assert "text+audio→image" in table(result) and "likelihood" in table(result)
     with pytest.raises(UserError, match="--shortlist 12: the gallery has 12 samples"):

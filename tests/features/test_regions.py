@@ -1,6 +1,7 @@
 """Test region extractors: grid against the backbone itself, Faster R-CNN on a small random one, images of all kinds."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,14 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     assert extractor.num_classes == 7
     (regions,) = extractor.extract([noise(2)])
     assert regions.features.shape == (16, extractor.dim)
-    assert len(extractor.fingerprint()["weights_sha256"]) == 64
+    fingerprint = extractor.fingerprint()
+    assert len(fingerprint["weights_sha256"]) == 64
+    assert fingerprint["side"] == 224, "the resolution of the classifier's own weights"
+    assert fingerprint.get("interpolation", "bicubic") == ("bicubic" if name == "efficientnet_b0" else "bilinear")
     # With one cell for the complete image, the cell's class is the classifier's own.
     whole = GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1))
-    pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    resampling = Image.Resampling[fingerprint.get("interpolation", "bicubic").upper()]
+    pixels = np.asarray(noise(2).resize((64, 64), resampling)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
         scores = network(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32)).softmax(1)
@@ -341,8 +346,6 @@ def test_a_cut_off_image_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp_path: Path) -> None:
-    import json
-
     import timm
     from safetensors.torch import save_file
 
@@ -371,11 +374,52 @@ def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp
         GridExtractor(GridOptions(**options))
 
 
-def test_published_normalisations_are_the_models_own() -> None:
-    from opt_ds.features.grid import _IMAGENET, _torchvision_normalisation
+def test_published_inputs_are_the_models_own(tmp_path: Path) -> None:
+    from opt_ds.features.grid import _IMAGENET, Input, _torchvision_input
 
-    assert _torchvision_normalisation("efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
-    assert _torchvision_normalisation("resnet50") == _torchvision_normalisation("efficientnet_b0") == _IMAGENET
+    assert _torchvision_input("efficientnet_v2_l", None) == Input(480, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert _torchvision_input("resnet50", None) == Input(224, "bilinear", *_IMAGENET)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}, "resample": 3,
+                "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    own = Input(96, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    assert _torchvision_input("resnet50", tmp_path / "w.pt") == own, "the file next to the weights comes first"
+
+
+def test_timms_configuration_sets_side_and_interpolation(tmp_path: Path, logged: list[str]) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    network = timm.create_model("mobilenetv2_035", pretrained=False, num_classes=7).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    options: dict[str, Any] = {"weights": tmp_path / "model.safetensors", "backbone": "timm/mobilenetv2_035"}
+    GridExtractor(GridOptions(**options))
+    assert any("its input is taken from timm's default weights mobilenetv2_035" in line for line in logged)
+    own = {"input_size": [3, 96, 96], "interpolation": "bilinear", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": own}))
+    fingerprint = GridExtractor(GridOptions(**options)).fingerprint()
+    assert (fingerprint["side"], fingerprint["interpolation"], fingerprint["mean"]) == (96, "bilinear", [0.5] * 3)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": {"std": [1, 1]}}))
+    with pytest.raises(UserError, match=r"not accept images of three colours: set .*image\.side=… .*image\.std=…"):
+        GridExtractor(GridOptions(**options))
+    told = dict(side=64, interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert GridExtractor(GridOptions(**options, **told)).fingerprint()["side"] == 64
+
+
+def test_fingerprints_of_older_stores_stay_valid(tmp_path: Path) -> None:
+    """Before the backbone set side and interpolation, they were 192 pixels and bicubic, which the fingerprint did not state."""
+    torch.save(get_model("resnet18", weights=None, num_classes=7).state_dict(), tmp_path / "w.pt")
+    new = choose("image", "grid", {"weights": tmp_path / "w.pt", "backbone": "resnet18"})
+    recent = new.fingerprint(new.build("cpu"))
+    older = {key: value for key, value in recent.items() if key != "interpolation"} | {"side": 192}
+    assert set(older) == {"name", "side", "cells", "backbone", "package", "version", "weights_sha256"}
+    for fingerprint in (older, recent):
+        again = choose("image", "grid", {**GridExtractor.options_from(fingerprint), "weights": tmp_path / "w.pt"})
+        assert again.fingerprint(again.build("cpu")) == fingerprint
+    default = choose("image", "grid", {})
+    fingerprint = default.fingerprint(default.build("cpu"))
+    assert (fingerprint["side"], fingerprint.keys()) == (192, older.keys())
+    assert GridExtractor.options_from(fingerprint)["interpolation"] == "bicubic"
 
 
 def test_a_detectron2_model_of_other_colours_is_refused() -> None:

@@ -16,7 +16,10 @@ from tests.packaging.declared import ROOT, base_requirements, canonical, closure
 #: Imported only where an installation has them, and never installed by us.
 FOREIGN = {"apex", "fused_layer_norm_cuda", "detectron2"}
 #: Files that are only reached where an extra is installed; they may use all that it brings.
-BEHIND_AN_EXTRA = {"opt_ds/ingest/importers/piper_worker.py": "corpus", "opt_ds/serving": "web"}
+BEHIND_AN_EXTRA = {
+    "opt_ds/ingest/importers/espeak_worker.py": "corpus", "opt_ds/ingest/importers/piper_worker.py": "corpus",
+    "opt_ds/serving": "web",
+}  # fmt: skip
 #: The modules that cannot be imported without an extra.
 NEEDS_AN_EXTRA = {
     "opt_ds.evaluation.ablation", "opt_ds.evaluation.captioning", "opt_ds.evaluation.classification", "opt_ds.evaluation.summary",

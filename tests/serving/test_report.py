@@ -57,6 +57,9 @@ def test_the_page_shows_the_figures_beside_the_papers(
     assert f"{100 * summary['splits']['valid']['transcription']['A']['wer']:.1f}" in text
     for papers in ("41.96", "58.11", "30.24"):
         assert papers in text
+    for control in ("untrained encoder, projection", "untrained encoder, probe", "another sample's audio", "trivial baseline",
+                    "counts of codes by position, left and above"):  # fmt: skip
+        assert control in text
     assert "2\nof 2 steps" in text and "train.max_steps" in text, "the setting that is not the preset's"
     assert "opt-ds evaluate captioning" in text
     ARTIFACTS.mkdir(exist_ok=True)

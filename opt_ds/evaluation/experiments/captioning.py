@@ -4,7 +4,7 @@ from typing import Any
 
 from opt_ds.abilities import WRITE_TEXT
 from opt_ds.data.modalities import IMAGE, TEXT
-from opt_ds.evaluation.captioning import captioning
+from opt_ds.evaluation.captioning import captioning, captioning_lines
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
 from opt_ds.model.generation import DecodingConfig, text_decoding
@@ -26,15 +26,8 @@ class Captioning(Experiment):
         return captioning(evaluator, split, limit, seed, DecodingConfig())
 
     def table(self, figures: dict[str, Any]) -> str:
-        """Return one line per caption source, and one per undefined figure."""
-        rows = {"written": figures} | {name: figures[name] for name in ("another_image", "constant_caption")}
-        lines = []
-        for name, row in rows.items():
-            bleu = "undefined" if row["bleu_4"] is None else f"{row['bleu_4']:>6.1f}"
-            cider = "undefined" if row["cider"] is None else f"{row['cider']:>6.3f}"
-            lines.append(f"  {name.replace('_', ' '):<20}BLEU-4 {bleu}   CIDEr {cider}")
-        lines += [f"  {metric} is undefined: {reason}" for metric, reason in figures.get("undefined", {}).items()]
-        return "\n".join(lines)
+        """Return the figures with their controls, and a line per undefined figure."""
+        return "\n".join(captioning_lines(figures))
 
 
 EXPERIMENT = Captioning()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from opt_ds.evaluation.classification import classification, table
+from opt_ds.evaluation.classification import classification, classification_lines
 from opt_ds.evaluation.experiments import Experiment, Request
 
 
@@ -24,8 +24,8 @@ class Classification(Experiment):
         )
 
     def table(self, figures: dict[str, Any]) -> str:
-        """Return the mAP per subset as text."""
-        return table(figures)
+        """Return the mAP per subset, with its controls."""
+        return "\n".join(classification_lines(figures))
 
 
 EXPERIMENT = Classification()

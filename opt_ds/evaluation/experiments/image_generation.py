@@ -12,7 +12,13 @@ from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
-from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, generation_figures, possible_inputs, table
+from opt_ds.evaluation.image_generation import (
+    ImageGenerator,
+    bits_per_code,
+    generation_figures,
+    image_generation_lines,
+    possible_inputs,
+)
 from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.evaluation.image_networks import ClipScore, check_inception
 from opt_ds.model.generation import image_decoding
@@ -94,8 +100,8 @@ class ImageGeneration(Experiment):
         return {name: bits_per_code(evaluator, split, name, limit, seed) for name in names}
 
     def table(self, figures: dict[str, Any]) -> str:
-        """Return one line per input."""
-        return table(figures)
+        """Return one line per input and metric, with its controls."""
+        return "\n".join(image_generation_lines(figures))
 
 
 def open_dvae(evaluator: Evaluator, folder: Path | None) -> DiscreteVAE:

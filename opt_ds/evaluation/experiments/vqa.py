@@ -6,7 +6,7 @@ from opt_ds.abilities import LABEL
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
-from opt_ds.evaluation.vqa import vqa
+from opt_ds.evaluation.vqa import vqa, vqa_lines
 
 
 class Vqa(Experiment):
@@ -24,12 +24,8 @@ class Vqa(Experiment):
         return vqa(evaluator, split, limit=limit, seed=seed)
 
     def table(self, figures: dict[str, Any]) -> str:
-        """Return the accuracy with its baseline and upper bound as one line."""
-        constant = figures["constant_answer"]
-        return (
-            f"VQA accuracy {figures['accuracy']:.1%} of {figures['questions']} questions (\"{constant['answer']}\" "
-            f"for all: {constant['accuracy']:.1%}; best possible: {figures['best_possible']:.1%})"
-        )
+        """Return the accuracy with its controls and upper bound."""
+        return "\n".join(vqa_lines(figures))
 
 
 EXPERIMENT = Vqa()

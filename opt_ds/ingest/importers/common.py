@@ -209,6 +209,13 @@ def split_of_name(name: str) -> str | None:
     return _SPLIT_OF_WORD.get(match[1].lower()) if match else None
 
 
+def split_of_file(path: Path) -> str | None:
+    """Return the split that a word of a file's name means (captions_val2017.json); None if there is not exactly one."""
+    words = re.split(r"[^a-z0-9]+", path.name.split(".")[0], flags=re.IGNORECASE)
+    found = {split for word in words if (split := split_of_name(word)) is not None}
+    return found.pop() if len(found) == 1 else None
+
+
 def split_and_file(argument: str) -> tuple[str | None, Path]:
     """Parse "valid=captions.tsv" to ("valid", path). Without the name of a split return (None, path)."""
     name, equals, path = argument.partition("=")

@@ -28,6 +28,7 @@ from opt_ds.ingest.importers.common import (
     write_import,
 )
 from opt_ds.ingest.importers.files import Found
+from opt_ds.ingest.importers.metadata_folder import METADATA_NAMES
 from opt_ds.ingest.importers.near_names import near_pairs
 from opt_ds.ingest.manifest import ManifestLine, Skipped
 from opt_ds.ingest.text_files import read_json
@@ -83,7 +84,7 @@ def import_folder(
     unused = Unused("files", len(found.unused), tuple(found.unused))
     if not found.samples:
         what = f"; {unused_line(unused)}" if found.unused else ""
-        raise UserError(f"{folder}: no image, audio or .txt file there{what}")
+        raise UserError(f"{folder}: no image, audio or .txt file there{what}{_other_importer(found.unused)}")
     near = _near_notes(folder, found.samples, splits)
     if splits:
         _LOG.info(f"{folder}: splits from the folders {', '.join(sorted(splits))}")
@@ -93,6 +94,8 @@ def import_folder(
         if found.unused:
             yield unused
         held = Counter(" and ".join(kind for kind in _KINDS if kind in kinds) for kinds in found.samples.values())
+        if any(name.split("/")[-1] in METADATA_NAMES for name in found.unused):
+            yield Note(f"metadata of the files was not read: opt-ds import metadata {folder} reads it")
         if len(held) > 1:  # such as a.jpg and a.jpg.txt, which are not one sample
             yield Note("names with " + ", ".join(f"{what}: {count}" for what, count in held.most_common()))
         yield from near
@@ -210,6 +213,19 @@ def _is_about(name: str) -> bool:
     """Return whether a text is about the collection. In subfolders only README and LICENSE are."""
     is_at_top = "/" not in name and _ABOUT_AT_TOP.fullmatch(name) is not None
     return is_at_top or _ABOUT.fullmatch(name.split("/")[-1]) is not None
+
+
+def _other_importer(unused: list[str]) -> str:
+    """Return a hint at the importer of a collection that this folder has the files of; "" if there is none."""
+    names = {name.split("/")[-1].lower() for name in unused}
+    for importer, matches in (
+        ("webdataset", (".tar",)),
+        ("hugging-face", ("state.json", "dataset_dict.json", ".parquet", ".arrow")),
+        ("kaldi", ("wav.scp",)),
+    ):
+        if any(name.endswith(matches) for name in names):
+            return f": opt-ds import {importer} reads such a folder"
+    return ""
 
 
 def _near_notes(folder: Path, samples: dict[str, Sample], splits: dict[str, str]) -> list[Note]:

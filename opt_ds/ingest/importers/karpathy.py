@@ -1,7 +1,8 @@
 """COCO captions and Flickr30k in Karpathy's splits, and Flickr30k's own token file.
 
 The splits are dataset_coco.json and dataset_flickr30k.json (Karpathy & Fei-Fei 2015). The token file has lines of
-`1000092795.jpg#0`, tab, caption. Each caption is a sample. The captions of an image share its row.
+`1000092795.jpg#0`, tab, caption. Each caption is a sample. The captions of an image share its row. COCO's own captions
+are read by coco_captions.py.
 """
 
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
+from opt_ds.ingest.importers.coco_captions import coco_entries, is_coco_captions
 from opt_ds.ingest.importers.common import (
     Entry,
     guarded,
@@ -30,7 +32,7 @@ _TOKEN = re.compile(r"(.+)#\d+")
 
 
 def import_karpathy(annotations: Path | Sequence[Path], output: Path, *, images: Path) -> Path:
-    """Write the manifest `output` for Karpathy split JSON files, or for Flickr30k's token file (without splits).
+    """Write the manifest `output` for Karpathy split JSON files, COCO's captions, or Flickr30k's token file (without splits).
 
     `images` is the folder of the images. COCO's may be in its subfolders train2014 and val2014. With several files, ids
     are prefixed with the name of their file.
@@ -53,8 +55,11 @@ def _is_json(path: Path) -> bool:
 
 def _entries(annotations: Path, image_files: Files, prefix: str) -> Iterator[Entry]:
     content = read_json(annotations)
+    if is_coco_captions(content):
+        yield from coco_entries(annotations, content, image_files, prefix)
+        return
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise UserError(f'{annotations}: no list "images": give a Karpathy split JSON')
+        raise UserError(f'{annotations}: no list "images": give a Karpathy split JSON, or captions_….json')
 
     def caption(image: dict[str, Any], sentence: dict[str, Any]) -> Iterator[Entry]:
         id = f"{prefix}sentence {typed(sentence['sentid'], (int, str), 'sentid')}"

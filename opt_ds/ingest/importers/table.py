@@ -1,12 +1,11 @@
 """Tables with one row per sample: CSV and TSV (with a header) and Parquet.
 
-Columns are named like manifest fields, or mapped. Parquet files may contain the image and audio files, and classes as
-numbers, as written by Hugging Face `datasets`. Rows that do not match the header are reported with their line, and
-unused columns are reported too.
+Columns are named like manifest fields, or mapped. Parquet files may contain the image and audio files, lists of texts,
+and classes as numbers, as written by Hugging Face `datasets` (see arrow_tables.py; for several files, hugging_face.py).
+Rows that do not match the header are reported with their line, and unused columns are reported too.
 """
 
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -17,7 +16,9 @@ from typing import Any
 
 from opt_ds.decoding.file_kinds import kind_of_name
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.ingest.importers.common import Entry, Note, Unused, sample, split_of_name, unused_files, write_import
+from opt_ds.ingest.importers.arrow_tables import ARROW, PARQUET, open_table
+from opt_ds.ingest.importers.captions import captions_of, samples_of_captions
+from opt_ds.ingest.importers.common import Entry, Note, Unused, split_of_name, unused_files, write_import
 from opt_ds.ingest.importers.embedded import EmbeddedFiles, is_embedded, path_of
 from opt_ds.ingest.importers.files import Files, Found
 from opt_ds.ingest.importers.tables import BadRow, check_doubled, read_table
@@ -25,19 +26,28 @@ from opt_ds.ingest.manifest import FIELDS, Skipped
 
 _FILES: tuple[str, ...] = ("image", "audio")
 _LABEL_SEPARATOR = "|"
-_BATCH_ROWS = 64  # small, because rows may contain complete images
 _FIRST_TEXTS = 20  # texts that are checked for being file names
 _FILE_NAME = re.compile(r"\S+")
 _BETWEEN_CELLS = re.compile(r"[,;|\t\r\n]")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A table: its columns, its rows (a Skipped for an invalid one), and findings about it."""
+class TableRow:
+    """A row. `name` is the id of a row without an id. `prefix` precedes an id of the table, `split` is that of its file."""
 
-    path: Path
+    cells: dict[str, Any]
+    name: str
+    prefix: str = ""
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """One or several tables: name, columns, rows (a Skipped for an invalid one), and findings about them."""
+
+    name: str
     columns: list[str]
-    rows: Iterator[dict[str, Any] | Skipped]
+    rows: Iterator[TableRow | Skipped]
     notes: list[str]
 
 
@@ -60,24 +70,40 @@ def import_table(
         files: The folder that paths are relative to. None: the folder of the table.
         columns: FIELD=COLUMN for columns with other names than the manifest's fields.
     """
-    column_of = _columns(columns)
-    wanted = tuple(column_of.values())
+    column_of = parse_columns(columns)
     folder = table.parent if files is None else files
-    source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted, folder)
+    is_arrow = table.suffix.lower() in (PARQUET, ARROW)
+    source = _arrow_table(table) if is_arrow else _text_table(table, tuple(column_of.values()), folder)
+    return import_rows(source, output, column_of, folder, complete_listing=files is not None)
+
+
+def import_rows(
+    source: TableSource, output: Path, column_of: dict[str, str], folder: Path, *, complete_listing: bool
+) -> Path:
+    """Write the manifest `output` for the rows of tables.
+
+    Args:
+        source: The tables.
+        output: The manifest to write.
+        column_of: Field -> column, from `parse_columns`.
+        folder: The folder that paths are relative to.
+        complete_listing: Report all files of the folder that no row names, not only those next to a file that was found.
+    """
     _check_columns(source, column_of)
-    source = _check_texts(source, column_of)
-    found = Files(folder, output, "named", complete_listing=files is not None)
+    checked = _check_texts(source, column_of)
+    found = Files(folder, output, "named", complete_listing=complete_listing)
     embedded = EmbeddedFiles(output)
 
     def entries() -> Iterator[Entry]:
-        yield from _entries(source, column_of, found, embedded)
+        yield from _entries(checked, column_of, found, embedded)
         yield from _remarks(source, column_of)
         yield from unused_files([found])
 
-    return write_import(output, entries(), source=str(table))
+    return write_import(output, entries(), source=source.name)
 
 
-def _columns(columns: Sequence[str]) -> dict[str, str]:
+def parse_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Return field -> column for values of --column, FIELD=COLUMN. Raise UserError for another form."""
     column_of = {field: field for field in FIELDS}
     for each in columns:
         field, equals, column = each.partition("=")
@@ -87,36 +113,38 @@ def _columns(columns: Sequence[str]) -> dict[str, str]:
     return column_of
 
 
-def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded: EmbeddedFiles) -> Iterator[Entry]:
+def _entries(source: TableSource, column_of: dict[str, str], files: Files, embedded: EmbeddedFiles) -> Iterator[Entry]:
     folders: set[str] = set()
     empty: Counter[str] = Counter()
     renamed: Counter[tuple[str, str]] = Counter()
-    for number, row in enumerate(source.rows):
+    for row in source.rows:
         if isinstance(row, Skipped):
             yield row
             continue
-        given = {field: row.get(column) for field, column in column_of.items()}
+        given = {field: row.cells.get(column) for field, column in column_of.items()}
         given = {field: value for field, value in given.items() if not _is_missing(value)}
         empty.update(field for field in ("image", "text", "audio") if field not in given)
-        id = str(given.get("id", f"row {number}"))
+        id = row.prefix + str(given["id"]) if "id" in given else row.name
         where = {kind: _file(given[kind], kind, files, embedded) for kind in _FILES if kind in given}
-        plain = {field: value for field, value in given.items() if field != "labels" and where.get(field) is None}
+        texts = _texts(given.get("text"))
+        plain = {field: value for field, value in given.items() if field not in ("labels", "text") and where.get(field) is None}
+        plain |= {"text": given["text"]} if texts is None else {}
         odd = next((field for field, value in plain.items() if isinstance(value, dict | list | bytes)), None)
         if odd is not None:
             what = "files or paths" if odd in where else "plain values"
             yield Skipped(id, f"column {column_of[odd]} does not hold {what}")
             continue
         folders |= {str(given[kind]).split("/")[0] for kind in _FILES if "/" in str(given.get(kind, ""))}
-        split = str(given["split"]) if "split" in given else None
+        split = str(given["split"]) if "split" in given else row.split
         if split is not None and (meant := split_of_name(split)) not in (None, split):
             renamed[split, str(meant)] += 1
             split = meant
-        yield sample(
+        yield from samples_of_captions(
             id,
-            text=str(given["text"]) if "text" in given else None,
+            texts or (),
             files=where,
             labels=_labels(given.get("labels")),
-            group=str(given["group"]) if "group" in given else None,
+            group=str(given["group"]) if "group" in given else id if len(texts or ()) > 1 and "image" not in where else None,
             split=split,
         )
     for field, count in empty.items():
@@ -133,7 +161,7 @@ def _entries(source: _Source, column_of: dict[str, str], files: Files, embedded:
         )
 
 
-def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
+def _remarks(source: TableSource, column_of: dict[str, str]) -> Iterator[Entry]:
     """Yield the unused columns of the table, and the findings about it."""
     used = set(column_of.values())
     unused = [column or "(without a name)" for column in source.columns if column not in used]
@@ -141,20 +169,21 @@ def _remarks(source: _Source, column_of: dict[str, str]) -> Iterator[Entry]:
         near = next((name for name in unused if name.strip().lower() in FIELDS and name.strip().lower() != name), None)
         why = "" if near is None else f'--column {near.strip().lower()}="{near}" takes {near}'
         yield Unused("columns", len(unused), tuple(unused), why)
-    yield from (Note(f"{source.path.name}: {note}") for note in source.notes)
+    yield from map(Note, source.notes)
 
 
-def _check_texts(source: _Source, column_of: dict[str, str]) -> _Source:
+def _check_texts(source: TableSource, column_of: dict[str, str]) -> TableSource:
     """Return the source with all its rows.
 
     Raise UserError if the first texts are all names of files instead of texts.
     """
     column = column_of["text"]
     first = list(itertools.islice(source.rows, _FIRST_TEXTS))
-    texts = [str(row[column]) for row in first if isinstance(row, dict) and not _is_missing(row.get(column))]
+    cells = [row.cells.get(column) for row in first if isinstance(row, TableRow)]
+    texts = [str(cell) for cell in cells if not _is_missing(cell)]
     if texts and all(_FILE_NAME.fullmatch(text.strip()) and kind_of_name(text.strip()) is not None for text in texts):
         raise UserError(
-            f'{source.path}: column {column} holds file names, such as "{texts[0][:100]}", and would be trained on as texts: '
+            f'{source.name}: column {column} holds file names, such as "{texts[0][:100]}", and would be trained on as texts: '
             "put the texts themselves there, or name the column of the texts: --column text=COLUMN"
         )
     return replace(source, rows=itertools.chain(first, source.rows))
@@ -175,8 +204,8 @@ def _file(value: Any, kind: str, files: Files, embedded: EmbeddedFiles) -> tuple
     return (str(value), files.get_or_problem(str(value), kind)) if not isinstance(value, dict | list) else None
 
 
-def _check_columns(source: _Source, column_of: dict[str, str]) -> None:
-    columns, table = source.columns, source.path
+def _check_columns(source: TableSource, column_of: dict[str, str]) -> None:
+    columns, table = source.columns, source.name
     named = [column for field, column in column_of.items() if column != field]
     absent = next((column for column in named if column not in columns), None)
     if absent is not None:
@@ -188,6 +217,16 @@ def _check_columns(source: _Source, column_of: dict[str, str]) -> None:
     check_doubled(table, columns, tuple(column_of.values()))
 
 
+def _texts(value: Any) -> list[str] | None:
+    """Return the texts of a cell: one, several of a list, or none; None for a cell that holds something else."""
+    if isinstance(value, dict | bytes):
+        return None
+    try:
+        return captions_of(value if isinstance(value, list) or value is None else str(value), "the text")
+    except TypeError:
+        return None
+
+
 def _labels(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
@@ -195,12 +234,13 @@ def _labels(value: Any) -> tuple[str, ...]:
     return tuple(str(part).strip() for part in parts if not _is_missing(part))
 
 
-def _text_table(path: Path, wanted: Sequence[str], folder: Path) -> _Source:
+def _text_table(path: Path, wanted: Sequence[str], folder: Path) -> TableSource:
     table = read_table(path, wanted)
-    return _Source(path, table.columns, _text_rows(table.columns, table.rows, folder), table.notes)
+    notes = [f"{path.name}: {note}" for note in table.notes]
+    return TableSource(str(path), table.columns, _text_rows(table.columns, table.rows, folder), notes)
 
 
-def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterator[dict[str, Any] | Skipped]:
+def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterator[TableRow | Skipped]:
     before: set[str] = set()  # file names in earlier rows
     for row in rows:
         if isinstance(row, BadRow):
@@ -212,7 +252,7 @@ def _text_rows(columns: list[str], rows: Iterator[Any], folder: Path) -> Iterato
             yield Skipped(f"row {row.number}", f"not a row of the table: line {row.line}: {reason}?")
             continue
         before.update(cell for cell in row.cells if kind_of_name(cell) in _FILES)
-        yield dict(zip(columns, row.cells, strict=False))
+        yield TableRow(dict(zip(columns, row.cells, strict=False)), f"row {row.number}")
 
 
 def _swallowed(cell: str, before: set[str], folder: Path) -> str | None:
@@ -233,59 +273,11 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _parquet(table: Path) -> _Source:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{table}: reading Parquet needs pyarrow: pip install 'opt_ds[tables]'") from None
-    if not table.is_file():
-        raise UserError(f"{table}: no such file")
-    try:
-        with ParquetFile(table) as file:
-            schema = file.schema_arrow
-            return _Source(table, list(schema.names), _parquet_rows(table, _class_names(schema.metadata or {})), [])
-    except (ArrowException, OSError, ValueError):
-        raise UserError(f"{table}: not a Parquet file, or truncated") from None
+def _arrow_table(path: Path) -> TableSource:
+    table = open_table(path)
 
+    def rows() -> Iterator[TableRow | Skipped]:
+        for number, row in enumerate(table.rows()):
+            yield row if isinstance(row, Skipped) else TableRow(row, f"row {number}")
 
-def _parquet_rows(table: Path, names: dict[str, list[str]]) -> Iterator[dict[str, Any] | Skipped]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(table) as file:
-            for batch in file.iter_batches(_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    try:
-                        yield {column: _named(value, names.get(column), column) for column, value in row.items()}
-                    except _NoClassError as error:
-                        yield Skipped(f"row {number}", str(error))
-                    number += 1
-    except (ArrowException, OSError, UnicodeDecodeError):
-        raise UserError(f"{table}: damaged after row {number}: copy it again") from None
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Return column -> names of its classes, from the metadata of Hugging Face `datasets` in a Parquet schema."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        inner = {column: feature.get("feature") or feature for column, feature in features.items()}
-        return {column: feature["names"] for column, feature in inner.items() if feature.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-class _NoClassError(Exception):
-    """A number outside the classes of a ClassLabel column."""
-
-
-def _named(value: Any, names: list[str] | None, column: str) -> Any:
-    if names is None or value is None:
-        return value
-    if isinstance(value, list):
-        return [_named(each, names, column) for each in value]
-    if not isinstance(value, int) or value >= len(names):
-        raise _NoClassError(f"its label is none of the classes: column {column}: {value}, of {len(names)} classes")
-    return names[value] if value >= 0 else None  # -1: no label
+    return TableSource(str(path), table.columns, rows(), [])

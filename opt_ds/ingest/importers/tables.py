@@ -95,7 +95,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     return Table(header.cells, _checked(rows, header), notes)
 
 
-def check_doubled(path: Path, columns: Collection[str], used: Collection[str]) -> None:
+def check_doubled(path: Path | str, columns: Collection[str], used: Collection[str]) -> None:
     """Raise UserError if a used column occurs twice."""
     doubled = [name for name, count in Counter(columns).items() if count > 1 and name in used]
     if doubled:

@@ -242,3 +242,13 @@ def test_a_folder_joins_files_of_one_name(tmp_path: Path, logged: list[str]) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no image, audio or \.txt file there"):
         import_folder(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "importer"),
+    [("00000.tar", "webdataset"), ("train/state.json", "hugging-face"), ("data/a.parquet", "hugging-face"), ("wav.scp", "kaldi")],
+)
+def test_a_folder_of_another_importer_is_refused_with_its_name(name: str, importer: str, tmp_path: Path) -> None:
+    touch(tmp_path / name)
+    with pytest.raises(UserError, match=f"no image, audio or .txt file there; .*: opt-ds import {importer} reads such a folder"):
+        import_folder(tmp_path)

@@ -11,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_ds.errors import UserError
+from opt_ds.ingest.importers.blip import import_blip
 from opt_ds.ingest.importers.common import report_path
 from opt_ds.ingest.importers.conceptual_captions import import_conceptual_captions
 from opt_ds.ingest.importers.karpathy import import_karpathy
 from opt_ds.ingest.importers.localized_narratives import import_localized_narratives
+from opt_ds.ingest.importers.metadata_folder import import_metadata_folder
+from opt_ds.ingest.importers.spoken_captions import import_spoken_captions
 from opt_ds.ingest.importers.table import import_table
 from opt_ds.ingest.importers.visual_genome import import_visual_genome
 from opt_ds.ingest.importers.vqa import import_vqa
+from opt_ds.ingest.importers.webdataset import import_webdataset
 from opt_ds.ingest.manifest import read_manifest
+from tests.ingest.importers.tars import write_tar
 
 odd = st.recursive(
     st.none()
@@ -74,6 +79,12 @@ ANNOTATIONS = {"data_subtype": "val2014", "annotations": [
     {"question_id": 1, "image_id": 1, "answers": [{"answer": "cat"}, {"answer": 2}]},
     {"question_id": 2, "image_id": 1, "answers": [{"answer": "dog"}]},
 ]}  # fmt: skip
+COCO_CAPTIONS = {"images": [{"id": 1, "file_name": "1.jpg"}],
+                 "annotations": [{"id": number, "image_id": 1, "caption": "A cat"} for number in (5, 6)]}  # fmt: skip
+SPOKEN = {"data": [{"image": "1.jpg", "captions": [{"text": "A cat", "wav": "1.wav", "uttid": "a", "speaker": "s"}]},
+                   {"image": "2.jpg", "wav": "1.wav", "uttid": "b", "asr_text": "a dog"}]}  # fmt: skip
+BLIP = [{"image": "1.jpg", "caption": ["A cat", "One cat"], "image_id": "coco_1"}, {"image": "2.jpg", "caption": "A dog"}]
+METADATA = {"file_name": "1.jpg", "text": ["A cat", "One cat"], "image_file_name": "2.jpg", "id": 3, "labels": ["cat"]}
 GOOD = {**NARRATIVE, "image_id": "2"}
 
 
@@ -95,6 +106,30 @@ def test_visual_genome(content: Any) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "a.json").write_text(json.dumps(content))
         return lambda manifest: import_visual_genome(folder / "a.json", manifest, images=folder)
+
+    check(write)
+
+
+@pytest.mark.parametrize("form", ["coco", "spoken", "blip", "metadata", "webdataset"])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_captions_of_today(form: str, data: st.DataObject) -> None:
+    value = {"coco": COCO_CAPTIONS, "spoken": SPOKEN, "blip": BLIP, "metadata": METADATA, "webdataset": METADATA}[form]
+    raw = json.dumps(data.draw(spoiled(value)))
+
+    def write(folder: Path) -> Callable[[Path], object]:
+        (folder / "1.wav").write_bytes(b"x")
+        (folder / "metadata.jsonl" if form == "metadata" else folder / "a.json").write_text(raw)
+        if form == "coco":
+            return lambda manifest: import_karpathy(folder / "a.json", manifest, images=folder)
+        if form == "spoken":
+            return lambda manifest: import_spoken_captions([str(folder / "a.json")], manifest, images=folder, recordings=folder)
+        if form == "blip":
+            return lambda manifest: import_blip([str(folder / "a.json")], manifest, images=folder)
+        if form == "metadata":
+            return lambda manifest: import_metadata_folder(folder, manifest)
+        write_tar(folder / "x.tar", [("1.jpg", b"x"), ("1.json", raw.encode())])
+        return lambda manifest: import_webdataset([str(folder / "x.tar")], manifest, members=["labels=json:labels"])
 
     check(write)
 

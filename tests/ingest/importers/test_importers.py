@@ -272,7 +272,10 @@ def test_the_commands_say_what_comes_next(tmp_path: Path) -> None:
         result = CliRunner().invoke(imports, ["folder", str(tmp_path / "mine"), "--output", str(tmp_path / "o" / "m.jsonl")])
     assert result.exit_code == 0, result.output
     assert f"opt-ds prepare --manifest {tmp_path / 'o' / 'm.jsonl'} --output STORE --allow-outside" in result.output
-    for command in ("localized-narratives", "conceptual-captions", "visual-genome", "coco", "flickr30k", "folder", "table"):
+    for command in (
+        "localized-narratives", "conceptual-captions", "visual-genome", "coco", "flickr30k", "folder", "table", "webdataset",
+        "hugging-face", "metadata", "spoken-captions", "flickr8k-audio", "blip", "common-voice", "kaldi",
+    ):  # fmt: skip
         assert CliRunner().invoke(imports, [command, "--help"]).exit_code == 0
 
 

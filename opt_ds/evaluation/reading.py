@@ -1,0 +1,117 @@
+"""Read figures from the JSON that `opt-ds evaluate` writes, of this version or of an earlier one.
+
+An earlier version wrote plain values, with fewer controls under keys of their own. This module requires no extra, so that
+reports can be made anywhere.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opt_ds.data.modalities import IMAGE, TEXT
+from opt_ds.evaluation.controls import another
+from opt_ds.evaluation.figures import NO_CONTROL, Control, Figure, Form, decimals, percent, read_figure
+from opt_ds.evaluation.projections import DIRECTIONS
+from opt_ds.evaluation.ranking import RANKS
+
+#: Input -> its name in tables.
+TEXT_INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
+IMAGE_INPUTS = {"T": "text→image", "A": "audio→image", "T+A": "text+audio→image"}
+#: Scores of a direction, in the order in which they are printed, and their names.
+SCORES = {
+    "likelihood": "text likelihood",
+    "likelihood_raw": "text likelihood, raw",
+    "likelihood_transductive": "text likelihood, transductive",
+    "matching": "matching head",
+    "projection": "projection of [CLS]",
+}
+#: Column -> form of the figures of captions.
+CAPTION_FORMS: dict[str, Form] = {"BLEU-4": decimals(1), "CIDEr": decimals(3)}
+
+
+def read_recall(row: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return "R@k" -> recall of a row with `chance`, which was the only control of an earlier version."""
+    return {f"R@{k}": read_figure(row, f"R@{k}", {"chance": row["chance"][f"R@{k}"]}) for k in RANKS}
+
+
+def score_name(direction: str, score: str, row: Mapping[str, Any]) -> str:
+    """Return the name of a row's score. Without `prior`, the row is of a version whose prior was the test queries'."""
+    transductive = score == "likelihood" and DIRECTIONS[direction][1] == TEXT and "prior" not in row
+    return SCORES["likelihood_transductive" if transductive else score]
+
+
+def read_error_rates(figures: Mapping[str, Any], key: str) -> dict[str, Figure]:
+    """Return column -> error rate of an input. An earlier version had controls of the word error rate only."""
+    row = figures[key]
+    before = {"another_audio": row.get("wer_shuffled_audio"), "constant_caption": figures["constant_caption"]["wer"]}
+    return {"WER": read_figure(row, "wer", before), "CER": read_figure(row, "cer")}
+
+
+def read_captioning(figures: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return column -> figure, without those that are undefined."""
+    return {
+        column: read_figure(figures, name, {
+            "constant_caption": figures["constant_caption"][name], another(IMAGE): figures["another_image"][name],
+        })
+        for column, name in (("BLEU-4", "bleu_4"), ("CIDEr", "cider")) if figures[name] is not None
+    }  # fmt: skip
+
+
+def read_classification(figures: Mapping[str, Any]) -> dict[str, dict[str, Figure]]:
+    """Return subset -> name -> figure: of the probe and, if there is one, of the fine-tuned head."""
+    before = {"chance": figures["chance"]}
+    return {
+        subset: {
+            name: read_figure(row, key, before)
+            for name, key in (("mAP", "mAP"), ("of the fine-tuned head", "head_mAP")) if key in row
+        }
+        for subset, row in figures["subsets"].items()
+    }  # fmt: skip
+
+
+def read_accuracy(figures: Mapping[str, Any]) -> Figure:
+    """Return the accuracy of a row of JSON."""
+    return read_figure(figures, "accuracy", {"constant_answer": figures["constant_answer"]["accuracy"]})
+
+
+def read_bits(row: Mapping[str, Any]) -> Figure:
+    """Return the bits per code of a row. An earlier version had the codes' frequencies beside it."""
+    return read_figure(row, "bits_per_code", {"code_frequencies": row["unigram_bits_per_code"]})
+
+
+def painted_metrics(painted: Mapping[str, Any]) -> list[tuple[str, dict[str, Figure], Callable[[float], str]]]:
+    """Return the metrics of generated images: name, column -> figure, and the form of the values."""
+    found: list[tuple[str, dict[str, Figure], Callable[[float], str]]] = []
+    if nearest := painted.get("nearest"):
+        shown = {name: read_figure(nearest, name, {"chance": nearest["chance"][name]}) for name in nearest["chance"]}
+        found.append((f"true image among the nearest of {painted['samples']}", shown, percent))
+    if matching := painted.get("matching"):
+        columns = {"first candidate": "first", f"best of {painted['candidates']}": "kept"}
+        shown = {column: read_figure(matching, name) for column, name in columns.items()}
+        found.append(("match probability", shown, decimals(3)))
+    if "fid" in painted:
+        found.append(("Fréchet inception distance", {"FID": read_figure(painted, "fid")}, decimals(1)))
+    if score := painted.get("clip_score"):
+        before = {"another_text": score.get("another_caption")}
+        found.append(("CLIP score", {"score": read_figure(score, "generated", before)}, decimals(1)))
+    return found
+
+
+_NO_BASELINE = "the task has no trivial baseline"
+
+
+def read_loss(row: Mapping[str, Any]) -> Figure:
+    """Return a validation loss beside its trivial baseline, as an advantage without an interval."""
+    return _against(row["loss"], row["baseline"], lower_is_better=True)
+
+
+def read_loss_accuracy(row: Mapping[str, Any]) -> Figure:
+    """Return the accuracy of a validation loss's task beside that of its trivial baseline."""
+    reason = _NO_BASELINE if "baseline_accuracy" in row else NO_CONTROL
+    return _against(row["accuracy"], row.get("baseline_accuracy"), lower_is_better=False, reason=reason)
+
+
+def _against(value: float, baseline: float | None, lower_is_better: bool, reason: str = _NO_BASELINE) -> Figure:
+    if baseline is None:
+        return Figure(value, None, {}, reason)
+    advantage = baseline - value if lower_is_better else value - baseline
+    return Figure(value, None, {"trivial_baseline": Control(baseline, None, advantage, (advantage, advantage))})

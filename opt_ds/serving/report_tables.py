@@ -1,0 +1,162 @@
+"""Tables of the report: figures with their controls below and, where there are any, the paper's figures beside."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from opt_ds.evaluation import paper
+from opt_ds.evaluation.figures import Figure, FigureRow, Form, decimals, figure_rows, percent
+from opt_ds.evaluation.projections import DIRECTIONS
+from opt_ds.evaluation.ranking import RANKS
+from opt_ds.evaluation.reading import (
+    CAPTION_FORMS,
+    IMAGE_INPUTS,
+    SCORES,
+    TEXT_INPUTS,
+    painted_metrics,
+    read_bits,
+    read_captioning,
+    read_classification,
+    read_error_rates,
+    read_loss,
+    read_loss_accuracy,
+    read_recall,
+    score_name,
+)
+
+
+class Block(NamedTuple):
+    """Some figures of one thing: their line, one line per control, what the controls reveal, and the paper's figures."""
+
+    figures: FigureRow
+    controls: list[FigureRow]
+    verdicts: list[str]
+    paper: Sequence[str] = ()
+
+
+class FigureTable(NamedTuple):
+    """A table of blocks."""
+
+    caption: str
+    columns: Sequence[str]
+    blocks: list[Block]
+    paper: Sequence[str] = ()  # titles of the columns of the paper
+
+
+def validation_table(validation: Mapping[str, Any]) -> FigureTable:
+    """Return the validation losses and accuracies beside those of the trivial baselines."""
+    blocks = []
+    for loss, row in validation.items():
+        figures = {"loss": read_loss(row)}
+        if row["accuracy"] is not None:
+            figures["accuracy"] = read_loss_accuracy(row)
+        blocks.append(_block(loss, figures, {"loss": decimals(3), "accuracy": percent}, ("loss", "accuracy")))
+    return FigureTable("", ("loss", "accuracy"), blocks)
+
+
+def classification_table(found: Mapping[str, Any]) -> FigureTable:
+    """Return the mAP per subset."""
+    columns = ("mAP", "of the fine-tuned head")
+    blocks = [
+        _block(subset, figures, percent, columns, [str(paper.CLASSIFICATION_MAP)])
+        for subset, figures in read_classification(found).items()
+    ]
+    caption = (
+        f"mAP of a linear probe on the frozen [CLS]: {found['labels']} labels, {found['test_samples']} samples of "
+        f"{found['split']}, {found['train_samples']} to fit on. The paper's input is not stated."
+    )
+    return FigureTable(caption, columns, blocks, ("paper mAP, %",))
+
+
+def retrieval_tables(found: Mapping[str, Any]) -> list[tuple[str, FigureTable]]:
+    """Return (split, table), with one block per direction and score."""
+    by_split: dict[str, dict[str, Any]] = {}
+    for split, figures in found.get("summary", {}).get("splits", {}).items():
+        by_split[split] = dict(figures["retrieval"])
+    if "retrieval" in found and "split" in found["retrieval"]:
+        by_split.setdefault(found["retrieval"]["split"], {}).update(found["retrieval"])
+    two_stages, columns = found.get("two_stages", {}), tuple(f"R@{k}" for k in RANKS)
+    tables = []
+    for split, figures in by_split.items():
+        blocks = []
+        for direction in (name for name in DIRECTIONS if name in figures):
+            scored = [(score_name(direction, score, row), row) for score, row in _scored(figures[direction])]
+            if two_stages.get("split") == split and direction in two_stages:
+                scored += _two_stage_rows(two_stages, direction)
+            title, papers = direction.replace("_to_", " → ").replace("_", " + "), paper.RETRIEVAL[direction]
+            blocks += [
+                _block(f"{title}, {name} of {row['candidates']}", read_recall(row), percent, columns, map(_paper, papers))
+                for name, row in scored
+            ]
+        caption = "Each sample of the gallery is a query and a candidate; equal captions and identical images count as correct."
+        tables.append((split, FigureTable(caption, columns, blocks, tuple(f"paper {column}, %" for column in columns))))
+    return tables
+
+
+def _scored(own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(score, own[score]) for score in SCORES if score in own]
+
+
+def _two_stage_rows(two_stages: Mapping[str, Any], direction: str) -> list[tuple[str, Mapping[str, Any]]]:
+    own = two_stages[direction]
+    shared = {"candidates": two_stages["candidates"], "chance": own["chance"]}
+    return [
+        (f"{score}, best {two_stages['shortlist']} of a projection", {**own[score], **shared})
+        for score in ("likelihood", "matching") if score in own
+    ]  # fmt: skip
+
+
+def transcription_table(by_split: Iterable[tuple[str, Mapping[str, Any]]]) -> FigureTable:
+    """Return the error rates per split and input."""
+    blocks, texts = [], []
+    for split, figures in by_split:
+        for key, name in ((key, name) for key, name in TEXT_INPUTS.items() if key in figures):
+            title = f"{split}, {name} ({figures[key]['samples']} samples)"
+            papers = [str(paper.SPEECH_RECOGNITION_WER) if key == "A" else ""]
+            blocks.append(_block(title, read_error_rates(figures, key), percent, ("WER", "CER"), papers))
+        texts.append(f"{split}: “{figures['constant_caption']['text']}”")
+    caption = f"Word and character error rate, lower case without punctuation. One caption for all: {'; '.join(texts)}."
+    return FigureTable(caption, ("WER", "CER"), blocks, ("paper WER, %",))
+
+
+def captioning_table(found: Mapping[str, Any]) -> FigureTable:
+    """Return BLEU-4 and CIDEr. Undefined figures are named in the caption."""
+    figures = read_captioning(found)
+    blocks = [_block("image → text", figures, CAPTION_FORMS, tuple(CAPTION_FORMS))] if figures else []
+    undefined = "".join(f" {name} is undefined: {reason}." for name, reason in found.get("undefined", {}).items())
+    caption = f"Captions of {found['pictures']} images of {found['split']}. CIDEr compares models on one split only.{undefined}"
+    return FigureTable(caption, tuple(CAPTION_FORMS), blocks)
+
+
+def image_generation_tables(found: Mapping[str, Any]) -> list[FigureTable]:
+    """Return a table of bits per code, of every split of the summary or of the experiment; and one per other metric."""
+    rows = [
+        (f"{split}, {IMAGE_INPUTS[figures['image_generation']['inputs']]}", figures["image_generation"])
+        for split, figures in found.get("summary", {}).get("splits", {}).items() if "image_generation" in figures
+    ]  # fmt: skip
+    own = found.get("image_generation", {})
+    rows += [(f"{own[key]['split']}, {name}", own[key]) for key, name in IMAGE_INPUTS.items() if key in own]
+    column = "bits per code"
+    blocks = [_block(name, {column: read_bits(row)}, decimals(2), (column,)) for name, row in rows]
+    tables = [FigureTable("Bits per image code of the true images.", (column,), blocks)] if blocks else []
+    for key, name in ((key, name) for key, name in IMAGE_INPUTS.items() if key in own):
+        for metric, figures, form in painted_metrics(own[key].get("generated", {})):
+            tables.append(FigureTable("", tuple(figures), [_block(f"{name}, {metric}", figures, form, tuple(figures))]))
+    return tables
+
+
+def _block(
+    name: str, figures: Mapping[str, Figure], form: Form | Mapping[str, Form], columns: Sequence[str],
+    papers: Iterable[str] = (),
+) -> Block:  # fmt: skip
+    """Return the block of figures, with an empty cell for each column that has no figure."""
+    rows = figure_rows(name, figures, form)
+
+    def filled(row: FigureRow) -> FigureRow:
+        cells = dict(zip(figures, row.cells, strict=True))
+        return FigureRow(row.name, [cells.get(column, "") for column in columns])
+
+    return Block(filled(rows.figures), [filled(row) for row in rows.controls], rows.verdicts, list(papers))
+
+
+def _paper(value: float | None) -> str:
+    return "–" if value is None else str(value)
