@@ -35,12 +35,8 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.decoding.decoder_process import MESSAGE_BYTES
-<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
 from opt_ds.decoding.limits import MIB, Budget, Limits, readable
-=======
-from opt_ds.decoding.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
 from opt_ds.decoding.tar_members import file_on_disk, shown_name
->>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
 from opt_ds.errors import RunError
 from opt_ds.version import PACKAGE_FOLDER
 

@@ -29,7 +29,7 @@ from opt_ds.evaluation.figures import (
 )
 from opt_ds.evaluation.intervals import Measurement
 from opt_ds.evaluation.ranking import chance, recall_figures
-from opt_ds.evaluation.reading import IMAGE_INPUTS, painted_metrics, read_bits
+from opt_ds.evaluation.reading import IMAGE_INPUTS, generated_metrics, read_bits
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.tasks.context_counts import code_contexts, code_positions
@@ -222,16 +222,6 @@ def generation_figures(
         fid = image_networks.frechet_inception_distance(generated, true, inception)
         row |= beside({"fid": _distance(fid, evaluator, true, inception, seed)})
     if clip is not None:
-<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
-        captions = [evaluator.caption(index) for index in gallery]
-        others = [captions[-1], *captions[:-1]]
-        clip_score = image_networks.ClipScore(clip, evaluator.device)
-        figures["clip_score"] = {
-            "generated": clip_score.mean(generated, captions), "true": clip_score.mean(true, captions),
-            "another_caption": clip_score.mean(generated, others) if len(captions) > 1 else None,
-        }  # fmt: skip
-    return figures
-=======
         clip_score = image_networks.ClipScore(clip, evaluator.device)
         row["clip_score"] = _clip_scores(
             clip_score, [evaluator.caption(index) for index in gallery], generated, true, swapped, others
@@ -310,7 +300,6 @@ def _clip_scores(
 def _pixels(evaluator: Evaluator, samples: np.ndarray) -> np.ndarray:
     """Return the true images of samples, uint8 [samples, 3, 64, 64]."""
     return np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[samples, IMAGE]])
->>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
 
 
 def _cosines(
@@ -340,31 +329,10 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 def image_generation_lines(figures: Mapping[str, Any]) -> list[str]:
     """Return the figures of `opt-ds evaluate image-generation` as text: per input and metric a line, controls below."""
     lines = []
-<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
-    for name in (name for name in SUBSETS if name in figures):
-        row = figures[name]
-        unigram = row["unigram_bits_per_code"]
-        line = f"{name:>4} → image   {row['bits_per_code']:.2f} bits per code (by training frequencies {unigram:.2f})"
-        generated = row.get("generated", {})
-        if nearest := generated.get("nearest"):
-            chance_of_it = nearest["chance"]["R@1"]
-            line += (
-                f"   true image the nearest {nearest['R@1']:.1%} of {generated['samples']} (chance {chance_of_it:.1%})"
-            )
-        if matching := generated.get("matching"):
-            best = f"best of {generated['candidates']} {matching['kept']:.3f}"
-            line += f"   match probability {matching['first']:.3f}, {best}"
-        if "fid" in generated:
-            line += f"   FID {generated['fid']:.1f}"
-        if score := generated.get("clip_score"):
-            line += f"   CLIP score {score['generated']:.1f} (true images {score['true']:.1f})"
-        lines.append(line)
-    return "\n".join(lines)
-=======
     for name in (name for name in IMAGE_INPUTS if name in figures):
         lines += bits_lines(figures[name], IMAGE_INPUTS[name])
         generated = figures[name].get("generated", {})
-        for metric, shown, form in painted_metrics(generated):
+        for metric, shown, form in generated_metrics(generated):
             lines += figure_lines(f"{IMAGE_INPUTS[name]}, {metric}", shown, form)
         if score := generated.get("clip_score"):
             lines.append(f"      CLIP score of the true images {score['true']:.1f}")
@@ -374,4 +342,3 @@ def image_generation_lines(figures: Mapping[str, Any]) -> list[str]:
 def bits_lines(row: Mapping[str, Any], name: str) -> list[str]:
     """Return a row of `bits_per_code` as text."""
     return figure_lines(name, {"bits per image code": read_bits(row)}, decimals(2))
->>>>>>> be05028686c2404cd29051e48a1e6375f345f25d

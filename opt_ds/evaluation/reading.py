@@ -78,19 +78,19 @@ def read_bits(row: Mapping[str, Any]) -> Figure:
     return read_figure(row, "bits_per_code", {"code_frequencies": row["unigram_bits_per_code"]})
 
 
-def painted_metrics(painted: Mapping[str, Any]) -> list[tuple[str, dict[str, Figure], Callable[[float], str]]]:
+def generated_metrics(generated: Mapping[str, Any]) -> list[tuple[str, dict[str, Figure], Callable[[float], str]]]:
     """Return the metrics of generated images: name, column -> figure, and the form of the values."""
     found: list[tuple[str, dict[str, Figure], Callable[[float], str]]] = []
-    if nearest := painted.get("nearest"):
+    if nearest := generated.get("nearest"):
         shown = {name: read_figure(nearest, name, {"chance": nearest["chance"][name]}) for name in nearest["chance"]}
-        found.append((f"true image among the nearest of {painted['samples']}", shown, percent))
-    if matching := painted.get("matching"):
-        columns = {"first candidate": "first", f"best of {painted['candidates']}": "kept"}
+        found.append((f"true image among the nearest of {generated['samples']}", shown, percent))
+    if matching := generated.get("matching"):
+        columns = {"first candidate": "first", f"best of {generated['candidates']}": "kept"}
         shown = {column: read_figure(matching, name) for column, name in columns.items()}
         found.append(("match probability", shown, decimals(3)))
-    if "fid" in painted:
-        found.append(("Fréchet inception distance", {"FID": read_figure(painted, "fid")}, decimals(1)))
-    if score := painted.get("clip_score"):
+    if "fid" in generated:
+        found.append(("Fréchet inception distance", {"FID": read_figure(generated, "fid")}, decimals(1)))
+    if score := generated.get("clip_score"):
         before = {"another_text": score.get("another_caption")}
         found.append(("CLIP score", {"score": read_figure(score, "generated", before)}, decimals(1)))
     return found

@@ -128,15 +128,9 @@ class TwoStages:
             second_qk, encoder_runs, decoder_runs = rank(direction, queries, gallery, best_qk)
             encoder_runs += encoded
             found[score] = {
-<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
-                **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
-                "decoder_runs": decoder_runs, "all_pairs": first_qc.size,
-                "encoder_fraction": encoder_runs / first_qc.size, "decoder_fraction": decoder_runs / first_qc.size,
-=======
                 **beside(recall_figures(reranked(first_qc, best_qk, second_qk), same_qc, others)), "encoder_runs": encoder_runs,
                 "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_fraction": encoder_runs / first_qc.size,
                 "decoder_fraction": decoder_runs / first_qc.size,
->>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
             }  # fmt: skip
         return found
 
@@ -223,8 +217,8 @@ def table(result: Mapping[str, Any]) -> str:
             row = found[stage]
             lines += figure_lines(f"{name}, {stage}", read_recall({**row, "chance": found["chance"]}), percent)
             if "encoder_fraction" in row:
-                fractions = f"{row['encoder_fraction']:.2%} of the encoder runs, {row['decoder_fraction']:.2%} of the decoder runs"
-                lines.append(f"      {fractions} of all pairs")
+                encoder, decoder = row["encoder_fraction"], row["decoder_fraction"]
+                lines.append(f"      {encoder:.2%} of the encoder runs, {decoder:.2%} of the decoder runs of all pairs")
         in_shortlist = read_figure(found, "shortlist_recall")
         lines += figure_lines(f"{name}, in the shortlist", {"recall": in_shortlist}, percent)
     return "\n".join(lines)

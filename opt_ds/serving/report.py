@@ -18,16 +18,10 @@ from opt_ds.config import Config, config_from_dict, load_config
 from opt_ds.config.section import current_names
 from opt_ds.config.sources import preset_names
 from opt_ds.errors import UserError
-<<<<<<< 6b5c8a9b2fc0b5139ab4eb4370dfcb1ba663fe67
-from opt_ds.evaluation import paper
-from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE
-from opt_ds.evaluation.retrieval import DIRECTIONS, RANKS
-from opt_ds.former_names import FIGURES, METRICS, current_keys
-=======
 from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE, marks_text, table_rows
+from opt_ds.former_names import FIGURES, METRICS, current_keys
 from opt_ds.serving import report_tables
 from opt_ds.serving.report_tables import FigureTable
->>>>>>> be05028686c2404cd29051e48a1e6375f345f25d
 from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint

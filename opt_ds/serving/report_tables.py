@@ -12,7 +12,7 @@ from opt_ds.evaluation.reading import (
     IMAGE_INPUTS,
     SCORES,
     TEXT_INPUTS,
-    painted_metrics,
+    generated_metrics,
     read_bits,
     read_captioning,
     read_classification,
@@ -139,7 +139,7 @@ def image_generation_tables(found: Mapping[str, Any]) -> list[FigureTable]:
     blocks = [_block(name, {column: read_bits(row)}, decimals(2), (column,)) for name, row in rows]
     tables = [FigureTable("Bits per image code of the true images.", (column,), blocks)] if blocks else []
     for key, name in ((key, name) for key, name in IMAGE_INPUTS.items() if key in own):
-        for metric, figures, form in painted_metrics(own[key].get("generated", {})):
+        for metric, figures, form in generated_metrics(own[key].get("generated", {})):
             tables.append(FigureTable("", tuple(figures), [_block(f"{name}, {metric}", figures, form, tuple(figures))]))
     return tables
 

@@ -146,7 +146,7 @@ def randomise(model: torch.nn.Module) -> None:
             weight.normal_(1.0 if norm else 0.0, 0.15 if weight.dim() == 2 else 0.2)
 
 
-def image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
+def image_of_seed(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
     """Return smooth noise, in which every patch differs."""
     pixels = np.random.default_rng(seed).integers(0, 256, (max(2, height // 10), max(2, width // 10), 3), "uint8")
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)

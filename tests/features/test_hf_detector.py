@@ -13,7 +13,7 @@ import torch
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import choose
 from opt_ds.features.hf_detector import HFDetectorExtractor, HFDetectorOptions
-from tests.features.models import IMAGENET_COLOURS, image, randomise
+from tests.features.models import IMAGENET_COLOURS, image_of_seed, randomise
 
 TOLERANCE = 1e-5
 _BACKBONE = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "layer_type": "basic"}
@@ -91,7 +91,7 @@ def test_queries_are_those_of_the_library(folder_of: Callable[[str], Path], name
     """Features, boxes and scores of transformers' own loader and image processor; the head makes the scores of the features."""
     import transformers
 
-    folder, image = folder_of(name), image(1, 90, 60)
+    folder, image = folder_of(name), image_of_seed(1, 90, 60)
     extractor = extractor_of(folder)
     features, corners, scores = extractor.queries(image)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
@@ -113,7 +113,7 @@ def test_queries_are_those_of_the_library(folder_of: Callable[[str], Path], name
 
 
 def test_regions_are_selected_by_score(folder_of: Callable[[str], Path]) -> None:
-    folder, image = folder_of("detr"), image(1, 90, 60)
+    folder, image = folder_of("detr"), image_of_seed(1, 90, 60)
     few, many = extractor_of(folder, min_regions=3, confidence=1.1), extractor_of(folder, max_regions=7, confidence=0.0)
     (regions, nothing), (more, _) = few.extract([image, None]), many.extract([image, None])
     assert nothing is None

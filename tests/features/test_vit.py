@@ -16,12 +16,12 @@ from opt_ds.features.extractors import choose
 from opt_ds.features.vit import ViTExtractor, ViTOptions, cells
 from opt_ds.ingest import PrepareSettings
 from opt_ds.ingest.file_features import FileFeatures
-from tests.features.models import VISION, image, save_timm, save_vision
+from tests.features.models import VISION, image_of_seed, save_timm, save_vision
 
 TOLERANCE = 1e-5
 #: A fault must change the features by this much, so that the comparison finds it.
 FAULT = 1e-2
-IMAGE = image(3)
+IMAGE = image_of_seed(3)
 TIMM = {
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
     "vit_base_patch16_siglip_224": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
@@ -177,7 +177,7 @@ def test_layers_count_from_either_end(folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("siglip")
     second, also, last, final = (extractor_of(folder, layer=layer) for layer in (2, -2, 3, None))
     assert also.fingerprint() == second.fingerprint()
-    features = [extractor.features([image(1)])[0][0] for extractor in (second, also, last, final)]  # type: ignore[index]
+    features = [extractor.features([image_of_seed(1)])[0][0] for extractor in (second, also, last, final)]  # type: ignore[index]
     assert np.array_equal(features[0], features[1])
     assert np.abs(features[2] - features[3]).max() > FAULT, "the last layer's output is not normalised, the network's is"
     for layer in (0, 4, -4):
@@ -187,21 +187,21 @@ def test_layers_count_from_either_end(folder_of: Callable[[str], Path]) -> None:
 
 def test_each_patch_has_its_place_in_the_image(folder_of: Callable[[str], Path]) -> None:
     """CLIP cuts out the centre, so its patches leave the ends of a wide image out. SigLIP squashes it."""
-    (regions,) = extractor_of(folder_of("clip")).extract([image(0, 80, 60)])
+    (regions,) = extractor_of(folder_of("clip")).extract([image_of_seed(0, 80, 60)])
     assert regions is not None
     left, top = np.array([8, 16, 24, 32, 40]) / 48, np.array([2, 10, 18, 26, 34]) / 36  # scaled to 48 x 36, cut to 32 x 32
     expected = [(left[x], top[y], left[x + 1], top[y + 1]) for y in range(4) for x in range(4)]
     assert np.allclose(regions.boxes[:, :4], expected, atol=1e-6)
     assert np.allclose(regions.boxes[:, 4:6], [8 / 48, 8 / 36], atol=1e-6)
     for extractor in (extractor_of(folder_of("siglip")), extractor_of(folder_of("clip"), fit="squash", resized=32)):
-        (squashed,) = extractor.extract([image(0, 80, 60)])
+        (squashed,) = extractor.extract([image_of_seed(0, 80, 60)])
         assert squashed is not None
         assert squashed.boxes[5].tolist() == [0.25, 0.25, 0.5, 0.5, 0.25, 0.25, 0.0625]
-    (flexible,) = extractor_of(folder_of("siglip2")).extract([image(0, 90, 50)])
+    (flexible,) = extractor_of(folder_of("siglip2")).extract([image_of_seed(0, 90, 50)])
     assert flexible is not None
     assert len(flexible.features) == 18, "6 x 3 of at most 20 patches"
     assert np.allclose(flexible.boxes[7, :4], [1 / 6, 1 / 3, 2 / 6, 2 / 3])
-    (right,) = extractor_of(folder_of("vit_tiny_patch16_224")).extract([image(0, 80, 60)])
+    (right,) = extractor_of(folder_of("vit_tiny_patch16_224")).extract([image_of_seed(0, 80, 60)])
     assert right is not None
     assert np.allclose(right.boxes[0, :2], [7 / 46, 2 / 35]), "timm scales to 46 x 35 and rounds 1.5 to 2"
 
@@ -209,7 +209,7 @@ def test_each_patch_has_its_place_in_the_image(folder_of: Callable[[str], Path])
 @pytest.mark.parametrize("name", ["clip", "siglip2", "vit_tiny_patch16_224"])
 def test_pooling_averages_neighbouring_patches(folder_of: Callable[[str], Path], name: str) -> None:
     plain, pooled = extractor_of(folder_of(name)), extractor_of(folder_of(name), pool=2)
-    image = image(2, 60, 60)
+    image = image_of_seed(2, 60, 60)
     (features, corners), (averages, places) = plain.features([image])[0], pooled.features([image])[0]  # type: ignore[misc]
     assert averages.shape == (4, 24)
     assert np.allclose(averages[1], features.reshape(4, 4, 24)[:2, 2:].mean((0, 1)), atol=1e-5)
@@ -225,7 +225,7 @@ def test_another_side_interpolates_the_positions(folder_of: Callable[[str], Path
     """`side` alone scales the image in the same proportion. The reference is the library's own interpolation."""
     folder = folder_of(name)
     extractor = extractor_of(folder, side=side)
-    (found,) = extractor.features([image(3)])
+    (found,) = extractor.features([image_of_seed(3)])
     assert found is not None
     assert found[0].shape == ((side // 8) ** 2, 24)
     if name == "vit_tiny_patch16_224":
@@ -233,14 +233,14 @@ def test_another_side_interpolates_the_positions(folder_of: Callable[[str], Path
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=side).eval()
         with torch.inference_mode():
-            theirs = model.forward_features(extractor._encoder._pixels([image(3)]))[0, 1:].numpy()  # type: ignore[attr-defined]
+            theirs = model.forward_features(extractor._encoder._pixels([image_of_seed(3)]))[0, 1:].numpy()  # type: ignore[attr-defined]
     else:
         import transformers
 
         model = getattr(transformers, VISION[name][0]).from_pretrained(folder).eval()
         flag = {} if name == "dinov2" else {"interpolate_pos_encoding": True}
         with torch.inference_mode():
-            pixels = extractor._encoder._pixels([image(3)])  # type: ignore[attr-defined]
+            pixels = extractor._encoder._pixels([image_of_seed(3)])  # type: ignore[attr-defined]
             theirs = getattr(model, "vision_model", model)(pixel_values=pixels, **flag).last_hidden_state[0].numpy()
         theirs = theirs[VISION[name][-1] :]
     assert np.abs(found[0] - theirs).max() <= TOLERANCE
@@ -248,8 +248,8 @@ def test_another_side_interpolates_the_positions(folder_of: Callable[[str], Path
 
 def test_missing_images_change_nothing(folder_of: Callable[[str], Path]) -> None:
     extractor = extractor_of(folder_of("dinov3_vit"))
-    first, nothing, second = extractor.extract([image(0), None, image(1, 60, 90)])
-    (alone,) = extractor.extract([image(1, 60, 90)])
+    first, nothing, second = extractor.extract([image_of_seed(0), None, image_of_seed(1, 60, 90)])
+    (alone,) = extractor.extract([image_of_seed(1, 60, 90)])
     assert nothing is None
     assert first is not None and second is not None and alone is not None
     assert second.features.tobytes() == alone.features.tobytes()
@@ -273,7 +273,7 @@ def test_weights_without_a_configuration_are_named(tmp_path: Path) -> None:
     assert tagged.fingerprint()["backbone"] == "timm/test_vit"
     assert (tagged.fingerprint()["side"], tagged.fingerprint()["resized"]) == (160, 168)
     told = dict(side=32, fit="squash", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    assert extractor_of(file, backbone="timm/test_vit", **told).features([image()])[0][0].shape == (4, 64)  # type: ignore[index]
+    assert extractor_of(file, backbone="timm/test_vit", **told).features([image_of_seed()])[0][0].shape == (4, 64)  # type: ignore[index]
     for name, message in (
         ("timm/test_vot", r'"test_vot" is not a model of timm \(did you mean "test_vit"'),
         ("timm/test_vit.r170_in1k", 'timm knows no weights "test_vit.r170_in1k"'),
@@ -300,7 +300,7 @@ def test_a_folder_without_input_settings_must_be_told(folder_of: Callable[[str],
     rebuilt = again.build("cpu")
     assert again.fingerprint(rebuilt) == fingerprint == json.loads(json.dumps(fingerprint))
     assert ViTExtractor.needs_weights(fingerprint)
-    assert np.array_equal(rebuilt.extract([image()])[0].features, whole.build("cpu").extract([image()])[0].features)
+    assert np.array_equal(rebuilt.extract([image_of_seed()])[0].features, whole.build("cpu").extract([image_of_seed()])[0].features)
     nested = shutil.copytree(folder, tmp_path / "nested")
     settings = json.loads((nested / "preprocessor_config.json").read_text())
     (nested / "preprocessor_config.json").unlink()
@@ -408,7 +408,7 @@ def test_features_that_no_store_can_hold_cost_their_files_only(folder_of: Callab
     folder = shutil.copytree(folder_of("siglip_vision_model"), tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
     key = next(key for key in weights if key.endswith("post_layernorm.weight"))
-    image().save(tmp_path / "a.png")
+    image_of_seed().save(tmp_path / "a.png")
     Image.new("RGB", (3000, 10)).save(tmp_path / "long.png")
     first = next(key for key in weights if key.endswith("layers.0.layer_norm1.weight"))
     for changed in ({key: weights[key] * 1e6}, {first: weights[first] * 1e30}):

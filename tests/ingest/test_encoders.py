@@ -10,13 +10,13 @@ import soundfile
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.data.pretraining_plan import PretrainingPlan
-from opt_ds.decoding.decoder import load_recording
 from opt_ds.features.extractors import choose
 from opt_ds.serving.processor import OPTProcessor
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.processor_files import copy_processor_files
 from opt_ds.training.preflight import settle
-from tests.features.models import image, save_speech, save_vision, speech
+from tests.decoded import audio_of
+from tests.features.models import image_of_seed, save_speech, save_vision, speech
 
 
 def command(*arguments: object) -> int:
@@ -29,7 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     lines = []
     for number in range(6):
-        image(number, 60 + 10 * number, 60).save(folder / f"{number}.png")
+        image_of_seed(number, 60 + 10 * number, 60).save(folder / f"{number}.png")
         soundfile.write(folder / f"{number}.wav", speech(0.5 + 0.1 * number, number), 16_000)
         lines.append({"id": f"s{number}", "image": f"{number}.png", "audio": f"{number}.wav", "text": f"a thing number {number}",
                       "split": "valid" if number == 5 else "train"})  # fmt: skip
@@ -78,10 +78,10 @@ def test_a_model_of_the_store_reads_raw_files_alike(store: Path, tmp_path: Path)
     )
     index = [opened.sample_id(number) for number in range(6)].index("s2")
     row = opened.rows[index]
-    (regions,) = processor._extractor("image").extract([image(2, 80, 60)])
+    (regions,) = processor._extractor("image").extract([image_of_seed(2, 80, 60)])
     assert np.array_equal(regions.features, opened.regions(row[1]).features)
     sample = processor(image=folder / "2.png", audio=folder / "2.wav")
     assert len(sample.items[1]) == 4 and len(sample.items[2]) > 0
     own = choose("audio", "hf_speech", {"weights": folder / "hubert", "layers": [2, 3]}).build("cpu")
-    assert np.array_equal(own.extract([load_audio_file(folder / "2.wav")])[0], opened.frames(row[2]))
+    assert np.array_equal(own.extract([audio_of(folder / "2.wav")])[0], opened.frames(row[2]))
     processor.close()
