@@ -37,10 +37,10 @@ from opt_ds.scenes.vocabulary import GROUND_WORDS
 SAMPLE_RATE_HZ = 16_000
 PIPER_VOICE = "joe"
 #: Voice -> its share of the captions. All but Piper's are names of eSpeak NG.
-VOICES = {PIPER_VOICE: 0.7, "en-us": 0.1, "en-us+f2": 0.1, "en-gb-x-rp+m3": 0.1}
+VOICES = {PIPER_VOICE: 0.7, "en-us": 0.1, "en-us+f2": 0.1, "en-us+m1": 0.1}
 LENGTH_SCALES = (0.9, 1.0, 1.15)
 #: What only `test_voice` has. A third of it has the voice, a third the rate, and a third both.
-HELD_OUT_VOICE, HELD_OUT_LENGTH_SCALE = "en-us+Annie", 1.3
+HELD_OUT_VOICE, HELD_OUT_LENGTH_SCALE = "en-us+f1", 1.3
 
 _WHOLE_SHARE = 0.01  # of Piper's captions: spoken as a whole
 _SILENCE = 0.01  # relative to the largest value of a piece: what is below at both ends is cut off
