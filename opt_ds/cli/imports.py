@@ -16,7 +16,7 @@ _Output = Annotated[
     Path, typer.Option(help="Manifest to write, such as my/manifest.jsonl. A report is written next to it.")
 ]
 _Images = Annotated[Path, typer.Option(help="Folder of the images. Subfolders are searched.")]
-_Recordings = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
+_Audio = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
 _KeepIncomplete = Annotated[
     bool,
     typer.Option("--keep-incomplete", help="Keep samples whose image or audio file is missing, without that modality."),
@@ -33,7 +33,7 @@ def localized_narratives(
     annotations: Annotated[list[Path], typer.Option(help="JSONL file of narratives. May be repeated.")],
     images: _Images,
     output: _Output,
-    recordings: Annotated[
+    audio: Annotated[
         Path | None, typer.Option(help="Folder that the paths in voice_recording are relative to.")
     ] = None,
     labels: Annotated[
@@ -45,7 +45,7 @@ def localized_narratives(
     """Import Localized Narratives of Open Images, COCO, Flickr30k or ADE20K: text, images, speech, labels."""
     from opt_ds.ingest.importers.localized_narratives import import_localized_narratives as run
 
-    _next(run(annotations, output, images=images, recordings=recordings, labels=labels or (), label_names=label_names,
+    _next(run(annotations, output, images=images, audio=audio, labels=labels or (), label_names=label_names,
               keep_incomplete=keep_incomplete))  # fmt: skip
 
 
@@ -243,21 +243,21 @@ def spoken_captions(
         typer.Option(help="SpokenCOCO_….json or the JSON of Places Audio Captions, as FILE or SPLIT=FILE. May be repeated."),
     ],
     images: _Images,
-    recordings: _Recordings,
+    audio: _Audio,
     output: _Output,
     keep_incomplete: _KeepIncomplete = False,
 ) -> None:
     """Import SpokenCOCO or Places Audio Captions: one recording, its text and its image per sample."""
     from opt_ds.ingest.importers.spoken_captions import import_spoken_captions as run
 
-    _next(run(annotations, output, images=images, recordings=recordings, keep_incomplete=keep_incomplete))
+    _next(run(annotations, output, images=images, audio=audio, keep_incomplete=keep_incomplete))
 
 
 @imports.command("flickr8k-audio")
 def flickr8k_audio(
     annotations: Annotated[Path, typer.Option(help="wav2capt.txt.")],
     images: _Images,
-    recordings: _Recordings,
+    audio: _Audio,
     output: _Output,
     captions: Annotated[
         Path | None, typer.Option(help="Flickr8k.token.txt, or dataset_flickr8k.json with splits. Default: no texts.")
@@ -271,7 +271,7 @@ def flickr8k_audio(
     """Import Flickr8k Audio Captions: one recording, its text and its image per sample."""
     from opt_ds.ingest.importers.flickr8k_audio import import_flickr8k_audio as run
 
-    _next(run(annotations, output, images=images, recordings=recordings, captions=captions, splits=split or (),
+    _next(run(annotations, output, images=images, audio=audio, captions=captions, splits=split or (),
               keep_incomplete=keep_incomplete))  # fmt: skip
 
 
@@ -292,24 +292,24 @@ def blip(
 @imports.command("common-voice")
 def common_voice(
     annotations: Annotated[list[str], typer.Option(help="train.tsv, dev.tsv, …, as FILE or SPLIT=FILE. May be repeated.")],
-    recordings: Annotated[Path, typer.Option(help="Folder clips.")],
+    audio: Annotated[Path, typer.Option(help="Folder clips.")],
     output: _Output,
 ) -> None:
     """Import Common Voice: one clip and its sentence per sample."""
     from opt_ds.ingest.importers.common_voice import import_common_voice as run
 
-    _next(run(annotations, output, recordings=recordings))
+    _next(run(annotations, output, audio=audio))
 
 
 @imports.command("kaldi")
 def kaldi(
     folders: Annotated[list[str], typer.Argument(help="Folders with wav.scp and text, as FOLDER or SPLIT=FOLDER.")],
     output: _Output,
-    recordings: Annotated[
+    audio: Annotated[
         Path | None, typer.Option(help="Folder that the files in wav.scp are relative to. Default: that of wav.scp.")
     ] = None,
 ) -> None:
     """Import data folders of Kaldi: plain audio files in wav.scp, and their texts."""
     from opt_ds.ingest.importers.kaldi import import_kaldi as run
 
-    _next(run(folders, output, recordings=recordings))
+    _next(run(folders, output, audio=audio))

@@ -69,8 +69,8 @@ def test_members_decode_to_the_bytes_of_loose_files(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", [(path.name, path.read_bytes()) for path in loose], tarfile.PAX_FORMAT, uname="ü")
     with Decoder() as decoder:
         for path, member in zip(loose, members_of(tar), strict=True):
-            by_ending = {".npz": decoder.arrays, ".flac": decoder.recording, ".mp3": decoder.recording}
-            read = by_ending.get(path.suffix, decoder.picture)
+            by_ending = {".npz": decoder.arrays, ".flac": decoder.audio, ".mp3": decoder.audio}
+            read = by_ending.get(path.suffix, decoder.image)
             inside = read(Path(f"{tar}#{member.name}@{member.offset}+{member.size}"))
             outside = read(path)
             assert inside.digest == outside.digest
@@ -86,7 +86,7 @@ def test_a_reference_that_the_tar_does_not_have_is_a_fault_of_the_file(tmp_path:
 
         def reason(reference: str) -> str:
             with pytest.raises(DecodingError) as caught:
-                decoder.picture(tmp_path / reference)
+                decoder.image(tmp_path / reference)
             return str(caught.value)
 
         elsewhere = "x.tar does not have it at byte {}: import the tar again if it has changed"
@@ -99,11 +99,11 @@ def test_a_reference_that_the_tar_does_not_have_is_a_fault_of_the_file(tmp_path:
         assert reason("x.tar#a.png@0+600") == "it is text: accepted are " + reason("x.tar#b.png@1536+600").split("are ")[1]
         with pytest.raises(DecodingError, match=r"x.tar is truncated"):
             tar.write_bytes(tar.read_bytes()[:2200])
-            decoder.picture(tmp_path / "x.tar#b.png@1536+600", Limits())
+            decoder.image(tmp_path / "x.tar#b.png@1536+600", Limits())
         with pytest.raises(MissingFileError, match=r"gone.tar#a.png is missing"):
-            decoder.picture(tmp_path / "gone.tar#a.png@0+600")
+            decoder.image(tmp_path / "gone.tar#a.png@0+600")
         with pytest.raises(EnvironmentFaultError, match="lost: cannot be read"):
-            decoder.picture(tmp_path / "lost" / "x.tar#a.png@0+600")
+            decoder.image(tmp_path / "lost" / "x.tar#a.png@0+600")
     assert shown_name("/data/x.tar#folder/a.png@0+600") == "x.tar#folder/a.png"
     assert member_reference("x.tar#" * 10**6 + "@") is None, "and at once"
     for ordinary in ("x.tar", "x.tar#a.png", "a.png@0+600", "x.tar#a.png@-1+2", "x.tar#@0+1", "x.tar#a@0+"):

@@ -37,12 +37,12 @@ def import_blip(annotations: Sequence[str], output: Path, *, images: Path) -> Pa
         images: The folder that the paths of the images are relative to. The first folders of a path may be missing there.
     """
     files = [split_and_file(each) for each in annotations]
-    pictures = Files(images, output, "image")
+    image_files = Files(images, output, "image")
     fields: Counter[str] = Counter()
 
     def samples(id: str, entry: dict[str, Any], split: str | None) -> Iterator[Entry]:
         name = typed(entry["image"], str, "image")
-        found = _find(pictures, name)
+        found = _find(image_files, name)
         texts = captions_of(entry["caption"], "caption")
         fields.update(key for key in entry if key not in _FIELDS)
         yield from samples_of_captions(id, texts, files={"image": (name, found)}, group=f"image {name}", split=split)
@@ -54,13 +54,14 @@ def import_blip(annotations: Sequence[str], output: Path, *, images: Path) -> Pa
                 yield from guarded(id, partial(samples, id, entry, split or split_of_file(path)))
         if fields:
             yield Unused("fields", len(fields), tuple(sorted(fields)))
-        yield from unused_files([pictures])
+        yield from unused_files([image_files])
 
     return write_import(output, entries(), source=", ".join(annotations))
 
 
-def _find(pictures: Files, name: str) -> Found:
+def _find(image_files: Files, name: str) -> Found:
     """Return the image with this path, or with the end of it: vg/1.jpg and 1.jpg for /export/share/vg/1.jpg."""
     parts = [part for part in name.replace("\\", "/").split("/") if part]
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((found for end in ends if (found := pictures.get(end)) is not None), None) or pictures.get_or_say(name, "image")
+    found = next((found for end in ends if (found := image_files.get(end)) is not None), None)
+    return found or image_files.get_or_problem(name, "image")

@@ -19,13 +19,13 @@ def is_coco_captions(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("annotations"), list)
 
 
-def coco_entries(annotations: Path, content: dict[str, Any], pictures: Files, prefix: str) -> Iterator[Entry]:
+def coco_entries(annotations: Path, content: dict[str, Any], image_files: Files, prefix: str) -> Iterator[Entry]:
     """Yield the samples of a file of captions. The split is that of the file's name.
 
     Args:
         annotations: The file, for messages.
         content: Its content.
-        pictures: The folder of the images.
+        image_files: The folder of the images.
         prefix: What the ids begin with.
 
     Raises:
@@ -44,7 +44,7 @@ def coco_entries(annotations: Path, content: dict[str, Any], pictures: Files, pr
             return
         captioned.add(image)
         name = names[image]
-        found = pictures.get(name) or pictures.by_stem(Path(name).stem)
+        found = image_files.get(name) or image_files.by_stem(Path(name).stem)
         yield sample(id, text=text, files={"image": (name, found)}, group=f"{prefix}image {name}", split=split)
 
     for number, annotation in enumerate(content["annotations"]):

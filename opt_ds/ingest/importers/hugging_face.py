@@ -64,7 +64,7 @@ def import_hugging_face(
     notes = _notes(pieces, has_split)
     pieces = [replace(piece, named=None) for piece in pieces] if has_split else pieces
     source = TableSource(named_together(sources), tables[0].columns, _rows(pieces, tables), notes)
-    return import_rows(source, output, column_of, files or pieces[0].path.parent, whole_folder=files is not None)
+    return import_rows(source, output, column_of, files or pieces[0].path.parent, complete_listing=files is not None)
 
 
 def _rows(pieces: list[_Piece], tables: list[ArrowTable]) -> Iterator[TableRow | Skipped]:

@@ -50,7 +50,7 @@ def import_metadata_folder(folder: Path, output: Path, *, columns: Sequence[str]
     others = [column for column in contents.columns if column not in (*shown, *map(_name_column, ("", *_MEDIA)))]
     has_splits = len(contents.splits) > 1 and column_of["split"] not in contents.columns
     source = TableSource(str(folder), [*shown, *others], _rows(folder, tables, has_splits), _notes(contents, has_splits))
-    return import_rows(source, output, column_of, folder, whole_folder=True)
+    return import_rows(source, output, column_of, folder, complete_listing=True)
 
 
 def _tables(folder: Path) -> list[Path]:

@@ -74,10 +74,10 @@ def import_table(
     folder = table.parent if files is None else files
     is_arrow = table.suffix.lower() in (PARQUET, ARROW)
     source = _arrow_table(table) if is_arrow else _text_table(table, tuple(column_of.values()), folder)
-    return import_rows(source, output, column_of, folder, whole_folder=files is not None)
+    return import_rows(source, output, column_of, folder, complete_listing=files is not None)
 
 
-def import_rows(source: TableSource, output: Path, column_of: dict[str, str], folder: Path, *, whole_folder: bool) -> Path:
+def import_rows(source: TableSource, output: Path, column_of: dict[str, str], folder: Path, *, complete_listing: bool) -> Path:
     """Write the manifest `output` for the rows of tables.
 
     Args:
@@ -85,11 +85,11 @@ def import_rows(source: TableSource, output: Path, column_of: dict[str, str], fo
         output: The manifest to write.
         column_of: Field -> column, from `parse_columns`.
         folder: The folder that paths are relative to.
-        whole_folder: Report all files of the folder that no row names, not only those next to a file that was found.
+        complete_listing: Report all files of the folder that no row names, not only those next to a file that was found.
     """
     _check_columns(source, column_of)
     checked = _check_texts(source, column_of)
-    found = Files(folder, output, "named", whole_folder=whole_folder)
+    found = Files(folder, output, "named", complete_listing=complete_listing)
     embedded = EmbeddedFiles(output)
 
     def entries() -> Iterator[Entry]:
@@ -198,8 +198,8 @@ def _file(value: Any, kind: str, files: Files, embedded: EmbeddedFiles) -> tuple
         if written is not None:
             return path_of(value) or "embedded file", written
         name = path_of(value)
-        return ("no bytes and no path", None) if name is None else (name, files.get_or_say(name, kind))
-    return (str(value), files.get_or_say(str(value), kind)) if not isinstance(value, dict | list) else None
+        return ("no bytes and no path", None) if name is None else (name, files.get_or_problem(name, kind))
+    return (str(value), files.get_or_problem(str(value), kind)) if not isinstance(value, dict | list) else None
 
 
 def _check_columns(source: TableSource, column_of: dict[str, str]) -> None:
