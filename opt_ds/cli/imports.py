@@ -16,7 +16,7 @@ _Output = Annotated[
     Path, typer.Option(help="Manifest to write, such as my/manifest.jsonl. A report is written next to it.")
 ]
 _Images = Annotated[Path, typer.Option(help="Folder of the images. Subfolders are searched.")]
-_Recordings = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
+_Audio = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
 _KeepIncomplete = Annotated[
     bool,
     typer.Option("--keep-incomplete", help="Keep samples whose image or audio file is missing, without that modality."),
@@ -243,7 +243,7 @@ def spoken_captions(
         typer.Option(help="SpokenCOCO_….json or the JSON of Places Audio Captions, as FILE or SPLIT=FILE. May be repeated."),
     ],
     images: _Images,
-    audio: _Recordings,
+    audio: _Audio,
     output: _Output,
     keep_incomplete: _KeepIncomplete = False,
 ) -> None:
@@ -257,7 +257,7 @@ def spoken_captions(
 def flickr8k_audio(
     annotations: Annotated[Path, typer.Option(help="wav2capt.txt.")],
     images: _Images,
-    audio: _Recordings,
+    audio: _Audio,
     output: _Output,
     captions: Annotated[
         Path | None, typer.Option(help="Flickr8k.token.txt, or dataset_flickr8k.json with splits. Default: no texts.")

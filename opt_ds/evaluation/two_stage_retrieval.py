@@ -202,7 +202,8 @@ def _shortlist_recall(first_qc: np.ndarray, same_qc: np.ndarray, shortlist: int,
     """Return the fraction of queries with a correct candidate in the shortlist, beside that of other first stages."""
 
     def found(scores_qc: np.ndarray) -> Measurement:
-        return Measurement.mean(np.take_along_axis(same_qc, shortlisted(scores_qc, shortlist), 1).any(1))
+        correct_qk = np.take_along_axis(same_qc, shortlisted(scores_qc, shortlist), 1)
+        return Measurement.mean(np.asarray(correct_qk.any(1)))
 
     by_chance = {"chance": Measured(Measurement.mean(chance_among(same_qc, shortlist)))}
     return measure(found(first_qc), by_chance | {name: Measured(found(scores_qc)) for name, scores_qc in others.items()})

@@ -309,7 +309,9 @@ def _timm_settings(name: str, fields: Mapping[str, Any] | None, where: Path) -> 
     if "." not in name:
         return {}
     try:
-        return timm.models.get_pretrained_cfg(name).to_dict()
+        found = timm.models.get_pretrained_cfg(name)
+        assert found is not None, "it raises for an unknown tag"
+        return found.to_dict()
     except (RuntimeError, AttributeError):
         known = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
         raise UserError(f'{where}: timm knows no weights "{name}"{did_you_mean(name, known)}: name one it knows') from None

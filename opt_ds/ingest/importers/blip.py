@@ -63,6 +63,5 @@ def _find(image_files: Files, name: str) -> Found:
     """Return the image with this path, or with the end of it: vg/1.jpg and 1.jpg for /export/share/vg/1.jpg."""
     parts = [part for part in name.replace("\\", "/").split("/") if part]
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next(
-        (found for end in ends if (found := image_files.get(end)) is not None), None
-    ) or image_files.get_or_problem(name, "image")
+    found = next((found for end in ends if (found := image_files.get(end)) is not None), None)
+    return found or image_files.get_or_problem(name, "image")

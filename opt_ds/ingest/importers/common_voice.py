@@ -24,18 +24,18 @@ from opt_ds.ingest.manifest import Skipped
 _COLUMNS = ("path", "sentence")
 
 
-def import_common_voice(annotations: Sequence[str], output: Path, *, recordings: Path) -> Path:
+def import_common_voice(annotations: Sequence[str], output: Path, *, audio: Path) -> Path:
     """Write the manifest `output`. The id of a sample is the name of its clip.
 
     Args:
         annotations: TSV files, each FILE or SPLIT=FILE. Without SPLIT, the split is that of the file's name.
         output: The manifest to write.
-        recordings: The folder clips.
+        audio: The folder clips.
 
     Raises:
         UserError: A table has no column path or sentence.
     """
-    clips = Files(recordings, output, "audio")
+    clips = Files(audio, output, "audio")
 
     def entries() -> Iterator[Entry]:
         for split, path in map(split_and_file, annotations):

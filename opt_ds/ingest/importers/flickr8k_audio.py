@@ -45,7 +45,7 @@ def import_flickr8k_audio(
     output: Path,
     *,
     images: Path,
-    recordings: Path,
+    audio: Path,
     captions: Path | None = None,
     splits: Sequence[str] = (),
     keep_incomplete: bool = False,
@@ -56,7 +56,7 @@ def import_flickr8k_audio(
         annotations: wav2capt.txt.
         output: The manifest to write.
         images: The folder of Flickr8k's images.
-        recordings: The folder of the recordings (wavs).
+        audio: The folder of the recordings (wavs).
         captions: Flickr8k.token.txt or dataset_flickr8k.json. None: no texts.
         splits: SPLIT=FILE of lists of images, such as train=Flickr_8k.trainImages.txt. Other images are left out.
         keep_incomplete: Keep samples whose image or recording is missing, without it.
@@ -67,7 +67,7 @@ def import_flickr8k_audio(
     texts = _Texts() if captions is None else _of_json(captions) if _is_json(captions) else _of_tokens(captions)
     if splits:
         texts.splits = _splits(splits)
-    image_files, audio_files = Files(images, output, "image"), Files(recordings, output, "audio")
+    image_files, audio_files = Files(images, output, "image"), Files(audio, output, "audio")
     used: set[tuple[str, int]] = set()
 
     def entry(place: str, line: str) -> Iterator[Entry]:

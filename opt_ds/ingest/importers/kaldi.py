@@ -10,20 +10,20 @@ from pathlib import Path
 
 from opt_ds.errors import UserError
 from opt_ds.ingest.importers.common import Entry, Note, Unused, sample, split_and_file, unused_files, write_import
-from opt_ds.ingest.importers.files import Files
+from opt_ds.ingest.importers.files import Files, Found
 from opt_ds.ingest.manifest import Skipped
 from opt_ds.ingest.text_files import open_text
 
 _ARCHIVE = re.compile(r".+:\d+(\[.*\])?")
 
 
-def import_kaldi(folders: Sequence[str], output: Path, *, recordings: Path | None = None) -> Path:
+def import_kaldi(folders: Sequence[str], output: Path, *, audio: Path | None = None) -> Path:
     """Write the manifest `output`. The id of a sample is its utterance.
 
     Args:
         folders: Folders with wav.scp and text, each FOLDER or SPLIT=FOLDER.
         output: The manifest to write.
-        recordings: The folder that the files in wav.scp are relative to. None: the folder of wav.scp.
+        audio: The folder that the files in wav.scp are relative to. None: the folder of wav.scp.
 
     Raises:
         UserError: A file is missing, a line of wav.scp is a command or a place in an archive, or the utterances are parts of
@@ -32,7 +32,7 @@ def import_kaldi(folders: Sequence[str], output: Path, *, recordings: Path | Non
     found = [split_and_file(each) for each in folders]
     for _, folder in found:
         _check(folder)
-    shared = None if recordings is None else Files(recordings, output, "audio")
+    shared = None if audio is None else Files(audio, output, "audio")
     audio_files = [shared or Files(folder, output, "audio", complete_listing=False) for _, folder in found]
 
     def entries() -> Iterator[Entry]:
@@ -92,12 +92,8 @@ def _entries(folder: Path, split: str | None, audio_files: Files) -> Iterator[En
         if reason is not None:
             yield Skipped(utterance, reason)
             continue
-        yield sample(
-            utterance,
-            text=texts.get(utterance),
-            files={"audio": (name, audio_files.get_or_problem(name, "audio"))},
-            split=split,
-        )
+        files: dict[str, tuple[str, Found] | None] = {"audio": (name, audio_files.get_or_problem(name, "audio"))}
+        yield sample(utterance, text=texts.get(utterance), files=files, split=split)
     left = [utterance for utterance in texts if utterance not in used]
     if left:
         yield Unused("texts", len(left), tuple(left), f"of {folder}, wav.scp does not have them")

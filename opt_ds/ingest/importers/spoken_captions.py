@@ -30,8 +30,8 @@ _TEXTS = ("text", "asr_text")  # of SpokenCOCO, and of Places
 class _Folders:
     """The folders of the images and recordings."""
 
-    def __init__(self, images: Path, recordings: Path, manifest: Path) -> None:
-        self.images, self.recordings = Files(images, manifest, "image"), Files(recordings, manifest, "audio")
+    def __init__(self, images: Path, audio: Path, manifest: Path) -> None:
+        self.images, self.audio = Files(images, manifest, "image"), Files(audio, manifest, "audio")
 
     def image(self, name: str) -> Found:
         """Return the image with this path, or with this name in another folder (COCO's are often all in one)."""
@@ -39,11 +39,11 @@ class _Folders:
 
     def recording(self, name: str) -> Found:
         """Return the recording with this path, or with this name."""
-        return self.recordings.get(name) or self.recordings.by_stem(Path(name).stem)
+        return self.audio.get(name) or self.audio.by_stem(Path(name).stem)
 
 
 def import_spoken_captions(
-    annotations: Sequence[str], output: Path, *, images: Path, recordings: Path, keep_incomplete: bool = False
+    annotations: Sequence[str], output: Path, *, images: Path, audio: Path, keep_incomplete: bool = False
 ) -> Path:
     """Write the manifest `output`. The id of a sample is its uttid.
 
@@ -51,10 +51,10 @@ def import_spoken_captions(
         annotations: JSON files, each FILE or SPLIT=FILE. Without SPLIT, a split in the name of the file is used.
         output: The manifest to write.
         images: The folder that the paths of the images are relative to.
-        recordings: The folder that the paths of the recordings are relative to.
+        audio: The folder that the paths of the recordings are relative to.
         keep_incomplete: Keep samples whose image or recording is missing, without it.
     """
-    folders = _Folders(images, recordings, output)
+    folders = _Folders(images, audio, output)
 
     def entries() -> Iterator[Entry]:
         for split, path in map(split_and_file, annotations):
@@ -62,7 +62,7 @@ def import_spoken_captions(
                 place = f"{path.name} entry {number}"
                 make = partial(_of_image, place, entry, folders, split or split_of_file(path), keep_incomplete)
                 yield from guarded(place, make)
-        yield from unused_files([folders.images, folders.recordings])
+        yield from unused_files([folders.images, folders.audio])
 
     return write_import(output, entries(), source=", ".join(annotations))
 

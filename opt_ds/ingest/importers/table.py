@@ -77,9 +77,7 @@ def import_table(
     return import_rows(source, output, column_of, folder, complete_listing=files is not None)
 
 
-def import_rows(
-    source: TableSource, output: Path, column_of: dict[str, str], folder: Path, *, complete_listing: bool
-) -> Path:
+def import_rows(source: TableSource, output: Path, column_of: dict[str, str], folder: Path, *, complete_listing: bool) -> Path:
     """Write the manifest `output` for the rows of tables.
 
     Args:

@@ -363,5 +363,5 @@ def _remarks(usage: _Usage, last_dot: bool) -> Iterator[Entry]:
     if len(usage.held) > 1:
         yield Note("samples with " + ", ".join(f"{what}: {count}" for what, count in usage.held.most_common()))
     if usage.apart:
-        names = ", ".join(usage.apart[:3]) + (", …" if len(usage.apart) > 3 else "")
-        yield Note(f"tars whose members of a sample are not adjacent, but were joined by key: {len(usage.apart)} ({names})")
+        first = ", ".join(usage.apart[:3]) + (", …" if len(usage.apart) > 3 else "")
+        yield Note(f"tars whose members of a sample are not adjacent, but were joined by key: {len(usage.apart)} ({first})")

@@ -92,7 +92,7 @@ def test_spoken_coco_has_several_audio_files_per_image(tmp_path: Path) -> None:
     (tmp_path / "SpokenCOCO_train_unrolled_karpathy.json").write_text(json.dumps({"data": unrolled}))
     manifest = tmp_path / "manifest.jsonl"
     files = [str(tmp_path / "SpokenCOCO_val.json"), str(tmp_path / "SpokenCOCO_train_unrolled_karpathy.json")]
-    folders = {"images": tmp_path / "coco", "recordings": tmp_path / "SpokenCOCO"}
+    folders = {"images": tmp_path / "coco", "audio": tmp_path / "SpokenCOCO"}
     import_spoken_captions(files, manifest, **folders)
     samples = lines_of(manifest)
     assert {id: (line.split, line.text) for id, line in samples.items()} == {
@@ -125,7 +125,7 @@ def test_places_audio_captions(tmp_path: Path) -> None:
                "data": [entry, {**entry, "uttid": "A2-GSUN_0A1", "image": "s/gone.jpg"}]}  # fmt: skip
     (tmp_path / "val.json").write_text(json.dumps(content))
     manifest = tmp_path / "manifest.jsonl"
-    folders = {"images": tmp_path / "places", "recordings": tmp_path / "audio"}
+    folders = {"images": tmp_path / "places", "audio": tmp_path / "audio"}
     import_spoken_captions([str(tmp_path / "val.json")], manifest, **folders)
     (line,) = lines_of(manifest).values()
     assert (line.id, line.text, line.split) == ("A1-GSUN_0A1", "people on skis", "valid")
@@ -146,7 +146,7 @@ def test_flickr8k_audio_with_its_texts_and_splits(tmp_path: Path) -> None:
     captions = [f"{name}.jpg#{number}\tCaption {number} ." for number in range(5)] + [f"{other}.jpg#0\tA child ."]
     tokens.write_text("\n".join(captions))
     manifest = tmp_path / "manifest.jsonl"
-    folders = {"images": tmp_path / "Flicker8k_Dataset", "recordings": tmp_path / "flickr_audio" / "wavs"}
+    folders = {"images": tmp_path / "Flicker8k_Dataset", "audio": tmp_path / "flickr_audio" / "wavs"}
     import_flickr8k_audio(pairs, manifest, captions=tokens, **folders)
     samples = lines_of(manifest)
     assert {id: (line.text, line.image) for id, line in samples.items()} == {

@@ -123,7 +123,7 @@ def test_captions_of_today(form: str, data: st.DataObject) -> None:
         if form == "coco":
             return lambda manifest: import_karpathy(folder / "a.json", manifest, images=folder)
         if form == "spoken":
-            return lambda manifest: import_spoken_captions([str(folder / "a.json")], manifest, images=folder, recordings=folder)
+            return lambda manifest: import_spoken_captions([str(folder / "a.json")], manifest, images=folder, audio=folder)
         if form == "blip":
             return lambda manifest: import_blip([str(folder / "a.json")], manifest, images=folder)
         if form == "metadata":

@@ -70,7 +70,7 @@ def test_common_voice(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("\n".join(["\t".join(COMMON_VOICE), *rows]) + "\n")
     (tmp_path / "dev.tsv").write_text("\n".join(["\t".join(COMMON_VOICE), common_voice_row("common_voice_en_2", "Old form.")]))
     manifest = tmp_path / "manifest.jsonl"
-    import_common_voice([str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv")], manifest, recordings=tmp_path / "clips")
+    import_common_voice([str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv")], manifest, audio=tmp_path / "clips")
     assert {id: (line.split, line.text, line.audio) for id, line in lines_of(manifest).items()} == {
         "common_voice_en_1.mp3": ("train", 'He said "yes".', "clips/common_voice_en_1.mp3"),
         "common_voice_en_2": ("valid", "Old form.", "clips/common_voice_en_2.mp3"),
@@ -83,7 +83,7 @@ def test_common_voice(tmp_path: Path) -> None:
     assert len(unused_of(manifest)["columns"]) == 11
     (tmp_path / "x.tsv").write_text("path\ttext\na.mp3\tx\n")
     with pytest.raises(UserError, match="no column sentence: give a TSV file of Common Voice"):
-        import_common_voice([str(tmp_path / "x.tsv")], manifest, recordings=tmp_path / "clips")
+        import_common_voice([str(tmp_path / "x.tsv")], manifest, audio=tmp_path / "clips")
 
 
 def test_kaldi_folders_of_plain_files(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_kaldi_folders_of_plain_files(tmp_path: Path) -> None:
     (test / "wav.scp.gz").write_bytes(gzip.compress(b"utt-d d.wav\n"))
     (test / "text.gz").write_bytes(gzip.compress("utt-d ünïcode\n".encode()))
     manifest = tmp_path / "manifest.jsonl"
-    import_kaldi([f"train={train}"], manifest, recordings=tmp_path)
+    import_kaldi([f"train={train}"], manifest, audio=tmp_path)
     assert {id: (line.split, line.text, line.audio) for id, line in lines_of(manifest).items()} == {
         "utt-a": ("train", "HELLO  WORLD", "wavs/a.wav"), "utt-b": ("train", "bye", "wavs/b c.flac"),
     }  # fmt: skip
@@ -108,7 +108,7 @@ def test_kaldi_folders_of_plain_files(tmp_path: Path) -> None:
     assert unused_of(manifest)["texts"] == ["utt-left"]
     (tmp_path / "data" / "dev").mkdir()
     (tmp_path / "data" / "dev" / "wav.scp").write_text("utt-e wavs/b c.flac\n")
-    import_kaldi([f"train={train}", f"valid={tmp_path}/data/dev"], manifest, recordings=tmp_path)
+    import_kaldi([f"train={train}", f"valid={tmp_path}/data/dev"], manifest, audio=tmp_path)
     assert unused_of(manifest)["files"] == ["data/test/d.wav"], "a file of one folder's list is not unused in another's"
     assert lines_of(manifest)["utt-e"].text is None
     import_kaldi([str(test)], manifest)
@@ -136,11 +136,11 @@ def test_gzipped_texts_are_read_like_plain_ones(tmp_path: Path) -> None:
     entry = {"uttid": "u", "speaker": "s", "text": "spoken", "wav": "a.wav"}
     content = json.dumps({"data": [{"image": "a.jpg", "captions": [entry]}]}).encode()
     (tmp_path / "SpokenCOCO_val.json.gz").write_bytes(gzip.compress(content))
-    import_spoken_captions([str(tmp_path / "SpokenCOCO_val.json.gz")], manifest, images=tmp_path, recordings=tmp_path)
+    import_spoken_captions([str(tmp_path / "SpokenCOCO_val.json.gz")], manifest, images=tmp_path, audio=tmp_path)
     assert [(line.text, line.split) for line in lines_of(manifest).values()] == [("spoken", "valid")]
     (tmp_path / "t.tsv.gz").write_bytes(gzip.compress(b"image\ttext\na.jpg\ta table\n"))
     import_table(tmp_path / "t.tsv.gz", manifest)
     assert [line.text for line in lines_of(manifest).values()] == ["a table"]
     (tmp_path / "SpokenCOCO_val.json.gz").write_bytes(gzip.compress(content)[:-9])
     with pytest.raises(UserError, match="the gzip file is truncated or damaged"):
-        import_spoken_captions([str(tmp_path / "SpokenCOCO_val.json.gz")], manifest, images=tmp_path, recordings=tmp_path)
+        import_spoken_captions([str(tmp_path / "SpokenCOCO_val.json.gz")], manifest, images=tmp_path, audio=tmp_path)
