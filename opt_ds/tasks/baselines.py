@@ -265,7 +265,8 @@ class TrainingStatistics:
             samples = self._stores[store].split_samples(self._config.data.train_split)
             samples = samples[self._stores[store].rows[samples, modality] >= 0]
             for index in np.random.default_rng(0).permutation(samples)[:_SHRUNK_ROWS]:
-                vectors = self.standard(reader.read_unmasked(store, int(index), (modality,)).of(modality).features, store, name, repeat)
+                sample = reader.read_unmasked(store, int(index), (modality,))
+                vectors = self.standard(sample.of(modality).features, store, name, repeat)
                 guesses = guess(vectors)
                 products, squares = products + float((vectors * guesses).sum()), squares + float((guesses**2).sum())
             self._shrinkages[key] = min(max(products / squares, 0.0), 1.0) if squares else 0.0
