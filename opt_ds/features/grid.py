@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from opt_ds.config.section import Section
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.extractors import load_state_dict, weights_fingerprint
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.files import file_sha256
 from opt_ds.weights import fit
@@ -89,7 +89,7 @@ class GridExtractor(RegionExtractor):
         corners = [(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(cells) for x in range(cells)]
         self._boxes_r7 = boxes_with_size(np.array(corners))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on.
 
         "mean" and "std" are present unless they are ImageNet's.
@@ -99,16 +99,18 @@ class GridExtractor(RegionExtractor):
         return {"name": self.name, "side": self._side, "cells": self._cells, **self._source, **other}
 
     @classmethod
-    def options_from(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
+    def options_from(cls, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of a fingerprint. Those without a normalisation were made with ImageNet's."""
-        normalisation = {"mean": identity.get("mean", IMAGENET_MEAN), "std": identity.get("std", IMAGENET_STD)}
-        backbone = str(identity.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(identity) else None
-        return {**super().options_from(identity), **normalisation, "backbone": backbone}
+        normalisation = {"mean": fingerprint.get("mean", IMAGENET_MEAN), "std": fingerprint.get("std", IMAGENET_STD)}
+        backbone = (
+            str(fingerprint.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(fingerprint) else None
+        )
+        return {**super().options_from(fingerprint), **normalisation, "backbone": backbone}
 
     @classmethod
-    def needs_weights(cls, identity: Mapping[str, Any]) -> bool:
+    def needs_weights(cls, fingerprint: Mapping[str, Any]) -> bool:
         """Return whether the backbone is not the default, which its package includes."""
-        return "/" in str(identity.get("backbone", ""))
+        return "/" in str(fingerprint.get("backbone", ""))
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
@@ -118,7 +120,7 @@ class GridExtractor(RegionExtractor):
         """
         size = (self._side, self._side)
         hole = Image.new("RGB", size)  # keeps the batch size, on which the last bits of the results may depend
-        pixels = np.stack([np.asarray((picture or hole).resize(size, Image.Resampling.BICUBIC)) for picture in inputs])
+        pixels = np.stack([np.asarray((image or hole).resize(size, Image.Resampling.BICUBIC)) for image in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (
             torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._normalisation
@@ -131,14 +133,14 @@ class GridExtractor(RegionExtractor):
         count = self._cells * self._cells
         return [
             None
-            if picture is None
+            if image is None
             else RegionFeatures(
                 cells_nrc[index].to(torch.float16).cpu().numpy(),
                 self._boxes_r7,
                 labels[index * count : (index + 1) * count].to(torch.int16).cpu().numpy(),
                 scores[index * count : (index + 1) * count].to(torch.float16).cpu().numpy(),
             )
-            for index, picture in enumerate(inputs)
+            for index, image in enumerate(inputs)
         ]
 
 
@@ -202,7 +204,7 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
         "backbone": f"torchvision/{name}",
         "package": "torchvision",
         "version": version("torchvision"),
-        "weights_sha256": weights_identity(weights),
+        "weights_sha256": weights_fingerprint(weights),
     }
     if hasattr(network, "features") and hasattr(network, "classifier") and not name.startswith(("vgg", "alexnet")):
         flat = not name.startswith("convnext")  # ConvNeXt's classifier flattens itself, after a 2-d LayerNorm
@@ -247,7 +249,7 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
         "backbone": f"{_TIMM}{name}",
         "package": "timm",
         "version": version("timm"),
-        "weights_sha256": weights_identity(weights),
+        "weights_sha256": weights_fingerprint(weights),
     }
     return network.forward_features, network.forward_head, source, _timm_normalisation(network, name, weights)
 

@@ -10,8 +10,8 @@ from torch import nn
 from opt_ds.config import ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, join
 from opt_ds.data.modalities import IMAGE
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, classification_term
@@ -75,7 +75,7 @@ class MaskedVisionModeling(TokenLevelTask):
         model = self.config.model
         return model.hidden_size * (model.image_feature_dim + model.image_num_classes)
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the region classes of the sample."""
         sample.targets[self.name] = sample.of(IMAGE).labels
 

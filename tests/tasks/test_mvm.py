@@ -12,7 +12,7 @@ from tests.tiny import make_config, make_model, make_packer, positions_of, read_
 @pytest.mark.parametrize("standardize", [False, True])
 def test_both_losses_are_their_formulas(ragged: FeatureStore, standardize: bool) -> None:
     config = make_config(
-        model={"standardize_features": standardize}, tasks={"mix": {"mvm": 0.6, "modality": 0.4}}, batch={"size": 60}
+        model={"standardize_features": standardize}, tasks={"sampling_weights": {"mvm": 0.6, "modality": 0.4}}, batch={"size": 60}
     )
     model, samples = make_model(config), read_samples(config, [ragged])
     model.set_feature_statistics([ragged])
