@@ -42,7 +42,7 @@ def corpus(
     emoji: 3,944 OpenMoji images, their English names, and the names spoken by Piper. Takes about 4 minutes on two cores.
 
     scenes: one to three OpenMoji pictograms in a relation on a coloured ground, spoken captions, and the truth of each
-    scene: further captions, hard negatives, questions. Takes about 5 minutes for 16,000 scenes on two cores.
+    scene: further captions, hard negatives, questions.
     """
     if name not in _CORPORA:
         raise UserError(f'corpus "{name}": unknown{did_you_mean(name, _CORPORA)}: choose {", ".join(_CORPORA)}')
