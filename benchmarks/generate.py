@@ -77,7 +77,7 @@ def main() -> int:
     model = OPT(config.model, config.tasks).to(device).eval()
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     table = []
-    for what, decoder in (("captions", model.text_decoder), ("pictures", model.image_decoder)):
+    for what, decoder in (("captions", model.text_decoder), ("images", model.image_decoder)):
         for batch in arguments.batch:
             writing = Writing(decoder, batch, config.model.hidden_size, device)
             ways = {

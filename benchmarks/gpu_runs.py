@@ -48,7 +48,7 @@ class Row:
     def arguments(self, store: Path, batch: int, steps: int) -> list[str]:
         return [
             f"data.stores=[{store}]", f"batch.size={batch}", f"train.max_steps={steps}", "train.log_every=1",
-            "train.validate_samples=64", "train.picture_grid=0", *self.settings,
+            "train.validate_samples=64", "train.image_grid=0", *self.settings,
         ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def measure(model: str, row: Row, store: Path, batch: int, steps: int, num_gpus:
         log = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steady = [line for line in log if line["kind"] == "train" and line["step"] > min(WARM, steps // 2)]
         for name in ("tokens_per_s", "samples_per_s", "tflops_per_rank", "flops_utilisation", "seconds_per_step",
-                     "data_wait_share", "fill"):  # fmt: skip
+                     "data_wait_fraction", "packing_efficiency"):  # fmt: skip
             found[name] = statistics.median(line[f"speed/{name}"] for line in steady)
         found["allocated_gib"] = steady[-1]["memory/peak_gib"]
         found["losses"] = [line.get("train/loss") for line in log if line["kind"] == "train"]
@@ -177,10 +177,10 @@ def main() -> int:
 def cells(name: str, found: dict[str, Any]) -> list[str]:
     if found["exit"]:
         return [name, f"failed: exit {found['exit']}", "", "", "", "", "", f"{found['driver_gib']:.1f}"]
-    planned = found.get("plan")
-    tensors, total = (f" ({planned[key]:.1f})" if planned else "" for key in ("tensors_gib", "total_gib"))
+    estimate = found.get("plan")
+    tensors, total = (f" ({estimate[key]:.1f})" if estimate else "" for key in ("tensors_gib", "total_gib"))
     return [name, f"{found['tokens_per_s']:,.0f}", f"{found['samples_per_s']:,.0f}", f"{found['tflops_per_rank']:.0f}",
-            f"{found['flops_utilisation']:.0%}", f"{found['data_wait_share']:.1%}", f"{found['allocated_gib']:.1f}{tensors}",
+            f"{found['flops_utilisation']:.0%}", f"{found['data_wait_fraction']:.1%}", f"{found['allocated_gib']:.1f}{tensors}",
             f"{found['driver_gib']:.1f}{total}"]  # fmt: skip
 
 

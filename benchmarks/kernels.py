@@ -91,7 +91,7 @@ def forward_backward(function: Callable[..., torch.Tensor], inputs: list[torch.T
     return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
 
 
-def layer_norm_contenders(
+def layer_norm_methods(
     width: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Iterable[tuple[str, Callable[[], object]]]:
     x, residual = (torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -107,7 +107,7 @@ def layer_norm_contenders(
         yield name, forward_backward(fused, [x, residual, weight, bias])
 
 
-def attention_contenders(
+def attention_methods(
     batch: int, heads: int, length: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> Iterable[tuple[str, Callable[[], object]]]:
     inputs = [
@@ -130,13 +130,13 @@ def attention_contenders(
             continue
 
 
-def table(title: str, contenders: Iterable[tuple[str, Callable[[], object]]], cost: static_model.Cost, device: torch.device,
+def table(title: str, methods: Iterable[tuple[str, Callable[[], object]]], cost: static_model.Cost, device: torch.device,
           peak: tuple[float, float], repeats: int) -> None:  # fmt: skip
-    times = {name: milliseconds(step, device, repeats) for name, step in contenders}
+    times = {name: milliseconds(step, device, repeats) for name, step in methods}
     for name, ms in times.items():
         copy, matmul = cost.bytes / ms / 1e6 / peak[0], cost.flops / ms / 1e9 / peak[1]
-        shares = f"{copy:.0%} of copy, {matmul:.0%} of matmul" if name == "fused" else ""
-        print(f"| {title} | {name} | {ms:.3f} | {ms / times['fused']:.2f} | {shares} |")
+        fractions = f"{copy:.0%} of copy, {matmul:.0%} of matmul" if name == "fused" else ""
+        print(f"| {title} | {name} | {ms:.3f} | {ms / times['fused']:.2f} | {fractions} |")
 
 
 def main() -> int:
@@ -167,13 +167,13 @@ def main() -> int:
         for rows, width in static_model.LAYER_NORM_SHAPES:
             rows = rows // 8 if small else rows
             cost = sum(static_model.layer_norm_fused(rows, width, static_model.GPUS[0]), static_model.Cost(0))
-            contenders = layer_norm_contenders(width, rows, dtype, device)
-            table(f"add + LayerNorm {rows} x {width}", contenders, cost, device, peak, arguments.repeats)
+            methods = layer_norm_methods(width, rows, dtype, device)
+            table(f"add + LayerNorm {rows} x {width}", methods, cost, device, peak, arguments.repeats)
         for batch, heads, length, size in static_model.ATTENTION_SHAPES:
             batch = 2 if small else batch
             cost = sum(static_model.attention_fused(batch, heads, length, size), static_model.Cost(0))
-            contenders = attention_contenders(batch, heads, length, size, dtype, device)
-            table(f"attention {batch} x {heads} x {length} x {size}", contenders, cost, device, peak, arguments.repeats)
+            methods = attention_methods(batch, heads, length, size, dtype, device)
+            table(f"attention {batch} x {heads} x {length} x {size}", methods, cost, device, peak, arguments.repeats)
     return 0
 
 

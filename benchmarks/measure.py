@@ -5,7 +5,9 @@ JSON.
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[int], object]],
+    methods: Mapping[str, Callable[[int], object]],
     repeats: int,
     clock: str = "wall",
     device: torch.device | str = "cpu",
@@ -37,11 +39,11 @@ def interleaved(
             torch.cuda.synchronize()
         return CLOCKS[clock]()
 
-    for step in contenders.values():
+    for step in methods.values():
         step(-1)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats):
-        for name, step in contenders.items():
+        for name, step in methods.items():
             began = now()
             step(repeat)
             seconds[name].append(now() - began)
@@ -63,23 +65,47 @@ def matmul(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Call
     return products, 10 * 2.0 * size**3
 
 
+def summary(values: list[float]) -> dict[str, float]:
+    """Return the median, the smallest and the largest value."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
+    """Return one method's time, divided by another's in the same repeat, for each repeat."""
+    return [n / d for n, d in zip(numerator, denominator, strict=True)]
+
+
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """Return the median over the repeats of one method's time, divided by another's in the same repeat."""
-    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
+    return statistics.median(ratios(numerator, denominator))
 
 
 def machine() -> dict[str, Any]:
-    """Return a description of this machine."""
+    """Return a description of this machine and of the command that runs."""
     from opt_ds.training.deepspeed_config import Hardware
 
     return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "device": Hardware.detect().name,
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "system": platform.platform(terse=True),
     }
+
+
+def _processor() -> str:
+    """Return the processor's name with its family and model, which name its generation; "" if unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    found: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines):
+        found.setdefault(name.strip(), value.strip())
+    return f"{found.get('model name')} (family {found.get('cpu family')}, model {found.get('model')})"
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

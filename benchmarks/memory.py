@@ -27,7 +27,7 @@ from opt_ds.store.synthetic import write_synthetic_store  # noqa: E402
 def run(config: str, store: Path, output: Path, size: int, steps: int, settings: list[str]) -> tuple[float, float]:
     """Return peak GiB and milliseconds per sample of one run."""
     own = [f"data.stores=[{store}]", f"batch.size={size}", f"train.max_steps={steps}", "train.log_every=1",
-           "train.validate_samples=16", "train.picture_grid=0", *settings]  # fmt: skip
+           "train.validate_samples=16", "train.image_grid=0", *settings]  # fmt: skip
     command = [sys.executable, "opt_ds/pretrain.py", "--config", config, "--output", str(output)]
     done = subprocess.run([*command, *(part for setting in own for part in ("--set", setting))], cwd=ROOT, capture_output=True,
                           text=True, check=False)  # fmt: skip

@@ -101,13 +101,13 @@ def main() -> None:
         for workers, done in runs.items():
             row = {key: statistics.median(run[key] for run in done) for key in done[0]}
             rows.append({"workers": workers, "samples": options.samples, "samples_per_s": options.samples / row["wall_s"],
-                         "cpu_ms_a_sample": row["busy_s"] / options.samples * 1e3, **row})  # fmt: skip
+                         "cpu_ms_per_sample": row["busy_s"] / options.samples * 1e3, **row})  # fmt: skip
     machine = {"processors": os.cpu_count(), "load_average": os.getloadavg()[0]}
     write_json(options.output, {"rows": rows, **machine})
     print("| workers | samples/s | samples/s, steady | processor time per sample | busy |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['workers']} | {row['samples_per_s']:.1f} | {row['steady_samples_per_s']:.1f} | "
-              f"{row['cpu_ms_a_sample']:.0f} ms | {row['busy']:.0%} |")  # fmt: skip
+              f"{row['cpu_ms_per_sample']:.0f} ms | {row['busy']:.0%} |")  # fmt: skip
     print(json.dumps(machine))
 
 

@@ -31,7 +31,7 @@ from opt_ds.training.checkpoint import load_model  # noqa: E402
 from opt_ds.training.preflight import check_store  # noqa: E402
 
 
-def whole_gallery(store: FeatureStore) -> np.ndarray:
+def complete_gallery(store: FeatureStore) -> np.ndarray:
     """Return the samples of all splits with text, image and audio."""
     return np.flatnonzero((store.rows[:, [TEXT, IMAGE, AUDIO]] >= 0).all(1))
 
@@ -83,7 +83,7 @@ def main() -> None:
     model, config = load_model(options.checkpoint, device)
     check_store(config, store)
     evaluator = Evaluator(model, config, store, device)
-    gallery = whole_gallery(store)
+    gallery = complete_gallery(store)
     queries = evaluator.samples_with(options.split, (TEXT, IMAGE, AUDIO), options.queries, options.seed)
     stages = TwoStages(evaluator, options.seed)
     print("| direction | score | R@1 all pairs | R@1 two stages | projection alone | in shortlist | encoder runs of all pairs | "
@@ -97,7 +97,7 @@ def main() -> None:
             found.append(row)
             two, first = row["two_stages"], row["projection"]
             print(f"| {direction} | {score} | {row['all_pairs']['R@1']:.1%} | {two['R@1']:.1%} | {first['R@1']:.1%} | "
-                  f"{row['shortlist_recall']:.1%} | {two['encoder_share']:.2%} | {two['decoder_share']:.2%} | "
+                  f"{row['shortlist_recall']:.1%} | {two['encoder_fraction']:.2%} | {two['decoder_fraction']:.2%} | "
                   f"{row['all_pairs_s']:.0f} | {row['two_stages_s']:.0f} |", flush=True)  # fmt: skip
             write_json(options.output, {"store": store.fingerprint, "threads": torch.get_num_threads(), "rows": found})
     print(json.dumps({"queries": len(queries), "candidates": len(gallery), "shortlist": options.shortlist}))

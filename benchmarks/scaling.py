@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from opt_ds.config import Config, config_from_dict  # noqa: E402
-from opt_ds.data.plan import StepPlan  # noqa: E402
-from opt_ds.data.planned import PlannedStep  # noqa: E402
+from opt_ds.data.pretraining_plan import PretrainingPlan  # noqa: E402
 from opt_ds.data.shared_plans import read_plan, write_plan  # noqa: E402
+from opt_ds.data.step_plan import StepPlan  # noqa: E402
 from opt_ds.ops.plan_operators import plan_operators  # noqa: E402
 from opt_ds.store.files import write_json  # noqa: E402
 from opt_ds.store.index import INDEX_FILE, ShardFile, write_index  # noqa: E402
@@ -119,10 +119,10 @@ def open_store(path: Path) -> dict[str, float]:
     config = store_config()
     before, wall, busy = resident_mib(), time.perf_counter(), time.process_time()
     store = FeatureStore(path)
-    plan = StepPlan(config, [store])
-    planned = plan.step(0)
+    plan = PretrainingPlan(config, [store])
+    step_plan = plan.step(0)
     reader = SampleReader(config, [store])
-    samples = [reader.read(planned.samples, int(index)) for index in planned.micro_batches[0][0].indices]
+    samples = [reader.read(step_plan.samples, int(index)) for index in step_plan.micro_batches[0][0].indices]
     assert samples
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
     after = resident_mib()
@@ -198,7 +198,7 @@ def plan_of(size: int) -> dict[str, float]:
     plan_operators()  # load torch, as every run does
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
-    plan = StepPlan(config, [cast(FeatureStore, SimulatedStore(config, size))])
+    plan = PretrainingPlan(config, [cast(FeatureStore, SimulatedStore(config, size))])
     made = time.process_time() - began
     step = median_busy(lambda repeat: plan.step(1000 + repeat * 7, 4))
     positions = np.arange(10_240, dtype=np.int64)
@@ -211,31 +211,31 @@ def measure_ranks() -> list[dict[str, Any]]:
     rows = []
     for batch in (10_240, 102_400):
         config = config_from_dict({"batch": {"size": batch}}, where="benchmark")
-        plan = StepPlan(config, [cast(FeatureStore, SimulatedStore(config, 10**8))])
+        plan = PretrainingPlan(config, [cast(FeatureStore, SimulatedStore(config, 10**8))])
         for ranks in RANKS:
-            planned = plan.step(3, ranks)
+            step_plan = plan.step(3, ranks)
             seconds = median_busy(partial(plan.step, world_size=ranks), 3)
             row = {
                 "batch": batch,
                 "ranks": ranks,
                 "step_s": seconds,
-                "balance": planned.load_imbalance,
-                "fill": planned.packing_efficiency,
+                "balance": step_plan.load_imbalance,
+                "packing_efficiency": step_plan.packing_efficiency,
             }
-            left, read = sharing_seconds(planned)
+            left, read = sharing_seconds(step_plan)
             shared = (seconds + left + (NODE_RANKS - 1) * read) / NODE_RANKS
-            rows.append({**row, "node_step_s": shared, "micro_batches": len(planned.micro_batches[0])})
+            rows.append({**row, "node_step_s": shared, "micro_batches": len(step_plan.micro_batches[0])})
             print(rows[-1], flush=True)
     return rows
 
 
-def sharing_seconds(planned: PlannedStep) -> tuple[float, float]:
+def sharing_seconds(step_plan: StepPlan) -> tuple[float, float]:
     """Return the processor seconds of writing a plan for the other ranks of a node, and of reading it."""
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=folder) as name:
         path = Path(name) / "plan"
-        left = median_busy(lambda _: write_plan(path, planned, "key"))
-        return left, median_busy(lambda _: read_plan(path, planned.step, "key"))
+        left = median_busy(lambda _: write_plan(path, step_plan, "key"))
+        return left, median_busy(lambda _: read_plan(path, step_plan.step, "key"))
 
 
 # ---- length
@@ -258,21 +258,21 @@ def measure_lengths() -> list[dict[str, Any]]:
                  "vocab_size": 8192, "image_codebook_size": 1024}  # fmt: skip
         count = 2048 // length
         config = config_from_dict(
-            {"model": model, "tasks": {"mix": {"mlm": 1.0}}, "batch": {"size": count}}, where="benchmark"
+            {"model": model, "tasks": {"sampling_weights": {"mlm": 1.0}}, "batch": {"size": count}}, where="benchmark"
         )
         store: Any = AssumedStore(config.model, text, length - text - frames - 2, frames)
         store._spread = lambda modality, s=store: np.full(
             4096, s._means[modality], np.int32
         )  # all samples have this length
-        planned = StepPlan(config, [store]).step(0)
+        step_plan = PretrainingPlan(config, [store]).step(0)
         reader, packer = SampleReader(config, [store]), Packer(config, store.description.tokenizer)
-        batch = packer.pack([reader.read(planned.samples, index) for index in range(count)])
+        batch = packer.pack([reader.read(step_plan.samples, index) for index in range(count)])
         network = OPT(config.model, config.tasks)
 
         def run(
-            _: int, network: Any = network, batch: Any = batch, planned: Any = planned, config: Config = config
+            _: int, network: Any = network, batch: Any = batch, step_plan: Any = step_plan, config: Config = config
         ) -> None:
-            total_loss(network(batch), planned.counts, config.tasks, 1).backward()
+            total_loss(network(batch), step_plan.counts, config.tasks, 1).backward()
             network.zero_grad()
 
         run(0)

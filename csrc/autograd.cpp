@@ -47,15 +47,15 @@ Tensor defined_or_not(const OptionalTensor& x) { return x ? *x : Tensor(); }
 struct LayerNorm : torch::autograd::Function<LayerNorm> {
   static Tensors forward(AutogradContext* context, const Tensor& x, const OptionalTensor& input_bias, const OptionalTensor& residual,
                          const Tensor& weight, const Tensor& bias, double eps, const OptionalTensor& row_keys, double dropout,
-                         int64_t key, int64_t site) {
+                         int64_t key, int64_t layer_id) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [normed, total, mean, rstd] = OPT_DS_OPERATOR("layer_norm", LayerNormSignature)
-                                                 .call(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site);
+                                                 .call(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, layer_id);
     const bool has_total = input_bias || residual || dropout > 0;  // else it is x, and the operator gives an empty one
     context->save_for_backward({has_total ? total : x, mean, rstd, weight, defined_or_not(row_keys)});
     context->saved_data["dropout"] = dropout;
     context->saved_data["key"] = key;
-    context->saved_data["site"] = site;
+    context->saved_data["layer_id"] = layer_id;
     context->saved_data["has"] = int64_t(has_total) | int64_t(input_bias.has_value()) << 1 | int64_t(residual.has_value()) << 2;
     context->mark_non_differentiable({mean, rstd});
     context->set_materialize_grads(false);
@@ -73,7 +73,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     const auto [d_residual, d_x, d_weight, d_bias, d_input_bias] =
         OPT_DS_OPERATOR("layer_norm_backward", LayerNormBackwardSignature)
             .call(d_normed, d_total, total, mean, rstd, weight, optional(saved[4]), dropout, context->saved_data["key"].toInt(),
-                  context->saved_data["site"].toInt(), has_input_bias);
+                  context->saved_data["layer_id"].toInt(), has_input_bias);
     const Tensor none;
     return {dropout > 0 ? d_x : d_residual, has_input_bias ? d_input_bias : none, has_residual ? d_residual : none, d_weight, d_bias,
             none, none, none, none, none};
@@ -81,20 +81,20 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
 };
 
 struct Dropout : torch::autograd::Function<Dropout> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& row_keys, double dropout, int64_t key, int64_t site) {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& row_keys, double dropout, int64_t key, int64_t layer_id) {
     const at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({row_keys});
     context->saved_data["dropout"] = dropout;
     context->saved_data["key"] = key;
-    context->saved_data["site"] = site;
-    return OPT_DS_OPERATOR("dropout", DropoutSignature).call(x, row_keys, dropout, key, site);
+    context->saved_data["layer_id"] = layer_id;
+    return OPT_DS_OPERATOR("dropout", DropoutSignature).call(x, row_keys, dropout, key, layer_id);
   }
 
   static Tensors backward(AutogradContext* context, const Tensors& gradients) {
     auto& how = context->saved_data;
     return {OPT_DS_OPERATOR("dropout", DropoutSignature)
                 .call(gradients[0], context->get_saved_variables()[0], how["dropout"].toDouble(), how["key"].toInt(),
-                      how["site"].toInt()),
+                      how["layer_id"].toInt()),
             Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -102,18 +102,18 @@ struct Dropout : torch::autograd::Function<Dropout> {
 struct Attention : torch::autograd::Function<Attention> {
   static Tensors forward(AutogradContext* context, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_queries,
                          const Tensor& cu_keys, int64_t max_queries, int64_t max_keys, double scale, bool causal,
-                         const OptionalTensor& slots, double dropout, int64_t key, int64_t site) {
+                         const OptionalTensor& sample_index, double dropout, int64_t key, int64_t layer_id) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [out, lse] = OPT_DS_OPERATOR("attention", AttentionSignature)
-                                .call(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, dropout, key, site);
-    context->save_for_backward({q, k, v, out, lse, cu_queries, cu_keys, defined_or_not(slots)});
+                                .call(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, sample_index, dropout, key, layer_id);
+    context->save_for_backward({q, k, v, out, lse, cu_queries, cu_keys, defined_or_not(sample_index)});
     context->saved_data["max_queries"] = max_queries;
     context->saved_data["max_keys"] = max_keys;
     context->saved_data["scale"] = scale;
     context->saved_data["causal"] = causal;
     context->saved_data["dropout"] = dropout;
     context->saved_data["key"] = key;
-    context->saved_data["site"] = site;
+    context->saved_data["layer_id"] = layer_id;
     context->mark_non_differentiable({lse});
     context->set_materialize_grads(false);
     return {out, lse};
@@ -128,26 +128,26 @@ struct Attention : torch::autograd::Function<Attention> {
         OPT_DS_OPERATOR("attention_backward", AttentionBackwardSignature)
             .call(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], how["max_queries"].toInt(),
                   how["max_keys"].toInt(), how["scale"].toDouble(), how["causal"].toBool(), optional(saved[7]),
-                  how["dropout"].toDouble(), how["key"].toInt(), how["site"].toInt());
+                  how["dropout"].toDouble(), how["key"].toInt(), how["layer_id"].toInt());
     return found;
   }
 };
 
 LayerNormOutputs layer_norm(const Tensor& x, const OptionalTensor& input_bias, const OptionalTensor& residual, const Tensor& weight,
-                            const Tensor& bias, double eps, const OptionalTensor& row_keys, double dropout, int64_t key, int64_t site) {
-  const Tensors found = LayerNorm::apply(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site);
+                            const Tensor& bias, double eps, const OptionalTensor& row_keys, double dropout, int64_t key, int64_t layer_id) {
+  const Tensors found = LayerNorm::apply(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, layer_id);
   return {found[0], found[1], found[2], found[3]};
 }
 
-Tensor dropout(const Tensor& x, const Tensor& row_keys, double probability, int64_t key, int64_t site) {
-  return Dropout::apply(x, row_keys, probability, key, site);
+Tensor dropout(const Tensor& x, const Tensor& row_keys, double probability, int64_t key, int64_t layer_id) {
+  return Dropout::apply(x, row_keys, probability, key, layer_id);
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_queries, const Tensor& cu_keys,
-                                     int64_t max_queries, int64_t max_keys, double scale, bool causal, const OptionalTensor& slots,
-                                     double probability, int64_t key, int64_t site) {
-  const Tensors found = Attention::apply(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, probability, key,
-                                         site);
+                                     int64_t max_queries, int64_t max_keys, double scale, bool causal, const OptionalTensor& sample_index,
+                                     double probability, int64_t key, int64_t layer_id) {
+  const Tensors found = Attention::apply(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, sample_index, probability, key,
+                                         layer_id);
   return {found[0], found[1]};
 }
 

@@ -2,10 +2,10 @@
 # Extract features under Slurm: one array task per partition of the store, then one task that merges them:
 #
 #   slurm/prepare.sh --manifest my/manifest.jsonl --output /data/store …        # submits both; on a login node
-#   SHARES=64 SBATCH_PARTITION=gpu slurm/prepare.sh --manifest …
+#   PARTITIONS=64 SBATCH_PARTITION=gpu slurm/prepare.sh --manifest …
 #
 # Arguments are those of opt-ds prepare. Run the same command again to resume partitions that failed.
-# Settings by environment: common.sh, SHARES (number of partitions, default 16), and sbatch's own SBATCH_… variables. Manual: docs/cluster.md.
+# Settings by environment: common.sh, PARTITIONS (number of partitions, default 16), and sbatch's own SBATCH_… variables. Manual: docs/cluster.md.
 
 #SBATCH --job-name=opt_ds-prepare
 #SBATCH --nodes=1
@@ -27,10 +27,14 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # not in a job: submit this script
     [[ ${!i} == --output ]] && next=$((i + 1)) && output=${!next:-}
   done
   [[ -n $output ]] || { echo "error: --output missing: slurm/prepare.sh --manifest FILE --output STORE" >&2; exit 2; }
-  shares=$(sbatch --parsable --array="0-$((${SHARES:-16} - 1))" "$0" "$@")
-  merge=$(sbatch --parsable --dependency="afterok:$shares" --kill-on-invalid-dep=yes --array=0 --gpus-per-node=0 \
+  if [[ -n ${SHARES:-} && -z ${PARTITIONS:-} ]]; then # the former name, until the next release
+    echo "warning: SHARES is now called PARTITIONS; the former name works until the next release" >&2
+    PARTITIONS=$SHARES
+  fi
+  partitions=$(sbatch --parsable --array="0-$((${PARTITIONS:-16} - 1))" "$0" "$@")
+  merge=$(sbatch --parsable --dependency="afterok:$partitions" --kill-on-invalid-dep=yes --array=0 --gpus-per-node=0 \
     --job-name=opt_ds-merge "$0" merge "$output")
-  echo "partitions: job $shares (${SHARES:-16} tasks); then merge: job $merge"
+  echo "partitions: job $partitions (${PARTITIONS:-16} tasks); then merge: job $merge"
   exit
 fi
 
@@ -52,7 +56,7 @@ if [[ ${1:-} == merge ]]; then
   srun "${PYTHON[@]}" -m opt_ds merge "${@:2}"
 else
   say "partition $SLURM_ARRAY_TASK_ID of $SLURM_ARRAY_TASK_COUNT: prepare $*"
-  own=(--shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
+  own=(--partition "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
   [[ " $*" == *" --workers"* ]] || own+=(--workers "$SRUN_CPUS_PER_TASK") # an option may occur only once
   srun "${PYTHON[@]}" -m opt_ds prepare "${own[@]}" "$@"
 fi

@@ -13,28 +13,6 @@ from opt_ds.errors import UserError
 from tests.tiny import LOSSES
 
 
-@pytest.mark.parametrize(
-    ("former", "setting", "value"),
-    [
-        ("tasks.matching.near_donor_share=0.5", "tasks.matching.hard_negative_share", 0.5),
-        ("tasks.matching.near_donor_candidates=8", "tasks.matching.hard_negative_candidates", 8),
-    ],
-)
-def test_a_former_key_works_with_a_warning_that_names_the_new_one(
-    former: str, setting: str, value: float, logged: list[str]
-) -> None:
-    matching = load_config("opt-tiny", [former]).tasks.matching
-    key = setting.rpartition(".")[2]
-    assert getattr(matching, key) == value
-    assert len(logged) == 1 and key in logged[0] and former.partition("=")[0].rpartition(".")[2] in logged[0]
-    logged.clear()
-    tree = {"tasks": {"matching": {former.partition("=")[0].rpartition(".")[2]: value}}}
-    assert getattr(config_from_dict(tree, where="an old checkpoint").tasks.matching, key) == value
-    assert not logged, "a file that an older version wrote is read without a warning"
-    with pytest.raises(UserError, match="is the former name of"):
-        load_config("opt-tiny", [former, f"{setting}={value}"])
-
-
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_survives_its_dump(name: str, tmp_path: Path) -> None:
     config = load_config(name)
@@ -74,18 +52,21 @@ def test_a_file_starts_from_its_preset_and_settings_come_last(tmp_path: Path) ->
         (["optimizer.betas=[0.9]"], "optimizer.betas.1: is missing"),
         (["optimizer.betas=[0.9, 0.9, 0.9]"], "optimizer.betas: must hold at most 2 items"),
         (["finetune.taks=vqa"], 'unknown key "finetune.taks" (did you mean "task"?)'),
-        (["tasks.curriculum=[{mxi: {mlm: 1}}]"], 'unknown key "tasks.curriculum.0.mxi" (did you mean "mix"?)'),
+        (
+            ["tasks.curriculum=[{sampling_wieghts: {mlm: 1}}]"],
+            'unknown key "tasks.curriculum.0.sampling_wieghts" (did you mean "sampling_weights"?)',
+        ),
         (["batch"], "key.path=value"),
         (["batch.size.x=1"], '"batch.size" is a value, not a section'),
         (["model.num_heads=5"], "not a multiple of num_heads 5"),
-        (["tasks.mix={mlmm: 1}"], '"mlmm" (did you mean "mlm"?)'),
+        (["tasks.sampling_weights={mlmm: 1}"], '"mlmm" (did you mean "mlm"?)'),
         ([f"tasks.{loss}.weight=0" for loss in ("mlm", "mvm", "mam", "modality", "matching")], "no task is enabled"),
         (["precision=fp16", "zero.stage=0"], "use zero.stage=1"),
         (["batch.max_tokens=100"], "batch.max_tokens 100 cannot hold the longest sample"),
         (["schedule.warmup_steps=1000"], "is not below schedule.total_steps"),
-        (["data.mix=[1, 2]"], "2 weights for 0 stores"),
-        (["tasks.mix.mlm=.nan"], "tasks.mix.mlm: must be a finite number (found "),
-        (["data.mix=[.nan, 1]"], "data.mix.0: must be a finite number (found "),
+        (["data.store_weights=[1, 2]"], "2 weights for 0 stores"),
+        (["tasks.sampling_weights.mlm=.nan"], "tasks.sampling_weights.mlm: must be a finite number (found "),
+        (["data.store_weights=[.nan, 1]"], "data.store_weights.0: must be a finite number (found "),
         (["optimizer.lr=.inf"], "optimizer.lr: must be a finite number (found "),
         (["optimizer.betas=[0.9, 1]"], "optimizer.betas.1: must be less than 1 (found 1"),
     ],
@@ -111,9 +92,9 @@ def test_an_unknown_preset_names_the_nearest(tmp_path: Path) -> None:
 
 def test_a_draw_without_a_weighted_loss_gives_its_share_to_the_others() -> None:
     tasks = load_config("opt-tiny", ["tasks.mvfr.weight=0", "tasks.mrc.weight=0", "tasks.matching.weight=0"]).tasks
-    mix = tasks.mix_at(0.0)
-    assert mix["mvm"] == mix["matching"] == 0
-    assert mix["mlm"] == pytest.approx(1 / 3)
+    weights = tasks.sampling_weights_at(0.0)
+    assert weights["mvm"] == weights["matching"] == 0
+    assert weights["mlm"] == pytest.approx(1 / 3)
     assert set(tasks.active_losses) == set(LOSSES) - {"mvfr", "mrc", "matching"}
 
 

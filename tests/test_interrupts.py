@@ -34,12 +34,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(200):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    lines = [{"id": str(number), "image": f"{number}.png", "text": f"picture {number}"} for number in range(200)]
+    lines = [{"id": str(number), "image": f"{number}.png", "text": f"image {number}"} for number in range(200)]
     (folder / "manifest.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return folder
 
@@ -108,8 +108,16 @@ def left_over(session: int, patience_s: float = 5.0) -> list[str]:
         pytest.param(signal.SIGHUP, "features:", False, marks=pytest.mark.faults),
     ],
 )
-def test_preparation_with_workers(number: int, when: str, group: bool, pictures: Path, tmp_path: Path) -> None:
-    command = ["prepare", "--manifest", str(pictures / "manifest.jsonl"), "--output", str(tmp_path / "store"), "--workers", "2"]
+def test_preparation_with_workers(number: int, when: str, group: bool, images: Path, tmp_path: Path) -> None:
+    command = [
+        "prepare",
+        "--manifest",
+        str(images / "manifest.jsonl"),
+        "--output",
+        str(tmp_path / "store"),
+        "--workers",
+        "2",
+    ]
     assert interrupt(command, when, group=group, folder=tmp_path, number=number) == (128 + number, [RESUMES])
     assert not (tmp_path / "store" / "store.json").exists()
 
@@ -152,11 +160,20 @@ def test_a_terminal_that_is_lost_costs_nothing(store: Path, tmp_path: Path) -> N
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("group", [True, False])
-def test_an_update_leaves_the_store_as_it_was(number: int, group: bool, pictures: Path, tmp_path: Path) -> None:
+def test_an_update_leaves_the_store_as_it_was(number: int, group: bool, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "store"
-    prepare(pictures / "manifest.jsonl", path, PrepareSettings(vocab_size=60), workers=1, device="cpu")
+    prepare(images / "manifest.jsonl", path, PrepareSettings(vocab_size=60), workers=1, device="cpu")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    command = ["update", str(path), "--modality", "image", "--manifest", str(pictures / "manifest.jsonl"), "--workers", "2"]
+    command = [
+        "update",
+        str(path),
+        "--modality",
+        "image",
+        "--manifest",
+        str(images / "manifest.jsonl"),
+        "--workers",
+        "2",
+    ]
     assert interrupt(command, "file/s", group=group, folder=tmp_path, number=number) == (128 + number, ["stopped"])
     after = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert {file: content for file, content in after.items() if file.name != "verified.json"} == before

@@ -10,10 +10,10 @@ import torch
 from opt_ds.config import Config, config_from_dict, default_tasks
 from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.sample import Sample
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
 from opt_ds.store.index import StoreIndex, count_subsets
@@ -93,8 +93,8 @@ def make_model(config: Config, seed: int = 0) -> OPT:
 
 def read_samples(config: Config, stores: list[FeatureStore], step: int = 0) -> list[Sample]:
     """Return all samples of one training step, in the order of their global indices."""
-    planned, reader = StepPlan(config, stores).step(step), SampleReader(config, stores)
-    return [reader.read(planned.samples, index) for index in range(planned.num_samples)]
+    step_plan, reader = PretrainingPlan(config, stores).step(step), SampleReader(config, stores)
+    return [reader.read(step_plan.samples, index) for index in range(step_plan.num_samples)]
 
 
 def written(sample: Sample) -> ReconstructionTargets:
@@ -106,12 +106,12 @@ def make_packer(config: Config, stores: list[FeatureStore]) -> Packer:
     return Packer(config, stores[0].description.tokenizer)
 
 
-def make_batches(config: Config, stores: list[FeatureStore], planned: PlannedStep) -> list[list[PackedBatch]]:
+def make_batches(config: Config, stores: list[FeatureStore], step_plan: StepPlan) -> list[list[PackedBatch]]:
     """[rank][k], the micro-batches as the plan distributes them."""
     reader, packer = SampleReader(config, stores), make_packer(config, stores)
     return [
-        [packer.pack([reader.read(planned.samples, int(index)) for index in m.indices]) for m in rank]
-        for rank in planned.micro_batches
+        [packer.pack([reader.read(step_plan.samples, int(index)) for index in m.indices]) for m in rank]
+        for rank in step_plan.micro_batches
     ]
 
 

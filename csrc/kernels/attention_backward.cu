@@ -114,14 +114,14 @@ attention_backward(const AttentionShape shape, const Dropout dropout, const T* _
                         (shape.causal && (kKeys ? tile0 < warp_row + Shape::kWarpRows - 1 : tile0 + kTileRows - 1 > warp_row));
       if (meets) {
         unsigned keep = 0;
-        const unsigned slot = kDropout ? shape.slots[opaque(blockIdx.z)] : 0;  // read again: a register fewer
+        const unsigned sample = kDropout ? shape.sample_index[opaque(blockIdx.z)] : 0;  // read again: a register fewer
         if (kDropout && kKeys) {
-          keep = mma.deal_to_keys(keep_word(dropout, opaque(warp_row / 32), tile0 + mma.drawn_column(), slot, opaque(blockIdx.y)));  // MUTATE counter
+          keep = mma.deal_to_keys(keep_word(dropout, opaque(warp_row / 32), tile0 + mma.drawn_column(), sample, opaque(blockIdx.y)));  // MUTATE counter
           if (kRowTiles == 1) keep >>= warp_row & 16;
         }
         if (kDropout && !kKeys) {
           const int query = warp_row + mma.template drawn_query<kRowTiles>();
-          keep = mma.template deal_to_queries<kRowTiles>(keep_word(dropout, tile0 / 32, query, slot, head));
+          keep = mma.template deal_to_queries<kRowTiles>(keep_word(dropout, tile0 / 32, query, sample, head));
         }
 #pragma unroll 1
         for (int j0 = 0; j0 < 2; j0 += kGroups) {  // unrolled, it would spill

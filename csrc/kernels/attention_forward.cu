@@ -38,7 +38,7 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
     const M mma;
     const int warp = warp_number(), warp_row = block_row + warp * Shape::kWarpRows;
     const int row = warp_row + mma.acc_row();  // accumulator rows: row + 16 * mt + kRowStep * r
-    const unsigned slot = kDropout ? shape.slots[sequence] : 0;
+    const unsigned sample = kDropout ? shape.sample_index[sequence] : 0;
 
     copy_tile<T, kHeadSize, Shape::kBlockRows>(shared, 0, q, q_stride, block_row, num_queries);
     __syncthreads();  // BARRIER queries
@@ -99,7 +99,7 @@ attention_forward(const AttentionShape shape, const Dropout dropout, const T* __
         unsigned keep = 0;
         if (kDropout) {
           const int query = warp_row + mma.template drawn_query<kRowTiles>();
-          keep = mma.template deal_to_queries<kRowTiles>(keep_word(dropout, key0 / 32, query, slot, head));
+          keep = mma.template deal_to_queries<kRowTiles>(keep_word(dropout, key0 / 32, query, sample, head));
         }
 
         // The first tile holds key 0, which no row masks: from then on the maximum is finite.

@@ -33,8 +33,8 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-__device__ __forceinline__ bool kept(const Dropout& dropout, bool active, int key, int query, unsigned slot, int head) {
-  return !active || (keep_word(dropout, key / 32, query, slot, head) >> (key % 32) & 1);
+__device__ __forceinline__ bool kept(const Dropout& dropout, bool active, int key, int query, unsigned sample, int head) {
+  return !active || (keep_word(dropout, key / 32, query, sample, head) >> (key % 32) & 1);
 }
 
 // acc[n] += sum over lanes l of weight(l) * rows[l][dim of this lane]
@@ -68,7 +68,7 @@ attention_plain_forward(const AttentionShape shape, const Dropout dropout, bool 
   const PlainRow row(shape.cu_queries, shape.cu_keys);
   if (!row.exists) return;
   const int lane = threadIdx.x % kWarp, end = shape.causal ? min(row.num_other, row.own + 1) : row.num_other;
-  const unsigned slot = drops ? shape.slots[row.sequence] : 0;
+  const unsigned sample = drops ? shape.sample_index[row.sequence] : 0;
   q += (row.first_own + row.own) * q_stride + row.head * size;
   k += row.first_other * k_stride + row.head * size;
   v += row.first_other * v_stride + row.head * size;
@@ -80,7 +80,7 @@ attention_plain_forward(const AttentionShape shape, const Dropout dropout, bool 
     float p = expf(score - new_maximum);
     sum = sum * rescale + warp_sum(p);
     maximum = new_maximum;
-    if (!kept(dropout, drops, key, row.own, slot, row.head)) p = 0.f;
+    if (!kept(dropout, drops, key, row.own, sample, row.head)) p = 0.f;
 #pragma unroll
     for (int n = 0; n < kMaxDims; ++n) acc[n] *= rescale;
     add_rows(acc, p, v + key0 * v_stride, v_stride, end - key0, size);
@@ -100,7 +100,7 @@ attention_plain_backward_queries(const AttentionShape shape, const Dropout dropo
   const PlainRow row(shape.cu_queries, shape.cu_keys);
   if (!row.exists) return;
   const int lane = threadIdx.x % kWarp, end = shape.causal ? min(row.num_other, row.own + 1) : row.num_other;
-  const unsigned slot = drops ? shape.slots[row.sequence] : 0;
+  const unsigned sample = drops ? shape.sample_index[row.sequence] : 0;
   const size_t at = ((size_t)(row.first_own + row.own) * shape.num_heads + row.head) * size;
   const size_t number = (size_t)row.head * shape.total_queries + row.first_own + row.own;
   q += (row.first_own + row.own) * q_stride + row.head * size;
@@ -117,7 +117,7 @@ attention_plain_backward_queries(const AttentionShape shape, const Dropout dropo
     if (key < end) {
       const float p = expf(dot(q, k + key * k_stride, size) * shape.scale - lse[number]);
       float gradient = dot(d_out + at, v + key * v_stride, size);
-      if (drops) gradient = kept(dropout, drops, key, row.own, slot, row.head) ? gradient * dropout.scale : 0.f;
+      if (drops) gradient = kept(dropout, drops, key, row.own, sample, row.head) ? gradient * dropout.scale : 0.f;
       d_score = p * (gradient - own_delta);
     }
     add_rows(acc, d_score, k + key0 * k_stride, k_stride, end - key0, size);
@@ -135,7 +135,7 @@ attention_plain_backward_keys(const AttentionShape shape, const Dropout dropout,
   const PlainRow row(shape.cu_keys, shape.cu_queries);
   if (!row.exists) return;
   const int lane = threadIdx.x % kWarp, begin = shape.causal ? row.own / kWarp * kWarp : 0;
-  const unsigned slot = drops ? shape.slots[row.sequence] : 0;
+  const unsigned sample = drops ? shape.sample_index[row.sequence] : 0;
   const long long out_stride = (long long)shape.num_heads * size;
   const size_t at = ((size_t)(row.first_own + row.own) * shape.num_heads + row.head) * size;
   q += row.first_other * q_stride + row.head * size;
@@ -151,7 +151,7 @@ attention_plain_backward_keys(const AttentionShape shape, const Dropout dropout,
     if (query < row.num_other && !(shape.causal && query < row.own)) {
       p = expf(dot(q + query * q_stride, k, size) * shape.scale - lse[query]);
       float gradient = dot(d_out + query * out_stride, v, size), factor = 1.f;
-      if (drops) factor = kept(dropout, drops, row.own, query, slot, row.head) ? dropout.scale : 0.f;
+      if (drops) factor = kept(dropout, drops, row.own, query, sample, row.head) ? dropout.scale : 0.f;
       d_score = p * (gradient * factor - delta[query]);
       p *= factor;
     }

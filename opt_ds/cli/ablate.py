@@ -78,7 +78,7 @@ def ablate(
             raise UserError(f"--task {task}: there are {len(rows)} rows, numbered from 0")
         rows = [rows[task]]
     if list_rows:
-        typer.echo("\n".join(planned.name for planned in rows))
+        typer.echo("\n".join(each.name for each in rows))
         return 0
     if arguments:
         if len(rows) != 1:
@@ -92,11 +92,11 @@ def ablate(
         split, probe.train_split, tuple(subset or ("T+A+I",)), probe.min_positives, probe.regularisation, limit
     )
     ablation.check_labels(stores[0], wanted, rows[0].config.seed)
-    for planned in rows:
-        run_folder.check_same_run(output / planned.name, planned.config, stores)
+    for each in rows:
+        run_folder.check_same_run(output / each.name, each.config, stores)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = num_ranks or max(1, torch.cuda.device_count())
-    names = ", ".join(planned.name for planned in rows)
+    names = ", ".join(each.name for each in rows)
     _LOG.info(f"{len(rows)} rows ({names}) of {source}, {ranks} rank{'s' * (ranks > 1)} per run, in {output}")
     code = ablation.make_rows(source, rows, output, stores[0], wanted, ranks, device)
     if code:

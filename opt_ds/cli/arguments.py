@@ -14,6 +14,7 @@ from typing import Any
 import typer
 import typer.core
 
+from opt_ds.cli.former_options import with_current_options
 from opt_ds.errors import UserError
 from opt_ds.log import ON_STDERR
 
@@ -27,7 +28,8 @@ _PATH_TEXTS = ("store", "config")
 #: Options whose text may be empty.
 _MAY_BE_EMPTY = ("ignore_words",)
 #: Options that name what a command writes.
-_OUTPUTS = ("output", "json_file", "pictures")
+_OUTPUTS = ("output", "json_file")
+_OUTPUTS_OF = (("inspect", "images"),)
 _LONGEST_NAME = 255  # bytes; the limit of all Linux file systems
 _LONGEST_OUTPUT = _LONGEST_NAME - 32  # a file is first written under a longer, temporary name
 
@@ -47,6 +49,7 @@ class CheckedCommand(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments and reject repeated options."""
+        args = with_current_options(self.name, args)
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in self.params:
             if order.count(param) > 1:
@@ -145,7 +148,7 @@ def _holds(kind: Any, wanted: type) -> bool:
 
 
 def _check_path_of(command: Any, param: Any, value: str, option: str) -> str:
-    is_output = param.name in _OUTPUTS
+    is_output = param.name in _OUTPUTS or (command.name, param.name) in _OUTPUTS_OF
     if value == "-":
         if (command.name, param.name) in _STDOUT:
             return value

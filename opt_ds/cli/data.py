@@ -135,7 +135,7 @@ class SampleOptions:
     limit: Annotated[
         int | None, typer.Option(help="Use only the first N valid lines of the manifest. Default: all.", min=1)
     ] = None
-    shard: Annotated[
+    partition: Annotated[
         str | None,
         typer.Option(help="i/n: prepare partition i (from 0) of n, for a job array. opt-ds merge joins them."),
     ] = None
@@ -180,10 +180,10 @@ def prepare(
     """
     from opt_ds.ingest import PrepareSettings
     from opt_ds.ingest import prepare as run
-    from opt_ds.ingest.finish import parse_share
+    from opt_ds.ingest.finish import parse_partition
     from opt_ds.ingest.importers.folder import folder_manifest
 
-    share = parse_share(samples.shard) if samples.shard is not None else None
+    partition = parse_partition(samples.partition) if samples.partition is not None else None
     settings = PrepareSettings(
         **vars(image),
         **vars(speech),
@@ -205,7 +205,7 @@ def prepare(
         strict=reading.strict,
         limit=samples.limit,
         allow_outside=reading.allow_outside,
-        share=share,
+        partition=partition,
         retry_skipped=samples.retry_skipped,
     )
     if prepared is not None:
@@ -228,7 +228,7 @@ def _parse_extractors(given: list[str] | None) -> dict[str, str]:
 def merge(
     store: Annotated[Path, typer.Argument(help="The store. Its partitions (STORE.part-…) are in the same folder.")],
 ) -> None:
-    """Merge the partitions that `opt-ds prepare --shard i/n` wrote into one feature store, and remove them.
+    """Merge the partitions that `opt-ds prepare --partition i/n` wrote into one feature store, and remove them.
 
     The store equals, byte for byte, that of a single `opt-ds prepare`.
     """

@@ -24,7 +24,7 @@ from opt_ds.log import ON_STDERR
 
 if TYPE_CHECKING:
     from opt_ds.evaluation.evaluator import Evaluator
-    from opt_ds.evaluation.experiments import ImageJudge
+    from opt_ds.evaluation.experiments import ImageRater
     from opt_ds.store.reader import FeatureStore
     from opt_ds.training.distributed import ProcessGroup
 
@@ -128,7 +128,7 @@ class CaptioningOptions:
     beam_size: BeamSize = 4
 
 
-def beside_a_grid(path: Path, param: typer.CallbackParam) -> Path:
+def not_the_grid(path: Path, param: typer.CallbackParam) -> Path:
     """Return the path given for --output.
 
     Raise UserError if it is the name of the image grid, which is written next to it.
@@ -145,7 +145,7 @@ def beside_a_grid(path: Path, param: typer.CallbackParam) -> Path:
 class ImageGenerationInputs(Inputs):
     """An image grid is written next to the figures."""
 
-    output: Annotated[Path, typer.Option(help="JSON file to write.", callback=beside_a_grid)]
+    output: Annotated[Path, typer.Option(help="JSON file to write.", callback=not_the_grid)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +154,10 @@ class ImageGenerationOptions(SamplingOptions):
 
     limit: Limit = None
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
-    pictures: Annotated[
+    images: Annotated[
         int, typer.Option(help="Rows of the image grid, which is written next to the JSON file. 0: no grid.", min=0)
     ] = 8
-    paint: Annotated[
+    generate: Annotated[
         int, typer.Option(help="Samples per kind of input to generate and rate images for. 0: none.", min=0)
     ] = 100
     inception: Annotated[
@@ -282,8 +282,8 @@ def _evaluate(name: str, inputs: Target, options: Any, choice: Choice) -> None:
     evaluator = _evaluator(inputs.checkpoint, store, choice.force, [*splits, *others])
     for ability, what in experiment.needs:
         evaluator.require(ability, what)
-    open_judge = partial(_open_judge, inputs.checkpoint, str(evaluator.device))
-    request = Request(evaluator, tuple(splits), inputs.checkpoint, inputs.output, choice.seed, open_judge)
+    open_rater = partial(_open_session, inputs.checkpoint, str(evaluator.device))
+    request = Request(evaluator, tuple(splits), inputs.checkpoint, inputs.output, choice.seed, open_rater)
     figures = experiment.measure(request, **vars(options))
     _write(figures, inputs.output)
     _echo(experiment.report(request, figures))
@@ -304,14 +304,14 @@ def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, splits: Seq
     import torch
 
     from opt_ds.evaluation.evaluator import Evaluator
-    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
+    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_fingerprints
     from opt_ds.training.checkpoint import load_model, resolve_checkpoint
     from opt_ds.training.preflight import check_store
 
     for split in splits:
         store.split_samples(split)
     run = resolve_checkpoint(checkpoint).parent.parent
-    check_identity(run / PROCESSOR_FOLDER, store, force)
+    check_fingerprints(run / PROCESSOR_FOLDER, store, force)
     group = _join_ranks()
     device = group.device if group else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(checkpoint, device)
@@ -319,7 +319,7 @@ def _evaluator(checkpoint: Path, store: "FeatureStore", force: bool, splits: Seq
     return Evaluator(model, config, store, device, group)
 
 
-def _open_judge(checkpoint: Path, device: str, image_weights: Path | None) -> "ImageJudge":
+def _open_session(checkpoint: Path, device: str, image_weights: Path | None) -> "ImageRater":
     from opt_ds.serving.session import Session
 
     return Session.load(checkpoint, image_weights=image_weights, device=device)

@@ -52,7 +52,7 @@ def finetune(
     # Set before torch is loaded, because waiting threads must not spin if ranks share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from opt_ds.evaluation.callbacks import EvaluationCallbacks
-    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_identity
+    from opt_ds.store.processor_files import PROCESSOR_FOLDER, check_fingerprints
     from opt_ds.store.reader import FeatureStore
     from opt_ds.training.checkpoint import resolve_checkpoint
     from opt_ds.training.distributed import find_ranks
@@ -65,7 +65,9 @@ def finetune(
     def settle() -> Config:
         config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
         for path in store:  # already verified
-            check_identity(resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force)
+            check_fingerprints(
+                resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force
+            )
         return config
 
     config, group = settle_by_main(ranks, settle)

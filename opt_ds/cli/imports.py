@@ -32,7 +32,7 @@ def localized_narratives(
     annotations: Annotated[list[Path], typer.Option(help="JSONL file of narratives. May be repeated.")],
     images: _Images,
     output: _Output,
-    recordings: Annotated[
+    audio: Annotated[
         Path | None, typer.Option(help="Folder that the paths in voice_recording are relative to.")
     ] = None,
     labels: Annotated[
@@ -44,7 +44,7 @@ def localized_narratives(
     """Import Localized Narratives of Open Images, COCO, Flickr30k or ADE20K: text, images, speech, labels."""
     from opt_ds.ingest.importers.localized_narratives import import_localized_narratives as run
 
-    _next(run(annotations, output, images=images, recordings=recordings, labels=labels or (), label_names=label_names,
+    _next(run(annotations, output, images=images, audio=audio, labels=labels or (), label_names=label_names,
               keep_incomplete=keep_incomplete))  # fmt: skip
 
 

@@ -95,9 +95,9 @@ def generate(
         if not _is_stdout(output):
             typer.echo(written)
         return
-    picture, score = session.pictures(sample, candidates, sampling.decoding(seed))[0]
+    image, score = session.generate_images(sample, candidates, sampling.decoding(seed))[0]
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     _write(output, file.getvalue())
     chosen = "" if score is None else f" (match probability {score:.3f}, the best of {candidates})"
     typer.echo(f"{output}{chosen}", err=_is_stdout(output))
@@ -168,10 +168,10 @@ def serve(
     from opt_ds.serving.limits import Limits
 
     limits = load_section(Limits, str(config) if config else None, set_ or ())
-    from opt_ds.serving.neighbours import Neighbours, evaluator_beside
+    from opt_ds.serving.neighbours import Neighbours, evaluator_of
 
     session = _session(checkpoint, extractors)
-    neighbours = Neighbours(evaluator_beside(session, store), split) if store else None
+    neighbours = Neighbours(evaluator_of(session, store), split) if store else None
     app = build_app(
         session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, allow_further=allow_further,
         limits=limits,

@@ -23,7 +23,7 @@ def inspect_store(
     manifest: Annotated[
         Path | None, typer.Option(help="With --sample: manifest that names its image. Boxes are drawn on the image.")
     ] = None,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the PNG of --sample.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder for lengths.png and the PNG of --sample.")] = None,
     config: Annotated[
         str | None,
         typer.Option(help="Preset or YAML file of the training that the notes refer to. Default: that of pretrain.py."),
@@ -53,10 +53,10 @@ def inspect_store(
     for note in training_notes(store, config):
         typer.echo(f"note: {note}")
     typer.echo("all checks passed")
-    if pictures is not None:
-        _draw_lengths(store, pictures)
+    if images is not None:
+        _draw_lengths(store, images)
     if sample is not None:
-        _show_sample(store, sample, manifest, pictures)
+        _show_sample(store, sample, manifest, images)
 
 
 def training_notes(store: Path, source: str | None = None) -> list[str]:
@@ -83,20 +83,20 @@ def _print(lines: list[tuple[str, str]]) -> None:
         typer.echo(f"{name:<{width}}  {value}")
 
 
-def _draw_lengths(store: Path, pictures: Path) -> None:
+def _draw_lengths(store: Path, images: Path) -> None:
     from opt_ds.store.files import atomic_file
     from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
     from opt_ds.store.schema import load_description
 
-    pictures.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     description = load_description(store)
     lengths = shard_lengths([store / shard.file for shard in description.shards], description.modalities)
-    with atomic_file(pictures / LENGTHS_FILE) as temporary:
+    with atomic_file(images / LENGTHS_FILE) as temporary:
         draw_lengths(lengths, temporary, description.units)
-    typer.echo(f"wrote {pictures / LENGTHS_FILE}")
+    typer.echo(f"wrote {images / LENGTHS_FILE}")
 
 
-def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path | None) -> None:
+def _show_sample(store: Path, name: str, manifest: Path | None, images: Path | None) -> None:
     from opt_ds.ingest.manifest import read_manifest
     from opt_ds.store import FeatureStore
     from opt_ds.store.show import describe_sample, draw_sample, find_sample
@@ -104,23 +104,23 @@ def _show_sample(store: Path, name: str, manifest: Path | None, pictures: Path |
     opened = FeatureStore(store)
     index = find_sample(opened, name)
     _print(describe_sample(opened, index))
-    if pictures is None:
+    if images is None:
         return
-    picture = None
+    original = None
     if manifest is not None:
         lines = read_manifest(manifest, allow_outside=True, further=tuple(opened.description.further)).lines
         file = next((line.image for line in lines if line.id == opened.sample_id(index)), None)
-        picture = _picture(manifest.parent / file) if file is not None else None
-    target = pictures / f"sample-{index}.png"
-    draw_sample(opened, index, target, picture)
+        original = _original_image(manifest.parent / file) if file is not None else None
+    target = images / f"sample-{index}.png"
+    draw_sample(opened, index, target, original)
     typer.echo(f"wrote {target}")
 
 
-def _picture(file: Path) -> "Image":
+def _original_image(file: Path) -> "Image":
     from opt_ds.decoding.decoder import DecodingError, own_decoder
 
     try:
-        return own_decoder().picture(file).content
+        return own_decoder().image(file).content
     except DecodingError as error:
         raise UserError(
             f"{file}: not readable as an image ({error}): omit --manifest to show the sample without it"

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from opt_ds.config.section import Section, section_from_dict
+from opt_ds.config.section import Section, current_names, section_from_dict
 from opt_ds.config.sources import PRESET_FOLDER, merge, preset_names, read_source
 from opt_ds.errors import UserError, did_you_mean
 
@@ -21,6 +22,10 @@ class DVAEConfig(Section):
     """Architecture and training of the dVAE."""
 
     label: ClassVar[str] = "dVAE config"
+    renamed = {  # noqa: RUF012
+        "soft_share": "soft_fraction", "anneal_share": "anneal_fraction", "kl_warmup_share": "kl_warmup_fraction",
+        "straight_through_share": "straight_through_fraction", "kmeans_pictures": "kmeans_images",
+    }  # fmt: skip
 
     codebook_size: int = Field(8192, ge=2, le=65536, description="Number of codes. The store holds them as uint16.")
     encoder_width: int = Field(256, ge=1, description="Channels of the encoder's convolutions.")
@@ -53,26 +58,26 @@ class DVAEConfig(Section):
     temperature_start: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the first step.")
     temperature_end: float = Field(1 / 16, gt=0, description="Final Gumbel-softmax temperature (as DALL·E, §A.2).")
     kl_weight: float = Field(1.0, ge=0, description="Final weight β of the KL term. 1: the ELBO. 0: no KL term.")
-    soft_share: float = Field(
+    soft_fraction: float = Field(
         0.6,
         ge=0,
         le=1,
-        description="Share of the steps that train encoder and decoder on relaxed codes. The others train the "
+        description="Fraction of the steps that train encoder and decoder on relaxed codes. The others train the "
         "decoder on argmax codes.",
     )
-    anneal_share: float = Field(
-        0.6, gt=0, le=1, description="Share of the steps on relaxed codes over which the temperature falls."
+    anneal_fraction: float = Field(
+        0.6, gt=0, le=1, description="Fraction of the steps on relaxed codes over which the temperature falls."
     )
-    kl_warmup_share: float = Field(
-        0.25, ge=0, le=1, description="Share of the steps on relaxed codes over which β rises from 0. 0: no warm-up."
+    kl_warmup_fraction: float = Field(
+        0.25, ge=0, le=1, description="Fraction of the steps on relaxed codes over which β rises from 0. 0: no warm-up."
     )
-    straight_through_share: float = Field(
+    straight_through_fraction: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Last share of the steps on relaxed codes that use one-hot codes (straight-through). 0: none.",
+        description="Last fraction of the steps on relaxed codes that use one-hot codes (straight-through). 0: none.",
     )
-    kmeans_pictures: int = Field(
+    kmeans_images: int = Field(
         4096, ge=1, description="Images whose distinct patches initialise the codebook by k-means."
     )
     kmeans_patches: int = Field(
@@ -107,18 +112,18 @@ class StepSettings:
 
 def schedule(config: DVAEConfig, step: int) -> StepSettings:
     """Return the settings of step `step` (0-based), a pure function of the configuration."""
-    soft_steps = round(config.steps * config.soft_share)
+    soft_steps = round(config.steps * config.soft_fraction)
     progress = step / max(1, soft_steps)
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     # The decay is geometric, so that low temperatures, at which the codes are used, get as many steps as high ones.
-    cooling = (config.temperature_end / config.temperature_start) ** min(1.0, progress / config.anneal_share)
+    cooling = (config.temperature_end / config.temperature_start) ** min(1.0, progress / config.anneal_fraction)
     return StepSettings(
         soft=step < soft_steps,
         learning_rate=config.learning_rate * warmup * cosine,
         temperature=config.temperature_start * cooling,
-        kl_weight=config.kl_weight * min(1.0, progress / max(config.kl_warmup_share, 1e-9)),
-        straight_through=progress >= 1 - config.straight_through_share,
+        kl_weight=config.kl_weight * min(1.0, progress / max(config.kl_warmup_fraction, 1e-9)),
+        straight_through=progress >= 1 - config.straight_through_fraction,
     )
 
 
@@ -141,7 +146,8 @@ def load_dvae_config(
     Raises:
         UserError: In one line, for an unknown preset or key, an unreadable file or a bad value.
     """
-    tree = read_source(str(config_file), DVAE_PRESET_FOLDER) if config_file is not None else {}
+    current = partial(current_names, DVAEConfig, where=f"dVAE config {config_file}")
+    tree = read_source(str(config_file), DVAE_PRESET_FOLDER, current) if config_file is not None else {}
     named = tree.pop("preset", None)
     if preset is not None and named is not None and preset != named:
         raise UserError(f"--preset {preset}: {config_file} starts from preset {named}: omit --preset")

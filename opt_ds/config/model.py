@@ -18,8 +18,10 @@ Subset = Literal["T", "I", "A", "T+I", "T+A", "A+I", "T+A+I"]
 class DataConfig(Section):
     """Which stores are read, and how."""
 
+    renamed = {"mix": "store_weights"}  # noqa: RUF012
+
     stores: tuple[str, ...] = Field((), description="Folders of the feature stores. `--store` sets it.")
-    mix: tuple[float, ...] | None = Field(
+    store_weights: tuple[float, ...] | None = Field(
         None, description="Sampling weight of each store. None: weights proportional to the stores' numbers of samples."
     )
     train_split: str = Field("train", description="Split that is trained on.")

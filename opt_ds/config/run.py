@@ -27,6 +27,7 @@ class FineTuneConfig(Section):
 
     renamed = {  # noqa: RUF012
         "donor_candidates": "negative_candidates", "same_group_donors": "same_group_negatives",
+        "learned": "trained_losses", "negative_share": "negative_fraction",
     }  # fmt: skip
 
     task: Literal["retrieval", "transcription", "captioning", "classification", "vqa"] = Field(
@@ -34,14 +35,14 @@ class FineTuneConfig(Section):
     )
     checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
     weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
-    learned: tuple[str, ...] = Field((), description="Losses that the checkpoint was trained with.")
+    trained_losses: tuple[str, ...] = Field((), description="Losses that the checkpoint was trained with.")
     inputs: tuple[Subset, ...] = Field(
         ...,
         min_length=1,
         description="Modalities of the input: T text, I image, A audio. With several entries, one is sampled for "
         "each sample.",
     )
-    negative_share: float = Field(0.5, gt=0, lt=1, description="Retrieval: share of samples that are negatives.")
+    negative_fraction: float = Field(0.5, gt=0, lt=1, description="Retrieval: fraction of samples that are negatives.")
     negative_candidates: int = Field(
         32,
         ge=1,
@@ -65,10 +66,12 @@ class FineTuneConfig(Section):
 class InitConfig(Section):
     """Initial weights of a pre-training run. Written by `--init-from`; a resumed run keeps it."""
 
+    renamed = {"learned": "trained_losses"}  # noqa: RUF012
+
     run: str = Field(..., description="What `--init-from` named: a run's output directory, or one checkpoint.")
     checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
     weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
-    learned: tuple[str, ...] = Field(
+    trained_losses: tuple[str, ...] = Field(
         (), description="Losses that the checkpoint was trained with. The heads of all other losses start untrained."
     )
     moments: bool = Field(False, description="Also take Adam's moments and number of updates from the checkpoint.")
@@ -125,13 +128,15 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """The training loop: length, logging, validation, time limit."""
 
+    renamed = {"picture_grid": "image_grid"}  # noqa: RUF012
+
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many optimizer steps. None: stop at `schedule.total_steps`."
     )
     log_every: int = Field(10, ge=1, description="Optimizer steps between two log entries.")
     validate_every: int = Field(1000, ge=1, description="Optimizer steps between two validations.")
     validate_samples: int = Field(2048, ge=1, description="Largest number of validation samples.")
-    picture_grid: int = Field(8, ge=0, description="Number of samples in the image grid of a validation. 0: no grid.")
+    image_grid: int = Field(8, ge=0, description="Number of samples in the image grid of a validation. 0: no grid.")
     recompute: bool = Field(
         False,
         description="Recompute each layer's activations in the backward pass instead of storing them: less "
@@ -287,7 +292,10 @@ class Config(Section):
     @property
     def trained_losses(self) -> tuple[str, ...]:
         """Losses that the model was trained with, in this run or in those that its weights come from."""
-        before = (*(self.finetune.learned if self.finetune else ()), *(self.init.learned if self.init else ()))
+        before = (
+            *(self.finetune.trained_losses if self.finetune else ()),
+            *(self.init.trained_losses if self.init else ()),
+        )
         return tuple(loss for loss in self.tasks.all_losses if loss in before or loss in self.tasks.sampled_losses)
 
     def can(self, ability: str) -> bool:
@@ -322,10 +330,12 @@ class Config(Section):
                 "evaluate.every_steps runs the model on each rank alone, which zero.stage 3 does not allow: use a lower stage, "
                 "or evaluate the checkpoints"
             )
-        if self.data.mix is not None and len(self.data.mix) != len(self.data.stores):
-            raise ValueError(f"data.mix has {len(self.data.mix)} weights for {len(self.data.stores)} stores")
-        if self.data.mix is not None and min(self.data.mix) <= 0:
-            raise ValueError("data.mix must hold positive weights")
+        if self.data.store_weights is not None and len(self.data.store_weights) != len(self.data.stores):
+            raise ValueError(
+                f"data.store_weights has {len(self.data.store_weights)} weights for {len(self.data.stores)} stores"
+            )
+        if self.data.store_weights is not None and min(self.data.store_weights) <= 0:
+            raise ValueError("data.store_weights must hold positive weights")
         decoder = max(self.model.max_text_tokens + 1, 0) + self.model.num_image_codes
         if self.batch.max_tokens < self.model.max_sequence + decoder:
             raise ValueError(

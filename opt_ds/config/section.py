@@ -11,6 +11,7 @@ import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
@@ -35,6 +36,8 @@ _LIMITS = {
     "too_long": "must hold at most {max_length} items",
     "missing": "is missing",
 }
+#: Former keys that were already reported in this process.
+_reported: set[str] = set()
 
 
 class Section(BaseModel):
@@ -48,6 +51,8 @@ class Section(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:
         """Construct the section from keyword arguments. Raise UserError for an unknown key or a bad value."""
+        for name in self.renamed.keys() & values.keys():
+            _report_former_key(name, self.renamed[name])
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -64,9 +69,9 @@ class Section(BaseModel):
         for name in former:
             key = cls.renamed[name]
             if key in values:
-                raise ValueError(f"{name} is the former name of {key}: give one of them")
+                raise ValueError(_both_names(name, key))
             if info.context == USER:
-                _LOG.warning(f"the key {name} is now called {key}; the former name works until the next release")
+                _report_former_key(name, key)
             values = {key if other == name else other: value for other, value in values.items()}
         return values
 
@@ -121,7 +126,7 @@ def load_section(
     """
     if source is None:
         return section_from_dict(kind, {}, where="--set", settings=settings, trusted=True)
-    tree = read_source(source, presets)
+    tree = read_source(source, presets, partial(current_names, kind, where=f"config {source}"))
     if presets and "preset" not in kind.model_fields:
         tree.pop("preset", None)
     return section_from_dict(kind, tree, where=f"config {source}", settings=settings, trusted=True)
@@ -146,17 +151,73 @@ def section_from_dict(
         UserError: In one line that begins with `where`.
     """
     tree = copy.deepcopy(tree)
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f'--set "{setting}": write it as key.path=value')
-        set_value(tree, key.strip().split("."), parse_value(key, value))
+    _apply_settings(kind, tree, settings)
     if trusted:
         kind.trust(tree)
     try:
         return kind.model_validate(tree, context=USER if trusted else None)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, kind, tree)}") from None
+
+
+def current_names(kind: type[Section], tree: Any, where: str = "", prefix: str = "") -> Any:
+    """Return a plain tree (as in YAML) of a section, in which former keys have their current names.
+
+    The user's trees are converted before they are merged with others, so that a former key overrides a preset's value.
+
+    Args:
+        kind: The class of the section.
+        tree: The tree. Whatever is no mapping, or no section, is returned as it is.
+        where: Name of a source that the user gave. Its former keys are reported. "": report nothing.
+        prefix: Path of the section, with a dot at its end.
+
+    Returns:
+        The tree.
+
+    Raises:
+        UserError: If `where` is given and the tree has a key by both names.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    kind, found = _class_for(kind, tree), {}
+    for name, value in tree.items():
+        key = kind.renamed.get(name, name) if isinstance(name, str) else name
+        if key != name and (key in tree or key in found):
+            if where:
+                raise UserError(f"{where}: {_both_names(prefix + name, prefix + key)}")
+            key = name  # validation reports it
+        elif key != name and where:
+            _report_former_key(prefix + name, prefix + key)
+        field = kind.model_fields.get(key)
+        child = section_of(field.annotation) if field else None
+        if child is not None and isinstance(value, (list, tuple)):
+            value = [current_names(child, item, where, f"{prefix}{key}.") for item in value]
+        elif child is not None:
+            value = current_names(child, value, where, f"{prefix}{key}.")
+        found[key] = value
+    return found
+
+
+def current_path(kind: type[Section], path: Sequence[str], values: Any) -> tuple[list[str], type[Section] | None]:
+    """Return the path of a key with current names, and the class of the section that it names (None: a value).
+
+    Args:
+        kind: The class of the outermost section.
+        path: The keys from there on, such as ("train", "log_every"). Unknown ones are returned as they are.
+        values: Plain tree of the section. It determines the classes of sections whose keys depend on their values.
+    """
+    section: type[Section] | None = kind
+    current: list[str] = []
+    for part in path:
+        if section is None:
+            current.append(part)
+            continue
+        section = _class_for(section, values)
+        current.append(section.renamed.get(part, part))
+        field = section.model_fields.get(current[-1])
+        section = section_of(field.annotation) if field else None
+        values = values.get(current[-1]) if isinstance(values, Mapping) else None
+    return current, section
 
 
 def dump_section(section: Section) -> str:
@@ -193,6 +254,46 @@ def section_of(annotation: Any) -> type[Section] | None:
     if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
         return next((found for part in get_args(annotation) if (found := section_of(part))), None)
     return None
+
+
+def _apply_settings(kind: type[Section], tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Apply the user's settings to the tree of a section, in place. Former keys are reported."""
+    by_name: dict[str, str] = {}
+    for setting in settings:
+        given, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f'--set "{setting}": write it as key.path=value')
+        given = given.strip()
+        path, section = current_path(kind, given.split("."), tree)
+        key, value = ".".join(path), parse_value(given, text)
+        if by_name.setdefault(key, given) != given:
+            former = given if given != key else by_name[key]
+            raise UserError(f"--set {_both_names(former, key)}")
+        if key != given:
+            _report_former_key(given, key)
+        if section is not None and isinstance(value, list):
+            value = [current_names(section, item, "--set", f"{key}.") for item in value]
+        elif section is not None:
+            value = current_names(section, value, "--set", f"{key}.")
+        set_value(tree, path, value)
+
+
+def _class_for(kind: type[Section], values: Any) -> type[Section]:
+    try:
+        return kind.class_for(values)
+    except UserError:  # an unknown plugin, which validation reports
+        return kind
+
+
+def _both_names(former: str, key: str) -> str:
+    return f"{former} is the former name of {key}: give one of them"
+
+
+def _report_former_key(former: str, key: str) -> None:
+    """Log once per process that a key has another name now."""
+    if former not in _reported:
+        _reported.add(former)
+        _LOG.warning(f"the key {former} is now called {key}; the former name works until the next release")
 
 
 def _reason(mistake: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 `config.section` validates it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,23 @@ def preset_names(folder: Path | None = PRESET_FOLDER) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
 
 
-def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, Any]:
+def read_source(
+    source: str, folder: Path | None = PRESET_FOLDER, current: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Return the tree of a preset in `folder`, or of a YAML file, which may name a `preset` to start from.
 
-    The key `preset` of the tree is the name of that preset; without a folder it is an ordinary key. Raise UserError if
-    the source is neither.
+    The key `preset` of the tree is the name of that preset; without a folder it is an ordinary key.
+
+    Args:
+        source: Name of the preset, or path of the file.
+        folder: Folder of the presets. None: the section has none.
+        current: Replaces former keys of a file's own tree by their current names.
+
+    Returns:
+        The tree.
+
+    Raises:
+        UserError: If the source is neither a preset nor a readable file.
     """
     names = preset_names(folder)
     is_preset = source in names
@@ -34,6 +47,8 @@ def read_source(source: str, folder: Path | None = PRESET_FOLDER) -> dict[str, A
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of config keys, found {_kind(tree)}")
+    if current is not None and not is_preset:
+        tree = current(tree)
     if is_preset:
         tree["preset"] = source
     elif folder and tree.get("preset") and str(tree["preset"]) in names:

@@ -25,15 +25,20 @@ class LossConfig(Section):
 class CurriculumPhase(Section):
     """Other weights of the tasks from some point of the schedule on."""
 
+    renamed = {"mix": "sampling_weights"}  # noqa: RUF012
+
     from_fraction: float = Field(
         ..., gt=0, lt=1, description="Start of the phase, as a fraction of `schedule.total_steps`."
     )
-    mix: dict[str, float] = Field(..., description="Task sampling weights from then on, as in `tasks.mix`.")
+    sampling_weights: dict[str, float] = Field(
+        ..., description="Task sampling weights from then on, as in `tasks.sampling_weights`."
+    )
 
 
 class TasksConfig(Section):
     """The tasks. A loss's weight is its own times its task's; a task without a weighted loss is disabled."""
 
+    renamed = {"mix": "sampling_weights"}  # noqa: RUF012
     #: Name -> class of the tasks whose sections this class has.
     units: ClassVar[dict[str, Any]] = {}
 
@@ -42,15 +47,17 @@ class TasksConfig(Section):
         description="Tasks of other packages: names that an installed package announces (entry points `opt_ds.tasks`), or "
         "`module:Class`.",
     )
-    mix: dict[str, float] = Field(
+    sampling_weights: dict[str, float] = Field(
         default_factory=dict,
         description="Task sampling weights: how often a sample is used for each task. Tasks that are not named have weight 0.",
     )
     curriculum: tuple[CurriculumPhase, ...] = Field(
-        (), description="Phases that replace `tasks.mix` from a fraction of the schedule on, in ascending order."
+        (),
+        description="Phases that replace `tasks.sampling_weights` from a fraction of the schedule on, in ascending "
+        "order.",
     )
     mask_probability: float = Field(
-        0.15, gt=0, lt=1, description="Share of tokens, regions and frames that the masked tasks mask."
+        0.15, gt=0, lt=1, description="Fraction of tokens, regions and frames that the masked tasks mask."
     )
 
     if TYPE_CHECKING:  # the tasks' sections, as in `config.tasks.matching`
@@ -100,43 +107,48 @@ class TasksConfig(Section):
 
         Active losses of tasks that are not sampled are included.
         """
-        mixes = (self.mix, *(phase.mix for phase in self.curriculum))
-        shares = {loss: max(mix.get(task, 0.0) for mix in mixes) for task, losses in self.sampled.items() for loss in losses}
-        return tuple(loss for loss in self.active_losses if shares.get(loss, 1.0) > 0)
+        phases = (self.sampling_weights, *(phase.sampling_weights for phase in self.curriculum))
+        largest = {task: max(weights.get(task, 0.0) for weights in phases) for task in self.sampled}
+        of_loss = {loss: largest[task] for task, losses in self.sampled.items() for loss in losses}
+        return tuple(loss for loss in self.active_losses if of_loss.get(loss, 1.0) > 0)
 
-    def mix_at(self, fraction: float) -> dict[str, float]:
+    def sampling_weights_at(self, fraction: float) -> dict[str, float]:
         """Return the task sampling weights at this fraction of the schedule.
 
         They sum to 1; tasks without a weighted loss have 0.
         """
-        mix = self.mix
+        given = self.sampling_weights
         for phase in self.curriculum:
             if fraction >= phase.from_fraction:
-                mix = phase.mix
+                given = phase.sampling_weights
         active = self.active_losses
-        shares = {
-            task: mix.get(task, 0.0) if any(loss in active for loss in losses) else 0.0
+        weights = {
+            task: given.get(task, 0.0) if any(loss in active for loss in losses) else 0.0
             for task, losses in self.sampled.items()
         }
-        total = sum(shares.values())
-        return {task: share / total for task, share in shares.items()} if total else shares
+        total = sum(weights.values())
+        return {task: weight / total for task, weight in weights.items()} if total else weights
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "TasksConfig":
         if not self.units:  # a class with the common keys only
             return self
-        for name, mix in [("tasks.mix", self.mix), *(("tasks.curriculum", p.mix) for p in self.curriculum)]:
-            for task, share in mix.items():
+        phases = [("tasks.curriculum", phase.sampling_weights) for phase in self.curriculum]
+        for name, weights in [("tasks.sampling_weights", self.sampling_weights), *phases]:
+            for task, weight in weights.items():
                 if task not in self.sampled:
                     raise ValueError(f'{name} names no task "{task}"{did_you_mean(task, self.sampled)}')
-                if share < 0:
-                    raise ValueError(f"{name}.{task} is {share}: a weight cannot be negative")
+                if weight < 0:
+                    raise ValueError(f"{name}.{task} is {weight}: a weight cannot be negative")
         starts = [phase.from_fraction for phase in self.curriculum]
         if starts != sorted(starts):
             raise ValueError("tasks.curriculum must be in the order of from_fraction")
         for fraction in (0.0, *starts):
-            if not self._has_unsampled and not any(self.mix_at(fraction).values()):
-                raise ValueError("no task is enabled: give one a positive weight in tasks.mix and a positive weight of its own")
+            if not self._has_unsampled and not any(self.sampling_weights_at(fraction).values()):
+                raise ValueError(
+                    "no task is enabled: give one a positive weight in tasks.sampling_weights and a positive weight of "
+                    "its own"
+                )
         return self
 
     @property
@@ -157,10 +169,10 @@ def tasks_config(plugins: tuple[str, ...]) -> type[TasksConfig]:
     for unit in units.values():
         sections |= unit.sections()
     sampled = [name for name, unit in units.items() if unit.sampled]
-    mix = Field(
-        default_factory=lambda: dict.fromkeys(sampled, 1.0), description=TasksConfig.model_fields["mix"].description
-    )
-    made = create_model("TasksConfig", __base__=TasksConfig, __doc__=TasksConfig.__doc__, mix=(dict[str, float], mix), **sections)
+    description = TasksConfig.model_fields["sampling_weights"].description
+    weights = Field(default_factory=lambda: dict.fromkeys(sampled, 1.0), description=description)
+    sections["sampling_weights"] = (dict[str, float], weights)
+    made = create_model("TasksConfig", __base__=TasksConfig, __doc__=TasksConfig.__doc__, **sections)
     made.units = units
     return made
 

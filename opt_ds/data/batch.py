@@ -90,7 +90,7 @@ class Packer:
         gather = np.empty(layout.total, dtype=np.int64)
         gather[np.concatenate([part.index.numpy() for part in parts.values()])] = np.arange(layout.total)
         return EncoderInputs(
-            sequences=Sequences.from_lengths(layout.lengths.sum(1), slots=[s.index for s in samples]),
+            sequences=Sequences.from_lengths(layout.lengths.sum(1), sample_index=[s.index for s in samples]),
             sample_indices=as_long([s.index for s in samples]),
             parts=parts,
             gather_index=torch.from_numpy(gather),
@@ -100,7 +100,9 @@ class Packer:
 def _output_positions(samples: list[Sample], layout: Layout, output_indices: list[torch.Tensor]) -> OutputPositions:
     index = np.unique(torch.cat([as_long([]), *output_indices]).numpy())
     lengths = np.diff(np.searchsorted(index, layout.starts))
-    return OutputPositions(torch.from_numpy(index), Sequences.from_lengths(lengths, slots=[s.index for s in samples]))
+    return OutputPositions(
+        torch.from_numpy(index), Sequences.from_lengths(lengths, sample_index=[s.index for s in samples])
+    )
 
 
 def decoder_targets(
@@ -126,7 +128,9 @@ def decoder_targets(
         input_ids=join([np.append(begin_id, target[:-1]) for target in items], np.int64),
         target_ids=join(items, np.int64),
         positions=join([np.arange(len(target)) for target in items], np.int64),
-        sequences=Sequences.from_lengths([len(target) for target in items], slots=[samples[i].index for i in targets]),
+        sequences=Sequences.from_lengths(
+            [len(target) for target in items], sample_index=[samples[i].index for i in targets]
+        ),
         memory_index=join(memory, np.int64),
         memory=Sequences.from_lengths([len(positions) for positions in memory]),
     )

@@ -40,35 +40,35 @@ def cached_array(store: FeatureStore, name: str, key: list[Any], make: Callable[
     folder = store.records
     if folder is None:
         return make()
-    identity = json.dumps([VERSION, store.fingerprint, name, key])
-    path = folder / DERIVED_FOLDER / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
-    array = _read(path, identity)
+    content_key = json.dumps([VERSION, store.fingerprint, name, key])
+    path = folder / DERIVED_FOLDER / f"{name}-{hashlib.sha256(content_key.encode()).hexdigest()[:24]}.npy"
+    array = _read(path, content_key)
     if array is None:
         made = make()
         try:
-            _write(path, identity, made)
+            _write(path, content_key, made)
             _remove_outdated(path.parent, store.fingerprint)
         except OSError:  # a full disk or a folder without permission: the array stays in memory
             return made
-        array = _read(path, identity)
+        array = _read(path, content_key)
         return made if array is None else array
     return array
 
 
-def _read(path: Path, identity: str) -> np.ndarray | None:
+def _read(path: Path, content_key: str) -> np.ndarray | None:
     try:
-        if read_json_object(path.with_suffix(".json"), "") != _note(path, identity):
+        if read_json_object(path.with_suffix(".json"), "") != _note(path, content_key):
             return None
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (UserError, OSError, ValueError):  # missing or damaged
         return None
 
 
-def _write(path: Path, identity: str, array: np.ndarray) -> None:
+def _write(path: Path, content_key: str, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
-    write_json(path.with_suffix(".json"), _note(path, identity))
+    write_json(path.with_suffix(".json"), _note(path, content_key))
 
 
 def _remove_outdated(folder: Path, fingerprint: str) -> None:
@@ -90,6 +90,7 @@ def _remove_outdated(folder: Path, fingerprint: str) -> None:
         _LOG.debug("%s: removed %d arrays of the store's earlier contents", folder, removed)
 
 
-def _note(path: Path, identity: str) -> dict[str, Any]:
+def _note(path: Path, content_key: str) -> dict[str, Any]:
     stat = path.stat()
-    return {"identity": identity, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    # Existing files name the key so.
+    return {"identity": content_key, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}

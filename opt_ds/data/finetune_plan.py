@@ -2,7 +2,7 @@
 
 Nothing is masked. A sample whose modalities allow several of `finetune.inputs` gets one of them, chosen again in each
 epoch. All choices are functions of hashes of (seed, epoch, store, sample). The order of samples is that of
-`data.planned`.
+`data.step_plan`.
 
 Legend: B samples of a step, S input subsets, M modalities of the model.
 """
@@ -15,9 +15,9 @@ import numpy as np
 from opt_ds.config import Config, FineTuneConfig
 from opt_ds.data.derived import cached_array
 from opt_ds.data.modalities import SUBSETS
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import Plan
-from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_plan import Plan
+from opt_ds.data.step_samples import VALIDATION_EPOCH, StepSamples
 from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import DataTask
 from opt_ds.errors import UserError
@@ -32,7 +32,7 @@ class FineTunePlan(Plan):
     """
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
-        assert config.finetune is not None, "the plan of a pre-training run is StepPlan"
+        assert config.finetune is not None, "the plan of a pre-training run is PretrainingPlan"
         self.options: FineTuneConfig = config.finetune
         units = list(config.tasks.units.values())
         self._number = next(i for i, unit in enumerate(units) if self.options.task in unit.fine_tunes)
@@ -66,7 +66,7 @@ class FineTunePlan(Plan):
         """Return whether the samples of these rows have all modalities of each subset, bool [B, S]."""
         return np.logical_not((self._input_sm[None] & (rows < 0)[:, None]).any(2))
 
-    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> PlannedSamples:
+    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> StepSamples:
         key = keyed_hash(self.config.seed, "finetune", epoch, store, sample)
         possible = self._possible(self._source_rows(store, sample))
         place = keyed_choice(possible.sum(1), key, "inputs")  # index among the possible subsets
@@ -74,7 +74,7 @@ class FineTunePlan(Plan):
         replaced = self._task.chosen_replacement(key, self._input_sm[chosen])
         return self._assigned(key, epoch, store, sample, chosen, replaced, self._derived)
 
-    def _validation_samples(self, number: int, valid: np.ndarray) -> list[PlannedSamples]:
+    def _validation_samples(self, number: int, valid: np.ndarray) -> list[StepSamples]:
         parts = []
         for subset, inputs in enumerate(self._input_sm):
             fitting = valid[self._possible(store_rows(self.stores[number], valid, self.modalities))[:, subset]]
@@ -94,7 +94,7 @@ class FineTunePlan(Plan):
         chosen: np.ndarray,
         replaced: np.ndarray,
         derived: Any,
-    ) -> PlannedSamples:
+    ) -> StepSamples:
         """Return samples with the inputs of subset `chosen` [B].
 
         Modality `replaced` [B] comes from another sample (−1: none).
@@ -109,7 +109,7 @@ class FineTunePlan(Plan):
 
 def plan_class(config: Config) -> type[Plan]:
     """Return the class of the run's step plan."""
-    return StepPlan if config.finetune is None else FineTunePlan
+    return PretrainingPlan if config.finetune is None else FineTunePlan
 
 
 def make_plan(config: Config, stores: list[FeatureStore], version: int | None = None) -> Plan:

@@ -12,7 +12,7 @@ import numpy as np
 
 from opt_ds.config import Config, ModelConfig
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import DataTask, TaskCost, tasks_of
 
 
@@ -36,18 +36,13 @@ class StepFlops:
         return 3 * self.forward - self.embeddings
 
 
-def step_flops(config: Config, samples: PlannedSamples) -> StepFlops:
+def step_flops(config: Config, samples: StepSamples) -> StepFlops:
     """Return the operations of training once on these samples."""
     return _summed(_forward_flops(config, tasks_of(config).values(), samples)[0])
 
 
-def sample_flops(config: Config, samples: PlannedSamples) -> np.ndarray:
-    """Return the operations of training once on each sample, float64 [B]."""
-    return sample_and_step_flops(config, tasks_of(config).values(), samples)[0]
-
-
 def sample_and_step_flops(
-    config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
+    config: Config, tasks: Iterable[DataTask], samples: StepSamples
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """Return the operations of training once on each sample and on all of them.
 
@@ -84,7 +79,7 @@ def _summed(parts: tuple[np.ndarray, ...]) -> StepFlops:
 
 
 def _forward_flops(
-    config: Config, tasks: Iterable[DataTask], samples: PlannedSamples
+    config: Config, tasks: Iterable[DataTask], samples: StepSamples
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """Return operations of embeddings, encoder, decoders and heads, float64 [B] each.
 
@@ -102,8 +97,8 @@ def _forward_flops(
 
     per_position, keys_and_values = 2 * (4 * width**2 + 2 * width * ffn), 4 * width**2
     squares = 4 * width * positions  # of attention, per position
-    whole_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
-    encoder = (model.num_layers - 1) * positions * whole_layer + keys_and_values * positions
+    full_layer, last_layer = per_position + squares, per_position - keys_and_values + squares
+    encoder = (model.num_layers - 1) * positions * full_layer + keys_and_values * positions
     encoder += last_layer * cost.output_positions  # the last layer is computed only at positions that are used
     projected = [
         samples.input_lengths[:, modality.number] * modality.projected_dim

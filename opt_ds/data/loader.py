@@ -14,10 +14,10 @@ from contextlib import contextmanager
 import torch
 
 from opt_ds.data.batch import PackedBatch, Packer
-from opt_ds.data.planned import Plan, PlannedStep
 from opt_ds.data.prefetch import StepPrefetcher
 from opt_ds.data.samples import SampleReader
 from opt_ds.data.shared_plans import SharedPlans
+from opt_ds.data.step_plan import Plan, StepPlan
 
 
 class MicroBatchLoader:
@@ -44,7 +44,7 @@ class MicroBatchLoader:
         self._packer = Packer(plan.config, plan.stores[0].description.tokenizer)
         self._threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pack")
 
-    def steps(self, first: int, last: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
+    def steps(self, first: int, last: int) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
         """Yield steps first … last − 1 with this rank's micro-batches.
 
         A step's batches must be consumed before the next step.
@@ -53,34 +53,36 @@ class MicroBatchLoader:
             return self._run(self._shared.steps(first, last))
         return self._run(self.plan.step(step, self.world_size) for step in range(first, last))
 
-    def validation(self, max_samples: int) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
+    def validation(self, max_samples: int) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
         """Yield the chunks of the fixed validation pass with this rank's micro-batches."""
         return self._run(iter(self.plan.validation(self.world_size, max_samples)))
 
-    def batch_of(self, planned: PlannedStep, indices: Iterable[int]) -> PackedBatch:
+    def batch_of(self, step_plan: StepPlan, indices: Iterable[int]) -> PackedBatch:
         """Return these samples of a step as one batch on the host."""
-        return self._packer.pack([self._reader.read(planned.samples, int(index)) for index in indices])
+        return self._packer.pack([self._reader.read(step_plan.samples, int(index)) for index in indices])
 
-    def sample_names(self, planned: PlannedStep) -> list[str]:
+    def sample_names(self, step_plan: StepPlan) -> list[str]:
         """Return the names of this rank's samples of a step."""
         return [
-            name for m in planned.micro_batches[self.rank] for name in self.batch_of(planned, m.indices).sample_names
+            name
+            for m in step_plan.micro_batches[self.rank]
+            for name in self.batch_of(step_plan, m.indices).sample_names
         ]
 
     def close(self) -> None:
         """Stop the packing threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, planned_steps: Iterator[PlannedStep]) -> Iterator[tuple[PlannedStep, Iterator[PackedBatch]]]:
-        ahead = StepPrefetcher(planned_steps, self.rank, self._reader.read_ahead, self._read_ahead_bytes)
-        waiting: deque[tuple[PlannedStep, Future[PackedBatch]]] = deque()
+    def _run(self, step_plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
+        ahead = StepPrefetcher(step_plans, self.rank, self._reader.read_ahead, self._read_ahead_bytes)
+        waiting: deque[tuple[StepPlan, Future[PackedBatch]]] = deque()
         left = 0  # micro-batches left of the step that is being consumed
 
         def fill(*, wait: bool) -> None:
             """Submit the next micro-batches for packing. With `wait`, wait for the step plan if none is submitted."""
             while len(waiting) < self._ahead and (following := ahead.take(wait=wait and not waiting)) is not None:
-                planned, place, _ = following
-                waiting.append((planned, self._threads.submit(self._make, planned, place)))
+                step_plan, place, _ = following
+                waiting.append((step_plan, self._threads.submit(self._make, step_plan, place)))
 
         def batches() -> Iterator[PackedBatch]:
             nonlocal left
@@ -98,9 +100,9 @@ class MicroBatchLoader:
                     fill(wait=True)
                 if not waiting:
                     return
-                planned = waiting[0][0]
-                left = len(planned.micro_batches[self.rank])
-                yield planned, batches()
+                step_plan = waiting[0][0]
+                left = len(step_plan.micro_batches[self.rank])
+                yield step_plan, batches()
                 assert not left, "a step's micro-batches are all consumed before the next"
         finally:
             ahead.close()
@@ -113,6 +115,6 @@ class MicroBatchLoader:
         yield
         self.wait_s += time.perf_counter() - start
 
-    def _make(self, planned: PlannedStep, number: int) -> PackedBatch:
-        batch = self.batch_of(planned, planned.micro_batches[self.rank][number].indices)
+    def _make(self, step_plan: StepPlan, number: int) -> PackedBatch:
+        batch = self.batch_of(step_plan, step_plan.micro_batches[self.rank][number].indices)
         return batch.pin_memory() if self.device.type == "cuda" else batch

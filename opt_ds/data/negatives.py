@@ -32,7 +32,7 @@ class NegativeSampler:
         store: FeatureStore,
         samples: np.ndarray,
         split: str | None = None,
-        hard_share: float = 0.0,
+        hard_fraction: float = 0.0,
         hard_candidates: int = 1,
     ) -> None:
         """Find the candidate negatives of each modality.
@@ -42,7 +42,7 @@ class NegativeSampler:
             samples: int64 indices of the split's samples.
             split: Name of the split if `samples` are all of its samples; derived arrays are then cached (see
                 `data.derived`). None: some of its samples.
-            near_share: Fraction of the negatives that are hard negatives.
+            hard_fraction: Fraction of the negatives that are hard negatives.
             near_candidates: Number of candidates sampled for each hard negative.
         """
         self._rows, self._groups = store.rows, store.groups
@@ -55,9 +55,9 @@ class NegativeSampler:
             not len(providers) or self._suffices(providers, modality) for modality, providers in enumerate(self._providers)
         )
         self._run_ends: dict[int, np.ndarray] = {}
-        self._hard_share, self._candidates, self._similarity = 0.0, 1, None
-        if hard_share and self.usable:
-            self._hard_share, self._candidates = hard_share, hard_candidates
+        self._hard_fraction, self._candidates, self._similarity = 0.0, 1, None
+        if hard_fraction and self.usable:
+            self._hard_fraction, self._candidates = hard_fraction, hard_candidates
             assert split is not None, "hard negatives are sampled from a complete split"
             self._similarity = TextSimilarity(store, samples, [split])
 
@@ -114,7 +114,7 @@ class NegativeSampler:
             group = self._groups[sample].copy()
             if who.size:
                 negative = self._negatives(modality, who, used, rows[who, modality], key[who])
-                near = keyed_uniform(key[who], "near donor", modality) < self._hard_share
+                near = keyed_uniform(key[who], "near donor", modality) < self._hard_fraction
                 if near.any():
                     negative[near] = self._nearest(modality, who[near], used, rows[who[near], modality], key[who[near]], sample)
                 rows[who, modality] = self._rows[negative, modality]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opt_ds.data.planned import PlannedStep
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.step_plan import StepPlan
+from opt_ds.data.step_samples import StepSamples
 
 _MOST_MICRO_BATCHES = 64  # maximum number of prefetched micro-batches, however few bytes they have
 
@@ -19,7 +19,7 @@ _MOST_MICRO_BATCHES = 64  # maximum number of prefetched micro-batches, however 
 class Prefetched(NamedTuple):
     """A prefetched micro-batch: number `place` of this rank in the step, and the bytes whose reading was started."""
 
-    planned: PlannedStep
+    step_plan: StepPlan
     place: int
     num_bytes: int
 
@@ -32,15 +32,15 @@ class StepPrefetcher:
 
     def __init__(
         self,
-        planned_steps: Iterator[PlannedStep],
+        step_plans: Iterator[StepPlan],
         rank: int,
-        read_ahead: Callable[[PlannedSamples, np.ndarray], int],
+        read_ahead: Callable[[StepSamples, np.ndarray], int],
         max_bytes: int,
     ) -> None:
         """Start the thread.
 
         Args:
-            planned_steps: The steps.
+            step_plans: The steps.
             rank: This rank.
             read_ahead: Called with samples and global sample indices; starts reading their bytes and returns the number
                 of bytes. It is not called if `max_bytes` is 0.
@@ -52,7 +52,7 @@ class StepPrefetcher:
         self._num_bytes = 0
         self._ended = self._stopped = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, args=(planned_steps,), name="plan", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(step_plans,), name="plan", daemon=True)
         self._thread.start()
 
     def take(self, *, wait: bool) -> Prefetched | None:
@@ -79,15 +79,15 @@ class StepPrefetcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def _work(self, planned_steps: Iterator[PlannedStep]) -> None:
+    def _work(self, step_plans: Iterator[StepPlan]) -> None:
         try:
-            for planned in planned_steps:
-                for place, micro_batch in enumerate(planned.micro_batches[self._rank]):
-                    if not self._wait_for_room():
+            for step_plan in step_plans:
+                for place, micro_batch in enumerate(step_plan.micro_batches[self._rank]):
+                    if not self._wait_for_capacity():
                         return
-                    size = self._read_ahead(planned.samples, micro_batch.indices) if self._max_bytes else 0
+                    size = self._read_ahead(step_plan.samples, micro_batch.indices) if self._max_bytes else 0
                     with self._changed:
-                        self._ready.append(Prefetched(planned, place, size))
+                        self._ready.append(Prefetched(step_plan, place, size))
                         self._num_bytes += size
                         self._changed.notify_all()
         except BaseException as error:
@@ -97,7 +97,7 @@ class StepPrefetcher:
                 self._ended = True
                 self._changed.notify_all()
 
-    def _wait_for_room(self) -> bool:
+    def _wait_for_capacity(self) -> bool:
         """Wait until one more micro-batch may be prefetched. Return False if the prefetcher is closed."""
         with self._changed:
             while not self._stopped and (self._num_bytes >= max(1, self._max_bytes) or len(self._ready) >= _MOST_MICRO_BATCHES):

@@ -1,4 +1,4 @@
-"""Sample reader: reads the rows of a planned sample from the store, masks its items and sets its targets."""
+"""Sample reader: reads the rows of a sample of a step plan from the store, masks its items and sets its targets."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import VALIDATION_EPOCH, StepSamples
 from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import tasks_of
 from opt_ds.ops.keyed import keyed_hash
@@ -23,15 +23,15 @@ class SampleReader:
         self._tasks = list(tasks_of(config).values())
         self._spans = {modality: span for task in self._tasks for modality, span in task.mask_spans.items()}
 
-    def read(self, planned: PlannedSamples, index: int) -> Sample:
+    def read(self, samples: StepSamples, index: int) -> Sample:
         """Return the sample with this global sample index, masked by its key, with the targets of its task."""
-        number, rows = int(planned.store[index]), planned.input_rows[index]
+        number, rows = int(samples.store[index]), samples.input_rows[index]
         store = self.stores[number]
-        task = self._tasks[planned.task[index]] if planned.task[index] >= 0 else None
-        epoch = int(planned.epoch[index])
-        key = int(keyed_hash(self.config.seed, "masks", epoch, number, int(planned.sample[index])))
+        task = self._tasks[samples.task[index]] if samples.task[index] >= 0 else None
+        epoch = int(samples.epoch[index])
+        key = int(keyed_hash(self.config.seed, "masks", epoch, number, int(samples.sample[index])))
         training_key = key if epoch < VALIDATION_EPOCH else None
-        sample = Sample(name=f"{store.name}/{store.sample_id(int(planned.sample[index]))}", index=index)
+        sample = Sample(name=f"{store.name}/{store.sample_id(int(samples.sample[index]))}", index=index)
         for modality, row in zip(self.modalities, rows, strict=True):
             if row < 0:
                 continue
@@ -41,21 +41,21 @@ class SampleReader:
                 modality.mask(items, store, self.config.tasks.mask_probability, span, key)
             sample.items[modality.number] = items
         if task:
-            task.add_targets(sample, planned, index, store)
+            task.add_targets(sample, samples, index, store)
         return sample
 
-    def read_ahead(self, planned: PlannedSamples, indices: np.ndarray) -> int:
+    def read_ahead(self, samples: StepSamples, indices: np.ndarray) -> int:
         """Start reading the features of these samples from disk, without waiting. Return their number of bytes."""
         total = 0
         with_features = [modality for modality in self.modalities if modality.standardizer]
-        for number, rows in zip(planned.store[indices].tolist(), planned.input_rows[indices].tolist(), strict=True):
+        for number, rows in zip(samples.store[indices].tolist(), samples.input_rows[indices].tolist(), strict=True):
             store = self.stores[number]
             for modality in with_features:
                 row = rows[modality.number]
                 total += store.read_ahead(modality.name, row) if row >= 0 else 0
         return total
 
-    def whole(self, number: int, index: int, modalities: Iterable[int] | None = None) -> Sample:
+    def read_unmasked(self, number: int, index: int, modalities: Iterable[int] | None = None) -> Sample:
         """Return a store's sample without masking, for evaluation.
 
         Args:

@@ -3,7 +3,7 @@
 Of n ranks, each plans every n-th step and writes it to a file for the others.
 
 A plan is a function of (config, stores, step), so sharing is only a cache. A rank plans a step itself if it does not
-find the file in time, or if the file is damaged or belongs to another run. A file holds a complete `PlannedStep` that
+find the file in time, or if the file is damaged or belongs to another run. A file holds a complete `StepPlan` that
 the others map. Its pages are in memory once, whatever the number of ranks and however many steps they are ahead.
 
 Each rank has an inbox, a folder of files named by their steps. The rank that plans a step links one file into the
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from opt_ds.data.micro_batches import MicroBatches
-from opt_ds.data.planned import Plan, PlannedStep
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.step_plan import Plan, StepPlan
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.log import EVERY_RANK
 from opt_ds.version import __version__
 
@@ -67,48 +67,48 @@ class SharedPlans:
         self._late: set[int] = set()  # ranks that are not waited for until their plans appear again
         self.num_read = self.num_missed = 0
 
-    def steps(self, first: int, last: int) -> Iterator[PlannedStep]:
+    def steps(self, first: int, last: int) -> Iterator[StepPlan]:
         """Yield the plans of steps first … last − 1.
 
         The next own step is planned and shared before this rank waits for another rank's plan.
         """
-        own: PlannedStep | None = None
+        own: StepPlan | None = None
         for step in range(first, last):
             following = step + (self._place - step) % self._count
             if following < last and (own is None or own.step < following):
-                own = self._planned(following)
+                own = self._own_plan(following)
                 self._leave(own)
             if own is not None and own.step == step:
                 yield own
             else:
-                yield self._read(step) or self._planned(step)
+                yield self._read(step) or self._own_plan(step)
 
-    def _planned(self, step: int) -> PlannedStep:
+    def _own_plan(self, step: int) -> StepPlan:
         began = time.perf_counter()
-        planned = self._plan.step(step, self._world_size)
+        step_plan = self._plan.step(step, self._world_size)
         self._longest_s = max(self._longest_s, time.perf_counter() - began)
-        return planned
+        return step_plan
 
     # ---- writing and reading
 
-    def _leave(self, planned: PlannedStep) -> None:
+    def _leave(self, step_plan: StepPlan) -> None:
         """Link the plan's file into the other ranks' inboxes that have room.
 
         If the disk is full, the others plan the step themselves.
         """
-        temporary = self._folder / f".{planned.step}-{self._place}.tmp"
+        temporary = self._folder / f".{step_plan.step}-{self._place}.tmp"
         try:
-            write_plan(temporary, planned, self._key)
+            write_plan(temporary, step_plan, self._key)
             for other in range(self._count):
                 inbox = _inbox(self._folder, other)
                 if other != self._place and len(os.listdir(inbox)) < _MOST_WAITING:
-                    os.link(temporary, inbox / str(planned.step))
+                    os.link(temporary, inbox / str(step_plan.step))
         except OSError as error:
-            self._note(planned.step, f"{self._folder} cannot take it ({error.strerror})")
+            self._note(step_plan.step, f"{self._folder} cannot take it ({error.strerror})")
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _read(self, step: int) -> PlannedStep | None:
+    def _read(self, step: int) -> StepPlan | None:
         """Return another rank's plan of a step, or None if it is not there in time or belongs to another run."""
         owner, inbox = step % self._count, _inbox(self._folder, self._place)
         _remove_before(inbox, step)
@@ -122,13 +122,13 @@ class SharedPlans:
                 return None
             time.sleep(_POLL_S)
         self._late.discard(owner)
-        planned = read_plan(path, step, self._key)
+        step_plan = read_plan(path, step, self._key)
         path.unlink(missing_ok=True)
-        if planned is None:
+        if step_plan is None:
             self._note(step, "its file is damaged, or another run's")
         else:
             self.num_read += 1
-        return planned
+        return step_plan
 
     def _note(self, step: int, reason: str) -> None:
         self.num_missed += 1
@@ -170,17 +170,17 @@ def _key_of(plan: Plan, world_size: int) -> str:
 # ---- file format: one line of JSON that describes the content, then the arrays
 
 
-def write_plan(path: Path, planned: PlannedStep, key: str) -> None:
+def write_plan(path: Path, step_plan: StepPlan, key: str) -> None:
     """Write a step's plan. Raise OSError if that fails."""
-    assert isinstance(planned.micro_batches, MicroBatches)
-    arrays = planned.samples.arrays()
-    arrays |= {f"micro_batches/{name}": getattr(planned.micro_batches, name) for name in _MICRO_BATCHES}
-    about: dict[str, Any] = {name: getattr(planned, name) for name in _NUMBERS}
+    assert isinstance(step_plan.micro_batches, MicroBatches)
+    arrays = step_plan.samples.arrays()
+    arrays |= {f"micro_batches/{name}": getattr(step_plan.micro_batches, name) for name in _MICRO_BATCHES}
+    about: dict[str, Any] = {name: getattr(step_plan, name) for name in _NUMBERS}
     about |= {"key": key, "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()]}
-    content, start = np.zeros(sum(map(_room, arrays.values())), np.uint8), 0
+    content, start = np.zeros(sum(map(_padded_bytes, arrays.values())), np.uint8), 0
     for array in arrays.values():
         content[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        start += _room(array)
+        start += _padded_bytes(array)
     about["sum"] = _sum(content)
     header = json.dumps(about).encode()
     with open(path, "wb") as file:
@@ -188,7 +188,7 @@ def write_plan(path: Path, planned: PlannedStep, key: str) -> None:
         file.write(content)  # type: ignore[arg-type]
 
 
-def read_plan(path: Path, step: int, key: str) -> PlannedStep | None:
+def read_plan(path: Path, step: int, key: str) -> StepPlan | None:
     """Return the memory-mapped plan in a file, or None if the file is incomplete or of another step or run."""
     try:
         with open(path, "rb") as file:
@@ -202,17 +202,17 @@ def read_plan(path: Path, step: int, key: str) -> PlannedStep | None:
         arrays = {}
         for name, dtype, shape in about["arrays"]:
             arrays[name] = np.frombuffer(content, dtype, int(np.prod(shape)), start).reshape(shape)
-            start += _room(arrays[name])
+            start += _padded_bytes(arrays[name])
         if start != size:
             return None
         micro_batches = MicroBatches(*(arrays.pop(f"micro_batches/{name}") for name in _MICRO_BATCHES))
-        samples = PlannedSamples.from_arrays(arrays)
-        return PlannedStep(samples=samples, micro_batches=micro_batches, **{name: about[name] for name in _NUMBERS})
+        samples = StepSamples.from_arrays(arrays)
+        return StepPlan(samples=samples, micro_batches=micro_batches, **{name: about[name] for name in _NUMBERS})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _room(array: np.ndarray) -> int:
+def _padded_bytes(array: np.ndarray) -> int:
     """Return the number of bytes from the start of the array to that of the next one."""
     return array.nbytes + -array.nbytes % _ALIGNMENT
 

@@ -23,8 +23,8 @@ import torch
 from opt_ds.config import Config
 from opt_ds.data.layout import Layout
 from opt_ds.data.lengths import ModelLengths
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.ops.movable import Movable
 from opt_ds.store.reader import FeatureStore
 
@@ -102,7 +102,7 @@ class DataTask:
     """A task as the data pipeline sees it. Instances hold the configuration and no state."""
 
     name: ClassVar[str]
-    sampled: ClassVar[bool] = True  # whether pre-training samples the task by tasks.mix
+    sampled: ClassVar[bool] = True  # whether pre-training samples the task by tasks.sampling_weights
     masked_modalities: ClassVar[tuple[int, ...]] = ()  # modalities whose items are masked in the input
     #: Column of the step plan -> its dtype and its value for samples of other tasks.
     columns: ClassVar[dict[str, tuple[type, Any]]] = {}
@@ -113,9 +113,9 @@ class DataTask:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.number = list(config.tasks.units).index(self.name)  # value in `PlannedSamples.task`
+        self.number = list(config.tasks.units).index(self.name)  # value in `StepSamples.task`
 
-    def own(self, samples: PlannedSamples) -> np.ndarray:
+    def own(self, samples: StepSamples) -> np.ndarray:
         """Return the samples of a step that were assigned to this task, int64."""
         return np.flatnonzero(samples.task == self.number)
 
@@ -171,14 +171,14 @@ class DataTask:
             derived: The result of `derive`.
         """
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of terms of each of the task's losses over the step.
 
         Terms are masked items, target tokens or samples.
         """
         return {}
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the task's cost of each sample to `total`, in place. `positions` are the encoder's, float64 [B]."""
 
     # ---- the fine-tuning plan
@@ -231,12 +231,12 @@ class DataTask:
         """
         return {}
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the targets of a sample of this task in `sample.targets`. Its inputs are already read and masked.
 
         Args:
             sample: The sample, which is changed.
-            planned: The samples of the step.
+            samples: The samples of the step.
             index: Global sample index.
             store: The sample's store.
         """
@@ -252,5 +252,5 @@ class DataTask:
 
 
 def tasks_of(config: Config) -> dict[str, DataTask]:
-    """Return name -> task of a configuration, in the order of `PlannedSamples.task`."""
+    """Return name -> task of a configuration, in the order of `StepSamples.task`."""
     return {name: unit(config) for name, unit in config.tasks.units.items()}

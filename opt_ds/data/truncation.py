@@ -23,13 +23,13 @@ class _Dropped(NamedTuple):
 
     rows: float
     truncated: float
-    lost: float
+    dropped: float
     longest: float
 
     def line(self, key: str, value: int, rows: str, items: str, note: str = "") -> str:
         return (
             f"{key}={value}{note} truncates {self.truncated:,.0f} of {self.rows:,.0f} {rows} "
-            f"({_percent(self.truncated / self.rows)}; on average {_percent(self.lost / self.truncated)} of their {items} are "
+            f"({_percent(self.truncated / self.rows)}; on average {_percent(self.dropped / self.truncated)} of their {items} are "
             f"dropped): the longest needs {key}={self.longest:.0f}"
         )
 
@@ -67,15 +67,15 @@ def _count(modalities: Sequence[Modality], store: FeatureStore) -> np.ndarray:
 
 def _dropped(stored: np.ndarray, limit: int, stack: int) -> _Dropped:
     truncated = longest = 0
-    lost = 0.0
+    dropped = 0.0
     for start in range(0, len(stored), _BLOCK):  # an index may be a memory map of 10^8 rows
         lengths = stacked_length(stored[start : start + _BLOCK], stack)
         longer = lengths[lengths > limit]
         truncated += len(longer)
-        lost += float((1 - limit / longer).sum())
+        dropped += float((1 - limit / longer).sum())
         longest = max(longest, int(lengths.max(initial=0)))
-    return _Dropped(len(stored), truncated, lost, longest)
+    return _Dropped(len(stored), truncated, dropped, longest)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.2g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %" if fraction >= 0.001 else f"{100 * fraction:.2g} %"

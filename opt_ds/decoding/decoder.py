@@ -1,9 +1,9 @@
 """Decode untrusted files in a separate process, under limits. Every command that reads such files uses this module.
 
     decoder = Decoder(Limits(max_pixels=100_000_000))
-    picture = decoder.picture(path).content       # RGB, upright, on white
-    recording = decoder.recording(path).content   # mono float32 at 16 kHz
-    arrays = decoder.arrays(path).content         # of an .npz file
+    image = decoder.image(path).content      # RGB, upright, on white
+    audio = decoder.audio(path).content      # mono float32 at 16 kHz
+    arrays = decoder.arrays(path).content    # of an .npz file
 
 The content of a file can cause a `DecodingError` and nothing else. The process (decoder_process.py) may crash, hang, or
 reach its limit of memory or time; the next file gets a new process. Errors of the file system raise
@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from opt_ds.decoding.decoder_process import MESSAGE_BYTES
-from opt_ds.decoding.limits import MAX_PIXELS, MAX_SECONDS, MIB, Budget, Limits, readable
+from opt_ds.decoding.limits import MIB, Budget, Limits, readable
 from opt_ds.errors import RunError
 from opt_ds.version import PACKAGE_FOLDER
 
@@ -88,7 +88,7 @@ class Decoder:
         self._child: _Child | None = None
         self._turn = threading.Lock()
 
-    def picture(self, path: Path, limits: Limits | None = None) -> Decoded[Image.Image]:
+    def image(self, path: Path, limits: Limits | None = None) -> Decoded[Image.Image]:
         """Return the image as RGB, upright, on white."""
 
         def take(child: "_Child", answer: dict[str, Any]) -> Image.Image:
@@ -98,9 +98,9 @@ class Decoder:
 
         return self._ask("image", path, limits, take)
 
-    def recording(self, path: Path, limits: Limits | None = None) -> Decoded[np.ndarray]:
+    def audio(self, path: Path, limits: Limits | None = None) -> Decoded[np.ndarray]:
         """Return the audio as mono float32 [S] at 16 kHz."""
-        from opt_ds.decoding.recordings import resample
+        from opt_ds.decoding.audio import resample
 
         def take(child: "_Child", answer: dict[str, Any]) -> np.ndarray:
             mono = np.frombuffer(child.answer_bytes(0, 4 * answer["samples"]), "float32")
@@ -184,16 +184,6 @@ def own_decoder() -> Decoder:
     if _own is None:
         _own = Decoder()
     return _own
-
-
-def load_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image of a file as RGB, using the decoder of this process."""
-    return own_decoder().picture(path, Limits(max_pixels=max_pixels)).content
-
-
-def load_recording(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Return the audio of a file as mono float32 [S] at 16 kHz, using the decoder of this process."""
-    return own_decoder().recording(path, Limits(max_seconds=max_seconds)).content
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

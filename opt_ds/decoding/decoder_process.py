@@ -91,9 +91,9 @@ class Process:
         self._allow(limits.of_header(size))
         try:
             if kind == "image":
-                return self._picture(file, path, size, limits)
+                return self._image(file, path, size, limits)
             if kind == "audio":
-                return self._recording(file, path, size, limits)
+                return self._audio(file, path, size, limits)
             return self._arrays(file, limits)
         except MemoryError:
             return {"failure": f"it needs more than {readable(self._budget.memory_bytes)} of memory", "refused": True}
@@ -103,23 +103,25 @@ class Process:
             file.seek(0)
             return {"failure": reason_of(error, kind, file.read(4096)), "refused": isinstance(error, RefusedError)}
 
-    def _picture(self, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
-        from opt_ds.decoding import drawings, pictures
+    def _image(self, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
+        from opt_ds.decoding import drawings, images
 
         if drawings.is_drawing(file):
-            picture = drawings.draw(path, limits, lambda pixels: self._allow(limits.of_drawing(size, pixels)))
+            image = drawings.draw(path, limits, lambda pixels: self._allow(limits.of_drawing(size, pixels)))
         else:
-            picture = pictures.load_bitmap(file, limits.max_pixels, lambda pixels: self._allow(limits.of_picture(size, pixels)))
-        self._write(picture.tobytes(), 0)
-        return {"size": picture.size}
+            image = images.load_bitmap(
+                file, limits.max_pixels, lambda pixels: self._allow(limits.of_image(size, pixels))
+            )
+        self._write(image.tobytes(), 0)
+        return {"size": image.size}
 
-    def _recording(self, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
-        from opt_ds.decoding.recordings import decode_recording
+    def _audio(self, file: BinaryIO, path: str, size: int, limits: Limits) -> dict[str, Any]:
+        from opt_ds.decoding.audio import decode_audio
 
         def allow(values: int) -> None:
-            self._allow(limits.of_recording(size, values))
+            self._allow(limits.of_audio(size, values))
 
-        mono, rate_hz = decode_recording(file, limits.max_seconds, allow)
+        mono, rate_hz = decode_audio(file, limits.max_seconds, allow)
         self._write(mono, 0)
         return {"samples": len(mono), "rate_hz": rate_hz}
 
@@ -166,11 +168,11 @@ def _import_decoders(kind: str) -> None:
     """Import what the kind requires before any limit is set, since code does not count towards the memory of a file."""
     if kind == "image":
         import opt_ds.decoding.drawings
-        from opt_ds.decoding.pictures import accepted_formats
+        from opt_ds.decoding.images import accepted_formats
 
         accepted_formats()
     elif kind == "audio":
-        import opt_ds.decoding.recordings
+        import opt_ds.decoding.audio
     else:
         import opt_ds.decoding.npz_arrays  # noqa: F401
 

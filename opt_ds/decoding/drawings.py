@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import resvg_py
 from PIL import Image
 
+from opt_ds.decoding.images import on_white, open_bitmap
 from opt_ds.decoding.limits import Limits
-from opt_ds.decoding.pictures import on_white, open_bitmap
 from opt_ds.decoding.reasons import BrokenFileError, RefusedError, what_it_is
 
 SVG_SIDE = 256  # pixels; an SVG has no pixel size of its own

@@ -10,7 +10,7 @@ from typing import Literal
 
 Kind = Literal["image", "audio", "text", "regions", "table", "archive", "video", "document"]
 HEAD_BYTES = 1024  # number of bytes that format_of_content requires
-_TO_PICTURE = "convert it to PNG or JPEG"
+_TO_IMAGE = "convert it to PNG or JPEG"
 _TO_WAV = "convert it to WAV or FLAC"
 _TO_SOUND = "extract its sound as WAV or FLAC"
 _RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
@@ -61,13 +61,13 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("JPEG 2000", "image", (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"), "JPEG2000"),
     SVG,
     FileFormat("compressed SVG", "image", (".svgz",), advice="decompress it to .svg"),
-    FileFormat("JPEG XL", "image", (".jxl",), advice=_TO_PICTURE),
-    FileFormat("Photoshop", "image", (".psd", ".psb"), advice=_TO_PICTURE),
-    FileFormat("icon", "image", (".ico", ".icns"), advice=_TO_PICTURE),
-    FileFormat("Targa", "image", (".tga",), advice=_TO_PICTURE),
-    FileFormat("OpenEXR or HDR", "image", (".exr", ".hdr", ".pfm"), advice=_TO_PICTURE),
-    FileFormat("PostScript", "image", (".eps", ".ps"), advice=_TO_PICTURE),
-    FileFormat("camera raw", "image", _RAW, advice=_TO_PICTURE),
+    FileFormat("JPEG XL", "image", (".jxl",), advice=_TO_IMAGE),
+    FileFormat("Photoshop", "image", (".psd", ".psb"), advice=_TO_IMAGE),
+    FileFormat("icon", "image", (".ico", ".icns"), advice=_TO_IMAGE),
+    FileFormat("Targa", "image", (".tga",), advice=_TO_IMAGE),
+    FileFormat("OpenEXR or HDR", "image", (".exr", ".hdr", ".pfm"), advice=_TO_IMAGE),
+    FileFormat("PostScript", "image", (".eps", ".ps"), advice=_TO_IMAGE),
+    FileFormat("camera raw", "image", _RAW, advice=_TO_IMAGE),
     FileFormat("WAV", "audio", (".wav", ".wave"), "WAV"),
     FileFormat("RF64", "audio", (".rf64",), "RF64"),
     FileFormat("Wave64", "audio", (".w64",), "W64"),
@@ -167,11 +167,6 @@ def endings_of(*kinds: Kind, decodable: bool = False) -> tuple[str, ...]:
         if each.kind in kinds and (each.decoder is not None or not decodable)
         for ending in each.endings
     )
-
-
-def decoders_of(kind: Kind) -> tuple[str, ...]:
-    """Return the names, in Pillow or libsndfile, of a kind's formats that can be decoded here."""
-    return tuple(each.decoder for each in FORMATS if each.kind == kind and each.decoder is not None)
 
 
 def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | None:

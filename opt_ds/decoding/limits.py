@@ -80,7 +80,7 @@ class Limits(Section):
         """Return the budget for reading a header. Some decoders read the whole file for it."""
         return Budget(_BASE_MEMORY + 3 * file_bytes, self.cpu_s)
 
-    def of_picture(self, file_bytes: int, pixels: int) -> Budget:
+    def of_image(self, file_bytes: int, pixels: int) -> Budget:
         """Return the budget for decoding an image of `pixels` pixels."""
         return Budget(
             _BASE_MEMORY + 3 * file_bytes + _MEMORY_PER_PIXEL * pixels, self.cpu_s + _CPU_S_PER_PIXEL * pixels
@@ -95,7 +95,7 @@ class Limits(Section):
             raise RefusedError(f"the drawing has {file_bytes / MIB:.0f} MiB, {_DRAWING_FILE // MIB} are allowed")
         return Budget(_DRAWING_MEMORY + _MEMORY_PER_PIXEL * pixels, self.cpu_s)
 
-    def of_recording(self, file_bytes: int, values: int) -> Budget:
+    def of_audio(self, file_bytes: int, values: int) -> Budget:
         """Return the budget for decoding `values` audio samples, counted over all channels."""
         return Budget(_BASE_MEMORY + _MEMORY_PER_VALUE * values, self.cpu_s + _CPU_S_PER_VALUE * values)
 

@@ -43,13 +43,14 @@ class _Frame:
 class MpegLength:
     """The length of an MP3 file, counted over its frames.
 
-    `start` is the offset of the first frame, and `samples` is per channel. `is_cut`: the last frame is incomplete.
+    `start` is the offset of the first frame, and `samples` is per channel. `is_truncated`: the last frame is
+    incomplete.
     `index` is a frame that announces the number of frames. It is meant to replace everything before `start`.
     """
 
     start: int
     samples: int
-    is_cut: bool
+    is_truncated: bool
     index: bytes
 
 
@@ -59,7 +60,7 @@ def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
     first = _frame_at(file, start)
     if first is None or _has_index(file, start, first):
         return None
-    count, samples, is_cut = 0, 0, False
+    count, samples, is_truncated = 0, 0, False
     while start < size:
         frame = _frame_at(file, start)
         if frame is None:
@@ -68,11 +69,11 @@ def count_frames(file: BinaryIO, size: int) -> MpegLength | None:
             if not (rest.startswith(_TAGS_AT_END) or not rest.strip(b"\0")):
                 return None
             break
-        is_cut = start + frame.bytes > size
-        if is_cut:
+        is_truncated = start + frame.bytes > size
+        if is_truncated:
             break
         count, samples, start = count + 1, samples + frame.samples, start + frame.bytes
-    return MpegLength(begin, samples, is_cut, _index_of(first, count))
+    return MpegLength(begin, samples, is_truncated, _index_of(first, count))
 
 
 def holds_another(file: BinaryIO, size: int) -> bool:

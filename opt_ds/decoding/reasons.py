@@ -27,7 +27,9 @@ _SPOKEN_WITH_A_VOWEL = frozenset((
     "AVIF", "SVG", "icon", "OpenEXR", "RF64", "OGG", "MP3", "AIFF", "AU", "M4A", "AMR", "NIST", "AC-3", "XML", "HTML", "MPEG-4",
     "xz", "RAR",
 ))  # fmt: skip
-_CUT = re.compile(r"truncat|unexpected end|end of file|not enough|premature|lost sync|incomplete|EOF", re.IGNORECASE)
+_TRUNCATED = re.compile(
+    r"truncat|unexpected end|end of file|not enough|premature|lost sync|incomplete|EOF", re.IGNORECASE
+)
 
 
 class RefusedError(ValueError):
@@ -88,6 +90,6 @@ def reason_of(error: Any, kind: str, head: bytes) -> str:
     if (advice := _advice(kind, head)) is not None:
         return advice
     found = what_it_is(head) or "of an accepted format"
-    if _CUT.search(str(error)):
+    if _TRUNCATED.search(str(error)):
         return f"it is {found}, truncated or damaged"
     return f"it is {found}, damaged"

@@ -1,7 +1,7 @@
 """Compare what the headers of audio files announce with what the files contain, to detect truncated files.
 
 libsndfile silently clamps the announced length to the available one, and it silently reads only the first stream of an
-OGG file. MP3 and FLAC are compared after decoding (recordings.py), when the number of their frames is known. The length
+OGG file. MP3 and FLAC are compared after decoding (audio.py), when the number of their frames is known. The length
 of an MP3 without an index is only an estimate, so its frames are counted.
 """
 
@@ -42,7 +42,7 @@ class SoundHeader:
     mpeg: MpegLength | None = None
 
     @property
-    def is_cut(self) -> bool:
+    def is_truncated(self) -> bool:
         """Whether the file contains less sound than it announces."""
         return self.announced is not None and self.held is not None and self.held + _SLACK_BYTES < self.announced
 
@@ -218,8 +218,8 @@ def _mpeg(file: BinaryIO, size: int) -> SoundHeader:
     if holds_another(file, size):
         return SoundHeader(problem=_SEVERAL)
     length = count_frames(file, size)
-    cut = length is not None and length.is_cut
-    return SoundHeader(problem="it is truncated: its last frame is incomplete" if cut else None, mpeg=length)
+    truncated = length is not None and length.is_truncated
+    return SoundHeader(problem="it is truncated: its last frame is incomplete" if truncated else None, mpeg=length)
 
 
 def with_index(length: MpegLength, file: BinaryIO) -> BinaryIO:

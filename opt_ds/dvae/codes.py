@@ -38,9 +38,9 @@ class CodeExtractor:
         """Load the output of `opt-ds train-dvae`. Raise UserError if it is missing or damaged."""
         return cls(DiscreteVAE.from_pretrained(folder), device)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: name, codebook size and SHA-256 of the weights."""
-        return self.dvae.identity()
+        return self.dvae.fingerprint()
 
     def extract(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the argmax codes of each image, uint16 [64], in row-major order of the 8×8 grid."""
@@ -63,7 +63,7 @@ class ReconstructionQuality:
     `psnr_db` is 10 log10(1 / mse), with the mse over all images and values. `mean_psnr_db` is the mean PSNR per image.
     """
 
-    num_pictures: int
+    num_images: int
     psnr_db: float
     mean_psnr_db: float
 
@@ -97,11 +97,11 @@ def encode_store(extractor: CodeExtractor, store: FeatureStore, rows: np.ndarray
 def codebook_use(codes_ns: np.ndarray, codebook_size: int) -> dict[str, float]:
     """Return the number of codes that occur, their fraction of the codebook, and exp(entropy) of their distribution."""
     counts_k = np.bincount(codes_ns.reshape(-1), minlength=codebook_size)
-    share_k = counts_k[counts_k > 0] / counts_k.sum()
+    fraction_k = counts_k[counts_k > 0] / counts_k.sum()
     return {
         "codes_used": int((counts_k > 0).sum()),
         "fraction_used": float((counts_k > 0).mean()),
-        "perplexity": float(np.exp(-(share_k * np.log(share_k)).sum())),
+        "perplexity": float(np.exp(-(fraction_k * np.log(fraction_k)).sum())),
     }
 
 
@@ -119,12 +119,12 @@ def reconstruction_grid(
     Returns:
         The grid, uint8 [H, W, 3].
     """
-    painted_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
+    reconstructed_nchw = (extractor.reconstruct(pixels_nchw) * 255).round().astype("uint8")
     bands = []
     for start in range(0, len(pixels_nchw), per_row):
-        for pictures_nchw in (pixels_nchw, painted_nchw):
+        for images_nchw in (pixels_nchw, reconstructed_nchw):
             row = np.full((per_row, *pixels_nchw.shape[1:]), 255, "uint8")
-            part = pictures_nchw[start : start + per_row]
+            part = images_nchw[start : start + per_row]
             row[: len(part)] = part
             bands.append(row.transpose(2, 0, 3, 1).reshape(row.shape[2], -1, 3))
     return np.concatenate(bands).repeat(zoom, 0).repeat(zoom, 1)
@@ -142,13 +142,14 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
         folder = store_path / DVAE_FOLDER
         for leftover in store_path.glob(f".{DVAE_FOLDER}.*.tmp"):
             shutil.rmtree(leftover)
-        if store.has_codes and store.description.extractors.get("codes") == extractor.identity() == _identity_in(folder):
+        own = extractor.fingerprint()
+        if store.has_codes and store.description.extractors.get("codes") == own == _fingerprint_in(folder):
             _LOG.info(f"dVAE: {store_path} already has this dVAE's codes")
             return False
         temporary = folder.with_name(f".{DVAE_FOLDER}.{os.getpid()}.tmp")
         try:
             extractor.dvae.save_pretrained(temporary)
-            set_codes(store_path, encode_store(extractor, store), extractor.identity())
+            set_codes(store_path, encode_store(extractor, store), extractor.fingerprint())
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         finally:
@@ -157,9 +158,9 @@ def write_missing_codes(store_path: Path, extractor: CodeExtractor) -> bool:
         return True
 
 
-def _identity_in(folder: Path) -> dict[str, Any] | None:
+def _fingerprint_in(folder: Path) -> dict[str, Any] | None:
     try:
-        return DiscreteVAE.from_pretrained(folder).identity()
+        return DiscreteVAE.from_pretrained(folder).fingerprint()
     except UserError:  # missing or incomplete: it will be written again
         return None
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from opt_ds.config.dvae import DVAE_PRESETS, DVAEConfig
 from opt_ds.dvae.kmeans import kmeans
 from opt_ds.errors import UserError
-from opt_ds.store.dvae import CONFIG_FILE, WEIGHTS_FILE, dvae_identity, read_dvae_folder
+from opt_ds.store.dvae import CONFIG_FILE, WEIGHTS_FILE, dvae_fingerprint, read_dvae_folder
 from opt_ds.store.files import follow_umask
 from opt_ds.store.seal import seal_folder
 
@@ -100,7 +100,7 @@ class DiscreteVAE(nn.Module):
         The result is float32 [n, 3, 64, 64] in 0..1.
         """
         codes_ns = codes_ns.to(self.codebook_kd.device, torch.int64)
-        return unfold(self._paint(F.embedding(codes_ns, self.codebook_kd))).clamp(0.0, 1.0)
+        return unfold(self._generate(F.embedding(codes_ns, self.codebook_kd))).clamp(0.0, 1.0)
 
     def forward(
         self,
@@ -128,7 +128,7 @@ class DiscreteVAE(nn.Module):
         patches_ndyx = fold(pixels_nchw)
         logits_nsk = self._logits(patches_ndyx)
         sample_nsk = gumbel_softmax(logits_nsk, temperature, generator, straight_through)
-        mse = F.mse_loss(self._paint(sample_nsk @ self.codebook_kd), patches_ndyx)
+        mse = F.mse_loss(self._generate(sample_nsk @ self.codebook_kd), patches_ndyx)
         kl = kl_to_uniform(logits_nsk).mean()
         return DVAELosses(self._reconstruction_loss(mse) + kl_weight * kl / PATCH_DIM, mse.detach(), kl.detach())
 
@@ -137,19 +137,19 @@ class DiscreteVAE(nn.Module):
 
         This is temperature 0 with a frozen encoder, without the cost of the encoder.
         """
-        mse = F.mse_loss(self._paint(F.embedding(codes_ns, self.codebook_kd)), fold(pixels_nchw))
+        mse = F.mse_loss(self._generate(F.embedding(codes_ns, self.codebook_kd)), fold(pixels_nchw))
         return DVAELosses(self._reconstruction_loss(mse), mse.detach(), torch.zeros_like(mse))
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that determine the codes of an image."""
         return [*self.encoder.parameters(), self.keys_kd, self.key_bias_k]
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: name, codebook size and SHA-256 of the weights.
 
         It links codes to the dVAE that made them.
         """
-        return dvae_identity(self.config, self.state_dict())
+        return dvae_fingerprint(self.config, self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`. Create the folder if necessary."""
@@ -188,7 +188,7 @@ class DiscreteVAE(nn.Module):
         with torch.autocast(patches_ndyx.device.type, enabled=False):
             return features_nsd.float() @ self.keys_kd.T + self.key_bias_k
 
-    def _paint(self, values_nsd: Tensor) -> Tensor:
+    def _generate(self, values_nsd: Tensor) -> Tensor:
         base_ndyx = values_nsd.float().transpose(1, 2).unflatten(2, (GRID_SIZE, GRID_SIZE))
         return base_ndyx + self.decoder(base_ndyx).float()
 

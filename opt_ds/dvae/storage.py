@@ -4,7 +4,7 @@ from pathlib import Path
 
 from opt_ds.dvae.model import DiscreteVAE
 from opt_ds.errors import UserError
-from opt_ds.store.dvae import check_identity
+from opt_ds.store.dvae import check_fingerprints
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import DVAE_FOLDER, StoreDescription
 
@@ -15,7 +15,7 @@ def load_store_dvae(path: Path, description: StoreDescription) -> DiscreteVAE:
     Raise UserError if it is missing, damaged, or did not make the codes.
     """
     dvae = DiscreteVAE.from_pretrained(path / DVAE_FOLDER)
-    check_identity(path, description, dvae.identity())
+    check_fingerprints(path, description, dvae.fingerprint())
     return dvae
 
 
@@ -25,6 +25,6 @@ def load_processor_dvae(folder: Path) -> DiscreteVAE:
     Raise UserError if it is missing, damaged, or did not make the codes.
     """
     dvae = DiscreteVAE.from_pretrained(folder / DVAE_FOLDER)
-    if dvae.identity() != load_processor_description(folder).extractors.get("codes"):
+    if dvae.fingerprint() != load_processor_description(folder).extractors.get("codes"):
         raise UserError(f"{folder / DVAE_FOLDER}: not the dVAE that made the codes: start the run again, which writes it")
     return dvae

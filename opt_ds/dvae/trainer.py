@@ -48,7 +48,7 @@ from opt_ds.training.time_limit import TimeLimit
 _LOG = logging.getLogger(__name__)
 RESULT_FILE = "result.json"
 GRID_FILE = "reconstructions.png"
-GRID_PICTURES = 16
+GRID_IMAGES = 16
 LOG_EVERY = 20
 _KEPT_CHECKPOINTS = 2  # the older one is used if the newest is damaged
 
@@ -148,7 +148,7 @@ class DVAETrainer(TrainingLoop):
         Return the PSNR of that quantiser, in dB.
         """
         config, rows = self.spec.config, self.spec.rows
-        chosen = permute(np.arange(min(config.kmeans_pictures, len(rows))), len(rows), self.spec.seed, "kmeans")
+        chosen = permute(np.arange(min(config.kmeans_images, len(rows))), len(rows), self.spec.seed, "kmeans")
         patches_ndyx = fold(torch.from_numpy(read_pixels(self.spec.store, rows[chosen])))
         # Only distinct patches are used. Otherwise half of the codebook would represent shades of the blank margin.
         levels_md = (patches_ndyx.flatten(2).transpose(1, 2).flatten(0, 1) + 0.5).mul(255).round().byte().numpy()
@@ -258,15 +258,15 @@ class DVAETrainer(TrainingLoop):
             "train_seconds": round(self.state.seconds, 1),
             "train_cpu_seconds": round(self.state.cpu_seconds, 1),
             "hardware": asdict(run.hardware),
-            "num_pictures": num_images(run.store),
-            "identity": self.dvae.identity(),
+            "num_images": num_images(run.store),
+            "fingerprint": self.dvae.fingerprint(),
         }
         self.dvae.save_pretrained(self.output)
-        shown = self._sample(np.concatenate(list(held_out.values()) or [run.rows]), GRID_PICTURES)
+        shown = self._sample(np.concatenate(list(held_out.values()) or [run.rows]), GRID_IMAGES)
         grid_hwc = reconstruction_grid(extractor, read_pixels(run.store, shown))
         Image.fromarray(grid_hwc).save(self.output / GRID_FILE)
         step = self.state.step
-        self.report.picture("dvae/true_above_reconstructed", grid_hwc, step)
+        self.report.image("dvae/true_above_reconstructed", grid_hwc, step)
         self.report.scalars(step, {f"dvae/psnr_db_{name}": values["psnr_db"] for name, values in quality.items()}, "valid")
         write_json(self.output / RESULT_FILE, result)
         shutil.rmtree(self.output / FOLDER, ignore_errors=True)

@@ -24,6 +24,7 @@ from opt_ds.dvae.codes import CodeExtractor, read_pixels, split_image_rows, writ
 from opt_ds.dvae.model import DiscreteVAE, DVAEConfig
 from opt_ds.dvae.trainer import RESULT_FILE, DVAERun, DVAETrainer, Hardware
 from opt_ds.errors import UserError
+from opt_ds.former_names import DVAE_RESULT, current_fields
 from opt_ds.ops.keyed import permute
 from opt_ds.store.foreign import read_json_object
 from opt_ds.store.reader import FeatureStore
@@ -34,7 +35,13 @@ from opt_ds.training.host_memory import keep_freed_memory
 
 _LOG = logging.getLogger(__name__)
 # With fewer images than this, a codebook of 8,192 has fewer than about 150 patches per code.
-MIN_PICTURES_FOR_BASE = 20_000
+MIN_IMAGES_FOR_BASE = 20_000
+#: Former keys of what run.json records -> their names.
+_FORMER_KEYS = {
+    "num_pictures": "num_images",
+    "pictures_sha256": "images_sha256",
+    **{f"config.{former}": f"config.{key}" for former, key in DVAEConfig.renamed.items()},
+}
 
 
 def train_dvae(
@@ -87,8 +94,8 @@ def train_dvae(
     preset = preset or default_preset(len(rows), config_file)
     config = load_dvae_config(preset, config_file, settings, steps)
     hardware = choose_hardware(device, precision)
-    identity = run_identity(store, rows, config, seed, train_split)
-    check_output(output, identity)
+    fixed = fixed_settings(store, rows, config, seed, train_split)
+    check_output(output, fixed)
     if (output / RESULT_FILE).is_file():
         result = read_result(output)
         _LOG.info(f"dVAE: {output} is complete ({result['steps']} steps), nothing to train")
@@ -98,7 +105,8 @@ def train_dvae(
             f"{hardware.precision}, {hardware.threads} threads"
         )
         about = {
-            "kind": run_folder.DVAE, "preset": preset, "identity": identity, "stores": run_folder.describe_stores([store])
+            "kind": run_folder.DVAE, "preset": preset, "fixed_settings": fixed,
+            "stores": run_folder.describe_stores([store]),
         }  # fmt: skip
         with run_folder.lock(output):
             run = DVAERun(store, rows, train_split, config, seed, hardware, output, checkpoint_every, about)
@@ -112,22 +120,22 @@ def train_dvae(
 def read_result(output: Path) -> dict[str, Any]:
     """Return the result.json of a completed run. Raise UserError if it, or the dVAE that it describes, is damaged."""
     file, remedy = output / RESULT_FILE, "restore it, or remove it to repeat the run"
-    result = read_json_object(file, remedy)
-    if type(result.get("steps")) is not int or result.get("identity") != DiscreteVAE.from_pretrained(output).identity():
+    result = current_fields(read_json_object(file, remedy), DVAE_RESULT)
+    own = DiscreteVAE.from_pretrained(output).fingerprint()
+    if type(result.get("steps")) is not int or result.get("fingerprint") != own:
         raise UserError(f"{file}: damaged, it does not describe the dVAE in this folder: {remedy}")
     return result
 
 
-def default_preset(num_pictures: int, config_file: Path | None) -> str:
+def default_preset(num_images: int, config_file: Path | None) -> str:
     """Return the preset of the configuration file or, without one, the preset for a store of this size.
 
     Log the choice.
     """
+    preset = "dvae-base" if num_images >= MIN_IMAGES_FOR_BASE else "dvae-emoji"
     if config_file:
         preset = preset_of_file(config_file)
-    else:
-        preset = "dvae-base" if num_pictures >= MIN_PICTURES_FOR_BASE else "dvae-emoji"
-    reason = f"the base of {config_file}" if config_file else f"fits {num_pictures} images"
+    reason = f"the base of {config_file}" if config_file else f"fits {num_images} images"
     _LOG.info(f"dVAE: preset {preset} ({reason}); choose another with --preset")
     return preset
 
@@ -158,7 +166,7 @@ def cpu_has_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed: int, split: str) -> dict[str, Any]:
+def fixed_settings(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed: int, split: str) -> dict[str, Any]:
     """Return what must not change between launches, by dotted key: configuration, seed and images.
 
     The store's fingerprint is not usable, because it changes when the codes are written. A hash of some images is used
@@ -172,22 +180,23 @@ def run_identity(store: FeatureStore, rows: np.ndarray, config: DVAEConfig, seed
         split: The train split.
     """
     some = rows[permute(np.arange(min(256, len(rows))), len(rows), "pictures")]
-    pictures = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
+    images = hashlib.sha256(read_pixels(store, some).tobytes()).hexdigest()
     tree = {
         "config": config.model_dump(),
         "seed": seed,
         "train_split": split,
-        "num_pictures": len(rows),
-        "pictures_sha256": pictures,
+        "num_images": len(rows),
+        "images_sha256": images,
     }
     return run_folder.flatten(tree)
 
 
-def check_output(output: Path, identity: dict[str, Any]) -> None:
+def check_output(output: Path, fixed: dict[str, Any]) -> None:
     """Raise UserError if the output directory contains another run, or other files. Write nothing."""
     record = run_folder.read_record(output, run_folder.DVAE)
     if record is not None:
-        run_folder.compare_identity(output, record, identity)
+        recorded = {_FORMER_KEYS.get(key, key): value for key, value in record["fixed_settings"].items()}
+        run_folder.compare_settings(output, {**record, "fixed_settings": recorded}, fixed)
         return
     own = (run_folder.LOCK_FILE, f".{run_folder.RUN_FILE}.")  # left by a launch that was killed at its start
     if output.exists() and any(not entry.name.startswith(own) for entry in output.iterdir()):

@@ -20,7 +20,7 @@ from typing import Any
 
 from opt_ds.config import Config, TasksConfig, load_config
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import RunError, UserError, did_you_mean
 from opt_ds.evaluation.ablation_table import ABLATION_SCHEMA, FULL, UNTRAINED, write_ablation_table
 from opt_ds.evaluation.classification import classification, label_matrices
@@ -129,15 +129,21 @@ def possible_losses(config: Config, stores: list[FeatureStore]) -> tuple[str, ..
     These losses have a positive weight, belong to a task that is sampled at some time, and are possible on the stores'
     samples.
     """
-    disabled = StepPlan(config, stores).disabled_tasks
+    disabled = PretrainingPlan(config, stores).disabled_tasks
     last = config.max_steps / config.schedule.total_steps
-    mixes = [config.tasks.mix_at(f) for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum)) if f < last]
-    sampled = {draw for mix in mixes for draw, share in mix.items() if share > 0 and draw not in disabled}
+    weights_of_phases = [
+        config.tasks.sampling_weights_at(f)
+        for f in (0.0, *(p.from_fraction for p in config.tasks.curriculum))
+        if f < last
+    ]
+    sampled = {
+        task for weights in weights_of_phases for task, weight in weights.items() if weight > 0 and task not in disabled
+    }
     active = config.tasks.active_losses
     return tuple(
         x
-        for draw, own in config.tasks.sampled.items()
-        if draw in sampled
+        for task, own in config.tasks.sampled.items()
+        if task in sampled
         for x in own
         if x in active and x not in disabled
     )

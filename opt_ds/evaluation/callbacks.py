@@ -10,7 +10,7 @@ from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.evaluation.during_training import check_experiments, figures_during_training
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.image_generation import ImageGenerator
-from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import DVAE_FOLDER
 from opt_ds.tasks.baselines import trivial_baselines
@@ -21,7 +21,7 @@ _SHOWN = ("R@1", "wer", "bleu_4", "bits_per_code", "accuracy")  # printed; the o
 
 
 class EvaluationCallbacks(Callbacks):
-    """Evaluates the model during training, as configured by `evaluate` and `train.picture_grid`."""
+    """Evaluates the model during training, as configured by `evaluate` and `train.image_grid`."""
 
     def __init__(self) -> None:
         self._baselines: dict[str, float] | None = None
@@ -39,7 +39,7 @@ class EvaluationCallbacks(Callbacks):
 
     def after_validation(self, run: TrainingRun) -> None:
         """Draw the image grid on rank 0. This is skipped at ZeRO stage 3, where one rank alone cannot run the model."""
-        if not (run.group.ranks.is_main and run.config.train.picture_grid and run.config.zero.stage < 3):
+        if not (run.group.ranks.is_main and run.config.train.image_grid and run.config.zero.stage < 3):
             return
         valid = run.config.data.valid_split
         store = next((store for store in run.stores if store.has_codes and store.has_pixels), None)
@@ -50,8 +50,8 @@ class EvaluationCallbacks(Callbacks):
             return
         run.engine.eval()
         dvae = load_store_dvae(store.path, store.description).to(run.group.device)
-        image = draw_picture_grid(evaluator, ImageGenerator(dvae), valid, run.config.train.picture_grid)
-        run.report.picture("valid/pictures", image, run.state.step)
+        image = draw_image_grid(evaluator, ImageGenerator(dvae), valid, run.config.train.image_grid)
+        run.report.image("valid/images", image, run.state.step)
         run.engine.train()
 
     def after_step(self, run: TrainingRun) -> None:

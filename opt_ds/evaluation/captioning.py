@@ -46,21 +46,23 @@ def captioning(
     beyond = evaluator.captions_beyond_model(samples)
     rows = evaluator.store.rows[samples, IMAGE]
     first = np.sort(np.unique(rows, return_index=True)[1])  # index of the first sample of each image
-    pictures = seeded_choice(samples[first], limit, seed)
-    references: dict[int, list[str]] = {int(row): [] for row in evaluator.store.rows[pictures, IMAGE]}
+    images = seeded_choice(samples[first], limit, seed)
+    references: dict[int, list[str]] = {int(row): [] for row in evaluator.store.rows[images, IMAGE]}
     for index, row in zip(samples, rows.tolist(), strict=True):
         if row in references:
             references[row].append(normalize(evaluator.caption(index)))
-    written = [normalize(text) for text in evaluator.write_text([evaluator.read(i, SUBSETS["I"]) for i in pictures], options)]
+    written = [
+        normalize(text) for text in evaluator.write_text([evaluator.read(i, SUBSETS["I"]) for i in images], options)
+    ]
     wanted, written, wordless = _with_words(list(references.values()), written)
     words = Words.of(text for texts in wanted for text in texts)
     constant = normalize(constant_caption(evaluator, seed))
     alone = {"bleu_4": None, "cider": None, "undefined": {"bleu_4": _ALONE, "cider": _ALONE}}
     return {
-        "split": split, "pictures": len(pictures), "pictures_without_words": wordless, "tokenization": words.name,
+        "split": split, "images": len(images), "images_without_words": wordless, "tokenization": words.name,
         "references_beyond_model": beyond, "decoding": options.model_dump(), **scores(wanted, written),
         "constant_caption": {**scores(wanted, [constant] * len(wanted)), "text": constant},
-        "another_picture": scores(wanted, list(np.roll(written, 1))) if len(wanted) > 1 else alone,
+        "another_image": scores(wanted, list(np.roll(written, 1))) if len(wanted) > 1 else alone,
     }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def figures_during_training(evaluator: Evaluator, options: EvaluateConfig, seed:
 def _flat(tree: dict[str, Any], path: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for key, value in tree.items():
-        if key in ("chance", "decoding", "constant_caption", "constant_answer", "another_picture"):
+        if key in ("chance", "decoding", "constant_caption", "constant_answer", "another_image"):
             continue
         if isinstance(value, dict):
             found |= _flat(value, f"{path}/{key}")

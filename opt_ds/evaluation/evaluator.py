@@ -100,7 +100,7 @@ class Evaluator(ModelRunner):
 
     def read(self, index: int, modalities: Sequence[int]) -> Sample:
         """Return a sample of the store, not truncated, with only these modalities."""
-        return self.reader.whole(0, int(index), tuple(modalities))
+        return self.reader.read_unmasked(0, int(index), tuple(modalities))
 
     def captions_beyond_model(self, samples: np.ndarray) -> int:
         """Return how many of these samples' texts are longer than the model can write.

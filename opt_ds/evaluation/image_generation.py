@@ -82,24 +82,24 @@ class ImageGenerator:
     candidates: int = 1
     match_probability: Callable[[Sample, Image.Image], float] | None = None
 
-    def paint(self, runner: ModelRunner, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
+    def generate(self, runner: ModelRunner, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
         """Generate one image per sample.
 
         Returns:
             The best candidate of each sample, uint8 [samples, 3, 64, 64]; and the match probabilities [samples,
             candidates] in the order of generation, or None with a single candidate.
         """
-        painted = generate_candidates(runner, self.dvae, samples, self.options, self.candidates)
+        generated = generate_candidates(runner, self.dvae, samples, self.options, self.candidates)
         if self.candidates == 1:
-            return painted[:, 0], None
+            return generated[:, 0], None
         assert self.match_probability is not None, "several candidates are compared"
         scores = np.array(
             [
-                [self.match_probability(sample, to_picture(one)) for one in own]
-                for sample, own in zip(samples, painted, strict=True)
+                [self.match_probability(sample, to_image(one)) for one in own]
+                for sample, own in zip(samples, generated, strict=True)
             ]
         )
-        return painted[np.arange(len(samples)), scores.argmax(1)], scores
+        return generated[np.arange(len(samples)), scores.argmax(1)], scores
 
 
 def generate_candidates(
@@ -120,11 +120,11 @@ def generate_candidates(
     # Repeated samples get different keys and so independent codes.
     codes = torch.from_numpy(runner.write_codes(list(samples) * count, options)).to(runner.device)
     with torch.inference_mode():
-        painted = np.concatenate([to_uint8(dvae.decode(part)) for part in codes.split(256)])
-    return painted.reshape(count, len(samples), *painted.shape[1:]).swapaxes(0, 1)
+        generated = np.concatenate([to_uint8(dvae.decode(part)) for part in codes.split(256)])
+    return generated.reshape(count, len(samples), *generated.shape[1:]).swapaxes(0, 1)
 
 
-def painted_figures(
+def generation_figures(
     evaluator: Evaluator,
     split: str,
     inputs: str,
@@ -164,7 +164,7 @@ def painted_figures(
     needed = {IMAGE, *modalities} | ({TEXT} if clip is not None else set())
     gallery = evaluator.require_samples(split, sorted(needed), limit, seed)
     samples = [evaluator.read(index, modalities) for index in gallery]
-    painted, scores = generator.paint(evaluator, samples)
+    generated, scores = generator.generate(evaluator, samples)
     true = np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, IMAGE]])
     figures: dict[str, Any] = {
         "split": split, "inputs": inputs, "samples": len(gallery), "candidates": generator.candidates,
@@ -175,23 +175,26 @@ def painted_figures(
     if image_embedding is not None:
         names = content_names(evaluator, gallery, IMAGE)
         same = names[:, None] == names[None, :]
-        figures["nearest"] = {**recall(_cosines(painted, true, image_embedding), same), "chance": chance(same)}
+        figures["nearest"] = {**recall(_cosines(generated, true, image_embedding), same), "chance": chance(same)}
     if inception is not None:
-        figures["fid"] = image_networks.frechet_inception_distance(painted, true, inception)
+        figures["fid"] = image_networks.frechet_inception_distance(generated, true, inception)
     if clip is not None:
         captions = [evaluator.caption(index) for index in gallery]
-        judge = image_networks.ClipScore(clip, evaluator.device)
+        others = [captions[-1], *captions[:-1]]
+        clip_score = image_networks.ClipScore(clip, evaluator.device)
         figures["clip_score"] = {
-            "painted": judge.mean(painted, captions), "true": judge.mean(true, captions),
-            "another_caption": judge.mean(painted, [captions[-1], *captions[:-1]]) if len(captions) > 1 else None,
+            "generated": clip_score.mean(generated, captions), "true": clip_score.mean(true, captions),
+            "another_caption": clip_score.mean(generated, others) if len(captions) > 1 else None,
         }  # fmt: skip
     return figures
 
 
-def _cosines(painted: np.ndarray, true: np.ndarray, image_embedding: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _cosines(
+    generated: np.ndarray, true: np.ndarray, image_embedding: Callable[[Image.Image], np.ndarray]
+) -> np.ndarray:
     """Return cosines [generated, true] of the images' embeddings, centred on the mean of the true ones."""
     seen_pe, seen_te = (
-        np.stack([image_embedding(to_picture(one)) for one in some]).astype(np.float64) for some in (painted, true)
+        np.stack([image_embedding(to_image(one)) for one in some]).astype(np.float64) for some in (generated, true)
     )
     mean_e = seen_te.mean(0)
     seen_pe, seen_te = seen_pe - mean_e, seen_te - mean_e
@@ -199,15 +202,15 @@ def _cosines(painted: np.ndarray, true: np.ndarray, image_embedding: Callable[[I
     return seen_pe @ seen_te.T / np.maximum(lengths, 1e-12)
 
 
-def to_picture(pixels: np.ndarray) -> Image.Image:
+def to_image(pixels: np.ndarray) -> Image.Image:
     """Return uint8 [3, H, W] as a PIL image."""
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 @torch.inference_mode()
-def to_uint8(pictures: torch.Tensor) -> np.ndarray:
+def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Return images with values in 0…1 as uint8."""
-    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def _unigram_bits(evaluator: Evaluator, codes: list[np.ndarray]) -> float:
@@ -227,15 +230,18 @@ def table(figures: dict[str, Any]) -> str:
         row = figures[name]
         unigram = row["unigram_bits_per_code"]
         line = f"{name:>4} → image   {row['bits_per_code']:.2f} bits per code (by training frequencies {unigram:.2f})"
-        painted = row.get("painted", {})
-        if nearest := painted.get("nearest"):
+        generated = row.get("generated", {})
+        if nearest := generated.get("nearest"):
             chance_of_it = nearest["chance"]["R@1"]
-            line += f"   true image the nearest {nearest['R@1']:.1%} of {painted['samples']} (chance {chance_of_it:.1%})"
-        if matching := painted.get("matching"):
-            line += f"   match probability {matching['first']:.3f}, best of {painted['candidates']} {matching['kept']:.3f}"
-        if "fid" in painted:
-            line += f"   FID {painted['fid']:.1f}"
-        if score := painted.get("clip_score"):
-            line += f"   CLIP score {score['painted']:.1f} (true images {score['true']:.1f})"
+            line += (
+                f"   true image the nearest {nearest['R@1']:.1%} of {generated['samples']} (chance {chance_of_it:.1%})"
+            )
+        if matching := generated.get("matching"):
+            best = f"best of {generated['candidates']} {matching['kept']:.3f}"
+            line += f"   match probability {matching['first']:.3f}, {best}"
+        if "fid" in generated:
+            line += f"   FID {generated['fid']:.1f}"
+        if score := generated.get("clip_score"):
+            line += f"   CLIP score {score['generated']:.1f} (true images {score['true']:.1f})"
         lines.append(line)
     return "\n".join(lines)

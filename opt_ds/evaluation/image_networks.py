@@ -19,7 +19,7 @@ from opt_ds.weights import read_config, read_folder, read_state_dict, refuse_rem
 _IDS = r".*\.position_ids"
 
 
-class _Pictures(torch.utils.data.Dataset):
+class _Images(torch.utils.data.Dataset):
     """Images uint8 [n, 3, H, W] as the dataset that torch-fidelity reads."""
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -32,7 +32,7 @@ class _Pictures(torch.utils.data.Dataset):
         return torch.from_numpy(self.pixels[place])
 
 
-def frechet_inception_distance(painted: np.ndarray, true: np.ndarray, weights: Path) -> float:
+def frechet_inception_distance(generated: np.ndarray, true: np.ndarray, weights: Path) -> float:
     """Return the FID of images, uint8 [n, 3, H, W].
 
     It decreases with n, so only figures with equal n are comparable.
@@ -43,12 +43,13 @@ def frechet_inception_distance(painted: np.ndarray, true: np.ndarray, weights: P
     check_inception(weights)
     from torch_fidelity import calculate_metrics
 
-    if min(len(painted), len(true)) < 2:
-        raise UserError("--inception: the distance requires at least two samples: raise --paint")
+    if min(len(generated), len(true)) < 2:
+        raise UserError("--inception: the distance requires at least two samples: raise --generate")
     try:
         found = calculate_metrics(
-            input1=_Pictures(painted), input2=_Pictures(true), fid=True, feature_extractor_weights_path=str(weights),
-            cuda=torch.cuda.is_available(), batch_size=min(64, len(painted)), save_cpu_ram=True, cache=False, verbose=False,
+            input1=_Images(generated), input2=_Images(true), fid=True, feature_extractor_weights_path=str(weights),
+            cuda=torch.cuda.is_available(), batch_size=min(64, len(generated)), save_cpu_ram=True, cache=False,
+            verbose=False,
         )  # fmt: skip
     except RuntimeError as error:
         if "state_dict" not in str(error):
@@ -104,18 +105,18 @@ class ClipScore:
         refuse_remainder(loaded["missing_keys"], loaded["unexpected_keys"], f"--clip {folder}", "its config.json", _IDS)
         self.model, self.device = model.to(device).eval(), device
 
-    def mean(self, pictures: np.ndarray, captions: Sequence[str]) -> float:
+    def mean(self, images: np.ndarray, captions: Sequence[str]) -> float:
         """Return the mean score (0 … 100) of images, uint8 [n, 3, H, W], and their captions."""
-        return float(np.mean(self.scores(pictures, captions)))
+        return float(np.mean(self.scores(images, captions)))
 
     @torch.inference_mode()
-    def scores(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    def scores(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """Return scores, float32 [n]. Captions are truncated to the length that the model reads."""
         found = []
-        for start in range(0, len(pictures), 64):
+        for start in range(0, len(images), 64):
             part = slice(start, start + 64)
             given = self.processor(
-                text=list(captions[part]), images=list(pictures[part]), return_tensors="pt", padding=True, truncation=True,
+                text=list(captions[part]), images=list(images[part]), return_tensors="pt", padding=True, truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings, input_data_format="channels_first",
             ).to(self.device)  # fmt: skip
             output = self.model(**given)

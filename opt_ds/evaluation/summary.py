@@ -11,7 +11,7 @@ from opt_ds.abilities import GENERATE_IMAGES, WRITE_TEXT
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code
-from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
 from opt_ds.evaluation.transcription import transcription, transcription_lines
 from opt_ds.tasks.baselines import trivial_baselines
@@ -40,7 +40,7 @@ def summarize(
         evaluator: The model and the store.
         dvae: Decoder of the image codes. None: no image grid.
         splits: The held-out splits.
-        output: Folder that picture_grid-<split>.png is written to.
+        output: Folder that image_grid-<split>.png is written to.
         candidates: Gallery size for retrieval by likelihood.
         matching_candidates: Gallery size for retrieval by the matching head.
         seed: Seed of the choices of samples.
@@ -61,21 +61,21 @@ def summarize(
         },
         "splits": {},
     }
-    writes, paints = (config.can(ability) for ability in (WRITE_TEXT, GENERATE_IMAGES))
+    writes, can_generate = (config.can(ability) for ability in (WRITE_TEXT, GENERATE_IMAGES))
     for split in splits:
         figures: dict[str, Any] = {
             "retrieval": retrieval(evaluator, split, candidates, matching_candidates, seed=seed),
             "transcription": transcription(evaluator, split, ("A", "A+I", "I") if writes else (), seed=seed),
         }
-        painted = paints and evaluator.has_samples(split, (TEXT, IMAGE))
-        if store.has_codes and painted:
+        has_generated = can_generate and evaluator.has_samples(split, (TEXT, IMAGE))
+        if store.has_codes and has_generated:
             figures["image_generation"] = bits_per_code(evaluator, split)
-        if store.has_codes and store.has_pixels and dvae is not None and painted:
-            grid = output / f"picture_grid-{split}.png"
-            drawn = draw_picture_grid(evaluator, ImageGenerator(dvae), split, seed=seed)
+        if store.has_codes and store.has_pixels and dvae is not None and has_generated:
+            grid = output / f"image_grid-{split}.png"
+            drawn = draw_image_grid(evaluator, ImageGenerator(dvae), split, seed=seed)
             if evaluator.is_main:
-                _save_picture(drawn, grid)
-            figures["picture_grid"] = grid.name
+                _save_image(drawn, grid)
+            figures["image_grid"] = grid.name
         summary["splits"][split] = figures
     summary["seconds"] = time.perf_counter() - started
     return summary
@@ -101,8 +101,8 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _save_picture(picture: Any, path: Path) -> None:
+def _save_image(image: Any, path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(image).save(path)

@@ -142,8 +142,8 @@ class TwoStages:
             encoder_runs += encoded
             found[score] = {
                 **recall(reranked(first_qc, best_qk, second_qk), same_qc), "encoder_runs": encoder_runs,
-                "decoder_runs": decoder_runs, "all_pairs": first_qc.size, "encoder_share": encoder_runs / first_qc.size,
-                "decoder_share": decoder_runs / first_qc.size,
+                "decoder_runs": decoder_runs, "all_pairs": first_qc.size,
+                "encoder_fraction": encoder_runs / first_qc.size, "decoder_fraction": decoder_runs / first_qc.size,
             }  # fmt: skip
         return found
 
@@ -307,8 +307,8 @@ def table(result: dict[str, Any]) -> str:
         for stage in ("projection", "matching", "likelihood"):
             if stage in found:
                 cells = "".join(f"{found[stage][f'R@{k}']:>8.1%}" for k in RANKS)
-                shares = (found[stage].get(f"{part}_share") for part in ("encoder", "decoder"))
-                cost = "".join("" if share is None else f"{share:>10.2%}" for share in shares)
+                fractions = (found[stage].get(f"{part}_fraction") for part in ("encoder", "decoder"))
+                cost = "".join("" if fraction is None else f"{fraction:>10.2%}" for fraction in fractions)
                 lines.append(f"  {name:<22}{stage:<14}{cells}{cost}")
                 name = ""
         lines.append(f"  {'':<22}in shortlist  {found['shortlist_recall']:>7.1%}   (chance R@1 {found['chance']['R@1']:.2%})")

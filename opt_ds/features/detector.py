@@ -23,7 +23,7 @@ from torchvision.ops import batched_nms
 from opt_ds.config.section import Section
 from opt_ds.errors import UserError
 from opt_ds.features import detectron2
-from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.extractors import load_state_dict, weights_fingerprint
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.schema import BOX_SIZE
 from opt_ds.weights import fit
@@ -75,12 +75,12 @@ class FasterRCNNExtractor(RegionExtractor):
         self._model.to(device)
         self._settings = options.model_dump(exclude={"weights"})
         self._device = device
-        self._weights_sha256 = weights_identity(weights)
+        self._weights_sha256 = weights_fingerprint(weights)
         self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
         self.dim = self._model.roi_heads.box_head.fc7.out_features
         self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,
@@ -101,14 +101,14 @@ class FasterRCNNExtractor(RegionExtractor):
         """
         results: list[RegionFeatures | None] = [None] * len(inputs)
         for indices in _batches(inputs, 1 if self._device == "cpu" else _GPU_BATCH):
-            pictures = [picture for index in indices if (picture := inputs[index]) is not None]
-            for index, regions in zip(indices, self._regions(pictures), strict=True):
+            opened = [image for index in indices if (image := inputs[index]) is not None]
+            for index, regions in zip(indices, self._regions(opened), strict=True):
                 results[index] = regions
         return results
 
-    def _regions(self, pictures: Sequence[Image.Image]) -> list[RegionFeatures]:
+    def _regions(self, opened: Sequence[Image.Image]) -> list[RegionFeatures]:
         tensors = [
-            torch.from_numpy(np.array(picture)).to(self._device).permute(2, 0, 1).float() / 255 for picture in pictures
+            torch.from_numpy(np.array(image)).to(self._device).permute(2, 0, 1).float() / 255 for image in opened
         ]
         images, _ = self._model.transform(tensors)
         with torch.autocast(torch.device(self._device).type, torch.float16, enabled=self._device != "cpu"):
@@ -156,9 +156,9 @@ def _batches(inputs: Sequence[Image.Image | None], most: int) -> list[list[int]]
     The images of a batch have one size; there are at most `most` of them.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
-    for index, picture in enumerate(inputs):
-        if picture is not None:
-            by_size.setdefault(picture.size, []).append(index)
+    for index, image in enumerate(inputs):
+        if image is not None:
+            by_size.setdefault(image.size, []).append(index)
     return [group[start : start + most] for group in by_size.values() for start in range(0, len(group), most)]
 
 

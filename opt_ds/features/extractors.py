@@ -12,6 +12,7 @@ entry point of the group "opt_ds.features", or as `module:Class` (see `opt_ds.re
 """
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,12 +45,20 @@ class Extractor(ABC):
     #: The section of its options; Section itself has none. An option `weights` is the file that `--image-weights` or
     #: `--speech-weights` names.
     options: ClassVar[type[Section]] = Section
-    #: Options that `identity` states under other names, or leaves out at their default (see `options_from`).
+    #: Options that `fingerprint` states under other names, or leaves out at their default (see `options_from`).
     stated_otherwise: ClassVar[tuple[str, ...]] = ()
     #: Whether the inputs are paths. Otherwise they are decoded images or waveforms.
     reads_files: ClassVar[bool] = False
     #: Inputs per call of `extract` in preparation. The last bits of features may depend on it.
     files_per_call: ClassVar[int] = 16
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Accept a class of another package that still defines `fingerprint` by its former name."""
+        super().__init_subclass__(**keywords)
+        if "identity" in cls.__dict__ and "fingerprint" not in cls.__dict__:
+            message = f"{cls.__qualname__}.identity is now called fingerprint; the former name works until the next release"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            cls.fingerprint = cls.__dict__["identity"]  # type: ignore[method-assign]
 
     @abstractmethod
     def __init__(self, options: Any, device: str) -> None:
@@ -64,10 +73,10 @@ class Extractor(ABC):
         """
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return name, package, version, SHA-256 of the weights (`weights_sha256`) and whatever else the features depend on.
 
-        The values are JSON. Options need not be listed (see `ExtractorChoice.fingerprint`).
+        The values are JSON. Options need not be listed (see `ExtractorChoice.complete_fingerprint`).
         """
 
     @abstractmethod
@@ -75,14 +84,14 @@ class Extractor(ABC):
         """Return one feature item per input; None for None."""
 
     @classmethod
-    def options_from(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
+    def options_from(cls, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options, besides paths, that build the extractor with this fingerprint again."""
-        return {name: identity[name] for name in cls.options.model_fields if name in identity}
+        return {name: fingerprint[name] for name in cls.options.model_fields if name in fingerprint}
 
     @classmethod
-    def needs_weights(cls, identity: Mapping[str, Any]) -> bool:
+    def needs_weights(cls, fingerprint: Mapping[str, Any]) -> bool:
         """Return whether the extractor with this fingerprint takes the option `weights`."""
-        return "weights" in cls.options.model_fields and identity.get("weights_sha256") is not None
+        return "weights" in cls.options.model_fields and fingerprint.get("weights_sha256") is not None
 
 
 @dataclass(frozen=True)
@@ -97,23 +106,24 @@ class ExtractorChoice:
         """Build the extractor. Raise UserError if its weights are missing or do not fit."""
         return self.found(self.options, device)
 
-    def fingerprint(self, extractor: Extractor) -> dict[str, Any]:
-        """Return what store.json records of the built extractor: its identity, and the other options besides paths.
+    def complete_fingerprint(self, extractor: Extractor) -> dict[str, Any]:
+        """Return what store.json records of the built extractor: its fingerprint, and the other options besides paths.
 
-        Raise UserError if the identity is not JSON.
+        Raise UserError if the fingerprint is not JSON.
         """
         try:
-            identity = json.loads(json.dumps(extractor.identity()))
+            fingerprint = json.loads(json.dumps(extractor.fingerprint()))
         except (TypeError, ValueError) as error:
-            raise UserError(f"extractor {self.given}: its identity is not JSON ({error}): return plain values") from None
+            message = f"extractor {self.given}: its fingerprint is not JSON ({error}): return plain values"
+            raise UserError(message) from None
         values = self.options.model_dump(mode="json")
         left_out = {
             name: values[name]
             for name, field in self.found.options.model_fields.items()
-            if name not in identity and name not in self.found.stated_otherwise and not _is_path(field.annotation)
+            if name not in fingerprint and name not in self.found.stated_otherwise and not _is_path(field.annotation)
         }
         named = {} if self.given == self.found.name else {PLUGIN: self.given}
-        return {**identity, **left_out, **named}
+        return {**fingerprint, **left_out, **named}
 
 
 def choose(kind: str, given: str, options: Mapping[str, Any], where: str | None = None) -> ExtractorChoice:
@@ -153,9 +163,9 @@ def option_of(kind: str) -> str:
     return _OPTION.get(kind, f"--extractor {kind}")
 
 
-def named_in(identity: Mapping[str, Any]) -> str:
+def named_in(fingerprint: Mapping[str, Any]) -> str:
     """Return the name, or `module:Class`, of the extractor with this fingerprint."""
-    return str(identity.get(PLUGIN, identity.get("name", "")))
+    return str(fingerprint.get(PLUGIN, fingerprint.get("name", "")))
 
 
 def layer_number(layer: int | None, count: int, option: str) -> int | None:
@@ -181,7 +191,7 @@ def _is_path(annotation: Any) -> bool:
     return annotation is Path or Path in get_args(annotation)
 
 
-def weights_identity(path: Path) -> str:
+def weights_fingerprint(path: Path) -> str:
     """Return the SHA-256 of a weights file, or of all weight files in a folder."""
     if path.is_file():
         return file_sha256(path)

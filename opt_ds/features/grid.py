@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from opt_ds.config.section import Section
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.extractors import load_state_dict, weights_fingerprint
 from opt_ds.features.image_input import Colour, hugging_face_input, three, timm_input
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.files import file_sha256
@@ -109,7 +109,7 @@ class GridExtractor(RegionExtractor):
         corners = [(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(cells) for x in range(cells)]
         self._boxes_r7 = boxes_with_size(np.array(corners))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on.
 
         "mean" and "std" are present unless they are ImageNet's, "interpolation" unless it is bicubic, as in older stores.
@@ -121,20 +121,20 @@ class GridExtractor(RegionExtractor):
         return {"name": self.name, "side": self._input.side, "cells": self._cells, **self._source, **other}
 
     @classmethod
-    def options_from(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
+    def options_from(cls, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of a fingerprint. What it does not state was ImageNet's colours and bicubic interpolation."""
         stated = {
-            "mean": identity.get("mean", IMAGENET_MEAN),
-            "std": identity.get("std", IMAGENET_STD),
-            "interpolation": identity.get("interpolation", _DEFAULT.interpolation),
+            "mean": fingerprint.get("mean", IMAGENET_MEAN),
+            "std": fingerprint.get("std", IMAGENET_STD),
+            "interpolation": fingerprint.get("interpolation", _DEFAULT.interpolation),
         }
-        backbone = str(identity.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(identity) else None
-        return {**super().options_from(identity), **stated, "backbone": backbone}
+        backbone = str(fingerprint.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(fingerprint) else None
+        return {**super().options_from(fingerprint), **stated, "backbone": backbone}
 
     @classmethod
-    def needs_weights(cls, identity: Mapping[str, Any]) -> bool:
+    def needs_weights(cls, fingerprint: Mapping[str, Any]) -> bool:
         """Return whether the backbone is not the default, which its package includes."""
-        return "/" in str(identity.get("backbone", ""))
+        return "/" in str(fingerprint.get("backbone", ""))
 
     @torch.inference_mode()
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
@@ -145,7 +145,7 @@ class GridExtractor(RegionExtractor):
         side, interpolation, *colours = self._input
         size, resampling = (side, side), Image.Resampling[interpolation.upper()]
         hole = Image.new("RGB", size)  # keeps the batch size, on which the last bits of the results may depend
-        pixels = np.stack([np.asarray((picture or hole).resize(size, resampling)) for picture in inputs])
+        pixels = np.stack([np.asarray((image or hole).resize(size, resampling)) for image in inputs])
         images_nchw = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in colours)
         map_nchw = self._features((images_nchw.sub_(mean).div_(std)).contiguous(memory_format=torch.channels_last))
@@ -156,14 +156,14 @@ class GridExtractor(RegionExtractor):
         count = self._cells * self._cells
         return [
             None
-            if picture is None
+            if image is None
             else RegionFeatures(
                 cells_nrc[index].to(torch.float16).cpu().numpy(),
                 self._boxes_r7,
                 labels[index * count : (index + 1) * count].to(torch.int16).cpu().numpy(),
                 scores[index * count : (index + 1) * count].to(torch.float16).cpu().numpy(),
             )
-            for index, picture in enumerate(inputs)
+            for index, image in enumerate(inputs)
         ]
 
 
@@ -227,7 +227,7 @@ def _torchvision_backbone(name: str, weights: Path | None, device: str) -> tuple
         "backbone": f"torchvision/{name}",
         "package": "torchvision",
         "version": version("torchvision"),
-        "weights_sha256": weights_identity(weights),
+        "weights_sha256": weights_fingerprint(weights),
     }
     if hasattr(network, "features") and hasattr(network, "classifier") and not name.startswith(("vgg", "alexnet")):
         flat = not name.startswith("convnext")  # ConvNeXt's classifier flattens itself, after a 2-d LayerNorm
@@ -281,7 +281,7 @@ def _timm_backbone(name: str, weights: Path | None, device: str) -> tuple[Stage,
         "backbone": f"{_TIMM}{name}",
         "package": "timm",
         "version": version("timm"),
-        "weights_sha256": weights_identity(weights),
+        "weights_sha256": weights_fingerprint(weights),
     }
     return network.forward_features, network.forward_head, source, _timm_input(network, name, weights)
 

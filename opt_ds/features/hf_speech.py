@@ -14,9 +14,9 @@ import torch
 from pydantic import Field, model_validator
 
 from opt_ds.config.section import Section
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
-from opt_ds.features.extractors import layer_number, weights_identity
+from opt_ds.features.extractors import layer_number, weights_fingerprint
 from opt_ds.features.hugging_face import build_config, build_processor, load_model, model_class, read_processor
 from opt_ds.features.speech import SpeechExtractor, refuse_fairseq, windows
 from opt_ds.weights import Tensors, read_config_file, read_folder, without
@@ -89,7 +89,7 @@ class HFSpeechExtractor(SpeechExtractor):
             raise UserError("--speech hf_speech: it needs a model: name its folder with --speech-weights")
         fields, self._backbone = _fields(folder, options.backbone)
         self._options, self._device = options, device
-        self._weights_sha256 = weights_identity(folder)
+        self._weights_sha256 = weights_fingerprint(folder)
         config = build_config(folder, fields, self._backbone)
         self._model = _load(folder, config, self._backbone).to(device)
         self._input = _INPUTS.get(self._backbone, _Waveform)(folder, config, options)
@@ -117,7 +117,7 @@ class HFSpeechExtractor(SpeechExtractor):
             )
         return window, margin
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         many = self._options.layers is not None
         return {

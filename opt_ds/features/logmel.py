@@ -12,7 +12,7 @@ import torch
 import torchaudio
 
 from opt_ds.config.section import Section
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.features.speech import SpeechExtractor
 
 
@@ -29,7 +29,7 @@ class LogMelExtractor(SpeechExtractor):
             SAMPLE_RATE_HZ, n_fft=512, win_length=400, hop_length=160, n_mels=self.dim
         )
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,

@@ -43,7 +43,7 @@ class NpzExtractor(RegionExtractor):
         self.dim, self.num_classes = options.dim, options.num_classes
         self._settings = options.model_dump(include={"confidence", "min_regions", "max_regions"})
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything besides the files that the features depend on."""
         return {"name": self.name, "dim": self.dim, "num_classes": self.num_classes, "weights_sha256": None, **self._settings}
 

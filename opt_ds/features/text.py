@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD", "none")
 # Characters that are rare in the captions may become [UNK], so that one multi-script caption does not stop a corpus.
-_RARE_SHARE = 0.005
+_RARE_FRACTION = 0.005
 _BRACKETED = re.compile(r"\[(\w+)\]")
 
 
@@ -68,7 +68,7 @@ def _without_rare_letters(captions: list[str], tokenizer: "Tokenizer", vocab_siz
     most = max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4)  # a character needs two pieces, x and ##x
     ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
     rare = ranked[most:]
-    if not rare or sum(counts[letter] for letter in rare) > _RARE_SHARE * counts.total():
+    if not rare or sum(counts[letter] for letter in rare) > _RARE_FRACTION * counts.total():
         return captions
     return [text.translate({ord(letter): " " for letter in rare}) for text in plain]
 
@@ -127,7 +127,7 @@ class TextExtractor:
         if highest >= self.dim:
             raise UserError(f"{folder}: {self.dim} tokens with ids up to {highest}: number them from 0 without gaps")
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the tokens depend on."""
         return {
             "name": self.name,

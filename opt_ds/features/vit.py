@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from opt_ds.errors import UserError
-from opt_ds.features.extractors import layer_number, weights_identity
+from opt_ds.features.extractors import layer_number, weights_fingerprint
 from opt_ds.features.image_input import InputOptions
 from opt_ds.features.patch_encoders import (
     FAMILIES,
@@ -75,21 +75,21 @@ class ViTExtractor(RegionExtractor):
         self._on_cpu = torch.device(device).type == "cpu"
         self._pool = options.pool
         self._encoder, self._backbone = open_encoder(options.weights, options, device)
-        self._weights_sha256 = weights_identity(options.weights)
+        self._weights_sha256 = weights_fingerprint(options.weights)
         self._layer = layer_number(options.layer, self._encoder.num_layers, "image.layer")
         self.dim = self._encoder.dim
         patches = self._encoder.patches
         if self._pool is not None and patches is not None and self._pool > patches:
             raise UserError(f"image.pool {self._pool}: the model has {patches} x {patches} patches: choose at most {patches}")
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,
             "backbone": self._backbone,
             "layer": self._layer,
             "pool": self._pool,
-            **self._encoder.identity(),
+            **self._encoder.fingerprint(),
             "package": self._encoder.package,
             "version": self._encoder.version,
             "weights_sha256": self._weights_sha256,
@@ -110,14 +110,14 @@ class ViTExtractor(RegionExtractor):
         size = 1 if self._on_cpu else _GPU_BATCH
         for start in range(0, len(inputs), size):
             batch = inputs[start : start + size]
-            if all(picture is None for picture in batch):
+            if all(image is None for image in batch):
                 results += [None] * len(batch)
                 continue
             hole = Image.new("RGB", (64, 64))
-            maps = self._encoder.maps([picture or hole for picture in batch], self._layer)
+            maps = self._encoder.maps([image or hole for image in batch], self._layer)
             results += [
-                None if picture is None else self._located(map_chw, picture.size)
-                for picture, map_chw in zip(batch, maps, strict=True)
+                None if image is None else self._located(map_chw, image.size)
+                for image, map_chw in zip(batch, maps, strict=True)
             ]
         return results
 

@@ -15,9 +15,9 @@ import torchaudio
 from pydantic import Field, model_validator
 
 from opt_ds.config.section import Section
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
-from opt_ds.features.extractors import load_state_dict, weights_identity
+from opt_ds.features.extractors import load_state_dict, weights_fingerprint
 from opt_ds.features.speech import SpeechExtractor, refuse_fairseq, windows
 from opt_ds.weights import fit, read_config, read_folder
 
@@ -73,9 +73,9 @@ class Wav2Vec2Extractor(SpeechExtractor):
             self._load_hugging_face(weights)
         else:
             self._load_torchaudio(weights)
-        self._weights_sha256 = weights_identity(weights)
+        self._weights_sha256 = weights_fingerprint(weights)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,

@@ -33,7 +33,7 @@ class Extracted:
 
     item: Any
     digest: str
-    was_cut: bool = False
+    was_truncated: bool = False
 
 
 class FileFeatures:
@@ -107,16 +107,16 @@ def _results(extractor: Extractor, inputs: Sequence[Any]) -> list[Any]:
 
 def _decode(extractor: Extractor, path: Path, settings: PrepareSettings) -> Decoded[Any] | Failure:
     """Decode a file. Raise EnvironmentFaultError, which ends the run, for faults unrelated to its content."""
-    from opt_ds.decoding.recordings import trim_silence
+    from opt_ds.decoding.audio import trim_silence
 
     decoder, limits = own_decoder(), settings.decoding_limits()
     try:
         if extractor.reads_files:
             return Decoded(path, decoder.digest(path, "arrays"))
         if extractor.kind == "image":
-            return decoder.picture(path, limits)
-        recording = decoder.recording(path, limits)
-        return replace(recording, content=trim_silence(recording.content)) if settings.trim_silence else recording
+            return decoder.image(path, limits)
+        audio = decoder.audio(path, limits)
+        return replace(audio, content=trim_silence(audio.content)) if settings.trim_silence else audio
     except DecodingError as error:
         return _failure(extractor.kind, path, error)
     except EnvironmentFaultError:
@@ -152,14 +152,14 @@ def _finish(feature: Any, decoded: Decoded[Any], extractor: Any, settings: Prepa
 
 
 def _image_item(feature: Any, decoded: Decoded[Any], extractor: Any, settings: PrepareSettings) -> Extracted | Failure:
-    from opt_ds.decoding.pictures import to_pixels
+    from opt_ds.decoding.images import to_pixels
 
     if not len(feature.features):
         return Failure("no region was found in the image")
     if (problem := image_problem(feature, extractor.dim, extractor.num_classes)) is not None:
         return Failure(f"regions cannot be stored: {problem}")
-    picture = decoded.content
-    pixels = to_pixels(picture) if settings.pixels and not isinstance(picture, Path) else None
+    image = decoded.content
+    pixels = to_pixels(image) if settings.pixels and not isinstance(image, Path) else None
     item = ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
     return Extracted(item, decoded.digest)
 
@@ -171,7 +171,7 @@ def _audio_item(frames: np.ndarray, decoded: Decoded[Any], extractor: Any, setti
     kept = frames[: settings.max_frames]
     if (problem := audio_problem(kept, extractor.dim)) is not None:
         return Failure(f"speech cannot be stored: {problem}")
-    return Extracted(kept, decoded.digest, was_cut=len(kept) < len(frames))
+    return Extracted(kept, decoded.digest, was_truncated=len(kept) < len(frames))
 
 
 def _further_item(columns: Any, decoded: Decoded[Any], extractor: Any, settings: PrepareSettings) -> Extracted | Failure:

@@ -111,24 +111,26 @@ def part_folder(output: Path, index: int, count: int) -> Path:
     return output.with_name(f"{output.name}.part-{index}-of-{count}")
 
 
-def parse_share(text: str) -> tuple[int, int]:
+def parse_partition(text: str) -> tuple[int, int]:
     """Parse "2/16" to (2, 16). Raise UserError for anything but i/n with 0 <= i < n."""
     index, slash, count = text.partition("/")
     if not (slash and text.isascii() and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f'--shard "{text}": write i/n with i from 0 to n - 1, such as 0/16')
+        raise UserError(f'--partition "{text}": write i/n with i from 0 to n - 1, such as 0/16')
     return int(index), int(count)
 
 
-def finish_part(facts: StoreMetadata, folder: Path, share: tuple[int, int], seconds: float) -> None:
+def finish_part(facts: StoreMetadata, folder: Path, partition: tuple[int, int], seconds: float) -> None:
     """Mark a partition as complete.
 
     Args:
         facts: The store metadata.
         folder: The partition's folder.
-        share: (i, n) for partition i of n.
+        partition: (i, n) for partition i of n.
         seconds: Duration of its preparation.
     """
-    write_json(folder / PART_FILE, {"index": share[0], "count": share[1], "seconds": seconds, "facts": facts.as_dict()})
+    write_json(
+        folder / PART_FILE, {"index": partition[0], "count": partition[1], "seconds": seconds, "facts": facts.as_dict()}
+    )
 
 
 def is_finished_part(folder: Path, key: str) -> bool:
@@ -149,7 +151,7 @@ def merge_parts(output: Path) -> StoreDescription:
             _check_merged(output, description, folders)
             _LOG.info(f"{output}: already a feature store")
         else:
-            parts = _whole_set(output, folders)
+            parts = _complete_set(output, folders)
             facts = StoreMetadata.from_dict(parts[0]["facts"])
             writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
             for folder in folders:
@@ -184,19 +186,23 @@ def _remove_part(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _whole_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
+def _complete_set(output: Path, folders: list[Path]) -> list[dict[str, Any]]:
     if not folders:
-        raise UserError(f"{output}: no partitions next to it ({output.name}.part-…): write them with opt-ds prepare --shard i/n")
+        raise UserError(
+            f"{output}: no partitions next to it ({output.name}.part-…): write them with opt-ds prepare --partition i/n"
+        )
     unfinished = [folder for folder in folders if not (folder / PART_FILE).is_file()]
     if unfinished:
-        raise UserError(f"{unfinished[0]}: unfinished: run its opt-ds prepare --shard again, it resumes")
+        raise UserError(f"{unfinished[0]}: unfinished: run its opt-ds prepare --partition again, it resumes")
     parts = [_read_part(folder) for folder in folders]
     for folder, part in zip(folders, parts, strict=True):
         if part["count"] != parts[0]["count"] or part["facts"] != parts[0]["facts"]:
             raise UserError(f"{folder}: other inputs, settings or partitions than {folders[0].name}: remove one of them")
     absent = sorted(set(range(parts[0]["count"])) - {part["index"] for part in parts})
     if absent:
-        raise UserError(f"{output}: partition {absent[0]} of {parts[0]['count']} missing: opt-ds prepare --shard {absent[0]}/…")
+        raise UserError(
+            f"{output}: partition {absent[0]} of {parts[0]['count']} missing: opt-ds prepare --partition {absent[0]}/…"
+        )
     return parts
 
 
@@ -209,7 +215,9 @@ def _check_shards(folder: Path) -> None:
         shard = _shard_of(journal)
         file = folder / shard.file
         if file.is_file() and file_sha256(file) != shard.sha256:
-            raise UserError(f"{file}: damaged since it was made: remove {folder} and run its opt-ds prepare --shard again")
+            raise UserError(
+                f"{file}: damaged since it was made: remove {folder} and run its opt-ds prepare --partition again"
+            )
 
 
 def _take_shards(folder: Path, output: Path) -> None:
@@ -222,7 +230,7 @@ def _take_shards(folder: Path, output: Path) -> None:
 
 
 def _read_part(folder: Path) -> dict[str, Any]:
-    remedy = f"remove {folder} and run its opt-ds prepare --shard again"
+    remedy = f"remove {folder} and run its opt-ds prepare --partition again"
     part = read_json_object(folder / PART_FILE, remedy)
     kinds: dict[str, type | tuple[type, ...]] = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
@@ -232,7 +240,7 @@ def _read_part(folder: Path) -> dict[str, Any]:
 
 
 def _shard_of(journal: Path) -> ShardDescription:
-    remedy = f"remove {journal.parent} and run its opt-ds prepare --shard again"
+    remedy = f"remove {journal.parent} and run its opt-ds prepare --partition again"
     try:
         return ShardDescription.model_validate(read_json_object(journal, remedy).get("shard"))
     except ValidationError:

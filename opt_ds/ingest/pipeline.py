@@ -23,6 +23,7 @@ from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import ExtractorChoice
 from opt_ds.features.text import TextExtractor, copy_tokenizer, normalise_unicode, train_wordpiece
+from opt_ds.former_names import former_arguments
 from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.finish import PART_FILE, StoreMetadata, finish_part, finish_store, is_finished_part, part_folder
 from opt_ds.ingest.manifest import Manifest, groups_across_splits, read_manifest
@@ -38,6 +39,7 @@ from opt_ds.version import __version__
 _LOG = logging.getLogger(__name__)
 
 
+@former_arguments(share="partition")
 def prepare(
     manifest_path: Path,
     output: Path,
@@ -49,7 +51,7 @@ def prepare(
     limit: int | None = None,
     allow_outside: bool = False,
     info: dict[str, Any] | None = None,
-    share: tuple[int, int] | None = None,
+    partition: tuple[int, int] | None = None,
     retry_skipped: bool = False,
 ) -> StoreDescription | None:
     """Make the feature store `output` from a manifest. Resume an unfinished one of the same inputs and settings.
@@ -67,8 +69,8 @@ def prepare(
         limit: Use only this many samples.
         allow_outside: See `read_manifest`.
         info: Additional entries of `info` in store.json.
-        share: (i, n): make only partition i of n (i from 0), in its own folder next to `output`. When all n partitions
-            exist, `merge_parts` makes the same store from them as one call without `share`.
+        partition: (i, n): make only partition i of n (i from 0), in its own folder next to `output`. When all n
+            partitions exist, `merge_parts` makes the same store from them as one call without `partition`.
         retry_skipped: Try samples again whose files an earlier call skipped. The result is the same store as if their
             files had been readable at once.
 
@@ -86,18 +88,22 @@ def prepare(
     settings = settings or PrepareSettings()
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    folder = output if share is None else part_folder(output, *share)
+    folder = output if partition is None else part_folder(output, *partition)
     further = sorted(settings.extractors)
     manifest = read_manifest(manifest_path, limit=limit, strict=strict, allow_outside=allow_outside, further=further)
     chosen_device = choose_device(device)
     try:
         with exclusive_use(folder):
-            return _prepare(manifest, folder, settings, workers, chosen_device, strict, info, share, retry_skipped, started)
+            return _prepare(
+                manifest, folder, settings, workers, chosen_device, strict, info, partition, retry_skipped, started
+            )
     except EnvironmentFaultError as fault:
         raise EnvironmentFaultError(f"{fault}; what is done is kept, and the same command resumes") from None
     except OSError as error:
         if is_disk_full(error):
-            raise UserError(f"{folder}: the disk is full: free space and run the same command again, it resumes") from None
+            raise UserError(
+                f"{folder}: the disk is full: free space and run the same command again, it resumes"
+            ) from None
         raise
 
 
@@ -109,7 +115,7 @@ def _prepare(
     device: str,
     strict: bool,
     info: dict[str, Any] | None,
-    share: tuple[int, int] | None,
+    partition: tuple[int, int] | None,
     retry_skipped: bool,
     started: float,
 ) -> StoreDescription | None:
@@ -119,10 +125,10 @@ def _prepare(
     extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
     if extractors["image"].num_classes < 2 and "image" in manifest.file_kinds:
         _LOG.info(f"{choices['image'].given}: its image regions have no classes, so training disables MRC")
-    identities = {kind: choice.fingerprint(extractors[kind]) for kind, choice in choices.items()}
+    fingerprints = {kind: choice.complete_fingerprint(extractors[kind]) for kind, choice in choices.items()}
     if settings.trim_silence:
-        identities["audio"]["trim_silence"] = True  # serving must trim the audio too
-    key = _preparation_key(manifest, settings, identities)
+        fingerprints["audio"]["trim_silence"] = True  # serving must trim the audio too
+    key = _preparation_key(manifest, settings, fingerprints)
     if (output / STORE_FILE).exists():
         description = load_description(output)
         if description.preparation_key != key:
@@ -133,7 +139,7 @@ def _prepare(
             return description
     elif retry_skipped and forget_skipped(output):
         (output / PART_FILE).unlink(missing_ok=True)
-    if share is not None and is_finished_part(output, key):
+    if partition is not None and is_finished_part(output, key):
         _LOG.info(f"{output}: this partition is already prepared from these inputs")
         notice_changes(manifest, skipped_files_of_shards(output))
         return None
@@ -144,7 +150,7 @@ def _prepare(
         _LOG.warning(f'{manifest.path}: no sample is in split "{TRAIN_SPLIT}", so features have no mean and deviation')
 
     text_extractor = _tokenizer(manifest, settings, output)
-    identities["text"] = text_extractor.identity()
+    fingerprints["text"] = text_extractor.fingerprint()
     dims = Dims(
         image_feature_dim=extractors["image"].dim,
         image_num_classes=extractors["image"].num_classes,
@@ -156,7 +162,7 @@ def _prepare(
         dims=dims,
         split_names=manifest.split_names,
         splits_source=manifest.splits_source,
-        extractors=identities,
+        extractors=fingerprints,
         label_names=manifest.label_names,
         info={"created_by": f"opt_ds {__version__}", "manifest_sha256": manifest.sha256, **(info or {})},
         key=key,
@@ -170,17 +176,17 @@ def _prepare(
     )
     writer = facts.writer(output, _staging(output))
     del extractors  # the workers build their own
-    _extract_shards(manifest, choices, settings, writer, text_extractor, workers, device, strict, share or (0, 1))
+    _extract_shards(manifest, choices, settings, writer, text_extractor, workers, device, strict, partition or (0, 1))
     seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(_staging(output))
-    if share is None:
+    if partition is None:
         return finish_store(facts, writer, output, seconds)
-    finish_part(facts, output, share, seconds)
-    _LOG.info(f"{output}: done; when all {share[1]} partitions are done: opt-ds merge")
+    finish_part(facts, output, partition, seconds)
+    _LOG.info(f"{output}: done; when all {partition[1]} partitions are done: opt-ds merge")
     return None
 
 
-def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: dict[str, Any]) -> str:
+def _preparation_key(manifest: Manifest, settings: PrepareSettings, fingerprints: dict[str, Any]) -> str:
     text = None
     if settings.text is not None:
         if not settings.text.is_dir():
@@ -189,7 +195,7 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, identities: 
             (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
         )
         text = file_sha256(file) if file else None
-    content = [manifest.sha256, {**settings.hashed(), "text": text}, identities]
+    content = [manifest.sha256, {**settings.hashed(), "text": text}, fingerprints]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -251,9 +257,9 @@ def _extract_shards(
     workers: int,
     device: str,
     strict: bool,
-    share: tuple[int, int],
+    partition: tuple[int, int],
 ) -> None:
-    own, of = share
+    own, of = partition
     shards = [ShardFiles(index, lines) for index, lines in enumerate(manifest.shards(settings.samples_per_shard))]
     todo = [shard for shard in shards if shard.index % of == own and not writer.has_shard(shard.index)]
     for shard in todo:
@@ -296,7 +302,7 @@ def _assemble(
     content = ShardContent(further={kind: [] for kind in manifest.further})
     skipped: list[dict[str, str]] = []
     files: dict[str, Any] = {}
-    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    truncated: dict[str, list[str]] = {"text": [], "audio": []}
     rows: dict[str, dict[str, int]] = {kind: {} for kind in kinds}
     digests: dict[str, list[list[str]]] = {kind: [] for kind in ("text", *kinds)}
     targets: dict[str, list[Any]] = {"image": content.images, "audio": content.audios, **content.further}
@@ -318,16 +324,16 @@ def _assemble(
             if row == len(targets[kind]):
                 targets[kind].append(part.item)
                 digests[kind].append([part.digest, split, line.id])
-                if part.was_cut:
-                    cut[kind].append(line.id)
+                if part.was_truncated:
+                    truncated[kind].append(line.id)
             sample_rows[kind] = row
         if tokens is not None and line.text is not None:
             if max_tokens is not None and len(tokens) > max_tokens:
-                cut["text"].append(line.id)
+                truncated["text"].append(line.id)
                 tokens = tokens[:max_tokens]
             sample_rows["text"] = len(content.texts)
             content.texts.append(TextItem(tokens, line.text))
             digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=8).hexdigest(), split, line.id])
         content.samples.append(SampleItem(line.id, tuple(sample_rows.values()), line.group_name, split, line.labels))
-    notes = {"skipped": skipped, "cut": cut, "digests": digests}
+    notes = {"skipped": skipped, "truncated": truncated, "digests": digests}
     return content, {**notes, "files": files} if files else notes

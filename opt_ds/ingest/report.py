@@ -1,8 +1,8 @@
 """The report of preparation: report.json and a table for the terminal. Its bytes are reproducible.
 
 The notes of a shard are kept in its journal until the store is complete. Their fields are `skipped` [{id, reason}],
-`files` {name of a file that was not used: [bytes, hash] or null} (see retry.py), `cut` {text, audio: [id]} (truncated
-samples), and `digests` {modality: [[hash of the content, split, id of the first sample that uses it], … by row]}.
+`files` {name of a file that was not used: [bytes, hash] or null} (see retry.py), `truncated` {text, audio: [id]}, and
+`digests` {modality: [[hash of the content, split, id of the first sample that uses it], … by row]}.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_ds.former_names import PREPARATION, current_fields
 from opt_ds.ingest.manifest import visible
 from opt_ds.store.files import atomic_file, write_json
 from opt_ds.store.lengths import LENGTHS_FILE, UNITS, draw_lengths, length_summary, shard_lengths
@@ -36,13 +37,14 @@ def build_report(
     """
     skipped = list(rejected)
     files: dict[str, Any] = {}
-    cut: dict[str, list[str]] = {"text": [], "audio": []}
+    truncated: dict[str, list[str]] = {"text": [], "audio": []}
     duplicates = {kind: _Duplicates() for kind in lengths}
     for note in notes:
+        note = current_fields(note, PREPARATION)
         skipped += note["skipped"]
         files |= note.get("files", {})
-        for kind, ids in note["cut"].items():
-            cut[kind] += ids
+        for kind, ids in note["truncated"].items():
+            truncated[kind] += ids
         for kind, rows in note["digests"].items():
             for digest, split, id in rows:
                 duplicates[kind].add(digest, split, id)
@@ -52,7 +54,7 @@ def build_report(
         "reasons": dict(Counter(entry["reason"].split(":")[0] for entry in skipped).most_common()),
         "skipped_samples": skipped,
         **({"skipped_files": files} if files else {}),
-        "cut": cut,
+        "truncated": truncated,
         "duplicates": {kind: found.summary() for kind, found in duplicates.items()},
         "lengths": {kind: length_summary(values) for kind, values in lengths.items()},
     }
@@ -62,39 +64,40 @@ def build_report(
 class ModalityNotes:
     """The report of an update of one modality.
 
-    `digests` are as in the notes of a shard, `cut` are truncated samples.
+    `digests` are as in the notes of a shard, `truncated` are truncated samples.
     """
 
     kind: str
-    lost: list[dict[str, str]] = field(default_factory=list)  # id and reason of samples left without this modality
-    cut: list[str] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list)  # id and reason of samples left without this modality
+    truncated: list[str] = field(default_factory=list)
     digests: list[tuple[str, str, str]] = field(default_factory=list)
 
     def shown(self) -> list[str]:
-        """Return one line per sample in `lost` for the first few, and how many more there are."""
-        lines = [f'  "{visible(entry["id"])}": {visible(entry["reason"])}' for entry in self.lost[:_SHOWN]]
-        more = len(self.lost) - _SHOWN
+        """Return one line per sample in `dropped` for the first few, and how many more there are."""
+        lines = [f'  "{visible(entry["id"])}": {visible(entry["reason"])}' for entry in self.dropped[:_SHOWN]]
+        more = len(self.dropped) - _SHOWN
         return [*lines, f"  and {more} more in {REPORT_FILE}"] if more > 0 else lines
 
 
 def refresh_report(path: Path, description: StoreDescription, notes: ModalityNotes) -> None:
     """Update report.json and lengths.png of the store `path` after an update of one modality.
 
-    `cut`, `duplicates` and the lengths are replaced. `lost` names the samples that are left without the modality.
-    Samples skipped when the store was made stay listed. A store without a report gets lengths.png only.
+    `truncated`, `duplicates` and the lengths are replaced. `dropped` names the samples that are left without the
+    modality. Samples skipped when the store was made stay listed. A store without a report gets lengths.png only.
     """
     lengths = shard_lengths([path / shard.file for shard in description.shards], description.modalities)
     with atomic_file(path / LENGTHS_FILE) as temporary:
         draw_lengths(lengths, temporary, description.units)
     if not (path / REPORT_FILE).is_file():
         return
-    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    report = current_fields(json.loads((path / REPORT_FILE).read_text(encoding="utf-8")), PREPARATION)
     duplicates = _Duplicates()
     for digest, split, id in notes.digests:
         duplicates.add(digest, split, id)
-    report["cut"] = {**report["cut"], **({notes.kind: notes.cut} if notes.kind in report["cut"] else {})}
+    if notes.kind in report["truncated"]:
+        report["truncated"][notes.kind] = notes.truncated
     report["duplicates"][notes.kind] = duplicates.summary()
-    report["lost"] = {**report.get("lost", {}), notes.kind: notes.lost}
+    report["dropped"] = {**report.get("dropped", {}), notes.kind: notes.dropped}
     report["lengths"] = {kind: length_summary(values) for kind, values in lengths.items()}
     write_json(path / REPORT_FILE, report)
 
@@ -107,8 +110,8 @@ def report_table(report: dict[str, Any], limits: dict[str, int | None], units: M
     rows = [("samples kept", str(report["kept"])), ("samples skipped", str(report["skipped"]))]
     rows += [(f"  {reason}", str(count)) for reason, count in report["reasons"].items()]
     for kind, limit in (("text", limits["max_tokens"]), ("audio", limits["max_frames"])):
-        if report["cut"][kind]:
-            rows.append((f"{kind} truncated at {limit} {units[kind]}", str(len(report["cut"][kind]))))
+        if report["truncated"][kind]:
+            rows.append((f"{kind} truncated at {limit} {units[kind]}", str(len(report["truncated"][kind]))))
     for kind, found in report["duplicates"].items():
         if found["repeated"]:
             across = f", {found['across_splits']} of them in several splits" if found["across_splits"] else ""

@@ -15,6 +15,7 @@ from typing import Any
 from opt_ds.decoding.decoder import DecodingError, own_decoder
 from opt_ds.decoding.decoder_process import DIGEST_BYTES
 from opt_ds.errors import UserError
+from opt_ds.former_names import PREPARATION, current_fields
 from opt_ds.ingest.manifest import Manifest
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.ingest.settings import PrepareSettings
@@ -97,7 +98,7 @@ def reopen(output: Path, description: StoreDescription, manifest: Manifest, sett
     Raises:
         UserError: The store was changed since its preparation.
     """
-    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    report = current_fields(json.loads((output / REPORT_FILE).read_text(encoding="utf-8")), PREPARATION)
     files: dict[str, FileState] = report.get("skipped_files", {})
     if not files:
         return 0
@@ -108,12 +109,12 @@ def reopen(output: Path, description: StoreDescription, manifest: Manifest, sett
             "prepare it again into another --output"
         )
     reasons = {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
-    cut = {kind: set(ids) for kind, ids in report["cut"].items()}
+    truncated = {kind: set(ids) for kind, ids in report["truncated"].items()}
     kept: dict[int, dict[str, Any]] = {}
     shards = manifest.shards(settings.samples_per_shard)
     for index, lines in enumerate(shards):
         if not any(name in files for line in lines for name in _files_of(manifest, line)):
-            kept[index] = _notes(manifest, lines, reasons, cut)
+            kept[index] = _notes(manifest, lines, reasons, truncated)
     restore_journals(output, description, kept)
     (output / STORE_FILE).unlink()
     return len(shards) - len(kept)
@@ -123,10 +124,12 @@ def _files_of(manifest: Manifest, line: int) -> Iterable[str]:
     return manifest.lines[line].files().values()
 
 
-def _notes(manifest: Manifest, lines: list[int], reasons: dict[str, str], cut: dict[str, set[str]]) -> dict[str, Any]:
+def _notes(
+    manifest: Manifest, lines: list[int], reasons: dict[str, str], truncated: dict[str, set[str]]
+) -> dict[str, Any]:
     """Reconstruct the notes of a shard without skipped files (see report.py) from the report and the files."""
     skipped, digests = [], {kind: [] for kind in ("text", *manifest.file_kinds)}  # type: ignore[var-annotated]
-    own_cut: dict[str, list[str]] = {kind: [] for kind in cut}
+    own_truncated: dict[str, list[str]] = {kind: [] for kind in truncated}
     seen: set[tuple[str, str]] = set()
     for index in lines:
         line, split = manifest.lines[index], manifest.splits[index]
@@ -139,9 +142,9 @@ def _notes(manifest: Manifest, lines: list[int], reasons: dict[str, str], cut: d
                 digests[kind].append([_digest(manifest.folder / name, kind), split, line.id])
         if line.text is not None:
             digests["text"].append([hashlib.blake2b(line.text.encode(), digest_size=DIGEST_BYTES).hexdigest(), split, line.id])
-        for kind, ids in cut.items():
-            own_cut[kind] += [line.id] if line.id in ids else []
-    return {"skipped": skipped, "cut": own_cut, "digests": digests}
+        for kind, ids in truncated.items():
+            own_truncated[kind] += [line.id] if line.id in ids else []
+    return {"skipped": skipped, "truncated": own_truncated, "digests": digests}
 
 
 def _digest(path: Path, kind: str) -> str:

@@ -69,9 +69,9 @@ def update_modality(
         chosen_device = choose_device(device)
         choice = settings.extractor(kind)
         extractor = choice.build(chosen_device)
-        identity, dims = choice.fingerprint(extractor), _dims(store, extractor, kind, settings)
+        fingerprint, dims = choice.complete_fingerprint(extractor), _dims(store, extractor, kind, settings)
         if kind == "audio" and settings.trim_silence:
-            identity["trim_silence"] = True
+            fingerprint["trim_silence"] = True
         further = {**store.description.further, kind: extractor.modality()} if isinstance(extractor, FurtherExtractor) else None
         del extractor
         shards = _shards(store, files, kind)
@@ -88,8 +88,10 @@ def update_modality(
                 found = _take(results, shards[index].files[kind], progress)
                 names = [files[sample] for sample in shards[index].lines]
                 _note(notes, store, shards[index].lines, names, found, splits)
-                if strict and notes.lost:
-                    raise UserError(f'sample "{notes.lost[0]["id"]}": {notes.lost[0]["reason"]} (--strict stops at the first)')
+                if strict and notes.dropped:
+                    raise UserError(
+                        f'sample "{notes.dropped[0]["id"]}": {notes.dropped[0]["reason"]} (--strict stops at the first)'
+                    )
                 changed = _replace(arrays, store.description, kind, names, found, dims, further or {})
                 refuse_empty(store, shards[index].lines, changed["samples/rows"])
                 if len(changed["image/offsets"]) > 1:
@@ -97,7 +99,11 @@ def update_modality(
                 return changed
 
             def fields() -> dict[str, Any]:
-                new = {"dims": dims, "extractors": {**store.description.extractors, kind: identity}, "preparation_key": ""}
+                new = {
+                    "dims": dims,
+                    "extractors": {**store.description.extractors, kind: fingerprint},
+                    "preparation_key": "",
+                }
                 if kind == "image":
                     new["extractors"].pop("codes", None)
                     new |= {"has_codes": False, "has_pixels": bool(pixels) and all(pixels)}
@@ -105,7 +111,10 @@ def update_modality(
 
             description = rewrite_shards(store, change, fields, new_further=further)
         refresh_report(path, description, notes)
-        _LOG.info(f"{path}: {kind} features of {total} files by {identity['name']}; {len(notes.lost)} samples left without")
+        _LOG.info(
+            f"{path}: {kind} features of {total} files by {fingerprint['name']}; {len(notes.dropped)} samples left "
+            "without"
+        )
         for line in notes.shown():
             _LOG.info(line)
         if kind == "image" and store.has_codes:
@@ -179,14 +188,14 @@ def _note(
         if name is None:
             modalities = store.description.modalities
             if notes.kind in modalities and store.rows[sample, modalities.index(notes.kind)] != MISSING:
-                notes.lost.append({"id": id, "reason": f"the manifest names no {notes.kind} file"})
+                notes.dropped.append({"id": id, "reason": f"the manifest names no {notes.kind} file"})
             continue
         value = found[name]
         if isinstance(value, Failure):
-            notes.lost.append({"id": id, "reason": value.reason})
+            notes.dropped.append({"id": id, "reason": value.reason})
         elif name not in seen:
             notes.digests.append((value.digest, splits[sample], id))
-            notes.cut += [id] if value.was_cut else []
+            notes.truncated += [id] if value.was_truncated else []
         seen.add(name)
 
 

@@ -88,15 +88,17 @@ def update_text(
         def change(index: int, arrays: Arrays) -> Arrays:
             samples = range(starts[index], starts[index + 1])
             changed = _tokenised(store, samples, texts, splits, arrays, extractor, settings.max_tokens, notes)
-            if strict and notes.lost:
-                raise UserError(f'sample "{notes.lost[0]["id"]}": {notes.lost[0]["reason"]} (--strict stops at the first)')
+            if strict and notes.dropped:
+                raise UserError(
+                    f'sample "{notes.dropped[0]["id"]}": {notes.dropped[0]["reason"]} (--strict stops at the first)'
+                )
             refuse_empty(store, list(samples), changed["samples/rows"])
             return changed
 
         def fields() -> dict[str, Any]:
             return {
                 "dims": store.description.dims.model_copy(update={"vocab_size": vocab_size}),
-                "extractors": {**store.description.extractors, "text": extractor.identity()},
+                "extractors": {**store.description.extractors, "text": extractor.fingerprint()},
                 "tokenizer": tokenizer,
                 "tokenizer_folder": folder.name,
                 "preparation_key": "",
@@ -108,8 +110,11 @@ def update_text(
             shutil.rmtree(folder)
             raise
         refresh_report(path, description, notes)
-        rows, cut = sum(shard.num_texts for shard in description.shards), len(notes.cut)
-        _LOG.info(f"{path}: {rows} texts by a tokenizer of {vocab_size}, {cut} truncated; {len(notes.lost)} samples left without")
+        rows, truncated = sum(shard.num_texts for shard in description.shards), len(notes.truncated)
+        _LOG.info(
+            f"{path}: {rows} texts by a tokenizer of {vocab_size}, {truncated} truncated; {len(notes.dropped)} samples left "
+            "without"
+        )
         for line in notes.shown():
             _LOG.info(line)
         return description
@@ -175,7 +180,7 @@ def _tokenised(
         id = store.sample_id(first[key])
         row_of[key] = len(row_of)
         if max_tokens is not None and len(tokens) > max_tokens:
-            notes.cut.append(id)
+            notes.truncated.append(id)
         digest = hashlib.blake2b(strings[key].encode(), digest_size=8).hexdigest()
         notes.digests.append((digest, splits[first[key]], id))
     rows = arrays["samples/rows"].copy()
@@ -183,9 +188,9 @@ def _tokenised(
         text = texts[sample]
         rows[place, _TEXT] = MISSING if text is None else row_of.get(text.key, MISSING)
         if text is None and arrays["samples/rows"][place, _TEXT] != MISSING:
-            notes.lost.append({"id": store.sample_id(sample), "reason": "the manifest names no text"})
+            notes.dropped.append({"id": store.sample_id(sample), "reason": "the manifest names no text"})
         elif text is not None and text.key not in row_of:
-            notes.lost.append({"id": store.sample_id(sample), "reason": "the text has no tokens"})
+            notes.dropped.append({"id": store.sample_id(sample), "reason": "the text has no tokens"})
     tokens, offsets = join_items([tokens_of[key][:max_tokens] for key in row_of], (0,))
     utf8, utf8_offsets = join_strings([strings[key] for key in row_of])
     new = {"text/tokens": tokens.astype("int32"), "text/offsets": offsets, "text/utf8": utf8.astype("uint8"),

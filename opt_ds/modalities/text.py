@@ -22,7 +22,7 @@ from opt_ds.ops.keyed import keyed_choice, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import Dims, StoreDescription, TokenizerDescription
 
-MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # the rest is unchanged (Devlin et al. 2019, §3.1)
+MASK_TOKEN_FRACTION, RANDOM_TOKEN_FRACTION = 0.8, 0.1  # the rest is unchanged (Devlin et al. 2019, §3.1)
 
 
 @dataclass
@@ -140,10 +140,10 @@ def corrupt_tokens(
         int64 [n].
     """
     index = np.arange(len(tokens))
-    share = keyed_uniform(*keys, "share", index)
+    uniform = keyed_uniform(*keys, "share", index)
     random_tokens = ordinary_ids[keyed_choice(len(ordinary_ids), *keys, "token", index)]
-    replacement = np.where(share < MASK_TOKEN_SHARE, mask_id, tokens)
-    randomised = (share >= MASK_TOKEN_SHARE) & (share < MASK_TOKEN_SHARE + RANDOM_TOKEN_SHARE)
+    replacement = np.where(uniform < MASK_TOKEN_FRACTION, mask_id, tokens)
+    randomised = (uniform >= MASK_TOKEN_FRACTION) & (uniform < MASK_TOKEN_FRACTION + RANDOM_TOKEN_FRACTION)
     replacement = np.where(randomised, random_tokens, replacement)
     return np.where(masked, replacement, tokens).astype(np.int64)
 

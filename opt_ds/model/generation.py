@@ -100,8 +100,8 @@ def write(
     device = memory_ue.device
     caches = decoder.start(memory_ue, memory, length)
     ids_b = torch.full((len(memory),), begin_id, dtype=torch.long, device=device)
-    going_b = torch.arange(len(memory), device=device)  # sequences that have not ended
-    written_sl = torch.full((len(memory), length), -1 if end_id is None else end_id, dtype=torch.long, device=device)
+    unfinished_b = torch.arange(len(memory), device=device)  # sequences that have not ended
+    items_sl = torch.full((len(memory), length), -1 if end_id is None else end_id, dtype=torch.long, device=device)
     for position in range(length):
         scores_bv = decoder.decode(ids_b, position, caches).float()
         if options.method == "greedy":
@@ -109,16 +109,16 @@ def write(
         else:
             uniform_b = torch.from_numpy(keyed_uniform(options.seed, "write", keys, position)).to(device)
             ids_b = sample_scores(scores_bv, uniform_b, options)
-        written_sl[going_b, position] = ids_b
+        items_sl[unfinished_b, position] = ids_b
         if end_id is None or (position + 1) % _LOOK_EVERY.get(device.type, 1):
             continue
-        kept_k = (written_sl[going_b, : position + 1] != end_id).all(1).nonzero().squeeze(1)
+        kept_k = (items_sl[unfinished_b, : position + 1] != end_id).all(1).nonzero().squeeze(1)
         if not len(kept_k):
             break
-        if 2 * len(kept_k) <= len(going_b):  # with fewer the copy of the caches would not pay off
+        if 2 * len(kept_k) <= len(unfinished_b):  # with fewer the copy of the caches would not pay off
             caches = [cache.select(kept_k) for cache in caches]
-            ids_b, going_b, keys = ids_b[kept_k], going_b[kept_k], keys[kept_k.cpu().numpy()]
-    return [_until(row, end_id) for row in written_sl.tolist()]
+            ids_b, unfinished_b, keys = ids_b[kept_k], unfinished_b[kept_k], keys[kept_k.cpu().numpy()]
+    return [_until(row, end_id) for row in items_sl.tolist()]
 
 
 def sample_scores(scores_bv: torch.Tensor, uniform_b: torch.Tensor, options: DecodingConfig) -> torch.Tensor:

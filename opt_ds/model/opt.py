@@ -63,7 +63,7 @@ class OPT(nn.Module):
     def encode_cls(self, inputs: EncoderInputs) -> torch.Tensor:
         """Return cls_se, the encoder's [CLS] of each sample. The last layer computes no other position."""
         one_each = Sequences.from_lengths(np.ones(len(inputs.sequences)), inputs.sequences.cu_seqlens.device)
-        read = OutputPositions(inputs.cls_index, replace(one_each, slots=inputs.sequences.slots))
+        read = OutputPositions(inputs.cls_index, replace(one_each, sample_index=inputs.sequences.sample_index))
         return self._encode(inputs, read)[0].index_select(0, inputs.cls_index)
 
     def _encode(
@@ -118,9 +118,9 @@ class OPT(nn.Module):
 
 def _pooled(statistics: list) -> tuple[torch.Tensor, torch.Tensor]:
     counts = torch.tensor([float(s.count) for s in statistics], dtype=torch.float64)
-    shares = (counts / counts.sum())[:, None]
+    weights = (counts / counts.sum())[:, None]
     means = torch.tensor([s.mean for s in statistics], dtype=torch.float64)
     stds = torch.tensor([s.std for s in statistics], dtype=torch.float64)
-    mean = (shares * means).sum(0)
-    variance = (shares * (stds.square() + (means - mean).square())).sum(0)
+    mean = (weights * means).sum(0)
+    variance = (weights * (stds.square() + (means - mean).square())).sum(0)
     return mean.float(), variance.sqrt().float()

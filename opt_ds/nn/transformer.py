@@ -293,17 +293,17 @@ class LayerCache:
     length: int = 0  # positions written so far
 
     @staticmethod
-    def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, room: int) -> "LayerCache":
+    def empty(keys_ume: torch.Tensor, values_ume: torch.Tensor, memory: Sequences, max_positions: int) -> "LayerCache":
         """Build a cache without decoded positions.
 
         Args:
             keys_ume: Keys of the memory [u, h, d].
             values_ume: Values of the memory [u, h, d].
             memory: The b memory sequences.
-            room: Maximum number of positions per sequence.
+            max_positions: Maximum number of positions per sequence.
         """
         keys, values = memory.pad(keys_ume).transpose(1, 2), memory.pad(values_ume).transpose(1, 2)
-        shape = (len(memory), keys.shape[1], room, keys.shape[3])
+        shape = (len(memory), keys.shape[1], max_positions, keys.shape[3])
         valid = None if memory.min_length == memory.max_length else memory.valid
         return LayerCache(keys, values, valid, keys.new_empty(shape), keys.new_empty(shape))
 
@@ -366,12 +366,14 @@ class Decoder(LayerStack):
             )
         return hidden_te
 
-    def start(self, memory_ue: torch.Tensor, memory: Sequences, room: int) -> list[LayerCache]:
+    def start(self, memory_ue: torch.Tensor, memory: Sequences, max_positions: int) -> list[LayerCache]:
         """Return empty caches, one per layer, over the encoder's output of b sequences.
 
-        `room` is the maximum number of positions.
+        `max_positions` is the maximum number of positions.
         """
-        return [LayerCache.empty(*layer.cross.memory(memory_ue), memory, room) for layer in self._decoder_layers()]
+        return [
+            LayerCache.empty(*layer.cross.memory(memory_ue), memory, max_positions) for layer in self._decoder_layers()
+        ]
 
     def decode(self, hidden_be: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
         """Return the hidden state [b, e] of one new position per sequence."""

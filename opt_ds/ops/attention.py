@@ -46,10 +46,10 @@ def attention(
     library = backend.library("attention")
     if library is None:
         return _torch_attention(q_thd, k_uhd, v_uhd, queries, keys, causal, dropout)
-    slots, key = (queries.slots_or_numbers, backend.dropout_key()) if dropout > 0.0 else (None, 0)
+    sample_index, key = (queries.sample_index_or_range, backend.dropout_key()) if dropout > 0.0 else (None, 0)
     return getattr(torch.ops, library).attention(
         q_thd, k_uhd, v_uhd, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, q_thd.shape[-1] ** -0.5,
-        causal, slots, dropout, key, layer_id,
+        causal, sample_index, dropout, key, layer_id,
     )[0]  # fmt: skip
 
 

@@ -97,14 +97,14 @@ def _register(library: str) -> None:
     """
 
     @torch.library.register_fake(f"{library}::layer_norm")
-    def _(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, site):
+    def _(x, input_bias, residual, weight, bias, eps, row_keys, dropout, key, layer_id):
         has_total = input_bias is not None or residual is not None or dropout > 0
         mean = x.new_empty(x.numel() // x.shape[-1], dtype=_statistics(x))
         normed = torch.empty_like(x, memory_format=torch.contiguous_format)
         return normed, torch.empty_like(normed) if has_total else x.new_empty(0), mean, torch.empty_like(mean)
 
     @torch.library.register_fake(f"{library}::layer_norm_backward")
-    def _(d_normed, d_total, total, mean, rstd, weight, row_keys, dropout, key, site, with_input_bias):
+    def _(d_normed, d_total, total, mean, rstd, weight, row_keys, dropout, key, layer_id, with_input_bias):
         d_residual = torch.empty_like(total, memory_format=torch.contiguous_format)
         d_x = torch.empty_like(d_residual) if dropout > 0 else total.new_empty(0)
         width = total.shape[-1]
@@ -112,13 +112,16 @@ def _register(library: str) -> None:
         return d_residual, d_x, weight.new_empty(width), weight.new_empty(width), d_input_bias
 
     @torch.library.register_fake(f"{library}::dropout")
-    def _(x, row_keys, dropout, key, site):
+    def _(x, row_keys, dropout, key, layer_id):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake(f"{library}::attention")
-    def _(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, dropout, key, site):
+    def _(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal, sample_index, dropout, key, layer_id):
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_statistics(q))
 
     @torch.library.register_fake(f"{library}::attention_backward")
-    def _(d_out, q, k, v, out, lse, cu_queries, cu_keys, max_queries, max_keys, scale, causal, slots, dropout, key, site):
+    def _(
+        d_out, q, k, v, out, lse, cu_queries, cu_keys, max_queries, max_keys, scale, causal, sample_index, dropout, key,
+        layer_id,
+    ):  # fmt: skip
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

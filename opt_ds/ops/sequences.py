@@ -12,8 +12,8 @@ class Sequences:
     """S sequences concatenated in a packed tensor of T rows, without padding.
 
     `cu_seqlens` is int32 [S + 1]: the first row of each sequence, and T. `min_length`, `max_length`, `total` and
-    `host_lengths` (int64 [S]) are on the host, so reading them does not synchronise with the device. `slots` is int32
-    [S]: the global sample indices (positions in the global batch), which key the dropout. None: 0, 1, 2, …
+    `host_lengths` (int64 [S]) are on the host, so reading them does not synchronise with the device. `sample_index` is
+    int32 [S]: the global sample indices (positions in the global batch), which key the dropout. None: 0, 1, 2, …
     """
 
     cu_seqlens: torch.Tensor
@@ -21,25 +21,27 @@ class Sequences:
     max_length: int
     total: int
     host_lengths: np.ndarray
-    slots: torch.Tensor | None = None
+    sample_index: torch.Tensor | None = None
 
     @classmethod
     def from_lengths(
         cls,
         lengths: np.ndarray | list[int],
         device: torch.device | str = "cpu",
-        slots: np.ndarray | list[int] | None = None,
+        sample_index: np.ndarray | list[int] | None = None,
     ) -> "Sequences":
         """Build from the lengths [S] and, optionally, the global sample indices [S]; put the tensors on `device`."""
         lengths = np.asarray(lengths, dtype=np.int64)
-        places = None if slots is None else torch.from_numpy(np.asarray(slots, dtype=np.int32)).to(device)
+        places = None if sample_index is None else torch.from_numpy(np.asarray(sample_index, dtype=np.int32)).to(device)
         cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
         return cls(cu, int(lengths.min(initial=2**31)), int(lengths.max(initial=0)), int(lengths.sum()), lengths, places)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Sequences":
         """Return a copy whose tensors are on the device."""
-        slots = None if self.slots is None else self.slots.to(device, non_blocking=non_blocking)
-        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking), slots=slots)
+        sample_index = None if self.sample_index is None else self.sample_index.to(device, non_blocking=non_blocking)
+        return replace(
+            self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking), sample_index=sample_index
+        )
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -68,10 +70,10 @@ class Sequences:
         return shift + torch.arange(self.total, device=self.cu_seqlens.device)
 
     @cached_property
-    def slots_or_numbers(self) -> torch.Tensor:
+    def sample_index_or_range(self) -> torch.Tensor:
         """Global sample indices, or 0, 1, 2, … if there are none; int32 [S]."""
-        if self.slots is not None:
-            return self.slots
+        if self.sample_index is not None:
+            return self.sample_index
         return torch.arange(len(self), dtype=torch.int32, device=self.cu_seqlens.device)
 
     @cached_property
@@ -79,9 +81,9 @@ class Sequences:
         """Global sample index and position of each packed row, int32 [T, 2]. They key the row's dropout."""
         lengths = self.lengths
         first = torch.repeat_interleave(self.cu_seqlens[:-1], lengths, output_size=self.total)
-        slot = torch.repeat_interleave(self.slots_or_numbers, lengths, output_size=self.total)
+        sample_index = torch.repeat_interleave(self.sample_index_or_range, lengths, output_size=self.total)
         row = torch.arange(self.total, dtype=torch.int32, device=self.cu_seqlens.device)
-        return torch.stack([slot, row - first], dim=1)
+        return torch.stack([sample_index, row - first], dim=1)
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Convert packed rows [T, …] to the padded layout [S, L, …].

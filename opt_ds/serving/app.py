@@ -2,7 +2,7 @@
 
     POST /api/describe       text, image, audio (any mixture) -> generated text, match probabilities (if the model
                              learned matching), neighbours, attention
-    POST /api/paint          the same inputs -> images
+    POST /api/generate_image the same inputs -> images
     GET  /api/about          the model
     GET  /api/openapi.json   the API's schema
 
@@ -16,6 +16,7 @@ fails on a machine without internet access.
 
 import base64
 import io
+import logging
 import re
 import shutil
 import tempfile
@@ -42,6 +43,7 @@ from opt_ds.serving.neighbours import Neighbours
 from opt_ds.serving.processor import OPTProcessor
 from opt_ds.serving.session import Session, matched
 
+_LOG = logging.getLogger(__name__)
 _LIMITS = Limits()
 _HERE = Path(__file__).parent
 _PAGE = {
@@ -49,6 +51,9 @@ _PAGE = {
 }  # fmt: skip
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s:]+/)+")
 _PLAIN_ENDING = re.compile(r"\.[A-Za-z0-9]{1,8}")
+
+#: Former path of /api/generate_image; it goes with the next release.
+_FORMER_PATH = "/api/paint"
 
 _Upload = Annotated[UploadFile | None, File()]
 
@@ -80,8 +85,8 @@ def build_app(
     """
     # Types of the handlers' parameters. FastAPI validates with them and includes them in the schema.
     _Text = Annotated[str | None, Form(max_length=limits.text_characters)]  # noqa: N806
-    _Count = Annotated[int, Form(ge=1, le=limits.pictures)]  # noqa: N806
-    default_count = min(4, limits.pictures)
+    _Count = Annotated[int, Form(ge=1, le=limits.images)]  # noqa: N806
+    default_count = min(4, limits.images)
 
     further = session.processor.further if allow_further else ()
 
@@ -96,11 +101,12 @@ def build_app(
         text: str | None, image: UploadFile | None, audio: UploadFile | None, others: dict[str, Any]
     ) -> tuple[Sample, list[str]]:
         notes: list[str] = []
-        processor = session.processor.with_notes(notes, limits.recording_s, allow_svg=allow_svg)
+        processor = session.processor.with_notes(notes, limits.audio_s, allow_svg=allow_svg)
         return _sample(processor, text, image, audio, others), notes
 
     app = FastAPI(title="opt_ds", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     queue = Queue(limits)
+    reported: set[str] = set()
     _add_error_answers(app)
     _add_page(app)
 
@@ -126,8 +132,9 @@ def build_app(
 
         return await queue.compute(request.receive, work)
 
-    @app.post("/api/paint", dependencies=[Depends(check_fields)])
-    async def paint(
+    @app.post("/api/generate_image", dependencies=[Depends(check_fields)])
+    @app.post(_FORMER_PATH, dependencies=[Depends(check_fields)], include_in_schema=False)
+    async def generate_image(
         request: Request,
         text: _Text = None,
         image: _Upload = None,
@@ -135,18 +142,21 @@ def build_app(
         count: _Count = default_count,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
     ) -> dict[str, Any]:
-        others = await further_of(request)
+        others, is_former = await further_of(request), request.scope["route"].path == _FORMER_PATH
+        if is_former:
+            _report_former_path(reported)
 
         def work() -> dict[str, Any]:
             sample, notes = read(text, image, audio, others)
-            pictures = _paint(session, sample, count, seed)
+            images = _generate(session, sample, count, seed)
             if count > 1 and not session.config.can(MATCH):
                 notes.append("this model was trained without matching: the images are in the order of generation")
-            return {"notes": notes, "pictures": pictures}
+            return {"notes": notes, "images": images, **({"pictures": images} if is_former else {})}
 
         return await queue.compute(request.receive, work)
 
-    app.add_middleware(Admission, queue=queue, limits=limits, paths={"/api/describe", "/api/paint"})
+    computed = {"/api/describe", "/api/generate_image", _FORMER_PATH}
+    app.add_middleware(Admission, queue=queue, limits=limits, paths=computed)
     app.add_middleware(Guard, host=host, allow_hosts=tuple(allow_hosts))  # the middleware that is added last runs first
     return app
 
@@ -204,9 +214,11 @@ def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, a
     return answer
 
 
-def _paint(session: Session, sample: Sample, count: int, seed: int) -> list[dict[str, Any]]:
+def _generate(session: Session, sample: Sample, count: int, seed: int) -> list[dict[str, Any]]:
     options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
-    return [{"png": _png_url(picture), "matching": score} for picture, score in session.pictures(sample, count, options)]
+    return [
+        {"png": _png_url(image), "matching": score} for image, score in session.generate_images(sample, count, options)
+    ]
 
 
 def _sample(
@@ -239,7 +251,17 @@ def _kept(upload: UploadFile | None, path: Path) -> Path | None:
     return path
 
 
-def _png_url(picture: Image.Image) -> str:
+def _report_former_path(reported: set[str]) -> None:
+    """Log, once per application, that a client uses the former path."""
+    if _FORMER_PATH not in reported:
+        reported.add(_FORMER_PATH)
+        _LOG.warning(
+            f"a client uses POST {_FORMER_PATH}, which is now called /api/generate_image (its answer has images, not "
+            "pictures); the former path works until the next release"
+        )
+
+
+def _png_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

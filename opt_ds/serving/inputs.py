@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opt_ds.decoding.pictures import to_rgb
+from opt_ds.decoding.audio import RATES_HZ, SAMPLE_RATE_HZ, resample
+from opt_ds.decoding.images import to_rgb
 from opt_ds.decoding.reasons import RefusedError
-from opt_ds.decoding.recordings import RATES_HZ, SAMPLE_RATE_HZ, resample
 from opt_ds.errors import UserError
 
 #: A file, a Pillow image of any mode, or uint8 [height, width], [height, width, 3 or 4].

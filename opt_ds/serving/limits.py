@@ -16,6 +16,7 @@ class Limits(Section):
     """Limits of the server. A request beyond one of them is answered with a status code; the server stays up."""
 
     label: ClassVar[str] = "serving limits"
+    renamed = {"pictures": "images", "recording_s": "audio_s"}  # noqa: RUF012
 
     # Connections (opt_ds.serving.server)
     connections: int = Field(
@@ -63,7 +64,7 @@ class Limits(Section):
 
     # What a request holds (opt_ds.serving.app)
     text_characters: int = Field(10_000, ge=1, description="Longest text, in characters.")
-    pictures: int = Field(8, ge=1, description="Largest number of generated images per request.")
-    recording_s: float = Field(
+    images: int = Field(8, ge=1, description="Largest number of generated images per request.")
+    audio_s: float = Field(
         300.0, gt=0, description="Longest audio, in seconds: a small file can hold hours of silence."
     )

@@ -22,10 +22,11 @@ from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.retrieval import joined
+from opt_ds.former_names import former_arguments
 from opt_ds.model.generation import image_decoding, text_decoding
 from opt_ds.serving.arguments import Score, check_count, check_range, check_score, choose_dtype, parse_device
 from opt_ds.serving.inputs import AudioInput, ImageInput
-from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_beside, unit_cls
+from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_of, unit_cls
 from opt_ds.serving.session import Session
 
 _MAX_SEED = 2**63 - 1
@@ -194,8 +195,8 @@ class Model:
         check_range("temperature", temperature, 1e-3, None)
         check_range("seed", seed, 0, _MAX_SEED)
         options = image_decoding(top_k, top_p, temperature, seed)
-        found = self._session.pictures(self._read(text, image, audio), count, options)
-        return [GeneratedImage(picture, probability) for picture, probability in found]
+        found = self._session.generate_images(self._read(text, image, audio), count, options)
+        return [GeneratedImage(generated, probability) for generated, probability in found]
 
     def embed(
         self, text: str | None = None, image: ImageInput | None = None, audio: AudioInput | None = None, *, normalize: bool = True
@@ -273,9 +274,10 @@ class Model:
         """
         return self._ranked_for(self._read(text, None, audio), [self._read(None, image, None) for image in images], by)
 
+    @former_arguments(recordings="audio")
     def rank_audio(
         self,
-        recordings: Sequence[AudioInput],
+        audio: Sequence[AudioInput],
         *,
         text: str | None = None,
         image: ImageInput | None = None,
@@ -284,12 +286,12 @@ class Model:
         """Rank audio for a text, an image or both, best first.
 
         Args:
-            recordings: The candidates.
+            audio: The candidates.
             text: The query.
             image: The query.
             by: "matching" or "likelihood", as in `rank_images`.
         """
-        return self._ranked_for(self._read(text, image, None), [self._read(None, None, audio) for audio in recordings], by)
+        return self._ranked_for(self._read(text, image, None), [self._read(None, None, one) for one in audio], by)
 
     def index(self, store: str | Path, split: str = "train", limit: int = 2000) -> "StoreIndex":
         """Embed samples of a feature store, for `StoreIndex.nearest`.
@@ -300,7 +302,7 @@ class Model:
             limit: Maximum number of samples, chosen by a fixed seed.
         """
         check_count("limit", limit)
-        return StoreIndex(Neighbours(evaluator_beside(self._session, Path(store)), split, limit), self._read)
+        return StoreIndex(Neighbours(evaluator_of(self._session, Path(store)), split, limit), self._read)
 
     def _read(self, text: str | None, image: ImageInput | None, audio: AudioInput | None) -> Sample:
         return self._session.processor(text, image, audio)

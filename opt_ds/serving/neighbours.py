@@ -11,7 +11,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.serving.session import Session
-from opt_ds.store.processor_files import identity_differences
+from opt_ds.store.processor_files import fingerprint_differences
 from opt_ds.store.verify import open_store
 
 
@@ -45,10 +45,10 @@ class Neighbours:
         return found
 
 
-def evaluator_beside(session: Session, store_path: Path) -> Evaluator:
+def evaluator_of(session: Session, store_path: Path) -> Evaluator:
     """Return the session's model with a store of the same tokenizer and extractors. Raise UserError if these differ."""
     store = open_store(store_path)
-    differences = identity_differences(session.processor.description, store, codes=False)
+    differences = fingerprint_differences(session.processor.description, store, codes=False)
     if differences:
         raise UserError(f"{store_path}: {'; '.join(differences)}: use the store that the model was trained on")
     return Evaluator(session.model, session.config, store, session.device)

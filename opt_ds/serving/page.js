@@ -1,6 +1,6 @@
 const $ = id => document.getElementById(id);
 const make = (tag, text, cls) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (cls) e.className = cls; return e; };
-let drawn = false, recording = null;
+let drawn = false, recorded = null;
 
 fetch("api/about").then(r => r.json()).then(a => {
   $("about").textContent = `${a.preset}, ${(a.parameters / 1e6).toFixed(1)} million parameters, on ${a.device}`;
@@ -37,20 +37,20 @@ $("record").onclick = async () => {
     recorder.ondataavailable = e => parts.push(e.data);
     recorder.onstop = async () => {
       stream.getTracks().forEach(t => t.stop()); recorder = null; $("record").textContent = "record";
-      recording = await wav(new Blob(parts)); show(recording); $("recorded").textContent = "recorded";
+      recorded = await wav(new Blob(parts)); show(recorded); $("recorded").textContent = "recorded";
     };
     recorder.start(); $("record").textContent = "stop";
   } catch (error) { $("recorded").textContent = `no microphone (${error.message})`; }
 };
 const show = sound => { $("player").src = URL.createObjectURL(sound); $("player").hidden = false; };
-$("audio").onchange = () => { recording = null; if ($("audio").files[0]) show($("audio").files[0]); };
+$("audio").onchange = () => { recorded = null; if ($("audio").files[0]) show($("audio").files[0]); };
 
 async function inputs() {
   const data = new FormData();
   if ($("text").value.trim()) data.set("text", $("text").value);
   if ($("image").files[0]) data.set("image", $("image").files[0]);
   else if (drawn) data.set("image", await new Promise(done => $("canvas").toBlob(done, "image/png")), "drawn.png");
-  const sound = recording || $("audio").files[0];
+  const sound = recorded || $("audio").files[0];
   if (sound) data.set("audio", sound, "audio");
   return data;
 }
@@ -109,12 +109,12 @@ $("form").onsubmit = async event => {
   if (sees.length) parts.push(make("h2", "Attention of a word (choose one)"), attention(sees));
   $("answer").replaceChildren(...parts);
 };
-$("paint").onclick = async () => {
-  const found = await ask("api/paint", await inputs());
+$("generate").onclick = async () => {
+  const found = await ask("api/generate_image", await inputs());
   if (!found) return;
-  const box = make("p", undefined, "pictures"), compared = found.pictures.some(p => p.matching !== null);
-  for (const p of found.pictures) {
-    const image = make("img"); image.src = p.png; image.alt = "generated picture";
+  const box = make("p", undefined, "images"), compared = found.images.some(p => p.matching !== null);
+  for (const p of found.images) {
+    const image = make("img"); image.src = p.png; image.alt = "generated image";
     image.title = p.matching === null ? "" : `matching ${p.matching.toFixed(3)}`; box.append(image);
   }
   $("answer").replaceChildren(make("h2", compared ? "Generated images, best match first" : "Generated images"), box, ...found.notes.map(n => make("p", n, "note")));

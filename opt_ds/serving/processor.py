@@ -154,14 +154,14 @@ class OPTProcessor:
         self._add(sample, "text", tokens, len(tokens), "the text")
 
     def _add_image(self, sample: Sample, image: Path | Image.Image) -> None:
-        picture = self._decoded(image, "image") if isinstance(image, Path) else image
-        found = self._extractor("image").extract([picture])[0]
+        content = self._decoded(image, "image") if isinstance(image, Path) else image
+        found = self._extractor("image").extract([content])[0]
         if not len(found.features):
             raise UserError("no region was found in the image: use another image")
         self._add(sample, "image", found, len(found.features), "the image")
 
     def _add_audio(self, sample: Sample, audio: Path | np.ndarray) -> None:
-        from opt_ds.decoding.recordings import trim_silence
+        from opt_ds.decoding.audio import trim_silence
         from opt_ds.features.speech import pool_frames
 
         waveform = self._decoded(audio, "audio") if isinstance(audio, Path) else audio
@@ -190,7 +190,7 @@ class OPTProcessor:
     def _decoded(self, path: Path, kind: str) -> Any:
         if not path.is_file():
             raise UserError(f"{kind} {path}: no such file")
-        decode: Callable[..., Any] = self._decoder.picture if kind == "image" else self._decoder.recording
+        decode: Callable[..., Any] = self._decoder.image if kind == "image" else self._decoder.audio
         try:
             return decode(path, self._limits).content
         except DecodingError as error:
@@ -216,8 +216,8 @@ class OPTProcessor:
             self._extractors[kind] = self._build(kind, self.description.extractors[kind])
         return self._extractors[kind]
 
-    def _build(self, kind: str, identity: dict[str, Any]) -> Any:
-        given, where = named_in(identity), f"the model's {kind} extractor"
+    def _build(self, kind: str, fingerprint: dict[str, Any]) -> Any:
+        given, where = named_in(fingerprint), f"the model's {kind} extractor"
         found = extractor_class(kind, given, where)
         if kind in _SETTINGS and found.reads_files:
             raise UserError(
@@ -225,17 +225,17 @@ class OPTProcessor:
             )
         options = {"weights": self._weights.get(kind), **self._options.get(kind, {})}
         weights = None if options["weights"] is None else Path(options["weights"]).expanduser()
-        self._check_given(kind, found.name, weights, found.needs_weights(identity))
+        self._check_given(kind, found.name, weights, found.needs_weights(fingerprint))
         if weights is None:
             del options["weights"]
-        choice = choose(kind, given, {**found.options_from(identity), **options}, where)
+        choice = choose(kind, given, {**found.options_from(fingerprint), **options}, where)
         extractor = choice.build(self._device)
-        own = choice.fingerprint(extractor)
-        for key in identity.keys() | own.keys():
-            if key not in _MAY_DIFFER and identity.get(key) != own.get(key):
+        own = choice.complete_fingerprint(extractor)
+        for key in fingerprint.keys() | own.keys():
+            if key not in _MAY_DIFFER and fingerprint.get(key) != own.get(key):
                 raise UserError(
                     f"{kind} extractor {found.name}: its {key} is {own.get(key)}, the model was trained with "
-                    f"{identity.get(key)}: use the same"
+                    f"{fingerprint.get(key)}: use the same"
                 )
         return extractor
 

@@ -14,12 +14,14 @@ from typing import Any
 import jinja2
 import yaml
 
-from opt_ds.config import config_from_dict, load_config
+from opt_ds.config import Config, config_from_dict, load_config
+from opt_ds.config.section import current_names
 from opt_ds.config.sources import preset_names
 from opt_ds.errors import UserError
 from opt_ds.evaluation import paper
 from opt_ds.evaluation.ablation_table import CHART_FILE, JSON_FILE
 from opt_ds.evaluation.retrieval import DIRECTIONS, RANKS
+from opt_ds.former_names import FIGURES, METRICS, current_keys
 from opt_ds.store.files import atomic_file
 from opt_ds.store.foreign import is_inside, is_plain_name, read_json_object
 from opt_ds.training import checkpoint
@@ -48,7 +50,7 @@ def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[
         raise UserError(f"{run}: no {CONFIG_FILE} there: restore it, or name another run")
     if ablation is not None and not (ablation / JSON_FILE).is_file():
         raise UserError(f"--ablation {ablation}: no {JSON_FILE} there: name the folder that opt-ds ablate wrote")
-    found = {name: _read(run / file) for name, file in _FILES.items() if (run / file).is_file()}
+    found = {name: current_keys(_read(run / file), FIGURES) for name, file in _FILES.items() if (run / file).is_file()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -99,7 +101,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
             found = None
         if not isinstance(found, dict):
             raise UserError(f"{path}: line {number} is damaged: remove that line")
-        lines.append(found)
+        lines.append(current_keys(found, METRICS))
     return lines
 
 
@@ -123,7 +125,7 @@ def _about(run: Path, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "stopped_early": state.stopped_early, "best_step": state.best_step, "samples": state.step * last["samples_per_step"],
         "seconds": state.train_seconds, "rank_hours": state.train_seconds * ranks / 3600, "last": last, "launches": launches,
         "samples_per_s": mean("speed/samples_per_s"), "tokens_per_s": mean("speed/tokens_per_s"),
-        "utilisation": mean("speed/flops_utilisation"), "waiting": mean("speed/data_wait_share"),
+        "utilisation": mean("speed/flops_utilisation"), "waiting": mean("speed/data_wait_fraction"),
         "memory_gib": max((line.get("memory/peak_gib", 0.0) for line in train), default=None), "seed": config.seed,
     }  # fmt: skip
 
@@ -257,8 +259,8 @@ def _transcription(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _grids(run: Path, found: dict[str, Any]) -> list[dict[str, str]]:
     """Return the evaluation's image grids as data URLs."""
     splits = found.get("summary", {}).get("splits", {})
-    named = {f"Held-out split {split}": figures.get("picture_grid") for split, figures in splits.items()}
-    named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("picture_grid")
+    named = {f"Held-out split {split}": figures.get("image_grid") for split, figures in splits.items()}
+    named["opt-ds evaluate image-generation"] = found.get("image_generation", {}).get("image_grid")
     return [
         {"title": title, "url": _data_url(run / file)}
         for title, file in named.items()
@@ -274,17 +276,17 @@ def _ablation(folder: Path | None) -> dict[str, Any] | None:
     rows = []
     for row in figures["rows"]:
         scores = {name: found["mAP"] for name, found in row["classification"]["subsets"].items()}
-        judged = list(scores)[-1]
+        subset = list(scores)[-1]
         change = None
         if full is not None and row is not full:
-            change = 100 * (scores[judged] / full["classification"]["subsets"][judged]["mAP"] - 1)
+            change = 100 * (scores[subset] / full["classification"]["subsets"][subset]["mAP"] - 1)
         rows.append({**row, "scores": scores, "change": change, "paper": paper.ABLATION.get(row["row"])})
     return {**figures, "rows": rows, "chart": _data_url(folder / CHART_FILE) if (folder / CHART_FILE).is_file() else ""}
 
 
 def _settings(run: Path) -> dict[str, Any]:
     """Return the configuration as YAML, and its differences from the preset: key, value, the preset's value."""
-    tree = _yaml(run / CONFIG_FILE)
+    tree = current_names(Config, _yaml(run / CONFIG_FILE))
     text = yaml.safe_dump(tree, sort_keys=False)
     preset = str(tree.get("preset"))
     if preset not in preset_names():

@@ -55,7 +55,7 @@ class Connection(H11Protocol):
         if len(self.connections) > 2 * self.limits.connections:
             transport.abort()  # refused connections that linger are bounded too
         elif sum(not connection._refused for connection in self._all()) > self.limits.connections:
-            self._make_room()
+            self._close_oldest()
 
     def data_received(self, data: bytes) -> None:
         """Process received data. Data on a refused connection is discarded."""
@@ -106,7 +106,7 @@ class Connection(H11Protocol):
             Stage.CLOSING: limits.closing_s,
         }[stage]
 
-    def _make_room(self) -> None:
+    def _close_oldest(self) -> None:
         """Refuse the oldest connection that has no request yet. That is this connection if all others have one."""
         waiting = [connection for connection in self._all() if connection._present_stage() is Stage.HEADER]
         oldest = min(waiting, key=lambda connection: connection._since)

@@ -17,7 +17,7 @@ from opt_ds.data.sample import Sample
 from opt_ds.dvae.model import DiscreteVAE
 from opt_ds.dvae.storage import load_processor_dvae
 from opt_ds.errors import UserError
-from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, generate_candidates, to_picture
+from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, generate_candidates, to_image
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 from opt_ds.model.opt import OPT
@@ -89,7 +89,7 @@ class Session(ModelRunner):
         self.require(WRITE_TEXT, "write text")
         return self.write_text([sample], options)[0]
 
-    def pictures(
+    def generate_images(
         self, sample: Sample, count: int = 1, options: DecodingConfig = DEFAULT_SAMPLING
     ) -> list[tuple[Image.Image, float | None]]:
         """Return `count` sampled images of 64 × 64 pixels with their match probabilities, best first.
@@ -98,12 +98,12 @@ class Session(ModelRunner):
         head was never trained. Raise UserError if the model never learned to generate images.
         """
         self.require(GENERATE_IMAGES, "generate images")
-        painted = generate_candidates(self, self.dvae, [sample], options, count)[0]
-        pictures = [to_picture(pixels) for pixels in painted]
+        generated = generate_candidates(self, self.dvae, [sample], options, count)[0]
+        images = [to_image(pixels) for pixels in generated]
         if count == 1 or not self.config.can(MATCH):
-            return [(picture, None) for picture in pictures]
-        scores = [self.match_probability(sample, picture) for picture in pictures]
-        return [(pictures[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
+            return [(image, None) for image in images]
+        scores = [self.match_probability(sample, image) for image in images]
+        return [(images[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
         """Return the probability of each matching label (see data.matching) that the two or three given inputs allow.
@@ -142,12 +142,12 @@ class Session(ModelRunner):
             self._dvae = load_processor_dvae(self.processor.folder).to(self.device).eval()
         return self._dvae
 
-    def match_probability(self, sample: Sample, picture: Image.Image) -> float:
+    def match_probability(self, sample: Sample, image: Image.Image) -> float:
         """Return the match probability of the image with the sample's text and audio."""
-        pair = replace(sample, items=sample.items | self.processor(image=picture).items)
+        pair = replace(sample, items=sample.items | self.processor(image=image).items)
         return self.match_probabilities([pair])[0] if len(matched(pair)) > 1 else 0.0
 
-    def image_embedding(self, picture: Image.Image) -> np.ndarray:
+    def image_embedding(self, image: Image.Image) -> np.ndarray:
         """Return the image embedding: the mean of the region features by the model's image extractor."""
-        features = self.processor(image=picture).of(IMAGE).features
+        features = self.processor(image=image).of(IMAGE).features
         return np.asarray(features, dtype=np.float32).mean(0)

@@ -47,7 +47,7 @@ def read_dvae_folder(folder: Path) -> tuple[DVAEConfig, dict[str, tuple[int, ...
     return config, tensor_shapes(folder / WEIGHTS_FILE, _REMEDY)
 
 
-def dvae_identity(config: DVAEConfig, weights: "Mapping[str, Tensor]") -> dict[str, Any]:
+def dvae_fingerprint(config: DVAEConfig, weights: "Mapping[str, Tensor]") -> dict[str, Any]:
     """Return the fingerprint of a dVAE: name, codebook size and SHA-256 of the weights.
 
     It links codes to their dVAE.
@@ -71,15 +71,15 @@ def dvae_problem(path: Path, description: StoreDescription) -> str | None:
 
     try:
         config, _ = read_dvae_folder(folder)
-        check_identity(path, description, dvae_identity(config, load_file(folder / WEIGHTS_FILE)))
+        check_fingerprints(path, description, dvae_fingerprint(config, load_file(folder / WEIGHTS_FILE)))
     except UserError as error:
         return str(error)
     return None
 
 
-def check_identity(path: Path, description: StoreDescription, identity: dict[str, Any]) -> None:
+def check_fingerprints(path: Path, description: StoreDescription, fingerprint: dict[str, Any]) -> None:
     """Raise UserError unless the dVAE with this fingerprint made the codes of the store at `path`."""
-    if identity != description.extractors.get("codes"):
+    if fingerprint != description.extractors.get("codes"):
         raise UserError(
             f"{path / DVAE_FOLDER}: not the dVAE that made the store's codes: "
             f"write both again with opt-ds update {path} --modality codes --weights (train-dvae's output)"

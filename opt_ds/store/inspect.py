@@ -132,7 +132,7 @@ def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]
     size = sum(shard.bytes for shard in description.shards)
     texts, images, audios = (description.num_rows(modality) for modality in MODALITIES)
     extractors = ", ".join(
-        f"{kind}: {identity.get('name')}" for kind, identity in sorted(description.extractors.items())
+        f"{kind}: {fingerprint.get('name')}" for kind, fingerprint in sorted(description.extractors.items())
     )
     codes = f"{dims.num_codes} in the codebook" if description.has_codes else "none"
     return [

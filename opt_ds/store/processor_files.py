@@ -49,7 +49,7 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
         seal_folder(temporary)
 
 
-def identity_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:
+def fingerprint_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:
     """Return the differences, by fingerprints, of a store from what a model was trained on, each with its effect.
 
     `codes`: compare the image codes too.
@@ -79,7 +79,7 @@ def _short(extractor: dict[str, Any] | None) -> str:
     return " ".join(filter(None, [extractor.get("name", ""), str(extractor.get("version") or ""), weights]))
 
 
-def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
+def check_fingerprints(folder: Path, store: FeatureStore, force: bool) -> None:
     """Refuse a store whose vocabulary or extractors differ from those in `folder`, a run's processor files.
 
     With `force`, log a warning per difference instead. Without processor files, log that nothing was compared.
@@ -87,7 +87,7 @@ def check_identity(folder: Path, store: FeatureStore, force: bool) -> None:
     if not (folder / PROCESSOR_FILE).is_file():
         _LOG.warning(f"{folder / PROCESSOR_FILE} does not exist: the extractors of {store.path} are not checked")
         return
-    differences = identity_differences(load_processor_description(folder), store)
+    differences = fingerprint_differences(load_processor_description(folder), store)
     if differences and not force:
         raise UserError(
             f"{store.path}: {'; '.join(differences)}: use a store prepared like the one that the model was trained on, or --force"

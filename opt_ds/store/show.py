@@ -61,14 +61,14 @@ def describe_sample(store: FeatureStore, index: int) -> list[tuple[str, str]]:
     return lines
 
 
-def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Image | None = None) -> None:
+def draw_sample(store: FeatureStore, index: int, path: Path, original: Image.Image | None = None) -> None:
     """Write a PNG with the boxes, the stored 64 x 64 pixels, the frames and the further features of a sample.
 
     Args:
         store: The store.
         index: The sample.
         path: The PNG to write.
-        picture: The original image, over which the boxes are drawn. None: an empty square.
+        original: The original image, over which the boxes are drawn. None: an empty square.
     """
     from matplotlib.figure import Figure
 
@@ -87,7 +87,7 @@ def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Imag
         axes = figure.add_subplot(1, len(panels), number + 1)
         axes.set_title(panel)
         if panel == "boxes":
-            _draw_boxes(axes, store, image, picture)
+            _draw_boxes(axes, store, image, original)
         elif panel == "pixels":
             axes.imshow(store.pixels(image).transpose(1, 2, 0))
         elif panel.startswith(_FURTHER):
@@ -104,12 +104,12 @@ def draw_sample(store: FeatureStore, index: int, path: Path, picture: Image.Imag
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None})
 
 
-def _draw_boxes(axes: Any, store: FeatureStore, row: int, picture: Image.Image | None) -> None:
+def _draw_boxes(axes: Any, store: FeatureStore, row: int, original: Image.Image | None) -> None:
     from matplotlib.patches import Rectangle
 
-    width, height = (1, 1) if picture is None else picture.size
-    if picture is not None:
-        axes.imshow(np.asarray(picture))
+    width, height = (1, 1) if original is None else original.size
+    if original is not None:
+        axes.imshow(np.asarray(original))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     regions = store.regions(row)

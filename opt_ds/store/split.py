@@ -28,9 +28,9 @@ def parse_ratios(arguments: list[str]) -> dict[str, float]:
     """Parse ["train=0.9", "valid=0.1"] to fractions that sum to 1. Raise UserError for anything else."""
     ratios: dict[str, float] = {}
     for each in arguments:
-        name, equals, share = each.partition("=")
+        name, equals, fraction = each.partition("=")
         try:
-            ratios[name] = float(share)
+            ratios[name] = float(fraction)
         except ValueError:
             equals = ""
         if not (name and equals and ratios[name] > 0):
@@ -83,7 +83,7 @@ def split_by_ratio(
         splits[index] = split_of[group]
     if near is not None:
         _warn_of_what_stays_apart(store, near, splits)
-    return _deal(store, splits, "group hash" if source is None else "manifest")
+    return _reassign(store, splits, "group hash" if source is None else "manifest")
 
 
 def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: dict[str, float]) -> np.ndarray:
@@ -97,9 +97,9 @@ def _joined(store: FeatureStore, chosen: np.ndarray, near: np.ndarray, ratios: d
     parts = _groups_in(groups, own)
     joined = np.isin(groups, names[parts > 1])
     largest = int(np.argmax(np.where(parts > 1, counts, 0)))
-    room = max(ratios.values()) * len(chosen)
+    capacity = max(ratios.values()) * len(chosen)
     too_few = len(names) < len(ratios) <= len(np.unique(own))
-    if parts[largest] > 1 and (counts[largest] > room or too_few):
+    if parts[largest] > 1 and (counts[largest] > capacity or too_few):
         first = store.sample_id(int(chosen[groups == names[largest]][0]))
         raise UserError(
             f'{store.path}: near-duplicate images connect {counts[largest]} of {len(chosen)} samples, such as "{first}": '
@@ -182,10 +182,10 @@ def split_by_list(
     splits = [own if name is None else named[name] for name, own in zip(of_sample, present, strict=True)]
     if count_near_duplicates:
         _warn_of_what_stays_apart(store, same_images(store).near, splits)
-    return _deal(store, splits, "manifest")
+    return _reassign(store, splits, "manifest")
 
 
-def _deal(store: FeatureStore, splits: list[str], source: str) -> StoreDescription:
+def _reassign(store: FeatureStore, splits: list[str], source: str) -> StoreDescription:
     names = sorted(set(splits), key=lambda name: (name != TRAIN_SPLIT, name))
     if TRAIN_SPLIT not in names:
         raise UserError(f"{store.path}: no sample would be in {TRAIN_SPLIT}, which training reads: keep some there")

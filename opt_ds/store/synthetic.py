@@ -59,7 +59,7 @@ def write_synthetic_store(
     splits = splits or {"train": 0.8, "valid": 0.2}
     rng = np.random.default_rng(seed)
     words = [f"w{index}" for index in range(vocab_size - len(SPECIAL_TOKENS))]
-    split_of = _deal_splits(num_samples, splits)
+    split_of = _assign_splits(num_samples, splits)
     dims = Dims(
         image_feature_dim=image_feature_dim,
         image_num_classes=image_num_classes,
@@ -126,7 +126,7 @@ def _add(items: list[_Item], item: _Item) -> int:
     return len(items) - 1
 
 
-def _deal_splits(num_samples: int, splits: dict[str, float]) -> list[str]:
+def _assign_splits(num_samples: int, splits: dict[str, float]) -> list[str]:
     """Return the split of each sample. Splits are contiguous, and each gets its fraction to within one sample."""
     bounds = np.rint(np.cumsum(list(splits.values())) / sum(splits.values()) * num_samples).astype(int)
     return [list(splits)[int(np.searchsorted(bounds, index, side="right"))] for index in range(num_samples)]

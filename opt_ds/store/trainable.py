@@ -9,7 +9,7 @@ from opt_ds.errors import did_you_mean
 from opt_ds.store.schema import StoreDescription
 
 TRAIN_SPLIT, VALID_SPLIT = "train", "valid"
-_VALID_SHARE = 0.1
+_VALID_FRACTION = 0.1
 
 
 def split_problems(
@@ -44,9 +44,9 @@ def split_problems(
 def _remedy(path: Path, split: str, train_split: str, counts: dict[str, int]) -> str:
     largest = max(counts, key=lambda name: counts[name])
     if split == train_split:
-        source, shares, key = largest, {split: 1 - _VALID_SHARE, VALID_SPLIT: _VALID_SHARE}, "data.train_split"
+        source, fractions, key = largest, {split: 1 - _VALID_FRACTION, VALID_SPLIT: _VALID_FRACTION}, "data.train_split"
     else:
         source, key = train_split if train_split in counts else largest, "data.valid_split"
-        shares = {source: 1 - _VALID_SHARE, split: _VALID_SHARE}
-    ratios = " ".join(f"--ratio {name}={share:g}" for name, share in shares.items())
+        fractions = {source: 1 - _VALID_FRACTION, split: _VALID_FRACTION}
+    ratios = " ".join(f"--ratio {name}={fraction:g}" for name, fraction in fractions.items())
     return f"opt-ds split {path} --from {source} {ratios}, or name another split with {key}"

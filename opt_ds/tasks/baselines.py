@@ -64,11 +64,11 @@ def trivial_baselines(config: Config, stores: list[FeatureStore], version: int |
     statistics = TrainingStatistics(config, stores)
     found = [unit(config).baseline(statistics) for unit in config.tasks.units.values()]
     baselines = [baseline for baseline in found if baseline is not None]
-    for planned in plan.validation(1, config.train.validate_samples):
-        for index in range(planned.num_samples):
-            sample = reader.read(planned.samples, index)
+    for step_plan in plan.validation(1, config.train.validate_samples):
+        for index in range(step_plan.num_samples):
+            sample = reader.read(step_plan.samples, index)
             for baseline in baselines:
-                baseline.add(sample, int(planned.samples.store[index]))
+                baseline.add(sample, int(step_plan.samples.store[index]))
     losses = {loss: value for baseline in baselines for loss, value in baseline.losses().items()}
     return {loss: losses[loss] for loss in config.tasks.active_losses if loss in losses}
 

@@ -15,8 +15,8 @@ from torch import nn
 from opt_ds.abilities import LABEL
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, as_long
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart, TaskCost
 from opt_ds.errors import UserError
 from opt_ds.nn.transformer import LayerNorm
@@ -121,11 +121,11 @@ class LabelPrediction(Task):
         """Return which samples have labels."""
         return np.array([bool(store.labels(int(index))) for index in samples], dtype=bool)
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of samples of this task."""
         return {"labels": float((samples.task == self.number).sum())}
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of one output position and the head per sample."""
         own, width = self.own(samples), self.config.model.hidden_size
         num_names = len(self.section.names) if self.section else 0
@@ -151,9 +151,9 @@ class LabelPrediction(Task):
         agreement = self.config.finetune.agreement if self.config.finetune else 3
         return np.minimum(times / (agreement if labels.answers else 1), 1)
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the label targets of the sample."""
-        sample.targets[self.name] = self.label_targets(store, int(planned.sample[index]))
+        sample.targets[self.name] = self.label_targets(store, int(samples.sample[index]))
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> LabelBatch:
         """Return the targets of the labelled samples."""
@@ -175,11 +175,11 @@ class LabelPrediction(Task):
         """Return the loss of predicting each label's training frequency."""
         if self.section is None:
             return None
-        shares = statistics.mean_of_labelled(self.label_targets)
+        frequencies = statistics.mean_of_labelled(self.label_targets)
 
         def losses(sample: Sample, number: int) -> dict[str, Any]:
             targets = sample.targets[self.name]
-            loss = -(targets * np.log(shares) + (1 - targets) * np.log(1 - shares)).sum()
+            loss = -(targets * np.log(frequencies) + (1 - targets) * np.log(1 - frequencies)).sum()
             return {"labels": np.array([float(loss)])}
 
         return SampleBaseline(self.name, losses)

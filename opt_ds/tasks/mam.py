@@ -15,8 +15,8 @@ from torch import nn
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, join
 from opt_ds.data.modalities import AUDIO
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart, TaskCost
 from opt_ds.modalities.audio import AudioBatch
 from opt_ds.ops.sequences import Sequences
@@ -141,7 +141,7 @@ class MaskedAudioModeling(TokenLevelTask):
     def _frame_dim(self) -> int:
         return self.config.model.audio_stack * self.config.model.audio_feature_dim
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of masked frames; for MAC only those with a negative."""
         frames = self.lengths(samples)
         masked = self.count_masked(frames)
@@ -152,14 +152,14 @@ class MaskedAudioModeling(TokenLevelTask):
         """Return the multiplications of both linear layers."""
         return self.config.model.hidden_size * 2 * self._frame_dim
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost, including the comparisons of the contrastive loss."""
         super().add_cost(samples, positions, total)
         # Each masked frame is compared with every frame of its utterance.
         frames = self.lengths(samples)
         total.head_flops[self.own(samples)] += 2.0 * self.count_masked(frames) * frames * self._frame_dim
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Mark the sample. Its original frames are the targets."""
         sample.targets[self.name] = True
 

@@ -21,8 +21,8 @@ from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.matching import LABEL_OF_PAIR, NUM_LABELS, matching_label
 from opt_ds.data.modalities import MODALITIES
 from opt_ds.data.negatives import NegativeSampler
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import OWN, BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
@@ -34,17 +34,18 @@ class MatchingConfig(LossConfig):
     """Sample-level matching."""
 
     renamed = {  # noqa: RUF012
-        "near_donor_share": "hard_negative_share", "near_donor_candidates": "hard_negative_candidates",
+        "near_donor_share": "hard_negative_fraction", "near_donor_candidates": "hard_negative_candidates",
+        "hard_negative_share": "hard_negative_fraction",
     }  # fmt: skip
 
     loss: Literal["bce", "ce"] = Field(
         "bce", description="Loss: binary cross-entropy per matching label, or cross-entropy over all labels."
     )
     pair_probability: float = Field(
-        0.5, ge=0, le=1, description="Share of the samples whose input is two modalities, not three."
+        0.5, ge=0, le=1, description="Fraction of the samples whose input is two modalities, not three."
     )
-    hard_negative_share: float = Field(
-        0.0, ge=0, le=1, description="Share of the negatives in training that are hard negatives."
+    hard_negative_fraction: float = Field(
+        0.0, ge=0, le=1, description="Fraction of the negatives in training that are hard negatives."
     )
     hard_negative_candidates: int = Field(
         16, ge=2, description="Candidates for each hard negative. The one with the most similar text is taken."
@@ -109,9 +110,9 @@ class Matching(Task):
 
         Hard negatives are sampled only if a complete split is given, that is in training.
         """
-        hard_share = self.section.hard_negative_share if split is not None else 0.0
+        hard_fraction = self.section.hard_negative_fraction if split is not None else 0.0
         return [
-            NegativeSampler(store, rows, split, hard_share, self.section.hard_negative_candidates)
+            NegativeSampler(store, rows, split, hard_fraction, self.section.hard_negative_candidates)
             for store, rows in zip(stores, samples, strict=True)
         ]
 
@@ -147,11 +148,11 @@ class Matching(Task):
                 rows[of_store] = pool.replace(rows[of_store], replaced[of_store], sample, key[of_store])
         sampled.input_rows[own] = rows
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of samples of this task."""
         return {"matching": float((samples.task == self.number).sum())}
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of one output position and the head per sample."""
         own = self.own(samples)
         total.output_positions[own] += 1
@@ -178,13 +179,13 @@ class Matching(Task):
         return (OWN, *np.flatnonzero(inputs).tolist())
 
     def chosen_replacement(self, key: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Return a random input modality with probability `finetune.negative_share`, otherwise `OWN`."""
+        """Return a random input modality with probability `finetune.negative_fraction`, otherwise `OWN`."""
         assert self.config.finetune is not None
         modality = np.array(MODALITIES)[None]
         order = np.argsort(keyed_hash(key[:, None], "side", modality), axis=1)
         ranked = np.where(np.take_along_axis(inputs, order, axis=1), modality, len(MODALITIES))
         side = np.take_along_axis(order, ranked.argmin(1)[:, None], axis=1)[:, 0]
-        return np.where(keyed_uniform(key, "negative") < self.config.finetune.negative_share, side, OWN)
+        return np.where(keyed_uniform(key, "negative") < self.config.finetune.negative_fraction, side, OWN)
 
     def assign_for_finetuning(
         self, candidates: Candidates, sampled: SampledTasks, inputs: np.ndarray, replaced: np.ndarray, derived: Any
@@ -199,9 +200,9 @@ class Matching(Task):
 
     # ---- samples and batches
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the matching label of the sample."""
-        sample.targets[self.name] = int(planned.columns["matching_label"][index])
+        sample.targets[self.name] = int(samples.columns["matching_label"][index])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
         """Return the matching examples."""

@@ -14,8 +14,8 @@ from torch import nn
 from opt_ds.config import ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, join
 from opt_ds.data.modalities import TEXT
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart
 from opt_ds.nn.transformer import LayerNorm
 from opt_ds.store.reader import FeatureStore
@@ -81,7 +81,7 @@ class MaskedLanguageModeling(TokenLevelTask):
         width = self.config.model.hidden_size
         return width**2 + width * self.config.model.vocab_size
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the original tokens of the sample."""
         sample.targets[self.name] = sample.of(TEXT).original
 

@@ -11,8 +11,8 @@ from torch import nn
 from opt_ds.config import ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, join
 from opt_ds.data.modalities import IMAGE
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, classification_term
@@ -89,12 +89,12 @@ class MaskedVisionModeling(TokenLevelTask):
             reasons["mrc"] = "the store's image regions have no classes (their extractor gives none)"
         return reasons
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of masked regions for each loss; 0 for MRC if the regions have no classes."""
         terms = super().num_terms(samples)
         return terms if has_classes(self.config.model) else {**terms, "mrc": 0.0}
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the region classes of the sample."""
         sample.targets[self.name] = sample.of(IMAGE).labels
 

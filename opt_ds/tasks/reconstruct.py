@@ -19,8 +19,8 @@ from opt_ds.data.batch import PackedBatch, decoder_targets
 from opt_ds.data.flops import decoder_flops
 from opt_ds.data.layout import Layout
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.modalities.text import read_text
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
@@ -37,6 +37,8 @@ _BEGIN_OF_CODES = -1  # not a code
 class ModalityConfig(LossConfig):
     """Modality-level reconstruction."""
 
+    renamed = {"text_target_share": "text_target_fraction"}  # noqa: RUF012
+
     drop_probability: float = Field(
         0.3, gt=0, lt=1, description="Probability of dropping each modality from the input."
     )
@@ -44,8 +46,8 @@ class ModalityConfig(LossConfig):
         False,
         description="Never show the reconstructed modality in the input. A sample then has one target, text or image.",
     )
-    text_target_share: float = Field(
-        0.5, ge=0, le=1, description="With `always_drop_target`: share of samples whose target is text."
+    text_target_fraction: float = Field(
+        0.5, ge=0, le=1, description="With `always_drop_target`: fraction of samples whose target is text."
     )
 
 
@@ -189,7 +191,7 @@ class ModalityReconstruction(Task):
         text_ok, image_ok = (writable[own] for writable in self._writable(candidates))
         always = np.zeros_like(present)  # dropped regardless of chance
         if options.always_drop_target:
-            to_text = keyed_uniform(key, "target") < options.text_target_share
+            to_text = keyed_uniform(key, "target") < options.text_target_fraction
             if candidates.variant >= 0:
                 to_text = np.full(len(own), candidates.variant == 0)
             to_text = text_ok & (to_text | ~image_ok)
@@ -221,7 +223,7 @@ class ModalityReconstruction(Task):
         dropped[waiting] = always[waiting]
         return dropped
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of target items of both decoders, for all tasks that set decoder targets."""
         columns = samples.columns
         return {
@@ -229,7 +231,7 @@ class ModalityReconstruction(Task):
             "dir": float(columns["has_image_target"].sum()) * self.config.model.num_image_codes,
         }
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of the decoders, for all tasks that set decoder targets."""
         columns, model = samples.columns, self.config.model
         writing = np.flatnonzero(columns["has_text_target"] | columns["has_image_target"])
@@ -245,14 +247,14 @@ class ModalityReconstruction(Task):
 
     # ---- samples and batches
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the decoder targets of the sample."""
-        targets, columns = ReconstructionTargets(), planned.columns
+        targets, columns = ReconstructionTargets(), samples.columns
         if columns["has_text_target"][index]:
-            targets.text = read_text(store, planned.source_rows[index, TEXT], self.config.model.max_text_tokens)
+            targets.text = read_text(store, samples.source_rows[index, TEXT], self.config.model.max_text_tokens)
             targets.text_ends = bool(columns["text_ends"][index])
         if columns["has_image_target"][index]:
-            targets.codes = store.codes(planned.source_rows[index, IMAGE]).astype(np.int64)
+            targets.codes = store.codes(samples.source_rows[index, IMAGE]).astype(np.int64)
         sample.targets["modality"] = targets
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> BatchPart | None:

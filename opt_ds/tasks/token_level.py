@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from opt_ds.data.modality import Modality, modalities_of
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import Candidates, TaskCost
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Task
@@ -42,16 +42,16 @@ class TokenLevelTask(Task):
         """Return a reason if no sample has the modality."""
         return {} if present[:, self.modality].any() else {self.name: f"no sample has {self.modality_word}"}
 
-    def lengths(self, samples: PlannedSamples) -> np.ndarray:
+    def lengths(self, samples: StepSamples) -> np.ndarray:
         """Return the number of items of the modality for each sample of this task, int64 [n]."""
         return samples.input_lengths[self.own(samples), self.modality]
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of masked items for each loss."""
         count = float(self.count_masked(self.lengths(samples)).sum())
         return dict.fromkeys(self.loss_names(), count)
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of the masked items."""
         own, masked = self.own(samples), self.count_masked(self.lengths(samples))
         total.output_positions[own] += masked

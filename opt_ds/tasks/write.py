@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from opt_ds.data.modalities import TEXT
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart, Candidates, SampledTasks
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, LossTerm, Task
@@ -38,9 +38,9 @@ class TextWriting(Task):
         """Set the text of every sample as its target."""
         set_text_targets(candidates, sampled, np.ones(len(sampled.task), dtype=bool))
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         """Set the decoder targets of the sample."""
-        ModalityReconstruction(self.config).add_targets(sample, planned, index, store)
+        ModalityReconstruction(self.config).add_targets(sample, samples, index, store)
 
     @classmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:

@@ -11,7 +11,7 @@ from opt_ds.store.reader import Regions
 from opt_ds.store.schema import CODES_PER_IMAGE, MODALITIES, Dims, StoreDescription, TokenizerDescription
 
 _SAMPLES = 4096
-_VALID_SHARE = 0.05
+_VALID_FRACTION = 0.05
 _SPREAD = 0.5  # lengths are spread uniformly over this fraction around their means
 
 
@@ -57,7 +57,7 @@ class AssumedStore:
 
     def split_samples(self, split: str) -> np.ndarray:
         """Return the last samples for the split "valid", and the rest for any other name."""
-        start = int(_SAMPLES * (1 - _VALID_SHARE))
+        start = int(_SAMPLES * (1 - _VALID_FRACTION))
         return np.arange(start, _SAMPLES) if split == "valid" else np.arange(start)
 
     def split_subsets(self, split: str) -> np.ndarray:

@@ -40,7 +40,8 @@ Training and the dVAE read a value from these places. A later one overrides the 
 `opt-ds serve` has `--config` and `--set` too, without presets. The other parts are set by their commands' options. In
 Python, `opt_ds.config.section.load_section` loads any of them from a YAML file and settings.
 
-`None` in the tables is `null` in YAML."""
+`None` in the tables is `null` in YAML. Keys that were renamed work by their former names until the next release, with a
+warning that names the new one."""
 
 
 class Part(NamedTuple):

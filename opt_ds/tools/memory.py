@@ -64,11 +64,11 @@ def rank_memory(
     """
     p, stage = float(num_parameters), config.zero.stage
     b = 4 if precision == "fp32" else 2
-    share = 1 / world_size if stage >= 1 else 1.0
-    weights = p * b * (share if stage == 3 else 1)
-    accumulated = p * 4 * (share if stage >= 2 else 1)
+    fraction = 1 / world_size if stage >= 1 else 1.0
+    weights = p * b * (fraction if stage == 3 else 1)
+    accumulated = p * 4 * (fraction if stage >= 2 else 1)
     on_the_way = p * b if precision == "bf16" and stage == 1 else 0.0  # BF16_Optimizer accumulates them after backward
-    optimizer = p * (8 if stage == 0 else 12) * share
+    optimizer = p * (8 if stage == 0 else 12) * fraction
     host = 0.0
     if config.zero.offload_optimizer:
         host, optimizer = optimizer, 0.0
@@ -76,7 +76,7 @@ def rank_memory(
     gathered = min(p, _MAX_LIVE_PARAMETERS) * b if stage == 3 else 0.0
     # Once the activations are free: the gradients of all weights (stage 1), then a rank's reduced partition, flattened.
     # BF16_Optimizer flattens them bucket by bucket.
-    step = max(p * 4 * share, p * b if stage == 1 else 0.0) if stage >= 1 else 0.0
+    step = max(p * 4 * fraction, p * b if stage == 1 else 0.0) if stage >= 1 else 0.0
     if on_the_way:
         bucket = float(deepspeed_settings(config, precision)["zero_optimization"]["reduce_bucket_size"])
         step = 2 * 4 * min(bucket, p)

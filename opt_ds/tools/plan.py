@@ -17,9 +17,9 @@ from opt_ds.config import Config
 from opt_ds.data.batch import Packer
 from opt_ds.data.flops import step_flops
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.data.store_rows import store_rows
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
@@ -89,7 +89,7 @@ class RunEstimate:
     max_tokens: int  # basis of the figures below: batch.max_tokens, or the largest budget if that is smaller
     batch_samples: int
     accumulation: int
-    fill: float  # packing efficiency
+    packing_efficiency: float  # positions used, as a fraction of the micro-batches' budget
     flops_per_step: float
     communication_bytes: float
     bytes_per_sample: float
@@ -102,8 +102,12 @@ class RunEstimate:
     bound: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with the total memory."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        """Return plain values for JSON, with the total memory.
+
+        `fill` is the former name of `packing_efficiency`; it goes with the next release.
+        """
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**asdict(self), "memory": memory, "fill": self.packing_efficiency}
 
 
 def estimate_run(config: Config, cluster: Cluster, stores: list[FeatureStore] | AssumedStore) -> RunEstimate:
@@ -129,7 +133,7 @@ class _Planner:
         memory = self._memory(wanted)
         largest = self._largest_budget(wanted, memory)
         used = min(wanted, largest or wanted)
-        step = self._planned(used)
+        step = self._step_plan(used)
         flops = step_flops(config, step.samples).total
         accumulation = len(step.micro_batches[0])
         peak = cluster.gpu.fp32_flops if self.precision == "fp32" else cluster.gpu.half_flops
@@ -145,23 +149,24 @@ class _Planner:
             zero_stage=config.zero.stage, offload=config.zero.offload_optimizer,
             samples=", ".join(str(store.path) for store in self.stores), parameters=self.parameters,
             memory_limit=self.limit, memory=memory, fits=memory.total <= self.limit, largest_budget=largest,
-            max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation, fill=step.packing_efficiency,
+            max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation,
+            packing_efficiency=step.packing_efficiency,
             flops_per_step=flops, communication_bytes=traffic, bytes_per_sample=per_sample,
             read_rate=per_sample * step.num_samples / step_s, compute_s=compute_s, communication_s=communication_s,
             step_s=step_s, total_steps=config.schedule.total_steps, total_s=step_s * config.schedule.total_steps,
             bound="compute" if compute_s >= communication_s else "communication",
         )  # fmt: skip
 
-    def _planned(self, max_tokens: int) -> PlannedStep:
+    def _step_plan(self, max_tokens: int) -> StepPlan:
         config = self.config.model_copy(update={"batch": self.config.batch.model_copy(update={"max_tokens": max_tokens})})
-        return StepPlan(config, self.stores).step(0, self.cluster.num_gpus)
+        return PretrainingPlan(config, self.stores).step(0, self.cluster.num_gpus)
 
     def _memory(self, max_tokens: int) -> RankMemory:
         """Return the memory at this budget.
 
         It is traced with the micro-batches of the first step that have the most positions and the most padding.
         """
-        step = self._planned(max_tokens)
+        step = self._step_plan(max_tokens)
         lengths = step.samples.input_lengths.sum(1)
         all_batches = [m for rank in step.micro_batches for m in rank if len(m.indices)]
         by_padding = max(all_batches, key=lambda m: len(m.indices) * int(lengths[m.indices].max()) ** 2)
@@ -185,7 +190,7 @@ class _Planner:
         model = self.config.model
         least = model.max_sequence + model.max_text_tokens + 1 + model.num_image_codes
         # A budget larger than a complete step on one rank is never used.
-        most = max(least, sum(m.num_tokens for m in self._planned(wanted).micro_batches[0]))
+        most = max(least, sum(m.num_tokens for m in self._step_plan(wanted).micro_batches[0]))
         fits, fails = 0, most + _BUDGET_STEP  # the largest budget known to fit, and the smallest known not to fit
         budget, memory = wanted, at_wanted
         for _ in range(_MOST_ROUNDS):
@@ -270,7 +275,7 @@ def estimate_text(plan: RunEstimate) -> str:
         *([("  on the host", f"{plan.memory.host / gib:.2f} GiB")] if plan.memory.host else []),
         ("largest batch.max_tokens", budget),
         ("micro-batches per step", f"{plan.accumulation} of {plan.max_tokens:,} positions per GPU for {plan.batch_samples:,} "
-         f"samples, packing efficiency {plan.fill:.0%}"),
+         f"samples, packing efficiency {plan.packing_efficiency:.0%}"),
         ("operations per step", f"{plan.flops_per_step / 1e15:.2f} PFLOP"),
         ("traffic per GPU and step", f"{plan.communication_bytes / 1e9:.2f} GB"),
         ("reading rate needed", f"{plan.read_rate / 1e6:.0f} MB/s ({plan.bytes_per_sample / 1e3:.0f} kB per sample)"),

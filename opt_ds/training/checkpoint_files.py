@@ -83,8 +83,8 @@ def check_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-_Identity = tuple[str, int, int, int, int]  # path, size, mtime (ns), ctime (ns), inode
-_hashes: dict[_Identity, str] = {}
+_FileFingerprint = tuple[str, int, int, int, int]  # path, size, mtime (ns), ctime (ns), inode
+_hashes: dict[_FileFingerprint, str] = {}
 
 
 def sha256_once(path: Path) -> str:
@@ -96,12 +96,12 @@ def sha256_once(path: Path) -> str:
     return _hashes[key]
 
 
-def known_hashes() -> dict[_Identity, str]:
+def known_hashes() -> dict[_FileFingerprint, str]:
     """Return the hashes that this process has computed so far, for `take_hashes` on the other ranks."""
     return dict(_hashes)
 
 
-def take_hashes(known: dict[_Identity, str]) -> None:
+def take_hashes(known: dict[_FileFingerprint, str]) -> None:
     """Accept another rank's hashes for the files that this process sees with the same size, times and inode."""
     _hashes.update(known)
 

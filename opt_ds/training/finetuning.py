@@ -22,19 +22,19 @@ class Job(NamedTuple):
 
     inputs: tuple[str, ...]
     epochs: float
-    lr_share: float = 1.0  # factor on the checkpoint's peak learning rate
+    lr_factor: float = 1.0  # factor on the checkpoint's peak learning rate
 
 
 JOBS = {
     # A matching label carries one bit per sample and a text one word per position, so retrieval needs more epochs.
-    "retrieval": Job(("T+I",), epochs=20, lr_share=0.5),
+    "retrieval": Job(("T+I",), epochs=20, lr_factor=0.5),
     "transcription": Job(("A", "A+I"), epochs=5),
     "captioning": Job(("I",), epochs=5),
     "classification": Job(("T+A+I",), epochs=5),
     "vqa": Job(("T+I",), epochs=5),
 }
 _LARGEST_BATCH = 256  # In samples. With pre-training's batches fine-tuning would have too few steps.
-_WARMUP_SHARE = 0.1
+_WARMUP_FRACTION = 0.1
 
 
 def finetune_config(
@@ -80,10 +80,10 @@ def finetune_config(
         check_store(saved, store)
     tree = saved.model_dump(mode="json")
     tree["model"]["bert"] = tree["deepspeed_config"] = tree["init"] = None
-    tree["data"] |= {"stores": [str(store.path) for store in opened], "mix": None}
+    tree["data"] |= {"stores": [str(store.path) for store in opened], "store_weights": None}
     tree["finetune"] = {
         "task": task, "checkpoint": str(folder), "weights_sha256": checkpoint.weights_sha256(folder), "inputs": list(inputs),
-        "learned": list(saved.trained_losses),
+        "trained_losses": list(saved.trained_losses),
     }  # fmt: skip
     if task == "vqa":
         tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)
@@ -94,8 +94,8 @@ def finetune_config(
             tree["tasks"][other.name] = own
     size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
     tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
-    tree["optimizer"]["lr"] *= JOBS[task].lr_share
-    tree["train"] |= {"max_steps": None, "picture_grid": 0, "early_stopping": 0, "time_limit_minutes": None}
+    tree["optimizer"]["lr"] *= JOBS[task].lr_factor
+    tree["train"] |= {"max_steps": None, "image_grid": 0, "early_stopping": 0, "time_limit_minutes": None}
     tree["profile"] = {}
     return _with_schedule(tree, opened, epochs or JOBS[task].epochs, settings)
 
@@ -124,7 +124,7 @@ def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
 
     Task sampling weights have no meaning in fine-tuning.
     """
-    tree["curriculum"], tree["mix"] = [], dict.fromkeys(tasks.sampled, 1.0)
+    tree["curriculum"], tree["sampling_weights"] = [], dict.fromkeys(tasks.sampled, 1.0)
     for task, losses in tasks.sampled.items():
         for name in (task, *losses):
             tree[name]["weight"] = 0.0
@@ -150,7 +150,7 @@ def _with_schedule(
     plan = make_plan(config_from_dict(tree, where, sized), stores)
     steps_per_epoch = max(1, math.ceil(plan.num_samples / plan.batch_samples))
     total = max(2, math.ceil(epochs * plan.num_samples / plan.batch_samples))
-    tree["schedule"] = {"total_steps": total, "warmup_steps": min(total - 1, round(_WARMUP_SHARE * total))}
+    tree["schedule"] = {"total_steps": total, "warmup_steps": min(total - 1, round(_WARMUP_FRACTION * total))}
     tree["train"] |= {"validate_every": steps_per_epoch, "log_every": max(1, min(20, steps_per_epoch))}
     tree["checkpoint"] |= {"every_steps": steps_per_epoch}
     return config_from_dict(tree, where, settings)

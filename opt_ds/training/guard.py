@@ -39,11 +39,11 @@ class Guard:
 
     def judge_loss(self, loss: float) -> tuple[Verdict, float]:
         """Return the verdict on a step's loss over the global batch, and its z-score among the losses in the window."""
-        return self._judge(loss, self.state.losses)
+        return self._verdict(loss, self.state.losses)
 
     def judge_gradient_norm(self, norm: float) -> tuple[Verdict, float]:
         """Return the verdict on the global gradient norm, and its z-score among the norms in the window."""
-        return self._judge(norm, self.state.gradient_norms)
+        return self._verdict(norm, self.state.gradient_norms)
 
     def count_skip(self, step: int) -> bool:
         """Record that `step` is skipped. Return whether the budget allows it."""
@@ -54,7 +54,7 @@ class Guard:
         self.state.num_skipped += 1
         return True
 
-    def _judge(self, value: float, history: list[float]) -> tuple[Verdict, float]:
+    def _verdict(self, value: float, history: list[float]) -> tuple[Verdict, float]:
         if not math.isfinite(value):
             return "not finite", math.nan
         z = 0.0

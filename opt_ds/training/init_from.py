@@ -19,8 +19,14 @@ from opt_ds.config import Config, InitConfig, ModelConfig, config_from_dict, loa
 from opt_ds.config.sources import given_keys
 from opt_ds.data.modality import modalities_of
 from opt_ds.errors import UserError
+from opt_ds.former_names import LAUNCH, current_fields
 from opt_ds.store.foreign import tensor_shapes
-from opt_ds.store.processor_files import PROCESSOR_FILE, PROCESSOR_FOLDER, identity_differences, load_processor_description
+from opt_ds.store.processor_files import (
+    PROCESSOR_FILE,
+    PROCESSOR_FOLDER,
+    fingerprint_differences,
+    load_processor_description,
+)
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import load_description
 from opt_ds.training import checkpoint, run_folder
@@ -56,7 +62,11 @@ class Start:
         """
         losses = [loss for unit in self.config.tasks.units.values() for loss in unit.losses]
         of_limits = [key for unit in self.config.model.modalities.values() for key in unit.free_keys]
-        return (*_FREE, *of_limits, *(key for loss in losses if loss.name not in self.init.learned for key in loss.settings))
+        return (
+            *_FREE,
+            *of_limits,
+            *(key for loss in losses if loss.name not in self.init.trained_losses for key in loss.settings),
+        )
 
 
 # ---- before the run: checkpoint and settings
@@ -135,29 +145,33 @@ def _start(given: Path, moments: bool) -> Start:
     steps = checkpoint.train_state(state).adam_steps if moments else 0
     init = InitConfig(
         run=str(given.resolve()), checkpoint=str(folder.resolve()), weights_sha256=checkpoint.weights_sha256(folder),
-        learned=_trained_losses(config, run), moments=moments, adam_steps=steps,
+        trained_losses=_trained_losses(config, run), moments=moments, adam_steps=steps,
     )  # fmt: skip
     return Start(init, config)
 
 
 def _trained_losses(config: Config, run: Path) -> tuple[str, ...]:
     """Return the losses whose heads a run trained. Losses of tasks that had no samples in any launch are excluded."""
-    before = (*(config.finetune.learned if config.finetune else ()), *(config.init.learned if config.init else ()))
+    before = (
+        *(config.finetune.trained_losses if config.finetune else ()),
+        *(config.init.trained_losses if config.init else ()),
+    )
     disabled = _disabled_tasks(run / run_folder.RUN_FILE)
     without = disabled | {loss for task in disabled for loss in config.tasks.sampled.get(task, ())}
-    learned = (loss for loss in config.trained_losses if loss in before or loss not in without)
+    trained = (loss for loss in config.trained_losses if loss in before or loss not in without)
     sampled = {loss for losses in config.tasks.sampled.values() for loss in losses}
-    return tuple(loss for loss in learned if loss in sampled)
+    return tuple(loss for loss in trained if loss in sampled)
 
 
 def _disabled_tasks(file: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:
-        launches = [set(launch["tasks_off"]) for launch in json.loads(file.read_text(encoding="utf-8"))["launches"]]
+        launches = json.loads(file.read_text(encoding="utf-8"))["launches"]
+        disabled = [set(current_fields(launch, LAUNCH)["tasks_disabled"]) for launch in launches]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file}: damaged, it does not hold a run's launches: restore it, or name another run") from None
-    return set.intersection(*launches) if launches else set()
+    return set.intersection(*disabled) if disabled else set()
 
 
 def settings_of_start(start: Start, source: str, settings: list[str]) -> list[str]:
@@ -224,7 +238,9 @@ def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> Non
     description = load_processor_description(processor)
     shared = {kind: description.extractors.get(kind, there) for kind, there in store.description.extractors.items()}
     own = description.model_copy(update={"extractors": shared})
-    differences = identity_differences(own, store, codes=start.config.tasks.loss_for(GENERATE_IMAGES) in start.init.learned)
+    differences = fingerprint_differences(
+        own, store, codes=start.config.tasks.loss_for(GENERATE_IMAGES) in start.init.trained_losses
+    )
     if differences:
         raise UserError(
             f"{store.path} does not fit --init-from {start.run}: {'; '.join(differences)}: use a store prepared as the source's "
@@ -286,7 +302,7 @@ def load_weights(model: "OPT", init: InitConfig) -> Carried:
     if checkpoint.weights_sha256(folder) != init.weights_sha256:
         raise UserError(f"--init-from {init.run}: {folder.name} has other weights than when this run began: use another --output")
     heads = _heads(model)
-    fresh_heads = tuple(name for loss, name in heads.items() if loss not in init.learned)
+    fresh_heads = tuple(name for loss, name in heads.items() if loss not in init.trained_losses)
     checkpoint.load_weights(model, folder, leave=(*fresh_heads, *_unset_standardizers(model, folder)))
     names = [name for name, _ in model.named_parameters()]
     fresh = tuple(name for name in names if name.startswith(fresh_heads))

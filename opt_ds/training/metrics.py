@@ -108,7 +108,7 @@ class Reporter:
         if self.enabled:
             self._board.add_text(name, markdown)
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Write an image, uint8 [H, W, 3], to TensorBoard."""
         if self.enabled:
             self._board.add_image(name, image, step, dataformats="HWC")

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from opt_ds.data.planned import Plan
 from opt_ds.data.shared_plans import SharedPlans, is_worth_sharing, make_inboxes
+from opt_ds.data.step_plan import Plan
 from opt_ds.log import EVERY_RANK
 
 if TYPE_CHECKING:

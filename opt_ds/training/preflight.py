@@ -6,7 +6,7 @@ from pathlib import Path
 from opt_ds.config import Config, load_config
 from opt_ds.config.sources import given_keys, parse_value, preset_names, read_source, set_value
 from opt_ds.data.finetune_plan import make_plan
-from opt_ds.data.mixing import mix_note, mix_quotas
+from opt_ds.data.mixing import store_quotas, store_weights_note
 from opt_ds.data.modality import modalities_of
 from opt_ds.data.truncation import truncation_lines
 from opt_ds.errors import UserError
@@ -90,9 +90,9 @@ def store_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
                 f"{store.path} and {stores[0].path} have different vocabularies: prepare one of them with the other's, opt-ds "
                 f"prepare --text {stores[0].tokenizer_folder}"
             )
-    if config.data.mix is not None and len(stores) > 1:
+    if config.data.store_weights is not None and len(stores) > 1:
         try:
-            mix_quotas(config.data.mix)
+            store_quotas(config.data.store_weights)
         except UserError as error:
             problems.append(str(error))
     return problems
@@ -101,10 +101,11 @@ def store_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
 def training_notes(config: Config, stores: list[FeatureStore]) -> list[str]:
     """Return one line for each model limit that truncates samples.
 
-    A further line reports rounded proportions of `data.mix`.
+    A further line reports rounded proportions of `data.store_weights`.
     """
     lines = truncation_lines(config.model, stores)
-    note = mix_note(config.data.mix) if config.data.mix is not None and len(stores) > 1 else None
+    weights = config.data.store_weights
+    note = store_weights_note(weights) if weights is not None and len(stores) > 1 else None
     return [*lines, *([note] if note else []), *_unread_modalities(config, stores)]
 
 
@@ -127,10 +128,12 @@ def _task_problems(config: Config, stores: list[FeatureStore]) -> list[str]:
     except UserError as error:
         return [str(error)]
     where = ", ".join(str(store.path) for store in stores)
-    shares = config.tasks.mix_at(0.0) if config.finetune is None else {}
-    if shares and all(task in plan.disabled_tasks for task, share in shares.items() if share):
-        why = "; ".join(f"{task}: {reason}" for task, reason in plan.disabled_tasks.items() if shares.get(task))
-        return [f"{where}: no task can be trained ({why}): prepare samples that have it, or change tasks.mix"]
+    weights = config.tasks.sampling_weights_at(0.0) if config.finetune is None else {}
+    if weights and all(task in plan.disabled_tasks for task, weight in weights.items() if weight):
+        why = "; ".join(f"{task}: {reason}" for task, reason in plan.disabled_tasks.items() if weights.get(task))
+        return [
+            f"{where}: no task can be trained ({why}): prepare samples that have it, or change tasks.sampling_weights"
+        ]
     if not plan.has_validation(config.train.validate_samples):
         return [
             f'{where}: no sample of split "{config.data.valid_split}" has what the tasks need: move samples that have it to this '

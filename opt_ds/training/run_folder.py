@@ -1,6 +1,6 @@
-"""Output directory of a run (of the model or of the dVAE): the run's identity, its lock, and a record of each launch.
+"""Output directory of a run (of the model or of the dVAE): its settings, its lock, a record of each launch.
 
-run.json      kind (for a dVAE's run), identity (what may not change between launches), stores, the start set by
+run.json      kind (for a dVAE's run), fixed_settings (what may not change between launches), stores, the start set by
 --init-from, and one entry per launch: versions, device, …
 
 A run of the model also has:
@@ -20,8 +20,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from opt_ds.config import Config, InitConfig, dump_config
+from opt_ds.config import Config, InitConfig, Section, dump_config
+from opt_ds.config.section import current_names, current_path
 from opt_ds.errors import UserError
+from opt_ds.former_names import RUN, current_fields
 from opt_ds.store.files import atomic_file, remove_leftovers, write_json
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.reader import FeatureStore
@@ -43,29 +45,22 @@ MODEL, DVAE = "model", "dVAE"
 
 #: Settings that identify a run. All other settings (batch.max_tokens, zero.*, train.*, precision, …) may change on
 #: resume.
-_IDENTITY = (
+_FIXED = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
-    "data.mix", "data.train_split", "data.valid_split", "data.frame_offset",
-    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_share", "finetune.negative_candidates",
-    "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
+    "data.store_weights", "data.train_split", "data.valid_split", "data.frame_offset",
+    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_fraction",
+    "finetune.negative_candidates", "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
 _ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": []}
-#: Their former names, which older runs record.
-_RENAMED = {
-    "tasks.matching.near_donor_share": "tasks.matching.hard_negative_share",
-    "tasks.matching.near_donor_candidates": "tasks.matching.hard_negative_candidates",
-    "finetune.donor_candidates": "finetune.negative_candidates",
-    "finetune.same_group_donors": "finetune.same_group_negatives",
-}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
 
-def identity(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
+def fixed_settings(config: Config, stores: list[FeatureStore]) -> dict[str, Any]:
     """Return a flat dict of key -> value with everything that identifies a run."""
     flat = flatten(config.model_dump(mode="json"))
-    own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _IDENTITY)}
+    own = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in _FIXED)}
     return {**own, "data.stores": [store.fingerprint for store in stores]}
 
 
@@ -76,10 +71,21 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
     """
     record = read_record(output, MODEL)
     if record is not None:
-        recorded = _ADDED | {_RENAMED.get(key, key): value for key, value in record["identity"].items()}
-        compare_identity(output, {**record, "identity": recorded}, identity(config, stores))
+        recorded = _ADDED | _with_current_keys(type(config), config.model_dump(mode="json"), record["fixed_settings"])
+        compare_settings(output, {**record, "fixed_settings": recorded}, fixed_settings(config, stores))
     elif (output / "checkpoints").exists():
         raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
+
+
+def _with_current_keys(kind: type[Section], tree: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded settings, by dotted key, with the current names of keys that an older version recorded."""
+    current: dict[str, Any] = {}
+    for key, value in recorded.items():
+        path, section = current_path(kind, key.split("."), tree)
+        if section is not None and isinstance(value, list):
+            value = [current_names(section, item) for item in value]
+        current[".".join(path)] = value
+    return current
 
 
 def read_record(output: Path, kind: str) -> dict[str, Any] | None:
@@ -99,12 +105,12 @@ def read_record(output: Path, kind: str) -> dict[str, Any] | None:
         return None
     try:
         record = _upgraded(json.loads(path.read_text(encoding="utf-8")))
-        saved, launches = record["identity"], record["launches"]
+        saved, launches = record["fixed_settings"], record["launches"]
         is_damaged = not (isinstance(saved, dict) and isinstance(launches, list) and all(isinstance(x, dict) for x in launches))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         is_damaged = True
     if is_damaged:
-        raise UserError(f"{path}: damaged, it does not hold a run's identity and launches: restore it, or use another --output")
+        raise UserError(f"{path}: damaged, it does not hold a run's settings and launches: restore it, or use another --output")
     found = record.get("kind", MODEL)
     if found != kind:
         raise UserError(f"{output} holds a run of the {found}, not of the {kind}: use another --output")
@@ -125,18 +131,19 @@ def refuse_dvae(path: Path) -> None:
 
 
 def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """Return run.json in its current format. Old runs of the dVAE recorded only their identity, as a tree."""
-    if "identity" not in record and "pictures_sha256" in record:
-        return {"kind": DVAE, "identity": flatten(record), "launches": []}
+    """Return run.json in its current format. Old runs of the dVAE recorded only these settings, as a tree."""
+    record = current_fields(record, RUN)
+    if "fixed_settings" not in record and "pictures_sha256" in record:
+        return {"kind": DVAE, "fixed_settings": flatten(record), "launches": []}
     return record
 
 
-def compare_identity(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise UserError if a run.json is not that of the run with identity `wanted`.
+def compare_settings(output: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError if a run.json is not that of the run with the fixed settings `wanted`.
 
     The message names the first key that differs.
     """
-    saved, wanted = record["identity"], json.loads(json.dumps(wanted))
+    saved, wanted = record["fixed_settings"], json.loads(json.dumps(wanted))
     for key in sorted({*saved, *wanted}):
         if saved.get(key) != wanted.get(key):
             was, now = _short(saved.get(key)), _short(wanted.get(key))
@@ -201,7 +208,7 @@ def record_launch(output: Path, config: Config, stores: list[FeatureStore], laun
         temporary.write_text(dump_config(config), encoding="utf-8")
     about = {
         "preset": config.preset,
-        "identity": identity(config, stores),
+        "fixed_settings": fixed_settings(config, stores),
         "stores": describe_stores(stores),
         **({"init_from": config.init.model_dump(mode="json")} if config.init else {}),
     }

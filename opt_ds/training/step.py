@@ -15,7 +15,7 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.ops import backend
 from opt_ds.tasks.base import total_loss
 from opt_ds.training import deepspeed_internals, guard
@@ -58,35 +58,35 @@ class Stepper:
         self.config, self.engine, self.group, self.loader = config, engine, group, loader
         self.guard, self.memory, self.output = watch, memory, output
 
-    def take(self, planned: PlannedStep, micro_batches: Iterator[PackedBatch]) -> StepResult:
+    def take(self, step_plan: StepPlan, micro_batches: Iterator[PackedBatch]) -> StepResult:
         """Accumulate the step's gradients and update the weights, or skip the step within the guard's budget."""
-        self._set_lr(planned.step)
+        self._set_lr(step_plan.step)
         world_size = self.group.ranks.world_size
-        last = len(planned.micro_batches[self.group.ranks.rank]) - 1
+        last = len(step_plan.micro_batches[self.group.ranks.rank]) - 1
         sums, vectors = TermSums(), []
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
         for k, batch in enumerate(micro_batches):
-            backend.seed_dropout(self.config.seed, planned.step, self.group.ranks.rank, k)
+            backend.seed_dropout(self.config.seed, step_plan.step, self.group.ranks.rank, k)
             self.engine.set_gradient_accumulation_boundary(k == last)
             terms = self.engine(batch)
-            loss = total_loss(terms, planned.counts, self.config.tasks, world_size)
+            loss = total_loss(terms, step_plan.counts, self.config.tasks, world_size)
             self.engine.backward(loss, scale_wrt_gas=False)
             loss_sum += loss.detach()
             vectors.append(sums.add(terms))
             self.memory.after_micro_batch(k)
-        sums.add_counts(planned.counts)
+        sums.add_counts(step_plan.counts)
 
         global_loss = float(self.group.sum(loss_sum)) / world_size
         verdict, z = self.guard.judge_loss(global_loss)
         if verdict == "spike":
-            _LOG.warning(f"step {planned.step}: loss {global_loss:.4g} is a spike, {z:.1f} deviations above its mean")
+            _LOG.warning(f"step {step_plan.step}: loss {global_loss:.4g} is a spike, {z:.1f} deviations above its mean")
         if verdict == "not finite" or (verdict == "spike" and self.config.guard.skip_spikes):
             deepspeed_internals.discard_gradients(self.engine)
-            self._account_for_skip(planned, [sums.non_finite(vector) for vector in vectors], verdict)
+            self._account_for_skip(step_plan, [sums.non_finite(vector) for vector in vectors], verdict)
             return StepResult(None, math.nan)
-        return self._update(planned, sums)
+        return self._update(step_plan, sums)
 
-    def _update(self, planned: PlannedStep, sums: TermSums) -> StepResult:
+    def _update(self, step_plan: StepPlan, sums: TermSums) -> StepResult:
         """Clip the gradient and update the weights.
 
         Skip the update if the gradient is not finite; in fp16 its loss scale is then reduced.
@@ -109,28 +109,32 @@ class Stepper:
         if taken:
             verdict, z = self.guard.judge_gradient_norm(norm)
             if verdict == "spike":
-                _LOG.warning(f"step {planned.step}: gradient norm {norm:.4g} is a spike, {z:.1f} deviations above its mean")
+                _LOG.warning(
+                    f"step {step_plan.step}: gradient norm {norm:.4g} is a spike, {z:.1f} deviations above its mean"
+                )
         elif scale <= least:  # without a loss scale both are 1
-            self._account_for_skip(planned, [], "not finite")
+            self._account_for_skip(step_plan, [], "not finite")
         return StepResult(sums, norm)
 
-    def _account_for_skip(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]], verdict: str) -> None:
+    def _account_for_skip(self, step_plan: StepPlan, bad_by_micro_batch: list[list[str]], verdict: str) -> None:
         """Count a skipped step, and dump and log its cause.
 
         Raise SkipBudgetError if the budget allows no further one.
         """
-        allowed = self.guard.count_skip(planned.step)
-        named = [item for item in self.group.gather(self._dump_first(planned, bad_by_micro_batch)) if item is not None]
+        allowed = self.guard.count_skip(step_plan.step)
+        named = [
+            item for item in self.group.gather(self._dump_first(step_plan, bad_by_micro_batch)) if item is not None
+        ]
         if named:
             what, path = named[0]
         else:
-            every = self.group.gather(self.loader.sample_names(planned))
-            path = guard.dump_sample_names(self.output, planned.step, every, write=self.group.ranks.is_main)
+            every = self.group.gather(self.loader.sample_names(step_plan))
+            path = guard.dump_sample_names(self.output, step_plan.step, every, write=self.group.ranks.is_main)
             what = "the loss" if verdict == "spike" else "the gradient"
         scale = deepspeed_internals.loss_scale(self.engine)
         at_scale = f" at loss scale {scale:g}" if scale != 1 else ""
         options, number = self.config.guard, len(self.guard.state.skipped)
-        text = f"step {planned.step}: {what} is {'a spike' if verdict == 'spike' else 'not finite'}{at_scale}, see {path}"
+        text = f"step {step_plan.step}: {what} is {'a spike' if verdict == 'spike' else 'not finite'}{at_scale}, see {path}"
         if not allowed:
             raise SkipBudgetError(
                 f"{text}; guard.skip_budget is {options.skip_budget} step{'s' * (options.skip_budget != 1)} in "
@@ -138,7 +142,7 @@ class Stepper:
             )
         _LOG.warning(f"{text}; step skipped ({number} of at most {options.skip_budget} in {options.skip_window})")
 
-    def _dump_first(self, planned: PlannedStep, bad_by_micro_batch: list[list[str]]) -> tuple[str, Path] | None:
+    def _dump_first(self, step_plan: StepPlan, bad_by_micro_batch: list[list[str]]) -> tuple[str, Path] | None:
         """Dump this rank's first micro-batch whose losses are not finite.
 
         Return a description with the samples, and the file.
@@ -147,15 +151,15 @@ class Stepper:
         if number is None:
             return None
         rank = self.group.ranks.rank
-        indices = planned.micro_batches[rank][number].indices
-        batch = self.loader.batch_of(planned, indices)
-        names, losses = self._to_blame(planned, indices) or (list(batch.sample_names), bad_by_micro_batch[number])
-        path = guard.dump_micro_batch(self.output, planned.step, rank, number, batch, losses, names)
+        indices = step_plan.micro_batches[rank][number].indices
+        batch = self.loader.batch_of(step_plan, indices)
+        names, losses = self._to_blame(step_plan, indices) or (list(batch.sample_names), bad_by_micro_batch[number])
+        path = guard.dump_micro_batch(self.output, step_plan.step, rank, number, batch, losses, names)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return f"the loss {', '.join(losses)} of {', '.join(names[:8])}{more}", path
 
     @torch.no_grad()
-    def _to_blame(self, planned: PlannedStep, indices: np.ndarray) -> tuple[list[str], list[str]] | None:
+    def _to_blame(self, step_plan: StepPlan, indices: np.ndarray) -> tuple[list[str], list[str]] | None:
         """Return the samples whose losses are not finite when computed alone, and these losses.
 
         A NaN spreads over its micro-batch, so the losses of the micro-batch do not identify the sample. Return None if
@@ -166,7 +170,7 @@ class Stepper:
         names, losses = [], []
         self.engine.module.eval()
         for index in indices:
-            batch, sums = self.loader.batch_of(planned, [index]).to(self.group.device), TermSums()
+            batch, sums = self.loader.batch_of(step_plan, [index]).to(self.group.device), TermSums()
             if bad := sums.non_finite(sums.add(self.engine.module(batch))):
                 names += batch.sample_names
                 losses += [loss for loss in bad if loss not in losses]

@@ -9,7 +9,7 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.training.hardware import PeakFlops
 from opt_ds.training.metrics import TermSums
 
@@ -33,18 +33,18 @@ class ThroughputMeter:
         self._norm = float("nan")
         self._start, self._waited = time.perf_counter(), self._loader.wait_s
 
-    def add(self, planned: PlannedStep, result: "StepResult") -> None:
+    def add(self, step_plan: StepPlan, result: "StepResult") -> None:
         """Add a step. Losses that are not finite are not included."""
         if result.sums is not None:
             self.sums.include(result.sums)
         self._steps += 1
-        self._samples += planned.num_samples
-        self._tokens += planned.num_tokens
-        self._flops += planned.flops
-        task = planned.samples.task
+        self._samples += step_plan.num_samples
+        self._tokens += step_plan.num_tokens
+        self._flops += step_plan.flops
+        task = step_plan.samples.task
         self._by_task += np.bincount(task[task >= 0], minlength=len(self._by_task))
-        self._packing_efficiency += planned.packing_efficiency
-        self._load_imbalance += planned.load_imbalance
+        self._packing_efficiency += step_plan.packing_efficiency
+        self._load_imbalance += step_plan.load_imbalance
         self._norm = result.gradient_norm
 
     def seconds(self) -> float:
@@ -71,9 +71,9 @@ class ThroughputMeter:
             "tflops_per_rank": flops / 1e12,
             "flops_utilisation": flops / self._peak.flops_per_s,
             "seconds_per_step": seconds / self._steps,
-            "fill": self._packing_efficiency / self._steps,
-            "rank_balance": self._load_imbalance / self._steps,
-            "data_wait_share": (self._loader.wait_s - self._waited) / seconds,
+            "packing_efficiency": self._packing_efficiency / self._steps,
+            "load_imbalance": self._load_imbalance / self._steps,
+            "data_wait_fraction": (self._loader.wait_s - self._waited) / seconds,
         }
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Training of the model: one optimiser step after the other, and what happens between steps.
 
-An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.plan`.
+An optimiser step is a function of (weights, moments, loss scale, seed, step) alone; see `opt_ds.data.step_plan`.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch import nn
 from opt_ds.config import Config
 from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.errors import UserError
 from opt_ds.model.initial import initial_model
 from opt_ds.ops import backend
@@ -152,8 +152,8 @@ class Trainer(TrainingLoop):
         """Take the remaining steps. Yield after each one."""
         self.engine.train()
         self.meter.restart()
-        for planned, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
-            self.meter.add(planned, self.stepper.take(planned, micro_batches))
+        for step_plan, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
+            self.meter.add(step_plan, self.stepper.take(step_plan, micro_batches))
             self.profiler.step_done(self.state.step + 1)
             yield
 
@@ -309,7 +309,7 @@ class Trainer(TrainingLoop):
         return engine
 
     def _describe(
-        self, hardware: Hardware, settings: dict[str, Any], first: PlannedStep, resume_from: Path | None
+        self, hardware: Hardware, settings: dict[str, Any], first: StepPlan, resume_from: Path | None
     ) -> None:
         """Log and record every choice that was made for this launch."""
         numel = sum(deepspeed_internals.full_numel(p) for p in self.engine.module.parameters())
@@ -326,7 +326,7 @@ class Trainer(TrainingLoop):
             "parameters": numel,
             "samples_per_step": self.plan.batch_samples,
             "micro_batches": len(first.micro_batches[0]),
-            "tasks_off": self.plan.disabled_tasks,
+            "tasks_disabled": self.plan.disabled_tasks,
             "resumed_from": resume_from.name if resume_from else None,
             **({"init_from": self.carried.record()} if self.carried else {}),
             "versions": run_folder.versions(),
@@ -353,7 +353,7 @@ class Trainer(TrainingLoop):
         if resume_from:
             _LOG.info(f"resuming from {resume_from}, after step {self.state.step} of {self.config.max_steps}")
         self.report.text("run", settings_table(launch))
-        self.report.text("config", settings_table(run_folder.identity(self.config, self.stores)))
+        self.report.text("config", settings_table(run_folder.fixed_settings(self.config, self.stores)))
         self.report.text("state", settings_table(asdict(self.state)))
 
 

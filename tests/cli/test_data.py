@@ -93,7 +93,7 @@ def test_the_tools_change_a_store_and_say_what_it_is_now(tmp_path: Path) -> None
     assert "train 3" in result.output or "train 2" in result.output
     result = run("convert", store, "--output", tmp_path / "packed", "--compress")
     assert "60 samples" in result.output and "compression gzip" in result.output
-    result = run("inspect", tmp_path / "packed", "--sample", "sample7", "--pictures", tmp_path / "look")
+    result = run("inspect", tmp_path / "packed", "--sample", "sample7", "--images", tmp_path / "look")
     assert result.exit_code == 0, result.output
     assert "caption" in result.output
     assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["lengths.png", "sample-7.png"]
@@ -112,7 +112,7 @@ def test_a_path_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "captions.csv").write_text("text\na cat\n")
     for function, arguments in [
         (stores.convert, [tmp_path / "s", "--output", tmp_path / "file" / "x"]),
-        (stores.inspect_store, [tmp_path / "s", "--pictures", tmp_path / "file"]),
+        (stores.inspect_store, [tmp_path / "s", "--images", tmp_path / "file"]),
         (data.merge, [tmp_path / "file" / "x"]),
         (imports.table, [tmp_path / "captions.csv", "--output", tmp_path / "s"]),
     ]:
@@ -121,11 +121,11 @@ def test_a_path_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.Captur
         assert error.startswith(f"error: {tmp_path}") and error.count("\n") == 1
 
 
-def test_a_sample_without_a_readable_picture_is_one_line(tmp_path: Path) -> None:
+def test_a_sample_without_a_readable_image_is_one_line(tmp_path: Path) -> None:
     write_synthetic_store(tmp_path / "s", 1)
     (tmp_path / "m.jsonl").write_text('{"id": "sample0", "image": "regions.npz"}')
     (tmp_path / "regions.npz").write_bytes(b"features")
-    arguments = ("inspect", tmp_path / "s", "--sample", "#0", "--manifest", tmp_path / "m.jsonl", "--pictures", tmp_path)
+    arguments = ("inspect", tmp_path / "s", "--sample", "#0", "--manifest", tmp_path / "m.jsonl", "--images", tmp_path)
     with pytest.raises(UserError, match=r"regions\.npz: not readable as an image"):
         raise run(*arguments).exception or AssertionError
 

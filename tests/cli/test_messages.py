@@ -150,8 +150,8 @@ def test_an_option_that_swallows_the_next_is_refused(run: Any) -> None:
 
 def test_flags_that_contradict_each_other_are_refused(run: Any) -> None:
     one_line(run("prepare", "--manifest", "a", "--output", "b", "--pixels", "--no-pixels"), "--pixels and --no-pixels contradict")
-    result = run("doctor", "--set", "tasks.mix.mlm=1", "--set", "tasks.mix={mvm: 1}")
-    one_line(result, "--set tasks.mix replaces --set tasks.mix.mlm")
+    result = run("doctor", "--set", "tasks.sampling_weights.mlm=1", "--set", "tasks.sampling_weights={mvm: 1}")
+    one_line(result, "--set tasks.sampling_weights replaces --set tasks.sampling_weights.mlm")
 
 
 def test_a_point_and_a_tilde_are_paths(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,11 @@ void report(const std::string& what, const std::vector<double>& errors, double a
   num_failures += !ok;
 }
 
-bool kept(const Dropout& dropout, double probability, int column, int position, int slot, int head) {
-  return probability == 0 || (keep_word(dropout, column / 32, position, slot, head) >> (column % 32) & 1);
+bool kept(const Dropout& dropout, double probability, int column, int position, int sample, int head) {
+  return probability == 0 || (keep_word(dropout, column / 32, position, sample, head) >> (column % 32) & 1);
 }
 
-std::vector<int> row_keys_of(int rows) {  // two sequences, slots 7 and 3
+std::vector<int> row_keys_of(int rows) {  // two sequences, samples 7 and 3
   std::vector<int> keys;
   for (int row = 0; row < rows; ++row) keys.insert(keys.end(), {row < rows / 2 ? 7 : 3, row < rows / 2 ? row : row - rows / 2});
   return keys;
@@ -162,14 +162,14 @@ template <class T>
 void check_attention(const std::vector<int>& query_lengths, const std::vector<int>& key_lengths, int head_size, bool causal,
                      double probability, double amplitude) {
   const int heads = 2, sequences = (int)query_lengths.size();
-  std::vector<int> cu_q{0}, cu_k{0}, slots;
+  std::vector<int> cu_q{0}, cu_k{0}, sample_index;
   int max_q = 0, max_k = 0;
   for (int s = 0; s < sequences; ++s) {
     cu_q.push_back(cu_q.back() + query_lengths[s]);
     cu_k.push_back(cu_k.back() + key_lengths[s]);
     max_q = std::max(max_q, query_lengths[s]);
     max_k = std::max(max_k, key_lengths[s]);
-    slots.push_back(5 * s + 2);
+    sample_index.push_back(5 * s + 2);
   }
   const int total_q = cu_q.back(), total_k = cu_k.back(), width = heads * head_size;
   // q, k, v interleaved as a fused projection leaves them when the lengths agree: the kernels take row strides.
@@ -188,7 +188,7 @@ void check_attention(const std::vector<int>& query_lengths, const std::vector<in
   const float scale = 1 / std::sqrt((float)head_size);
   Buffer<T> out((size_t)total_q * width), d_out((size_t)total_q * width, 0, 1);
   Buffer<float> lse((size_t)heads * total_q);
-  OptDsAttention a{type_of<T>(), sequences, heads, head_size, total_q, total_k, max_q, max_k, cu_q.data(), cu_k.data(), slots.data(), scale,
+  OptDsAttention a{type_of<T>(), sequences, heads, head_size, total_q, total_k, max_q, max_k, cu_q.data(), cu_k.data(), sample_index.data(), scale,
                    causal, key, q, k, v, stride, stride, stride, out.pointer(), lse.pointer()};
   if (opt_ds_attention_forward(&a, nullptr)) ++num_failures;
 
@@ -215,7 +215,7 @@ void check_attention(const std::vector<int>& query_lengths, const std::vector<in
         else lse_ok &= std::abs(found - (maximum + std::log(sum))) < 1e-5 * largest_score;
         for (int j = 0; j < end; ++j) {
           p[j] /= sum;
-          const double c = kept(dropout, probability, j, i, slots[s], h) ? (probability > 0 ? dropout.scale : 1) : 0;
+          const double c = kept(dropout, probability, j, i, sample_index[s], h) ? (probability > 0 ? dropout.scale : 1) : 0;
           for (int d = 0; d < head_size; ++d) {
             o[oi + d] += c * p[j] * to_float(v[kj(j) + d]);
             dp[j] += c * d_out[oi + d] * to_float(v[kj(j) + d]);

@@ -52,7 +52,7 @@ def layer_norm(inputs: list[torch.Tensor], keys: torch.Tensor, dropout: float) -
 @pytest.mark.parametrize("width", [64, 100, 768, 1024, 1032, 4096, 8192, 8200])
 def test_layer_norm(dtype: torch.dtype, width: int) -> None:
     rows, generator = 300, torch.Generator().manual_seed(0)
-    keys = Sequences.from_lengths([rows // 2, rows // 2], slots=[7, 3]).row_keys
+    keys = Sequences.from_lengths([rows // 2, rows // 2], sample_index=[7, 3]).row_keys
     shapes = [(rows, width), (width,), (rows, width), (width,), (width,)]
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     truth = layer_norm([x.double().requires_grad_() for x in values], keys, 0.1)
@@ -71,8 +71,8 @@ def run_attention(
     device = inputs[0].device
     q, k = queries.to(device), keys.to(device)
     out, _ = torch.ops.opt_ds.attention(
-        *inputs, q.cu_seqlens, k.cu_seqlens, q.max_length, k.max_length, inputs[0].shape[-1] ** -0.5, causal, q.slots_or_numbers,
-        dropout, KEY, LAYER_ID,
+        *inputs, q.cu_seqlens, k.cu_seqlens, q.max_length, k.max_length, inputs[0].shape[-1] ** -0.5, causal,
+        q.sample_index_or_range, dropout, KEY, LAYER_ID,
     )  # fmt: skip
     weights = weights_like(out)
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
@@ -98,7 +98,7 @@ def test_attention(dtype: torch.dtype, size: int, key_lengths: list[int], causal
 @pytest.mark.parametrize("dtype", types())
 @pytest.mark.parametrize("width", [64, 70, 768])
 def test_dropout_has_the_cpus_bits(dtype: torch.dtype, width: int) -> None:
-    keys = Sequences.from_lengths([300, 200], slots=[7, 3]).row_keys
+    keys = Sequences.from_lengths([300, 200], sample_index=[7, 3]).row_keys
     ones = torch.ones(500, width, dtype=dtype)
     found = torch.ops.opt_ds.dropout(ones.cuda(), keys.cuda(), 0.3, KEY, LAYER_ID).cpu()
     assert torch.equal(found, torch.ops.opt_ds.dropout(ones, keys, 0.3, KEY, LAYER_ID))

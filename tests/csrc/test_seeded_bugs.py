@@ -51,7 +51,7 @@ BUGS = [
     ("the wrong Philox counter in the backward pass", BACKWARD,
      "tile0 + mma.drawn_column()", "tile0 + 1 + mma.drawn_column()", "plain", "attention"),
     ("dropout bits given to the wrong lanes", SM70, "trade_bits<3, 3>", "trade_bits<3, 4>", "plain", "attention"),
-    ("dropout of the wrong head", FORWARD, "query, slot, head)", "query, slot, 0)", "plain", "attention"),
+    ("dropout of the wrong head", FORWARD, "query, sample, head)", "query, sample, 0)", "plain", "attention"),
     ("delta forgotten", BACKWARD, "column_delta[j][e] : row_delta[mt][r]", "0.f : row_delta[mt][r]", "plain", "attention"),
     ("causal edge off by one", BACKWARD, "own_row > other :", "own_row >= other :", "plain", "attention"),
     ("bf16 sent to tensor cores that only take fp16", BLOCK,

@@ -9,14 +9,16 @@ import pytest
 from opt_ds.config import Config
 from opt_ds.data import derived, text_similarity
 from opt_ds.data.finetune_plan import FineTunePlan
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import Plan
+from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_plan import Plan
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_store
 
 TOKENS = {"batch": {"size": 600, "unit": "tokens"}}
-HARD = {"tasks": {"mix": {"matching": 1.0}, "matching": {"hard_negative_share": 0.7, "hard_negative_candidates": 8}}}
-TUNED = {"finetune": {"task": "retrieval", "checkpoint": "-", "weights_sha256": "0", "inputs": ["T+I"], "learned": ["matching"]}}
+NEGATIVES = {"hard_negative_fraction": 0.7, "hard_negative_candidates": 8}
+HARD = {"tasks": {"sampling_weights": {"matching": 1.0}, "matching": NEGATIVES}}
+START = {"checkpoint": "-", "weights_sha256": "0", "trained_losses": ["matching"]}
+TUNED = {"finetune": {"task": "retrieval", "inputs": ["T+I"], **START}}
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +33,33 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def planned(kind: type[Plan], config: Config, path: Path, run: Path | None) -> list[Any]:
+def plan_of(kind: type[Plan], config: Config, path: Path, run: Path | None) -> list[Any]:
     plan = kind(config, [FeatureStore(path, run)])
     steps = [plan.step(step) for step in range(5)]
     return [plan.batch_samples, *(array.tobytes() for step in steps for array in step.samples.arrays().values())]
 
 
-@pytest.mark.parametrize(("kind", "sections"), [(StepPlan, TOKENS), (StepPlan, HARD), (FineTunePlan, TUNED)])
+@pytest.mark.parametrize(
+    ("kind", "sections"), [(PretrainingPlan, TOKENS), (PretrainingPlan, HARD), (FineTunePlan, TUNED)]
+)
 def test_the_plan_is_the_same_from_files(
     kind: type[Plan], sections: dict[str, Any], path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(**sections)
-    expected = planned(kind, config, path, None)
-    assert planned(kind, config, path, run) == expected
+    expected = plan_of(kind, config, path, None)
+    assert plan_of(kind, config, path, run) == expected
     assert list(run.rglob("*.npy")) and not list(path.rglob("*.npy"))
     written: list[Path] = []
     monkeypatch.setattr(derived, "_write", lambda path, *_: written.append(path))
-    assert planned(kind, config, path, run) == expected
+    assert plan_of(kind, config, path, run) == expected
     assert not written
 
 
 def test_hard_negatives_read_no_text_a_second_time(path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(**HARD)
-    first = StepPlan(config, [FeatureStore(path, run)])
+    first = PretrainingPlan(config, [FeatureStore(path, run)])
     monkeypatch.setattr(FeatureStore, "text", None)
-    second = StepPlan(config, [FeatureStore(path, run)])
+    second = PretrainingPlan(config, [FeatureStore(path, run)])
     pools = [pool for plan in (first, second) for pool in plan._derived["matching"]]
     near: list[text_similarity.TextSimilarity] = [pool._similarity for pool in pools]
     assert np.array_equal(near[0]._vectors, near[1]._vectors) and not near[1]._vectors.flags.owndata

@@ -7,8 +7,8 @@ from opt_ds.config import Config
 from opt_ds.data.finetune_plan import FineTunePlan
 from opt_ds.data.hard_negatives import HardNegativeSampler
 from opt_ds.data.modalities import AUDIO, IMAGE, MODALITIES, TEXT
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
 from tests.tiny import LABELS, MATCHING, WRITE, index_with, make_config, written
@@ -33,18 +33,18 @@ def test_transcription_hears_and_writes_and_never_reads_the_text(ragged: Feature
 
 def test_nothing_is_masked_and_the_whole_text_is_the_target(complete: FeatureStore) -> None:
     setting = config("captioning", "I", size=8)
-    planned, reader = FineTunePlan(setting, [complete]).step(0), SampleReader(setting, [complete])
+    step_plan, reader = FineTunePlan(setting, [complete]).step(0), SampleReader(setting, [complete])
     num_written = 0
     for index in range(8):
-        sample = reader.read(planned.samples, index)
-        text, limit = complete.text(int(planned.samples.source_rows[index, TEXT])), setting.model.max_text_tokens
+        sample = reader.read(step_plan.samples, index)
+        text, limit = complete.text(int(step_plan.samples.source_rows[index, TEXT])), setting.model.max_text_tokens
         assert sample.items.keys() == {IMAGE} and sample.of(IMAGE).masked is None
         np.testing.assert_array_equal(written(sample).text, text[:limit])
         num_written += limit if len(text) > limit else len(text) + 1
-    assert planned.counts == {**dict.fromkeys(planned.counts, 0.0), "dtr": num_written}
+    assert step_plan.counts == {**dict.fromkeys(step_plan.counts, 0.0), "dtr": num_written}
 
 
-def _pairs(samples: PlannedSamples) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(samples: StepSamples) -> tuple[np.ndarray, np.ndarray]:
     """(which samples have a negative's part, their differing modality)"""
     differs = samples.input_rows != samples.source_rows
     differs &= samples.input_rows >= 0
@@ -120,10 +120,10 @@ def test_labels_are_targets_and_answers_are_scored_by_how_often_they_were_given(
     for answers, agreement, expected in ((False, 3, [1, 1]), (True, 3, [2 / 3, 1]), (True, 1, [1, 1])):
         setting = config("classification", "T+I", labels={"names": names, "answers": answers}, size=4)
         setting = setting.model_copy(update={"finetune": setting.finetune.model_copy(update={"agreement": agreement})})
-        planned = FineTunePlan(setting, [complete]).step(0)
-        sample = SampleReader(setting, [complete]).read(planned.samples, 0)
+        step_plan = FineTunePlan(setting, [complete]).step(0)
+        sample = SampleReader(setting, [complete]).read(step_plan.samples, 0)
         np.testing.assert_allclose(sample.targets["labels"], expected)
-        assert (planned.samples.task == LABELS).all() and planned.counts["labels"] == 4
+        assert (step_plan.samples.task == LABELS).all() and step_plan.counts["labels"] == 4
 
 
 def test_samples_without_labels_are_left_out(complete: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:

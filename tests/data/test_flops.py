@@ -7,7 +7,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from opt_ds.data.flops import step_flops
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from tests.tiny import SAMPLED_TASKS, make_config, make_model, make_packer, make_store
 
@@ -15,8 +15,8 @@ from tests.tiny import SAMPLED_TASKS, make_config, make_model, make_packer, make
 @pytest.mark.parametrize("draw", SAMPLED_TASKS)
 def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) -> None:
     store = make_store(tmp_path / "equal", 40, text_len=(6, 6), regions=(5, 5), frames=(8, 8), seed=4)
-    config = make_config(tasks={"mix": {draw: 1.0}}, batch={"size": 12, "max_tokens": 4096})
-    step = StepPlan(config, [store]).step(0)
+    config = make_config(tasks={"sampling_weights": {draw: 1.0}}, batch={"size": 12, "max_tokens": 4096})
+    step = PretrainingPlan(config, [store]).step(0)
     reader, packer = SampleReader(config, [store]), make_packer(config, [store])
     model = make_model(config)
     # Attention pads to the longest of a batch: equal lengths go together, so that nothing is padded.
@@ -39,7 +39,7 @@ def test_forward_and_backward_as_pytorch_counts_them(draw: str, tmp_path: Path) 
 
 def test_a_larger_step_costs_in_proportion(complete) -> None:
     small, large = (
-        step_flops(config, StepPlan(config, [complete]).step(0).samples).total
+        step_flops(config, PretrainingPlan(config, [complete]).step(0).samples).total
         for config in (make_config(batch={"size": size, "max_tokens": 256}) for size in (40, 400))
     )
     assert large == pytest.approx(10 * small, rel=0.2)

@@ -10,7 +10,7 @@ import torch
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.store import FeatureStore
 from tests.tiny import make_batches, make_config
@@ -28,7 +28,7 @@ def loaders() -> Iterator[list[MicroBatchLoader]]:
 
 def make_loader(loaders: list, store: FeatureStore, rank: int = 0, world_size: int = 1, **data) -> MicroBatchLoader:
     config = make_config(data=data, batch={"size": 40})
-    loaders.append(MicroBatchLoader(StepPlan(config, [store]), rank, world_size, CPU))
+    loaders.append(MicroBatchLoader(PretrainingPlan(config, [store]), rank, world_size, CPU))
     return loaders[-1]
 
 
@@ -45,10 +45,10 @@ def same(a: PackedBatch, b: PackedBatch) -> bool:
 def test_the_planned_micro_batches_arrive_in_order(loaders: list, ragged: FeatureStore, workers: int) -> None:
     loader = make_loader(loaders, ragged, rank=1, world_size=2, workers=workers, prefetch_batches=5)
     plan = loader.plan
-    for step, (planned, batches) in enumerate(loader.steps(3, 7), start=3):
+    for step, (step_plan, batches) in enumerate(loader.steps(3, 7), start=3):
         expected = make_batches(plan.config, [ragged], plan.step(step, 2))[1]
         got = list(batches)
-        assert planned.step == step and len(got) == len(expected)
+        assert step_plan.step == step and len(got) == len(expected)
         assert all(same(a, b) for a, b in zip(got, expected, strict=True))
     assert step == 6
     passes = [[b for _, batches in loader.validation(10) for b in batches] for _ in range(2)]
@@ -61,8 +61,8 @@ def test_an_abandoned_iterator_does_not_hang(loaders: list, ragged: FeatureStore
     _, batches = next(steps)
     next(batches)
     steps.close()
-    for planned, batches in loader.steps(5, 6):  # and the loader still serves
-        assert planned.step == 5 and list(batches)
+    for step_plan, batches in loader.steps(5, 6):  # and the loader still serves
+        assert step_plan.step == 5 and list(batches)
     closing = threading.Thread(target=loader.close)
     closing.start()
     closing.join(timeout=10)
@@ -108,8 +108,8 @@ def test_planning_and_reading_ahead_stay_bounded(loaders: list, ragged: FeatureS
     asked: list[int] = []
     read_ahead = SampleReader.read_ahead
 
-    def counted(reader: SampleReader, planned, indices) -> int:
-        asked.append(read_ahead(reader, planned, indices))
+    def counted(reader: SampleReader, step_plan, indices) -> int:
+        asked.append(read_ahead(reader, step_plan, indices))
         return 2**19  # as if every micro-batch had half a mebibyte
 
     monkeypatch.setattr(SampleReader, "read_ahead", counted)
@@ -158,6 +158,6 @@ def test_an_error_in_the_plan_reaches_the_caller(loaders: list, ragged: FeatureS
     monkeypatch.setattr(loader.plan, "step", fail)
     seen = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for planned, batches in loader.steps(0, 5):
-            seen.append((planned.step, len(list(batches))))
+        for step_plan, batches in loader.steps(0, 5):
+            seen.append((step_plan.step, len(list(batches))))
     assert [number for number, count in seen if count] == [0, 1]

@@ -8,8 +8,8 @@ import pytest
 
 from opt_ds.data.matching import MATCHING_LABELS
 from opt_ds.data.negatives import NegativeSampler
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned_samples import PlannedSamples, select
+from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_samples import StepSamples, select
 from opt_ds.data.text_similarity import TextSimilarity
 from opt_ds.store import FeatureStore
 from tests.tiny import MATCHING, index_with, make_config, make_store
@@ -17,9 +17,11 @@ from tests.tiny import MATCHING, index_with, make_config, make_store
 PAIRS = {(1, 2): "image_audio", (0, 2): "text_audio", (0, 1): "text_image"}
 
 
-def matching_samples(store: FeatureStore, pair_probability: float, size: int = 10_000) -> PlannedSamples:
-    tasks = {"mix": {"matching": 1.0}, "matching": {"pair_probability": pair_probability}}
-    samples = StepPlan(make_config(tasks=tasks, batch={"size": size, "max_tokens": 8192}), [store]).step(0).samples
+def matching_samples(store: FeatureStore, pair_probability: float, size: int = 10_000) -> StepSamples:
+    tasks = {"sampling_weights": {"matching": 1.0}, "matching": {"pair_probability": pair_probability}}
+    samples = (
+        PretrainingPlan(make_config(tasks=tasks, batch={"size": size, "max_tokens": 8192}), [store]).step(0).samples
+    )
     keep = samples.task == MATCHING
     return select(samples, keep)
 
@@ -100,7 +102,7 @@ def test_half_of_the_draws_judge_a_pair(complete: FeatureStore, ragged: FeatureS
 
 def test_validation_negatives_are_of_the_valid_split(complete: FeatureStore) -> None:
     valid, owners = set(complete.split_samples("valid").tolist()), owners_of(complete)
-    for step in StepPlan(make_config(), [complete]).validation():
+    for step in PretrainingPlan(make_config(), [complete]).validation():
         rows = step.samples.input_rows[step.samples.task == MATCHING]
         assert {owners[m][int(row)] for m in range(3) for row in rows[:, m] if row >= 0} <= valid
 
@@ -114,7 +116,7 @@ def test_the_fewest_groups_that_serve(tmp_path) -> None:
         for c, rows in zip(s.columns["matching_label"], s.input_rows, strict=True)
     )
     two = make_store(tmp_path / "two", 8, samples_per_group=4, splits={"train": 1.0, "valid": 0.0})
-    assert "no negative" in StepPlan(make_config(), [two]).disabled_tasks["matching"]
+    assert "no negative" in PretrainingPlan(make_config(), [two]).disabled_tasks["matching"]
 
 
 def pool_of(store: FeatureStore, groups: np.ndarray, rows: np.ndarray) -> NegativeSampler:
@@ -161,13 +163,15 @@ def test_a_pool_is_usable_if_every_sample_finds_two_negatives(tmp_path, groups: 
 
 
 def test_hard_negatives_have_nearer_texts_and_keep_every_rule(grouped: FeatureStore) -> None:
-    matching = {"pair_probability": 0.0, "hard_negative_share": 1.0}
-    tasks = {"mix": {"matching": 1.0}}
+    matching = {"pair_probability": 0.0, "hard_negative_fraction": 1.0}
+    tasks = {"sampling_weights": {"matching": 1.0}}
     size = {"batch": {"size": 1000, "max_tokens": 8192}}
     owners, train = owners_of(grouped), grouped.split_samples("train")
     similarity, mean = TextSimilarity(grouped, train, []), {}
     for share in (0.0, 1.0):
-        plan = StepPlan(make_config(tasks=tasks | {"matching": matching | {"hard_negative_share": share}}, **size), [grouped])
+        plan = PretrainingPlan(
+            make_config(tasks=tasks | {"matching": matching | {"hard_negative_fraction": share}}, **size), [grouped]
+        )
         s = plan.step(0).samples
         assert (s.task == MATCHING).all() and np.bincount(s.columns["matching_label"], minlength=5).min() > 100
         assert all(

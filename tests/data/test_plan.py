@@ -6,43 +6,44 @@ import numpy as np
 import pytest
 import torch
 
-from opt_ds.data.flops import sample_flops
+from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned_samples import PlannedSamples, select
+from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_samples import StepSamples, select
+from opt_ds.data.task import tasks_of
 from opt_ds.store import FeatureStore
 from tests.tiny import MATCHING, MODALITY, TASK_NAMES, index_with, make_batches, make_config, make_model, make_store
 
 
-def equal(a: PlannedSamples, b: PlannedSamples) -> bool:
+def equal(a: StepSamples, b: StepSamples) -> bool:
     return all((x == y).all() for x, y in zip(a.arrays().values(), b.arrays().values(), strict=True))
 
 
-def taken(plan: StepPlan, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def taken(plan: PretrainingPlan, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = [plan.step(step).samples for step in range(steps)]
     return tuple(np.concatenate([getattr(p, name) for p in parts]) for name in ("epoch", "store", "sample"))
 
 
 def test_a_step_is_a_pure_function_of_the_step(ragged: FeatureStore) -> None:
     config = make_config()
-    plan, other = StepPlan(config, [ragged]), StepPlan(config, [FeatureStore(ragged.path)])
+    plan, other = PretrainingPlan(config, [ragged]), PretrainingPlan(config, [FeatureStore(ragged.path)])
     later = plan.step(7)
     for step in (3, 7, 0):
         other.step(step)
     for world_size in (1, 2, 3):
-        planned = other.step(7, world_size)
-        assert equal(planned.samples, later.samples) and planned.counts == later.counts
-        assert len(planned.micro_batches) == world_size
-        indices = np.concatenate([m.indices for rank in planned.micro_batches for m in rank])
+        step_plan = other.step(7, world_size)
+        assert equal(step_plan.samples, later.samples) and step_plan.counts == later.counts
+        assert len(step_plan.micro_batches) == world_size
+        indices = np.concatenate([m.indices for rank in step_plan.micro_batches for m in rank])
         assert sorted(indices) == np.flatnonzero(later.samples.task >= 0).tolist()
     assert not equal(plan.step(8).samples, later.samples)
-    assert not equal(StepPlan(make_config(seed=2), [ragged]).step(7).samples, later.samples)
+    assert not equal(PretrainingPlan(make_config(seed=2), [ragged]).step(7).samples, later.samples)
 
 
 @pytest.mark.parametrize("size", [1, 7, 33, 200])
 def test_every_sample_once_an_epoch_and_batches_cross_epochs(complete: FeatureStore, size: int) -> None:
-    plan = StepPlan(make_config(batch={"size": size}), [complete])
+    plan = PretrainingPlan(make_config(batch={"size": size}), [complete])
     epoch, _, sample = taken(plan, -(-240 // size))
     own = complete.split_samples("train")
     for number in range(3):
@@ -56,7 +57,7 @@ def test_every_sample_once_an_epoch_and_batches_cross_epochs(complete: FeatureSt
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
 def test_stores_of_few_samples(tmp_path, num_samples: int) -> None:
     store = make_store(tmp_path / "s", num_samples, splits={"train": 1.0, "valid": 0.0})
-    plan = StepPlan(make_config(batch={"size": 5}), [store])
+    plan = PretrainingPlan(make_config(batch={"size": 5}), [store])
     epoch, _, sample = taken(plan, 4)
     for number in range(20 // num_samples):
         assert sorted(sample[epoch == number]) == list(range(num_samples))
@@ -66,7 +67,7 @@ def test_stores_of_few_samples(tmp_path, num_samples: int) -> None:
 
 
 def test_two_stores_are_one_without_weights(complete: FeatureStore, ragged: FeatureStore) -> None:
-    plan = StepPlan(make_config(batch={"size": 80}), [complete, ragged])
+    plan = PretrainingPlan(make_config(batch={"size": 80}), [complete, ragged])
     epoch, store, sample = taken(plan, 4)
     for number in range(2):
         for which, source in enumerate((complete, ragged)):
@@ -74,8 +75,8 @@ def test_two_stores_are_one_without_weights(complete: FeatureStore, ragged: Feat
 
 
 def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(complete: FeatureStore, no_codes: FeatureStore) -> None:
-    config = make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 4096})
-    plan = StepPlan(config, [complete, no_codes])
+    config = make_config(data={"stores": ["a", "b"], "store_weights": [0.7, 0.3]}, batch={"size": 4096})
+    plan = PretrainingPlan(config, [complete, no_codes])
     epoch, store, sample = taken(plan, 2)
     for half in (store[:4096], store[4096:]):
         assert np.bincount(half).tolist() == [2867, 1229]
@@ -86,43 +87,54 @@ def test_weighted_stores_take_their_shares_and_pass_once_per_own_epoch(complete:
         for number in range(whole):
             assert sorted(sample[(store == which) & (epoch == number)]) == own.tolist()
         assert epochs.max() == whole
-    small = StepPlan(make_config(data={"stores": ["a", "b"], "mix": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes])
+    small = PretrainingPlan(
+        make_config(data={"stores": ["a", "b"], "store_weights": [0.7, 0.3]}, batch={"size": 64}), [complete, no_codes]
+    )
     assert (taken(small, 128)[2] == sample).all(), "the order does not depend on the batch"
     share = np.mean(store[:200] == 0)
     assert 0.5 < share < 0.9, "the stores alternate from the start"
 
 
 def test_draws_come_in_the_mix(complete: FeatureStore) -> None:
-    mix = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
-    plan = StepPlan(make_config(tasks={"mix": mix}, batch={"size": 20_000, "max_tokens": 8192}), [complete])
+    weights = {"mlm": 0.3, "mvm": 0.1, "mam": 0.1, "modality": 0.2, "matching": 0.3}
+    plan = PretrainingPlan(
+        make_config(tasks={"sampling_weights": weights}, batch={"size": 20_000, "max_tokens": 8192}), [complete]
+    )
     draw = plan.step(0).samples.task
     # the weight of an impossible task (an utterance too short for MAM) goes to the others, so use samples that allow all
     long_enough = plan.step(0).samples.input_lengths
     allowed = (long_enough[:, AUDIO] >= 2) | (plan.step(0).samples.input_rows[:, AUDIO] < 0)
     shares = np.bincount(draw[allowed], minlength=5) / allowed.sum()
-    assert np.abs(shares - list(mix.values())).max() < 0.03
+    assert np.abs(shares - list(weights.values())).max() < 0.03
     again = plan.step(1).samples
     assert (again.task >= 0).all()
 
 
 def test_a_curriculum_changes_the_mix(complete: FeatureStore) -> None:
-    tasks = {"mix": {"mlm": 1.0}, "curriculum": [{"from_fraction": 0.5, "mix": {"matching": 1.0}}]}
-    plan = StepPlan(make_config(tasks=tasks), [complete])
+    tasks = {
+        "sampling_weights": {"mlm": 1.0},
+        "curriculum": [{"from_fraction": 0.5, "sampling_weights": {"matching": 1.0}}],
+    }
+    plan = PretrainingPlan(make_config(tasks=tasks), [complete])
     assert set(plan.step(49).samples.task) == {TASK_NAMES.index("mlm")}
     assert set(plan.step(50).samples.task) == {TASK_NAMES.index("matching")}
 
 
 def test_a_loss_weight_of_0_switches_off(complete: FeatureStore) -> None:
-    plan = StepPlan(make_config(tasks={"mvm": {"weight": 0}, "dir": {"weight": 0}}, batch={"size": 500}), [complete])
-    planned = plan.step(0)
-    assert not (planned.samples.task == TASK_NAMES.index("mvm")).any()
-    assert not planned.samples.columns["has_image_target"].any() and planned.samples.columns["has_text_target"].any()
-    assert set(planned.counts) == {"mlm", "mafr", "mac", "dtr", "matching"}
+    plan = PretrainingPlan(
+        make_config(tasks={"mvm": {"weight": 0}, "dir": {"weight": 0}}, batch={"size": 500}), [complete]
+    )
+    step_plan = plan.step(0)
+    assert not (step_plan.samples.task == TASK_NAMES.index("mvm")).any()
+    assert (
+        not step_plan.samples.columns["has_image_target"].any() and step_plan.samples.columns["has_text_target"].any()
+    )
+    assert set(step_plan.counts) == {"mlm", "mafr", "mac", "dtr", "matching"}
     assert plan.disabled_tasks == {"mvm": "its weight is 0"}
 
 
 def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStore) -> None:
-    plan = StepPlan(make_config(batch={"size": 20_000, "max_tokens": 8192}), [ragged])
+    plan = PretrainingPlan(make_config(batch={"size": 20_000, "max_tokens": 8192}), [ragged])
     s = plan.step(0).samples
     assert plan.disabled_tasks == {}
     present = s.source_rows >= 0
@@ -142,17 +154,22 @@ def test_samples_take_every_task_that_their_modalities_allow(ragged: FeatureStor
 
 
 def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> None:
-    assert set(StepPlan(make_config(), [no_codes]).disabled_tasks) == {"dir"}
-    assert not StepPlan(make_config(batch={"size": 500}), [no_codes]).step(0).samples.columns["has_image_target"].any()
+    assert set(PretrainingPlan(make_config(), [no_codes]).disabled_tasks) == {"dir"}
+    assert (
+        not PretrainingPlan(make_config(batch={"size": 500}), [no_codes])
+        .step(0)
+        .samples.columns["has_image_target"]
+        .any()
+    )
     text_only = make_store(tmp_path / "t", 20, num_codes_vocab=None)
     rows = text_only.rows.copy()
     rows[:, 1:] = -1
     text_only.__dict__["index"] = index_with(text_only, rows)
-    assert set(StepPlan(make_config(), [text_only]).disabled_tasks) == {"mvm", "mam", "matching", "dir"}
+    assert set(PretrainingPlan(make_config(), [text_only]).disabled_tasks) == {"mvm", "mam", "matching", "dir"}
     rows = rows.copy()
     rows[:] = [-1, -1, 0]
     text_only.__dict__["index"] = index_with(text_only, rows)
-    disabled = StepPlan(make_config(), [text_only]).disabled_tasks
+    disabled = PretrainingPlan(make_config(), [text_only]).disabled_tasks
     assert set(disabled) == {"mlm", "mvm", "matching", "modality", "dtr", "dir"}
 
 
@@ -160,34 +177,36 @@ def test_off_says_what_no_sample_can_learn(tmp_path, no_codes: FeatureStore) -> 
 def test_counts_are_those_of_the_batches(request: pytest.FixtureRequest, missing: str) -> None:
     store = request.getfixturevalue(missing)
     config = make_config(batch={"size": 60})
-    plan, model = StepPlan(config, [store]), make_model(config)
+    plan, model = PretrainingPlan(config, [store]), make_model(config)
     for step in range(3):
-        planned = plan.step(step, world_size=2)
-        terms = [model(batch) for rank in make_batches(config, [store], planned) for batch in rank]
-        assert planned.counts == {loss: sum(t[loss].count for t in terms) for loss in planned.counts}
-        assert all(count > 0 for count in planned.counts.values())
+        step_plan = plan.step(step, world_size=2)
+        terms = [model(batch) for rank in make_batches(config, [store], step_plan) for batch in rank]
+        assert step_plan.counts == {loss: sum(t[loss].count for t in terms) for loss in step_plan.counts}
+        assert all(count > 0 for count in step_plan.counts.values())
 
 
 def test_planned_tokens_are_those_of_the_batches(ragged: FeatureStore) -> None:
     config = make_config(batch={"size": 60})
-    planned = StepPlan(config, [ragged]).step(0, world_size=3)
-    batches = make_batches(config, [ragged], planned)
-    assert [[m.num_tokens for m in rank] for rank in planned.micro_batches] == [[b.num_tokens for b in r] for r in batches]
+    step_plan = PretrainingPlan(config, [ragged]).step(0, world_size=3)
+    batches = make_batches(config, [ragged], step_plan)
+    assert [[m.num_tokens for m in rank] for rank in step_plan.micro_batches] == [
+        [b.num_tokens for b in r] for r in batches
+    ]
     total = sum(b.num_tokens for rank in batches for b in rank)
-    assert planned.num_tokens == total
+    assert step_plan.num_tokens == total
     assert (
-        planned.packing_efficiency == pytest.approx(total / (3 * len(batches[0]) * 256))
-        and planned.packing_efficiency <= 1
+        step_plan.packing_efficiency == pytest.approx(total / (3 * len(batches[0]) * 256))
+        and step_plan.packing_efficiency <= 1
     )
-    costs = sample_flops(config, planned.samples)
-    ranks = [sum(costs[m.indices].sum() for m in rank) for rank in planned.micro_batches]
-    assert planned.load_imbalance == pytest.approx(max(ranks) / (sum(ranks) / 3))
-    assert planned.load_imbalance < 1.1
+    costs, _, _ = sample_and_step_flops(config, tasks_of(config).values(), step_plan.samples)
+    ranks = [sum(costs[m.indices].sum() for m in rank) for rank in step_plan.micro_batches]
+    assert step_plan.load_imbalance == pytest.approx(max(ranks) / (sum(ranks) / 3))
+    assert step_plan.load_imbalance < 1.1
 
 
 def test_a_batch_in_tokens(complete: FeatureStore) -> None:
     config = make_config(batch={"size": 2000, "unit": "tokens"})
-    plan = StepPlan(config, [complete])
+    plan = PretrainingPlan(config, [complete])
     seen = [int(plan.step(step).samples.source_rows.shape[0]) for step in range(3)]
     assert len(set(seen)) == 1 and seen[0] == plan.batch_samples
     lengths = plan._input_lengths(np.zeros(80, int), complete.rows[complete.split_samples("train")]).sum(1) + 2
@@ -196,10 +215,10 @@ def test_a_batch_in_tokens(complete: FeatureStore) -> None:
 
 def test_validation_has_every_task_on_every_sample_and_stays_fixed(ragged: FeatureStore) -> None:
     config = make_config()
-    plan = StepPlan(config, [ragged])
+    plan = PretrainingPlan(config, [ragged])
     steps = plan.validation(chunk=16)
     assert all(step.num_samples == 16 for step in steps[:-1])
-    again = StepPlan(config, [ragged]).validation(world_size=2, chunk=16)
+    again = PretrainingPlan(config, [ragged]).validation(world_size=2, chunk=16)
     assert all(equal(a.samples, b.samples) for a, b in zip(steps, again, strict=True))
     pairs = [(int(s), int(d)) for step in steps for s, d in zip(step.samples.sample, step.samples.task, strict=True)]
     assert len(pairs) == len(set(pairs))
@@ -215,7 +234,7 @@ def test_validation_has_every_task_on_every_sample_and_stays_fixed(ragged: Featu
         assert {d for s, d in pairs if s == sample} == expected
 
 
-def validated(plan: StepPlan, max_samples: int) -> set[tuple[int, int]]:
+def validated(plan: PretrainingPlan, max_samples: int) -> set[tuple[int, int]]:
     """(store, sample) of a validation pass."""
     steps = plan.validation(max_samples=max_samples)
     return {(int(n), int(s)) for step in steps for n, s in zip(step.samples.store, step.samples.sample, strict=True)}
@@ -223,25 +242,29 @@ def validated(plan: StepPlan, max_samples: int) -> set[tuple[int, int]]:
 
 def test_fewer_validation_samples_are_a_seeded_choice_of_all_stores(complete: FeatureStore, grouped: FeatureStore) -> None:
     stores = [complete, grouped]
-    plan = StepPlan(make_config(), stores)
+    plan = PretrainingPlan(make_config(), stores)
     total = sum(len(store.split_samples("valid")) for store in stores)
     few, more, every = (validated(plan, n) for n in (6, 9, total))
     assert len(few) == 6 and len(more) == 9 and len(every) == total and few < more < every
     assert {number for number, _ in few} == {0, 1}, "no store is left out, none is taken in full"
     firsts = {(number, int(s)) for number, store in enumerate(stores) for s in store.split_samples("valid")[:3]}
-    assert few != firsts and few == validated(StepPlan(make_config(seed=1), stores), 6)
-    assert few != validated(StepPlan(make_config(seed=2), stores), 6)
+    assert few != firsts and few == validated(PretrainingPlan(make_config(seed=1), stores), 6)
+    assert few != validated(PretrainingPlan(make_config(seed=2), stores), 6)
 
 
 @pytest.mark.parametrize(("later", "judged"), [({}, False), ({"matching": 1.0}, True)])
 def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judged: bool, complete: FeatureStore) -> None:
-    tasks = {"mix": {"mlm": 1.0, "modality": 0.5}, "curriculum": [{"from_fraction": 0.5, "mix": later}] if later else []}
+    tasks = {
+        "sampling_weights": {"mlm": 1.0, "modality": 0.5},
+        "curriculum": [{"from_fraction": 0.5, "sampling_weights": later}] if later else [],
+    }
     config = make_config(tasks=tasks)
-    plan = StepPlan(config, [complete])
+    plan = PretrainingPlan(config, [complete])
     found = {TASK_NAMES[draw] for step in plan.validation() for draw in step.samples.task}
     assert found == {"mlm", "modality"} | ({"matching"} if judged else set())
     assert (
-        plan.disabled_tasks["mvm"] == "its weight in tasks.mix is 0" and ("matching" in plan.disabled_tasks) != judged
+        plan.disabled_tasks["mvm"] == "its weight in tasks.sampling_weights is 0"
+        and ("matching" in plan.disabled_tasks) != judged
     )
     assert set(config.trained_losses) == {"mlm", "dtr", "dir"} | ({"matching"} if judged else set())
 
@@ -249,7 +272,7 @@ def test_a_task_whose_share_is_0_is_not_validated(later: dict[str, float], judge
 
 def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dropped(complete: FeatureStore) -> None:
     config = make_config(tasks={"modality": {"always_drop_target": True}})
-    (step,) = StepPlan(config, [complete]).validation()
+    (step,) = PretrainingPlan(config, [complete]).validation()
     s = step.samples
     own = set(complete.split_samples("valid"))
     assert set(s.sample[s.columns["has_text_target"]]) == own == set(s.sample[s.columns["has_image_target"]])
@@ -260,9 +283,11 @@ def test_validation_writes_text_and_image_of_every_sample_when_the_target_is_dro
 # ---- modality dropping
 
 
-def modality_samples(store: FeatureStore, **options) -> PlannedSamples:
-    config = make_config(tasks={"mix": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192})
-    samples = StepPlan(config, [store]).step(0).samples
+def modality_samples(store: FeatureStore, **options) -> StepSamples:
+    config = make_config(
+        tasks={"sampling_weights": {"modality": 1.0}, "modality": options}, batch={"size": 40_000, "max_tokens": 8192}
+    )
+    samples = PretrainingPlan(config, [store]).step(0).samples
     keep = samples.task == MODALITY
     return select(samples, keep)
 
@@ -304,7 +329,7 @@ def test_two_modalities_and_one(ragged: FeatureStore) -> None:
 
 
 def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged: FeatureStore) -> None:
-    s = modality_samples(complete, always_drop_target=True, text_target_share=0.7)
+    s = modality_samples(complete, always_drop_target=True, text_target_fraction=0.7)
     dropped = s.input_rows < 0
     assert (s.columns["has_text_target"] == dropped[:, TEXT]).all() and (
         s.columns["has_image_target"] == dropped[:, IMAGE]
@@ -331,11 +356,11 @@ def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
 
 
 def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_the_end_differs(complete: FeatureStore) -> None:
-    tasks = {"mix": {"modality": 1.0}}
+    tasks = {"sampling_weights": {"modality": 1.0}}
     longest = int(complete.text_lengths.max())
     for limit, differs in ((longest, False), (8, True)):
         config = make_config(tasks=tasks, model={"max_text_tokens": limit})
-        plans = [StepPlan(config, [complete], version) for version in (1, None)]
+        plans = [PretrainingPlan(config, [complete], version) for version in (1, None)]
         assert [plan.version for plan in plans] == [1, 3]
         old, new = (plan.step(3) for plan in plans)
         before, after = old.samples.arrays(), new.samples.arrays()
@@ -350,17 +375,17 @@ def test_without_truncated_texts_both_versions_are_the_same_and_with_them_only_t
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_planned_counts_are_those_of_the_batches(complete: FeatureStore, version: int) -> None:
-    config = make_config(tasks={"mix": {"modality": 1.0}})
-    planned = StepPlan(config, [complete], version).step(0)
-    batches = [batch for rank in make_batches(config, [complete], planned) for batch in rank]
+    config = make_config(tasks={"sampling_weights": {"modality": 1.0}})
+    step_plan = PretrainingPlan(config, [complete], version).step(0)
+    batches = [batch for rank in make_batches(config, [complete], step_plan) for batch in rank]
     sep = complete.description.tokenizer.sep_id
     written = [batch.parts["modality"].text for batch in batches]
     targets = [ids for part in written for ids in torch.split(part.target_ids, part.sequences.lengths.tolist())]
-    assert sum(map(len, targets)) == planned.counts["dtr"]
+    assert sum(map(len, targets)) == step_plan.counts["dtr"]
     ended = sum(int(ids[-1]) == sep for ids in targets)
-    lengths = complete.text_lengths[planned.samples.source_rows[planned.samples.columns["has_text_target"], TEXT]]
+    lengths = complete.text_lengths[step_plan.samples.source_rows[step_plan.samples.columns["has_text_target"], TEXT]]
     assert ended == (len(lengths) if version == 1 else (lengths <= config.model.max_text_tokens).sum())
-    assert sum(batch.num_tokens for batch in batches) == planned.num_tokens
+    assert sum(batch.num_tokens for batch in batches) == step_plan.num_tokens
 
 
 # ---- tokens as the batch's unit
@@ -370,15 +395,17 @@ def test_a_batch_in_tokens_follows_the_mix_of_the_stores(tmp_path: Path) -> None
     short = make_store(tmp_path / "short", 90, text_len=(1, 1), regions=(1, 1), frames=(1, 2))
     long = make_store(tmp_path / "long", 60, text_len=(8, 8), regions=(6, 6), frames=(15, 16))
 
-    def plan(mix: tuple[float, ...] | None, version: int | None = None) -> StepPlan:
-        config = make_config(batch={"size": 4000, "unit": "tokens"}, data={"mix": mix, "stores": ["a", "b"]})
-        return StepPlan(config, [short, long], version)
+    def plan(weights: tuple[float, ...] | None, version: int | None = None) -> PretrainingPlan:
+        config = make_config(
+            batch={"size": 4000, "unit": "tokens"}, data={"store_weights": weights, "stores": ["a", "b"]}
+        )
+        return PretrainingPlan(config, [short, long], version)
 
-    for mix in ((0.9, 0.1), (0.1, 0.9), None):
-        found = plan(mix)
+    for weights in ((0.9, 0.1), (0.1, 0.9), None):
+        found = plan(weights)
         positions = found.batch_samples * 2 + sum(  # [CLS], [SEP] and the items of the samples that the first steps read
             found._input_lengths(s.store, s.source_rows).sum() / 20 for s in (found.step(step).samples for step in range(20))
         )
-        assert positions == pytest.approx(4000, rel=0.03), mix
+        assert positions == pytest.approx(4000, rel=0.03), weights
     assert plan((0.9, 0.1)).batch_samples > 2 * plan((0.1, 0.9)).batch_samples
     assert plan((0.9, 0.1), version=2).batch_samples == plan(None).batch_samples, "an older run continues as it began"

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.tools.assumed_store import AssumedStore
 from tests.tiny import make_config
 
@@ -20,17 +20,22 @@ GOLDEN = {
 }
 
 
-def digest(planned: PlannedStep) -> str:
+def digest(step_plan: StepPlan) -> str:
     """Return a hash of the complete plan."""
     found = hashlib.sha256()
-    for array in planned.samples.arrays().values():
+    for array in step_plan.samples.arrays().values():
         found.update(np.ascontiguousarray(array).tobytes())
     found.update(
         repr(
-            (planned.counts, int(planned.num_tokens), float(planned.packing_efficiency), float(planned.load_imbalance))
+            (
+                step_plan.counts,
+                int(step_plan.num_tokens),
+                float(step_plan.packing_efficiency),
+                float(step_plan.load_imbalance),
+            )
         ).encode()
     )
-    for rank in planned.micro_batches:
+    for rank in step_plan.micro_batches:
         for m in rank:
             found.update(m.indices.tobytes() + repr((int(m.num_tokens), float(m.cost))).encode())
     return found.hexdigest()[:16]
@@ -39,7 +44,7 @@ def digest(planned: PlannedStep) -> str:
 def digest_of(unit: str, size: int, num_stores: int, ranks: int) -> str:
     config = make_config(batch={"size": size, "unit": unit})
     stores: list[Any] = [AssumedStore(config.model, 5 + number, 4, 9) for number in range(num_stores)]
-    return digest(StepPlan(config, stores).step(3, ranks))
+    return digest(PretrainingPlan(config, stores).step(3, ranks))
 
 
 @pytest.mark.parametrize("key", GOLDEN)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import num_masked
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.modalities.audio import Audio, stack_frames
 from opt_ds.store import FeatureStore, set_codes
@@ -32,21 +32,21 @@ def test_stacked_frames_hold_every_frame_in_order_whatever_the_offset(num_frames
         assert stacked_length(num_frames, stack) * stack < num_frames + 2 * stack, "no whole frame of repetition too many"
 
 
-def test_an_empty_recording_has_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_audio_file_has_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store of another program may hold this. The writer of opt_ds refuses it."""
     monkeypatch.setattr(StoreWriter, "_problem", lambda *_: None)
     store = make_store(tmp_path / "s", 10, frames=(0, 2))
     config = make_config(batch={"size": 40})
-    planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    with_audio = [index for index in range(40) if planned.samples.input_rows[index, AUDIO] >= 0]
-    shapes = {reader.read(planned.samples, index).of(AUDIO).features.shape for index in with_audio}
+    step_plan, reader = PretrainingPlan(config, [store]).step(0), SampleReader(config, [store])
+    with_audio = [index for index in range(40) if step_plan.samples.input_rows[index, AUDIO] >= 0]
+    shapes = {reader.read(step_plan.samples, index).of(AUDIO).features.shape for index in with_audio}
     assert (0, 12) in shapes and all(width == 12 for _, width in shapes)
 
 
 def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: FeatureStore) -> None:
     config = make_config(batch={"size": 400})
-    planned, reader = StepPlan(config, [ragged]).step(0), SampleReader(config, [ragged])
-    s, special = planned.samples, set(range(5))
+    step_plan, reader = PretrainingPlan(config, [ragged]).step(0), SampleReader(config, [ragged])
+    s, special = step_plan.samples, set(range(5))
     for index in range(400):
         sample, draw, lengths = reader.read(s, index), s.task[index], s.input_lengths[index]
         assert [len(sample.items.get(modality, ())) for modality in (TEXT, IMAGE, AUDIO)] == lengths.tolist()
@@ -79,9 +79,9 @@ def test_masks_are_as_many_as_planned_and_only_where_the_draw_says(ragged: Featu
 def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) -> None:
     """Masks depend on (seed, epoch, sample), not on the batch size or the global sample index."""
     large, small = make_config(batch={"size": 60}), make_config(batch={"size": 20})
-    big = StepPlan(large, [ragged]).step(0).samples
+    big = PretrainingPlan(large, [ragged]).step(0).samples
     for step in range(3):
-        part = StepPlan(small, [ragged]).step(step).samples
+        part = PretrainingPlan(small, [ragged]).step(step).samples
         for index in range(20):
             a = SampleReader(large, [ragged]).read(big, 20 * step + index)
             b = SampleReader(small, [ragged]).read(part, index)
@@ -95,16 +95,16 @@ def test_a_sample_is_read_alike_in_any_step_that_plans_it(ragged: FeatureStore) 
 
 
 def test_the_frame_offset_varies_in_training_and_not_in_validation(complete: FeatureStore) -> None:
-    config = make_config(data={"frame_offset": True}, batch={"size": 200}, tasks={"mix": {"mlm": 1.0}})
-    plan, reader = StepPlan(config, [complete]), SampleReader(config, [complete])
-    planned = plan.step(0).samples
+    config = make_config(data={"frame_offset": True}, batch={"size": 200}, tasks={"sampling_weights": {"mlm": 1.0}})
+    plan, reader = PretrainingPlan(config, [complete]), SampleReader(config, [complete])
+    step_plan = plan.step(0).samples
     offsets = []
     for index in range(200):
-        frames = complete.frames(planned.input_rows[index, AUDIO])
+        frames = complete.frames(step_plan.input_rows[index, AUDIO])
         found = [
             o
             for o in (0, 1)
-            if (reader.read(planned, index).items[AUDIO].features == stack_frames(frames, 2, o)[:8]).all()
+            if (reader.read(step_plan, index).items[AUDIO].features == stack_frames(frames, 2, o)[:8]).all()
         ]
         assert found
         offsets += found if len(found) == 1 else []
@@ -122,12 +122,12 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
     codes = np.random.default_rng(0).permutation(8192).reshape(128, 64)
     set_codes(store.path, codes, {"name": "dvae", "num_codes": 8192})
     store = FeatureStore(store.path)
-    config = make_config(model={"image_codebook_size": 8192}, tasks={"mix": {"modality": 1.0}}, batch={"size": 128})
-    planned, reader = StepPlan(config, [store]).step(0), SampleReader(config, [store])
-    batch = make_packer(config, [store]).pack([reader.read(planned.samples, index) for index in range(128)])
+    config = make_config(model={"image_codebook_size": 8192}, tasks={"sampling_weights": {"modality": 1.0}}, batch={"size": 128})
+    step_plan, reader = PretrainingPlan(config, [store]).step(0), SampleReader(config, [store])
+    batch = make_packer(config, [store]).pack([reader.read(step_plan.samples, index) for index in range(128)])
     decoder = batch.parts["modality"].image
     targets = decoder.target_ids.reshape(128, 64).numpy()
-    assert (targets == codes[planned.samples.source_rows[:, IMAGE]]).all()
+    assert (targets == codes[step_plan.samples.source_rows[:, IMAGE]]).all()
     assert sorted(targets.reshape(-1)) == list(range(8192)), "code 0 and code 8191 are there, none is shifted"
     inputs = decoder.input_ids.reshape(128, 64).numpy()
     assert (inputs[:, 0] == -1).all() and (inputs[:, 1:] == targets[:, :-1]).all()
@@ -136,7 +136,7 @@ def test_every_image_code_and_all_64_positions_reach_the_decoder(tmp_path) -> No
 
 @pytest.mark.parametrize("modalities", [(TEXT,), (IMAGE, AUDIO), (TEXT, IMAGE, AUDIO)])
 def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple[int, ...]) -> None:
-    sample = SampleReader(make_config(), [complete]).whole(0, 5, modalities)
+    sample = SampleReader(make_config(), [complete]).read_unmasked(0, 5, modalities)
     assert tuple(sample.items) == modalities
     if TEXT in modalities:
         assert (sample.items[TEXT].ids == complete.text(complete.rows[5, TEXT])[:8]).all()
@@ -145,9 +145,9 @@ def test_whole_samples_are_uncorrupted(complete: FeatureStore, modalities: tuple
 
 
 def test_random_replacements_are_ordinary_tokens_of_the_vocabulary(complete: FeatureStore) -> None:
-    config = make_config(tasks={"mix": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
-    planned, reader = StepPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
-    samples = [reader.read(planned, index) for index in range(3000)]
+    config = make_config(tasks={"sampling_weights": {"mlm": 1.0}}, batch={"size": 3000, "max_tokens": 8192})
+    step_plan, reader = PretrainingPlan(config, [complete]).step(0).samples, SampleReader(config, [complete])
+    samples = [reader.read(step_plan, index) for index in range(3000)]
     shown = np.concatenate([s.items[TEXT].ids[s.items[TEXT].masked] for s in samples])
     original = np.concatenate([s.items[TEXT].original[s.items[TEXT].masked] for s in samples])
     assert len(shown) >= 3000 and np.mean(shown == 4) == pytest.approx(0.8, abs=0.03), "id 4 is [MASK]"

@@ -13,9 +13,9 @@ import pytest
 
 from opt_ds.data import shared_plans
 from opt_ds.data.modalities import TEXT
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.shared_plans import SharedPlans, make_inboxes, read_plan, write_plan
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.store import FeatureStore
 from tests.tiny import make_batches, make_config
 
@@ -24,8 +24,8 @@ _FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def plan(complete: FeatureStore) -> StepPlan:
-    return StepPlan(make_config(batch={"size": 200}), [complete])
+def plan(complete: FeatureStore) -> PretrainingPlan:
+    return PretrainingPlan(make_config(batch={"size": 200}), [complete])
 
 
 @pytest.fixture
@@ -34,30 +34,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def contents(planned: PlannedStep) -> list[Any]:
+def contents(step_plan: StepPlan) -> list[Any]:
     """Return the complete plan of a step in a comparable form."""
-    arrays = list(planned.samples.arrays().values())
-    assigned = [[(m.indices.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in planned.micro_batches]
+    arrays = list(step_plan.samples.arrays().values())
+    assigned = [[(m.indices.tobytes(), m.num_tokens, m.cost) for m in rank] for rank in step_plan.micro_batches]
     numbers = [
-        planned.step,
-        planned.counts,
-        planned.num_tokens,
-        planned.packing_efficiency,
-        planned.load_imbalance,
-        planned.flops,
+        step_plan.step,
+        step_plan.counts,
+        step_plan.num_tokens,
+        step_plan.packing_efficiency,
+        step_plan.load_imbalance,
+        step_plan.flops,
     ]
-    return [*numbers, planned.num_samples, assigned, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
+    return [*numbers, step_plan.num_samples, assigned, *((a.dtype, a.shape, a.tobytes()) for a in arrays)]
 
 
-def are_right(plan: StepPlan, steps: list[PlannedStep]) -> bool:
-    return all(contents(planned) == contents(plan.step(planned.step, RANKS)) for planned in steps)
+def are_right(plan: PretrainingPlan, steps: list[StepPlan]) -> bool:
+    return all(contents(step_plan) == contents(plan.step(step_plan.step, RANKS)) for step_plan in steps)
 
 
-def test_a_file_gives_back_every_bit(plan: StepPlan, tmp_path: Path) -> None:
-    planned = plan.step(4, RANKS)
-    write_plan(tmp_path / "4", planned, "key")
+def test_a_file_gives_back_every_bit(plan: PretrainingPlan, tmp_path: Path) -> None:
+    step_plan = plan.step(4, RANKS)
+    write_plan(tmp_path / "4", step_plan, "key")
     found = read_plan(tmp_path / "4", 4, "key")
-    assert found is not None and contents(found) == contents(planned)
+    assert found is not None and contents(found) == contents(step_plan)
 
 
 def _cut(share: float) -> Callable[[bytes], bytes]:
@@ -76,31 +76,33 @@ def _cut(share: float) -> Callable[[bytes], bytes]:
         lambda content: bytes(len(content)),
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_no_plan(damage: Callable[[bytes], bytes], plan: StepPlan, tmp_path: Path) -> None:
+def test_a_damaged_file_is_no_plan(damage: Callable[[bytes], bytes], plan: PretrainingPlan, tmp_path: Path) -> None:
     path = tmp_path / "4"
     write_plan(path, plan.step(4, RANKS), "key")
     path.write_bytes(damage(path.read_bytes()))
     assert read_plan(path, 4, "key") is None
 
 
-def test_another_step_or_run_is_no_plan(plan: StepPlan, tmp_path: Path) -> None:
+def test_another_step_or_run_is_no_plan(plan: PretrainingPlan, tmp_path: Path) -> None:
     write_plan(tmp_path / "4", plan.step(4, RANKS), "key")
     assert read_plan(tmp_path / "4", 5, "key") is None
     assert read_plan(tmp_path / "4", 4, "other") is None
 
 
-def _run(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None, out: Any) -> None:
+def _run(plan: PretrainingPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None, out: Any) -> None:
     """Run a rank in a separate process."""
     shared = SharedPlans(plan, RANKS, folder, place, 2)
     found = []
-    for planned in shared.steps(first, last):
-        if planned.step == dies_at:
+    for step_plan in shared.steps(first, last):
+        if step_plan.step == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        found.append(contents(planned))
+        found.append(contents(step_plan))
     out.put((place, found, shared.num_read, shared.num_missed))
 
 
-def _start(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None = None) -> tuple[Any, Any]:
+def _start(
+    plan: PretrainingPlan, folder: Path, place: int, first: int, last: int, dies_at: int | None = None
+) -> tuple[Any, Any]:
     out = _FORK.Queue()
     process = _FORK.Process(target=_run, args=(plan, folder, place, first, last, dies_at, out))
     process.start()
@@ -108,7 +110,7 @@ def _start(plan: StepPlan, folder: Path, place: int, first: int, last: int, dies
 
 
 @pytest.mark.parametrize("first", [0, 7])
-def test_two_processes_plan_half_of_the_steps_each(first: int, plan: StepPlan, folder: Path) -> None:
+def test_two_processes_plan_half_of_the_steps_each(first: int, plan: PretrainingPlan, folder: Path) -> None:
     last = first + 9
     running = [_start(plan, folder, place, first, last) for place in (0, 1)]
     expected = [contents(plan.step(step, RANKS)) for step in range(first, last)]
@@ -120,19 +122,23 @@ def test_two_processes_plan_half_of_the_steps_each(first: int, plan: StepPlan, f
     assert not [file for file in folder.rglob("*") if file.is_file()], "read files are removed"
 
 
-def test_a_killed_rank_is_done_without(plan: StepPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+def test_a_killed_rank_is_done_without(
+    plan: PretrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
     monkeypatch.setattr(shared_plans, "_WAIT_S", 0.3)
     process, _ = _start(plan, folder, 1, 0, 20, dies_at=5)
     shared = SharedPlans(plan, RANKS, folder, 0, 2)
     steps = list(shared.steps(0, 14))
     process.join(60)
-    assert [planned.step for planned in steps] == list(range(14)) and are_right(plan, steps)
+    assert [step_plan.step for step_plan in steps] == list(range(14)) and are_right(plan, steps)
     assert shared.num_read + shared.num_missed == 7 and shared.num_missed >= 4
     assert len(logged) == 1 and "rank 1 of this node" in logged[0]
 
 
-def test_files_of_another_run_and_torn_ones_are_planned_again(plan: StepPlan, folder: Path, complete: FeatureStore) -> None:
-    other = StepPlan(make_config(batch={"size": 200}, seed=9), [complete])
+def test_files_of_another_run_and_torn_ones_are_planned_again(
+    plan: PretrainingPlan, folder: Path, complete: FeatureStore
+) -> None:
+    other = PretrainingPlan(make_config(batch={"size": 200}, seed=9), [complete])
     inbox = folder / "rank-0"
     write_plan(inbox / "1", other.step(1, RANKS), shared_plans._key_of(other, RANKS))
     write_plan(inbox / "3", plan.step(3, RANKS), shared_plans._key_of(plan, RANKS))
@@ -146,7 +152,7 @@ def test_files_of_another_run_and_torn_ones_are_planned_again(plan: StepPlan, fo
     assert not os.listdir(inbox)
 
 
-def test_what_nobody_reads_is_bounded(plan: StepPlan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_reads_is_bounded(plan: PretrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_plans, "_WAIT_S", 0.0)
     monkeypatch.setattr(shared_plans, "_WAIT_PLANS", 0.0)
     monkeypatch.setattr(shared_plans, "_MOST_WAITING", 3)
@@ -158,7 +164,7 @@ def test_what_nobody_reads_is_bounded(plan: StepPlan, folder: Path, monkeypatch:
 
 
 def test_without_room_or_folder_each_plans_for_itself(
-    plan: StepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+    plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     monkeypatch.setattr(shared_plans, "_WAIT_S", 0.0)
     monkeypatch.setattr(shared_plans, "_WAIT_PLANS", 0.0)
@@ -167,13 +173,13 @@ def test_without_room_or_folder_each_plans_for_itself(
     assert len(logged) == 1 and "gone" in logged[0]
 
 
-def test_a_shared_plan_packs_the_same_batches(plan: StepPlan, complete: FeatureStore, tmp_path: Path) -> None:
-    planned = plan.step(2, RANKS)
-    write_plan(tmp_path / "2", planned, "key")
+def test_a_shared_plan_packs_the_same_batches(plan: PretrainingPlan, complete: FeatureStore, tmp_path: Path) -> None:
+    step_plan = plan.step(2, RANKS)
+    write_plan(tmp_path / "2", step_plan, "key")
     found = read_plan(tmp_path / "2", 2, "key")
     assert found is not None
     batches = []
-    for each in (planned, found):
+    for each in (step_plan, found):
         own = dataclasses.replace(each, micro_batches=[each.micro_batches[1]])
         batches.append(make_batches(plan.config, [complete], own)[0])
     for mine, theirs in zip(*batches, strict=True):

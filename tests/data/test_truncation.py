@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opt_ds.data.lengths import stacked_length
-from opt_ds.data.mixing import MIX_BLOCK, mix_note, mix_quotas
+from opt_ds.data.mixing import SAMPLING_BLOCK, store_quotas, store_weights_note
 from opt_ds.data.truncation import truncation_lines
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
@@ -35,12 +35,13 @@ def test_truncated_items_are_counted_over_all_stores(tmp_path: Path) -> None:
 
 
 def test_weights_of_stores() -> None:
-    assert mix_quotas((1.0, 3.0)).tolist() == [MIX_BLOCK // 4, MIX_BLOCK * 3 // 4] and mix_note((1.0, 3.0)) is None
+    assert store_quotas((1.0, 3.0)).tolist() == [SAMPLING_BLOCK // 4, SAMPLING_BLOCK * 3 // 4]
+    assert store_weights_note((1.0, 3.0)) is None
     with pytest.raises(UserError, match=r"weight 1e-05 .store number 2 of 2. is less than one sample in 4,096") as error:
-        mix_quotas((1.0, 1e-5))
+        store_quotas((1.0, 1e-5))
     smallest = float(str(error.value).split("raise it to ")[1].split()[0])
-    assert mix_quotas((1.0, smallest)).min() == 1, "the weight that the message names is taken"
-    assert "instead of" in (mix_note((1.0, 0.00037)) or "")
+    assert store_quotas((1.0, smallest)).min() == 1, "the weight that the message names is taken"
+    assert "instead of" in (store_weights_note((1.0, 0.00037)) or "")
 
 
 def test_sizes_come_from_the_store_unless_they_are_given(tmp_path: Path) -> None:
@@ -59,5 +60,5 @@ def test_sizes_come_from_the_store_unless_they_are_given(tmp_path: Path) -> None
     file.write_text("preset: opt-tiny\nmodel: {vocab_size: 77}\n")
     of_file, _, _ = settle(str(file), [], [store])
     assert (of_file.model.vocab_size, of_file.model.image_feature_dim) == (77, 8)
-    again, _, nothing = settle(str(file), ["model.vocab_size=40", "data.mix=[1, 2]"], [store, store])
-    assert again.data.mix == (1, 2) and nothing is not None
+    again, _, nothing = settle(str(file), ["model.vocab_size=40", "data.store_weights=[1, 2]"], [store, store])
+    assert again.data.store_weights == (1, 2) and nothing is not None

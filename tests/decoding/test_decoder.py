@@ -30,7 +30,7 @@ def still_works(decoder: Decoder, tmp_path: Path) -> Iterator[None]:
     """Check that after the test another image is decoded correctly."""
     yield
     noise().save(tmp_path / "after.png")
-    assert decoder.picture(tmp_path / "after.png").content.tobytes() == Image.open(tmp_path / "after.png").tobytes()
+    assert decoder.image(tmp_path / "after.png").content.tobytes() == Image.open(tmp_path / "after.png").tobytes()
 
 
 def children(of: int) -> list[int]:
@@ -51,12 +51,12 @@ def children(of: int) -> list[int]:
     ],
 )
 @pytest.mark.usefixtures("still_works")
-def test_a_hostile_picture_costs_itself_alone(
+def test_a_hostile_image_costs_itself_alone(
     name: str, write: Callable[[Path], object], reason: str, decoder: Decoder, tmp_path: Path
 ) -> None:
     write(tmp_path / name)
     with pytest.raises(DecodingError, match=reason) as error:
-        decoder.picture(tmp_path / name)
+        decoder.image(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
@@ -64,7 +64,7 @@ def test_a_hostile_picture_costs_itself_alone(
 def test_a_drawing_that_never_ends_is_ended(decoder: Decoder, tmp_path: Path) -> None:
     hostile_files.endless_svg(tmp_path / "endless.svg")
     with Decoder(Limits(cpu_s=1)) as hurried, pytest.raises(DecodingError, match=r"it took more than [15] s to decode"):
-        hurried.picture(tmp_path / "endless.svg")
+        hurried.image(tmp_path / "endless.svg")
 
 
 def test_what_only_looks_odd_is_decoded(decoder: Decoder, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_only_looks_odd_is_decoded(decoder: Decoder, tmp_path: Path) -> Non
         ("padded.png", lambda path: hostile_files.padded_png(path, 2**20)),
     ):
         write(tmp_path / name)
-        assert decoder.picture(tmp_path / name).content.mode == "RGB"
+        assert decoder.image(tmp_path / name).content.mode == "RGB"
 
 
 UNITS = ("", "px", "pt", "pc", "in", "cm", "mm", "Q", "q", "em", "ex", "rem", "ch", "vw", "%", "PT", "Mm")
@@ -85,11 +85,11 @@ UNITS = ("", "px", "pt", "pc", "in", "cm", "mm", "Q", "q", "em", "ex", "rem", "c
 def test_a_drawing_may_have_its_size_in_every_unit_of_css(unit: str, decoder: Decoder, tmp_path: Path) -> None:
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="30{0}" height="20{0}"><rect width="50%" height="50%" fill="red"/></svg>'
     (tmp_path / "a.svg").write_text(svg.format(unit))
-    picture = decoder.picture(tmp_path / "a.svg").content
-    assert picture.width == 256 and 170 <= picture.height <= 175
-    assert picture.getpixel((60, 60)) == (255, 0, 0)
+    image = decoder.image(tmp_path / "a.svg").content
+    assert image.width == 256 and 170 <= image.height <= 175
+    assert image.getpixel((60, 60)) == (255, 0, 0)
     if unit not in ("%", "vw"):  # percentages without a reference: the drawing's content determines the size
-        assert picture.getpixel((200, 60)) == (255, 255, 255)
+        assert image.getpixel((200, 60)) == (255, 255, 255)
 
 
 def test_arrays_are_sized_before_they_are_unpacked(decoder: Decoder, tmp_path: Path) -> None:
@@ -122,37 +122,37 @@ def test_memory_is_limited_by_what_a_file_announces(tmp_path: Path) -> None:
     limits = Limits(max_pixels=1000)
     noise(30, 30).save(tmp_path / "a.png")
     with Decoder(limits) as decoder:
-        assert decoder.picture(tmp_path / "a.png").content.size == (30, 30)
+        assert decoder.image(tmp_path / "a.png").content.size == (30, 30)
         noise(40, 30).save(tmp_path / "b.png")
         with pytest.raises(DecodingError, match="40 x 30 pixels are more than 1000"):
-            decoder.picture(tmp_path / "b.png")
+            decoder.image(tmp_path / "b.png")
 
 
 def test_what_the_file_system_says_is_no_fault_of_the_file(decoder: Decoder, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError):
-        decoder.picture(tmp_path / "gone.png")
+        decoder.image(tmp_path / "gone.png")
     with pytest.raises(EnvironmentFaultError, match=r"lost: cannot be read \(No such file or directory\)"):
-        decoder.picture(tmp_path / "lost" / "gone.png")
+        decoder.image(tmp_path / "lost" / "gone.png")
     (tmp_path / "io.png").symlink_to("/proc/self/mem")  # reading its start is an I/O error
     with pytest.raises(EnvironmentFaultError, match=r"io.png: cannot be read \(Input/output error\)"):
-        decoder.picture(tmp_path / "io.png")
+        decoder.image(tmp_path / "io.png")
 
 
 @pytest.mark.usefixtures("still_works")
 def test_a_process_that_is_killed_is_replaced(decoder: Decoder, tmp_path: Path) -> None:
     noise().save(tmp_path / "a.png")
-    whole = decoder.picture(tmp_path / "a.png").content.tobytes()
+    whole = decoder.image(tmp_path / "a.png").content.tobytes()
     for child in children(os.getpid()):
         if "decoder_process" in Path(f"/proc/{child}/cmdline").read_text():
             os.kill(child, signal.SIGKILL)
-    assert decoder.picture(tmp_path / "a.png").content.tobytes() == whole
+    assert decoder.image(tmp_path / "a.png").content.tobytes() == whole
 
 
 def test_a_killed_parent_takes_a_computing_decoder_along(tmp_path: Path) -> None:
     """Although native code holds the interpreter's lock in it."""
     hostile_files.endless_svg(tmp_path / "endless.svg")
     program = (
-        "import sys; from pathlib import Path; from opt_ds.decoding.decoder import Decoder; Decoder().picture(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from opt_ds.decoding.decoder import Decoder; Decoder().image(Path(sys.argv[1]))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, tmp_path / "endless.svg"])
     end = time.monotonic() + 60
@@ -177,7 +177,7 @@ def test_nothing_that_libraries_print_is_seen(tmp_path: Path) -> None:
     (tmp_path / "a.mp3").write_bytes((tmp_path / "a.mp3").read_bytes()[:1700])
     program = (
         "import sys; from pathlib import Path; from opt_ds.decoding.decoder import Decoder, DecodingError\n"
-        "try: Decoder().recording(Path(sys.argv[1]))\n"
+        "try: Decoder().audio(Path(sys.argv[1]))\n"
         "except DecodingError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.mp3"], capture_output=True, text=True)
@@ -186,9 +186,9 @@ def test_nothing_that_libraries_print_is_seen(tmp_path: Path) -> None:
 
 def test_drawings_are_refused_where_they_are_not_allowed(decoder: Decoder, tmp_path: Path) -> None:
     (tmp_path / "a.svg").write_text(SVG.format('<circle r="4"/>'))
-    assert decoder.picture(tmp_path / "a.svg").content.width == 256
+    assert decoder.image(tmp_path / "a.svg").content.width == 256
     with pytest.raises(DecodingError, match="--allow-svg"):
-        decoder.picture(tmp_path / "a.svg", Limits(allow_svg=False))
+        decoder.image(tmp_path / "a.svg", Limits(allow_svg=False))
 
 
 def test_a_drawing_of_another_encoding_is_drawn(decoder: Decoder, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_drawing_of_another_encoding_is_drawn(decoder: Decoder, tmp_path: Path
     drawing = start + '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><title>Café</title>{}</svg>'
     shape = '<rect width="4" height="8" fill="red"/>'
     (tmp_path / "utf8.svg").write_text(drawing.format("UTF-8", shape), encoding="utf-8")
-    expected = decoder.picture(tmp_path / "utf8.svg").content.tobytes()
+    expected = decoder.image(tmp_path / "utf8.svg").content.tobytes()
     for name in ("ISO-8859-1", "windows-1252"):
         (tmp_path / "a.svg").write_text(drawing.format(name, shape), encoding=name)
-        assert decoder.picture(tmp_path / "a.svg").content.tobytes() == expected
+        assert decoder.image(tmp_path / "a.svg").content.tobytes() == expected

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from opt_ds.decoding.decoder import DecodingError, load_recording
+from opt_ds.decoding.decoder import DecodingError
 from opt_ds.decoding.mpeg_frames import count_frames, holds_another
+from tests.decoded import audio_of
 
 ID3 = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
 
@@ -35,19 +36,19 @@ def without_index(path: Path, rate_hz: int, channels: int, mode: str, seconds: f
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
 @pytest.mark.parametrize(("rate_hz", "channels"), [(16000, 1), (22050, 2), (44100, 2), (8000, 1), (48000, 1)])
-def test_all_of_a_recording_without_an_index_is_read(tmp_path: Path, mode: str, rate_hz: int, channels: int) -> None:
+def test_all_of_an_audio_file_without_an_index_is_read(tmp_path: Path, mode: str, rate_hz: int, channels: int) -> None:
     content = without_index(tmp_path / "whole.mp3", rate_hz, channels, mode)
     for name, stored in {"a.mp3": content, "b.mp3": ID3 + content, "c.mp3": content + b"TAG" + bytes(125)}.items():
         (tmp_path / name).write_bytes(stored)
-        seconds = len(load_recording(tmp_path / name)) / 16000
+        seconds = len(audio_of(tmp_path / name)) / 16000
         assert 2.95 < seconds < 3.2, f"{name}: {seconds:.2f} s, an encoder's padding is at most 0.2 s"
 
 
-def test_a_recording_without_an_index_that_ends_within_a_frame_is_refused(tmp_path: Path) -> None:
+def test_an_audio_file_without_an_index_that_ends_within_a_frame_is_refused(tmp_path: Path) -> None:
     content = without_index(tmp_path / "whole.mp3", 16000, 1, "VARIABLE")
     (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 2 + 7])
     with pytest.raises(DecodingError, match="truncated"):
-        load_recording(tmp_path / "cut.mp3")
+        audio_of(tmp_path / "cut.mp3")
 
 
 def test_files_with_an_index_or_other_content_are_left_alone(tmp_path: Path) -> None:
@@ -63,16 +64,16 @@ def test_files_with_an_index_or_other_content_are_left_alone(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ending", ["mp3", "flac", "ogg"])
 @pytest.mark.parametrize("between", [b"", ID3])
-def test_recordings_that_were_joined_are_refused(tmp_path: Path, ending: str, between: bytes) -> None:
+def test_audio_files_that_were_joined_are_refused(tmp_path: Path, ending: str, between: bytes) -> None:
     """A decoder reads the first one alone, without an error."""
     soundfile.write(tmp_path / f"a.{ending}", sound(1.3, 44100, 1), 44100)
     content = (tmp_path / f"a.{ending}").read_bytes()
-    assert len(load_recording(tmp_path / f"a.{ending}")) > 16000
+    assert len(audio_of(tmp_path / f"a.{ending}")) > 16000
     if ending == "ogg" and between:
         return
     (tmp_path / f"joined.{ending}").write_bytes(content + between + content)
     with pytest.raises(DecodingError, match="several streams one after another"):
-        load_recording(tmp_path / f"joined.{ending}")
+        audio_of(tmp_path / f"joined.{ending}")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_recordings_that_were_joined_are_refused(tmp_path: Path, ending: str, be
 def test_formats_without_a_decoder_are_named_with_advice(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(DecodingError, match=reason):
-        load_recording(tmp_path / "a.wav")
+        audio_of(tmp_path / "a.wav")
 
 
 def test_files_joined_behind_a_vbri_index_are_seen(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def sound(seconds: float, rate_hz: int, subtype: str, channels: int = 1) -> Call
     return lambda path: soundfile.write(path, wave(seconds, rate_hz, channels), rate_hz, subtype=subtype)
 
 
-def cut(name: str, count: int, **options: object) -> Callable[[Path], object]:
+def truncated(name: str, count: int, **options: object) -> Callable[[Path], object]:
     def write(path: Path) -> None:
         whole = path.with_name(f"whole-{path.name}")
         noise(200, 200).save(whole, name, **options)
@@ -107,14 +107,14 @@ WILD = [
     Wild("named.jpg", lambda path: noise().save(path, "PNG")),
     Wild("link.svg", lambda path: path.write_text(SVG.format('<a href="http://a.b"><rect width="4" height="4"/></a>'))),
     Wild("tall.svg", lambda path: path.write_text(SVG.replace("0 0 8 8", "0 0 1 90000").format(""))),
-    Wild("cut.jpg", cut("JPEG", 900), "image file is broken: cut.jpg"),
-    Wild("cut.png", cut("PNG", 900), "image file is broken: cut.png"),
-    Wild("cut.webp", cut("WEBP", 300), "image file is broken: cut.webp"),
+    Wild("cut.jpg", truncated("JPEG", 900), "image file is broken: cut.jpg"),
+    Wild("cut.png", truncated("PNG", 900), "image file is broken: cut.png"),
+    Wild("cut.webp", truncated("WEBP", 300), "image file is broken: cut.webp"),
     Wild("cut.heic", lambda path: path.write_bytes(HEIC.read_bytes()[:300]), "image file is broken: cut.heic"),
     Wild("huge.png", huge_png, "20000 x 20000 pixels are more than 100000000"),
     Wild("float.tiff", float32, "no fixed range"),
     Wild("empty.jpg", lambda path: path.write_bytes(b""), "image file is broken"),
-    Wild("text.png", lambda path: path.write_text("not a picture"), "image file is broken"),
+    Wild("text.png", lambda path: path.write_text("not an image"), "image file is broken"),
     Wild("script.ps.png", lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "PostScript"),
     Wild("file.svg", lambda path: path.write_text(SVG.format('<image href="/etc/secret.png"/>')), "never fetched"),
     Wild("web.svg", lambda path: path.write_text(SVG.format('<use xlink:href="http://a.b/c.svg#d"/>')), "never fetched"),
@@ -131,7 +131,7 @@ WILD = [
     Wild("short.wav", sound(0.001, 16000, "PCM_16")),
     Wild("music.ogg", sound(0.4, 44100, "VORBIS")),
     Wild("none.wav", sound(0, 16000, "PCM_16"), "the audio has no samples"),
-    Wild("text.wav", lambda path: path.write_text("not a recording at all"), "audio file is broken"),
+    Wild("text.wav", lambda path: path.write_text("not an audio file at all"), "audio file is broken"),
     Wild("cut.flac", lambda path: path.write_bytes(b"fLaC" + bytes(30)), "audio file is broken"),
     Wild("nan.wav", lambda path: soundfile.write(path, np.full(999, np.nan), 16000, subtype="FLOAT"), "NaN"),
     Wild("slow.wav", lambda path: soundfile.write(path, np.zeros(99), 3), "its sample rate of 3 Hz is outside"),

@@ -50,7 +50,7 @@ def test_a_kill_between_codes_and_their_dvae_is_named_and_mended(store: Path, mo
         patch.setattr("opt_ds.dvae.codes.shutil.rmtree", _killed)
         write_missing_codes(store, new)
     description = FeatureStore(store).description
-    assert description.extractors["codes"] == new.identity()
+    assert description.extractors["codes"] == new.fingerprint()
     message = "not the dVAE that made the store's codes"
     with pytest.raises(UserError, match=message):
         load_store_dvae(store, description)
@@ -60,7 +60,7 @@ def test_a_kill_between_codes_and_their_dvae_is_named_and_mended(store: Path, mo
     assert list(store.glob(".dvae.*.tmp"))
     assert write_missing_codes(store, new)
     verify_store(store)
-    assert load_store_dvae(store, description).identity() == new.identity()
+    assert load_store_dvae(store, description).fingerprint() == new.fingerprint()
     assert not list(store.glob(".*"))
 
 

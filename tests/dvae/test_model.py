@@ -36,7 +36,7 @@ def make_dvae(config: DVAEConfig = TINY, trained: bool = False) -> DiscreteVAE:
     return dvae.eval()
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
+def images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -45,13 +45,13 @@ def keyed(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("codebook_size", [32, 8192])
-def test_every_code_at_its_position_survives_painting_and_encoding(codebook_size: int) -> None:
+def test_every_code_at_its_position_survives_decoding_and_encoding(codebook_size: int) -> None:
     """Freshly started, the dVAE is a vector quantiser: decoding codes and encoding the result returns the codes."""
     dvae = make_dvae(TINY.model_copy(update={"codebook_size": codebook_size}))
     codes = torch.arange(max(codebook_size, 64 * 32)).reshape(-1, 64) % codebook_size
     assert (dvae.encode(dvae.decode(codes)) == codes).all()
-    assert dvae.encode(pictures(3)).shape == (3, 64)
-    assert dvae.encode(pictures(3)).dtype == torch.int64
+    assert dvae.encode(images(3)).shape == (3, 64)
+    assert dvae.encode(images(3)).dtype == torch.int64
 
 
 def test_codes_are_row_major_over_the_grid() -> None:
@@ -63,14 +63,14 @@ def test_codes_are_row_major_over_the_grid() -> None:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 23, 40, 47)
 
 
-def test_uint8_and_float_pictures_mean_the_same_and_folding_is_invertible() -> None:
-    dvae, shown = make_dvae(trained=True), pictures(2)
+def test_uint8_and_float_images_mean_the_same_and_folding_is_invertible() -> None:
+    dvae, shown = make_dvae(trained=True), images(2)
     assert torch.equal(dvae.encode_logits(shown), dvae.encode_logits(shown.float() / 255))
     assert torch.allclose(unfold(fold(shown)), shown.float() / 255, atol=1e-6)
 
 
 def test_initial_logits_are_the_posterior_of_a_gaussian_mixture() -> None:
-    dvae, shown = make_dvae(), pictures(1)
+    dvae, shown = make_dvae(), images(1)
     patches = fold(shown).flatten(2).transpose(1, 2)[0].double()
     distance = torch.cdist(patches, dvae.codebook_kd.double()).square()
     expected = (-distance / (2 * TINY.encoder_sigma**2)).log_softmax(-1)
@@ -80,7 +80,7 @@ def test_initial_logits_are_the_posterior_of_a_gaussian_mixture() -> None:
 def test_relaxed_loss_approaches_the_hard_one_at_low_temperature() -> None:
     """With logits far apart and a low temperature, the decoder sees the argmax codes that inference uses."""
     config = TINY.model_copy(update={"encoder_sigma": 0.02})
-    dvae, shown = make_dvae(config, trained=True), pictures(4)
+    dvae, shown = make_dvae(config, trained=True), images(4)
     relaxed = dvae(shown, temperature=1e-3, kl_weight=0.0, generator=keyed(1))
     hard = dvae.decoder_losses(shown, dvae.encode(shown))
     assert relaxed.mse.item() == pytest.approx(hard.mse.item(), rel=1e-4)
@@ -125,13 +125,13 @@ def test_kl_to_uniform_equals_float64(num_codes: int, scale: float, seed: int) -
 
 
 def test_loss_is_the_negative_elbo_per_value_and_reaches_every_parameter() -> None:
-    dvae, shown = make_dvae(TINY.model_copy(update={"encoder_sigma": 3.0}), trained=True), pictures(2)
+    dvae, shown = make_dvae(TINY.model_copy(update={"encoder_sigma": 3.0}), trained=True), images(2)
     losses = dvae(shown, temperature=0.9, kl_weight=0.7, generator=keyed(5))
     logits = dvae.encode_logits(shown)
     relaxed = gumbel_softmax(logits, 0.9, keyed(5), straight_through=False)
     base = (relaxed @ dvae.codebook_kd).transpose(1, 2).reshape(2, 192, 8, 8)
-    painted = unfold(base + dvae.decoder(base)).double()
-    error = (painted - shown.double() / 255).square().sum() / (2 * TINY.pixel_sigma**2)
+    generated = unfold(base + dvae.decoder(base)).double()
+    error = (generated - shown.double() / 255).square().sum() / (2 * TINY.pixel_sigma**2)
     elbo = -error - 0.7 * kl_to_uniform(logits.double()).sum()
     assert losses.loss.item() == pytest.approx(-elbo.item() / shown.numel(), rel=1e-5)
     assert losses.kl.item() > 0.01
@@ -157,15 +157,15 @@ def test_kmeans_finds_separated_clusters_and_never_loses_a_centroid() -> None:
     assert torch.equal(found, kmeans(vectors, 24, 10, keyed(1)))
 
 
-def test_save_and_load_keep_codes_pictures_and_identity(tmp_path: Path) -> None:
-    dvae, shown = make_dvae(trained=True), pictures(2)
+def test_save_and_load_keep_codes_images_and_identity(tmp_path: Path) -> None:
+    dvae, shown = make_dvae(trained=True), images(2)
     dvae.save_pretrained(tmp_path / "dvae")
     loaded = DiscreteVAE.from_pretrained(tmp_path / "dvae")
-    assert loaded.config == dvae.config and loaded.identity() == dvae.identity()
+    assert loaded.config == dvae.config and loaded.fingerprint() == dvae.fingerprint()
     assert torch.equal(loaded.decode(loaded.encode(shown)), dvae.decode(dvae.encode(shown)))
     loaded.codebook_kd.data[0, 0] += 1e-6
-    assert loaded.identity() != dvae.identity()
-    assert loaded.identity()["num_codes"] == 32
+    assert loaded.fingerprint() != dvae.fingerprint()
+    assert loaded.fingerprint()["num_codes"] == 32
 
 
 def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_configuration_file_may_name_its_preset(tmp_path: Path) -> None:
 
 
 def test_schedules_start_cool_and_end_as_configured() -> None:
-    config = DVAEConfig(steps=1000, soft_share=0.5, anneal_share=0.8, kl_weight=2.0, straight_through_share=0.1)
+    config = DVAEConfig(steps=1000, soft_fraction=0.5, anneal_fraction=0.8, kl_weight=2.0, straight_through_fraction=0.1)
     plan = [schedule(config, step) for step in range(config.steps)]
     assert [settings.soft for settings in plan] == [True] * 500 + [False] * 500
     assert plan[0].temperature == config.temperature_start

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import opt_ds.dvae.trainer as program
+from opt_ds.dvae import training
 from opt_ds.dvae.codes import CodeExtractor, codebook_use, reconstruction_quality, split_image_rows
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE, psnr_db
 from opt_ds.dvae.trainer import DVAERun, DVAETrainer
@@ -54,14 +56,14 @@ def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path,
     opened = FeatureStore(store)
     assert inspect_store(store).failures == []
     dvae = DiscreteVAE.from_pretrained(tmp_path / "run")
-    assert opened.description.extractors["codes"] == dvae.identity() == result["identity"]
+    assert opened.description.extractors["codes"] == dvae.fingerprint() == result["fingerprint"]
     assert opened.description.dims.num_codes == 32
     num_images = len(opened.region_counts)
     assert num_images < NUM_SAMPLES  # some samples have no image
     for row in range(num_images):
         expected = dvae.encode(torch.from_numpy(np.array(opened.pixels(row)))[None])[0]
         assert (opened.codes(row) == expected.numpy()).all()
-    assert DiscreteVAE.from_pretrained(store / "dvae").identity() == dvae.identity()
+    assert DiscreteVAE.from_pretrained(store / "dvae").fingerprint() == dvae.fingerprint()
     for file in ("run.json", "result.json", "reconstructions.png", "tensorboard"):
         assert (tmp_path / "run" / file).exists()
     written = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -215,8 +217,9 @@ def test_a_run_folder_written_before_it_recorded_launches_resumes(
     _train_until(3, store, tmp_path / "cut", monkeypatch)
     file = tmp_path / "cut" / "run.json"
     config, others = {}, {}
-    for key, value in json.loads(file.read_text())["identity"].items():
+    for key, value in _with_former_names(json.loads(file.read_text())["fixed_settings"]).items():
         (config if key.startswith("config.") else others)[key.removeprefix("config.")] = value
+    assert "kmeans_pictures" in config, "a former name"
     file.write_text(json.dumps({"config": config, **others}, indent=1))
     with pytest.raises(UserError, match=r"holds another run \(seed was 1 there and is 2 now\)"):
         train(store, tmp_path / "cut", seed=2)
@@ -224,6 +227,31 @@ def test_a_run_folder_written_before_it_recorded_launches_resumes(
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     record = json.loads(file.read_text())
     assert record["kind"] == "dVAE" and [launch["threads"] for launch in record["launches"]] == [1]
+
+
+def test_a_run_of_a_version_with_other_names_resumes_and_is_complete(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    _train_until(3, store, output, monkeypatch)
+    record = json.loads((output / "run.json").read_text())
+    former = {"identity": _with_former_names(record.pop("fixed_settings")), **record}
+    (output / "run.json").write_text(json.dumps(former))
+    with pytest.raises(UserError, match=r"holds another run \(config\.soft_fraction was 0\.5 there and is 0\.25 now\)"):
+        train(store, output, settings=("soft_fraction=0.25",))
+    started = _noted_steps(monkeypatch)
+    result = train(store, output)
+    assert started[0] == 3
+    (output / "run.json").write_text(json.dumps(former))
+    old = {"identity" if key == "fingerprint" else key: value for key, value in result.items()}
+    (output / "result.json").write_text(json.dumps(old))
+    assert train(store, output) == result, "nothing to train"
+
+
+def _with_former_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run as older versions recorded them."""
+    former = {key: name for name, key in training._FORMER_KEYS.items()}
+    return {former.get(key, key): value for key, value in settings.items()}
 
 
 def test_a_run_folder_is_one_run_s_with_launches_and_metrics(
@@ -326,7 +354,7 @@ def test_a_complete_run_only_writes_missing_codes(
     DiscreteVAE.from_pretrained(store / "dvae")
 
 
-def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
+def test_an_epoch_takes_each_image_once_and_batches_cross_epochs(store: Path, tmp_path: Path) -> None:
     rows = split_image_rows(FeatureStore(store), "train")
     hardware = program.Hardware("cpu", "fp32", 1)
     run = DVAERun(FeatureStore(store), rows, "train", DVAE_PRESETS["dvae-tiny"], 5, hardware, tmp_path, 1, {})
@@ -336,15 +364,15 @@ def test_an_epoch_takes_each_picture_once_and_batches_cross_epochs(store: Path, 
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_quality_is_the_formula_on_the_store_s_pictures(store: Path) -> None:
+def test_quality_is_the_formula_on_the_store_s_images(store: Path) -> None:
     torch.manual_seed(0)
     extractor, opened = CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])), FeatureStore(store)
     rows = np.arange(5)
     true = np.stack([opened.pixels(row) for row in rows]) / 255.0
-    painted = extractor.reconstruct(np.stack([opened.pixels(row) for row in rows])).astype("float64")
+    generated = extractor.reconstruct(np.stack([opened.pixels(row) for row in rows])).astype("float64")
     quality = reconstruction_quality(extractor, opened, rows)
-    assert quality.psnr_db == pytest.approx(10 * np.log10(1 / np.mean((true - painted) ** 2)), abs=1e-6)
-    own = [psnr_db(float(np.mean((t - p) ** 2))) for t, p in zip(true, painted, strict=True)]
+    assert quality.psnr_db == pytest.approx(10 * np.log10(1 / np.mean((true - generated) ** 2)), abs=1e-6)
+    own = [psnr_db(float(np.mean((t - p) ** 2))) for t, p in zip(true, generated, strict=True)]
     assert quality.mean_psnr_db == pytest.approx(np.mean(own), abs=1e-6)
     use = codebook_use(np.array([[0, 0, 3, 3]]), 8)
     assert use == {"codes_used": 2, "fraction_used": 0.25, "perplexity": pytest.approx(2.0)}

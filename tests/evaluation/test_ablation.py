@@ -9,7 +9,7 @@ import pytest
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.config import load_config
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import RunError, UserError
 from opt_ds.evaluation import ablation
 from opt_ds.evaluation.ablation_table import ablation_markdown
@@ -54,16 +54,16 @@ def test_rows_differ_in_the_losses_that_are_planned(store: Path) -> None:
     for name, row in rows.items():
         if not row.steps:
             continue
-        plan = StepPlan(row.config, [FeatureStore(store)])
-        planned = {loss for step in range(30) for loss, count in plan.step(step).counts.items() if count}
-        assert planned == set(row.losses), name
-        assert planned == expected.get(name, planned), name
+        plan = PretrainingPlan(row.config, [FeatureStore(store)])
+        counted = {loss for step in range(30) for loss, count in plan.step(step).counts.items() if count}
+        assert counted == set(row.losses), name
+        assert counted == expected.get(name, counted), name
     assert len({row.losses for row in rows.values()}) == len(rows), "no two rows are the same run"
 
 
 def test_a_row_that_would_repeat_the_full_run_is_left_out_and_refused_when_named(store: Path) -> None:
     assert "no-mam" not in rows_of(store, "tasks.mam.weight=0")
-    assert "no-sample-level" not in rows_of(store, "tasks.mix={mlm: 1, modality: 1}"), "never drawn"
+    assert "no-sample-level" not in rows_of(store, "tasks.sampling_weights={mlm: 1, modality: 1}"), "never drawn"
     with pytest.raises(UserError, match="takes nothing away"):
         rows_of(store, "tasks.mam.weight=0", names=("no-mam",))
     with pytest.raises(UserError, match='did you mean "no-dtr"'):

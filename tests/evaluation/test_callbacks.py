@@ -28,7 +28,7 @@ class Report:
     def scalars(self, step: int, values: dict[str, float], kind: str) -> None:
         self.figures |= values
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
         self.images[name] = image
 
 
@@ -57,12 +57,12 @@ def run_of(store: FeatureStore, is_main: bool = True, **sections: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("is_main", "settings", "drawn"),
-    [(True, {"picture_grid": 2}, True), (True, {"picture_grid": 0}, False), (False, {"picture_grid": 2}, False)],
+    [(True, {"image_grid": 2}, True), (True, {"image_grid": 0}, False), (False, {"image_grid": 2}, False)],
 )
-def test_the_main_rank_draws_the_picture_grid(store: FeatureStore, is_main: bool, settings: dict, drawn: bool) -> None:
+def test_the_main_rank_draws_the_image_grid(store: FeatureStore, is_main: bool, settings: dict, drawn: bool) -> None:
     run = run_of(store, is_main, train=settings)
     EvaluationCallbacks().after_validation(run)
-    assert ("valid/pictures" in run.report.images) == drawn
+    assert ("valid/images" in run.report.images) == drawn
     assert run.engine.module.training
 
 

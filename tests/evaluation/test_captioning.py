@@ -33,14 +33,16 @@ def test_cider_prefers_the_right_words_and_rare_ones() -> None:
     assert cider(one, ["red circle", "blue square"]) == pytest.approx(5.0), "n-grams of 1 and 2 of the four lengths, times ten"
 
 
-def test_a_models_captions_are_scored_a_picture_once(evaluator: Evaluator) -> None:
+def test_a_models_captions_are_scored_an_image_once(evaluator: Evaluator) -> None:
     figures = captioning(evaluator, "valid", options=DecodingConfig())
     gallery = evaluator.samples_with("valid", (0, 1))
-    assert figures["pictures"] == len(np.unique(evaluator.store.rows[gallery, 1]))
-    assert {"bleu_4", "cider", "constant_caption", "another_picture"} <= set(figures)
+    assert figures["images"] == len(np.unique(evaluator.store.rows[gallery, 1]))
+    assert {"bleu_4", "cider", "constant_caption", "another_image"} <= set(figures)
 
 
-def test_a_limit_is_one_of_pictures_and_keeps_all_their_captions(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_is_one_of_images_and_keeps_all_their_captions(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = FeatureStore(evaluator.store.path)
     gallery = evaluator.samples_with("valid", (TEXT, IMAGE))
     rows = store.index.rows.copy()
@@ -49,14 +51,14 @@ def test_a_limit_is_one_of_pictures_and_keeps_all_their_captions(evaluator: Eval
     wanted: list[list[str]] = []
     monkeypatch.setattr("opt_ds.evaluation.captioning.bleu_4", lambda references, written: wanted.extend(references) or 0.0)
     figures = captioning(Evaluator(evaluator.model, evaluator.config, store), "valid", limit=2, options=DecodingConfig())
-    assert figures["pictures"] == 2
+    assert figures["images"] == 2
     assert all(len(captions) == 3 for captions in wanted)
 
 
-def test_a_split_without_pictures_is_refused(evaluator: Evaluator) -> None:
-    pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
+def test_a_split_without_images_is_refused(evaluator: Evaluator) -> None:
+    imageless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
     with pytest.raises(UserError, match='no sample of split "valid" has text and an image'):
-        captioning(pictureless, "valid")
+        captioning(imageless, "valid")
 
 
 def test_figures_that_a_perfect_writer_could_not_reach_are_undefined() -> None:
@@ -79,5 +81,5 @@ def test_captions_of_punctuation_alone_are_left_out(evaluator: Evaluator, monkey
     real = Evaluator.caption
     monkeypatch.setattr(Evaluator, "caption", lambda self, index: "?!" if int(index) == lost else real(self, index))
     figures = captioning(evaluator, "valid", options=DecodingConfig())
-    assert figures["pictures_without_words"] == 1
+    assert figures["images_without_words"] == 1
     assert figures["tokenization"] == "words"

@@ -67,7 +67,7 @@ def test_all_seven_subsets_of_a_real_model_are_judged_on_the_same_samples(
     assert all(0 <= row["mAP"] <= 1 for row in figures["subsets"].values())
 
 
-def test_without_recordings_the_subsets_of_text_and_image_are_judged(
+def test_without_audio_files_the_subsets_of_text_and_image_are_judged(
     without_audio: Evaluator, labelled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(without_audio.store, "labels", labelled.__getitem__)

@@ -27,7 +27,7 @@ def test_every_experiment_gives_figures_by_name(evaluator: Evaluator) -> None:
     assert not any("chance" in name or "samples" in name for name in figures)
 
 
-def test_a_store_without_recordings_has_all_experiments_of_text_and_images(without_audio: Evaluator) -> None:
+def test_a_store_without_audio_files_has_all_experiments_of_text_and_images(without_audio: Evaluator) -> None:
     config = with_experiments("retrieval", "transcription", "captioning", "image-generation")
     check_experiments(config, without_audio.store)
     figures = figures_during_training(without_audio, config.evaluate, seed=1)

@@ -15,7 +15,13 @@ from opt_ds.data.modalities import IMAGE
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
-from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, painted_figures, possible_inputs, to_picture
+from opt_ds.evaluation.image_generation import (
+    ImageGenerator,
+    bits_per_code,
+    generation_figures,
+    possible_inputs,
+    to_image,
+)
 from opt_ds.evaluation.image_networks import ClipScore, check_inception, frechet_inception_distance
 from opt_ds.model.generation import DecodingConfig
 from tests.tiny import masked
@@ -72,47 +78,51 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
     gallery = evaluator.samples_with("train", SUBSETS["T"], 3)
     samples = [evaluator.read(index, SUBSETS["T"]) for index in gallery]
-    redness = lambda sample, picture: float(np.asarray(picture)[..., 0].mean()) / 255  # noqa: E731
-    pictures, scores = ImageGenerator(dvae, SAMPLING, 5, redness).paint(evaluator, samples)
+    redness = lambda sample, image: float(np.asarray(image)[..., 0].mean()) / 255  # noqa: E731
+    images, scores = ImageGenerator(dvae, SAMPLING, 5, redness).generate(evaluator, samples)
     assert scores is not None and scores.shape == (3, 5)
     assert len(np.unique(scores)) > 5, "candidates are sampled again"
-    kept = [redness(sample, to_picture(one)) for sample, one in zip(samples, pictures, strict=True)]
+    kept = [redness(sample, to_image(one)) for sample, one in zip(samples, images, strict=True)]
     assert kept == pytest.approx(scores.max(1))
-    alone, none = ImageGenerator(dvae, SAMPLING).paint(evaluator, samples)
+    alone, none = ImageGenerator(dvae, SAMPLING).generate(evaluator, samples)
     assert none is None and alone.shape == (3, 3, 64, 64)
-    assert redness(samples[0], to_picture(alone[0])) == pytest.approx(scores[0, 0]), "the first candidate is the only one's"
+    assert redness(samples[0], to_image(alone[0])) == pytest.approx(scores[0, 0]), (
+        "the first candidate is the only one's"
+    )
 
 
-def test_true_pictures_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+def test_true_images_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
     class Copying(ImageGenerator):
-        def paint(self, runner: Any, samples: Any) -> tuple[np.ndarray, None]:
+        def generate(self, runner: Any, samples: Any) -> tuple[np.ndarray, None]:
             gallery = evaluator.samples_with("train", (0, 1), 20)
             return np.stack([evaluator.store.pixels(int(row)) for row in evaluator.store.rows[gallery, 1]]), None
 
-    image_embedding = lambda picture: np.asarray(picture, dtype=np.float32).reshape(-1)  # noqa: E731
-    copied = painted_figures(evaluator, "train", "T", Copying(dvae), 20, image_embedding=image_embedding)
+    image_embedding = lambda image: np.asarray(image, dtype=np.float32).reshape(-1)  # noqa: E731
+    copied = generation_figures(evaluator, "train", "T", Copying(dvae), 20, image_embedding=image_embedding)
     assert copied["nearest"]["R@1"] == 1.0 and copied["nearest"]["chance"]["R@1"] == pytest.approx(1 / 20)
-    painted = painted_figures(evaluator, "train", "T", ImageGenerator(dvae, SAMPLING), 20, image_embedding=image_embedding)
-    assert painted["nearest"]["R@1"] < 0.5
+    generated = generation_figures(
+        evaluator, "train", "T", ImageGenerator(dvae, SAMPLING), 20, image_embedding=image_embedding
+    )
+    assert generated["nearest"]["R@1"] < 0.5
 
 
-def test_the_distance_is_between_the_paintings_and_the_true_pictures(inception: Path) -> None:
+def test_the_distance_is_between_the_generated_and_the_true_images(inception: Path) -> None:
     """It is 0 if either is compared with itself; of torch-fidelity's own figure only that is ours."""
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
-    assert frechet_inception_distance(pictures, pictures // 3, inception) > 0.01
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
+    assert frechet_inception_distance(images, images // 3, inception) > 0.01
 
 
 def test_clip_score_is_the_cosine_of_transformers_own_embeddings(evaluator: Evaluator, dvae: DiscreteVAE, clip: Path) -> None:
-    judge = ClipScore(clip)
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
-    found = judge.scores(pictures, ["a red heart", "a very long caption of more tokens than the model reads"])
-    given = judge.processor(text=["a red heart"], images=[to_picture(pictures[0])], return_tensors="pt")
+    clip_score = ClipScore(clip)
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), dtype=np.uint8)
+    found = clip_score.scores(images, ["a red heart", "a very long caption of more tokens than the model reads"])
+    given = clip_score.processor(text=["a red heart"], images=[to_image(images[0])], return_tensors="pt")
     with torch.inference_mode():
-        output = judge.model(**given)
+        output = clip_score.model(**given)
     cosine = float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds))
     assert found[0] == pytest.approx(100 * max(cosine, 0), abs=0.01) and found.shape == (2,)
-    figures = painted_figures(evaluator, "train", "T+A", ImageGenerator(dvae, SAMPLING), 4, clip=clip)
-    assert set(figures["clip_score"]) == {"painted", "true", "another_caption"}
+    figures = generation_figures(evaluator, "train", "T+A", ImageGenerator(dvae, SAMPLING), 4, clip=clip)
+    assert set(figures["clip_score"]) == {"generated", "true", "another_caption"}
     assert json.loads(json.dumps(figures)) == figures
 
 
@@ -132,11 +142,11 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
         ClipScore(tmp_path)
 
 
-def test_only_what_samples_have_is_painted_from(evaluator: Evaluator, without_audio: Evaluator) -> None:
+def test_only_what_samples_have_is_generated_from(evaluator: Evaluator, without_audio: Evaluator) -> None:
     assert possible_inputs(evaluator, "valid") == ("T", "A", "T+A")
     assert possible_inputs(without_audio, "valid") == ("T",)
     with pytest.raises(UserError, match='no sample of split "valid" has an image and audio'):
         bits_per_code(without_audio, "valid", "A")
-    pictureless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
+    imageless = Evaluator(evaluator.model, evaluator.config, masked(evaluator.store, IMAGE))
     with pytest.raises(UserError, match='no sample of split "valid" has an image and text or audio'):
-        possible_inputs(pictureless, "valid")
+        possible_inputs(imageless, "valid")

@@ -21,7 +21,7 @@ def test_equal_targets_count_as_right() -> None:
     assert recall(scores, same)["R@1"] == 1.0
 
 
-def test_all_captions_of_a_picture_are_right_for_it(evaluator: Evaluator) -> None:
+def test_all_captions_of_an_image_are_right_for_it(evaluator: Evaluator) -> None:
     store = FeatureStore(evaluator.store.path)
     gallery = evaluator.samples_with("train", (TEXT, IMAGE, AUDIO), 6)
     rows = store.index.rows.copy()
@@ -29,11 +29,11 @@ def test_all_captions_of_a_picture_are_right_for_it(evaluator: Evaluator) -> Non
     rows[gallery[3], TEXT] = rows[gallery[2], TEXT]
     store.__dict__["index"] = index_with(store, rows)
     shared = Evaluator(evaluator.model, evaluator.config, store)
-    alone, pictures, captions = np.eye(6, dtype=bool), np.eye(6, dtype=bool), np.eye(6, dtype=bool)
-    pictures[[0, 1], [1, 0]] = captions[[2, 3], [3, 2]] = True
+    alone, images, captions = np.eye(6, dtype=bool), np.eye(6, dtype=bool), np.eye(6, dtype=bool)
+    images[[0, 1], [1, 0]] = captions[[2, 3], [3, 2]] = True
     for query, target, expected in (
-        ((IMAGE,), TEXT, pictures | captions), ((TEXT,), IMAGE, pictures | captions), ((AUDIO,), TEXT, captions),
-        ((IMAGE,), AUDIO, pictures), ((TEXT, AUDIO), IMAGE, pictures), ((TEXT, IMAGE), AUDIO, alone),
+        ((IMAGE,), TEXT, images | captions), ((TEXT,), IMAGE, images | captions), ((AUDIO,), TEXT, captions),
+        ((IMAGE,), AUDIO, images), ((TEXT, AUDIO), IMAGE, images), ((TEXT, IMAGE), AUDIO, alone),
     ):  # fmt: skip
         assert (same_pairs(shared, gallery, gallery, query, target) == expected).all()
         assert (same_pairs(shared, gallery[:2], gallery, query, target) == expected[:2]).all()
@@ -70,7 +70,9 @@ def test_a_model_that_knows_the_answer_has_full_recall(evaluator: Evaluator, mon
         assert found[direction]["likelihood"]["R@1"] == 1.0
 
 
-def test_a_store_without_recordings_has_the_directions_that_need_none(evaluator: Evaluator, without_audio: Evaluator) -> None:
+def test_a_store_without_audio_files_has_the_directions_that_need_none(
+    evaluator: Evaluator, without_audio: Evaluator
+) -> None:
     found = retrieval(without_audio, "valid", candidates=4, matching_candidates=3)
     assert set(found) == {"split", "seed", "image_to_text", "text_to_image"}
     assert found["image_to_text"]["likelihood"]["candidates"] == 4

@@ -8,7 +8,7 @@ import torch
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code
-from opt_ds.evaluation.picture_grid import draw_picture_grid
+from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.evaluation.summary import summarize, table
 from opt_ds.tasks.baselines import trivial_baselines
 from opt_ds.training.validation import ValidationResult, validate
@@ -39,8 +39,8 @@ def test_validation_measures_every_loss_and_has_a_baseline_for_each(evaluator: E
     assert result.weighted == pytest.approx(sum(result.losses.values()))
 
 
-def test_the_picture_grid_shows_the_true_pictures(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
-    grid = draw_picture_grid(evaluator, ImageGenerator(dvae), "train", num_samples=2)
+def test_the_image_grid_shows_the_true_images(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    grid = draw_image_grid(evaluator, ImageGenerator(dvae), "train", num_samples=2)
     assert grid.dtype == np.uint8 and grid.ndim == 3
     first = evaluator.samples_with("train", (0, 1, 2), 2)[0]
     pixels = evaluator.store.pixels(int(evaluator.store.rows[first, 1])).transpose(1, 2, 0)
@@ -48,13 +48,13 @@ def test_the_picture_grid_shows_the_true_pictures(evaluator: Evaluator, dvae: Di
     assert (shown[1:-1, 1:-1] == pixels[1:-1, 1:-1]).all()
 
 
-def test_a_store_without_recordings_is_summed_up_without_them(
+def test_a_store_without_audio_files_is_summed_up_without_them(
     without_audio: Evaluator, dvae: DiscreteVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opt_ds.evaluation.summary.validate", lambda *_: ValidationResult({}, {}, 0.0))
     monkeypatch.setattr("opt_ds.evaluation.summary.trivial_baselines", lambda *_: {})
     figures = summarize(without_audio, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)
-    assert (tmp_path / figures["splits"]["valid"]["picture_grid"]).is_file()
+    assert (tmp_path / figures["splits"]["valid"]["image_grid"]).is_file()
     assert "image→text" in table(figures) and "audio" not in table(figures)
 
 
@@ -76,7 +76,7 @@ def test_what_the_model_never_learned_is_left_out_of_the_summary(
 def test_the_summary_is_plain_json_and_its_table_names_all(evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path) -> None:
     figures = summarize(evaluator, dvae, ["valid"], tmp_path, candidates=4, matching_candidates=3)
     assert json.loads(json.dumps(figures)) == figures
-    assert (tmp_path / figures["splits"]["valid"]["picture_grid"]).is_file()
+    assert (tmp_path / figures["splits"]["valid"]["image_grid"]).is_file()
     text = table(figures)
     for word in [*LOSSES, "image→text", "text+audio→image", "audio+image→text", "constant caption", "bits per image code"]:
         assert word in text

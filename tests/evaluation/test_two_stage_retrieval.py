@@ -123,7 +123,7 @@ def test_the_runs_reported_are_those_made(evaluator: Evaluator, monkeypatch: pyt
         found = stages.figures(direction, gallery, gallery, 4)
         matching, likelihood = found["matching"], found.get("likelihood")
         assert matching["encoder_runs"] == 2 * 20 + 4 * 20 and matching["all_pairs"] == 400
-        assert matching["encoder_share"] == pytest.approx(0.3)
+        assert matching["encoder_fraction"] == pytest.approx(0.3)
         second = 0 if likelihood is None else likelihood["encoder_runs"] - 2 * 20
         assert sum(encoded) == matching["encoder_runs"] + second
 
@@ -137,7 +137,7 @@ def test_figures_are_plain_and_a_long_shortlist_is_refused(evaluator: Evaluator,
         two_stage_retrieval(evaluator, "valid", 12)
 
 
-def test_a_store_without_recordings_has_the_directions_that_need_none(without_audio: Evaluator) -> None:
+def test_a_store_without_audio_files_has_the_directions_that_need_none(without_audio: Evaluator) -> None:
     result = two_stage_retrieval(without_audio, "valid", 3)
     assert {"image_to_text", "text_to_image"} == set(result) & set(DIRECTIONS) and result["candidates"] > 3
 

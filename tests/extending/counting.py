@@ -12,8 +12,8 @@ from torch import nn
 from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.modalities import IMAGE
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart, Candidates, SampledTasks, TaskCost
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
@@ -53,17 +53,17 @@ class RegionCounting(Task):
     def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
         sampled.columns["num_regions"][own] = np.minimum(candidates.lengths[own, IMAGE], self.section.most)
 
-    def num_terms(self, samples: PlannedSamples) -> dict[str, float]:
+    def num_terms(self, samples: StepSamples) -> dict[str, float]:
         return {"counting": float(len(self.own(samples)))}
 
-    def add_cost(self, samples: PlannedSamples, positions: np.ndarray, total: TaskCost) -> None:
+    def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         own = self.own(samples)
         total.output_positions[own] += 1
         total.head_flops[own] += 2.0 * self.config.model.hidden_size * (self.section.most + 1)
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
-        assert min(len(given(sample.items[IMAGE].features)), self.section.most) == planned.columns["num_regions"][index]
-        sample.targets[self.name] = int(planned.columns["num_regions"][index])
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
+        assert min(len(given(sample.items[IMAGE].features)), self.section.most) == samples.columns["num_regions"][index]
+        sample.targets[self.name] = int(samples.columns["num_regions"][index])
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> Counts:
         counted = [i for i, sample in enumerate(samples) if self.name in sample.targets]

@@ -23,7 +23,7 @@ class ColourOptions(Section):
 
 
 class Colours(RegionExtractor):
-    """Red, green and blue of each cell. A picture with a first pixel of (1, 2, 3) ends the process, of (3, 2, 1) fails."""
+    """Red, green and blue of each cell. An image with a first pixel of (1, 2, 3) ends the process, of (3, 2, 1) fails."""
 
     name = "colours"
     options = ColourOptions
@@ -38,18 +38,18 @@ class Colours(RegionExtractor):
         cells = [(x, y) for y in range(options.side) for x in range(options.side)]
         self._boxes = boxes_with_size(np.array([(edges[x], edges[y], edges[x + 1], edges[y + 1]) for x, y in cells]))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"name": self.name, "version": "1.0", "weights_sha256": self._sha256}
 
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
-        return [None if picture is None else self._regions(picture) for picture in inputs]
+        return [None if image is None else self._regions(image) for image in inputs]
 
-    def _regions(self, picture: Image.Image) -> RegionFeatures:
-        if picture.getpixel((0, 0)) == (1, 2, 3):
+    def _regions(self, image: Image.Image) -> RegionFeatures:
+        if image.getpixel((0, 0)) == (1, 2, 3):
             os.abort()
-        if picture.getpixel((0, 0)) == (3, 2, 1):
+        if image.getpixel((0, 0)) == (3, 2, 1):
             raise ValueError("too dark")
-        small = np.asarray(picture.resize((self._side, self._side), Image.Resampling.BOX), "float32") / 255
+        small = np.asarray(image.resize((self._side, self._side), Image.Resampling.BOX), "float32") / 255
         count = self._side**2
         features = (small.reshape(count, 3) + self._added).astype("float16")
         return RegionFeatures(features, self._boxes, np.zeros(count, "int16"), np.ones(count, "float16"))
@@ -68,7 +68,7 @@ class Loudness(SpeechExtractor):
         self._bands = np.array(options.bands)
         self.dim, self.frame_rate_hz = len(options.bands), float(options.frames_per_s)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"name": self.name, "weights_sha256": None}
 
     def extract(self, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
@@ -100,7 +100,7 @@ class Touch(FurtherExtractor):
     def __init__(self, options: TouchOptions, device: str) -> None:
         self._scale = options.scale
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"name": self.name, "version": "1.0"}
 
     def extract(self, inputs: Sequence[Path | None]) -> list[dict[str, np.ndarray] | None]:

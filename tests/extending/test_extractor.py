@@ -23,7 +23,7 @@ from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.ingest.update import update_modality
 from opt_ds.registry import EXTRACTORS, PLUGINS_VARIABLE
 from opt_ds.store import FeatureStore, inspect_store
-from opt_ds.store.processor_files import check_identity, copy_processor_files
+from opt_ds.store.processor_files import check_fingerprints, copy_processor_files
 from tests.training.runs import rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +38,13 @@ def command(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six samples: one picture ends the process that extracts it, another one makes the extractor raise."""
+    """Six samples: one image ends the process that extracts it, another one makes the extractor raise."""
     folder = tmp_path_factory.mktemp("files")
     lines = []
     for number, name in enumerate([*GOOD, "crash", "fail"]):
-        picture = Image.new("RGB", (30, 30), (40 * number, 200 - 30 * number, 90))
-        picture.putpixel((0, 0), {"crash": (1, 2, 3), "fail": (3, 2, 1)}.get(name, (9, 9, 9)))
-        picture.save(folder / f"{name}.png")
+        image = Image.new("RGB", (30, 30), (40 * number, 200 - 30 * number, 90))
+        image.putpixel((0, 0), {"crash": (1, 2, 3), "fail": (3, 2, 1)}.get(name, (9, 9, 9)))
+        image.save(folder / f"{name}.png")
         soundfile.write(folder / f"{name}.wav", np.full(16_000, 0.1 * (number + 1)), 16_000)
         lines.append({"id": name, "image": f"{name}.png", "text": f"a thing {name}", "audio": f"{name}.wav",
                       "split": "valid" if name == "d" else "train"})  # fmt: skip
@@ -124,9 +124,9 @@ def test_update_adds_a_modality(folder: Path, tmp_path: Path) -> None:
 
 def test_a_store_of_another_fingerprint_is_refused(store: Path, updated: Path, tmp_path: Path) -> None:
     copy_processor_files(FeatureStore(store), tmp_path / "processor")
-    check_identity(tmp_path / "processor", FeatureStore(store), force=False)
+    check_fingerprints(tmp_path / "processor", FeatureStore(store), force=False)
     with pytest.raises(UserError, match="its audio features come from another extractor than the model's"):
-        check_identity(tmp_path / "processor", FeatureStore(updated), force=False)
+        check_fingerprints(tmp_path / "processor", FeatureStore(updated), force=False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def model(store: Path, folder: Path) -> Path:
     dims = FeatureStore(store).description.dims
     settings = (
         f"model.vocab_size={dims.vocab_size}", "model.image_feature_dim=3", "model.image_num_classes=2",
-        "model.audio_feature_dim=3", "train.max_steps=2", "batch.size=4", "train.picture_grid=0", "train.validate_every=1000",
+        "model.audio_feature_dim=3", "train.max_steps=2", "batch.size=4", "train.image_grid=0", "train.validate_every=1000",
     )  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
     run = [sys.executable, str(ROOT / "opt_ds" / "pretrain.py"), "--config", "opt-tiny", "--store", str(store),
@@ -153,7 +153,7 @@ def read(model: Path, folder: Path, allowed: str, *options: str) -> subprocess.C
         f"import opt_ds; model = opt_ds.load({str(model)!r}, device='cpu'{weights}); processor = model._session.processor\n"
         f"sample = processor('words', {str(folder / 'c.png')!r}, {str(folder / 'c.wav')!r})\n"
         "print('text alone works', processor('words') is not None)\n"
-        "print(processor._extractor('image').identity()['name'], processor._extractor('audio').dim)"
+        "print(processor._extractor('image').fingerprint()['name'], processor._extractor('audio').dim)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), PLUGINS_VARIABLE: allowed}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -245,9 +245,9 @@ def test_an_installed_package_announces_extractors(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("opt_ds.registry.entry_points", lambda group: announced if group == "opt_ds.features" else [])
     monkeypatch.setattr(EXTRACTORS, "_allowed", set())
     colours = choose("image", "colours", {"side": 4})
-    assert "plugin" not in colours.fingerprint(colours.build("cpu"))
+    assert "plugin" not in colours.complete_fingerprint(colours.build("cpu"))
     loudness = PrepareSettings(speech="own-loudness").extractor("audio")
-    fingerprint = loudness.fingerprint(loudness.build("cpu"))
+    fingerprint = loudness.complete_fingerprint(loudness.build("cpu"))
     assert (fingerprint["name"], named_in(fingerprint)) == ("loudness", "own-loudness"), "it is found again by this name"
     with pytest.raises(UserError, match=r'no extractor "colour" \(did you mean "colours"\?\)'):
         choose("image", "colour", {})

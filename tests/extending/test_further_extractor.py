@@ -80,8 +80,8 @@ def test_the_store_has_its_columns_and_its_sample_rows(store: Path) -> None:
     assert columns["at_ms"].tolist() == [0, 10, 20, 30, 40]
     assert columns["features"][2].tolist() == [4.0, 5.0, 10.0], "with the scale of its option"
     assert opened.description.further["touch"].item == "readings"
-    identity = {"name": "touch_csv", "version": "1.0", "scale": 2.0, "plugin": TOUCH}
-    assert opened.description.extractors["touch"] == identity
+    fingerprint = {"name": "touch_csv", "version": "1.0", "scale": 2.0, "plugin": TOUCH}
+    assert opened.description.extractors["touch"] == fingerprint
 
 
 def test_a_broken_file_costs_its_sample_and_the_report_counts_the_modality(store: Path) -> None:
@@ -127,7 +127,7 @@ def test_update_replaces_it_and_adds_it_to_a_store_without(store: Path, folder: 
     assert added.modalities[3:] == ("touch",)
     assert (sample(added, "all")[3] >= 0, sample(added, "text")[3]) == (True, -1)
     report = json.loads((tmp_path / "added" / REPORT_FILE).read_text())
-    assert [entry["id"] for entry in report["lost"]["touch"]] == ["late"]
+    assert [entry["id"] for entry in report["dropped"]["touch"]] == ["late"]
 
 
 def test_a_models_processor_reads_its_files_once_the_user_allows_it(

@@ -16,7 +16,7 @@ from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.config import load_config
 from opt_ds.data.modalities import IMAGE
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.errors import UserError
 from opt_ds.model.initial import initial_model
@@ -77,7 +77,7 @@ def touched(files: Path) -> Path:
 def ranks(store: Path, output: Path, *settings: str) -> list[WarmProcess]:
     given = (
         *WITH_TOUCH, f"train.max_steps={STEPS}", "schedule.total_steps=200", "schedule.warmup_steps=2", "batch.size=8",
-        "train.picture_grid=0", "train.validate_every=6", "train.log_every=1", "checkpoint.every_steps=4", *settings,
+        "train.image_grid=0", "train.validate_every=6", "train.log_every=1", "checkpoint.every_steps=4", *settings,
     )  # fmt: skip
     options = [part for setting in given for part in ("--set", setting)]
     line = [str(SCRIPT), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
@@ -102,10 +102,10 @@ def whole(touched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_sample_is_read_with_its_readings_and_masked_by_the_modalitys_own_rule(touched: Path) -> None:
     store = FeatureStore(touched)
     config = load_config("opt-tiny", [*WITH_TOUCH, "model.touch.feature_dim=3", "batch.size=64", "model.vocab_size=60"])
-    planned, reader = StepPlan(config, [store]).step(0).samples, SampleReader(config, [store])
+    step_plan, reader = PretrainingPlan(config, [store]).step(0).samples, SampleReader(config, [store])
     seen = set()
     for index in range(64):
-        sample, row = reader.read(planned, index), planned.input_rows[index, TOUCH]
+        sample, row = reader.read(step_plan, index), step_plan.input_rows[index, TOUCH]
         assert (TOUCH in sample.items) == (row >= 0)
         if row >= 0:
             touch = sample.of(TOUCH)
@@ -114,13 +114,15 @@ def test_every_sample_is_read_with_its_readings_and_masked_by_the_modalitys_own_
             assert touch.is_masked.tolist() == [False] * (len(touch) - hidden) + [True] * hidden
             seen.add(hidden > 0)
     assert seen == {False, True}
-    assert planned.input_positions().max() > 1 + planned.input_lengths[:, :TOUCH].sum(1).max(), "its rows are in the sequence"
+    assert step_plan.input_positions().max() > 1 + step_plan.input_lengths[:, :TOUCH].sum(1).max(), (
+        "its rows are in the sequence"
+    )
 
 
 def test_a_model_without_it_reads_the_same_store_as_before(touched: Path, raw_store: Path, logged: list[str]) -> None:
     """The other modalities' plans are those of the store without touch."""
     config = load_config("opt-tiny", ["batch.size=64", "model.vocab_size=60", "tasks.dir.weight=0"])
-    with_it, without = (StepPlan(config, [FeatureStore(path)]).step(0).samples for path in (touched, raw_store))
+    with_it, without = (PretrainingPlan(config, [FeatureStore(path)]).step(0).samples for path in (touched, raw_store))
     assert with_it.input_rows.shape[1] == 3
     assert np.array_equal(with_it.input_rows, without.input_rows) and np.array_equal(with_it.task, without.task)
 
@@ -172,15 +174,17 @@ def test_a_store_may_lack_it(touched: Path, raw_store: Path) -> None:
     config = load_config("opt-tiny", [*WITH_TOUCH, "model.touch.feature_dim=3", "batch.size=48", "model.vocab_size=60"])
     for paths, has_touch in (([touched, raw_store], True), ([raw_store], False)):
         stores = [FeatureStore(path) for path in paths]
-        planned = StepPlan(config, stores).step(0)
-        rows = planned.samples.input_rows[:, TOUCH]
-        assert (rows >= 0).any() == has_touch and (planned.counts["mtm"] > 0) == has_touch
-        assert (rows[planned.samples.store == len(stores) - 1] < 0).all()
+        step_plan = PretrainingPlan(config, stores).step(0)
+        rows = step_plan.samples.input_rows[:, TOUCH]
+        assert (rows >= 0).any() == has_touch and (step_plan.counts["mtm"] > 0) == has_touch
+        assert (rows[step_plan.samples.store == len(stores) - 1] < 0).all()
         reader = SampleReader(config, stores)
-        assert all(reader.read(planned.samples, index).items for index in range(8))
+        assert all(reader.read(step_plan.samples, index).items for index in range(8))
         assert ("model.plugins: no store has touch" in training_notes(config, stores)) != has_touch
     assumed = AssumedStore(config.model, 10, 8, 20)
-    assert StepPlan(config, [assumed]).step(0).counts["mtm"] == 0 and str(assumed.path).endswith(", without touch")
+    assert PretrainingPlan(config, [assumed]).step(0).counts["mtm"] == 0 and str(assumed.path).endswith(
+        ", without touch"
+    )
     without = load_config("opt-tiny", ["model.vocab_size=60"])
     assert any("its touch is not read" in line for line in training_notes(without, [FeatureStore(touched)]))
 

@@ -14,7 +14,7 @@ import torch
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
 from opt_ds.config import config_from_dict, load_config
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import UserError
 from opt_ds.evaluation.ablation import rows_without
 from opt_ds.registry import PLUGINS_VARIABLE, TASKS
@@ -27,7 +27,9 @@ from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.extending.counting:RegionCounting"
-WITH_TASK = (f"tasks.plugins=[{PLUGIN}]", "tasks.counting.most=6", "tasks.mix={mlm: 0.3, modality: 0.3, counting: 0.4}")
+WITH_TASK = (
+    f"tasks.plugins=[{PLUGIN}]", "tasks.counting.most=6", "tasks.sampling_weights={mlm: 0.3, modality: 0.3, counting: 0.4}"
+)  # fmt: skip
 STEPS = 24
 
 
@@ -123,9 +125,10 @@ def test_it_is_an_ablation_row_and_its_settings_are_checked(store: Path) -> None
 def test_the_other_tasks_samples_are_planned_as_without_it(store: Path) -> None:
     """With no sampling weight it changes no plan."""
     without = load_config("opt-tiny", [*FITTED])
-    with_it = load_config("opt-tiny", [*FITTED, WITH_TASK[0], "tasks.mix={mlm: 1, mvm: 1, mam: 1, modality: 1, matching: 1}"])
+    weights = "tasks.sampling_weights={mlm: 1, mvm: 1, mam: 1, modality: 1, matching: 1}"
+    with_it = load_config("opt-tiny", [*FITTED, WITH_TASK[0], weights])
     stores = [FeatureStore(store)]
-    old, new = (StepPlan(config, stores).step(3).samples for config in (without, with_it))
+    old, new = (PretrainingPlan(config, stores).step(3).samples for config in (without, with_it))
     before, after = old.arrays(), new.arrays()
     assert set(after) - set(before) == {"columns/num_regions"}
     assert all(np.array_equal(before[name], after[name]) for name in before)

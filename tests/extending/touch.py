@@ -14,8 +14,8 @@ from torch import nn
 
 from opt_ds.config import DataConfig, ModelConfig, Section, TasksConfig
 from opt_ds.data.layout import Layout, join
-from opt_ds.data.planned_samples import PlannedSamples
 from opt_ds.data.sample import Sample, given
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.data.task import BatchPart
 from opt_ds.modalities.features import FeatureBatch, FeatureItems, FeatureModality
 from opt_ds.nn.transformer import LayerNorm
@@ -138,7 +138,7 @@ class MaskedTouchModeling(TokenLevelTask):
     def flops_per_item(self) -> float:
         return self.config.model.hidden_size * self.config.model.touch.feature_dim
 
-    def add_targets(self, sample: Sample, planned: PlannedSamples, index: int, store: FeatureStore) -> None:
+    def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
         sample.targets[self.name] = True
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MaskedReadings:

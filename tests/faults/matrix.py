@@ -24,7 +24,7 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.micro_batches import MicroBatchPlan
-from opt_ds.data.planned import Plan, PlannedStep
+from opt_ds.data.step_plan import Plan, StepPlan
 from opt_ds.errors import UserError
 from opt_ds.training.deepspeed_config import Hardware, choose_precision, deepspeed_settings
 from opt_ds.training.distributed import ProcessGroup, find_ranks
@@ -194,12 +194,12 @@ def hardships(rank: int, world_size: int) -> Iterator[None]:
             return gradient * math.inf
 
     now = [-1]
-    take, total_loss, planned_step = Stepper.take, step_module.total_loss, Plan._planned_step
+    take, total_loss, make_step_plan = Stepper.take, step_module.total_loss, Plan._step_plan
     accelerator = type(get_accelerator())
 
-    def take_noted(self: Stepper, planned: PlannedStep, micro_batches: Any) -> Any:
-        now[0] = planned.step
-        return take(self, planned, micro_batches)
+    def take_noted(self: Stepper, step_plan: StepPlan, micro_batches: Any) -> Any:
+        now[0] = step_plan.step
+        return take(self, step_plan, micro_batches)
 
     def hard_loss(*arguments: Any) -> torch.Tensor:
         loss = total_loss(*arguments)
@@ -207,31 +207,31 @@ def hardships(rank: int, world_size: int) -> Iterator[None]:
             return loss
         return loss * math.nan if now[0] == NAN_LOSS else Overflow.apply(loss) if now[0] == INFINITE_GRADIENT else loss
 
-    def uneven(self: Plan, step: int, samples: Any, world_size: int) -> PlannedStep:
-        planned = planned_step(self, step, samples, world_size)
-        return replace(planned, micro_batches=deal(planned, step % 3))
+    def uneven(self: Plan, step: int, samples: Any, world_size: int) -> StepPlan:
+        step_plan = make_step_plan(self, step, samples, world_size)
+        return replace(step_plan, micro_batches=assign(step_plan, step % 3))
 
     supported = accelerator.is_fp16_supported
     accelerator.is_fp16_supported = lambda self: True
-    Stepper.take, step_module.total_loss, Plan._planned_step = take_noted, hard_loss, uneven  # type: ignore[method-assign]
+    Stepper.take, step_module.total_loss, Plan._step_plan = take_noted, hard_loss, uneven  # type: ignore[method-assign]
     try:
         yield
     finally:
         accelerator.is_fp16_supported = supported
-        Stepper.take, step_module.total_loss, Plan._planned_step = take, total_loss, planned_step  # type: ignore[method-assign]
+        Stepper.take, step_module.total_loss, Plan._step_plan = take, total_loss, make_step_plan  # type: ignore[method-assign]
 
 
-def deal(planned: PlannedStep, way: int) -> list[list[MicroBatchPlan]]:
+def assign(step_plan: StepPlan, way: int) -> list[list[MicroBatchPlan]]:
     """The step's samples distributed otherwise.
 
     0: as planned. 1: all on the first rank, and every rank ends with an empty micro-batch. 2: the modality and matching
     tasks on the last rank, the others on the first.
     """
-    world_size = len(planned.micro_batches)
-    indices = np.sort(np.concatenate([m.indices for rank in planned.micro_batches for m in rank]))
-    late = np.isin(planned.samples.task[indices], (MODALITY, MATCHING))
+    world_size = len(step_plan.micro_batches)
+    indices = np.sort(np.concatenate([m.indices for rank in step_plan.micro_batches for m in rank]))
+    late = np.isin(step_plan.samples.task[indices], (MODALITY, MATCHING))
     if way == 0:
-        return planned.micro_batches
+        return step_plan.micro_batches
     parts: list[list[np.ndarray]] = [[] for _ in range(world_size)]
     if way == 1:
         parts[0] += [indices[::2], indices[1::2]]

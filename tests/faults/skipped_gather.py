@@ -11,7 +11,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from opt_ds import pretrain
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.training.step import Stepper
 
 STEP = 1  # in which the first gather is skipped
@@ -33,10 +33,10 @@ def skip_one() -> None:
     name = "all_gather_single" if hasattr(cls, "all_gather_single") else "_allgather_base"
     gather, take, armed = getattr(cls, name), Stepper.take, []
 
-    def take_armed(self: Stepper, planned: PlannedStep, micro_batches: Any) -> Any:
-        if planned.step == STEP:
+    def take_armed(self: Stepper, step_plan: StepPlan, micro_batches: Any) -> Any:
+        if step_plan.step == STEP:
             armed.append(True)
-        return take(self, planned, micro_batches)
+        return take(self, step_plan, micro_batches)
 
     def gather_or_not(*arguments: Any, **options: Any) -> Any:
         if not armed:

@@ -156,7 +156,8 @@ def check_run(folder: Path, name: str, count: int, capsys: pytest.CaptureFixture
             except ValueError as error:
                 assert "\n" not in str(error)
             else:
-                assert json.loads((run / name).read_bytes())["identity"] == json.loads((folder / "pristine.json").read_bytes())
+                own = json.loads((run / name).read_bytes())["fixed_settings"]
+                assert own == json.loads((folder / "pristine.json").read_bytes())
         elif name.startswith("processor/"):
             refused(capsys, "export", "--checkpoint", run, "--output", out)
             refused(capsys, "generate", "--checkpoint", run, "--text", "w1", "--to", "text", "--output", out)
@@ -220,7 +221,7 @@ def check_that_all_work(folder: Path) -> None:
 
 def campaign(made: Path, folder: Path, count: int, capsys: pytest.CaptureFixture[str], *, all_commands: bool) -> int:
     shutil.copytree(made / "store", folder / "pristine")
-    (folder / "pristine.json").write_text(json.dumps(json.loads((made / "run" / "run.json").read_text())["identity"]))
+    (folder / "pristine.json").write_text(json.dumps(json.loads((made / "run" / "run.json").read_text())["fixed_settings"]))
     checks: dict[str, Callable[[str], None]] = {
         "store": lambda name: check_store(folder, name, count, capsys, all_commands=all_commands),
         "run": lambda name: check_run(folder, name, count, capsys),

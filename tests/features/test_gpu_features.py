@@ -18,8 +18,8 @@ pytestmark = [
 
 
 def test_grid_on_a_gpu_is_near_the_cpus() -> None:
-    pictures = [noise(0), noise(1, 60, 90)]
-    for ours, theirs in zip(GridExtractor(device="cuda").extract(pictures), GridExtractor().extract(pictures), strict=True):
+    images = [noise(0), noise(1, 60, 90)]
+    for ours, theirs in zip(GridExtractor(device="cuda").extract(images), GridExtractor().extract(images), strict=True):
         assert np.abs(ours.features.astype(float) - theirs.features).max() < 0.05 * np.abs(theirs.features).max()
 
 
@@ -38,13 +38,13 @@ def test_faster_rcnn_on_a_gpu_batches_by_size(tmp_path: Path) -> None:
     random_detector(tmp_path / "d.pt")
     sides = {"min_side": 96, "max_side": 128}
     extractor = FasterRCNNExtractor(FasterRCNNOptions(weights=tmp_path / "d.pt", **sides), "cuda")
-    pictures = [noise(0), noise(1, 60, 90), None, noise(2)]
-    together = extractor.extract(pictures)
-    assert extractor.identity()["precision"] == "fp16"
+    images = [noise(0), noise(1, 60, 90), None, noise(2)]
+    together = extractor.extract(images)
+    assert extractor.fingerprint()["precision"] == "fp16"
     assert together[2] is None
-    for picture, regions in zip(pictures, together, strict=True):
-        if picture is not None and regions is not None:
-            alone = extractor.extract([picture])[0]
+    for image, regions in zip(images, together, strict=True):
+        if image is not None and regions is not None:
+            alone = extractor.extract([image])[0]
             assert alone is not None
             assert len(regions.features) == len(alone.features) == 10
             assert np.abs(regions.scores.astype(float) - alone.scores).max() < 0.02

@@ -122,7 +122,7 @@ def test_what_half_precision_overshoots_is_clipped() -> None:
         assert (boxes == [0, 0, 1, 1, 1, 1, 1]).all()
 
 
-def test_boxes_in_pixels_are_divided_by_the_pictures_sides() -> None:
+def test_boxes_in_pixels_are_divided_by_the_images_sides() -> None:
     arrays = small()
     expected = extractor().regions(arrays)
     corners = arrays.pop("norm_bb")[:, :4]
@@ -151,7 +151,7 @@ def test_files_of_another_kind_are_refused_in_plain_words(content: bytes, tmp_pa
     assert "pickle" not in str(caught.value)
 
 
-def test_corners_in_pixels_are_never_clipped_to_the_picture() -> None:
+def test_corners_in_pixels_are_never_clipped_to_the_image() -> None:
     with pytest.raises(ValueError, match="boxes reach 640: they are in pixels"):
         boxes_with_size(np.array([[0, 0, 640, 480]]))
     with pytest.raises(ValueError, match="ends before it begins"):

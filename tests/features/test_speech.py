@@ -11,13 +11,14 @@ import soundfile
 import torch
 import torchaudio
 
-from opt_ds.decoding.decoder import DecodingError, load_recording
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ, trim_silence
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ, trim_silence
+from opt_ds.decoding.decoder import DecodingError
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import choose
 from opt_ds.features.logmel import LogMelExtractor
 from opt_ds.features.wav2vec2 import Wav2Vec2Extractor, Wav2Vec2Options, windows
 from opt_ds.ingest import PrepareSettings
+from tests.decoded import audio_of
 
 
 def tone(hz: float, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
@@ -57,38 +58,38 @@ def test_logmel_equals_its_formula() -> None:
     ("name", "rate_hz", "channels"),
     [("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 22050, 1), ("a.ogg", 48000, 2), ("a.mp3", 32000, 1)],
 )
-def test_recordings_of_every_kind_become_mono_16_khz(tmp_path: Path, name: str, rate_hz: int, channels: int) -> None:
+def test_audio_files_of_every_kind_become_mono_16_khz(tmp_path: Path, name: str, rate_hz: int, channels: int) -> None:
     samples = np.repeat(tone(440, 0.5, rate_hz)[:, None], channels, 1)
     soundfile.write(tmp_path / name, samples, rate_hz)
-    mono = load_recording(tmp_path / name)
+    mono = audio_of(tmp_path / name)
     assert mono.dtype == np.float32
     assert len(mono) == pytest.approx(8000, abs=1500 if name.endswith("mp3") else 2)
     spectrum = np.abs(np.fft.rfft(mono))
     assert np.argmax(spectrum) * SAMPLE_RATE_HZ / len(mono) == pytest.approx(440, abs=4)
 
 
-def test_broken_recordings_are_errors(tmp_path: Path) -> None:
+def test_broken_audio_files_are_errors(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, "float32"), 16000, subtype="FLOAT")
-    (tmp_path / "text.wav").write_text("not a recording")
+    (tmp_path / "text.wav").write_text("not an audio file")
     with pytest.raises(ValueError, match="no samples"):
-        load_recording(tmp_path / "empty.wav")
+        audio_of(tmp_path / "empty.wav")
     with pytest.raises(ValueError, match="NaN"):
-        load_recording(tmp_path / "nan.wav")
+        audio_of(tmp_path / "nan.wav")
     with pytest.raises(DecodingError, match="it is text: accepted are WAV"):
-        load_recording(tmp_path / "text.wav")
+        audio_of(tmp_path / "text.wav")
 
 
 def test_a_small_file_of_many_channels_at_a_high_rate_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "bomb.flac", np.zeros((192_000, 8)), 192_000)
     with pytest.raises(ValueError, match=r"1 s of 8 channels at 192000 Hz are more than 7 s of one"):
-        load_recording(tmp_path / "bomb.flac", max_seconds=7)
-    assert len(load_recording(tmp_path / "bomb.flac", max_seconds=8)) == SAMPLE_RATE_HZ
+        audio_of(tmp_path / "bomb.flac", max_seconds=7)
+    assert len(audio_of(tmp_path / "bomb.flac", max_seconds=8)) == SAMPLE_RATE_HZ
 
 
 def test_rates_without_a_common_divisor_are_resampled_in_little_memory(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "odd.wav", tone(440, 2, 44057), 44057)
-    mono = load_recording(tmp_path / "odd.wav")
+    mono = audio_of(tmp_path / "odd.wav")
     assert len(mono) == pytest.approx(32000, abs=3)
     assert np.argmax(np.abs(np.fft.rfft(mono))) / 2 == pytest.approx(440, abs=1)
 
@@ -129,7 +130,7 @@ def test_wav2vec2_from_a_hugging_face_folder(tmp_path: Path) -> None:
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"do_normalize": true}')
     normal = Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf"))
     assert np.abs(normal.extract([waveforms[0] * 0.1])[0] - normal.extract([waveforms[0]])[0]).max() < 0.02
-    assert normal.identity() != plain.identity()
+    assert normal.fingerprint() != plain.fingerprint()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_the_processors_file_says_whether_to_normalise_too(hugging_face: Path, t
         ({"processor_class": "Wav2Vec2Processor"}, False),
     ):
         processor.write_text(json.dumps(content))
-        assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf")).identity()["normalise"] is normalise
+        assert Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path / "hf")).fingerprint()["normalise"] is normalise
 
 
 def test_older_names_of_weights_are_taken_and_lacking_ones_refused(hugging_face: Path, tmp_path: Path) -> None:
@@ -303,39 +304,39 @@ def test_a_config_and_weights_that_disagree_are_one_line(tmp_path: Path) -> None
         Wav2Vec2Extractor(Wav2Vec2Options(weights=tmp_path))
 
 
-def test_recordings_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> None:
+def test_audio_files_that_are_cut_off_or_chained_are_errors(tmp_path: Path) -> None:
     cut = {"a.wav": ("WAV", "PCM_16"), "gsm.wav": ("WAV", "GSM610"), "a.rf64": ("RF64", "PCM_16"), "a.w64": ("W64", "PCM_16"),
            "a.aiff": ("AIFF", "PCM_16"), "a.au": ("AU", "PCM_16"), "a.caf": ("CAF", "PCM_16"), "a.flac": ("FLAC", "PCM_16"),
            "a.ogg": ("OGG", "VORBIS"), "a.opus": ("OGG", "OPUS"), "a.mp3": ("MP3", "MPEG_LAYER_III")}  # fmt: skip
     for name, (form, codec) in cut.items():
         soundfile.write(tmp_path / name, tone(440, 2, 16000), 16000, format=form, subtype=codec)
         content = (tmp_path / name).read_bytes()
-        assert abs(len(load_recording(tmp_path / name)) - 32000) < 400, name
+        assert abs(len(audio_of(tmp_path / name)) - 32000) < 400, name
         (tmp_path / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(DecodingError, match="truncated"):
-            load_recording(tmp_path / name)
+            audio_of(tmp_path / name)
     soundfile.write(tmp_path / "whole.ogg", tone(440, 1, 16000), 16000)
     (tmp_path / "chained.ogg").write_bytes((tmp_path / "whole.ogg").read_bytes() * 2)
     with pytest.raises(DecodingError, match="several streams one after another"):
-        load_recording(tmp_path / "chained.ogg")
+        audio_of(tmp_path / "chained.ogg")
 
 
-def test_recordings_without_a_length_and_with_tags_are_whole(tmp_path: Path) -> None:
+def test_audio_files_without_a_length_and_with_tags_are_whole(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", tone(440, 1, 16000), 16000)
-    wav, whole = (tmp_path / "a.wav").read_bytes(), load_recording(tmp_path / "a.wav")
+    wav, whole = (tmp_path / "a.wav").read_bytes(), audio_of(tmp_path / "a.wav")
     place = wav.index(b"data") + 4
     for size in (0, 0xFFFFFFFF, 0x7FFFF000, 0x80000000):  # as ffmpeg, sox and arecord write to a pipe
         piped = wav[:4] + struct.pack("<I", size) + wav[8:place] + struct.pack("<I", size) + wav[place + 4 :]
         (tmp_path / "piped.wav").write_bytes(piped)
-        assert load_recording(tmp_path / "piped.wav").tobytes() == whole.tobytes()
+        assert audio_of(tmp_path / "piped.wav").tobytes() == whole.tobytes()
     (tmp_path / "list.wav").write_bytes(wav + b"LIST" + struct.pack("<I", 4) + b"INFO")
-    assert load_recording(tmp_path / "list.wav").tobytes() == whole.tobytes()
+    assert audio_of(tmp_path / "list.wav").tobytes() == whole.tobytes()
     soundfile.write(tmp_path / "a.mp3", tone(440, 1, 16000), 16000, bitrate_mode="CONSTANT")
-    mp3, whole = (tmp_path / "a.mp3").read_bytes(), load_recording(tmp_path / "a.mp3")
+    mp3, whole = (tmp_path / "a.mp3").read_bytes(), audio_of(tmp_path / "a.mp3")
     tagged = {"before.mp3": b"ID3\x03\0\0\0\0\x02\0" + bytes(256) + mp3, "after.mp3": mp3 + b"TAG" + bytes(125)}
     for name, content in tagged.items():
         (tmp_path / name).write_bytes(content)
-        assert load_recording(tmp_path / name).tobytes() == whole.tobytes(), name
+        assert audio_of(tmp_path / name).tobytes() == whole.tobytes(), name
 
 
 def test_only_the_listed_containers_and_codecs_are_taken(tmp_path: Path) -> None:
@@ -343,4 +344,4 @@ def test_only_the_listed_containers_and_codecs_are_taken(tmp_path: Path) -> None
     soundfile.write(tmp_path / "a.voc", tone(440, 1, 16000), 16000, format="VOC")
     for name, reason in (("a.aiff", "DWVW_16.*not accepted"), ("a.voc", "none of the WAV|accepted are WAV")):
         with pytest.raises(DecodingError, match=reason):
-            load_recording(tmp_path / name)
+            audio_of(tmp_path / name)

@@ -110,7 +110,7 @@ def test_patches_are_those_of_the_library(
     extractor = extractor_of(folder_of(name), layer=layer)
     assert difference(extractor, reference(name, layer)) <= TOLERANCE
     assert (extractor.dim, extractor.num_classes) == (24, 0)
-    assert extractor.identity()["layer"] == layer
+    assert extractor.fingerprint()["layer"] == layer
 
 
 @pytest.mark.parametrize("name", [name for name in (*VISION, *TIMM) if not name.endswith("_vision_model")])
@@ -176,7 +176,7 @@ def test_published_names_of_weights_are_taken(
 def test_layers_count_from_either_end(folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("siglip")
     second, also, last, final = (extractor_of(folder, layer=layer) for layer in (2, -2, 3, None))
-    assert also.identity() == second.identity()
+    assert also.fingerprint() == second.fingerprint()
     features = [extractor.features([picture(1)])[0][0] for extractor in (second, also, last, final)]  # type: ignore[index]
     assert np.array_equal(features[0], features[1])
     assert np.abs(features[2] - features[3]).max() > FAULT, "the last layer's output is not normalised, the network's is"
@@ -270,8 +270,8 @@ def test_weights_without_a_configuration_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"states no input_size: set --extractor-option image\.side=… .*image\.std=…"):
         extractor_of(file, backbone="timm/test_vit")
     tagged = extractor_of(file, backbone="timm/test_vit.r160_in1k")
-    assert tagged.identity()["backbone"] == "timm/test_vit"
-    assert (tagged.identity()["side"], tagged.identity()["resized"]) == (160, 168)
+    assert tagged.fingerprint()["backbone"] == "timm/test_vit"
+    assert (tagged.fingerprint()["side"], tagged.fingerprint()["resized"]) == (160, 168)
     told = dict(side=32, fit="squash", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     assert extractor_of(file, backbone="timm/test_vit", **told).features([picture()])[0][0].shape == (4, 64)  # type: ignore[index]
     for name, message in (
@@ -295,17 +295,17 @@ def test_a_folder_without_input_settings_must_be_told(folder_of: Callable[[str],
     with pytest.raises(UserError, match=r"no preprocessor_config\.json is there.*: set .*image\.side=….*image\.std=…"):
         extractor_of(bare)
     whole = choose("image", "vit", {"weights": folder, "pool": 2, "layer": -2})
-    identity = whole.fingerprint(whole.build("cpu"))
+    identity = whole.complete_fingerprint(whole.build("cpu"))
     again = choose("image", "vit", {**ViTExtractor.options_from(identity), "weights": bare})
     rebuilt = again.build("cpu")
-    assert again.fingerprint(rebuilt) == identity == json.loads(json.dumps(identity))
+    assert again.complete_fingerprint(rebuilt) == identity == json.loads(json.dumps(identity))
     assert ViTExtractor.needs_weights(identity)
     assert np.array_equal(rebuilt.extract([picture()])[0].features, whole.build("cpu").extract([picture()])[0].features)
     nested = shutil.copytree(folder, tmp_path / "nested")
     settings = json.loads((nested / "preprocessor_config.json").read_text())
     (nested / "preprocessor_config.json").unlink()
     (nested / "processor_config.json").write_text(json.dumps({"image_processor": settings, "processor_class": "CLIPProcessor"}))
-    assert extractor_of(nested).identity() == extractor_of(folder).identity(), "where transformers 5 writes it"
+    assert extractor_of(nested).fingerprint() == extractor_of(folder).fingerprint(), "where transformers 5 writes it"
 
 
 @pytest.mark.parametrize(

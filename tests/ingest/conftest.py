@@ -20,11 +20,11 @@ def messy_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve samples, of which five are broken in different ways; two share an image."""
     folder = tmp_path_factory.mktemp("messy")
     random = np.random.default_rng(0)
-    picture = Image.fromarray(random.integers(0, 256, (40, 60, 3), "uint8"))
-    picture.save(folder / "rgb.jpg")
-    picture.convert("P").save(folder / "palette.png")
-    picture.convert("LA").save(folder / "grey.png")
-    picture.save(folder / "a.webp")
+    image = Image.fromarray(random.integers(0, 256, (40, 60, 3), "uint8"))
+    image.save(folder / "rgb.jpg")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("LA").save(folder / "grey.png")
+    image.save(folder / "a.webp")
     (folder / "drawn.svg").write_text(SVG)
     (folder / "cut.jpg").write_bytes((folder / "rgb.jpg").read_bytes()[:200])
     wave = 0.3 * np.sin(np.arange(12000) / 9)
@@ -35,9 +35,9 @@ def messy_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
         {"id": "ok-1", "image": "rgb.jpg", "text": "A red thing", "audio": "mono.wav", "labels": ["b", "a"]},
         {"id": "ok-2", "image": "palette.png", "text": "naïve café 猫"},
-        {"id": "bad-picture", "image": "cut.jpg", "text": "cut off"},
+        {"id": "bad-image", "image": "cut.jpg", "text": "cut off"},
         {"id": "ok-3", "image": "rgb.jpg", "text": "The same picture again", "audio": "stereo.flac"},
-        {"id": "no-picture", "image": "gone.png", "text": "gone"},
+        {"id": "no-image", "image": "gone.png", "text": "gone"},
         {"id": "ok-4", "audio": "a.ogg"},
         {"id": "bad-audio", "text": "noise", "audio": "noise.wav"},
         {"id": "no-audio", "image": "a.webp", "audio": "gone.wav"},

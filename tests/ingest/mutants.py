@@ -26,7 +26,7 @@ from opt_ds.store import FeatureStore, inspect_store
 from tests.decoding import hostile_files
 from tests.decoding.wild_files import HEIC, SVG, noise
 
-_PICTURES = {
+_IMAGES = {
     "jpg": ("JPEG", {}), "progressive.jpg": ("JPEG", {"progressive": True}), "png": ("PNG", {}), "webp": ("WEBP", {}),
     "lossless.webp": ("WEBP", {"lossless": True}), "gif": ("GIF", {}), "bmp": ("BMP", {}), "tiff": ("TIFF", {}),
     "lzw.tiff": ("TIFF", {"compression": "tiff_lzw"}), "ppm": ("PPM", {}), "avif": ("AVIF", {}), "jp2": ("JPEG2000", {}),
@@ -50,7 +50,7 @@ def originals() -> dict[str, bytes]:
     """Return a small valid file of every accepted format, by ending."""
     drawing = SVG.format('<circle r="4" fill="red"/><g><rect width="3" height="1"/></g>')
     files = {"heic": HEIC.read_bytes(), "svg": drawing.encode()}
-    for ending, (name, options) in _PICTURES.items():
+    for ending, (name, options) in _IMAGES.items():
         file = io.BytesIO()
         noise(24, 20).resize((72, 60)).save(file, name, **options)
         files[ending] = file.getvalue()
@@ -62,7 +62,7 @@ def originals() -> dict[str, bytes]:
     return files
 
 
-def is_recording(name: str) -> bool:
+def is_audio(name: str) -> bool:
     return name.split("-", 1)[-1] in _RECORDINGS
 
 
@@ -113,7 +113,7 @@ def write_campaign(folder: Path, count: int, seed: int, killers: dict[str, Calla
         (folder / name).write_bytes(files[name.split("-", 1)[1]])
     names += good
     dice.shuffle(names)
-    kinds = {name: "audio" if is_recording(name) else "image" for name in names}
+    kinds = {name: "audio" if is_audio(name) else "image" for name in names}
     lines = [{"id": name, kind: name, "text": "some words", "split": "train"} for name, kind in kinds.items()]
     (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return set(good)

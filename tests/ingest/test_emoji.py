@@ -46,21 +46,21 @@ def test_splits_hold_out_what_they_promise(samples: list[EmojiSample]) -> None:
     counts = Counter(sample.split for sample in samples)
     assert counts == {"train": 3247, "test_variant": 419, "test_concept": 167, "valid": 111}
     assert len({sample.id for sample in samples}) == len({sample.caption for sample in samples}) == len(samples)
-    splits_of, pictures = defaultdict(Counter), defaultdict(set)
+    splits_of, images = defaultdict(Counter), defaultdict(set)
     for sample in samples:
         splits_of[sample.concept][sample.split] += 1
-        pictures[sample.svg_sha256].add(sample.split)
+        images[sample.svg_sha256].add(sample.split)
         assert all(len(label) > 1 for label in sample.labels)
     for concept, splits in splits_of.items():
         if splits["test_concept"]:
             assert set(splits) == {"test_concept"}, concept
         else:
             assert 2 * splits["train"] >= sum(splits.values()), concept
-    assert all(len(splits) == 1 for splits in pictures.values())
+    assert all(len(splits) == 1 for splits in images.values())
     assert sum(not sample.labels for sample in samples) < 20
 
 
-def test_identical_pictures_are_one_concept(samples: list[EmojiSample]) -> None:
+def test_identical_images_are_one_concept(samples: list[EmojiSample]) -> None:
     concepts = defaultdict(set)
     for sample in samples:
         concepts[sample.svg_sha256].add(sample.concept)

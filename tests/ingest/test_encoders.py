@@ -9,13 +9,13 @@ import soundfile
 
 from opt_ds.cli import _build
 from opt_ds.cli.program import run_command
-from opt_ds.data.plan import StepPlan
-from opt_ds.decoding.decoder import load_recording
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.features.extractors import choose
 from opt_ds.serving.processor import OPTProcessor
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.processor_files import copy_processor_files
 from opt_ds.training.preflight import settle
+from tests.decoded import audio_of
 from tests.features.models import picture, save_speech, save_vision, speech
 
 
@@ -64,7 +64,7 @@ def test_training_takes_the_sizes_from_the_store(store: Path) -> None:
     config, _, taken = settle("opt-tiny", [], [str(store)])
     assert (config.model.image_feature_dim, config.model.image_num_classes, config.model.audio_feature_dim) == (24, 0, 24)
     assert "image_feature_dim=24" in str(taken)
-    plan = StepPlan(config, [FeatureStore(store)])
+    plan = PretrainingPlan(config, [FeatureStore(store)])
     assert plan.disabled_tasks["mrc"].startswith("the store's image regions have no classes")
 
 
@@ -83,5 +83,5 @@ def test_a_model_of_the_store_reads_raw_files_alike(store: Path, tmp_path: Path)
     sample = processor(image=folder / "2.png", audio=folder / "2.wav")
     assert len(sample.items[1]) == 4 and len(sample.items[2]) > 0
     own = choose("audio", "hf_speech", {"weights": folder / "hubert", "layers": [2, 3]}).build("cpu")
-    assert np.array_equal(own.extract([load_recording(folder / "2.wav")])[0], opened.frames(row[2]))
+    assert np.array_equal(own.extract([audio_of(folder / "2.wav")])[0], opened.frames(row[2]))
     processor.close()

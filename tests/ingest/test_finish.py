@@ -9,7 +9,7 @@ import pytest
 
 from opt_ds.errors import UserError
 from opt_ds.ingest import PrepareSettings, finish, prepare
-from opt_ds.ingest.finish import merge_parts, parse_share, part_folder
+from opt_ds.ingest.finish import merge_parts, parse_partition, part_folder
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.store.synthetic import write_synthetic_store
 from tests.ingest.conftest import SETTINGS
@@ -17,7 +17,7 @@ from tests.ingest.test_pipeline import contents
 
 
 def make_part(manifest: Path, output: Path, index: int, settings: PrepareSettings = SETTINGS) -> None:
-    assert prepare(manifest, output, settings, workers=1, device="cpu", share=(index, 2)) is None
+    assert prepare(manifest, output, settings, workers=1, device="cpu", partition=(index, 2)) is None
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_merged_parts_are_the_store(parts: Path, messy_manifest: Path, tmp_path:
     merged = merge_parts(store)
     assert contents(store) == contents(tmp_path / "whole")
     assert merged.num_samples == 7
-    assert "bad-picture" in (store / REPORT_FILE).read_text()
+    assert "bad-image" in (store / REPORT_FILE).read_text()
     assert [path.name for path in store.parent.iterdir()] == ["store"], "the parts are gone"
     assert merge_parts(store) == merged
 
@@ -115,6 +115,6 @@ def test_a_set_that_is_not_whole_is_refused(parts: Path, messy_manifest: Path, t
 
 @pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "²/3", "0/³"])
 def test_a_share_is_i_of_n(text: str) -> None:
-    with pytest.raises(UserError, match="--shard"):
-        parse_share(text)
-    assert parse_share("0/1") == (0, 1)
+    with pytest.raises(UserError, match="--partition"):
+        parse_partition(text)
+    assert parse_partition("0/1") == (0, 1)

@@ -18,7 +18,7 @@ from opt_ds.store import FeatureStore, inspect_store
 from tests.training.runs import losses
 from tests.training.test_pretrain import arguments, start
 
-NUM_NARRATIVES, NUM_PICTURES = 200, 20
+NUM_NARRATIVES, NUM_IMAGES = 200, 20
 WORDS = ("In", "this", "image", "there", "is", "a", "cat", "dog", "tree", "house", "and", "the", "sky", "near", "road")
 
 
@@ -29,23 +29,23 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     (folder / "train").mkdir()
     (folder / "voices" / "open_images_train").mkdir(parents=True)
-    for picture in range(NUM_PICTURES):
+    for index in range(NUM_IMAGES):
         pixels = random.integers(0, 256, (6, 8, 3), "uint8")
-        Image.fromarray(pixels).resize((96, 72)).save(folder / "train" / f"{picture:016x}.jpg")
+        Image.fromarray(pixels).resize((96, 72)).save(folder / "train" / f"{index:016x}.jpg")
     with open(folder / "narratives.jsonl", "w") as file:
         for number in range(NUM_NARRATIVES):
-            image, annotator = f"{number % NUM_PICTURES:016x}", number // NUM_PICTURES
-            recording = f"open_images_train/open_images_train_{image}_{annotator}.ogg"
-            soundfile.write(folder / "voices" / recording, 0.1 * random.standard_normal(11_025), 44_100)
+            image, annotator = f"{number % NUM_IMAGES:016x}", number // NUM_IMAGES
+            audio_name = f"open_images_train/open_images_train_{image}_{annotator}.ogg"
+            soundfile.write(folder / "voices" / audio_name, 0.1 * random.standard_normal(11_025), 44_100)
             caption = " ".join(random.choice(WORDS, 8)) + "."
             timed = [{"utterance": caption, "start_time": 0.0, "end_time": 0.25}]
-            line = {"dataset_id": "open_images_train" if number % NUM_PICTURES else "open_images_validation",
+            line = {"dataset_id": "open_images_train" if number % NUM_IMAGES else "open_images_validation",
                     "image_id": image, "annotator_id": annotator, "caption": caption, "timed_caption": timed,
-                    "traces": [[{"x": 0.2, "y": 0.3, "t": 0.02}]], "voice_recording": recording}  # fmt: skip
+                    "traces": [[{"x": 0.2, "y": 0.3, "t": 0.02}]], "voice_recording": audio_name}  # fmt: skip
             file.write(json.dumps(line) + "\n")
     (folder / "labels.csv").write_text(
         "ImageID,Source,LabelName,Confidence\n"
-        + "".join(f"{picture:016x},verification,/m/0{picture % 3},1\n" for picture in range(NUM_PICTURES))
+        + "".join(f"{index:016x},verification,/m/0{index % 3},1\n" for index in range(NUM_IMAGES))
     )
     (folder / "classes.csv").write_text("/m/00,Cat\n/m/01,Dog\n/m/02,Tree\n")
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=0)
@@ -73,7 +73,7 @@ def test_from_published_files_to_two_training_steps(published: Path, tmp_path: P
         [published / "narratives.jsonl"],
         manifest,
         images=published / "train",
-        recordings=published / "voices",
+        audio=published / "voices",
         labels=[published / "labels.csv"],
         label_names=published / "classes.csv",
     )
@@ -91,7 +91,7 @@ def test_from_published_files_to_two_training_steps(published: Path, tmp_path: P
     store = FeatureStore(path)
     assert inspect_store(path).failures == []
     assert store.num_samples == NUM_NARRATIVES
-    assert len(store.region_counts) == NUM_PICTURES, "narratives of a picture share its row"
+    assert len(store.region_counts) == NUM_IMAGES, "narratives of an image share its row"
     assert store.region_counts.min() >= 10
     assert set(store.frame_counts) == {12}  # a quarter of a second: (4000 - 400) // 320 + 1
     dims = store.description.dims

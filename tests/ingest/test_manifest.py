@@ -164,7 +164,7 @@ def test_named_splits_may_divide_a_group_and_say_so(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(images=st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=40), size=st.integers(1, 9))
-def test_shards_hold_every_line_once_and_never_part_a_picture(images: list[int | None], size: int) -> None:
+def test_shards_hold_every_line_once_and_never_part_an_image(images: list[int | None], size: int) -> None:
     from opt_ds.ingest.manifest import ManifestLine
 
     lines = [

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_ds.decoding.decoder import load_picture
 from opt_ds.errors import UserError
 from opt_ds.features.grid import GridExtractor
 from opt_ds.features.text import train_wordpiece
@@ -22,6 +21,7 @@ from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.files import exclusive_use
+from tests.decoded import image_of
 from tests.ingest.conftest import SETTINGS
 
 
@@ -61,8 +61,8 @@ def test_what_is_broken_is_counted_with_its_reason(prepared: Path) -> None:
     report = json.loads((prepared / REPORT_FILE).read_text())
     assert (report["kept"], report["skipped"]) == (7, 5)
     reasons = {entry["id"]: entry["reason"] for entry in report["skipped_samples"]}
-    assert reasons["bad-picture"].startswith("image file is broken: cut.jpg")
-    assert reasons["no-picture"] == "image file is missing: gone.png"
+    assert reasons["bad-image"].startswith("image file is broken: cut.jpg")
+    assert reasons["no-image"] == "image file is missing: gone.png"
     assert reasons["bad-audio"].startswith("audio file is broken: noise.wav")
     assert reasons["no-audio"] == "audio file is missing: gone.wav"
     assert reasons["empty"] == "the text has no tokens"
@@ -71,7 +71,7 @@ def test_what_is_broken_is_counted_with_its_reason(prepared: Path) -> None:
 def test_stored_features_are_the_extractors(prepared: Path, messy_manifest: Path) -> None:
     store = FeatureStore(prepared)
     sample = next(number for number in range(store.num_samples) if store.sample_id(number) == "ok-6")
-    (regions,) = GridExtractor().extract([load_picture(messy_manifest.parent / "grey.png")])
+    (regions,) = GridExtractor().extract([image_of(messy_manifest.parent / "grey.png")])
     stored = store.regions(store.rows[sample, 1])
     assert np.abs(stored.features.astype(float) - regions.features).max() < 0.01
     assert (stored.boxes == regions.boxes).all()

@@ -7,10 +7,10 @@ from opt_ds.ingest.report import build_report, report_table
 LENGTHS = {"text": np.array([3, 4, 50]), "image": np.array([10, 100]), "audio": np.zeros(0, "int64")}
 
 
-def note(skipped: list[tuple[str, str]], rows: list[tuple[str, str, str]], cut: list[str]) -> dict:
+def note(skipped: list[tuple[str, str]], rows: list[tuple[str, str, str]], truncated: list[str]) -> dict:
     entries = [{"id": id, "reason": reason} for id, reason in skipped]
     digests = {"text": [], "image": [list(row) for row in rows], "audio": []}
-    return {"skipped": entries, "cut": {"text": cut, "audio": []}, "digests": digests}
+    return {"skipped": entries, "truncated": {"text": truncated, "audio": []}, "digests": digests}
 
 
 def test_shards_add_up_and_equal_files_are_found_across_them() -> None:

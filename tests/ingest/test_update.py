@@ -57,7 +57,7 @@ def test_audio_and_images_are_replaced_and_the_rest_is_kept(
     assert after.caption(0) == caption
     report = json.loads((path / REPORT_FILE).read_text())
     assert report["lengths"]["audio"]["max"] == after.frame_counts.max()
-    assert report["lost"] == {"audio": []}
+    assert report["dropped"] == {"audio": []}
 
     named = []
     for line in map(json.loads, messy_manifest.read_text(encoding="utf-8").splitlines()):
@@ -156,10 +156,10 @@ def test_the_report_names_who_lost_what(messy_manifest: Path, own_store: Path, l
     cut = PrepareSettings(max_frames=5)
     update_modality(path, manifest, "audio", cut, workers=1, device="cpu")
     report = json.loads((path / REPORT_FILE).read_text())
-    assert [entry["id"] for entry in report["lost"]["audio"]] == ["ok-3"]
-    assert "audio file is broken: noise.wav" in report["lost"]["audio"][0]["reason"]
+    assert [entry["id"] for entry in report["dropped"]["audio"]] == ["ok-3"]
+    assert "audio file is broken: noise.wav" in report["dropped"]["audio"][0]["reason"]
     assert any(line.startswith('  "ok-3": audio file is broken') for line in logged)
-    assert report["cut"]["audio"] == ["ok-1", "ok-4"]
+    assert report["truncated"]["audio"] == ["ok-1", "ok-4"]
     assert report["lengths"]["audio"]["rows"] == 2
     assert report["duplicates"]["audio"]["repeated"] == 1  # one file in two shards
 

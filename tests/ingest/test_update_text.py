@@ -60,7 +60,7 @@ def test_new_texts_of_a_manifest_and_a_report_that_is_true_again(
     store: Path, messy_manifest: Path, tmp_path: Path, logged: list[str]
 ) -> None:
     kept = json.loads((store / REPORT_FILE).read_text())
-    picture = (store / LENGTHS_FILE).read_bytes()
+    image = (store / LENGTHS_FILE).read_bytes()
     lines = [json.loads(line) for line in messy_manifest.read_text(encoding="utf-8").splitlines()]
     for line in lines:
         line["text"] = {"ok-1": "one and two", "ok-2": "\u200b", "ok-3": "three", "ok-5": "three"}.get(line["id"], "plain words")
@@ -76,9 +76,9 @@ def test_new_texts_of_a_manifest_and_a_report_that_is_true_again(
     assert captions(opened) == {"ok-1": "one and two", "ok-3": "three", "ok-4": "plain words", "ok-5": "three",
                                 "ok-6": "plain words", "ok-7": "plain words"}  # fmt: skip
     assert by_id(opened)["ok-2"][0] == -1
-    assert report["lost"] == {"text": [{"id": "ok-2", "reason": "the text has no tokens"}]}
+    assert report["dropped"] == {"text": [{"id": "ok-2", "reason": "the text has no tokens"}]}
     assert any("ok-2" in line for line in logged)
-    assert "ok-1" in report["cut"]["text"]
+    assert "ok-1" in report["truncated"]["text"]
     assert max(opened.text_lengths) == 2 == report["lengths"]["text"]["max"]
     assert report["duplicates"]["text"]["repeated"] == 3  # "three" once more, "plain words" twice
     assert report["duplicates"]["text"]["across_splits"] == 1
@@ -86,7 +86,7 @@ def test_new_texts_of_a_manifest_and_a_report_that_is_true_again(
         assert report[name] == kept[name]
     for name in ("image", "audio"):
         assert report["lengths"][name] == kept["lengths"][name]
-    assert (store / LENGTHS_FILE).read_bytes() != picture
+    assert (store / LENGTHS_FILE).read_bytes() != image
 
 
 def test_what_cannot_be_is_refused_and_the_store_stays(store: Path, tmp_path: Path, messy_manifest: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_ds.decoding.decoder import load_picture, load_recording
 from opt_ds.errors import UserError
 from opt_ds.features.grid import GridExtractor
 from opt_ds.ingest import PrepareSettings, prepare
@@ -19,6 +18,7 @@ from opt_ds.ingest.manifest import read_manifest
 from opt_ds.ingest.report import REPORT_FILE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.lengths import LENGTHS_FILE
+from tests.decoded import audio_of, image_of
 from tests.decoding.wild_files import WILD, noise
 from tests.ingest.test_pipeline import contents
 from tests.logs import logged_lines
@@ -103,7 +103,7 @@ def test_each_fault_is_reported_with_its_reason_and_the_rest_is_kept(
 
 def test_the_report_counts_what_was_cut_and_what_is_double(prepared: tuple[Path, list[str]]) -> None:
     report = json.loads((prepared[0] / REPORT_FILE).read_text())
-    assert report["cut"] == {"text": ["t/long"], "audio": []}
+    assert report["truncated"] == {"text": ["t/long"], "audio": []}
     assert ["../../t", "t/again"] in report["duplicates"]["text"]["largest"]
     assert report["lengths"]["text"]["max"] == 50
     assert sum(report["lengths"]["image"]["histogram"]["counts"]) == report["lengths"]["image"]["rows"] > 10
@@ -137,8 +137,8 @@ def test_files_outside_are_taken_when_allowed(tmp_path: Path) -> None:
 
 
 def test_a_hole_in_a_batch_leaves_its_neighbours_bytes_alone() -> None:
-    extractor, pictures = GridExtractor(), [noise(), noise(), noise()]
-    whole, holed = extractor.extract(pictures), extractor.extract([pictures[0], None, pictures[2]])
+    extractor, images = GridExtractor(), [noise(), noise(), noise()]
+    whole, holed = extractor.extract(images), extractor.extract([images[0], None, images[2]])
     assert holed[1] is None
     for index in (0, 2):
         for ours, theirs in zip(holed[index], whole[index], strict=True):
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_an_error_or_readable_never_a_crash(name: str, data: s
         whole[data.draw(st.integers(0, min(len(whole), 200) - 1))] = data.draw(st.integers(0, 255))
     (folder / name).write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     try:
-        loaded = np.asarray((load_recording if name.endswith(("wav", "ogg")) else load_picture)(folder / name))
+        loaded = np.asarray((audio_of if name.endswith(("wav", "ogg")) else image_of)(folder / name))
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError):
         return
     assert np.isfinite(loaded).all()

@@ -18,7 +18,7 @@ PARTS = ("text", "image")
 
 
 def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, torch.Tensor]:
-    config = make_config(model={"norm": norm}, tasks={"mix": {"modality": 1.0}}, batch={"size": 12})
+    config = make_config(model={"norm": norm}, tasks={"sampling_weights": {"modality": 1.0}}, batch={"size": 12})
     model = make_model(config)
     batch = make_packer(config, [store]).pack(read_samples(config, [store]))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_text_decoder_that_writes_nothing_asks_for_no_table_of_zeros() -> None
 def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) -> None:
     config = make_config()
     model, reader = make_model(config), SampleReader(config, [complete])
-    samples = [reader.whole(0, i) for i in (1, 2, 3)]
+    samples = [reader.read_unmasked(0, i) for i in (1, 2, 3)]
     inputs = make_packer(config, [complete]).pack(samples).inputs
     hidden = model.encode(inputs)
     memory_index = torch.arange(len(hidden))

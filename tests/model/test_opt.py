@@ -7,9 +7,9 @@ import torch
 
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned import PlannedStep
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.step_plan import StepPlan
 from opt_ds.model.opt import OPT
 from opt_ds.nn.inputs import OutputPositions
 from opt_ds.ops import backend
@@ -34,8 +34,8 @@ def gradients(model: OPT, config: Config, batches: list[PackedBatch], counts: di
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_every_parameter_learns_from_a_mixed_batch(ragged: FeatureStore, norm: str) -> None:
     config = make_config(model={"norm": norm}, batch={"size": 80})
-    model, planned = make_model(config), StepPlan(config, [ragged]).step(0)
-    gradients(model, config, make_batches(config, [ragged], planned)[0], planned.counts)
+    model, step_plan = make_model(config), PretrainingPlan(config, [ragged]).step(0)
+    gradients(model, config, make_batches(config, [ragged], step_plan)[0], step_plan.counts)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > (0 if name.endswith(WITHOUT_EFFECT) else 1e-7), name
@@ -51,7 +51,7 @@ def test_the_last_layer_at_the_rows_that_are_read_is_the_whole_layer(
     request.addfinalizer(lambda: backend.choose("auto", "cpu"))
     config = make_config(model={"norm": norm}, batch={"size": 40})
     model, samples = make_model(config), read_samples(config, [ragged])
-    samples[3:3] = [SampleReader(config, [ragged]).whole(0, i) for i in range(2)]
+    samples[3:3] = [SampleReader(config, [ragged]).read_unmasked(0, i) for i in range(2)]
     batch = make_packer(config, [ragged]).pack(samples)
     assert batch.read.sequences.min_length == 0 and 0 < len(batch.read.index) < batch.inputs.sequences.total
     everything = OutputPositions(torch.arange(batch.inputs.sequences.total), batch.inputs.sequences)
@@ -76,9 +76,9 @@ HEADS = {  # task -> the parameters that only it trains
 
 @pytest.mark.parametrize("draw", HEADS)
 def test_a_head_without_work_has_gradients_of_zero(complete: FeatureStore, draw: str) -> None:
-    config = make_config(tasks={"mix": {draw: 1.0}})
-    model, planned = make_model(config), StepPlan(config, [complete]).step(0)
-    gradients(model, config, make_batches(config, [complete], planned)[0], planned.counts)
+    config = make_config(tasks={"sampling_weights": {draw: 1.0}})
+    model, step_plan = make_model(config), PretrainingPlan(config, [complete]).step(0)
+    gradients(model, config, make_batches(config, [complete], step_plan)[0], step_plan.counts)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         others = [part for other, parts in HEADS.items() if other != draw for part in parts]
@@ -93,7 +93,7 @@ def test_a_micro_batch_of_one_modality(complete: FeatureStore, modality: int) ->
     """As evaluation packs it: nothing to learn, embedders without rows."""
     config = make_config()
     model, reader = make_model(config), SampleReader(config, [complete])
-    batch = make_packer(config, [complete]).pack([reader.whole(0, i, (modality,)) for i in range(3)])
+    batch = make_packer(config, [complete]).pack([reader.read_unmasked(0, i, (modality,)) for i in range(3)])
     loss = total_loss(model(batch), dict.fromkeys(config.tasks.active_losses, 5.0), config.tasks, 1)
     loss.backward()
     assert loss.item() == 0.0
@@ -113,13 +113,13 @@ def test_a_micro_batch_of_no_samples(complete: FeatureStore, training: bool) -> 
 
 def test_infinite_scores_elsewhere_do_not_reach_a_head_without_work(complete: FeatureStore) -> None:
     """0 · NaN is NaN: the anchor of an idle head must be an empty sum, not a product with 0."""
-    config = make_config(tasks={"mix": {"mlm": 1.0}})
-    model, planned = make_model(config), StepPlan(config, [complete]).step(0)
+    config = make_config(tasks={"sampling_weights": {"mlm": 1.0}})
+    model, step_plan = make_model(config), PretrainingPlan(config, [complete]).step(0)
     with torch.no_grad():
         for idle in (model.mvm, model.mam, model.matching, model.image_decoder):
             for parameter in idle.parameters():
                 parameter.fill_(float("inf"))
-    loss = total_loss(model(make_batches(config, [complete], planned)[0][0]), planned.counts, config.tasks, 1)
+    loss = total_loss(model(make_batches(config, [complete], step_plan)[0][0]), step_plan.counts, config.tasks, 1)
     loss.backward()
     assert torch.isfinite(loss)
     shared = [p for n, p in model.named_parameters() if n.startswith(("embeddings.", "encoder."))]
@@ -133,9 +133,12 @@ def test_ranks_and_micro_batches_do_not_change_loss_and_gradients(request: pytes
     stores = [request.getfixturevalue(store)]
     found = {}
     for world_size, rounds in ((1, 1), (1, 8), (2, 3)):
-        config, planned = planned_with(stores, norm, world_size, rounds)
+        config, step_plan = step_plan_with(stores, norm, world_size, rounds)
         model = make_model(config)
-        losses = [gradients(model, config, rank, planned.counts, world_size) for rank in make_batches(config, stores, planned)]
+        losses = [
+            gradients(model, config, rank, step_plan.counts, world_size)
+            for rank in make_batches(config, stores, step_plan)
+        ]
         loss = sum(losses) / world_size
         found[world_size, rounds] = (loss, {n: p.grad / world_size for n, p in model.named_parameters()})
     loss, truth = found.pop((1, 1))
@@ -150,15 +153,15 @@ def test_ranks_and_micro_batches_do_not_change_loss_and_gradients(request: pytes
             assert (gradient - truth[name]).norm() <= allowed, name
 
 
-def planned_with(stores: list[FeatureStore], norm: str, world_size: int, rounds: int) -> tuple[Config, PlannedStep]:
+def step_plan_with(stores: list[FeatureStore], norm: str, world_size: int, rounds: int) -> tuple[Config, StepPlan]:
     """Return the same step split into this many micro-batches per rank, by the smallest sufficient token budget."""
     budget = 100
     while True:
         config = make_config(model={"norm": norm}, batch={"size": 48, "max_tokens": budget})
-        planned = StepPlan(config, stores).step(0, world_size)
-        if len(planned.micro_batches[0]) <= rounds:
-            assert all(len(rank) == rounds for rank in planned.micro_batches)
-            return config, planned
+        step_plan = PretrainingPlan(config, stores).step(0, world_size)
+        if len(step_plan.micro_batches[0]) <= rounds:
+            assert all(len(rank) == rounds for rank in step_plan.micro_batches)
+            return config, step_plan
         budget = int(budget * 1.06)
 
 
@@ -176,8 +179,8 @@ def test_recomputed_layers_give_the_same_bits(ragged: FeatureStore, kernels: str
     backend.choose(kernels, "cpu")
     request.addfinalizer(lambda: backend.choose("auto", "cpu"))
     config = make_config(model={"dropout": 0.1, "attention_dropout": 0.1}, batch={"size": 40})
-    model, planned = make_model(config), StepPlan(config, [ragged]).step(0)
-    batches, found = make_batches(config, [ragged], planned)[0], []
+    model, step_plan = make_model(config), PretrainingPlan(config, [ragged]).step(0)
+    batches, found = make_batches(config, [ragged], step_plan)[0], []
     for recompute in (False, True):
         model.recompute_layers(recompute).zero_grad()
         backend.seed_dropout(1, 0, 0, 0)
@@ -185,7 +188,7 @@ def test_recomputed_layers_give_the_same_bits(ragged: FeatureStore, kernels: str
         hooks = []
         for layer in model.encoder.layers:
             hooks.append(layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1)))
-        loss = gradients(model, config, batches, planned.counts)
+        loss = gradients(model, config, batches, step_plan.counts)
         found.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None], len(runs)))
         for hook in hooks:
             hook.remove()

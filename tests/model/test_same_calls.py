@@ -12,7 +12,7 @@ from torch import nn
 
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
@@ -24,11 +24,17 @@ Calls = list[tuple[str, str]]
 
 def batches(config: Config, store: FeatureStore) -> dict[str, PackedBatch]:
     """A step's samples in one batch; those of one task alone; one sample alone; none."""
-    planned, reader, packer = StepPlan(config, [store]).step(0), SampleReader(config, [store]), make_packer(config, [store])
-    samples = [reader.read(planned.samples, index) for index in range(planned.num_samples)]
+    step_plan, reader, packer = (
+        PretrainingPlan(config, [store]).step(0),
+        SampleReader(config, [store]),
+        make_packer(config, [store]),
+    )
+    samples = [reader.read(step_plan.samples, index) for index in range(step_plan.num_samples)]
     found = {"all": packer.pack(samples), "none": packer.pack([])}
-    for draw in sorted(set(planned.samples.task.tolist())):
-        found[TASK_NAMES[draw]] = packer.pack([s for s, own in zip(samples, planned.samples.task, strict=True) if own == draw])
+    for draw in sorted(set(step_plan.samples.task.tolist())):
+        found[TASK_NAMES[draw]] = packer.pack(
+            [s for s, own in zip(samples, step_plan.samples.task, strict=True) if own == draw]
+        )
     found |= {f"{sample.name} alone": packer.pack([sample]) for sample in samples[:8]}
     return found
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from opt_ds.config import ModelConfig
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.modalities import AUDIO, IMAGE
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.model.opt import OPT
 from opt_ds.nn.transformer import EncoderLayer
@@ -68,7 +68,7 @@ def test_a_packed_sample_is_encoded_as_if_alone(ragged: FeatureStore, norm: str)
 def test_regions_are_a_set_and_frames_a_sequence(complete: FeatureStore) -> None:
     config = make_config()
     model, packer = make_model(config), make_packer(config, [complete])
-    sample = SampleReader(config, [complete]).whole(0, 0)
+    sample = SampleReader(config, [complete]).read_unmasked(0, 0)
     assert min(len(sample.items[IMAGE].features), len(sample.items[AUDIO].features)) > 2
     cls = model.encode(packer.pack([sample]).inputs)[0]
     regions, frames = sample.of(IMAGE), sample.of(AUDIO)
@@ -84,8 +84,8 @@ def test_both_norm_placements_train(complete: FeatureStore, norm: str) -> None:
     config = make_config(model={"norm": norm, "layer_norm_eps": 1e-5}, batch={"size": 24})
     torch.manual_seed(0)
     model = OPT(config.model, config.tasks)
-    planned = StepPlan(config, [complete]).step(0)
-    ((batch, *more),) = make_batches(config, [complete], planned)
+    step_plan = PretrainingPlan(config, [complete]).step(0)
+    ((batch, *more),) = make_batches(config, [complete], step_plan)
     batches: list[PackedBatch] = [batch, *more]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     history = []
@@ -94,11 +94,11 @@ def test_both_norm_placements_train(complete: FeatureStore, norm: str) -> None:
         sums: dict[str, float] = {}
         for part in batches:
             terms = model(part)
-            total_loss(terms, planned.counts, config.tasks, 1).backward()
+            total_loss(terms, step_plan.counts, config.tasks, 1).backward()
             for loss, term in terms.items():
-                sums[loss] = sums.get(loss, 0.0) + term.sum.item() / planned.counts[loss]
+                sums[loss] = sums.get(loss, 0.0) + term.sum.item() / step_plan.counts[loss]
         optimizer.step()
         history.append(sums)
-    for loss in planned.counts:
+    for loss in step_plan.counts:
         assert history[-1][loss] < 0.9 * history[0][loss], loss
     assert sum(history[-1].values()) < 0.6 * sum(history[0].values())

@@ -178,7 +178,7 @@ def test_dropout_is_a_function_of_seed_step_rank_and_micro_batch() -> None:
 
 def test_our_dropout_is_a_function_of_seed_and_step_alone() -> None:
     backend.choose("fused", "cpu")
-    rows = Sequences.from_lengths([4, 3], slots=[8, 2])
+    rows = Sequences.from_lengths([4, 3], sample_index=[8, 2])
 
     def draw(*keys: int) -> torch.Tensor:
         backend.seed_dropout(*keys)
@@ -188,7 +188,7 @@ def test_our_dropout_is_a_function_of_seed_and_step_alone() -> None:
     assert torch.equal(draw(1, 2, 0, 0), first)
     assert not torch.equal(draw(2, 2, 3, 4), first) and not torch.equal(draw(1, 3, 3, 4), first)
     backend.seed_dropout(1, 2, 0, 0)
-    elsewhere = dropout(torch.ones(9, 64), 0.5, Sequences.from_lengths([2, 3, 4], slots=[5, 2, 8]))
+    elsewhere = dropout(torch.ones(9, 64), 0.5, Sequences.from_lengths([2, 3, 4], sample_index=[5, 2, 8]))
     assert torch.equal(elsewhere[5:], first[:4]) and torch.equal(elsewhere[2:5], first[4:]), (
         "a sample keeps its bits wherever it lies"
     )

@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
 
 
 def row_keys(lengths: list[int]) -> torch.Tensor:
-    return Sequences.from_lengths(lengths, slots=[7 * i + 3 for i in range(len(lengths))]).row_keys
+    return Sequences.from_lengths(lengths, sample_index=[7 * i + 3 for i in range(len(lengths))]).row_keys
 
 
 def layer_norm_inputs(width: int, dtype: torch.dtype, rows: int = 6) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def run_attention(
     library: str, inputs: list[torch.Tensor], ql: list[int], kl: list[int], causal: bool, dropout: float
 ) -> list[torch.Tensor]:
     """out, then the gradients of a fixed weighting of it; in float64."""
-    queries, keys = (Sequences.from_lengths(n, slots=range(4, 4 + len(n))) for n in (ql, kl))
+    queries, keys = (Sequences.from_lengths(n, sample_index=range(4, 4 + len(n))) for n in (ql, kl))
     scale = inputs[0].shape[-1] ** -0.5
     out, _ = getattr(torch.ops, library).attention(
         *inputs,
@@ -62,7 +62,7 @@ def run_attention(
         keys.max_length,
         scale,
         causal,
-        queries.slots,
+        queries.sample_index,
         dropout,
         KEY,
         LAYER_ID,
@@ -90,11 +90,11 @@ def test_philox_is_philox() -> None:
     ]  # fmt: skip
 
 
-def kept_by_hand(slot: int, position: int, column: int, probability: float, head: int = 0) -> bool:
+def kept_by_hand(sample_index: int, position: int, column: int, probability: float, head: int = 0) -> bool:
     words = [
         w
         for call in range(4)
-        for w in philox(KEY, (4 * (column // 32) + call, position, slot, LAYER_ID + (head << 16)))
+        for w in philox(KEY, (4 * (column // 32) + call, position, sample_index, LAYER_ID + (head << 16)))
     ]
     number = sum((word >> (column % 32) & 1) << i for i, word in enumerate(words))
     return number >= round(probability * 65536)
@@ -105,7 +105,10 @@ def kept_by_hand(slot: int, position: int, column: int, probability: float, head
 def test_dropout_is_the_documented_function_of_the_place(library: str, width: int) -> None:
     keys = row_keys([3, 2])
     y = getattr(torch.ops, library).dropout(torch.ones(5, width), keys, 0.3, KEY, LAYER_ID)
-    by_hand = [[kept_by_hand(slot, position, column, 0.3) for column in range(width)] for slot, position in keys.tolist()]
+    by_hand = [
+        [kept_by_hand(sample_index, position, column, 0.3) for column in range(width)]
+        for sample_index, position in keys.tolist()
+    ]
     assert torch.equal(y != 0, torch.tensor(by_hand))
     assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - round(0.3 * 65536) / 65536)))
 
@@ -118,9 +121,9 @@ def test_attention_drops_the_same_probabilities_in_every_tiling(library: str, si
     q, k = torch.zeros(length, 1, size), torch.zeros(length, 1, size)
     v = torch.eye(size)[:, None].clone()
     q, k, v = (x.to(torch.float16 if library == "opt_ds_emulator" else torch.float32).requires_grad_() for x in (q, k, v))
-    cu, slots = torch.tensor([0, length], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
+    cu, sample_index = torch.tensor([0, length], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
     out, _ = getattr(torch.ops, library).attention(
-        q, k, v, cu, cu, length, length, 1.0, False, slots, 0.4, KEY, LAYER_ID
+        q, k, v, cu, cu, length, length, 1.0, False, sample_index, 0.4, KEY, LAYER_ID
     )
     by_hand = torch.tensor([[kept_by_hand(9, i, j, 0.4) for j in range(length)] for i in range(length)])
     assert torch.equal(out[:, 0] != 0, by_hand), "forward"
@@ -134,17 +137,17 @@ def test_the_mask_depends_on_key_layer_sample_position_and_head_alone() -> None:
         keys = row_keys([4]) if keys is None else keys
         return torch.ops.opt_ds.dropout(torch.ones(4, 64), keys, 0.5, key, layer_id) != 0
 
-    other_slot = torch.tensor([[4, i] for i in range(4)], dtype=torch.int32)
-    masks = [mask(), mask(key=KEY + 1), mask(layer_id=LAYER_ID + 1), mask(keys=other_slot)]
+    other_sample = torch.tensor([[4, i] for i in range(4)], dtype=torch.int32)
+    masks = [mask(), mask(key=KEY + 1), mask(layer_id=LAYER_ID + 1), mask(keys=other_sample)]
     for i, one in enumerate(masks):
         for other in masks[i + 1 :]:
             assert 0.3 < (one == other).double().mean() < 0.7
     shuffled = torch.tensor([2, 0, 3, 1])
     assert torch.equal(mask(keys=row_keys([4])[shuffled]), mask()[shuffled]), "rows keep their bits wherever they lie"
     q = torch.zeros(64, 3, 32)
-    cu, slots = torch.tensor([0, 64], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
+    cu, sample_index = torch.tensor([0, 64], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
     values = torch.eye(64, 32)[:, None].expand(64, 3, 32).contiguous()
-    out, _ = torch.ops.opt_ds.attention(q, q, values, cu, cu, 64, 64, 1.0, False, slots, 0.5, KEY, LAYER_ID)
+    out, _ = torch.ops.opt_ds.attention(q, q, values, cu, cu, 64, 64, 1.0, False, sample_index, 0.5, KEY, LAYER_ID)
     assert not torch.equal(out[:, 0], out[:, 1]) and not torch.equal(out[:, 1], out[:, 2])
 
 
@@ -181,7 +184,7 @@ def test_attention_passes_gradcheck(ql: list[int], kl: list[int], causal: bool, 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.ops.opt_ds.attention(
             q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, 0.6, causal,
-            queries.slots_or_numbers, dropout, KEY, LAYER_ID,
+            queries.sample_index_or_range, dropout, KEY, LAYER_ID,
         )[0]  # fmt: skip
 
     assert torch.autograd.gradcheck(function, attention_inputs(ql, kl, 4, torch.float64))
@@ -201,8 +204,8 @@ def test_opcheck(library: str) -> None:
     ql = [5, 8]
     q, k, v = attention_inputs(ql, ql, 32, torch.float32)
     queries = Sequences.from_lengths(ql)
-    cu, slots = queries.cu_seqlens, queries.slots_or_numbers
-    torch.library.opcheck(ops.attention.default, (q, k, v, cu, cu, 8, 8, 0.2, True, slots, 0.1, KEY, LAYER_ID))
+    cu, sample_index = queries.cu_seqlens, queries.sample_index_or_range
+    torch.library.opcheck(ops.attention.default, (q, k, v, cu, cu, 8, 8, 0.2, True, sample_index, 0.1, KEY, LAYER_ID))
 
 
 def test_torch_compile_sees_whole_graphs() -> None:

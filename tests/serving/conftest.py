@@ -66,7 +66,7 @@ def start_run(store: Path, output: Path, *settings: str) -> None:
     dims = FeatureStore(store).description.dims
     given = (
         f"model.vocab_size={dims.vocab_size}", f"model.image_codebook_size={dims.num_codes}", "train.max_steps=2",
-        "batch.size=8", "train.picture_grid=0", *settings,
+        "batch.size=8", "train.image_grid=0", *settings,
     )  # fmt: skip
     options = [part for setting in given for part in ("--set", setting)]
     script = Path(__file__).parents[2] / "opt_ds" / "pretrain.py"
@@ -100,9 +100,9 @@ def without(session: Session, *losses: str) -> Session:
 def address(session: Session, raw_store: Path) -> Iterator[str]:
     """A real server on a free port of this machine."""
     from opt_ds.serving.app import build_app
-    from opt_ds.serving.neighbours import Neighbours, evaluator_beside
+    from opt_ds.serving.neighbours import Neighbours, evaluator_of
 
-    with serving(build_app(session, Neighbours(evaluator_beside(session, raw_store), "train"))) as port:
+    with serving(build_app(session, Neighbours(evaluator_of(session, raw_store), "train"))) as port:
         yield f"http://127.0.0.1:{port}"
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from opt_ds.errors import UserError
 from opt_ds.serving.app import build_app
 from opt_ds.serving.limits import Limits
-from opt_ds.serving.neighbours import evaluator_beside
+from opt_ds.serving.neighbours import evaluator_of
 from opt_ds.serving.session import Session
 from tests.serving.conftest import without
 
@@ -54,11 +54,11 @@ def test_a_drawing_is_read_only_where_the_server_allows_it_and_never_one_that_na
     assert "other files are never fetched" in answer.text
 
 
-def test_pictures_are_painted(client: httpx.Client) -> None:
-    answer = client.post("/api/paint", data={"text": "a red square", "count": 2}).json()
-    images = [Image.open(io.BytesIO(base64.b64decode(p["png"].split(",")[1]))) for p in answer["pictures"]]
+def test_images_are_generated(client: httpx.Client) -> None:
+    answer = client.post("/api/generate_image", data={"text": "a red square", "count": 2}).json()
+    images = [Image.open(io.BytesIO(base64.b64decode(p["png"].split(",")[1]))) for p in answer["images"]]
     assert [image.size for image in images] == [(64, 64)] * 2
-    assert answer["pictures"][0]["matching"] >= answer["pictures"][1]["matching"]
+    assert answer["images"][0]["matching"] >= answer["images"][1]["matching"]
 
 
 def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Session, raw: Path) -> None:
@@ -66,9 +66,9 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
     client = TestClient(build_app(without(session, "dtr", "matching")), base_url="http://localhost")
     answer = client.post("/api/describe", data={"text": "a red square"}, files=files).json()
     assert "text" not in answer and "matching" not in answer and answer["attention"]
-    painted = client.post("/api/paint", data={"text": "a red square", "count": 2}).json()
-    assert [picture["matching"] for picture in painted["pictures"]] == [None, None]
-    assert "trained without matching" in painted["notes"][0]
+    generated = client.post("/api/generate_image", data={"text": "a red square", "count": 2}).json()
+    assert [image["matching"] for image in generated["images"]] == [None, None]
+    assert "trained without matching" in generated["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
     [
         ({}, {}, 422, "no input"),
         ({"text": "x" * 20_000}, {}, 422, ""),
-        ({}, {"image": b"no picture"}, 422, "cannot be read"),
+        ({}, {"image": b"no image"}, 422, "cannot be read"),
         ({}, {"audio": b"RIFF no sound"}, 422, "cannot be read"),
         ({}, {"image": b"x" * (Limits().upload_bytes + 1)}, 413, "are allowed"),
         ({"text": "a", "count": 100}, {}, 422, ""),
@@ -85,26 +85,34 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
 def test_bad_requests_get_a_status_and_a_reason(
     data: dict[str, object], files: dict[str, bytes], status: int, expected: str, client: httpx.Client
 ) -> None:
-    reply = client.post("/api/paint", data=data, files=files)
+    reply = client.post("/api/generate_image", data=data, files=files)
     assert reply.status_code == status
     assert expected in str(reply.json()["detail"]) and "/tmp" not in reply.text
     assert client.get("/api/about").status_code == 200, "it lives on"
 
 
 def test_the_fields_of_a_request_keep_to_the_limits_that_are_given(session: Session) -> None:
-    client = TestClient(build_app(session, limits=Limits(text_characters=5, pictures=1)), base_url="http://localhost")
-    assert client.post("/api/paint", data={"text": "a red"}).status_code == 200
+    client = TestClient(build_app(session, limits=Limits(text_characters=5, images=1)), base_url="http://localhost")
+    assert client.post("/api/generate_image", data={"text": "a red"}).status_code == 200
     for data in ({"text": "a red "}, {"text": "a red", "count": 2}):
-        assert client.post("/api/paint", data=data).status_code == 422
+        assert client.post("/api/generate_image", data=data).status_code == 422
 
 
 @pytest.mark.parametrize(
     ("path", "data", "expected"),
     [
-        ("/api/paint", {"text": "a", "sead": "2"}, 'unknown field "sead" (did you mean "seed"?): choose from text, image'),
-        ("/api/describe", {"text": "a", "seed": "2"}, 'unknown field "seed": choose from text, image, audio, attention'),
-        ("/api/paint", {"text": ["a", "b"]}, "text: is given 2 times: give it once"),
-        ("/api/paint?seed=2", {"text": "a"}, '"seed" is given in the URL: send it as a field of the form'),
+        (
+            "/api/generate_image",
+            {"text": "a", "sead": "2"},
+            'unknown field "sead" (did you mean "seed"?): choose from text, image',
+        ),
+        (
+            "/api/describe",
+            {"text": "a", "seed": "2"},
+            'unknown field "seed": choose from text, image, audio, attention',
+        ),
+        ("/api/generate_image", {"text": ["a", "b"]}, "text: is given 2 times: give it once"),
+        ("/api/generate_image?seed=2", {"text": "a"}, '"seed" is given in the URL: send it as a field of the form'),
     ],
 )
 def test_a_field_that_would_not_be_used_is_refused(
@@ -115,12 +123,12 @@ def test_a_field_that_would_not_be_used_is_refused(
 
 
 def test_an_upload_without_a_size_is_refused(client: httpx.Client) -> None:
-    assert client.post("/api/paint", content=iter([b"a" * 10])).status_code == 411
+    assert client.post("/api/generate_image", content=iter([b"a" * 10])).status_code == 411
     chunks = {"content": iter([b"a" * 10]), "headers": {"Content-Length": "10", "Transfer-Encoding": "chunked"}}
-    assert client.post("/api/paint", **chunks).status_code == 411, "chunks are not what Content-Length says"
+    assert client.post("/api/generate_image", **chunks).status_code == 411, "chunks are not what Content-Length says"
 
 
-def test_a_small_upload_that_holds_a_long_recording_is_refused(client: httpx.Client) -> None:
+def test_a_small_upload_that_holds_a_long_audio_file_is_refused(client: httpx.Client) -> None:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(8000 * 301), 8000, format="FLAC")
     reply = client.post("/api/describe", files={"audio": file.getvalue()})
@@ -148,9 +156,9 @@ def test_a_client_that_hangs_up_takes_nothing_down(address: str, client: httpx.C
     assert client.post("/api/describe", data={"text": "a red square"}).status_code == 200
 
 
-def test_another_store_is_refused_by_identity(session: Session, tmp_path: Path) -> None:
+def test_another_store_is_refused_by_fingerprint(session: Session, tmp_path: Path) -> None:
     from opt_ds.store.synthetic import write_synthetic_store
 
     write_synthetic_store(tmp_path / "other", 10)
     with pytest.raises(UserError, match="its vocabulary is not the model's"):
-        evaluator_beside(session, tmp_path / "other")
+        evaluator_of(session, tmp_path / "other")

@@ -23,14 +23,14 @@ def opt_ds(*arguments: object) -> int:
     return run_command(_build(), [str(argument) for argument in arguments], "opt-ds")
 
 
-def test_text_and_picture_are_written(run: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_and_image_are_written(run: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "out" / "a.txt"
     assert opt_ds("generate", "--checkpoint", run, "--image", raw / "0.png", "--to", "text", "--output", text) == 0
     assert text.read_text().strip() == capsys.readouterr().out.strip()
-    picture = tmp_path / "a.png"
-    given = ("--text", "a red square", "--to", "image", "--candidates", 2, "--output", picture)
+    image = tmp_path / "a.png"
+    given = ("--text", "a red square", "--to", "image", "--candidates", 2, "--output", image)
     assert opt_ds("generate", "--checkpoint", run, *given) == 0
-    assert Image.open(picture).size == (64, 64) and "the best of 2" in capsys.readouterr().out
+    assert Image.open(image).size == (64, 64) and "the best of 2" in capsys.readouterr().out
 
 
 def test_a_dash_is_standard_output(
@@ -103,7 +103,7 @@ def test_a_bad_limit_of_the_server_is_one_line(
 def test_the_server_keeps_to_the_limits_of_a_file_and_of_set(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "limits.yaml").write_text("places: 3\npictures: 2\n")
+    (tmp_path / "limits.yaml").write_text("places: 3\nimages: 2\n")
     kept: list[Limits] = []
 
     class Ready(BaseException):
@@ -115,8 +115,8 @@ def test_the_server_keeps_to_the_limits_of_a_file_and_of_set(
 
     monkeypatch.setattr("opt_ds.serving.server.build_server", build)
     with pytest.raises(Ready):
-        opt_ds("serve", "--checkpoint", run, "--port", "0", "--config", tmp_path / "limits.yaml", "--set", "pictures=1")
-    assert kept == [Limits(places=3, pictures=1)]
+        opt_ds("serve", "--checkpoint", run, "--port", "0", "--config", tmp_path / "limits.yaml", "--set", "images=1")
+    assert kept == [Limits(places=3, images=1)]
 
 
 def test_export_then_generate(run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,17 +128,30 @@ def test_export_then_generate(run: Path, raw_store: Path, tmp_path: Path, capsys
     assert "an exported model works with generate and serve only" in capsys.readouterr().err
 
 
-def test_pictures_are_painted_and_judged_by_the_models_own_extractor(
+def test_images_are_generated_and_judged_by_the_models_own_extractor(
     run: Path, raw_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out" / "images.json"
-    given = ("--checkpoint", run, "--store", raw_store, "--split", "valid", "--output", output, "--paint", 3, "--candidates", 2)
-    assert opt_ds("evaluate", "image-generation", *given, "--pictures", 2, "--top-p", 0.9, "--temperature", 1.2) == 0
+    given = (
+        "--checkpoint",
+        run,
+        "--store",
+        raw_store,
+        "--split",
+        "valid",
+        "--output",
+        output,
+        "--generate",
+        3,
+        "--candidates",
+        2,
+    )
+    assert opt_ds("evaluate", "image-generation", *given, "--images", 2, "--top-p", 0.9, "--temperature", 1.2) == 0
     figures = json.loads(output.read_text())
     for name in ("T", "A", "T+A"):
-        painted = figures[name]["painted"]
-        assert painted["samples"] == 3 and painted["sampling"]["top_p"] == 0.9
-        assert painted["matching"]["kept"] >= painted["matching"]["first"] and 0 <= painted["nearest"]["R@1"] <= 1
+        generated = figures[name]["generated"]
+        assert generated["samples"] == 3 and generated["sampling"]["top_p"] == 0.9
+        assert generated["matching"]["kept"] >= generated["matching"]["first"] and 0 <= generated["nearest"]["R@1"] <= 1
     assert "best of 2" in capsys.readouterr().out and Image.open(output.with_suffix(".png")).width > 500
     assert opt_ds("evaluate", "image-generation", *given, "--inception", tmp_path / "none.pth") == 2
     assert "no such file" in capsys.readouterr().err
@@ -168,7 +181,9 @@ def test_serve_finishes_what_it_computes_and_ends(number: int, run: Path, tmp_pa
         assert server.poll() is None, log.read_text()
         time.sleep(0.05)
     body = b"text=a+red+square&count=4"
-    head = f"POST /api/paint HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    head = (
+        f"POST /api/generate_image HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    )
     with socket.create_connection(("127.0.0.1", int(match[1])), timeout=60) as client:
         client.sendall(f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\n".encode() + body)
         time.sleep(0.15)

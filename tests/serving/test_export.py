@@ -38,7 +38,7 @@ def test_answers_are_those_of_the_run(session: Session, exported: Path, raw: Pat
     for given in ({"text": "a red square"}, {"image": raw / "2.png", "audio": raw / "2.wav"}):
         sample, same = session.processor(**given), other.processor(**given)
         assert session.text(sample) == other.text(same)
-        assert session.pictures(sample)[0][0].tobytes() == other.pictures(same)[0][0].tobytes()
+        assert session.generate_images(sample)[0][0].tobytes() == other.generate_images(same)[0][0].tobytes()
 
 
 def test_the_folder_names_no_path_of_the_machine_and_has_a_card(exported: Path, raw_store: Path) -> None:

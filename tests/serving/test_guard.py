@@ -46,7 +46,7 @@ def test_foreign_names_are_refused_with_the_way_to_allow_them(host: str, client:
     reply = ask(client, host=host)
     assert reply.status_code == 403
     assert "--allow-host" in reply.json()["detail"] or "names no valid Host" in reply.json()["detail"]
-    for method, path in (("POST", "/api/describe"), ("GET", "/"), ("OPTIONS", "/api/paint"), ("GET", "/nowhere")):
+    for method, path in (("POST", "/api/describe"), ("GET", "/"), ("OPTIONS", "/api/generate_image"), ("GET", "/nowhere")):
         assert client.request(method, path, headers={"host": host}).status_code == 403
 
 
@@ -117,8 +117,8 @@ def test_other_pages_may_link_to_the_page_and_do_no_more(client: TestClient) -> 
     ("method", "path", "status"),
     [
         ("GET", "/", 200), ("GET", "/page.js", 200), ("GET", "/page.css", 200), ("GET", "/api/about", 200),
-        ("GET", "/api/openapi.json", 200), ("GET", "/api/docs", 404), ("GET", "/nowhere", 404), ("PUT", "/api/paint", 405),
-        ("POST", "/api/describe", 422), ("POST", "/page.js", 405),
+        ("GET", "/api/openapi.json", 200), ("GET", "/api/docs", 404), ("GET", "/nowhere", 404),
+        ("PUT", "/api/generate_image", 405), ("POST", "/api/describe", 422), ("POST", "/page.js", 405),
     ],
 )  # fmt: skip
 def test_every_answer_carries_the_security_headers(method: str, path: str, status: int, client: TestClient) -> None:
@@ -168,7 +168,7 @@ def test_messages_are_one_line_and_name_no_folder_of_the_server(client: TestClie
         patch.setattr(session, "text", fail)
         reply = client.post("/api/describe", data={"text": "a red square"})
     assert reply.status_code == 422 and reply.json()["detail"] == "dvae: the model has no dVAE; see http://a/b/c"
-    long = client.post("/api/paint", data={"text": "x" * 20_000, "count": 9}).json()["detail"]
+    long = client.post("/api/generate_image", data={"text": "x" * 20_000, "count": 9}).json()["detail"]
     assert isinstance(long, str) and "text:" in long and "count:" in long and len(long) < 200, "the input is not sent back"
 
 

@@ -13,7 +13,7 @@ ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_a_person_uploads_a_picture_and_speech_and_gets_a_text_and_pictures(browser: Any, address: str, raw: Path) -> None:
+def test_a_person_uploads_an_image_and_speech_and_gets_a_text_and_images(browser: Any, address: str, raw: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -39,9 +39,9 @@ def test_a_person_uploads_a_picture_and_speech_and_gets_a_text_and_pictures(brow
     ARTIFACTS.mkdir(exist_ok=True)
     browser.save_screenshot(str(ARTIFACTS / "page.png"))
 
-    browser.find_element(By.ID, "paint").click()
-    wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, ".pictures img")) == 4)
-    image = browser.find_element(By.CSS_SELECTOR, ".pictures img")
+    browser.find_element(By.ID, "generate").click()
+    wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, ".images img")) == 4)
+    image = browser.find_element(By.CSS_SELECTOR, ".images img")
     wait.until(lambda page: page.execute_script("return arguments[0].naturalWidth", image) == 64)
     wrong = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
     assert not wrong, wrong

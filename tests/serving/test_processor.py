@@ -30,7 +30,7 @@ def test_a_raw_sample_becomes_just_what_training_reads(session: Session, raw: Pa
     np.testing.assert_allclose(made.items[IMAGE].features, stored.items[IMAGE].features, rtol=1e-2, atol=1e-2)
 
 
-def test_pictures_and_waveforms_in_memory_are_read_as_their_files(session: Session, raw: Path) -> None:
+def test_images_and_waveforms_in_memory_are_read_as_their_files(session: Session, raw: Path) -> None:
     import soundfile
 
     of_file = session.processor(image=raw / "1.png", audio=raw / "1.wav")
@@ -51,7 +51,7 @@ def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
     assert "the text has" in logged[0] and "only the first 24 are read" in logged[0]
     assert "the audio (60.0 s) has" in logged[1] and "(6.4 s) are read" in logged[1]
     Image.new("RGB", (1, 1), "red").save(run.parent / "pixel.png")
-    assert len(session.processor(image=run.parent / "pixel.png").items[IMAGE].features) == 16, "one pixel is a picture too"
+    assert len(session.processor(image=run.parent / "pixel.png").items[IMAGE].features) == 16, "one pixel is an image too"
 
 
 @pytest.mark.parametrize(

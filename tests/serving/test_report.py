@@ -49,8 +49,8 @@ def test_the_page_shows_the_figures_beside_the_papers(
     widths = "return [...document.querySelectorAll('.curves svg')].map(drawing => drawing.getBoundingClientRect().width)"
     drawn = browser.execute_script(widths)
     assert len(drawn) == len(titles) and min(drawn) > 100
-    pictures = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-    assert pictures and min(pictures) > 100
+    images = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+    assert images and min(images) > 100
     text = browser.find_element(By.TAG_NAME, "body").text
     summary = json.loads((evaluated / "result.json").read_text())
     assert f"{summary['validation']['mlm']['loss']:,.3f}" in text

@@ -175,7 +175,7 @@ def test_beyond_the_queue_a_request_is_refused_before_its_body_and_the_rest_stil
         assert slow_model.started.acquire(timeout=PATIENCE_S)
         _wait_for_full_queue(port)
         # Not one byte of the body is sent: the answer comes before it.
-        for path in (b"describe", b"paint"):
+        for path in (b"describe", b"generate_image"):
             connection = connect(port, HEAD.replace(b"describe", path) + b"Content-Length: 20000000\r\n\r\n")
             received = connection.recv(65536).lower()
             assert received.startswith(b"http/1.1 503") and b"retry-after: 1" in received

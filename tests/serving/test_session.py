@@ -15,24 +15,24 @@ INPUTS = [("text",), ("image",), ("audio",), ("text", "image"), ("text", "audio"
 
 
 @pytest.mark.parametrize("names", INPUTS, ids="+".join)
-def test_every_mixture_of_inputs_gives_a_text_and_a_picture(names: tuple[str, ...], session: Session, raw: Path) -> None:
+def test_every_mixture_of_inputs_gives_a_text_and_an_image(names: tuple[str, ...], session: Session, raw: Path) -> None:
     whole = {"text": "a red square", "image": raw / "0.png", "audio": raw / "0.wav"}
     sample = session.processor(**{name: whole[name] for name in names})  # type: ignore[arg-type]
     assert isinstance(session.text(sample, DecodingConfig()), str)
-    ((picture, score),) = session.pictures(sample)
-    assert picture.size == (64, 64) and score is None
+    ((image, score),) = session.generate_images(sample)
+    assert image.size == (64, 64) and score is None
 
 
-def test_several_pictures_differ_and_come_best_first_and_again_the_same(session: Session) -> None:
+def test_several_images_differ_and_come_best_first_and_again_the_same(session: Session) -> None:
     sample = session.processor("a blue square")
-    painted = session.pictures(sample, 3)
-    scores = [score for _, score in painted]
+    generated = session.generate_images(sample, 3)
+    scores = [score for _, score in generated]
     assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
-    assert len({picture.tobytes() for picture, _ in painted}) == 3
-    again = session.pictures(sample, 3)
-    assert [picture.tobytes() for picture, _ in painted] == [picture.tobytes() for picture, _ in again]
-    other = session.pictures(sample, 3, DecodingConfig(method="sample", seed=2))
-    assert other[0][0].tobytes() != painted[0][0].tobytes()
+    assert len({image.tobytes() for image, _ in generated}) == 3
+    again = session.generate_images(sample, 3)
+    assert [image.tobytes() for image, _ in generated] == [image.tobytes() for image, _ in again]
+    other = session.generate_images(sample, 3, DecodingConfig(method="sample", seed=2))
+    assert other[0][0].tobytes() != generated[0][0].tobytes()
 
 
 def test_matching_names_the_cases_that_the_inputs_allow(session: Session, raw: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_was_not_learned_is_refused(raw_store: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"trained without dtr .* cannot write text"):
         session.text(sample)
     with pytest.raises(UserError, match=r"trained without dir .* cannot generate images"):
-        session.pictures(sample)
+        session.generate_images(sample)
 
 
 def test_a_head_that_was_never_trained_judges_nothing(session: Session, raw: Path) -> None:
@@ -59,9 +59,9 @@ def test_a_head_that_was_never_trained_judges_nothing(session: Session, raw: Pat
     sample = other.processor("a red square", raw / "0.png")
     with pytest.raises(UserError, match=r"trained without matching .* cannot predict whether"):
         other.matching(sample)
-    painted, compared = other.pictures(sample, 3), session.pictures(sample, 3)
-    assert [score for _, score in painted] == [None] * 3
-    assert {picture.tobytes() for picture, _ in painted} == {picture.tobytes() for picture, _ in compared}
+    generated, compared = other.generate_images(sample, 3), session.generate_images(sample, 3)
+    assert [score for _, score in generated] == [None] * 3
+    assert {image.tobytes() for image, _ in generated} == {image.tobytes() for image, _ in compared}
 
 
 def test_a_run_without_its_processor_says_what_to_do(run: Path, tmp_path: Path) -> None:
@@ -73,5 +73,5 @@ def test_a_run_without_its_processor_says_what_to_do(run: Path, tmp_path: Path) 
         Session.load(copy)
 
 
-def test_a_recording_of_ten_samples_in_float64_is_read(session: Session) -> None:
+def test_an_audio_file_of_ten_samples_in_float64_is_read(session: Session) -> None:
     assert AUDIO in session.processor(audio=np.zeros(10, np.float64)).items, "a click is valid audio"

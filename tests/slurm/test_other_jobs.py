@@ -20,7 +20,7 @@ def test_an_array_of_shares_makes_the_store_that_one_process_makes(cluster: Loca
     manifest = tmp_path / "manifest.jsonl"
     lines = [{"id": f"s{number}", "text": f"word{number % 97} and word{number % 13}"} for number in range(2100)]
     manifest.write_text("\n".join(map(json.dumps, lines)))
-    cluster.environment |= {"OPT_DS_PYTHON": sys.executable, "SHARES": "2"}
+    cluster.environment |= {"OPT_DS_PYTHON": sys.executable, "PARTITIONS": "2"}
     script, store = ROOT / "slurm" / "prepare.sh", tmp_path / "apart" / "store"
     store.parent.mkdir()
     command = [str(script), "--manifest", str(manifest), "--output", str(store), "--vocab-size", "200", "--workers", "1"]

@@ -70,7 +70,7 @@ def _run_as_job(
     [
         ("pretrain.sh", [["-m", "opt_ds", "doctor", *ARGUMENTS], ["{home}/opt_ds/pretrain.py", *ARGUMENTS]]),
         ("evaluate.sh", [["-m", "opt_ds", "evaluate", *ARGUMENTS]]),
-        ("prepare.sh", [["-m", "opt_ds", "prepare", "--shard", "0/2", "--workers", "1", *ARGUMENTS]]),
+        ("prepare.sh", [["-m", "opt_ds", "prepare", "--partition", "0/2", "--workers", "1", *ARGUMENTS]]),
         ("ablate.sh", [
             ["-m", "opt_ds", "ablate", *ARGUMENTS, "--task", "0", "--list"],
             ["-m", "opt_ds", "ablate", *ARGUMENTS, "--task", "0", "--arguments"],

@@ -40,10 +40,10 @@ def new_writer(path: Path, labels: Sequence[str] = ()) -> StoreWriter:
     )  # fmt: skip
 
 
-def content_of(seed: int, picture: ImageItem, tokens: np.ndarray, frames: np.ndarray) -> ShardContent:
+def content_of(seed: int, item: ImageItem, tokens: np.ndarray, frames: np.ndarray) -> ShardContent:
     samples = [SampleItem(f"good{seed}", (0, 0, 0), "g", "valid"), SampleItem(f"odd{seed}", (1, 1, 1), "h", "valid")]
     texts = [TextItem(np.array([5, 6]), "a b"), TextItem(tokens, "?")]
-    return ShardContent(samples, texts, [image(), picture], [np.ones((2, 3), "float16"), frames])
+    return ShardContent(samples, texts, [image(), item], [np.ones((2, 3), "float16"), frames])
 
 
 def spoiled(array: np.ndarray, value: float, place: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def spoiled(array: np.ndarray, value: float, place: int) -> np.ndarray:
 def corruptions(seed: int) -> tuple[ImageItem, np.ndarray, np.ndarray]:
     """An item of each kind of which one value may be wrong, in the dtypes of a store."""
     random = np.random.default_rng(seed)
-    picture, tokens, frames = image(), np.array([5, 7, 1], "int32"), np.ones((4, 3), "float16")
+    item, tokens, frames = image(), np.array([5, 7, 1], "int32"), np.ones((4, 3), "float16")
     place = int(random.integers(1000))
     floats = [0.25, 1.0, 1.0005, 1.01, -0.0005, -0.2, 640.0, np.nan, np.inf, 65504.0]
     whole = [0, 1, 4, 5, 6, 7, 8, -1, 300]
@@ -67,12 +67,12 @@ def corruptions(seed: int) -> tuple[ImageItem, np.ndarray, np.ndarray]:
     elif field == "empty":
         kind = random.integers(3)
         tokens, frames = (tokens[:0] if kind == 0 else tokens), (frames[:0] if kind == 1 else frames)
-        cut = {name: getattr(picture, name)[:0] for name in ("features", "boxes", "labels", "scores")}
-        picture = replace(picture, **cut) if kind == 2 else picture
+        cut = {name: getattr(item, name)[:0] for name in ("features", "boxes", "labels", "scores")}
+        item = replace(item, **cut) if kind == 2 else item
     else:
         values = whole if field == "labels" else [value for value in whole if value >= 0] if field == "codes" else floats
-        picture = replace(picture, **{field: spoiled(getattr(picture, field), random.choice(values), place)})
-    return picture, tokens, frames
+        item = replace(item, **{field: spoiled(getattr(item, field), random.choice(values), place)})
+    return item, tokens, frames
 
 
 def test_the_writer_refuses_what_inspect_refuses_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,5 +124,5 @@ def test_other_items_are_judged_too() -> None:
 
 
 def test_labels_that_no_int16_holds_are_refused() -> None:
-    picture = replace(image(), labels=np.array([0, 40_000]))
-    assert image_problem(picture, 4, 50_000) == "labels: values do not fit int16"
+    item = replace(image(), labels=np.array([0, 40_000]))
+    assert image_problem(item, 4, 50_000) == "labels: values do not fit int16"

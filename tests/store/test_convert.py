@@ -75,8 +75,8 @@ def test_a_sample_is_shown_in_full(store: Path, tmp_path: Path) -> None:
     assert len(lines["image codes"].split()) == 64
     assert all(describe_sample(opened, index) for index in range(20)), "every subset of modalities"
     text_alone = next(index for index in range(20) if (opened.rows[index] >= 0).tolist() == [True, False, False])
-    for index, picture, panels in ((whole, None, 3), (whole, Image.new("RGB", (60, 40)), 3), (text_alone, None, 1)):
-        draw_sample(opened, index, tmp_path / "a.png", picture)
+    for index, image, panels in ((whole, None, 3), (whole, Image.new("RGB", (60, 40)), 3), (text_alone, None, 1)):
+        draw_sample(opened, index, tmp_path / "a.png", image)
         assert Image.open(tmp_path / "a.png").size == (500 * panels, 500)
     with pytest.raises(UserError, match=r'no sample "samlpe1" .did you mean "sample1"'):
         find_sample(opened, "samlpe1")

@@ -18,7 +18,7 @@ from opt_ds.store.further import FurtherModality, StoredColumn
 from opt_ds.store.index import INDEX_FILE
 from opt_ds.store.lengths import draw_lengths, shard_lengths
 from opt_ds.store.near_duplicates import same_images
-from opt_ds.store.processor_files import check_identity, copy_processor_files
+from opt_ds.store.processor_files import check_fingerprints, copy_processor_files
 from opt_ds.store.show import describe_sample, draw_sample
 from opt_ds.store.split import split_by_list, split_by_ratio
 from opt_ds.store.update import Arrays, rewrite_shards
@@ -309,13 +309,13 @@ def test_a_modality_is_added_to_a_finished_store_and_replaced_and_removed(tmp_pa
 
 def test_a_store_of_another_extractor_of_a_further_modality_is_refused(store: Path, tmp_path: Path, logged: list[str]) -> None:
     copy_processor_files(FeatureStore(store), tmp_path / "processor")
-    check_identity(tmp_path / "processor", FeatureStore(store), False)
+    check_fingerprints(tmp_path / "processor", FeatureStore(store), False)
     agree(store, lambda fields: fields["extractors"]["touch"].update(version="2"))
     with pytest.raises(UserError, match=r"its touch features come from another extractor .*\(fixed 2, not fixed\)"):
-        check_identity(tmp_path / "processor", FeatureStore(store), False)
+        check_fingerprints(tmp_path / "processor", FeatureStore(store), False)
     plain = tmp_path / "plain"
     writer = new_writer(plain, extractors={name: {"name": "fixed"} for name in ("text", "image", "audio", "codes")})
     write(writer, contents())
     writer.finish(3)
-    check_identity(tmp_path / "processor", FeatureStore(plain), False)
+    check_fingerprints(tmp_path / "processor", FeatureStore(plain), False)
     assert not logged, "a modality that only one of the two has is not compared"

@@ -147,7 +147,7 @@ def test_inspect_counts_them_between_and_within_splits(store: Path) -> None:
     assert within in near_duplicate_notes(FeatureStore(store))
 
 
-def test_captions_and_recordings_are_counted(tmp_path: Path) -> None:
+def test_captions_and_audio_files_are_counted(tmp_path: Path) -> None:
     fixed = {"text_len": (12, 12), "frames": (5, 5), "regions": (2, 2)}
     write_synthetic_store(tmp_path / "s", 20, pixels=False, num_codes_vocab=None, **fixed)
     one, half = FeatureStore(tmp_path / "s"), 16

@@ -59,7 +59,7 @@ def test_other_outputs_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         write_synthetic_store(tmp_path / "half", 3, seed=2)
 
 
-def test_a_picture_whose_labels_do_not_fit_its_features_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_whose_labels_do_not_fit_its_features_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels of every later image in the shard would shift."""
     real = writer_module.StoreWriter.write_shard
 

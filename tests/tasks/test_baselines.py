@@ -6,7 +6,7 @@ import torch
 
 from opt_ds.data.matching import NUM_LABELS
 from opt_ds.data.modalities import AUDIO
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.store import FeatureStore
 from opt_ds.tasks.baselines import trivial_baselines
@@ -26,7 +26,7 @@ def test_they_are_close_to_uniform_guesses_on_random_data(complete: FeatureStore
 def test_mac_is_log_k_of_each_masked_frame(complete: FeatureStore) -> None:
     config = make_config()
     reader, logs = SampleReader(config, [complete]), []
-    for step in StepPlan(config, [complete]).validation():
+    for step in PretrainingPlan(config, [complete]).validation():
         for index in range(step.num_samples):
             sample = reader.read(step.samples, index)
             if "mam" in sample.targets:
@@ -40,7 +40,7 @@ def test_matching_is_what_the_best_constant_scores_reach(complete: FeatureStore,
     labels = np.concatenate(
         [
             s.samples.columns["matching_label"][s.samples.task == MATCHING]
-            for s in StepPlan(config, [complete]).validation()
+            for s in PretrainingPlan(config, [complete]).validation()
         ]
     )
     prior = torch.from_numpy(np.bincount(labels, minlength=NUM_LABELS) / len(labels)).float()

@@ -20,7 +20,7 @@ from tests.tiny import make_config, make_model, make_packer, positions_of, read_
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_both_losses_are_their_formulas(ragged: FeatureStore, temperature: float) -> None:
-    tasks = {"mix": {"mam": 0.7, "modality": 0.3}, "mac": {"temperature": temperature}}
+    tasks = {"sampling_weights": {"mam": 0.7, "modality": 0.3}, "mac": {"temperature": temperature}}
     config = make_config(tasks=tasks, batch={"size": 60})
     model, samples = make_model(config), read_samples(config, [ragged])
     batch = make_packer(config, [ragged]).pack(samples)

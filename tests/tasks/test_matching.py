@@ -10,7 +10,7 @@ from tests.tiny import make_config, make_model, make_packer, positions_of, read_
 
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 def test_the_loss_is_its_formula(complete: FeatureStore, loss: str) -> None:
-    tasks = {"mix": {"matching": 0.8, "mlm": 0.2}, "matching": {"loss": loss}}
+    tasks = {"sampling_weights": {"matching": 0.8, "mlm": 0.2}, "matching": {"loss": loss}}
     config = make_config(tasks=tasks, batch={"size": 60})
     model, samples = make_model(config), read_samples(config, [complete])
     batch = make_packer(config, [complete]).pack(samples)

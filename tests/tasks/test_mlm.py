@@ -13,7 +13,7 @@ from tests.tiny import make_config, make_model, make_packer, positions_of, read_
 @pytest.mark.parametrize("name", ["complete", "ragged"])
 def test_the_loss_is_its_formula(request: pytest.FixtureRequest, name: str) -> None:
     store = request.getfixturevalue(name)
-    config = make_config(tasks={"mix": {"mlm": 0.7, "mvm": 0.3}}, batch={"size": 60})
+    config = make_config(tasks={"sampling_weights": {"mlm": 0.7, "mvm": 0.3}}, batch={"size": 60})
     model, samples = make_model(config), read_samples(config, [store])
     batch = make_packer(config, [store]).pack(samples)
     head = model.mlm
@@ -40,7 +40,7 @@ def test_the_head_shares_the_word_embedding(complete: FeatureStore) -> None:
 
 
 def test_bf16_scores_become_an_fp32_loss(complete: FeatureStore) -> None:
-    config = make_config(tasks={"mix": {"mlm": 1.0}})
+    config = make_config(tasks={"sampling_weights": {"mlm": 1.0}})
     model, samples = make_model(config), read_samples(config, [complete])
     batch = make_packer(config, [complete]).pack(samples)
     terms = model.bfloat16()(batch)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opt_ds.data.modalities import IMAGE
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.tasks.base import total_loss
 from opt_ds.tasks.baselines import trivial_baselines
@@ -18,7 +18,7 @@ from tests.tiny import make_config, make_model, make_packer, make_store, positio
 @pytest.mark.parametrize("standardize", [False, True])
 def test_both_losses_are_their_formulas(ragged: FeatureStore, standardize: bool) -> None:
     config = make_config(
-        model={"standardize_features": standardize}, tasks={"mix": {"mvm": 0.6, "modality": 0.4}}, batch={"size": 60}
+        model={"standardize_features": standardize}, tasks={"sampling_weights": {"mvm": 0.6, "modality": 0.4}}, batch={"size": 60}
     )
     model, samples = make_model(config), read_samples(config, [ragged])
     model.set_feature_statistics([ragged])
@@ -50,8 +50,8 @@ def test_without_classes_mrc_is_disabled_and_mvfr_is_trained(tmp_path: Path, cla
     """One class says nothing about a region either."""
     store = make_store(tmp_path / "s", image_num_classes=classes)
     assert inspect_store(store.path).failures == []
-    config = make_config(model={"image_num_classes": classes}, tasks={"mix": {"mvm": 1.0}})
-    plan = StepPlan(config, [store])
+    config = make_config(model={"image_num_classes": classes}, tasks={"sampling_weights": {"mvm": 1.0}})
+    plan = PretrainingPlan(config, [store])
     assert plan.disabled_tasks["mrc"] == "the store's image regions have no classes (their extractor gives none)"
     assert "mvm" not in plan.disabled_tasks
     step = plan.step(0)

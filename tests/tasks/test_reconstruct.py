@@ -15,7 +15,7 @@ from tests.tiny import make_config, make_model, make_packer, read_samples, writt
 @torch.no_grad()
 def test_both_losses_are_their_formulas(ragged: FeatureStore, always_drop_target: bool) -> None:
     """Return scores of one sample and one item at a time, each from a decoder that has seen only the items before it."""
-    options = {"mix": {"modality": 0.8, "mlm": 0.2}, "modality": {"always_drop_target": always_drop_target}}
+    options = {"sampling_weights": {"modality": 0.8, "mlm": 0.2}, "modality": {"always_drop_target": always_drop_target}}
     config = make_config(tasks=options, batch={"size": 14})
     model, packer = make_model(config), make_packer(config, [ragged])
     samples = read_samples(config, [ragged])

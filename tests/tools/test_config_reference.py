@@ -51,6 +51,6 @@ def test_every_part_loads_from_a_file_and_settings_and_survives_its_dump(part: P
 def test_a_setting_overrides_the_file(tmp_path: Path) -> None:
     serving = next(part.section for part in PARTS if part.title == "Serving")
     file = tmp_path / "mine.yaml"
-    file.write_text("pictures: 2\nplaces: 3\n")
+    file.write_text("images: 2\nplaces: 3\n")
     limits = load_section(serving, str(file), ["places=5", "body_s=1.5"])
-    assert limits == serving(pictures=2, places=5, body_s=1.5)
+    assert limits == serving(images=2, places=5, body_s=1.5)

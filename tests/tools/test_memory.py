@@ -14,7 +14,7 @@ import pytest
 
 from opt_ds.config import Config, dump_config, load_config
 from opt_ds.data.batch import Packer
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.synthetic import write_synthetic_store
@@ -25,7 +25,7 @@ from tests.training.runs import free_port, make_store, rank_environment, tiny_co
 
 COMMON = (
     "model.vocab_size=4000", "model.image_feature_dim=128", "model.audio_feature_dim=128", "model.image_num_classes=100",
-    "model.image_codebook_size=512", "model.text_decoder_layers=1", "model.image_decoder_layers=1", "train.picture_grid=0",
+    "model.image_codebook_size=512", "model.text_decoder_layers=1", "model.image_decoder_layers=1", "train.image_grid=0",
     f"train.max_steps={STEPS}", "train.log_every=1", "train.validate_every=1000", "train.validate_samples=2",
     "checkpoint.every_steps=1000",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def predicted(case: tuple[str, ...], store: Path, world_size: int) -> RankMemory
     tracer = ActivationTracer(config, "fp32", "cpu")
     parameters = sum(p.numel() for p in tracer.model.parameters())
     gradients = rank_memory(config, "fp32", parameters, world_size, "cpu", 0).gradients
-    plan, activations = StepPlan(config, stores), 0.0
+    plan, activations = PretrainingPlan(config, stores), 0.0
     for step in (plan.step(number, world_size) for number in range(STEPS)):
         for number, batch in enumerate(step.micro_batches[0]):
             found = tracer.peak_bytes(packer.pack([reader.read(step.samples, int(index)) for index in batch.indices]))

@@ -54,7 +54,7 @@ def test_what_does_not_fit_at_all_is_said() -> None:
 
 
 def test_figures_follow_from_each_other(little) -> None:
-    assert 130 < little.accumulation * 4 * 2048 * little.fill / 1024 < 180, "positions of a sample"
+    assert 130 < little.accumulation * 4 * 2048 * little.packing_efficiency / 1024 < 180, "positions of a sample"
     assert little.compute_s == pytest.approx(little.flops_per_step / 4 / (10e12 * 0.35))
     assert little.total_s == pytest.approx(100_000 * (little.compute_s + little.communication_s))
     assert little.bytes_per_sample == pytest.approx(36 * 2048 * 2 + 65 * 768 * 2, rel=0.05)

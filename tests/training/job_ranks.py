@@ -18,9 +18,9 @@ _found: list[bool] = []
 
 
 def read_and_note(*arguments: Any) -> Any:
-    planned = _read_plan(*arguments)
-    _found.append(planned is not None)
-    return planned
+    step_plan = _read_plan(*arguments)
+    _found.append(step_plan is not None)
+    return step_plan
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from opt_ds.training.distributed import RANK_VARIABLES
 FITTED = (
     "model.vocab_size=200", "model.image_feature_dim=32", "model.image_num_classes=50", "model.audio_feature_dim=20",
     "model.image_codebook_size=64", "model.max_frames=16", "model.hidden_size=32", "model.ffn_size=64",
-    "batch.size=12", "schedule.warmup_steps=2", "train.picture_grid=0", "train.validate_samples=8",
+    "batch.size=12", "schedule.warmup_steps=2", "train.image_grid=0", "train.validate_samples=8",
     "train.validate_every=1000", "train.log_every=1", "checkpoint.every_steps=1000",
 )  # fmt: skip
 
@@ -21,7 +21,7 @@ FITTED = (
 #: Without dropout and with one task: a curve that falls smoothly on the fixture `learnable`.
 CURVE = (
     "model.dropout=0", "model.attention_dropout=0", "schedule.total_steps=100", "optimizer.lr=0.01",
-    "tasks.mix={modality: 1}", "tasks.dir.weight=0",
+    "tasks.sampling_weights={modality: 1}", "tasks.dir.weight=0",
 )  # fmt: skip
 
 

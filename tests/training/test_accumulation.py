@@ -9,7 +9,7 @@ import torch
 
 from opt_ds.config import Config
 from opt_ds.data.loader import MicroBatchLoader
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import total_loss
@@ -37,10 +37,10 @@ def _gradient(config: Config, settings: dict[str, Any], num_micro_batches: int) 
     from deepspeed.utils import safe_get_full_grad
 
     stores = [FeatureStore(path) for path in config.data.stores]
-    plan = StepPlan(config, stores)
+    plan = PretrainingPlan(config, stores)
     loader = MicroBatchLoader(plan, 0, 1, torch.device("cpu"))
-    planned = plan.step(0)
-    assert len(planned.micro_batches[0]) == num_micro_batches
+    step_plan = plan.step(0)
+    assert len(step_plan.micro_batches[0]) == num_micro_batches
     torch.manual_seed(config.seed)
     model = OPT(config.model, config.tasks)
     with torch.no_grad():
@@ -50,10 +50,10 @@ def _gradient(config: Config, settings: dict[str, Any], num_micro_batches: int) 
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
     deepspeed_internals.use_few_kernels(engine)
     engine.train()
-    for k, micro_batch in enumerate(planned.micro_batches[0]):
+    for k, micro_batch in enumerate(step_plan.micro_batches[0]):
         engine.set_gradient_accumulation_boundary(k == num_micro_batches - 1)
-        terms = engine(loader.batch_of(planned, micro_batch.indices))
-        engine.backward(total_loss(terms, planned.counts, config.tasks, 1), scale_wrt_gas=False)
+        terms = engine(loader.batch_of(step_plan, micro_batch.indices))
+        engine.backward(total_loss(terms, step_plan.counts, config.tasks, 1), scale_wrt_gas=False)
     loader.close()
     scaled = torch.cat([safe_get_full_grad(parameter).flatten() for parameter in engine.module.parameters()])
     return scaled / deepspeed_internals.loss_scale(engine)
@@ -71,7 +71,7 @@ def test_64_micro_batches_in_fp16_err_no_more_than_twice_one(
     def config(*settings: str) -> Config:
         return tiny_config(store, *BATCH, f"zero.stage={stage}", *settings)
 
-    plan = StepPlan(config(*many), [FeatureStore(store)])
+    plan = PretrainingPlan(config(*many), [FeatureStore(store)])
     num = len(plan.step(0).micro_batches[0])
     assert num >= 64
     expected = gradient(config(*one), "fp32", 1)

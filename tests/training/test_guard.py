@@ -12,10 +12,10 @@ import torch
 
 from opt_ds.config import GuardConfig
 from opt_ds.data.modalities import IMAGE
-from opt_ds.data.plan import StepPlan
-from opt_ds.data.planned_samples import PlannedSamples
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.sample import Sample
 from opt_ds.data.samples import SampleReader
+from opt_ds.data.step_samples import StepSamples
 from opt_ds.store.reader import FeatureStore
 from opt_ds.training import checkpoint
 from opt_ds.training.guard import Guard, TrainingError, differing_parameter
@@ -29,13 +29,13 @@ def poison(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
     def poison_steps(*steps: int) -> list[str]:
         config = tiny_config(store)
         stores = [FeatureStore(store)]
-        plan, read, poisoned = StepPlan(config, stores), SampleReader.read, set()
+        plan, read, poisoned = PretrainingPlan(config, stores), SampleReader.read, set()
         for step in steps:
             samples = plan.step(step).samples
             index = next(index for index in range(len(samples)) if samples.input_rows[index, IMAGE] >= 0)
             poisoned.add((int(samples.epoch[index]), int(samples.sample[index])))
 
-        def read_poisoned(self: SampleReader, samples: PlannedSamples, index: int) -> Sample:
+        def read_poisoned(self: SampleReader, samples: StepSamples, index: int) -> Sample:
             sample = read(self, samples, index)
             if (int(samples.epoch[index]), int(samples.sample[index])) in poisoned:
                 sample.items[IMAGE].features = np.full_like(sample.items[IMAGE].features, math.nan)

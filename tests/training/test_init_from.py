@@ -20,7 +20,7 @@ from opt_ds.training.init_from import find_start
 from tests.training.runs import FITTED, free_port, hashes, make_store, rank_environment, tensors, tiny_config, train
 
 STILL = ("optimizer.lr=1e-30", "optimizer.weight_decay=0")  # a step that changes no weight by more than rounding
-NEW = ("batch.size=8", "schedule.warmup_steps=0", "schedule.total_steps=6", "train.picture_grid=0", "train.log_every=1")
+NEW = ("batch.size=8", "schedule.warmup_steps=0", "schedule.total_steps=6", "train.image_grid=0", "train.log_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_resume_is_bit_exact_and_does_not_need_the_source(source: Path, tmp_path
 @pytest.mark.faults  # starting two processes takes too long for the quick tests
 def test_a_new_run_of_two_ranks_takes_another_store_and_other_tasks(source: Path, tmp_path: Path) -> None:
     other = make_store(tmp_path / "other", 40, num_codes_vocab=16)  # another codebook: no image decoder was trained
-    settings = (*STILL, "zero.stage=2", "tasks.mix={modality: 1, mlm: 1}", "train.max_steps=1", "model.dropout=0.2")
+    settings = (*STILL, "zero.stage=2", "tasks.sampling_weights={modality: 1, mlm: 1}", "train.max_steps=1", "model.dropout=0.2")
     given = command(source, tmp_path / "new", *settings, options=("--store", str(other)))
     script, port = Path(__file__).parents[2] / "opt_ds" / "pretrain.py", free_port()
     ranks = [
@@ -138,7 +138,7 @@ def test_a_task_that_had_no_samples_starts_fresh(tmp_path: Path, group: Any) -> 
     """Its head exists in every checkpoint, yet nothing trained it."""
     without = make_store(tmp_path / "without", 40, num_codes_vocab=None)
     train(tiny_config(without, "train.max_steps=1", "schedule.total_steps=4"), tmp_path / "source", group, "fp32")
-    assert "dir" not in find_start(tmp_path / "source", False, tmp_path / "new").init.learned
+    assert "dir" not in find_start(tmp_path / "source", False, tmp_path / "new").init.trained_losses
     codes = make_store(tmp_path / "codes", 40)
     config = resolved(tmp_path / "source", tmp_path / "new", stores=[str(codes)])
     assert config.model.image_codebook_size == 64
@@ -266,7 +266,7 @@ def test_a_fine_tuned_run_gives_all_but_its_label_head(learnable: Path, tmp_path
     tuned = finetune_config("captioning", tmp_path / "first", [str(learnable)], settings=["train.max_steps=1", "batch.size=4"])
     train(tuned, tmp_path / "tuned", group)
     config = resolved(tmp_path / "tuned", tmp_path / "new", "train.max_steps=1")
-    assert config.finetune is None and set(config.init.learned) == set(tuned.trained_losses)  # type: ignore[union-attr]
+    assert config.finetune is None and set(config.init.trained_losses) == set(tuned.trained_losses)  # type: ignore[union-attr]
     train(config, tmp_path / "new", group)
     again = finetune_config("captioning", tmp_path / "new", [str(learnable)])
     assert again.init is None and set(again.trained_losses) == set(tuned.trained_losses)

@@ -58,15 +58,15 @@ def one_step(store: Path, precision: torch.dtype, *settings: str) -> tuple[float
     """Loss and gradients of the first step's micro-batches, without an engine."""
     config = tiny_config(store, *settings)
     stores = [FeatureStore(store)]
-    from opt_ds.data.plan import StepPlan
+    from opt_ds.data.pretraining_plan import PretrainingPlan
 
-    planned = StepPlan(config, stores).step(0)
+    step_plan = PretrainingPlan(config, stores).step(0)
     torch.manual_seed(0)
     model = OPT(config.model, config.tasks).to(precision).train()
     loss = torch.zeros(())
-    for k, batch in enumerate(make_batches(config, stores, planned)[0]):
+    for k, batch in enumerate(make_batches(config, stores, step_plan)[0]):
         backend.seed_dropout(config.seed, 0, 0, k)
-        part = total_loss(model(batch), planned.counts, config.tasks, 1)
+        part = total_loss(model(batch), step_plan.counts, config.tasks, 1)
         part.backward()
         loss += part.detach().float()
     return float(loss), {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}

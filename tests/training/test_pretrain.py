@@ -134,11 +134,11 @@ def test_an_output_directory_of_another_run_is_refused_and_a_finished_one_said(
 def test_a_step_plan_of_another_version_is_not_continued(
     store: Path, tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from opt_ds.data.plan import StepPlan
+    from opt_ds.data.pretraining_plan import PretrainingPlan
 
     train(tiny_config(store, "train.max_steps=1"), tmp_path / "run", group)
-    monkeypatch.setattr(StepPlan, "VERSIONS", (99,))
-    monkeypatch.setattr(StepPlan, "VERSION", 99)
+    monkeypatch.setattr(PretrainingPlan, "VERSIONS", (99,))
+    monkeypatch.setattr(PretrainingPlan, "VERSION", 99)
     assert run_program(pretrain, arguments(store, tmp_path / "run"), "pretrain.py") == 2
     assert "version 99" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opt_ds.data.flops import step_flops
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.training.deepspeed_config import Hardware
@@ -38,7 +38,7 @@ def test_metrics_tell_utilisation_and_each_tasks_samples(store: Path, tmp_path: 
     config = tiny_config(store, "train.max_steps=2")
     train(config, tmp_path / "run", group)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    plan = StepPlan(config, [FeatureStore(store)])
+    plan = PretrainingPlan(config, [FeatureStore(store)])
     for line in lines[:2]:
         seconds = 1 / (line["speed/samples_per_s"] / config.batch.size)
         drawn = {name: value for name, value in line.items() if name.startswith("speed/samples_per_s/")}

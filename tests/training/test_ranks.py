@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opt_ds.config import Config
-from opt_ds.data.plan import StepPlan
+from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.store.reader import FeatureStore
 from opt_ds.training.finetuning import finetune_config
 from tests.training.runs import CURVE, free_port, hashes, losses, rank_environment, tensors, tiny_config, train, zero_moments
@@ -86,7 +86,7 @@ def _start_ranks(world_size: int, runs: list[tuple[Config, str]], folder: Path) 
 
 def test_loss_and_gradients_do_not_depend_on_ranks_and_micro_batches(store: Path, folder: Path) -> None:
     for ranks, tokens, expected in ((1, 4096, 1), (1, 155, 8), (2, 200, 3)):
-        plan = StepPlan(tiny_config(store, *ONE_STEP, f"batch.max_tokens={tokens}"), [FeatureStore(store)])
+        plan = PretrainingPlan(tiny_config(store, *ONE_STEP, f"batch.max_tokens={tokens}"), [FeatureStore(store)])
         assert len(plan.step(0, ranks).micro_batches[0]) == expected
     # After one step from moments of 0, exp_avg is 0.1 × the gradient.
     reference = tensors(folder / "1x1", 1, "moments")

@@ -38,12 +38,9 @@ def test_a_directory_that_must_not_be_read_is_one_line(
 
 def test_a_run_that_began_before_a_setting_existed_is_the_same_run(store: Path, tmp_path: Path) -> None:
     config, stores = tiny_config(store), [FeatureStore(store)]
-    identity = run_folder.identity(config, stores)
-    assert identity.pop("tasks.plugins") == []
-    for former, key in run_folder._RENAMED.items():
-        if key in identity:
-            identity[former] = identity.pop(key)
-    (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "launches": [], "stores": []}))
+    fixed_settings = run_folder.fixed_settings(config, stores)
+    assert fixed_settings.pop("tasks.plugins") == []
+    (tmp_path / "run.json").write_text(json.dumps({"fixed_settings": fixed_settings, "launches": [], "stores": []}))
     run_folder.check_same_run(tmp_path, config, stores)
     other = tiny_config(store, "tasks.plugins=[tests.extending.counting:RegionCounting]")
     with pytest.raises(UserError, match="holds another run"):
@@ -84,7 +81,7 @@ def test_a_file_system_without_locks_is_said_and_used(
 @pytest.mark.parametrize("content", [b'{"identity": 3}', b'{"identity": {}, "launches": [1]}', b"[]", b"\xff", b"[" * 3000, b""])
 def test_a_damaged_record_is_one_line_in_our_words(store: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / run_folder.RUN_FILE).write_bytes(content)
-    with pytest.raises(UserError, match=r"run\.json: damaged, it does not hold a run's identity and launches") as error:
+    with pytest.raises(UserError, match=r"run\.json: damaged, it does not hold a run's settings and launches") as error:
         run_folder.check_same_run(tmp_path, tiny_config(store), [FeatureStore(store)])
     assert "\n" not in str(error.value) and "codec" not in str(error.value)
 

@@ -58,7 +58,7 @@ def test_the_figures_are_in_json_lines_and_in_tensorboard(run: Path) -> None:
     logged, validated = ({k for line in lines if line["kind"] == kind for k in line} for kind in ("train", "valid"))
     assert {
         "train/dtr/loss", "train/dtr/accuracy", "optimizer/lr", "optimizer/gradient_norm", "optimizer/loss_scale",
-        "speed/samples_per_s", "speed/tokens_per_s", "speed/fill", "speed/data_wait_share",
+        "speed/samples_per_s", "speed/tokens_per_s", "speed/packing_efficiency", "speed/data_wait_fraction",
     } <= logged  # fmt: skip
     assert {"valid/loss", "valid/dtr/loss"} <= validated
     assert "valid/mlm/loss" not in validated, "its share of the samples is 0"
@@ -76,7 +76,7 @@ def test_the_run_says_what_it_was(run: Path) -> None:
     assert launch["freed_memory"] and launch["primitives_kept"]
     assert {"torch", "deepspeed", "python", "git"} <= set(launch["versions"])
     assert "attention" in launch["kernels"] and launch["device"]
-    assert about["identity"]["model.vocab_size"] == 200
+    assert about["fixed_settings"]["model.vocab_size"] == 200
     assert (run / "config.yaml").read_text().startswith("preset: opt-tiny")
 
 

@@ -66,7 +66,7 @@ int with_mma_kernel(const OptDsAttention& a, Function&& f) {
 }
 
 inline AttentionShape shape_of(const OptDsAttention& a) {
-  return {a.cu_queries, a.cu_keys, a.slots, a.num_heads, a.total_queries, a.causal != 0, a.scale};
+  return {a.cu_queries, a.cu_keys, a.sample_index, a.num_heads, a.total_queries, a.causal != 0, a.scale};
 }
 
 // The kernels for everything else (attention_plain.cu).

@@ -72,7 +72,7 @@ __device__ __forceinline__ unsigned trade_bits(unsigned word, int lane) {
 
 // The launch's arguments as every kernel of it sees them.
 struct AttentionShape {
-  const int *cu_queries, *cu_keys, *slots;
+  const int *cu_queries, *cu_keys, *sample_index;
   int num_heads, total_queries;
   bool causal;
   float scale;

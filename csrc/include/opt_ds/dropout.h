@@ -5,8 +5,8 @@
 //    crush-resistant number). Key: 64 bits of (seed, step). Counter, 4 x 32 bits:
 //        [0] calls * (column / 32) + call     column: of the row, or the key position of an attention probability
 //        [1] position of the row (or query) in its sequence
-//        [2] slot: the sample's place in the global batch, whatever rank holds it
-//        [3] site + 65536 * head           site: which dropout of the model
+//        [2] sample: its index in the global batch, whatever rank holds it
+//        [3] layer_id + 65536 * head       layer_id: which dropout of the model
 // 2. A "keep word" decides 32 neighbouring columns at once: bit j is the fate of column 32 * (column / 32) + j. Four calls give 16
 //    words; bit j of word i is bit i of a 16-bit random number of column j, and "is it below the threshold" is computed for all 32
 //    columns together, bit by bit from the lowest: below = (x < t in this bit) or (equal in this bit and below so far). That is one
@@ -25,11 +25,11 @@ constexpr int kDropoutBits = 16;
 struct Dropout {
   unsigned round_keys[kPhiloxRounds][2];
   unsigned threshold_bits[kDropoutBits];  // bit i of the threshold, spread over a word
-  unsigned site;
+  unsigned layer_id;
   float scale;  // 1 / (1 - probability)
 };
 
-inline Dropout make_dropout(double probability, unsigned long long key, unsigned site) {
+inline Dropout make_dropout(double probability, unsigned long long key, unsigned layer_id) {
   Dropout dropout{};
   unsigned key0 = (unsigned)key, key1 = (unsigned)(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -40,7 +40,7 @@ inline Dropout make_dropout(double probability, unsigned long long key, unsigned
   }
   const unsigned threshold = (unsigned)(probability * (1 << kDropoutBits) + 0.5);
   for (int i = 0; i < kDropoutBits; ++i) dropout.threshold_bits[i] = 0u - (threshold >> i & 1);
-  dropout.site = site;
+  dropout.layer_id = layer_id;
   dropout.scale = (float)(1.0 / (1.0 - threshold / (double)(1 << kDropoutBits)));
   return dropout;
 }
@@ -67,13 +67,13 @@ __host__ __device__ __forceinline__ void philox(const Dropout& dropout, unsigned
 }
 
 // Bit j: column 32 * block + j of this row (of this head) is kept.
-__host__ __device__ __forceinline__ unsigned keep_word(const Dropout& dropout, unsigned block, unsigned position, unsigned slot,
+__host__ __device__ __forceinline__ unsigned keep_word(const Dropout& dropout, unsigned block, unsigned position, unsigned sample,
                                                        unsigned head) {
   unsigned below = 0;
 #pragma unroll
   for (int call = 0; call < kDropoutBits / 4; ++call) {
     unsigned words[4];
-    philox(dropout, kDropoutBits / 4 * block + call, position, slot, dropout.site + (head << 16), words);
+    philox(dropout, kDropoutBits / 4 * block + call, position, sample, dropout.layer_id + (head << 16), words);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const unsigned t = dropout.threshold_bits[4 * call + i];

@@ -16,7 +16,7 @@ int with_type(int type, Function&& f) {
   return -1;
 }
 
-inline Dropout make_dropout(const OptDsDropout& d) { return make_dropout(d.probability, d.key, d.site); }
+inline Dropout make_dropout(const OptDsDropout& d) { return make_dropout(d.probability, d.key, d.layer_id); }
 
 inline bool aligned16(const void* p) { return (unsigned long long)p % 16 == 0; }
 

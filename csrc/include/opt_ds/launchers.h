@@ -15,7 +15,7 @@ enum OptDsType { kOptDsFloat32 = 0, kOptDsFloat16 = 1, kOptDsBFloat16 = 2 };
 struct OptDsDropout {
   double probability;
   unsigned long long key;
-  unsigned site;
+  unsigned layer_id;
 };
 
 // total = residual + dropout(x + input_bias); normed = (total - mean) / sqrt(variance + eps) * weight + bias.
@@ -25,7 +25,7 @@ struct OptDsLayerNormForward {
   const void* x;          // [rows, width]
   const void* input_bias; // [width], or null
   const void* residual;   // [rows, width], or null
-  const int* row_keys;    // [rows, 2] (slot, position), needed by dropout
+  const int* row_keys;    // [rows, 2] (sample, position), needed by dropout
   const void *weight, *bias;  // [width]
   float eps;
   struct OptDsDropout dropout;
@@ -72,7 +72,7 @@ struct OptDsAttention {
   int type, num_sequences, num_heads, head_size;
   int total_queries, total_keys, max_queries, max_keys;
   const int *cu_queries, *cu_keys;  // [num_sequences + 1], first row of each sequence
-  const int* slots;                 // [num_sequences], needed by dropout
+  const int* sample_index;          // [num_sequences], needed by dropout
   float scale;
   int causal;                       // 1: a query sees keys up to its own place (the sequences must be equally long)
   struct OptDsDropout dropout;

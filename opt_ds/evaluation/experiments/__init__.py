@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from opt_ds.evaluation.evaluator import Evaluator
 
 
-class ImageJudge(Protocol):
+class ImageRater(Protocol):
     """Evaluates images with the image extractor of the evaluated model."""
 
-    def match_probability(self, sample: "Sample", picture: "Image.Image") -> float:
+    def match_probability(self, sample: "Sample", image: "Image.Image") -> float:
         """Return the match probability of the image with the sample's text and audio."""
 
-    def image_embedding(self, picture: "Image.Image") -> "np.ndarray":
+    def image_embedding(self, image: "Image.Image") -> "np.ndarray":
         """Return the embedding (feature vector) of an image."""
 
 
@@ -39,7 +39,7 @@ class Request:
         checkpoint: The run or checkpoint, as the user specified it.
         output: The JSON file that the figures are written to. An experiment may write images into the same folder.
         seed: Seed of the choice of samples and of sampling.
-        open_judge: Opens the model's image extractor. Its argument is the extractor's weights, or None if a package
+        open_rater: Opens the model's image extractor. Its argument is the extractor's weights, or None if a package
             includes them.
     """
 
@@ -48,7 +48,7 @@ class Request:
     checkpoint: Path
     output: Path
     seed: int
-    open_judge: Callable[[Path | None], ImageJudge]
+    open_rater: Callable[[Path | None], ImageRater]
 
     @property
     def split(self) -> str:

@@ -27,7 +27,7 @@ class Captioning(Experiment):
 
     def table(self, figures: dict[str, Any]) -> str:
         """Return one line per caption source, and one per undefined figure."""
-        rows = {"written": figures} | {name: figures[name] for name in ("another_picture", "constant_caption")}
+        rows = {"written": figures} | {name: figures[name] for name in ("another_image", "constant_caption")}
         lines = []
         for name, row in rows.items():
             bleu = "undefined" if row["bleu_4"] is None else f"{row['bleu_4']:>6.1f}"

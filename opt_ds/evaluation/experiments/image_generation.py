@@ -12,9 +12,9 @@ from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
-from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, painted_figures, possible_inputs, table
+from opt_ds.evaluation.image_generation import ImageGenerator, bits_per_code, generation_figures, possible_inputs, table
+from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.evaluation.image_networks import ClipScore, check_inception
-from opt_ds.evaluation.picture_grid import draw_picture_grid
 from opt_ds.model.generation import image_decoding
 
 
@@ -32,8 +32,8 @@ class ImageGeneration(Experiment):
         *,
         limit: int | None,
         dvae: Path | None,
-        pictures: int,
-        paint: int,
+        images: int,
+        generate: int,
         candidates: int,
         top_k: int,
         top_p: float,
@@ -48,8 +48,8 @@ class ImageGeneration(Experiment):
             request: The model, the store and the split.
             limit: Maximum number of samples. None: all.
             dvae: Folder of the dVAE. None: the one that made the store's image codes.
-            pictures: Number of rows of the image grid; 0: no grid.
-            paint: Number of samples to generate images for; 0: none.
+            images: Number of rows of the image grid; 0: no grid.
+            generate: Number of samples to generate images for; 0: none.
             candidates: Images generated per sample, of which the best match is kept.
             top_k: Sampling option.
             top_p: Sampling option.
@@ -65,27 +65,27 @@ class ImageGeneration(Experiment):
             UserError: The model or the store does not allow what is requested.
         """
         evaluator, split, seed = request.evaluator, request.split, request.seed
-        generates = pictures > 0 or paint > 0
+        generates = images > 0 or generate > 0
         _check_possible(evaluator, generates, candidates)
         if inception is not None:
             check_inception(inception)
         if clip is not None:
             ClipScore(clip)
         inputs = possible_inputs(evaluator, split)
-        judge = generator = None
+        rater = generator = None
         if generates:
-            judge = request.open_judge(image_weights)
+            rater = request.open_rater(image_weights)
             options = image_decoding(top_k, top_p, temperature, seed)
-            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, judge.match_probability)
+            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, rater.match_probability)
         figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
-        if generator is not None and judge is not None and paint:
-            count = min(paint, limit or paint)
+        if generator is not None and rater is not None and generate:
+            count = min(generate, limit or generate)
             for name, row in figures.items():
-                row["painted"] = painted_figures(
-                    evaluator, split, name, generator, count, seed, judge.image_embedding, inception, clip
+                row["generated"] = generation_figures(
+                    evaluator, split, name, generator, count, seed, rater.image_embedding, inception, clip
                 )
-        if generator is not None and pictures:
-            figures["picture_grid"] = _write_grid(request, generator, pictures)
+        if generator is not None and images:
+            figures["image_grid"] = _write_grid(request, generator, images)
         return figures
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
@@ -112,13 +112,15 @@ def _check_possible(evaluator: Evaluator, generates: bool, candidates: int) -> N
     if not store.has_codes:
         raise UserError(f"store {store.path}: it has no image codes: write them with opt-ds train-dvae --store {store.path}")
     if generates and not store.has_pixels:
-        raise UserError(f"store {store.path}: it has no pixels to compare generated images with: use --paint 0 --pictures 0")
+        raise UserError(
+            f"store {store.path}: it has no pixels to compare generated images with: use --generate 0 --images 0"
+        )
 
 
 def _write_grid(request: Request, generator: ImageGenerator, rows: int) -> str:
     """Draw the image grid into the folder of the figures' file and return its name. Only the main rank writes it."""
     grid = request.output.with_suffix(".png")
-    drawn = draw_picture_grid(request.evaluator, generator, request.split, rows, request.seed)
+    drawn = draw_image_grid(request.evaluator, generator, request.split, rows, request.seed)
     if request.evaluator.is_main:
         grid.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(drawn).save(grid)

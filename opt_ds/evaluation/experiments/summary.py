@@ -25,7 +25,7 @@ class Summary(Experiment):
 
     def report(self, request: Request, figures: dict[str, Any]) -> str:
         """Return the summary and the paths of the files that belong to it."""
-        grids = [figures["splits"][split].get("picture_grid") for split in request.splits]
+        grids = [figures["splits"][split].get("image_grid") for split in request.splits]
         return "\n".join([
             self.table(figures),
             f"\ncheckpoint    {request.checkpoint}\nfigures       {request.output}",

@@ -86,12 +86,12 @@ def import_conceptual_captions(
     names = Counter(path.stem for _, path in files)
     if len(names) < len(files):
         raise UserError(f"--annotations: {len(files)} files, of which some have one name: ids would repeat: rename one")
-    pictures = {folder: Files(folder, output, "image") for folder in images}
+    image_files = {folder: Files(folder, output, "image") for folder in images}
 
     def entries() -> Iterator[Entry]:
         for (split, path), folder in zip(files, images, strict=True):
-            yield from _entries(path, split, pictures[folder], pattern, url_first, first_index)
-        yield from unused_files(pictures.values())
+            yield from _entries(path, split, image_files[folder], pattern, url_first, first_index)
+        yield from unused_files(image_files.values())
 
     return write_import(output, entries(), source=", ".join(annotations))
 
@@ -110,7 +110,7 @@ def _tells_urls_apart(pattern: str) -> bool:
 
 
 def _entries(
-    path: Path, split: str | None, pictures: Files, pattern: str, url_first: bool, first_index: int
+    path: Path, split: str | None, image_files: Files, pattern: str, url_first: bool, first_index: int
 ) -> Iterator[Entry]:
     layout = _layout(path, url_first, by_number=not _tells_urls_apart(pattern))
     paired = _Paired()
@@ -124,10 +124,10 @@ def _entries(
         caption, url = row.cells[layout.caption], row.cells[layout.url]
         raw, index = url.encode(), row.number + first_index
         name = pattern.format(index=index, crc32=zlib.crc32(raw), md5=hashlib.md5(raw).hexdigest())
-        found = pictures.by_stem(name)
+        found = image_files.by_stem(name)
         if isinstance(found, str):
             paired.found += 1
-            wrong = paired.sidecars.contradiction(pictures, found, row.number, caption, url)
+            wrong = paired.sidecars.contradiction(image_files, found, row.number, caption, url)
             if wrong is not None:
                 yield Skipped(id, f"the image belongs to another row: {place}: {wrong}")
                 continue
@@ -136,7 +136,7 @@ def _entries(
     if layout.width > 2:
         yield Unused("columns", layout.width - 2, why=f"of {path.name}: only caption and URL are read")
     if not _tells_urls_apart(pattern) and paired.found and not paired.sidecars.checked:
-        _check_numbers(path, pictures, pattern, paired.rows + first_index, first_index)
+        _check_numbers(path, image_files, pattern, paired.rows + first_index, first_index)
         first = "line 2, after the header" if layout.has_header else "the first line"
         yield Note(f"{path.name}: {paired.found} images were paired by their numbers alone: {first_index} is {first}")
 
@@ -195,18 +195,18 @@ def _check_columns(path: Path, rows: list[list[str]], url: int, caption: int, ur
     raise UserError(f"{path}: column {url + 1} holds no URL (http://…): give a TSV file of caption, tab and URL")
 
 
-def _check_numbers(path: Path, pictures: Files, pattern: str, end: int, first_index: int) -> None:
+def _check_numbers(path: Path, image_files: Files, pattern: str, end: int, first_index: int) -> None:
     """Refuse images with numbers beyond the rows. They show that the images were downloaded with other rows."""
     beyond = [
         stem
-        for stem in pictures.stems()
+        for stem in image_files.stems()
         if stem.isdecimal() and stem.isascii() and int(stem) >= end and pattern.format(index=int(stem)) == stem
     ]
     if beyond:
         raise UserError(
-            f"{path}: its rows have the numbers {first_index} to {end - 1}, but {pictures.folder} holds {len(beyond)} "
-            f"images beyond them, such as {min(beyond)}: give the table that they were downloaded with, or the first "
-            "row's number with --first-index"
+            f"{path}: its rows have the numbers {first_index} to {end - 1}, but {image_files.folder} holds "
+            f"{len(beyond)} images beyond them, such as {min(beyond)}: give the table that they were downloaded with, or "
+            "the first row's number with --first-index"
         )
 
 

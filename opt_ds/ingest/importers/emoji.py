@@ -104,10 +104,10 @@ def _write_corpus(output: Path, workers: int, limit: int | None) -> Path:
         target = output / "images" / f"{sample.id}.svg"
         if not target.is_file() or target.stat().st_size != sample.svg.stat().st_size:
             shutil.copyfile(sample.svg, target)
-    recordings = {(sample.caption, LENGTH_SCALES[sample.split]) for sample in samples}
+    spoken = {(sample.caption, LENGTH_SCALES[sample.split]) for sample in samples}
     jobs = {
-        recording: SpeechJob(*recording, output / "audio" / _recording_name(*recording))
-        for recording in sorted(recordings)
+        audio: SpeechJob(*audio, output / "audio" / _audio_name(*audio))
+        for audio in sorted(spoken)
     }
     failures = speak_all(list(jobs.values()), workers)
     if failures:
@@ -148,7 +148,7 @@ def collect_samples() -> list[EmojiSample]:
                 labels=_labels(identifier, concept, categories),
             )
         )
-    return assign_splits(_merge_identical_pictures(samples))
+    return assign_splits(_merge_identical_images(samples))
 
 
 def spoken_caption(name: str, identifier: str) -> str:
@@ -198,22 +198,22 @@ def assign_splits(samples: list[EmojiSample]) -> list[EmojiSample]:
         if len(members) <= min(_LARGEST_UNSEEN_CONCEPT, wanted["test_concept"]):
             splits.update((member.id, "test_concept") for member in members)
             wanted["test_concept"] -= len(members)
-    pictures: dict[str, int] = defaultdict(int)
+    samples_of_image: dict[str, int] = defaultdict(int)
     for sample in samples:
-        pictures[sample.svg_sha256] += 1
+        samples_of_image[sample.svg_sha256] += 1
     taken: dict[str, int] = defaultdict(int)
     for sample in sorted(samples, key=lambda sample: _shuffled(sample.id)):
-        unique = pictures[sample.svg_sha256] == 1
-        room = 2 * (taken[sample.concept] + 1) <= len(concepts[sample.concept])
+        unique = samples_of_image[sample.svg_sha256] == 1
+        has_space = 2 * (taken[sample.concept] + 1) <= len(concepts[sample.concept])
         split = next((name for name in ("test_variant", "valid") if wanted[name]), None)
-        if split and unique and room and sample.id not in splits:
+        if split and unique and has_space and sample.id not in splits:
             splits[sample.id] = split
             wanted[split] -= 1
             taken[sample.concept] += 1
     return [replace(sample, split=splits.get(sample.id, "train")) for sample in samples]
 
 
-def _merge_identical_pictures(samples: list[EmojiSample]) -> list[EmojiSample]:
+def _merge_identical_images(samples: list[EmojiSample]) -> list[EmojiSample]:
     """Give concepts that share a byte-identical image the same name (the smallest), transitively."""
     parent = {sample.concept: sample.concept for sample in samples}
 
@@ -247,19 +247,19 @@ def _categories() -> dict[str, tuple[str, str]]:
     return {_without_selectors(entry["unified"]): (entry["category"], entry["subcategory"]) for entry in entries}
 
 
-def _manifest_line(sample: EmojiSample, recording: Path) -> dict[str, Any]:
+def _manifest_line(sample: EmojiSample, audio: Path) -> dict[str, Any]:
     return {
         "id": sample.id,
         "image": f"images/{sample.id}.svg",
         "text": sample.caption,
-        "audio": f"audio/{recording.name}",
+        "audio": f"audio/{audio.name}",
         "group": sample.concept,
         "split": sample.split,
         "labels": list(sample.labels),
     }
 
 
-def _recording_name(caption: str, length_scale: float) -> str:
+def _audio_name(caption: str, length_scale: float) -> str:
     """Return a file name that depends on what is spoken, so that a cached file is never used for another caption."""
     words = re.sub(r"[^a-z0-9]+", "_", caption.lower()).strip("_")[:60]
     digest = hashlib.blake2b(f"{caption}|{length_scale}".encode(), digest_size=4).hexdigest()

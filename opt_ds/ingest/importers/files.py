@@ -42,12 +42,12 @@ class Files:
     Lookups are recorded: `unused` returns the files that were never looked up.
     """
 
-    def __init__(self, folder: Path, manifest: Path, kind: str, *, whole_folder: bool = True) -> None:
+    def __init__(self, folder: Path, manifest: Path, kind: str, *, complete_listing: bool = True) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder: it must hold the {kind} files")
         self.folder, self.kind = folder, kind
         self._start = manifest.parent.resolve()
-        self._whole_folder = whole_folder
+        self._complete_listing = complete_listing
         self._asked: set[str] = set()  # paths that were looked up
         self._starts: dict[str, str] = {}
         self._listings: dict[str, dict[str, list[str]]] = {}
@@ -67,7 +67,7 @@ class Files:
                 return None
         return None
 
-    def get_or_say(self, name: str, kind: str) -> Found:
+    def get_or_problem(self, name: str, kind: str) -> Found:
         """Look up a file like `get`.
 
         For a missing file, return a Problem with the name of a file that differs in case or ending.
@@ -129,9 +129,9 @@ class Files:
     def unused(self) -> list[str]:
         """Return the files of this kind that were never looked up, by path in the folder.
 
-        Without `whole_folder`, only those in a folder with a file that was found.
+        Without `complete_listing`, only those in a folder with a file that was found.
         """
-        paths = self._walk() if self._whole_folder else _beside(self._asked)
+        paths = self._walk() if self._complete_listing else _beside(self._asked)
         left = (path for path in paths if self._is_of_kind(path) and os.path.normpath(path) not in self._asked)
         return [os.path.relpath(path, self.folder) for path in left]
 

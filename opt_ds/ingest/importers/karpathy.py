@@ -36,12 +36,12 @@ def import_karpathy(annotations: Path | Sequence[Path], output: Path, *, images:
     are prefixed with the name of their file.
     """
     paths = [annotations] if isinstance(annotations, Path) else list(annotations)
-    pictures = Files(images, output, "image")
+    image_files = Files(images, output, "image")
 
     def entries() -> Iterator[Entry]:
         for path, prefix in zip(paths, prefixes(paths), strict=True):
-            yield from (_entries if _is_json(path) else _token_entries)(path, pictures, prefix)
-        yield from unused_files([pictures])
+            yield from (_entries if _is_json(path) else _token_entries)(path, image_files, prefix)
+        yield from unused_files([image_files])
 
     return write_import(output, entries(), source=", ".join(map(str, paths)))
 
@@ -51,20 +51,20 @@ def _is_json(path: Path) -> bool:
         return path.name.removesuffix(".gz").endswith(".json") or file.read(1024).lstrip().startswith(("{", "["))
 
 
-def _entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]:
+def _entries(annotations: Path, image_files: Files, prefix: str) -> Iterator[Entry]:
     content = read_json(annotations)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(f'{annotations}: no list "images": give a Karpathy split JSON')
 
-    def caption(picture: dict[str, Any], sentence: dict[str, Any]) -> Iterator[Entry]:
+    def caption(image: dict[str, Any], sentence: dict[str, Any]) -> Iterator[Entry]:
         id = f"{prefix}sentence {typed(sentence['sentid'], (int, str), 'sentid')}"
-        own, imgid = sentence.get("imgid"), picture.get("imgid")
+        own, imgid = sentence.get("imgid"), image.get("imgid")
         if own is not None and imgid is not None and own != imgid:
             yield Skipped(id, f"it contradicts itself: its imgid is {own}, its image's {imgid}")
             return
-        name, split = typed(picture["filename"], str, "filename"), typed(picture["split"], str, "split")
-        below = f"{typed(picture['filepath'], str, 'filepath')}/{name}" if picture.get("filepath") else name
-        file = pictures.get(below) or pictures.get(name) or pictures.by_stem(Path(name).stem)
+        name, split = typed(image["filename"], str, "filename"), typed(image["split"], str, "split")
+        below = f"{typed(image['filepath'], str, 'filepath')}/{name}" if image.get("filepath") else name
+        file = image_files.get(below) or image_files.get(name) or image_files.by_stem(Path(name).stem)
         yield sample(
             id,
             text=typed(sentence["raw"], str, "raw"),
@@ -73,30 +73,30 @@ def _entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]
             split="train" if split == "restval" else split_of_name(split) or split,
         )
 
-    def captions(place: str, picture: dict[str, Any]) -> Iterator[Entry]:
-        wrong = _contradiction(picture)
+    def captions(place: str, image: dict[str, Any]) -> Iterator[Entry]:
+        wrong = _contradiction(image)
         if wrong is not None:
             yield Skipped(place, wrong)
             return
         for name in ("split", "filename"):
-            picture[name]
-        for number, sentence in enumerate(picture["sentences"]):
-            yield from guarded(f"{place} sentence {number}", lambda sentence=sentence: caption(picture, sentence))  # type: ignore[misc]
+            image[name]
+        for number, sentence in enumerate(image["sentences"]):
+            yield from guarded(f"{place} sentence {number}", lambda sentence=sentence: caption(image, sentence))  # type: ignore[misc]
 
-    for number, picture in enumerate(content["images"]):
+    for number, image in enumerate(content["images"]):
         place = f"{prefix}image {number}"
-        yield from guarded(place, lambda place=place, picture=picture: captions(place, picture))  # type: ignore[misc]
+        yield from guarded(place, lambda place=place, image=image: captions(place, image))  # type: ignore[misc]
 
 
-def _contradiction(picture: dict[str, Any]) -> str | None:
+def _contradiction(image: dict[str, Any]) -> str | None:
     """Return the contradiction if the image number in a COCO file name differs from the entry's; else None."""
-    match = _COCO_NAME.fullmatch(str(picture.get("filename")))
-    if match and isinstance(picture.get("cocoid"), int) and int(match[1]) != picture["cocoid"]:
-        return f"it contradicts itself: cocoid is {picture['cocoid']}, its file is {picture['filename']}"
+    match = _COCO_NAME.fullmatch(str(image.get("filename")))
+    if match and isinstance(image.get("cocoid"), int) and int(match[1]) != image["cocoid"]:
+        return f"it contradicts itself: cocoid is {image['cocoid']}, its file is {image['filename']}"
     return None
 
 
-def _token_entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[Entry]:
+def _token_entries(annotations: Path, image_files: Files, prefix: str) -> Iterator[Entry]:
     for row in read_rows(annotations, "\t", quoted=False):
         match = _TOKEN.fullmatch(row.cells[0]) if len(row.cells) == 2 else None
         if match is None:
@@ -106,6 +106,6 @@ def _token_entries(annotations: Path, pictures: Files, prefix: str) -> Iterator[
         yield sample(
             prefix + row.cells[0],
             text=row.cells[1],
-            files={"image": (match[1], pictures.get_or_say(match[1], "image"))},
+            files={"image": (match[1], image_files.get_or_problem(match[1], "image"))},
             group=f"{prefix}image {match[1]}",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
+from opt_ds.former_names import former_arguments
 from opt_ds.ingest.importers.common import (
     Entry,
     Unused,
@@ -40,12 +41,13 @@ class ImageLabels:
     unused: list[Unused] = field(default_factory=list)
 
 
+@former_arguments(recordings="audio")
 def import_localized_narratives(
     annotations: Sequence[Path],
     output: Path,
     *,
     images: Path,
-    recordings: Path | None = None,
+    audio: Path | None = None,
     labels: Sequence[Path] = (),
     label_names: Path | None = None,
     keep_incomplete: bool = False,
@@ -56,19 +58,19 @@ def import_localized_narratives(
         annotations: JSONL files.
         output: The manifest to write.
         images: The folder of the images.
-        recordings: The folder that `voice_recording` is relative to. None: no audio.
+        audio: The folder that `voice_recording` is relative to. None: no audio.
         labels: Open Images' image-level label CSV files (ImageID, Source, LabelName, Confidence).
         label_names: Open Images' class descriptions (LabelName, DisplayName).
         keep_incomplete: Keep samples with missing files.
     """
-    pictures = Files(images, output, "image")
-    sounds = files_of(recordings, output, "audio")
+    image_files = Files(images, output, "image")
+    audio_files = files_of(audio, output, "audio")
     labels_of = read_image_labels(labels, label_names, _image_ids(annotations)) if labels else ImageLabels()
 
     def entries() -> Iterator[Entry]:
-        yield from _entries(annotations, pictures, sounds, labels_of.of, keep_incomplete)
+        yield from _entries(annotations, image_files, audio_files, labels_of.of, keep_incomplete)
         yield from labels_of.unused
-        yield from unused_files([pictures, sounds])
+        yield from unused_files([image_files, audio_files])
 
     return write_import(output, entries(), source=", ".join(map(str, annotations)))
 
@@ -80,8 +82,8 @@ def _image_ids(annotations: Sequence[Path]) -> set[str]:
 
 def _entries(
     annotations: Sequence[Path],
-    pictures: Files,
-    sounds: Files | None,
+    image_files: Files,
+    audio_files: Files | None,
     labels_of: dict[str, tuple[str, ...]],
     keep_incomplete: bool,
 ) -> Iterator[Entry]:
@@ -93,17 +95,19 @@ def _entries(
         annotator = typed(entry["annotator_id"], (int, str), "annotator_id")
         id = f"{dataset}/{image_id}/{annotator}"
         seen[id] += 1
-        recording = entry.get("voice_recording")
-        if recording is not None:
-            typed(recording, str, "voice_recording")
-        if recording is not None and _is_of_another_picture(recording, dataset, image_id):
-            return Skipped(id, f"it contradicts itself: its audio is {recording}")
+        audio_name = entry.get("voice_recording")
+        if audio_name is not None:
+            typed(audio_name, str, "voice_recording")
+        if audio_name is not None and _is_of_another_image(audio_name, dataset, image_id):
+            return Skipped(id, f"it contradicts itself: its audio is {audio_name}")
         return sample(
             id if seen[id] == 1 else f"{id}/{seen[id]}",
             text=typed(entry["caption"], str, "caption"),
             files={
-                "image": (image_id, _picture(pictures, image_id)),
-                "audio": (str(recording), sounds.get(recording) if recording else None) if sounds else None,
+                "image": (image_id, _image(image_files, image_id)),
+                "audio": (str(audio_name), audio_files.get(audio_name) if audio_name else None)
+                if audio_files
+                else None,
             },
             labels=labels_of.get(image_id, ()),
             group=f"{dataset}/{image_id}",
@@ -119,25 +123,25 @@ def _entries(
                 yield from guarded(f"{path.name} line {number}", lambda entry=entry: [narrative(entry)])  # type: ignore[misc]
 
 
-def _is_of_another_picture(recording: str, dataset: str, image_id: str) -> bool:
+def _is_of_another_image(audio_name: str, dataset: str, image_id: str) -> bool:
     """Return whether a published file name, DATASET_IMAGE_ANNOTATOR, belongs to another image."""
-    name = Path(recording).stem
+    name = Path(audio_name).stem
     is_published = name.startswith(f"{dataset}_") and name.count("_") >= dataset.count("_") + 2
     return is_published and not name.startswith(f"{dataset}_{image_id}_")
 
 
-def _picture(pictures: Files, image_id: str) -> Found:
+def _image(image_files: Files, image_id: str) -> Found:
     """Return the image named by the id, or by the id padded to twelve digits as in COCO.
 
     Return a Problem if both exist.
     """
-    own = pictures.get(f"{image_id}.jpg") or pictures.by_stem(image_id)
+    own = image_files.get(f"{image_id}.jpg") or image_files.by_stem(image_id)
     padded = image_id.zfill(12)
     if padded == image_id or not image_id.isdigit():
         return own
-    other = pictures.by_stem(padded)
+    other = image_files.by_stem(padded)
     if own is not None and other is not None:
-        return Problem(f"several image files have its name: {image_id} and {padded}: keep one in {pictures.folder}")
+        return Problem(f"several image files have its name: {image_id} and {padded}: keep one in {image_files.folder}")
     return own or other
 
 

@@ -66,7 +66,7 @@ def import_table(
     source = _parquet(table) if table.suffix.lower() == ".parquet" else _text_table(table, wanted, folder)
     _check_columns(source, column_of)
     source = _check_texts(source, column_of)
-    found = Files(folder, output, "named", whole_folder=files is not None)
+    found = Files(folder, output, "named", complete_listing=files is not None)
     embedded = EmbeddedFiles(output)
 
     def entries() -> Iterator[Entry]:
@@ -171,8 +171,8 @@ def _file(value: Any, kind: str, files: Files, embedded: EmbeddedFiles) -> tuple
         if written is not None:
             return path_of(value) or "embedded file", written
         name = path_of(value)
-        return ("no bytes and no path", None) if name is None else (name, files.get_or_say(name, kind))
-    return (str(value), files.get_or_say(str(value), kind)) if not isinstance(value, dict | list) else None
+        return ("no bytes and no path", None) if name is None else (name, files.get_or_problem(name, kind))
+    return (str(value), files.get_or_problem(str(value), kind)) if not isinstance(value, dict | list) else None
 
 
 def _check_columns(source: _Source, column_of: dict[str, str]) -> None:

@@ -40,14 +40,14 @@ def import_visual_genome(
     if leave_out is not None and image_data is None:
         raise UserError("--leave-out requires --image-data, which lists COCO's images: give image_data.json too")
     paths = [annotations] if isinstance(annotations, Path) else list(annotations)
-    pictures = Files(images, output, "image")
+    image_files = Files(images, output, "image")
     coco_ids = _coco_ids(image_data) if image_data is not None else {}
     held_out = _held_out(leave_out) if leave_out is not None else set()
 
     def entries() -> Iterator[Entry]:
         for path, prefix in zip(paths, prefixes(paths), strict=True):
-            yield from _entries(path, prefix, pictures, coco_ids, held_out, max_phrases)
-        yield from unused_files([pictures])
+            yield from _entries(path, prefix, image_files, coco_ids, held_out, max_phrases)
+        yield from unused_files([image_files])
 
     return write_import(output, entries(), source=", ".join(map(str, paths)))
 
@@ -55,7 +55,7 @@ def import_visual_genome(
 def _entries(
     annotations: Path,
     prefix: str,
-    pictures: Files,
+    image_files: Files,
     coco_ids: dict[int, int],
     held_out: set[int],
     max_phrases: int | None,
@@ -71,10 +71,10 @@ def _entries(
         text = typed(region["phrase"], str, "phrase")
         yield sample(id, text=text, files={"image": (str(image_id), file)}, group=f"image {image_id}")
 
-    def phrases(place: str, picture: dict[str, Any]) -> Iterator[Entry]:
+    def phrases(place: str, image: dict[str, Any]) -> Iterator[Entry]:
         nonlocal passed_over
-        image_id, regions = typed(picture["id"], (int, str), "id"), typed(picture["regions"], list, "regions")
-        file = pictures.by_stem(str(image_id))
+        image_id, regions = typed(image["id"], (int, str), "id"), typed(image["regions"], list, "regions")
+        file = image_files.by_stem(str(image_id))
         if coco_ids.get(image_id) in held_out:
             yield Skipped(f"image {image_id}", "held out for COCO's evaluation")
         elif isinstance(file, Problem):
@@ -88,9 +88,9 @@ def _entries(
                 name = f"{place} region {number * step}"
                 yield from guarded(name, lambda region=region: phrase(region, image_id, file))  # type: ignore[misc]
 
-    for number, picture in enumerate(read_json_array(annotations)):
+    for number, image in enumerate(read_json_array(annotations)):
         place = f"{annotations.name} entry {number}"
-        yield from guarded(place, lambda place=place, picture=picture: phrases(place, picture))  # type: ignore[misc]
+        yield from guarded(place, lambda place=place, image=image: phrases(place, image))  # type: ignore[misc]
     if passed_over:
         yield Unused("phrases", passed_over, why="beyond --max-phrases")
 

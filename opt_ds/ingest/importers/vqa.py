@@ -65,7 +65,7 @@ def import_vqa(
     """
     if len(questions) != len(annotations):
         raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
-    pictures = Files(images, output, "image")
+    image_files = Files(images, output, "image")
     pairs = [(*split_and_file(q), split_and_file(a)[1]) for q, a in zip(questions, annotations, strict=True)]
     answers = {path: _answers(path) for _, _, path in pairs}
     names = answer_vocabulary(answers[pairs[0][2]].of.values(), min_count)
@@ -76,9 +76,9 @@ def import_vqa(
     entries = (
         entry
         for split, path, notes in pairs
-        for entry in _entries(path, split, answers[notes], names, pictures, keep_unlabelled=path not in trains)
+        for entry in _entries(path, split, answers[notes], names, image_files, keep_unlabelled=path not in trains)
     )
-    return write_import(output, chain(entries, unused_files([pictures])), source=str(pairs[0][1]))
+    return write_import(output, chain(entries, unused_files([image_files])), source=str(pairs[0][1]))
 
 
 def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:
@@ -148,7 +148,7 @@ def _answer(entry: Any) -> str | None:
 
 
 def _entries(
-    path: Path, split: str | None, answers: _Answers, names: set[str], pictures: Files, keep_unlabelled: bool
+    path: Path, split: str | None, answers: _Answers, names: set[str], image_files: Files, keep_unlabelled: bool
 ) -> Iterator[Entry]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
@@ -175,7 +175,7 @@ def _entries(
             yield sample(
                 id,
                 text=typed(entry["question"], str, "question"),
-                files={"image": (name, pictures.by_stem(name) or pictures.by_stem(f"{image_id:012d}"))},
+                files={"image": (name, image_files.by_stem(name) or image_files.by_stem(f"{image_id:012d}"))},
                 labels=labels,
                 group=f"image {entry['image_id']}",
                 split=split or split_of_name(subtype),

@@ -1,6 +1,6 @@
-"""Seeded corruptions of every format that importers read: each sample that comes out pairs the right caption and picture.
+"""Seeded corruptions of every format that importers read: each sample that comes out pairs the right caption and image.
 
-The caption and the picture of a sample both hold its id, a long one, so that no flipped byte makes one id another. What is
+The caption and the image of a sample both hold its id, a long one, so that no flipped byte makes one id another. What is
 not a right sample is reported, or the import is refused in one line.
 """
 
@@ -33,7 +33,7 @@ def caption(id: str) -> str:
     return f'a "{id}", seen'
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     for number, id in enumerate(IDS):
         for name in (f"{id}.jpg", f"COCO_val2014_{id}.jpg"):
             (folder / name).write_text(id)
@@ -146,10 +146,10 @@ def check(folder: Path, name: str, seed: int) -> str:
             told = [each["what"] for each in report["unused"]] + report["notes"]
             assert "columns" in told or "rows whose column image is empty: 1" in told, f"{name}, seed {seed}: {told}"
             continue
-        picture = (folder / line.image).read_text()
+        image = (folder / line.image).read_text()
         named = [id for id in IDS if id in str(line.text)]
-        assert named in ([picture], []), f"{name}, seed {seed}: {picture} has the caption {line.text!r}"
-        taken.add(picture)
+        assert named in ([image], []), f"{name}, seed {seed}: {image} has the caption {line.text!r}"
+        taken.add(image)
     if len(taken) == len(IDS):
         return "whole"
     told = report["skipped"] + sum(each["count"] for each in report["unused"])
@@ -160,7 +160,7 @@ def check(folder: Path, name: str, seed: int) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corrupt")
-    write_pictures(path)
+    write_images(path)
     return path
 
 
@@ -207,5 +207,5 @@ def test_damaged_folders_shift_no_caption(tmp_path: Path) -> None:
         import_folder(folder)
         for line in read_manifest(folder / "manifest.jsonl").lines:
             if line.image is not None and line.text is not None:
-                picture = folder / line.image
-                assert picture.read_bytes() == b"\xff\xfe" or picture.read_text() in line.text
+                image = folder / line.image
+                assert image.read_bytes() == b"\xff\xfe" or image.read_text() in line.text

@@ -47,11 +47,11 @@ def spoiled(draw: st.DrawFn, value: Any) -> Any:
 
 
 def check(write: Callable[[Path], Callable[[Path], object]]) -> None:
-    """Import in a folder with two pictures: a manifest without a rejected line and its report, or one line of error."""
+    """Import in a folder with two images: a manifest without a rejected line and its report, or one line of error."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for picture in ("1.jpg", "2.jpg"):
-            (folder / picture).write_bytes(b"x")
+        for image in ("1.jpg", "2.jpg"):
+            (folder / image).write_bytes(b"x")
         manifest = folder / "manifest.jsonl"
         try:
             write(folder)(manifest)
@@ -83,7 +83,7 @@ def test_localized_narratives(entry: Any) -> None:
     def write(folder: Path) -> Callable[[Path], object]:
         (folder / "a.jsonl").write_text(f"{json.dumps(entry)}\n{json.dumps(GOOD)}\n")
         return lambda manifest: import_localized_narratives(
-            [folder / "a.jsonl"], manifest, images=folder, recordings=folder
+            [folder / "a.jsonl"], manifest, images=folder, audio=folder
         )
 
     check(write)

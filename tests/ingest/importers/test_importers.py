@@ -19,7 +19,7 @@ from opt_ds.ingest.text_files import read_json_array
 from tests.ingest.importers.manifests import left_out, lines_of, touch
 
 
-def narrative(dataset: str, image: str, annotator: int, caption: str, recording: str) -> str:
+def narrative(dataset: str, image: str, annotator: int, caption: str, audio_name: str) -> str:
     return json.dumps(
         {
             "dataset_id": dataset,
@@ -28,27 +28,27 @@ def narrative(dataset: str, image: str, annotator: int, caption: str, recording:
             "caption": caption,
             "timed_caption": [{"caption": "In this image", "start_time": 0.0, "end_time": 1.1}],
             "traces": [[{"x": 0.2086, "y": -0.0533, "t": 0.022}, {"x": 0.2086, "y": -0.0533, "t": 0.037}]],
-            "voice_recording": recording,
+            "voice_recording": audio_name,
         }
     )
 
 
-def test_localized_narratives_with_recordings_and_labels(tmp_path: Path) -> None:
+def test_localized_narratives_with_audio_files_and_labels(tmp_path: Path) -> None:
     touch(tmp_path / "oi" / "train" / "0a1.jpg", tmp_path / "oi" / "0b2.jpg", tmp_path / "oi" / "000000000139.jpg")
     voices = tmp_path / "voices"
-    first_recording = "open_images_train/open_images_train_0a1_7.ogg"
-    touch(voices / first_recording, voices / "open_images_validation" / "b.ogg")
+    first_audio = "open_images_train/open_images_train_0a1_7.ogg"
+    touch(voices / first_audio, voices / "open_images_validation" / "b.ogg")
     touch(voices / "c.ogg", voices / "e.ogg")
     narratives = tmp_path / "open_images_train_v6_localized_narratives-00000-of-00010.jsonl"
     narratives.write_text(
         "\n".join(
             [
-                narrative("open_images_train", "0a1", 7, "In this image there is a cat.", first_recording),
+                narrative("open_images_train", "0a1", 7, "In this image there is a cat.", first_audio),
                 narrative("open_images_train", "0a1", 9, "A cat on a mat.", "c.ogg"),
                 narrative("open_images_train", "0a1", 9, "Again a cat.", "e.ogg"),
                 narrative("open_images_validation", "0b2", 7, "A dog.", "open_images_validation/b.ogg"),
                 narrative("mscoco_val2017", "139", 1, "A room.", "gone.ogg"),
-                narrative("open_images_train", "lost", 7, "No picture.", "c.ogg"),
+                narrative("open_images_train", "lost", 7, "No image.", "c.ogg"),
                 '{"dataset_id": "open_images_train", "caption": "no image"}',
                 "{cut off",
                 narrative("open_images_train", "0b2", 3, " ", "c.ogg"),
@@ -70,7 +70,7 @@ def test_localized_narratives_with_recordings_and_labels(tmp_path: Path) -> None
     manifest = tmp_path / "m" / "manifest.jsonl"
     options = {
         "images": tmp_path / "oi",
-        "recordings": voices,
+        "audio": voices,
         "labels": [tmp_path / "labels.csv"],
         "label_names": tmp_path / "classes.csv",
     }
@@ -78,7 +78,7 @@ def test_localized_narratives_with_recordings_and_labels(tmp_path: Path) -> None
     samples = lines_of(manifest)
     first = samples["open_images_train/0a1/7"]
     assert first.image == samples["open_images_train/0a1/9"].image == "../oi/train/0a1.jpg"
-    assert first.group == samples["open_images_train/0a1/9/2"].group, "narratives of a picture stay together"
+    assert first.group == samples["open_images_train/0a1/9/2"].group, "narratives of an image stay together"
     assert first.audio == "../voices/open_images_train/open_images_train_0a1_7.ogg"
     assert (first.labels, samples["open_images_validation/0b2/7"].labels) == (("Cat",), ("Dog, tame",))
     assert [samples[name].split for name in samples] == ["train", "train", "train", "valid"]

@@ -19,11 +19,11 @@ from opt_ds.ingest.manifest import read_manifest
 COUNT = 5
 
 
-def pictures(folder: Path, *, sidecars: bool = False, count: int = COUNT) -> Path:
+def images(folder: Path, *, sidecars: bool = False, count: int = COUNT) -> Path:
     """Pictures that hold their row's number, as img2dataset names them."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(count):
-        (folder / f"{row:09d}.jpg").write_text(f"picture {row}")
+        (folder / f"{row:09d}.jpg").write_text(f"image {row}")
         if sidecars:
             content = {"url": f"http://a.b/{row}", "caption": f"caption {row}", "key": f"{row:09d}"}
             (folder / f"{row:09d}.json").write_text(json.dumps(content))
@@ -40,7 +40,7 @@ def run(tmp_path: Path, lines: list[str], **options: Any) -> dict[str, str]:
     manifest = tmp_path / "m.jsonl"
     import_conceptual_captions([str(tmp_path / "t.tsv")], manifest, images=[tmp_path / "p"], **options)
     found = {(tmp_path / str(line.image)).read_text(): str(line.text) for line in read_manifest(manifest).lines}
-    assert all(picture.split()[1] == caption.split()[1] for picture, caption in found.items()), found
+    assert all(image.split()[1] == caption.split()[1] for image, caption in found.items()), found
     return found
 
 
@@ -50,7 +50,7 @@ def report(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("header", ["caption\turl", "Caption\tURL", "url\tcaption", "text\timage_url", "TEXT\tlink"])
 def test_a_header_shifts_nothing(tmp_path: Path, header: str) -> None:
-    pictures(tmp_path / "p")
+    images(tmp_path / "p")
     url_first = header.startswith("url")
     body = ["\t".join(reversed(row.split("\t"))) if url_first else row for row in rows()]
     assert len(run(tmp_path, [header, *body])) == COUNT
@@ -61,7 +61,7 @@ def test_blank_lines_are_not_counted_as_img2dataset_does_not(tmp_path: Path) -> 
     """pyarrow, which img2dataset reads with, is the reference for the numbers."""
     from pyarrow import csv
 
-    pictures(tmp_path / "p")
+    images(tmp_path / "p")
     first, *others = rows()
     lines = ["caption\turl", first, "", "", *others, ""]
     assert len(run(tmp_path, lines)) == COUNT
@@ -70,7 +70,7 @@ def test_blank_lines_are_not_counted_as_img2dataset_does_not(tmp_path: Path) -> 
 
 
 def test_a_first_line_that_may_be_a_header_is_refused(tmp_path: Path) -> None:
-    pictures(tmp_path / "p")
+    images(tmp_path / "p")
     with pytest.raises(UserError, match=r"t.tsv line 1: no URL, so it is unclear whether it is a header"):
         run(tmp_path, ["Bildtext\tAdresse", *rows()])
     with pytest.raises(UserError, match=r"t.tsv line 1: no URL"):
@@ -78,7 +78,7 @@ def test_a_first_line_that_may_be_a_header_is_refused(tmp_path: Path) -> None:
 
 
 def test_urls_in_the_other_column_are_refused_with_the_option(tmp_path: Path) -> None:
-    pictures(tmp_path / "p")
+    images(tmp_path / "p")
     swapped = ["\t".join(reversed(row.split("\t"))) for row in rows()]
     with pytest.raises(UserError, match=r"the URLs are in column 1, not in column 2: add --url-first"):
         run(tmp_path, swapped)
@@ -93,20 +93,20 @@ def test_urls_in_the_other_column_are_refused_with_the_option(tmp_path: Path) ->
 
 
 def test_a_row_of_other_cells_is_named_and_shifts_nothing(tmp_path: Path) -> None:
-    pictures(tmp_path / "p")
+    images(tmp_path / "p")
     lines = rows()
     lines[1] = "caption 1\tmore\thttp://a.b/1"
     lines[3] = "caption 3"
-    assert set(run(tmp_path, lines)) == {"picture 0", "picture 2", "picture 4"}
+    assert set(run(tmp_path, lines)) == {"image 0", "image 2", "image 4"}
     reasons = [entry["reason"] for entry in report(tmp_path)["skipped_samples"]]
     assert reasons == [f"not caption and URL: t.tsv line {n}" + f": {m} cells, not 2" for n, m in ((2, 3), (4, 1))]
 
 
-def test_files_beside_the_pictures_prove_the_pairing(tmp_path: Path) -> None:
-    pictures(tmp_path / "p", sidecars=True)
+def test_files_beside_the_images_prove_the_pairing(tmp_path: Path) -> None:
+    images(tmp_path / "p", sidecars=True)
     assert len(run(tmp_path, rows())) == COUNT
     assert report(tmp_path)["notes"] == [], "nothing had to be assumed"
-    lost = rows()[1:]  # the picture numbered 0 is the lost row's: all others are shifted
+    lost = rows()[1:]  # the image numbered 0 is the lost row's: all others are shifted
     with pytest.raises(UserError, match=r"4 of 4 images belong to other rows.* shifted by -1.*--first-index 1"):
         run(tmp_path, lost)
     assert len(run(tmp_path, lost, first_index=1)) == COUNT - 1
@@ -115,8 +115,8 @@ def test_files_beside_the_pictures_prove_the_pairing(tmp_path: Path) -> None:
     assert report(tmp_path)["reasons"] == {"the image belongs to another row": 2}
 
 
-def test_captions_beside_the_pictures_prove_it_too(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "p")
+def test_captions_beside_the_images_prove_it_too(tmp_path: Path) -> None:
+    folder = images(tmp_path / "p")
     for row in range(COUNT):
         (folder / f"{row:09d}.txt").write_text(f"caption {row}")
     assert len(run(tmp_path, rows())) == COUNT
@@ -124,35 +124,35 @@ def test_captions_beside_the_pictures_prove_it_too(tmp_path: Path) -> None:
         run(tmp_path, rows()[1:])
 
 
-def test_pictures_numbered_beyond_the_rows_are_refused(tmp_path: Path) -> None:
-    pictures(tmp_path / "p")
+def test_images_numbered_beyond_the_rows_are_refused(tmp_path: Path) -> None:
+    images(tmp_path / "p")
     with pytest.raises(UserError, match="1 images beyond them, such as 000000004"):
         run(tmp_path, rows()[1:])
     (tmp_path / "p" / "000000000.jpg").unlink()
     assert len(run(tmp_path, rows()[1:], first_index=1)) == COUNT - 1
 
 
-def test_a_pattern_that_names_every_picture_alike_is_refused(tmp_path: Path) -> None:
-    pictures(tmp_path / "p")
+def test_a_pattern_that_names_every_image_alike_is_refused(tmp_path: Path) -> None:
+    images(tmp_path / "p")
     with pytest.raises(UserError, match="one name for all images"):
         run(tmp_path, rows(), pattern="000000000")
 
 
-def test_pictures_of_one_name_are_never_guessed(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "p")
-    pictures(folder / "small", count=1)
-    (folder / "small" / "000000000.jpg").write_text("another picture")
+def test_images_of_one_name_are_never_guessed(tmp_path: Path) -> None:
+    folder = images(tmp_path / "p")
+    images(folder / "small", count=1)
+    (folder / "small" / "000000000.jpg").write_text("another image")
     (folder / "copy").mkdir()
-    (folder / "copy" / "000000001.jpg").write_text("picture 1")
-    (folder / "000000002.mp3").write_text("a sound is no picture")
+    (folder / "copy" / "000000001.jpg").write_text("image 1")
+    (folder / "000000002.mp3").write_text("a sound is no image")
     (folder / "._000000003.jpg").write_text("what a Mac leaves")
-    assert set(run(tmp_path, rows())) == {f"picture {row}" for row in (1, 2, 3, 4)}
+    assert set(run(tmp_path, rows())) == {f"image {row}" for row in (1, 2, 3, 4)}
     (skipped,) = report(tmp_path)["skipped_samples"]
     assert skipped["reason"].startswith("several image files have its name: 000000000.jpg and small/000000000.jpg")
 
 
-def test_unused_pictures_and_columns_are_counted(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "p")
+def test_unused_images_and_columns_are_counted(tmp_path: Path) -> None:
+    folder = images(tmp_path / "p")
     (folder / "other.png").write_text("x")
     (folder / "000000001.jpg").rename(folder / "000000001.jxl")
     assert len(run(tmp_path, [f"{row}\t0.9" for row in rows()])) == COUNT - 1
@@ -197,7 +197,7 @@ def test_one_bad_sentence_leaves_its_siblings(tmp_path: Path) -> None:
     assert skipped["id"] == "image 0 sentence 0"
 
 
-def test_one_bad_region_leaves_its_siblings_and_another_pictures_region_is_refused(tmp_path: Path) -> None:
+def test_one_bad_region_leaves_its_siblings_and_another_images_region_is_refused(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_text("1")
     regions = [{"region_id": 1, "phrase": "a"}, {"region_id": 2}, {"region_id": 3, "phrase": "b", "image_id": 9},
                {"region_id": 4, "phrase": "c", "image_id": 1}]  # fmt: skip
@@ -243,7 +243,7 @@ def narrative(**fields: Any) -> dict[str, Any]:
     return {"dataset_id": "mscoco_val2017", "image_id": "139", "annotator_id": 1, "caption": "a room", **fields}
 
 
-def test_narratives_of_another_picture_or_split_are_not_guessed(tmp_path: Path) -> None:
+def test_narratives_of_another_image_or_split_are_not_guessed(tmp_path: Path) -> None:
     for name in ("000000000139.jpg", "7.jpg", "000000000007.jpg", "8.jpg"):
         (tmp_path / name).write_text(name)
     lines = [

@@ -53,11 +53,16 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    picture, drawing, sound = b"\xff\xd8picture", b"<svg xmlns='x'/>", b"RIFFsound"
+    image, drawing, sound = b"\xff\xd8picture", b"<svg xmlns='x'/>", b"RIFFsound"
     touch(tmp_path / "there.png")
     rows = [
-        {"id": "a", "image": {"bytes": picture, "path": "../../a.JPG"}, "audio": {"bytes": sound, "path": None}, "label": 1},
-        {"id": "b", "image": {"bytes": picture, "path": "b.exe"}, "audio": None, "label": -1},
+        {
+            "id": "a",
+            "image": {"bytes": image, "path": "../../a.JPG"},
+            "audio": {"bytes": sound, "path": None},
+            "label": 1,
+        },
+        {"id": "b", "image": {"bytes": image, "path": "b.exe"}, "audio": None, "label": -1},
         {"id": "c", "image": {"bytes": drawing, "path": None}, "audio": None, "label": 0},
         {"id": "d", "image": {"bytes": None, "path": "there.png"}, "audio": None, "label": None},
         {"id": "e", "image": {"bytes": b"", "path": None}, "audio": None, "label": 0},
@@ -72,7 +77,7 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
     import_table(table, manifest, columns=["labels=label"])
     samples = lines_of(manifest)
     folder = manifest.parent / "manifest-files"
-    assert (manifest.parent / samples["a"].image).read_bytes() == picture
+    assert (manifest.parent / samples["a"].image).read_bytes() == image
     assert (manifest.parent / samples["a"].audio).read_bytes() == sound
     assert samples["a"].image.endswith(".jpg") and samples["c"].image.endswith(".svg")
     assert {(manifest.parent / line.image).parent for line in samples.values() if line.id in "abc"} == {folder}

@@ -45,7 +45,7 @@ def test_answers_are_labels_as_often_as_given_and_rare_ones_are_none(tmp_path: P
     assert report["reasons"] == {"none of its answers is frequent enough to be a label": 1}
 
 
-def test_a_missing_picture_leaves_the_question_out_and_the_split_can_be_named(tmp_path: Path, images: Path) -> None:
+def test_a_missing_image_leaves_the_question_out_and_the_split_can_be_named(tmp_path: Path, images: Path) -> None:
     q, a = write(tmp_path, [question(1), question(2, image=10)], {1: ["yes"] * 10, 2: ["yes"] * 10})
     output = import_vqa([f"test={q}"], [a], tmp_path / "m.jsonl", images=images, min_count=1)
     (line,) = read_manifest(output).lines

@@ -29,7 +29,7 @@ _SILENCE_DB, _SILENCE_FRAME, _SILENCE_MARGIN = -40.0, 320, 1600  # relative to t
 _CUT_S = 0.1  # seconds; the padding of an encoder is shorter
 
 
-def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], None]) -> tuple[np.ndarray, int]:
+def decode_audio(file: BinaryIO, max_seconds: float, allow: Callable[[int], None]) -> tuple[np.ndarray, int]:
     """Decode audio to mono float32 [S], the mean of its channels, and its sample rate in Hz.
 
     Args:
@@ -51,18 +51,22 @@ def decode_recording(file: BinaryIO, max_seconds: float, allow: Callable[[int], 
         raise BrokenFileError(header.problem)
     with _opened(header, file) as sound:
         if sound.format not in _FORMATS or sound.subtype in _REFUSED_CODECS:
-            raise RefusedError(f"its encoding ({sound.format}, {sound.subtype}) is not accepted: save it as WAV or FLAC")
+            raise RefusedError(
+                f"its encoding ({sound.format}, {sound.subtype}) is not accepted: save it as WAV or FLAC"
+            )
         rate_hz, channels = sound.samplerate, sound.channels
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
             raise RefusedError(f"its sample rate of {rate_hz} Hz is outside {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
         frames = sound.frames
         if header.length_unknown and sound.format == "FLAC":
-            raise RefusedError("its header does not contain its length (a FLAC written to a pipe): encode it again into a file")
+            raise RefusedError(
+                "its header does not contain its length (a FLAC written to a pipe): encode it again into a file"
+            )
         _check_length(frames, channels, rate_hz, max_seconds)
-        if header.is_cut:
+        if header.is_truncated:
             assert header.announced is not None and header.held is not None
-            whole = frames * header.announced / max(1, header.held)
-            raise BrokenFileError(f"it is truncated: {frames / rate_hz:.1f} of {whole / rate_hz:.1f} s")
+            expected = frames * header.announced / max(1, header.held)
+            raise BrokenFileError(f"it is truncated: {frames / rate_hz:.1f} of {expected / rate_hz:.1f} s")
         allow(frames * channels)
         # Read in one piece: where reading stops and resumes, the last bits of MP3 samples differ.
         samples = sound.read(frames=frames, dtype="float32", always_2d=True)
@@ -80,7 +84,7 @@ def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:
     try:
         sound = soundfile.SoundFile(header.readable(file))
     except soundfile.LibsndfileError:
-        if header.is_cut:  # libsndfile does not open some truncated formats
+        if header.is_truncated:  # libsndfile does not open some truncated formats
             raise BrokenFileError(f"it is truncated: {header.held} of {header.announced} bytes of sound") from None
         raise
     if header.mpeg is None or abs(sound.frames - header.mpeg.samples) <= _CUT_S * sound.samplerate:

@@ -2,8 +2,8 @@
 
 A step is a pure function of (config, stores, step): position p = step·B + i, epoch = p div N, sample = a keyed
 permutation of (p mod N). The plan of a step is computed completely, so the counts that normalise the losses need no
-communication. The subclass decides the task of a sample: `data.plan` for pre-training, `data.finetune_plan` for
-fine-tuning. The masks of a sample are decided later, by `data.samples`, from the same keys.
+communication. The subclass decides the task of a sample: `data.pretraining_plan` for pre-training, `data.finetune_plan`
+for fine-tuning. The masks of a sample are decided later, by `data.samples`, from the same keys.
 
 Legend: B samples of a step; M modalities of the model.
 """
@@ -19,9 +19,9 @@ from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
 from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
-from opt_ds.data.mixing import MIX_BLOCK, mix_quotas
+from opt_ds.data.mixing import SAMPLING_BLOCK, store_quotas
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.planned_samples import PlannedSamples, concatenate, select
+from opt_ds.data.step_samples import StepSamples, concatenate, select
 from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import Candidates, SampledTasks, tasks_of
 from opt_ds.ops.keyed import keyed_hash, permute
@@ -31,14 +31,14 @@ _BLOCK = 2**18  # samples
 
 
 @dataclass(frozen=True)
-class PlannedStep:
+class StepPlan:
     """Plan of one optimiser step.
 
     It holds the samples, the losses' counts over the global batch, and each rank's micro-batches.
     """
 
     step: int
-    samples: PlannedSamples
+    samples: StepSamples
     counts: dict[str, float]
     micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], the same number on every rank
     num_tokens: int
@@ -58,7 +58,7 @@ class Plan(ABC):
     VERSION = 3  # Stored in checkpoints, because a plan that samples differently must not continue an older run.
     #: Versions that this code can follow. In version 1 the text decoder also learned [SEP] after truncated texts. Up to
     #: version 2, with a batch size in tokens, the number of samples was computed for stores read in proportion to their
-    #: sizes, whatever `data.mix`.
+    #: sizes, whatever `data.store_weights`.
     VERSIONS = (1, 2, 3)
     # Task or loss -> why no sample of these stores can take it, or why the configuration disables it.
     disabled_tasks: dict[str, str]
@@ -69,7 +69,7 @@ class Plan(ABC):
         self.version = self.VERSION if version is None else version
         self.modalities = modalities_of(config.model)
         self.tasks = tasks_of(config)
-        self.task_names = tuple(self.tasks)  # in the order of the indices in `PlannedSamples.task`
+        self.task_names = tuple(self.tasks)  # in the order of the indices in `StepSamples.task`
         self._train = [self._usable(store, config.data.train_split) for store in stores]
         self._lengths = [[modality.lengths(store) for modality in self.modalities] for store in stores]
         self.num_samples = sum(len(rows) for rows in self._train)
@@ -83,7 +83,7 @@ class Plan(ABC):
         return store.split_samples(split)
 
     @abstractmethod
-    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> "PlannedSamples":
+    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> "StepSamples":
         """Return these samples with their tasks in a training step.
 
         Args:
@@ -97,26 +97,26 @@ class Plan(ABC):
         """
 
     @abstractmethod
-    def _validation_samples(self, number: int, valid: np.ndarray) -> "list[PlannedSamples]":
+    def _validation_samples(self, number: int, valid: np.ndarray) -> "list[StepSamples]":
         """Return these samples of store `number` once per task, for the validation pass."""
 
     # ---- steps
 
-    def step(self, step: int, world_size: int = 1) -> "PlannedStep":
+    def step(self, step: int, world_size: int = 1) -> "StepPlan":
         """Return the plan of optimiser step `step` (0-based). The samples do not depend on the number of ranks."""
         positions = step * self.batch_samples + np.arange(self.batch_samples, dtype=np.int64)
-        return self._planned_step(step, self._training_samples(step, *self._samples_at(positions)), world_size)
+        return self._step_plan(step, self._training_samples(step, *self._samples_at(positions)), world_size)
 
-    def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> "list[PlannedStep]":
+    def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> "list[StepPlan]":
         """Return the fixed validation pass: every trained task on every sample of the validation split.
 
         If there are more than `max_samples` samples in all stores, a choice that is a function of the seed is used.
-        Each PlannedStep holds up to `chunk` samples; its `step` is its index in the list.
+        Each StepPlan holds up to `chunk` samples; its `step` is its index in the list.
         """
         samples = concatenate(self._validation_parts(max_samples))
         kept = np.flatnonzero(samples.task >= 0)
         return [
-            self._planned_step(place, select(samples, kept[start : start + chunk]), world_size)
+            self._step_plan(place, select(samples, kept[start : start + chunk]), world_size)
             for place, start in enumerate(range(0, len(kept), chunk))
         ]
 
@@ -124,16 +124,16 @@ class Plan(ABC):
         """Return whether the validation pass has any sample."""
         return any((part.task >= 0).any() for part in self._validation_parts(max_samples))
 
-    def _validation_parts(self, max_samples: int) -> "list[PlannedSamples]":
+    def _validation_parts(self, max_samples: int) -> "list[StepSamples]":
         usable = [self._usable(store, self.config.data.valid_split) for store in self.stores]
-        parts: list[PlannedSamples] = []
+        parts: list[StepSamples] = []
         for number, valid in enumerate(_chosen(usable, max_samples, self.config.seed)):
             parts += self._validation_samples(number, valid)
         return parts
 
     def _samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed = self.config.seed
-        weights = self.config.data.mix
+        weights = self.config.data.store_weights
         if weights is None or len(self.stores) == 1:
             epoch = positions // self.num_samples
             place = permute(positions - epoch * self.num_samples, self.num_samples, seed, "order", epoch)
@@ -156,10 +156,10 @@ class Plan(ABC):
 
         Each store has its own epochs, which advance at its own pace.
         """
-        quota = mix_quotas(weights)
+        quota = store_quotas(weights)
         starts = np.cumsum([0, *quota])
-        block = positions // MIX_BLOCK
-        offset = permute(positions % MIX_BLOCK, MIX_BLOCK, self.config.seed, "mix", block)
+        block = positions // SAMPLING_BLOCK
+        offset = permute(positions % SAMPLING_BLOCK, SAMPLING_BLOCK, self.config.seed, "mix", block)
         store = np.searchsorted(starts, offset, side="right") - 1
         within = block * quota[store] + offset - starts[store]
         sizes = np.diff(self._starts)[store]
@@ -218,15 +218,15 @@ class Plan(ABC):
         }
         return SampledTasks(task, input_rows, columns)
 
-    def _samples_of(self, candidates: Candidates, sampled: SampledTasks) -> PlannedSamples:
+    def _samples_of(self, candidates: Candidates, sampled: SampledTasks) -> StepSamples:
         rows = sampled.input_rows
         lengths = self._changed_lengths(candidates.store, rows, candidates.source_rows, candidates.lengths)
-        return PlannedSamples(
+        return StepSamples(
             epoch=candidates.epoch, store=candidates.store, sample=candidates.sample, task=sampled.task,
             source_rows=candidates.source_rows, input_rows=rows, input_lengths=lengths, columns=sampled.columns,
         )  # fmt: skip
 
-    def _counts(self, samples: PlannedSamples) -> dict[str, float]:
+    def _counts(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of terms of each loss over the step, summed over the tasks that compute it."""
         counts: dict[str, float] = {}
         for task in self.tasks.values():
@@ -234,7 +234,7 @@ class Plan(ABC):
                 counts[loss] = counts.get(loss, 0.0) + count
         return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
 
-    def _planned_step(self, step: int, samples: PlannedSamples, world_size: int) -> PlannedStep:
+    def _step_plan(self, step: int, samples: StepSamples, world_size: int) -> StepPlan:
         costs, flops, decoder_positions = sample_and_step_flops(self.config, self.tasks.values(), samples)
         positions = samples.input_positions() + decoder_positions
         useful = np.flatnonzero(samples.task >= 0)
@@ -242,7 +242,7 @@ class Plan(ABC):
         total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
         budget = micro_batches.sizes.size * self.config.batch.max_tokens
-        return PlannedStep(
+        return StepPlan(
             step, samples, self._counts(samples), micro_batches, num_tokens=total, packing_efficiency=total / budget,
             load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
         )  # fmt: skip
@@ -261,13 +261,15 @@ class Plan(ABC):
         if self.config.batch.unit == "samples":
             return self.config.batch.size
         tokens = [self._num_items(number) for number in range(len(self.stores))]
-        mix = self.config.data.mix
-        if mix is None or len(self.stores) == 1 or self.version < 3:
+        store_weights = self.config.data.store_weights
+        if store_weights is None or len(self.stores) == 1 or self.version < 3:
             mean = sum(tokens) / self.num_samples
         else:
-            shares = mix_quotas(mix) / MIX_BLOCK
+            fractions = store_quotas(store_weights) / SAMPLING_BLOCK
             sizes = [max(1, len(samples)) for samples in self._train]
-            mean = sum(share * own / size for share, own, size in zip(shares.tolist(), tokens, sizes, strict=True))
+            mean = sum(
+                fraction * own / size for fraction, own, size in zip(fractions.tolist(), tokens, sizes, strict=True)
+            )
         return max(1, round(self.config.batch.size / (2 + mean)))
 
     def _num_items(self, number: int) -> float:

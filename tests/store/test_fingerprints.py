@@ -11,7 +11,12 @@ import pytest
 from opt_ds.errors import UserError
 from opt_ds.store import FeatureStore
 from opt_ds.store.files import folder_sha256
-from opt_ds.store.processor_files import PROCESSOR_FILE, check_identity, copy_processor_files, load_processor_description
+from opt_ds.store.processor_files import (
+    PROCESSOR_FILE,
+    check_fingerprints,
+    copy_processor_files,
+    load_processor_description,
+)
 from opt_ds.store.schema import TOKENIZER_FOLDER
 from opt_ds.store.seal import seal_folder
 
@@ -36,7 +41,7 @@ def other(processor: Path, part: str, **changes: str) -> Path:
 
 
 def test_the_models_own_store_passes_in_silence(processor: Path, complete: FeatureStore, logged: list[str]) -> None:
-    check_identity(processor, complete, False)
+    check_fingerprints(processor, complete, False)
     assert not logged
 
 
@@ -44,24 +49,28 @@ def test_the_models_own_store_passes_in_silence(processor: Path, complete: Featu
     ("part", "changes", "expected"),
     [
         ("tokenizer", {}, "its vocabulary is not the model's, so words become other words"),
-        ("image", {"version": "9"}, "its image features come from another extractor than the model's (random, not random 9)"),
+        (
+            "image",
+            {"version": "9"},
+            "its image features come from another extractor than the model's (random, not random 9)",
+        ),
         ("audio", {"weights_sha256": "abcdef0123"}, "its audio features come from another extractor than the model's"),
     ],
 )
-def test_another_identity_is_refused_and_force_says_what_is_wrong(
+def test_another_fingerprint_is_refused_and_force_says_what_is_wrong(
     part: str, changes: dict[str, str], expected: str, processor: Path, complete: FeatureStore, logged: list[str]
 ) -> None:
     folder = other(processor, part, **changes)
     with pytest.raises(UserError) as error:
-        check_identity(folder, complete, False)
+        check_fingerprints(folder, complete, False)
     assert expected in str(error.value) and str(complete.path) in str(error.value) and "--force" in str(error.value)
     assert not logged
-    check_identity(folder, complete, True)
+    check_fingerprints(folder, complete, True)
     assert len(logged) == 1 and expected in logged[0]
 
 
 def test_a_run_without_its_processor_files_is_said(tmp_path: Path, complete: FeatureStore, logged: list[str]) -> None:
-    check_identity(tmp_path / "nowhere", complete, False)
+    check_fingerprints(tmp_path / "nowhere", complete, False)
     assert len(logged) == 1 and "not checked" in logged[0]
 
 

@@ -14,11 +14,11 @@ from opt_ds.model.generation import DecodingConfig
 if TYPE_CHECKING:
     from opt_ds.dvae.model import DiscreteVAE
 
-_PICTURE, _MARGIN, _TEXT_WIDTH, _LINE = 128, 10, 470, 21
+_IMAGE_SIDE, _MARGIN, _TEXT_WIDTH, _LINE = 128, 10, 470, 21
 _COLUMNS = ("true image", "dVAE of it", "from text", "from audio")
 
 
-def draw_picture_grid(
+def draw_image_grid(
     evaluator: Evaluator, generator: ImageGenerator, split: str, num_samples: int = 8, seed: int = 1
 ) -> np.ndarray:
     """Return the image grid, uint8 [H, W, 3], with one row per sample.
@@ -40,21 +40,21 @@ def draw_picture_grid(
     Raises:
         UserError: No sample has text and an image.
     """
-    heard = evaluator.has_samples(split, (TEXT, IMAGE, AUDIO))
-    gallery = evaluator.require_samples(split, (TEXT, IMAGE, AUDIO) if heard else (TEXT, IMAGE), num_samples, seed)
+    has_audio = evaluator.has_samples(split, (TEXT, IMAGE, AUDIO))
+    gallery = evaluator.require_samples(split, (TEXT, IMAGE, AUDIO) if has_audio else (TEXT, IMAGE), num_samples, seed)
     rows = evaluator.store.rows[gallery, IMAGE]
     true = np.stack([evaluator.store.pixels(int(row)) for row in rows])
     codes = np.stack([evaluator.store.codes(int(row)) for row in rows]).astype(np.int64)
-    pictures = [true, to_uint8(_decode(generator.dvae, codes))]
-    for name in ("T", "A") if heard else ("T",):
+    images = [true, to_uint8(_decode(generator.dvae, codes))]
+    for name in ("T", "A") if has_audio else ("T",):
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
-        pictures.append(generator.paint(evaluator, samples)[0])
+        images.append(generator.generate(evaluator, samples)[0])
     texts = [("caption", [evaluator.caption(index) for index in gallery])]
-    written = (("I", "from image"), ("A", "from audio"), ("A+I", "from both"))[: 3 if heard else 1]
+    written = (("I", "from image"), ("A", "from audio"), ("A+I", "from both"))[: 3 if has_audio else 1]
     for name, label in written if evaluator.config.can(WRITE_TEXT) else ():
         samples = [evaluator.read(index, SUBSETS[name]) for index in gallery]
         texts.append((label, evaluator.write_text(samples, DecodingConfig())))
-    return _draw(pictures, texts)
+    return _draw(images, texts)
 
 
 def _decode(dvae: "DiscreteVAE", codes: np.ndarray):
@@ -64,9 +64,9 @@ def _decode(dvae: "DiscreteVAE", codes: np.ndarray):
         return dvae.decode(torch.from_numpy(codes))
 
 
-def _draw(pictures: list[np.ndarray], texts: list[tuple[str, list[str]]]) -> np.ndarray:
-    num_samples, columns = len(pictures[0]), len(pictures)
-    step = _PICTURE + _MARGIN
+def _draw(images: list[np.ndarray], texts: list[tuple[str, list[str]]]) -> np.ndarray:
+    num_samples, columns = len(images[0]), len(images)
+    step = _IMAGE_SIDE + _MARGIN
     width, height = columns * step + _MARGIN + _TEXT_WIDTH, _LINE + _MARGIN + num_samples * step
     canvas = Image.new("RGB", (width, height), "white")
     draw, font, bold = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(16)
@@ -75,11 +75,11 @@ def _draw(pictures: list[np.ndarray], texts: list[tuple[str, list[str]]]) -> np.
     for sample in range(num_samples):
         top = _LINE + _MARGIN + sample * step
         for column in range(columns):
-            tile = Image.fromarray(pictures[column][sample].transpose(1, 2, 0))
-            tile = tile.resize((_PICTURE, _PICTURE), Image.Resampling.NEAREST)
+            tile = Image.fromarray(images[column][sample].transpose(1, 2, 0))
+            tile = tile.resize((_IMAGE_SIDE, _IMAGE_SIDE), Image.Resampling.NEAREST)
             left = _MARGIN + column * step
             canvas.paste(tile, (left, top))
-            draw.rectangle((left, top, left + _PICTURE, top + _PICTURE), outline="#dddddd")
+            draw.rectangle((left, top, left + _IMAGE_SIDE, top + _IMAGE_SIDE), outline="#dddddd")
         left = _MARGIN + columns * step
         truth = texts[0][1][sample]
         for line, (label, written) in enumerate(texts):

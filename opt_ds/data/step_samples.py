@@ -13,7 +13,7 @@ VALIDATION_EPOCH = 2**40  # no training run reaches this epoch, so its hashes ar
 
 
 @dataclass(frozen=True)
-class PlannedSamples:
+class StepSamples:
     """Arrays of length B. Rows are global rows of the sample's store; -1: absent."""
 
     epoch: np.ndarray  # int64
@@ -41,22 +41,22 @@ class PlannedSamples:
         return own | {f"{_COLUMNS}{name}": array for name, array in self.columns.items()}
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "PlannedSamples":
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "StepSamples":
         """Return the samples for the result of `arrays`."""
         columns = {name.removeprefix(_COLUMNS): array for name, array in arrays.items() if name.startswith(_COLUMNS)}
         return cls(**{name: arrays[name] for name in FIELDS}, columns=columns)
 
 
 _COLUMNS = "columns/"
-FIELDS = tuple(field.name for field in fields(PlannedSamples) if field.name != "columns")
+FIELDS = tuple(field.name for field in fields(StepSamples) if field.name != "columns")
 
 
-def concatenate(parts: list[PlannedSamples]) -> PlannedSamples:
+def concatenate(parts: list[StepSamples]) -> StepSamples:
     """Return the samples of all parts, concatenated."""
     arrays = [part.arrays() for part in parts]
-    return PlannedSamples.from_arrays({name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]})
+    return StepSamples.from_arrays({name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]})
 
 
-def select(samples: PlannedSamples, index: np.ndarray) -> PlannedSamples:
+def select(samples: StepSamples, index: np.ndarray) -> StepSamples:
     """Return the samples with these indices."""
-    return PlannedSamples.from_arrays({name: array[index] for name, array in samples.arrays().items()})
+    return StepSamples.from_arrays({name: array[index] for name, array in samples.arrays().items()})

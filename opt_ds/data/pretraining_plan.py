@@ -1,7 +1,7 @@
 """Step plan of pre-training: the task of each sample, and which of its modalities are dropped or replaced.
 
 Tasks, dropping and replacing are hashes of (seed, epoch, store, sample). The order of samples is that of
-`data.planned`.
+`data.step_plan`.
 """
 
 from itertools import accumulate
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from opt_ds.config import Config
-from opt_ds.data.planned import Plan
-from opt_ds.data.planned_samples import VALIDATION_EPOCH, PlannedSamples
+from opt_ds.data.step_plan import Plan
+from opt_ds.data.step_samples import VALIDATION_EPOCH, StepSamples
 from opt_ds.data.store_rows import present_subsets
 from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
 
-class StepPlan(Plan):
-    """Step plan of the pre-training tasks, which are sampled by `tasks.mix`."""
+class PretrainingPlan(Plan):
+    """Step plan of the pre-training tasks, which are sampled by `tasks.sampling_weights`."""
 
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         super().__init__(config, stores, version)
@@ -27,11 +27,11 @@ class StepPlan(Plan):
         }
         self.disabled_tasks = self._disabled()
 
-    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> PlannedSamples:
+    def _training_samples(self, step: int, epoch: np.ndarray, store: np.ndarray, sample: np.ndarray) -> StepSamples:
         fraction = step / self.config.schedule.total_steps
-        return self._assigned(epoch, store, sample, self.config.tasks.mix_at(fraction), self._derived)
+        return self._assigned(epoch, store, sample, self.config.tasks.sampling_weights_at(fraction), self._derived)
 
-    def _validation_samples(self, number: int, valid: np.ndarray) -> list[PlannedSamples]:
+    def _validation_samples(self, number: int, valid: np.ndarray) -> list[StepSamples]:
         samples_of = [valid if number == other else valid[:0] for other in range(len(self.stores))]
         epoch, store = np.full(len(valid), VALIDATION_EPOCH), np.full(len(valid), number)
         parts = []
@@ -48,29 +48,31 @@ class StepPlan(Plan):
         epoch: np.ndarray,
         store: np.ndarray,
         sample: np.ndarray,
-        mix: dict[str, float],
+        sampling_weights: dict[str, float],
         derived: dict[str, Any],
         variant: int = -1,
-    ) -> PlannedSamples:
+    ) -> StepSamples:
         key = keyed_hash(self.config.seed, "sample", epoch, store, sample)
         candidates = self._candidates(key, epoch, store, sample, variant)
-        shares = [
-            mix.get(name, 0.0) * self.tasks[name].possible(candidates, derived[name]) if mix.get(name) else np.zeros(len(key))
+        weights = [
+            sampling_weights.get(name, 0.0) * self.tasks[name].possible(candidates, derived[name])
+            if sampling_weights.get(name)
+            else np.zeros(len(key))
             for name in self._derived
         ]
-        sampled = self._sampled(self._chosen_task(key, shares), candidates.source_rows.copy())
+        sampled = self._sampled(self._chosen_task(key, weights), candidates.source_rows.copy())
         for number, (name, task) in enumerate(self.tasks.items()):
             own = np.flatnonzero(sampled.task == number)
             if own.size:
                 task.assign(candidates, sampled, own, derived[name])
         return self._samples_of(candidates, sampled)
 
-    def _chosen_task(self, key: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
+    def _chosen_task(self, key: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         """Return a task per sample, int8 [B], sampled by weight among the possible ones.
 
         Weights of impossible tasks go to the others.
         """
-        cumulative = list(accumulate(shares))
+        cumulative = list(accumulate(weights))
         total = cumulative[-1]
         place = keyed_uniform(key, "draw") * total
         chosen = np.zeros(len(key), dtype=np.int8)
@@ -92,7 +94,7 @@ class StepPlan(Plan):
             if not any(loss in active for loss in names):
                 tasks[name] = "its weight is 0"
             elif not any(loss in sampled for loss in names):
-                tasks[name] = "its weight in tasks.mix is 0"
+                tasks[name] = "its weight in tasks.sampling_weights is 0"
             for key, reason in self.tasks[name].disabled(present, self.stores, derived).items():
                 (tasks if key == name else losses).setdefault(key, reason)
         return tasks | losses

@@ -65,47 +65,47 @@ def load_bitmap(file: BinaryIO, max_pixels: int, allow: Callable[[int], None]) -
         OSError, ValueError or another exception of the decoder: The file is damaged.
     """
     try:
-        picture = open_bitmap(file)
+        image = open_bitmap(file)
     except UnidentifiedImageError:
         file.seek(0)
         raise unreadable("image", file.read(4096)) from None
-    with picture:
-        width, height = picture.size
+    with image:
+        width, height = image.size
         if width * height > max_pixels:
             raise RefusedError(f"{width} x {height} pixels are more than {max_pixels} (--max-pixels)")
         allow(width * height)
-        return to_rgb(picture, in_place=True)
+        return to_rgb(image, in_place=True)
 
 
-def to_rgb(picture: Image.Image, *, in_place: bool = False) -> Image.Image:
+def to_rgb(image: Image.Image, *, in_place: bool = False) -> Image.Image:
     """Convert an open image like `load_bitmap`.
 
     `in_place` may modify the image. Raise RefusedError like `load_bitmap`.
     """
-    if picture.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):
         import numpy as np
 
-        return on_white(ImageOps.exif_transpose(Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))))
-    if picture.mode in ("I", "F"):
-        raise RefusedError(f"its values (mode {picture.mode}) have no fixed range: save it with 8 or 16 bits per channel")
-    picture.load()
+        return on_white(ImageOps.exif_transpose(Image.fromarray((np.asarray(image) >> 8).astype("uint8"))))
+    if image.mode in ("I", "F"):
+        raise RefusedError(f"its values (mode {image.mode}) have no fixed range: save it with 8 or 16 bits per channel")
+    image.load()
     if in_place:
-        ImageOps.exif_transpose(picture, in_place=True)  # copies only if the image has to be rotated
-        return on_white(picture)
-    return on_white(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(image, in_place=True)  # copies only if the image has to be rotated
+        return on_white(image)
+    return on_white(ImageOps.exif_transpose(image))
 
 
-def to_pixels(picture: Image.Image) -> "np.ndarray":
+def to_pixels(image: Image.Image) -> "np.ndarray":
     """Return the centre square of the image as uint8 [3, 64, 64] (as DALL-E prepares images for its dVAE)."""
     import numpy as np
 
-    square = ImageOps.fit(picture, (PIXELS_SIDE, PIXELS_SIDE), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(image, (PIXELS_SIDE, PIXELS_SIDE), Image.Resampling.LANCZOS)
     return np.asarray(square).transpose(2, 0, 1).copy()
 
 
-def on_white(picture: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """Return the image as RGB, with white where it is transparent."""
-    if not picture.has_transparency_data:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
