@@ -128,9 +128,7 @@ class GridExtractor(RegionExtractor):
             "std": fingerprint.get("std", IMAGENET_STD),
             "interpolation": fingerprint.get("interpolation", _DEFAULT.interpolation),
         }
-        backbone = (
-            str(fingerprint.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(fingerprint) else None
-        )
+        backbone = str(fingerprint.get("backbone")).removeprefix("torchvision/") if cls.needs_weights(fingerprint) else None
         return {**super().options_from(fingerprint), **stated, "backbone": backbone}
 
     @classmethod

@@ -100,12 +100,12 @@ class HFDetectorExtractor(RegionExtractor):
 
     def extract(self, inputs: Sequence[Image.Image | None]) -> list[RegionFeatures | None]:
         """Return the regions of each image, best first."""
-        return [None if picture is None else self._regions(picture) for picture in inputs]
+        return [None if image is None else self._regions(image) for image in inputs]
 
     @torch.inference_mode()
-    def queries(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def queries(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return all queries' features [Q, C], corners in 0..1 [Q, 4] and probabilities of the classes [Q, K], float32."""
-        inputs = self._processor(images=[picture], return_tensors="pt").to(self._device)
+        inputs = self._processor(images=[image], return_tensors="pt").to(self._device)
         output = self._model(**inputs)
         logits_qk = output.logits[0].float()
         scores_qk = logits_qk.softmax(-1)[:, :-1] if self._has_no_object else logits_qk.sigmoid()
@@ -114,8 +114,8 @@ class HFDetectorExtractor(RegionExtractor):
         corners = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], -1).clamp(0, 1)
         return features_qc.cpu().numpy(), corners.cpu().numpy(), scores_qk.cpu().numpy()
 
-    def _regions(self, picture: Image.Image) -> RegionFeatures:
-        features_qc, corners, scores_qk = self.queries(picture)
+    def _regions(self, image: Image.Image) -> RegionFeatures:
+        features_qc, corners, scores_qk = self.queries(image)
         scores, labels = scores_qk.max(1), scores_qk.argmax(1)
         order = np.argsort(-scores, kind="stable")
         confident = int((scores >= self._options.confidence).sum())

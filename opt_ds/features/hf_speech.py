@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 
 from opt_ds.config.section import Section
-from opt_ds.decoding.recordings import SAMPLE_RATE_HZ
+from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import layer_number, weights_fingerprint
 from opt_ds.features.hugging_face import build_config, build_processor, load_model, model_class, read_processor

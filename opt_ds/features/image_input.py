@@ -220,7 +220,7 @@ def hugging_face_pixels(chosen: ImageInput, unrounded: bool) -> Pixels:
         image_mean=list(chosen.mean), image_std=list(chosen.std), do_resize=True, do_center_crop=True, do_rescale=True,
         rescale_factor=1 / 255, do_normalize=True,
     )  # fmt: skip
-    return lambda pictures: processor(images=list(pictures), return_tensors="pt").pixel_values
+    return lambda images: processor(images=list(images), return_tensors="pt").pixel_values
 
 
 def timm_pixels(chosen: ImageInput) -> Pixels:
@@ -238,8 +238,8 @@ def timm_pixels(chosen: ImageInput) -> Pixels:
         ]
     )
 
-    def pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.stack([transform(picture) for picture in pictures])
+    def pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.stack([transform(image) for image in images])
 
     return pixels
 

@@ -50,11 +50,11 @@ class PatchEncoder(ABC):
     patches: int | None = None
 
     @abstractmethod
-    def maps(self, pictures: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
+    def maps(self, images: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
         """Return the features [C, h, w] of each image's patches, float32.
 
         Args:
-            pictures: Images.
+            images: Images.
             layer: Layer whose output is used, from 1. None: the output of the network, after its final norm if it has one.
         """
 
@@ -158,14 +158,14 @@ class HuggingFaceEncoder(PatchEncoder):
         """Return the settings of the input, under the names of their options."""
         return self._input.fingerprint()
 
-    def maps(self, pictures: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
+    def maps(self, images: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
         """Return the features of each image's patches (see `PatchEncoder`)."""
-        for picture in pictures:
-            self._input.check_shape(picture.size)
-        pixels = self._pixels(pictures).to(self._device)
+        for image in images:
+            self._input.check_shape(image.size)
+        pixels = self._pixels(images).to(self._device)
         height, width = (side // self._patch for side in pixels.shape[2:])
         tokens_ntc = self._tokens(layer, pixel_values=pixels, **self._arguments)[:, self._prefix :]
-        return list(tokens_ntc.transpose(1, 2).reshape(len(pictures), self.dim, height, width))
+        return list(tokens_ntc.transpose(1, 2).reshape(len(images), self.dim, height, width))
 
     def _tokens(self, layer: int | None, **inputs: Any) -> torch.Tensor:
         output = self._model(**inputs, output_hidden_states=layer is not None)
@@ -200,9 +200,9 @@ class NaFlexEncoder(HuggingFaceEncoder):
             "std": list(own.image_std),
         }
 
-    def maps(self, pictures: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
+    def maps(self, images: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
         """Return the features of each image's patches (see `PatchEncoder`)."""
-        inputs = self._processor(images=list(pictures), return_tensors="pt").to(self._device)
+        inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
         tokens_ntc = self._tokens(layer, **inputs)
         grids = inputs["spatial_shapes"].tolist()
         return [own[: h * w].T.reshape(self.dim, h, w) for own, (h, w) in zip(tokens_ntc, grids, strict=True)]
@@ -269,11 +269,11 @@ class TimmEncoder(PatchEncoder):
         """Return the settings of the input, under the names of their options."""
         return self._input.fingerprint()
 
-    def maps(self, pictures: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
+    def maps(self, images: Sequence[Image.Image], layer: int | None) -> list[torch.Tensor]:
         """Return the features of each image's patches (see `PatchEncoder`)."""
-        for picture in pictures:
-            self._input.check_shape(picture.size)
-        pixels = self._pixels(pictures).to(self._device)
+        for image in images:
+            self._input.check_shape(image.size)
+        pixels = self._pixels(images).to(self._device)
         final_ntc, (map_nchw,) = self._network.forward_intermediates(pixels, indices=[(layer or self.num_layers) - 1])
         if layer is not None:
             return list(map_nchw)

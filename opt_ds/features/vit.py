@@ -110,14 +110,14 @@ class ViTExtractor(RegionExtractor):
         size = 1 if self._on_cpu else _GPU_BATCH
         for start in range(0, len(inputs), size):
             batch = inputs[start : start + size]
-            if all(picture is None for picture in batch):
+            if all(image is None for image in batch):
                 results += [None] * len(batch)
                 continue
             hole = Image.new("RGB", (64, 64))
-            maps = self._encoder.maps([picture or hole for picture in batch], self._layer)
+            maps = self._encoder.maps([image or hole for image in batch], self._layer)
             results += [
-                None if picture is None else self._located(map_chw, picture.size)
-                for picture, map_chw in zip(batch, maps, strict=True)
+                None if image is None else self._located(map_chw, image.size)
+                for image, map_chw in zip(batch, maps, strict=True)
             ]
         return results
 

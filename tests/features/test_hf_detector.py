@@ -122,9 +122,9 @@ def test_regions_are_selected_by_score(folder_of: Callable[[str], Path]) -> None
     assert (np.diff(more.scores) <= 0).all() and np.array_equal(more.features[:3], regions.features)
     assert set(more.labels) <= set(range(5)) and more.boxes.shape == (7, 7)
     choice = choose("image", "hf_detector", {"weights": folder, "backbone": "detr"})
-    fingerprint = choice.fingerprint(choice.build("cpu"))
-    again = choose("image", "hf_detector", {**HFDetectorExtractor.options_from(fingerprint), "weights": folder})
-    assert again.fingerprint(again.build("cpu")) == fingerprint == json.loads(json.dumps(fingerprint))
+    identity = choice.complete_fingerprint(choice.build("cpu"))
+    again = choose("image", "hf_detector", {**HFDetectorExtractor.options_from(identity), "weights": folder})
+    assert again.complete_fingerprint(again.build("cpu")) == identity == json.loads(json.dumps(identity))
 
 
 def test_folders_that_do_not_fit_are_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

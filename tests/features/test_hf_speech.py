@@ -174,10 +174,10 @@ def test_a_fingerprint_builds_the_same_extractor(folder_of: Callable[[str], Path
     with pytest.raises(UserError, match=r"no preprocessor_config\.json there, .* normalises its input: set .*audio\.normalise"):
         extractor_of(bare)
     choice = choose("audio", "hf_speech", {"weights": folder_of("hubert"), "layers": [2, 3], "backbone": "hubert"})
-    fingerprint = choice.fingerprint(choice.build("cpu"))
-    assert (fingerprint["layer"], fingerprint["layers"], fingerprint["normalise"]) == (None, [2, 3], True)
-    again = choose("audio", "hf_speech", {**HFSpeechExtractor.options_from(fingerprint), "weights": bare})
-    assert again.fingerprint(again.build("cpu")) == fingerprint == json.loads(json.dumps(fingerprint))
+    identity = choice.complete_fingerprint(choice.build("cpu"))
+    assert (identity["layer"], identity["layers"], identity["normalise"]) == (None, [2, 3], True)
+    again = choose("audio", "hf_speech", {**HFSpeechExtractor.options_from(identity), "weights": bare})
+    assert again.complete_fingerprint(again.build("cpu")) == identity == json.loads(json.dumps(identity))
 
 
 @pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-bert", "whisper"])

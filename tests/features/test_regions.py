@@ -70,13 +70,13 @@ def test_grid_takes_torchvision_backbones_by_path(tmp_path: Path, name: str) -> 
     assert extractor.num_classes == 7
     (regions,) = extractor.extract([noise(2)])
     assert regions.features.shape == (16, extractor.dim)
-    fingerprint = extractor.fingerprint()
-    assert len(fingerprint["weights_sha256"]) == 64
-    assert fingerprint["side"] == 224, "the resolution of the classifier's own weights"
-    assert fingerprint.get("interpolation", "bicubic") == ("bicubic" if name == "efficientnet_b0" else "bilinear")
+    identity = extractor.fingerprint()
+    assert len(identity["weights_sha256"]) == 64
+    assert identity["side"] == 224, "the resolution of the classifier's own weights"
+    assert identity.get("interpolation", "bicubic") == ("bicubic" if name == "efficientnet_b0" else "bilinear")
     # With one cell for the complete image, the cell's class is the classifier's own.
     whole = GridExtractor(GridOptions(weights=tmp_path / "w.pt", backbone=name, side=64, cells=1))
-    resampling = Image.Resampling[fingerprint.get("interpolation", "bicubic").upper()]
+    resampling = Image.Resampling[identity.get("interpolation", "bicubic").upper()]
     pixels = np.asarray(noise(2).resize((64, 64), resampling)) / 255
     normal = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.inference_mode():
@@ -397,8 +397,8 @@ def test_timms_configuration_sets_side_and_interpolation(tmp_path: Path, logged:
     assert any("its input is taken from timm's default weights mobilenetv2_035" in line for line in logged)
     own = {"input_size": [3, 96, 96], "interpolation": "bilinear", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": own}))
-    fingerprint = GridExtractor(GridOptions(**options)).fingerprint()
-    assert (fingerprint["side"], fingerprint["interpolation"], fingerprint["mean"]) == (96, "bilinear", [0.5] * 3)
+    identity = GridExtractor(GridOptions(**options)).fingerprint()
+    assert (identity["side"], identity["interpolation"], identity["mean"]) == (96, "bilinear", [0.5] * 3)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "mobilenetv2_035", "pretrained_cfg": {"std": [1, 1]}}))
     with pytest.raises(UserError, match=r"not accept images of three colours: set .*image\.side=… .*image\.std=…"):
         GridExtractor(GridOptions(**options))
@@ -410,16 +410,16 @@ def test_fingerprints_of_older_stores_stay_valid(tmp_path: Path) -> None:
     """Before the backbone set side and interpolation, they were 192 pixels and bicubic, which the fingerprint did not state."""
     torch.save(get_model("resnet18", weights=None, num_classes=7).state_dict(), tmp_path / "w.pt")
     new = choose("image", "grid", {"weights": tmp_path / "w.pt", "backbone": "resnet18"})
-    recent = new.fingerprint(new.build("cpu"))
+    recent = new.complete_fingerprint(new.build("cpu"))
     older = {key: value for key, value in recent.items() if key != "interpolation"} | {"side": 192}
     assert set(older) == {"name", "side", "cells", "backbone", "package", "version", "weights_sha256"}
-    for fingerprint in (older, recent):
-        again = choose("image", "grid", {**GridExtractor.options_from(fingerprint), "weights": tmp_path / "w.pt"})
-        assert again.fingerprint(again.build("cpu")) == fingerprint
+    for identity in (older, recent):
+        again = choose("image", "grid", {**GridExtractor.options_from(identity), "weights": tmp_path / "w.pt"})
+        assert again.complete_fingerprint(again.build("cpu")) == identity
     default = choose("image", "grid", {})
-    fingerprint = default.fingerprint(default.build("cpu"))
-    assert (fingerprint["side"], fingerprint.keys()) == (192, older.keys())
-    assert GridExtractor.options_from(fingerprint)["interpolation"] == "bicubic"
+    identity = default.complete_fingerprint(default.build("cpu"))
+    assert (identity["side"], identity.keys()) == (192, older.keys())
+    assert GridExtractor.options_from(identity)["interpolation"] == "bicubic"
 
 
 def test_a_detectron2_model_of_other_colours_is_refused() -> None:
