@@ -129,8 +129,8 @@ def test_one_module_configures_logging_and_only_commands_print() -> None:
     assert found == {
         # what ends a program, before logging is there and after it; an answer to the parent process; a page; the lines
         "print": {
-            "cli/__init__.py", "pretrain.py", "cli/program.py", "ingest/importers/piper_worker.py", "tools/config_reference.py",
-            "log.py",
+            "cli/__init__.py", "pretrain.py", "cli/program.py", "ingest/importers/espeak_worker.py",
+            "ingest/importers/piper_worker.py", "tools/config_reference.py", "log.py",
         },
         "configure": {"log.py"},
         "getLogger": {"log.py", "pretrain.py"},

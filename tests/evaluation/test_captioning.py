@@ -42,7 +42,7 @@ def test_a_models_captions_are_scored_an_image_once(evaluator: Evaluator) -> Non
         controls = figures["figures"][name]["controls"]
         assert set(controls) == {"constant_caption", "another_image"}
         assert controls["constant_caption"]["value"] == pytest.approx(figures["constant_caption"][name])
-        assert controls["another_image"]["value"] == figures["another_picture"][name]
+        assert controls["another_image"]["value"] == figures["another_image"][name]
 
 
 def test_a_limit_is_one_of_images_and_keeps_all_their_captions(

@@ -38,7 +38,7 @@ DETECTORS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "deformable_detr": (
         "DeformableDetrForObjectDetection", "DeformableDetrConfig",
-        {**_DETR, "num_feature_levels": 2, "disable_custom_kernels": True},
+        {**_DETR, "d_model": 32, "num_feature_levels": 2, "disable_custom_kernels": True},
         {"image_processor_type": "DeformableDetrImageProcessor", **_INPUT}, "class_embed",
     ),
     "rt_detr": (
@@ -109,7 +109,7 @@ def test_queries_are_those_of_the_library(folder_of: Callable[[str], Path], name
     assert float(theirs["scores"][place]) == pytest.approx(scores[best].max(), abs=TOLERANCE)
     assert int(theirs["labels"][place]) == scores[best].argmax()
     assert np.abs(theirs["boxes"][place].clamp(0, 1).numpy() - corners[best]).max() <= TOLERANCE
-    assert (extractor.dim, extractor.num_classes) == (16, 5)
+    assert (extractor.dim, extractor.num_classes) == (32 if name == "deformable_detr" else 16, 5)
 
 
 def test_regions_are_selected_by_score(folder_of: Callable[[str], Path]) -> None:

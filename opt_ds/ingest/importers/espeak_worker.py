@@ -66,12 +66,12 @@ class Engine:
         return 0
 
 
-def speak_file(engine: Engine, job: dict[str, str]) -> dict[str, object]:
+def speak_file(synthesiser: Engine, job: dict[str, str]) -> dict[str, object]:
     """Speak a job into its FLAC file, atomically, and return the answer."""
     path = job["path"]
     try:
-        spoken = engine.speak(job["text"], job["voice"], float(job["length_scale"]))
-        samples = resample_poly(spoken * (PEAK / 32768), SAMPLE_RATE_HZ, engine.rate_hz)
+        spoken = synthesiser.speak(job["text"], job["voice"], float(job["length_scale"]))
+        samples = resample_poly(spoken * (PEAK / 32768), SAMPLE_RATE_HZ, synthesiser.rate_hz)
         temporary = f"{path}.{os.getpid()}.tmp"
         soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE_HZ, subtype="PCM_16", format="FLAC")
         os.replace(temporary, path)
@@ -83,7 +83,7 @@ def speak_file(engine: Engine, job: dict[str, str]) -> dict[str, object]:
 def main() -> None:
     """Answer job lines until the end of the input."""
     try:
-        engine = Engine()
+        synthesiser = Engine()
     except (ImportError, OSError, AttributeError, StopIteration) as error:
         for line in sys.stdin:
             reason = f"eSpeak NG of piper-tts cannot be loaded: {error or type(error).__name__}"
@@ -92,7 +92,7 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            print(json.dumps(speak_file(engine, json.loads(line))), flush=True)
+            print(json.dumps(speak_file(synthesiser, json.loads(line))), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
