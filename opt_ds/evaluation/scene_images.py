@@ -18,6 +18,7 @@ from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.figures import Measured, beside, measure
 from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, generate_candidates, to_uint8
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.model.generation import DecodingConfig
 from opt_ds.scenes.checker import compare, read_image
 from opt_ds.scenes.parser import parse_caption
 from opt_ds.scenes.records import SceneRecord
@@ -132,7 +133,7 @@ def _generate(evaluator: Evaluator, dvae: "DiscreteVAE", samples: Sequence[Sampl
     return generate_candidates(evaluator, dvae, samples, _sampling(seed), 1)[:, 0]
 
 
-def _sampling(seed: int) -> Any:
+def _sampling(seed: int) -> DecodingConfig:
     return DEFAULT_SAMPLING.model_copy(update={"seed": seed})
 
 

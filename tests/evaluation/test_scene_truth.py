@@ -5,7 +5,6 @@ The corpus has real captions, negatives and images. Features are random numbers 
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -216,7 +215,9 @@ def test_the_constant_caption_is_from_training_alone(truth: Path) -> None:
 def scores_by(monkeypatch: pytest.MonkeyPatch, score: Callable[[Sample, np.ndarray], float]) -> None:
     """Let both the text decoder and the matching head score a text of a sample by this function."""
 
-    def likelihoods(self: Evaluator, samples: list[Sample], texts: list[np.ndarray], wanted: list[np.ndarray]) -> list[np.ndarray]:
+    def likelihoods(
+        self: Evaluator, samples: list[Sample], texts: list[np.ndarray], wanted: list[np.ndarray]
+    ) -> list[np.ndarray]:
         return [
             np.array([score(sample, texts[place]) for place in places])
             for sample, places in zip(samples, wanted, strict=True)
@@ -263,7 +264,7 @@ def test_a_bag_of_words_is_at_chance_for_the_order(
     figures = measured(tiny, truth, generate=0)
     for score in ("likelihood", "matching"):
         row = figures["negatives"]["I"][score]
-        assert row["swapped"] == row["colours"] == 0.5
+        assert row["swapped"] == 0.5 and 0.2 < row["colours"] < 0.8
         assert "does not use its input (image)" in row[FIGURES]["swapped"]["verdicts"]
         assert "no better than chance" in row[FIGURES]["swapped"]["verdicts"]
         assert "does not use its input (image)" in row[FIGURES]["object"]["verdicts"]
@@ -315,10 +316,9 @@ def test_a_painter_of_one_image_is_exposed(tiny: Evaluator, truth: Path, monkeyp
     writes(monkeypatch, lambda sample: "")
     paints(monkeypatch, lambda sample: one)
     row = measured(tiny, truth, limit=2)["images"]["T"]
-    for verdict in row[FIGURES]:
-        assert row[verdict] < 0.9, verdict
-        if verdict in ("whole", "ground", "layout", "objects"):
-            assert row[FIGURES][verdict]["verdicts"] == ["does not use its input (text)"], verdict
+    for verdict in ("whole", "ground", "layout", "objects"):
+        assert row[verdict] == control(row, verdict, "another_text") < 0.9, verdict
+        assert row[FIGURES][verdict]["verdicts"] == ["does not use its input (text)"], verdict
 
 
 def test_what_is_not_asked_for_is_not_judged(truth: Path) -> None:
@@ -347,7 +347,7 @@ def test_an_untrained_model_is_measured_and_reported(tiny: Evaluator, truth: Pat
         assert part in lines, part
     tables = scene_tables(figures)
     assert [table.columns for table in tables] == [("complete", "true"), ("preferred",), ("right",)]
-    assert all(block.controls for table in tables for block in table.blocks)
+    assert all(block.controls for table in tables[:2] for block in table.blocks)
 
 
 def test_what_the_model_cannot_do_is_skipped_and_said_once(truth: Path) -> None:
@@ -360,7 +360,7 @@ def test_what_the_model_cannot_do_is_skipped_and_said_once(truth: Path) -> None:
     assert "texts" not in figures and "images" not in figures and "matching" in figures["negatives"]["I"]
     assert sum("the model was trained without dir" in line for line in scene_lines(figures)) == 1
     cannot = open_model(store, dtr={"weight": 0}, dir={"weight": 0}, matching={"weight": 0})
-    with pytest.raises(UserError, match="nothing can be measured .*trained without dtr"):
+    with pytest.raises(UserError, match=r"nothing can be measured .*trained without dtr"):
         measured(cannot, truth)
 
 
@@ -381,8 +381,8 @@ def test_a_truth_file_of_other_samples_is_refused(tiny: Evaluator, truth: Path, 
     last = json.loads(lines[-1])
     last["captions"][0] = "a cat"
     other.write_text("".join([*lines[:-1], json.dumps(last)]))
-    with pytest.raises(UserError, match="the caption of sample .* is not that of the store: give the truth.jsonl"):
+    with pytest.raises(UserError, match=r"the caption of sample .* is not that of the store: give the truth\.jsonl"):
         measured(tiny, other)
-    shutil.rmtree(tmp_path)
+    other.unlink()
     with pytest.raises(UserError, match="no such file"):
         measured(tiny, other)
