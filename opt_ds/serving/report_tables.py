@@ -124,7 +124,7 @@ def captioning_table(found: Mapping[str, Any]) -> FigureTable:
     figures = read_captioning(found)
     blocks = [_block("image → text", figures, CAPTION_FORMS, tuple(CAPTION_FORMS))] if figures else []
     undefined = "".join(f" {name} is undefined: {reason}." for name, reason in found.get("undefined", {}).items())
-    caption = f"Captions of {found['pictures']} images of {found['split']}. CIDEr compares models on one split only.{undefined}"
+    caption = f"Captions of {found['images']} images of {found['split']}. CIDEr compares models on one split only.{undefined}"
     return FigureTable(caption, tuple(CAPTION_FORMS), blocks)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from opt_ds.evaluation.figures import Measured, beside, measure
 from opt_ds.evaluation.intervals import Measurement
 from opt_ds.evaluation.ranking import recall_row
+from opt_ds.former_names import FIGURES, current_keys
 from opt_ds.serving import report_tables
 from opt_ds.serving.report import write_report
 
@@ -64,6 +65,25 @@ def test_a_run_evaluated_by_an_earlier_version_has_its_report(run: Path, tmp_pat
         assert hidden not in page, "it was measured without a control"
 
 
+def test_the_figures_of_scenes_are_shown_and_not_missed(run: Path, tmp_path: Path) -> None:
+    young = tmp_path / "young"
+    shutil.copytree(run, young, ignore=shutil.ignore_patterns("checkpoints"))
+    assert "scenes" not in write_report(young, tmp_path / "page.html"), "most stores do not allow it"
+    assert "judged by their truth" not in (tmp_path / "page.html").read_text()
+    own, other = Measurement.mean(np.array([1.0, 0, 1])), Measured(Measurement.mean(np.array([1.0, 1, 0])))
+    found = {
+        "split": "test_composition", "skipped": {},
+        "negatives": {"I": {"likelihood": {**beside({"swapped": measure(own, {"no_input": other})}), "pairs": {"swapped": 3}}}},
+        "images": {"true": {**beside({"whole": measure(own, {"another_image": other})}), "samples": 3}},
+    }  # fmt: skip
+    (young / "scenes.json").write_text(json.dumps(found))
+    write_report(young, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    rows = ("image→text, text likelihood, swapped (3)", "no input", "true image, whole (3 samples)")
+    for shown in ("judged by their truth", *rows):
+        assert shown in page, shown
+
+
 def test_a_figure_has_its_controls_below_and_its_verdict_beside() -> None:
     random, same = np.random.default_rng(0), np.eye(30, dtype=bool)
     own = random.random((30, 30)) + 0.4 * same
@@ -80,7 +100,8 @@ def test_a_figure_has_its_controls_below_and_its_verdict_beside() -> None:
 def test_captions_and_losses_have_a_cell_per_column() -> None:
     values = np.random.default_rng(0).random(9)
     figures = {"cider": measure(Measurement.mean(values), {"constant_caption": Measured(Measurement.mean(values * 0.5))})}
-    found = {**OLD["captioning"], "bleu_4": None, **beside(figures), "undefined": {"bleu_4": "no caption has four words"}}
+    former = current_keys(OLD["captioning"], FIGURES)
+    found = {**former, "bleu_4": None, **beside(figures), "undefined": {"bleu_4": "no caption has four words"}}
     table = report_tables.captioning_table(found)
     assert texts(table)[0][1] == "" and texts(table)[1][0] == "one caption for all"
     assert "bleu_4 is undefined: no caption has four words." in table.caption
