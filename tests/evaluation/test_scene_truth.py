@@ -42,6 +42,7 @@ from tests.tiny import make_config, make_model, masked
 
 SAMPLES = {TRAIN: 40, COMPOSITION: 24}
 CODEBOOK, REGIONS, FRAMES = 16, 2, 4
+WHOLE_IMAGE = np.array([0, 0, 1, 1, 1, 1, 1], "float32")  # the box: corners, width, height, area
 _PIECE = re.compile(r"\w+|[^\w\s]")
 
 
@@ -86,7 +87,7 @@ def write_store(path: Path, records: list[SceneRecord]) -> None:
         content.texts.append(TextItem(tokens, caption))
         content.images.append(
             ImageItem(
-                random.standard_normal((REGIONS, 8)).astype("float16"), np.full((REGIONS, 7), 0.5, "float32"),
+                random.standard_normal((REGIONS, 8)).astype("float16"), np.tile(WHOLE_IMAGE, (REGIONS, 1)),
                 np.zeros(REGIONS, np.int64), np.ones(REGIONS), for_checking(draw(record.scene)).transpose(2, 0, 1),
                 random.integers(0, CODEBOOK, CODES_PER_IMAGE),
             )
@@ -299,7 +300,7 @@ def test_a_painter_of_the_truth_is_right_as_often_as_the_true_image(
     known = Known(tiny, truth)
     writes(monkeypatch, lambda sample: "")
     paints(monkeypatch, lambda sample: pixels_of(known.record(sample, (TEXT, AUDIO))))  # type: ignore[arg-type]
-    figures = measured(tiny, truth, limit=2)
+    figures = measured(tiny, truth, limit=2, generate=8)
     images = figures["images"]
     assert list(images) == ["T", "A", "T+A", "reconstruction", "true"]
     for name in ("T", "A", "T+A", "true"):
@@ -315,7 +316,7 @@ def test_a_painter_of_one_image_is_exposed(tiny: Evaluator, truth: Path, monkeyp
     one = pixels_of(next(iter(read_truth(truth).values())))
     writes(monkeypatch, lambda sample: "")
     paints(monkeypatch, lambda sample: one)
-    row = measured(tiny, truth, limit=2)["images"]["T"]
+    row = measured(tiny, truth, limit=2, generate=8)["images"]["T"]
     for verdict in ("whole", "ground", "layout", "objects"):
         assert row[verdict] == control(row, verdict, "another_text") < 0.9, verdict
         assert row[FIGURES][verdict]["verdicts"] == ["does not use its input (text)"], verdict
@@ -335,10 +336,10 @@ def test_what_is_not_asked_for_is_not_judged(truth: Path) -> None:
 
 
 def test_an_untrained_model_is_measured_and_reported(tiny: Evaluator, truth: Path, logged: list[str]) -> None:
-    figures = measured(tiny, truth, limit=8, generate=6)
+    figures = measured(tiny, truth, limit=8, generate=2)
     assert figures["skipped"] == {} and figures["split"] == COMPOSITION
     assert figures["texts"]["I"]["true"] == 0 and figures["images"]["true"]["whole"] == 1
-    again = measured(tiny, truth, limit=8, generate=6)
+    again = measured(tiny, truth, limit=8, generate=2)
     assert again == figures, "the same seed gives the same figures"
     assert [line.split(" measured")[0] for line in logged[:3]] == ["note: texts", "note: negatives", "note: images"]
     lines = "\n".join(scene_lines(figures))
