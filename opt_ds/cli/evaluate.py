@@ -173,6 +173,28 @@ class ImageGenerationOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScenesInputs(Inputs):
+    """Held-out compositions show whether a model binds colours, numbers and places to objects."""
+
+    split: Annotated[str, typer.Option(help="Split of the store.")] = "test_composition"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesOptions:
+    """Options of `opt_ds.evaluation.experiments.scenes`."""
+
+    truth: Annotated[Path, typer.Option(help="truth.jsonl of the corpus that the store was made of.")]
+    limit: Annotated[
+        int, typer.Option(help="Largest number of samples for texts and negatives, chosen by the seed.", min=1)
+    ] = 200
+    generate: Annotated[
+        int, typer.Option(help="Samples per kind of input to generate and judge images for. 0: none.", min=0)
+    ] = 100
+    beam_size: BeamSize = 4
+    dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SummaryInputs(Target):
     """Several splits."""
 
@@ -246,6 +268,13 @@ EXPERIMENTS = (
         "--inception and --clip add figures of other networks.",
         ImageGenerationOptions,
         ImageGenerationInputs,
+    ),
+    Row(
+        "scenes",
+        "Judge generated texts and images by the truth of the corpus `scenes`, and measure how often the true caption is "
+        "preferred to hard negatives, beside the same with another sample's input.",
+        ScenesOptions,
+        ScenesInputs,
     ),
     Row(
         "summary",

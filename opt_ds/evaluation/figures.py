@@ -25,6 +25,7 @@ _LABELS = {
     "code_positions": "counts of codes by position",
     "constant_answer": "one answer for all",
     "constant_caption": "one caption for all",
+    "no_input": "no input",
     "trained_projection": "projection of [CLS]",
     "training_images": "training images",
     "unmatched_image": "image generated for another sample",

@@ -9,7 +9,7 @@ from typing import Any
 
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.controls import another
-from opt_ds.evaluation.figures import NO_CONTROL, Control, Figure, Form, decimals, percent, read_figure
+from opt_ds.evaluation.figures import FIGURES, NO_CONTROL, Control, Figure, Form, decimals, percent, read_figure
 from opt_ds.evaluation.projections import DIRECTIONS
 from opt_ds.evaluation.ranking import RANKS
 
@@ -94,6 +94,40 @@ def generated_metrics(generated: Mapping[str, Any]) -> list[tuple[str, dict[str,
         before = {"another_text": score.get("another_caption")}
         found.append(("CLIP score", {"score": read_figure(score, "generated", before)}, decimals(1)))
     return found
+
+
+#: Key of the figures judged by the truth of scenes -> title and columns of their table.
+_SCENE_TABLES = {
+    "texts": ("generated texts that are complete, or true, of their scene", ("complete", "true")),
+    "negatives": ("hard negatives that the true caption is preferred to", ("preferred",)),
+    "images": ("generated images that show what the caption says", ("right",)),
+}
+#: Rows of images that are not generated from an input.
+_SCENE_IMAGES = {"reconstruction": "dVAE of the true image", "true": "true image"}
+
+#: A table: title, columns, and (name of the row, column -> figure).
+SceneTable = tuple[str, tuple[str, ...], list[tuple[str, dict[str, Figure]]]]
+
+
+def read_scenes(figures: Mapping[str, Any]) -> list[SceneTable]:
+    """Return the tables of the figures judged by the truth of scenes, without those that were not measured."""
+    rows: dict[str, list[tuple[str, dict[str, Figure]]]] = {name: [] for name in _SCENE_TABLES}
+    for key, name in TEXT_INPUTS.items():
+        if row := figures.get("texts", {}).get(key):
+            shown = {column: read_figure(row, column) for column in _SCENE_TABLES["texts"][1]}
+            rows["texts"].append((f"{name} ({row['samples']} samples)", shown))
+        scored = figures.get("negatives", {}).get(key, {})
+        for score in (score for score in SCORES if score in scored):
+            for kind, count in scored[score]["pairs"].items():
+                title = f"{name}, {SCORES[score]}, {kind} ({count})"
+                rows["negatives"].append((title, {"preferred": read_figure(scored[score], kind)}))
+    for key, name in (IMAGE_INPUTS | _SCENE_IMAGES).items():
+        if row := figures.get("images", {}).get(key):
+            rows["images"] += [
+                (f"{name}, {verdict} ({row['samples']} samples)", {"right": read_figure(row, verdict)})
+                for verdict in row[FIGURES]
+            ]
+    return [(*_SCENE_TABLES[name], found) for name, found in rows.items() if found]
 
 
 _NO_BASELINE = "the task has no trivial baseline"

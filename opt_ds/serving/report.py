@@ -35,7 +35,9 @@ _DAMAGES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
 _OTHER_CURVES = {
     "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples per second": "speed/samples_per_s",
 }  # fmt: skip
-_FILES = {name: ("result" if name == "summary" else name) + ".json" for name in EXPERIMENTS}
+#: Experiments that are shown if they are there, since most stores do not allow them.
+_FURTHER = ("scenes",)
+_FILES = {name: ("result" if name == "summary" else name) + ".json" for name in (*EXPERIMENTS, *_FURTHER)}
 
 
 def write_report(run: Path, output: Path, ablation: Path | None = None) -> list[str]:
@@ -80,6 +82,7 @@ def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[st
         "classification": [report_tables.classification_table(found["classification"])] if "classification" in found else [],
         "retrieval": report_tables.retrieval_tables(found), "texts": _texts(found),
         "images": report_tables.image_generation_tables(found),
+        "scenes": report_tables.scene_tables(found["scenes"]) if "scenes" in found else [],
         "grids": _grids(run, found), "settings": _settings(run), "ablation": _ablation(ablation),
         "missing": [name for name in EXPERIMENTS if name not in found],
     }  # fmt: skip

@@ -20,6 +20,7 @@ from opt_ds.evaluation.reading import (
     read_loss,
     read_loss_accuracy,
     read_recall,
+    read_scenes,
     score_name,
 )
 
@@ -142,6 +143,16 @@ def image_generation_tables(found: Mapping[str, Any]) -> list[FigureTable]:
         for metric, figures, form in generated_metrics(own[key].get("generated", {})):
             tables.append(FigureTable("", tuple(figures), [_block(f"{name}, {metric}", figures, form, tuple(figures))]))
     return tables
+
+
+def scene_tables(found: Mapping[str, Any]) -> list[FigureTable]:
+    """Return the tables of the figures judged by the truth of scenes."""
+    return [
+        FigureTable(
+            f"Split {found['split']}: {title}.", columns, [_block(name, shown, percent, columns) for name, shown in rows]
+        )
+        for title, columns, rows in read_scenes(found)
+    ]
 
 
 def _block(

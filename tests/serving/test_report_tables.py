@@ -65,6 +65,25 @@ def test_a_run_evaluated_by_an_earlier_version_has_its_report(run: Path, tmp_pat
         assert hidden not in page, "it was measured without a control"
 
 
+def test_the_figures_of_scenes_are_shown_and_not_missed(run: Path, tmp_path: Path) -> None:
+    young = tmp_path / "young"
+    shutil.copytree(run, young, ignore=shutil.ignore_patterns("checkpoints"))
+    assert "scenes" not in write_report(young, tmp_path / "page.html"), "most stores do not allow it"
+    assert "judged by their truth" not in (tmp_path / "page.html").read_text()
+    own, other = Measurement.mean(np.array([1.0, 0, 1])), Measured(Measurement.mean(np.array([1.0, 1, 0])))
+    found = {
+        "split": "test_composition", "skipped": {},
+        "negatives": {"I": {"likelihood": {**beside({"swapped": measure(own, {"no_input": other})}), "pairs": {"swapped": 3}}}},
+        "images": {"true": {**beside({"whole": measure(own, {"another_image": other})}), "samples": 3}},
+    }  # fmt: skip
+    (young / "scenes.json").write_text(json.dumps(found))
+    write_report(young, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    rows = ("image→text, text likelihood, swapped (3)", "no input", "true image, whole (3 samples)")
+    for shown in ("judged by their truth", *rows):
+        assert shown in page, shown
+
+
 def test_a_figure_has_its_controls_below_and_its_verdict_beside() -> None:
     random, same = np.random.default_rng(0), np.eye(30, dtype=bool)
     own = random.random((30, 30)) + 0.4 * same
