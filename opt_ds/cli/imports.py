@@ -16,7 +16,7 @@ _Output = Annotated[
     Path, typer.Option(help="Manifest to write, such as my/manifest.jsonl. A report is written next to it.")
 ]
 _Images = Annotated[Path, typer.Option(help="Folder of the images. Subfolders are searched.")]
-_Audio = Annotated[Path, typer.Option(help="Folder that the paths of the recordings are relative to.")]
+_Audio = Annotated[Path, typer.Option(help="Folder that the paths of the audio files are relative to.")]
 _KeepIncomplete = Annotated[
     bool,
     typer.Option("--keep-incomplete", help="Keep samples whose image or audio file is missing, without that modality."),
@@ -247,7 +247,7 @@ def spoken_captions(
     output: _Output,
     keep_incomplete: _KeepIncomplete = False,
 ) -> None:
-    """Import SpokenCOCO or Places Audio Captions: one recording, its text and its image per sample."""
+    """Import SpokenCOCO or Places Audio Captions: one audio file, its text and its image per sample."""
     from opt_ds.ingest.importers.spoken_captions import import_spoken_captions as run
 
     _next(run(annotations, output, images=images, audio=audio, keep_incomplete=keep_incomplete))
@@ -268,7 +268,7 @@ def flickr8k_audio(
     ] = None,
     keep_incomplete: _KeepIncomplete = False,
 ) -> None:
-    """Import Flickr8k Audio Captions: one recording, its text and its image per sample."""
+    """Import Flickr8k Audio Captions: one audio file, its text and its image per sample."""
     from opt_ds.ingest.importers.flickr8k_audio import import_flickr8k_audio as run
 
     _next(run(annotations, output, images=images, audio=audio, captions=captions, splits=split or (),

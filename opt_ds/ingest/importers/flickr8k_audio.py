@@ -1,6 +1,6 @@
 """Flickr8k Audio Captions (Harwath & Glass 2015): five spoken captions of each image of Flickr8k.
 
-A line of wav2capt.txt has a recording, an image and the number of its caption: `a_0.wav a.jpg #0`. The texts are those of
+A line of wav2capt.txt has an audio file, an image and the number of its caption: `a_0.wav a.jpg #0`. The texts are those of
 Flickr8k: Flickr8k.token.txt, with lines of `a.jpg#0`, tab, caption, or Karpathy's dataset_flickr8k.json, which has splits
 too. wav2spk.txt names the speakers, which a manifest does not hold.
 """
@@ -50,16 +50,16 @@ def import_flickr8k_audio(
     splits: Sequence[str] = (),
     keep_incomplete: bool = False,
 ) -> Path:
-    """Write the manifest `output`. The id of a sample is the name of its recording.
+    """Write the manifest `output`. The id of a sample is the name of its audio file.
 
     Args:
         annotations: wav2capt.txt.
         output: The manifest to write.
         images: The folder of Flickr8k's images.
-        audio: The folder of the recordings (wavs).
+        audio: The folder of the audio files (wavs).
         captions: Flickr8k.token.txt or dataset_flickr8k.json. None: no texts.
         splits: SPLIT=FILE of lists of images, such as train=Flickr_8k.trainImages.txt. Other images are left out.
-        keep_incomplete: Keep samples whose image or recording is missing, without it.
+        keep_incomplete: Keep samples whose image or audio file is missing, without it.
 
     Raises:
         UserError: A file is missing or has another form, or an image is in two splits.
@@ -73,7 +73,7 @@ def import_flickr8k_audio(
     def entry(place: str, line: str) -> Iterator[Entry]:
         match = _LINE.fullmatch(line)
         if match is None:
-            yield Skipped(place, f"not a recording, an image and #number: {place}")
+            yield Skipped(place, f"not an audio file, an image and #number: {place}")
             return
         wav, image, key = match[1], match[2], (match[2], int(match[3]))
         if captions is not None and key not in texts.captions:
@@ -103,7 +103,7 @@ def import_flickr8k_audio(
                     yield from guarded(place, partial(entry, place, line.strip()))
         left = [f"{image}#{number}" for image, number in texts.captions if (image, number) not in used]
         if left and captions is not None:
-            yield Unused("captions", len(left), tuple(left), f"of {captions.name}, they have no recording that is used")
+            yield Unused("captions", len(left), tuple(left), f"of {captions.name}, they have no audio file that is used")
         yield from unused_files([image_files, audio_files])
 
     return write_import(output, entries(), source=str(annotations))

@@ -27,7 +27,7 @@ def import_kaldi(folders: Sequence[str], output: Path, *, audio: Path | None = N
 
     Raises:
         UserError: A file is missing, a line of wav.scp is a command or a place in an archive, or the utterances are parts of
-            recordings (segments).
+            audio files (segments).
     """
     found = [split_and_file(each) for each in folders]
     for _, folder in found:
@@ -47,7 +47,7 @@ def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: it must hold wav.scp and text")
     if _file(folder, "segments") is not None:
-        raise UserError(f"{folder}: its utterances are parts of recordings (segments): write each to a file of its own")
+        raise UserError(f"{folder}: its utterances are parts of audio files (segments): write each to a file of its own")
     scp = _file(folder, "wav.scp")
     if scp is None:
         raise UserError(f"{folder}: no wav.scp is there")

@@ -80,7 +80,7 @@ def write_scenes_corpus(
 ) -> Path:
     """Write the corpus under `output` (the module's description lists the files) and return the manifest's path.
 
-    Existing images and recordings are kept, so that an interrupted run can be resumed and a corpus can grow.
+    Existing images and audio files are kept, so that an interrupted run can be resumed and a corpus can grow.
 
     Args:
         output: The folder.

@@ -2,7 +2,7 @@
 
 Both are a JSON object with a list `data`. An entry of SpokenCOCO has an image and its `captions`, each with wav, text,
 uttid and speaker; the variant by Karpathy's splits has one `caption` per entry. An entry of Places has image, wav,
-asr_text, uttid and speaker. Each recording is a sample. The recordings of an image share its row.
+asr_text, uttid and speaker. Each audio file is a sample. The audio files of an image share its row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ _TEXTS = ("text", "asr_text")  # of SpokenCOCO, and of Places
 
 
 class _Folders:
-    """The folders of the images and recordings."""
+    """The folders of the images and audio files."""
 
     def __init__(self, images: Path, audio: Path, manifest: Path) -> None:
         self.images, self.audio = Files(images, manifest, "image"), Files(audio, manifest, "audio")
@@ -37,8 +37,8 @@ class _Folders:
         """Return the image with this path, or with this name in another folder (COCO's are often all in one)."""
         return self.images.get(name) or self.images.get(Path(name).name) or self.images.by_stem(Path(name).stem)
 
-    def recording(self, name: str) -> Found:
-        """Return the recording with this path, or with this name."""
+    def audio_file(self, name: str) -> Found:
+        """Return the audio file with this path, or with this name."""
         return self.audio.get(name) or self.audio.by_stem(Path(name).stem)
 
 
@@ -51,8 +51,8 @@ def import_spoken_captions(
         annotations: JSON files, each FILE or SPLIT=FILE. Without SPLIT, a split in the name of the file is used.
         output: The manifest to write.
         images: The folder that the paths of the images are relative to.
-        audio: The folder that the paths of the recordings are relative to.
-        keep_incomplete: Keep samples whose image or recording is missing, without it.
+        audio: The folder that the paths of the audio files are relative to.
+        keep_incomplete: Keep samples whose image or audio file is missing, without it.
     """
     folders = _Folders(images, audio, output)
 
@@ -92,7 +92,7 @@ def _of_recording(
     yield sample(
         typed(caption["uttid"], str, "uttid"),
         text=text,
-        files={"image": (image, folders.image(image)), "audio": (wav, folders.recording(wav))},
+        files={"image": (image, folders.image(image)), "audio": (wav, folders.audio_file(wav))},
         group=f"image {image}",
         split=split,
         keep_incomplete=keep_incomplete,

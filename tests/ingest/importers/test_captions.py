@@ -156,7 +156,7 @@ def test_flickr8k_audio_with_its_texts_and_splits(tmp_path: Path) -> None:
     assert left_out(manifest) == {
         f"{name}_3.wav": f"audio file is missing: {name}_3.wav",
         f"{other}_0.wav": f"audio file is missing: {other}_0.wav",
-        "wav2capt.txt line 6": "not a recording, an image and #number: wav2capt.txt line 6",
+        "wav2capt.txt line 6": "not an audio file, an image and #number: wav2capt.txt line 6",
         f"{name}_0.wav": f"its caption is not in Flickr8k.token.txt: {name}.jpg#9",
     }
     assert unused_of(manifest)["captions"] == [f"{name}.jpg#4"]

@@ -124,7 +124,7 @@ def test_kaldi_folders_of_plain_files(tmp_path: Path) -> None:
             import_kaldi([str(train)], manifest)
         assert "\n" not in str(error.value)
     (train / "segments").write_text("utt-a rec-a 0.0 1.5\n")
-    with pytest.raises(UserError, match=r"parts of recordings .segments."):
+    with pytest.raises(UserError, match=r"parts of audio files .segments."):
         import_kaldi([str(train)], manifest)
     with pytest.raises(UserError, match=r"no wav.scp is there"):
         import_kaldi([str(tmp_path / "wavs")], manifest)
