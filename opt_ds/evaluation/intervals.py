@@ -35,7 +35,7 @@ class Measurement:
 
     Attributes:
         parts: What is known of each sample, float64 [n, k].
-        statistic: Returns the value [b] of samples [n, k] that are counted so many times [b, n].
+        statistic: Returns the values [b] for `times` [b, n], how often each sample is counted, and `parts` [n, k].
     """
 
     parts: np.ndarray
@@ -50,7 +50,7 @@ class Measurement:
         return len(self.parts)
 
     def counted(self, times_bn: np.ndarray) -> np.ndarray:
-        """Return the value if each sample is counted so many times, float64 [b]."""
+        """Return the value for each row of `times_bn`, how often each sample is counted, float64 [b]."""
         return self.statistic(times_bn, self.parts)
 
     def at(self, places: np.ndarray) -> "Measurement":

@@ -16,9 +16,9 @@ from pydantic import Field
 from opt_ds.config.section import Section
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import weights_fingerprint
-from opt_ds.features.hugging_face import build_config, build_processor, load_model, model_class, read_processor
+from opt_ds.features.hugging_face import build_config, build_processor, load_model, model_class, read_fields, read_processor
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
-from opt_ds.weights import read_config_file, read_folder
+from opt_ds.weights import read_folder
 
 _WHAT = "--image-weights of hf_detector"
 #: model_type -> (class of transformers, its image processor, whether the scores are those of a softmax with "no object").
@@ -131,13 +131,7 @@ def _fields(folder: Path, named: str | None) -> tuple[dict[str, Any], str]:
     """Return the fields of a folder's config.json and its model_type. UserError for another folder than is named."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder ({_WHAT})")
-    fields = read_config_file(folder, "detector")
-    found = fields.get("model_type")
-    if found not in DETECTORS:
-        raise UserError(
-            f"{folder}: not a detector that hf_detector reads: model_type in its config.json is {found!r}: supported are "
-            f"{', '.join(DETECTORS)}"
-        )
-    if named is not None and named != found:
-        raise UserError(f"{folder}: its architecture is {found}, not {named}: --image-backbone {found}, or name another folder")
+    fields, found = read_fields(
+        folder, named, DETECTORS, reader="hf_detector", kind="detector", option="--image-backbone "
+    )
     return {**fields, "use_pretrained_backbone": False}, found  # the folder has the backbone's weights

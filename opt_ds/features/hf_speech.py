@@ -17,9 +17,9 @@ from opt_ds.config.section import Section
 from opt_ds.decoding.audio import SAMPLE_RATE_HZ
 from opt_ds.errors import UserError
 from opt_ds.features.extractors import layer_number, weights_fingerprint
-from opt_ds.features.hugging_face import build_config, build_processor, load_model, model_class, read_processor
+from opt_ds.features.hugging_face import build_config, build_processor, load_model, model_class, read_fields, read_processor
 from opt_ds.features.speech import SpeechExtractor, refuse_fairseq, windows
-from opt_ds.weights import Tensors, read_config_file, read_folder, without
+from opt_ds.weights import Tensors, read_folder, without
 
 _WHAT = "--speech-weights of hf_speech"
 #: model_type -> class of transformers.
@@ -274,16 +274,7 @@ def _fields(folder: Path, named: str | None) -> tuple[dict[str, Any], str]:
     if folder.is_file():
         refuse_fairseq(folder)
         raise UserError(f"{folder}: a file, not a folder: name the Hugging Face folder with its config.json ({_WHAT})")
-    fields = read_config_file(folder, "speech encoder")
-    found = fields.get("model_type")
-    if found not in MODELS:
-        raise UserError(
-            f"{folder}: not a speech encoder that hf_speech reads: model_type in its config.json is {found!r}: supported are "
-            f"{', '.join(MODELS)}"
-        )
-    if named is not None and named != found:
-        raise UserError(f"{folder}: its architecture is {found}, not {named}: set audio.backbone={found}, or name another folder")
-    return fields, found
+    return read_fields(folder, named, MODELS, reader="hf_speech", kind="speech encoder", option="set audio.backbone=")
 
 
 def _load(folder: Path, config: Any, model_type: str) -> torch.nn.Module:

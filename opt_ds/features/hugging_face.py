@@ -13,12 +13,40 @@ from typing import Any
 import torch
 
 from opt_ds.errors import UserError
-from opt_ds.weights import refuse_remainder
+from opt_ds.weights import read_config_file, refuse_remainder
 
 #: Fields of config.json that could select code, precision or a kernel. They are ignored.
 NOT_OURS = ("_attn_implementation", "attn_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config")
 
 _SLACK = 10_000_000  # parameters
+
+
+def read_fields(
+    folder: Path, named: str | None, supported: Collection[str], *, reader: str, kind: str, option: str
+) -> tuple[dict[str, Any], str]:
+    """Return the fields of a folder's config.json and its model_type.
+
+    Args:
+        folder: The folder.
+        named: The model_type that the user expects. None: any of the supported ones.
+        supported: The supported values of model_type.
+        reader: Name of the extractor, for messages.
+        kind: What the extractor reads, for messages, such as "detector".
+        option: How to name another architecture, for messages, up to its name.
+
+    Raises:
+        UserError: There is no configuration, its architecture is not supported, or the user named another one.
+    """
+    fields = read_config_file(folder, kind)
+    found = fields.get("model_type")
+    if not isinstance(found, str) or found not in supported:
+        raise UserError(
+            f"{folder}: not a {kind} that {reader} reads: model_type in its config.json is {found!r}: supported are "
+            f"{', '.join(supported)}"
+        )
+    if named is not None and named != found:
+        raise UserError(f"{folder}: its architecture is {found}, not {named}: {option}{found}, or name another folder")
+    return fields, found
 
 
 def build_config(folder: Path, fields: Mapping[str, Any], model_type: str) -> Any:

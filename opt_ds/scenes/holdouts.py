@@ -15,8 +15,8 @@ from opt_ds.scenes.vocabulary import KINDS
 
 #: Colours that are held out together. They differ clearly.
 _COLOUR_PAIRS = (("red", "blue"), ("yellow", "purple"), ("orange", "green"))
-_PAIRS_IN = 8  # one of so many pairs of kinds is held out, besides twins
-_BINDINGS_IN = 3  # two of so many twins have held-out bindings, where their own colours allow
+_PAIRS_IN = 8  # 1 in N pairs of kinds is held out, besides twins
+_BINDINGS_IN = 3  # 2 in N twins have held-out bindings, where their own colours allow
 
 
 @cache

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from opt_ds.errors import UserError
 from opt_ds.ingest.importers import emoji as corpus
 from opt_ds.ingest.importers.emoji import EmojiSample, collect_samples, concept_of, spoken_caption, write_emoji_corpus
 
@@ -103,6 +104,13 @@ def test_the_corpus_is_spoken_without_what_takes_long_to_install(tmp_path: Path)
     code = f"import sys\n{missing}\nfrom opt_ds.cli import main\nmain()"
     subprocess.run([sys.executable, "-c", code, "corpus", "emoji", "--output", str(tmp_path), "--limit", "2"], check=True)
     assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_folder_of_the_other_corpus_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "truth.jsonl").touch()
+    with pytest.raises(UserError, match="it holds the corpus scenes: choose another folder"):
+        write_emoji_corpus(tmp_path, limit=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["truth.jsonl"]
 
 
 def test_the_test_splits_are_spoken_slower(tmp_path: Path) -> None:

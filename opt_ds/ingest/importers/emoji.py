@@ -88,6 +88,8 @@ def write_emoji_corpus(output: Path, *, workers: int = 2, limit: int | None = No
     fails.
     """
     check_piper()
+    if (output / "truth.jsonl").exists():
+        raise UserError(f"{output}: it holds the corpus scenes: choose another folder")
     with exclusive_use(output):
         return _write_corpus(output, workers, limit)
 
