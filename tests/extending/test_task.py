@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from opt_ds.training import checkpoint
 from tests.serving.conftest import start_run
 from tests.training.runs import FITTED, free_port, hashes, rank_environment
 from tests.training.test_pretrain import SCRIPT
-from tests.warm import WarmProcess
+from tests.warm import WarmProcess, run_warm
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.extending.counting:RegionCounting"
@@ -87,7 +86,7 @@ def test_a_checkpoint_alone_cannot_name_code(whole: Path) -> None:
     def load(allowed: str | None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **({PLUGINS_VARIABLE: allowed} if allowed else {})}
         code = f"from opt_ds.training.checkpoint import load_model; print(*load_model({str(whole)!r})[0].tasks)"
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        return run_warm(["-c", code], environment)
 
     refused = load(None)
     assert refused.returncode and f"set the environment variable {PLUGINS_VARIABLE}={PLUGIN}" in refused.stderr
