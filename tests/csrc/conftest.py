@@ -1,4 +1,6 @@
-"""One folder of compiled emulator programs for all tests of a process."""
+"""One folder of compiled emulator programs for all test processes of a run."""
+
+import os
 
 import pytest
 
@@ -7,4 +9,5 @@ from tests.csrc.emulated import Builder
 
 @pytest.fixture(scope="session")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    return Builder(tmp_path_factory.mktemp("emulated"))
+    own = tmp_path_factory.getbasetemp()  # within the folder of the run, if there are several processes
+    return Builder((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "emulated")

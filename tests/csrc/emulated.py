@@ -1,5 +1,6 @@
 """Builds check_kernels.cpp and check_emulator.cpp with the emulator, plain or under a sanitizer, also from changed sources."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -20,8 +21,8 @@ _RUNTIME_DEFINE = {"plain": [], "asan": ["-DSIMT_ASAN"], "tsan": ["-DSIMT_TSAN"]
 
 
 class Builder:
-    """Compiles into one folder; a file that was compiled already (same flags, same content of all sources) is taken from
-    there."""
+    """Compiles into one folder, which several processes may share; a file that was compiled already (same flags, same content
+    of all sources) is taken from there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,26 +31,34 @@ class Builder:
         self, program: str = "check_kernels", checker: str = "plain", arch: int = 70, csrc: Path = CSRC, changed: str = ""
     ) -> Path:
         """`changed`: the file under csrc/ that differs from the real sources; only what includes it is compiled again."""
-        objects = self.folder / f"{checker}-{arch}"
-        objects.mkdir(parents=True, exist_ok=True)
-        own = self.folder / "changed"
-        shutil.rmtree(own, ignore_errors=True)
-        own.mkdir()
+        objects, own = self.folder / f"{checker}-{arch}", self.folder / f"changed-{os.getpid()}"
         sources = [csrc / "emulator" / "simt.cpp", HERE / f"{program}.cpp", *(csrc / "kernels" / k.name for k in KERNELS)]
         if program == "check_emulator":
             sources = sources[:2]
-        commands, linked = [], []
-        for source in sources:
-            again = bool(changed) and _includes(source, Path(changed).name, csrc)
-            target = (own if again else objects) / f"{source.stem}.o"
-            if again or not target.exists():
-                commands.append(self._command(source, target, checker, arch, csrc))
-            linked.append(str(target))
+        again = [source for source in sources if changed and _includes(source, Path(changed).name, csrc)]
+        same = [source for source in sources if source not in again]
+        objects.mkdir(parents=True, exist_ok=True)
+        with open(objects / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            linked = self._compile(same, objects, checker, arch, csrc)
+            if not changed:
+                return self._link(linked, objects / program, checker)
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir()
+        return self._link([*linked, *self._compile(again, own, checker, arch, csrc)], own / program, checker)
+
+    def _compile(self, sources: list[Path], folder: Path, checker: str, arch: int, csrc: Path) -> list[Path]:
+        """The sources' objects in the folder; those that are missing are compiled."""
+        targets = {source: folder / f"{source.stem}.o" for source in sources}
+        commands = [self._command(s, target, checker, arch, csrc) for s, target in targets.items() if not target.exists()]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, commands))
-        binary = (own if changed else objects) / program
-        sanitizer = [flag for flag in _FLAGS[checker][0] if flag.startswith("-fsanitize")]
-        _run(["g++", *sanitizer, "-no-pie", *linked, "-o", str(binary)])
+        return list(targets.values())
+
+    def _link(self, objects: list[Path], binary: Path, checker: str) -> Path:
+        if not binary.exists():
+            sanitizer = [flag for flag in _FLAGS[checker][0] if flag.startswith("-fsanitize")]
+            _run(["g++", *sanitizer, "-no-pie", *map(str, objects), "-o", str(binary)])
         return binary
 
     def _command(self, source: Path, target: Path, checker: str, arch: int, csrc: Path) -> list[str]:
