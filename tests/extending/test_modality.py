@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,7 @@ def test_two_ranks_train_it_and_a_killed_run_goes_on_to_the_same_weights(touched
     started = ranks(touched, output)
     while not (output / "checkpoints" / "step-00000008").is_dir():
         assert all(process.poll() is None for process in started)
+        time.sleep(0.002)
     for process in started:
         process.send_signal(signal.SIGKILL)
         process.wait(60)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(whole: Path, store: Path, tmp
     started = ranks(store, output, "train.validate_every=12", "checkpoint.every_steps=5")
     while not (output / "checkpoints" / "step-00000010").is_dir():
         assert all(process.poll() is None for process in started)
+        time.sleep(0.002)
     for process in started:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
