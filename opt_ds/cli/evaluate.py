@@ -187,6 +187,7 @@ class ScenesOptions:
     limit: Annotated[
         int, typer.Option(help="Largest number of samples for texts and negatives, chosen by the seed.", min=1)
     ] = 200
+    probe: Annotated[int, typer.Option(help="Samples that the linear probes are tested on. 0: no probes.", min=0)] = 400
     generate: Annotated[
         int, typer.Option(help="Samples per kind of input to generate and judge images for. 0: none.", min=0)
     ] = 100
@@ -217,6 +218,10 @@ class SummaryOptions:
         int, typer.Option(help="Size of the gallery for the matching head (for triples: 50).", min=2)
     ] = 100
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="truth.jsonl of the corpus scenes that the store was made of: adds figures judged by it."),
+    ] = None
 
 
 class Row(NamedTuple):
@@ -271,8 +276,8 @@ EXPERIMENTS = (
     ),
     Row(
         "scenes",
-        "Judge generated texts and images by the truth of the corpus `scenes`, and measure how often the true caption is "
-        "preferred to hard negatives, beside the same with another sample's input.",
+        "Judge generated texts and images by the truth of the corpus `scenes`, measure how often the true caption is "
+        "preferred to hard negatives, and probe [CLS] for labels that need binding, each beside its controls.",
         ScenesOptions,
         ScenesInputs,
     ),

@@ -16,6 +16,7 @@ from opt_ds.evaluation.ranking import RANKS
 #: Input -> its name in tables.
 TEXT_INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
 IMAGE_INPUTS = {"T": "text→image", "A": "audio→image", "T+A": "text+audio→image"}
+PROBE_INPUTS = {"T": "text", "I": "image", "A": "audio"}
 #: Scores of a direction, in the order in which they are printed, and their names.
 SCORES = {
     "likelihood": "text likelihood",
@@ -100,8 +101,14 @@ def generated_metrics(generated: Mapping[str, Any]) -> list[tuple[str, dict[str,
 _SCENE_TABLES = {
     "texts": ("generated texts that are complete, or true, of their scene", ("complete", "true")),
     "negatives": ("hard negatives that the true caption is preferred to", ("preferred",)),
+    "probes": ("mAP of a linear probe on the frozen [CLS] for the labels of scenes", ("mAP",)),
     "images": ("generated images that show what the caption says", ("right",)),
 }
+#: Kind of labels -> its name in tables.
+_LABELS = {
+    "object": 'objects ("cat")', "colour": 'their colours ("red cat")', "place": 'their places ("cat on the left")',
+    "relation": 'relations ("animal left of food")',
+}  # fmt: skip
 #: Rows of images that are not generated from an input.
 _SCENE_IMAGES = {"reconstruction": "dVAE of the true image", "true": "true image"}
 
@@ -121,6 +128,12 @@ def read_scenes(figures: Mapping[str, Any]) -> list[SceneTable]:
             for kind, count in scored[score]["pairs"].items():
                 title = f"{name}, {SCORES[score]}, {kind} ({count})"
                 rows["negatives"].append((title, {"preferred": read_figure(scored[score], kind)}))
+    probes = figures.get("probes", {})
+    for key, name in PROBE_INPUTS.items():
+        rows["probes"] += [
+            (f"{name}, {_LABELS[kind]}, {probes['labels'][kind]} labels", {"mAP": read_figure(probes[key], kind)})
+            for kind in (probes[key][FIGURES] if key in probes else ())
+        ]
     for key, name in (IMAGE_INPUTS | _SCENE_IMAGES).items():
         if row := figures.get("images", {}).get(key):
             rows["images"] += [

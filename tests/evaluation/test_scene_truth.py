@@ -24,7 +24,7 @@ from opt_ds.evaluation.figures import FIGURES
 from opt_ds.evaluation.scene_images import judge_images
 from opt_ds.evaluation.scene_negatives import ALL_KINDS, preferences
 from opt_ds.evaluation.scene_texts import judge_texts, truest_caption
-from opt_ds.evaluation.scene_truth import scene_lines, scene_truth
+from opt_ds.evaluation.scene_truth import SampleCounts, SceneTruth, scene_lines
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.scenes.captions import different_captions
 from opt_ds.scenes.checker import for_checking
@@ -35,6 +35,7 @@ from opt_ds.scenes.records import SceneRecord, read_truth, truth_lines
 from opt_ds.scenes.sampling import COMPOSITION, TRAIN, scenes, split_of
 from opt_ds.serving.report_tables import scene_tables
 from opt_ds.store import FeatureStore
+from opt_ds.store.reader import Regions
 from opt_ds.store.schema import CODES_PER_IMAGE, Dims
 from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, save_wordpiece
 from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
@@ -125,8 +126,9 @@ def dvae() -> DiscreteVAE:
     return DiscreteVAE(DVAEConfig(codebook_size=CODEBOOK, encoder_width=4, encoder_blocks=0, decoder_width=4, decoder_blocks=0))
 
 
-def measured(evaluator: Evaluator, truth: Path, **options: Any) -> dict[str, Any]:
-    figures = scene_truth(evaluator, COMPOSITION, truth, dvae, **{"options": DecodingConfig(), **options})
+def measured(evaluator: Evaluator, truth: Path, **counts: Any) -> dict[str, Any]:
+    scenes = SceneTruth(evaluator, truth, dvae, options=DecodingConfig())
+    figures = scenes.measure(COMPOSITION, SampleCounts(**{"probe": 0, **counts}))
     json.dumps(figures, allow_nan=False)
     return figures
 
@@ -213,22 +215,24 @@ def test_the_constant_caption_is_from_training_alone(truth: Path) -> None:
 # ---- hard negatives
 
 
-def scores_by(monkeypatch: pytest.MonkeyPatch, score: Callable[[Sample, np.ndarray], float]) -> None:
-    """Let both the text decoder and the matching head score a text of a sample by this function."""
+def scores_by(
+    monkeypatch: pytest.MonkeyPatch, evaluator: Evaluator, score: Callable[[Sample, np.ndarray], float]
+) -> None:
+    """Let both the text decoder and the matching head of a model score a text of a sample by this function."""
 
     def likelihoods(
-        self: Evaluator, samples: list[Sample], texts: list[np.ndarray], wanted: list[np.ndarray]
+        samples: list[Sample], texts: list[np.ndarray], wanted: list[np.ndarray]
     ) -> list[np.ndarray]:
         return [
             np.array([score(sample, texts[place]) for place in places])
             for sample, places in zip(samples, wanted, strict=True)
         ]
 
-    def matches(self: Evaluator, samples: list[Sample]) -> np.ndarray:
+    def matches(samples: list[Sample]) -> np.ndarray:
         return np.repeat([[score(sample, sample.of(TEXT).ids)] for sample in samples], 5, axis=1)
 
-    monkeypatch.setattr(Evaluator, "text_log_likelihood_of", likelihoods)
-    monkeypatch.setattr(Evaluator, "matching_scores", matches)
+    monkeypatch.setattr(evaluator, "text_log_likelihood_of", likelihoods)
+    monkeypatch.setattr(evaluator, "matching_scores", matches)
 
 
 def test_the_truth_is_preferred_to_every_negative(
@@ -241,7 +245,7 @@ def test_the_truth_is_preferred_to_every_negative(
         return float(record is not None and np.array_equal(known.tokens[record.id], ids))
 
     writes(monkeypatch, lambda sample: "")
-    scores_by(monkeypatch, is_caption)
+    scores_by(monkeypatch, tiny, is_caption)
     figures = measured(tiny, truth, generate=0)
     for name, other in (("I", "another_image"), ("A", "another_audio")):
         for score in ("likelihood", "matching"):
@@ -251,7 +255,10 @@ def test_the_truth_is_preferred_to_every_negative(
             for kind in row["pairs"]:
                 assert row[kind] == 1 and control(row, kind, "chance") == control(row, kind, other) == 0.5
                 assert ("no_input" in row[FIGURES][kind]["controls"]) == (score == "likelihood")
+                assert {"untrained_model", "bag_of_words"} <= set(row[FIGURES][kind]["controls"])
                 assert not row[FIGURES][kind]["verdicts"]
+            for kind in ("swapped", "colours"):  # the same words
+                assert control(row, kind, "bag_of_words") == 0.5
         assert control(figures["negatives"][name]["likelihood"], "swapped", "no_input") == 0.5
         assert figures["negatives"][name]["indistinguishable"] == 0
 
@@ -261,7 +268,7 @@ def test_a_bag_of_words_is_at_chance_for_the_order(
 ) -> None:
     weights = np.random.default_rng(0).standard_normal(tiny.config.model.vocab_size)
     writes(monkeypatch, lambda sample: "")
-    scores_by(monkeypatch, lambda sample, ids: float(weights[np.sort(ids)].sum()))
+    scores_by(monkeypatch, tiny, lambda sample, ids: float(weights[np.sort(ids)].sum()))
     figures = measured(tiny, truth, generate=0)
     for score in ("likelihood", "matching"):
         row = figures["negatives"]["I"][score]
@@ -269,6 +276,24 @@ def test_a_bag_of_words_is_at_chance_for_the_order(
         assert "does not use its input (image)" in row[FIGURES]["swapped"]["verdicts"]
         assert "no better than chance" in row[FIGURES]["swapped"]["verdicts"]
         assert "does not use its input (image)" in row[FIGURES]["object"]["verdicts"]
+
+
+def test_a_bag_of_words_knows_the_objects_and_not_their_order(tiny: Evaluator, truth: Path) -> None:
+    """Its input tells which words a caption has: it finds a wrong object, and it is at chance for swapped ones."""
+    told = Evaluator(tiny.model, tiny.config, FeatureStore(tiny.store.path))
+    random = np.random.default_rng(0).standard_normal((told.store.description.dims.vocab_size, 8))
+
+    def regions(row: int) -> Regions:
+        counts = np.bincount(told.store.text(row), minlength=len(random))  # rows of text and image are the same here
+        return Regions((counts @ random)[None].astype("float16"), WHOLE_IMAGE[None], np.zeros(1, "int16"), np.ones(1, "float16"))
+
+    told.store.__dict__["regions"] = regions
+    figures = measured(told, truth, limit=None, generate=0)["negatives"]
+    for score in ("likelihood", "matching"):
+        assert control(figures["I"][score], "swapped", "bag_of_words") == 0.5
+        assert control(figures["I"][score], "object", "bag_of_words") > 0.8
+        assert control(figures["A"][score], "object", "bag_of_words") < 0.8, "the audio is random"
+        assert 0.25 < control(figures["I"][score], "swapped", "untrained_model") < 0.75
 
 
 def test_ties_and_equal_tokens_count_half() -> None:
@@ -341,7 +366,8 @@ def test_an_untrained_model_is_measured_and_reported(tiny: Evaluator, truth: Pat
     assert figures["texts"]["I"]["true"] == 0 and figures["images"]["true"]["whole"] == 1
     again = measured(tiny, truth, limit=8, generate=2)
     assert again == figures, "the same seed gives the same figures"
-    assert [line.split(" measured")[0] for line in logged[:3]] == ["note: texts", "note: negatives", "note: images"]
+    parts = [line.split(" measured")[0].removeprefix(f"note: {COMPOSITION}: ") for line in logged[:3]]
+    assert parts == ["texts", "negatives", "images"]
     lines = "\n".join(scene_lines(figures))
     for part in ("image→text, text likelihood, swapped", "audio→text, matching head", "no input", "another sample's text",
                  "true image, whole", "dVAE of the true image, objects", "one caption for all"):  # fmt: skip
