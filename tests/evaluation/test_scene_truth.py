@@ -4,9 +4,7 @@ The corpus has real captions, negatives and images. Features are random numbers 
 """
 
 import json
-import re
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,77 +24,15 @@ from opt_ds.evaluation.scene_negatives import ALL_KINDS, preferences
 from opt_ds.evaluation.scene_texts import judge_texts, truest_caption
 from opt_ds.evaluation.scene_truth import SampleCounts, SceneTruth, scene_lines
 from opt_ds.model.generation import DecodingConfig
-from opt_ds.scenes.captions import different_captions
 from opt_ds.scenes.checker import for_checking
 from opt_ds.scenes.drawing import draw
-from opt_ds.scenes.negatives import NEGATIVES, hard_negatives
-from opt_ds.scenes.random_choices import Choices
+from opt_ds.scenes.negatives import NEGATIVES
 from opt_ds.scenes.records import SceneRecord, read_truth, truth_lines
-from opt_ds.scenes.sampling import COMPOSITION, TRAIN, scenes, split_of
+from opt_ds.scenes.sampling import COMPOSITION, TRAIN
 from opt_ds.serving.report_tables import scene_tables
 from opt_ds.store import FeatureStore
-from opt_ds.store.reader import Regions
-from opt_ds.store.schema import CODES_PER_IMAGE, Dims
-from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, save_wordpiece
-from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
-from tests.tiny import make_config, make_model, masked
-
-SAMPLES = {TRAIN: 40, COMPOSITION: 24}
-CODEBOOK, REGIONS, FRAMES = 16, 2, 4
-WHOLE_IMAGE = np.array([0, 0, 1, 1, 1, 1, 1], "float32")  # the box: corners, width, height, area
-_PIECE = re.compile(r"\w+|[^\w\s]")
-
-
-def make_records() -> list[SceneRecord]:
-    """The first scenes of two splits, with four captions and the negatives of the first one."""
-    found: dict[str, list[SceneRecord]] = {split: [] for split in SAMPLES}
-    for number, scene in enumerate(islice(scenes(1), 600)):
-        own = found.get(split_of(number))
-        if own is None or len(own) == SAMPLES[split_of(number)]:
-            continue
-        captions = different_captions(scene.graph, Choices("captions", number), 4)
-        negatives = hard_negatives(scene.graph, *captions[0][1:], Choices("negatives", number))
-        own.append(
-            SceneRecord(
-                f"{number:012d}", split_of(number), scene, (), tuple(text for text, _, _ in captions),
-                {kind: text for kind, (_, text) in negatives.items()},
-            )
-        )  # fmt: skip
-    return [record for records in found.values() for record in records]
-
-
-def write_store(path: Path, records: list[SceneRecord]) -> None:
-    """Write a store of the records: real captions and pixels, random features."""
-    texts = [text for record in records for text in (*record.captions, *record.negatives.values())]
-    vocabulary = [*SPECIAL_TOKENS.values(), *sorted({word for text in texts for word in _PIECE.findall(text.lower())})]
-    number_of = {word: number for number, word in enumerate(vocabulary)}
-    save_wordpiece(build_wordpiece(vocabulary), path.with_name("tokenizer"))
-    random = np.random.default_rng(0)
-    writer = StoreWriter(
-        path,
-        dims=Dims(
-            image_feature_dim=8, image_num_classes=7, audio_feature_dim=6, audio_frame_rate_hz=100.0,
-            vocab_size=len(vocabulary), num_codes=CODEBOOK,
-        ),
-        split_names=list(SAMPLES), splits_source="manifest", tokenizer_folder=path.with_name("tokenizer"),
-        extractors={name: {"name": "random"} for name in ("text", "image", "audio")},
-    )  # fmt: skip
-    content = ShardContent()
-    for row, record in enumerate(records):
-        caption = record.captions[0]
-        tokens = np.array([number_of[word] for word in _PIECE.findall(caption.lower())])
-        content.texts.append(TextItem(tokens, caption))
-        content.images.append(
-            ImageItem(
-                random.standard_normal((REGIONS, 8)).astype("float16"), np.tile(WHOLE_IMAGE, (REGIONS, 1)),
-                np.zeros(REGIONS, np.int64), np.ones(REGIONS), for_checking(draw(record.scene)).transpose(2, 0, 1),
-                random.integers(0, CODEBOOK, CODES_PER_IMAGE),
-            )
-        )  # fmt: skip
-        content.audios.append(random.standard_normal((FRAMES, 6)).astype("float16"))
-        content.samples.append(SampleItem(record.id, (row, row, row), record.id, record.split, []))
-    writer.write_shard(0, content)
-    writer.finish(1)
+from tests.evaluation.scene_store import CODEBOOK, SAMPLES, make_records, open_model, write_store
+from tests.tiny import masked
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +43,6 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text("".join(truth_lines(records)))
     write_store(folder / "store", records)
     return path
-
-
-def open_model(store: FeatureStore, **tasks: Any) -> Evaluator:
-    torch.set_num_threads(1)
-    sizes = {"num_image_codes": CODES_PER_IMAGE, "vocab_size": store.description.dims.vocab_size, "max_text_tokens": 40}
-    config = make_config(data={"stores": [str(store.path)]}, model=sizes, tasks=tasks)
-    return Evaluator(make_model(config), config, store)
 
 
 @pytest.fixture(scope="module")
@@ -276,24 +205,6 @@ def test_a_bag_of_words_is_at_chance_for_the_order(
         assert "does not use its input (image)" in row[FIGURES]["swapped"]["verdicts"]
         assert "no better than chance" in row[FIGURES]["swapped"]["verdicts"]
         assert "does not use its input (image)" in row[FIGURES]["object"]["verdicts"]
-
-
-def test_a_bag_of_words_knows_the_objects_and_not_their_order(tiny: Evaluator, truth: Path) -> None:
-    """Its input tells which words a caption has: it finds a wrong object, and it is at chance for swapped ones."""
-    told = Evaluator(tiny.model, tiny.config, FeatureStore(tiny.store.path))
-    random = np.random.default_rng(0).standard_normal((told.store.description.dims.vocab_size, 8))
-
-    def regions(row: int) -> Regions:
-        counts = np.bincount(told.store.text(row), minlength=len(random))  # rows of text and image are the same here
-        return Regions((counts @ random)[None].astype("float16"), WHOLE_IMAGE[None], np.zeros(1, "int16"), np.ones(1, "float16"))
-
-    told.store.__dict__["regions"] = regions
-    figures = measured(told, truth, limit=None, generate=0)["negatives"]
-    for score in ("likelihood", "matching"):
-        assert control(figures["I"][score], "swapped", "bag_of_words") == 0.5
-        assert control(figures["I"][score], "object", "bag_of_words") > 0.8
-        assert control(figures["A"][score], "object", "bag_of_words") < 0.8, "the audio is random"
-        assert 0.25 < control(figures["I"][score], "swapped", "untrained_model") < 0.75
 
 
 def test_ties_and_equal_tokens_count_half() -> None:
