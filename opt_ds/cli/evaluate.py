@@ -121,6 +121,16 @@ class VqaOptions:
     """Options of `opt_ds.evaluation.experiments.vqa`."""
 
     limit: Limit = None
+    untrained: Annotated[
+        Path | None, typer.Option(help="Run of `opt-ds finetune vqa --untrained`, as a control. Default: not measured.")
+    ] = None
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Annotation file with the types of questions. May be repeated: also give that of the training questions. "
+            "Default: the kinds of the corpus scenes, by the text."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,8 +266,8 @@ EXPERIMENTS = (
     ),
     Row(
         "vqa",
-        "Measure the VQA accuracy of a fine-tuned model, beside a constant answer and the answers to another sample's image "
-        "or question.",
+        "Measure the VQA accuracy of a fine-tuned model by kind of question, beside constant answers, the answers to another "
+        "sample's image or question, and those of an untrained model that was fine-tuned the same way.",
         VqaOptions,
         VqaInputs,
     ),

@@ -5,7 +5,7 @@ reports can be made anywhere.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.controls import another
@@ -72,6 +72,33 @@ def read_classification(figures: Mapping[str, Any]) -> dict[str, dict[str, Figur
 def read_accuracy(figures: Mapping[str, Any]) -> Figure:
     """Return the accuracy of a row of JSON."""
     return read_figure(figures, "accuracy", {"constant_answer": figures["constant_answer"]["accuracy"]})
+
+
+#: Why a VQA accuracy is marked: its most important control is a run of its own.
+NO_UNTRAINED_ANSWERS = (
+    "an untrained model, fine-tuned the same way: opt-ds finetune vqa --untrained trains it, --untrained RUN adds it"
+)
+
+
+class AnswerRow(NamedTuple):
+    """The accuracy over some questions, the most frequent training answer to them, and the best possible accuracy."""
+
+    name: str
+    figure: Figure
+    constant: str
+    best: float
+
+
+def read_answers(figures: Mapping[str, Any]) -> list[AnswerRow]:
+    """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing."""
+    constant = figures["constant_answer"]["answer"]
+    rows = [("VQA", figures["questions"], read_accuracy(figures), constant, figures["best_possible"])]
+    rows += [
+        (f"VQA, {kind}", row["questions"], read_figure(row, "accuracy"), row["constant_answer"], row["best_possible"])
+        for kind, row in figures.get("kinds", {}).items()
+    ]
+    mark = " *" if figures.get("not_measured", True) else ""
+    return [AnswerRow(f"{name}, {count} questions{mark}", *rest) for name, count, *rest in rows]
 
 
 def read_bits(row: Mapping[str, Any]) -> Figure:

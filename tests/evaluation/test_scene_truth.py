@@ -283,7 +283,7 @@ def test_an_untrained_model_is_measured_and_reported(tiny: Evaluator, truth: Pat
     for part in ("image→text, text likelihood, swapped", "audio→text, matching head", "no input", "another sample's text",
                  "true image, whole", "dVAE of the true image, objects", "one caption for all"):  # fmt: skip
         assert part in lines, part
-    tables = scene_tables(figures)
+    tables = scene_tables({"scenes": figures})
     assert [table.columns for table in tables] == [("complete", "true"), ("preferred",), ("right",)]
     assert all(block.controls for table in tables[:2] for block in table.blocks)
 
