@@ -52,12 +52,13 @@ def write_store(
     records: list[SceneRecord],
     *,
     drawn: bool = True,
+    coded: bool = True,
     region: Callable[[SceneRecord], np.ndarray] | None = None,
     width: int = 8,
 ) -> None:
     """Write a store of the records.
 
-    `drawn`: with pixels and codes. `region`: returns the feature [width] of an image's regions; None: random ones.
+    `drawn`: with pixels. `coded`: with random codes. `region`: returns the feature [width] of an image's regions; None: random ones.
     """
     texts = [text for record in records for text in (*record.captions, *record.negatives.values())]
     vocabulary = [*SPECIAL_TOKENS.values(), *sorted({word for text in texts for word in _PIECE.findall(text.lower())})]
@@ -68,7 +69,7 @@ def write_store(
         path,
         dims=Dims(
             image_feature_dim=width, image_num_classes=7, audio_feature_dim=6, audio_frame_rate_hz=100.0,
-            vocab_size=len(vocabulary), num_codes=CODEBOOK,
+            vocab_size=len(vocabulary), num_codes=CODEBOOK if coded else None,
         ),
         split_names=sorted({record.split for record in records}, reverse=True), splits_source="manifest",
         tokenizer_folder=path.with_name("tokenizer"),
@@ -81,7 +82,7 @@ def write_store(
         content.texts.append(TextItem(tokens, caption))
         seen = random.standard_normal((REGIONS, width)) if region is None else np.tile(region(record), (REGIONS, 1))
         pixels = for_checking(draw(record.scene)).transpose(2, 0, 1) if drawn else None
-        codes = random.integers(0, CODEBOOK, CODES_PER_IMAGE) if drawn else None
+        codes = random.integers(0, CODEBOOK, CODES_PER_IMAGE) if coded else None
         content.images.append(
             ImageItem(
                 seen.astype("float16"), np.tile(WHOLE_IMAGE, (REGIONS, 1)), np.zeros(REGIONS, np.int64),

@@ -32,7 +32,7 @@ def records() -> list[SceneRecord]:
 @pytest.fixture(scope="module")
 def seeing(records: list[SceneRecord], tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
     path = tmp_path_factory.mktemp("bag") / "store"
-    write_store(path, records, drawn=False, region=objects, width=len(PLACE))
+    write_store(path, records, drawn=False, coded=False, region=objects, width=len(PLACE))
     return open_model(FeatureStore(path))
 
 

@@ -31,7 +31,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The truth file, with the store next to it."""
     folder, records = tmp_path_factory.mktemp("probes"), make_records({TRAIN: 400, COMPOSITION: 28})
     (folder / "truth.jsonl").write_text("".join(truth_lines(records)))
-    write_store(folder / "store", records, drawn=False)
+    write_store(folder / "store", records, drawn=False, coded=False)
     return folder / "truth.jsonl"
 
 
