@@ -58,7 +58,8 @@ def write_store(
 ) -> None:
     """Write a store of the records.
 
-    `drawn`: with pixels. `coded`: with random codes. `region`: returns the feature [width] of an image's regions; None: random ones.
+    `drawn`: with pixels. `coded`: with random codes. `region`: returns the feature [width] of all regions of an image; None:
+    random ones.
     """
     texts = [text for record in records for text in (*record.captions, *record.negatives.values())]
     vocabulary = [*SPECIAL_TOKENS.values(), *sorted({word for text in texts for word in _PIECE.findall(text.lower())})]
