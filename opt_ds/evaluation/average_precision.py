@@ -9,6 +9,8 @@ import numpy as np
 
 from opt_ds.evaluation.intervals import Measurement
 
+_FEW = 64  # positive samples, up to which a product of matrices is quicker than sorting
+
 
 def mean_average_precision(y_nc: np.ndarray, scores_nc: np.ndarray) -> Measurement:
     """Return the mean of the labels' average precisions (scikit-learn's) as a measurement of the samples.
@@ -46,12 +48,32 @@ def random_average_precision(positives: np.ndarray, samples: int) -> np.ndarray:
 
 def _average_precision(times_bn: np.ndarray, y_n: np.ndarray, scores_n: np.ndarray) -> np.ndarray:
     """Return the average precision [b] of one label; NaN for draws without a positive sample."""
-    order = np.argsort(-scores_n, kind="stable")
-    ranked, counted_bn = -scores_n[order], times_bn[:, order]
-    places = np.flatnonzero(y_n[order])
-    last = np.searchsorted(ranked, ranked[places], side="right") - 1  # equal scores have the precision of the last one
-    right_bp = counted_bn[:, places]
-    hits_bp = right_bp.cumsum(1)[:, np.searchsorted(places, last, side="right") - 1]
+    positives = np.flatnonzero(y_n)
+    count = _counts_of_few if len(positives) <= _FEW else _counts_of_many
+    hits_bp, ranked_bp = count(times_bn, positives, scores_n)
+    right_bp = times_bn[:, positives]
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision_bp = np.nan_to_num(hits_bp / counted_bn.cumsum(1)[:, last])
-        return (right_bp * precision_bp).sum(1) / right_bp.sum(1)
+        return (right_bp * np.nan_to_num(hits_bp / ranked_bp)).sum(1) / right_bp.sum(1)
+
+
+def _counts_of_few(times_bn: np.ndarray, positives: np.ndarray, scores_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often a positive sample, and any sample, is drawn with at least the score of each positive one [b, p].
+
+    Samples of equal score are counted with it, as in scikit-learn.
+    """
+    reached_np = (scores_n[:, None] >= scores_n[positives]).astype(np.float64)
+    return times_bn[:, positives] @ reached_np[positives], times_bn @ reached_np
+
+
+def _counts_of_many(
+    times_bn: np.ndarray, positives: np.ndarray, scores_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same as `_counts_of_few`, in a time that does not grow with the number of positive samples."""
+    order = np.argsort(-scores_n, kind="stable")
+    ranked = -scores_n[order]
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.searchsorted(ranked, ranked, side="right") - 1  # of the last sample of equal score
+    is_positive = np.isin(order, positives)
+    counted_bn = times_bn[:, order]
+    hits_bn, ranked_bn = (counted_bn * is_positive).cumsum(1), counted_bn.cumsum(1)
+    return hits_bn[:, place[positives]], ranked_bn[:, place[positives]]

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from opt_ds.evaluation import average_precision
 from opt_ds.evaluation.average_precision import mean_average_precision, random_average_precision
 
 
-def test_map_of_counted_samples_is_scikit_learns_with_weights() -> None:
+@pytest.mark.parametrize("few", [0, 64], ids=["sorted", "products"])
+def test_map_of_counted_samples_is_scikit_learns_with_weights(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(average_precision, "_FEW", few)
     random = np.random.default_rng(0)
     truth, scores = random.random((40, 3)) < 0.4, random.integers(0, 6, (40, 3)).astype(float)  # with ties
     times = random.integers(0, 4, (5, 40)).astype(float)
