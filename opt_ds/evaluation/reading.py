@@ -91,14 +91,17 @@ class AnswerRow(NamedTuple):
 
 def read_answers(figures: Mapping[str, Any]) -> list[AnswerRow]:
     """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing."""
-    constant = figures["constant_answer"]["answer"]
-    rows = [("VQA", figures["questions"], read_accuracy(figures), constant, figures["best_possible"])]
-    rows += [
-        (f"VQA, {kind}", row["questions"], read_figure(row, "accuracy"), row["constant_answer"], row["best_possible"])
-        for kind, row in figures.get("kinds", {}).items()
-    ]
     mark = " *" if figures.get("not_measured", True) else ""
-    return [AnswerRow(f"{name}, {count} questions{mark}", *rest) for name, count, *rest in rows]
+    constant, best = figures["constant_answer"]["answer"], figures["best_possible"]
+    overall = AnswerRow(f"VQA, {figures['questions']} questions{mark}", read_accuracy(figures), constant, best)
+    by_kind = (
+        AnswerRow(
+            f"VQA, {kind}, {row['questions']} questions{mark}", read_figure(row, "accuracy"), row["constant_answer"],
+            row["best_possible"],
+        )
+        for kind, row in figures.get("kinds", {}).items()
+    )  # fmt: skip
+    return [overall, *by_kind]
 
 
 def read_bits(row: Mapping[str, Any]) -> Figure:
