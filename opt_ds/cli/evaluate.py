@@ -121,6 +121,16 @@ class VqaOptions:
     """Options of `opt_ds.evaluation.experiments.vqa`."""
 
     limit: Limit = None
+    untrained: Annotated[
+        Path | None, typer.Option(help="Run of `opt-ds finetune vqa --untrained`, as a control. Default: not measured.")
+    ] = None
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Annotation file with the types of questions. May be repeated: also give that of the training questions. "
+            "Default: the kinds of the corpus scenes, by the text."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +197,7 @@ class ScenesOptions:
     limit: Annotated[
         int, typer.Option(help="Largest number of samples for texts and negatives, chosen by the seed.", min=1)
     ] = 200
+    probe: Annotated[int, typer.Option(help="Samples that the linear probes are tested on. 0: no probes.", min=0)] = 400
     generate: Annotated[
         int, typer.Option(help="Samples per kind of input to generate and judge images for. 0: none.", min=0)
     ] = 100
@@ -217,6 +228,10 @@ class SummaryOptions:
         int, typer.Option(help="Size of the gallery for the matching head (for triples: 50).", min=2)
     ] = 100
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="truth.jsonl of the corpus scenes that the store was made of: adds figures judged by it."),
+    ] = None
 
 
 class Row(NamedTuple):
@@ -251,8 +266,8 @@ EXPERIMENTS = (
     ),
     Row(
         "vqa",
-        "Measure the VQA accuracy of a fine-tuned model, beside a constant answer and the answers to another sample's image "
-        "or question.",
+        "Measure the VQA accuracy of a fine-tuned model by kind of question, beside constant answers, the answers to another "
+        "sample's image or question, and those of an untrained model that was fine-tuned the same way.",
         VqaOptions,
         VqaInputs,
     ),
@@ -271,8 +286,8 @@ EXPERIMENTS = (
     ),
     Row(
         "scenes",
-        "Judge generated texts and images by the truth of the corpus `scenes`, and measure how often the true caption is "
-        "preferred to hard negatives, beside the same with another sample's input.",
+        "Judge generated texts and images by the truth of the corpus `scenes`, measure how often the true caption is "
+        "preferred to hard negatives, and probe [CLS] for labels that need binding, each beside its controls.",
         ScenesOptions,
         ScenesInputs,
     ),

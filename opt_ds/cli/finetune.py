@@ -9,7 +9,7 @@ import typer
 
 from opt_ds.cli.options import Settings
 from opt_ds.cli.program import finite
-from opt_ds.config import Config
+from opt_ds.config import Config, FineTuneConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +37,13 @@ def finetune(
         int, typer.Option(help="classification: training samples that a label requires.", min=1)
     ] = 10,
     settings: Settings = None,
+    untrained: Annotated[
+        bool,
+        typer.Option(
+            "--untrained",
+            help="Start from random weights instead of the checkpoint's: the control of a fine-tuned model.",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Accept a store of another vocabulary or other extractors, with a warning.")
     ] = False,
@@ -63,7 +70,9 @@ def finetune(
     ranks = find_ranks()
 
     def settle() -> Config:
-        config = finetune_config(task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or ())
+        config = finetune_config(
+            task, checkpoint, store, tuple(inputs or ()), epochs, min_positives, settings or (), untrained
+        )
         for path in store:  # already verified
             check_fingerprints(
                 resolve_checkpoint(checkpoint).parent.parent / PROCESSOR_FOLDER, FeatureStore(path), force
@@ -73,10 +82,15 @@ def finetune(
     config, group = settle_by_main(ranks, settle)
     assert config.finetune is not None
     _LOG.info(
-        f"fine-tuning for {task} from {config.finetune.checkpoint}, inputs {', '.join(config.finetune.inputs)}: "
+        f"fine-tuning for {task} from {_start(config.finetune)}, inputs {', '.join(config.finetune.inputs)}: "
         f"{config.max_steps} steps of {config.batch.size} samples, learning rate {config.optimizer.lr:g}, output {output}"
     )
     with StopRequest(config.train.preemption_signal) as stop:
         return run_training(
             config, output, ranks, stop, must_resume=resume, group=group, callbacks=EvaluationCallbacks()
         )
+
+
+def _start(finetune: FineTuneConfig) -> str:
+    """Return what a run starts from."""
+    return f"random weights of the shape of {finetune.checkpoint}" if finetune.untrained else finetune.checkpoint

@@ -36,6 +36,10 @@ class FineTuneConfig(Section):
     checkpoint: str = Field(..., description="Folder of the checkpoint that the initial weights come from.")
     weights_sha256: str = Field(..., description="SHA-256 of that checkpoint's weights.")
     trained_losses: tuple[str, ...] = Field((), description="Losses that the checkpoint was trained with.")
+    untrained: bool = Field(
+        False,
+        description="Start from random weights instead of the checkpoint's: the control of a fine-tuned model.",
+    )
     inputs: tuple[Subset, ...] = Field(
         ...,
         min_length=1,

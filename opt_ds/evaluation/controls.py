@@ -54,6 +54,36 @@ def other_samples(evaluator: Evaluator, samples: np.ndarray, modalities: Sequenc
     return derangement(classes, seed)
 
 
+def other_inputs(
+    evaluator: Evaluator, samples: np.ndarray, modality: int, strata: np.ndarray, seed: int
+) -> Others:
+    """Assign each sample another one of its stratum whose content of one modality is another one.
+
+    Unlike in `other_samples`, the two may share the other modalities: many questions are asked of several images, and all
+    questions of an image have that image.
+
+    Args:
+        evaluator: The model and the store.
+        samples: Sample indices, int64 [n].
+        modality: The modality whose content is compared. Images and audio of one group are taken for the same.
+        strata: Stratum of each sample, int64 [n].
+        seed: Seed of the choice.
+    """
+    keys: list[list]
+    if modality == TEXT:
+        keys = [[plain_caption(evaluator.caption(index)) for index in samples]]
+    else:
+        keys = [evaluator.store.groups[samples].tolist(), content_names(evaluator, samples, modality).tolist()]
+    classes, places, others = _joined(keys, len(samples)), [], []
+    for stratum in np.unique(strata):
+        own = np.flatnonzero(strata == stratum)
+        found = derangement(classes[own], seed)
+        places.append(own[found.places])
+        others.append(own[found.others])
+    order = np.argsort(np.concatenate(places)) if places else np.empty(0, np.int64)
+    return Others(*(np.concatenate(part)[order] if part else order for part in (places, others)))
+
+
 def derangement(classes: np.ndarray, seed: int) -> Others:
     """Assign each of n items another one of another class (see `other_samples`). `classes` is int64 [n]."""
     count, random = len(classes), np.random.default_rng(seed)
@@ -72,11 +102,16 @@ def derangement(classes: np.ndarray, seed: int) -> Others:
 
 def _classes(evaluator: Evaluator, samples: np.ndarray, modalities: Sequence[int]) -> np.ndarray:
     """Return which samples share group, caption or content, directly or through others: int64 [n], equal if so."""
-    joined = Groups(len(samples))
     keys: list[list] = [evaluator.store.groups[samples].tolist()]
     if (evaluator.store.rows[samples, TEXT] >= 0).all():
         keys.append([plain_caption(evaluator.caption(index)) for index in samples])
     keys += [content_names(evaluator, samples, modality).tolist() for modality in modalities]
+    return _joined(keys, len(samples))
+
+
+def _joined(keys: Sequence[list], count: int) -> np.ndarray:
+    """Return which of `count` samples are equal in one of the keys, directly or through others: int64 [count]."""
+    joined = Groups(count)
     for own in keys:
         first: dict = {}
         for place, key in enumerate(own):

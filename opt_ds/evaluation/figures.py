@@ -19,16 +19,21 @@ Form = Callable[[float], str]
 FIGURES = "figures"
 #: Control -> how it is called where it is printed. Others are called by their key.
 _LABELS = {
+    "bag_of_words": "bag of words",
     "chance": "chance",
     "code_contexts": "counts of codes by position, left and above",
     "code_frequencies": "frequencies of codes",
     "code_positions": "counts of codes by position",
+    "concepts_probe": "true concepts without binding, probe",
     "constant_answer": "one answer for all",
+    "constant_answer_of_kind": "one answer for each kind of question",
     "constant_caption": "one caption for all",
     "no_input": "no input",
     "trained_projection": "projection of [CLS]",
     "training_images": "training images",
+    "untrained_finetuned": "untrained model, fine-tuned the same way",
     "unmatched_image": "image generated for another sample",
+    "untrained_model": "untrained model",
     "untrained_probe": "untrained encoder, probe",
     "untrained_projection": "untrained encoder, projection",
 }

@@ -10,7 +10,7 @@ Legend: b draws, n samples, k numbers per sample.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -62,16 +62,22 @@ class Measurement:
         """The value if every sample is counted once."""
         return float(self.counted(np.ones((1, len(self))))[0])
 
+    @cached_property
+    def drawn(self) -> np.ndarray:
+        """The values of the draws, float64 [DRAWS]; empty for one sample. Its interval and every difference use them."""
+        values = [self.counted(times) for times in _draws(len(self))]
+        return np.concatenate(values) if values else np.empty(0)
+
 
 def interval(measurement: Measurement) -> Interval | None:
     """Return the 95 % interval of a measurement. One sample alone has none."""
-    return _central([measurement.counted(times) for times in _draws(len(measurement))])
+    return _central(measurement.drawn)
 
 
 def difference_interval(one: Measurement, other: Measurement) -> Interval | None:
     """Return the 95 % interval of `one` − `other`, two measurements of the same samples in the same order."""
     assert len(one) == len(other), "a paired difference is one of the same samples"
-    return _central([one.counted(times) - other.counted(times) for times in _draws(len(one))])
+    return _central(one.drawn - other.drawn)
 
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last one, that of the last one.
@@ -107,9 +113,8 @@ def _some_draws(random: np.random.Generator, rows: int, count: int) -> np.ndarra
     return np.bincount(drawn.reshape(-1), minlength=rows * count).reshape(rows, count).astype(np.float64)
 
 
-def _central(values: list[np.ndarray]) -> Interval | None:
-    found = np.concatenate(values) if values else np.empty(0)
-    found = found[~np.isnan(found)]
+def _central(values: np.ndarray) -> Interval | None:
+    found = values[~np.isnan(values)]
     if not len(found):
         return None
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

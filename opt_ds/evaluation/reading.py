@@ -5,7 +5,7 @@ reports can be made anywhere.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.evaluation.controls import another
@@ -16,6 +16,7 @@ from opt_ds.evaluation.ranking import RANKS
 #: Input -> its name in tables.
 TEXT_INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
 IMAGE_INPUTS = {"T": "text→image", "A": "audio→image", "T+A": "text+audio→image"}
+PROBE_INPUTS = {"T": "text", "I": "image", "A": "audio"}
 #: Scores of a direction, in the order in which they are printed, and their names.
 SCORES = {
     "likelihood": "text likelihood",
@@ -73,6 +74,36 @@ def read_accuracy(figures: Mapping[str, Any]) -> Figure:
     return read_figure(figures, "accuracy", {"constant_answer": figures["constant_answer"]["accuracy"]})
 
 
+#: Why a VQA accuracy is marked: its most important control is a run of its own.
+NO_UNTRAINED_ANSWERS = (
+    "an untrained model, fine-tuned the same way: opt-ds finetune vqa --untrained trains it, --untrained RUN adds it"
+)
+
+
+class AnswerRow(NamedTuple):
+    """The accuracy over some questions, the most frequent training answer to them, and the best possible accuracy."""
+
+    name: str
+    figure: Figure
+    constant: str
+    best: float
+
+
+def read_answers(figures: Mapping[str, Any]) -> list[AnswerRow]:
+    """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing."""
+    mark = " *" if figures.get("not_measured", True) else ""
+    constant, best = figures["constant_answer"]["answer"], figures["best_possible"]
+    overall = AnswerRow(f"VQA, {figures['questions']} questions{mark}", read_accuracy(figures), constant, best)
+    by_kind = (
+        AnswerRow(
+            f"VQA, {kind}, {row['questions']} questions{mark}", read_figure(row, "accuracy"), row["constant_answer"],
+            row["best_possible"],
+        )
+        for kind, row in figures.get("kinds", {}).items()
+    )  # fmt: skip
+    return [overall, *by_kind]
+
+
 def read_bits(row: Mapping[str, Any]) -> Figure:
     """Return the bits per code of a row. An earlier version had the codes' frequencies beside it."""
     return read_figure(row, "bits_per_code", {"code_frequencies": row["unigram_bits_per_code"]})
@@ -100,8 +131,14 @@ def generated_metrics(generated: Mapping[str, Any]) -> list[tuple[str, dict[str,
 _SCENE_TABLES = {
     "texts": ("generated texts that are complete, or true, of their scene", ("complete", "true")),
     "negatives": ("hard negatives that the true caption is preferred to", ("preferred",)),
+    "probes": ("mAP of a linear probe on the frozen [CLS] for the labels of scenes", ("mAP",)),
     "images": ("generated images that show what the caption says", ("right",)),
 }
+#: Kind of labels -> its name in tables.
+_LABELS = {
+    "object": 'objects ("cat")', "colour": 'their colours ("red cat")', "place": 'their places ("cat on the left")',
+    "relation": 'relations ("animal left of food")',
+}  # fmt: skip
 #: Rows of images that are not generated from an input.
 _SCENE_IMAGES = {"reconstruction": "dVAE of the true image", "true": "true image"}
 
@@ -121,6 +158,12 @@ def read_scenes(figures: Mapping[str, Any]) -> list[SceneTable]:
             for kind, count in scored[score]["pairs"].items():
                 title = f"{name}, {SCORES[score]}, {kind} ({count})"
                 rows["negatives"].append((title, {"preferred": read_figure(scored[score], kind)}))
+    probes = figures.get("probes", {})
+    for key, name in PROBE_INPUTS.items():
+        rows["probes"] += [
+            (f"{name}, {_LABELS[kind]}, {probes['labels'][kind]} labels", {"mAP": read_figure(probes[key], kind)})
+            for kind in (probes[key][FIGURES] if key in probes else ())
+        ]
     for key, name in (IMAGE_INPUTS | _SCENE_IMAGES).items():
         if row := figures.get("images", {}).get(key):
             rows["images"] += [

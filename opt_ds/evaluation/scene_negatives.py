@@ -2,18 +2,21 @@
 
 The captions of a sample are scored given its image, or its audio: by the text decoder's likelihood and by the matching
 head. Equal scores count half, so a score that cannot tell the captions apart gives 50 %. Beside the fractions stand
-those with another sample's image or audio and, of the text decoder, those without any input.
+those with another sample's image or audio and, of the text decoder, those without any input. Beside them stand those of
+an untrained model of the same shape, and of a bag of words that is fitted to training data: it has 50 % wherever a
+negative has the words of the true caption.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
+from opt_ds.evaluation.bag_of_words import BagOfWords
 from opt_ds.evaluation.controls import another, other_samples, with_others
 from opt_ds.evaluation.evaluator import Evaluator, seeded_choice
 from opt_ds.evaluation.figures import Measured, beside, measure
@@ -31,12 +34,21 @@ ALL_KINDS = "all"
 _Scorer = Callable[[Sequence[Sample], Sequence[list[np.ndarray]]], list[np.ndarray]]
 
 
+class Baselines(NamedTuple):
+    """What scores the captions besides the model: an untrained model of the same shape, and a bag of words if there is one.
+    """
+
+    untrained: Evaluator
+    bag_of_words: BagOfWords | None
+
+
 def negative_figures(
     evaluator: Evaluator,
     split: str,
     records: Mapping[int, SceneRecord],
     modality: int,
     scores: Sequence[str],
+    baselines: Baselines,
     limit: int | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -48,6 +60,7 @@ def negative_figures(
         records: Sample index -> truth.
         modality: The modality that is given.
         scores: LIKELIHOOD_SCORE, MATCHING_SCORE or both.
+        baselines: Other scorers of the same captions.
         limit: Maximum number of samples. None: all.
         seed: Seed of the choice of samples and of the other samples.
     """
@@ -65,13 +78,21 @@ def negative_figures(
         return preferences(score(inputs, own), own, [kinds[place] for place in places])
 
     everywhere, rows = range(len(gallery)), {}
+    bag = baselines.bag_of_words
+    by_words = preferred(bag.scores, samples, everywhere) if bag is not None else None
     for name in scores:
-        scorer = _likelihoods(evaluator) if name == LIKELIHOOD_SCORE else _matches(evaluator, modality)
+        scorer, untrained = (
+            _likelihoods(model) if name == LIKELIHOOD_SCORE else _matches(model, modality)
+            for model in (evaluator, baselines.untrained)
+        )
         parts: dict[str, tuple[dict[str, np.ndarray], Any]] = {}
         if len(others.places):
             parts[another(modality)] = preferred(scorer, swapped, others.places.tolist()), others.places
         if name == LIKELIHOOD_SCORE:
             parts["no_input"] = preferred(scorer, [Sample() for _ in gallery], everywhere), None
+        parts["untrained_model"] = preferred(untrained, samples, everywhere), None
+        if by_words is not None:
+            parts["bag_of_words"] = by_words, None
         rows[name] = _row(preferred(scorer, samples, everywhere), parts) | {"samples": len(gallery)}
     return rows | {"indistinguishable": sum(np.array_equal(own[0], text) for own in texts for text in own[1:])}
 

@@ -16,6 +16,7 @@ from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.evaluation.projections import ProjectionControls
 from opt_ds.evaluation.reading import IMAGE_INPUTS, read_loss, read_loss_accuracy
 from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
+from opt_ds.evaluation.scene_truth import SampleCounts, SceneTruth, scene_lines
 from opt_ds.evaluation.transcription import transcription, transcription_lines
 from opt_ds.tasks.baselines import baseline_result
 from opt_ds.training.validation import validate
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from opt_ds.dvae.model import DiscreteVAE
 
 RESULT_SCHEMA = 1
+#: Numbers of samples per split of the figures judged by the truth of scenes; `opt-ds evaluate scenes` takes more.
+SCENE_COUNTS = SampleCounts(limit=100, probe=200, generate=16)
 
 
 def summarize(
@@ -34,6 +37,7 @@ def summarize(
     candidates: int = 200,
     matching_candidates: int = 100,
     seed: int = 1,
+    truth: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate on the validation split and on each held-out split.
 
@@ -41,18 +45,24 @@ def summarize(
 
     Args:
         evaluator: The model and the store.
-        dvae: Decoder of the image codes. None: no image grid.
+        dvae: Decoder of the image codes. None: no image grid and no generated images.
         splits: The held-out splits.
         output: Folder that image_grid-<split>.png is written to.
         candidates: Gallery size for retrieval by likelihood.
         matching_candidates: Gallery size for retrieval by the matching head.
         seed: Seed of the choices of samples.
+        truth: The truth file of the corpus `scenes` that the store was made of. None: no figures judged by it.
 
     Returns:
         The figures, as plain values.
+
+    Raises:
+        UserError: The truth file belongs to other samples.
     """
     started = time.perf_counter()
     config, store = evaluator.config, evaluator.store
+    controls = ProjectionControls(evaluator, seed)
+    scenes = _scene_truth(evaluator, dvae, truth, splits, controls) if truth is not None else None
     result = validate(evaluator.model, config, store, evaluator.device, evaluator.group)
     validated = time.perf_counter()
     baselines = baseline_result(config, [store])
@@ -70,7 +80,6 @@ def summarize(
     }  # fmt: skip
     seconds = {"validation": validated - started, "baselines": time.perf_counter() - validated}
     writes, can_generate = (config.can(ability) for ability in (WRITE_TEXT, GENERATE_IMAGES))
-    controls = ProjectionControls(evaluator, seed)
 
     def timed(name: str, measured: Any, *arguments: Any, **options: Any) -> Any:
         began = time.perf_counter()
@@ -96,6 +105,10 @@ def summarize(
             if evaluator.is_main:
                 _save_image(drawn, grid)
             figures["image_grid"] = grid.name
+        if scenes is not None:
+            can_decode = dvae is not None or not store.has_codes  # without codes, the figures name the reason
+            counts = SCENE_COUNTS if can_decode else SCENE_COUNTS._replace(generate=0)
+            figures["scenes"] = timed("scenes", scenes.measure, split, counts)
         summary["splits"][split] = figures
     summary["seconds"], summary["seconds_by_part"] = time.perf_counter() - started, seconds
     return summary
@@ -114,8 +127,24 @@ def table(summary: dict[str, Any]) -> str:
         if "image_generation" in figures:
             image = figures["image_generation"]
             lines += ["  image generation", *bits_lines(image, IMAGE_INPUTS[image["inputs"]])]
+        lines += scene_lines(figures.get("scenes", {}))
     parts = ", ".join(f"{name} {took:.0f}" for name, took in summary.get("seconds_by_part", {}).items())
     return "\n".join([*lines, "", f"evaluated in {summary['seconds']:.0f} s ({parts})" if parts else ""]).rstrip()
+
+
+def _scene_truth(
+    evaluator: Evaluator, dvae: "DiscreteVAE | None", truth: Path, splits: list[str], controls: ProjectionControls
+) -> SceneTruth:
+    """Return the truth of the store's scenes. Raise UserError now, before anything is measured, if it is another's."""
+
+    def open_dvae() -> "DiscreteVAE":
+        assert dvae is not None, "without a dVAE, no images are generated"
+        return dvae
+
+    scenes = SceneTruth(evaluator, truth, open_dvae, seed=controls.trained.seed, controls=controls)
+    for split in splits:
+        scenes.records_of(split)
+    return scenes
 
 
 def _save_image(image: Any, path: Path) -> None:

@@ -36,7 +36,7 @@ _OTHER_CURVES = {
     "learning rate": "optimizer/lr", "gradient norm": "optimizer/gradient_norm", "samples per second": "speed/samples_per_s",
 }  # fmt: skip
 #: Experiments that are shown if they are there, since most stores do not allow them.
-_FURTHER = ("scenes",)
+_FURTHER = ("scenes", "vqa")
 _FILES = {name: ("result" if name == "summary" else name) + ".json" for name in (*EXPERIMENTS, *_FURTHER)}
 
 
@@ -82,7 +82,8 @@ def _content(run: Path, found: dict[str, Any], ablation: Path | None) -> dict[st
         "classification": [report_tables.classification_table(found["classification"])] if "classification" in found else [],
         "retrieval": report_tables.retrieval_tables(found), "texts": _texts(found),
         "images": report_tables.image_generation_tables(found),
-        "scenes": report_tables.scene_tables(found["scenes"]) if "scenes" in found else [],
+        "scenes": report_tables.scene_tables(found),
+        "vqa": [report_tables.vqa_table(found["vqa"])] if "vqa" in found else [],
         "grids": _grids(run, found), "settings": _settings(run), "ablation": _ablation(ablation),
         "missing": [name for name in EXPERIMENTS if name not in found],
     }  # fmt: skip

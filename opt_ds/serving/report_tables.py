@@ -10,9 +10,11 @@ from opt_ds.evaluation.ranking import RANKS
 from opt_ds.evaluation.reading import (
     CAPTION_FORMS,
     IMAGE_INPUTS,
+    NO_UNTRAINED_ANSWERS,
     SCORES,
     TEXT_INPUTS,
     generated_metrics,
+    read_answers,
     read_bits,
     read_captioning,
     read_classification,
@@ -128,6 +130,16 @@ def captioning_table(found: Mapping[str, Any]) -> FigureTable:
     return FigureTable(caption, tuple(CAPTION_FORMS), blocks)
 
 
+def vqa_table(found: Mapping[str, Any]) -> FigureTable:
+    """Return the VQA accuracy over all questions and over those of each kind. What is missing is named in the caption."""
+    blocks = [
+        _block(row.name, {"accuracy": row.figure}, percent, ("accuracy",)) for row in read_answers(found)
+    ]
+    missing = "".join(f" * Not measured: {what}." for what in found.get("not_measured", [NO_UNTRAINED_ANSWERS]))
+    caption = f"Accuracy of the answers to questions of {found['split']} ({found['inputs']}).{missing}"
+    return FigureTable(caption, ("accuracy",), blocks)
+
+
 def image_generation_tables(found: Mapping[str, Any]) -> list[FigureTable]:
     """Return a table of bits per code, of every split of the summary or of the experiment; and one per other metric."""
     rows = [
@@ -146,12 +158,20 @@ def image_generation_tables(found: Mapping[str, Any]) -> list[FigureTable]:
 
 
 def scene_tables(found: Mapping[str, Any]) -> list[FigureTable]:
-    """Return the tables of the figures judged by the truth of scenes."""
+    """Return the tables of the figures judged by the truth of scenes, of every split that has any.
+
+    For the split of scenes.json, its figures replace those of the summary, which are of fewer samples.
+    """
+    by_split = {
+        split: figures["scenes"]
+        for split, figures in found.get("summary", {}).get("splits", {}).items() if "scenes" in figures
+    }  # fmt: skip
+    if "scenes" in found:
+        by_split[found["scenes"]["split"]] = found["scenes"]
     return [
-        FigureTable(
-            f"Split {found['split']}: {title}.", columns, [_block(name, shown, percent, columns) for name, shown in rows]
-        )
-        for title, columns, rows in read_scenes(found)
+        FigureTable(f"Split {split}: {title}.", columns, [_block(name, shown, percent, columns) for name, shown in rows])
+        for split, figures in by_split.items()
+        for title, columns, rows in read_scenes(figures)
     ]
 
 

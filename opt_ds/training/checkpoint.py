@@ -219,9 +219,11 @@ def state_as(kind: type[_State], saved: dict[str, Any]) -> _State:
 def load_start(model: "OPT", config: Config) -> None:
     """Copy the weights that fine-tuning starts from into the model.
 
-    A head for other labels than the checkpoint's keeps its initialisation.
+    A head for other labels than the checkpoint's keeps its initialisation. With `finetune.untrained`, all weights do.
     """
     assert config.finetune is not None, "pre-training starts from no checkpoint"
+    if config.finetune.untrained:
+        return
     folder = Path(config.finetune.checkpoint)
     had = config_from_dict(read_state(folder)["config"], where=str(folder / STATE_FILE)).tasks
     leave = [

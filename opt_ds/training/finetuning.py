@@ -45,6 +45,7 @@ def finetune_config(
     epochs: float | None = None,
     min_positives: int = 10,
     settings: tuple[str, ...] | list[str] = (),
+    untrained: bool = False,
 ) -> Config:
     """Return the configuration of a fine-tuning run.
 
@@ -60,6 +61,7 @@ def finetune_config(
         min_positives: Labels with fewer training samples than this are dropped. Answers are not: all that the store
             names are kept.
         settings: Overrides of the form "key.path=value".
+        untrained: Whether the weights are random instead of the checkpoint's. Everything else is the same.
 
     Returns:
         The run's configuration.
@@ -83,7 +85,7 @@ def finetune_config(
     tree["data"] |= {"stores": [str(store.path) for store in opened], "store_weights": None}
     tree["finetune"] = {
         "task": task, "checkpoint": str(folder), "weights_sha256": checkpoint.weights_sha256(folder), "inputs": list(inputs),
-        "trained_losses": list(saved.trained_losses),
+        "trained_losses": [] if untrained else list(saved.trained_losses), "untrained": untrained,
     }  # fmt: skip
     if task == "vqa":
         tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)

@@ -48,11 +48,11 @@ MODEL, DVAE = "model", "dVAE"
 _FIXED = (
     "seed", "model", "tasks", "optimizer", "schedule", "batch.size", "batch.unit",
     "data.store_weights", "data.train_split", "data.valid_split", "data.frame_offset",
-    "finetune.task", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_fraction",
+    "finetune.task", "finetune.untrained", "finetune.weights_sha256", "finetune.inputs", "finetune.negative_fraction",
     "finetune.negative_candidates", "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
-_ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": []}
+_ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": [], "finetune.untrained": False}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
@@ -71,8 +71,10 @@ def check_same_run(output: Path, config: Config, stores: list[FeatureStore]) -> 
     """
     record = read_record(output, MODEL)
     if record is not None:
-        recorded = _ADDED | _with_current_keys(type(config), config.model_dump(mode="json"), record["fixed_settings"])
-        compare_settings(output, {**record, "fixed_settings": recorded}, fixed_settings(config, stores))
+        wanted = fixed_settings(config, stores)
+        added = {key: value for key, value in _ADDED.items() if key in wanted}
+        recorded = added | _with_current_keys(type(config), config.model_dump(mode="json"), record["fixed_settings"])
+        compare_settings(output, {**record, "fixed_settings": recorded}, wanted)
     elif (output / "checkpoints").exists():
         raise UserError(f"{output} has checkpoints but no {RUN_FILE}: use another --output")
 

@@ -4,9 +4,7 @@ The corpus has real captions, negatives and images. Features are random numbers 
 """
 
 import json
-import re
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,78 +22,17 @@ from opt_ds.evaluation.figures import FIGURES
 from opt_ds.evaluation.scene_images import judge_images
 from opt_ds.evaluation.scene_negatives import ALL_KINDS, preferences
 from opt_ds.evaluation.scene_texts import judge_texts, truest_caption
-from opt_ds.evaluation.scene_truth import scene_lines, scene_truth
+from opt_ds.evaluation.scene_truth import SampleCounts, SceneTruth, scene_lines
 from opt_ds.model.generation import DecodingConfig
-from opt_ds.scenes.captions import different_captions
 from opt_ds.scenes.checker import for_checking
 from opt_ds.scenes.drawing import draw
-from opt_ds.scenes.negatives import NEGATIVES, hard_negatives
-from opt_ds.scenes.random_choices import Choices
+from opt_ds.scenes.negatives import NEGATIVES
 from opt_ds.scenes.records import SceneRecord, read_truth, truth_lines
-from opt_ds.scenes.sampling import COMPOSITION, TRAIN, scenes, split_of
+from opt_ds.scenes.sampling import COMPOSITION, TRAIN
 from opt_ds.serving.report_tables import scene_tables
 from opt_ds.store import FeatureStore
-from opt_ds.store.schema import CODES_PER_IMAGE, Dims
-from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, save_wordpiece
-from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
-from tests.tiny import make_config, make_model, masked
-
-SAMPLES = {TRAIN: 40, COMPOSITION: 24}
-CODEBOOK, REGIONS, FRAMES = 16, 2, 4
-WHOLE_IMAGE = np.array([0, 0, 1, 1, 1, 1, 1], "float32")  # the box: corners, width, height, area
-_PIECE = re.compile(r"\w+|[^\w\s]")
-
-
-def make_records() -> list[SceneRecord]:
-    """The first scenes of two splits, with four captions and the negatives of the first one."""
-    found: dict[str, list[SceneRecord]] = {split: [] for split in SAMPLES}
-    for number, scene in enumerate(islice(scenes(1), 600)):
-        own = found.get(split_of(number))
-        if own is None or len(own) == SAMPLES[split_of(number)]:
-            continue
-        captions = different_captions(scene.graph, Choices("captions", number), 4)
-        negatives = hard_negatives(scene.graph, *captions[0][1:], Choices("negatives", number))
-        own.append(
-            SceneRecord(
-                f"{number:012d}", split_of(number), scene, (), tuple(text for text, _, _ in captions),
-                {kind: text for kind, (_, text) in negatives.items()},
-            )
-        )  # fmt: skip
-    return [record for records in found.values() for record in records]
-
-
-def write_store(path: Path, records: list[SceneRecord]) -> None:
-    """Write a store of the records: real captions and pixels, random features."""
-    texts = [text for record in records for text in (*record.captions, *record.negatives.values())]
-    vocabulary = [*SPECIAL_TOKENS.values(), *sorted({word for text in texts for word in _PIECE.findall(text.lower())})]
-    number_of = {word: number for number, word in enumerate(vocabulary)}
-    save_wordpiece(build_wordpiece(vocabulary), path.with_name("tokenizer"))
-    random = np.random.default_rng(0)
-    writer = StoreWriter(
-        path,
-        dims=Dims(
-            image_feature_dim=8, image_num_classes=7, audio_feature_dim=6, audio_frame_rate_hz=100.0,
-            vocab_size=len(vocabulary), num_codes=CODEBOOK,
-        ),
-        split_names=list(SAMPLES), splits_source="manifest", tokenizer_folder=path.with_name("tokenizer"),
-        extractors={name: {"name": "random"} for name in ("text", "image", "audio")},
-    )  # fmt: skip
-    content = ShardContent()
-    for row, record in enumerate(records):
-        caption = record.captions[0]
-        tokens = np.array([number_of[word] for word in _PIECE.findall(caption.lower())])
-        content.texts.append(TextItem(tokens, caption))
-        content.images.append(
-            ImageItem(
-                random.standard_normal((REGIONS, 8)).astype("float16"), np.tile(WHOLE_IMAGE, (REGIONS, 1)),
-                np.zeros(REGIONS, np.int64), np.ones(REGIONS), for_checking(draw(record.scene)).transpose(2, 0, 1),
-                random.integers(0, CODEBOOK, CODES_PER_IMAGE),
-            )
-        )  # fmt: skip
-        content.audios.append(random.standard_normal((FRAMES, 6)).astype("float16"))
-        content.samples.append(SampleItem(record.id, (row, row, row), record.id, record.split, []))
-    writer.write_shard(0, content)
-    writer.finish(1)
+from tests.evaluation.scene_store import CODEBOOK, SAMPLES, make_records, open_model, write_store
+from tests.tiny import masked
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +45,6 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def open_model(store: FeatureStore, **tasks: Any) -> Evaluator:
-    torch.set_num_threads(1)
-    sizes = {"num_image_codes": CODES_PER_IMAGE, "vocab_size": store.description.dims.vocab_size, "max_text_tokens": 40}
-    config = make_config(data={"stores": [str(store.path)]}, model=sizes, tasks=tasks)
-    return Evaluator(make_model(config), config, store)
-
-
 @pytest.fixture(scope="module")
 def tiny(truth: Path) -> Evaluator:
     return open_model(FeatureStore(truth.with_name("store")))
@@ -125,8 +55,9 @@ def dvae() -> DiscreteVAE:
     return DiscreteVAE(DVAEConfig(codebook_size=CODEBOOK, encoder_width=4, encoder_blocks=0, decoder_width=4, decoder_blocks=0))
 
 
-def measured(evaluator: Evaluator, truth: Path, **options: Any) -> dict[str, Any]:
-    figures = scene_truth(evaluator, COMPOSITION, truth, dvae, **{"options": DecodingConfig(), **options})
+def measured(evaluator: Evaluator, truth: Path, **counts: Any) -> dict[str, Any]:
+    scenes = SceneTruth(evaluator, truth, dvae, options=DecodingConfig())
+    figures = scenes.measure(COMPOSITION, SampleCounts(**{"probe": 0, **counts}))
     json.dumps(figures, allow_nan=False)
     return figures
 
@@ -213,22 +144,24 @@ def test_the_constant_caption_is_from_training_alone(truth: Path) -> None:
 # ---- hard negatives
 
 
-def scores_by(monkeypatch: pytest.MonkeyPatch, score: Callable[[Sample, np.ndarray], float]) -> None:
-    """Let both the text decoder and the matching head score a text of a sample by this function."""
+def scores_by(
+    monkeypatch: pytest.MonkeyPatch, evaluator: Evaluator, score: Callable[[Sample, np.ndarray], float]
+) -> None:
+    """Let both the text decoder and the matching head of a model score a text of a sample by this function."""
 
     def likelihoods(
-        self: Evaluator, samples: list[Sample], texts: list[np.ndarray], wanted: list[np.ndarray]
+        samples: list[Sample], texts: list[np.ndarray], wanted: list[np.ndarray]
     ) -> list[np.ndarray]:
         return [
             np.array([score(sample, texts[place]) for place in places])
             for sample, places in zip(samples, wanted, strict=True)
         ]
 
-    def matches(self: Evaluator, samples: list[Sample]) -> np.ndarray:
+    def matches(samples: list[Sample]) -> np.ndarray:
         return np.repeat([[score(sample, sample.of(TEXT).ids)] for sample in samples], 5, axis=1)
 
-    monkeypatch.setattr(Evaluator, "text_log_likelihood_of", likelihoods)
-    monkeypatch.setattr(Evaluator, "matching_scores", matches)
+    monkeypatch.setattr(evaluator, "text_log_likelihood_of", likelihoods)
+    monkeypatch.setattr(evaluator, "matching_scores", matches)
 
 
 def test_the_truth_is_preferred_to_every_negative(
@@ -241,7 +174,7 @@ def test_the_truth_is_preferred_to_every_negative(
         return float(record is not None and np.array_equal(known.tokens[record.id], ids))
 
     writes(monkeypatch, lambda sample: "")
-    scores_by(monkeypatch, is_caption)
+    scores_by(monkeypatch, tiny, is_caption)
     figures = measured(tiny, truth, generate=0)
     for name, other in (("I", "another_image"), ("A", "another_audio")):
         for score in ("likelihood", "matching"):
@@ -251,7 +184,10 @@ def test_the_truth_is_preferred_to_every_negative(
             for kind in row["pairs"]:
                 assert row[kind] == 1 and control(row, kind, "chance") == control(row, kind, other) == 0.5
                 assert ("no_input" in row[FIGURES][kind]["controls"]) == (score == "likelihood")
+                assert {"untrained_model", "bag_of_words"} <= set(row[FIGURES][kind]["controls"])
                 assert not row[FIGURES][kind]["verdicts"]
+            for kind in ("swapped", "colours"):  # the same words
+                assert control(row, kind, "bag_of_words") == 0.5
         assert control(figures["negatives"][name]["likelihood"], "swapped", "no_input") == 0.5
         assert figures["negatives"][name]["indistinguishable"] == 0
 
@@ -261,7 +197,7 @@ def test_a_bag_of_words_is_at_chance_for_the_order(
 ) -> None:
     weights = np.random.default_rng(0).standard_normal(tiny.config.model.vocab_size)
     writes(monkeypatch, lambda sample: "")
-    scores_by(monkeypatch, lambda sample, ids: float(weights[np.sort(ids)].sum()))
+    scores_by(monkeypatch, tiny, lambda sample, ids: float(weights[np.sort(ids)].sum()))
     figures = measured(tiny, truth, generate=0)
     for score in ("likelihood", "matching"):
         row = figures["negatives"]["I"][score]
@@ -341,12 +277,13 @@ def test_an_untrained_model_is_measured_and_reported(tiny: Evaluator, truth: Pat
     assert figures["texts"]["I"]["true"] == 0 and figures["images"]["true"]["whole"] == 1
     again = measured(tiny, truth, limit=8, generate=2)
     assert again == figures, "the same seed gives the same figures"
-    assert [line.split(" measured")[0] for line in logged[:3]] == ["note: texts", "note: negatives", "note: images"]
+    parts = [line.split(" measured")[0].removeprefix(f"note: {COMPOSITION}: ") for line in logged[:3]]
+    assert parts == ["texts", "negatives", "images"]
     lines = "\n".join(scene_lines(figures))
     for part in ("image→text, text likelihood, swapped", "audio→text, matching head", "no input", "another sample's text",
                  "true image, whole", "dVAE of the true image, objects", "one caption for all"):  # fmt: skip
         assert part in lines, part
-    tables = scene_tables(figures)
+    tables = scene_tables({"scenes": figures})
     assert [table.columns for table in tables] == [("complete", "true"), ("preferred",), ("right",)]
     assert all(block.controls for table in tables[:2] for block in table.blocks)
 

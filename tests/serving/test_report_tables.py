@@ -84,6 +84,46 @@ def test_the_figures_of_scenes_are_shown_and_not_missed(run: Path, tmp_path: Pat
         assert shown in page, shown
 
 
+def test_the_summary_s_figures_of_scenes_are_shown_for_each_split(run: Path, tmp_path: Path) -> None:
+    def scenes(split: str, samples: int) -> dict[str, Any]:
+        own, other = Measurement.mean(np.array([1.0, 0, 1])), Measured(Measurement.mean(np.array([1.0, 1, 0])))
+        row = {**beside({"complete": measure(own, {"another_image": other}), "true": measure(own, {"another_image": other})})}
+        probes = {"I": beside({"colour": measure(own, {"concepts_probe": other})}), "labels": {"colour": 7}}
+        return {"split": split, "skipped": {}, "texts": {"I": {**row, "samples": samples}}, "probes": probes}
+
+    young = tmp_path / "young"
+    shutil.copytree(run, young, ignore=shutil.ignore_patterns("checkpoints"))
+    summary = json.loads(json.dumps(OLD["result"]))
+    figures = summary["splits"].pop("valid")
+    summary["splits"] = {name: {**figures, "scenes": scenes(name, 50)} for name in ("test_composition", "test_voice")}
+    (young / "result.json").write_text(json.dumps(summary))
+    write_report(young, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for shown in ("Split test_composition: generated texts", "Split test_voice: mAP of a linear probe", "7 labels",
+                  "true concepts without binding, probe"):  # fmt: skip
+        assert shown in page, shown
+    assert page.count("(50 samples)") == 2
+    (young / "scenes.json").write_text(json.dumps(scenes("test_voice", 200)))
+    write_report(young, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("(50 samples)") == page.count("(200 samples)") == 1, "the larger one replaces that of the summary"
+
+
+def test_vqa_is_shown_by_kind_of_question(run: Path, tmp_path: Path) -> None:
+    young = tmp_path / "young"
+    shutil.copytree(run, young, ignore=shutil.ignore_patterns("checkpoints"))
+    own, other = Measurement.mean(np.array([1.0, 0, 1])), Measured(Measurement.mean(np.array([1.0, 1, 0])))
+    row = {**beside({"accuracy": measure(own, {"constant_answer": other})}), "questions": 3, "best_possible": 1.0}
+    found = {**row, "split": "valid", "inputs": "T+I", "constant_answer": {"answer": "yes", "accuracy": 0.6},
+             "kinds": {"how many": {**row, "constant_answer": "1"}}, "not_measured": ["the control"]}  # fmt: skip
+    (young / "vqa.json").write_text(json.dumps(found))
+    assert "vqa" not in write_report(young, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    rows = ("VQA, how many, 3 questions *", "one answer for all", "* Not measured: the control.")
+    for shown in ("Visual question answering", *rows):
+        assert shown in page, shown
+
+
 def test_a_figure_has_its_controls_below_and_its_verdict_beside() -> None:
     random, same = np.random.default_rng(0), np.eye(30, dtype=bool)
     own = random.random((30, 30)) + 0.4 * same

@@ -10,8 +10,11 @@ from opt_ds.cli.finetune import finetune
 from opt_ds.cli.program import run_program
 from opt_ds.config import Config
 from opt_ds.errors import UserError
+from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.experiments.vqa import open_untrained
+from opt_ds.model.initial import initial_model
 from opt_ds.store.reader import FeatureStore
-from opt_ds.training import checkpoint
+from opt_ds.training import checkpoint, run_folder
 from opt_ds.training.finetuning import JOBS, finetune_config
 from tests.training.runs import hashes, losses, tensors, tiny_config, train
 
@@ -52,6 +55,39 @@ def test_the_weights_are_the_checkpoints(pretrained: Path, learnable: Path, tmp_
     train(tuned("captioning", pretrained, learnable, 1, "optimizer.lr=1e-30"), tmp_path, group)
     start, after = tensors(pretrained, 1, "model"), tensors(tmp_path, 1, "model")
     assert start.keys() == after.keys() and all(start[name].allclose(after[name], rtol=0, atol=1e-20) for name in start)
+
+
+def test_the_control_starts_from_random_weights_and_is_trained_the_same_way(
+    pretrained: Path, learnable: Path, tmp_path: Path, group: Any
+) -> None:
+    config = tuned("vqa", pretrained, learnable, 1, "optimizer.lr=1e-30", untrained=True)
+    own = tuned("vqa", pretrained, learnable, 1, "optimizer.lr=1e-30")
+    assert config.model_copy(update={"finetune": own.finetune}) == own and config.trained_losses == ("labels",)
+    train(config, tmp_path / "control", group)
+    train(own, tmp_path / "own", group)
+    store = FeatureStore(learnable)
+    expected, after = initial_model(config, [store]).state_dict(), tensors(tmp_path / "control", 1, "model")
+    assert all(after[name].allclose(expected[name], rtol=0, atol=1e-20) for name in after)
+    evaluator = Evaluator(*checkpoint.load_model(tmp_path / "own"), store)
+    answers = open_untrained(evaluator, tmp_path / "control").label_names
+    assert answers and answers == evaluator.label_names
+    with pytest.raises(UserError, match=r"own: this run is no control: name one of opt-ds finetune vqa --untrained"):
+        open_untrained(evaluator, tmp_path / "own")
+    train(tuned("vqa", pretrained, learnable, 2, "optimizer.lr=1e-30", untrained=True), tmp_path / "control", group)
+    with pytest.raises(UserError, match=r"not trained in the same way \(train.max_steps is 2, not 1\)"):
+        open_untrained(evaluator, tmp_path / "control")
+
+
+def test_a_run_that_began_before_there_were_controls_is_the_same_run(
+    pretrained: Path, learnable: Path, tmp_path: Path
+) -> None:
+    config, stores = tuned("captioning", pretrained, learnable, 1), [FeatureStore(learnable)]
+    recorded = run_folder.fixed_settings(config, stores)
+    assert recorded.pop("finetune.untrained") is False
+    (tmp_path / "run.json").write_text(json.dumps({"fixed_settings": recorded, "launches": [], "stores": []}))
+    run_folder.check_same_run(tmp_path, config, stores)
+    with pytest.raises(UserError, match=r"finetune\.untrained was False there and is True now"):
+        run_folder.check_same_run(tmp_path, tuned("captioning", pretrained, learnable, 1, untrained=True), stores)
 
 
 def test_resume_is_bit_exact(pretrained: Path, store: Path, tmp_path: Path, group: Any) -> None:

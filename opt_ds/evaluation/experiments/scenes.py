@@ -1,4 +1,4 @@
-"""Experiment: generated texts, hard negatives and generated images, judged by the ground truth of the corpus `scenes`."""
+"""Experiment: texts, hard negatives, probes and generated images, judged by the ground truth of the corpus `scenes`."""
 
 from functools import partial
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from opt_ds.evaluation.experiments import Experiment, Request
 from opt_ds.evaluation.experiments.image_generation import open_dvae
-from opt_ds.evaluation.scene_truth import scene_lines, scene_truth
+from opt_ds.evaluation.scene_truth import SampleCounts, SceneTruth, scene_lines
 from opt_ds.model.generation import text_decoding
 
 
@@ -14,19 +14,17 @@ class Scenes(Experiment):
     """See `opt_ds.evaluation.scene_truth`."""
 
     def measure(
-        self, request: Request, *, truth: Path, limit: int, generate: int, beam_size: int, dvae: Path | None
+        self, request: Request, *, truth: Path, limit: int, probe: int, generate: int, beam_size: int, dvae: Path | None
     ) -> dict[str, Any]:
-        """Return the figures of `scene_truth`, texts by beam search."""
-        return scene_truth(
+        """Return the figures of one split, texts by beam search."""
+        scenes = SceneTruth(
             request.evaluator,
-            request.split,
             truth,
             partial(open_dvae, request.evaluator, dvae),
-            limit=limit,
-            generate=generate,
             seed=request.seed,
             options=text_decoding(beam_size),
         )
+        return scenes.measure(request.split, SampleCounts(limit, probe, generate))
 
     def table(self, figures: dict[str, Any]) -> str:
         """Return one line per figure, with its controls, and what was left out."""

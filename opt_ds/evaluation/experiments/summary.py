@@ -11,13 +11,15 @@ from opt_ds.evaluation.summary import summarize, table
 class Summary(Experiment):
     """See `opt_ds.evaluation.summary`."""
 
-    def measure(self, request: Request, *, candidates: int, matching_candidates: int, dvae: Path | None) -> dict[str, Any]:
+    def measure(
+        self, request: Request, *, candidates: int, matching_candidates: int, dvae: Path | None, truth: Path | None
+    ) -> dict[str, Any]:
         """Return the figures of `summarize`."""
         evaluator, splits = request.evaluator, list(request.splits)
-        shows = evaluator.store.has_codes and evaluator.store.has_pixels
-        generator = open_dvae(evaluator, dvae) if shows else None
+        generates = evaluator.store.has_codes and (evaluator.store.has_pixels or truth is not None)
+        generator = open_dvae(evaluator, dvae) if generates else None
         folder = request.output.parent
-        return summarize(evaluator, generator, splits, folder, candidates, matching_candidates, request.seed)
+        return summarize(evaluator, generator, splits, folder, candidates, matching_candidates, request.seed, truth)
 
     def table(self, figures: dict[str, Any]) -> str:
         """Return the summary as text."""
