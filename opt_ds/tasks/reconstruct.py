@@ -128,7 +128,8 @@ class ModalityReconstruction(Task):
         ),
         Loss(
             "dir", "image_decoder.", "Denoising image reconstruction by the image decoder.",
-            settings=("image_codebook_size", "num_image_codes", "image_decoder_layers"), ability=GENERATE_IMAGES,
+            settings=("image_codebook_size", "num_image_codes", "image_positions", "image_decoder_layers"),
+            ability=GENERATE_IMAGES,
         ),
     )  # fmt: skip
     masked_modalities = (TEXT, IMAGE, AUDIO)

@@ -52,7 +52,11 @@ _FIXED = (
     "finetune.negative_candidates", "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
-_ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": []}
+_ADDED: dict[str, Any] = {
+    "tasks.plugins": [],
+    "model.plugins": [],
+    "model.image_positions": "sequence",
+}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 
