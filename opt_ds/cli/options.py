@@ -98,12 +98,21 @@ class SamplingOptions:
     temperature: Annotated[
         float, typer.Option(help="Divisor of the logits of image codes.", min=1e-3, callback=finite)
     ] = 0.8
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="Scale S of classifier-free guidance: logits without the input plus S times their difference from those "
+            "with it. 1: none. Others require a model trained with tasks.modality.condition_dropout.",
+            min=0.0,
+            callback=finite,
+        ),
+    ] = 1.0
 
     def decoding(self, seed: int) -> "DecodingConfig":
         """Return the settings of the image decoder."""
         from opt_ds.model.generation import image_decoding
 
-        return image_decoding(self.top_k, self.top_p, self.temperature, seed)
+        return image_decoding(self.top_k, self.top_p, self.temperature, seed, self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,6 +141,7 @@ class Model:
         top_k: int = 32,
         top_p: float = 1.0,
         temperature: float = 0.8,
+        guidance: float = 1.0,
         seed: int = 1,
     ) -> Image.Image:
         """Generate a 64 x 64 image.
@@ -154,13 +155,16 @@ class Model:
             top_k: Sample each image code from this many likeliest ones; 0: from all.
             top_p: Sample each image code from the likeliest ones of this total probability.
             temperature: Divides the logits; lower values give less variation.
+            guidance: Scale of classifier-free guidance; 1: none. Others require a model trained with
+                `tasks.modality.condition_dropout`.
             seed: Equal seeds and inputs give equal images on the same hardware.
         """
         if candidates != 1:
             self._session.require(MATCH, f"choose the best of {candidates} candidates")
         return self.generate_images(
-            text, image, audio, count=candidates, top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
-        )[0].image
+            text, image, audio, count=candidates, top_k=top_k, top_p=top_p, temperature=temperature, guidance=guidance,
+            seed=seed,
+        )[0].image  # fmt: skip
 
     def generate_images(
         self,
@@ -172,6 +176,7 @@ class Model:
         top_k: int = 32,
         top_p: float = 1.0,
         temperature: float = 0.8,
+        guidance: float = 1.0,
         seed: int = 1,
     ) -> list[GeneratedImage]:
         """Generate `count` images of 64 x 64 pixels, best match first.
@@ -187,14 +192,17 @@ class Model:
             top_k: Sample each image code from this many likeliest ones; 0: from all.
             top_p: Sample each image code from the likeliest ones of this total probability.
             temperature: Divides the logits; lower values give less variation.
+            guidance: Scale of classifier-free guidance; 1: none. Others require a model trained with
+                `tasks.modality.condition_dropout`.
             seed: Equal seeds and inputs give equal images on the same hardware.
         """
         check_count("candidates or count", count)
         check_range("top_k", top_k, 0, None)
         check_range("top_p", top_p, 0, 1)
         check_range("temperature", temperature, 1e-3, None)
+        check_range("guidance", guidance, 0, None)
         check_range("seed", seed, 0, _MAX_SEED)
-        options = image_decoding(top_k, top_p, temperature, seed)
+        options = image_decoding(top_k, top_p, temperature, seed, guidance)
         found = self._session.generate_images(self._read(text, image, audio), count, options)
         return [GeneratedImage(generated, probability) for generated, probability in found]
 

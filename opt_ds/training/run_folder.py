@@ -56,6 +56,7 @@ _ADDED: dict[str, Any] = {
     "tasks.plugins": [],
     "model.plugins": [],
     "model.image_positions": "sequence",
+    "tasks.modality.condition_dropout": 0.0,
 }
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")

@@ -346,6 +346,39 @@ def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged:
     assert (r.columns["has_text_target"] | r.columns["has_image_target"]).all()
 
 
+def test_a_fraction_of_the_image_targets_has_no_input_and_the_others_stay_as_they_are(complete: FeatureStore) -> None:
+    options = {"always_drop_target": True, "text_target_fraction": 0.4}
+    before, after = modality_samples(complete, **options), modality_samples(complete, **options, condition_dropout=0.2)
+    nothing = (after.input_rows < 0).all(1)
+    image = before.columns["has_image_target"]
+    assert nothing.sum() / image.sum() == pytest.approx(0.2, abs=0.01) and not nothing[~image].any()
+    assert (after.columns["has_image_target"] == image).all() and not after.columns["has_text_target"][nothing].any()
+    assert (after.columns["text_target_length"][nothing] == 0).all()
+    assert (after.input_rows[~nothing] == before.input_rows[~nothing]).all()
+    assert (after.columns["has_text_target"] == before.columns["has_text_target"])[~nothing].all()
+    assert (after.input_positions()[nothing] == 1).all(), "[CLS] alone"
+    both = modality_samples(complete, condition_dropout=0.2)
+    nothing = (both.input_rows < 0).all(1)
+    assert nothing.mean() == pytest.approx(0.2, abs=0.01)
+    assert (both.columns["has_text_target"] == ~nothing).all(), "the text decoder never writes from nothing"
+
+
+def test_which_samples_have_no_input_depends_on_epoch_and_sample_alone(complete: FeatureStore) -> None:
+    def without_input(step: int, size: int) -> dict[tuple[int, int], bool]:
+        tasks = {"sampling_weights": {"modality": 1.0}, "modality": {"condition_dropout": 0.3}}
+        plan = PretrainingPlan(make_config(tasks=tasks, batch={"size": size}), [complete])
+        s = plan.step(step).samples
+        return {(int(s.epoch[i]), int(s.sample[i])): bool((s.input_rows[i] < 0).all()) for i in range(len(s))}
+
+    large = without_input(0, 400)
+    small = {key: value for step in range(16) for key, value in without_input(step, 25).items()}
+    assert large == small and 60 < sum(large.values()) < 180
+    assert any(large[0, number] != large[1, number] for _, number in large), "another choice in every epoch"
+    tasks = {"sampling_weights": {"modality": 1.0}, "modality": {"condition_dropout": 0.9}}
+    for step_plan in PretrainingPlan(make_config(tasks=tasks), [complete]).validation():
+        assert (step_plan.samples.input_rows >= 0).any(1).all(), "validation losses stay comparable"
+
+
 def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:
     for options in ({}, {"always_drop_target": True}):
         s = modality_samples(no_codes, **options)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from opt_ds.data.modalities import IMAGE
+from opt_ds.data.sample import Sample
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.errors import UserError
 from opt_ds.evaluation import image_networks
@@ -91,6 +92,30 @@ def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: Dis
     assert redness(samples[0], to_image(alone[0])) == pytest.approx(scores[0, 0]), (
         "the first candidate is the only one's"
     )
+
+
+@pytest.fixture(scope="module")
+def guided(evaluator: Evaluator) -> Evaluator:
+    """Return the same model as if it had been trained with dropped conditions."""
+    tasks = evaluator.config.tasks
+    modality = tasks.modality.model_copy(update={"condition_dropout": 0.1})
+    config = evaluator.config.model_copy(update={"tasks": tasks.model_copy(update={"modality": modality})})
+    return Evaluator(evaluator.model, config, evaluator.store)
+
+
+def test_guidance_1_is_none_and_guidance_0_ignores_the_input(evaluator: Evaluator, guided: Evaluator) -> None:
+    samples = [evaluator.read(index, SUBSETS["T+A"]) for index in evaluator.samples_with("train", SUBSETS["T+A"], 4)]
+    codes = {scale: guided.write_codes(samples, SAMPLING.model_copy(update={"guidance": scale})) for scale in (0.0, 1.0, 3.0)}
+    np.testing.assert_array_equal(codes[1.0], evaluator.write_codes(samples, SAMPLING))
+    assert (codes[3.0] != codes[1.0]).any() and (codes[0.0] != codes[1.0]).any()
+    nothing = guided.write_codes([Sample()] * 4, SAMPLING)
+    np.testing.assert_array_equal(codes[0.0], nothing)
+
+
+def test_guidance_of_a_model_that_always_had_an_input_is_refused(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    generator = ImageGenerator(dvae, SAMPLING.model_copy(update={"guidance": 2.0}))
+    with pytest.raises(UserError, match=r"trained without dropped conditions \(tasks.modality.condition_dropout is 0\)"):
+        generator.generate(evaluator, [Sample()])
 
 
 def test_true_images_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator, dvae: DiscreteVAE) -> None:

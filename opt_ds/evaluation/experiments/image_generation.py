@@ -44,6 +44,7 @@ class ImageGeneration(Experiment):
         top_k: int,
         top_p: float,
         temperature: float,
+        guidance: float,
         inception: Path | None,
         clip: Path | None,
         image_weights: Path | None,
@@ -60,6 +61,7 @@ class ImageGeneration(Experiment):
             top_k: Sampling option.
             top_p: Sampling option.
             temperature: Sampling option.
+            guidance: Sampling option.
             inception: Weights of Inception-v3 for the FID. None: no FID.
             clip: Folder of a CLIP model for the CLIP score. None: no CLIP score.
             image_weights: Weights of the image extractor. None: its package includes them.
@@ -73,6 +75,8 @@ class ImageGeneration(Experiment):
         evaluator, split, seed = request.evaluator, request.split, request.seed
         generates = images > 0 or generate > 0
         _check_possible(evaluator, generates, candidates)
+        if generates and guidance != 1:
+            evaluator.require_guidance()
         if inception is not None:
             check_inception(inception)
         if clip is not None:
@@ -81,7 +85,7 @@ class ImageGeneration(Experiment):
         rater = generator = None
         if generates:
             rater = request.open_rater(image_weights)
-            options = image_decoding(top_k, top_p, temperature, seed)
+            options = image_decoding(top_k, top_p, temperature, seed, guidance)
             generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, rater.match_probability)
         figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
         if generator is not None and rater is not None and generate:
