@@ -87,8 +87,15 @@ class SamplingOptions:
 
     candidates: Annotated[
         int,
-        typer.Option(help="Images to generate per sample. The one with the highest match probability is kept.", min=1),
+        typer.Option(help="Images to generate per sample. The best one by --rank-by is kept.", min=1),
     ] = 1
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            help="matching: the match probability of image and input. likelihood: that of the input text as a caption of the "
+            "image. Default: the first of them that the model learned."
+        ),
+    ] = None
     top_k: Annotated[int, typer.Option(help="Sample from the k most probable image codes. 0: all.", min=0)] = 32
     top_p: Annotated[
         float,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opt_ds.abilities import MATCH
 from opt_ds.cli.option_groups import with_option_groups
 from opt_ds.cli.options import BeamSize, ExtractorOptions, SamplingOptions, parse_extractor_options
 from opt_ds.cli.program import MAX_SEED, check_output, finite, output_file
@@ -86,8 +85,6 @@ def generate(
         raise UserError("--output -: a PNG cannot be shown on a terminal: redirect standard output, or name a file")
     session = _session(checkpoint, extractors)
     candidates = sampling.candidates
-    if to == "image" and candidates > 1:
-        session.require(MATCH, f"choose the best of --candidates {candidates}")
     if to == "image" and sampling.guidance != 1:
         session.require_guidance()
     sample = session.processor(**vars(given))
@@ -97,11 +94,12 @@ def generate(
         if not _is_stdout(output):
             typer.echo(written)
         return
-    image, score = session.generate_images(sample, candidates, sampling.decoding(seed))[0]
+    reranker = session.reranker(sample, sampling.rank_by) if candidates > 1 else None
+    image, score = session.ranked_images(sample, candidates, sampling.decoding(seed), reranker)[0]
     file = io.BytesIO()
     image.save(file, format="PNG")
     _write(output, file.getvalue())
-    chosen = "" if score is None else f" (match probability {score:.3f}, the best of {candidates})"
+    chosen = "" if score is None or not reranker else f" ({reranker.title} {score:.3f}, the best of {candidates})"
     typer.echo(f"{output}{chosen}", err=_is_stdout(output))
 
 

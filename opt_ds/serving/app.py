@@ -34,6 +34,7 @@ from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.evaluation.reranking import MatchingReranker, Reranker
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.serving.admission import Admission, Queue
 from opt_ds.serving.attention import word_attention
@@ -151,9 +152,8 @@ def build_app(
 
         def work() -> dict[str, Any]:
             sample, notes = read(text, image, audio, others)
-            images = _generate(session, sample, count, seed, guidance)
-            if count > 1 and not session.config.can(MATCH):
-                notes.append("this model was trained without matching: the images are in the order of generation")
+            reranker = _reranker(session, sample, notes) if count > 1 else None
+            images = _generate(session, sample, count, seed, guidance, reranker)
             return {"notes": notes, "images": images, **({"pictures": images} if is_former else {})}
 
         return await queue.compute(request.receive, work)
@@ -217,10 +217,27 @@ def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, a
     return answer
 
 
-def _generate(session: Session, sample: Sample, count: int, seed: int, guidance: float) -> list[dict[str, Any]]:
+def _reranker(session: Session, sample: Sample, notes: list[str]) -> Reranker | None:
+    """Return what orders the images of an answer, and note any other order than by match probability."""
+    try:
+        reranker = session.reranker(sample)
+    except UserError as error:
+        notes.append(f"{error} (the images are in the order of generation)")
+        return None
+    if not isinstance(reranker, MatchingReranker):
+        notes.append(f"this model was trained without matching: the images are in the order of the {reranker.title}")
+    return reranker
+
+
+def _generate(
+    session: Session, sample: Sample, count: int, seed: int, guidance: float, reranker: Reranker | None
+) -> list[dict[str, Any]]:
+    """Return the images. "matching" is a match probability, or null."""
     options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed, guidance=guidance)
+    matching = isinstance(reranker, MatchingReranker)
     return [
-        {"png": _png_url(image), "matching": score} for image, score in session.generate_images(sample, count, options)
+        {"png": _png_url(image), "matching": score if matching else None}
+        for image, score in session.ranked_images(sample, count, options, reranker)
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from opt_ds.data.modalities import IMAGE
 from opt_ds.data.sample import Sample
@@ -26,10 +27,21 @@ from opt_ds.evaluation.image_generation import (
     to_image,
 )
 from opt_ds.evaluation.image_networks import ClipScore, check_inception, frechet_inception_distance
+from opt_ds.evaluation.reranking import MatchingReranker
 from opt_ds.model.generation import DecodingConfig
 from tests.tiny import masked
 
 SAMPLING = DecodingConfig(method="sample", temperature=1.0)
+
+
+class Redness(MatchingReranker):
+    """Prefers red images. Like the matching head, it requires text or audio."""
+
+    def score(self, sample: Sample, image: Image.Image) -> float:
+        return float(np.asarray(image)[..., 0].mean()) / 255
+
+
+REDNESS = Redness(None)  # type: ignore[arg-type]  # it asks no model
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +93,23 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
     gallery = evaluator.samples_with("train", SUBSETS["T"], 3)
     samples = [evaluator.read(index, SUBSETS["T"]) for index in gallery]
-    redness = lambda sample, image: float(np.asarray(image)[..., 0].mean()) / 255  # noqa: E731
-    images, scores = ImageGenerator(dvae, SAMPLING, 5, redness).generate(evaluator, samples)
+    images, scores = ImageGenerator(dvae, SAMPLING, 5, REDNESS).generate(evaluator, samples)
     assert scores is not None and scores.shape == (3, 5)
     assert len(np.unique(scores)) > 5, "candidates are sampled again"
-    kept = [redness(sample, to_image(one)) for sample, one in zip(samples, images, strict=True)]
+    kept = [REDNESS.score(sample, to_image(one)) for sample, one in zip(samples, images, strict=True)]
     assert kept == pytest.approx(scores.max(1))
     alone, none = ImageGenerator(dvae, SAMPLING).generate(evaluator, samples)
     assert none is None and alone.shape == (3, 3, 64, 64)
-    assert redness(samples[0], to_image(alone[0])) == pytest.approx(scores[0, 0]), (
+    assert REDNESS.score(samples[0], to_image(alone[0])) == pytest.approx(scores[0, 0]), (
         "the first candidate is the only one's"
     )
+
+
+def test_an_input_that_cannot_be_compared_gets_a_single_image(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    samples = [evaluator.read(index, (IMAGE,)) for index in evaluator.samples_with("train", (IMAGE,), 2)]
+    images, scores = ImageGenerator(dvae, SAMPLING, 5, REDNESS).generate(evaluator, samples)
+    assert scores is None
+    np.testing.assert_array_equal(images, ImageGenerator(dvae, SAMPLING).generate(evaluator, samples)[0])
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +203,9 @@ def test_only_what_samples_have_is_generated_from(evaluator: Evaluator, without_
 def test_match_probabilities_and_the_distance_have_controls(
     evaluator: Evaluator, dvae: DiscreteVAE, inception: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    redness = lambda sample, image: float(np.asarray(image)[..., 0].mean()) / 255  # noqa: E731
     monkeypatch.setattr(image_networks, "frechet_inception_distance", lambda generated, true, weights: float(len(true)))
     found = generation_figures(
-        evaluator, "valid", "T", ImageGenerator(dvae, SAMPLING, 2, redness), 4, inception=inception
+        evaluator, "valid", "T", ImageGenerator(dvae, SAMPLING, 2, REDNESS), 4, inception=inception
     )
     matching = found["matching"]["figures"]
     assert set(matching) == {"first", "kept"} and set(matching["kept"]["controls"]) == {"unmatched_image"}

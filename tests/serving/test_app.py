@@ -86,6 +86,10 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
     generated = client.post("/api/generate_image", data={"text": "a red square", "count": 2}).json()
     assert [image["matching"] for image in generated["images"]] == [None, None]
     assert "trained without matching" in generated["notes"][0]
+    client = TestClient(build_app(without(session, "matching")), base_url="http://localhost")
+    generated = client.post("/api/generate_image", data={"text": "a red square", "count": 2}).json()
+    assert [image["matching"] for image in generated["images"]] == [None, None]
+    assert "in the order of the log likelihood of the text" in generated["notes"][0]
 
 
 @pytest.mark.parametrize(
