@@ -42,6 +42,13 @@ class DVAEConfig(Section):
         0.1, gt=0, description="σ of the pixel likelihood, for pixels in 0–1: the squared error is divided by 2σ²."
     )
 
+    l1_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the absolute error, divided by σ, that is added to the squared error. It makes edges sharper. "
+        "0: the squared error alone, which PSNR measures.",
+    )
+
     steps: int = Field(20_000, ge=1, description="Number of optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Images per optimizer step.")
     learning_rate: float = Field(
