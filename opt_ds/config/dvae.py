@@ -51,6 +51,12 @@ class DVAEConfig(Section):
 
     steps: int = Field(20_000, ge=1, description="Number of optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Images per optimizer step.")
+    max_shift: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Largest random shift of a training image in each direction, in pixels (augmentation). 0: none.",
+    )
     learning_rate: float = Field(
         1e-3, gt=0, description="Peak learning rate, between a linear warm-up and a cosine decay to 0."
     )
