@@ -13,7 +13,17 @@ from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.step_samples import StepSamples, select
 from opt_ds.data.task import tasks_of
 from opt_ds.store import FeatureStore
-from tests.tiny import MATCHING, MODALITY, TASK_NAMES, index_with, make_batches, make_config, make_model, make_store
+from tests.tiny import (
+    MATCHING,
+    MODALITY,
+    TASK_NAMES,
+    index_with,
+    make_batches,
+    make_config,
+    make_model,
+    make_store,
+    masked,
+)
 
 
 def equal(a: StepSamples, b: StepSamples) -> bool:
@@ -338,6 +348,10 @@ def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged:
     by_chance = (0.3 - 0.09) / (1 - 0.09)  # of the two others, never both
     expected = [0.7 + 0.3 * by_chance, 0.3 + 0.7 * by_chance, by_chance]
     assert dropped.mean(0) == pytest.approx(expected, abs=0.01)
+    written = masked(complete, AUDIO)  # with one input left, each sample has one target
+    s = modality_samples(written, always_drop_target=True, text_target_fraction=0.7)
+    assert s.columns["has_image_target"].mean() == pytest.approx(0.3, abs=0.01)
+    assert (s.columns["has_image_target"] != s.columns["has_text_target"]).all()
     r = modality_samples(ragged, always_drop_target=True)
     present, left = r.source_rows >= 0, r.input_rows >= 0
     assert (present.sum(1) >= 2).all() and left.any(1).all(), "something must be left to write from"

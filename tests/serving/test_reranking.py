@@ -21,7 +21,7 @@ from tests.serving.conftest import without
 
 def without_extractor(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the training store's image features have come from files that were made elsewhere."""
-    extractors = session.processor.description.extractors | {"image": {"name": "npz_regions"}}
+    extractors = session.processor.description.extractors | {"image": {"name": "npz"}}
     description = session.processor.description.model_copy(update={"extractors": extractors})
     monkeypatch.setattr(session.processor, "description", description)
     monkeypatch.setattr(session.processor, "_extractors", {})

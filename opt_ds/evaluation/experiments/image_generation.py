@@ -95,7 +95,7 @@ class ImageGeneration(Experiment):
         if generates:
             rater = request.open_rater(image_weights)
             if generate:
-                rater.check_image_extractor()
+                _check_extractor(rater)
             reranker = _reranker(rater, inputs, rank_by) if candidates > 1 else None
             options = image_decoding(top_k, top_p, temperature, seed, guidance)
             generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, reranker)
@@ -125,6 +125,14 @@ def open_dvae(evaluator: Evaluator, folder: Path | None) -> DiscreteVAE:
     store = evaluator.store
     dvae = DiscreteVAE.from_pretrained(folder) if folder else load_store_dvae(store.path, store.description)
     return dvae.to(evaluator.device)
+
+
+def _check_extractor(rater: ImageRater) -> None:
+    """Raise UserError if generated images cannot be compared with true ones, before any is generated."""
+    try:
+        rater.check_image_extractor()
+    except UserError as error:
+        raise UserError(f"{error}, or use --generate 0 to measure bits per code and draw the image grid only") from None
 
 
 def _reranker(rater: ImageRater, inputs: Sequence[str], by: str | None) -> Reranker:
