@@ -222,7 +222,7 @@ def _reranker(session: Session, sample: Sample, notes: list[str]) -> Reranker | 
     try:
         reranker = session.reranker(sample)
     except UserError as error:
-        notes.append(f"{error} (the images are in the order of generation)")
+        notes.append(f"{_FOLDERS.sub('', str(error))} (the images are in the order of generation)")
         return None
     if not isinstance(reranker, MatchingReranker):
         notes.append(f"this model was trained without matching: the images are in the order of the {reranker.title}")

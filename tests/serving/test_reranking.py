@@ -1,11 +1,14 @@
 """Test re-ranking: generated images are compared by what the model learned, through the extractor of its training."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from opt_ds.cli import _build
@@ -14,6 +17,7 @@ from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING
+from opt_ds.serving.app import build_app
 from opt_ds.serving.model import Model
 from opt_ds.serving.session import Session
 from tests.serving.conftest import without
@@ -78,6 +82,20 @@ def test_an_extractor_that_is_not_there_is_one_line_before_anything_is_generated
             session.reranker(sample, by)
         assert "\n" not in str(raised.value)
     assert Model(session).generate_image("a red square").size == (64, 64), "a single image is compared with nothing"
+
+
+def test_a_server_without_the_extractor_answers_in_the_order_of_generation(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = session.ranked_images(session.processor("a red square"), 3, DEFAULT_SAMPLING, None)
+    without_extractor(session, monkeypatch)
+    client = TestClient(build_app(session), base_url="http://localhost")
+    answer = client.post("/api/generate_image", data={"text": "a red square", "count": 3})
+    assert answer.status_code == 200 and [image["matching"] for image in answer.json()["images"]] == [None] * 3
+    (note,) = answer.json()["notes"]
+    assert "from files made elsewhere" in note and "in the order of generation" in note
+    found = [Image.open(io.BytesIO(base64.b64decode(image["png"].split(",")[1]))) for image in answer.json()["images"]]
+    assert [image.tobytes() for image in found] == [image.tobytes() for image, _ in images]
 
 
 def test_the_command_ranks_as_asked(
