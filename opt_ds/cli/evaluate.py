@@ -25,7 +25,7 @@ from opt_ds.log import ON_STDERR
 
 if TYPE_CHECKING:
     from opt_ds.evaluation.evaluator import Evaluator
-    from opt_ds.evaluation.experiments import ImageRater
+    from opt_ds.evaluation.reranking import ImageRater
     from opt_ds.store.reader import FeatureStore
     from opt_ds.training.distributed import ProcessGroup
 

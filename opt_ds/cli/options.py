@@ -87,8 +87,15 @@ class SamplingOptions:
 
     candidates: Annotated[
         int,
-        typer.Option(help="Images to generate per sample. The one with the highest match probability is kept.", min=1),
+        typer.Option(help="Images to generate per sample. The best one by --rank-by is kept.", min=1),
     ] = 1
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            help="matching: the match probability of image and input. likelihood: that of the input text as a caption of the "
+            "image. Default: the first of them that the model learned."
+        ),
+    ] = None
     top_k: Annotated[int, typer.Option(help="Sample from the k most probable image codes. 0: all.", min=0)] = 32
     top_p: Annotated[
         float,
@@ -98,12 +105,21 @@ class SamplingOptions:
     temperature: Annotated[
         float, typer.Option(help="Divisor of the logits of image codes.", min=1e-3, callback=finite)
     ] = 0.8
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="Scale S of classifier-free guidance: logits without the input plus S times their difference from those "
+            "with it. 1: none. Others require a model trained with tasks.modality.condition_dropout.",
+            min=0.0,
+            callback=finite,
+        ),
+    ] = 1.0
 
     def decoding(self, seed: int) -> "DecodingConfig":
         """Return the settings of the image decoder."""
         from opt_ds.model.generation import image_decoding
 
-        return image_decoding(self.top_k, self.top_p, self.temperature, seed)
+        return image_decoding(self.top_k, self.top_p, self.temperature, seed, self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opt_ds.abilities import MATCH
 from opt_ds.cli.option_groups import with_option_groups
 from opt_ds.cli.options import BeamSize, ExtractorOptions, SamplingOptions, parse_extractor_options
-from opt_ds.cli.program import MAX_SEED, check_output, output_file
+from opt_ds.cli.program import MAX_SEED, check_output, finite, output_file
 from opt_ds.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -86,8 +85,8 @@ def generate(
         raise UserError("--output -: a PNG cannot be shown on a terminal: redirect standard output, or name a file")
     session = _session(checkpoint, extractors)
     candidates = sampling.candidates
-    if to == "image" and candidates > 1:
-        session.require(MATCH, f"choose the best of --candidates {candidates}")
+    if to == "image" and sampling.guidance != 1:
+        session.require_guidance()
     sample = session.processor(**vars(given))
     if to == "text":
         written = session.text(sample, text_decoding(beam_size))
@@ -95,11 +94,12 @@ def generate(
         if not _is_stdout(output):
             typer.echo(written)
         return
-    image, score = session.generate_images(sample, candidates, sampling.decoding(seed))[0]
+    reranker = session.reranker(sample, sampling.rank_by) if candidates > 1 else None
+    image, score = session.ranked_images(sample, candidates, sampling.decoding(seed), reranker)[0]
     file = io.BytesIO()
     image.save(file, format="PNG")
     _write(output, file.getvalue())
-    chosen = "" if score is None else f" (match probability {score:.3f}, the best of {candidates})"
+    chosen = "" if score is None or not reranker else f" ({reranker.title} {score:.3f}, the best of {candidates})"
     typer.echo(f"{output}{chosen}", err=_is_stdout(output))
 
 
@@ -151,6 +151,12 @@ def serve(
             help="Accept files of further modalities in requests. Code of other packages reads them in the server's process."
         ),
     ] = False,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="Scale of classifier-free guidance for requests that give none (see opt-ds generate).", min=0.0, callback=finite
+        ),
+    ] = 1.0,
     extractors: ExtractorOptions,
 ) -> None:
     """Start a web page to try the model and a JSON API (schema: /api/openapi.json).
@@ -171,10 +177,12 @@ def serve(
     from opt_ds.serving.neighbours import Neighbours, evaluator_of
 
     session = _session(checkpoint, extractors)
+    if guidance != 1:
+        session.require_guidance()
     neighbours = Neighbours(evaluator_of(session, store), split) if store else None
     app = build_app(
         session, neighbours, host=host, allow_hosts=allow_host or (), allow_svg=allow_svg, allow_further=allow_further,
-        limits=limits,
+        limits=limits, guidance=guidance,
     )  # fmt: skip
     try:
         listening = listen(host, port)

@@ -42,8 +42,21 @@ class DVAEConfig(Section):
         0.1, gt=0, description="σ of the pixel likelihood, for pixels in 0–1: the squared error is divided by 2σ²."
     )
 
+    l1_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the absolute error, divided by σ, that is added to the squared error. It makes edges sharper. "
+        "0: the squared error alone, which PSNR measures.",
+    )
+
     steps: int = Field(20_000, ge=1, description="Number of optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Images per optimizer step.")
+    max_shift: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Largest random shift of a training image in each direction, in pixels (augmentation). 0: none.",
+    )
     learning_rate: float = Field(
         1e-3, gt=0, description="Peak learning rate, between a linear warm-up and a cosine decay to 0."
     )

@@ -1,5 +1,6 @@
 """Configuration sections of the data and the model. `opt_ds.config` re-exports them."""
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,6 +61,11 @@ class ModelConfig(Section):
     )
     image_codebook_size: int = Field(8192, ge=2, description="Number of codes in the dVAE's codebook.")
     num_image_codes: int = Field(64, ge=1, description="Number of codes that represent one image.")
+    image_positions: Literal["sequence", "grid"] = Field(
+        "sequence",
+        description="Position embeddings of the image decoder. sequence: one per code, in reading order. grid: the sum of one "
+        "per row and one per column of the codes' square grid.",
+    )
     standardize_features: bool = Field(
         False, description="Standardise image and audio features by the store's mean and deviation, clamped to ±8."
     )
@@ -125,6 +131,20 @@ class ModelConfig(Section):
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         return self
+
+    @model_validator(mode="after")
+    def _codes_form_a_grid(self) -> "ModelConfig":
+        if self.image_positions == "grid" and self.image_grid_side**2 != self.num_image_codes:
+            raise ValueError(
+                f"image_positions grid requires a square number of codes, num_image_codes is {self.num_image_codes}: "
+                "use image_positions=sequence"
+            )
+        return self
+
+    @property
+    def image_grid_side(self) -> int:
+        """Number of rows and columns of the image codes' grid."""
+        return math.isqrt(self.num_image_codes)
 
     @property
     def head_dim(self) -> int:

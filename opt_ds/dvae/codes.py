@@ -21,6 +21,8 @@ from opt_ds.store.verify import open_store
 
 _LOG = logging.getLogger(__name__)
 BATCH = 256
+#: An image that is reproduced exactly has no finite PSNR. Half a grey level is the resolution of uint8.
+LEAST_ERROR = (0.5 / 255) ** 2
 
 
 class CodeExtractor:
@@ -78,9 +80,7 @@ def reconstruction_quality(extractor: CodeExtractor, store: FeatureStore, rows: 
         difference = extractor.reconstruct(pixels_nchw).astype("float64") - pixels_nchw / 255.0
         errors.append(np.square(difference).mean((1, 2, 3)))
     errors_n = np.concatenate(errors)
-    # An image that is reproduced exactly has no finite PSNR. Half a grey level is the resolution of uint8.
-    floor = (0.5 / 255) ** 2
-    own = float(np.mean([psnr_db(max(error, floor)) for error in errors_n]))
+    own = float(np.mean([psnr_db(max(error, LEAST_ERROR)) for error in errors_n]))
     return ReconstructionQuality(len(rows), psnr_db(float(errors_n.mean())), own)
 
 

@@ -113,7 +113,7 @@ class DiscreteVAE(nn.Module):
         """Compute the losses with relaxed codes.
 
         loss = −ELBO per pixel value without its constant = mse / (2 σ²) + kl_weight · 64/12288 · kl, for a Gaussian
-        likelihood with σ = `pixel_sigma`; kl = Σ_k q log(q K), averaged over positions.
+        likelihood with σ = `pixel_sigma`; kl = Σ_k q log(q K), averaged over positions. `l1_weight` adds its part.
 
         Args:
             pixels_nchw: Images [n, 3, 64, 64], uint8 or float in 0..1.
@@ -128,17 +128,17 @@ class DiscreteVAE(nn.Module):
         patches_ndyx = fold(pixels_nchw)
         logits_nsk = self._logits(patches_ndyx)
         sample_nsk = gumbel_softmax(logits_nsk, temperature, generator, straight_through)
-        mse = F.mse_loss(self._generate(sample_nsk @ self.codebook_kd), patches_ndyx)
+        loss, mse = self._reconstruction_loss(self._generate(sample_nsk @ self.codebook_kd), patches_ndyx)
         kl = kl_to_uniform(logits_nsk).mean()
-        return DVAELosses(self._reconstruction_loss(mse) + kl_weight * kl / PATCH_DIM, mse.detach(), kl.detach())
+        return DVAELosses(loss + kl_weight * kl / PATCH_DIM, mse, kl.detach())
 
     def decoder_losses(self, pixels_nchw: Tensor, codes_ns: Tensor) -> DVAELosses:
         """Compute the losses of decoding fixed codes, with kl 0.
 
         This is temperature 0 with a frozen encoder, without the cost of the encoder.
         """
-        mse = F.mse_loss(self._generate(F.embedding(codes_ns, self.codebook_kd)), fold(pixels_nchw))
-        return DVAELosses(self._reconstruction_loss(mse), mse.detach(), torch.zeros_like(mse))
+        loss, mse = self._reconstruction_loss(self._generate(F.embedding(codes_ns, self.codebook_kd)), fold(pixels_nchw))
+        return DVAELosses(loss, mse, torch.zeros_like(mse))
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that determine the codes of an image."""
@@ -192,8 +192,13 @@ class DiscreteVAE(nn.Module):
         base_ndyx = values_nsd.float().transpose(1, 2).unflatten(2, (GRID_SIZE, GRID_SIZE))
         return base_ndyx + self.decoder(base_ndyx).float()
 
-    def _reconstruction_loss(self, mse: Tensor) -> Tensor:
-        return mse / (2 * self.config.pixel_sigma**2)
+    def _reconstruction_loss(self, generated_ndyx: Tensor, patches_ndyx: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction loss, and the squared error without a gradient."""
+        mse = F.mse_loss(generated_ndyx, patches_ndyx)
+        loss = mse / (2 * self.config.pixel_sigma**2)
+        if self.config.l1_weight:
+            loss = loss + self.config.l1_weight * F.l1_loss(generated_ndyx, patches_ndyx) / self.config.pixel_sigma
+        return loss, mse.detach()
 
 
 class PatchNet(nn.Module):

@@ -33,8 +33,9 @@ from opt_ds.dvae.codes import (
     split_image_rows,
 )
 from opt_ds.dvae.model import DiscreteVAE, DVAEConfig, DVAELosses, fold, psnr_db
+from opt_ds.dvae.quality import controlled_quality, shift
 from opt_ds.errors import RunError, TrainingStoppedError, UserError
-from opt_ds.ops.keyed import keyed_hash, permute
+from opt_ds.ops.keyed import keyed_choice, keyed_hash, permute
 from opt_ds.store.files import write_json
 from opt_ds.store.reader import FeatureStore
 from opt_ds.training import run_folder
@@ -50,6 +51,8 @@ RESULT_FILE = "result.json"
 GRID_FILE = "reconstructions.png"
 GRID_IMAGES = 16
 LOG_EVERY = 20
+_CONTROL_IMAGES = 128  # per split
+_MEAN_IMAGES = 1024  # whose mean is one of the controls
 _KEPT_CHECKPOINTS = 2  # the older one is used if the newest is damaged
 
 
@@ -96,10 +99,7 @@ class DVAETrainer(TrainingLoop):
 
     def __init__(self, run: DVAERun) -> None:
         self.spec = run
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(keyed_hash(run.seed, "weights")) % 2**63)
-            self.dvae = DiscreteVAE(run.config)
-        self.dvae.to(run.hardware.device)
+        self.dvae = self._random_dvae()
         self.optimizer = torch.optim.AdamW(
             self.dvae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=run.config.weight_decay, fused=True
         )
@@ -139,14 +139,19 @@ class DVAETrainer(TrainingLoop):
     def started(self) -> DVAEState:
         """Initialise the codebook. Return the progress of a new run, whose time includes this."""
         began, cpu_began = time.monotonic(), time.process_time()
-        psnr_db = self.start_codebook()
-        return DVAEState(0, time.monotonic() - began, time.process_time() - cpu_began, psnr_db)
+        self._start_codebook(self.dvae)
+        with torch.autocast(self.spec.hardware.device, enabled=False):
+            quality = reconstruction_quality(self._extractor(), self.spec.store, self._sample(self.spec.rows, 256))
+        return DVAEState(0, time.monotonic() - began, time.process_time() - cpu_began, quality.psnr_db)
 
-    def start_codebook(self) -> float:
-        """Initialise the codebook with k-means centroids of distinct training patches.
+    def _random_dvae(self) -> DiscreteVAE:
+        """Return a dVAE with the random weights of the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(keyed_hash(self.spec.seed, "weights")) % 2**63)
+            return DiscreteVAE(self.spec.config).to(self.spec.hardware.device)
 
-        Return the PSNR of that quantiser, in dB.
-        """
+    def _start_codebook(self, dvae: DiscreteVAE) -> None:
+        """Initialise the codebook with k-means centroids of distinct training patches."""
         config, rows = self.spec.config, self.spec.rows
         chosen = permute(np.arange(min(config.kmeans_images, len(rows))), len(rows), self.spec.seed, "kmeans")
         patches_ndyx = fold(torch.from_numpy(read_pixels(self.spec.store, rows[chosen])))
@@ -162,9 +167,7 @@ class DVAETrainer(TrainingLoop):
         generator = torch.Generator().manual_seed(int(keyed_hash(self.spec.seed, "codebook")) % 2**63)
         kept = torch.randperm(len(distinct_md), generator=generator)[: config.kmeans_patches]
         patches_md = torch.from_numpy(distinct_md[kept.numpy()]).float() / 255 - 0.5
-        self.dvae.start_from_patches(patches_md.to(self.spec.hardware.device), generator)
-        with torch.autocast(self.spec.hardware.device, enabled=False):
-            return reconstruction_quality(self._extractor(), self.spec.store, self._sample(rows, 256)).psnr_db
+        dvae.start_from_patches(patches_md.to(self.spec.hardware.device), generator)
 
     # ---- steps
 
@@ -183,7 +186,7 @@ class DVAETrainer(TrainingLoop):
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate
         index = batch_index(run, step)
-        pixels_nchw = torch.from_numpy(read_pixels(run.store, run.rows[index])).to(device)
+        pixels_nchw = torch.from_numpy(self._training_pixels(index)).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=run.hardware.precision == "bf16"):
             if settings.soft:
                 noise = torch.Generator(device)
@@ -192,12 +195,27 @@ class DVAETrainer(TrainingLoop):
                     pixels_nchw, settings.temperature, settings.kl_weight, noise, settings.straight_through
                 )
             else:
-                losses = self.dvae.decoder_losses(pixels_nchw, self._frozen_codes()[index].to(device).long())
+                losses = self.dvae.decoder_losses(pixels_nchw, self._argmax_codes(pixels_nchw, index))
         self.optimizer.zero_grad(set_to_none=True)
         losses.loss.backward()
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.dvae.parameters(), run.config.clip_norm)
         self.optimizer.step()
         return losses, settings
+
+    def _training_pixels(self, index: np.ndarray) -> np.ndarray:
+        """Return the images of this step, shifted by what (seed, step) selects if the configuration says so."""
+        run, most = self.spec, self.spec.config.max_shift
+        pixels_nchw = read_pixels(run.store, run.rows[index])
+        if not most:
+            return pixels_nchw
+        places_n2 = np.arange(2 * len(index)).reshape(-1, 2)
+        return shift(pixels_nchw, keyed_choice(2 * most + 1, run.seed, "shift", self.state.step, places_n2) - most)
+
+    def _argmax_codes(self, pixels_nchw: Tensor, index: np.ndarray) -> Tensor:
+        """Return the codes of the images of this step, int64 [n, 64]. Shifted images are encoded anew."""
+        if self.spec.config.max_shift:
+            return self.dvae.encode(pixels_nchw)
+        return self._frozen_codes()[index].to(pixels_nchw.device).long()
 
     def _frozen_codes(self) -> Tensor:
         """Return the argmax codes of the training images, int32 [n, 64].
@@ -252,6 +270,7 @@ class DVAETrainer(TrainingLoop):
         codes_ns = encode_store(extractor, run.store)
         result = {
             "reconstruction": quality,
+            "controls": self._controlled_quality(held_out),
             "codebook": codebook_use(codes_ns, run.config.codebook_size),
             "kmeans_start_psnr_db": self.state.start_psnr_db,
             "steps": self.state.step,
@@ -272,6 +291,19 @@ class DVAETrainer(TrainingLoop):
         shutil.rmtree(self.output / FOLDER, ignore_errors=True)
         (self.output / run_folder.OLD_DVAE_CHECKPOINT).unlink(missing_ok=True)
         return result
+
+    def _controlled_quality(self, held_out: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Return the quality on some images of each held-out split, or of the training split if there is none."""
+        run, untrained = self.spec, self._random_dvae()
+        self._start_codebook(untrained)
+        start = CodeExtractor(untrained, run.hardware.device)
+        mean_chw = read_pixels(run.store, self._sample(run.rows, _MEAN_IMAGES)).mean(0)
+        return {
+            name: controlled_quality(
+                self._extractor(), start, mean_chw, read_pixels(run.store, self._sample(rows, _CONTROL_IMAGES))
+            )
+            for name, rows in (held_out or {run.train_split: run.rows}).items()
+        }
 
     def _held_out(self) -> dict[str, np.ndarray]:
         """Return the image rows of each other split, without images that were trained on."""

@@ -5,8 +5,8 @@ It is started by path (`python opt_ds/train_dvae.py --store DIR --output DIR`) o
 
 The output directory is a run folder like every other (`opt_ds.training.run_folder`): run.json, a lock, metrics.jsonl
 and tensorboard/. It also has config.json and model.safetensors (`DiscreteVAE.from_pretrained`), result.json (PSNR per
-split, codebook use, time), reconstructions.png (original rows above reconstructed rows), and checkpoints/ until the run
-completes.
+split, quality beside its controls, codebook use, time), reconstructions.png (original rows above reconstructed rows), and
+checkpoints/ until the run completes.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from opt_ds.config.dvae import load_dvae_config, preset_of_file
 from opt_ds.devices import choose_device
 from opt_ds.dvae.codes import CodeExtractor, read_pixels, split_image_rows, write_missing_codes
 from opt_ds.dvae.model import DiscreteVAE, DVAEConfig
+from opt_ds.dvae.quality import quality_lines
 from opt_ds.dvae.trainer import RESULT_FILE, DVAERun, DVAETrainer, Hardware
 from opt_ds.errors import UserError
 from opt_ds.former_names import DVAE_RESULT, current_fields
@@ -42,6 +43,8 @@ _FORMER_KEYS = {
     "pictures_sha256": "images_sha256",
     **{f"config.{former}": f"config.{key}" for former, key in DVAEConfig.renamed.items()},
 }
+#: Settings that older runs do not record, with the value that those runs had.
+_ADDED = {"config.l1_weight": 0.0, "config.max_shift": 0}
 
 
 def train_dvae(
@@ -111,7 +114,8 @@ def train_dvae(
         with run_folder.lock(output):
             run = DVAERun(store, rows, train_split, config, seed, hardware, output, checkpoint_every, about)
             result = DVAETrainer(run).train()
-        _LOG.info(summary(result))
+        for line in (summary(result), *quality_lines(result["controls"])):
+            _LOG.info(line)
     if write_codes:
         write_missing_codes(store_path, CodeExtractor.from_pretrained(output, hardware.device))
     return result
@@ -196,7 +200,7 @@ def check_output(output: Path, fixed: dict[str, Any]) -> None:
     record = run_folder.read_record(output, run_folder.DVAE)
     if record is not None:
         recorded = {_FORMER_KEYS.get(key, key): value for key, value in record["fixed_settings"].items()}
-        run_folder.compare_settings(output, {**record, "fixed_settings": recorded}, fixed)
+        run_folder.compare_settings(output, {**record, "fixed_settings": _ADDED | recorded}, fixed)
         return
     own = (run_folder.LOCK_FILE, f".{run_folder.RUN_FILE}.")  # left by a launch that was killed at its start
     if output.exists() and any(not entry.name.startswith(own) for entry in output.iterdir()):

@@ -30,6 +30,7 @@ from opt_ds.evaluation.figures import (
 from opt_ds.evaluation.intervals import Measurement
 from opt_ds.evaluation.ranking import chance, recall_figures
 from opt_ds.evaluation.reading import IMAGE_INPUTS, generated_metrics, read_bits
+from opt_ds.evaluation.reranking import Reranker
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.tasks.context_counts import code_contexts, code_positions
@@ -106,30 +107,30 @@ def possible_inputs(evaluator: Evaluator, split: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """Image generator: sampling options, and the number of candidates of which the best is kept.
+    """Image generator: sampling options, and the number of candidates of which the best by the reranker is kept.
 
-    `match_probability` returns the match probability of an input and an image. It is required if there are several candidates.
+    A single image is generated without a reranker, and from inputs that it does not accept.
     """
 
     dvae: "DiscreteVAE"
     options: DecodingConfig = DEFAULT_SAMPLING
     candidates: int = 1
-    match_probability: Callable[[Sample, Image.Image], float] | None = None
+    reranker: Reranker | None = None
 
     def generate(self, runner: ModelRunner, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
         """Generate one image per sample.
 
         Returns:
-            The best candidate of each sample, uint8 [samples, 3, 64, 64]; and the match probabilities [samples,
-            candidates] in the order of generation, or None with a single candidate.
+            The best candidate of each sample, uint8 [samples, 3, 64, 64]; and the reranker's scores [samples, candidates] in
+            the order of generation, or None if there was a single candidate.
         """
+        reranker = self.reranker
+        if self.candidates == 1 or reranker is None or not all(reranker.accepts(sample.items) for sample in samples):
+            return generate_candidates(runner, self.dvae, samples, self.options, 1)[:, 0], None
         generated = generate_candidates(runner, self.dvae, samples, self.options, self.candidates)
-        if self.candidates == 1:
-            return generated[:, 0], None
-        assert self.match_probability is not None, "several candidates are compared"
         scores = np.array(
             [
-                [self.match_probability(sample, to_image(one)) for one in own]
+                [reranker.score(sample, to_image(one)) for one in own]
                 for sample, own in zip(samples, generated, strict=True)
             ]
         )
@@ -177,7 +178,7 @@ def generation_figures(
       which a generator reaches that ignores its input.
     - `clip_score`, with `clip`: of the generated images, of the true images, and of images generated from another
       sample's input.
-    - `matching`, with several candidates: mean match probability of the first candidate and of the kept one.
+    - The name of the reranker, with several candidates: its mean score of the first candidate and of the kept one.
 
     The control of the others is another sample's input, for each of its modalities.
 
@@ -206,11 +207,11 @@ def generation_figures(
     swapped = _from_others(evaluator, gallery, modalities, generator, generated, others)
     true = _pixels(evaluator, gallery)
     row: dict[str, Any] = {
-        "split": split, "inputs": inputs, "samples": len(gallery), "candidates": generator.candidates,
+        "split": split, "inputs": inputs, "samples": len(gallery), "candidates": 1 if scores is None else generator.candidates,
         "sampling": generator.options.model_dump(),
     }  # fmt: skip
-    if scores is not None:
-        row["matching"] = _matching(generator, samples, generated, scores, others)
+    if scores is not None and generator.reranker is not None:
+        row[generator.reranker.name] = _ranked(generator.reranker, samples, generated, scores, others)
     if image_embedding is not None:
         names = content_names(evaluator, gallery, IMAGE)
         same = names[:, None] == names[None, :]
@@ -250,14 +251,13 @@ def _from_others(
     return found
 
 
-def _matching(
-    generator: ImageGenerator, samples: Sequence[Sample], generated: np.ndarray, scores: np.ndarray, others: Others
+def _ranked(
+    reranker: Reranker, samples: Sequence[Sample], generated: np.ndarray, scores: np.ndarray, others: Others
 ) -> dict[str, Any]:
-    """Return the mean match probability of the first candidate and of the kept one, beside the kept ones of others."""
-    assert generator.match_probability is not None, "several candidates are compared"
+    """Return the mean score of the first candidate and of the kept one, beside the kept ones of others."""
     pairs = zip(others.places, others.others, strict=True)
     elsewhere = np.array(
-        [generator.match_probability(samples[own], to_image(generated[other])) for own, other in pairs]
+        [reranker.score(samples[own], to_image(generated[other])) for own, other in pairs]
     )
     control = {"unmatched_image": Measured(Measurement.mean(elsewhere), others.places)}
     return beside({

@@ -12,6 +12,7 @@ from opt_ds.evaluation.controls import another
 from opt_ds.evaluation.figures import FIGURES, NO_CONTROL, Control, Figure, Form, decimals, percent, read_figure
 from opt_ds.evaluation.projections import DIRECTIONS
 from opt_ds.evaluation.ranking import RANKS
+from opt_ds.evaluation.reranking import RERANKERS
 
 #: Input -> its name in tables.
 TEXT_INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
@@ -115,10 +116,10 @@ def generated_metrics(generated: Mapping[str, Any]) -> list[tuple[str, dict[str,
     if nearest := generated.get("nearest"):
         shown = {name: read_figure(nearest, name, {"chance": nearest["chance"][name]}) for name in nearest["chance"]}
         found.append((f"true image among the nearest of {generated['samples']}", shown, percent))
-    if matching := generated.get("matching"):
+    for kind in (kind for kind in RERANKERS if kind.name in generated):
         columns = {"first candidate": "first", f"best of {generated['candidates']}": "kept"}
-        shown = {column: read_figure(matching, name) for column, name in columns.items()}
-        found.append(("match probability", shown, decimals(3)))
+        shown = {column: read_figure(generated[kind.name], name) for column, name in columns.items()}
+        found.append((kind.title, shown, decimals(3)))
     if "fid" in generated:
         found.append(("Fréchet inception distance", {"FID": read_figure(generated, "fid")}, decimals(1)))
     if score := generated.get("clip_score"):

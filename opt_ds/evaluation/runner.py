@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opt_ds.abilities import LABEL, MATCH
+from opt_ds.abilities import GENERATE_IMAGES, LABEL, MATCH
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.matching import NUM_LABELS
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.model.generation import DecodingConfig, write
+from opt_ds.model.guidance import GuidedDecoder
 from opt_ds.model.opt import OPT
 from opt_ds.nn.inputs import DecoderBatch
 from opt_ds.ops.sequences import Sequences
@@ -97,6 +98,14 @@ class ModelRunner:
         if not self.config.can(ability):
             raise UserError(f"this model was trained without {loss} (tasks.{loss}.weight is 0): it cannot {what}")
 
+    def require_guidance(self) -> None:
+        """Raise UserError if the model never learned images without an input, which classifier-free guidance requires."""
+        self.require(GENERATE_IMAGES, "generate images")
+        if not self.config.tasks.modality.condition_dropout:
+            raise UserError(
+                "this model was trained without dropped conditions (tasks.modality.condition_dropout is 0): use guidance 1"
+            )
+
     def _from_all(self, values: Any, own: list[int]) -> Any:
         """Fill an array or list that holds this rank's entries with the entries of the other ranks, and return it."""
         if self.group:
@@ -136,12 +145,20 @@ class ModelRunner:
     def write_codes(self, samples: Sequence[Sample], options: DecodingConfig) -> np.ndarray:
         """Return the image codes that the image decoder generates for each sample, int64 [samples, codes per image]."""
         codes = np.empty((len(samples), self.config.model.num_image_codes), dtype=np.int64)
-        decoder, own = self.model.image_decoder, list[int]()
+        decoder = self.model.image_decoder if options.guidance == 1 else self._guided(options.guidance)
+        begin, own = self.model.image_decoder.begin_id, list[int]()
         for places, batch, hidden_te in self.batches(samples):
-            written = write(decoder, hidden_te, batch.inputs.sequences, decoder.begin_id, None, options, keys=np.array(places))
+            written = write(decoder, hidden_te, batch.inputs.sequences, begin, None, options, keys=np.array(places))
             own += places
             codes[places] = np.array(written)
         return self._from_all(codes, own)
+
+    @torch.inference_mode()
+    def _guided(self, scale: float) -> GuidedDecoder:
+        """Return the image decoder with guidance. The condition that it was trained to lack is an empty sample."""
+        self.require_guidance()
+        nothing = self.packer.pack([Sample()]).to(self.device)
+        return GuidedDecoder(self.model.image_decoder, self.model.encode(nothing.inputs), scale)
 
     @torch.inference_mode()
     def code_bits(self, samples: Sequence[Sample]) -> np.ndarray:

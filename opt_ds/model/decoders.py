@@ -25,11 +25,31 @@ class TextDecoder(AutoregressiveDecoder):
         return self.word.weight, self.bias
 
 
+class GridPosition(nn.Module):
+    """Embedding of positions in a square grid that is read row by row: one for the row plus one for the column."""
+
+    def __init__(self, side: int, width: int) -> None:
+        super().__init__()
+        self.side = side
+        self.row, self.column = nn.Embedding(side, width), nn.Embedding(side, width)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [w, e] of positions int64 [w] from 0 to side² − 1."""
+        return self.row(positions // self.side) + self.column(positions % self.side)
+
+
 class ImageDecoder(AutoregressiveDecoder):
-    """Decoder of the dVAE's codes, row by row. The first input is −1, which is not a code."""
+    """Decoder of the dVAE's codes, row by row. The first input is −1, which is not a code.
+
+    The position of an input is that of the code that is predicted from it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, config.image_decoder_layers, config.num_image_codes, config.image_codebook_size)
+        is_grid = config.image_positions == "grid"
+        position = GridPosition(config.image_grid_side, config.hidden_size) if is_grid else None
+        super().__init__(
+            config, config.image_decoder_layers, config.num_image_codes, config.image_codebook_size, position
+        )
         self.code = nn.Embedding(config.image_codebook_size + 1, config.hidden_size)  # row 0 is the start
 
     begin_id = -1

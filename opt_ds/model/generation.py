@@ -7,14 +7,14 @@ Sampling is a pure function of (seed, key of the sequence, position), so it does
 Legend: b sequences, v outputs.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from opt_ds.config.section import Section
-from opt_ds.nn.autoregressive import AutoregressiveDecoder
+from opt_ds.nn.transformer import LayerCache
 from opt_ds.ops.keyed import keyed_uniform
 from opt_ds.ops.sequences import Sequences
 
@@ -41,6 +41,13 @@ class DecodingConfig(Section):
         None, ge=1, description="Largest number of tokens or codes. None: the number of the decoder's positions."
     )
     seed: int = Field(1, ge=0, description="sample: seed of the random numbers.")
+    guidance: float = Field(
+        1.0,
+        ge=0,
+        description="Image codes: scale S of classifier-free guidance. The logits are those without a condition plus S times "
+        "their difference from those with it. 1: none. Others require a model trained with "
+        "`tasks.modality.condition_dropout`.",
+    )
 
 
 #: Default decoding of texts.
@@ -52,7 +59,9 @@ def text_decoding(beam_size: int) -> DecodingConfig:
     return DecodingConfig(method="beam" if beam_size > 1 else "greedy", beam_size=beam_size)
 
 
-def image_decoding(top_k: int, top_p: float, temperature: float, seed: int) -> DecodingConfig:
+def image_decoding(
+    top_k: int, top_p: float, temperature: float, seed: int, guidance: float = 1.0
+) -> DecodingConfig:
     """Return the options of sampling image codes.
 
     Args:
@@ -60,16 +69,33 @@ def image_decoding(top_k: int, top_p: float, temperature: float, seed: int) -> D
         top_p: Sample from the likeliest codes of this total probability; 0: only the likeliest one.
         temperature: Divides the logits.
         seed: Seed of the sampling.
+        guidance: Scale of classifier-free guidance; 1: none.
 
     Returns:
         The options.
     """
-    return DecodingConfig(method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed)
+    return DecodingConfig(
+        method="sample", top_k=top_k, top_p=max(top_p, 1e-6), temperature=temperature, seed=seed, guidance=guidance
+    )
+
+
+class IncrementalDecoder(Protocol):
+    """A decoder as generation uses it: `AutoregressiveDecoder`, or one with guidance (`opt_ds.model.guidance`)."""
+
+    @property
+    def num_positions(self) -> int:
+        """Maximum number of items."""
+
+    def start(self, memory_ue: torch.Tensor, memory: Sequences, length: int | None = None) -> list[LayerCache]:
+        """Return empty caches for sequences over the encoder's output."""
+
+    def decode(self, ids_b: torch.Tensor, position: int, caches: list[LayerCache]) -> torch.Tensor:
+        """Return the scores [b, v] of the next items."""
 
 
 @torch.inference_mode()
 def write(
-    decoder: AutoregressiveDecoder,
+    decoder: IncrementalDecoder,
     memory_ue: torch.Tensor,
     memory: Sequences,
     begin_id: int,
@@ -140,7 +166,7 @@ def sample_scores(scores_bv: torch.Tensor, uniform_b: torch.Tensor, options: Dec
 
 
 def _beam(
-    decoder: AutoregressiveDecoder,
+    decoder: IncrementalDecoder,
     memory_ue: torch.Tensor,
     memory: Sequences,
     begin_id: int,

@@ -17,15 +17,18 @@ class AutoregressiveDecoder(nn.Module, ABC):
     """Base class of the decoders.
 
     It embeds the items written so far, attends to the encoder's output and scores the next item. Subclasses supply the
-    embedding and the output projection, which are tied. `num_positions` is the maximum length of a sequence.
+    embedding and the output projection, which are tied. `num_positions` is the maximum length of a sequence. `position`
+    embeds positions int64 [w] as [w, e]; None: a table with a row per position.
     """
 
     num_positions: int
 
-    def __init__(self, config: ModelConfig, num_layers: int, num_positions: int, num_outputs: int) -> None:
+    def __init__(
+        self, config: ModelConfig, num_layers: int, num_positions: int, num_outputs: int, position: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.num_positions = num_positions
-        self.position = nn.Embedding(num_positions, config.hidden_size)
+        self.position = nn.Embedding(num_positions, config.hidden_size) if position is None else position
         self.norm = LayerNorm(config)
         self.dropout = Dropout(config.dropout)
         self.decoder = Decoder(config, num_layers)

@@ -34,6 +34,7 @@ from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError, did_you_mean
+from opt_ds.evaluation.reranking import MatchingReranker, Reranker
 from opt_ds.model.generation import DecodingConfig
 from opt_ds.serving.admission import Admission, Queue
 from opt_ds.serving.attention import word_attention
@@ -67,6 +68,7 @@ def build_app(
     allow_svg: bool = False,
     allow_further: bool = False,
     limits: Limits = _LIMITS,
+    guidance: float = 1.0,
 ) -> FastAPI:
     """Build the application for one model.
 
@@ -79,6 +81,7 @@ def build_app(
         allow_further: Whether uploads may be files of the model's further modalities, which code of other packages reads in
             this process.
         limits: Limits of connections, bodies, the queue and the fields of a request.
+        guidance: Guidance of images of requests that give none (see `DecodingConfig`).
 
     Returns:
         The application.
@@ -86,7 +89,7 @@ def build_app(
     # Types of the handlers' parameters. FastAPI validates with them and includes them in the schema.
     _Text = Annotated[str | None, Form(max_length=limits.text_characters)]  # noqa: N806
     _Count = Annotated[int, Form(ge=1, le=limits.images)]  # noqa: N806
-    default_count = min(4, limits.images)
+    default_count, default_guidance = min(4, limits.images), guidance
 
     further = session.processor.further if allow_further else ()
 
@@ -141,6 +144,7 @@ def build_app(
         audio: _Upload = None,
         count: _Count = default_count,
         seed: Annotated[int, Form(ge=0, lt=2**31)] = 1,
+        guidance: Annotated[float, Form(ge=0, le=100, allow_inf_nan=False)] = default_guidance,
     ) -> dict[str, Any]:
         others, is_former = await further_of(request), request.scope["route"].path == _FORMER_PATH
         if is_former:
@@ -148,9 +152,8 @@ def build_app(
 
         def work() -> dict[str, Any]:
             sample, notes = read(text, image, audio, others)
-            images = _generate(session, sample, count, seed)
-            if count > 1 and not session.config.can(MATCH):
-                notes.append("this model was trained without matching: the images are in the order of generation")
+            reranker = _reranker(session, sample, notes) if count > 1 else None
+            images = _generate(session, sample, count, seed, guidance, reranker)
             return {"notes": notes, "images": images, **({"pictures": images} if is_former else {})}
 
         return await queue.compute(request.receive, work)
@@ -214,10 +217,27 @@ def _describe(session: Session, neighbours: Neighbours | None, sample: Sample, a
     return answer
 
 
-def _generate(session: Session, sample: Sample, count: int, seed: int) -> list[dict[str, Any]]:
-    options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed)
+def _reranker(session: Session, sample: Sample, notes: list[str]) -> Reranker | None:
+    """Return what orders the images of an answer, and note any other order than by match probability."""
+    try:
+        reranker = session.reranker(sample)
+    except UserError as error:
+        notes.append(f"{_FOLDERS.sub('', str(error))} (the images are in the order of generation)")
+        return None
+    if not isinstance(reranker, MatchingReranker):
+        notes.append(f"this model was trained without matching: the images are in the order of the {reranker.title}")
+    return reranker
+
+
+def _generate(
+    session: Session, sample: Sample, count: int, seed: int, guidance: float, reranker: Reranker | None
+) -> list[dict[str, Any]]:
+    """Return the images. "matching" is a match probability, or null."""
+    options = DecodingConfig(method="sample", top_k=32, temperature=0.8, seed=seed, guidance=guidance)
+    matching = isinstance(reranker, MatchingReranker)
     return [
-        {"png": _png_url(image), "matching": score} for image, score in session.generate_images(sample, count, options)
+        {"png": _png_url(image), "matching": score if matching else None}
+        for image, score in session.ranked_images(sample, count, options, reranker)
     ]
 
 

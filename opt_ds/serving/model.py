@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from opt_ds.abilities import MATCH, WRITE_TEXT
+from opt_ds.abilities import WRITE_TEXT
 from opt_ds.config import Config
 from opt_ds.data.modalities import TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
 from opt_ds.evaluation.retrieval import joined
 from opt_ds.former_names import former_arguments
-from opt_ds.model.generation import image_decoding, text_decoding
+from opt_ds.model.generation import DecodingConfig, image_decoding, text_decoding
 from opt_ds.serving.arguments import Score, check_count, check_range, check_score, choose_dtype, parse_device
 from opt_ds.serving.inputs import AudioInput, ImageInput
 from opt_ds.serving.neighbours import Neighbour, Neighbours, evaluator_of, unit_cls
@@ -138,9 +138,11 @@ class Model:
         audio: AudioInput | None = None,
         *,
         candidates: int = 1,
+        rank_by: Score | None = None,
         top_k: int = 32,
         top_p: float = 1.0,
         temperature: float = 0.8,
+        guidance: float = 1.0,
         seed: int = 1,
     ) -> Image.Image:
         """Generate a 64 x 64 image.
@@ -149,18 +151,21 @@ class Model:
             text: Input.
             image: Input.
             audio: Input.
-            candidates: Images to generate, of which the one that matches the input best is returned. More than one
-                requires a model trained with matching.
+            candidates: Images to generate, of which the best one is returned.
+            rank_by: How they are compared. "matching": by the match probability. "likelihood": by the likelihood of `text`
+                as a caption. None: by the first of them that the model learned.
             top_k: Sample each image code from this many likeliest ones; 0: from all.
             top_p: Sample each image code from the likeliest ones of this total probability.
             temperature: Divides the logits; lower values give less variation.
+            guidance: Scale of classifier-free guidance; 1: none. Others require a model trained with
+                `tasks.modality.condition_dropout`.
             seed: Equal seeds and inputs give equal images on the same hardware.
         """
-        if candidates != 1:
-            self._session.require(MATCH, f"choose the best of {candidates} candidates")
-        return self.generate_images(
-            text, image, audio, count=candidates, top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
-        )[0].image
+        check_count("candidates", candidates)
+        options = _image_options(top_k, top_p, temperature, guidance, seed)
+        sample = self._read(text, image, audio)
+        reranker = self._session.reranker(sample, rank_by) if candidates > 1 else None
+        return self._session.ranked_images(sample, candidates, options, reranker)[0][0]
 
     def generate_images(
         self,
@@ -172,6 +177,7 @@ class Model:
         top_k: int = 32,
         top_p: float = 1.0,
         temperature: float = 0.8,
+        guidance: float = 1.0,
         seed: int = 1,
     ) -> list[GeneratedImage]:
         """Generate `count` images of 64 x 64 pixels, best match first.
@@ -187,14 +193,12 @@ class Model:
             top_k: Sample each image code from this many likeliest ones; 0: from all.
             top_p: Sample each image code from the likeliest ones of this total probability.
             temperature: Divides the logits; lower values give less variation.
+            guidance: Scale of classifier-free guidance; 1: none. Others require a model trained with
+                `tasks.modality.condition_dropout`.
             seed: Equal seeds and inputs give equal images on the same hardware.
         """
-        check_count("candidates or count", count)
-        check_range("top_k", top_k, 0, None)
-        check_range("top_p", top_p, 0, 1)
-        check_range("temperature", temperature, 1e-3, None)
-        check_range("seed", seed, 0, _MAX_SEED)
-        options = image_decoding(top_k, top_p, temperature, seed)
+        check_count("count", count)
+        options = _image_options(top_k, top_p, temperature, guidance, seed)
         found = self._session.generate_images(self._read(text, image, audio), count, options)
         return [GeneratedImage(generated, probability) for generated, probability in found]
 
@@ -383,6 +387,16 @@ def load_model(
     for parameter in session.model.parameters():  # Not the buffers: features are standardised in fp32, as in training.
         parameter.data = parameter.data.to(dtype)
     return Model(session)
+
+
+def _image_options(top_k: int, top_p: float, temperature: float, guidance: float, seed: int) -> DecodingConfig:
+    """Return the options of the image decoder. Raise UserError for a value outside its range."""
+    check_range("top_k", top_k, 0, None)
+    check_range("top_p", top_p, 0, 1)
+    check_range("temperature", temperature, 1e-3, None)
+    check_range("guidance", guidance, 0, None)
+    check_range("seed", seed, 0, _MAX_SEED)
+    return image_decoding(top_k, top_p, temperature, seed, guidance)
 
 
 def _ranked(scores: np.ndarray) -> list[Ranked]:

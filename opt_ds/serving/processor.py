@@ -209,6 +209,10 @@ class OPTProcessor:
         """The modalities that the training store had extracted from files."""
         return [name for name in self.description.extractors if name not in ("text", "codes")]
 
+    def open_extractor(self, kind: str) -> None:
+        """Build the extractor of a modality, which is otherwise built at first use. Raise UserError if it is not available."""
+        self._extractor(kind)
+
     def _extractor(self, kind: str) -> Any:
         if kind not in self._file_kinds:
             raise UserError(f"the model has no extractor of {kind}: leave the {kind} out")

@@ -18,6 +18,7 @@ from opt_ds.dvae.model import DiscreteVAE
 from opt_ds.dvae.storage import load_processor_dvae
 from opt_ds.errors import UserError
 from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING, generate_candidates, to_image
+from opt_ds.evaluation.reranking import MatchingReranker, Reranker, choose_reranker
 from opt_ds.evaluation.runner import ModelRunner
 from opt_ds.model.generation import DEFAULT_DECODING, DecodingConfig
 from opt_ds.model.opt import OPT
@@ -89,20 +90,35 @@ class Session(ModelRunner):
         self.require(WRITE_TEXT, "write text")
         return self.write_text([sample], options)[0]
 
+    def reranker(self, sample: Sample, by: str | None = None) -> Reranker:
+        """Return what compares images generated from this input. Raise UserError if nothing can (see `choose_reranker`)."""
+        return choose_reranker(self, sample.items, by)
+
     def generate_images(
         self, sample: Sample, count: int = 1, options: DecodingConfig = DEFAULT_SAMPLING
     ) -> list[tuple[Image.Image, float | None]]:
         """Return `count` sampled images of 64 × 64 pixels with their match probabilities, best first.
 
-        The probabilities are None and the order is that of generation if there is only one image, or if the matching
-        head was never trained. Raise UserError if the model never learned to generate images.
+        The probabilities are None and the order is that of generation if there is only one image, if the matching head was
+        never trained, or without text and audio. Raise UserError if the model never learned to generate images.
+        """
+        matches = count > 1 and self.config.can(MATCH) and MatchingReranker.accepts(sample.items)
+        return self.ranked_images(sample, count, options, MatchingReranker(self) if matches else None)
+
+    def ranked_images(
+        self, sample: Sample, count: int, options: DecodingConfig, reranker: Reranker | None
+    ) -> list[tuple[Image.Image, float | None]]:
+        """Return `count` sampled images of 64 × 64 pixels with the reranker's scores, best first.
+
+        Without a reranker, the scores are None and the order is that of generation. Raise UserError if the model never
+        learned to generate images.
         """
         self.require(GENERATE_IMAGES, "generate images")
         generated = generate_candidates(self, self.dvae, [sample], options, count)[0]
         images = [to_image(pixels) for pixels in generated]
-        if count == 1 or not self.config.can(MATCH):
+        if count == 1 or reranker is None:
             return [(image, None) for image in images]
-        scores = [self.match_probability(sample, image) for image in images]
+        scores = [reranker.score(sample, image) for image in images]
         return [(images[k], scores[k]) for k in sorted(range(count), key=lambda k: -scores[k])]
 
     def matching(self, sample: Sample) -> dict[str, float]:
@@ -141,6 +157,17 @@ class Session(ModelRunner):
                 raise UserError(f"{folder}: the model has no dVAE, it was trained on a store without image codes")
             self._dvae = load_processor_dvae(self.processor.folder).to(self.device).eval()
         return self._dvae
+
+    def check_image_extractor(self) -> None:
+        """Raise UserError if the model's image extractor is not available, so that generated images cannot be read."""
+        try:
+            self.processor.open_extractor("image")
+        except UserError as error:
+            raise UserError(f"generated images cannot be read: {error}") from None
+
+    def caption_log_likelihood(self, sample: Sample, image: Image.Image) -> float:
+        """Return log P(the sample's text | the image alone) by the text decoder, in nats."""
+        return float(self.text_log_likelihood([self.processor(image=image)], [sample.of(TEXT).ids])[0, 0])
 
     def match_probability(self, sample: Sample, image: Image.Image) -> float:
         """Return the match probability of the image with the sample's text and audio."""

@@ -44,10 +44,23 @@ class ModalityConfig(LossConfig):
     )
     always_drop_target: bool = Field(
         False,
-        description="Never show the reconstructed modality in the input. A sample then has one target, text or image.",
+        description="Never show the reconstructed modality in the input. A sample then has one target, text or image, and the "
+        "other one too if it is dropped by chance.",
     )
     text_target_fraction: float = Field(
-        0.5, ge=0, le=1, description="With `always_drop_target`: fraction of samples whose target is text."
+        0.5,
+        ge=0,
+        le=1,
+        description="With `always_drop_target`: fraction of samples whose target is text. The others have image targets, whose "
+        "weight is `tasks.dir.weight`.",
+    )
+    condition_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the training samples with an image target that get no input at all, so that the image "
+        "decoder also learns images without a condition. Classifier-free guidance (`--guidance`) requires it; 0.1 is usual. "
+        "Such a sample has no text target. 0: none.",
     )
 
 
@@ -128,7 +141,8 @@ class ModalityReconstruction(Task):
         ),
         Loss(
             "dir", "image_decoder.", "Denoising image reconstruction by the image decoder.",
-            settings=("image_codebook_size", "num_image_codes", "image_decoder_layers"), ability=GENERATE_IMAGES,
+            settings=("image_codebook_size", "num_image_codes", "image_positions", "image_decoder_layers"),
+            ability=GENERATE_IMAGES,
         ),
     )  # fmt: skip
     masked_modalities = (TEXT, IMAGE, AUDIO)
@@ -198,15 +212,23 @@ class ModalityReconstruction(Task):
             always[:, TEXT] = to_text
             always[:, IMAGE] = ~to_text & image_ok
         dropped = self._dropped(key, present, always)
+        to_image = image_ok & (dropped[:, IMAGE] if options.always_drop_target else True)
+        unconditional = to_image & self._unconditional(candidates, key)
         rows = sampled.input_rows[own]
-        rows[dropped] = -1
+        rows[dropped | unconditional[:, None]] = -1
         sampled.input_rows[own] = rows
         has_text_target = np.zeros(len(sampled.task), dtype=bool)
-        has_text_target[own] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True)
-        sampled.columns["has_image_target"][own] = image_ok & (
-            dropped[:, IMAGE] if options.always_drop_target else True
-        )
+        has_text_target[own] = text_ok & (dropped[:, TEXT] if options.always_drop_target else True) & ~unconditional
+        sampled.columns["has_image_target"][own] = to_image
         set_text_targets(candidates, sampled, has_text_target)
+
+    def _unconditional(self, candidates: Candidates, key: np.ndarray) -> np.ndarray:
+        """Return which samples get no input if they have an image target, bool [n]. In validation none does.
+
+        Their encoder input is [CLS] alone, whose encoding is the learned null condition.
+        """
+        probability = self.section.condition_dropout if candidates.variant < 0 else 0.0
+        return keyed_uniform(key, "no input") < probability
 
     def _dropped(self, key: np.ndarray, present: np.ndarray, always: np.ndarray) -> np.ndarray:
         """Return which modalities are dropped, bool [n, M]. At least one remains in the input."""

@@ -151,9 +151,10 @@ def check_size(model: ModelConfig, shapes: dict[str, tuple[int, ...]], where: st
     """Raise UserError if the configured model is larger than the file's tensors can fill, before it is allocated."""
     held = sum(math.prod(shape) for shape in shapes.values())
     width = model.hidden_size
+    image_positions = 2 * model.image_grid_side if model.image_positions == "grid" else model.num_image_codes
     rows = (
         model.vocab_size + model.max_text_tokens + model.image_feature_dim + model.image_num_classes + model.max_frames
-        + model.audio_stack * model.audio_feature_dim + model.image_codebook_size + model.num_image_codes
+        + model.audio_stack * model.audio_feature_dim + model.image_codebook_size + image_positions
     )  # fmt: skip
     layers = model.num_layers + model.text_decoder_layers + model.image_decoder_layers
     least = width * rows + layers * (4 * width * width + 2 * width * model.ffn_size)

@@ -52,7 +52,13 @@ _FIXED = (
     "finetune.negative_candidates", "finetune.same_group_negatives", "init.weights_sha256", "init.moments",
 )  # fmt: skip
 #: Identifying settings that older runs do not record, with the value that those runs had.
-_ADDED: dict[str, Any] = {"tasks.plugins": [], "model.plugins": [], "finetune.untrained": False}
+_ADDED: dict[str, Any] = {
+    "tasks.plugins": [],
+    "model.plugins": [],
+    "finetune.untrained": False,
+    "model.image_positions": "sequence",
+    "tasks.modality.condition_dropout": 0.0,
+}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
 

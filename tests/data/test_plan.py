@@ -13,7 +13,17 @@ from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.step_samples import StepSamples, select
 from opt_ds.data.task import tasks_of
 from opt_ds.store import FeatureStore
-from tests.tiny import MATCHING, MODALITY, TASK_NAMES, index_with, make_batches, make_config, make_model, make_store
+from tests.tiny import (
+    MATCHING,
+    MODALITY,
+    TASK_NAMES,
+    index_with,
+    make_batches,
+    make_config,
+    make_model,
+    make_store,
+    masked,
+)
 
 
 def equal(a: StepSamples, b: StepSamples) -> bool:
@@ -338,12 +348,49 @@ def test_the_target_is_always_dropped_on_request(complete: FeatureStore, ragged:
     by_chance = (0.3 - 0.09) / (1 - 0.09)  # of the two others, never both
     expected = [0.7 + 0.3 * by_chance, 0.3 + 0.7 * by_chance, by_chance]
     assert dropped.mean(0) == pytest.approx(expected, abs=0.01)
+    written = masked(complete, AUDIO)  # with one input left, each sample has one target
+    s = modality_samples(written, always_drop_target=True, text_target_fraction=0.7)
+    assert s.columns["has_image_target"].mean() == pytest.approx(0.3, abs=0.01)
+    assert (s.columns["has_image_target"] != s.columns["has_text_target"]).all()
     r = modality_samples(ragged, always_drop_target=True)
     present, left = r.source_rows >= 0, r.input_rows >= 0
     assert (present.sum(1) >= 2).all() and left.any(1).all(), "something must be left to write from"
     assert (r.columns["has_text_target"] == present[:, TEXT] & ~left[:, TEXT]).all()
     assert (r.columns["has_image_target"] == present[:, IMAGE] & ~left[:, IMAGE]).all()
     assert (r.columns["has_text_target"] | r.columns["has_image_target"]).all()
+
+
+def test_a_fraction_of_the_image_targets_has_no_input_and_the_others_stay_as_they_are(complete: FeatureStore) -> None:
+    options = {"always_drop_target": True, "text_target_fraction": 0.4}
+    before, after = modality_samples(complete, **options), modality_samples(complete, **options, condition_dropout=0.2)
+    nothing = (after.input_rows < 0).all(1)
+    image = before.columns["has_image_target"]
+    assert nothing.sum() / image.sum() == pytest.approx(0.2, abs=0.01) and not nothing[~image].any()
+    assert (after.columns["has_image_target"] == image).all() and not after.columns["has_text_target"][nothing].any()
+    assert (after.columns["text_target_length"][nothing] == 0).all()
+    assert (after.input_rows[~nothing] == before.input_rows[~nothing]).all()
+    assert (after.columns["has_text_target"] == before.columns["has_text_target"])[~nothing].all()
+    assert (after.input_positions()[nothing] == 1).all(), "[CLS] alone"
+    both = modality_samples(complete, condition_dropout=0.2)
+    nothing = (both.input_rows < 0).all(1)
+    assert nothing.mean() == pytest.approx(0.2, abs=0.01)
+    assert (both.columns["has_text_target"] == ~nothing).all(), "the text decoder never writes from nothing"
+
+
+def test_which_samples_have_no_input_depends_on_epoch_and_sample_alone(complete: FeatureStore) -> None:
+    def without_input(step: int, size: int) -> dict[tuple[int, int], bool]:
+        tasks = {"sampling_weights": {"modality": 1.0}, "modality": {"condition_dropout": 0.3}}
+        plan = PretrainingPlan(make_config(tasks=tasks, batch={"size": size}), [complete])
+        s = plan.step(step).samples
+        return {(int(s.epoch[i]), int(s.sample[i])): bool((s.input_rows[i] < 0).all()) for i in range(len(s))}
+
+    large = without_input(0, 400)
+    small = {key: value for step in range(16) for key, value in without_input(step, 25).items()}
+    assert large == small and 60 < sum(large.values()) < 180
+    assert any(large[0, number] != large[1, number] for _, number in large), "another choice in every epoch"
+    tasks = {"sampling_weights": {"modality": 1.0}, "modality": {"condition_dropout": 0.9}}
+    for step_plan in PretrainingPlan(make_config(tasks=tasks), [complete]).validation():
+        assert (step_plan.samples.input_rows >= 0).any(1).all(), "validation losses stay comparable"
 
 
 def test_without_codes_only_text_is_written(no_codes: FeatureStore) -> None:

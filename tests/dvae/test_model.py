@@ -225,3 +225,19 @@ def test_schedules_start_cool_and_end_as_configured() -> None:
     assert not plan[449].straight_through and plan[451].straight_through
     assert max(settings.learning_rate for settings in plan) <= config.learning_rate
     assert plan[-1].learning_rate < 1e-4 * config.learning_rate
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_absolute_error_is_added_with_its_weight(weight: float) -> None:
+    dvae, true = make_dvae(TINY.model_copy(update={"l1_weight": weight, "pixel_sigma": 0.2}), trained=True), images(2)
+    codes = dvae.encode(true)
+    with torch.no_grad():
+        found = dvae.decoder_losses(true, codes)
+        error = (unfold(dvae._generate(dvae.codebook_kd[codes])) - true / 255.0).double()
+        relaxed = dvae(true, 0.5, 0.0, keyed(3))
+        plain = make_dvae(TINY.model_copy(update={"pixel_sigma": 0.2}), trained=True)(true, 0.5, 0.0, keyed(3))
+    mse, mae = error.square().mean().item(), error.abs().mean().item()
+    assert found.mse.item() == pytest.approx(mse, rel=1e-5)
+    assert found.loss.item() == pytest.approx(mse / (2 * 0.2**2) + weight * mae / 0.2, rel=1e-5)
+    assert relaxed.mse.item() == plain.mse.item()
+    assert (relaxed.loss.item() > plain.loss.item() * 1.01) == (weight > 0)

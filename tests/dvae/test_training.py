@@ -51,7 +51,9 @@ def weights(output: Path) -> bytes:
     return (output / "model.safetensors").read_bytes()
 
 
-def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path, tmp_path: Path) -> None:
+def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(
+    store: Path, tmp_path: Path, logged: list[str]
+) -> None:
     result = train(store, tmp_path / "run", write_codes=True)
     opened = FeatureStore(store)
     assert inspect_store(store).failures == []
@@ -69,6 +71,11 @@ def test_a_run_writes_its_result_and_the_codes_that_the_model_gives(store: Path,
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written == result and set(written["reconstruction"]) == {"train", "valid"}
     assert written["codebook"]["codes_used"] <= 32
+    assert set(written["controls"]) == {"valid"}, "what it was trained on needs no control"
+    controls = written["controls"]["valid"]["psnr_db"]["controls"]
+    assert set(controls) == {"untrained", "jpeg", "mean_image", "another_image"}
+    shown = [line for line in logged if line.startswith("dVAE: valid, mean PSNR per image")]
+    assert len(shown) == 1 and "JPEG of as many bits" in shown[0] and "untrained (k-means)" in shown[0]
 
 
 def test_training_lowers_the_loss_of_relaxed_and_of_argmax_codes(store: Path, tmp_path: Path) -> None:
@@ -103,6 +110,51 @@ def test_a_run_that_was_cut_off_resumes_bit_equal(
 
 
 @pytest.mark.parametrize("cut", [3, 9])
+def test_images_are_shifted_by_what_seed_and_step_select_in_both_phases(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, unshifted = complete
+    seen: dict[int, np.ndarray] = {}
+    real = DVAETrainer._training_pixels
+
+    def note(self: DVAETrainer, index: np.ndarray) -> np.ndarray:
+        found = real(self, index)
+        again = seen.setdefault(self.state.step, found)
+        np.testing.assert_array_equal(found, again)
+        plain = np.stack([self.spec.store.pixels(int(row)) for row in self.spec.rows[index]])
+        moved = [not np.array_equal(a, b) for a, b in zip(found, plain, strict=True)]
+        assert any(moved) and all(np.isin(a, b).all() for a, b in zip(found, plain, strict=True)), "the image's own values"
+        return found
+
+    monkeypatch.setattr(DVAETrainer, "_training_pixels", note)
+    shifts = ("max_shift=2",)
+    train(store, tmp_path / "whole", settings=shifts)
+    assert len(seen) == 12 and weights(tmp_path / "whole") != weights(unshifted)
+    for cut in (3, 9):
+        output = tmp_path / str(cut)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(DVAETrainer, "train_step", _dying_after(cut))
+            train(store, output, settings=shifts, checkpoint_every=cut)
+        train(store, output, settings=shifts, checkpoint_every=cut)
+        assert weights(output) == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("key", ["max_shift", "l1_weight"])
+def test_a_run_that_began_before_a_setting_existed_resumes(
+    complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    store, whole = complete
+    _train_until(3, store, tmp_path / "run", monkeypatch)
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    assert record["fixed_settings"].pop(f"config.{key}") == 0
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"holds another run .config.{key} was 0(.0)? there and is 1(.0)? now"):
+        train(store, tmp_path / "run", settings=(f"{key}=1",))
+    train(store, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(whole)
+
+
 def test_a_checkpoint_in_the_former_format_resumes_bit_equal(
     complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
@@ -299,16 +351,21 @@ def _train_until(
     step: int, store: Path, output: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int | None = None
 ) -> None:
     """Train until one step after the checkpoint of `step`, like a process that is killed then."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DVAETrainer, "train_step", _dying_after(step))
+        train(store, output, checkpoint_every=checkpoint_every or step)
+
+
+def _dying_after(step: int) -> Any:
+    """A train_step that is killed one step after this one."""
     real_step = DVAETrainer.train_step
 
-    def dying_step(self: DVAETrainer):
+    def dying_step(self: DVAETrainer) -> Any:
         if self.state.step == step + 1:
             raise KeyboardInterrupt
         return real_step(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DVAETrainer, "train_step", dying_step)
-        train(store, output, checkpoint_every=checkpoint_every or step)
+    return dying_step
 
 
 def _noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:

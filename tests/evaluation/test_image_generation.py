@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from opt_ds.data.modalities import IMAGE
+from opt_ds.data.sample import Sample
 from opt_ds.dvae.model import DVAE_PRESETS, DiscreteVAE
 from opt_ds.errors import UserError
 from opt_ds.evaluation import image_networks
@@ -25,10 +27,21 @@ from opt_ds.evaluation.image_generation import (
     to_image,
 )
 from opt_ds.evaluation.image_networks import ClipScore, check_inception, frechet_inception_distance
+from opt_ds.evaluation.reranking import MatchingReranker
 from opt_ds.model.generation import DecodingConfig
 from tests.tiny import masked
 
 SAMPLING = DecodingConfig(method="sample", temperature=1.0)
+
+
+class Redness(MatchingReranker):
+    """Prefers red images. Like the matching head, it requires text or audio."""
+
+    def score(self, sample: Sample, image: Image.Image) -> float:
+        return float(np.asarray(image)[..., 0].mean()) / 255
+
+
+REDNESS = Redness(None)  # type: ignore[arg-type]  # it asks no model
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +93,47 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_candidate_that_matches_best_is_kept(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
     gallery = evaluator.samples_with("train", SUBSETS["T"], 3)
     samples = [evaluator.read(index, SUBSETS["T"]) for index in gallery]
-    redness = lambda sample, image: float(np.asarray(image)[..., 0].mean()) / 255  # noqa: E731
-    images, scores = ImageGenerator(dvae, SAMPLING, 5, redness).generate(evaluator, samples)
+    images, scores = ImageGenerator(dvae, SAMPLING, 5, REDNESS).generate(evaluator, samples)
     assert scores is not None and scores.shape == (3, 5)
     assert len(np.unique(scores)) > 5, "candidates are sampled again"
-    kept = [redness(sample, to_image(one)) for sample, one in zip(samples, images, strict=True)]
+    kept = [REDNESS.score(sample, to_image(one)) for sample, one in zip(samples, images, strict=True)]
     assert kept == pytest.approx(scores.max(1))
     alone, none = ImageGenerator(dvae, SAMPLING).generate(evaluator, samples)
     assert none is None and alone.shape == (3, 3, 64, 64)
-    assert redness(samples[0], to_image(alone[0])) == pytest.approx(scores[0, 0]), (
+    assert REDNESS.score(samples[0], to_image(alone[0])) == pytest.approx(scores[0, 0]), (
         "the first candidate is the only one's"
     )
+
+
+def test_an_input_that_cannot_be_compared_gets_a_single_image(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    samples = [evaluator.read(index, (IMAGE,)) for index in evaluator.samples_with("train", (IMAGE,), 2)]
+    images, scores = ImageGenerator(dvae, SAMPLING, 5, REDNESS).generate(evaluator, samples)
+    assert scores is None
+    np.testing.assert_array_equal(images, ImageGenerator(dvae, SAMPLING).generate(evaluator, samples)[0])
+
+
+@pytest.fixture(scope="module")
+def guided(evaluator: Evaluator) -> Evaluator:
+    """Return the same model as if it had been trained with dropped conditions."""
+    tasks = evaluator.config.tasks
+    modality = tasks.modality.model_copy(update={"condition_dropout": 0.1})
+    config = evaluator.config.model_copy(update={"tasks": tasks.model_copy(update={"modality": modality})})
+    return Evaluator(evaluator.model, config, evaluator.store)
+
+
+def test_guidance_1_is_none_and_guidance_0_ignores_the_input(evaluator: Evaluator, guided: Evaluator) -> None:
+    samples = [evaluator.read(index, SUBSETS["T+A"]) for index in evaluator.samples_with("train", SUBSETS["T+A"], 4)]
+    codes = {scale: guided.write_codes(samples, SAMPLING.model_copy(update={"guidance": scale})) for scale in (0.0, 1.0, 3.0)}
+    np.testing.assert_array_equal(codes[1.0], evaluator.write_codes(samples, SAMPLING))
+    assert (codes[3.0] != codes[1.0]).any() and (codes[0.0] != codes[1.0]).any()
+    nothing = guided.write_codes([Sample()] * 4, SAMPLING)
+    np.testing.assert_array_equal(codes[0.0], nothing)
+
+
+def test_guidance_of_a_model_that_always_had_an_input_is_refused(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
+    generator = ImageGenerator(dvae, SAMPLING.model_copy(update={"guidance": 2.0}))
+    with pytest.raises(UserError, match=r"trained without dropped conditions \(tasks.modality.condition_dropout is 0\)"):
+        generator.generate(evaluator, [Sample()])
 
 
 def test_true_images_are_their_own_nearest_and_noise_is_not(evaluator: Evaluator, dvae: DiscreteVAE) -> None:
@@ -160,10 +203,9 @@ def test_only_what_samples_have_is_generated_from(evaluator: Evaluator, without_
 def test_match_probabilities_and_the_distance_have_controls(
     evaluator: Evaluator, dvae: DiscreteVAE, inception: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    redness = lambda sample, image: float(np.asarray(image)[..., 0].mean()) / 255  # noqa: E731
     monkeypatch.setattr(image_networks, "frechet_inception_distance", lambda generated, true, weights: float(len(true)))
     found = generation_figures(
-        evaluator, "valid", "T", ImageGenerator(dvae, SAMPLING, 2, redness), 4, inception=inception
+        evaluator, "valid", "T", ImageGenerator(dvae, SAMPLING, 2, REDNESS), 4, inception=inception
     )
     matching = found["matching"]["figures"]
     assert set(matching) == {"first", "kept"} and set(matching["kept"]["controls"]) == {"unmatched_image"}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from opt_ds.data.batch import PackedBatch
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.samples import SampleReader
+from opt_ds.errors import UserError
 from opt_ds.model.opt import OPT
 from opt_ds.nn.autoregressive import AutoregressiveDecoder
 from opt_ds.nn.inputs import DecoderBatch
@@ -14,11 +15,12 @@ from opt_ds.ops.sequences import Sequences
 from opt_ds.store import FeatureStore
 from tests.tiny import make_config, make_model, make_packer, read_samples
 
-PARTS = ("text", "image")
+PARTS = ("text", "image", "image grid")  # with 2-D positions
 
 
-def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, torch.Tensor]:
-    config = make_config(model={"norm": norm}, tasks={"sampling_weights": {"modality": 1.0}}, batch={"size": 12})
+def setup(store: FeatureStore, part: str, norm: str = "post") -> tuple[OPT, PackedBatch, torch.Tensor]:
+    model = {"norm": norm, "image_positions": "grid" if part == "image grid" else "sequence"}
+    config = make_config(model=model, tasks={"sampling_weights": {"modality": 1.0}}, batch={"size": 12})
     model = make_model(config)
     batch = make_packer(config, [store]).pack(read_samples(config, [store]))
     with torch.no_grad():
@@ -27,6 +29,10 @@ def setup(store: FeatureStore, norm: str = "post") -> tuple[OPT, PackedBatch, to
 
 def decoder_of(model: OPT, part: str) -> AutoregressiveDecoder:
     return model.text_decoder if part == "text" else model.image_decoder
+
+
+def targets_of(batch: PackedBatch, part: str) -> DecoderBatch:
+    return getattr(batch.parts["modality"], part.split(" ")[0])
 
 
 def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -48,7 +54,11 @@ def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memo
             scores = scores + torch.full(scores.shape[1:], float("-inf"), dtype=torch.float64).triu(1)
         return (torch.softmax(scores, dim=-1) @ v).transpose(0, 1).flatten(1)
 
-    x = layer_norm(words[ids + shift] + w["position.weight"][: len(ids)], "norm")
+    if "position.weight" in w:
+        positions = w["position.weight"]
+    else:  # rows of the grid one below the other, each read from left to right
+        positions = torch.stack([row + column for row in w["position.row.weight"] for column in w["position.column.weight"]])
+    x = layer_norm(words[ids + shift] + positions[: len(ids)], "norm")
     stream, memory = x, memory.double()
     for i in range(len(decoder.decoder.layers)):
         at = f"decoder.layers.{i}"
@@ -78,8 +88,8 @@ def reference(decoder: AutoregressiveDecoder, norm: str, ids: torch.Tensor, memo
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("part", PARTS)
 def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str, norm: str) -> None:
-    model, batch, hidden = setup(ragged, norm)
-    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    model, batch, hidden = setup(ragged, part, norm)
+    decoder, decoder_batch = decoder_of(model, part), targets_of(batch, part)
     found = decoder.scores(decoder_batch, hidden).split(decoder_batch.sequences.lengths.tolist())
     ids = decoder_batch.input_ids.split(decoder_batch.sequences.lengths.tolist())
     memories = hidden[decoder_batch.memory_index].split(decoder_batch.memory.lengths.tolist())
@@ -92,8 +102,8 @@ def test_teacher_forced_scores_are_their_formula(ragged: FeatureStore, part: str
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("part", PARTS)
 def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureStore, part: str, norm: str) -> None:
-    model, batch, hidden = setup(ragged, norm)
-    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    model, batch, hidden = setup(ragged, part, norm)
+    decoder, decoder_batch = decoder_of(model, part), targets_of(batch, part)
     truth = decoder.scores(decoder_batch, hidden)
     caches = decoder.start(hidden[decoder_batch.memory_index], decoder_batch.memory)
     inputs, valid = decoder_batch.sequences.pad(decoder_batch.input_ids), decoder_batch.sequences.valid
@@ -106,8 +116,8 @@ def test_decoding_with_a_cache_gives_the_teacher_forced_scores(ragged: FeatureSt
 @pytest.mark.parametrize("part", PARTS)
 def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
     """A beam's survivors: sequence 2 twice, then sequence 0."""
-    model, batch, hidden = setup(ragged)
-    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    model, batch, hidden = setup(ragged, part)
+    decoder, decoder_batch = decoder_of(model, part), targets_of(batch, part)
     count = len(decoder_batch.memory)
     begin = torch.full((count,), int(decoder_batch.input_ids[0]))
     caches = decoder.start(hidden[decoder_batch.memory_index], decoder_batch.memory)
@@ -122,8 +132,8 @@ def test_a_cache_can_be_reordered(ragged: FeatureStore, part: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_written_later_is_not_seen(ragged: FeatureStore, part: str) -> None:
-    model, batch, hidden = setup(ragged)
-    decoder, decoder_batch = decoder_of(model, part), getattr(batch.parts["modality"], part)
+    model, batch, hidden = setup(ragged, part)
+    decoder, decoder_batch = decoder_of(model, part), targets_of(batch, part)
     before = decoder.scores(decoder_batch, hidden)
     last = decoder_batch.sequences.cu_seqlens[1:].long() - 1
     earlier = torch.ones(len(before), dtype=torch.bool)
@@ -166,3 +176,20 @@ def test_every_modality_and_only_the_own_sample_is_seen(complete: FeatureStore) 
         after = model.text_decoder.scores(decoder_batch, changed)
         assert not torch.allclose(after[2:4], before[2:4])
         assert torch.equal(after[:2], before[:2]) and torch.equal(after[4:], before[4:])
+
+
+def test_codes_that_form_no_square_have_no_grid() -> None:
+    with pytest.raises(UserError, match="image_positions grid requires a square number of codes, num_image_codes is 60"):
+        make_config(model={"num_image_codes": 60, "image_positions": "grid"})
+    assert make_config(model={"num_image_codes": 60}).model.image_positions == "sequence"
+
+
+def test_rows_and_columns_are_shared_and_nothing_else_changes() -> None:
+    """The grid has 8 + 8 positions, not 64; a model without it has the parameters and initial weights as ever."""
+    sequence, grid = (make_model(make_config(model={"image_positions": kind})) for kind in ("sequence", "grid"))
+    shapes = {name: tuple(value.shape) for name, value in sequence.named_parameters()}
+    other = {name: tuple(value.shape) for name, value in grid.named_parameters()}
+    assert shapes.items() - other.items() == {("image_decoder.position.weight", (64, 16))}
+    own = "image_decoder.position"
+    assert other.items() - shapes.items() == {(f"{own}.row.weight", (8, 16)), (f"{own}.column.weight", (8, 16))}
+    assert grid.image_decoder.position.row.weight.std() == pytest.approx(0.2, rel=0.2), "as every other table"

@@ -96,6 +96,14 @@ def without(session: Session, *losses: str) -> Session:
     return Session(session.model, config, session.processor)
 
 
+def with_condition_dropout(session: Session) -> Session:
+    """The same model as if it had been trained with dropped conditions."""
+    tasks = session.config.tasks
+    modality = tasks.modality.model_copy(update={"condition_dropout": 0.1})
+    config = session.config.model_copy(update={"tasks": tasks.model_copy(update={"modality": modality})})
+    return Session(session.model, config, session.processor)
+
+
 @pytest.fixture(scope="session")
 def address(session: Session, raw_store: Path) -> Iterator[str]:
     """A real server on a free port of this machine."""

@@ -20,7 +20,7 @@ from opt_ds.serving.app import build_app
 from opt_ds.serving.limits import Limits
 from opt_ds.serving.neighbours import evaluator_of
 from opt_ds.serving.session import Session
-from tests.serving.conftest import without
+from tests.serving.conftest import with_condition_dropout, without
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,23 @@ def test_images_are_generated(client: httpx.Client) -> None:
     assert answer["images"][0]["matching"] >= answer["images"][1]["matching"]
 
 
+def test_guidance_is_a_field_where_the_model_learned_it_and_otherwise_one_line(session: Session) -> None:
+    def generated(app: Any, **fields: Any) -> httpx.Response:
+        data = {"text": "a red square", "count": 1, **fields}
+        return TestClient(app, base_url="http://localhost").post("/api/generate_image", data=data)
+
+    able = with_condition_dropout(session)
+    plain, app = generated(build_app(session)).json()["images"], build_app(able)
+    assert generated(app, guidance=1).json()["images"] == generated(app).json()["images"] == plain
+    guided = generated(app, guidance=4).json()["images"]
+    assert guided != plain and generated(build_app(able, guidance=4.0)).json()["images"] == guided
+    refused = generated(build_app(session), guidance=4)
+    assert refused.status_code == 422 and "trained without dropped conditions" in refused.json()["detail"]
+    for bad in ("-1", "nan", "inf", "many"):
+        answer = generated(app, guidance=bad)
+        assert answer.status_code == 422 and answer.json()["detail"].startswith("guidance: "), answer.text
+
+
 def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Session, raw: Path) -> None:
     files = {"image": (raw / "0.png").read_bytes()}
     client = TestClient(build_app(without(session, "dtr", "matching")), base_url="http://localhost")
@@ -69,6 +86,10 @@ def test_what_was_not_learned_is_left_out_and_the_rest_is_answered(session: Sess
     generated = client.post("/api/generate_image", data={"text": "a red square", "count": 2}).json()
     assert [image["matching"] for image in generated["images"]] == [None, None]
     assert "trained without matching" in generated["notes"][0]
+    client = TestClient(build_app(without(session, "matching")), base_url="http://localhost")
+    generated = client.post("/api/generate_image", data={"text": "a red square", "count": 2}).json()
+    assert [image["matching"] for image in generated["images"]] == [None, None]
+    assert "in the order of the log likelihood of the text" in generated["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_an_allowed_host_is_a_name_alone(name: str, accepted: bool, tmp_path: Pa
         (("--to", "img", "--text", "a"), 'choose text or image (did you mean "image"?)'),
         (("--to", "text"), "no input"),
         (("--to", "text", "--image", "/nowhere.png"), "no such file"),
+        (("--to", "image", "--text", "a", "--guidance", "3"), "trained without dropped conditions"),
+        (("--to", "image", "--text", "a", "--guidance", "nan"), "--guidance"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -9,24 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from opt_ds.evaluation.reranking import ImageRater
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
-    from opt_ds.data.sample import Sample
     from opt_ds.evaluation.evaluator import Evaluator
-
-
-class ImageRater(Protocol):
-    """Evaluates images with the image extractor of the evaluated model."""
-
-    def match_probability(self, sample: "Sample", image: "Image.Image") -> float:
-        """Return the match probability of the image with the sample's text and audio."""
-
-    def image_embedding(self, image: "Image.Image") -> "np.ndarray":
-        """Return the embedding (feature vector) of an image."""
 
 
 @dataclass(frozen=True)

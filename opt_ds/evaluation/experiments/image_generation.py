@@ -1,16 +1,18 @@
 """Experiment: bits per image code, and metrics and a grid of images generated from text and audio."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from opt_ds.abilities import GENERATE_IMAGES, MATCH
+from opt_ds.abilities import GENERATE_IMAGES
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.dvae.model import DiscreteVAE
 from opt_ds.dvae.storage import load_store_dvae
 from opt_ds.errors import UserError
-from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
 from opt_ds.evaluation.image_generation import (
     ImageGenerator,
@@ -21,7 +23,12 @@ from opt_ds.evaluation.image_generation import (
 )
 from opt_ds.evaluation.image_grid import draw_image_grid
 from opt_ds.evaluation.image_networks import ClipScore, check_inception
+from opt_ds.evaluation.reading import IMAGE_INPUTS
+from opt_ds.evaluation.reranking import ImageRater, Reranker, choose_reranker
+from opt_ds.log import ON_STDERR
 from opt_ds.model.generation import image_decoding
+
+_LOG = logging.getLogger(__name__)
 
 
 class ImageGeneration(Experiment):
@@ -41,9 +48,11 @@ class ImageGeneration(Experiment):
         images: int,
         generate: int,
         candidates: int,
+        rank_by: str | None,
         top_k: int,
         top_p: float,
         temperature: float,
+        guidance: float,
         inception: Path | None,
         clip: Path | None,
         image_weights: Path | None,
@@ -56,10 +65,12 @@ class ImageGeneration(Experiment):
             dvae: Folder of the dVAE. None: the one that made the store's image codes.
             images: Number of rows of the image grid; 0: no grid.
             generate: Number of samples to generate images for; 0: none.
-            candidates: Images generated per sample, of which the best match is kept.
+            candidates: Images generated per sample, of which the best one is kept.
+            rank_by: Name of the reranker that compares them. None: the first one that the model learned.
             top_k: Sampling option.
             top_p: Sampling option.
             temperature: Sampling option.
+            guidance: Sampling option.
             inception: Weights of Inception-v3 for the FID. None: no FID.
             clip: Folder of a CLIP model for the CLIP score. None: no CLIP score.
             image_weights: Weights of the image extractor. None: its package includes them.
@@ -72,7 +83,9 @@ class ImageGeneration(Experiment):
         """
         evaluator, split, seed = request.evaluator, request.split, request.seed
         generates = images > 0 or generate > 0
-        _check_possible(evaluator, generates, candidates)
+        _check_possible(evaluator, generates)
+        if generates and guidance != 1:
+            evaluator.require_guidance()
         if inception is not None:
             check_inception(inception)
         if clip is not None:
@@ -81,8 +94,11 @@ class ImageGeneration(Experiment):
         rater = generator = None
         if generates:
             rater = request.open_rater(image_weights)
-            options = image_decoding(top_k, top_p, temperature, seed)
-            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, rater.match_probability)
+            if generate:
+                _check_extractor(rater)
+            reranker = _reranker(rater, inputs, rank_by) if candidates > 1 else None
+            options = image_decoding(top_k, top_p, temperature, seed, guidance)
+            generator = ImageGenerator(open_dvae(evaluator, dvae), options, candidates, reranker)
         figures: dict[str, Any] = {name: bits_per_code(evaluator, split, name, limit, seed) for name in inputs}
         if generator is not None and rater is not None and generate:
             count = min(generate, limit or generate)
@@ -111,10 +127,26 @@ def open_dvae(evaluator: Evaluator, folder: Path | None) -> DiscreteVAE:
     return dvae.to(evaluator.device)
 
 
-def _check_possible(evaluator: Evaluator, generates: bool, candidates: int) -> None:
+def _check_extractor(rater: ImageRater) -> None:
+    """Raise UserError if generated images cannot be compared with true ones, before any is generated."""
+    try:
+        rater.check_image_extractor()
+    except UserError as error:
+        raise UserError(f"{error}, or use --generate 0 to measure bits per code and draw the image grid only") from None
+
+
+def _reranker(rater: ImageRater, inputs: Sequence[str], by: str | None) -> Reranker:
+    """Return what compares the candidates. Log the inputs that it cannot be applied to."""
+    modalities = {modality for name in inputs for modality in SUBSETS[name]}
+    reranker = choose_reranker(rater, modalities, by)
+    for name in (name for name in inputs if not reranker.accepts(SUBSETS[name])):
+        kept = f"{reranker.name} cannot compare images with this input, a single one is generated"
+        _LOG.info(f"note: {IMAGE_INPUTS[name]}: {kept}", extra=ON_STDERR)
+    return reranker
+
+
+def _check_possible(evaluator: Evaluator, generates: bool) -> None:
     store = evaluator.store
-    if generates and candidates > 1:
-        evaluator.require(MATCH, "choose the best of several images: use --candidates 1")
     if not store.has_codes:
         raise UserError(f"store {store.path}: it has no image codes: write them with opt-ds train-dvae --store {store.path}")
     if generates and not store.has_pixels:
