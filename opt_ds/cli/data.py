@@ -94,6 +94,13 @@ class ImageOptions:
             "must have."
         ),
     ] = None
+    image_labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes of the regions for MRC: kmeans:K finds K clusters of the train split's features; the folder of a "
+            "store or run takes its clusters. Default: the extractor's classes."
+        ),
+    ] = None
     image_min_side: Annotated[
         int, typer.Option(help="faster_rcnn: length of the scaled image's shorter side, in pixels.", min=1)
     ] = 600

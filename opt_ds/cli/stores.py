@@ -182,7 +182,10 @@ def update(
     store: _Store,
     modality: Annotated[
         str,
-        typer.Option(help="Modality to add or replace: text, image, audio, codes, or a further modality with its --extractor."),
+        typer.Option(
+            help="What to add or replace: text, image, audio, codes, image_labels (classes of the regions by k-means), or a "
+            "further modality with its --extractor."
+        ),
     ],
     manifest: Annotated[
         Path | None,
@@ -194,8 +197,8 @@ def update(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; or the name of an "
-            "installed package's, or module:Class."
+            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; image_labels: "
+            "kmeans:K or the folder of a store; or the name of an installed package's, or module:Class."
         ),
     ] = None,
     extractor_option: ExtractorOption = None,
@@ -215,9 +218,10 @@ def update(
     reading: ReadingOptions,
 ) -> None:
     """Add or replace one modality of a store. The features of the others are kept."""
+    from opt_ds.store.clusters import IMAGE_LABELS
     from opt_ds.store.schema import load_description
 
-    known: tuple[str, ...] = ("text", "image", "audio", "codes")
+    known: tuple[str, ...] = ("text", "image", "audio", "codes", IMAGE_LABELS)
     if modality not in known and extractor is None and not did_you_mean(modality, known):
         known += tuple(load_description(store).further)
     if modality not in known and extractor is None:
@@ -225,6 +229,13 @@ def update(
             f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}, or name the '
             "--extractor of a new one"
         )
+    if modality == IMAGE_LABELS:
+        from opt_ds.ingest.image_labels import update_image_labels
+
+        if extractor is None:
+            raise UserError(f"--modality {IMAGE_LABELS}: write --extractor kmeans:K, or name a store whose clusters are taken")
+        update_image_labels(store, extractor)
+        return
     if modality == "codes":
         from opt_ds.devices import choose_device
         from opt_ds.dvae.codes import CodeExtractor, write_missing_codes

@@ -28,6 +28,8 @@ from opt_ds.store.files import file_sha256
 PLUGIN = "plugin"
 #: What extractors of a built-in modality are called in messages, and the option that names one.
 _OPTION = {"image": "--images", "audio": "--speech"}
+#: Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
+_MAY_DIFFER = ("version", "package", "precision", "trim_silence", PLUGIN)
 
 
 class Extractor(ABC):
@@ -166,6 +168,12 @@ def option_of(kind: str) -> str:
 def named_in(fingerprint: Mapping[str, Any]) -> str:
     """Return the name, or `module:Class`, of the extractor with this fingerprint."""
     return str(fingerprint.get(PLUGIN, fingerprint.get("name", "")))
+
+
+def difference(fingerprint: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return a key in which two fingerprints differ, so that the features mean something else; None if there is none."""
+    keys = sorted(fingerprint.keys() | other.keys())
+    return next((key for key in keys if key not in _MAY_DIFFER and fingerprint.get(key) != other.get(key)), None)
 
 
 def layer_number(layer: int | None, count: int, option: str) -> int | None:

@@ -31,7 +31,8 @@ _SHARED_OPTIONS = {
         "speech_overlap_s": "overlap_s",
     },
 }
-_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractors", "extractor_options"}
+# Weights, options and clusters identify a preparation by their content.
+_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractors", "extractor_options", "image_labels"}
 
 
 class PrepareSettings(Section):
@@ -60,6 +61,11 @@ class PrepareSettings(Section):
     )
     image_max_side: int = Field(
         1000, ge=1, description="faster_rcnn: largest longer side in pixels; images are scaled less then."
+    )
+    image_labels: str | None = Field(
+        None,
+        description="Classes of the regions for MRC: kmeans:K finds K clusters of the train split's features; the folder of a "
+        "store or run takes its clusters. None: the classes of the extractor, if it has any.",
     )
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
