@@ -80,7 +80,8 @@ class ImageOptions:
         str,
         typer.Option(
             help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision transformer), "
-            "hf_detector (object queries), npz (files made by one), the name of an installed package's, or module:Class."
+            "hf_detector (object queries), region_files (own features), npz (UNITER's files), the name of an installed "
+            "package's, or module:Class."
         ),
     ] = "grid"
     image_weights: Annotated[
@@ -116,8 +117,8 @@ class SpeechOptions:
     speech: Annotated[
         str,
         typer.Option(
-            help="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, the name of an "
-            "installed package's, or module:Class."
+            help="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, frame_files (own "
+            "features), the name of an installed package's, or module:Class."
         ),
     ] = "logmel"
     speech_weights: Annotated[

@@ -197,8 +197,9 @@ def update(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; image_labels: "
-            "kmeans:K or the folder of a store; or the name of an installed package's, or module:Class."
+            help="image: grid, faster_rcnn, vit, hf_detector, region_files or npz; audio: logmel, hf_speech, wav2vec2 or "
+            "frame_files; image_labels: kmeans:K or the folder of a store; or the name of an installed package's, or "
+            "module:Class."
         ),
     ] = None,
     extractor_option: ExtractorOption = None,

@@ -14,8 +14,8 @@ entry point of the group "opt_ds.features", or as `module:Class` (see `opt_ds.re
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -86,6 +86,19 @@ class Extractor(ABC):
         """Return one feature item per input; None for None."""
 
     @classmethod
+    def settle(cls, options: Any, files: Iterable[Path]) -> Any:
+        """Return the options with those set that depend on the files, such as the size of features that they have.
+
+        Args:
+            options: The options, of the class `options`.
+            files: The files that will be read, in order. Only the first ones should be opened.
+
+        Raises:
+            UserError: They cannot be set.
+        """
+        return options
+
+    @classmethod
     def options_from(cls, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options, besides paths, that build the extractor with this fingerprint again."""
         return {name: fingerprint[name] for name in cls.options.model_fields if name in fingerprint}
@@ -103,6 +116,10 @@ class ExtractorChoice:
     found: type[Extractor]
     given: str
     options: Section
+
+    def settled(self, files: Iterable[Path]) -> "ExtractorChoice":
+        """Return the choice with the options that depend on the files, see `Extractor.settle`."""
+        return replace(self, options=self.found.settle(self.options, files))
 
     def build(self, device: str) -> Extractor:
         """Build the extractor. Raise UserError if its weights are missing or do not fit."""

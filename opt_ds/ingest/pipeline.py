@@ -10,7 +10,7 @@ import logging
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _prepare(
     retry_skipped: bool,
     started: float,
 ) -> StoreDescription | None:
-    choices = {kind: settings.extractor(kind) for kind in settings.file_kinds}
+    choices = {kind: settings.extractor(kind).settled(_files(manifest, kind)) for kind in settings.file_kinds}
     named = ", ".join(choice.given for choice in choices.values())
     _LOG.info(f"device: {device}; extractors: {named}; workers: {workers}")
     extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
@@ -188,6 +188,11 @@ def _prepare(
     finish_part(facts, output, partition, seconds)
     _LOG.info(f"{output}: done; when all {partition[1]} partitions are done: opt-ds merge")
     return None
+
+
+def _files(manifest: Manifest, kind: str) -> Iterator[Path]:
+    """Yield the files of a modality in the order of the manifest."""
+    yield from (manifest.folder / name for line in manifest.lines if (name := line.file(kind)) is not None)
 
 
 def _label_source(

@@ -43,8 +43,8 @@ class PrepareSettings(Section):
     images: str = Field(
         "grid",
         description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision "
-        "transformer), hf_detector (object queries), npz (files made by one), the name of an installed package's (entry "
-        "points `opt_ds.features`), or `module:Class`.",
+        "transformer), hf_detector (object queries), region_files (own features), npz (UNITER's files), the name of an "
+        "installed package's (entry points `opt_ds.features`), or `module:Class`.",
     )
     image_weights: Path | None = Field(
         None,
@@ -73,8 +73,8 @@ class PrepareSettings(Section):
     pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and image grids.")
     speech: str = Field(
         "logmel",
-        description="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, the name of an "
-        "installed package's, or `module:Class`.",
+        description="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, frame_files (own "
+        "features), the name of an installed package's, or `module:Class`.",
     )
     speech_weights: Path | None = Field(
         None,

@@ -70,7 +70,7 @@ def update_modality(
         store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)
         chosen_device = choose_device(device)
-        choice = settings.extractor(kind)
+        choice = settings.extractor(kind).settled(manifest_path.parent / name for name in files if name is not None)
         extractor = choice.build(chosen_device)
         fingerprint, dims = choice.complete_fingerprint(extractor), _dims(store, extractor, kind, settings)
         if kind == "audio" and settings.trim_silence:

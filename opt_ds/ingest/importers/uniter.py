@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from opt_ds.decoding.array_files import load_arrays
 from opt_ds.decoding.limits import Limits
-from opt_ds.decoding.npz_arrays import load_arrays
 from opt_ds.decoding.reasons import BrokenFileError, RefusedError
 from opt_ds.errors import UserError
 from opt_ds.ingest.manifest import visible
