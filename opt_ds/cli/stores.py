@@ -290,18 +290,28 @@ def update(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Feature store, or folder with UNITER's LMDB of image features.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new store. For an LMDB: folder for .npz files.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Feature store, folder with UNITER's LMDB of image features, or table of image features: TSV of LXMERT, Oscar "
+            "or bottom-up-attention, HDF5, safetensors or NPZ with an entry per image."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the new store. For image features: folder for .npz files.")],
     compress: Annotated[
         bool, typer.Option(help="Compress the new store with gzip, for archives. Reading is slower.")
     ] = False,
 ) -> None:
-    """Copy a store, compressed or uncompressed, or extract image features from UNITER's LMDB."""
+    """Copy a store, compressed or uncompressed, or extract the image features of a database or table."""
+    from opt_ds.ingest.importers.feature_tables import export_table
     from opt_ds.ingest.importers.uniter import export_lmdb, is_lmdb
     from opt_ds.store.convert import copy_store
 
     if is_lmdb(source):
         export_lmdb(source, output)
+        return
+    if source.is_file():
+        export_table(source, output)
         return
     description = copy_store(source, output, "gzip" if compress else None)
     size = sum(shard.bytes for shard in description.shards) / 2**20
