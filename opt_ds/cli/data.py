@@ -80,7 +80,8 @@ class ImageOptions:
         str,
         typer.Option(
             help="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision transformer), "
-            "hf_detector (object queries), npz (files made by one), the name of an installed package's, or module:Class."
+            "hf_detector (object queries), region_files (own features), npz (UNITER's files), the name of an installed "
+            "package's, or module:Class."
         ),
     ] = "grid"
     image_weights: Annotated[
@@ -92,6 +93,13 @@ class ImageOptions:
         typer.Option(
             help="grid: torchvision's name of the backbone of --image-weights, or timm/NAME. vit: the architecture that they "
             "must have."
+        ),
+    ] = None
+    image_labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes of the regions for MRC: kmeans:K finds K clusters of the train split's features; the folder of a "
+            "store or run takes its clusters. Default: the extractor's classes."
         ),
     ] = None
     image_min_side: Annotated[
@@ -109,8 +117,8 @@ class SpeechOptions:
     speech: Annotated[
         str,
         typer.Option(
-            help="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, the name of an "
-            "installed package's, or module:Class."
+            help="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, frame_files (own "
+            "features), the name of an installed package's, or module:Class."
         ),
     ] = "logmel"
     speech_weights: Annotated[

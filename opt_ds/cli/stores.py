@@ -182,7 +182,10 @@ def update(
     store: _Store,
     modality: Annotated[
         str,
-        typer.Option(help="Modality to add or replace: text, image, audio, codes, or a further modality with its --extractor."),
+        typer.Option(
+            help="What to add or replace: text, image, audio, codes, image_labels (classes of the regions by k-means), or a "
+            "further modality with its --extractor."
+        ),
     ],
     manifest: Annotated[
         Path | None,
@@ -194,8 +197,9 @@ def update(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="image: grid, faster_rcnn, vit, hf_detector or npz; audio: logmel, hf_speech or wav2vec2; or the name of an "
-            "installed package's, or module:Class."
+            help="image: grid, faster_rcnn, vit, hf_detector, region_files or npz; audio: logmel, hf_speech, wav2vec2 or "
+            "frame_files; image_labels: kmeans:K or the folder of a store; or the name of an installed package's, or "
+            "module:Class."
         ),
     ] = None,
     extractor_option: ExtractorOption = None,
@@ -215,9 +219,10 @@ def update(
     reading: ReadingOptions,
 ) -> None:
     """Add or replace one modality of a store. The features of the others are kept."""
+    from opt_ds.store.clusters import IMAGE_LABELS
     from opt_ds.store.schema import load_description
 
-    known: tuple[str, ...] = ("text", "image", "audio", "codes")
+    known: tuple[str, ...] = ("text", "image", "audio", "codes", IMAGE_LABELS)
     if modality not in known and extractor is None and not did_you_mean(modality, known):
         known += tuple(load_description(store).further)
     if modality not in known and extractor is None:
@@ -225,6 +230,13 @@ def update(
             f'--modality "{modality}": unknown{did_you_mean(modality, known)}: choose {", ".join(known)}, or name the '
             "--extractor of a new one"
         )
+    if modality == IMAGE_LABELS:
+        from opt_ds.ingest.image_labels import update_image_labels
+
+        if extractor is None:
+            raise UserError(f"--modality {IMAGE_LABELS}: write --extractor kmeans:K, or name a store whose clusters are taken")
+        update_image_labels(store, extractor)
+        return
     if modality == "codes":
         from opt_ds.devices import choose_device
         from opt_ds.dvae.codes import CodeExtractor, write_missing_codes
@@ -278,18 +290,28 @@ def update(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Feature store, or folder with UNITER's LMDB of image features.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new store. For an LMDB: folder for .npz files.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Feature store, folder with UNITER's LMDB of image features, or table of image features: TSV of LXMERT, Oscar "
+            "or bottom-up-attention, HDF5, safetensors or NPZ with an entry per image."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the new store. For image features: folder for .npz files.")],
     compress: Annotated[
         bool, typer.Option(help="Compress the new store with gzip, for archives. Reading is slower.")
     ] = False,
 ) -> None:
-    """Copy a store, compressed or uncompressed, or extract image features from UNITER's LMDB."""
+    """Copy a store, compressed or uncompressed, or extract the image features of a database or table."""
+    from opt_ds.ingest.importers.feature_tables import export_table
     from opt_ds.ingest.importers.uniter import export_lmdb, is_lmdb
     from opt_ds.store.convert import copy_store
 
     if is_lmdb(source):
         export_lmdb(source, output)
+        return
+    if source.is_file():
+        export_table(source, output)
         return
     description = copy_store(source, output, "gzip" if compress else None)
     size = sum(shard.bytes for shard in description.shards) / 2**20

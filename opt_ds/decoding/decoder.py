@@ -3,7 +3,7 @@
     decoder = Decoder(Limits(max_pixels=100_000_000))
     image = decoder.image(path).content      # RGB, upright, on white
     audio = decoder.audio(path).content      # mono float32 at 16 kHz
-    arrays = decoder.arrays(path).content    # of an .npz file
+    arrays = decoder.arrays(path).content    # of a file of array_files.py
 
 A path may also be a reference to a member of a tar (tar_members.py).
 
@@ -112,7 +112,7 @@ class Decoder:
         return self._ask("audio", path, limits, take)
 
     def arrays(self, path: Path, limits: Limits | None = None) -> Decoded[dict[str, np.ndarray]]:
-        """Return the numeric arrays of an .npz file by name."""
+        """Return the arrays of an .npz, .npy, safetensors or HDF5 file by name."""
 
         def take(child: "_Child", answer: dict[str, Any]) -> dict[str, np.ndarray]:
             arrays = {}
@@ -190,7 +190,7 @@ def own_decoder() -> Decoder:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the numeric arrays of an `.npz` file, using the decoder of this process."""
+    """Return the arrays of an `.npz`, `.npy`, safetensors or HDF5 file by name, using the decoder of this process."""
     return own_decoder().arrays(path).content
 
 

@@ -138,7 +138,7 @@ class Process:
         return {"samples": len(mono), "rate_hz": rate_hz}
 
     def _arrays(self, file: BinaryIO, limits: Limits) -> dict[str, Any]:
-        from opt_ds.decoding.npz_arrays import load_arrays
+        from opt_ds.decoding.array_files import load_arrays
 
         arrays = load_arrays(file, lambda unpacked_bytes: self._allow(limits.of_arrays(unpacked_bytes)))
         described, offset = [], 0
@@ -186,7 +186,7 @@ def _import_decoders(kind: str) -> None:
     elif kind == "audio":
         import opt_ds.decoding.audio
     else:
-        import opt_ds.decoding.npz_arrays  # noqa: F401
+        import opt_ds.decoding.array_files  # noqa: F401
 
 
 def _open(path: str) -> BinaryIO:

@@ -11,7 +11,7 @@ from opt_ds.decoding.file_kinds import SVG, format_of_content, why_not_decodable
 ACCEPTED = {
     "image": "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC, JPEG 2000 and SVG images",
     "audio": "WAV, RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3 audio files",
-    "arrays": ".npz files of numbers",
+    "arrays": ".npz, .npy, safetensors and HDF5 files of numbers",
 }
 _OWN = {"image": "image", "audio": "audio file", "arrays": "archive"}  # the last words of the names below
 #: First bytes of further kinds of content. They are not in the list of formats, as they are never supplied as image

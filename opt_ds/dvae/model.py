@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opt_ds.config.dvae import DVAE_PRESETS, DVAEConfig
-from opt_ds.dvae.kmeans import kmeans
 from opt_ds.errors import UserError
+from opt_ds.ops.kmeans import kmeans
 from opt_ds.store.dvae import CONFIG_FILE, WEIGHTS_FILE, dvae_fingerprint, read_dvae_folder
 from opt_ds.store.files import follow_umask
 from opt_ds.store.seal import seal_folder

@@ -24,6 +24,7 @@ from opt_ds.config.section import Section
 from opt_ds.errors import UserError
 from opt_ds.features import detectron2
 from opt_ds.features.extractors import load_state_dict, weights_fingerprint
+from opt_ds.features.faster_rcnn_c4 import C4Backbone, build_c4
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.schema import BOX_SIZE
 from opt_ds.weights import fit
@@ -48,7 +49,7 @@ class FasterRCNNOptions(Section):
     weights: Path | None = Field(
         None,
         description="State dict file in torchvision's layout (its own COCO models have 91 classes, Visual Genome models 1,601) "
-        "or in Detectron2's FPN layout (see detectron2.py).",
+        "or in Detectron2's FPN or C4 layout (see detectron2.py).",
     )
     min_regions: int = Field(10, ge=1, description="Smallest number of regions per image, as far as there are proposals.")
     max_regions: int = Field(100, ge=1, description="Largest number of regions per image.")
@@ -58,7 +59,7 @@ class FasterRCNNOptions(Section):
 
 
 class FasterRCNNExtractor(RegionExtractor):
-    """torchvision's Faster R-CNN on a ResNet FPN. Depth, classes and feature size are inferred from the checkpoint.
+    """torchvision's Faster R-CNN on a ResNet, with FPN or C4. Depth, classes and feature size are inferred from the checkpoint.
 
     The model runs in fp16 on a GPU and in fp32 on a CPU.
     """
@@ -77,14 +78,14 @@ class FasterRCNNExtractor(RegionExtractor):
         self._device = device
         self._weights_sha256 = weights_fingerprint(weights)
         self.num_classes = self._model.roi_heads.box_predictor.cls_score.out_features
-        self.dim = self._model.roi_heads.box_head.fc7.out_features
+        self.dim = self._model.roi_heads.box_predictor.cls_score.in_features
         self._empty = (((self.dim,), "float16"), ((BOX_SIZE,), "float32"), ((), "int16"), ((), "float16"))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint: everything that the features depend on."""
         return {
             "name": self.name,
-            "backbone": f"torchvision/{self._backbone}_fpn",
+            "backbone": f"torchvision/{self._backbone}_{'c4' if isinstance(self._model.backbone, C4Backbone) else 'fpn'}",
             "package": "torchvision",
             "version": version("torchvision"),
             "weights_sha256": self._weights_sha256,
@@ -180,18 +181,31 @@ def build_faster_rcnn(
         UserError: The state dict fits no supported detector.
     """
     foreign = detectron2.is_detectron2(state)
+    sampling_ratio = detectron2.c4_sampling_ratio(state) if detectron2.is_c4(state) else None
     if foreign:
         state = detectron2.to_torchvision(state, where)
     try:
         bottleneck = "backbone.body.layer3.0.conv3.weight" in state
         blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.body.layer3.")})
         num_classes = len(state["roi_heads.box_predictor.cls_score.bias"])
-        feature_size = len(state["roi_heads.box_head.fc7.bias"])
+        feature_size = int(state["roi_heads.box_predictor.cls_score.weight"].shape[1])
         name = _RESNETS[bottleneck, blocks]
     except KeyError as error:
         raise UserError(
             f"{where}: not a torchvision Faster R-CNN with a ResNet FPN backbone (no {error.args[0]})"
         ) from None
+    if sampling_ratio is None:
+        model = _build_fpn(name, num_classes, feature_size, min_side, max_side)
+    else:
+        model = build_c4(name, num_classes, feature_size, sampling_ratio, min_side, max_side)
+    fit(model, state, where, f"a Faster R-CNN {name}")
+    if foreign:
+        detectron2.adapt(model)
+    return model.eval(), name
+
+
+def _build_fpn(name: str, num_classes: int, feature_size: int, min_side: int, max_side: int) -> FasterRCNN:
+    """Build torchvision's Faster R-CNN FPN with random weights. The arguments are those of `build_c4`."""
     backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=0)
     head = TwoMLPHead(_FPN_CHANNELS * 7 * 7, feature_size)
     # The default predictor expects 1024-d features. It is replaced below if this checkpoint has another size.
@@ -199,7 +213,4 @@ def build_faster_rcnn(
     predictor = model.roi_heads.box_predictor
     if predictor.cls_score.in_features != feature_size:
         model.roi_heads.box_predictor = type(predictor)(feature_size, num_classes)
-    fit(model, state, where, f"a Faster R-CNN {name}")
-    if foreign:
-        detectron2.adapt(model)
-    return model.eval(), name
+    return model

@@ -14,8 +14,8 @@ entry point of the group "opt_ds.features", or as `module:Class` (see `opt_ds.re
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -28,6 +28,8 @@ from opt_ds.store.files import file_sha256
 PLUGIN = "plugin"
 #: What extractors of a built-in modality are called in messages, and the option that names one.
 _OPTION = {"image": "--images", "audio": "--speech"}
+#: Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
+_MAY_DIFFER = ("version", "package", "precision", "trim_silence", PLUGIN)
 
 
 class Extractor(ABC):
@@ -84,6 +86,19 @@ class Extractor(ABC):
         """Return one feature item per input; None for None."""
 
     @classmethod
+    def settle(cls, options: Any, files: Iterable[Path]) -> Any:
+        """Return the options with those set that depend on the files, such as the size of features that they have.
+
+        Args:
+            options: The options, of the class `options`.
+            files: The files that will be read, in order. Only the first ones should be opened.
+
+        Raises:
+            UserError: They cannot be set.
+        """
+        return options
+
+    @classmethod
     def options_from(cls, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options, besides paths, that build the extractor with this fingerprint again."""
         return {name: fingerprint[name] for name in cls.options.model_fields if name in fingerprint}
@@ -101,6 +116,10 @@ class ExtractorChoice:
     found: type[Extractor]
     given: str
     options: Section
+
+    def settled(self, files: Iterable[Path]) -> "ExtractorChoice":
+        """Return the choice with the options that depend on the files, see `Extractor.settle`."""
+        return replace(self, options=self.found.settle(self.options, files))
 
     def build(self, device: str) -> Extractor:
         """Build the extractor. Raise UserError if its weights are missing or do not fit."""
@@ -166,6 +185,12 @@ def option_of(kind: str) -> str:
 def named_in(fingerprint: Mapping[str, Any]) -> str:
     """Return the name, or `module:Class`, of the extractor with this fingerprint."""
     return str(fingerprint.get(PLUGIN, fingerprint.get("name", "")))
+
+
+def difference(fingerprint: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return a key in which two fingerprints differ, so that the features mean something else; None if there is none."""
+    keys = sorted(fingerprint.keys() | other.keys())
+    return next((key for key in keys if key not in _MAY_DIFFER and fingerprint.get(key) != other.get(key)), None)
 
 
 def layer_number(layer: int | None, count: int, option: str) -> int | None:

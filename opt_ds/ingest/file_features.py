@@ -160,8 +160,10 @@ def _image_item(feature: Any, decoded: Decoded[Any], extractor: Any, settings: P
     if (problem := image_problem(feature, extractor.dim, extractor.num_classes)) is not None:
         return Failure(f"regions cannot be stored: {problem}")
     image = decoded.content
+    # Labels by k-means are made when all features are there. The writer compares labels with the number of clusters.
+    labels = feature.labels if settings.image_labels is None else np.zeros_like(feature.labels)
     pixels = to_pixels(image) if settings.pixels and not isinstance(image, Path) else None
-    item = ImageItem(feature.features, feature.boxes, feature.labels, feature.scores, pixels)
+    item = ImageItem(feature.features, feature.boxes, labels, feature.scores, pixels)
     return Extracted(item, decoded.digest)
 
 

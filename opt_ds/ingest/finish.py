@@ -12,7 +12,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from opt_ds.errors import UserError
+from opt_ds.ingest.image_labels import label_shards
 from opt_ds.ingest.report import REPORT_FILE, build_report, report_table
+from opt_ds.store.clusters import CLUSTER_FILES, IMAGE_LABELS
 from opt_ds.store.files import atomic_file, exclusive_use, file_sha256, write_json
 from opt_ds.store.foreign import read_json_object
 from opt_ds.store.lengths import LENGTHS_FILE, draw_lengths, shard_lengths
@@ -49,6 +51,7 @@ class StoreMetadata:
     rejected: list[dict[str, str]]  # id and reason of manifest lines that are not samples
     limits: dict[str, int | None]  # max_tokens, max_frames
     further: dict[str, FurtherModality] = field(default_factory=dict)
+    image_labels: str | None = None  # `identity` of the source of region labels; None: the extractor's own
 
     def writer(self, path: Path, tokenizer_folder: Path) -> StoreWriter:
         """Create, or resume, a store at `path`."""
@@ -62,6 +65,8 @@ class StoreMetadata:
         """Return the metadata as JSON values."""
         values = {**asdict(self), "dims": self.dims.model_dump()}
         del values["further"]
+        if self.image_labels is None:  # partitions of earlier versions do not have it
+            del values["image_labels"]
         described = [[name, modality.model_dump(mode="json")] for name, modality in self.further.items()]
         return {**values, "further": described} if described else values
 
@@ -97,7 +102,11 @@ def finish_store(facts: StoreMetadata, writer: StoreWriter, output: Path, second
     write_json(output / REPORT_FILE, report)
     with atomic_file(output / LENGTHS_FILE) as temporary:
         draw_lengths(lengths, temporary, writer.units)
-    description = writer.finish(facts.num_shards)
+    labels = {}
+    if facts.image_labels is not None:
+        extractor = facts.extractors["image"]
+        labels[IMAGE_LABELS] = label_shards(writer, facts.num_shards, facts.image_labels, extractor, facts.split_names)
+    description = writer.finish(facts.num_shards, extractors=labels)
     _LOG.info(f"{output}: a feature store of {report['kept']} samples, in {seconds:.0f} s (see {REPORT_FILE}, {LENGTHS_FILE})")
     for line in report_table(report, facts.limits, writer.units):
         _LOG.info(line)
@@ -154,6 +163,8 @@ def merge_parts(output: Path) -> StoreDescription:
             parts = _complete_set(output, folders)
             facts = StoreMetadata.from_dict(parts[0]["facts"])
             writer = facts.writer(output, folders[0] / TOKENIZER_FOLDER)
+            for file in folders[0].glob(CLUSTER_FILES):
+                shutil.copyfile(file, output / file.name)
             for folder in folders:
                 _check_shards(folder)
             for folder in folders:
@@ -234,7 +245,7 @@ def _read_part(folder: Path) -> dict[str, Any]:
     part = read_json_object(folder / PART_FILE, remedy)
     kinds: dict[str, type | tuple[type, ...]] = {"index": int, "count": int, "seconds": (int, float), "facts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(part.get(name), kind)]
-    if wrong or {*part["facts"], "further"} != {field.name for field in fields(StoreMetadata)}:
+    if wrong or {*part["facts"], "further", "image_labels"} != {field.name for field in fields(StoreMetadata)}:
         raise UserError(f"{folder / PART_FILE}: damaged, field {wrong[0] if wrong else 'facts'}: {remedy}")
     return part
 

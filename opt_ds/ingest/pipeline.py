@@ -10,7 +10,7 @@ import logging
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from opt_ds.features.text import TextExtractor, copy_tokenizer, normalise_unicod
 from opt_ds.former_names import former_arguments
 from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.finish import PART_FILE, StoreMetadata, finish_part, finish_store, is_finished_part, part_folder
+from opt_ds.ingest.image_labels import LabelSource, label_source
 from opt_ds.ingest.manifest import Manifest, groups_across_splits, read_manifest
 from opt_ds.ingest.retry import forget_skipped, notice_changes, reopen, skipped_files_of_shards, skipped_files_of_store
 from opt_ds.ingest.settings import PrepareSettings
@@ -120,16 +121,15 @@ def _prepare(
     retry_skipped: bool,
     started: float,
 ) -> StoreDescription | None:
-    choices = {kind: settings.extractor(kind) for kind in settings.file_kinds}
+    choices = {kind: settings.extractor(kind).settled(_files(manifest, kind)) for kind in settings.file_kinds}
     named = ", ".join(choice.given for choice in choices.values())
     _LOG.info(f"device: {device}; extractors: {named}; workers: {workers}")
     extractors: dict[str, Any] = {kind: choice.build(device) for kind, choice in choices.items()}
-    if extractors["image"].num_classes < 2 and "image" in manifest.file_kinds:
-        _LOG.info(f"{choices['image'].given}: its image regions have no classes, so training disables MRC")
     fingerprints = {kind: choice.complete_fingerprint(extractors[kind]) for kind, choice in choices.items()}
+    labels = _label_source(manifest, settings, choices["image"].given, extractors["image"], fingerprints["image"])
     if settings.trim_silence:
         fingerprints["audio"]["trim_silence"] = True  # serving must trim the audio too
-    key = _preparation_key(manifest, settings, fingerprints)
+    key = _preparation_key(manifest, settings, fingerprints, labels)
     if (output / STORE_FILE).exists():
         description = load_description(output)
         if description.preparation_key != key:
@@ -154,7 +154,7 @@ def _prepare(
     fingerprints["text"] = text_extractor.fingerprint()
     dims = Dims(
         image_feature_dim=extractors["image"].dim,
-        image_num_classes=extractors["image"].num_classes,
+        image_num_classes=extractors["image"].num_classes if labels is None else labels.num_classes,
         audio_feature_dim=extractors["audio"].dim,
         audio_frame_rate_hz=extractors["audio"].frame_rate_hz / settings.pool_frames,
         vocab_size=text_extractor.dim,
@@ -174,8 +174,11 @@ def _prepare(
         rejected=[asdict(entry) for entry in manifest.rejected],
         limits={"max_tokens": settings.max_tokens, "max_frames": settings.max_frames},
         further={kind: extractors[kind].modality() for kind in manifest.further},
+        image_labels=None if labels is None else labels.identity,
     )
     writer = facts.writer(output, _staging(output))
+    if labels is not None and labels.clusters is not None:
+        labels.clusters.save(output)
     del extractors  # the workers build their own
     _extract_shards(manifest, choices, settings, writer, text_extractor, workers, device, strict, partition or (0, 1))
     seconds = round(time.monotonic() - started, 1)
@@ -187,7 +190,32 @@ def _prepare(
     return None
 
 
-def _preparation_key(manifest: Manifest, settings: PrepareSettings, fingerprints: dict[str, Any]) -> str:
+def _files(manifest: Manifest, kind: str) -> Iterator[Path]:
+    """Yield the files of a modality in the order of the manifest."""
+    yield from (manifest.folder / name for line in manifest.lines if (name := line.file(kind)) is not None)
+
+
+def _label_source(
+    manifest: Manifest, settings: PrepareSettings, given: str, extractor: Any, fingerprint: dict[str, Any]
+) -> LabelSource | None:
+    """Return the source of region labels; None for the classes of the extractor. Log what that means for MRC."""
+    has_images, has_classes = "image" in manifest.file_kinds, extractor.num_classes >= 2
+    if settings.image_labels is None:
+        if has_images and not has_classes:
+            _LOG.info(
+                f"{given}: its image regions have no classes, so training disables MRC (--image-labels kmeans:1024 makes some)"
+            )
+        return None
+    if not has_images:
+        raise UserError(f"--image-labels {settings.image_labels}: {manifest.path} names no images: leave it out")
+    if has_classes:
+        _LOG.warning(f"--image-labels {settings.image_labels} replaces the {extractor.num_classes} classes of {given}")
+    return label_source(settings.image_labels, "--image-labels", fingerprint, extractor.dim)
+
+
+def _preparation_key(
+    manifest: Manifest, settings: PrepareSettings, fingerprints: dict[str, Any], labels: LabelSource | None
+) -> str:
     text = None
     if settings.text is not None:
         if not settings.text.is_dir():
@@ -196,7 +224,8 @@ def _preparation_key(manifest: Manifest, settings: PrepareSettings, fingerprints
             (settings.text / name for name in ("tokenizer.json", "vocab.txt") if (settings.text / name).is_file()), None
         )
         text = file_sha256(file) if file else None
-    content = [manifest.sha256, {**settings.hashed(), "text": text}, fingerprints]
+    own = {} if labels is None else {"image_labels": labels.identity}
+    content = [manifest.sha256, {**settings.hashed(), "text": text, **own}, fingerprints]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

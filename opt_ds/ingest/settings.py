@@ -31,7 +31,8 @@ _SHARED_OPTIONS = {
         "speech_overlap_s": "overlap_s",
     },
 }
-_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractors", "extractor_options"}
+# Weights, options and clusters identify a preparation by their content.
+_IN_FINGERPRINTS = {"image_weights", "speech_weights", "extractors", "extractor_options", "image_labels"}
 
 
 class PrepareSettings(Section):
@@ -42,8 +43,8 @@ class PrepareSettings(Section):
     images: str = Field(
         "grid",
         description="Extractor of image regions: grid (cells of a classifier), faster_rcnn, vit (patches of a vision "
-        "transformer), hf_detector (object queries), npz (files made by one), the name of an installed package's (entry "
-        "points `opt_ds.features`), or `module:Class`.",
+        "transformer), hf_detector (object queries), region_files (own features), npz (UNITER's files), the name of an "
+        "installed package's (entry points `opt_ds.features`), or `module:Class`.",
     )
     image_weights: Path | None = Field(
         None,
@@ -61,14 +62,19 @@ class PrepareSettings(Section):
     image_max_side: int = Field(
         1000, ge=1, description="faster_rcnn: largest longer side in pixels; images are scaled less then."
     )
+    image_labels: str | None = Field(
+        None,
+        description="Classes of the regions for MRC: kmeans:K finds K clusters of the train split's features; the folder of a "
+        "store or run takes its clusters. None: the classes of the extractor, if it has any.",
+    )
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="Largest image, in pixels. Larger ones are refused before decoding."
     )
     pixels: bool = Field(True, description="Store each image at 64 × 64 pixels too, for the dVAE and image grids.")
     speech: str = Field(
         "logmel",
-        description="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, the name of an "
-        "installed package's, or `module:Class`.",
+        description="Extractor of audio frames: logmel, hf_speech (speech encoders of Hugging Face), wav2vec2, frame_files (own "
+        "features), the name of an installed package's, or `module:Class`.",
     )
     speech_weights: Path | None = Field(
         None,

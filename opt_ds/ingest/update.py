@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from opt_ds.devices import choose_device
 from opt_ds.errors import UserError
+from opt_ds.features.extractors import difference
 from opt_ds.features.further import FurtherExtractor
 from opt_ds.ingest.file_features import Extracted, Failure
 from opt_ds.ingest.manifest import Manifest, ManifestLine, read_manifest
 from opt_ds.ingest.report import ModalityNotes, refresh_report
 from opt_ds.ingest.settings import PrepareSettings
 from opt_ds.ingest.workers import ShardFiles, extraction
+from opt_ds.store.clusters import IMAGE_LABELS, Clusters, load_clusters, remove_other_clusters
 from opt_ds.store.files import exclusive_use
 from opt_ds.store.further import FurtherModality
 from opt_ds.store.reader import FeatureStore
@@ -45,7 +47,8 @@ def update_modality(
     """Add or replace a modality of every sample whose manifest line names such a file.
 
     The store stays valid throughout. A sample whose file cannot be read, or whose line names none, loses this modality
-    and is logged. New images remove the image codes, which `opt-ds train-dvae` makes again.
+    and is logged. New images remove the image codes, which `opt-ds train-dvae` makes again. Labels by k-means keep their
+    clusters if the extractor stays the same; another one removes them.
 
     Args:
         path: The store's folder.
@@ -67,11 +70,14 @@ def update_modality(
         store = open_store(path, with_dvae=False)
         files = _files_of_samples(store, manifest_path, kind, allow_outside)
         chosen_device = choose_device(device)
-        choice = settings.extractor(kind)
+        choice = settings.extractor(kind).settled(manifest_path.parent / name for name in files if name is not None)
         extractor = choice.build(chosen_device)
         fingerprint, dims = choice.complete_fingerprint(extractor), _dims(store, extractor, kind, settings)
         if kind == "audio" and settings.trim_silence:
             fingerprint["trim_silence"] = True
+        clusters = _kept_clusters(store, fingerprint) if kind == "image" else None
+        if clusters is not None:
+            dims = dims.model_copy(update={"image_num_classes": clusters.num_classes})
         further = {**store.description.further, kind: extractor.modality()} if isinstance(extractor, FurtherExtractor) else None
         del extractor
         shards = _shards(store, files, kind)
@@ -93,6 +99,8 @@ def update_modality(
                         f'sample "{notes.dropped[0]["id"]}": {notes.dropped[0]["reason"]} (--strict stops at the first)'
                     )
                 changed = _replace(arrays, store.description, kind, names, found, dims, further or {})
+                if clusters is not None:
+                    changed["image/labels"] = clusters.labels(changed["image/features"])
                 refuse_empty(store, shards[index].lines, changed["samples/rows"])
                 if len(changed["image/offsets"]) > 1:
                     pixels.append("image/pixels" in changed)
@@ -106,6 +114,8 @@ def update_modality(
                 }
                 if kind == "image":
                     new["extractors"].pop("codes", None)
+                    if clusters is None:
+                        new["extractors"].pop(IMAGE_LABELS, None)
                     new |= {"has_codes": False, "has_pixels": bool(pixels) and all(pixels)}
                 return new
 
@@ -119,7 +129,22 @@ def update_modality(
             _LOG.info(line)
         if kind == "image" and store.has_codes:
             _LOG.info("  the image codes were removed with the old images: write them again with opt-ds train-dvae")
+        if IMAGE_LABELS in store.description.extractors:
+            remove_other_clusters(path, description.extractors)
+            if IMAGE_LABELS not in description.extractors:
+                _LOG.info(
+                    "  the labels by k-means were removed with the features of the former extractor: make them again with "
+                    f"opt-ds update {path} --modality image_labels --extractor kmeans:K"
+                )
         return description
+
+
+def _kept_clusters(store: FeatureStore, fingerprint: Mapping[str, Any]) -> Clusters | None:
+    """Return the clusters of the store's region labels if the new images have features of the same extractor."""
+    extractors = store.description.extractors
+    if IMAGE_LABELS not in extractors or difference(extractors.get("image", {}), fingerprint) is not None:
+        return None
+    return load_clusters(store.path, extractors)
 
 
 def sample_lines(store: FeatureStore, manifest: Manifest) -> list[ManifestLine]:

@@ -48,7 +48,7 @@ class Neighbours:
 def evaluator_of(session: Session, store_path: Path) -> Evaluator:
     """Return the session's model with a store of the same tokenizer and extractors. Raise UserError if these differ."""
     store = open_store(store_path)
-    differences = fingerprint_differences(session.processor.description, store, codes=False)
+    differences = fingerprint_differences(session.processor.description, store, codes=False, labels=False)
     if differences:
         raise UserError(f"{store_path}: {'; '.join(differences)}: use the store that the model was trained on")
     return Evaluator(session.model, session.config, store, session.device)

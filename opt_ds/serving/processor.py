@@ -17,14 +17,13 @@ from opt_ds.data.sample import Sample
 from opt_ds.decoding.decoder import Decoder, DecodingError, EnvironmentFaultError
 from opt_ds.decoding.limits import Limits
 from opt_ds.errors import UserError, did_you_mean
-from opt_ds.features.extractors import PLUGIN, choose, extractor_class, named_in
+from opt_ds.features.extractors import choose, difference, extractor_class, named_in
 from opt_ds.serving.inputs import AudioInput, ImageInput, check_audio, check_image, check_text
+from opt_ds.store.clusters import IMAGE_LABELS, load_clusters
 from opt_ds.store.processor_files import load_processor_description
 from opt_ds.store.schema import MODALITIES, TOKENIZER_FOLDER
 
 _LOG = logging.getLogger(__name__)
-# Keys of a fingerprint that may differ: they change at most the last bits, or do not concern the extractor.
-_MAY_DIFFER = ("version", "package", "precision", "trim_silence", PLUGIN)
 _OPTION_OF_PREPARE = re.compile(r" \(--max-\w+\)")
 _SETTINGS = {"image": "--image-weights", "audio": "--speech-weights"}
 
@@ -73,6 +72,7 @@ class OPTProcessor:
         form = self.description.extractors["text"].get("unicode_form", "none")
         self._text = TextExtractor(folder / TOKENIZER_FOLDER, form)
         self._extractors: dict[str, Any] = {}
+        self._clusters = load_clusters(folder, self.description.extractors)
 
     def __call__(
         self,
@@ -158,6 +158,8 @@ class OPTProcessor:
         found = self._extractor("image").extract([content])[0]
         if not len(found.features):
             raise UserError("no region was found in the image: use another image")
+        if self._clusters is not None:
+            found = found._replace(labels=self._clusters.labels(found.features))
         self._add(sample, "image", found, len(found.features), "the image")
 
     def _add_audio(self, sample: Sample, audio: Path | np.ndarray) -> None:
@@ -207,7 +209,7 @@ class OPTProcessor:
     @property
     def _file_kinds(self) -> list[str]:
         """The modalities that the training store had extracted from files."""
-        return [name for name in self.description.extractors if name not in ("text", "codes")]
+        return [name for name in self.description.extractors if name not in ("text", "codes", IMAGE_LABELS)]
 
     def open_extractor(self, kind: str) -> None:
         """Build the extractor of a modality, which is otherwise built at first use. Raise UserError if it is not available."""
@@ -235,12 +237,11 @@ class OPTProcessor:
         choice = choose(kind, given, {**found.options_from(fingerprint), **options}, where)
         extractor = choice.build(self._device)
         own = choice.complete_fingerprint(extractor)
-        for key in fingerprint.keys() | own.keys():
-            if key not in _MAY_DIFFER and fingerprint.get(key) != own.get(key):
-                raise UserError(
-                    f"{kind} extractor {found.name}: its {key} is {own.get(key)}, the model was trained with "
-                    f"{fingerprint.get(key)}: use the same"
-                )
+        if (key := difference(fingerprint, own)) is not None:
+            raise UserError(
+                f"{kind} extractor {found.name}: its {key} is {own.get(key)}, the model was trained with "
+                f"{fingerprint.get(key)}: use the same"
+            )
         return extractor
 
     def _check_given(self, kind: str, name: str, weights: Path | None, needs: bool) -> None:

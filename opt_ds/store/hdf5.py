@@ -55,15 +55,15 @@ def _check_group(group: h5py.h5g.GroupID, file_size: int, prefix: str, seen: lis
         if isinstance(found, h5py.h5g.GroupID):
             _check_group(found, file_size, f"{name}/", seen)
         elif isinstance(found, h5py.h5d.DatasetID):
-            problem = _dataset_problem(found, file_size)
+            problem = dataset_problem(found, file_size)
             if problem:
                 raise UserError(f"{name}: {problem}")
         else:
             raise UserError(f"{name}: neither a group nor a dataset")
 
 
-def _dataset_problem(dataset: h5py.h5d.DatasetID, file_size: int) -> str | None:
-    """Return why a dataset is not allowed in a store; None if it is allowed.
+def dataset_problem(dataset: h5py.h5d.DatasetID, file_size: int) -> str | None:
+    """Return why a dataset is not allowed in a file of unknown origin; None if it is allowed.
 
     The order of the checks matters: reading the shape of a virtual dataset may open other files.
     """
@@ -74,7 +74,7 @@ def _dataset_problem(dataset: h5py.h5d.DatasetID, file_size: int) -> str | None:
     if properties.get_external_count():
         return "external storage: its data lie in other files"
     if layout not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED):
-        return "a storage layout that a store does not use"
+        return "a storage layout other than contiguous and chunked"
     kind = dataset.get_type().get_class()
     if kind not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
         return "a type that is neither integers nor floats"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from opt_ds.store.clusters import IMAGE_LABELS, clusters_problem
 from opt_ds.store.contents import (
     description_problems,
     index_problems,
@@ -52,8 +53,9 @@ def inspect_store(path: str | Path, *, near_duplicates: bool = True) -> Inspecti
         else:
             failures.extend(_shard_failures(path, shard, description, samples))
     failures.extend(samples.failures(description))
-    if (problem := dvae_problem(path, description)) is not None:
-        failures.append(problem)
+    for problem in (dvae_problem(path, description), clusters_problem(path, description.extractors)):
+        if problem is not None:
+            failures.append(problem)
     notes: list[str] = []
     if not failures:
         failures += statistics_problems(path, description) + index_problems(path, description)
@@ -118,6 +120,13 @@ def _shard_failures(path: Path, shard: ShardDescription, description: StoreDescr
     return failures
 
 
+def _classes(description: StoreDescription) -> str:
+    count = description.dims.image_num_classes
+    if count < 2:
+        return "none (MRC is disabled)"
+    return f"{count} clusters by k-means" if IMAGE_LABELS in description.extractors else str(count)
+
+
 def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]:
     def each(modality: str) -> str:
         rows = description.num_rows(modality)
@@ -142,7 +151,7 @@ def _summary(path: Path, description: StoreDescription) -> list[tuple[str, str]]
         ("splits", ", ".join(f"{name} {count}" for name, count in description.split_counts.items())),
         ("texts", f"{texts}, {each('text')}, vocabulary of {dims.vocab_size}"),
         ("images", f"{images}, {each('image')} of {dims.image_feature_dim} dimensions"),
-        ("image classes", str(dims.image_num_classes) if dims.image_num_classes > 1 else "none (MRC is disabled)"),
+        ("image classes", _classes(description)),
         ("audios", f"{audios}, {each('audio')} of {dims.audio_feature_dim} dimensions"),
         ("audio frame rate", f"{dims.audio_frame_rate_hz:g} Hz"),
         *((name, further(name)) for name in description.further),

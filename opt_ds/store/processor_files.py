@@ -3,6 +3,7 @@
     <folder>/processor.json       `ProcessorDescription`
     <folder>/tokenizer/           the store's tokenizer
     <folder>/dvae/                the store's dVAE, if it has image codes
+    <folder>/image_clusters-….safetensors    the clusters of its region labels, if it has them
     <folder>/opt_ds_files.json    the hashes of all these files, compared whenever one of them is read
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opt_ds.errors import UserError
+from opt_ds.store.clusters import IMAGE_LABELS, load_clusters
 from opt_ds.store.files import atomic_folder, folder_sha256, write_json
 from opt_ds.store.foreign import invalid_field, read_json_object
 from opt_ds.store.reader import FeatureStore
@@ -45,14 +47,18 @@ def copy_processor_files(store: FeatureStore, folder: Path) -> None:
         shutil.copytree(store.tokenizer_folder, temporary / TOKENIZER_FOLDER)
         if (store.path / DVAE_FOLDER).is_dir():
             shutil.copytree(store.path / DVAE_FOLDER, temporary / DVAE_FOLDER)
+        if (clusters := load_clusters(store.path, description.extractors)) is not None:
+            clusters.save(temporary)
         write_json(temporary / PROCESSOR_FILE, kept.model_dump(mode="json"))
         seal_folder(temporary)
 
 
-def fingerprint_differences(own: ProcessorDescription, store: FeatureStore, codes: bool = True) -> list[str]:
+def fingerprint_differences(
+    own: ProcessorDescription, store: FeatureStore, codes: bool = True, labels: bool = True
+) -> list[str]:
     """Return the differences, by fingerprints, of a store from what a model was trained on, each with its effect.
 
-    `codes`: compare the image codes too.
+    `codes`: compare the image codes too. `labels`: compare the clusters of region labels too.
     """
     there = store.description
     found = []
@@ -67,6 +73,9 @@ def fingerprint_differences(own: ProcessorDescription, store: FeatureStore, code
                 f"its {kind} features come from another extractor than the model's ({theirs}, not {ours}), so they mean "
                 "something else"
             )
+    clusters = own.extractors.get(IMAGE_LABELS)
+    if labels and clusters is not None and there.extractors.get(IMAGE_LABELS, clusters) != clusters:
+        found.append("its region labels are of other clusters than the model's, so MRC is measured on other classes")
     if codes and "codes" in own.extractors and store.has_codes and own.extractors["codes"] != there.extractors.get("codes"):
         found.append("its image codes come from another dVAE than the model's, so image generation is compared with other codes")
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_ds.errors import UserError
+from opt_ds.store.clusters import CLUSTER_FILES
 from opt_ds.store.foreign import read_json_object
 from opt_ds.store.index import INDEX_FILE
 from opt_ds.store.schema import DVAE_FOLDER, STORE_FILE, StoreDescription
@@ -60,6 +61,7 @@ def store_state(path: Path, description: StoreDescription) -> dict[str, Any]:
     folders = [path / description.tokenizer_folder, path / DVAE_FOLDER]
     files = [path / STORE_FILE, path / INDEX_FILE, *(path / shard.file for shard in description.shards)]
     files += [file for folder in folders for file in sorted(folder.glob("*"))]
+    files += sorted(path.glob(CLUSTER_FILES))
     stats = {str(file.relative_to(path)): file.stat() for file in files if file.exists()}
     return {
         "fingerprint": description.fingerprint,

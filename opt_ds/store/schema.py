@@ -82,7 +82,7 @@ DATASETS: dict[str, str] = {
 OPTIONAL_DATASETS = ("image/codes", "image/pixels")
 
 
-_RESERVED = (*MODALITIES, "samples", "codes")  # "codes" has an entry in `extractors`
+_RESERVED = (*MODALITIES, "samples", "codes", "image_labels")  # the last two have an entry in `extractors`
 _MAX_STORE_JSON_BYTES = 256 << 20
 _Size = Annotated[int, Field(ge=0, le=2**24)]
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from opt_ds.store.further import FurtherModality
 from opt_ds.store.index import ShardFile
-from opt_ds.store.schema import MISSING, MODALITIES, Dims, Statistics, StoreDescription, feature_dims_of
+from opt_ds.store.schema import MODALITIES, Dims, Statistics, StoreDescription, feature_dims_of
 
 TRAIN_SPLIT = "train"
 _BLOCK_ROWS = 8192
@@ -31,10 +31,7 @@ def train_sums(arrays: dict[str, np.ndarray], train_code: int | None, further: I
     rows = arrays["samples/rows"][arrays["samples/split"] == train_code]
     sums = {}
     for column, name in _with_features(further).items():
-        used = np.unique(rows[:, column])
-        used = used[used != MISSING]
-        lengths = np.diff(arrays[f"{name}/offsets"])
-        chosen = np.repeat(np.isin(np.arange(len(lengths)), used), lengths)
+        chosen = items_of_rows(rows[:, column], arrays[f"{name}/offsets"])
         features = arrays[f"{name}/features"][chosen].astype("float64")
         sums[name] = {
             "count": len(features),
@@ -42,6 +39,12 @@ def train_sums(arrays: dict[str, np.ndarray], train_code: int | None, further: I
             "square_sum": np.square(features).sum(0).tolist(),
         }
     return sums
+
+
+def items_of_rows(rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return which items of a shard are in one of these rows of their modality (-1: none), bool [items]."""
+    lengths = np.diff(offsets)
+    return np.repeat(np.isin(np.arange(len(lengths)), rows), lengths)
 
 
 def statistics_of(
@@ -62,7 +65,7 @@ def _statistics(sums: Sequence[dict[str, Any]], size: int) -> Statistics:
     zeros = np.zeros(size)
     total = np.sum([part["sum"] for part in sums], axis=0) if count else zeros
     squares = np.sum([part["square_sum"] for part in sums], axis=0) if count else zeros
-    mean, std = _of_sums(count, total, squares)
+    mean, std = mean_and_std(count, total, squares)
     return Statistics(mean=mean.tolist(), std=std.tolist(), count=count)
 
 
@@ -82,10 +85,8 @@ def statistics_problem(
     recorded, column = description.statistics[name], description.modalities.index(name)
     count, total, squares = 0, np.zeros(len(recorded.mean)), np.zeros(len(recorded.mean))
     for file in files:
-        used = np.unique(file.array("samples/rows")[:][file.array("samples/split")[:] == train_code][:, column])
-        offsets = file.array(f"{name}/offsets")[:]
-        is_used = np.isin(np.arange(len(offsets) - 1), used)
-        chosen = np.repeat(is_used, np.diff(offsets))
+        rows = file.array("samples/rows")[:][file.array("samples/split")[:] == train_code][:, column]
+        chosen = items_of_rows(rows, file.array(f"{name}/offsets")[:])
         features = file.array(f"{name}/features")
         for start in range(0, len(features), _BLOCK_ROWS):
             block = features[start : start + _BLOCK_ROWS][chosen[start : start + _BLOCK_ROWS]].astype("float64")
@@ -93,7 +94,7 @@ def statistics_problem(
         file.release_pages()
     if count != recorded.count:
         return f"statistics.{name}: over {recorded.count} vectors, the train split has {count}"
-    found = _of_sums(count, total, squares)
+    found = mean_and_std(count, total, squares)
     mean, std = np.array(recorded.mean), np.array(recorded.std)
     scale = np.sqrt(np.square(found[0]) + np.square(found[1])) + 1e-12
     off = (np.abs(mean - found[0]) > _TOLERANCE * scale) | (
@@ -102,7 +103,7 @@ def statistics_problem(
     return f"statistics.{name}: dimension {int(np.flatnonzero(off)[0])} differs from the features" if off.any() else None
 
 
-def _of_sums(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_std(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation; 0 and 1 if there are no vectors."""
     if count == 0:
         return np.zeros_like(total), np.ones_like(total)

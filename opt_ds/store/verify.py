@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from opt_ds.errors import UserError
+from opt_ds.store.clusters import clusters_problem
 from opt_ds.store.contents import (
     description_problems,
     index_problems,
@@ -46,7 +47,7 @@ def verify_store(path: str | Path, *, with_dvae: bool = True, run: Path | None =
 
     Args:
         path: The store's folder.
-        with_dvae: Check the dVAE too. False for commands that are about to replace it.
+        with_dvae: Check the dVAE and the clusters of region labels too. False for commands that may replace them.
         run: The output directory of the run that reads the store.
     """
     path = Path(path)
@@ -56,6 +57,8 @@ def verify_store(path: str | Path, *, with_dvae: bool = True, run: Path | None =
         return
     _refuse(path, description_problems(description) + tokenizer_problems(path, description))
     if with_dvae and (problem := dvae_problem(path, description)) is not None:
+        raise UserError(problem)
+    if with_dvae and (problem := clusters_problem(path, description.extractors)) is not None:
         raise UserError(problem)
     _verify_shards(path, description)
     _refuse(path, statistics_problems(path, description))

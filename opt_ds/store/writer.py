@@ -15,7 +15,7 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.store.checks import audio_problem, codes_problem, further_problem, image_problem, pixels_problem, text_problem
-from opt_ds.store.files import atomic_file, remove_leftovers, write_json
+from opt_ds.store.files import atomic_file, file_sha256, remove_leftovers, write_json
 from opt_ds.store.foreign import is_plain_name, read_json_object
 from opt_ds.store.index import ShardFile, write_index
 from opt_ds.store.schema import (
@@ -180,6 +180,24 @@ class StoreWriter:
         splits = list(self._split_codes)
         write_json(self._journal(index), _journal_of(shard, arrays, splits, notes or {}, self._train_split, self._further))
 
+    def replace_labels(self, index: int, labels: np.ndarray) -> None:
+        """Replace the classes of the image regions, int16 [R], of a written shard. Its notes are kept.
+
+        A call that was interrupted can be repeated.
+        """
+        journal = _read_journal(self._journal(index))
+        path = self.shard_file(index)
+        file = ShardFile(path)
+        if np.array_equal(file.array("image/labels")[:], labels) and file_sha256(path) == journal["shard"]["sha256"]:
+            return
+        datasets = datasets_of(self._further)
+        arrays = {name: np.asarray(file.array(name)[:]) for name in file.names()}
+        arrays["image/labels"] = labels.astype(datasets["image/labels"], copy=False)
+        with atomic_file(path) as temporary:
+            write_datasets(temporary, arrays, compression=self._compression, datasets=datasets)
+        shard = describe_shard(path, arrays, self._further)
+        write_json(self._journal(index), {**journal, "shard": shard.model_dump()})
+
     @staticmethod
     def shard_name(index: int) -> str:
         """Return the file name of a shard when it is first written."""
@@ -193,10 +211,12 @@ class StoreWriter:
         """Return the notes of a written shard, before `finish`."""
         return _read_journal(self._journal(index))["notes"]
 
-    def finish(self, num_shards: int, *, info: dict[str, Any] | None = None) -> StoreDescription:
+    def finish(
+        self, num_shards: int, *, info: dict[str, Any] | None = None, extractors: dict[str, dict[str, Any]] | None = None
+    ) -> StoreDescription:
         """Write `store.json` over shards 0..num_shards-1 and remove the journals.
 
-        All these shards must have been written.
+        All these shards must have been written. `extractors` are further fingerprints.
         """
         journals = [_read_journal(self._journal(index)) for index in range(num_shards)]
         shards = [ShardDescription(**journal["shard"]) for journal in journals]
@@ -213,7 +233,7 @@ class StoreWriter:
             has_codes=bool(with_images) and all(journal["has_codes"] for journal in with_images),
             has_pixels=bool(with_images) and all(journal["has_pixels"] for journal in with_images),
             compression=self._compression,
-            extractors=self._extractors,
+            extractors={**self._extractors, **(extractors or {})},
             tokenizer=tokenizer,
             label_names=list(self._label_codes),
             statistics=statistics_of([journal["sums"] for journal in journals], self._dims, self._further),

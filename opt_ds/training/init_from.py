@@ -238,8 +238,9 @@ def _check_extractors(start: Start, processor: Path, store: FeatureStore) -> Non
     description = load_processor_description(processor)
     shared = {kind: description.extractors.get(kind, there) for kind, there in store.description.extractors.items()}
     own = description.model_copy(update={"extractors": shared})
+    trained = start.init.trained_losses
     differences = fingerprint_differences(
-        own, store, codes=start.config.tasks.loss_for(GENERATE_IMAGES) in start.init.trained_losses
+        own, store, codes=start.config.tasks.loss_for(GENERATE_IMAGES) in trained, labels="mrc" in trained
     )
     if differences:
         raise UserError(

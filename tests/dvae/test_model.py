@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_ds.config.dvae import DVAEConfig, load_dvae_config, schedule
-from opt_ds.dvae.kmeans import kmeans, nearest
 from opt_ds.dvae.model import (
     DVAE_PRESETS,
     DiscreteVAE,
@@ -22,6 +21,7 @@ from opt_ds.dvae.model import (
     unfold,
 )
 from opt_ds.errors import UserError
+from opt_ds.ops.kmeans import kmeans, nearest
 
 TINY = DVAE_PRESETS["dvae-tiny"]
 

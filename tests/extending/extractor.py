@@ -55,6 +55,13 @@ class Colours(RegionExtractor):
         return RegionFeatures(features, self._boxes, np.zeros(count, "int16"), np.ones(count, "float16"))
 
 
+class Unlabelled(Colours):
+    """The same regions without classes."""
+
+    name = "unlabelled_colours"
+    num_classes = 0
+
+
 class LoudnessOptions(Section):
     frames_per_s: int = Field(10, ge=1, le=100, description="Frames per second.")
     bands: tuple[float, ...] = Field((0.5, 1.0), description="Factors of the loudness, one per feature.")

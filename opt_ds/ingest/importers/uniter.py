@@ -2,30 +2,26 @@
 
 import hashlib
 import io
-import logging
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from opt_ds.decoding.array_files import load_arrays
 from opt_ds.decoding.limits import Limits
-from opt_ds.decoding.npz_arrays import load_arrays
 from opt_ds.decoding.reasons import BrokenFileError, RefusedError
 from opt_ds.errors import UserError
-from opt_ds.ingest.manifest import visible
-from opt_ds.store.files import atomic_file
+from opt_ds.ingest.importers.feature_folder import FeatureFolder, is_file_name, plain_name
 
-_LOG = logging.getLogger(__name__)
 _DATABASE = "data.mdb"
 _OWN = b"__"  # prefix of metadata keys, such as __keys__, which lists the others
-_LONGEST_NAME = 200
-_SHOWN = 10
 _BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -40,40 +36,14 @@ def export_lmdb(database: Path, output: Path) -> int:
     Entries are compressed NPZ files, or msgpack of arrays, as written by UNITER's convert_imgdir.py. Others are skipped
     and logged. Return the number of files. Raise UserError if there are none.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    folder = FeatureFolder(database, output)
     names, unnamed = _names(_keys(database))
-    skipped = [f"{key!r}: its key is not UTF-8" for key in unnamed]
-    count = 0
+    for key in unnamed:
+        folder.skip(repr(key), "its key is not UTF-8")
     for key, value in _entries(database):
-        if key not in names:
-            continue
-        target = output / names[key]
-        if not target.is_file():
-            try:
-                arrays = _arrays(value)
-            except ValueError as error:
-                skipped.append(f"{key}: {error}")
-                continue
-            with atomic_file(target) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-        count += 1
-    if not count:
-        first = f"; {skipped[0]}" if skipped else ""
-        raise UserError(f"{database}: {'no entry can be used' if skipped else 'the database is empty'}{first}")
-    _LOG.info(f"{output}: {count} files; name them as image in a manifest, and give opt-ds prepare --images npz")
-    _log_left_out(names, skipped)
-    return count
-
-
-def _log_left_out(names: dict[str, str], skipped: list[str]) -> None:
-    long = {key: name for key, name in names.items() if name != _plain_name(key)}
-    if long:
-        key, name = next(iter(long.items()))
-        _LOG.info(f"  {len(long)} keys differ only by folder or ending, or are too long: they got other names: {key} is {name}")
-    if skipped:
-        _LOG.info(f"  {len(skipped)} entries left out")
-    for reason in skipped[:_SHOWN]:
-        _LOG.info(f"  left out {visible(reason)}")
+        if key in names:
+            folder.write(key, names[key], partial(_arrays, value))
+    return folder.finish("npz")
 
 
 def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
@@ -89,26 +59,17 @@ def _names(keys: Iterator[bytes]) -> tuple[dict[str, str], list[bytes]]:
             texts.append(raw.decode("utf-8"))
         except UnicodeDecodeError:
             unnamed.append(raw)
-    plain = Counter(map(_plain_name, texts))
-    names = {key: name for key in texts if plain[name := _plain_name(key)] == 1 and _is_file_name(name)}
+    plain = Counter(map(plain_name, texts))
+    names = {key: name for key in texts if plain[name := plain_name(key)] == 1 and is_file_name(name)}
     taken = set(plain)
     for key in texts:
         if key not in names:
             name = f"{quote(key, safe='')}.npz"
-            if name in taken or not _is_file_name(name):
+            if name in taken or not is_file_name(name):
                 name = f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
             names[key] = name
             taken.add(name)
     return names, unnamed
-
-
-def _is_file_name(name: str) -> bool:
-    return name != ".npz" and "\0" not in name and len(name.encode()) <= _LONGEST_NAME
-
-
-def _plain_name(key: str) -> str:
-    last = PurePosixPath(key).name
-    return f"{PurePosixPath(last).stem}.npz"
 
 
 def _keys(database: Path) -> Iterator[bytes]:

@@ -1,4 +1,6 @@
-"""Lloyd's k-means, which initialises the dVAE's codebook. It runs on the device of its input and is reproducible.
+"""Lloyd's k-means, for the dVAE's codebook and the labels of image regions. It runs on the device of its input.
+
+It is reproducible: equal vectors, threads and generators give equal centroids.
 
 Shape letters: m vectors, d values per vector, k centroids.
 """
