@@ -336,6 +336,18 @@ class Config(Section):
             )
         if self.data.store_weights is not None and min(self.data.store_weights) <= 0:
             raise ValueError("data.store_weights must hold positive weights")
+        for name, unit in self.tasks.units.items():
+            task = unit(self)
+            if not task.most_copies:
+                continue
+            if self.finetune is not None:
+                raise ValueError(f"tasks.{name}.{task.copies_key} is for pre-training: set it to 1")
+            needed = (1 + task.most_copies) * self.model.max_sequence
+            if self.batch.max_tokens < needed:
+                raise ValueError(
+                    f"batch.max_tokens {self.batch.max_tokens} cannot hold the {needed} positions of one sample's "
+                    f"{1 + task.most_copies} candidates: raise it, or lower tasks.{name}.{task.copies_key}"
+                )
         decoder = max(self.model.max_text_tokens + 1, 0) + self.model.num_image_codes
         if self.batch.max_tokens < self.model.max_sequence + decoder:
             raise ValueError(

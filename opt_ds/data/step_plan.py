@@ -11,6 +11,7 @@ Legend: B samples of a step; M modalities of the model.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import SAMPLING_BLOCK, store_quotas
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.step_samples import StepSamples, concatenate, select
+from opt_ds.data.step_samples import GROUP, StepSamples, concatenate, select
 from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import Candidates, SampledTasks, tasks_of
 from opt_ds.ops.keyed import keyed_hash, permute
@@ -48,7 +49,7 @@ class StepPlan:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples of the step."""
+        """Number of samples of the step, with copies."""
         return len(self.samples)
 
 
@@ -116,8 +117,8 @@ class Plan(ABC):
         samples = concatenate(self._validation_parts(max_samples))
         kept = np.flatnonzero(samples.task >= 0)
         return [
-            self._step_plan(place, select(samples, kept[start : start + chunk]), world_size)
-            for place, start in enumerate(range(0, len(kept), chunk))
+            self._step_plan(place, select(samples, part), world_size)
+            for place, part in enumerate(_chunks(kept, chunk, samples.columns.get(GROUP)))
         ]
 
     def has_validation(self, max_samples: int = 2**62) -> bool:
@@ -206,7 +207,8 @@ class Plan(ABC):
         source_rows = self._source_rows(store, sample)
         return Candidates(
             stores=self.stores, lengths_by_row=self._lengths, version=self.version, key=key, epoch=epoch, store=store,
-            sample=sample, source_rows=source_rows, lengths=self._input_lengths(store, source_rows), variant=variant,
+            sample=sample, source_rows=source_rows, lengths=self._input_lengths(store, source_rows),
+            copy=np.zeros(len(sample), np.int64), variant=variant,
         )  # fmt: skip
 
     def _sampled(self, task: np.ndarray, input_rows: np.ndarray) -> SampledTasks:
@@ -214,7 +216,7 @@ class Plan(ABC):
         columns: dict[str, np.ndarray] = {
             name: np.full(len(task), fill, dtype)
             for unit in self.tasks.values()
-            for name, (dtype, fill) in unit.columns.items()
+            for name, (dtype, fill) in unit.step_columns.items()
         }
         return SampledTasks(task, input_rows, columns)
 
@@ -238,7 +240,10 @@ class Plan(ABC):
         costs, flops, decoder_positions = sample_and_step_flops(self.config, self.tasks.values(), samples)
         positions = samples.input_positions() + decoder_positions
         useful = np.flatnonzero(samples.task >= 0)
-        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful])
+        groups = samples.columns[GROUP][useful] if GROUP in samples.columns else None
+        micro_batches = distribute(
+            useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful], groups
+        )
         total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
         budget = micro_batches.sizes.size * self.config.batch.max_tokens
@@ -292,6 +297,24 @@ class Plan(ABC):
     def _rows_key(self, split: str) -> list[Any]:
         """Return what `_usable` depends on besides the store."""
         return [split]
+
+
+def _chunks(kept: np.ndarray, size: int, groups: np.ndarray | None) -> list[np.ndarray]:
+    """Return the indices `kept` in parts of up to `size`. No group (see `GROUP`) is divided."""
+    if groups is None:
+        return [kept[start : start + size] for start in range(0, len(kept), size)]
+    own = groups[kept]
+    _, first, inverse = np.unique(own, return_index=True, return_inverse=True)
+    place = np.where(own < 0, np.arange(len(kept)), first[inverse])
+    order = np.argsort(place, kind="stable")  # copies follow their sample
+    kept, place = kept[order], place[order]
+    bounds = [*np.flatnonzero(np.diff(place, prepend=-1)).tolist(), len(kept)]
+    parts, begin = [], 0
+    for start, end in pairwise(bounds):
+        if end - begin > size and start > begin:
+            parts.append(kept[begin:start])
+            begin = start
+    return [*parts, kept[begin:]] if len(kept) else []
 
 
 def _chosen(samples: list[np.ndarray], limit: int, seed: int) -> list[np.ndarray]:
