@@ -54,7 +54,7 @@ _FIXED = (
 #: Identifying settings that older runs do not record, with the value that those runs had.
 _ADDED: dict[str, Any] = {
     "tasks.plugins": [], "model.plugins": [], "tasks.matching.candidates": 1, "tasks.matching.candidate_fraction": 1.0,
-    "tasks.matching.candidate_kinds": ["swap", "replace", "caption"],
+    "tasks.matching.candidate_kinds": ["swap", "replace", "caption"], "model.normalize_embedding_summands": False,
 }  # fmt: skip
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")
