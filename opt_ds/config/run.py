@@ -134,6 +134,12 @@ class TrainConfig(Section):
         None, ge=1, description="Stop after this many optimizer steps. None: stop at `schedule.total_steps`."
     )
     log_every: int = Field(10, ge=1, description="Optimizer steps between two log entries.")
+    log_gradients_every: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps between two measurements of each loss's gradient norm in the encoder (`gradients/…`). One "
+        "takes about as long as a step. 0: none.",
+    )
     validate_every: int = Field(1000, ge=1, description="Optimizer steps between two validations.")
     validate_samples: int = Field(2048, ge=1, description="Largest number of validation samples.")
     image_grid: int = Field(8, ge=0, description="Number of samples in the image grid of a validation. 0: no grid.")
@@ -329,6 +335,11 @@ class Config(Section):
             raise ValueError(
                 "evaluate.every_steps runs the model on each rank alone, which zero.stage 3 does not allow: use a lower stage, "
                 "or evaluate the checkpoints"
+            )
+        if self.train.log_gradients_every and self.zero.stage == 3:
+            raise ValueError(
+                "train.log_gradients_every runs the model on each rank alone, which zero.stage 3 does not allow: use a lower "
+                "stage, or set it to 0"
             )
         if self.data.store_weights is not None and len(self.data.store_weights) != len(self.data.stores):
             raise ValueError(

@@ -174,6 +174,10 @@ class Plan(ABC):
 
     # ---- lengths, counts, micro-batches
 
+    def losses_of(self, samples: StepSamples, indices: np.ndarray) -> list[str]:
+        """Return the active losses that have terms in the samples of a step with these indices."""
+        return [loss for loss, count in self._counts(select(samples, indices)).items() if count]
+
     def _of_store(self, store: np.ndarray, number: int) -> np.ndarray | slice:
         """Return an index of the samples of store `number`. For a single store it is a slice, which copies nothing."""
         return slice(None) if len(self.stores) == 1 else np.flatnonzero(store == number)

@@ -18,7 +18,8 @@ from opt_ds.store import FeatureStore
 from opt_ds.tasks.base import total_loss
 from opt_ds.tasks.baselines import trivial_baselines
 from opt_ds.tasks.caption_negatives import CaptionCandidate
-from tests.tiny import MATCHING, make_batches, make_config, make_model
+from opt_ds.tasks.matching_captions import candidates_term
+from tests.tiny import MATCHING, make_batches, make_config, make_model, make_packer, positions_of
 
 KINDS = ("swap", "replace", "caption")
 
@@ -213,17 +214,16 @@ def _plain_loss(config: Config, model: Any, batch: Any, store: FeatureStore, los
 
 def test_a_scorer_of_words_alone_is_at_chance_on_swapped_captions(complete: FeatureStore) -> None:
     """Equal scores are right by chance, not always, though the true caption comes first."""
-    from opt_ds.tasks.matching_captions import candidates_term
-    from tests.tiny import make_packer
-
     config = config_of(4, candidate_kinds=["swap"])
     step_plan, reader = PretrainingPlan(config, [complete]).step(0), SampleReader(config, [complete])
     members = [group for group in groups_of(step_plan).values() if len(set(_ids(reader, step_plan, group[0]))) > 2]
     samples = [reader.read(step_plan.samples, i) for group in members for i in group]
     batch = make_packer(config, [complete]).pack(samples).parts["matching"].candidates
     weight = torch.from_numpy(np.random.default_rng(0).integers(-50, 50, 40)).float()
-    first_row = np.cumsum([0, *(len(sample.items[TEXT]) + 2 + sum(len(v) for m, v in sample.items.items() if m) for sample in samples)])
-    by_position = {int(start): float(weight[sample.items[TEXT].ids].sum()) for start, sample in zip(first_row[:-1], samples, strict=True)}
+    by_position = {
+        cls: float(weight[sample.items[TEXT].ids].sum())
+        for sample, (cls, *_) in zip(samples, positions_of(samples), strict=True)
+    }
     scores = torch.tensor([by_position[position] for position in batch.index.tolist()])
     term = candidates_term(scores, batch)
     assert term.count == len(members) and term.metrics["correct"].item() == pytest.approx(len(members) / 4)
