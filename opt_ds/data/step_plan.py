@@ -8,8 +8,9 @@ for fine-tuning. The masks of a sample are decided later, by `data.samples`, fro
 Legend: B samples of a step; M modalities of the model.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,12 +36,13 @@ _BLOCK = 2**18  # samples
 class StepPlan:
     """Plan of one optimiser step.
 
-    It holds the samples, the losses' counts over the global batch, and each rank's micro-batches.
+    It holds the samples, the losses' counts and divisors over the global batch, and each rank's micro-batches.
     """
 
     step: int
     samples: StepSamples
     counts: dict[str, float]
+    divisors: dict[str, float]  # loss -> what its sum over the global batch is divided by (`tasks.reduction`)
     micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], the same number on every rank
     num_tokens: int
     packing_efficiency: float  # used positions as a fraction of the micro-batches' budget
@@ -234,11 +236,26 @@ class Plan(ABC):
 
     def _counts(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of terms of each loss over the step, summed over the tasks that compute it."""
-        counts: dict[str, float] = {}
-        for task in self.tasks.values():
-            for loss, count in task.num_terms(samples).items():
-                counts[loss] = counts.get(loss, 0.0) + count
-        return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
+        return self._summed(task.num_terms(samples) for task in self.tasks.values())
+
+    def _divisors(self, samples: StepSamples, counts: dict[str, float]) -> dict[str, float]:
+        """Return what the sum of each loss over the step is divided by: its items, its samples, or their geometric mean."""
+        reduction = self.config.tasks.reduction
+        if reduction == "item":
+            return counts
+        num_samples = self._summed(task.num_samples(samples) for task in self.tasks.values())
+        assert all(num_samples[loss] for loss, count in counts.items() if count), "num_samples counts what num_terms counts"
+        if reduction == "sample":
+            return num_samples
+        return {loss: math.sqrt(count * num_samples[loss]) for loss, count in counts.items()}
+
+    def _summed(self, parts: Iterable[dict[str, float]]) -> dict[str, float]:
+        """Return the sum of the tasks' numbers for each active loss."""
+        total: dict[str, float] = {}
+        for part in parts:
+            for loss, number in part.items():
+                total[loss] = total.get(loss, 0.0) + number
+        return {loss: float(total[loss]) for loss in self.config.tasks.active_losses}
 
     def _step_plan(self, step: int, samples: StepSamples, world_size: int) -> StepPlan:
         costs, flops, decoder_positions = sample_and_step_flops(self.config, self.tasks.values(), samples)
@@ -251,9 +268,10 @@ class Plan(ABC):
         total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
         budget = micro_batches.sizes.size * self.config.batch.max_tokens
+        counts = self._counts(samples)
         return StepPlan(
-            step, samples, self._counts(samples), micro_batches, num_tokens=total, packing_efficiency=total / budget,
-            load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
+            step, samples, counts, self._divisors(samples, counts), micro_batches, num_tokens=total,
+            packing_efficiency=total / budget, load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
         )  # fmt: skip
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:

@@ -207,6 +207,13 @@ class DataTask:
         """
         return {}
 
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of samples with terms of each of the task's losses over the step. Copies do not count.
+
+        A task whose samples may lack terms of a loss overrides this.
+        """
+        return dict.fromkeys(self.loss_names(), float((samples.task == self.number).sum()))
+
     def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the task's cost of each sample to `total`, in place. `positions` are the encoder's, float64 [B]."""
 

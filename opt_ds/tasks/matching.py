@@ -249,6 +249,10 @@ class Matching(Task):
             own &= samples.columns["matching_candidate"] <= 0
         return {"matching": float(own.sum())}
 
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of terms: each sample has one."""
+        return self.num_terms(samples)
+
     def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of one output position and the head per sample."""
         own = self.own(samples)

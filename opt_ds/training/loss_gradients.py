@@ -1,7 +1,7 @@
 """Norm of each loss's own gradient in the shared encoder: which losses decide where a step goes.
 
 The gradient of a step is the sum of the losses' gradients, and clipping scales the sum. A loss whose gradient is small
-beside the others' therefore trains the encoder slowly. The losses' weights and
+beside the others' therefore trains the encoder slowly. The losses' weights, `tasks.reduction` and
 `tasks.sampling_weights` change the ratio.
 """
 
@@ -65,7 +65,7 @@ class LossGradients:
         parameters = list(self._engine.module.encoder.parameters())
         scale = deepspeed_internals.loss_scale(self._engine)
         for loss, parts in sums.items():
-            factor = self._config.tasks.loss_weight(loss) / step_plan.counts[loss]
+            factor = self._config.tasks.loss_weight(loss) / step_plan.divisors[loss]
             found = torch.autograd.grad(terms[loss].sum * (factor * scale), parameters, retain_graph=True, allow_unused=True)
             for total, gradient in zip(parts, found, strict=True):
                 if gradient is not None:

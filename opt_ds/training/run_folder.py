@@ -55,6 +55,7 @@ _FIXED = (
 _ADDED: dict[str, Any] = {
     "tasks.plugins": [], "model.plugins": [], "tasks.matching.candidates": 1, "tasks.matching.candidate_fraction": 1.0,
     "tasks.matching.candidate_kinds": ["swap", "replace", "caption"], "model.normalize_embedding_summands": False,
+    "tasks.reduction": "item",
 }  # fmt: skip
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")

@@ -199,7 +199,7 @@ class Trainer(TrainingLoop):
         meter = self.meter
         means = meter.sums.means(self.group.sum(meter.sums.vector()))
         losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
-        total = self._weighted(losses)
+        total = meter.sums.weighted(losses, self.config.tasks)
         lr = self.config.optimizer.lr * self.config.schedule.lr_factor(self.state.step - 1)
         rates = meter.rates()
         self.state.train_seconds += meter.seconds()
@@ -269,9 +269,6 @@ class Trainer(TrainingLoop):
             self.state.validations_without_gain += 1
             patience = self.config.train.early_stopping
             self.state.stopped_early = bool(patience) and self.state.validations_without_gain >= patience
-
-    def _weighted(self, losses: dict[str, float]) -> float:
-        return sum(self.config.tasks.loss_weight(loss) * value for loss, value in losses.items())
 
     def close(self) -> None:
         """Close the threads and files of the run. This is called however the run ended."""
