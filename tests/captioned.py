@@ -8,7 +8,8 @@ import numpy as np
 
 from opt_ds.store import FeatureStore
 from opt_ds.store.schema import MISSING, Dims
-from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, save_wordpiece
+from opt_ds.store.synthetic import _random_boxes
+from opt_ds.store.tokenizer import SPECIAL_TOKENS, build_wordpiece, checked_tokenizer, save_wordpiece
 from opt_ds.store.writer import ImageItem, SampleItem, ShardContent, StoreWriter, TextItem
 
 
@@ -38,8 +39,9 @@ def captioned_store(
         content.texts.append(TextItem(np.array(ids, dtype=np.int64), text))
         if group not in image_of:
             image_of[group] = len(content.images)
-            features, boxes = rng.standard_normal((2, 8)).astype("float16"), rng.random((2, 7)).astype("float32")
-            content.images.append(ImageItem(features, boxes, np.zeros(2, np.int64), np.ones(2), None, np.zeros(64, np.int64)))
+            features = rng.standard_normal((2, 8)).astype("float16")
+            labels, scores, codes = np.zeros(2, np.int64), np.ones(2), np.zeros(64, np.int64)
+            content.images.append(ImageItem(features, _random_boxes(rng, 2), labels, scores, None, codes))
         split = "valid" if number >= len(texts) - num_valid else "train"
         rows = (number, image_of[group], MISSING)
         content.samples.append(SampleItem(f"sample{number}", rows, f"group{group}", split, []))
@@ -50,4 +52,4 @@ def captioned_store(
 
 def words_of(store: FeatureStore, ids: np.ndarray) -> str:
     """The text of WordPiece ids."""
-    return store.tokenizer().decode(ids.tolist())
+    return checked_tokenizer(store.tokenizer_folder).decode(ids.tolist())

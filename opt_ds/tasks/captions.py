@@ -131,13 +131,9 @@ class Captions:
         """Return how many of the four new pairs of neighbours some caption has, for swaps of words i < j."""
         own, i, j = np.concatenate([[_EDGE], hashes, [_EDGE]]), i + 1, j + 1
         one, other, adjacent = own[i], own[j], j == i + 1
-        pairs = (
-            (own[i - 1], other),
-            (other, np.where(adjacent, one, own[i + 1])),
-            (np.where(adjacent, other, own[j - 1]), one),
-            (one, own[j + 1]),
-        )
-        return sum(self._are_neighbours(left, right).astype(np.int64) for left, right in pairs)  # type: ignore[return-value]
+        left = np.concatenate([own[i - 1], other, np.where(adjacent, other, own[j - 1]), one])
+        right = np.concatenate([other, np.where(adjacent, one, own[i + 1]), one, own[j + 1]])
+        return self._are_neighbours(left, right).reshape(4, -1).sum(0)
 
     def _replacements(self, ids: np.ndarray, words: _Words, other: np.ndarray, key: int) -> Iterator[np.ndarray]:
         """Yield the caption with one word replaced by one of as many tokens of the other caption.
@@ -152,8 +148,9 @@ class Captions:
         fits = (words.sizes[i] == theirs.sizes[j]) & (words.hashes[i] != theirs.hashes[j])
         i, j = i[fits], j[fits]
         own = np.concatenate([[_EDGE], words.hashes, [_EDGE]])
-        plausible = self._are_neighbours(own[i], theirs.hashes[j]).astype(np.int64)
-        plausible += self._are_neighbours(theirs.hashes[j], own[i + 2])
+        word = theirs.hashes[j]
+        pairs = np.concatenate([own[i], word]), np.concatenate([word, own[i + 2]])
+        plausible = self._are_neighbours(*pairs).reshape(2, -1).sum(0)
         distance = np.abs((i + 0.5) / len(words.hashes) - (j + 0.5) / max(1, len(theirs.hashes)))
         for place in np.lexsort((distance, rank[i], -plausible))[:_TRIES].tolist():
             start, source, size = words.starts[i[place]], theirs.starts[j[place]], theirs.sizes[j[place]]

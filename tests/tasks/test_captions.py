@@ -18,7 +18,7 @@ def scenes() -> list[str]:
     """Captions of two objects in every order, with colours; "strawberry" has two pieces."""
     names = [name if name != "straw" else "strawberry" for name in OBJECTS]
     return [
-        f"a {COLOURS[i % 3]} {one} {('left', 'right')[(i + j) % 2]} of a {COLOURS[j % 3]} {other}"
+        f"a {COLOURS[(i + j) % 3]} {one} {('left', 'right')[(i + j) % 2]} of a {COLOURS[(i + 2 * j) % 3]} {other}"
         for i, one in enumerate(names)
         for j, other in enumerate(names)
         if i != j
@@ -54,7 +54,7 @@ def test_a_replacement_is_a_word_of_the_other_caption_that_fits(store: FeatureSt
     for row in range(len(store.lengths("text"))):
         other = store.text((7 * row + 3) % len(store.lengths("text"))).astype(np.int64)
         ids = store.text(row).astype(np.int64)
-        if (other == ids).all():
+        if np.array_equal(other, ids):
             continue
         negative = captions.negative(ids, other, REPLACE, row, 5)
         assert len(negative) == len(ids) and not captions.is_true(row, negative)
