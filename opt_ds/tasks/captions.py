@@ -1,17 +1,20 @@
 """Captions as words, and negatives of a caption: with two words swapped, or with a word of another caption in it.
 
-Yuksekgonul et al. 2023 (NegCLIP) exchange words of the same part of speech. Here words are exchangeable if the result
-is plausible: if every two words that become neighbours are neighbours in some caption of the training split. No tagger
-is required, and the text alone does not give a negative away. If no exchange is plausible, the least implausible one
-is taken.
+Yuksekgonul et al. 2023 (NegCLIP) exchange words of the same part of speech. Here an exchange is plausible if every run
+of two or three words of the result occurs in some caption of the training split. No tagger is required, and the text
+alone does not give such a negative away. If no exchange of the wanted kind is plausible, a plausible one of the other
+kind is taken, and otherwise the least implausible one.
+
+A synonym in place of a word, or a swap around "and", leaves a caption true. Such negatives cannot be told from others
+without knowing what the words mean.
 
 Words begin at the WordPieces that do not continue a word. A negative has as many tokens as the caption, so the step
 plan knows its length without reading it. It is a pure function of the caption, the other caption and the key.
 
-Legend: n tokens of a text, w words.
+Legend: n tokens of a text, w words, x exchanges.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -29,8 +32,7 @@ SWAP, REPLACE = range(2)
 _CONTINUES = "##"  # begins a WordPiece that continues a word
 _EDGE = np.uint64(0)  # stands before the first and after the last word
 _BLOCK = 65_536  # texts
-_MOST_PAIRS = 256  # pairs of words that are compared for a swap
-_MOST_WORDS = 16  # words of a caption that are compared for a replacement
+_MOST_EXCHANGES = 96  # that are compared for a negative
 _TRIES = 16
 
 
@@ -67,8 +69,8 @@ class Captions:
         self._contents = cached_array(store, "captions", [max_tokens], self._find_contents)
         #: uint64, ascending: hashes of group and text of every sample.
         self._true = cached_array(store, "true-captions", [max_tokens], self._find_true)
-        #: uint64, ascending: hashes of neighbouring words.
-        self._pairs = cached_array(store, "word-pairs", [split, max_tokens], partial(self._find_pairs, split))
+        #: uint64, ascending: hashes of all runs of two or three words.
+        self._runs = cached_array(store, "word-runs", [split, max_tokens], partial(self._find_runs, split))
         counts = cached_array(store, "caption-counts", [split, max_tokens], partial(self._count_captions, split))
         #: Captions of the training split, and those of them without two different words.
         self.num_captions, self.num_without_swap = counts.tolist()
@@ -89,7 +91,8 @@ class Captions:
     def negative(self, ids: np.ndarray, other: np.ndarray, exchange: int, sample: int, key: int) -> np.ndarray:
         """Return a caption of the same length that is no true caption of the sample.
 
-        If the exchange is not possible, the other one is taken; if neither is, a random token replaces one.
+        If the exchange is not possible, the other one is taken; if neither is, a random token replaces one. In a store in
+        which each text of so few tokens is true of the sample, the result is true as well.
 
         Args:
             ids: int64 [n], the sample's caption, n >= 1.
@@ -102,75 +105,93 @@ class Captions:
             int64 [n].
         """
         words = self._words(ids, np.array([len(ids)]))
-        swaps, replacements = self._swaps(ids, words, key), self._replacements(ids, words, other, key)
-        first, second = (swaps, replacements) if exchange == SWAP else (replacements, swaps)
-        changed = ids
-        for edits in (first, second, self._random_replacements(ids, key)):
-            for changed in edits:
-                if not self.is_true(sample, changed):
+        kinds = [partial(self._swaps, ids, words, key), partial(self._replacements, ids, words, other, key)]
+        found: list[tuple[int, np.ndarray]] = []
+        for kind in kinds if exchange == SWAP else reversed(kinds):
+            edits = kind()
+            for implausible, changed in edits:
+                if not implausible and not self.is_true(sample, changed):
                     return changed
-        return changed  # in a store with all texts of so few tokens
+            found += edits
+        for _, changed in [*found, *self._random_replacements(ids, key)]:
+            if not self.is_true(sample, changed):
+                break
+        return changed
 
-    def _swaps(self, ids: np.ndarray, words: _Words, key: int) -> Iterator[np.ndarray]:
-        """Yield the caption with two different words swapped, the most plausible results first."""
+    def _swaps(self, ids: np.ndarray, words: _Words, key: int) -> list[tuple[int, np.ndarray]]:
+        """Return captions with two different words swapped, as `_edits`."""
         i, j = np.triu_indices(len(words.hashes), 1)
         differ = words.hashes[i] != words.hashes[j]
         i, j = i[differ], j[differ]
         rank = keyed_hash(key, "swap", i, j)
-        if len(rank) > _MOST_PAIRS:
-            kept = np.argpartition(rank, _MOST_PAIRS)[:_MOST_PAIRS]
-            i, j, rank = i[kept], j[kept], rank[kept]
-        plausible = self._plausible_swaps(words.hashes, i, j)
+        kept = np.argsort(rank)[:_MOST_EXCHANGES]
+        i, j, rank = i[kept], j[kept], rank[kept]
+        hashes_xw = np.tile(words.hashes, (len(i), 1))
+        each = np.arange(len(i))
+        hashes_xw[each, i], hashes_xw[each, j] = words.hashes[j], words.hashes[i]
         parts = np.split(ids, words.starts[1:])
-        for place in np.lexsort((rank, -plausible))[:_TRIES].tolist():
-            swapped = list(parts)
-            swapped[i[place]], swapped[j[place]] = parts[j[place]], parts[i[place]]
-            yield np.concatenate(swapped)
 
-    def _plausible_swaps(self, hashes: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """Return how many of the four new pairs of neighbours some caption has, for swaps of words i < j."""
-        own, i, j = np.concatenate([[_EDGE], hashes, [_EDGE]]), i + 1, j + 1
-        one, other, adjacent = own[i], own[j], j == i + 1
-        left = np.concatenate([own[i - 1], other, np.where(adjacent, other, own[j - 1]), one])
-        right = np.concatenate([other, np.where(adjacent, one, own[i + 1]), one, own[j + 1]])
-        return self._are_neighbours(left, right).reshape(4, -1).sum(0)
+        def swapped(place: int) -> np.ndarray:
+            changed = list(parts)
+            changed[i[place]], changed[j[place]] = parts[j[place]], parts[i[place]]
+            return np.concatenate(changed)
 
-    def _replacements(self, ids: np.ndarray, words: _Words, other: np.ndarray, key: int) -> Iterator[np.ndarray]:
-        """Yield the caption with one word replaced by one of as many tokens of the other caption.
+        return self._edits(hashes_xw, rank, np.zeros(len(i)), swapped)
 
-        The most plausible results come first; then the random order of the caption's words, and of the other caption's
-        words the one at the most similar place.
+    def _replacements(
+        self, ids: np.ndarray, words: _Words, other: np.ndarray, key: int
+    ) -> list[tuple[int, np.ndarray]]:
+        """Return captions with one word replaced by one of as many tokens of the other caption, as `_edits`.
+
+        Of the other caption's words, the one at the most similar place comes first.
         """
         theirs = self._words(other, np.array([len(other)]))
-        rank = keyed_hash(key, "replace", np.arange(len(words.hashes)))
-        chosen = np.argsort(rank)[:_MOST_WORDS]
-        i, j = (places.reshape(-1) for places in np.meshgrid(chosen, np.arange(len(theirs.hashes)), indexing="ij"))
+        i, j = (place.reshape(-1) for place in np.indices((len(words.hashes), len(theirs.hashes))))
         fits = (words.sizes[i] == theirs.sizes[j]) & (words.hashes[i] != theirs.hashes[j])
         i, j = i[fits], j[fits]
-        own = np.concatenate([[_EDGE], words.hashes, [_EDGE]])
-        word = theirs.hashes[j]
-        pairs = np.concatenate([own[i], word]), np.concatenate([word, own[i + 2]])
-        plausible = self._are_neighbours(*pairs).reshape(2, -1).sum(0)
+        rank = keyed_hash(key, "replace", i)
         distance = np.abs((i + 0.5) / len(words.hashes) - (j + 0.5) / max(1, len(theirs.hashes)))
-        for place in np.lexsort((distance, rank[i], -plausible))[:_TRIES].tolist():
+        kept = np.lexsort((distance, rank))[:_MOST_EXCHANGES]
+        i, j, rank, distance = i[kept], j[kept], rank[kept], distance[kept]
+        hashes_xw = np.tile(words.hashes, (len(i), 1))
+        hashes_xw[np.arange(len(i)), i] = theirs.hashes[j]
+
+        def replaced(place: int) -> np.ndarray:
             start, source, size = words.starts[i[place]], theirs.starts[j[place]], theirs.sizes[j[place]]
             changed = ids.copy()
             changed[start : start + size] = other[source : source + size]
-            yield changed
+            return changed
 
-    def _random_replacements(self, ids: np.ndarray, key: int) -> Iterator[np.ndarray]:
-        """Yield the caption with one token replaced by a random one."""
+        return self._edits(hashes_xw, rank, distance, replaced)
+
+    def _edits(
+        self, hashes_xw: np.ndarray, rank: np.ndarray, distance: np.ndarray, edited: Callable[[int], np.ndarray]
+    ) -> list[tuple[int, np.ndarray]]:
+        """Return the first exchanges: the number of runs of words that no caption has, and the tokens.
+
+        The most plausible ones come first, then those of the smallest rank and distance.
+
+        Args:
+            hashes_xw: Hashes of the words after each exchange.
+            rank: uint64 [x], random.
+            distance: float64 [x].
+            edited: Returns the tokens of an exchange.
+        """
+        edges = np.full((len(hashes_xw), 1), _EDGE)
+        runs = _runs(np.concatenate([edges, hashes_xw, edges], axis=1))
+        implausible = sum((~_contains(self._runs, each)).sum(1) for each in runs)
+        order = np.lexsort((distance, rank, implausible))[:_TRIES].tolist()
+        return [(int(implausible[place]), edited(place)) for place in order]
+
+    def _random_replacements(self, ids: np.ndarray, key: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the caption with one token replaced by a random one; as of `_edits`."""
         for attempt in range(_TRIES):
             changed, place = ids.copy(), int(keyed_choice(len(ids), key, "place", attempt))
             others = self._ordinary[self._ordinary != ids[place]]
             changed[place] = others[keyed_choice(len(others), key, "token", attempt)]
-            yield changed
+            yield 0, changed
 
     # ---- words
-
-    def _are_neighbours(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Return whether some caption has the words next to each other, bool [pairs]."""
-        return _contains(self._pairs, _hash_of_pair(left, right))
 
     def _words(self, tokens: np.ndarray, lengths: np.ndarray) -> _Words:
         """Return the words of texts of these lengths, whose tokens are concatenated."""
@@ -190,15 +211,18 @@ class Captions:
         with_text = np.flatnonzero(rows >= 0)
         return np.unique(keyed_hash("truth", self._groups[with_text], self._contents[rows[with_text]]))
 
-    def _find_pairs(self, split: str) -> np.ndarray:
-        pairs = np.empty(0, np.uint64)
+    def _find_runs(self, split: str) -> np.ndarray:
+        found = np.empty(0, np.uint64)
         for tokens, lengths in self._blocks(self._rows_of(split)):
             hashes, begins = self._words_by_text(tokens, lengths)
-            left = np.where(begins, _EDGE, np.roll(hashes, 1))
-            last = hashes[np.roll(begins, -1)]  # the word before the first one of the next text
-            found = _hash_of_pair(left, hashes), _hash_of_pair(last, np.full_like(last, _EDGE))
-            pairs = np.union1d(pairs, np.concatenate(found))
-        return pairs
+            # One row of words, with an edge before each text and one after the last.
+            place = np.arange(len(hashes)) + np.cumsum(begins)
+            row = np.full(len(hashes) + int(begins.sum()) + 1, _EDGE)
+            row[place] = hashes
+            two, three = _runs(row[None])
+            crosses = row[1:-1] == _EDGE  # the middle of three words is between two texts
+            found = np.union1d(found, np.concatenate([two[0], three[0][~crosses]]))
+        return found
 
     def _count_captions(self, split: str) -> np.ndarray:
         rows, total, several = self._rows_of(split), 0, 0
@@ -244,14 +268,16 @@ def _combined(hashes: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np
     return found
 
 
-def _hash_of_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return keyed_hash("pair", left, right)
+def _runs(hashes_xw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes of each two and each three neighbouring words, uint64 [x, w − 1] and [x, w − 2]."""
+    two = keyed_hash("words", hashes_xw[:, :-1], hashes_xw[:, 1:])
+    return two, keyed_hash("words", two[:, :-1], hashes_xw[:, 2:])
 
 
 def _contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return which values are in an ascending array, bool."""
+    """Return which values are in an ascending array, bool of the same shape."""
     if not len(ascending):
-        return np.zeros(len(values), dtype=bool)
+        return np.zeros(values.shape, dtype=bool)
     place = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
     return ascending[place] == values
 
