@@ -2,8 +2,9 @@
 
 Yuksekgonul et al. 2023 (NegCLIP) exchange words of the same part of speech. Here an exchange is plausible if every run
 of two or three words of the result occurs in some caption of the training split. No tagger is required, and the text
-alone does not give such a negative away. If no exchange of the wanted kind is plausible, a plausible one of the other
-kind is taken, and otherwise the least implausible one.
+alone does not give such a negative away. Frequent words are exchanged less often, by the root of their frequency (as
+Mikolov et al. 2013 subsample them). If no exchange of the wanted kind is plausible, a plausible one of the other kind is
+taken, and otherwise the least implausible one.
 
 A synonym in place of a word, or a swap around "and", leaves a caption true. Such negatives cannot be told from others
 without knowing what the words mean.
@@ -23,7 +24,7 @@ import numpy as np
 from opt_ds.data.derived import cached_array
 from opt_ds.data.modalities import TEXT
 from opt_ds.modalities.text import ordinary_ids
-from opt_ds.ops.keyed import keyed_choice, keyed_hash
+from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.tokenizer import checked_tokenizer
 
@@ -71,6 +72,8 @@ class Captions:
         self._true = cached_array(store, "true-captions", [max_tokens], self._find_true)
         #: uint64, ascending: hashes of all runs of two or three words.
         self._runs = cached_array(store, "word-runs", [split, max_tokens], partial(self._find_runs, split))
+        #: uint64 [2, words]: hashes of the words, ascending, and how often each occurs.
+        self._counts = cached_array(store, "word-counts", [split, max_tokens], partial(self._count_words, split))
         counts = cached_array(store, "caption-counts", [split, max_tokens], partial(self._count_captions, split))
         #: Captions of the training split, and those of them without two different words.
         self.num_captions, self.num_without_swap = counts.tolist()
@@ -123,7 +126,8 @@ class Captions:
         i, j = np.triu_indices(len(words.hashes), 1)
         differ = words.hashes[i] != words.hashes[j]
         i, j = i[differ], j[differ]
-        rank = keyed_hash(key, "swap", i, j)
+        scale = self._scale(words.hashes)
+        rank = _rank(keyed_uniform(key, "swap", i, j), scale[i] * scale[j])
         kept = np.argsort(rank)[:_MOST_EXCHANGES]
         i, j, rank = i[kept], j[kept], rank[kept]
         hashes_xw = np.tile(words.hashes, (len(i), 1))
@@ -149,7 +153,7 @@ class Captions:
         i, j = (place.reshape(-1) for place in np.indices((len(words.hashes), len(theirs.hashes))))
         fits = (words.sizes[i] == theirs.sizes[j]) & (words.hashes[i] != theirs.hashes[j])
         i, j = i[fits], j[fits]
-        rank = keyed_hash(key, "replace", i)
+        rank = _rank(keyed_uniform(key, "replace", i), self._scale(words.hashes)[i])
         distance = np.abs((i + 0.5) / len(words.hashes) - (j + 0.5) / max(1, len(theirs.hashes)))
         kept = np.lexsort((distance, rank))[:_MOST_EXCHANGES]
         i, j, rank, distance = i[kept], j[kept], rank[kept], distance[kept]
@@ -173,7 +177,7 @@ class Captions:
 
         Args:
             hashes_xw: Hashes of the words after each exchange.
-            rank: uint64 [x], random.
+            rank: float64 [x], random.
             distance: float64 [x].
             edited: Returns the tokens of an exchange.
         """
@@ -192,6 +196,13 @@ class Captions:
             yield 0, changed
 
     # ---- words
+
+    def _scale(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the root of each word's frequency up to a factor, float64 [w]."""
+        place = np.minimum(np.searchsorted(self._counts[0], hashes), max(0, self._counts.shape[1] - 1))
+        if not self._counts.shape[1]:
+            return np.ones(len(hashes))
+        return np.sqrt(np.where(self._counts[0][place] == hashes, self._counts[1][place], 1))
 
     def _words(self, tokens: np.ndarray, lengths: np.ndarray) -> _Words:
         """Return the words of texts of these lengths, whose tokens are concatenated."""
@@ -223,6 +234,14 @@ class Captions:
             crosses = row[1:-1] == _EDGE  # the middle of three words is between two texts
             found = np.union1d(found, np.concatenate([two[0], three[0][~crosses]]))
         return found
+
+    def _count_words(self, split: str) -> np.ndarray:
+        words, counts = np.empty(0, np.uint64), np.empty(0, np.uint64)
+        for block in self._blocks(self._rows_of(split)):
+            words, inverse = np.unique(np.concatenate([words, found := self._words(*block).hashes]), return_inverse=True)
+            ones = np.ones(len(found), np.uint64)
+            counts = np.bincount(inverse, np.concatenate([counts, ones]), len(words)).astype(np.uint64)
+        return np.stack([words, counts])
 
     def _count_captions(self, split: str) -> np.ndarray:
         rows, total, several = self._rows_of(split), 0, 0
@@ -266,6 +285,11 @@ def _combined(hashes: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np
     if filled.any():
         found[filled] = np.bitwise_xor.reduceat(hashes, starts[filled])
     return found
+
+
+def _rank(uniform: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return numbers whose ascending order is a random one, in which a large scale comes late (an exponential race)."""
+    return -np.log1p(-uniform) * scale
 
 
 def _runs(hashes_xw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
