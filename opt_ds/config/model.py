@@ -89,6 +89,11 @@ class ModelConfig(Section):
         "are scaled so that "
         "they start with the same output deviation. None: `initializer_range` for all, without that scaling.",
     )
+    normalize_embedding_summands: bool = Field(
+        False,
+        description="Normalise the projected feature and the projected box of an image region, and the projected feature and "
+        "the position of an audio frame, before they are added (as UNITER). False: they are added as they are.",
+    )
     bert: str | None = Field(
         None,
         description="Folder of a Hugging Face BERT that the encoder and the word embeddings start from. None: "

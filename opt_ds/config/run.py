@@ -138,6 +138,12 @@ class TrainConfig(Section):
         None, ge=1, description="Stop after this many optimizer steps. None: stop at `schedule.total_steps`."
     )
     log_every: int = Field(10, ge=1, description="Optimizer steps between two log entries.")
+    log_gradients_every: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps between two measurements of each loss's gradient norm in the encoder (`gradients/…`). One "
+        "takes about as long as a step. 0: none.",
+    )
     validate_every: int = Field(1000, ge=1, description="Optimizer steps between two validations.")
     validate_samples: int = Field(2048, ge=1, description="Largest number of validation samples.")
     image_grid: int = Field(8, ge=0, description="Number of samples in the image grid of a validation. 0: no grid.")
@@ -334,12 +340,29 @@ class Config(Section):
                 "evaluate.every_steps runs the model on each rank alone, which zero.stage 3 does not allow: use a lower stage, "
                 "or evaluate the checkpoints"
             )
+        if self.train.log_gradients_every and self.zero.stage == 3:
+            raise ValueError(
+                "train.log_gradients_every runs the model on each rank alone, which zero.stage 3 does not allow: use a lower "
+                "stage, or set it to 0"
+            )
         if self.data.store_weights is not None and len(self.data.store_weights) != len(self.data.stores):
             raise ValueError(
                 f"data.store_weights has {len(self.data.store_weights)} weights for {len(self.data.stores)} stores"
             )
         if self.data.store_weights is not None and min(self.data.store_weights) <= 0:
             raise ValueError("data.store_weights must hold positive weights")
+        for name, unit in self.tasks.units.items():
+            task = unit(self)
+            if not task.most_copies:
+                continue
+            if self.finetune is not None:
+                raise ValueError(f"tasks.{name}.{task.copies_key} is for pre-training: set it to 1")
+            needed = (1 + task.most_copies) * self.model.max_sequence
+            if self.batch.max_tokens < needed:
+                raise ValueError(
+                    f"batch.max_tokens {self.batch.max_tokens} cannot hold the {needed} positions of one sample's "
+                    f"{1 + task.most_copies} candidates: raise it, or lower tasks.{name}.{task.copies_key}"
+                )
         decoder = max(self.model.max_text_tokens + 1, 0) + self.model.num_image_codes
         if self.batch.max_tokens < self.model.max_sequence + decoder:
             raise ValueError(

@@ -6,7 +6,7 @@ it names.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, WrapValidator, create_model, model_validator
 
@@ -55,6 +55,13 @@ class TasksConfig(Section):
         (),
         description="Phases that replace `tasks.sampling_weights` from a fraction of the schedule on, in ascending "
         "order.",
+    )
+    reduction: Literal["item", "root", "sample"] = Field(
+        "item",
+        description="What a loss is summed over and divided by. item: the mean over all items of the batch (tokens, regions, "
+        "frames, image codes), as in the paper. sample: the sum over the items of a sample, averaged over samples, which is "
+        "the log likelihood of a sample. root: between both, the sum divided by the root of items times samples, which makes "
+        "the gradients of independent items equally large.",
     )
     mask_probability: float = Field(
         0.15, gt=0, lt=1, description="Fraction of tokens, regions and frames that the masked tasks mask."

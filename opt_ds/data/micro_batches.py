@@ -53,7 +53,12 @@ class MicroBatches(Sequence[list[MicroBatchPlan]]):
 
 
 def distribute(
-    indices: np.ndarray, num_tokens: np.ndarray, world_size: int, max_tokens: int, costs: np.ndarray | None = None
+    indices: np.ndarray,
+    num_tokens: np.ndarray,
+    world_size: int,
+    max_tokens: int,
+    costs: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> MicroBatches:
     """Distribute samples over the same number of micro-batches per rank, with costs as equal as possible.
 
@@ -67,10 +72,14 @@ def distribute(
         world_size: Number of ranks.
         max_tokens: Token budget of a micro-batch.
         costs: float64 [n], non-negative costs. None: the tokens.
+        groups: int64 [n]. Samples of one group >= 0 are in one micro-batch; -1: the sample is in no group. None: there are
+            no groups.
 
     Returns:
         The micro-batches.
     """
+    if groups is not None and (groups >= 0).any():
+        return _distribute_groups(indices, num_tokens, world_size, max_tokens, costs, groups)
     assert not len(num_tokens) or num_tokens.max() <= max_tokens, "the config checks that each sample fits"
     costs = num_tokens.astype(np.float64) if costs is None else costs
     operators = plan_operators()
@@ -86,6 +95,36 @@ def distribute(
         tokens.reshape(by_rank),
         sums.reshape(by_rank),
     )
+
+
+def _distribute_groups(
+    indices: np.ndarray,
+    num_tokens: np.ndarray,
+    world_size: int,
+    max_tokens: int,
+    costs: np.ndarray | None,
+    groups: np.ndarray,
+) -> MicroBatches:
+    """Distribute groups as `distribute` distributes samples. A sample of no group is a group of one."""
+    costs = num_tokens.astype(np.float64) if costs is None else costs
+    own = np.where(groups >= 0, groups, -1 - np.arange(len(groups)))
+    _, first, inverse = np.unique(own, return_index=True, return_inverse=True)
+    by_first = np.argsort(first)  # groups in the order of their first samples
+    unit = np.argsort(by_first)[inverse.reshape(-1)]
+    count = len(by_first)
+    found = distribute(
+        np.arange(count),
+        np.bincount(unit, num_tokens, count).astype(np.int64),
+        world_size,
+        max_tokens,
+        np.bincount(unit, costs, count),
+    )
+    place_of_unit = np.empty(count, np.int64)
+    place_of_unit[found.indices] = np.repeat(np.arange(found.sizes.size), found.sizes.reshape(-1))
+    place = place_of_unit[unit]
+    sizes = np.bincount(place, minlength=found.sizes.size).reshape(found.sizes.shape)
+    order = np.argsort(place, kind="stable")
+    return MicroBatches(indices[order].astype(np.int64, copy=False), sizes, found.num_tokens, found.costs)
 
 
 def _distribute_in_numpy(

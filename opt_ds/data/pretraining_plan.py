@@ -11,8 +11,9 @@ import numpy as np
 
 from opt_ds.config import Config
 from opt_ds.data.step_plan import Plan
-from opt_ds.data.step_samples import VALIDATION_EPOCH, StepSamples
+from opt_ds.data.step_samples import GROUP, VALIDATION_EPOCH, StepSamples
 from opt_ds.data.store_rows import present_subsets
+from opt_ds.data.task import Candidates
 from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
@@ -60,12 +61,35 @@ class PretrainingPlan(Plan):
             else np.zeros(len(key))
             for name in self._derived
         ]
-        sampled = self._sampled(self._chosen_task(key, weights), candidates.source_rows.copy())
-        for number, (name, task) in enumerate(self.tasks.items()):
+        candidates, task, group = self._with_copies(candidates, self._chosen_task(key, weights))
+        sampled = self._sampled(task, candidates.source_rows.copy())
+        if group is not None:
+            sampled.columns[GROUP] = group
+        for number, (name, unit) in enumerate(self.tasks.items()):
             own = np.flatnonzero(sampled.task == number)
             if own.size:
-                task.assign(candidates, sampled, own, derived[name])
+                unit.assign(candidates, sampled, own, derived[name])
         return self._samples_of(candidates, sampled)
+
+    def _with_copies(
+        self, candidates: Candidates, task: np.ndarray
+    ) -> tuple[Candidates, np.ndarray, np.ndarray | None]:
+        """Append the copies of the samples whose task compares several inputs.
+
+        Return the candidates, the task of each, int8 [B], and their groups, int64 [B] (see `GROUP`). None: no task has
+        copies.
+        """
+        if not any(unit.most_copies for unit in self.tasks.values()):
+            return candidates, task, None
+        copies = np.zeros(len(task), np.int64)
+        for number, unit in enumerate(self.tasks.values()):
+            own = np.flatnonzero(task == number)
+            if own.size and unit.most_copies:
+                copies[own] = unit.num_copies(candidates, own)
+        candidates, index = candidates.with_copies(copies)
+        # The key identifies the sample in all stores, epochs and chunks of the validation pass.
+        group = np.where(copies[index] > 0, (candidates.key >> np.uint64(1)).astype(np.int64), -1)
+        return candidates, task[index], group
 
     def _chosen_task(self, key: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         """Return a task per sample, int8 [B], sampled by weight among the possible ones.

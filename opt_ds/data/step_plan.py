@@ -8,9 +8,11 @@ for fine-tuning. The masks of a sample are decided later, by `data.samples`, fro
 Legend: B samples of a step; M modalities of the model.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from opt_ds.data.flops import sample_and_step_flops
 from opt_ds.data.micro_batches import MicroBatchPlan, distribute
 from opt_ds.data.mixing import SAMPLING_BLOCK, store_quotas
 from opt_ds.data.modality import modalities_of
-from opt_ds.data.step_samples import StepSamples, concatenate, select
+from opt_ds.data.step_samples import GROUP, StepSamples, concatenate, select
 from opt_ds.data.store_rows import store_rows
 from opt_ds.data.task import Candidates, SampledTasks, tasks_of
 from opt_ds.ops.keyed import keyed_hash, permute
@@ -34,12 +36,13 @@ _BLOCK = 2**18  # samples
 class StepPlan:
     """Plan of one optimiser step.
 
-    It holds the samples, the losses' counts over the global batch, and each rank's micro-batches.
+    It holds the samples, the losses' counts and divisors over the global batch, and each rank's micro-batches.
     """
 
     step: int
     samples: StepSamples
     counts: dict[str, float]
+    divisors: dict[str, float]  # loss -> what its sum over the global batch is divided by (`tasks.reduction`)
     micro_batches: Sequence[list[MicroBatchPlan]]  # [rank][k], the same number on every rank
     num_tokens: int
     packing_efficiency: float  # used positions as a fraction of the micro-batches' budget
@@ -48,7 +51,7 @@ class StepPlan:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples of the step."""
+        """Number of samples of the step, with copies."""
         return len(self.samples)
 
 
@@ -116,8 +119,8 @@ class Plan(ABC):
         samples = concatenate(self._validation_parts(max_samples))
         kept = np.flatnonzero(samples.task >= 0)
         return [
-            self._step_plan(place, select(samples, kept[start : start + chunk]), world_size)
-            for place, start in enumerate(range(0, len(kept), chunk))
+            self._step_plan(place, select(samples, part), world_size)
+            for place, part in enumerate(_chunks(kept, chunk, samples.columns.get(GROUP)))
         ]
 
     def has_validation(self, max_samples: int = 2**62) -> bool:
@@ -173,6 +176,10 @@ class Plan(ABC):
 
     # ---- lengths, counts, micro-batches
 
+    def losses_of(self, samples: StepSamples, indices: np.ndarray) -> list[str]:
+        """Return the active losses that have terms in the samples of a step with these indices."""
+        return [loss for loss, count in self._counts(select(samples, indices)).items() if count]
+
     def _of_store(self, store: np.ndarray, number: int) -> np.ndarray | slice:
         """Return an index of the samples of store `number`. For a single store it is a slice, which copies nothing."""
         return slice(None) if len(self.stores) == 1 else np.flatnonzero(store == number)
@@ -206,7 +213,8 @@ class Plan(ABC):
         source_rows = self._source_rows(store, sample)
         return Candidates(
             stores=self.stores, lengths_by_row=self._lengths, version=self.version, key=key, epoch=epoch, store=store,
-            sample=sample, source_rows=source_rows, lengths=self._input_lengths(store, source_rows), variant=variant,
+            sample=sample, source_rows=source_rows, lengths=self._input_lengths(store, source_rows),
+            copy=np.zeros(len(sample), np.int64), variant=variant,
         )  # fmt: skip
 
     def _sampled(self, task: np.ndarray, input_rows: np.ndarray) -> SampledTasks:
@@ -214,7 +222,7 @@ class Plan(ABC):
         columns: dict[str, np.ndarray] = {
             name: np.full(len(task), fill, dtype)
             for unit in self.tasks.values()
-            for name, (dtype, fill) in unit.columns.items()
+            for name, (dtype, fill) in unit.step_columns.items()
         }
         return SampledTasks(task, input_rows, columns)
 
@@ -228,23 +236,42 @@ class Plan(ABC):
 
     def _counts(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of terms of each loss over the step, summed over the tasks that compute it."""
-        counts: dict[str, float] = {}
-        for task in self.tasks.values():
-            for loss, count in task.num_terms(samples).items():
-                counts[loss] = counts.get(loss, 0.0) + count
-        return {loss: float(counts[loss]) for loss in self.config.tasks.active_losses}
+        return self._summed(task.num_terms(samples) for task in self.tasks.values())
+
+    def _divisors(self, samples: StepSamples, counts: dict[str, float]) -> dict[str, float]:
+        """Return what the sum of each loss over the step is divided by: its items, its samples, or their geometric mean."""
+        reduction = self.config.tasks.reduction
+        if reduction == "item":
+            return counts
+        num_samples = self._summed(task.num_samples(samples) for task in self.tasks.values())
+        assert all(num_samples[loss] for loss, count in counts.items() if count), "num_samples counts what num_terms counts"
+        if reduction == "sample":
+            return num_samples
+        return {loss: math.sqrt(count * num_samples[loss]) for loss, count in counts.items()}
+
+    def _summed(self, parts: Iterable[dict[str, float]]) -> dict[str, float]:
+        """Return the sum of the tasks' numbers for each active loss."""
+        total: dict[str, float] = {}
+        for part in parts:
+            for loss, number in part.items():
+                total[loss] = total.get(loss, 0.0) + number
+        return {loss: float(total[loss]) for loss in self.config.tasks.active_losses}
 
     def _step_plan(self, step: int, samples: StepSamples, world_size: int) -> StepPlan:
         costs, flops, decoder_positions = sample_and_step_flops(self.config, self.tasks.values(), samples)
         positions = samples.input_positions() + decoder_positions
         useful = np.flatnonzero(samples.task >= 0)
-        micro_batches = distribute(useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful])
+        groups = samples.columns[GROUP][useful] if GROUP in samples.columns else None
+        micro_batches = distribute(
+            useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful], groups
+        )
         total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
         budget = micro_batches.sizes.size * self.config.batch.max_tokens
+        counts = self._counts(samples)
         return StepPlan(
-            step, samples, self._counts(samples), micro_batches, num_tokens=total, packing_efficiency=total / budget,
-            load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
+            step, samples, counts, self._divisors(samples, counts), micro_batches, num_tokens=total,
+            packing_efficiency=total / budget, load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
         )  # fmt: skip
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:
@@ -292,6 +319,24 @@ class Plan(ABC):
     def _rows_key(self, split: str) -> list[Any]:
         """Return what `_usable` depends on besides the store."""
         return [split]
+
+
+def _chunks(kept: np.ndarray, size: int, groups: np.ndarray | None) -> list[np.ndarray]:
+    """Return the indices `kept` in parts of up to `size`. No group (see `GROUP`) is divided."""
+    if groups is None:
+        return [kept[start : start + size] for start in range(0, len(kept), size)]
+    own = groups[kept]
+    _, first, inverse = np.unique(own, return_index=True, return_inverse=True)
+    place = np.where(own < 0, np.arange(len(kept)), first[inverse])
+    order = np.argsort(place, kind="stable")  # copies follow their sample
+    kept, place = kept[order], place[order]
+    bounds = [*np.flatnonzero(np.diff(place, prepend=-1)).tolist(), len(kept)]
+    parts, begin = [], 0
+    for start, end in pairwise(bounds):
+        if end - begin > size and start > begin:
+            parts.append(kept[begin:start])
+            begin = start
+    return [*parts, kept[begin:]] if len(kept) else []
 
 
 def _chosen(samples: list[np.ndarray], limit: int, seed: int) -> list[np.ndarray]:

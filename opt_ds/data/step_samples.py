@@ -9,6 +9,9 @@ import numpy as np
 
 from opt_ds.data.modalities import TEXT
 
+#: Column of samples that must be in one micro-batch: those of one group have the same number, all others -1. The column is
+#: absent if no task of the run has copies (`DataTask.most_copies`).
+GROUP = "group"
 VALIDATION_EPOCH = 2**40  # no training run reaches this epoch, so its hashes are distinct
 
 
@@ -34,6 +37,13 @@ class StepSamples:
         positions = positions + sum(self.input_lengths.T)
         positions += 1
         return positions
+
+    @property
+    def num_copies(self) -> int:
+        """Number of entries that are copies of another one (see `DataTask.num_copies`)."""
+        groups = self.columns.get(GROUP, np.empty(0, np.int64))
+        grouped = groups[groups >= 0]
+        return len(grouped) - len(np.unique(grouped))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays by name. The name of a task's column is "columns/<name>"."""

@@ -13,7 +13,7 @@ Legend: B samples of a step; M modalities of the model, of which columns 0, 1 an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -44,12 +44,21 @@ class Candidates:
     sample: np.ndarray  # int64 [B], index into the store
     source_rows: np.ndarray  # int64 [B, M], the samples' own rows; -1: absent
     lengths: np.ndarray  # int64 [B, M], number of items that the model reads
+    copy: np.ndarray  # int64 [B], 0: the sample itself, 1, 2, …: its copies (see `DataTask.num_copies`)
     variant: int = 0  # Variant of the task in the validation pass (see `DataTask.num_variants`); -1 in training.
 
     @cached_property
     def present(self) -> np.ndarray:
         """Which modalities are present, bool [B, M]."""
         return self.source_rows >= 0
+
+    def with_copies(self, copies: np.ndarray) -> tuple["Candidates", np.ndarray]:
+        """Append `copies` [B] copies of each sample. Return the candidates, and the index of each among the old ones."""
+        origin = np.repeat(np.arange(len(copies)), copies)
+        number = np.arange(len(origin)) - np.repeat(np.cumsum(copies) - copies, copies) + 1
+        index = np.concatenate([np.arange(len(copies)), origin])
+        arrays = {name: getattr(self, name)[index] for name in ("key", "epoch", "store", "sample", "source_rows", "lengths")}
+        return replace(self, **arrays, copy=np.concatenate([np.zeros_like(copies), number])), index
 
     def of_store(self, number: int, among: np.ndarray) -> np.ndarray | slice:
         """Return an index into `among` (int64 sample indices) of the samples of store `number`.
@@ -106,6 +115,8 @@ class DataTask:
     masked_modalities: ClassVar[tuple[int, ...]] = ()  # modalities whose items are masked in the input
     #: Column of the step plan -> its dtype and its value for samples of other tasks.
     columns: ClassVar[dict[str, tuple[type, Any]]] = {}
+    #: Key of the task's section that gives its samples copies. "": they never have any.
+    copies_key: ClassVar[str] = ""
     #: The fine-tuning jobs (`opt-ds finetune`) that train with this task.
     fine_tunes: ClassVar[tuple[str, ...]] = ()
     #: What a sample must have for fine-tuning, as words that follow its inputs in a message.
@@ -161,6 +172,24 @@ class DataTask:
         """Return which samples allow the task, bool [B]."""
         return np.zeros(len(candidates.sample), dtype=bool)
 
+    @property
+    def most_copies(self) -> int:
+        """Largest number of copies of a sample. 0: the task reads each sample once."""
+        return 0
+
+    @property
+    def step_columns(self) -> dict[str, tuple[type, Any]]:
+        """`columns`, and those that the task has only with some settings."""
+        return self.columns
+
+    def num_copies(self, candidates: Candidates, own: np.ndarray) -> np.ndarray:
+        """Return how many copies the step has of each own sample, int64 [n].
+
+        A task that compares several inputs of one sample assigns different inputs to the sample and its copies. They are
+        in one micro-batch. Copies come on top of the batch size.
+        """
+        return np.zeros(len(own), np.int64)
+
     def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
         """Drop and replace inputs of the task's samples in place, and set its columns.
 
@@ -177,6 +206,13 @@ class DataTask:
         Terms are masked items, target tokens or samples.
         """
         return {}
+
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of samples with terms of each of the task's losses over the step. Copies do not count.
+
+        A task whose samples may lack terms of a loss overrides this.
+        """
+        return dict.fromkeys(self.loss_names(), float((samples.task == self.number).sum()))
 
     def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the task's cost of each sample to `total`, in place. `positions` are the encoder's, float64 [B]."""

@@ -15,7 +15,7 @@ from opt_ds.data.layout import Layout, join
 from opt_ds.data.lengths import stacked_length
 from opt_ds.data.masking import masked_spans, num_masked
 from opt_ds.modalities.features import FeatureBatch, FeatureItems, FeatureModality
-from opt_ds.nn.transformer import LayerNorm
+from opt_ds.nn.transformer import LayerNorm, summand_norm
 from opt_ds.ops.keyed import keyed_choice
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import Dims, StoreDescription
@@ -131,7 +131,11 @@ def stack_frames(frames: np.ndarray, stack: int, offset: int) -> np.ndarray:
 
 
 class FrameEmbedder(nn.Module):
-    """FC(frame) + position + type -> LN. A masked frame is zero, and a learned vector is added."""
+    """FC(frame) + position + type -> LN. A masked frame is zero, and a learned vector is added.
+
+    With `normalize_embedding_summands`: LN(FC(frame)) + LN(position) + type -> LN. The learned vector then belongs to the
+    first summand.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -139,6 +143,8 @@ class FrameEmbedder(nn.Module):
         self.position = nn.Embedding(config.max_frames, config.hidden_size)
         self.mask = nn.Parameter(torch.zeros(config.hidden_size))
         self.norm = LayerNorm(config)
+        self.normalizes = config.normalize_embedding_summands
+        self.feature_norm, self.position_norm = summand_norm(config), summand_norm(config)
 
     def forward(
         self, frames_av: torch.Tensor, positions_a: torch.Tensor, masked_a: torch.Tensor, type_e: torch.Tensor
@@ -152,5 +158,8 @@ class FrameEmbedder(nn.Module):
             type_e: The type embedding of audio.
         """
         dtype = self.feature.weight.dtype
-        hidden_ae = self.feature(frames_av.masked_fill(masked_a[:, None], 0.0).to(dtype)) + self.position(positions_a)
-        return self.norm(hidden_ae + masked_a[:, None].to(dtype) * self.mask + type_e)
+        feature_ae = self.feature(frames_av.masked_fill(masked_a[:, None], 0.0).to(dtype))
+        position_ae, mask_ae = self.position(positions_a), masked_a[:, None].to(dtype) * self.mask
+        if self.normalizes:
+            return self.norm(self.feature_norm(feature_ae + mask_ae) + self.position_norm(position_ae) + type_e)
+        return self.norm(feature_ae + position_ae + mask_ae + type_e)

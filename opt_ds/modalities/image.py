@@ -14,7 +14,7 @@ from torch import nn
 from opt_ds.config import DataConfig, ModelConfig
 from opt_ds.data.layout import Layout, join
 from opt_ds.modalities.features import FeatureBatch, FeatureItems, FeatureModality
-from opt_ds.nn.transformer import LayerNorm
+from opt_ds.nn.transformer import LayerNorm, summand_norm
 from opt_ds.store.reader import FeatureStore
 from opt_ds.store.schema import BOX_SIZE, Dims, StoreDescription
 
@@ -103,7 +103,11 @@ class Image(FeatureModality[ImageItems, ImageBatch]):
 
 
 class RegionEmbedder(nn.Module):
-    """FC(feature) + FC(box) + type -> LN. The feature of a masked region is zero, and a learned vector is added."""
+    """FC(feature) + FC(box) + type -> LN. The feature of a masked region is zero, and a learned vector is added.
+
+    With `normalize_embedding_summands`: LN(FC(feature)) + LN(FC(box)) + type -> LN. The learned vector then belongs to the
+    first summand.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,6 +115,8 @@ class RegionEmbedder(nn.Module):
         self.box = nn.Linear(BOX_SIZE, config.hidden_size)
         self.mask = nn.Parameter(torch.zeros(config.hidden_size))
         self.norm = LayerNorm(config)
+        self.normalizes = config.normalize_embedding_summands
+        self.feature_norm, self.box_norm = summand_norm(config), summand_norm(config)
 
     def forward(
         self, features_rv: torch.Tensor, boxes_r7: torch.Tensor, masked_r: torch.Tensor, type_e: torch.Tensor
@@ -124,5 +130,8 @@ class RegionEmbedder(nn.Module):
             type_e: The type embedding of images.
         """
         dtype = self.feature.weight.dtype
-        hidden_re = self.feature(features_rv.masked_fill(masked_r[:, None], 0.0).to(dtype)) + self.box(boxes_r7.to(dtype))
-        return self.norm(hidden_re + masked_r[:, None].to(dtype) * self.mask + type_e)
+        feature_re = self.feature(features_rv.masked_fill(masked_r[:, None], 0.0).to(dtype))
+        box_re, mask_re = self.box(boxes_r7.to(dtype)), masked_r[:, None].to(dtype) * self.mask
+        if self.normalizes:
+            return self.norm(self.feature_norm(feature_re + mask_re) + self.box_norm(box_re) + type_e)
+        return self.norm(feature_re + box_re + mask_re + type_e)

@@ -24,6 +24,10 @@ from opt_ds.ops.dropout import dropout
 from opt_ds.ops.layer_norm import add_layer_norm, layer_norm
 from opt_ds.ops.sequences import Sequences
 
+#: Smallest term added to the variance of a summand. A row of zeros has the variance 0, and BERT's 1e-12 would multiply its
+#: gradient by a million.
+_LEAST_EPS = 1e-6
+
 
 class LayerNorm(nn.Module):
     """LayerNorm from `opt_ds.ops`, optionally fused with the dropout and residual addition before it."""
@@ -49,6 +53,29 @@ class LayerNorm(nn.Module):
             x, stream, self.weight, self.bias, self.eps, probability, rows, self.dropout_layer_id
         )
         return normed, (total if self.pre else normed)
+
+
+class SummandNorm(nn.Module):
+    """LayerNorm of one summand of an input embedding (as UNITER's), if `normalize_embedding_summands` is set.
+
+    It starts with the deviation of the embedding tables, so that all summands start with the same one.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        deviation = config.embedding_range or config.initializer_range
+        self.weight = nn.Parameter(torch.full((config.hidden_size,), deviation))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.eps = max(config.layer_norm_eps, _LEAST_EPS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalised rows [..., e]."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def summand_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm of one summand of an input embedding, or the identity if the model has none."""
+    return SummandNorm(config) if config.normalize_embedding_summands else nn.Identity()
 
 
 class Dropout(nn.Module):

@@ -175,17 +175,18 @@ def vocabulary_term(
 
 
 def total_loss(
-    terms: dict[str, LossTerm], counts: dict[str, float], tasks: TasksConfig, world_size: int
+    terms: dict[str, LossTerm], divisors: dict[str, float], tasks: TasksConfig, world_size: int
 ) -> torch.Tensor:
-    """Return Σ weight · sum · world_size / count.
+    """Return Σ weight · sum · world_size / divisor.
 
     The gradient reduction averages over ranks; the factor world_size undoes this. The accumulated gradient is therefore
-    that of Σ weight · (mean over the global batch), for any number of ranks and micro-batches. A disabled loss and a
-    loss with count 0 contribute 0.
+    that of Σ weight · (sum over the global batch) / divisor, for any number of ranks and micro-batches. A disabled loss
+    and a loss with divisor 0 contribute 0.
 
     Args:
         terms: The micro-batch's terms per loss.
-        counts: Number of terms per loss in the whole global batch.
+        divisors: Loss -> divisor of its sum over the whole global batch (`StepPlan.divisors`): by default the number of
+            its terms.
         tasks: The configuration of the tasks, with the losses' weights.
         world_size: Number of ranks.
 
@@ -194,7 +195,7 @@ def total_loss(
     """
     total = torch.zeros((), device=next(iter(terms.values())).sum.device)
     for loss, term in terms.items():
-        count = counts.get(loss, 0.0)
-        scale = tasks.loss_weight(loss) * world_size / count if count else 0.0
+        divisor = divisors.get(loss, 0.0)
+        scale = tasks.loss_weight(loss) * world_size / divisor if divisor else 0.0
         total = total + term.sum * scale
     return total

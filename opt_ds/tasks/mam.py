@@ -149,6 +149,12 @@ class MaskedAudioModeling(TokenLevelTask):
         contrasted = masked[frames > masked]  # a frame without negatives is not counted
         return {"mafr": float(masked.sum()), "mac": float(contrasted.sum())}
 
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of samples with masked frames; for MAC only those with a negative."""
+        frames = self.lengths(samples)
+        masked = self.count_masked(frames)
+        return {"mafr": float((masked > 0).sum()), "mac": float(((masked > 0) & (frames > masked)).sum())}
+
     def flops_per_item(self) -> float:
         """Return the multiplications of both linear layers."""
         return self.config.model.hidden_size * 2 * self._frame_dim

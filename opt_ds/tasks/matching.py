@@ -2,10 +2,16 @@
 
 There are five matching labels: all three; image and audio; text and audio; text and image; none. A modality that does
 not match comes from another sample. Modalities of other packages are dropped.
+
+With `candidates` above 1, a sample whose input has text is read once per candidate: with its own caption and with
+negatives of it (see `opt_ds.tasks.captions`). The other inputs are the same. The scores of the label that holds
+for the true caption are compared by a softmax over the candidates. This label is also the one by which retrieval ranks.
+Pairs of image and audio are classified as without candidates.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +25,7 @@ from opt_ds.config import LossConfig, ModelConfig, TasksConfig
 from opt_ds.data.hard_negatives import HardNegativeSampler
 from opt_ds.data.layout import Layout, as_long
 from opt_ds.data.matching import LABEL_OF_PAIR, NUM_LABELS, matching_label
-from opt_ds.data.modalities import MODALITIES
+from opt_ds.data.modalities import MODALITIES, TEXT
 from opt_ds.data.negatives import NegativeSampler
 from opt_ds.data.sample import Sample
 from opt_ds.data.step_samples import StepSamples
@@ -28,6 +34,8 @@ from opt_ds.ops.keyed import keyed_choice, keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task, classification_term
 from opt_ds.tasks.baselines import Baseline, TrainingStatistics
+from opt_ds.tasks.caption_negatives import CaptionCandidate, CaptionKind, CaptionNegatives
+from opt_ds.tasks.matching_captions import CandidateBatch, candidates_term, collate_candidates
 
 
 class MatchingConfig(LossConfig):
@@ -50,26 +58,47 @@ class MatchingConfig(LossConfig):
     hard_negative_candidates: int = Field(
         16, ge=2, description="Candidates for each hard negative. The one with the most similar text is taken."
     )
+    candidates: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Captions that are compared for each sample in pre-training: the true one and hard negatives. The loss is "
+        "the softmax cross-entropy of their scores. They come on top of `batch.size`. 1: each example is classified alone.",
+    )
+    candidate_kinds: tuple[CaptionKind, ...] = Field(
+        ("swap", "replace", "caption"),
+        min_length=1,
+        description="Kinds of the negatives among the candidates, in turn. swap: two words of the caption are swapped. "
+        "replace: a word is replaced by one of another caption. caption: another sample's caption, a hard negative with "
+        "probability `hard_negative_fraction`.",
+    )
+    candidate_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Fraction of the samples with text in the input that have candidates. The others are classified alone.",
+    )
 
 
 @dataclass
 class MatchingBatch(BatchPart):
     """Matching examples of a batch."""
 
-    index: torch.Tensor  # int64 [j], packed positions of [CLS]
+    index: torch.Tensor  # int64 [j], packed positions of [CLS] of the examples that are classified alone
     labels: torch.Tensor  # int64 [j], matching labels
+    candidates: CandidateBatch
 
     @property
     def output_index(self) -> tuple[torch.Tensor, ...]:
         """Return the positions of [CLS] of the matching examples."""
-        return (self.index,)
+        return self.index, self.candidates.index
 
 
 class MatchingHead(nn.Module):
     """FC to five scores.
 
     `bce`: sigmoid and binary cross-entropy, averaged over the five labels (as in the paper). `ce`: softmax
-    cross-entropy.
+    cross-entropy. Candidates are compared by the score of their label; with `ce`, by its log probability.
     """
 
     def __init__(self, config: ModelConfig, options: MatchingConfig) -> None:
@@ -80,19 +109,34 @@ class MatchingHead(nn.Module):
     def forward(self, hidden_te: torch.Tensor, examples: MatchingBatch) -> dict[str, LossTerm]:
         """Return the loss term.
 
-        It counts samples, and "correct" counts the samples whose label has the highest score.
+        It counts samples, and "correct" counts the samples whose label has the highest score, or whose true caption has
+        it among the candidates.
         """
-        scores = self.score(hidden_te.index_select(0, examples.index)).float()
-        term = classification_term(scores, examples.labels)
+        compared = examples.candidates
+        if not len(compared.index):
+            scores = self.score(hidden_te.index_select(0, examples.index)).float()
+            return {"matching": self._classified(scores, examples.labels)}
+        scores = self.score(hidden_te.index_select(0, torch.cat([examples.index, compared.index]))).float()
+        alone, scores = scores.split([len(examples.index), len(compared.index)])
+        if self.loss == "ce":
+            scores = scores.log_softmax(-1)
+        one, other = self._classified(alone, examples.labels), candidates_term(
+            scores.gather(1, compared.labels[:, None]).squeeze(1), compared
+        )
+        metrics = {"correct": one.metrics["correct"] + other.metrics["correct"]}
+        return {"matching": LossTerm(one.sum + other.sum, one.count + other.count, metrics)}
+
+    def _classified(self, scores: torch.Tensor, labels: torch.Tensor) -> LossTerm:
+        term = classification_term(scores, labels)
         if self.loss == "bce":
-            targets = F.one_hot(examples.labels, NUM_LABELS).float()
+            targets = F.one_hot(labels, NUM_LABELS).float()
             loss = F.binary_cross_entropy_with_logits(scores, targets, reduction="sum") / NUM_LABELS
             term = term._replace(sum=loss)
-        return {"matching": term}
+        return term
 
 
 class Matching(Task):
-    """Sample-level matching. `sample.targets["matching"]` is an int, the matching label."""
+    """Sample-level matching. `sample.targets["matching"]` is an int, the matching label, or a CaptionCandidate."""
 
     name = "matching"
     level = "sample"
@@ -100,10 +144,25 @@ class Matching(Task):
     about = "Sample-level modelling: which modalities belong together."
     losses = (Loss("matching", "matching.", about, ability=MATCH),)
     columns = {"matching_label": (np.int8, -1)}  # noqa: RUF012  # -1: not a matching example
+    copies_key = "candidates"
     fine_tunes = ("retrieval",)
     fine_tuned_loss = "matching"
 
     # ---- the step plan
+
+    @property
+    def most_copies(self) -> int:
+        """Number of negatives among the candidates."""
+        return self.section.candidates - 1
+
+    @property
+    def step_columns(self) -> dict[str, tuple[type, Any]]:
+        """The matching label, and what the candidates are."""
+        return self.columns | CaptionNegatives.columns if self.most_copies else self.columns
+
+    @cached_property
+    def _negatives(self) -> CaptionNegatives:
+        return CaptionNegatives(self.config, self.section.candidate_kinds)
 
     def derive(self, stores: list[FeatureStore], samples: list[np.ndarray], split: str | None) -> list[NegativeSampler]:
         """Return the negative sampler of each store.
@@ -111,6 +170,9 @@ class Matching(Task):
         Hard negatives are sampled only if a complete split is given, that is in training.
         """
         hard_fraction = self.section.hard_negative_fraction if split is not None else 0.0
+        if self.most_copies and split is not None:
+            for store in stores:
+                self._negatives.report(store)
         return [
             NegativeSampler(store, rows, split, hard_fraction, self.section.hard_negative_candidates)
             for store, rows in zip(stores, samples, strict=True)
@@ -126,15 +188,47 @@ class Matching(Task):
         """Return which samples have two modalities and a store with usable negatives."""
         return (candidates.present[:, MODALITIES].sum(1) >= 2) & np.array([pool.usable for pool in derived])[candidates.store]
 
+    def num_copies(self, candidates: Candidates, own: np.ndarray) -> np.ndarray:
+        """Return the number of negatives of samples whose caption is compared with candidates, otherwise 0."""
+        return np.where(self._compares_captions(candidates, own), self.most_copies, 0)
+
+    def _compares_captions(self, candidates: Candidates, own: np.ndarray) -> np.ndarray:
+        key, present = candidates.key[own], candidates.present[own][:, MODALITIES]
+        is_pair, absent = self._pairs(key, present)
+        reads_text = (candidates.lengths[own, TEXT] > 0) & ~(is_pair & (absent == TEXT))
+        return reads_text & (keyed_uniform(key, "captions") < self.section.candidate_fraction)
+
+    def _pairs(self, key: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return whether the input is a pair, and the modality that is then absent, for samples bool [n, 3]."""
+        complete = present.all(1)
+        is_pair = ~complete | (keyed_uniform(key, "pair") < self.section.pair_probability)
+        return is_pair, np.where(complete, keyed_choice(3, key, "absent"), np.argmin(present, axis=1))
+
     def assign(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
+        """Replace and drop inputs: so that they have the sampled matching label, or for the comparison of captions."""
+        if self.most_copies:
+            compares = self._compares_captions(candidates, own)
+            self._assign_captions(candidates, sampled, own[compares], derived)
+            own = own[~compares]
+        self._assign_labels(candidates, sampled, own, derived)
+
+    def _assign_captions(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
+        """Let each copy of a sample read a negative in place of the caption. The label is that of the true caption."""
+        is_pair, absent = self._pairs(candidates.key[own], candidates.present[own][:, MODALITIES])
+        rows = sampled.input_rows[own]
+        rows[:, len(MODALITIES) :] = -1
+        rows[is_pair, absent[is_pair]] = -1
+        sampled.columns["matching_label"][own] = np.where(is_pair, LABEL_OF_PAIR[absent], 0)
+        self._negatives.assign(candidates, sampled, own, rows, derived)
+        sampled.input_rows[own] = rows
+
+    def _assign_labels(self, candidates: Candidates, sampled: SampledTasks, own: np.ndarray, derived: Any) -> None:
         """Replace and drop inputs so that they have the sampled matching label."""
         key, present = candidates.key[own], candidates.present[own][:, MODALITIES]
         sampled_label = keyed_choice(NUM_LABELS, key, "case")  # "case" is part of the random key: do not rename it
         kept = keyed_choice(3, key, "kept")  # the modality that is kept if the label is "none"
         replaced = matching_label(sampled_label, kept)
-        complete = present.all(1)
-        is_pair = ~complete | (keyed_uniform(key, "pair") < self.section.pair_probability)
-        absent = np.where(complete, keyed_choice(3, key, "absent"), np.argmin(present, axis=1))
+        is_pair, absent = self._pairs(key, present)
         replaced[is_pair, absent[is_pair]] = False
         pair_label = np.where(replaced.any(1), NUM_LABELS - 1, LABEL_OF_PAIR[absent])
         sampled.columns["matching_label"][own] = np.where(is_pair, pair_label, sampled_label)
@@ -149,8 +243,15 @@ class Matching(Task):
         sampled.input_rows[own] = rows
 
     def num_terms(self, samples: StepSamples) -> dict[str, float]:
-        """Return the number of samples of this task."""
-        return {"matching": float((samples.task == self.number).sum())}
+        """Return the number of samples of this task. Candidates of one sample count once."""
+        own = samples.task == self.number
+        if self.most_copies:
+            own &= samples.columns["matching_candidate"] <= 0
+        return {"matching": float(own.sum())}
+
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of terms: each sample has one."""
+        return self.num_terms(samples)
 
     def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of one output position and the head per sample."""
@@ -201,14 +302,18 @@ class Matching(Task):
     # ---- samples and batches
 
     def add_targets(self, sample: Sample, samples: StepSamples, index: int, store: FeatureStore) -> None:
-        """Set the matching label of the sample."""
-        sample.targets[self.name] = int(samples.columns["matching_label"][index])
+        """Set the matching label of the sample, or its candidate. The text of a negative is made here."""
+        label = int(samples.columns["matching_label"][index])
+        candidate = self._negatives.candidate(sample, samples, index, store, label) if self.most_copies else None
+        sample.targets[self.name] = label if candidate is None else candidate
 
     def collate(self, samples: Sequence[Sample], layout: Layout) -> MatchingBatch:
         """Return the matching examples."""
-        examples = [i for i, sample in enumerate(samples) if self.name in sample.targets]
+        examples = [i for i, sample in enumerate(samples) if isinstance(sample.targets.get(self.name), int)]
         return MatchingBatch(
-            as_long(layout.starts[examples]), as_long([samples[i].targets[self.name] for i in examples])
+            index=as_long(layout.starts[examples]),
+            labels=as_long([samples[i].targets[self.name] for i in examples]),
+            candidates=collate_candidates(samples, self.name, layout),
         )
 
     # ---- the model and its baseline
@@ -225,8 +330,11 @@ class Matching(Task):
         return head(encoded.hidden_te, part)
 
     def baseline(self, statistics: TrainingStatistics) -> Baseline:
-        """Return the loss of predicting the frequencies of the matching labels, given which modalities are present."""
-        return _LabelFrequencies(self.section.loss)
+        """Return the loss of predicting the frequencies of the matching labels, given which modalities are present.
+
+        All candidates of a sample are equally probable.
+        """
+        return _LabelFrequencies(self.section.loss, self.section.candidates)
 
 
 class _LabelFrequencies(Baseline):
@@ -235,26 +343,30 @@ class _LabelFrequencies(Baseline):
     Which modalities are present decides which labels are possible: text and audio alone match or do not.
     """
 
-    def __init__(self, loss: str) -> None:
-        self._loss = loss
+    def __init__(self, loss: str, candidates: int) -> None:
+        self._loss, self._candidates = loss, candidates
         self._counts: dict[tuple[int, ...], np.ndarray] = {}
+        self._compared = 0  # samples with candidates
 
     def add(self, sample: Sample, number: int) -> None:
-        if "matching" in sample.targets:
+        target = sample.targets.get("matching")
+        if isinstance(target, CaptionCandidate):
+            self._compared += target.number == 0
+        elif target is not None:
             counts = self._counts.setdefault(tuple(sorted(sample.items)), np.zeros(NUM_LABELS))
-            counts[sample.targets["matching"]] += 1
+            counts[target] += 1
 
     def losses(self) -> dict[str, float]:
-        return self._mean(self._loss_of)
+        return self._mean(self._loss_of, float(np.log(self._candidates)))
 
     def accuracies(self) -> dict[str, float]:
-        return self._mean(lambda prior: float(prior.max()))
+        return self._mean(lambda prior: float(prior.max()), 1 / self._candidates)
 
-    def _mean(self, of_prior: Callable[[np.ndarray], float]) -> dict[str, float]:
+    def _mean(self, of_prior: Callable[[np.ndarray], float], of_candidates: float) -> dict[str, float]:
         """Return the mean over the samples of a function of the frequencies given their modalities."""
-        total = sum(counts.sum() for counts in self._counts.values())
+        total = sum(counts.sum() for counts in self._counts.values()) + self._compared
         found = sum(counts.sum() * of_prior(counts / counts.sum()) for counts in self._counts.values())
-        return {"matching": float(found / total)} if total else {}
+        return {"matching": float((found + self._compared * of_candidates) / total)} if total else {}
 
     def _loss_of(self, frequencies: np.ndarray) -> float:
         prior = np.clip(frequencies, 1e-12, 1 - 1e-12)

@@ -253,6 +253,12 @@ class ModalityReconstruction(Task):
             "dir": float(columns["has_image_target"].sum()) * self.config.model.num_image_codes,
         }
 
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of samples with items of each decoder, for all tasks that set decoder targets."""
+        columns = samples.columns
+        writes = columns["has_text_target"] & (columns["text_target_length"] > 0)
+        return {"dtr": float(writes.sum()), "dir": float(columns["has_image_target"].sum())}
+
     def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of the decoders, for all tasks that set decoder targets."""
         columns, model = samples.columns, self.config.model

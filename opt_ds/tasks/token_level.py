@@ -51,6 +51,10 @@ class TokenLevelTask(Task):
         count = float(self.count_masked(self.lengths(samples)).sum())
         return dict.fromkeys(self.loss_names(), count)
 
+    def num_samples(self, samples: StepSamples) -> dict[str, float]:
+        """Return the number of samples with masked items for each loss."""
+        return dict.fromkeys(self.loss_names(), float((self.count_masked(self.lengths(samples)) > 0).sum()))
+
     def add_cost(self, samples: StepSamples, positions: np.ndarray, total: TaskCost) -> None:
         """Add the cost of the masked items."""
         own, masked = self.own(samples), self.count_masked(self.lengths(samples))

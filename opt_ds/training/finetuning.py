@@ -90,6 +90,9 @@ def finetune_config(
     if task == "vqa":
         tree["finetune"]["agreement"] = _agreement(opened, saved.data.train_split)
     _train_only(tree["tasks"], saved.tasks, unit.fine_tuned_loss)
+    for name, other in saved.tasks.units.items():
+        if other.copies_key:
+            tree["tasks"][name][other.copies_key] = 1
     for other in saved.tasks.units.values():
         if other.is_optional:
             own = other.section_for_finetuning(task, opened, saved.data.train_split, min_positives) if other is unit else None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from opt_ds.config import TasksConfig
 from opt_ds.store.files import is_disk_full
 from opt_ds.tasks.base import LossTerm
 
@@ -24,6 +25,7 @@ class TermSums:
         self._names: list[tuple[str, str]] = []  # (loss, "loss" or the name of a metric)
         self._total: torch.Tensor | None = None
         self.counts: dict[str, float] = {}
+        self.divisors: dict[str, float] = {}
 
     def add(self, terms: dict[str, LossTerm]) -> torch.Tensor:
         """Add a micro-batch's terms. Return its vector of values (float64, detached)."""
@@ -34,17 +36,24 @@ class TermSums:
         self._total = vector if self._total is None else self._total + vector
         return vector
 
-    def add_counts(self, counts: dict[str, float]) -> None:
-        """Add a step's global counts."""
-        for loss, count in counts.items():
-            self.counts[loss] = self.counts.get(loss, 0.0) + count
+    def add_counts(self, counts: dict[str, float], divisors: dict[str, float]) -> None:
+        """Add a step's global counts and divisors."""
+        for total, numbers in ((self.counts, counts), (self.divisors, divisors)):
+            for loss, number in numbers.items():
+                total[loss] = total.get(loss, 0.0) + number
+
+    def weighted(self, means: dict[str, float], tasks: TasksConfig) -> float:
+        """Return the total loss that `tasks.reduction` and the weights define, from the losses' means over their terms."""
+        return sum(
+            tasks.loss_weight(loss) * mean * (self.counts[loss] / self.divisors[loss]) for loss, mean in means.items()
+        )
 
     def include(self, other: "TermSums") -> None:
         """Add the micro-batches and counts of another TermSums."""
         if other._total is not None:
             self._names = other._names
             self._total = other._total if self._total is None else self._total + other._total
-        self.add_counts(other.counts)
+        self.add_counts(other.counts, other.divisors)
 
     def vector(self) -> torch.Tensor:
         """Return this rank's sums (float64), empty if nothing was added."""

@@ -58,6 +58,11 @@ _ADDED: dict[str, Any] = {
     "finetune.untrained": False,
     "model.image_positions": "sequence",
     "tasks.modality.condition_dropout": 0.0,
+    "model.normalize_embedding_summands": False,
+    "tasks.matching.candidates": 1,
+    "tasks.matching.candidate_fraction": 1.0,
+    "tasks.matching.candidate_kinds": ["swap", "replace", "caption"],
+    "tasks.reduction": "item",
 }
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "h5py", "safetensors", "pydantic")

@@ -69,12 +69,12 @@ class Stepper:
             backend.seed_dropout(self.config.seed, step_plan.step, self.group.ranks.rank, k)
             self.engine.set_gradient_accumulation_boundary(k == last)
             terms = self.engine(batch)
-            loss = total_loss(terms, step_plan.counts, self.config.tasks, world_size)
+            loss = total_loss(terms, step_plan.divisors, self.config.tasks, world_size)
             self.engine.backward(loss, scale_wrt_gas=False)
             loss_sum += loss.detach()
             vectors.append(sums.add(terms))
             self.memory.after_micro_batch(k)
-        sums.add_counts(step_plan.counts)
+        sums.add_counts(step_plan.counts, step_plan.divisors)
 
         global_loss = float(self.group.sum(loss_sum)) / world_size
         verdict, z = self.guard.judge_loss(global_loss)

@@ -38,7 +38,7 @@ class ThroughputMeter:
         if result.sums is not None:
             self.sums.include(result.sums)
         self._steps += 1
-        self._samples += step_plan.num_samples
+        self._samples += step_plan.num_samples - step_plan.samples.num_copies
         self._tokens += step_plan.num_tokens
         self._flops += step_plan.flops
         task = step_plan.samples.task

@@ -41,6 +41,7 @@ from opt_ds.training.host_memory import (
     spare_loaded_objects,
 )
 from opt_ds.training.loop import Intervals, TrainingLoop
+from opt_ds.training.loss_gradients import LossGradients
 from opt_ds.training.metrics import VALIDATION_FILE, settings_table, validation_table
 from opt_ds.training.node_folder import share_plans
 from opt_ds.training.profile import StepProfiler
@@ -113,6 +114,7 @@ class Trainer(TrainingLoop):
         self.stepper = Stepper(
             config, self.engine, group, self.loader, Guard(config.guard, state.guard), MemoryKeeper(stores), output
         )
+        self.loss_gradients = LossGradients(config, self.engine, group, self.loader)
         self._describe(hardware, settings, first_step, resume_from)
 
     # ---- training loop
@@ -153,9 +155,16 @@ class Trainer(TrainingLoop):
         self.engine.train()
         self.meter.restart()
         for step_plan, micro_batches in self.loader.steps(self.state.step, self.config.max_steps):
+            if self.loss_gradients.is_due(self.state.step):
+                self._log_gradients(step_plan)
             self.meter.add(step_plan, self.stepper.take(step_plan, micro_batches))
             self.profiler.step_done(self.state.step + 1)
             yield
+
+    def _log_gradients(self, step_plan: StepPlan) -> None:
+        with self.meter.paused():
+            norms = self.loss_gradients.measure(step_plan)
+            self.report.scalars(self.state.step + 1, {f"gradients/{loss}": norm for loss, norm in norms.items()}, "gradients")
 
     def paused(self) -> AbstractContextManager[None]:
         """Return a context for work that does not count as training time."""
@@ -190,7 +199,7 @@ class Trainer(TrainingLoop):
         meter = self.meter
         means = meter.sums.means(self.group.sum(meter.sums.vector()))
         losses = {loss: value for (loss, name), value in means.items() if name == "loss"}
-        total = self._weighted(losses)
+        total = meter.sums.weighted(losses, self.config.tasks)
         lr = self.config.optimizer.lr * self.config.schedule.lr_factor(self.state.step - 1)
         rates = meter.rates()
         self.state.train_seconds += meter.seconds()
@@ -260,9 +269,6 @@ class Trainer(TrainingLoop):
             self.state.validations_without_gain += 1
             patience = self.config.train.early_stopping
             self.state.stopped_early = bool(patience) and self.state.validations_without_gain >= patience
-
-    def _weighted(self, losses: dict[str, float]) -> float:
-        return sum(self.config.tasks.loss_weight(loss) * value for loss, value in losses.items())
 
     def close(self) -> None:
         """Close the threads and files of the run. This is called however the run ended."""

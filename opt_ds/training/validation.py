@@ -11,6 +11,7 @@ from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+from opt_ds.training.metrics import TermSums
 
 if TYPE_CHECKING:
     from opt_ds.training.distributed import ProcessGroup
@@ -50,7 +51,9 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     all_losses = config.tasks.all_losses
     table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # columns: sum, count, correct
     classifies = set()
-    for _, batches in loader.validation(config.train.validate_samples):
+    scale = TermSums()
+    for step_plan, batches in loader.validation(config.train.validate_samples):
+        scale.add_counts(step_plan.counts, step_plan.divisors)
         for batch in batches:
             for loss, term in model(batch).items():
                 row = table[all_losses.index(loss)]
@@ -66,7 +69,7 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}
     accuracies = {loss: rows[loss][2] / rows[loss][1] for loss in active if loss in classifies}
-    weighted = sum(config.tasks.loss_weight(loss) * losses[loss] for loss in losses) if losses else math.nan
+    weighted = scale.weighted(losses, config.tasks) if losses else math.nan
     return ValidationResult(losses, accuracies, weighted)
 
 

@@ -49,6 +49,80 @@ def test_every_row_is_the_norm_of_its_sum(batch: PackedBatch) -> None:
         assert (found[index] - norm(rows, layer)).abs().max() < 1e-5
 
 
+NORMALIZED = {"normalize_embedding_summands": True}
+
+
+@torch.no_grad()
+def test_normalised_summands_are_those_of_plain_pytorch(batch: PackedBatch) -> None:
+    model, inputs = make_model(make_config(model=NORMALIZED)), batch.inputs
+    e, found = model.embeddings, model.embeddings(inputs)[0]
+
+    def norm(rows: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        return F.layer_norm(rows, (16,), layer.weight, layer.bias, layer.eps)
+
+    types, image, audio = e.modality.weight, inputs.parts[IMAGE], inputs.parts[AUDIO]
+    assert image.masked.any() and audio.masked.any()
+    for part, embedder, other, number in (
+        (image, e.regions, norm(F.linear(image.boxes, e.regions.box.weight, e.regions.box.bias), e.regions.box_norm), 1),
+        (audio, e.frames, norm(e.frames.position.weight[audio.positions], e.frames.position_norm), 2),
+    ):
+        shown = part.features.float() * ~part.masked[:, None]
+        feature = F.linear(shown, embedder.feature.weight, embedder.feature.bias) + part.masked[:, None] * embedder.mask
+        rows = norm(feature, embedder.feature_norm) + other + types[number]
+        assert (found[part.index] - norm(rows, embedder.norm)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embedding_range", [None, 0.07])
+def test_normalised_summands_start_with_the_deviation_of_the_tables(
+    batch: PackedBatch, embedding_range: float | None
+) -> None:
+    sizes = {"hidden_size": 512, "initializer_range": 0.02, "embedding_range": embedding_range}
+    expected = embedding_range or 0.02
+    inputs, deviations = batch.inputs, {}
+    for name, more in (("added", {}), ("normalised", NORMALIZED)):
+        torch.manual_seed(0)
+        config = make_config(model={**sizes, **more})
+        e = OPT(config.model, config.tasks).embeddings
+        image, audio = inputs.parts[IMAGE], inputs.parts[AUDIO]
+        deviations[name] = {
+            "region": e.regions.feature_norm(e.regions.feature(image.features.float())),
+            "box": e.regions.box_norm(e.regions.box(image.boxes)),
+            "masked region": e.regions.feature_norm(e.regions.mask[None]),
+            "frame": e.frames.feature_norm(e.frames.feature(audio.features.float())),
+            "position": e.frames.position_norm(e.frames.position(audio.positions)),
+            "type": e.modality.weight,
+        }
+        deviations[name] = {part: float(rows.std(-1).mean()) for part, rows in deviations[name].items()}
+    assert all(found == pytest.approx(expected, rel=0.1) for found in deviations["normalised"].values()), deviations
+    added = deviations["added"]
+    assert embedding_range or added["region"] > 2 * added["box"], "without the norms the feature drowns the box"
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_norms_of_summands_learn_and_rows_of_zeros_do_no_harm(batch: PackedBatch, norm: str) -> None:
+    model = OPT(make_config(model={**NORMALIZED, "norm": norm, "layer_norm_eps": 1e-12}).model, make_config().tasks)
+    features = batch.inputs.parts[IMAGE].features
+    kept = features.clone()
+    features[:3] = 0.0
+    hidden = model.encode(batch.inputs)
+    (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    features.copy_(kept)
+    for name, parameter in model.embeddings.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+    largest = {name: p.grad.norm() for name, p in model.embeddings.regions.named_parameters()}
+    assert largest["feature.bias"] < 1e4 * largest["box.bias"]
+
+
+def test_a_model_without_norms_of_summands_has_the_weights_that_it_had() -> None:
+    config, other = make_config(), make_config(model=NORMALIZED)
+    without, names = (set(OPT(c.model, c.tasks).state_dict()) for c in (config, other))
+    assert names - without == {
+        f"embeddings.{part}.{kind}" for part in ("regions.feature_norm", "regions.box_norm", "frames.feature_norm",
+                                                 "frames.position_norm") for kind in ("weight", "bias")
+    }  # fmt: skip
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("standardize", [False, True])
 def test_a_masked_feature_never_reaches_the_encoder(batch: PackedBatch, standardize: bool) -> None:

@@ -11,6 +11,7 @@ from opt_ds.errors import UserError
 from opt_ds.serving.export import export
 from opt_ds.serving.session import Session
 from opt_ds.training.checkpoint import is_exported, load_model
+from tests.serving.conftest import start_run
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,16 @@ def test_every_weight_comes_back_bit_for_bit(run: Path, exported: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         word = loaded.opt.embeddings.text.word.weight
         assert loaded.opt.text_decoder.word.weight is word and loaded.opt.mlm.word.weight is word
+
+
+def test_a_model_with_norms_of_summands_and_candidates_is_exported(raw_store: Path, tmp_path: Path) -> None:
+    from opt_ds.serving.pretrained import OPTModel
+
+    start_run(raw_store, tmp_path / "run", "model.normalize_embedding_summands=true", "tasks.matching.candidates=3")
+    loaded = OPTModel.from_pretrained(export(tmp_path / "run", tmp_path / "model"))
+    expected, found = load_model(tmp_path / "run")[0].state_dict(), loaded.opt.state_dict()
+    assert "embeddings.regions.box_norm.weight" in found and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_answers_are_those_of_the_run(session: Session, exported: Path, raw: Path) -> None:

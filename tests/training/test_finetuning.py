@@ -160,3 +160,10 @@ def test_a_checkpoint_that_never_learned_to_write_is_refused(learnable: Path, tm
     train(tiny_config(learnable, "train.max_steps=1", "tasks.dtr.weight=0"), tmp_path / "run", group)
     with pytest.raises(UserError, match=r"trained without dtr \(tasks.dtr.weight is 0\), which transcription fine-tunes"):
         finetune_config("transcription", tmp_path / "run", [str(learnable)])
+
+
+def test_candidates_of_pre_training_are_not_those_of_fine_tuning(learnable: Path, tmp_path: Path, group: Any) -> None:
+    train(tiny_config(learnable, "train.max_steps=1", "tasks.matching.candidates=2"), tmp_path / "run", group)
+    assert tuned("retrieval", tmp_path / "run", learnable, 1).tasks.matching.candidates == 1
+    with pytest.raises(UserError, match=r"tasks\.matching\.candidates is for pre-training: set it to 1"):
+        tuned("retrieval", tmp_path / "run", learnable, 1, "tasks.matching.candidates=2")

@@ -21,6 +21,8 @@ QUIET = ("model.dropout=0", "model.attention_dropout=0")
 # Small widths, so that a micro-batch can be small: the longest sample has 24 + 2 + 8 + 4 + 25 + 64 positions.
 ONE_STEP = (*QUIET, "model.max_regions=8", "model.max_frames=4", "batch.size=40", "optimizer.clip_norm=0",
             "train.max_steps=1")  # fmt: skip
+#: Options that change what a step sums up: several captions per sample, sums per sample, norms in the embeddings.
+OPTIONS = ("tasks.matching.candidates=3", "tasks.reduction=sample", "model.normalize_embedding_summands=true")
 
 
 def tuned(store: Path, start: Path) -> Config:
@@ -50,6 +52,8 @@ def folder(store: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactor
 
     train(tiny_config(store, *ONE_STEP, "batch.max_tokens=4096"), folder / "1x1", group)
     train(tiny_config(store, *ONE_STEP, "batch.max_tokens=155"), folder / "1x8", group)
+    train(tiny_config(store, *ONE_STEP, *OPTIONS, "batch.max_tokens=4096"), folder / "options 1x1", group)
+    train(tiny_config(store, *ONE_STEP, *OPTIONS, "batch.max_tokens=155"), folder / "options 1x8", group)
     train(curve(learnable, 4 * SWITCH_EVERY), folder / "one", group)
     train(tiny_config(store, "train.max_steps=1"), folder / "start", group)
     train(tuned(store, folder / "start"), folder / "tuned one", group)
@@ -59,6 +63,10 @@ def folder(store: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactor
     zero_moments(folder / "control", SWITCH_EVERY)
     two = [
         (tiny_config(store, *ONE_STEP, "batch.max_tokens=200"), "2x3"),
+        (tiny_config(store, *ONE_STEP, *OPTIONS, "batch.max_tokens=200", "zero.stage=3"), "options 2x3"),
+        (tiny_config(store, *OPTIONS, "train.max_steps=4", "train.log_gradients_every=2"), "options straight"),
+        (tiny_config(store, *OPTIONS, "train.max_steps=2"), "options cut"),
+        (tiny_config(store, *OPTIONS, "train.max_steps=4"), "options cut"),
         (tiny_config(store, "train.max_steps=6"), "two straight"),
         (tiny_config(store, "train.max_steps=3"), "two cut"),
         (tiny_config(store, "train.max_steps=6"), "two cut"),
@@ -88,16 +96,35 @@ def test_loss_and_gradients_do_not_depend_on_ranks_and_micro_batches(store: Path
     for ranks, tokens, expected in ((1, 4096, 1), (1, 155, 8), (2, 200, 3)):
         plan = PretrainingPlan(tiny_config(store, *ONE_STEP, f"batch.max_tokens={tokens}"), [FeatureStore(store)])
         assert len(plan.step(0, ranks).micro_batches[0]) == expected
+    assert_same_step(folder, "1x1", ("1x8", "2x3"))
+
+
+def assert_same_step(folder: Path, first: str, others: tuple[str, ...]) -> None:
+    """Compare losses and gradients of runs of one step."""
     # After one step from moments of 0, exp_avg is 0.1 × the gradient.
-    reference = tensors(folder / "1x1", 1, "moments")
+    reference = tensors(folder / first, 1, "moments")
     norm = torch.stack([t.norm() for name, t in reference.items() if name.endswith("exp_avg")]).norm()
-    for other in ("1x8", "2x3"):
-        assert losses(folder / other)[1] == pytest.approx(losses(folder / "1x1")[1], rel=1e-5)
+    for other in others:
+        assert losses(folder / other)[1] == pytest.approx(losses(folder / first)[1], rel=1e-5)
         found = tensors(folder / other, 1, "moments")
         for name, expected_moment in reference.items():
             if name.endswith("exp_avg"):
                 error = (found[name] - expected_moment).norm()
                 assert error <= 1e-5 * max(expected_moment.norm(), 1e-3 * norm), name
+
+
+def test_candidates_and_sums_per_sample_do_not_depend_on_ranks_and_micro_batches(store: Path, folder: Path) -> None:
+    config = tiny_config(store, *ONE_STEP, *OPTIONS, "batch.max_tokens=155")
+    step_plan = PretrainingPlan(config, [FeatureStore(store)]).step(0)
+    assert len(step_plan.micro_batches[0]) > 4 and step_plan.samples.num_copies > 4
+    assert_same_step(folder, "options 1x1", ("options 1x8", "options 2x3"))
+
+
+def test_candidates_resume_bit_exactly_on_two_ranks(folder: Path) -> None:
+    """One of the runs also measures the losses' gradients, which changes nothing."""
+    assert hashes(folder / "options cut", 4) == hashes(folder / "options straight", 4)
+    lines = [json.loads(line) for line in (folder / "options straight" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "gradients"] == [2, 4]
 
 
 @pytest.mark.parametrize("stage", STAGES)
