@@ -13,6 +13,7 @@ from opt_ds.config import Config
 from opt_ds.data.step_plan import Plan
 from opt_ds.data.step_samples import VALIDATION_EPOCH, StepSamples
 from opt_ds.data.store_rows import present_subsets
+from opt_ds.data.task import Candidates, SampledTasks
 from opt_ds.ops.keyed import keyed_hash, keyed_uniform
 from opt_ds.store.reader import FeatureStore
 
@@ -23,7 +24,9 @@ class PretrainingPlan(Plan):
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         super().__init__(config, stores, version)
         self._derived = {
-            name: task.derive(stores, self._train, config.data.train_split) for name, task in self.tasks.items() if task.sampled
+            name: task.derive(stores, self._train, config.data.train_split)
+            for name, task in self.tasks.items()
+            if task.sampled and task.is_configured
         }
         self.disabled_tasks = self._disabled()
 
@@ -65,7 +68,17 @@ class PretrainingPlan(Plan):
             own = np.flatnonzero(sampled.task == number)
             if own.size:
                 task.assign(candidates, sampled, own, derived[name])
-        return self._samples_of(candidates, sampled)
+        return self._samples_of(*self._with_further_views(candidates, sampled))
+
+    def _with_further_views(self, candidates: Candidates, sampled: SampledTasks) -> tuple[Candidates, SampledTasks]:
+        """Return the samples, followed by the further views of those whose task encodes several views of a sample."""
+        task_of_sample = sampled.task
+        for number, task in enumerate(self.tasks.values()):
+            own = np.flatnonzero(task_of_sample == number)
+            views = task.further_views(candidates, own) if own.size else None
+            if views is not None:
+                candidates, sampled = candidates.extended(views[0]), sampled.extended(*views)
+        return candidates, sampled
 
     def _chosen_task(self, key: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         """Return a task per sample, int8 [B], sampled by weight among the possible ones.

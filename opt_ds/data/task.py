@@ -13,7 +13,7 @@ Legend: B samples of a step; M modalities of the model, of which columns 0, 1 an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -51,6 +51,12 @@ class Candidates:
         """Which modalities are present, bool [B, M]."""
         return self.source_rows >= 0
 
+    def extended(self, again: np.ndarray) -> "Candidates":
+        """Return the samples followed by those at these int64 indices once more."""
+        per_sample = ("key", "epoch", "store", "sample", "source_rows", "lengths")
+        arrays = {name: getattr(self, name) for name in per_sample}
+        return replace(self, **{name: np.concatenate([array, array[again]]) for name, array in arrays.items()})
+
     def of_store(self, number: int, among: np.ndarray) -> np.ndarray | slice:
         """Return an index into `among` (int64 sample indices) of the samples of store `number`.
 
@@ -66,6 +72,12 @@ class SampledTasks:
     task: np.ndarray  # int8 [B], index into the plan's tasks; -1: no task can use this sample
     input_rows: np.ndarray  # int64 [B, M], after dropping and replacing
     columns: dict[str, np.ndarray]  # columns of the tasks, [B] each
+
+    def extended(self, again: np.ndarray, input_rows: np.ndarray) -> "SampledTasks":
+        """Return the decisions followed by those at int64 [n] indices `again` once more, with other inputs [n, M]."""
+        columns = {name: np.concatenate([array, array[again]]) for name, array in self.columns.items()}
+        rows = np.concatenate([self.input_rows, input_rows])
+        return SampledTasks(np.concatenate([self.task, self.task[again]]), rows, columns)
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,8 @@ class DataTask:
 
     name: ClassVar[str]
     sampled: ClassVar[bool] = True  # whether pre-training samples the task by tasks.sampling_weights
+    #: Whether its loss compares the samples of all micro-batches, which takes two passes (see `tasks.global_loss`).
+    takes_two_passes: ClassVar[bool] = False
     masked_modalities: ClassVar[tuple[int, ...]] = ()  # modalities whose items are masked in the input
     #: Column of the step plan -> its dtype and its value for samples of other tasks.
     columns: ClassVar[dict[str, tuple[type, Any]]] = {}
@@ -123,6 +137,11 @@ class DataTask:
     def loss_names(cls) -> tuple[str, ...]:
         """Return the names of the task's losses."""
         return ()
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the task has its section of the configuration, which only an optional task may lack."""
+        return getattr(self.config.tasks, self.name, self) is not None
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -170,6 +189,20 @@ class DataTask:
             own: int64 indices of the task's samples.
             derived: The result of `derive`.
         """
+
+    def further_views(self, candidates: Candidates, own: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the views of the task's samples that are encoded besides the inputs that `assign` chose.
+
+        Each view is one more sequence of the step, at its end and with its own global sample index.
+
+        Args:
+            candidates: The samples of the step.
+            own: int64 indices of the task's samples.
+
+        Returns:
+            int64 [n], indices of samples of the step, and their inputs, int64 [n, M]. None: there are no views.
+        """
+        return None
 
     def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of terms of each of the task's losses over the step.

@@ -11,6 +11,7 @@ from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.global_loss import global_losses
 
 if TYPE_CHECKING:
     from opt_ds.training.distributed import ProcessGroup
@@ -50,9 +51,15 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     all_losses = config.tasks.all_losses
     table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # columns: sum, count, correct
     classifies = set()
-    for _, batches in loader.validation(config.train.validate_samples):
+    compared = global_losses(loader.plan, loader.device)
+    for step_plan, batches in loader.validation(config.train.validate_samples):
+        for over_pass in compared.values():
+            over_pass.begin(step_plan.samples)
         for batch in batches:
-            for loss, term in model(batch).items():
+            terms = model(batch)
+            for task, over_pass in compared.items():
+                over_pass.add(batch.parts[task], terms)
+            for loss, term in terms.items():
                 row = table[all_losses.index(loss)]
                 row[0] += float(term.sum)
                 row[1] += term.count
@@ -62,6 +69,10 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     model.train(was_training)
     if reduce is not None:
         reduce(table)
+    for over_pass in compared.values():  # over all ranks
+        for loss, term in over_pass.combine(reduce or (lambda values: values), with_gradient=False).items():
+            row = [float(term.sum), term.count, float(term.metrics["correct"])]
+            table[all_losses.index(loss)] = torch.tensor(row, dtype=torch.float64)
     rows = {loss: table[i].tolist() for i, loss in enumerate(all_losses)}
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}
