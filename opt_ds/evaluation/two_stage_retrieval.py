@@ -49,8 +49,8 @@ def two_stage_retrieval(
 
     The figures per direction are: `alignment` or `projection`, the first stage alone; `shortlist_recall`, the fraction
     of queries with a correct candidate in the shortlist; `matching` and (if text is one side) `likelihood`, the
-    re-ranked order, with the number of encoder and decoder passes relative to all pairs. A direction whose modalities no sample has is
-    omitted, and so is a score whose loss the model was not trained with.
+    re-ranked order, with the number of encoder and decoder passes relative to all pairs. A direction whose modalities
+    no sample has is omitted, and so is a score whose loss the model was not trained with.
 
     Args:
         evaluator: The model and the store.
