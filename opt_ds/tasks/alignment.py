@@ -40,7 +40,7 @@ from opt_ds.ops.movable import Movable
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
 from opt_ds.tasks.baselines import Baseline, TrainingStatistics
-from opt_ds.tasks.contrast import Pair, Temperature, contrast
+from opt_ds.tasks.contrast import LOG_SCALE_LIMIT, Pair, Temperature, contrast
 from opt_ds.tasks.global_loss import GlobalLoss, SumOverRanks
 
 #: View -> its modalities.
@@ -291,9 +291,8 @@ class AlignmentLoss(GlobalLoss):
         pairs, num_samples = self._pairs()
         options = self._task.section
         found = contrast(table, keys, pairs, self._temperature, options.loss, with_gradient)
-        metrics = {
-            "correct": found.correct, "chance": found.chance, "scale": self._temperature.log_scale.sum().exp() * num_samples
-        }  # fmt: skip
+        scale = self._temperature.log_scale.sum().clamp_max(LOG_SCALE_LIMIT).exp()
+        metrics = {"correct": found.correct, "chance": found.chance, "scale": scale * num_samples}
         self._term = LossTerm(found.loss, float(num_samples), metrics)
         self._gradient, self._of_temperature = found.of_table, found.of_temperature
         return {self._task.name: self._term}
@@ -349,14 +348,14 @@ class _AllAlike(Baseline):
 
     def __init__(self, options: AlignmentConfig) -> None:
         self._options = options
-        self._views: dict[str, set[str]] = {}  # sample -> its views
-        self._keys: dict[str, tuple[int, int, int]] = {}
+        self._views: dict[tuple[int, str], set[str]] = {}  # store and sample -> its views
+        self._keys: dict[tuple[int, str], tuple[int, int, int]] = {}
 
     def add(self, sample: Sample, number: int) -> None:
         if "alignment" in sample.targets:
-            target = sample.targets["alignment"]
-            self._views.setdefault(sample.name, set()).add(_VIEW_NAMES[target.view])
-            self._keys[sample.name] = target.keys
+            target, name = sample.targets["alignment"], (number, sample.name)
+            self._views.setdefault(name, set()).add(_VIEW_NAMES[target.view])
+            self._keys[name] = target.keys
 
     def losses(self) -> dict[str, float]:
         return self._mean(self._loss_of)
@@ -372,7 +371,7 @@ class _AllAlike(Baseline):
 
     def _mean(self, value: Any) -> dict[str, float]:
         """Return the mean over samples, and over the pairs of each, of a function of the number of candidates."""
-        per_sample: dict[str, list[float]] = {}
+        per_sample: dict[tuple[int, str], list[float]] = {}
         for pair in self._options.pairs:
             names = [name for name, views in self._views.items() if views.issuperset(PAIRS[pair])]
             keys = np.array([self._keys[name] for name in names], dtype=np.int64).reshape(-1, 3)
