@@ -23,9 +23,9 @@ from opt_ds.tasks.reconstruct import ReconstructionTargets
 
 #: The built-in tasks by name, and their numbers in a plan.
 TASK_NAMES = tuple(BUILT_IN)
-MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS = range(len(TASK_NAMES))
-#: The tasks that pre-training samples, with their losses.
-SAMPLED_TASKS = default_tasks().sampled
+MLM, MVM, MAM, MODALITY, MATCHING, WRITE, LABELS, ALIGNMENT = range(len(TASK_NAMES))
+#: The tasks that pre-training samples by default, with their losses.
+SAMPLED_TASKS = {name: losses for name, losses in default_tasks().sampled.items() if name in default_tasks().sampling_weights}
 LOSSES = tuple(loss for losses in SAMPLED_TASKS.values() for loss in losses)
 
 STORE = {

@@ -353,7 +353,7 @@ class Config(Section):
             raise ValueError("data.store_weights must hold positive weights")
         for name, unit in self.tasks.units.items():
             task = unit(self)
-            if not task.most_copies:
+            if not (task.most_copies and task.copies_share_batch):
                 continue
             if self.finetune is not None:
                 raise ValueError(f"tasks.{name}.{task.copies_key} is for pre-training: set it to 1")

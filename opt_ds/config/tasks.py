@@ -175,7 +175,7 @@ def tasks_config(plugins: tuple[str, ...]) -> type[TasksConfig]:
     sections: dict[str, Any] = {}
     for unit in units.values():
         sections |= unit.sections()
-    sampled = [name for name, unit in units.items() if unit.sampled]
+    sampled = [name for name, unit in units.items() if unit.sampled and not unit.is_optional]
     description = TasksConfig.model_fields["sampling_weights"].description
     weights = Field(default_factory=lambda: dict.fromkeys(sampled, 1.0), description=description)
     sections["sampling_weights"] = (dict[str, float], weights)

@@ -45,7 +45,7 @@ class MicroBatchLoader:
         self._threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pack")
 
     def steps(self, first: int, last: int) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
-        """Yield steps first … last − 1 with this rank's micro-batches.
+        """Yield steps first … last − 1 with this rank's micro-batches, in the order of `StepPlan.order`.
 
         A step's batches must be consumed before the next step.
         """
@@ -101,7 +101,7 @@ class MicroBatchLoader:
                 if not waiting:
                     return
                 step_plan = waiting[0][0]
-                left = len(step_plan.micro_batches[self.rank])
+                left = len(step_plan.order(self.rank))
                 yield step_plan, batches()
                 assert not left, "a step's micro-batches are all consumed before the next"
         finally:

@@ -46,6 +46,19 @@ class MicroBatches(Sequence[list[MicroBatchPlan]]):
         own = zip(sizes, ends, self.num_tokens[rank].tolist(), self.costs[rank].tolist(), strict=True)
         return [MicroBatchPlan(self.indices[end - size : end], tokens, cost) for size, end, tokens, cost in own]
 
+    def followed_by(self, others: "MicroBatches") -> "MicroBatches":
+        """Return each rank's micro-batches, followed by those of `others` for the same number of ranks."""
+        indices = [part for rank in range(len(self)) for part in (self._indices_of(rank), others._indices_of(rank))]
+        joined = [
+            np.concatenate(pair, axis=1)
+            for pair in ((self.sizes, others.sizes), (self.num_tokens, others.num_tokens), (self.costs, others.costs))
+        ]
+        return MicroBatches(np.concatenate(indices), *joined)
+
+    def _indices_of(self, rank: int) -> np.ndarray:
+        end = int(self._ends[rank, -1])
+        return self.indices[end - int(self.sizes[rank].sum()) : end]
+
     @property
     def loads(self) -> np.ndarray:
         """Total cost of each rank's micro-batches, added in order, float64 [ranks]."""

@@ -82,10 +82,11 @@ class StepPrefetcher:
     def _work(self, step_plans: Iterator[StepPlan]) -> None:
         try:
             for step_plan in step_plans:
-                for place, micro_batch in enumerate(step_plan.micro_batches[self._rank]):
+                micro_batches = step_plan.micro_batches[self._rank]
+                for place in step_plan.order(self._rank):
                     if not self._wait_for_capacity():
                         return
-                    size = self._read_ahead(step_plan.samples, micro_batch.indices) if self._max_bytes else 0
+                    size = self._read_ahead(step_plan.samples, micro_batches[place].indices) if self._max_bytes else 0
                     with self._changed:
                         self._ready.append(Prefetched(step_plan, place, size))
                         self._num_bytes += size

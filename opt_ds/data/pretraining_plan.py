@@ -24,7 +24,9 @@ class PretrainingPlan(Plan):
     def __init__(self, config: Config, stores: list[FeatureStore], version: int | None = None) -> None:
         super().__init__(config, stores, version)
         self._derived = {
-            name: task.derive(stores, self._train, config.data.train_split) for name, task in self.tasks.items() if task.sampled
+            name: task.derive(stores, self._train, config.data.train_split)
+            for name, task in self.tasks.items()
+            if task.sampled and task.is_configured
         }
         self.disabled_tasks = self._disabled()
 
@@ -81,14 +83,14 @@ class PretrainingPlan(Plan):
         """
         if not any(unit.most_copies for unit in self.tasks.values()):
             return candidates, task, None
-        copies = np.zeros(len(task), np.int64)
+        copies, grouped = np.zeros(len(task), np.int64), np.zeros(len(task), bool)
         for number, unit in enumerate(self.tasks.values()):
             own = np.flatnonzero(task == number)
             if own.size and unit.most_copies:
-                copies[own] = unit.num_copies(candidates, own)
+                copies[own], grouped[own] = unit.num_copies(candidates, own), unit.copies_share_batch
         candidates, index = candidates.with_copies(copies)
         # The key identifies the sample in all stores, epochs and chunks of the validation pass.
-        group = np.where(copies[index] > 0, (candidates.key >> np.uint64(1)).astype(np.int64), -1)
+        group = np.where((copies > 0)[index] & grouped[index], (candidates.key >> np.uint64(1)).astype(np.int64), -1)
         return candidates, task[index], group
 
     def _chosen_task(self, key: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:

@@ -36,7 +36,9 @@ _MOST_WAITING = 64  # maximum number of files in an inbox
 _SHARED_FROM = 2048  # samples per step; planning a smaller step takes about as long as reading a file
 _ALIGNMENT = 64  # bytes
 _MICRO_BATCHES = ("indices", "sizes", "num_tokens", "costs")
-_NUMBERS = ("step", "counts", "divisors", "num_tokens", "packing_efficiency", "load_imbalance", "flops")
+_NUMBERS = (
+    "step", "counts", "divisors", "num_tokens", "packing_efficiency", "load_imbalance", "flops", "first_pass", "num_copies",
+)  # fmt: skip
 
 
 def is_worth_sharing(plan: Plan) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from opt_ds.config import Config
 from opt_ds.data.derived import cached_array
 from opt_ds.data.flops import sample_and_step_flops
-from opt_ds.data.micro_batches import MicroBatchPlan, distribute
+from opt_ds.data.micro_batches import MicroBatches, MicroBatchPlan, distribute
 from opt_ds.data.mixing import SAMPLING_BLOCK, store_quotas
 from opt_ds.data.modality import modalities_of
 from opt_ds.data.step_samples import GROUP, StepSamples, concatenate, select
@@ -48,11 +48,21 @@ class StepPlan:
     packing_efficiency: float  # used positions as a fraction of the micro-batches' budget
     load_imbalance: float  # maximum operations of a rank divided by the mean
     flops: float  # operations of training once on all its samples
+    first_pass: int = 0  # number of each rank's micro-batches, from the first on, that are run twice
+    num_copies: int = 0  # entries at the end of `samples` that are copies of those before them (see `DataTask.num_copies`)
 
     @property
     def num_samples(self) -> int:
-        """Number of samples of the step, with copies."""
-        return len(self.samples)
+        """Number of samples of the step. Copies do not count."""
+        return len(self.samples) - self.num_copies
+
+    def order(self, rank: int) -> list[int]:
+        """Return the numbers of a rank's micro-batches in the order in which the step runs them.
+
+        Those of the first pass come twice: first for the outputs that are compared over the whole step, then with the
+        others for the gradients (see `opt_ds.tasks.global_loss`).
+        """
+        return [*range(self.first_pass), *range(len(self.micro_batches[rank]))]
 
 
 class Plan(ABC):
@@ -108,7 +118,8 @@ class Plan(ABC):
     def step(self, step: int, world_size: int = 1) -> "StepPlan":
         """Return the plan of optimiser step `step` (0-based). The samples do not depend on the number of ranks."""
         positions = step * self.batch_samples + np.arange(self.batch_samples, dtype=np.int64)
-        return self._step_plan(step, self._training_samples(step, *self._samples_at(positions)), world_size)
+        samples = self._training_samples(step, *self._samples_at(positions))
+        return self._step_plan(step, samples, world_size, num_samples=self.batch_samples)
 
     def validation(self, world_size: int = 1, max_samples: int = 2**62, chunk: int = 512) -> "list[StepPlan]":
         """Return the fixed validation pass: every trained task on every sample of the validation split.
@@ -257,14 +268,21 @@ class Plan(ABC):
                 total[loss] = total.get(loss, 0.0) + number
         return {loss: float(total[loss]) for loss in self.config.tasks.active_losses}
 
-    def _step_plan(self, step: int, samples: StepSamples, world_size: int) -> StepPlan:
+    def _step_plan(self, step: int, samples: StepSamples, world_size: int, num_samples: int | None = None) -> StepPlan:
+        """Return the plan of a training step of `num_samples` samples, or of a chunk of the validation pass (None)."""
         costs, flops, decoder_positions = sample_and_step_flops(self.config, self.tasks.values(), samples)
         positions = samples.input_positions() + decoder_positions
-        useful = np.flatnonzero(samples.task >= 0)
-        groups = samples.columns[GROUP][useful] if GROUP in samples.columns else None
-        micro_batches = distribute(
-            useful, positions[useful], world_size, self.config.batch.max_tokens, costs[useful], groups
-        )
+
+        def distributed(index: np.ndarray) -> MicroBatches:
+            groups = samples.columns[GROUP][index] if GROUP in samples.columns else None
+            return distribute(index, positions[index], world_size, self.config.batch.max_tokens, costs[index], groups)
+
+        in_two_passes = self._in_two_passes(samples) if num_samples is not None else np.zeros(len(samples), bool)
+        first, rest = np.flatnonzero(in_two_passes), np.flatnonzero((samples.task >= 0) & ~in_two_passes)
+        micro_batches, first_pass = distributed(first if len(first) else rest), 0
+        if len(first):
+            first_pass = len(micro_batches[0])
+            micro_batches = micro_batches.followed_by(distributed(rest)) if len(rest) else micro_batches
         total, loads = int(micro_batches.num_tokens.sum()), micro_batches.loads.tolist()
         mean = sum(loads) / world_size
         budget = micro_batches.sizes.size * self.config.batch.max_tokens
@@ -272,7 +290,13 @@ class Plan(ABC):
         return StepPlan(
             step, samples, counts, self._divisors(samples, counts), micro_batches, num_tokens=total,
             packing_efficiency=total / budget, load_imbalance=max(loads) / mean if mean else 1.0, flops=flops,
+            first_pass=first_pass, num_copies=0 if num_samples is None else len(samples) - num_samples,
         )  # fmt: skip
+
+    def _in_two_passes(self, samples: StepSamples) -> np.ndarray:
+        """Return which samples belong to a task that takes two passes, bool [B]."""
+        numbers = [task.number for task in self.tasks.values() if task.takes_two_passes]
+        return np.isin(samples.task, numbers)
 
     def _source_rows(self, store: np.ndarray, sample: np.ndarray) -> np.ndarray:
         """Return the samples' own rows, int64 [B, M]."""

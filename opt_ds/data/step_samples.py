@@ -38,13 +38,6 @@ class StepSamples:
         positions += 1
         return positions
 
-    @property
-    def num_copies(self) -> int:
-        """Number of entries that are copies of another one (see `DataTask.num_copies`)."""
-        groups = self.columns.get(GROUP, np.empty(0, np.int64))
-        grouped = groups[groups >= 0]
-        return len(grouped) - len(np.unique(grouped))
-
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays by name. The name of a task's column is "columns/<name>"."""
         own = {name: getattr(self, name) for name in FIELDS}

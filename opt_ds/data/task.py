@@ -112,11 +112,15 @@ class DataTask:
 
     name: ClassVar[str]
     sampled: ClassVar[bool] = True  # whether pre-training samples the task by tasks.sampling_weights
+    #: Whether its loss compares the samples of all micro-batches, which takes two passes (see `tasks.global_loss`).
+    takes_two_passes: ClassVar[bool] = False
     masked_modalities: ClassVar[tuple[int, ...]] = ()  # modalities whose items are masked in the input
     #: Column of the step plan -> its dtype and its value for samples of other tasks.
     columns: ClassVar[dict[str, tuple[type, Any]]] = {}
     #: Key of the task's section that gives its samples copies. "": they never have any.
     copies_key: ClassVar[str] = ""
+    #: Whether a sample and its copies must be in one micro-batch.
+    copies_share_batch: ClassVar[bool] = True
     #: The fine-tuning jobs (`opt-ds finetune`) that train with this task.
     fine_tunes: ClassVar[tuple[str, ...]] = ()
     #: What a sample must have for fine-tuning, as words that follow its inputs in a message.
@@ -134,6 +138,11 @@ class DataTask:
     def loss_names(cls) -> tuple[str, ...]:
         """Return the names of the task's losses."""
         return ()
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the task has its section of the configuration, which only an optional task may lack."""
+        return getattr(self.config.tasks, self.name, self) is not None
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -185,8 +194,8 @@ class DataTask:
     def num_copies(self, candidates: Candidates, own: np.ndarray) -> np.ndarray:
         """Return how many copies the step has of each own sample, int64 [n].
 
-        A task that compares several inputs of one sample assigns different inputs to the sample and its copies. They are
-        in one micro-batch. Copies come on top of the batch size.
+        A task that compares several inputs of one sample assigns different inputs to the sample and its copies
+        (`Candidates.copy`). Copies come on top of the batch size.
         """
         return np.zeros(len(own), np.int64)
 

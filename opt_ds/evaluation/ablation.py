@@ -76,7 +76,8 @@ def rows_without(tasks: TasksConfig) -> dict[str, tuple[str, ...]]:
 
     A row leaves out one level, one task of a level that has several, or one loss of a level that has a single task.
     """
-    levels = {level: [unit for unit in tasks.units.values() if unit.level == level and unit.sampled] for level in _LEVELS}
+    units_there = [unit for unit in tasks.units.values() if unit.sampled and getattr(tasks, unit.name) is not None]
+    levels = {level: [unit for unit in units_there if unit.level == level] for level in _LEVELS}
     rows: dict[str, tuple[str, ...]] = {FULL: ()}
     rows |= {f"no-{level}-level": tuple(unit.name for unit in units) for level, units in levels.items() if units}
     for units in reversed(levels.values()):

@@ -24,6 +24,7 @@ SCORES = {
     "likelihood_raw": "text likelihood, raw",
     "likelihood_transductive": "text likelihood, transductive",
     "matching": "matching head",
+    "alignment": "alignment",
     "projection": "projection of [CLS]",
 }
 #: Column -> form of the figures of captions.

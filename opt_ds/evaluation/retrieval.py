@@ -1,7 +1,8 @@
 """Zero-shot retrieval in five directions.
 
-The scores are the matching head's and, if text is one side, the text decoder's likelihood. Beside them stand the recalls
-of a linear projection of [CLS], of the trained encoder and of an untrained one.
+The scores are the matching head's, the alignment's (if the model was trained with it) and, if text is one side, the text
+decoder's likelihood. Beside them stand the recalls of a linear projection of [CLS], of the trained encoder and of an
+untrained one.
 
 A gallery of seeded candidates provides both queries and targets. Equal captions and identical images count as correct:
 a hit is any candidate whose target is the same text, image or audio as the query's own. A hit is also any candidate of
@@ -19,6 +20,7 @@ from opt_ds.data.matching import MATCHING_LABELS
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.data.sample import Sample
 from opt_ds.errors import UserError
+from opt_ds.evaluation.alignment import AlignmentScores
 from opt_ds.evaluation.controls import content_names
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.figures import figure_lines, percent
@@ -79,8 +81,9 @@ def retrieval(
         raise UserError(f'{evaluator.store.path}: no sample of split "{split}" has text and an image or audio: choose another')
     likelihood = {other: _likelihood_matrix(evaluator, gallery[other], other) for other in there if writes}
     pairs = {other: _matching_matrix(evaluator, small[other], (TEXT,), other) for other in there if judges}
+    alignment = AlignmentScores(evaluator)
     for direction, (query, target) in DIRECTIONS.items():
-        table = _Table(evaluator, direction, controls)
+        table = _Table(evaluator, direction, controls, alignment)
         if len(query) == 1:
             (other,) = {*query, target} - {TEXT}
             if other not in there:
@@ -91,6 +94,7 @@ def retrieval(
                 table.add("likelihood", likelihood[other].T, gallery[other], prior="none")
             if judges:
                 table.add("matching", pairs[other].T if target == TEXT else pairs[other], small[other])
+            table.add_alignment(gallery[other])
             table.add_projection(gallery[other])
         else:
             ranked = evaluator.samples_with(split, (TEXT, IMAGE, AUDIO), triple_candidates, seed)
@@ -98,6 +102,7 @@ def retrieval(
                 continue
             if judges:
                 table.add("matching", _matching_matrix(evaluator, ranked, query, target), ranked)
+            table.add_alignment(ranked)
             table.add_projection(ranked)
         result[direction] = table.rows
     return result
@@ -106,8 +111,10 @@ def retrieval(
 class _Table:
     """The rows of one direction."""
 
-    def __init__(self, evaluator: Evaluator, direction: str, controls: ProjectionControls | None) -> None:
-        self.evaluator, self.direction = evaluator, direction
+    def __init__(
+        self, evaluator: Evaluator, direction: str, controls: ProjectionControls | None, alignment: AlignmentScores
+    ) -> None:
+        self.evaluator, self.direction, self.alignment = evaluator, direction, alignment
         self.controls = controls if controls is not None and controls.can_fit(direction) else None
         self.rows: dict[str, Any] = {}
 
@@ -126,6 +133,11 @@ class _Table:
         if transductive:
             over_queries = likelihood_qc - log_mean_exp(likelihood_qc, axis=0)
             self.add("likelihood_transductive", over_queries, gallery, prior="test queries")
+
+    def add_alignment(self, gallery: np.ndarray) -> None:
+        """Add the recall by alignment, if the model was trained with it."""
+        if self.alignment.ranks(self.direction):
+            self.add("alignment", self.alignment.scores(self.direction, gallery, gallery), gallery)
 
     def add_projection(self, gallery: np.ndarray) -> None:
         """Add the recall by the projection of the trained encoder, beside that of the untrained one."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opt_ds.abilities import GENERATE_IMAGES, LABEL, MATCH
+from opt_ds.abilities import ALIGN, GENERATE_IMAGES, LABEL, MATCH
 from opt_ds.config import Config
 from opt_ds.data.batch import PackedBatch, Packer
 from opt_ds.data.matching import NUM_LABELS
@@ -179,6 +179,11 @@ class ModelRunner:
         """Return the matching head's scores of each sample, float32 [samples, 5]."""
         scores = self._from_cls(samples, NUM_LABELS, self._head(MATCH).score)
         return torch.from_numpy(scores).log_softmax(-1).numpy() if self.matches_by_softmax else scores
+
+    def alignment_embeddings(self, samples: Sequence[Sample], view: str) -> np.ndarray:
+        """Return the normalised embedding of each sample as a view (see `opt_ds.tasks.alignment`), float32 [samples, d]."""
+        head = self._head(ALIGN)
+        return self._from_cls(samples, self.config.tasks.alignment.width, lambda cls_se: head.embed(cls_se, view))
 
     @property
     def matches_by_softmax(self) -> bool:

@@ -1,4 +1,6 @@
-"""Two-stage retrieval: a dual projection of the frozen [CLS] ranks all candidates, then the model re-ranks the best K.
+"""Two-stage retrieval: a first stage ranks all candidates, then the model re-ranks the best K.
+
+The first stage is alignment if the model was trained with it, otherwise a dual projection of the frozen [CLS].
 
 To rank N candidates for N queries, the model alone takes N² forward passes (of the encoder for the matching head, of
 the text decoder for the likelihood). Two stages take 2 N + K N passes, and for the likelihood N more of the encoder.
@@ -14,6 +16,7 @@ import numpy as np
 from opt_ds.abilities import MATCH, WRITE_TEXT
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
+from opt_ds.evaluation.alignment import AlignmentScores
 from opt_ds.evaluation.controls import untrained
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, measure, percent, read_figure
@@ -44,10 +47,10 @@ def two_stage_retrieval(
 ) -> dict[str, Any]:
     """Return R@1/5/10 of each direction over one gallery, whose samples are both queries and candidates.
 
-    The figures per direction are: `projection`, the first stage alone; `shortlist_recall`, the fraction of queries with
-    a correct candidate in the shortlist; `matching` and (if text is one side) `likelihood`, the re-ranked order, with
-    the number of encoder and decoder passes relative to all pairs. A direction whose modalities no sample has is
-    omitted, and so is a score whose loss the model was not trained with.
+    The figures per direction are: `alignment` or `projection`, the first stage alone; `shortlist_recall`, the fraction
+    of queries with a correct candidate in the shortlist; `matching` and (if text is one side) `likelihood`, the
+    re-ranked order, with the number of encoder and decoder passes relative to all pairs. A direction whose modalities
+    no sample has is omitted, and so is a score whose loss the model was not trained with.
 
     Args:
         evaluator: The model and the store.
@@ -81,10 +84,11 @@ def two_stage_retrieval(
 
 
 class TwoStages:
-    """The two stages for one model and one store. [CLS] vectors and projections are computed once."""
+    """The two stages for one model and one store. Embeddings, [CLS] vectors and projections are computed once."""
 
     def __init__(self, evaluator: Evaluator, seed: int = 1) -> None:
         self.evaluator, self.projections = evaluator, Projections(evaluator, seed)
+        self.alignment = AlignmentScores(evaluator)
 
     def figures(
         self,
@@ -110,15 +114,16 @@ class TwoStages:
         """
         same_qc = same_pairs(self.evaluator, queries, gallery, *DIRECTIONS[direction])
         first_qc = self.first_stage(direction, queries, gallery)
+        name = "alignment" if self.alignment.ranks(direction) else "projection"
         best_qk = shortlisted(first_qc, shortlist)
         others: dict[str, np.ndarray] = {}
         if untrained_projections is not None:
             others["untrained_projection"] = untrained_projections.scores(direction, queries, gallery)
         found: dict[str, Any] = {
-            "chance": chance(same_qc), "projection": beside(recall_figures(first_qc, same_qc, others)),
+            "chance": chance(same_qc), name: beside(recall_figures(first_qc, same_qc, others)),
             **beside({"shortlist_recall": _shortlist_recall(first_qc, same_qc, shortlist, others)}),
         }  # fmt: skip
-        others["trained_projection"] = first_qc
+        others["alignment" if name == "alignment" else "trained_projection"] = first_qc
         encoded = len(queries) + len(gallery)
         can = self.evaluator.config.can
         for score in scores or [name for name, ability in _ABILITY_OF.items() if can(ability)]:
@@ -135,7 +140,9 @@ class TwoStages:
         return found
 
     def first_stage(self, direction: str, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-        """Return the dual projection's scores [q, c]."""
+        """Return the scores [q, c] of the first stage."""
+        if self.alignment.ranks(direction):
+            return self.alignment.scores(direction, queries, gallery)
         return self.projections.scores(direction, queries, gallery)
 
     def matching(self, direction: str, queries: np.ndarray, gallery: np.ndarray, best_qk: np.ndarray) -> Scores:
@@ -214,7 +221,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [f"{result['candidates']} candidates of {result['split']}, the best {result['shortlist']} re-ranked"]
     for direction in (name for name in DIRECTIONS if name in result):
         found, name = result[direction], direction.replace("_to_", "→").replace("_", "+")
-        for stage in (stage for stage in ("projection", "matching", "likelihood") if stage in found):
+        for stage in (stage for stage in ("alignment", "projection", "matching", "likelihood") if stage in found):
             row = found[stage]
             lines += figure_lines(f"{name}, {stage}", read_recall({**row, "chance": found["chance"]}), percent)
             if "encoder_fraction" in row:

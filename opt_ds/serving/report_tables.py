@@ -102,8 +102,9 @@ def _scored(own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _two_stage_rows(two_stages: Mapping[str, Any], direction: str) -> list[tuple[str, Mapping[str, Any]]]:
     own = two_stages[direction]
     shared = {"candidates": two_stages["candidates"], "chance": own["chance"]}
+    first = "alignment" if "alignment" in own else "a projection"
     return [
-        (f"{score}, best {two_stages['shortlist']} of a projection", {**own[score], **shared})
+        (f"{score}, best {two_stages['shortlist']} of {first}", {**own[score], **shared})
         for score in ("likelihood", "matching") if score in own
     ]  # fmt: skip
 

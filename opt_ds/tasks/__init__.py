@@ -9,4 +9,5 @@ BUILT_IN = {
     "matching": "opt_ds.tasks.matching:Matching",
     "write": "opt_ds.tasks.write:TextWriting",
     "labels": "opt_ds.tasks.labels:LabelPrediction",
+    "alignment": "opt_ds.tasks.alignment:Alignment",
 }

@@ -33,6 +33,7 @@ class LossTerm(NamedTuple):
     sum: torch.Tensor
     count: float  # type: ignore[assignment]  # the field hides tuple.count
     metrics: dict[str, torch.Tensor]
+    shared: tuple[torch.Tensor, ...] = ()  # outputs that are compared over the whole step (see `tasks.global_loss`)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ class Task(DataTask, ABC):
     @abstractmethod
     def terms(cls, head: nn.Module | None, encoded: Encoded, part: BatchPart) -> dict[str, LossTerm]:
         """Return the term of every loss for this micro-batch. Losses without work return 0, with gradients of 0."""
+
+    def global_loss(self, device: torch.device) -> Any:
+        """Return the task's `tasks.global_loss.GlobalLoss`, if it takes two passes (`takes_two_passes`)."""
+        raise NotImplementedError(f"{self.name} compares no samples across micro-batches")
 
     # ---- evaluation
 

@@ -111,7 +111,7 @@ def baseline_result(config: Config, stores: list[FeatureStore], version: int | N
     found = [unit(config).baseline(statistics) for unit in config.tasks.units.values()]
     baselines = [baseline for baseline in found if baseline is not None]
     for step_plan in plan.validation(1, config.train.validate_samples):
-        for index in range(step_plan.num_samples):
+        for index in range(len(step_plan.samples)):
             sample = reader.read(step_plan.samples, index)
             for baseline in baselines:
                 baseline.add(sample, int(step_plan.samples.store[index]))

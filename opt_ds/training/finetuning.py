@@ -95,8 +95,11 @@ def finetune_config(
             tree["tasks"][name][other.copies_key] = 1
     for other in saved.tasks.units.values():
         if other.is_optional:
-            own = other.section_for_finetuning(task, opened, saved.data.train_split, min_positives) if other is unit else None
-            tree["tasks"][other.name] = own
+            if other is unit:
+                own = other.section_for_finetuning(task, opened, saved.data.train_split, min_positives)
+                tree["tasks"][other.name] = own
+            elif not other.sampled:  # the head of another fine-tuning job; that of a pre-training task is kept
+                tree["tasks"][other.name] = None
     size = saved.batch.size if saved.batch.unit == "samples" else _LARGEST_BATCH
     tree["batch"] |= {"size": min(size, _LARGEST_BATCH), "unit": "samples"}
     tree["optimizer"]["lr"] *= JOBS[task].lr_factor
@@ -129,8 +132,9 @@ def _train_only(tree: dict[str, Any], tasks: TasksConfig, loss: str) -> None:
 
     Task sampling weights have no meaning in fine-tuning.
     """
-    tree["curriculum"], tree["sampling_weights"] = [], dict.fromkeys(tasks.sampled, 1.0)
-    for task, losses in tasks.sampled.items():
+    sampled = {task: losses for task, losses in tasks.sampled.items() if tree[task] is not None}
+    tree["curriculum"], tree["sampling_weights"] = [], dict.fromkeys(sampled, 1.0)
+    for task, losses in sampled.items():
         for name in (task, *losses):
             tree[name]["weight"] = 0.0
         if loss in losses:

@@ -1,4 +1,6 @@
 """One optimiser step over the global batch: forward and backward of the micro-batches, check of the loss, one update.
+
+Losses that compare samples across micro-batches take a first pass before it (see `opt_ds.tasks.global_loss`).
 """
 
 import logging
@@ -18,6 +20,7 @@ from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.data.step_plan import StepPlan
 from opt_ds.ops import backend
 from opt_ds.tasks.base import total_loss
+from opt_ds.tasks.global_loss import GlobalLoss, global_losses
 from opt_ds.training import deepspeed_internals, guard
 from opt_ds.training.distributed import ProcessGroup
 from opt_ds.training.guard import Guard
@@ -63,11 +66,14 @@ class Stepper:
         self._set_lr(step_plan.step)
         world_size = self.group.ranks.world_size
         last = len(step_plan.micro_batches[self.group.ranks.rank]) - 1
+        compared = self._first_pass(step_plan, micro_batches)
         sums, vectors = TermSums(), []
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
         for k, batch in enumerate(micro_batches):
             backend.seed_dropout(self.config.seed, step_plan.step, self.group.ranks.rank, k)
             self.engine.set_gradient_accumulation_boundary(k == last)
+            for task, over_step in compared.items() if k < step_plan.first_pass else ():
+                batch.parts[task] = over_step.cached(batch.parts[task])
             terms = self.engine(batch)
             loss = total_loss(terms, step_plan.divisors, self.config.tasks, world_size)
             self.engine.backward(loss, scale_wrt_gas=False)
@@ -85,6 +91,26 @@ class Stepper:
             self._account_for_skip(step_plan, [sums.non_finite(vector) for vector in vectors], verdict)
             return StepResult(None, math.nan)
         return self._update(step_plan, sums)
+
+    @torch.no_grad()
+    def _first_pass(self, step_plan: StepPlan, micro_batches: Iterator[PackedBatch]) -> dict[str, GlobalLoss]:
+        """Run the micro-batches of the first pass. Return task -> its loss over the whole step, with its gradients.
+
+        The second pass runs the same micro-batches with the same seeds, so dropout repeats itself.
+        """
+        if not step_plan.first_pass:
+            return {}
+        compared = global_losses(self.loader.plan, self.group.device)
+        for over_step in compared.values():
+            over_step.begin(step_plan.samples)
+        for k, batch in zip(range(step_plan.first_pass), micro_batches):  # noqa: B905 - the second pass follows
+            backend.seed_dropout(self.config.seed, step_plan.step, self.group.ranks.rank, k)
+            terms = self.engine(batch)
+            for task, over_step in compared.items():
+                over_step.add(batch.parts[task], terms)
+        for over_step in compared.values():
+            over_step.combine(self.group.sum, with_gradient=True)
+        return compared
 
     def _update(self, step_plan: StepPlan, sums: TermSums) -> StepResult:
         """Clip the gradient and update the weights.

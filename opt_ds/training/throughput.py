@@ -38,10 +38,10 @@ class ThroughputMeter:
         if result.sums is not None:
             self.sums.include(result.sums)
         self._steps += 1
-        self._samples += step_plan.num_samples - step_plan.samples.num_copies
+        self._samples += step_plan.num_samples
         self._tokens += step_plan.num_tokens
         self._flops += step_plan.flops
-        task = step_plan.samples.task
+        task = step_plan.samples.task[: step_plan.num_samples]
         self._by_task += np.bincount(task[task >= 0], minlength=len(self._by_task))
         self._packing_efficiency += step_plan.packing_efficiency
         self._load_imbalance += step_plan.load_imbalance

@@ -11,6 +11,7 @@ from opt_ds.data.finetune_plan import make_plan
 from opt_ds.data.loader import MicroBatchLoader
 from opt_ds.model.opt import OPT
 from opt_ds.store.reader import FeatureStore
+from opt_ds.tasks.global_loss import global_losses
 from opt_ds.training.metrics import TermSums
 
 if TYPE_CHECKING:
@@ -51,11 +52,16 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     all_losses = config.tasks.all_losses
     table = torch.zeros(len(all_losses), 3, dtype=torch.float64)  # columns: sum, count, correct
     classifies = set()
-    scale = TermSums()
+    compared, scale = global_losses(loader.plan, loader.device), TermSums()
     for step_plan, batches in loader.validation(config.train.validate_samples):
         scale.add_counts(step_plan.counts, step_plan.divisors)
+        for over_pass in compared.values():
+            over_pass.begin(step_plan.samples)
         for batch in batches:
-            for loss, term in model(batch).items():
+            terms = model(batch)
+            for task, over_pass in compared.items():
+                over_pass.add(batch.parts[task], terms)
+            for loss, term in terms.items():
                 row = table[all_losses.index(loss)]
                 row[0] += float(term.sum)
                 row[1] += term.count
@@ -65,6 +71,10 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     model.train(was_training)
     if reduce is not None:
         reduce(table)
+    for over_pass in compared.values():  # over all ranks
+        for loss, term in over_pass.combine(reduce or (lambda values: values), with_gradient=False).items():
+            row = [float(term.sum), term.count, float(term.metrics["correct"])]
+            table[all_losses.index(loss)] = torch.tensor(row, dtype=torch.float64)
     rows = {loss: table[i].tolist() for i, loss in enumerate(all_losses)}
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}

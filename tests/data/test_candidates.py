@@ -69,7 +69,7 @@ def test_a_group_is_a_caption_and_negatives_with_the_same_other_inputs(request: 
     for i in others:  # pairs of image and audio, and texts of no tokens
         assert s.input_rows[i, TEXT] < 0 and isinstance(reader.read(s, i).targets["matching"], int)
     assert step_plan.counts["matching"] == len(groups) + len(others)
-    assert s.num_copies == 4 * len(groups) == len(s) - 60
+    assert step_plan.num_copies == 4 * len(groups) == len(s) - 60
 
 
 def test_swapped_captions_have_the_same_words(complete: FeatureStore) -> None:

@@ -116,7 +116,7 @@ def assert_same_step(folder: Path, first: str, others: tuple[str, ...]) -> None:
 def test_candidates_and_sums_per_sample_do_not_depend_on_ranks_and_micro_batches(store: Path, folder: Path) -> None:
     config = tiny_config(store, *ONE_STEP, *OPTIONS, "batch.max_tokens=155")
     step_plan = PretrainingPlan(config, [FeatureStore(store)]).step(0)
-    assert len(step_plan.micro_batches[0]) > 4 and step_plan.samples.num_copies > 4
+    assert len(step_plan.micro_batches[0]) > 4 and step_plan.num_copies > 4
     assert_same_step(folder, "options 1x1", ("options 1x8", "options 2x3"))
 
 
