@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opt_ds.errors import UserError
+from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING
 from opt_ds.serving.export import export
 from opt_ds.serving.session import Session
 from opt_ds.training.checkpoint import is_exported, load_model
@@ -50,6 +51,20 @@ def test_answers_are_those_of_the_run(session: Session, exported: Path, raw: Pat
         sample, same = session.processor(**given), other.processor(**given)
         assert session.text(sample) == other.text(same)
         assert session.generate_images(sample)[0][0].tobytes() == other.generate_images(same)[0][0].tobytes()
+
+
+def test_a_model_with_a_grid_of_codes_and_dropped_conditions_is_trained_exported_and_guided(
+    raw_store: Path, tmp_path: Path
+) -> None:
+    modality = ("always_drop_target=true", "text_target_fraction=0", "condition_dropout=0.5")
+    settings = ("model.image_positions=grid", "tasks.sampling_weights={modality: 1}")
+    start_run(raw_store, tmp_path / "run", *settings, *(f"tasks.modality.{setting}" for setting in modality))
+    session, other = Session.load(tmp_path / "run"), Session.load(export(tmp_path / "run", tmp_path / "model"))
+    sample, same = session.processor("a red square"), other.processor("a red square")
+    options = DEFAULT_SAMPLING.model_copy(update={"guidance": 3.0})
+    (guided, _), (again, _) = session.generate_images(sample, 1, options)[0], other.generate_images(same, 1, options)[0]
+    assert guided.tobytes() == again.tobytes() != session.generate_images(sample)[0][0].tobytes()
+    assert other.model.image_decoder.position.row.weight.shape[0] == 8
 
 
 def test_the_folder_names_no_path_of_the_machine_and_has_a_card(exported: Path, raw_store: Path) -> None:
