@@ -127,7 +127,7 @@ def test_truncated_files_are_named(ending: str, tmp_path: Path) -> None:
     options = {"movflags": "faststart"} if ending == "m4a" else {}
     content = save(tmp_path / f"a.{ending}", chirp()[None], **options).read_bytes()
     (tmp_path / f"cut.{ending}").write_bytes(content[: len(content) * 6 // 10])
-    with pytest.raises(DecodingError, match="truncated|damaged"):
+    with pytest.raises(DecodingError, match=r"truncated|damaged"):
         audio_of(tmp_path / f"cut.{ending}")
 
 
