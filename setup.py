@@ -65,6 +65,7 @@ setup(
             "pycocoevalcap>=1.2",
             "torch-fidelity>=0.3",
         ],
+        "media": ["av>=14"],  # the sound of M4A, WebM and videos
         "web": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
         "test": [
             "pytest>=8",

@@ -1,6 +1,7 @@
 """Decode audio files of all common formats to mono.
 
-The formats are WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3, at any rate and number of channels.
+The formats are WAV (8-bit to float), RF64, W64, AIFF, AU, CAF, FLAC, OGG and MP3, at any rate and number of channels. With PyAV,
+those of containers.py are decoded too.
 Decoding runs in the decoding process (decoder.py) and does not import torch. Resampling to 16 kHz imports it, in the
 calling process.
 """
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
+from opt_ds.decoding.containers import decode_container, is_container
 from opt_ds.decoding.limits import VALUES_PER_SECOND
 from opt_ds.decoding.reasons import BrokenFileError, RefusedError, unreadable
 from opt_ds.decoding.sound_headers import SoundHeader, read_sound_header, with_index
@@ -43,6 +45,8 @@ def decode_audio(file: BinaryIO, max_seconds: float, allow: Callable[[int], None
         BrokenFileError: The audio has no samples or NaN, is truncated, or would be read in part only.
         soundfile.LibsndfileError: The file is damaged.
     """
+    if is_container(file):
+        return _decode_container(file, max_seconds, allow)
     header = read_sound_header(file)
     if header is None:
         file.seek(0)
@@ -55,8 +59,7 @@ def decode_audio(file: BinaryIO, max_seconds: float, allow: Callable[[int], None
                 f"its encoding ({sound.format}, {sound.subtype}) is not accepted: save it as WAV or FLAC"
             )
         rate_hz, channels = sound.samplerate, sound.channels
-        if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-            raise RefusedError(f"its sample rate of {rate_hz} Hz is outside {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
+        _check_rate(rate_hz)
         frames = sound.frames
         if header.length_unknown and sound.format == "FLAC":
             raise RefusedError(
@@ -72,12 +75,33 @@ def decode_audio(file: BinaryIO, max_seconds: float, allow: Callable[[int], None
         samples = sound.read(frames=frames, dtype="float32", always_2d=True)
     if frames - len(samples) > _CUT_S * rate_hz:
         raise BrokenFileError(f"it is truncated: {len(samples) / rate_hz:.1f} of {frames / rate_hz:.1f} s")
-    mono = samples.mean(1)
+    return _checked(samples.mean(1)), rate_hz
+
+
+def _decode_container(file: BinaryIO, max_seconds: float, allow: Callable[[int], None]) -> tuple[np.ndarray, int]:
+    def check(frames: int, channels: int, rate_hz: int) -> None:
+        _check_rate(rate_hz)
+        _check_length(frames, channels, rate_hz, max_seconds)
+
+    try:
+        mono, rate_hz = decode_container(file, check, allow)
+    except ImportError:  # PyAV is not installed
+        file.seek(0)
+        raise unreadable("audio", file.read(4096)) from None
+    return _checked(mono), rate_hz
+
+
+def _checked(mono: np.ndarray) -> np.ndarray:
     if not len(mono):
         raise BrokenFileError("the audio has no samples")
     if not np.isfinite(mono).all():
         raise BrokenFileError("the audio has NaN or infinite samples")
-    return mono, rate_hz
+    return mono
+
+
+def _check_rate(rate_hz: int) -> None:
+    if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
+        raise RefusedError(f"its sample rate of {rate_hz} Hz is outside {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
 
 
 def _opened(header: SoundHeader, file: BinaryIO) -> soundfile.SoundFile:

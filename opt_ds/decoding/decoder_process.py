@@ -15,6 +15,7 @@ of its arrays are in shared memory. A file is first read to its end, for its has
 separates errors of the file system ("fault") from errors of the content ("failure").
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -94,6 +95,8 @@ class Process:
         digest = hashlib.file_digest(cast(io.BufferedReader, file), _new_digest).hexdigest()
         if digest_only:
             return {"digest": digest}
+        if kind == "audio":
+            _import_pyav(file)
         file.seek(0)
         return {"digest": digest, **self._decode(kind, file, path, size, limits)}
 
@@ -187,6 +190,15 @@ def _import_decoders(kind: str) -> None:
         import opt_ds.decoding.audio
     else:
         import opt_ds.decoding.array_files  # noqa: F401
+
+
+def _import_pyav(file: BinaryIO) -> None:
+    """Import PyAV before any limit is set if the file needs it and it is installed. Most files do not."""
+    from opt_ds.decoding.containers import is_container
+
+    if is_container(file):
+        with contextlib.suppress(ImportError):
+            import av  # noqa: F401
 
 
 def _open(path: str) -> BinaryIO:

@@ -4,6 +4,8 @@ Every list of endings or decoders elsewhere is derived from `FORMATS`. A name on
 uses the first bytes of a file. Content takes precedence wherever a file is opened.
 """
 
+import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -24,9 +26,9 @@ _XML_STARTS = (b"<?xml", b"<svg", b"<!doctype svg", b"<!--")
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A file format. `decoder` is its name in Pillow or libsndfile; None if it cannot be decoded here.
+    """A file format. `decoder` is its name in Pillow or libsndfile, or `PYAV`; None if it cannot be decoded here.
 
-    `advice` states how to make a file of a format without a decoder usable.
+    `advice` states how to make a file of a format without a decoder usable. PyAV may not be installed.
     """
 
     name: str
@@ -41,12 +43,14 @@ class FileFormat:
         return self.name if self.name.endswith(("page", noun)) else f"{self.name} {noun}"
 
 
+#: The decoder of formats whose sound PyAV reads (containers.py), the package of the extra `media`.
+PYAV = "PyAV"
 SVG = FileFormat("SVG", "image", (".svg",), "SVG")
 TABLE = FileFormat("table", "table", (".csv", ".tsv", ".tab", ".parquet", ".arrow"), "table")
 _TO_FILE = "download the file itself, not a page about it"
 HTML = FileFormat("HTML page", "document", (".html", ".htm", ".xhtml"), advice=_TO_FILE)
-_MPEG4 = FileFormat("MPEG-4", "video", (".mp4", ".m4v", ".mov", ".3gp"), advice=_TO_SOUND)
-_M4A = FileFormat("M4A", "audio", (".m4a", ".m4b", ".m4r", ".aac", ".alac"), advice=_TO_WAV)
+_MPEG4 = FileFormat("MPEG-4", "video", (".mp4", ".m4v", ".mov", ".3gp"), PYAV, advice=_TO_SOUND)
+_M4A = FileFormat("M4A", "audio", (".m4a", ".m4b", ".m4r", ".aac", ".alac"), PYAV, advice=_TO_WAV)
 
 FORMATS: tuple[FileFormat, ...] = (
     FileFormat("JPEG", "image", (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"), "JPEG"),
@@ -78,14 +82,15 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("AU", "audio", (".au", ".snd"), "AU"),
     FileFormat("CAF", "audio", (".caf",), "CAF"),
     _M4A,
-    FileFormat("WMA", "audio", (".wma", ".asf"), advice=_TO_WAV),
-    FileFormat("WebM", "audio", (".weba", ".webm", ".mka"), advice=_TO_WAV),
+    FileFormat("WMA", "audio", (".wma", ".asf"), PYAV, advice=_TO_WAV),
+    FileFormat("WebM", "audio", (".weba", ".webm", ".mka"), PYAV, advice=_TO_WAV),
     FileFormat("AMR", "audio", (".amr", ".3ga"), advice=_TO_WAV),
     FileFormat("Speex", "audio", (".spx",), advice=_TO_WAV),
     FileFormat("Monkey's Audio", "audio", (".ape",), advice=_TO_WAV),
     FileFormat("WavPack", "audio", (".wv",), advice=_TO_WAV),
     FileFormat("NIST Sphere", "audio", (".sph", ".nist"), advice=_TO_WAV),
-    FileFormat("AC-3", "audio", (".ac3", ".dts"), advice=_TO_WAV),
+    FileFormat("AC-3", "audio", (".ac3",), PYAV, advice=_TO_WAV),
+    FileFormat("DTS", "audio", (".dts",), advice=_TO_WAV),
     FileFormat("MIDI", "audio", (".mid", ".midi"), advice=_TO_WAV),
     FileFormat("text", "text", (".txt",), "text"),
     FileFormat("NumPy regions", "regions", (".npz",), "npz"),
@@ -97,7 +102,7 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("Markdown", "document", (".md", ".rst"), advice="rename it to .txt if it is a sample's text"),
     FileFormat("Word", "document", (".doc", ".docx", ".odt", ".rtf"), advice="save it as a .txt in UTF-8"),
     _MPEG4,
-    FileFormat("video", "video", _VIDEOS, advice=_TO_SOUND),
+    FileFormat("video", "video", _VIDEOS, PYAV, advice=_TO_SOUND),
     FileFormat("ZIP", "archive", (".zip",), advice="unpack it"),
     FileFormat("gzip", "archive", (".gz", ".tgz"), advice="unpack it"),
     FileFormat("bzip2", "archive", (".bz2",), advice="unpack it"),
@@ -122,8 +127,13 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"caff", "CAF"), (0, b"RF64", "RF64"), (0, b"riff\x2e\x91\xcf\x11", "Wave64"), (0, b"#!AMR", "AMR"),
     (0, b"MAC ", "Monkey's Audio"), (0, b"wvpk", "WavPack"), (0, b"NIST_1A", "NIST Sphere"), (0, b"\x0b\x77", "AC-3"),
     (0, b"MThd", "MIDI"), (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "WMA"), (0, b"\x1a\x45\xdf\xa3", "WebM"),
+    (0, b"FLV\1", "video"), (0, b"\0\0\1\xba", "video"),
     (0, b"%PDF-", "PDF"), (0, b"PK\x03\x04", "ZIP"), (0, b"\x1f\x8b", "gzip"), (0, b"BZh", "bzip2"),
     (0, b"\xfd7zXZ\0", "xz"), (0, b"7z\xbc\xaf\x27\x1c", "7-Zip"), (0, b"Rar!", "RAR"), (257, b"ustar", "tar"),
+)  # fmt: skip
+_CONTAINERS = (
+    (b"\x1a\x45\xdf\xa3", "matroska"), (b"\x0b\x77", "ac3"), (b"\x30\x26\xb2\x75", "asf"), (b"RIFF", "avi"), (b"FLV\1", "flv"),
+    (b"\0\0\1\xba", "mpeg"),
 )  # fmt: skip
 _RIFF = {b"WAVE": "WAV", b"WEBP": "WebP", b"AVI ": "video"}
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -135,6 +145,26 @@ _BRANDS = {
     b"crx ": "camera raw",
     **dict.fromkeys(_HEIF_BRANDS, "HEIF"),
 }
+
+
+def is_decodable(found: FileFormat) -> bool:
+    """Return whether files of a format can be decoded in this installation."""
+    return found.decoder is not None and (found.decoder != PYAV or _has_pyav())
+
+
+@functools.cache
+def _has_pyav() -> bool:
+    return importlib.util.find_spec("av") is not None
+
+
+def container_of_content(head: bytes) -> str | None:
+    """Return FFmpeg's name of the format of a file that PyAV decodes, by its first bytes; None for other files."""
+    found = format_of_content(head)
+    if found is None or found.decoder != PYAV:
+        return None
+    if head[4:8] == b"ftyp":
+        return "mov"
+    return next((name for start, name in _CONTAINERS if head.startswith(start)), "aac")
 
 
 def format_of_name(name: str | os.PathLike[str]) -> FileFormat | None:
@@ -164,7 +194,7 @@ def endings_of(*kinds: Kind, decodable: bool = False) -> tuple[str, ...]:
     return tuple(
         ending
         for each in FORMATS
-        if each.kind in kinds and (each.decoder is not None or not decodable)
+        if each.kind in kinds and (is_decodable(each) or not decodable)
         for ending in each.endings
     )
 
@@ -175,8 +205,10 @@ def why_not_decodable(name: str | os.PathLike[str], head: bytes = b"") -> str | 
     The first bytes decide if they are conclusive, otherwise the ending does.
     """
     found = format_of_content(head) or format_of_name(name)
-    if found is None or found.decoder is not None:
+    if found is None or is_decodable(found):
         return None
+    if found.decoder == PYAV:
+        return f"{found.name} needs PyAV: pip install 'opt_ds[media]', or {found.advice}"
     return f"{found.name} cannot be decoded here: {found.advice}"
 
 

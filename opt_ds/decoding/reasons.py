@@ -6,7 +6,7 @@ The messages of the libraries state neither.
 import re
 from typing import Any
 
-from opt_ds.decoding.file_kinds import SVG, format_of_content, why_not_decodable
+from opt_ds.decoding.file_kinds import PYAV, SVG, format_of_content, why_not_decodable
 
 ACCEPTED = {
     "image": "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC, JPEG 2000 and SVG images",
@@ -76,9 +76,11 @@ def unreadable(kind: str, head: bytes) -> BrokenFileError:
 
 
 def _advice(kind: str, head: bytes) -> str | None:
-    """Return advice for an image or audio file of a known format that has no decoder here; None for other files."""
+    """Return advice for an image, audio file or video of a known format that has no decoder here; None for other files."""
     found = format_of_content(head)
-    return why_not_decodable("", head) if found is not None and found.kind == kind else None
+    if found is None or not (found.kind == kind or (kind == "audio" and found.decoder == PYAV)):
+        return None
+    return why_not_decodable("", head)
 
 
 def reason_of(error: Any, kind: str, head: bytes) -> str:

@@ -6,6 +6,8 @@ RoIAlign to 14 x 14 with the half-pixel shift, and the mean of res5's map as the
 Shape letters: P proposals, C channels.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torchvision.models import get_model
@@ -26,7 +28,7 @@ _PROPOSALS_PER_PASS = 64  # bounds the memory of res5
 class C4Backbone(nn.Module):
     """A ResNet up to res4, whose map is called "0"."""
 
-    def __init__(self, resnet: nn.Module) -> None:
+    def __init__(self, resnet: Any) -> None:
         super().__init__()
         self.body = IntermediateLayerGetter(resnet, {"layer3": "0"})
         self.out_channels = resnet.layer4[0].conv1.in_channels

@@ -199,7 +199,7 @@ def _label_source(
     manifest: Manifest, settings: PrepareSettings, given: str, extractor: Any, fingerprint: dict[str, Any]
 ) -> LabelSource | None:
     """Return the source of region labels; None for the classes of the extractor. Log what that means for MRC."""
-    has_images, has_classes = "image" in manifest.file_kinds, extractor.num_classes >= 2
+    has_images, has_classes = any(line.image is not None for line in manifest.lines), extractor.num_classes >= 2
     if settings.image_labels is None:
         if has_images and not has_classes:
             _LOG.info(
@@ -210,7 +210,14 @@ def _label_source(
         raise UserError(f"--image-labels {settings.image_labels}: {manifest.path} names no images: leave it out")
     if has_classes:
         _LOG.warning(f"--image-labels {settings.image_labels} replaces the {extractor.num_classes} classes of {given}")
-    return label_source(settings.image_labels, "--image-labels", fingerprint, extractor.dim)
+    source = label_source(settings.image_labels, "--image-labels", fingerprint, extractor.dim)
+    pairs = zip(manifest.lines, manifest.splits, strict=True)
+    if source.clusters is None and not any(split == TRAIN_SPLIT and line.image is not None for line, split in pairs):
+        raise UserError(
+            f'--image-labels {settings.image_labels}: no image is in split "{TRAIN_SPLIT}", whose regions are clustered: name '
+            "the folder of a store whose clusters are taken"
+        )
+    return source
 
 
 def _preparation_key(

@@ -10,6 +10,7 @@ Shape letters: K clusters, R regions, Dv feature size.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ MAX_CLUSTERS = 2**15
 CLUSTER_FILES = "image_clusters-*.safetensors"
 _ARRAYS = ("centres", "mean", "std")
 _BLOCK_ROWS = 65_536
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def load_clusters(folder: Path, extractors: Mapping[str, Mapping[str, Any]]) -> 
     if IMAGE_LABELS not in extractors:
         return None
     recorded = extractors[IMAGE_LABELS]
-    file = folder / clusters_file(recorded)
     remedy = "restore it, or make the labels again (opt-ds update --modality image_labels --extractor kmeans:K)"
+    if not _SHA256.fullmatch(str(recorded.get("sha256"))):
+        raise UserError(f"{folder}: extractors.{IMAGE_LABELS} in its description is damaged: {remedy}")
+    file = folder / clusters_file(recorded)
     if not file.is_file():
         raise UserError(f"{file}: missing, the clusters of the region labels: {remedy}")
     check_inside(folder, file)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from opt_ds.decoding.file_kinds import (
     FORMATS,
+    PYAV,
     endings_of,
     format_of_content,
     is_clutter,
@@ -23,7 +24,8 @@ pi_heif.register_heif_opener()
 Image.init()
 #: Kind -> names, in Pillow or libsndfile, of the formats that can be decoded.
 DECODERS = {
-    kind: [each.decoder for each in FORMATS if each.kind == kind and each.decoder is not None] for kind in ("image", "audio")
+    kind: [each.decoder for each in FORMATS if each.kind == kind and each.decoder not in (None, PYAV)]
+    for kind in ("image", "audio")
 }
 WRITTEN = [name for name in DECODERS["image"] if name in Image.SAVE]
 
@@ -32,7 +34,7 @@ def test_no_ending_belongs_to_two_formats() -> None:
     endings = [ending for each in FORMATS for ending in each.endings]
     assert len(endings) == len(set(endings))
     assert all(ending.startswith(".") and ending == ending.lower() for ending in endings)
-    assert all(each.advice for each in FORMATS if each.decoder is None)
+    assert all(each.advice for each in FORMATS if each.decoder in (None, PYAV))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -77,8 +79,8 @@ def test_other_content(head: bytes, kind: str | None) -> None:
 
 
 def test_what_cannot_be_decoded_says_what_to_do() -> None:
-    assert why_not_decodable("b.M4A") == "M4A cannot be decoded here: convert it to WAV or FLAC"
-    assert why_not_decodable("b.m4a", b"RIFF\0\0\0\0WAVEfmt ") is None, "content decides"
+    assert why_not_decodable("b.APE") == "Monkey's Audio cannot be decoded here: convert it to WAV or FLAC"
+    assert why_not_decodable("b.ape", b"RIFF\0\0\0\0WAVEfmt ") is None, "content decides"
     assert why_not_decodable("b.jpg", b"<html>") == (
         "HTML page cannot be decoded here: download the file itself, not a page about it"
     )

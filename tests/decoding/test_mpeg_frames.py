@@ -79,7 +79,7 @@ def test_audio_files_that_were_joined_are_refused(tmp_path: Path, ending: str, b
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"\0\0\0 ftypM4A \0\0\0\0M4A mp42isom" + bytes(400), "M4A cannot be decoded here: convert it to WAV or FLAC"),
+        (b"MAC \x96\x0f" + bytes(400), "Monkey's Audio cannot be decoded here: convert it to WAV or FLAC"),
         (b"#!AMR\n" + bytes(300), "AMR cannot be decoded here"),
         (b"OggS\0\2" + bytes(20) + b"\1\x50Speex   " + bytes(72), "Speex in OGG, which cannot be decoded here"),
     ],

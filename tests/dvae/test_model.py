@@ -1,6 +1,5 @@
 """Test the dVAE: codes and images, the relaxation and its losses against float64, k-means, saving."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from opt_ds.dvae.model import (
     unfold,
 )
 from opt_ds.errors import UserError
-from opt_ds.ops.kmeans import kmeans, nearest
 
 TINY = DVAE_PRESETS["dvae-tiny"]
 
@@ -144,17 +142,6 @@ def test_psnr_formula() -> None:
     assert psnr_db(float((error**2).mean())) == pytest.approx(20 * math.log10(1 / np.sqrt((error**2).mean())))
     assert psnr_db(0.01) == pytest.approx(20.0)
     assert psnr_db(0.0) == math.inf
-
-
-def test_kmeans_finds_separated_clusters_and_never_loses_a_centroid() -> None:
-    centres = torch.tensor(list(itertools.product([0.0, 10.0], repeat=3)))
-    vectors = (centres[:, None] + 0.1 * torch.randn(8, 50, 3, generator=keyed(0))).flatten(0, 1)
-    found = kmeans(vectors, 24, 10, keyed(1))
-    assert len(nearest(centres, found).unique()) == 8
-    assert (found[nearest(vectors, found)] - vectors).square().sum(1).max() < 1.0
-    repeated = torch.cat([vectors[:1].expand(500, 3), centres])
-    assert torch.isfinite(kmeans(repeated, 8, 5, keyed(2))).all()
-    assert torch.equal(found, kmeans(vectors, 24, 10, keyed(1)))
 
 
 def test_save_and_load_keep_codes_images_and_identity(tmp_path: Path) -> None:

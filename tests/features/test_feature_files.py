@@ -17,6 +17,7 @@ from opt_ds.features.frame_files import FrameFileExtractor, FrameFileOptions
 from opt_ds.features.region_files import RegionFileExtractor, RegionFileOptions
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.store import FeatureStore, inspect_store
+from opt_ds.training.preflight import settle
 
 FORMATS = ("npz", "npy", "safetensors", "h5")
 
@@ -188,6 +189,8 @@ def test_a_store_of_own_features_takes_their_sizes_and_reports_others(ending: st
     assert store.description.extractors["image"]["dim"] == 6 and store.description.extractors["audio"]["dim"] == 5
     assert store.frames(store.rows[1, 2]).tolist() == [[1] * 5] * 3
     assert inspect_store(tmp_path / "store").failures == []
+    config, *_ = settle("opt-base", [], [str(tmp_path / "store")])
+    assert (config.model.image_feature_dim, config.model.image_num_classes, config.model.audio_feature_dim) == (6, 0, 5)
     report = json.loads((tmp_path / "store" / "report.json").read_text())
     assert [(entry["id"], entry["reason"]) for entry in report["skipped_samples"]] == [
         ("s2", f"no image features could be made: i2.{ending}: features of 9 values, not 6 as the first file"),

@@ -190,6 +190,22 @@ def test_labels_that_cannot_be_made_are_one_line(given: str, expected: str, mani
     assert expected in str(refused.value)
 
 
+def test_clusters_are_not_looked_for_without_training_images(manifest: Path, tmp_path: Path) -> None:
+    (manifest.parent / "test.jsonl").write_text('{"id": "s0", "image": "0.png", "split": "test"}')
+    with pytest.raises(UserError, match='--image-labels kmeans:2: no image is in split "train", whose regions are clustered'):
+        make(manifest.parent / "test.jsonl", tmp_path / "store")
+    (manifest.parent / "text.jsonl").write_text('{"id": "s0", "text": "a word", "split": "train"}')
+    with pytest.raises(UserError, match=r"text\.jsonl names no images: leave it out"):
+        make(manifest.parent / "text.jsonl", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_damaged_description_is_one_line(tmp_path: Path) -> None:
+    for fingerprint in ({}, {"sha256": "../../x"}, {"sha256": 7}):
+        with pytest.raises(UserError, match=r"extractors\.image_labels in its description is damaged"):
+            load_clusters(tmp_path, {IMAGE_LABELS: fingerprint})
+
+
 def test_clusters_of_other_features_are_refused(manifest: Path, tmp_path: Path) -> None:
     plain = make(manifest, tmp_path / "plain", SETTINGS)
     with pytest.raises(UserError, match="its region labels are not by k-means"):

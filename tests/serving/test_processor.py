@@ -43,6 +43,19 @@ def test_images_and_waveforms_in_memory_are_read_as_their_files(session: Session
     np.testing.assert_array_equal(of_file.items[AUDIO].features, in_memory.items[AUDIO].features)
 
 
+def test_the_sound_of_a_video_is_read_as_a_file_of_sound(session: Session, raw: Path, tmp_path: Path) -> None:
+    import soundfile
+
+    from tests.decoding.test_containers import save
+
+    tone = soundfile.read(raw / "1.wav", dtype="float32")[0][None]
+    expected = session.processor(audio=raw / "1.wav").items[AUDIO].features
+    found = session.processor(audio=save(tmp_path / "upload.mp4", tone, pictures=True)).items[AUDIO].features
+    assert abs(len(found) - len(expected)) <= 10, "an encoder adds a frame or two"
+    middle = slice(20, min(len(found), len(expected)) - 20)
+    assert np.corrcoef(found[middle].ravel().astype("float32"), expected[middle].ravel().astype("float32"))[0, 1] > 0.9
+
+
 def test_what_is_too_long_is_cut_aloud(run: Path, logged: list[str]) -> None:
     session = Session.load(run)
     sample = session.processor("red square " * 40, audio=np.zeros(16000 * 60, np.float32))

@@ -18,6 +18,7 @@ from opt_ds.decoding.file_kinds import (
     Kind,
     format_of_name,
     is_clutter,
+    is_decodable,
     kind_of_content,
     kind_of_name,
     why_not_decodable,
@@ -161,7 +162,7 @@ class Files:
     def _take(self, path: str) -> str | Problem:
         self._asked.add(os.path.normpath(path))
         found = format_of_name(path)
-        if found is not None and found.decoder is None:
+        if found is not None and not is_decodable(found):
             reason = why_not_decodable(path, _head(path))
             if reason is not None:
                 what, _, advice = reason.partition(": ")

@@ -168,14 +168,14 @@ def test_texts_alone_in_split_folders(tmp_path: Path) -> None:
 
 def test_every_ending_is_known_and_what_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     names = ["a.jfif", "b.jpe", "c.heif", "d.JPX", "e.oga", "f.aiff", "g.wave", "h.w64"]
-    folder = make(tmp_path / "f", [*names, "i.m4a", "i.txt", "j.svgz", "k.pdf", "l.npz", "n.docx"])
+    folder = make(tmp_path / "f", [*names, "i.ape", "i.txt", "j.svgz", "k.pdf", "l.npz", "n.docx"])
     (folder / "m").write_bytes(b"\x89PNG\r\n\x1a\n")
     (folder / "o.jpg").write_text("<!DOCTYPE html><html>not found</html>")
     (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
     assert set(run(folder)) == {*(name[0] for name in names), "m"}
     report = json.loads(report_path(tmp_path / "m.jsonl").read_text())
     assert [entry["reason"] for entry in report["skipped_samples"]] == [
-        "M4A cannot be decoded here: i.m4a: convert it to WAV or FLAC",
+        "Monkey's Audio cannot be decoded here: i.ape: convert it to WAV or FLAC",
         "compressed SVG cannot be decoded here: j.svgz: decompress it to .svg",
         "HTML page cannot be decoded here: o.jpg: download the file itself, not a page about it",
     ]

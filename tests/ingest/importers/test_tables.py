@@ -175,10 +175,10 @@ def test_splits_of_a_column_are_named_as_those_of_folders(folder: Path) -> None:
 
 
 def test_sounds_that_cannot_be_decoded_are_named_with_what_to_do(folder: Path) -> None:
-    (folder / "s.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
-    (folder / "w.m4a").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
-    run(folder, "audio,text\ns.m4a,one\nw.m4a,two\n")
-    assert reasons(folder) == ["M4A cannot be decoded here: s.m4a: convert it to WAV or FLAC"]
+    (folder / "s.ape").write_bytes(b"MAC \x96\x0f")
+    (folder / "w.ape").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
+    run(folder, "audio,text\ns.ape,one\nw.ape,two\n")
+    assert reasons(folder) == ["Monkey's Audio cannot be decoded here: s.ape: convert it to WAV or FLAC"]
 
 
 def test_a_damaged_parquet_file_and_a_number_without_class_are_named(folder: Path) -> None:

@@ -82,7 +82,7 @@ def test_audio_with_texts_of_json_and_several_captions(tmp_path: Path) -> None:
         ("a/3.MP3", b"ID3"), ("a/3.transcript", b"\xef\xbb\xbfhello\n"),
         ("a/4.ogg", b"OggS"), ("a/4.png", b"\x89PNG\r\n\x1a\n"), ("a/4.seg.png", b"\x89PNG\r\n\x1a\n"), ("a/4.cls", b"3"),
         ("a/e\u0301.wav", b"RIFF\0\0\0\0WAVE"), ("a/\u00e9.txt", b"decomposed"),
-        ("a/5.m4a", b"\0\0\0\x20ftypM4A "), ("a/5.txt", b"x"), ("a/6.txt", b"NUL\0"),
+        ("a/5.ape", b"MAC \x96\x0f"), ("a/5.txt", b"x"), ("a/6.txt", b"NUL\0"),
     ]  # fmt: skip
     write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
     manifest = tmp_path / "manifest.jsonl"
@@ -97,7 +97,7 @@ def test_audio_with_texts_of_json_and_several_captions(tmp_path: Path) -> None:
     assert (samples["x/a/1#0"].labels, samples["x/a/2"].labels) == (("rain", "water"), ("3",))
     assert content_of(manifest, samples["x/a/4"].image) == b"\x89PNG\r\n\x1a\n" and ".seg" not in (samples["x/a/4"].image or "")
     assert left_out(manifest) == {
-        "x/a/5": "M4A cannot be decoded here: a/5.m4a: convert it to WAV or FLAC",
+        "x/a/5": "Monkey's Audio cannot be decoded here: a/5.ape: convert it to WAV or FLAC",
         "x/a/6": "a NUL character is in the text: a/6.txt",
     }
     report = report_of(manifest)
