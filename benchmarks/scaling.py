@@ -272,7 +272,7 @@ def measure_lengths() -> list[dict[str, Any]]:
         def run(
             _: int, network: Any = network, batch: Any = batch, step_plan: Any = step_plan, config: Config = config
         ) -> None:
-            total_loss(network(batch), step_plan.counts, config.tasks, 1).backward()
+            total_loss(network(batch), step_plan.divisors, config.tasks, 1).backward()
             network.zero_grad()
 
         run(0)

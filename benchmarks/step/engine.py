@@ -63,7 +63,7 @@ def compare_engine(data: MixData, precision: Precision, repeats: int, micro_batc
         total = torch.zeros((), device=data.device)
         for k, batch in enumerate(batches):
             backend.seed_dropout(1, 0, 0, k)
-            loss = total_loss(loop.model(batch), data.step_plan.counts, config.tasks, 1)
+            loss = total_loss(loop.model(batch), data.step_plan.divisors, config.tasks, 1)
             loop.backward(loss)
             total += loss.detach()
         loop.update()

@@ -127,7 +127,7 @@ class Captions:
         differ = words.hashes[i] != words.hashes[j]
         i, j = i[differ], j[differ]
         scale = self._scale(words.hashes)
-        rank = _rank(keyed_uniform(key, "swap", i, j), scale[i] * scale[j])
+        rank = keyed_uniform(key, "swap", i, j) * scale[i] * scale[j]
         kept = np.argsort(rank)[:_MOST_EXCHANGES]
         i, j, rank = i[kept], j[kept], rank[kept]
         hashes_xw = np.tile(words.hashes, (len(i), 1))
@@ -153,7 +153,7 @@ class Captions:
         i, j = (place.reshape(-1) for place in np.indices((len(words.hashes), len(theirs.hashes))))
         fits = (words.sizes[i] == theirs.sizes[j]) & (words.hashes[i] != theirs.hashes[j])
         i, j = i[fits], j[fits]
-        rank = _rank(keyed_uniform(key, "replace", i), self._scale(words.hashes)[i])
+        rank = keyed_uniform(key, "replace", i) * self._scale(words.hashes)[i]
         distance = np.abs((i + 0.5) / len(words.hashes) - (j + 0.5) / max(1, len(theirs.hashes)))
         kept = np.lexsort((distance, rank))[:_MOST_EXCHANGES]
         i, j, rank, distance = i[kept], j[kept], rank[kept], distance[kept]
@@ -177,7 +177,7 @@ class Captions:
 
         Args:
             hashes_xw: Hashes of the words after each exchange.
-            rank: float64 [x], random.
+            rank: float64 [x], random, and large for frequent words.
             distance: float64 [x].
             edited: Returns the tokens of an exchange.
         """
@@ -285,11 +285,6 @@ def _combined(hashes: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np
     if filled.any():
         found[filled] = np.bitwise_xor.reduceat(hashes, starts[filled])
     return found
-
-
-def _rank(uniform: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return numbers whose ascending order is a random one, in which a large scale comes late (an exponential race)."""
-    return -np.log1p(-uniform) * scale
 
 
 def _runs(hashes_xw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -76,7 +76,8 @@ class MatchingConfig(LossConfig):
         1.0,
         gt=0,
         le=1,
-        description="Fraction of the samples with text in the input that have candidates. The others are classified alone.",
+        description="Fraction of the samples with text in the input that have candidates. The others are classified alone, "
+        "which calibrates match probabilities: candidates only rank.",
     )
 
 
