@@ -6,9 +6,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile
-STORE := data/emoji
-CORPUS := $(STORE)-corpus/manifest.jsonl
-RUN := runs/emoji
+# emoji or scenes. Its model has the preset opt-$(CORPUS).
+CORPUS ?= emoji
+STORE := data/$(CORPUS)
+MANIFEST := $(STORE)-corpus/manifest.jsonl
+RUN := runs/$(CORPUS)
+TRUTH := $(if $(filter scenes,$(CORPUS)),--truth $(STORE)-corpus/truth.jsonl)
 # Without compiled modules every process would compile those of torch again: 6 seconds per rank of each run and test.
 unexport PYTHONDONTWRITEBYTECODE
 # One rank per GPU; without a GPU, two ranks on the CPU.
@@ -37,22 +40,23 @@ $(VENV)/.installed: requirements.txt setup.py $(wildcard csrc/*.cpp csrc/*.py cs
 	$(BIN)/python -m pip check
 	touch $@
 
-$(CORPUS): | $(VENV)/.corpus-tools
-	$(BIN)/python -m opt_ds corpus emoji --output $(STORE)-corpus
+$(MANIFEST): | $(VENV)/.corpus-tools
+	$(BIN)/python -m opt_ds corpus $(CORPUS) --output $(STORE)-corpus
 
 # If the corpus and the packages are both missing, speech is synthesised while the packages are installed.
 $(STORE)/store.json:
-	$(MAKE) --no-print-directory -j 2 install $(CORPUS)
-	$(BIN)/opt-ds prepare --manifest $(CORPUS) --output $(STORE)
+	$(MAKE) --no-print-directory -j 2 install $(MANIFEST)
+	$(BIN)/opt-ds prepare --manifest $(MANIFEST) --output $(STORE)
 
 # Every step resumes, and is quick if it is already done.
 pretrain: $(STORE)/store.json
 	$(MAKE) --no-print-directory install
 	$(BIN)/opt-ds train-dvae --store $(STORE) --output $(RUN)-dvae
 	$(BIN)/opt-ds inspect $(STORE)
-	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(NUM_RANKS) opt_ds/pretrain.py \
+	  --config opt-$(CORPUS) --store $(STORE) --output $(RUN)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NUM_RANKS) -m opt_ds evaluate summary \
-	  --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json
+	  --checkpoint $(RUN) --store $(STORE) --output $(RUN)/result.json $(TRUTH)
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not kernels" -rs
