@@ -26,7 +26,9 @@ def read_and_note(*arguments: Any) -> Any:
 if __name__ == "__main__":
     shared_plans._SHARED_FROM, shared_plans.read_plan = 1, read_and_note
     group = ProcessGroup(find_ranks())
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    for job in jobs:
         train(config_from_dict(job["config"], where="job"), Path(job["output"]), group)
-    assert _found and all(_found), "other ranks' plans were used"
+    has_one_step = all(job["config"]["train"]["max_steps"] == 1 for job in jobs)  # which rank 0 plans
+    assert all(_found) and (_found or has_one_step), "other ranks' plans were used"
     group.close()
