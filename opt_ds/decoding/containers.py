@@ -57,6 +57,8 @@ def decode_container(file: BinaryIO, check: CheckLength, allow: Callable[[int], 
         track = tracks[0]
         track.codec_context.thread_count = 1
         rate_hz, channels = track.codec_context.sample_rate, track.codec_context.channels
+        if not (rate_hz and channels):
+            raise ValueError("its headers describe no sound")  # reported as damaged
         stated_s = _stated_length(container, track) if name in _STATE_LENGTH else None
         check(int((stated_s or 0) * rate_hz), channels, rate_hz)
         parts, count, allowed = [], 0, int((stated_s or _FIRST_S) * rate_hz)
