@@ -99,7 +99,7 @@ def test_the_scale_is_limited_and_may_become_smaller_again() -> None:
         assert float(own.loss) == pytest.approx(float(limit.loss), rel=1e-3)
         gradient = float(own.of_temperature.log_scale)
         assert gradient > 0 and gradient == pytest.approx(float(limit.of_temperature.log_scale), rel=1e-2)
-    vectors = table()
+    vectors = F.normalize(torch.ones(5, dtype=torch.float64) + 0.05 * table(), dim=1)
     vectors[SECOND], vectors[THIRD] = vectors[FIRST], vectors[FIRST[OF_FIRST]]  # a larger scale lowers this loss
     for log_scale, is_limited in ((LOG_SCALE_LIMIT + 0.5, True), (1.3, False)):
         perfect = contrast(vectors.float(), keys(), pairs(), temperature(log_scale), "infonce")
