@@ -1,6 +1,6 @@
-"""Mean average precision of scores, counted by draws of the samples, and what a random order reaches.
+"""Mean average precision of scores, counted by resamples of the samples, and what a random order reaches.
 
-Legend: b draws, n samples, p positive samples of a label, c labels.
+Legend: b resamples, n samples, p positive samples of a label, c labels.
 """
 
 import warnings
@@ -24,7 +24,7 @@ def mean_average_precision(y_nc: np.ndarray, scores_nc: np.ndarray) -> Measureme
     def statistic(times_bn: np.ndarray, parts: np.ndarray) -> np.ndarray:
         found = [_average_precision(times_bn, parts[:, c] > 0, parts[:, labels + c]) for c in range(labels)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a draw without any label
+            warnings.simplefilter("ignore", RuntimeWarning)  # a resample without any label
             return np.nanmean(np.stack(found), axis=0)
 
     return Measurement(np.concatenate([y_nc, scores_nc], axis=1).astype(np.float64), statistic)
@@ -47,7 +47,7 @@ def random_average_precision(positives: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _average_precision(times_bn: np.ndarray, y_n: np.ndarray, scores_n: np.ndarray) -> np.ndarray:
-    """Return the average precision [b] of one label; NaN for draws without a positive sample."""
+    """Return the average precision [b] of one label; NaN for resamples without a positive sample."""
     positives = np.flatnonzero(y_n)
     count = _counts_of_few if len(positives) <= _FEW else _counts_of_many
     hits_bp, ranked_bp = count(times_bn, positives, scores_n)

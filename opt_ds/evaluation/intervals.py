@@ -1,11 +1,11 @@
 """Bootstrap intervals (Efron & Tibshirani 1993): how much a figure depends on which samples were measured.
 
 A measurement is a function of how often each sample is counted. The figure is its value if every sample is counted once.
-The interval contains 95 % of its values over seeded draws of samples with replacement. Two measurements of the same
-samples are compared by the interval of their difference over the same draws, which is much narrower than the two
+The interval contains 95 % of its values over seeded resamples (samples drawn with replacement). Two measurements of the same
+samples are compared by the interval of their difference over the same resamples, which is much narrower than the two
 intervals suggest.
 
-Legend: b draws, n samples, k numbers per sample.
+Legend: b resamples, n samples, k numbers per sample.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-DRAWS = 1000
+RESAMPLES = 1000
 LEVEL = 0.95
 _SEED = 20_210_724
-_COUNTED_AT_ONCE = 1 << 22  # samples times draws, 32 MiB
+_COUNTED_AT_ONCE = 1 << 22  # samples times resamples, 32 MiB
 
 Interval = tuple[float, float]
 
@@ -64,8 +64,8 @@ class Measurement:
 
     @cached_property
     def drawn(self) -> np.ndarray:
-        """The values of the draws, float64 [DRAWS]; empty for one sample. Its interval and every difference use them."""
-        values = [self.counted(times) for times in _draws(len(self))]
+        """The values of the resamples, float64 [RESAMPLES]; empty for one sample. Its interval and every difference use them."""
+        values = [self.counted(times) for times in _resamples(len(self))]
         return np.concatenate(values) if values else np.empty(0)
 
 
@@ -92,25 +92,25 @@ def interval_of_few(values: np.ndarray) -> Interval | None:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def _draws(count: int) -> Iterator[np.ndarray]:
-    """Yield how often each of `count` samples is drawn, float64 [b, n], DRAWS rows in total. One sample yields none."""
+def _resamples(count: int) -> Iterator[np.ndarray]:
+    """Yield how often each of `count` samples is counted, float64 [b, n], RESAMPLES rows in total. One sample yields none."""
     at_once = max(1, _COUNTED_AT_ONCE // max(count, 1))
-    if count > 1 and at_once >= DRAWS:
-        yield _all_draws(count)
+    if count > 1 and at_once >= RESAMPLES:
+        yield _all_resamples(count)
         return
     random = np.random.default_rng(_SEED)
-    for start in range(0, DRAWS if count > 1 else 0, at_once):
-        yield _some_draws(random, min(at_once, DRAWS - start), count)
+    for start in range(0, RESAMPLES if count > 1 else 0, at_once):
+        yield _some_resamples(random, min(at_once, RESAMPLES - start), count)
 
 
 @lru_cache(maxsize=2)
-def _all_draws(count: int) -> np.ndarray:
-    return _some_draws(np.random.default_rng(_SEED), DRAWS, count)
+def _all_resamples(count: int) -> np.ndarray:
+    return _some_resamples(np.random.default_rng(_SEED), RESAMPLES, count)
 
 
-def _some_draws(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    drawn = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
-    return np.bincount(drawn.reshape(-1), minlength=rows * count).reshape(rows, count).astype(np.float64)
+def _some_resamples(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
+    chosen = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
+    return np.bincount(chosen.reshape(-1), minlength=rows * count).reshape(rows, count).astype(np.float64)
 
 
 def _central(values: np.ndarray) -> Interval | None:
