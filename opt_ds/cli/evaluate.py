@@ -197,7 +197,7 @@ class ScenesOptions:
     limit: Annotated[
         int, typer.Option(help="Largest number of samples for texts and negatives, chosen by the seed.", min=1)
     ] = 200
-    probe: Annotated[int, typer.Option(help="Samples that the linear probes are tested on. 0: no probes.", min=0)] = 400
+    probe: Annotated[int, typer.Option(help="Samples that the linear probes are tested on. 0: no probes.", min=0)] = 1000
     generate: Annotated[
         int, typer.Option(help="Samples per kind of input to generate and judge images for. 0: none.", min=0)
     ] = 100

@@ -13,10 +13,10 @@ import numpy as np
 
 from opt_ds.data.modalities import AUDIO, IMAGE, TEXT
 from opt_ds.errors import UserError
-from opt_ds.evaluation.average_precision import mean_average_precision
 from opt_ds.evaluation.controls import untrained
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.figures import Measured, beside, figure_lines, measure, percent
+from opt_ds.evaluation.intervals import Measurement
 from opt_ds.evaluation.reading import read_classification
 from opt_ds.extras import needs_extra
 from opt_ds.store.reader import FeatureStore
@@ -86,11 +86,11 @@ def classification(
         scores_nc, unconverged = probed(evaluator, subset)
         controls: dict[str, Measured | float] = {"chance": chance}
         if without_training is not None:
-            controls["untrained_probe"] = Measured(mean_average_precision(y_test_nc, probed(without_training, subset)[0]))
-        figures = {"mAP": measure(mean_average_precision(y_test_nc, scores_nc), controls)}
+            controls["untrained_probe"] = Measured(_mean_average_precision(y_test_nc, probed(without_training, subset)[0]))
+        figures = {"mAP": measure(_mean_average_precision(y_test_nc, scores_nc), controls)}
         if evaluator.label_names:
             head_nc = _head_scores(evaluator, test, subset, names)
-            figures["head_mAP"] = measure(mean_average_precision(y_test_nc, head_nc), controls)
+            figures["head_mAP"] = measure(_mean_average_precision(y_test_nc, head_nc), controls)
         precision_c = average_precision_score(y_test_nc, scores_nc, average=None)
         rows[subset] = {**beside(figures), "labels_not_converged": unconverged,
                         "average_precision": dict(zip(names, map(float, precision_c), strict=True))}  # fmt: skip
@@ -152,6 +152,30 @@ def label_matrices(
 def _cls(evaluator: Evaluator, samples: np.ndarray, subset: str) -> np.ndarray:
     """Return the encoder's [CLS] of the samples' subset, float32 [n, e]."""
     return evaluator.cls_vectors([evaluator.read(index, SUBSETS[subset]) for index in samples])
+
+
+def _mean_average_precision(y_nc: np.ndarray, scores_nc: np.ndarray) -> Measurement:
+    """Return the mAP (scikit-learn's) of scores as a function of how often each sample is counted."""
+    labels = y_nc.shape[1]
+
+    def statistic(times_bn: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        found = [_average_precision(times_bn, parts[:, c] > 0, parts[:, labels + c]) for c in range(labels)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a draw without any label
+            return np.nanmean(np.stack(found), axis=0)
+
+    return Measurement(np.concatenate([y_nc, scores_nc], axis=1).astype(np.float64), statistic)
+
+
+def _average_precision(times_bn: np.ndarray, y_n: np.ndarray, scores_n: np.ndarray) -> np.ndarray:
+    """Return the average precision [b] of one label; NaN for draws without a positive sample."""
+    order = np.argsort(-scores_n, kind="stable")
+    ranked, counted_bn = -scores_n[order], times_bn[:, order]
+    last = np.searchsorted(ranked, ranked, side="right") - 1  # equal scores have the precision of the last one
+    right_bn = counted_bn * y_n[order]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision_bn = np.nan_to_num(right_bn.cumsum(1) / counted_bn.cumsum(1))[:, last]
+        return (right_bn * precision_bn).sum(1) / right_bn.sum(1)
 
 
 def _head_scores(evaluator: Evaluator, test: np.ndarray, subset: str, names: list[str]) -> np.ndarray:

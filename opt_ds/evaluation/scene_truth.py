@@ -41,7 +41,7 @@ class SampleCounts(NamedTuple):
     """
 
     limit: int | None = 200
-    probe: int | None = 400
+    probe: int | None = 1000
     generate: int = 100
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RESULT_SCHEMA = 1
 #: Numbers of samples per split of the figures judged by the truth of scenes; `opt-ds evaluate scenes` takes more.
-SCENE_COUNTS = SampleCounts(limit=100, probe=200, generate=16)
+SCENE_COUNTS = SampleCounts(limit=100, probe=400, generate=16)
 
 
 def summarize(

@@ -54,7 +54,8 @@ def test_it_knows_the_objects_and_neither_their_order_nor_their_colours(
     assert bag is not None
     found = preferred(seeing, records, bag)
     assert found["object"] > 0.9
-    assert found["swapped"] == found["colours"] == 0.5, "exactly: the words are the same"
+    assert found["swapped"] == 0.5, "exactly: the words are the same"
+    assert 0.4 < found["colours"] < 0.6, "the same but for purple and violet"
     assert 0.2 < found["relation"] < 0.8
 
 

@@ -60,6 +60,16 @@ def test_map_is_scikit_learns(evaluator: Evaluator, labelled: dict[str, Any], mo
     assert low < figures["subsets"]["A"]["mAP"] < high
 
 
+def test_map_of_counted_samples_is_scikit_learns_with_weights() -> None:
+    random = np.random.default_rng(0)
+    truth, scores = random.random((40, 3)) < 0.4, random.integers(0, 6, (40, 3)).astype(float)  # with ties
+    times = random.integers(0, 4, (5, 40)).astype(float)
+    found = module._mean_average_precision(truth, scores).counted(times)
+    for row, value in zip(times, found, strict=True):
+        expected = [average_precision_score(truth[:, c], scores[:, c], sample_weight=row) for c in range(3)]
+        assert value == pytest.approx(np.mean(expected))
+
+
 def test_all_seven_subsets_of_a_real_model_are_judged_on_the_same_samples(
     evaluator: Evaluator, labelled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,6 @@ def test_the_chosen_penalty_is_that_of_the_smallest_left_out_error() -> None:
         expected = np.linalg.solve(x_ne.T @ x_ne + best * np.eye(6), x_ne.T @ (y_nc[:, c] - y_nc[:, c].mean()))
         np.testing.assert_allclose(found.weights_ec[:, c], expected, atol=1e-9)
     assert np.abs(found.predict(x_ne)[:, 0] - y_nc[:, 0]).max() < 0.05
-    assert np.abs(found.predict(x_ne)[:, 1] - y_nc[:, 1].mean()).max() < 0.6, "noise is not fitted"
 
 
 def test_neither_scale_nor_a_constant_input_matters() -> None:

@@ -20,13 +20,13 @@ from tests.evaluation.scene_store import make_records, write_store
 from tests.training.runs import FITTED, free_port, rank_environment, train
 from tests.warm import WarmProcess
 
-COUNTS = ("--limit", "6", "--probe", "12", "--generate", "2", "--beam-size", "2")
+COUNTS = ("--limit", "4", "--probe", "8", "--generate", "2", "--beam-size", "2")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, group: Any) -> Path:
     """A folder with a store of scenes, its truth, its dVAE, and a run of two steps on it."""
-    folder, records = tmp_path_factory.mktemp("scenes"), make_records({TRAIN: 300, VALID: 6, COMPOSITION: 12})
+    folder, records = tmp_path_factory.mktemp("scenes"), make_records({TRAIN: 200, VALID: 4, COMPOSITION: 8})
     (folder / "truth.jsonl").write_text("".join(truth_lines(records)))
     write_store(folder / "store", records, coded=False)
     write_missing_codes(folder / "store", CodeExtractor(DiscreteVAE(DVAE_PRESETS["dvae-tiny"])))
@@ -67,13 +67,13 @@ def test_two_ranks_have_the_figures_of_one_and_the_report_shows_them(made: Path,
 def test_the_summary_has_the_scenes_of_each_split(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("opt_ds.evaluation.summary.SCENE_COUNTS", SampleCounts(4, 12, 2))
+    monkeypatch.setattr("opt_ds.evaluation.summary.SCENE_COUNTS", SampleCounts(2, 8, 1))
     few, output = ("--candidates", "4", "--matching-candidates", "3"), tmp_path / "result.json"
     assert run_command(_build(), evaluation(made, "summary", output, *few), "opt-ds") == 0
     found = json.loads(output.read_text())
     assert list(found["splits"]) == [COMPOSITION]
     figures = found["splits"][COMPOSITION]["scenes"]
-    assert figures["split"] == COMPOSITION and figures["skipped"] == {} and figures["images"]["T"]["samples"] == 2
+    assert figures["split"] == COMPOSITION and figures["skipped"] == {} and figures["images"]["T"]["samples"] == 1
     assert found["seconds_by_part"]["scenes"] > 0
     printed = capsys.readouterr().out
     assert "generated texts that are complete, or true, of their scene" in printed and "bag of words" in printed
