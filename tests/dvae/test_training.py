@@ -109,7 +109,6 @@ def test_a_run_that_was_cut_off_resumes_bit_equal(
     assert not (tmp_path / "cut" / "checkpoints").exists(), "they are needed until the run is complete"
 
 
-@pytest.mark.parametrize("cut", [3, 9])
 def test_images_are_shifted_by_what_seed_and_step_select_in_both_phases(
     complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +154,7 @@ def test_a_run_that_began_before_a_setting_existed_resumes(
     assert weights(tmp_path / "run") == weights(whole)
 
 
+@pytest.mark.parametrize("cut", [3, 9])
 def test_a_checkpoint_in_the_former_format_resumes_bit_equal(
     complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:

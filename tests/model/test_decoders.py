@@ -192,4 +192,4 @@ def test_rows_and_columns_are_shared_and_nothing_else_changes() -> None:
     assert shapes.items() - other.items() == {("image_decoder.position.weight", (64, 16))}
     own = "image_decoder.position"
     assert other.items() - shapes.items() == {(f"{own}.row.weight", (8, 16)), (f"{own}.column.weight", (8, 16))}
-    assert grid.image_decoder.position.row.weight.std() == pytest.approx(0.2, rel=0.2), "as every other table"
+    assert grid.image_decoder.position.row.weight.std().item() == pytest.approx(0.2, rel=0.2), "as every other table"

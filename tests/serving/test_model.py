@@ -163,7 +163,7 @@ def test_an_input_that_is_none_is_one_line(model: opt_ds.Model, inputs: dict[str
         (lambda m: m.generate_images("a", count=0), "count 0: give at least 1"),
         (lambda m: m.generate_image("a", guidance=-1), "guidance -1: give at least 0"),
         (lambda m: m.generate_image("a", guidance=2), "trained without dropped conditions"),
-        (lambda m: m.generate_image("a", candidates=2, rank_by="machting"), 'rank by "machting": .*did you mean "matching"'),
+        (lambda m: m.generate_image("a", candidates=2, rank_by="machting"), '--rank-by "machting": .*did you mean "matching"'),
         (lambda m: m.generate_image("a", temperature=float("nan")), "temperature nan: give at least 0.001"),
         (lambda m: m.generate_image("a", top_p=1.5), "top_p 1.5: give 0 to 1"),
         (lambda m: m.generate_image("a", seed=2**63), "seed 9223372036854775808: give 0 to"),

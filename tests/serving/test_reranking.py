@@ -64,7 +64,7 @@ def test_what_was_learned_decides(session: Session) -> None:
         (lambda: unmatched.reranker(sound), "images are compared with a text of the input, which has none"),
         (lambda: mute.reranker(sample), "trained without matching and dtr: it cannot choose the best"),
         (lambda: session.reranker(Sample()), "images are compared with text or audio of the input, which has none"),
-        (lambda: session.reranker(sample, "liklihood"), 'rank by "liklihood": .*did you mean "likelihood"'),
+        (lambda: session.reranker(sample, "liklihood"), '--rank-by "liklihood": .*did you mean "likelihood"'),
     ]
     for call, message in refused:
         with pytest.raises(UserError, match=message) as raised:
@@ -109,7 +109,7 @@ def test_the_command_ranks_as_asked(
     assert re.search(r"log likelihood of the text -\d+\.\d+, the best of 3", capsys.readouterr().out)
     assert Image.open(tmp_path / "a.png").size == (64, 64)
     assert opt_ds("generate", "--checkpoint", run, *given, "beauty") == 2
-    assert capsys.readouterr().err == 'error: rank by "beauty": choose matching or likelihood\n'
+    assert capsys.readouterr().err == 'error: --rank-by "beauty": choose matching or likelihood\n'
     common = ("--checkpoint", run, "--store", raw_store, "--split", "valid", "--output", tmp_path / "a.json")
     options = ("--generate", 3, "--images", 0, "--candidates", 2, "--rank-by", "likelihood")
     assert opt_ds("evaluate", "image-generation", *common, *options) == 0
