@@ -38,8 +38,8 @@ def export_lmdb(database: Path, output: Path) -> int:
     """
     folder = FeatureFolder(database, output)
     names, unnamed = _names(_keys(database))
-    for key in unnamed:
-        folder.skip(repr(key), "its key is not UTF-8")
+    for raw in unnamed:
+        folder.skip(repr(raw), "its key is not UTF-8")
     for key, value in _entries(database):
         if key in names:
             folder.write(key, names[key], partial(_arrays, value))
