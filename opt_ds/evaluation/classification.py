@@ -168,7 +168,7 @@ def _mean_average_precision(y_nc: np.ndarray, scores_nc: np.ndarray) -> Measurem
 
 
 def _average_precision(times_bn: np.ndarray, y_n: np.ndarray, scores_n: np.ndarray) -> np.ndarray:
-    """Return the average precision [b] of one label; NaN for draws without a positive sample."""
+    """Return the average precision [b] of one label; NaN for resamples without a positive sample."""
     order = np.argsort(-scores_n, kind="stable")
     ranked, counted_bn = -scores_n[order], times_bn[:, order]
     last = np.searchsorted(ranked, ranked, side="right") - 1  # equal scores have the precision of the last one
