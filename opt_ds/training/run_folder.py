@@ -145,9 +145,11 @@ def compare_settings(output: Path, record: dict[str, Any], wanted: dict[str, Any
     """
     saved, wanted = record["fixed_settings"], json.loads(json.dumps(wanted))
     for key in sorted({*saved, *wanted}):
-        if saved.get(key) != wanted.get(key):
+        if key not in wanted or saved.get(key) != wanted[key]:
             was, now = _short(saved.get(key)), _short(wanted.get(key))
             text = "its stores' contents differ" if key == "data.stores" else f"{key} was {was} there and is {now} now"
+            if was == now:  # a damaged key, whose value is None as that of a key that is absent
+                text = f"{key} is none of this run's settings"
             raise UserError(
                 f"{output} holds another run ({text}): use another --output, or the same settings to resume"
             )

@@ -47,6 +47,16 @@ def test_a_run_that_began_before_a_setting_existed_is_the_same_run(store: Path, 
         run_folder.check_same_run(tmp_path, other, stores)
 
 
+def test_a_damaged_key_is_noticed_even_if_its_value_is_none(store: Path, tmp_path: Path) -> None:
+    config, stores = tiny_config(store), [FeatureStore(store)]
+    fixed_settings = run_folder.fixed_settings(config, stores)
+    assert fixed_settings.pop("tasks.labels") is None
+    fixed_settings["tasks.labdls"] = None
+    (tmp_path / "run.json").write_text(json.dumps({"fixed_settings": fixed_settings, "launches": [], "stores": []}))
+    with pytest.raises(UserError, match=r"holds another run \(tasks\.labdls is none of this run's settings\)"):
+        run_folder.check_same_run(tmp_path, config, stores)
+
+
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path, logged: list[str]) -> None:
     with run_folder.lock(tmp_path), pytest.raises(UserError, match="another process is training there"):
         run_folder.lock(tmp_path)
