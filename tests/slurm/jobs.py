@@ -9,7 +9,6 @@ from tests.slurm.local_cluster import LocalCluster
 from tests.training.runs import FITTED, hashes
 
 ROOT = Path(__file__).parents[2]
-SAVED = ("checkpoint.every_steps=50", "schedule.total_steps=1000")
 _SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 
 
@@ -21,7 +20,7 @@ class PretrainJob:
     ) -> None:
         self.cluster, self.output, self.steps = cluster, output, steps
         self.log = output.with_suffix(".log")
-        changes = [*FITTED, *SAVED, f"train.max_steps={steps}", *settings]
+        changes = [*FITTED, "checkpoint.every_steps=50", "schedule.total_steps=1000", f"train.max_steps={steps}", *settings]
         arguments = [word for change in changes for word in ("--set", change)]
         cluster.environment |= {"OPT_DS_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         self.number = cluster.run(
