@@ -17,6 +17,7 @@ from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,14 +130,6 @@ def _run(command: list[str], environment: dict[str, str], folder: str, stdout: s
             runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a forked process leaves without them
-
-
-def run_warm(command: Sequence[str], env: Mapping[str, str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` does for `python COMMAND`, with its output as text."""
-    process = WarmProcess(command, env)
-    out, error = process.communicate(timeout)
-    assert process.returncode is not None
-    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def living_workers() -> list[int]:

@@ -229,6 +229,4 @@ def _frequent_answers(evaluator: Evaluator, kinds: QuestionKinds | None) -> dict
         counts[None].update(answers)
         if kinds and index in kinds.of:
             counts[kinds.of[index]].update(answers)
-    return {
-        kind: min(found, key=lambda name, found=found: (-found[name], name)) for kind, found in counts.items() if found
-    }
+    return {kind: min(found.items(), key=lambda item: (-item[1], item[0]))[0] for kind, found in counts.items() if found}

@@ -99,7 +99,7 @@ class RegionFileExtractor(RegionExtractor):
         if features.shape[1] != self.dim:
             raise ValueError(f"features of {features.shape[1]} values, not {self.dim} as the first file")
         has_boxes = "norm_bb" in arrays or "bbox" in arrays
-        boxes = corners(arrays) if has_boxes else np.tile(np.float32(_WHOLE_IMAGE), (count, 1))
+        boxes = corners(arrays) if has_boxes else np.tile(np.array(_WHOLE_IMAGE, np.float32), (count, 1))
         scores = numbers(arrays, "conf", 1) if "conf" in arrays else np.ones(count)
         labels = self._labels(arrays, count)
         if not count == len(boxes) == len(scores) == len(labels):

@@ -62,7 +62,9 @@ class AlignmentConfig(LossConfig):
         description="Loss: softmax over the candidates in both directions, or a sigmoid per pair with a learned bias.",
     )
     pairs: tuple[Literal["image_text", "audio_text", "image_audio", "text_audio_image"], ...] = Field(
-        tuple(PAIRS), min_length=1, description="Pairs of views that are contrasted."
+        ("image_text", "audio_text", "image_audio", "text_audio_image"),
+        min_length=1,
+        description="Pairs of views that are contrasted.",
     )
     width: int = Field(256, ge=1, description="Width of the shared space.")
     temperature: float = Field(
@@ -163,7 +165,7 @@ class Alignment(Task):
 
     def possible(self, candidates: Candidates, derived: Any) -> np.ndarray:
         """Return which samples have both views of a pair."""
-        return self._needed(candidates, np.arange(len(candidates.sample))).any(1)
+        return np.asarray(self._needed(candidates, np.arange(len(candidates.sample))).any(1))
 
     @property
     def most_copies(self) -> int:
@@ -210,7 +212,7 @@ class Alignment(Task):
 
     def _text_key(self, store: FeatureStore, row: int) -> int:
         """Return a 64-bit hash of the tokens of a text that the model reads, or 0 if there is none."""
-        tokens = store.text(row)[: self.config.model.max_text_tokens].astype(np.int64) if row >= 0 else ()
+        tokens = np.asarray(store.text(row) if row >= 0 else (), np.int64)[: self.config.model.max_text_tokens]
         if not len(tokens):
             return 0
         return int.from_bytes(blake2b(tokens.tobytes(), digest_size=8).digest(), "little", signed=True)

@@ -82,7 +82,8 @@ def contrast(
     of_temperature = Temperature(*(_gradient_of(leaf) for leaf in leaves))
     if float(temperature.log_scale) >= LOG_SCALE_LIMIT:  # it may only become smaller, which takes a positive gradient
         of_temperature = of_temperature._replace(log_scale=of_temperature.log_scale.clamp_min(0))
-    return Contrast(*total.float().unbind(), gradient, of_temperature)
+    value, correct, chance = total.float().unbind()
+    return Contrast(value, correct, chance, gradient, of_temperature)
 
 
 def _one_direction(

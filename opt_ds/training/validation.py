@@ -72,9 +72,9 @@ def validation_losses(model: torch.nn.Module, config: Config, loader: MicroBatch
     if reduce is not None:
         reduce(table)
     for over_pass in compared.values():  # over all ranks
-        for loss, term in over_pass.combine(reduce or (lambda values: values), with_gradient=False).items():
-            row = [float(term.sum), term.count, float(term.metrics["correct"])]
-            table[all_losses.index(loss)] = torch.tensor(row, dtype=torch.float64)
+        for loss, term in over_pass.combine(reduce or (lambda tensor: tensor), with_gradient=False).items():
+            values = (float(term.sum), term.count, float(term.metrics["correct"]))
+            table[all_losses.index(loss)] = torch.tensor(values, dtype=torch.float64)
     rows = {loss: table[i].tolist() for i, loss in enumerate(all_losses)}
     active = [loss for loss in config.tasks.active_losses if rows[loss][1] > 0]
     losses = {loss: rows[loss][0] / rows[loss][1] for loss in active}

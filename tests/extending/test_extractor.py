@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from opt_ds.registry import EXTRACTORS, PLUGINS_VARIABLE
 from opt_ds.store import FeatureStore, inspect_store
 from opt_ds.store.processor_files import check_fingerprints, copy_processor_files
 from tests.training.runs import rank_environment
-from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 COLOURS, LOUDNESS = "tests.extending.extractor:Colours", "tests.extending.extractor:Loudness"
@@ -138,9 +138,9 @@ def model(store: Path, folder: Path) -> Path:
         "model.audio_feature_dim=3", "train.max_steps=2", "batch.size=4", "train.image_grid=0", "train.validate_every=1000",
     )  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
-    run = [str(ROOT / "opt_ds" / "pretrain.py"), "--config", "opt-tiny", "--store", str(store),
+    run = [sys.executable, str(ROOT / "opt_ds" / "pretrain.py"), "--config", "opt-tiny", "--store", str(store),
            "--output", str(folder / "run"), *options]  # fmt: skip
-    done = run_warm(run, rank_environment(0, 1, 0))
+    done = subprocess.run(run, env=rank_environment(0, 1, 0), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert command("export", "--checkpoint", folder / "run", "--output", folder / "model") == 0
     return folder / "model"
@@ -156,7 +156,7 @@ def read(model: Path, folder: Path, allowed: str, *options: str) -> subprocess.C
         "print(processor._extractor('image').fingerprint()['name'], processor._extractor('audio').dim)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), PLUGINS_VARIABLE: allowed}
-    return run_warm(["-c", code], environment)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 def test_an_exported_model_reads_raw_files_with_them_once_the_user_allows_it(model: Path, folder: Path) -> None:

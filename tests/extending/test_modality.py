@@ -29,7 +29,7 @@ from opt_ds.training.preflight import training_notes
 from tests.extending.touch import TOUCH, Touch
 from tests.training.runs import free_port, hashes, rank_environment
 from tests.training.test_pretrain import SCRIPT
-from tests.warm import WarmProcess, run_warm
+from tests.warm import WarmProcess
 
 if TYPE_CHECKING:
     from opt_ds.serving.session import Session
@@ -251,18 +251,23 @@ def test_a_model_of_the_three_modalities_cannot_take_it(raw_store: Path) -> None
 
 def test_a_configuration_with_it_goes_to_another_process(tmp_path: Path) -> None:
     import pickle
+    import subprocess
+    import sys
 
     config = load_config("opt-tiny", [*WITH_TOUCH])
     assert pickle.loads(pickle.dumps(config)) == config
     (tmp_path / "config").write_bytes(pickle.dumps(config))
     environment = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE} | {"PYTHONPATH": str(ROOT)}
     code = f"import pickle; print(pickle.load(open({str(tmp_path / 'config')!r}, 'rb')).model.touch.max_readings)"
-    found = run_warm(["-c", code], environment)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == "6", found.stderr
 
 
 def test_a_checkpoint_alone_cannot_name_code(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
     environment = {name: value for name, value in os.environ.items() if name != PLUGINS_VARIABLE} | {"PYTHONPATH": str(ROOT)}
     code = f"from opt_ds.training.checkpoint import load_model; load_model({str(whole)!r})"
-    found = run_warm(["-c", code], environment)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert found.returncode and f"set the environment variable {PLUGINS_VARIABLE}={MODALITY}" in found.stderr

@@ -4,7 +4,11 @@ import json
 import os
 import signal
 import subprocess
+<<<<<<< HEAD
 import time
+=======
+import sys
+>>>>>>> parent of 80f6b41 (tests: start training, doctor and loading in warm processes)
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ from opt_ds.training import checkpoint
 from tests.serving.conftest import start_run
 from tests.training.runs import FITTED, free_port, hashes, rank_environment
 from tests.training.test_pretrain import SCRIPT
-from tests.warm import WarmProcess, run_warm
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "tests.extending.counting:RegionCounting"
@@ -88,7 +92,7 @@ def test_a_checkpoint_alone_cannot_name_code(whole: Path) -> None:
     def load(allowed: str | None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **({PLUGINS_VARIABLE: allowed} if allowed else {})}
         code = f"from opt_ds.training.checkpoint import load_model; print(*load_model({str(whole)!r})[0].tasks)"
-        return run_warm(["-c", code], environment)
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     refused = load(None)
     assert refused.returncode and f"set the environment variable {PLUGINS_VARIABLE}={PLUGIN}" in refused.stderr

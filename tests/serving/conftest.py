@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from opt_ds.serving.server import build_server, listen
 from opt_ds.serving.session import Session
 from opt_ds.store import FeatureStore
 from tests.training.runs import rank_environment
-from tests.warm import run_warm
 
 _QUIET = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -70,8 +70,8 @@ def start_run(store: Path, output: Path, *settings: str) -> None:
     )  # fmt: skip
     options = [part for setting in given for part in ("--set", setting)]
     script = Path(__file__).parents[2] / "opt_ds" / "pretrain.py"
-    command = [str(script), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
-    done = run_warm(command, rank_environment(0, 1, 0))
+    command = [sys.executable, str(script), "--config", "opt-tiny", "--store", str(store), "--output", str(output), *options]
+    done = subprocess.run(command, env=rank_environment(0, 1, 0), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

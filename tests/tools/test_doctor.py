@@ -1,6 +1,8 @@
 """Test the environment report: for this machine, and for machines with problems."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,7 @@ from opt_ds.config import load_config
 from opt_ds.pretrain import pretrain
 from opt_ds.tools import doctor
 from opt_ds.tools.doctor import Finding, Question, examine
-from tests.training.runs import FITTED, make_store, rank_environment
-from tests.warm import run_warm
+from tests.training.runs import make_store
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,11 @@ def find(subject: str, question: Question) -> Finding:
 
 
 def test_the_report_of_this_machine(store: Path, tmp_path: Path) -> None:
+    from tests.training.runs import FITTED
+
     settings = [word for setting in FITTED for word in ("--set", setting)]
-    command = ["-m", "opt_ds", "doctor", "--config", "opt-tiny", "--store", str(store), "--output", str(tmp_path / "run")]
-    done = run_warm([*command, *settings], rank_environment(0, 1, 0))
+    command = [sys.executable, "-m", "opt_ds", "doctor", "--config", "opt-tiny", "--store", store, "--output", tmp_path / "run"]
+    done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith(("ok  ", "warn")) for line in lines)
@@ -44,7 +47,8 @@ def test_it_takes_what_pretraining_takes() -> None:
 
 
 def test_a_store_that_is_not_there_or_does_not_fit_fails(store: Path, tmp_path: Path) -> None:
-    done = run_warm(["-m", "opt_ds", "doctor", "--store", str(tmp_path / "none")], rank_environment(0, 1, 0))
+    command = [sys.executable, "-m", "opt_ds", "doctor", "--store", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "FAIL  stores" in done.stdout
     finding = find("stores", Question(load_config("opt-base", [f"data.stores=[{store}]"])))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from opt_ds.store.records import run_records
 from opt_ds.store.verify import VERIFIED_FILE, verify_store
 from opt_ds.training import checkpoint_files
 from tests.training.runs import free_port, make_store, rank_environment, tiny_config, train
-from tests.warm import WarmProcess
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -29,9 +30,9 @@ def start(description: dict[str, Any], output: Path) -> list[list[str]]:
     """Run job_start.py on two ranks. Return the names of the files that each rank hashed."""
     job = output.with_name("job.json")
     job.write_text(json.dumps(description))
-    port, command = free_port(), ["-m", "tests.training.job_start", str(job)]
-    ranks = [WarmProcess(command, rank_environment(rank, 2, port)) for rank in range(2)]
-    assert [rank.wait(timeout=140) for rank in ranks] == [0, 0], [rank.communicate() for rank in ranks]
+    port, command = free_port(), [sys.executable, "-m", "tests.training.job_start", str(job)]
+    ranks = [subprocess.Popen(command, env=rank_environment(rank, 2, port)) for rank in range(2)]
+    assert [rank.wait(timeout=140) for rank in ranks] == [0, 0]
     return [json.loads(Path(f"{job}.{rank}").read_text()) for rank in range(2)]
 
 
