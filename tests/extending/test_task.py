@@ -4,11 +4,7 @@ import json
 import os
 import signal
 import subprocess
-<<<<<<< HEAD
-import time
-=======
 import sys
->>>>>>> parent of 80f6b41 (tests: start training, doctor and loading in warm processes)
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +75,6 @@ def test_a_stopped_run_goes_on_to_the_same_weights(whole: Path, store: Path, tmp
     started = ranks(store, output, "train.validate_every=12", "checkpoint.every_steps=5")
     while not (output / "checkpoints" / "step-00000010").is_dir():
         assert all(process.poll() is None for process in started)
-        time.sleep(0.002)
     for process in started:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
