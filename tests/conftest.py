@@ -48,17 +48,6 @@ def interruptible() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def warm_workers() -> Iterator[None]:
-    """Workers of `prepare` start with their libraries loaded. Those of the commands that tests start are spawned, as a user's."""
-    from opt_ds.ingest import workers
-    from tests.warm import WarmContext
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "_context", WarmContext)
-        yield
-
-
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
     """What `opt_ds` logs during the test, from INFO on: a text a message."""

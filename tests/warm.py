@@ -1,11 +1,12 @@
 """Processes that start with torch and DeepSpeed loaded: forked from one that has imported them, in tenths of a second.
 
-Importing them takes seven seconds of a core, and the ranks of many tests, and the workers of `prepare`, start again and again.
-A process of its own is all the same: own memory, own environment, own signals. Where the start of the interpreter is what
-matters (a launcher, a console script, the allocator's environment), tests start it with `subprocess`.
+Importing them takes seven seconds of a core, and the ranks of many tests start again and again. A process of its own is all the
+same: own memory, own environment, own signals. Where the start of the interpreter is what matters (a launcher, a console script,
+the allocator's environment), tests start it with `subprocess`.
 """
 
 import atexit
+import multiprocessing
 import os
 import runpy
 import signal
@@ -14,41 +15,11 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-_ROOT = Path(__file__).parent.parent
-
-
-class WarmWorker(ForkServerProcess):
-    """A `multiprocessing.Process` with the environment and the blocked signals of its parent, as a spawned one has them."""
-
-    def start(self) -> None:
-        self._environment, self._blocked = dict(os.environ), signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        forkserver.set_forkserver_preload(["tests.preloaded"])
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("PYTHONPATH", str(_ROOT), prepend=os.pathsep)  # the server, wherever it starts, finds it
-                forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
-        super().start()
-
-    def run(self) -> None:
-        os.environ.clear()
-        os.environ.update(self._environment)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
-        super().run()
-
-
-class WarmContext(ForkServerContext):
-    """In place of multiprocessing's "spawn" for a pool of workers."""
-
-    Process = WarmWorker
+_CONTEXT = multiprocessing.get_context("forkserver")
+#: The last two are imported by the first optimiser and by the run's log.
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "opt_ds.training.trainer", "torch._dynamo", "torch.utils.tensorboard"])
 
 
 class WarmProcess:
@@ -62,15 +33,15 @@ class WarmProcess:
         stdout: Path | None = None,
         stderr: Path | None = None,
     ) -> None:
-        """`command`: a script, -m and a module, or -c and a program, and its arguments. `stdout`, `stderr`: files; None:
-        temporary ones, which `communicate` returns. The same file for both keeps their order."""
+        """`command`: a script, or -m and a module, and its arguments. `stdout`, `stderr`: files; None: temporary ones, which
+        `communicate` returns. The same file for both keeps their order."""
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # goes with this object
         folder = Path(self._folder.name)
         self._stdout, self._stderr = stdout or folder / "stdout", stderr or folder / "stderr"
         for file in {self._stdout, self._stderr}:
             file.write_bytes(b"")
         task = (list(command), dict(env), str(cwd or os.getcwd()), str(self._stdout), str(self._stderr))
-        self._process = WarmWorker(target=_run, args=task)
+        self._process = _CONTEXT.Process(target=_run, args=task)
         self._process.start()
 
     @property
@@ -121,20 +92,9 @@ def _run(command: list[str], environment: dict[str, str], folder: str, stdout: s
         if command[0] == "-m":
             sys.argv = command[1:]
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        elif command[0] == "-c":
-            sys.argv = ["-c", *command[2:]]
-            exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = command
             sys.path.insert(0, str(Path(command[0]).parent))
             runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a forked process leaves without them
-
-
-def living_workers() -> list[int]:
-    """The ids of this process's living `WarmWorker`s and `WarmProcess`es."""
-    server = forkserver._forkserver._forkserver_pid
-    if server is None:
-        return []
-    return [int(pid) for task in Path(f"/proc/{server}/task").iterdir() for pid in (task / "children").read_text().split()]

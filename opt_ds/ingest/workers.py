@@ -16,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +137,13 @@ class _Pool:
         self._start()
 
     def _start(self) -> None:
-        context = _context()
+        # Workers are spawned, because forking a process with torch's thread pools or a CUDA context can hang.
+        context = multiprocessing.get_context("spawn")
         with uninterrupted_children():  # the first shared value starts a resource tracker process
             number = context.Value("i", 0)
         self._pool = ProcessPoolExecutor(
             self._workers, mp_context=context, initializer=_start_worker, initargs=(*self._how, self._device, number)
         )
-
-
-def _context() -> BaseContext:
-    # Workers are spawned, because forking a process with torch's thread pools or a CUDA context can hang.
-    return multiprocessing.get_context("spawn")
 
 
 _features: FileFeatures | None = None  # of this process, if it is a worker

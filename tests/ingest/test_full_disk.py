@@ -2,13 +2,11 @@
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from opt_ds.store import writer as writer_module
 from tests.ingest.conftest import SETTINGS
 from tests.ingest.test_pipeline import contents
 from tests.small_disk import SmallDisk
-from tests.warm import living_workers
 
 _PROGRAM = """
 import sys
@@ -91,7 +88,7 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
     def tasks_then_kill(*arguments: object) -> object:
         for task in real(*arguments):
             yield task
-            for process in living_workers():
+            for process in _children():
                 os.kill(process, signal.SIGKILL)
 
     prepare(messy_manifest, tmp_path / "undisturbed", SETTINGS, workers=1, device="cpu")
@@ -100,12 +97,7 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
-def test_workers_that_are_always_killed_end_the_run_in_one_line(
-    messy_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from opt_ds.ingest import workers
-
-    monkeypatch.setattr(workers, "_context", partial(multiprocessing.get_context, "spawn"))  # they die while they load
+def test_workers_that_are_always_killed_end_the_run_in_one_line(messy_manifest: Path, tmp_path: Path) -> None:
     stop = threading.Event()
 
     def kill() -> None:
