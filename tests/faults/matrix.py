@@ -207,8 +207,8 @@ def hardships(rank: int, world_size: int) -> Iterator[None]:
             return loss
         return loss * math.nan if now[0] == NAN_LOSS else Overflow.apply(loss) if now[0] == INFINITE_GRADIENT else loss
 
-    def uneven(self: Plan, step: int, samples: Any, world_size: int) -> StepPlan:
-        step_plan = make_step_plan(self, step, samples, world_size)
+    def uneven(self: Plan, step: int, samples: Any, world_size: int, num_samples: int | None = None) -> StepPlan:
+        step_plan = make_step_plan(self, step, samples, world_size, num_samples)
         return replace(step_plan, micro_batches=assign(step_plan, step % 3))
 
     supported = accelerator.is_fp16_supported
