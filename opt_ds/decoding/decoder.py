@@ -208,7 +208,7 @@ class _Child:
         fcntl.fcntl(self._chatter, fcntl.F_SETFL, os.O_APPEND)
         inherited = [theirs.fileno(), self._answers, self._status, lifeline]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _PROGRAM, *map(str, inherited)],
+            [sys.executable, "-P", *(["-S"] if sys.flags.no_site else []), "-m", _PROGRAM, *map(str, inherited)],
             stdin=subprocess.DEVNULL, stdout=self._chatter, stderr=self._chatter, pass_fds=inherited, env=_environment(),
         )  # fmt: skip
         theirs.close()

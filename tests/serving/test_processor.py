@@ -51,8 +51,8 @@ def test_the_sound_of_a_video_is_read_as_a_file_of_sound(session: Session, raw: 
     tone = soundfile.read(raw / "1.wav", dtype="float32")[0][None]
     expected = session.processor(audio=raw / "1.wav").items[AUDIO].features
     found = session.processor(audio=save(tmp_path / "upload.mp4", tone, pictures=True)).items[AUDIO].features
-    assert abs(len(found) - len(expected)) <= 10, "an encoder adds a frame or two"
-    middle = slice(20, min(len(found), len(expected)) - 20)
+    assert abs(len(found) - len(expected)) <= 1, "an encoder adds a frame or two, and each of these is eight"
+    middle = slice(1, min(len(found), len(expected)) - 2)
     assert np.corrcoef(found[middle].ravel().astype("float32"), expected[middle].ravel().astype("float32"))[0, 1] > 0.9
 
 
