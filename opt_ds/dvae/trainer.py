@@ -212,7 +212,7 @@ class DVAETrainer(TrainingLoop):
         return shift(pixels_nchw, keyed_choice(2 * most + 1, run.seed, "shift", self.state.step, places_n2) - most)
 
     def _argmax_codes(self, pixels_nchw: Tensor, index: np.ndarray) -> Tensor:
-        """Return the codes of the images of this step, int64 [n, 64]. Shifted images are encoded anew."""
+        """Return the codes of the images of this step, int64 [n, 64]. Shifted images are encoded again."""
         if self.spec.config.max_shift:
             return self.dvae.encode(pixels_nchw)
         return self._frozen_codes()[index].to(pixels_nchw.device).long()

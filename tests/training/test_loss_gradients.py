@@ -14,7 +14,7 @@ from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import UserError
 from opt_ds.model.initial import initial_model
 from opt_ds.store.reader import FeatureStore
-from tests.training.runs import hashes, losses, tiny_config, train
+from tests.training.runs import hashes, losses, tensors, tiny_config, train
 
 QUIET = ("model.dropout=0", "model.attention_dropout=0", "batch.size=24", "tasks.matching.candidates=3",
          "tasks.dir.weight=3", "optimizer.lr=1e-30", "train.max_steps=2")  # fmt: skip
@@ -83,6 +83,19 @@ def test_training_is_the_same_to_the_bit(
     assert norms(tmp_path / "off") == {} and list(norms(tmp_path / "on")) == [2, 4]
     if precision != "fp16":  # whose first loss scales overflow, as those of the steps do
         assert all(0 < norm < 1e6 for own in norms(tmp_path / "on").values() for norm in own.values())
+
+
+@pytest.mark.parametrize(("stage", "max_tokens"), [(0, 100_000), (0, 400), (2, 400)])
+def test_the_norm_of_a_loss_in_two_passes_is_that_of_the_step(
+    stage: int, max_tokens: int, store: Path, tmp_path: Path, group: Any
+) -> None:
+    settings = ("tasks.alignment.weight=2", "tasks.sampling_weights={alignment: 1}", "batch.size=32", "train.max_steps=1",
+                "optimizer.clip_norm=0", f"zero.stage={stage}", f"batch.max_tokens={max_tokens}")  # fmt: skip
+    train(tiny_config(store, *settings, EVERY), tmp_path, group)
+    moments = tensors(tmp_path, 1, "moments")  # after one step from moments of 0, exp_avg is 0.1 × the gradient
+    own = [value for name, value in moments.items() if name.startswith("encoder.") and name.endswith(".exp_avg")]
+    step = 10 * float(torch.cat([value.flatten() for value in own]).norm())
+    assert norms(tmp_path)[1]["alignment"] == pytest.approx(step, rel=1e-4) and step > 0.01
 
 
 def test_stage_3_is_refused_in_one_line(store: Path) -> None:
