@@ -8,7 +8,7 @@ import numpy as np
 from opt_ds.abilities import ALIGN
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.projections import DIRECTIONS
-from opt_ds.tasks.alignment import PAIRS, VIEWS
+from opt_ds.tasks.views import PAIRS, VIEWS
 
 _VIEW_OF = {frozenset(modalities): view for view, modalities in VIEWS.items()}
 

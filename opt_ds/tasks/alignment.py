@@ -42,16 +42,7 @@ from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
 from opt_ds.tasks.baselines import Baseline, TrainingStatistics
 from opt_ds.tasks.contrast import LOG_SCALE_LIMIT, Pair, Temperature, contrast
 from opt_ds.tasks.global_loss import GlobalLoss, SumOverRanks
-
-#: View -> its modalities.
-VIEWS = {"text": (TEXT,), "image": (IMAGE,), "audio": (AUDIO,), "text_audio": (TEXT, AUDIO)}
-#: Pair -> the two views that are contrasted.
-PAIRS = {
-    "image_text": ("image", "text"), "audio_text": ("audio", "text"), "image_audio": ("image", "audio"),
-    "text_audio_image": ("text_audio", "image"),
-}  # fmt: skip
-_NUMBER_OF_VIEW = {frozenset(modalities): number for number, modalities in enumerate(VIEWS.values())}
-_VIEW_NAMES = tuple(VIEWS)
+from opt_ds.tasks.views import NUMBER_OF_VIEW, PAIRS, VIEW_NAMES, VIEWS, needed_views, rows_of_views, views_of_rows
 
 
 class AlignmentConfig(LossConfig):
@@ -159,7 +150,7 @@ class Alignment(Task):
 
     def disabled(self, present: np.ndarray, stores: list[FeatureStore], derived: Any) -> dict[str, str]:
         """Return a reason if no sample has both views of a pair."""
-        if _needed_views(present, self.section.pairs).any():
+        if needed_views(present, self.section.pairs).any():
             return {}
         return {self.name: "no sample has both views of a pair in tasks.alignment.pairs"}
 
@@ -180,11 +171,11 @@ class Alignment(Task):
         """Let each sample and each of its copies read another view."""
         needed = self._needed(candidates, own)
         is_own = needed & (needed.cumsum(1) - 1 == candidates.copy[own, None])
-        sampled.input_rows[own] = _rows_of(candidates.source_rows[own], is_own.argmax(1))
+        sampled.input_rows[own] = rows_of_views(candidates.source_rows[own], is_own.argmax(1))
 
     def _needed(self, candidates: Candidates, own: np.ndarray) -> np.ndarray:
         """Return which views of these samples are encoded, bool [n, views]."""
-        return _needed_views(candidates.lengths[own] > 0, self.section.pairs)
+        return needed_views(candidates.lengths[own] > 0, self.section.pairs)
 
     def num_terms(self, samples: StepSamples) -> dict[str, float]:
         """Return the number of samples of this task, each of which has several views."""
@@ -208,7 +199,7 @@ class Alignment(Task):
         rows, number = samples.source_rows[index], int(samples.store[index])
         text = self._text_key(store, int(rows[TEXT]))
         image, audio = ((number << 40) + int(rows[m]) + 1 if rows[m] >= 0 else 0 for m in (IMAGE, AUDIO))
-        sample.targets[self.name] = AlignmentTarget(_NUMBER_OF_VIEW[frozenset(sample.items)], (text, image, audio))
+        sample.targets[self.name] = AlignmentTarget(NUMBER_OF_VIEW[frozenset(sample.items)], (text, image, audio))
 
     def _text_key(self, store: FeatureStore, row: int) -> int:
         """Return a 64-bit hash of the tokens of a text that the model reads, or 0 if there is none."""
@@ -322,10 +313,10 @@ class AlignmentLoss(GlobalLoss):
             concatenate(self._chunks) if len(self._chunks) > 1 else self._chunks[0],
             np.concatenate([own + start for own, start in zip(self._own, self._starts(), strict=True)]),
         )
-        views = np.concatenate([_view_of(chunk.input_rows[own]) for chunk, own in zip(self._chunks, self._own, strict=True)])
+        views = np.concatenate([views_of_rows(chunk.input_rows[own]) for chunk, own in zip(self._chunks, self._own, strict=True)])
         row_of = np.full((num_samples, len(VIEWS)), -1)
         row_of[numbers, views] = np.arange(len(views))
-        chosen = [tuple(_VIEW_NAMES.index(view) for view in PAIRS[pair]) for pair in PAIRS if pair in self._task.section.pairs]
+        chosen = [tuple(VIEW_NAMES.index(view) for view in PAIRS[pair]) for pair in PAIRS if pair in self._task.section.pairs]
         has = np.array([(row_of[:, pair] >= 0).all(1) for pair in chosen])  # [pairs, samples]
         weight = 1.0 / np.maximum(1, has.sum(0))
         found = []
@@ -364,7 +355,7 @@ class _AllAlike(Baseline):
     def add(self, sample: Sample, number: int) -> None:
         if "alignment" in sample.targets:
             target, name = sample.targets["alignment"], (number, sample.name)
-            self._views.setdefault(name, set()).add(_VIEW_NAMES[target.view])
+            self._views.setdefault(name, set()).add(VIEW_NAMES[target.view])
             self._keys[name] = target.keys
 
     def losses(self) -> dict[str, float]:
@@ -390,29 +381,6 @@ class _AllAlike(Baseline):
                 candidates = np.array(len(names) - shares_content.sum() + 1)  # its own other view is a candidate
                 per_sample.setdefault(name, []).append(float(value(candidates)))
         return {"alignment": float(np.mean([np.mean(own) for own in per_sample.values()]))} if per_sample else {}
-
-
-def _needed_views(present: np.ndarray, pairs: Sequence[str]) -> np.ndarray:
-    """Return which views are encoded, bool [n, views], of samples that have modalities bool [n, M]."""
-    has = {view: present[:, list(modalities)].all(1) for view, modalities in VIEWS.items()}
-    needed = np.zeros((len(present), len(VIEWS)), dtype=bool)
-    for first, second in (PAIRS[pair] for pair in pairs):
-        both = has[first] & has[second]
-        needed[:, _VIEW_NAMES.index(first)] |= both
-        needed[:, _VIEW_NAMES.index(second)] |= both
-    return needed
-
-
-def _rows_of(source_rows: np.ndarray, view: np.ndarray) -> np.ndarray:
-    """Return the input rows of views int64 [n], int64 [n, M]; the modalities that a view lacks are −1."""
-    reads = np.array([[m in modalities for m in range(source_rows.shape[1])] for modalities in VIEWS.values()])
-    return np.where(reads[view], source_rows, -1)
-
-
-def _view_of(input_rows: np.ndarray) -> np.ndarray:
-    """Return the view that has these input rows, int64 [n]."""
-    reads = np.array([[m in modalities for m in range(input_rows.shape[1])] for modalities in VIEWS.values()])
-    return ((input_rows >= 0)[:, None] == reads[None]).all(2).argmax(1)
 
 
 def _sample_numbers(samples: StepSamples, own: np.ndarray) -> tuple[np.ndarray, int]:

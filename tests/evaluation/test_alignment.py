@@ -11,7 +11,7 @@ from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.projections import DIRECTIONS
 from opt_ds.evaluation.retrieval import retrieval, retrieval_lines
 from opt_ds.evaluation.two_stage_retrieval import TwoStages, table, two_stage_retrieval
-from opt_ds.tasks.alignment import VIEWS
+from opt_ds.tasks.views import VIEWS
 from tests.tiny import make_config, make_model, make_store
 
 TASKS = {"sampling_weights": {"modality": 1, "matching": 1, "alignment": 1}}

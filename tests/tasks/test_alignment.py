@@ -18,8 +18,8 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation.ablation import rows_without
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
-from opt_ds.tasks.alignment import PAIRS, VIEWS
 from opt_ds.tasks.baselines import baseline_result
+from opt_ds.tasks.views import PAIRS, VIEWS
 from opt_ds.training.validation import validate
 from tests.tiny import ALIGNMENT, index_with, make_config, make_model
 
