@@ -223,9 +223,15 @@ class SummaryInputs(Target):
 class SummaryOptions:
     """Options of `opt_ds.evaluation.experiments.summary`."""
 
-    candidates: Annotated[int, typer.Option(help="Size of the gallery for the text decoder's likelihood.", min=2)] = 200
+    candidates: Annotated[
+        int,
+        typer.Option(help="Size of the gallery for the text decoder's likelihood; on further splits a quarter of it.", min=2),
+    ] = 200
     matching_candidates: Annotated[
-        int, typer.Option(help="Size of the gallery for the matching head (for triples: 50).", min=2)
+        int,
+        typer.Option(
+            help="Size of the gallery for the matching head (for triples: 50); on further splits a quarter of it.", min=2
+        ),
     ] = 100
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None
     truth: Annotated[

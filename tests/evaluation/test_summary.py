@@ -92,6 +92,19 @@ def test_the_summary_is_plain_json_and_its_table_names_all(evaluator: Evaluator,
     assert all(row["baseline_accuracy"] is not None for row in figures["validation"].values() if row["accuracy"] is not None)
 
 
+def test_further_splits_have_smaller_galleries(
+    evaluator: Evaluator, dvae: DiscreteVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_ds.evaluation.summary.validate", lambda *_: ValidationResult({}, {}, 0.0))
+    monkeypatch.setattr("opt_ds.evaluation.summary.baseline_result", lambda *_: BaselineResult({}, {}))
+    figures = summarize(evaluator, dvae, ["train", "valid"], tmp_path, candidates=8, matching_candidates=4)["splits"]
+    sizes = [
+        {score: figures[split]["retrieval"]["text_to_image"][score]["candidates"] for score in ("likelihood", "matching")}
+        for split in ("train", "valid")
+    ]
+    assert sizes == [{"likelihood": 8, "matching": 4}, {"likelihood": 2, "matching": 2}]
+
+
 def test_a_result_of_an_earlier_version_is_still_printed(evaluator: Evaluator) -> None:
     """Its figures have the controls that it measured. Those that it measured without one are not shown."""
     ranks, chance = {"R@1": 0.74, "R@5": 0.9, "R@10": 0.95}, {"R@1": 0.005, "R@5": 0.025, "R@10": 0.05}
