@@ -23,7 +23,7 @@ class TrainingOptions:
 
     preset: Annotated[
         str | None,
-        typer.Option(help="dvae-base (8,192 codes), dvae-emoji (1,024) or dvae-tiny. Default: by store size."),
+        typer.Option(help="dvae-base (8,192 codes), dvae-emoji (1,024), dvae-scenes (512) or dvae-tiny. Default: by store size."),
     ] = None
     config_file: Annotated[
         Path | None, typer.Option("--config", help="YAML file of `key: value` that changes the preset.")

@@ -41,7 +41,6 @@ class DVAEConfig(Section):
     pixel_sigma: float = Field(
         0.1, gt=0, description="σ of the pixel likelihood, for pixels in 0–1: the squared error is divided by 2σ²."
     )
-
     l1_weight: float = Field(
         0.0,
         ge=0,
@@ -49,6 +48,12 @@ class DVAEConfig(Section):
         "0: the squared error alone, which PSNR measures.",
     )
 
+    coarse_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared error of the means of 4 x 4 pixels, divided by 2σ², that is added to the squared "
+        "error of pixels. It makes the colours of areas right. 0: none.",
+    )
     steps: int = Field(20_000, ge=1, description="Number of optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Images per optimizer step.")
     max_shift: int = Field(

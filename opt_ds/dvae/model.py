@@ -39,6 +39,7 @@ PATCH_SIZE = 8
 GRID_SIZE = IMAGE_SIZE // PATCH_SIZE
 NUM_POSITIONS = GRID_SIZE**2
 PATCH_DIM = 3 * PATCH_SIZE**2
+COARSE_SIZE = 4
 
 
 class DVAELosses(NamedTuple):
@@ -198,6 +199,9 @@ class DiscreteVAE(nn.Module):
         loss = mse / (2 * self.config.pixel_sigma**2)
         if self.config.l1_weight:
             loss = loss + self.config.l1_weight * F.l1_loss(generated_ndyx, patches_ndyx) / self.config.pixel_sigma
+        if self.config.coarse_weight:
+            coarse = F.mse_loss(coarse_means(generated_ndyx), coarse_means(patches_ndyx))
+            loss = loss + self.config.coarse_weight * coarse / (2 * self.config.pixel_sigma**2)
         return loss, mse.detach()
 
 
@@ -257,6 +261,11 @@ def fold(pixels_nchw: Tensor) -> Tensor:
 def unfold(patches_ndyx: Tensor) -> Tensor:
     """Invert `fold` for float images: return [n, 3, 64, 64] in 0..1 (not clamped)."""
     return F.pixel_shuffle(patches_ndyx, PATCH_SIZE) + 0.5
+
+
+def coarse_means(patches_ndyx: Tensor) -> Tensor:
+    """Return the means of 4 x 4 pixels of patches [n, 192, 8, 8]: [n, 3, 16, 16]."""
+    return F.avg_pool2d(F.pixel_shuffle(patches_ndyx, PATCH_SIZE), COARSE_SIZE)
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator, straight_through: bool) -> Tensor:

@@ -44,7 +44,7 @@ _FORMER_KEYS = {
     **{f"config.{former}": f"config.{key}" for former, key in DVAEConfig.renamed.items()},
 }
 #: Settings that older runs do not record, with the value that those runs had.
-_ADDED = {"config.l1_weight": 0.0, "config.max_shift": 0}
+_ADDED = {f"config.{key}": 0 for key in ("l1_weight", "coarse_weight", "max_shift")}
 
 
 def train_dvae(

@@ -13,6 +13,7 @@ from opt_ds.config.dvae import DVAEConfig, load_dvae_config, schedule
 from opt_ds.dvae.model import (
     DVAE_PRESETS,
     DiscreteVAE,
+    coarse_means,
     fold,
     gumbel_softmax,
     kl_to_uniform,
@@ -212,6 +213,28 @@ def test_schedules_start_cool_and_end_as_configured() -> None:
     assert not plan[449].straight_through and plan[451].straight_through
     assert max(settings.learning_rate for settings in plan) <= config.learning_rate
     assert plan[-1].learning_rate < 1e-4 * config.learning_rate
+
+
+def test_coarse_means_are_those_of_pixels() -> None:
+    pixels = images(2).double() / 255
+    means = coarse_means(fold(pixels))
+    assert means.shape == (2, 3, 16, 16)
+    for row, column in ((0, 0), (1, 2), (15, 15)):
+        block = pixels[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        torch.testing.assert_close(means[:, :, row, column], (block.mean((2, 3)) - 0.5).float())
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_the_error_of_coarse_means_is_added_with_its_weight(weight: float) -> None:
+    dvae, true = make_dvae(TINY.model_copy(update={"coarse_weight": weight, "pixel_sigma": 0.2}), trained=True), images(2)
+    codes = dvae.encode(true)
+    with torch.no_grad():
+        found = dvae.decoder_losses(true, codes)
+        error = (unfold(dvae._generate(dvae.codebook_kd[codes])) - true / 255.0).double()
+    means = error.unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean((3, 5))
+    expected = (error.square().mean() + weight * means.square().mean()).item() / (2 * 0.2**2)
+    assert found.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert found.mse.item() == pytest.approx(error.square().mean().item(), rel=1e-5), "the PSNR stays that of pixels"
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

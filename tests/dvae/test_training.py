@@ -138,7 +138,7 @@ def test_images_are_shifted_by_what_seed_and_step_select_in_both_phases(
         assert weights(output) == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("key", ["max_shift", "l1_weight"])
+@pytest.mark.parametrize("key", ["max_shift", "l1_weight", "coarse_weight"])
 def test_a_run_that_began_before_a_setting_existed_resumes(
     complete: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
