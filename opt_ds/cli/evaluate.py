@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from opt_ds.cli.option_groups import with_option_groups
-from opt_ds.cli.options import BeamSize, ImageWeights, Limit, ProbeOptions, SamplingOptions
+from opt_ds.cli.options import BeamSize, CodeSamplingOptions, ImageWeights, Limit, ProbeOptions, SamplingOptions
 from opt_ds.cli.program import MAX_SEED, output_file, rank_of_environment
 from opt_ds.errors import UserError
 from opt_ds.log import ON_STDERR
@@ -190,7 +190,7 @@ class ScenesInputs(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenesOptions:
+class ScenesOptions(CodeSamplingOptions):
     """Options of `opt_ds.evaluation.experiments.scenes`."""
 
     truth: Annotated[Path, typer.Option(help="truth.jsonl of the corpus that the store was made of.")]

@@ -82,20 +82,9 @@ class ExtractorOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How images are generated."""
+class CodeSamplingOptions:
+    """How image codes are sampled."""
 
-    candidates: Annotated[
-        int,
-        typer.Option(help="Images to generate per sample. The best one by --rank-by is kept.", min=1),
-    ] = 1
-    rank_by: Annotated[
-        str | None,
-        typer.Option(
-            help="matching: the match probability of image and input. likelihood: that of the input text as a caption of the "
-            "image. Default: the first of them that the model learned."
-        ),
-    ] = None
     top_k: Annotated[int, typer.Option(help="Sample from the k most probable image codes. 0: all.", min=0)] = 32
     top_p: Annotated[
         float,
@@ -120,6 +109,23 @@ class SamplingOptions:
         from opt_ds.model.generation import image_decoding
 
         return image_decoding(self.top_k, self.top_p, self.temperature, seed, self.guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(CodeSamplingOptions):
+    """How images are generated."""
+
+    candidates: Annotated[
+        int,
+        typer.Option(help="Images to generate per sample. The best one by --rank-by is kept.", min=1),
+    ] = 1
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            help="matching: the match probability of image and input. likelihood: that of the input text as a caption of the "
+            "image. Default: the first of them that the model learned."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ def generated_image_figures(
     dvae: "DiscreteVAE",
     limit: int,
     seed: int,
+    sampling: DecodingConfig = DEFAULT_SAMPLING,
 ) -> dict[str, Any]:
     """Return what fraction of the images, generated from `inputs`, show what the caption says.
 
@@ -52,12 +53,14 @@ def generated_image_figures(
         inputs: Input modalities, a key of SUBSETS.
         dvae: Decoder of the image codes.
         limit: Maximum number of samples.
-        seed: Seed of the choice of samples, of the other samples and of sampling.
+        seed: Seed of the choice of samples and of the other samples.
+        sampling: Options of sampling image codes.
     """
     modalities = SUBSETS[inputs]
     gallery = evaluator.samples_with(split, (IMAGE, *modalities), limit, seed)
     own = [records[int(index)] for index in gallery]
-    seen = _seen(_generate(evaluator, dvae, [evaluator.read(index, modalities) for index in gallery], seed), own)
+    inputs_of_gallery = [evaluator.read(index, modalities) for index in gallery]
+    seen = _seen(_generate(evaluator, dvae, inputs_of_gallery, sampling), own)
     others = other_samples(evaluator, gallery, (IMAGE, *modalities), seed)
     elsewhere = {}
     for modality in modalities if len(others.places) else ():
@@ -65,9 +68,9 @@ def generated_image_figures(
             elsewhere[another(modality)] = [seen[other] for other in others.others]
         else:
             swapped = with_others(evaluator, gallery, modalities, modality, others)
-            images = _generate(evaluator, dvae, swapped, seed)
+            images = _generate(evaluator, dvae, swapped, sampling)
             elsewhere[another(modality)] = _seen(images, [own[place] for place in others.places])
-    return _row(seen, own, elsewhere, others) | {"sampling": _sampling(seed).model_dump()}
+    return _row(seen, own, elsewhere, others) | {"sampling": sampling.model_dump()}
 
 
 def true_image_figures(
@@ -128,13 +131,9 @@ def _row(
     return {**beside(figures), "samples": len(seen)}
 
 
-def _generate(evaluator: Evaluator, dvae: "DiscreteVAE", samples: Sequence[Sample], seed: int) -> np.ndarray:
+def _generate(evaluator: Evaluator, dvae: "DiscreteVAE", samples: Sequence[Sample], sampling: DecodingConfig) -> np.ndarray:
     """Return one image per sample, uint8 [n, 3, 64, 64]."""
-    return generate_candidates(evaluator, dvae, samples, _sampling(seed), 1)[:, 0]
-
-
-def _sampling(seed: int) -> DecodingConfig:
-    return DEFAULT_SAMPLING.model_copy(update={"seed": seed})
+    return generate_candidates(evaluator, dvae, samples, sampling, 1)[:, 0]
 
 
 def _seen(images: np.ndarray, records: Sequence[SceneRecord]) -> list[SceneGraph]:

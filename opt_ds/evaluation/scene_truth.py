@@ -18,6 +18,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation.bag_of_words import BagOfWords, fit_bag_of_words
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.figures import figure_lines, percent
+from opt_ds.evaluation.image_generation import DEFAULT_SAMPLING
 from opt_ds.evaluation.projections import FITTED_SAMPLES, ProjectionControls
 from opt_ds.evaluation.reading import PROBE_INPUTS, TEXT_INPUTS, read_scenes
 from opt_ds.evaluation.scene_images import generated_image_figures, true_image_figures
@@ -59,6 +60,7 @@ class SceneTruth:
         *,
         seed: int = 1,
         options: DecodingConfig | None = None,
+        sampling: DecodingConfig = DEFAULT_SAMPLING,
         controls: ProjectionControls | None = None,
     ) -> None:
         """Read the truth.
@@ -69,6 +71,7 @@ class SceneTruth:
             open_dvae: Returns the dVAE that decodes image codes. It is called once, if images are generated.
             seed: Seed of the choices and of sampling.
             options: Decoding options of texts. None: the defaults.
+            sampling: Options of sampling image codes. Its seed is replaced by `seed`.
             controls: The [CLS] vectors of the model and of an untrained one, if another evaluation has some already.
 
         Raises:
@@ -76,6 +79,7 @@ class SceneTruth:
         """
         self.evaluator, self.truth, self.seed = evaluator, truth, seed
         self.decoding = options or DEFAULT_DECODING
+        self.sampling = sampling.model_copy(update={"seed": seed})
         self.controls = controls or ProjectionControls(evaluator, seed)
         self.all_records = read_truth(truth)
         self._open_dvae = open_dvae
@@ -210,7 +214,7 @@ class SceneTruth:
             return {}
         inputs = [name for name in ("T", "A", "T+A") if evaluator.has_samples(split, (IMAGE, *SUBSETS[name]))]
         rows = {
-            name: generated_image_figures(evaluator, split, records, name, self._dvae, count, self.seed)
+            name: generated_image_figures(evaluator, split, records, name, self._dvae, count, self.seed, self.sampling)
             for name in inputs
         }
         if not store.has_pixels:

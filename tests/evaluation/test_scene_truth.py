@@ -23,7 +23,7 @@ from opt_ds.evaluation.scene_images import judge_images
 from opt_ds.evaluation.scene_negatives import ALL_KINDS, preferences
 from opt_ds.evaluation.scene_texts import judge_texts, truest_caption
 from opt_ds.evaluation.scene_truth import SampleCounts, SceneTruth, scene_lines
-from opt_ds.model.generation import DecodingConfig
+from opt_ds.model.generation import DecodingConfig, image_decoding
 from opt_ds.scenes.checker import for_checking
 from opt_ds.scenes.drawing import draw
 from opt_ds.scenes.negatives import NEGATIVES
@@ -323,3 +323,21 @@ def test_a_truth_file_of_other_samples_is_refused(tiny: Evaluator, truth: Path, 
     other.unlink()
     with pytest.raises(UserError, match="no such file"):
         measured(tiny, other)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 5.0])
+def test_images_are_sampled_with_the_given_options(
+    tiny: Evaluator, truth: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    asked: list[DecodingConfig] = []
+    real = Evaluator.write_codes
+
+    def note(self: Evaluator, samples: list[Sample], options: DecodingConfig) -> np.ndarray:
+        asked.append(options)
+        return real(self, samples, options)
+
+    monkeypatch.setattr(Evaluator, "write_codes", note)
+    sampling = image_decoding(top_k=7, top_p=0.5, temperature=temperature, seed=99)
+    rows = SceneTruth(tiny, truth, dvae, seed=3, sampling=sampling).measure(COMPOSITION, SampleCounts(2, 0, 2))["images"]
+    assert asked and {(one.top_k, one.top_p, one.temperature) for one in asked} == {(7, 0.5, temperature)}
+    assert rows["T"]["sampling"] == sampling.model_copy(update={"seed": 3}).model_dump()
