@@ -13,6 +13,7 @@ from opt_ds.evaluation.figures import FIGURES, NO_CONTROL, Control, Figure, Form
 from opt_ds.evaluation.projections import DIRECTIONS
 from opt_ds.evaluation.ranking import RANKS
 from opt_ds.evaluation.reranking import RERANKERS
+from opt_ds.evaluation.whisper_normalization import NORMALIZERS
 
 #: Input -> its name in tables.
 TEXT_INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
@@ -47,6 +48,18 @@ def read_error_rates(figures: Mapping[str, Any], key: str) -> dict[str, Figure]:
     row = figures[key]
     before = {"another_audio": row.get("wer_shuffled_audio"), "constant_caption": figures["constant_caption"]["wer"]}
     return {"WER": read_figure(row, "wer", before), "CER": read_figure(row, "cer")}
+
+
+def read_whisper_error_rates(row: Mapping[str, Any]) -> dict[str, dict[str, Figure]]:
+    """Return name of the normaliser -> column -> error rate of an input. Not every evaluation measures them."""
+    found = {
+        title: {
+            column: read_figure(row, key)
+            for column, key in (("WER", f"wer_whisper_{name}"), ("CER", f"cer_whisper_{name}")) if key in row
+        }
+        for name, title in NORMALIZERS.items()
+    }  # fmt: skip
+    return {title: rates for title, rates in found.items() if rates}
 
 
 def read_captioning(figures: Mapping[str, Any]) -> dict[str, Figure]:

@@ -23,6 +23,7 @@ from opt_ds.evaluation.reading import (
     read_loss_accuracy,
     read_recall,
     read_scenes,
+    read_whisper_error_rates,
     score_name,
 )
 
@@ -117,6 +118,10 @@ def transcription_table(by_split: Iterable[tuple[str, Mapping[str, Any]]]) -> Fi
             title = f"{split}, {name} ({figures[key]['samples']} samples)"
             papers = [str(paper.SPEECH_RECOGNITION_WER) if key == "A" else ""]
             blocks.append(_block(title, read_error_rates(figures, key), percent, ("WER", "CER"), papers))
+            blocks += [
+                _block(f"{title}, {normalizer}", rates, percent, ("WER", "CER"), [""])
+                for normalizer, rates in read_whisper_error_rates(figures[key]).items()
+            ]
         texts.append(f"{split}: “{figures['constant_caption']['text']}”")
     caption = f"Word and character error rate, lower case without punctuation. One caption for all: {'; '.join(texts)}."
     return FigureTable(caption, ("WER", "CER"), blocks, ("paper WER, %",))

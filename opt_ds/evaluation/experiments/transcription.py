@@ -27,6 +27,7 @@ class Transcription(Experiment):
             seed=request.seed,
             options=text_decoding(beam_size),
             ignored_words=frozenset(normalize(ignore_words).split()),
+            whisper=True,
         )
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
