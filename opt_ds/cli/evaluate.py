@@ -75,6 +75,13 @@ class Choice:
     ] = False
 
 
+#: Type of --predictions.
+Predictions = Annotated[
+    Path | None,
+    typer.Option(help="Also write the prediction and scores of each sample to this file (JSON Lines).", callback=output_file),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
     """Options of `opt_ds.evaluation.experiments.retrieval`."""
@@ -100,6 +107,7 @@ class TranscriptionOptions:
     ignore_words: Annotated[
         str, typer.Option(help="Report a second word error rate without these words, separated by spaces.")
     ] = ""
+    predictions: Predictions = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +139,7 @@ class VqaOptions:
             "Default: the kinds of the corpus scenes, by the text."
         ),
     ] = None
+    predictions: Predictions = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +150,7 @@ class CaptioningOptions:
         int | None, typer.Option(help="Largest number of images, chosen by the seed. Default: all.", min=1)
     ] = None
     beam_size: BeamSize = 4
+    predictions: Predictions = None
 
 
 def not_the_grid(path: Path, param: typer.CallbackParam) -> Path:

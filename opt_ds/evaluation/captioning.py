@@ -17,6 +17,7 @@ from opt_ds.evaluation.controls import Others, another, other_samples
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator, seeded_choice
 from opt_ds.evaluation.figures import FIGURES, Figure, Measured, beside, figure_lines, measure
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.predictions import Row, score_of
 from opt_ds.evaluation.reading import CAPTION_FORMS, read_captioning
 from opt_ds.evaluation.transcription import constant_caption
 from opt_ds.evaluation.words import Words, normalize
@@ -29,8 +30,9 @@ with needs_extra("downstream", "the evaluation of captions"):
 
 
 def captioning(
-    evaluator: Evaluator, split: str, limit: int | None = None, seed: int = 1, options: DecodingConfig | None = None
-) -> dict[str, Any]:
+    evaluator: Evaluator, split: str, limit: int | None = None, seed: int = 1, options: DecodingConfig | None = None,
+    predictions: list[Row] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return BLEU-4 (0 … 100) and CIDEr (about 0 … 10) over the split's images.
 
     There are two baselines: one constant caption, and the captions generated for other images.
@@ -43,6 +45,7 @@ def captioning(
         limit: Maximum number of images, chosen by `seed`. Each image keeps all its captions.
         seed: Seed of the choice and of the constant caption.
         options: Decoding options. None: the defaults.
+        predictions: Gets a row per image: the ids of its samples, its captions, the generated one, its scores.
 
     Returns:
         The figures, as plain values.
@@ -53,21 +56,31 @@ def captioning(
     rows = evaluator.store.rows[samples, IMAGE]
     first = np.sort(np.unique(rows, return_index=True)[1])  # index of the first sample of each image
     images = seeded_choice(samples[first], limit, seed)
-    references: dict[int, list[str]] = {int(row): [] for row in evaluator.store.rows[images, IMAGE]}
+    of_image: dict[int, list[int]] = {int(row): [] for row in evaluator.store.rows[images, IMAGE]}
     for index, row in zip(samples, rows.tolist(), strict=True):
-        if row in references:
-            references[row].append(normalize(evaluator.caption(index)))
-    written = [
-        normalize(text) for text in evaluator.write_text([evaluator.read(i, SUBSETS["I"]) for i in images], options)
-    ]
-    kept = np.array([place for place, texts in enumerate(references.values()) if any(texts)], dtype=np.int64)
-    wanted = [[text for text in list(references.values())[place] if text] for place in kept]
+        if row in of_image:
+            of_image[row].append(int(index))
+    captions = [[evaluator.caption(index) for index in own] for own in of_image.values()]
+    references = [list(map(normalize, texts)) for texts in captions]
+    texts_n = evaluator.write_text([evaluator.read(i, SUBSETS["I"]) for i in images], options)
+    written = list(map(normalize, texts_n))
+    kept = np.array([place for place, texts in enumerate(references) if any(texts)], dtype=np.int64)
+    wanted = [[text for text in references[place] if text] for place in kept]
     words = Words.of(text for texts in wanted for text in texts)
     own = [written[place] for place in kept]
     constants = [normalize(constant_caption(evaluator, seed))] * len(kept)
     others = other_samples(evaluator, images[kept], (IMAGE,), seed)
     found = scores(wanted, own)
     figures = _figures([name for name in _MEASURES if found[name] is not None], wanted, own, constants, others)
+    if predictions is not None:
+        ids = [[evaluator.store.sample_id(index) for index in own] for own in of_image.values()]
+        scores_of = _scores_of_images(list(figures), wanted, own)
+        by_place: dict[int, dict[str, Any]] = dict(zip(kept.tolist(), scores_of, strict=True))
+        predictions += [
+            {"id": of[0], "samples": of, "references": captions[place], "prediction": texts_n[place],
+             "scores": by_place.get(place)}
+            for place, of in enumerate(ids)
+        ]  # fmt: skip
     from_others = {name: figure.controls.get(another(IMAGE)) for name, figure in figures.items()}
     return {
         "split": split, "images": len(images), "images_without_words": len(images) - len(kept),
@@ -96,6 +109,18 @@ def _figures(
         controls[another(IMAGE)] = Measured(measurement(references, another_image).at(others.places), others.places)
         figures[name] = measure(measurement(references, own), controls)
     return figures
+
+
+def _scores_of_images(names: list[str], references: list[list[str]], written: list[str]) -> list[dict[str, Any]]:
+    """Return the scores of each image. BLEU-4 is of all images together, so an image has its counts and lengths."""
+    words = Words.of(text for texts in references for text in texts)
+    references, written = [list(map(words.spaced, texts)) for texts in references], list(map(words.spaced, written))
+    found: list[dict[str, Any]] = [{} for _ in written]
+    for name in names:
+        measurement = _MEASURES[name](references, written)
+        for place, scores_of in enumerate(found):
+            scores_of[name] = score_of(measurement, place, _PARTS.get(name))
+    return found
 
 
 _ALONE = "there is only one image"
@@ -172,6 +197,10 @@ def _cider_measurement(references: list[list[str]], written: list[str]) -> Measu
     return Measurement.mean(np.asarray(found))
 
 
+#: Measures whose terms per image have names.
+_PARTS = {
+    "bleu_4": (*(f"{kind}_{n}" for kind in ("matched", "ngrams") for n in range(1, 5)), "length", "reference_length"),
+}
 _MEASURES = {"bleu_4": _bleu_measurement, "cider": _cider_measurement}
 
 

@@ -17,6 +17,7 @@ from opt_ds.evaluation.controls import another, other_samples, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.figures import Measured, beside, figure_lines, measure, percent, read_figure
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.predictions import Row, score_of
 from opt_ds.evaluation.reading import TEXT_INPUTS, read_error_rates, read_whisper_error_rates
 from opt_ds.evaluation.whisper_normalization import NORMALIZERS, is_spaceless, whisper_normalizers
 from opt_ds.evaluation.words import Words, normalize
@@ -45,6 +46,7 @@ def transcription(
     options: DecodingConfig | None = None,
     ignored_words: frozenset[str] = frozenset(),
     whisper: bool = False,
+    predictions: list[Row] | None = None,
 ) -> dict[str, Any]:
     """Return the error rates of the text generated from each input, beside their controls.
 
@@ -62,6 +64,7 @@ def transcription(
             are easy to guess hide how well rare words are recognised.
         whisper: Whether to add the error rates after Whisper's normalisers, `wer_whisper_<name>` and
             `cer_whisper_<name>`. What is missing for them stands under `not_measured`, one line each.
+        predictions: Gets a row per sample and input: reference, prediction, edits and reference items of each rate.
 
     Returns:
         The figures, as plain values.
@@ -89,7 +92,9 @@ def transcription(
     constant = constant_caption(evaluator, seed)
     for name, gallery in galleries.items():
         if len(gallery):
-            result[name] = _row(evaluator, gallery, SUBSETS[name], seed, options, measures, constant)
+            result[name], texts, edits = _row(evaluator, gallery, SUBSETS[name], seed, options, measures, constant)
+            if predictions is not None:
+                predictions += _prediction_rows(evaluator, name, gallery, texts, edits)
     constants = [constant] * len(references)
     result["tokenization"] = Words.of(map(normalize, references)).name
     result["constant_caption"] = {"wer": word_error_rate(references, constants), "text": constant}
@@ -102,8 +107,8 @@ def transcription(
 def _row(
     evaluator: Evaluator, gallery: np.ndarray, modalities: tuple[int, ...], seed: int, options: DecodingConfig,
     measures: Mapping[str, _Edits], constant: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the figures of one input."""
+) -> tuple[dict[str, Any], list[str], dict[str, np.ndarray]]:  # fmt: skip
+    """Return the figures of one input, the generated texts, and edits and reference items of each rate [n, 2]."""
     references = [evaluator.caption(index) for index in gallery]
     written = evaluator.write_text([evaluator.read(index, modalities) for index in gallery], options)
     others = other_samples(evaluator, gallery, modalities, seed).limited(CONTROL_SAMPLES, seed)
@@ -111,24 +116,37 @@ def _row(
         another(modality): evaluator.write_text(with_others(evaluator, gallery, modalities, modality, others), options)
         for modality in (modalities if len(others.places) else ())
     }
-    figures = {}
+    figures, parts_of = {}, {name: edits(references, written) for name, edits in measures.items()}
     for name, edits in measures.items():
-        parts_own = edits(references, written)
-        if name not in _OWN_NORMALIZATION and not parts_own[:, 1].any():
+        if name not in _OWN_NORMALIZATION and not parts_of[name][:, 1].any():
             continue  # Whisper's normalisers drop texts in brackets, which may be all of this input's references
         own = [references[place] for place in others.places]
         found = {key: edits(own, texts) for key, texts in swapped.items()}
         controls = {key: Measured(Measurement(parts), others.places) for key, parts in found.items() if parts[:, 1].any()}
         controls["constant_caption"] = Measured(Measurement(edits(references, [constant] * len(references))))
-        figures[name] = measure(_measured(parts_own), controls, lower_is_better=True)
+        figures[name] = measure(_measured(parts_of[name]), controls, lower_is_better=True)
     row = {
         **beside(figures), "samples": len(gallery), "references_beyond_model": evaluator.captions_beyond_model(gallery)
     }  # fmt: skip
     wordless = {"references_without_words": sum(not normalize(reference) for reference in references)}
     for name in (name for name in NORMALIZERS if f"wer_whisper_{name}" in figures):
-        edits_own = measures[f"wer_whisper_{name}"](references, references)
-        wordless[f"references_without_words_whisper_{name}"] = int((edits_own[:, 1] == 0).sum())
-    return row | {key: count for key, count in wordless.items() if count}
+        wordless[f"references_without_words_whisper_{name}"] = int((parts_of[f"wer_whisper_{name}"][:, 1] == 0).sum())
+    return row | {key: count for key, count in wordless.items() if count}, written, parts_of
+
+
+def _prediction_rows(
+    evaluator: Evaluator, input_name: str, gallery: np.ndarray, written: list[str], parts: Mapping[str, np.ndarray]
+) -> list[Row]:
+    """Return one row per sample. `parts`: edits and reference items of each rate [n, 2]."""
+    measurements = {name: Measurement(found) for name, found in parts.items()}
+    return [
+        {
+            "id": evaluator.store.sample_id(int(index)), "input": input_name, "references": [evaluator.caption(index)],
+            "prediction": written[place],
+            "errors": {name: score_of(one, place, ("edits", "items")) for name, one in measurements.items()},
+        }
+        for place, index in enumerate(gallery)
+    ]  # fmt: skip
 
 
 def transcription_lines(figures: Mapping[str, Any]) -> list[str]:

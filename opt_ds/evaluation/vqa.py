@@ -27,6 +27,7 @@ from opt_ds.evaluation.controls import another, other_inputs, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, measure, percent
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.predictions import Row, score_of
 from opt_ds.evaluation.question_kinds import QuestionKinds
 from opt_ds.evaluation.reading import NO_UNTRAINED_ANSWERS, read_answers
 
@@ -43,6 +44,7 @@ def vqa(
     seed: int = 1,
     kinds: QuestionKinds | None = None,
     untrained: Evaluator | None = None,
+    predictions: list[Row] | None = None,
 ) -> dict[str, Any]:
     """Return the accuracy (0 … 1) over the split's questions, and over those of each kind.
 
@@ -58,6 +60,7 @@ def vqa(
         seed: Seed of the choice of questions and of the other samples.
         kinds: Kinds of the questions of this and of the training split. None: unknown.
         untrained: A model that was fine-tuned the same way from random weights, as a control.
+        predictions: Gets a row per question: the annotators' answers, the model's, its accuracy, the kind.
 
     Returns:
         The figures, as plain values.
@@ -77,13 +80,16 @@ def vqa(
     frequent = _frequent_answers(evaluator, kinds)
     constant = frequent.get(None, "")
     knows_kinds = any(kind in frequent for kind in kind_n)
+    answers = _answers(evaluator, asked.samples(modalities))
     answered = _Answered(
-        own=asked.accuracy(_answers(evaluator, asked.samples(modalities))),
+        own=asked.accuracy(answers),
         constant=asked.accuracy([constant] * len(given)),
         of_kind=asked.accuracy([frequent.get(kind, constant) for kind in kind_n]) if knows_kinds else None,
         untrained=asked.accuracy(_answers(untrained, asked.samples(modalities))) if untrained else None,
         others=_with_other_inputs(asked, modalities, seed),
     )
+    if predictions is not None:
+        predictions += _prediction_rows(asked, answers, answered.own)
     best = asked.best_possible()
     result = {
         "split": split, "inputs": inputs, "questions": len(questions), "answers": len(evaluator.label_names),
@@ -103,6 +109,18 @@ def vqa(
     missing = [] if untrained else [NO_UNTRAINED_ANSWERS]
     missing += [_NO_TRAINING_KINDS] if kinds and not knows_kinds else []
     return result | {"not_measured": missing}
+
+
+def _prediction_rows(asked: "_Questions", answers: list[str], accuracy: Measurement) -> list[Row]:
+    """Return one row per question."""
+    return [
+        {
+            "id": asked.evaluator.store.sample_id(int(index)), "question": asked.evaluator.caption(index),
+            "references": dict(asked.given[place]), "prediction": answers[place],
+            "accuracy": score_of(accuracy, place), "kind": asked.kind_n[place] or None,
+        }
+        for place, index in enumerate(asked.index_n)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.evaluation.experiments import Experiment, Request
+from opt_ds.evaluation.predictions import Row, check_files, write_rows
 from opt_ds.evaluation.question_kinds import question_kinds
 from opt_ds.evaluation.vqa import vqa, vqa_lines
 from opt_ds.training.checkpoint import load_model
@@ -25,8 +26,9 @@ class Vqa(Experiment):
     modalities = ((TEXT, IMAGE),)
 
     def measure(
-        self, request: Request, *, limit: int | None, untrained: Path | None, annotations: list[Path] | None
-    ) -> dict[str, Any]:
+        self, request: Request, *, limit: int | None, untrained: Path | None, annotations: list[Path] | None,
+        predictions: Path | None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the figures of `vqa`, over all questions and by kind of question.
 
         Args:
@@ -34,11 +36,17 @@ class Vqa(Experiment):
             limit: Maximum number of questions. None: all.
             untrained: Run of `opt-ds finetune vqa --untrained`, a control. None: no such control.
             annotations: Files with the types of the questions. None: the kinds of the corpus `scenes`, by the text.
+            predictions: File of the predictions, as JSON Lines. None: none is written.
         """
-        evaluator = request.evaluator
+        check_files(request.output, {"--predictions": predictions})
+        evaluator, rows = request.evaluator, list[Row]()
         control = open_untrained(evaluator, untrained) if untrained and evaluator.labels_are_answers else None
         kinds = question_kinds(evaluator, request.split, annotations or ())
-        return vqa(evaluator, request.split, limit=limit, seed=request.seed, kinds=kinds, untrained=control)
+        found = vqa(
+            evaluator, request.split, limit=limit, seed=request.seed, kinds=kinds, untrained=control, predictions=rows
+        )
+        write_rows(predictions, rows, evaluator.is_main)
+        return found
 
     def measure_in_training(self, evaluator: Evaluator, split: str, limit: int, seed: int) -> dict[str, Any]:
         """Return the figures of `vqa`."""
