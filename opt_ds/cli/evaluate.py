@@ -140,6 +140,13 @@ class VqaOptions:
         ),
     ] = None
     predictions: Predictions = None
+    evalai: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the answers to all questions as EvalAI's server takes them (JSON). The split needs no answers.",
+            callback=output_file,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import numpy as np
 
 from opt_ds.errors import UserError
 from opt_ds.evaluation.intervals import Measurement
-from opt_ds.store.files import write_json_lines
+from opt_ds.evaluation.question_kinds import QUESTION_ID_PREFIX
+from opt_ds.store.files import write_json, write_json_lines
 
 #: One line of the file: id, references, prediction, scores.
 Row = dict[str, Any]
@@ -37,6 +38,30 @@ def write_rows(path: Path | None, rows: Iterable[Row], is_main: bool) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(path, rows)
+
+
+def write_evalai(path: Path | None, rows: Iterable[Row], is_main: bool) -> None:
+    """Write the answers of rows of VQA as EvalAI's server takes them, on the main rank. None: no file was asked for.
+
+    The file is a list of {"question_id": int, "answer": str}.
+
+    Raise UserError if a sample's id is not that of a question of `opt-ds import vqa`.
+    """
+    if path is None:
+        return
+    answers = [{"question_id": _question_id(row["id"]), "answer": row["prediction"]} for row in rows]
+    if is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, answers)
+
+
+def _question_id(sample_id: str) -> int:
+    number = sample_id.removeprefix(QUESTION_ID_PREFIX)
+    if number == sample_id or not (number.isascii() and number.isdigit()):
+        raise UserError(
+            f'--evalai: the sample "{sample_id}" is no question with a number: make the store of a manifest of opt-ds import vqa'
+        )
+    return int(number)
 
 
 def score_of(measurement: Measurement, place: int, names: tuple[str, ...] | None = None) -> Any:

@@ -105,7 +105,12 @@ class AnswerRow(NamedTuple):
 
 
 def read_answers(figures: Mapping[str, Any]) -> list[AnswerRow]:
-    """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing."""
+    """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing.
+
+    Questions without answers have none.
+    """
+    if "accuracy" not in figures:
+        return []
     mark = " *" if figures.get("not_measured", True) else ""
     constant, best = figures["constant_answer"]["answer"], figures["best_possible"]
     overall = AnswerRow(f"VQA, {figures['questions']} questions{mark}", read_accuracy(figures), constant, best)

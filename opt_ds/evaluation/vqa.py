@@ -74,7 +74,10 @@ def vqa(
     questions = evaluator.samples_with(split, modalities, limit, seed)
     given = [Counter(store.labels(int(index))) for index in questions]
     if not any(given):
-        raise UserError(f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them')
+        raise UserError(
+            f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them; for a test '
+            "set without answers, --evalai writes the model's answers"
+        )
     kind_n = np.array([kinds.of.get(int(index), "") if kinds else "" for index in questions], dtype=object)
     asked = _Questions(evaluator, questions, given, kind_n, _annotators(evaluator, split, modalities))
     frequent = _frequent_answers(evaluator, kinds)
@@ -111,13 +114,45 @@ def vqa(
     return result | {"not_measured": missing}
 
 
-def _prediction_rows(asked: "_Questions", answers: list[str], accuracy: Measurement) -> list[Row]:
-    """Return one row per question."""
+def vqa_without_answers(
+    evaluator: Evaluator, split: str, predictions: list[Row], inputs: str = "T+I", limit: int | None = None, seed: int = 1
+) -> dict[str, Any]:
+    """Answer the questions of a split that has no answers, such as a published test set. Its accuracy is not measured.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        predictions: Gets a row per question, without an accuracy.
+        inputs: Input modalities, a key of SUBSETS.
+        limit: Maximum number of questions. None: all.
+        seed: Seed of the choice of questions.
+
+    Returns:
+        The numbers of questions and of answers that the model knows, and why there is no accuracy.
+    """
+    modalities = SUBSETS[inputs]
+    questions = evaluator.require_samples(split, modalities, limit, seed)
+    unknown = np.full(len(questions), "", dtype=object)
+    asked = _Questions(evaluator, questions, [Counter[str]() for _ in questions], unknown, 0)
+    predictions += _prediction_rows(asked, _answers(evaluator, asked.samples(modalities)), None)
+    return {
+        "split": split, "inputs": inputs, "questions": len(questions), "answers": len(evaluator.label_names),
+        "not_measured": [f'the accuracy: no question of split "{split}" has answers in the store'],
+    }  # fmt: skip
+
+
+def has_answers(evaluator: Evaluator, split: str, inputs: str = "T+I") -> bool:
+    """Return whether a question of the split has answers."""
+    return any(evaluator.store.labels(int(index)) for index in evaluator.samples_with(split, SUBSETS[inputs]))
+
+
+def _prediction_rows(asked: "_Questions", answers: list[str], accuracy: Measurement | None) -> list[Row]:
+    """Return one row per question. Without answers there is no accuracy."""
     return [
         {
             "id": asked.evaluator.store.sample_id(int(index)), "question": asked.evaluator.caption(index),
             "references": dict(asked.given[place]), "prediction": answers[place],
-            "accuracy": score_of(accuracy, place), "kind": asked.kind_n[place] or None,
+            "accuracy": None if accuracy is None else score_of(accuracy, place), "kind": asked.kind_n[place] or None,
         }
         for place, index in enumerate(asked.index_n)
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.captioning import captioning
 from opt_ds.evaluation.evaluator import Evaluator
-from opt_ds.evaluation.predictions import Row, check_files, write_rows
+from opt_ds.evaluation.predictions import Row, check_files, write_evalai, write_rows
 from opt_ds.evaluation.transcription import transcription
 from opt_ds.evaluation.vqa import answer_accuracy, vqa
 from opt_ds.model.generation import DEFAULT_DECODING
@@ -93,3 +93,14 @@ def test_two_options_cannot_name_one_file(tmp_path: Path) -> None:
     check_files(tmp_path / "a.json", {"--predictions": tmp_path / "b.jsonl", "--other": None})
     with pytest.raises(UserError, match=r"--predictions .*: this is also the file of --output: name another one"):
         check_files(tmp_path / "a.json", {"--predictions": tmp_path / "x" / ".." / "a.json"})
+
+
+def test_evalais_file_is_a_list_of_numbers_and_answers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    write_evalai(path, [{"id": "question 262144000", "prediction": "yes"}], is_main=False)
+    assert not path.exists()
+    write_evalai(path, [{"id": "question 262144000", "prediction": "yes"}, {"id": "question 7", "prediction": "2"}], is_main=True)
+    assert json.loads(path.read_text()) == [{"question_id": 262144000, "answer": "yes"}, {"question_id": 7, "answer": "2"}]
+    for id in ("sample 7", "7", "question seven", "question ²"):
+        with pytest.raises(UserError, match=f'--evalai: the sample "{id}" is no question with a number'):
+            write_evalai(path, [{"id": id, "prediction": "yes"}], is_main=True)
