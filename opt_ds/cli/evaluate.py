@@ -157,6 +157,9 @@ class CaptioningOptions:
         int | None, typer.Option(help="Largest number of images, chosen by the seed. Default: all.", min=1)
     ] = None
     beam_size: BeamSize = 4
+    meteor: Annotated[
+        bool, typer.Option("--meteor", help="Also measure METEOR of English captions. It needs Java, and 2 GiB of memory.")
+    ] = False
     predictions: Predictions = None
 
 
@@ -296,7 +299,8 @@ EXPERIMENTS = (
     ),
     Row(
         "captioning",
-        "Measure BLEU-4 and CIDEr of captions, with a constant caption and the caption of another image as baselines.",
+        "Measure BLEU-4, CIDEr, ROUGE-L, sacreBLEU and METEOR of captions, with a constant caption and the caption of another "
+        "image as baselines.",
         CaptioningOptions,
     ),
     Row(

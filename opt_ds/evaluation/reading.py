@@ -29,7 +29,10 @@ SCORES = {
     "projection": "projection of [CLS]",
 }
 #: Column -> form of the figures of captions.
-CAPTION_FORMS: dict[str, Form] = {"BLEU-4": decimals(1), "CIDEr": decimals(3)}
+CAPTION_FORMS: dict[str, Form] = {
+    "BLEU-4": decimals(1), "CIDEr": decimals(3), "ROUGE-L": decimals(3), "METEOR": decimals(3), "sacreBLEU": decimals(1),
+}  # fmt: skip
+_CAPTION_KEYS = dict(zip(CAPTION_FORMS, ("bleu_4", "cider", "rouge_l", "meteor", "bleu_sacrebleu"), strict=True))
 
 
 def read_recall(row: Mapping[str, Any]) -> dict[str, Figure]:
@@ -63,12 +66,12 @@ def read_whisper_error_rates(row: Mapping[str, Any]) -> dict[str, dict[str, Figu
 
 
 def read_captioning(figures: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return column -> figure, without those that are undefined."""
+    """Return column -> figure, without those that are undefined or were not measured."""
     return {
         column: read_figure(figures, name, {
             "constant_caption": figures["constant_caption"][name], another(IMAGE): figures["another_image"][name],
         })
-        for column, name in (("BLEU-4", "bleu_4"), ("CIDEr", "cider")) if figures[name] is not None
+        for column, name in _CAPTION_KEYS.items() if figures.get(name) is not None
     }  # fmt: skip
 
 

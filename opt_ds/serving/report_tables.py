@@ -128,12 +128,14 @@ def transcription_table(by_split: Iterable[tuple[str, Mapping[str, Any]]]) -> Fi
 
 
 def captioning_table(found: Mapping[str, Any]) -> FigureTable:
-    """Return BLEU-4 and CIDEr. Undefined figures are named in the caption."""
+    """Return the metrics of captions. Undefined figures are named in the caption."""
     figures = read_captioning(found)
-    blocks = [_block("image → text", figures, CAPTION_FORMS, tuple(CAPTION_FORMS))] if figures else []
+    columns = tuple(column for column in CAPTION_FORMS if column in figures or column in ("BLEU-4", "CIDEr"))
+    blocks = [_block("image → text", figures, CAPTION_FORMS, columns)] if figures else []
     undefined = "".join(f" {name} is undefined: {reason}." for name, reason in found.get("undefined", {}).items())
-    caption = f"Captions of {found['images']} images of {found['split']}. CIDEr compares models on one split only.{undefined}"
-    return FigureTable(caption, tuple(CAPTION_FORMS), blocks)
+    signature = f" sacreBLEU: {found['sacrebleu_signature']}." if found.get("sacrebleu_signature") else ""
+    about = f"Captions of {found['images']} images of {found['split']}. CIDEr compares models on one split only."
+    return FigureTable(f"{about}{undefined}{signature}", columns, blocks)
 
 
 def vqa_table(found: Mapping[str, Any]) -> FigureTable:

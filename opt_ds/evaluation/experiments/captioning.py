@@ -1,4 +1,4 @@
-"""Experiment: BLEU-4 and CIDEr of captions generated from images."""
+"""Experiment: BLEU-4, CIDEr and other metrics of captions generated from images."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ class Captioning(Experiment):
     needs = ((WRITE_TEXT, "write text"),)
 
     def measure(
-        self, request: Request, *, limit: int | None, beam_size: int, predictions: Path | None
+        self, request: Request, *, limit: int | None, beam_size: int, meteor: bool, predictions: Path | None
     ) -> dict[str, Any]:
         """Return the figures of `captioning`, by beam search, and write the predictions."""
         check_files(request.output, {"--predictions": predictions})
         rows: list[Row] = []
-        found = captioning(request.evaluator, request.split, limit, request.seed, text_decoding(beam_size), rows)
+        options = text_decoding(beam_size)
+        found = captioning(request.evaluator, request.split, limit, request.seed, options, rows, meteor)
         write_rows(predictions, rows, request.evaluator.is_main)
         return found
 
