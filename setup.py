@@ -61,6 +61,7 @@ setup(
         "downstream": [
             "scikit-learn>=1.4",
             "jiwer>=3",
+            "whisper-normalizer>=0.1.15",  # the spelling table of Whisper's English normaliser
             "sacrebleu>=2.4",
             "pycocoevalcap>=1.2",
             "torch-fidelity>=0.3",

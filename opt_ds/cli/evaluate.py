@@ -75,6 +75,13 @@ class Choice:
     ] = False
 
 
+#: Type of --predictions.
+Predictions = Annotated[
+    Path | None,
+    typer.Option(help="Also write the prediction and scores of each sample to this file (JSON Lines).", callback=output_file),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
     """Options of `opt_ds.evaluation.experiments.retrieval`."""
@@ -100,6 +107,7 @@ class TranscriptionOptions:
     ignore_words: Annotated[
         str, typer.Option(help="Report a second word error rate without these words, separated by spaces.")
     ] = ""
+    predictions: Predictions = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +139,14 @@ class VqaOptions:
             "Default: the kinds of the corpus scenes, by the text."
         ),
     ] = None
+    predictions: Predictions = None
+    evalai: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the answers to all questions as EvalAI's server takes them (JSON). The split needs no answers.",
+            callback=output_file,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +157,10 @@ class CaptioningOptions:
         int | None, typer.Option(help="Largest number of images, chosen by the seed. Default: all.", min=1)
     ] = None
     beam_size: BeamSize = 4
+    meteor: Annotated[
+        bool, typer.Option("--meteor", help="Also measure METEOR of English captions. It needs Java, and 2 GiB of memory.")
+    ] = False
+    predictions: Predictions = None
 
 
 def not_the_grid(path: Path, param: typer.CallbackParam) -> Path:
@@ -279,7 +299,8 @@ EXPERIMENTS = (
     ),
     Row(
         "captioning",
-        "Measure BLEU-4 and CIDEr of captions, with a constant caption and the caption of another image as baselines.",
+        "Measure BLEU-4, CIDEr, ROUGE-L, sacreBLEU and METEOR of captions, with a constant caption and the caption of another "
+        "image as baselines.",
         CaptioningOptions,
     ),
     Row(

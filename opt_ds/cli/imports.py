@@ -118,12 +118,15 @@ def flickr30k(
 
 @imports.command("vqa")
 def vqa(
-    questions: Annotated[
-        list[str], typer.Option(help="v2_OpenEnded_…_questions.json, as FILE or SPLIT=FILE. May be repeated.")
-    ],
-    annotations: Annotated[list[str], typer.Option(help="v2_…_annotations.json. Once per --questions.")],
     images: _Images,
     output: _Output,
+    questions: Annotated[
+        list[str] | None, typer.Option(help="v2_OpenEnded_…_questions.json, as FILE or SPLIT=FILE. May be repeated.")
+    ] = None,
+    annotations: Annotated[list[str] | None, typer.Option(help="v2_…_annotations.json. Once per --questions.")] = None,
+    unanswered: Annotated[
+        list[str] | None, typer.Option(help="Questions of a test set, which has no annotations, as FILE or SPLIT=FILE.")
+    ] = None,
     min_count: Annotated[
         int, typer.Option(help="An answer is a label if it is the most frequent one of N questions.", min=1)
     ] = 9,
@@ -131,7 +134,8 @@ def vqa(
     """Import VQA v2: one question and its image per sample, with the annotators' answers as labels."""
     from opt_ds.ingest.importers.vqa import import_vqa as run
 
-    _next(run(questions, annotations, output, images=images, min_count=min_count))
+    given = (questions or [], annotations or [])
+    _next(run(*given, output, images=images, min_count=min_count, unanswered=unanswered or []))
 
 
 @imports.command("folder")

@@ -14,7 +14,8 @@ from opt_ds.evaluation.evaluator import Evaluator
 from opt_ds.scenes.questions import question_kind
 from opt_ds.store.foreign import read_json_object
 
-_ID_PREFIX = "question "  # of the ids that `opt-ds import vqa` gives
+#: Prefix of the ids that `opt-ds import vqa` gives.
+QUESTION_ID_PREFIX = "question "
 _MAX_BYTES = 1 << 30  # of an annotation file; VQA v2's largest one has about 300 MB
 
 
@@ -46,7 +47,7 @@ def question_kinds(evaluator: Evaluator, split: str, annotations: Sequence[Path]
         questions = [int(index) for index in evaluator.samples_with(name, (TEXT,))]
         if not annotations:
             return {index: question_kind(evaluator.caption(index)) for index in questions}
-        return {index: types.get(store.sample_id(index).removeprefix(_ID_PREFIX)) for index in questions}
+        return {index: types.get(store.sample_id(index).removeprefix(QUESTION_ID_PREFIX)) for index in questions}
 
     found = kinds_of(split)
     if annotations and not any(found.values()):

@@ -13,6 +13,7 @@ from opt_ds.evaluation.figures import FIGURES, NO_CONTROL, Control, Figure, Form
 from opt_ds.evaluation.projections import DIRECTIONS
 from opt_ds.evaluation.ranking import RANKS
 from opt_ds.evaluation.reranking import RERANKERS
+from opt_ds.evaluation.whisper_normalization import NORMALIZERS
 
 #: Input -> its name in tables.
 TEXT_INPUTS = {"A": "audio→text", "A+I": "audio+image→text", "I": "image→text"}
@@ -28,7 +29,10 @@ SCORES = {
     "projection": "projection of [CLS]",
 }
 #: Column -> form of the figures of captions.
-CAPTION_FORMS: dict[str, Form] = {"BLEU-4": decimals(1), "CIDEr": decimals(3)}
+CAPTION_FORMS: dict[str, Form] = {
+    "BLEU-4": decimals(1), "CIDEr": decimals(3), "ROUGE-L": decimals(3), "METEOR": decimals(3), "sacreBLEU": decimals(1),
+}  # fmt: skip
+_CAPTION_KEYS = dict(zip(CAPTION_FORMS, ("bleu_4", "cider", "rouge_l", "meteor", "bleu_sacrebleu"), strict=True))
 
 
 def read_recall(row: Mapping[str, Any]) -> dict[str, Figure]:
@@ -49,13 +53,25 @@ def read_error_rates(figures: Mapping[str, Any], key: str) -> dict[str, Figure]:
     return {"WER": read_figure(row, "wer", before), "CER": read_figure(row, "cer")}
 
 
+def read_whisper_error_rates(row: Mapping[str, Any]) -> dict[str, dict[str, Figure]]:
+    """Return name of the normaliser -> column -> error rate of an input. Not every evaluation measures them."""
+    found = {
+        title: {
+            column: read_figure(row, key)
+            for column, key in (("WER", f"wer_whisper_{name}"), ("CER", f"cer_whisper_{name}")) if key in row
+        }
+        for name, title in NORMALIZERS.items()
+    }  # fmt: skip
+    return {title: rates for title, rates in found.items() if rates}
+
+
 def read_captioning(figures: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return column -> figure, without those that are undefined."""
+    """Return column -> figure, without those that are undefined or were not measured."""
     return {
         column: read_figure(figures, name, {
             "constant_caption": figures["constant_caption"][name], another(IMAGE): figures["another_image"][name],
         })
-        for column, name in (("BLEU-4", "bleu_4"), ("CIDEr", "cider")) if figures[name] is not None
+        for column, name in _CAPTION_KEYS.items() if figures.get(name) is not None
     }  # fmt: skip
 
 
@@ -92,7 +108,12 @@ class AnswerRow(NamedTuple):
 
 
 def read_answers(figures: Mapping[str, Any]) -> list[AnswerRow]:
-    """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing."""
+    """Return the accuracies over all questions and over those of each kind. A mark means that a control is missing.
+
+    Questions without answers have none.
+    """
+    if "accuracy" not in figures:
+        return []
     mark = " *" if figures.get("not_measured", True) else ""
     constant, best = figures["constant_answer"]["answer"], figures["best_possible"]
     overall = AnswerRow(f"VQA, {figures['questions']} questions{mark}", read_accuracy(figures), constant, best)

@@ -27,6 +27,7 @@ from opt_ds.evaluation.controls import another, other_inputs, with_others
 from opt_ds.evaluation.evaluator import SUBSETS, Evaluator
 from opt_ds.evaluation.figures import Figure, Measured, beside, figure_lines, measure, percent
 from opt_ds.evaluation.intervals import Measurement
+from opt_ds.evaluation.predictions import Row, score_of
 from opt_ds.evaluation.question_kinds import QuestionKinds
 from opt_ds.evaluation.reading import NO_UNTRAINED_ANSWERS, read_answers
 
@@ -43,6 +44,7 @@ def vqa(
     seed: int = 1,
     kinds: QuestionKinds | None = None,
     untrained: Evaluator | None = None,
+    predictions: list[Row] | None = None,
 ) -> dict[str, Any]:
     """Return the accuracy (0 … 1) over the split's questions, and over those of each kind.
 
@@ -58,6 +60,7 @@ def vqa(
         seed: Seed of the choice of questions and of the other samples.
         kinds: Kinds of the questions of this and of the training split. None: unknown.
         untrained: A model that was fine-tuned the same way from random weights, as a control.
+        predictions: Gets a row per question: the annotators' answers, the model's, its accuracy, the kind.
 
     Returns:
         The figures, as plain values.
@@ -71,19 +74,25 @@ def vqa(
     questions = evaluator.samples_with(split, modalities, limit, seed)
     given = [Counter(store.labels(int(index))) for index in questions]
     if not any(given):
-        raise UserError(f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them')
+        raise UserError(
+            f'{store.path}: no sample of split "{split}" has {inputs} and answers: opt-ds import vqa writes them; for a test '
+            "set without answers, --evalai writes the model's answers"
+        )
     kind_n = np.array([kinds.of.get(int(index), "") if kinds else "" for index in questions], dtype=object)
     asked = _Questions(evaluator, questions, given, kind_n, _annotators(evaluator, split, modalities))
     frequent = _frequent_answers(evaluator, kinds)
     constant = frequent.get(None, "")
     knows_kinds = any(kind in frequent for kind in kind_n)
+    answers = _answers(evaluator, asked.samples(modalities))
     answered = _Answered(
-        own=asked.accuracy(_answers(evaluator, asked.samples(modalities))),
+        own=asked.accuracy(answers),
         constant=asked.accuracy([constant] * len(given)),
         of_kind=asked.accuracy([frequent.get(kind, constant) for kind in kind_n]) if knows_kinds else None,
         untrained=asked.accuracy(_answers(untrained, asked.samples(modalities))) if untrained else None,
         others=_with_other_inputs(asked, modalities, seed),
     )
+    if predictions is not None:
+        predictions += _prediction_rows(asked, answers, answered.own)
     best = asked.best_possible()
     result = {
         "split": split, "inputs": inputs, "questions": len(questions), "answers": len(evaluator.label_names),
@@ -103,6 +112,50 @@ def vqa(
     missing = [] if untrained else [NO_UNTRAINED_ANSWERS]
     missing += [_NO_TRAINING_KINDS] if kinds and not knows_kinds else []
     return result | {"not_measured": missing}
+
+
+def vqa_without_answers(
+    evaluator: Evaluator, split: str, predictions: list[Row], inputs: str = "T+I", limit: int | None = None, seed: int = 1
+) -> dict[str, Any]:
+    """Answer the questions of a split that has no answers, such as a published test set. Its accuracy is not measured.
+
+    Args:
+        evaluator: The model and the store.
+        split: Name of the split.
+        predictions: Gets a row per question, without an accuracy.
+        inputs: Input modalities, a key of SUBSETS.
+        limit: Maximum number of questions. None: all.
+        seed: Seed of the choice of questions.
+
+    Returns:
+        The numbers of questions and of answers that the model knows, and why there is no accuracy.
+    """
+    modalities = SUBSETS[inputs]
+    questions = evaluator.require_samples(split, modalities, limit, seed)
+    unknown = np.full(len(questions), "", dtype=object)
+    asked = _Questions(evaluator, questions, [Counter[str]() for _ in questions], unknown, 0)
+    predictions += _prediction_rows(asked, _answers(evaluator, asked.samples(modalities)), None)
+    return {
+        "split": split, "inputs": inputs, "questions": len(questions), "answers": len(evaluator.label_names),
+        "not_measured": [f'the accuracy: no question of split "{split}" has answers in the store'],
+    }  # fmt: skip
+
+
+def has_answers(evaluator: Evaluator, split: str, inputs: str = "T+I") -> bool:
+    """Return whether a question of the split has answers."""
+    return any(evaluator.store.labels(int(index)) for index in evaluator.samples_with(split, SUBSETS[inputs]))
+
+
+def _prediction_rows(asked: "_Questions", answers: list[str], accuracy: Measurement | None) -> list[Row]:
+    """Return one row per question. Without answers there is no accuracy."""
+    return [
+        {
+            "id": asked.evaluator.store.sample_id(int(index)), "question": asked.evaluator.caption(index),
+            "references": dict(asked.given[place]), "prediction": answers[place],
+            "accuracy": None if accuracy is None else score_of(accuracy, place), "kind": asked.kind_n[place] or None,
+        }
+        for place, index in enumerate(asked.index_n)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from opt_ds.evaluation.reading import (
     read_loss_accuracy,
     read_recall,
     read_scenes,
+    read_whisper_error_rates,
     score_name,
 )
 
@@ -117,18 +118,24 @@ def transcription_table(by_split: Iterable[tuple[str, Mapping[str, Any]]]) -> Fi
             title = f"{split}, {name} ({figures[key]['samples']} samples)"
             papers = [str(paper.SPEECH_RECOGNITION_WER) if key == "A" else ""]
             blocks.append(_block(title, read_error_rates(figures, key), percent, ("WER", "CER"), papers))
+            blocks += [
+                _block(f"{title}, {normalizer}", rates, percent, ("WER", "CER"), [""])
+                for normalizer, rates in read_whisper_error_rates(figures[key]).items()
+            ]
         texts.append(f"{split}: “{figures['constant_caption']['text']}”")
     caption = f"Word and character error rate, lower case without punctuation. One caption for all: {'; '.join(texts)}."
     return FigureTable(caption, ("WER", "CER"), blocks, ("paper WER, %",))
 
 
 def captioning_table(found: Mapping[str, Any]) -> FigureTable:
-    """Return BLEU-4 and CIDEr. Undefined figures are named in the caption."""
+    """Return the metrics of captions. Undefined figures are named in the caption."""
     figures = read_captioning(found)
-    blocks = [_block("image → text", figures, CAPTION_FORMS, tuple(CAPTION_FORMS))] if figures else []
+    columns = tuple(column for column in CAPTION_FORMS if column in figures or column in ("BLEU-4", "CIDEr"))
+    blocks = [_block("image → text", figures, CAPTION_FORMS, columns)] if figures else []
     undefined = "".join(f" {name} is undefined: {reason}." for name, reason in found.get("undefined", {}).items())
-    caption = f"Captions of {found['images']} images of {found['split']}. CIDEr compares models on one split only.{undefined}"
-    return FigureTable(caption, tuple(CAPTION_FORMS), blocks)
+    signature = f" sacreBLEU: {found['sacrebleu_signature']}." if found.get("sacrebleu_signature") else ""
+    about = f"Captions of {found['images']} images of {found['split']}. CIDEr compares models on one split only."
+    return FigureTable(f"{about}{undefined}{signature}", columns, blocks)
 
 
 def vqa_table(found: Mapping[str, Any]) -> FigureTable:

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from opt_ds.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _ABANDONED_S = 86_400
+_LINE_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # str.splitlines splits at them
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -115,6 +116,14 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically. Keys keep their order, and the bytes depend on the value only."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write one line of JSON per row, atomically. Line separators within texts are escaped, so that a line is a row."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False)
+            file.write(text.translate(_LINE_SEPARATORS) + "\n")
 
 
 def follow_umask(path: Path) -> None:

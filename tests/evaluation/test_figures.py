@@ -33,7 +33,10 @@ from opt_ds.evaluation.two_stage_retrieval import two_stage_retrieval
 from opt_ds.model.generation import DecodingConfig
 
 #: Keys of JSON that are figures.
-KEYS = ("R@1", "R@5", "R@10", "wer", "cer", "bleu_4", "cider", "bits_per_code", "accuracy", "mAP", "shortlist_recall")
+KEYS = (
+    "R@1", "R@5", "R@10", "wer", "cer", "wer_whisper_basic", "cer_whisper_basic", "bleu_4", "cider", "rouge_l", "meteor",
+    "bleu_sacrebleu", "bits_per_code", "accuracy", "mAP", "shortlist_recall",
+)  # fmt: skip
 #: Rows of JSON that are controls themselves.
 CONTROLS = ("chance", "constant_caption", "another_image", "constant_answer", FIGURES)
 
@@ -126,13 +129,15 @@ def test_rows_of_an_earlier_version_are_read_with_the_baselines_that_they_had() 
 def test_every_figure_of_every_experiment_has_a_control(evaluator: Evaluator) -> None:
     controls, greedy = ProjectionControls(evaluator), DecodingConfig()
     ranked = retrieval(evaluator, "valid", 6, 4, 3, controls=controls, transductive=True)
-    written = transcription(evaluator, "valid", limit=5, options=greedy, ignored_words=frozenset(["w1"]))
+    written = transcription(evaluator, "valid", limit=5, options=greedy, ignored_words=frozenset(["w1"]), whisper=True)
     captions = captioning(evaluator, "valid", limit=5, options=greedy)
     bits = {name: bits_per_code(evaluator, "valid", name, limit=5) for name in ("T", "A", "T+A")}
     two_stages = two_stage_retrieval(evaluator, "valid", 3)
     for found in (ranked, written, captions, bits, two_stages):
         assert json.loads(json.dumps(found)) == found
         assert check_controls(found) > 0
+        figures = [figure for row in rows(found) for figure in row.get(FIGURES, {}).values()]
+        assert all(figure["interval"] is not None for figure in figures), "every figure of several samples has an interval"
     assert {"another_text", "another_audio", "code_frequencies", "code_positions", "code_contexts"} == set(
         bits["T+A"][FIGURES]["bits_per_code"]["controls"]
     )

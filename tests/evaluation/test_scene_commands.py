@@ -93,3 +93,25 @@ def test_the_truth_of_another_corpus_is_refused_at_once(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "truth.jsonl: it has no sample" in error and "give the truth.jsonl of the corpus" in error
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["transcription", "captioning"])
+def test_two_ranks_write_the_predictions_of_one(made: Path, tmp_path: Path, name: str) -> None:
+    def command(folder: Path) -> list[str]:
+        given = ("--checkpoint", made / "run", "--store", made / "store", "--output", folder / "figures.json",
+                 "--predictions", folder / "rows.jsonl", "--split", VALID, "--beam-size", 2)  # fmt: skip
+        return ["evaluate", name, *map(str, given)]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_command(_build(), command(one), "opt-ds") == 0
+    port = free_port()
+    ranks = [WarmProcess(["-m", "opt_ds", *command(two)], rank_environment(rank, 2, port)) for rank in range(2)]
+    outcomes = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outcomes
+    rows = [json.loads(line) for line in (one / "rows.jsonl").read_text().splitlines()]
+    store = FeatureStore(made / "store")
+    ids = [store.sample_id(int(index)) for index in store.split_samples(VALID)]
+    assert len(ids) == 4 and sorted(row["id"] for row in rows) == sorted(ids * (3 if name == "transcription" else 1))
+    for file in ("rows.jsonl", "figures.json"):
+        assert (two / file).read_bytes() == (one / file).read_bytes()

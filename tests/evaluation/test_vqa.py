@@ -1,5 +1,6 @@
 """VQA's published accuracy, and a head that answers."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from opt_ds.data.modalities import IMAGE, TEXT
 from opt_ds.errors import UserError
 from opt_ds.evaluation.evaluator import Evaluator
+from opt_ds.evaluation.experiments import Request
+from opt_ds.evaluation.experiments.vqa import EXPERIMENT
 from opt_ds.evaluation.vqa import ANNOTATORS, answer_accuracy, vqa
+from opt_ds.serving.report_tables import vqa_table
 from opt_ds.store import FeatureStore
-from tests.tiny import make_config, make_model, make_store
+from tests.tiny import make_config, make_model, make_store, masked
 
 
 @pytest.mark.parametrize("times", range(ANNOTATORS + 1))
@@ -87,3 +92,50 @@ def test_repeated_labels_survive_in_a_store(tmp_path: Path) -> None:
     new_writer(tmp_path / "s", ["no", "yes"]).write_shard(0, content)
     new_writer(tmp_path / "s", ["no", "yes"]).finish(1)
     assert FeatureStore(tmp_path / "s").labels(0) == ["yes", "no", "yes"]
+
+
+def _request(evaluator: Evaluator, output: Path) -> Request:
+    return Request(evaluator, ("valid",), output, output, 1, lambda weights: pytest.fail("nothing is rated"))
+
+
+def test_a_split_without_answers_is_answered_for_the_server(
+    answering: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureStore, "labels", lambda self, index: [])
+    monkeypatch.setattr(FeatureStore, "sample_id", lambda self, index: f"question {index}")
+    request = _request(answering, tmp_path / "vqa.json")
+    options = {"limit": None, "untrained": None, "annotations": None, "predictions": None, "evalai": None}
+    with pytest.raises(UserError, match="for a test set without answers, --evalai writes the model's answers"):
+        EXPERIMENT.measure(request, **options)
+    files = {"predictions": tmp_path / "rows.jsonl", "evalai": tmp_path / "answers.json"}
+    found = EXPERIMENT.measure(request, **{**options, **files})
+    questions = answering.samples_with("valid", (TEXT, IMAGE))
+    given = json.loads(files["evalai"].read_text())
+    assert [answer["question_id"] for answer in given] == questions.tolist()
+    scores = answering.label_scores([answering.read(index, (TEXT, IMAGE)) for index in questions])
+    assert [answer["answer"] for answer in given] == [answering.label_names[place] for place in scores.argmax(1)]
+    rows = [json.loads(line) for line in files["predictions"].read_text().splitlines()]
+    assert [row["prediction"] for row in rows] == [answer["answer"] for answer in given]
+    assert all(row["accuracy"] is None and row["references"] == {} for row in rows)
+    assert "accuracy" not in found and found["questions"] == len(questions)
+    assert EXPERIMENT.table(found) == (
+        '  * not measured: the accuracy: no question of split "valid" has answers in the store'
+    )
+    assert vqa_table(found).blocks == []
+    with pytest.raises(UserError, match="all questions of a split: leave out --limit"):
+        EXPERIMENT.measure(request, **{**options, **files, "limit": 2})
+    pictureless = Evaluator(answering.model, answering.config, masked(answering.store, IMAGE))
+    with pytest.raises(UserError, match=rf"but {len(questions)} of {len(questions)} of split .* have no image"):
+        EXPERIMENT.measure(_request(pictureless, tmp_path / "vqa.json"), **{**options, **files})
+
+
+def test_a_split_with_answers_has_its_accuracy_beside_the_servers_file(
+    answering: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureStore, "sample_id", lambda self, index: f"question {index}")
+    found = EXPERIMENT.measure(
+        _request(answering, tmp_path / "vqa.json"), limit=None, untrained=None, annotations=None, predictions=None,
+        evalai=tmp_path / "answers.json",
+    )  # fmt: skip
+    assert found["accuracy"] == vqa(answering, "valid")["accuracy"]
+    assert len(json.loads((tmp_path / "answers.json").read_text())) == found["questions"]

@@ -31,9 +31,12 @@ def test_scripts_without_spaces_are_judged_by_character(language: str) -> None:
     references, near = SPACELESS[language]
     texts = [normalize(text) for text in references]
     perfect = scores([[text] for text in texts], texts)
-    assert perfect == {"bleu_4": pytest.approx(100), "cider": pytest.approx(10)}
+    assert perfect == {
+        "bleu_4": pytest.approx(100), "cider": pytest.approx(10), "rouge_l": 1, "bleu_sacrebleu": pytest.approx(100),
+    }  # fmt: skip
     good, bad = (scores([[text] for text in texts], [normalize(near), other]) for other in (texts[1], ""))
     assert 100 > good["bleu_4"] > bad["bleu_4"] and 10 > good["cider"] > bad["cider"] > 0
+    assert 100 > good["bleu_sacrebleu"] > bad["bleu_sacrebleu"] and 1 > good["rouge_l"] > bad["rouge_l"]
     assert word_error_rate(references, references) == character_error_rate(references, references) == 0
     assert 0 < word_error_rate(references[:1], [near]) < 0.5, "one wrong word is not a wrong sentence"
     assert Words.of(texts).name.startswith("words; characters of ")

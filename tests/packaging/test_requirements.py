@@ -22,7 +22,8 @@ BEHIND_AN_EXTRA = {
 }  # fmt: skip
 #: The modules that cannot be imported without an extra.
 NEEDS_AN_EXTRA = {
-    "opt_ds.evaluation.ablation", "opt_ds.evaluation.captioning", "opt_ds.evaluation.classification", "opt_ds.evaluation.summary",
+    "opt_ds.evaluation.ablation", "opt_ds.evaluation.caption_metrics",
+    "opt_ds.evaluation.captioning", "opt_ds.evaluation.classification", "opt_ds.evaluation.summary",
     "opt_ds.evaluation.transcription", "opt_ds.serving.app",
     "opt_ds.evaluation.experiments.captioning", "opt_ds.evaluation.experiments.classification",
     "opt_ds.evaluation.experiments.summary", "opt_ds.evaluation.experiments.transcription",

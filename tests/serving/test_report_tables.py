@@ -149,3 +149,14 @@ def test_captions_and_losses_have_a_cell_per_column() -> None:
     losses = texts(report_tables.validation_table(rows))
     assert losses[0] == ["mafr", "0.900", ""] and losses[1][:2] == ["trivial baseline", "0.950"]
     assert losses[2][2:] == ["not shown (measured without a control: evaluate again)", "no better than trivial baseline"]
+
+
+def test_error_rates_by_whispers_normalisers_have_rows_of_their_own() -> None:
+    rate = {"value": 0.25, "interval": [0.2, 0.3], "controls": {
+        "constant_caption": {"value": 0.75, "interval": None, "advantage": None, "advantage_interval": None, "samples": 5},
+    }}  # fmt: skip
+    row = {"wer": 0.5, "cer": 0.4, "wer_whisper_basic": 0.25, "samples": 5, "figures": {"wer_whisper_basic": rate}}
+    found = {"A": row, "constant_caption": {"wer": 0.9, "text": "a cat"}}
+    blocks = report_tables.transcription_table([("test", found)]).blocks
+    assert [block.figures.name for block in blocks][1] == "test, audio→text (5 samples), Whisper's basic normaliser"
+    assert blocks[1].figures.cells == ["25.0% [20.0–30.0]", ""] and blocks[1].controls[0].cells == ["75.0%", ""]

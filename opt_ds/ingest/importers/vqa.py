@@ -46,6 +46,7 @@ def import_vqa(
     *,
     images: Path,
     min_count: int = 9,
+    unanswered: Sequence[str] = (),
 ) -> Path:
     """Write the manifest `output`.
 
@@ -59,26 +60,34 @@ def import_vqa(
         images: The folder of the images, which are found by COCO's names in any subfolder.
         min_count: An answer becomes a label if it is the most frequent answer of at least this many questions of the
             first file (9 leaves 3,129 for VQA v2's train and validation questions).
+        unanswered: Question files without annotations, such as those of the test set, each FILE or SPLIT=FILE. All their
+            questions are kept, without labels.
 
     Raises:
-        UserError: A file is not from VQA, or no answer is frequent enough.
+        UserError: A file is not from VQA, no answer is frequent enough, or no file of questions is given.
     """
+    if not (questions or unanswered):
+        raise UserError("no questions: give --questions with --annotations, or --unanswered")
     if len(questions) != len(annotations):
         raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
     image_files = Files(images, output, "image")
     pairs = [(*split_and_file(q), split_and_file(a)[1]) for q, a in zip(questions, annotations, strict=True)]
     answers = {path: _answers(path) for _, _, path in pairs}
-    names = answer_vocabulary(answers[pairs[0][2]].of.values(), min_count)
-    if not names:
-        raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
-    _LOG.info(f"{len(names)} answers are labels")
-    trains = {path for split, path, _ in pairs if split and split == pairs[0][0]} | {pairs[0][1]}
+    names, trains = set[str](), set[Path]()
+    if pairs:
+        names = answer_vocabulary(answers[pairs[0][2]].of.values(), min_count)
+        if not names:
+            raise UserError(f"{pairs[0][2]}: no answer is the most frequent one of {min_count} questions: lower --min-count")
+        _LOG.info(f"{len(names)} answers are labels")
+        trains = {path for split, path, _ in pairs if split and split == pairs[0][0]} | {pairs[0][1]}
+    files: list[tuple[str | None, Path, _Answers | None]] = [(split, path, answers[notes]) for split, path, notes in pairs]
+    files += [(*split_and_file(path), None) for path in unanswered]
     entries = (
         entry
-        for split, path, notes in pairs
-        for entry in _entries(path, split, answers[notes], names, image_files, keep_unlabelled=path not in trains)
+        for split, path, notes in files
+        for entry in _entries(path, split, notes, names, image_files, keep_unlabelled=notes is None or path not in trains)
     )
-    return write_import(output, chain(entries, unused_files([image_files])), source=str(pairs[0][1]))
+    return write_import(output, chain(entries, unused_files([image_files])), source=str(files[0][1]))
 
 
 def answer_vocabulary(answers: Iterable[list[str]], min_count: int) -> set[str]:
@@ -148,42 +157,44 @@ def _answer(entry: Any) -> str | None:
 
 
 def _entries(
-    path: Path, split: str | None, answers: _Answers, names: set[str], image_files: Files, keep_unlabelled: bool
+    path: Path, split: str | None, answers: _Answers | None, names: set[str], image_files: Files, keep_unlabelled: bool
 ) -> Iterator[Entry]:
+    """Yield the samples of a file of questions. `answers`: those of its annotations; None: it has none."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
         raise UserError(f'{path}: no list "questions": give v2_OpenEnded_mscoco_…_questions.json')
     subtype = str(content.get("data_subtype", ""))
-    if subtype and answers.subtype and subtype != answers.subtype:
+    images_of = subtype.replace("test-dev", "test")  # the questions of test-dev2015 are about images of test2015
+    if answers and subtype and answers.subtype and subtype != answers.subtype:
         other = answers.subtype
         raise UserError(f"{path}: questions of {subtype}, but its annotations are of {other}: give each its own")
 
     def question(entry: dict[str, Any]) -> Iterator[Entry]:
         image_id, number = int(entry["image_id"]), typed(entry["question_id"], (int, str), "question_id")
         id = f"question {number}"
-        given = answers.of.get(number, [])
+        given = answers.of.get(number, []) if answers else []
         labels = tuple(answer for answer in given if answer in names)
-        annotated = answers.image.get(number)
-        if not given:
+        annotated = answers.image.get(number) if answers else None
+        if answers and not given:
             yield Skipped(id, "the annotations have no answers to it")
         elif annotated is not None and annotated != entry["image_id"]:
             yield Skipped(id, f"it contradicts its annotation: image_id {entry['image_id']} and {annotated}")
         elif not (labels or keep_unlabelled):
             yield Skipped(id, "none of its answers is frequent enough to be a label")
         else:
-            name = f"COCO_{subtype}_{image_id:012d}"
+            name = f"COCO_{images_of}_{image_id:012d}"
             yield sample(
                 id,
                 text=typed(entry["question"], str, "question"),
                 files={"image": (name, image_files.by_stem(name) or image_files.by_stem(f"{image_id:012d}"))},
                 labels=labels,
                 group=f"image {entry['image_id']}",
-                split=split or split_of_name(subtype),
+                split=split or split_of_name(images_of),
             )
 
-    yield from answers.skipped
-    rare = sum(answer not in names for given in answers.of.values() for answer in given)
-    if rare:
-        yield Unused("answers", rare, why=f"of {path.name}, too rare to be labels: --min-count")
+    if answers:
+        yield from answers.skipped
+        if rare := sum(answer not in names for given in answers.of.values() for answer in given):
+            yield Unused("answers", rare, why=f"of {path.name}, too rare to be labels: --min-count")
     for number, entry in enumerate(content["questions"]):
         yield from guarded(f"question {number}", lambda entry=entry: question(entry))  # type: ignore[misc]

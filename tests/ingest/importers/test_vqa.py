@@ -87,3 +87,20 @@ def test_what_is_not_vqas_is_refused_in_one_line(tmp_path: Path, images: Path) -
         import_vqa([q], [a], tmp_path / "m.jsonl", images=images)
     with pytest.raises(UserError, match="give each its own"):
         import_vqa([q, q], [a], tmp_path / "m.jsonl", images=images)
+
+
+def test_questions_of_a_test_set_are_all_kept_without_answers(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "test").mkdir()
+    q, a = write(tmp_path, [question(n) for n in (1, 2, 3)], {1: ["yes"] * 10, 2: ["yes"] * 10, 3: ["blue"] * 10})
+    (images / "test2015").mkdir()
+    Image.new("RGB", (8, 8)).save(images / "test2015" / "COCO_test2015_000000000007.jpg")
+    test, _ = write(tmp_path / "test", [question(7, image=7), question(8, image=7)], {}, subtype="test-dev2015")
+    output = import_vqa([f"train={q}"], [f"train={a}"], tmp_path / "m.jsonl", images=images, min_count=2, unanswered=[test])
+    lines = {line.id: line for line in read_manifest(output).lines}
+    assert set(lines) == {"question 1", "question 2", "question 7", "question 8"}
+    assert {(lines[f"question {n}"].split, lines[f"question {n}"].labels) for n in (7, 8)} == {("test", ())}
+    assert lines["question 7"].image == "images/test2015/COCO_test2015_000000000007.jpg"
+    alone = import_vqa([], [], tmp_path / "alone.jsonl", images=images, unanswered=[f"mine={test}"])
+    assert {line.split for line in read_manifest(alone).lines} == {"mine"}
+    with pytest.raises(UserError, match="no questions: give --questions with --annotations, or --unanswered"):
+        import_vqa([], [], tmp_path / "none.jsonl", images=images)
