@@ -156,7 +156,8 @@ def _of_safetensors(file: BinaryIO, allow: Allow) -> Arrays:
         entries = {name: header[own] for name, own in _wanted(list(header)).items()}
         kinds = {name: _DTYPES.get(entry["dtype"]) for name, entry in entries.items()}
         if None in kinds.values():
-            raise RefusedError(f"its array {next(name for name, kind in kinds.items() if kind is None)} is of no number")
+            odd = next(name for name, kind in kinds.items() if kind is None)
+            raise RefusedError(f"its array {odd} has dtype {str(entries[odd]['dtype'])[:20]}: save it as F16 or F32")
         allow(sum(_stated_bytes(name, entry, kinds[name]) for name, entry in entries.items()))
         return {name: _tensor(file, 8 + length, entry, kinds[name]) for name, entry in entries.items()}
     except (RefusedError, BrokenFileError):
