@@ -317,6 +317,22 @@ class Config(Section):
         """Number of optimiser steps of the run."""
         return self.train.max_steps or self.schedule.total_steps
 
+    @property
+    def least_max_tokens(self) -> int:
+        """Smallest possible `batch.max_tokens`: the longest sample, or all candidates of one sample, fit into it."""
+        return max([self._longest_sample, *(needed for _, needed in self._candidates().values())])
+
+    @property
+    def _longest_sample(self) -> int:
+        """Positions of the longest sample, with those of the decoders."""
+        return self.model.max_sequence + self.model.max_text_tokens + 1 + self.model.num_image_codes
+
+    def _candidates(self) -> dict[str, tuple[int, int]]:
+        """Return task -> candidates of a sample and their positions, for tasks whose candidates share a micro-batch."""
+        tasks = {name: unit(self) for name, unit in self.tasks.units.items()}
+        counts = {name: 1 + task.most_copies for name, task in tasks.items() if task.most_copies and task.copies_share_batch}
+        return {name: (count, count * self.model.max_sequence) for name, count in counts.items()}
+
     @classmethod
     def trust(cls, values: Any) -> None:
         """Allow the import of modalities and tasks that the user names by `module:Class`."""
@@ -351,23 +367,19 @@ class Config(Section):
             )
         if self.data.store_weights is not None and min(self.data.store_weights) <= 0:
             raise ValueError("data.store_weights must hold positive weights")
-        for name, unit in self.tasks.units.items():
-            task = unit(self)
-            if not (task.most_copies and task.copies_share_batch):
-                continue
+        for name, (count, needed) in self._candidates().items():
+            key = f"tasks.{name}.{self.tasks.units[name].copies_key}"
             if self.finetune is not None:
-                raise ValueError(f"tasks.{name}.{task.copies_key} is for pre-training: set it to 1")
-            needed = (1 + task.most_copies) * self.model.max_sequence
+                raise ValueError(f"{key} is for pre-training: set it to 1")
             if self.batch.max_tokens < needed:
                 raise ValueError(
-                    f"batch.max_tokens {self.batch.max_tokens} cannot hold the {needed} positions of one sample's "
-                    f"{1 + task.most_copies} candidates: raise it, or lower tasks.{name}.{task.copies_key}"
+                    f"batch.max_tokens {self.batch.max_tokens} cannot hold the {needed} positions of one sample's {count} "
+                    f"candidates: raise it, or lower {key}"
                 )
-        decoder = max(self.model.max_text_tokens + 1, 0) + self.model.num_image_codes
-        if self.batch.max_tokens < self.model.max_sequence + decoder:
+        if self.batch.max_tokens < self._longest_sample:
             raise ValueError(
-                f"batch.max_tokens {self.batch.max_tokens} cannot hold the longest sample of "
-                f"{self.model.max_sequence + decoder} positions (text, regions, frames and what the decoders write): raise it"
+                f"batch.max_tokens {self.batch.max_tokens} cannot hold the longest sample of {self._longest_sample} positions "
+                "(text, regions, frames and what the decoders write): raise it"
             )
         return self
 

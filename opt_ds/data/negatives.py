@@ -43,7 +43,7 @@ class NegativeSampler:
             split: Name of the split if `samples` are all of its samples; derived arrays are then cached (see
                 `data.derived`). None: some of its samples.
             hard_fraction: Fraction of the negatives that are hard negatives.
-            near_candidates: Number of candidates sampled for each hard negative.
+            hard_candidates: Number of candidates sampled for each hard negative.
         """
         self._rows, self._groups = store.rows, store.groups
         self._providers = [self._with(store, samples, modality, split) for modality in MODALITIES]
@@ -173,7 +173,7 @@ class NegativeSampler:
         return np.where(of_used_group, ends[np.searchsorted(ends, place, side="right")], place + 1) % len(providers)
 
     def _ends_of_runs(self, providers: np.ndarray) -> np.ndarray:
-        """Return the ends of runs of neighbours of one group, ascending; the last one is len(givers)."""
+        """Return the ends of runs of neighbours of one group, ascending; the last one is len(providers)."""
         ends: list[np.ndarray] = []
         start, last = 0, None
         for block in _blocks(providers):
@@ -198,8 +198,8 @@ class NegativeSampler:
         """Try the candidates of the waiting samples and store them.
 
         Args:
-            givers: Samples that have the modality.
-            place: Index into `givers` per sample of `who`.
+            providers: Samples that have the modality.
+            place: Index into `providers` per sample of `who`.
             waiting: Indices into `who` of the samples without a negative.
             modality: The modality that is replaced.
             who: Indices of the samples.

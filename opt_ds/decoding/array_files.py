@@ -5,8 +5,10 @@ refused, and so are HDF5 datasets that lie outside their file.
 """
 
 import json
+import lzma
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import IO, Any, BinaryIO
 
@@ -31,6 +33,10 @@ _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
+#: Errors of a damaged ZIP archive or of an array in it. An encrypted member is a RuntimeError.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError, ValueError,
+)  # fmt: skip
 Allow = Callable[[int], object]
 Arrays = dict[str, np.ndarray]
 
@@ -69,12 +75,38 @@ def _wanted(names: list[str]) -> dict[str, str]:
 def _of_npz(file: BinaryIO, allow: Allow) -> Arrays:
     try:
         with zipfile.ZipFile(file) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            members = npz_members(archive)
             wanted = {name: members[own] for name, own in _wanted(list(members)).items()}
             allow(sum(_unpacked_bytes(archive, member) for member in wanted.values()))
             return {name: _load(archive, member) for name, member in wanted.items()}
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise BrokenFileError(f"it is a ZIP archive, damaged ({type(error).__name__})") from None
+
+
+def npz_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the members of an `.npz` file by the names of their arrays."""
+    return {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+
+
+def load_npz_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, allow: Allow) -> np.ndarray:
+    """Return one array of an `.npz` file.
+
+    Args:
+        archive: The file.
+        member: The member that holds the array.
+        allow: Called with the size of the array in bytes, before it is unpacked.
+
+    Raises:
+        RefusedError: It is an array of Python objects, or `allow` refuses it.
+        BrokenFileError: It is not an array, or damaged.
+    """
+    try:
+        allow(_unpacked_bytes(archive, member))
+        return _load(archive, member)
+    except (RefusedError, BrokenFileError):
+        raise
+    except _ZIP_ERRORS:
+        raise BrokenFileError(f"its member {member.filename} is damaged") from None
 
 
 def _unpacked_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
@@ -124,7 +156,8 @@ def _of_safetensors(file: BinaryIO, allow: Allow) -> Arrays:
         entries = {name: header[own] for name, own in _wanted(list(header)).items()}
         kinds = {name: _DTYPES.get(entry["dtype"]) for name, entry in entries.items()}
         if None in kinds.values():
-            raise RefusedError(f"its array {next(name for name, kind in kinds.items() if kind is None)} is of no number")
+            odd = next(name for name, kind in kinds.items() if kind is None)
+            raise RefusedError(f"its array {odd} has dtype {str(entries[odd]['dtype'])[:20]}: save it as F16 or F32")
         allow(sum(_stated_bytes(name, entry, kinds[name]) for name, entry in entries.items()))
         return {name: _tensor(file, 8 + length, entry, kinds[name]) for name, entry in entries.items()}
     except (RefusedError, BrokenFileError):

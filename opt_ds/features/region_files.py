@@ -34,7 +34,8 @@ from opt_ds.features.feature_arrays import (
 from opt_ds.features.regions import RegionExtractor, RegionFeatures, boxes_with_size
 from opt_ds.store.clusters import MAX_CLUSTERS
 
-_OTHER_NAMES = {"x": FEATURES, "boxes": "norm_bb", "scores": "conf"}
+#: Other names of arrays -> their first names.
+OTHER_NAMES = {"x": FEATURES, "boxes": "norm_bb", "scores": "conf"}
 _WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -75,7 +76,7 @@ class RegionFileExtractor(RegionExtractor):
     def settle(cls, options: Section, files: Iterable[Path]) -> Section:
         """Return the options with the size of the first file's features, unless they set one."""
         assert isinstance(options, RegionFileOptions)
-        dim = options.dim or first_size(files, f"--images {cls.name}", _OTHER_NAMES)
+        dim = options.dim or first_size(files, f"--images {cls.name}", OTHER_NAMES)
         return options.model_copy(update={"dim": dim})
 
     def fingerprint(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class RegionFileExtractor(RegionExtractor):
 
     def _read(self, path: Path) -> RegionFeatures:
         try:
-            return self.regions(by_name(load_arrays(path), _OTHER_NAMES))
+            return self.regions(by_name(load_arrays(path), OTHER_NAMES))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 

@@ -109,7 +109,9 @@ def label_shards(
     files = [ShardFile(writer.shard_file(index)) for index in range(num_shards)]
     name, _, count = source.partition(":")
     if name == _METHOD:
-        clusters = find_clusters(files, splits, extractor, int(count), f"{writer.path}: --image-labels {source}")
+        # An unfinished store resumes with the settings that it was begun with only.
+        remedy = f"choose fewer clusters, and remove {writer.path} or name another --output"
+        clusters = find_clusters(files, splits, extractor, int(count), f"{writer.path}: --image-labels {source}", remedy)
     else:
         found = load_clusters(writer.path, {IMAGE_LABELS: {"sha256": source}})
         assert found is not None, "it is in the description"
@@ -171,7 +173,12 @@ def update_image_labels(path: Path, given: str) -> StoreDescription:
 
 
 def find_clusters(
-    files: Sequence[ShardFile], splits: Sequence[str], extractor: dict[str, Any], num_classes: int, where: str
+    files: Sequence[ShardFile],
+    splits: Sequence[str],
+    extractor: dict[str, Any],
+    num_classes: int,
+    where: str,
+    remedy: str = "choose fewer clusters",
 ) -> Clusters:
     """Find the clusters of the training split's regions, standardised, by k-means over a sample of them.
 
@@ -181,6 +188,7 @@ def find_clusters(
         extractor: Fingerprint of the image extractor.
         num_classes: Number of clusters.
         where: Beginning of error messages.
+        remedy: End of the message that there are fewer regions than clusters.
 
     Returns:
         The clusters. Equal shards have equal ones.
@@ -195,7 +203,7 @@ def find_clusters(
     chosen = [_training_regions(file, splits) for file in files]
     total = int(sum(own.sum() for own in chosen))
     if total < num_classes:
-        raise UserError(f'{where}: the images of split "{TRAIN_SPLIT}" have only {total} regions: choose fewer clusters')
+        raise UserError(f'{where}: the images of split "{TRAIN_SPLIT}" have only {total} regions: {remedy}')
     count = min(total, num_classes * _REGIONS_PER_CLUSTER)
     taken = np.zeros(total, bool)
     taken[np.random.default_rng(_SEED).choice(total, count, replace=False, shuffle=False)] = True

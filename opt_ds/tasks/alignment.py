@@ -42,7 +42,16 @@ from opt_ds.tasks.base import Encoded, Loss, LossTerm, Task
 from opt_ds.tasks.baselines import Baseline, TrainingStatistics
 from opt_ds.tasks.contrast import LOG_SCALE_LIMIT, Pair, Temperature, contrast
 from opt_ds.tasks.global_loss import GlobalLoss, SumOverRanks
-from opt_ds.tasks.views import NUMBER_OF_VIEW, PAIRS, VIEW_NAMES, VIEWS, needed_views, rows_of_views, views_of_rows
+from opt_ds.tasks.views import (
+    NUMBER_OF_VIEW,
+    PAIRS,
+    VIEW_NAMES,
+    VIEWS,
+    needed_views,
+    rows_of_views,
+    views_of_pairs,
+    views_of_rows,
+)
 
 
 class AlignmentConfig(LossConfig):
@@ -101,9 +110,8 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, config: ModelConfig, options: AlignmentConfig) -> None:
         super().__init__()
-        needed = {view for pair in options.pairs for view in PAIRS[pair]}
         self.projections = nn.ModuleDict(
-            {view: nn.Linear(config.hidden_size, options.width) for view in VIEWS if view in needed}
+            {view: nn.Linear(config.hidden_size, options.width) for view in views_of_pairs(options.pairs)}
         )
         self.log_scale = nn.Parameter(torch.tensor([-math.log(options.temperature)]))
         self.bias = nn.Parameter(torch.tensor([options.bias])) if options.loss == "sigmoid" else None
@@ -227,8 +235,10 @@ class Alignment(Task):
     @classmethod
     def same_head(cls, section: Any, other: Any) -> bool:
         """Return whether both sections exist and describe the same parameters."""
-        keys = ("loss", "pairs", "width")
-        return bool(section and other) and all(getattr(section, key) == getattr(other, key) for key in keys)
+        if not (section and other):
+            return False
+        one, two = ((own.loss, own.width, views_of_pairs(own.pairs)) for own in (section, other))
+        return one == two
 
     @classmethod
     def make_head(cls, model: ModelConfig, tasks: TasksConfig, word: nn.Embedding) -> nn.Module | None:

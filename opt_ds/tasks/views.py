@@ -20,6 +20,11 @@ NUMBER_OF_VIEW = {frozenset(modalities): number for number, modalities in enumer
 VIEW_NAMES = tuple(VIEWS)
 
 
+def views_of_pairs(pairs: Sequence[str]) -> tuple[str, ...]:
+    """Return the views that occur in these pairs, in the order of VIEWS."""
+    return tuple(view for view in VIEWS if any(view in PAIRS[pair] for pair in pairs))
+
+
 def needed_views(present: np.ndarray, pairs: Sequence[str]) -> np.ndarray:
     """Return which views are encoded, bool [n, views], of samples that have modalities bool [n, M]."""
     has = {view: present[:, list(modalities)].all(1) for view, modalities in VIEWS.items()}

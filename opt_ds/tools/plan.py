@@ -20,6 +20,7 @@ from opt_ds.data.modality import modalities_of
 from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.data.samples import SampleReader
 from opt_ds.data.step_plan import StepPlan
+from opt_ds.data.step_samples import select
 from opt_ds.data.store_rows import store_rows
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
@@ -89,6 +90,7 @@ class RunEstimate:
     max_tokens: int  # basis of the figures below: batch.max_tokens, or the largest budget if that is smaller
     batch_samples: int
     accumulation: int
+    first_pass: int  # micro-batches per step and rank that are run twice (see `opt_ds.tasks.global_loss`)
     packing_efficiency: float  # positions used, as a fraction of the micro-batches' budget
     flops_per_step: float
     communication_bytes: float
@@ -139,8 +141,11 @@ class _Planner:
         peak = cluster.gpu.fp32_flops if self.precision == "fp32" else cluster.gpu.half_flops
         # One more forward pass in addition to forward and backward (which takes twice as long).
         repeated = 4 / 3 if config.train.recompute else 1.0
-        compute_s = repeated * flops / cluster.num_gpus / (peak * cluster.utilisation)
-        traffic = communication_bytes(config, self.precision, self.parameters, cluster.num_gpus, accumulation)
+        operations = repeated * flops + self._first_pass_flops(step)
+        compute_s = operations / cluster.num_gpus / (peak * cluster.utilisation)
+        traffic = communication_bytes(
+            config, self.precision, self.parameters, cluster.num_gpus, accumulation, step.first_pass
+        )
         communication_s = traffic / cluster.rank_bandwidth
         step_s = compute_s + communication_s
         per_sample = self._bytes_per_sample()
@@ -150,7 +155,7 @@ class _Planner:
             samples=", ".join(str(store.path) for store in self.stores), parameters=self.parameters,
             memory_limit=self.limit, memory=memory, fits=memory.total <= self.limit, largest_budget=largest,
             max_tokens=used, batch_samples=step.num_samples, accumulation=accumulation,
-            packing_efficiency=step.packing_efficiency,
+            first_pass=step.first_pass, packing_efficiency=step.packing_efficiency,
             flops_per_step=flops, communication_bytes=traffic, bytes_per_sample=per_sample,
             read_rate=per_sample * step.num_samples / step_s, compute_s=compute_s, communication_s=communication_s,
             step_s=step_s, total_steps=config.schedule.total_steps, total_s=step_s * config.schedule.total_steps,
@@ -160,6 +165,11 @@ class _Planner:
     def _step_plan(self, max_tokens: int) -> StepPlan:
         config = self.config.model_copy(update={"batch": self.config.batch.model_copy(update={"max_tokens": max_tokens})})
         return PretrainingPlan(config, self.stores).step(0, self.cluster.num_gpus)
+
+    def _first_pass_flops(self, step: StepPlan) -> float:
+        """Return the forward operations of the micro-batches that are run twice, over all ranks."""
+        first = [m.indices for rank in step.micro_batches for m in rank[: step.first_pass]]
+        return step_flops(self.config, select(step.samples, np.concatenate(first))).forward if first else 0.0
 
     def _memory(self, max_tokens: int) -> RankMemory:
         """Return the memory at this budget.
@@ -187,8 +197,7 @@ class _Planner:
 
     def _largest_budget(self, wanted: int, at_wanted: RankMemory) -> int:
         """Return the largest budget that fits. Activations are nearly proportional to it, so a few traces find it."""
-        model = self.config.model
-        least = model.max_sequence + model.max_text_tokens + 1 + model.num_image_codes
+        least = self.config.least_max_tokens
         # A budget larger than a complete step on one rank is never used.
         most = max(least, sum(m.num_tokens for m in self._step_plan(wanted).micro_batches[0]))
         fits, fails = 0, most + _BUDGET_STEP  # the largest budget known to fit, and the smallest known not to fit
@@ -222,7 +231,7 @@ class _Planner:
 
 
 def communication_bytes(
-    config: Config, precision: Precision, parameters: int, world_size: int, accumulation: int
+    config: Config, precision: Precision, parameters: int, world_size: int, accumulation: int, first_pass: int = 0
 ) -> float:
     """Return the bytes that a rank sends in one optimiser step.
 
@@ -237,6 +246,7 @@ def communication_bytes(
         parameters: Parameters of the model.
         world_size: Number of ranks.
         accumulation: Micro-batches per step and rank.
+        first_pass: Those of them that are run twice. The first time is a forward pass alone.
 
     Returns:
         Bytes.
@@ -247,7 +257,7 @@ def communication_bytes(
     if stage == 0:
         return 2 * 4 * ring
     reductions = 1 if stage == 1 else accumulation
-    gathers = 2 * accumulation if stage == 3 else 1
+    gathers = 2 * accumulation + first_pass if stage == 3 else 1
     return ring * (4 * reductions + weight * gathers)
 
 
@@ -263,6 +273,7 @@ def estimate_text(plan: RunEstimate) -> str:
         "optimiser step": plan.memory.step,
         "workspace": plan.memory.workspace,
     }
+    twice = f" ({plan.first_pass} of them run twice)" if plan.first_pass else ""
     budget = f"{plan.largest_budget:,} positions" if plan.largest_budget else "none: use a higher zero.stage, or offload"
     lines = [
         (f"{plan.preset} on {plan.num_gpus}× {plan.gpu}", f"{plan.precision}, ZeRO stage {plan.zero_stage}"
@@ -274,8 +285,8 @@ def estimate_text(plan: RunEstimate) -> str:
         *((f"  {name}", f"{value / gib:.2f} GiB") for name, value in parts.items() if value),
         *([("  on the host", f"{plan.memory.host / gib:.2f} GiB")] if plan.memory.host else []),
         ("largest batch.max_tokens", budget),
-        ("micro-batches per step", f"{plan.accumulation} of {plan.max_tokens:,} positions per GPU for {plan.batch_samples:,} "
-         f"samples, packing efficiency {plan.packing_efficiency:.0%}"),
+        ("micro-batches per step", f"{plan.accumulation}{twice} of {plan.max_tokens:,} positions per GPU for "
+         f"{plan.batch_samples:,} samples, packing efficiency {plan.packing_efficiency:.0%}"),
         ("operations per step", f"{plan.flops_per_step / 1e15:.2f} PFLOP"),
         ("traffic per GPU and step", f"{plan.communication_bytes / 1e9:.2f} GB"),
         ("reading rate needed", f"{plan.read_rate / 1e6:.0f} MB/s ({plan.bytes_per_sample / 1e3:.0f} kB per sample)"),

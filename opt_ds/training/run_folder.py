@@ -161,7 +161,9 @@ def compare_settings(output: Path, record: dict[str, Any], wanted: dict[str, Any
         if key not in wanted or saved.get(key) != wanted[key]:
             was, now = _short(saved.get(key)), _short(wanted.get(key))
             text = "its stores' contents differ" if key == "data.stores" else f"{key} was {was} there and is {now} now"
-            if was == now:  # a damaged key, whose value is None as that of a key that is absent
+            if any(name.startswith(f"{key}.") for name in wanted):
+                text = f"{key} was {was} there and is a section now"
+            elif was == now:  # a damaged key, whose value is None as that of a key that is absent
                 text = f"{key} is none of this run's settings"
             raise UserError(
                 f"{output} holds another run ({text}): use another --output, or the same settings to resume"

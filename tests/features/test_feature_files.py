@@ -141,6 +141,8 @@ def test_broken_and_hostile_files_cost_a_reason(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(good[:-7])
     header = json.dumps({"features": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "lies.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    header = json.dumps({"features": {"dtype": "BOOL", "shape": [2, 4], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "bool.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     (tmp_path / "list.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     npy = save(tmp_path / "cut.npy", regions()).read_bytes()
@@ -156,6 +158,7 @@ def test_broken_and_hostile_files_cost_a_reason(tmp_path: Path) -> None:
     for name, reason in (
         ("cut.safetensors", "it is a safetensors file, truncated"),
         ("lies.safetensors", r"its array features is declared as \[9, 9\], which the file does not hold"),
+        ("bool.safetensors", "its array features has dtype BOOL: save it as F16 or F32"),
         ("objects.npy", "holds Python objects"),
         ("cut.npy", "it is a NumPy array, truncated"),
         ("cut.h5", "it is an HDF5 file, damaged"),

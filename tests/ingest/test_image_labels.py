@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from opt_ds.data.pretraining_plan import PretrainingPlan
 from opt_ds.errors import UserError
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.ingest.finish import merge_parts
-from opt_ds.ingest.image_labels import find_clusters, update_image_labels
+from opt_ds.ingest.image_labels import find_clusters, label_shards, update_image_labels
 from opt_ds.serving.processor import OPTProcessor
 from opt_ds.store import FeatureStore, inspect_store, open_store, writer
 from opt_ds.store.clusters import IMAGE_LABELS, Clusters, load_clusters
 from opt_ds.store.processor_files import PROCESSOR_FOLDER, copy_processor_files
 from opt_ds.store.schema import load_description
+from opt_ds.store.synthetic import write_synthetic_store
 from opt_ds.store.writer import StoreWriter
 from opt_ds.training.preflight import settle
 from tests.ingest.test_pipeline import contents
@@ -211,6 +214,15 @@ def test_labels_that_cannot_be_made_are_one_line(given: str, expected: str, plai
         update_image_labels(tmp_path / "store", given)
     assert expected in str(refused.value)
     assert contents(tmp_path / "store").keys() - {"verified.json"} == contents(plain).keys() - {"verified.json"}
+
+
+def test_more_clusters_than_regions_in_an_unfinished_store_say_what_to_do(tmp_path: Path) -> None:
+    """The unfinished store refuses another number of clusters."""
+    write_synthetic_store(tmp_path / "store", 10, regions=(2, 2), image_num_classes=0)
+    shards = FeatureStore(tmp_path / "store").description.shards
+    unfinished: Any = SimpleNamespace(path=tmp_path / "store", shard_file=lambda index: tmp_path / "store" / shards[index].file)
+    with pytest.raises(UserError, match=r'split "train" have only 16 regions: choose fewer clusters, and remove .*store or name'):
+        label_shards(unfinished, len(shards), "kmeans:17", {"name": "random"}, ("train", "valid"))
 
 
 def test_clusters_are_not_looked_for_without_training_images(manifest: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from opt_ds.errors import UserError
 from opt_ds.evaluation.ablation import rows_without
 from opt_ds.model.opt import OPT
 from opt_ds.store import FeatureStore
+from opt_ds.tasks.alignment import Alignment
 from opt_ds.tasks.baselines import baseline_result
 from opt_ds.tasks.views import PAIRS, VIEWS
 from opt_ds.training.validation import validate
@@ -108,6 +109,23 @@ def test_it_is_off_and_has_no_weights_unless_it_is_configured(complete: FeatureS
     assert "alignment" not in plan.disabled_tasks and plan.step(0).first_pass == 0
     with pytest.raises(UserError, match="alignment"):
         load_config("opt-tiny", ["tasks.alignment={pairs: [image_txet]}"])
+
+
+def test_pairs_of_the_same_views_have_the_same_head() -> None:
+    """Fine-tuning keeps the weights of the same head, whatever the order of its pairs."""
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        configs = [config_with(**options) for options in (one, other)]
+        shapes = [{name: p.shape for name, p in OPT(c.model, c.tasks).alignment.named_parameters()} for c in configs]
+        found = Alignment.same_head(*(c.tasks.alignment for c in configs))
+        assert found == (shapes[0] == shapes[1])
+        return found
+
+    assert same({"pairs": ["image_text", "audio_text"]}, {"pairs": ["audio_text", "image_text"]})
+    assert same({"pairs": ["image_text", "audio_text"]}, {"pairs": ["image_text", "audio_text", "image_audio"], "bias": -5})
+    assert not same({"pairs": ["image_text"]}, {"pairs": ["image_text", "audio_text"]})
+    assert not same({}, {"width": 8}) and not same({}, {"loss": "sigmoid"})
+    assert not Alignment.same_head(None, config_with().tasks.alignment)
 
 
 def test_it_is_an_ablation_row_where_it_is_on() -> None:

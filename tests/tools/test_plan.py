@@ -2,10 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from opt_ds.config import load_config
+from opt_ds.data.flops import step_flops
+from opt_ds.data.pretraining_plan import PretrainingPlan
+from opt_ds.data.step_samples import select
 from opt_ds.errors import UserError
 from opt_ds.store.reader import FeatureStore
 from opt_ds.tools import plan as planning
@@ -51,6 +56,30 @@ def test_what_does_not_fit_at_all_is_said() -> None:
     hopeless = plan(cluster=Cluster(tiny, 4), search=True)
     assert (hopeless.fits, hopeless.largest_budget) == (False, 0)
     assert "use a higher zero.stage" in estimate_text(hopeless)
+
+
+def test_the_smallest_budget_holds_the_candidates_of_a_sample() -> None:
+    """The search for a budget that fits goes down to the smallest one."""
+    tiny = Gpu("tiny", 1.5, (7, 0), 10e12, 1e12, 100e9, 10e9)
+    settings = ("batch.size=64", "tasks.matching.candidates=8", "batch.max_tokens=4096")
+    hopeless = plan(*settings, cluster=Cluster(tiny, 4), search=True)
+    assert (hopeless.fits, hopeless.largest_budget) == (False, 0)
+
+
+def test_a_task_of_two_passes_takes_another_forward_pass_and_other_gathers() -> None:
+    cluster = Cluster(LITTLE, 4)
+    settings = ("batch.size=64", "tasks.alignment.width=32", "tasks.sampling_weights={alignment: 1, mlm: 1}", "zero.stage=3")
+    config = load_config("opt-small", [*SMALL, *settings])
+    stores: Any = [AssumedStore(config.model, 40, 36, 65)]
+    found = plan(*settings, cluster=cluster)
+    samples = PretrainingPlan(config, stores).step(0, 4).samples
+    twice = np.flatnonzero(samples.task == list(config.tasks.units).index("alignment"))
+    assert 0 < found.first_pass < found.accumulation and 0 < len(twice) < len(samples)
+    forward = step_flops(config, select(samples, twice)).forward
+    assert found.compute_s == pytest.approx((found.flops_per_step + forward) / 4 / (10e12 * 0.35))
+    once = communication_bytes(config, "fp16", found.parameters, 4, found.accumulation)
+    assert found.communication_bytes - once == pytest.approx(3 / 4 * found.parameters * 2 * found.first_pass)
+    assert f"{found.accumulation} ({found.first_pass} of them run twice) of 2,048 positions" in estimate_text(found)
 
 
 def test_figures_follow_from_each_other(little) -> None:

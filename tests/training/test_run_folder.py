@@ -48,6 +48,19 @@ def test_a_run_that_began_before_a_setting_existed_is_the_same_run(store: Path, 
         run_folder.check_same_run(tmp_path, other, stores)
 
 
+def test_a_section_that_is_new_is_named(store: Path, tmp_path: Path) -> None:
+    stores, without = [FeatureStore(store)], tiny_config(store)
+    aligned = tiny_config(store, "tasks.alignment.width=16")
+    for own, other, reason in (
+        (without, aligned, "tasks.alignment was null there and is a section now"),
+        (aligned, without, r"tasks\.alignment\.bias was -10\.0 there and is null now"),
+    ):
+        run_folder.record_launch(tmp_path, own, stores, {})
+        run_folder.check_same_run(tmp_path, own, stores)
+        with pytest.raises(UserError, match=rf"holds another run \({reason}\)"):
+            run_folder.check_same_run(tmp_path, other, stores)
+
+
 def test_a_damaged_key_is_noticed_even_if_its_value_is_none(store: Path, tmp_path: Path) -> None:
     config, stores = tiny_config(store), [FeatureStore(store)]
     fixed_settings = run_folder.fixed_settings(config, stores)

@@ -14,7 +14,7 @@ HDF5, safetensors and NPZ files with an array, or in HDF5 a group of arrays, per
 import base64
 import binascii
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from opt_ds.decoding.array_files import ARRAYS, FEATURES
+from opt_ds.decoding.array_files import ARRAYS, FEATURES, load_npz_member, npz_members
 from opt_ds.decoding.limits import Limits
 from opt_ds.decoding.reasons import RefusedError
 from opt_ds.errors import UserError
+from opt_ds.features.feature_arrays import by_name, features_of
+from opt_ds.features.region_files import OTHER_NAMES
 from opt_ds.ingest.importers.feature_folder import FeatureFolder
 from opt_ds.ingest.text_files import JsonError, byte_lines, open_bytes, parse_json
 from opt_ds.store.hdf5 import dataset_problem
@@ -76,8 +78,21 @@ def export_table(table: Path, output: Path) -> int:
             folder.skip(entry.key or "an image", "its key is empty" if not entry.key else "its key occurs twice")
         else:
             seen.add(entry.key)
-            folder.write(entry.key, folder.name(entry.key), entry.load)
+            folder.write(entry.key, folder.name(entry.key), partial(_usable, entry.load))
     return folder.finish("region_files")
+
+
+def _usable(load: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Return the arrays of an image. Raise ValueError if their features are none that `region_files` reads."""
+    arrays = load()
+    features_of(by_name(arrays, OTHER_NAMES))
+    return arrays
+
+
+def _refuse_one_image(table: Path, names: Collection[str]) -> None:
+    """Raise UserError if the arrays with these names are those of one image."""
+    if FEATURES in names or (names and set(names) <= set(ARRAYS)):
+        raise UserError(f"{table}: the features of one image, not a table: name it as image in a manifest")
 
 
 def _of_tsv(table: Path) -> Iterator[_Entry | str]:
@@ -171,14 +186,25 @@ def _of_hdf5(table: Path) -> Iterator[_Entry | str]:
     size = table.stat().st_size
     try:
         with h5py.File(table, "r", locking=False) as file:
-            for raw in file.id:
-                key = raw.decode("utf-8", "replace")
-                if file.id.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
+            names = [raw.decode("utf-8", "replace") for raw in file.id]
+            _refuse_one_image(table, [name for name in names if name not in ARRAYS or _is_array(file, name)])
+            for raw, key in zip(file.id, names, strict=True):
+                if not _is_hard(file.id, raw):
                     yield f"{key}: a link, which is not followed"
                     continue
                 yield _Entry(key, partial(_arrays_of_object, h5py.h5o.open(file.id, raw), size))
     except (OSError, RuntimeError, KeyError):
         raise UserError(f"{table}: the HDF5 file is truncated or damaged: copy it again") from None
+
+
+def _is_hard(group: h5py.h5g.GroupID, raw: bytes) -> bool:
+    """Return whether a name of a group is no link to another place or file."""
+    return group.links.get_info(raw).type == h5py.h5l.TYPE_HARD
+
+
+def _is_array(file: h5py.File, name: str) -> bool:
+    raw = name.encode()
+    return _is_hard(file.id, raw) and isinstance(h5py.h5o.open(file.id, raw), h5py.h5d.DatasetID)
 
 
 def _arrays_of_object(found: Any, size: int) -> dict[str, np.ndarray]:
@@ -190,7 +216,7 @@ def _arrays_of_object(found: Any, size: int) -> dict[str, np.ndarray]:
     names = [raw.decode("utf-8", "replace") for raw in found]
     arrays = {}
     for name in names:
-        if name in ARRAYS and found.links.get_info(name.encode()).type == h5py.h5l.TYPE_HARD:
+        if name in ARRAYS and _is_hard(found, name.encode()):
             inner = h5py.h5o.open(found, name.encode())
             if isinstance(inner, h5py.h5d.DatasetID):
                 arrays[name] = _read(name, inner, size)
@@ -214,20 +240,18 @@ def _read(name: str, dataset: Any, size: int) -> np.ndarray:
 
 def _of_npz(table: Path) -> Iterator[_Entry | str]:
     try:
-        with np.load(table, allow_pickle=False) as file:
-            if FEATURES in file.files:
-                raise UserError(f"{table}: the features of one image, not a table: name it as image in a manifest")
-            for key in file.files:
-                yield _Entry(key, partial(_member, file, key))
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError):
+        archive = zipfile.ZipFile(table)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         raise UserError(f"{table}: the NPZ file is truncated or damaged: copy it again") from None
+    with archive:
+        members = npz_members(archive)
+        _refuse_one_image(table, members)
+        for key, member in members.items():
+            yield _Entry(key, partial(_member, archive, member))
 
 
-def _member(file: Any, key: str) -> dict[str, np.ndarray]:
-    try:
-        return {FEATURES: file[key]}
-    except (zipfile.BadZipFile, OSError, EOFError):
-        raise ValueError("it cannot be read, the file is damaged") from None
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str, np.ndarray]:
+    return {FEATURES: load_npz_member(archive, member, Limits().of_arrays)}
 
 
 def _of_safetensors(table: Path) -> Iterator[_Entry | str]:
@@ -236,8 +260,7 @@ def _of_safetensors(table: Path) -> Iterator[_Entry | str]:
     try:
         with safe_open(table, "np") as file:
             keys = list(file.keys())
-            if FEATURES in keys:
-                raise UserError(f"{table}: the features of one image, not a table: name it as image in a manifest")
+            _refuse_one_image(table, keys)
             for key in keys:
                 yield _Entry(key, partial(_tensor, file, key))
     except SafetensorError:

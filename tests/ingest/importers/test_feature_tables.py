@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -151,6 +152,57 @@ def test_tables_of_arrays_are_taken_apart(tmp_path: Path) -> None:
         out = tmp_path / f"of {name}"
         assert export_table(tmp_path / name, out) == (1 if name == "arrays.h5" else 2)
         assert read(out / "a.npz").features.tolist() == features_of(3).astype("float16").tolist()
+
+
+def test_arrays_that_no_extractor_reads_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    nan = features_of(3)
+    nan[2, 1] = np.nan
+    odd = {"nan": nan, "cube": np.ones((2, 3, 4), "f4"), "row": np.ones(3, "f4"), "words": np.array(["x", "y"])}
+    reasons = [
+        "nan: features: NaN or infinite, first in row 2",
+        "cube: features of shape [2, 3, 4], not [R, N]",
+        "row: features of shape [3], not [R, N]",
+        "words: features of dtype <U1, not numbers",
+        "objects: its array objects.npy holds Python objects: only numbers are accepted",
+        "damaged: its member damaged.npy is damaged",
+        "notes.txt: its member notes.txt is not a NumPy array",
+    ]
+    table = tmp_path / "t.npz"
+    np.savez_compressed(
+        table, good=features_of(4), **odd, objects=np.array([{}], dtype=object), damaged=features_of(5, 500)
+    )
+    with zipfile.ZipFile(table, "a") as archive:
+        archive.writestr("notes.txt", "made in 2020")
+        begin = archive.getinfo("damaged.npy").header_offset
+    content = bytearray(table.read_bytes())
+    content[begin + 300 : begin + 400] = bytes(100)
+    table.write_bytes(content)
+    with logged_lines() as logged:
+        assert export_table(table, tmp_path / "out") == 1
+    assert [line.strip().removeprefix("left out ") for line in logged if "left out " in line] == reasons
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.npz"]
+    with h5py.File(tmp_path / "t.h5", "w") as file:
+        file["good"], file["nan"], file["cube"], file["row"] = features_of(4), nan, odd["cube"], odd["row"]
+        file["none"] = np.zeros((0, 8), "f4")
+    with logged_lines() as logged:
+        assert export_table(tmp_path / "t.h5", tmp_path / "of hdf5") == 1
+    found = [line.strip().removeprefix("left out ") for line in logged if "left out " in line]
+    assert sorted(found) == sorted([*reasons[:3], "none: features of shape [0, 8]: there is nothing in it"])
+
+
+@pytest.mark.parametrize("names", [("features", "bbox", "notes"), ("x", "boxes")])
+@pytest.mark.parametrize("ending", ["npz", "h5", "safetensors"])
+def test_the_arrays_of_one_image_are_no_table(names: tuple[str, ...], ending: str, tmp_path: Path) -> None:
+    arrays, path = {name: features_of(3) for name in names}, tmp_path / f"one.{ending}"
+    if ending == "npz":
+        np.savez(path, **arrays)
+    elif ending == "h5":
+        with h5py.File(path, "w") as file:
+            file.update(arrays)
+    else:
+        save_file(arrays, path)
+    with pytest.raises(UserError, match="the features of one image, not a table: name it as image in a manifest"):
+        export_table(path, tmp_path / "out")
 
 
 def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
