@@ -7,7 +7,8 @@ from typing import get_args
 
 import pytest
 
-from opt_ds.cli.evaluate import EXPERIMENTS, Row, _held_out, evaluate
+from opt_ds.cli.evaluate import EXPERIMENTS, Row, evaluate
+from opt_ds.cli.evaluation_options import held_out
 from opt_ds.config import EvaluateConfig
 from opt_ds.evaluation.experiments import Experiment, load_experiment
 from tests.tiny import make_store
@@ -17,7 +18,7 @@ def test_a_store_without_a_test_split_is_judged_on_valid_and_that_is_said(
     tmp_path: Path, logged: list[str]
 ) -> None:
     store = make_store(tmp_path / "store", 20)
-    assert _held_out(store, 1) == ["valid"]
+    assert held_out(store, 1) == ["valid"]
     assert "evaluated on valid, since none begins with test" in logged[0]
 
 

@@ -1,7 +1,8 @@
 """The experiments of `opt-ds evaluate`, one per file: what each one requires, how it measures, what it prints.
 
 To add one, write `opt_ds/evaluation/experiments/<name>.py` with `EXPERIMENT`, an instance of a subclass of
-`Experiment`. Then add a row with its options to the table in `opt_ds/cli/evaluate.py`.
+`Experiment`. Then add its options to `opt_ds/cli/evaluation_options.py`, and a row to the table in
+`opt_ds/cli/evaluate.py`.
 """
 
 import importlib
