@@ -66,11 +66,11 @@ def import_vqa(
     Raises:
         UserError: A file is not from VQA, no answer is frequent enough, or no file of questions is given.
     """
+    image_files = Files(images, output, "image")
     if not (questions or unanswered):
         raise UserError("no questions: give --questions with --annotations, or --unanswered")
     if len(questions) != len(annotations):
         raise UserError(f"{len(questions)} question files and {len(annotations)} of annotations: give each its own")
-    image_files = Files(images, output, "image")
     pairs = [(*split_and_file(q), split_and_file(a)[1]) for q, a in zip(questions, annotations, strict=True)]
     answers = {path: _answers(path) for _, _, path in pairs}
     names, trains = set[str](), set[Path]()
