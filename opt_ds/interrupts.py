@@ -47,6 +47,15 @@ def let_signals_end_at_once() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
+def keep_exit_code() -> None:
+    """After a KeyboardInterrupt: let this process end with the code that it is given.
+
+    CPython notes that a KeyboardInterrupt left an `exec` of text, such as that of a namedtuple's class. Until the next `exec`,
+    `python -m` would end by SIGINT instead (Py_RunMain).
+    """
+    exec("")
+
+
 def leave_lost_terminal() -> None:
     """After SIGHUP: what is still written to a terminal that is gone goes nowhere, instead of failing."""
     for descriptor in (1, 2):

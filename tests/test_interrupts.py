@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import opt_ds
 from opt_ds.ingest import PrepareSettings, prepare
 from opt_ds.store.synthetic import write_synthetic_store
 from opt_ds.training import checkpoint
@@ -183,6 +184,26 @@ def test_an_update_leaves_the_store_as_it_was(number: int, group: bool, images: 
 def test_while_libraries_load(module: str, tmp_path: Path) -> None:
     code, lines = interrupt(["plan"], module, group=True, folder=tmp_path, imports=True)
     assert (code, lines) == (130, ["stopped"])
+
+
+@pytest.mark.parametrize("place", ["in the command", "while libraries load"])
+def test_within_the_definition_of_a_namedtuple(place: str, tmp_path: Path) -> None:
+    """namedtuple runs text by `exec`. Interrupted there, `python -m` would end by the signal, not with the exit code."""
+    if place == "in the command":
+        (tmp_path / "program.py").write_text(
+            "import sys\nfrom opt_ds.cli.program import run_program\n"
+            "def command() -> None: exec('raise KeyboardInterrupt')\n"
+            "sys.exit(run_program(command, [], 'program'))\n"
+        )
+        arguments = ["program"]
+    else:
+        (tmp_path / "typer.py").write_text("exec('raise KeyboardInterrupt')\n")
+        arguments = ["opt_ds", "--help"]
+    path = os.pathsep.join([str(tmp_path), str(Path(opt_ds.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
 def test_while_waiting_for_a_lock(store: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ try:
     from opt_ds.errors import UserError, did_you_mean
     from opt_ds.training.signals import REQUEUE_EXIT_CODE
 except KeyboardInterrupt:  # handle a Ctrl-C while the libraries load like any other
+    exec("")  # keeps the exit code, as `interrupts.keep_exit_code` does, which may not be loaded
     print("stopped", file=sys.stderr)
     sys.exit(130)
 

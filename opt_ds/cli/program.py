@@ -131,6 +131,7 @@ def check_output(path: Path, option: str) -> None:
 
 def _stop(line: str, rank: int) -> int:
     interrupts.let_signals_end_at_once()
+    interrupts.keep_exit_code()
     if not rank:
         print(line, file=sys.stderr, flush=True)
     return interrupts.stopped_exit_code()
