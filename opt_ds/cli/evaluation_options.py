@@ -237,7 +237,7 @@ class SummaryOptions:
     matching_candidates: Annotated[
         int,
         typer.Option(
-            help="Size of the gallery for the matching head (for triples: 50); on further splits a quarter of it.", min=2
+            help="Size of the gallery for the matching head; on further splits a quarter of it. For triples: 50.", min=2
         ),
     ] = 100
     dvae: Annotated[Path | None, typer.Option(help="Folder of the dVAE. Default: that of the store.")] = None

@@ -47,7 +47,6 @@ class DVAEConfig(Section):
         description="Weight of the absolute error, divided by σ, that is added to the squared error. It makes edges sharper. "
         "0: the squared error alone, which PSNR measures.",
     )
-
     coarse_weight: float = Field(
         0.0,
         ge=0,

@@ -79,13 +79,20 @@ def _of_npz(file: BinaryIO, allow: Allow) -> Arrays:
             wanted = {name: members[own] for name, own in _wanted(list(members)).items()}
             allow(sum(_unpacked_bytes(archive, member) for member in wanted.values()))
             return {name: _load(archive, member) for name, member in wanted.items()}
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (RefusedError, BrokenFileError):
+        raise
+    except _ZIP_ERRORS as error:
         raise BrokenFileError(f"it is a ZIP archive, damaged ({type(error).__name__})") from None
 
 
 def npz_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the members of an `.npz` file by the names of their arrays."""
-    return {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+    """Return the members of an `.npz` file by the names of their arrays. Raise BrokenFileError if two have one name."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if members.setdefault(name, member) is not member:
+            raise BrokenFileError(f"two of its members are named {name[:40]}: save it again")
+    return members
 
 
 def load_npz_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, allow: Allow) -> np.ndarray:

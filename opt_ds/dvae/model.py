@@ -39,7 +39,7 @@ PATCH_SIZE = 8
 GRID_SIZE = IMAGE_SIZE // PATCH_SIZE
 NUM_POSITIONS = GRID_SIZE**2
 PATCH_DIM = 3 * PATCH_SIZE**2
-COARSE_SIZE = 4
+COARSE_SIZE = 4  # pixels per side of the areas whose means `coarse_weight` compares
 
 
 class DVAELosses(NamedTuple):

@@ -51,7 +51,7 @@ def summarize(
         splits: The held-out splits.
         output: Folder that image_grid-<split>.png is written to.
         candidates: Gallery size for retrieval by likelihood on the first split; on the others, a quarter of it.
-        matching_candidates: The same for retrieval by the matching head.
+        matching_candidates: The same for retrieval by the matching head. Triples have 50 on every split.
         seed: Seed of the choices of samples.
         truth: The truth file of the corpus `scenes` that the store was made of. None: no figures judged by it.
 

@@ -1,6 +1,7 @@
 """Own features: every format gives the same regions and frames, and an unusual file affects only itself."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,15 @@ def test_broken_and_hostile_files_cost_a_reason(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "group.h5", "w") as file:
         file["sample-1/features"] = np.ones((5, 6), "f4")
     (tmp_path / "text.npy").write_text("no array")
+    array = tmp_path / "plain.npy"
+    np.save(array, np.ones((5, 6), "f4"))
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive:
+        archive.writestr("features", array.read_bytes())
+        archive.writestr("features.npy", array.read_bytes())
+    np.savez_compressed(tmp_path / "bits.npz", features=np.random.default_rng(0).normal(size=(50, 60)))
+    bits = bytearray((tmp_path / "bits.npz").read_bytes())
+    bits[len(bits) // 2] ^= 255
+    (tmp_path / "bits.npz").write_bytes(bits)
     for name, reason in (
         ("cut.safetensors", "it is a safetensors file, truncated"),
         ("lies.safetensors", r"its array features is declared as \[9, 9\], which the file does not hold"),
@@ -164,6 +174,8 @@ def test_broken_and_hostile_files_cost_a_reason(tmp_path: Path) -> None:
         ("cut.h5", "it is an HDF5 file, damaged"),
         ("link.h5", "its array features is a link, which is not followed"),
         ("group.h5", "sample-1 in it is no array"),
+        ("twice.npz", "two of its members are named features: save it again"),
+        ("bits.npz", "it is a ZIP archive, damaged"),
         ("text.npy", "it is text: accepted are .npz, .npy, safetensors and HDF5 files of numbers"),
     ):
         with pytest.raises(DecodingError, match=reason):

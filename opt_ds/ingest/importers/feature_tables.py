@@ -24,7 +24,7 @@ import numpy as np
 
 from opt_ds.decoding.array_files import ARRAYS, FEATURES, load_npz_member, npz_members
 from opt_ds.decoding.limits import Limits
-from opt_ds.decoding.reasons import RefusedError
+from opt_ds.decoding.reasons import BrokenFileError, RefusedError
 from opt_ds.errors import UserError
 from opt_ds.features.feature_arrays import by_name, features_of
 from opt_ds.features.region_files import OTHER_NAMES
@@ -241,10 +241,13 @@ def _read(name: str, dataset: Any, size: int) -> np.ndarray:
 def _of_npz(table: Path) -> Iterator[_Entry | str]:
     try:
         archive = zipfile.ZipFile(table)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
         raise UserError(f"{table}: the NPZ file is truncated or damaged: copy it again") from None
     with archive:
-        members = npz_members(archive)
+        try:
+            members = npz_members(archive)
+        except BrokenFileError as error:
+            raise UserError(f"{table}: {error}") from None
         _refuse_one_image(table, members)
         for key, member in members.items():
             yield _Entry(key, partial(_member, archive, member))

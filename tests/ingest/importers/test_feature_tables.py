@@ -211,7 +211,14 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     save_file({"features": features_of(3)}, tmp_path / "one.safetensors")
     (tmp_path / "labels.tsv").write_text('k\t[{"class": "dog", "rect": [1, 2, 3, 4], "conf": 0.9}]\n')
     (tmp_path / "cut.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50))
+    np.save(tmp_path / "one.npy", features_of(3))
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive:
+        archive.writestr("k", (tmp_path / "one.npy").read_bytes())
+        archive.writestr("k.npy", (tmp_path / "one.npy").read_bytes())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "twice.npz").read_bytes()[:-30])
     for name, message in (
+        ("twice.npz", "two of its members are named k: save it again"),
+        ("cut.npz", "the NPZ file is truncated or damaged"),
         ("captions.tsv", "line 1 has 4 columns: neither a store nor a table of image features"),
         ("cut.tsv.gz", "the gzip file is truncated or damaged"),
         ("one.safetensors", "the features of one image, not a table"),
